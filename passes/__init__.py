@@ -1,0 +1,24 @@
+"""The passes, one file each; importing this package makes them known by name."""
+
+from passes import (
+    canonicalize,
+    dead_code,
+    fold_constants,
+    fp8_tile,
+    fuse_linear,
+    share_quantize,
+    to_kernels,
+)
+
+OWNER = "qcompiler"
+
+__all__ = [
+    "OWNER",
+    "canonicalize",
+    "dead_code",
+    "fold_constants",
+    "fp8_tile",
+    "fuse_linear",
+    "share_quantize",
+    "to_kernels",
+]

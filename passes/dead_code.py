@@ -1,0 +1,39 @@
+"""Removes operations that nobody reads, and lets go of weights that nobody reads.
+
+    %unused = aten.relu(%x)   ->   (nothing)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcompiler.ir import Graph, Op
+from qcompiler.ir.op_table import lookup
+from qcompiler.pass_manager import Effect, Pass
+
+NEVER = ("core.input", "core.return")
+
+
+@dataclass(frozen=True)
+class DeadCode(Pass):
+    """Operations without readers and without effects  ->  nothing; their weights leave the store."""
+
+    name: ClassVar[str] = "dead-code"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def run(self, graph: Graph) -> bool:
+        """One sweep from the bottom: a reader goes before what it reads."""
+        changed = False
+        for op in reversed(graph.ops()):
+            if not has_effect(op) and not any(graph.uses(value) for value in op.results):
+                graph.erase(op)
+                changed = True
+        read = {op.attrs["name"] for op in graph.ops() if op.name in ("core.param", "core.buffer")}
+        for name in [name for name in graph.weights if name not in read]:
+            del graph.weights[name]
+        return changed
+
+
+def has_effect(op: Op) -> bool:
+    """Whether an operation must stay although nobody reads it."""
+    definition = lookup(op.name)
+    return op.name in NEVER or (definition is not None and definition.effect)

@@ -1,0 +1,168 @@
+"""Capture: a PyTorch model becomes a `Graph` that is checked against the model.
+
+    preflight -> torch.export -> functional ATen -> Graph -> compared with the model at several sizes
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.check import ModelRefused, check_graph
+from qcompiler.capture.decompositions import decompose
+from qcompiler.capture.examples import Call, enlarged
+from qcompiler.capture.exporting import DataDependent, export_program
+from qcompiler.capture.huggingface import output_embeddings
+from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
+from qcompiler.capture.preflight import check_inputs, check_model
+from qcompiler.capture.signature import MISSING, ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
+from qcompiler.capture.symbols import Symbols
+from qcompiler.errors import CaptureError
+from qcompiler.ir.graph import Graph
+from qcompiler.runtime.weights import Weights, named_tensors
+
+__all__ = ["Captured", "Signature", "capture"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    Attributes:
+        graph: What the model computes, over `graph.weights`: views of the model's own tensors.
+        signature: How a call's arguments become the graph's inputs, and its outputs what the model returns.
+    """
+
+    graph: Graph
+    signature: Signature
+
+
+def capture(
+    model: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+    allow_meta: bool = False,
+) -> Captured:
+    """The graph of a model, traced with example inputs.
+
+    The model is left as it is: its tensors are shared and never copied, its buffers and configuration restored. A causal
+    language model of transformers is captured without a key-value cache, unless the call passes `use_cache` or a cache.
+
+    Args:
+        model: A module in evaluation mode on one device, or what torch.export.export gave for one.
+        args: Positional example inputs: any pytree of tensors, numbers, None and strings.
+        kwargs: Example inputs by name.
+        dynamic_shapes: "auto": each dimension is dynamic unless the model fixes it. None: the sizes of the examples alone.
+            Anything else goes to torch.export as it is.
+        check: Whether to run the model and the graph side by side, at the given sizes and at others.
+        allow_meta: Whether weights may be on the meta device; the graph is then structure only, and not checked.
+
+    Raises:
+        CaptureError: The model cannot be traced, or the graph does not compute the same.
+    """
+    call: Call = (tuple(args), dict(kwargs or {}))
+    if isinstance(model, ExportedProgram):
+        tensors = {**model.state_dict, **{k: t for k, t in model.constants.items() if isinstance(t, torch.Tensor)}}
+        return _imported(model, Weights.from_tensors(tensors), "main", {}, ())
+    check_model(model, allow_meta=allow_meta)
+    check_inputs(model, *call)
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise CaptureError("dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None")
+    check = check and not _without_data(model, call)
+    variants = list(enlarged(call)) if isinstance(dynamic_shapes, str) else [call]
+    errors: list[CaptureError] = []
+    for traced in variants:
+        try:
+            return _captured(model, call, traced, dynamic_shapes, check)
+        except DataDependent:
+            raise  # other sizes do not help
+        except CaptureError as error:
+            errors.append(error)
+    raise errors[-1]
+
+
+def _captured(model: torch.nn.Module, call: Call, traced: Call, dynamic_shapes: Any, check: bool) -> Captured:
+    """One attempt, with one variant of the examples."""
+    program = export_program(model, *traced, dynamic_shapes)
+    tensors = {**named_tensors(model), **{k: t for k, t in program.constants.items() if isinstance(t, torch.Tensor)}}
+    head = output_embeddings(model)
+    roles = {name: "output_embeddings" for name, tensor in tensors.items() if tensor is head}
+    captured = _imported(program, Weights.from_tensors(tensors), type(model).__name__, roles, _parameters(model))
+    if not check:
+        return captured
+    try:
+        signature = check_graph(captured.graph, captured.signature, model, call, traced)
+    except ModelRefused as error:
+        raise CaptureError("the model does not run on the example inputs", got=error) from error
+    captured.graph.symbols = dict(signature.symbols)
+    return Captured(captured.graph, signature)
+
+
+def _imported(
+    program: ExportedProgram,
+    weights: Weights,
+    name: str,
+    roles: Mapping[str, str],
+    parameters: tuple[tuple[str, Any], ...],
+) -> Captured:
+    """An exported program, decomposed and imported."""
+    program = decompose(program)
+    graph, symbols = import_program(program, weights, name=name, roles=roles)
+    graph.verify()
+    return Captured(graph, _signature(program, graph, symbols, parameters))
+
+
+def _signature(
+    program: ExportedProgram, graph: Graph, symbols: Symbols, parameters: tuple[tuple[str, Any], ...]
+) -> Signature:
+    """The calling convention that export recorded."""
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    if in_spec is None or out_spec is None:
+        raise CaptureError("the exported program does not say how it is called", got="a CallSpec without in_spec or out_spec")
+    paths = _argument_paths(in_spec, [name for name, _ in parameters])
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    specs = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    inputs = iter(graph.inputs)
+    slots: list[Slot] = []
+    for path, arg in zip(paths, specs, strict=True):
+        if isinstance(arg, ConstantArgument):
+            slots.append(ConstantSlot(path, arg.value))
+            continue
+        value, name = values[arg.name], next(inputs).name
+        if isinstance(value, torch.Tensor):
+            shape = tuple(symbols.size(n) for n in value.shape)
+            slots.append(TensorSlot(path, name, value.dtype, value.device, shape))
+        else:
+            slots.append(NumberSlot(path, name, symbols.value(value) if isinstance(value, torch.SymInt) else None))
+    conditions = symbols.conditions(guards_of_program(program))
+    return Signature(in_spec, out_spec, tuple(slots), graph.symbols, parameters, device_of_program(program), conditions)
+
+
+def _argument_paths(spec: pytree.TreeSpec, names: list[str]) -> list[str]:
+    """How a user would name each flat argument: `input_ids`, `batch['mask']`."""
+    args, kwargs = spec.children()
+    heads = [names[i] if i < len(names) else f"args[{i}]" for i in range(args.num_children)] + list(kwargs.context or [])
+    parts = zip(heads, [*args.children(), *kwargs.children()], strict=True)
+    return [f"{head}{rest}" for head, part in parts for rest in leaf_paths(part)]
+
+
+def _parameters(model: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The names and default values of forward's parameters, as far as they can be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(model.forward).parameters.values()
+    return tuple((p.name, MISSING if p.default is p.empty else p.default) for p in found if p.kind in kinds)
+
+
+def _without_data(model: torch.nn.Module, call: Call) -> bool:
+    """Whether a weight or an input is a shape without data, so that nothing can be run."""
+    tensors = [*named_tensors(model).values(), *(x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor))]
+    return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)

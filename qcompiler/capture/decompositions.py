@@ -1,0 +1,92 @@
+"""From torch's training IR to functional ATen, with the operators that passes look for kept whole.
+
+`run_decompositions` makes in-place operators functional and inlines autocast and no-grad regions. Of the composite
+operators it takes apart those that are not in KEEP, each exactly as eager torch would run it, so that bits stay equal.
+Primitive operators (silu, gelu, embedding, addmm, …) always stay.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompiler.capture.locations import location_of
+from qcompiler.capture.quiet import third_party_silence
+from qcompiler.errors import CaptureError
+
+KEEP = frozenset(
+    {
+        # matrix products
+        "aten::linear", "aten::matmul", "aten::inner", "aten::conv1d", "aten::conv2d", "aten::conv3d",
+        "aten::conv_transpose1d", "aten::conv_transpose2d.input", "aten::conv_transpose3d.input",
+        # attention
+        "aten::scaled_dot_product_attention", "aten::softmax.int", "aten::log_softmax.int",
+        # normalization
+        "aten::layer_norm", "aten::rms_norm", "aten::group_norm", "aten::instance_norm",
+        # activations and gates
+        "aten::silu", "aten::gelu", "aten::relu6", "aten::selu", "aten::glu",
+        # whole sequences and pools: their parts are loops over a size, or a second result that nobody reads
+        "aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input", "aten::max_pool1d",
+        "aten::max_pool2d", "aten::max_pool3d", "aten::avg_pool1d", "aten::adaptive_avg_pool1d",
+        "aten::adaptive_avg_pool2d", "aten::adaptive_avg_pool3d",
+        # their parts look at the data
+        "aten::one_hot",
+        # questions about a tensor, whose answers are sizes
+        "aten::sym_size.int", "aten::sym_stride.int", "aten::size.int", "aten::stride.int",
+        # shapes: their parts are strides and clones that say nothing
+        "aten::pad", "aten::repeat_interleave.self_int", "aten::split.Tensor", "aten::split.sizes", "aten::chunk",
+        "aten::unflatten.int", "aten::stack", "aten::where.ScalarOther", "aten::where.ScalarSelf",
+        "aten::upsample_nearest2d.vec", "aten::upsample_bilinear2d.vec",
+    }
+)  # fmt: skip
+"""Composite operators that a graph shows whole. Version 1; extend it when a pass needs another."""
+
+ASSERTIONS = frozenset(
+    {
+        "aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range",
+        "aten.sym_constrain_range_for_size", "aten._functional_assert_async", "aten._functional_assert_scalar",
+        "aten._functional_sym_constrain_range", "aten._functional_sym_constrain_range_for_size",
+        "aten._make_dep_token",
+    }
+)  # fmt: skip
+"""Operators that only check; what they check about sizes is in the ranges of the symbols."""
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """The same program in functional ATen, with KEEP whole.
+
+    Raises:
+        CaptureError: Control flow, or another operator over sub-graphs, is left; the message has the user's line.
+    """
+    with third_party_silence():
+        program = program.run_decompositions(_table())
+    for node in program.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                "control flow over sub-graphs cannot be part of a graph yet",
+                got=node.target.name(),
+                where=str(location_of(node)) or None,
+                fix="Write it without torch.cond, while_loop or map, for instance with torch.where.",
+            )
+    return program
+
+
+def is_assertion(node: torch.fx.Node) -> bool:
+    """Whether a node only checks something, so that the graph leaves it out."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.name().split(".")[0].replace("::", ".") in ASSERTIONS
+    return getattr(target, "__name__", "") in ("sym_constrain_range", "sym_constrain_range_for_size", "_check")
+
+
+def _table() -> dict[Any, Callable[..., Any]]:
+    """How torch takes apart the composite operators that are not kept; primitives are not in it."""
+    whole = torch.export.default_decompositions()
+    return {
+        op: whole[op]
+        for op in whole
+        if isinstance(op, torch._ops.OpOverload)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+        and op.name().removesuffix(".default") not in KEEP
+    }

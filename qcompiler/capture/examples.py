@@ -1,0 +1,86 @@
+"""Example inputs in other sizes: what capture traces with, and what it checks the graph with.
+
+A tensor is resized by reading its own entries again, modulo its size, so that token ids, masks and positions stay legal.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.signature import Signature, TensorSlot, linear, solve
+from qcompiler.ir.sizes import evaluate
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""A call's (args, kwargs)."""
+
+
+def enlarged(call: Call) -> Iterator[Call]:
+    """Ways to trace with other sizes than 1, most general first; the call as it is comes last.
+
+    torch.export takes a dimension of size 1 for a constant. A batch or sequence of 1 is therefore traced as 2: first both
+    leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has a head dimension there), then the
+    first dimension alone.
+    """
+    choices: list[Callable[[torch.Tensor, int], bool]] = [
+        lambda tensor, axis: axis < 2,
+        lambda tensor, axis: axis < 2 and tensor.ndim <= 3 or axis == 0,
+        lambda tensor, axis: axis == 0,
+        lambda tensor, axis: False,
+    ]
+    seen: list[list[tuple[int, ...]]] = []
+    for wanted in choices:
+
+        def grow(tensor: torch.Tensor, wanted: Callable[[torch.Tensor, int], bool] = wanted) -> torch.Tensor:
+            shape = tuple(2 if n == 1 and wanted(tensor, axis) else n for axis, n in enumerate(tensor.shape))
+            return resized(tensor, shape)
+
+        variant = map_tensors(grow, call)
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(variant) if isinstance(leaf, torch.Tensor)]
+        if shapes not in seen:
+            seen.append(shapes)
+            yield variant
+
+
+def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of another shape with the same kind of entries; the tensor itself when the shape is its own."""
+    for axis, size in enumerate(shape):
+        if size != tensor.shape[axis]:
+            index = torch.arange(size, device=tensor.device) % max(1, tensor.shape[axis])
+            tensor = tensor.index_select(axis, index)
+    return tensor
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], call: Call) -> Call:
+    """The same call with `function` applied to every tensor; containers are made anew."""
+    leaves, spec = pytree.tree_flatten(call)
+    mapped: Call = pytree.tree_unflatten([function(x) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
+    return mapped
+
+
+def sizes_of(signature: Signature, call: Call) -> dict[str, int]:
+    """The value that each symbol has in a call of the captured structure."""
+    found: dict[str, int] = {}
+    for slot, leaf in zip(signature.slots, pytree.tree_leaves(call), strict=True):
+        for axis, size in enumerate(slot.shape if isinstance(slot, TensorSlot) else ()):
+            if linear(size) is not None and (solved := solve(size, leaf.shape[axis])) and solved[1] is not None:
+                found[solved[0]] = solved[1]
+    return found
+
+
+def with_sizes(signature: Signature, call: Call, sizes: Mapping[str, int]) -> Call | None:
+    """A call in which each symbol has the value in `sizes`; None when a tensor would have to grow out of nothing."""
+    leaves, spec = pytree.tree_flatten(call)
+    for index, slot in enumerate(signature.slots):
+        if not isinstance(slot, TensorSlot):
+            continue
+        try:
+            shape = [evaluate(size, sizes) for size in slot.shape]
+        except KeyError:
+            return None
+        if any(n and not old for n, old in zip(shape, leaves[index].shape, strict=True)):
+            return None
+        leaves[index] = resized(leaves[index], shape)
+    changed: Call = pytree.tree_unflatten(leaves, spec)
+    return changed

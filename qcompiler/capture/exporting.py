@@ -1,0 +1,106 @@
+"""Model -> ExportedProgram: the ways to trace, in order, and one clear error when none works."""
+
+import linecache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.huggingface import pretrained_model, register_caches, tracing_patches, tracing_settings
+from qcompiler.capture.locations import user_line
+from qcompiler.capture.quiet import quiet_failure, third_party_silence
+from qcompiler.errors import CaptureError
+
+DATA_DEPENDENT = frozenset(
+    {
+        "GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException",
+        "PendingUnbackedSymbolNotFound",
+    }
+)  # fmt: skip
+"""Names of torch's errors for code whose course depends on the data; by name, because the classes move between versions."""
+
+
+class DataDependent(CaptureError):
+    """The model's Python code branches on the values of a tensor."""
+
+
+Attempt = tuple[Callable[[], AbstractContextManager[None]], bool]
+"""What to trace under, and whether in strict mode."""
+
+
+def export_program(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any = "auto"
+) -> ExportedProgram:
+    """Traces a model with torch.export: as plain Python first, with transformers' patches next, then in strict mode.
+
+    A Hugging Face causal model is captured without a key-value cache, unless `kwargs` has `use_cache` or a cache; see
+    `huggingface.tracing_settings`. The model and its configuration are as before afterwards.
+
+    Args:
+        model: In evaluation mode; see `preflight.check_model`.
+        args: Positional example inputs.
+        kwargs: Example inputs by name.
+        dynamic_shapes: "auto" leaves every dimension open and lets the model fix those it must; None fixes all; anything
+            else is handed to torch.export as it is.
+
+    Raises:
+        CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
+    """
+    register_caches(model)
+    shapes = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
+    errors: list[Exception] = []
+    with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence():
+        for context, strict in _attempts(model):
+            try:
+                with context(), quiet_failure():
+                    return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
+            except Exception as error:  # whatever torch or the model raises becomes one sentence below
+                errors.append(error)
+    raise explain(errors[0]) from errors[0]
+
+
+def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCollection:
+    """Every dimension of every tensor dynamic where the model allows; sizes 0 and 1, which torch takes for constants, fixed."""
+    shapes = ShapesCollection()
+    for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
+        if isinstance(leaf, torch.Tensor):
+            shapes[leaf] = {axis: Dim.AUTO if n > 1 else Dim.STATIC for axis, n in enumerate(leaf.shape)}
+    return shapes
+
+
+def explain(error: BaseException) -> CaptureError:
+    """What went wrong in a trace, in one sentence with the user's line."""
+    chain = list(_chain(error))
+    line = next((found for link in reversed(chain) if (found := user_line(link.__traceback__))), None)
+    where = None
+    if line is not None:
+        where = f"{line}: {linecache.getline(line.file, line.line).strip()}"
+    if any(type(link).__name__ in DATA_DEPENDENT for link in chain):
+        return DataDependent(
+            "the model's course depends on the values of a tensor, which a graph cannot know",
+            where=where,
+            fix="Replace the Python if, loop or .item() there by tensor operations such as torch.where, or capture the "
+            "part of the model around it.",
+        )
+    root = chain[-1]
+    message = str(root).strip().split("\n")[0].rstrip(".")
+    return CaptureError("the model cannot be traced", got=f"{type(root).__name__}: {message}", where=where)
+
+
+def _attempts(model: torch.nn.Module) -> Iterator[Attempt]:
+    yield nullcontext, False
+    if pretrained_model(model) is not None:
+        yield (lambda: tracing_patches(model)), False
+    yield nullcontext, True
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what caused it, and so on down to the root."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -1,0 +1,104 @@
+"""What a Hugging Face model needs to be traced. transformers is optional: nothing here imports it unless a model does.
+
+`tracing_settings` changes what the model computes in the user's eyes (no cache unless one is passed), so that the
+check against the model runs under it too; `tracing_patches` only replaces code that cannot be traced.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+CACHE_ARGUMENTS = ("use_cache", "past_key_values", "past_key_value", "cache_params")
+EXPORTABLE_EXPERTS = "batched_mm"
+
+
+def pretrained_model(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model itself, or the outermost module in it, that is a transformers PreTrainedModel; None when there is none."""
+    return next((module for module in model.modules() if _is_pretrained(module)), None)
+
+
+@contextmanager
+def tracing_settings(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Holds a model to what can be captured, and restores its configuration afterwards.
+
+    A causal language model makes and returns a key-value cache by default. It is captured without one, unless the call
+    passes `use_cache` or a cache: a graph that only scores or prefills has no use for it, and would return it.
+    """
+    inner = pretrained_model(model)
+    with ExitStack() as stack:
+        if inner is not None:
+            if not any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
+                stack.enter_context(_without_cache(inner))
+            stack.enter_context(_exportable_experts(inner))
+        yield
+
+
+@contextmanager
+def tracing_patches(model: torch.nn.Module) -> Iterator[None]:
+    """transformers' own replacements for code that torch.export cannot trace, in force for the duration.
+
+    Raises:
+        ImportError: This version of transformers has none.
+    """
+    inner = pretrained_model(model)
+    if inner is None:
+        raise ImportError("not a transformers model")
+    dynamo = import_module("transformers.exporters.exporter_dynamo")
+    patches = import_module("transformers.exporters.utils")
+    with patches.apply_patches("dynamo"), dynamo.reset_model_state(inner):
+        yield
+
+
+def register_caches(model: torch.nn.Module) -> None:
+    """Makes transformers' caches known to pytree, so that they can be inputs and outputs."""
+    inner = pretrained_model(model)
+    if inner is None:
+        return
+    try:
+        dynamo = import_module("transformers.exporters.exporter_dynamo")
+    except ImportError:  # an older transformers; its caches register themselves, or cannot be captured
+        return
+    dynamo.register_cache_pytrees_for_model(inner)
+
+
+def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:
+    """The weight of the head that makes logits, when the model names one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _is_pretrained(module: torch.nn.Module) -> bool:
+    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+@contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+    before = [(config, config.use_cache) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
+
+
+@contextmanager
+def _exportable_experts(model: torch.nn.Module) -> Iterator[None]:
+    """The loop over experts looks at the data; the batched and grouped implementations do not."""
+    get, put = getattr(model, "get_experts_implementation", None), getattr(model, "set_experts_implementation", None)
+    before = get() if callable(get) else {}
+    if not callable(put) or "eager" not in before.values():
+        yield
+        return
+    put({key: EXPORTABLE_EXPERTS if value == "eager" else value for key, value in before.items()})
+    try:
+        yield
+    finally:
+        put(before)

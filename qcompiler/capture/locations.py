@@ -1,0 +1,80 @@
+"""Where a traced operation comes from: the user's source line and the module path, free of machine paths."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from qcompiler.ir.op import Location
+
+FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+PACKAGES = ("site-packages", "dist-packages")
+TORCH = str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).parents[1])
+
+
+class Line(NamedTuple):
+    """A line of somebody's source file."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{short_path(self.file)}:{self.line}"
+
+
+def location_of(node: torch.fx.Node) -> Location:
+    """The innermost line outside of torch that led to `node`, and the path of the module that it runs in."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    module = _module_path(str(list(stack.values())[-1][0])) if stack else ""
+    found = list(_frames(node.meta.get("stack_trace") or ""))
+    if not found:
+        return Location(module=module)
+    return Location(short_path(found[-1].file), found[-1].line, module)
+
+
+def user_line(trace: TracebackType | None) -> Line | None:
+    """The innermost line of a traceback that is neither torch's nor ours."""
+    found = None
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if _is_users(file):
+            found = Line(file, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def short_path(file: str) -> str:
+    """`transformers/models/llama/modeling_llama.py` for an installed file, a relative path below the working directory,
+    and the bare name otherwise."""
+    path = Path(file)
+    for package in PACKAGES:
+        if package in path.parts:
+            return Path(*path.parts[path.parts.index(package) + 1 :]).as_posix()
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd()).as_posix()
+    return path.name
+
+
+def _frames(trace: str) -> Iterator[Line]:
+    """The user's frames in a printed stack, outermost first."""
+    for match in FRAME.finditer(trace):
+        if _is_users(match["file"]):
+            yield Line(match["file"], int(match["line"]))
+
+
+def _is_users(file: str) -> bool:
+    # Generated code has names such as <eval_with_key>.3; contextlib only carries torch's decorators.
+    generated = file.startswith("<")
+    return not generated and not file.startswith((TORCH, OURS, "torch/")) and Path(file).name not in ("contextlib.py", "copyreg.py")
+
+
+def _module_path(name: str) -> str:
+    """`model.layers.0` for torch's various spellings of a module's place."""
+    if name.startswith("_empty_nn_module_stack"):  # torch's mark for an operation that belongs to no module
+        return ""
+    name = re.sub(r"\['?([^'\]]+)'?\]", r".\1", name)
+    return re.sub(r"^(L?__self__|L\.self|self)\.?", "", name).replace("_modules.", "").strip(".")

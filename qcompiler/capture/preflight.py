@@ -1,0 +1,151 @@
+"""What is wrong with a model before it is traced: one clear sentence each, instead of an error from deep inside torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from qcompiler.errors import CaptureError
+from qcompiler.runtime.weights import named_tensors
+
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+"""Where nn.Module keeps its hooks, and what a user calls them."""
+
+
+def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
+    """The model, when it can be traced at all.
+
+    Args:
+        model: What the user passed.
+        allow_meta: Whether weights may lie on the meta device (a structure without data).
+
+    Raises:
+        CaptureError: It is no eager nn.Module, is in training mode, has hooks, has weights without data, on several
+            devices, or in a tensor subclass.
+    """
+    module = _check_kind(model)
+    for check in (_check_mode, _check_hooks, _check_subclasses):
+        check(module)
+    if not allow_meta:
+        _check_data(module)
+    _check_devices(module)
+    return module
+
+
+def check_inputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises CaptureError when an example input lies on another device than the model's weights."""
+    home = device_of(model)
+    if home is None:
+        return
+    for path, leaf in pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.device != home and (leaf.ndim or leaf.device.type != "cpu"):
+            raise CaptureError(
+                f"an example input lies on another device than the model: {pytree.keystr(path)}",
+                got=leaf.device,
+                need=home,
+                fix="Move the input, or the model, with .to(device).",
+            )
+
+
+def device_of(model: torch.nn.Module) -> torch.device | None:
+    """The device of the weights; None for a model without any."""
+    return next((tensor.device for _, tensor in _placed(model)), None)
+
+
+def _check_kind(model: object) -> torch.nn.Module:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "a TorchScript module cannot be captured", got=type(model).__name__, need="the eager nn.Module it was made from"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(
+            "only a torch.nn.Module or an ExportedProgram can be captured",
+            got=type(model).__name__,
+            fix="Wrap a function in a module whose forward calls it.",
+        )
+    if hasattr(model, "_orig_mod"):
+        raise CaptureError(
+            "a model that torch.compile wraps cannot be captured",
+            got=type(model).__name__,
+            fix="Pass the model itself; torch.compile may wrap the result.",
+        )
+    return model
+
+
+def _check_mode(model: torch.nn.Module) -> None:
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise CaptureError(
+            "the model is in training mode",
+            got=f"{_called(training)}.training is True",
+            fix="Call model.eval() first: a compiled model is for inference.",
+        )
+
+
+def _check_hooks(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise CaptureError(
+                f"accelerate has put a hook on {_called(name)}, so that weights move while the model runs",
+                got=type(module._hf_hook).__name__,
+                fix="Load the model on one device without device_map, or call accelerate.hooks.remove_hook_from_submodules.",
+            )
+        for attribute, words in HOOKS.items():
+            hooks = [hook for hook in getattr(module, attribute, {}).values() if not _is_recorder(hook)]
+            if hooks:
+                raise CaptureError(
+                    f"there is a {words} on {_called(name)}, and a graph cannot call it",
+                    got=getattr(hooks[0], "__qualname__", type(hooks[0]).__name__),
+                    fix="Remove it (handle.remove()); for weight norm, call torch.nn.utils.remove_weight_norm.",
+                )
+
+
+def _is_recorder(hook: Callable[..., Any]) -> bool:
+    # transformers leaves its own output recorders on the layers after a call with output_hidden_states; they trace well.
+    return str(getattr(hook, "__module__", "")).startswith("transformers.utils.")
+
+
+def _check_subclasses(model: torch.nn.Module) -> None:
+    for name, tensor in named_tensors(model).items():
+        if is_traceable_wrapper_subclass(tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor):
+            raise CaptureError(
+                f"the weight {name!r} is a tensor subclass, which hides several tensors",
+                got=type(tensor).__name__,
+                need="a plain torch.Tensor",
+                fix="Capture the model before another tool quantizes or shards it.",
+            )
+
+
+def _check_data(model: torch.nn.Module) -> None:
+    empty = next((name for name, tensor in named_tensors(model).items() if tensor.is_meta), None)
+    if empty is not None:
+        raise CaptureError(
+            f"the weight {empty!r} lies on the meta device and has no data",
+            fix="Load the weights first, or pass allow_meta=True to capture the structure alone.",
+        )
+
+
+def _check_devices(model: torch.nn.Module) -> None:
+    first: dict[torch.device, str] = {}
+    for name, tensor in _placed(model):
+        first.setdefault(tensor.device, name)
+    if len(first) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
+        raise CaptureError("the weights lie on several devices", got=places, fix="Move the model with model.to(device).")
+
+
+def _placed(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    # torch lets a CPU scalar meet tensors of any device, so that such a buffer says nothing about where a model lies.
+    tensors = list(named_tensors(model).items())
+    return ((name, t) for name, t in tensors if t.ndim or t.device.type != "cpu" or len(tensors) == 1)
+
+
+def _called(name: str) -> str:
+    return f"model.{name}" if name else "model"

@@ -1,0 +1,43 @@
+"""Keeps the deprecation noise of torch and transformers away from people who can do nothing about it."""
+
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+MODULES = r"(torch|copyreg|transformers|sympy)(\.|$)"
+"""Whose warnings are silenced. copyreg stands for torch: it shows up when export deep-copies its own tree specs."""
+
+CHATTY = ("torch.export._trace", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+"""Loggers that report a failing trace before it raises."""
+
+
+@contextmanager
+def third_party_silence() -> Iterator[None]:
+    """Ignores warnings that torch and transformers raise about their own code; a model's own warnings pass."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=MODULES)
+        yield
+
+
+@contextmanager
+def quiet_failure() -> Iterator[None]:
+    """Lets a trace fail without torch logging and printing half a graph first; its exception says it all.
+
+    What is printed to stderr by a trace that succeeds is kept.
+    """
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    before = [logger.disabled for logger in loggers]
+    printed = io.StringIO()
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled

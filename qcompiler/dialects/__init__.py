@@ -1,0 +1,5 @@
+"""The operations, one file a dialect; importing this package fills the table of `qcompiler.ir.op_table`."""
+
+from qcompiler.dialects import aten, core, kernel, quant
+
+__all__ = ["aten", "core", "kernel", "quant"]

@@ -1,0 +1,145 @@
+"""Runs any graph, operation by operation, in plain torch: the judge of every pass and every kernel.
+
+An operation of ours runs its declared meaning; an operation of torch's runs itself. Nothing is compiled or fused.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from qcompiler.dialects.aten import overload_of, to_torch
+from qcompiler.errors import InputError, QCompilerError
+from qcompiler.ir import Argument, Graph, Op, Value, map_tree
+from qcompiler.ir.op_table import lookup
+
+Observer = Callable[[Op, tuple[Any, ...]], None]
+
+
+def interpret(
+    graph: Graph,
+    inputs: Sequence[Any],
+    weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    updates: dict[str, torch.Tensor] | None = None,
+    observe: Observer | None = None,
+) -> tuple[Any, ...]:
+    """What `graph` computes.
+
+    Args:
+        graph: Any legal graph.
+        inputs: One tensor or number for each input of the graph, in order.
+        weights: Name -> tensor; the graph's own when left out.
+        updates: Filled with the new values of the buffers and inputs that the graph updates, by the name of the value
+            that is updated. Neither `weights` nor `inputs` is changed.
+        observe: Called with each operation and its results, as they appear.
+
+    Returns:
+        The outputs, in order.
+
+    Raises:
+        InputError: The number of inputs is wrong, or a weight is missing.
+        QCompilerError: An operation failed; the message names it and its source line.
+    """
+    if len(inputs) != len(graph.inputs):
+        raise InputError(f"@{graph.name} takes {len(graph.inputs)} inputs", got=len(inputs), need=len(graph.inputs))
+    store = graph.weights if weights is None else weights
+    machine = _Machine(graph, dict(zip(graph.inputs, inputs, strict=True)), store, observe)
+    with torch.no_grad():
+        for op in graph.ops():
+            machine.step(op)
+    if updates is not None:
+        updates.update(machine.updates)
+    return tuple(machine.read(arg) for arg in graph.outputs)
+
+
+def run_constant(op: Op, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The results of an operation that is computed from parameters alone; only what it needs is loaded."""
+    machine = _Machine((), {}, weights, None)
+
+    def run(inner: Op) -> tuple[Any, ...]:
+        for _, value in inner.operands():
+            if value not in machine.values:
+                machine.values.update(zip(value.op.results, run(value.op), strict=True))
+        return machine.run(inner)
+
+    with torch.no_grad():
+        return run(op)
+
+
+class _Machine:
+    """The values that are alive, and how to run one operation on them."""
+
+    def __init__(
+        self, ops: Iterable[Op], values: dict[Value, Any], weights: Mapping[str, torch.Tensor], observe: Observer | None
+    ) -> None:
+        self.values, self.weights, self.observe = values, weights, observe
+        self.updates: dict[str, torch.Tensor] = {}
+        self.readers = Counter(value for op in ops for _, value in op.operands())
+        tensors = (value for value in values.values() if isinstance(value, torch.Tensor))
+        first = next(tensors, None)
+        if first is None:
+            first = next(iter(weights.values()), None)
+        self.device = first.device if first is not None else torch.device("cpu")
+
+    def read(self, arg: Argument) -> Any:
+        """An argument with its values filled in."""
+        return map_tree(lambda leaf: self.values[leaf] if isinstance(leaf, Value) else to_torch(leaf), arg)
+
+    def step(self, op: Op) -> None:
+        """Runs one operation and forgets the operands that nobody reads any more."""
+        results = self.run(op)
+        if self.observe is not None:
+            self.observe(op, results)
+        self.values.update(zip(op.results, results, strict=True))
+        for _, value in op.operands():
+            self.readers[value] -= 1
+            if not self.readers[value]:
+                self.values.pop(value, None)
+
+    def run(self, op: Op) -> tuple[Any, ...]:
+        """The results of one operation."""
+        if op.name in ("core.param", "core.buffer"):
+            return (self.weight(op),)
+        if op.name == "core.update":
+            self.updates[op.tensor(0).name] = self.read(op.args[1])
+            return ()
+        definition = lookup(op.name)
+        function = definition.meaning if definition else overload_of(op.name)
+        if function is None:
+            raise QCompilerError("an operation has no meaning to run", got=op.name)
+        keywords = {key: self.read(arg) for key, arg in op.attrs.items()}
+        if definition is None and makes_tensors(op):
+            keywords.setdefault("device", self.device)
+        try:
+            out = function(*map(self.read, op.args), **keywords)
+        except Exception as error:
+            raise QCompilerError(f"{op.name} failed: {error}", where=str(op.loc) or None) from error
+        return tuple(out) if isinstance(out, tuple | list) and len(op.results) != 1 else (_only(out),)[: len(op.results)]
+
+    def weight(self, op: Op) -> torch.Tensor:
+        """The tensor that a parameter or buffer stands for."""
+        name = str(op.attrs["name"])
+        if name not in self.weights:
+            raise InputError(
+                "the graph reads a weight that the weights do not have", got=name, fix="Pass the weights of this very graph."
+            )
+        return self.weights[name]
+
+
+def _only(out: Any) -> Any:
+    """The result of an operation that has one: torch wraps some single results in a list or tuple."""
+    return out[0] if isinstance(out, tuple | list) and len(out) == 1 else out
+
+
+def makes_tensors(op: Op) -> bool:
+    """Whether an operation makes a tensor out of no tensor, so that it must be told the device."""
+    from_tensor = any(hasattr(value.type, "dtype") for _, value in op.operands())
+    return not from_tensor and _takes_device(op.name)
+
+
+@lru_cache(maxsize=None)
+def _takes_device(name: str) -> bool:
+    return any(argument.name == "device" for argument in overload_of(name)._schema.arguments)

@@ -1,0 +1,115 @@
+"""Values, operations, literals and locations: what a graph is made of."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompiler.ir.types import DType, TensorType, Type
+
+Path = tuple[int | str, ...]
+"""Where an operand sits: (0,) is the first argument, (0, 2) the third of a list there, ("mask",) an attribute."""
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A literal that is only a name to torch, such as a memory format; prints as `#contiguous_format`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"#{self.name}"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an operation comes from: source line, module path, and the pass that made it."""
+
+    file: str = ""
+    line: int = 0
+    module: str = ""
+    made_by: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{quote(self.file)}:{self.line}"] if self.file else []
+        parts += [f"in {quote(self.module)}"] if self.module else []
+        parts += [f"by {quote(self.made_by)}"] if self.made_by else []
+        return f"loc({' '.join(parts)})" if parts else ""
+
+
+class Value:
+    """One result of one operation, named and typed; compared by identity."""
+
+    __slots__ = ("index", "name", "op", "type")
+
+    def __init__(self, op: "Op", index: int, name: str, type: Type) -> None:
+        self.op, self.index, self.name, self.type = op, index, name, type
+
+    def __str__(self) -> str:
+        return f"%{self.name}"
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+    @property
+    def tensor(self) -> TensorType:
+        """The type, known to be a tensor's; TypeError otherwise."""
+        if not isinstance(self.type, TensorType):
+            raise TypeError(f"{self!r} is no tensor")
+        return self.type
+
+
+Literal = None | bool | int | float | str | DType | Tag
+Argument = Value | Literal | tuple["Argument", ...]
+LITERAL_TYPES = (type(None), bool, int, float, str, DType, Tag)
+
+
+@dataclass(eq=False)
+class Op:
+    """One operation: `results = name(args) {attrs}`. Arguments and attributes are trees of values and literals."""
+
+    name: str
+    args: tuple[Argument, ...]
+    attrs: dict[str, Argument]
+    loc: Location
+    results: tuple[Value, ...] = field(default=(), repr=False)
+
+    @property
+    def result(self) -> Value:
+        """The only result."""
+        (value,) = self.results
+        return value
+
+    def operands(self) -> Iterator[tuple[Path, Value]]:
+        """Every value in the arguments and attributes, with its path, in printing order."""
+        for index, arg in enumerate(self.args):
+            yield from _values(arg, (index,))
+        for key in sorted(self.attrs):
+            yield from _values(self.attrs[key], (key,))
+
+    def tensor(self, index: int) -> Value:
+        """Argument `index`, known to be a value; TypeError otherwise."""
+        arg = self.args[index]
+        if not isinstance(arg, Value):
+            raise TypeError(f"argument {index} of {self.name} is {arg!r}, not a value")
+        return arg
+
+
+def _values(arg: Argument, path: Path) -> Iterator[tuple[Path, Value]]:
+    if isinstance(arg, Value):
+        yield path, arg
+    elif isinstance(arg, tuple):
+        for index, item in enumerate(arg):
+            yield from _values(item, (*path, index))
+
+
+def quote(text: str) -> str:
+    """A string as JSON spells it, always on one line; what cannot be seen is escaped."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def map_tree(function: Callable[[Any], Any], arg: Any) -> Any:
+    """The same tree with `function` applied to every leaf."""
+    if isinstance(arg, tuple):
+        return tuple(map_tree(function, item) for item in arg)
+    return function(arg)

@@ -1,0 +1,64 @@
+"""Graph -> text.
+
+    func @mlp(%x: bf16[s0, 256]) -> (bf16[s0, 512]) where s0 in 1..4096 {
+      %fc1.weight = core.param() {name = "fc1.weight"} : bf16[512, 256]
+      %linear = aten.linear(%x, %fc1.weight) : bf16[s0, 512] loc("mlp.py":9 in "fc1")
+      return %linear
+    }
+
+One grammar for all operations; types only where a value is bound; printing a parsed text gives it back.
+"""
+
+from typing import TYPE_CHECKING
+
+from qcompiler.ir.op import Argument, Op, Value, quote
+
+if TYPE_CHECKING:
+    from qcompiler.ir.graph import Graph
+
+
+def print_graph(graph: "Graph", *, locations: bool = True) -> str:
+    """The text of a graph, ending without a newline."""
+    ops = list(graph)
+    inputs = ", ".join(print_binding(op.result, op if locations else None) for op in ops if op.name == "core.input")
+    results = ", ".join(map(print_claim, graph.outputs))
+    where = ", ".join(f"{name} in {graph.symbols[name]}" for name in sorted(graph.symbols))
+    head = f"func @{graph.name}({inputs}) -> ({results}){f' where {where}' if where else ''} {{"
+    body = [f"  {print_op(op, locations=locations)}" for op in ops if op.name != "core.input"]
+    return "\n".join([head, *body, "}"])
+
+
+def print_claim(output: Argument) -> str:
+    """What the head says of an output: types instead of values."""
+    if isinstance(output, tuple):
+        return f"[{', '.join(map(print_claim, output))}]"
+    return str(output.type) if isinstance(output, Value) else print_argument(output)
+
+
+def print_binding(value: Value, op: Op | None = None) -> str:
+    """`%x: bf16[s0, 256]`, with the location of `op` when it is given and has one."""
+    return " ".join(filter(None, [f"{value}: {value.type}", str(op.loc) if op else ""]))
+
+
+def print_op(op: Op, *, locations: bool = True) -> str:
+    """One operation on one line."""
+    args = ", ".join(map(print_argument, op.args))
+    if op.name == "core.return":
+        return f"return {args}".rstrip()
+    head = f"{', '.join(map(str, op.results))} = " if op.results else ""
+    attrs = ", ".join(f"{key} = {print_argument(op.attrs[key])}" for key in sorted(op.attrs))
+    text = f"{head}{op.name}({args})"
+    text += f" {{{attrs}}}" if attrs else ""
+    text += f" : {', '.join(str(value.type) for value in op.results)}" if op.results else ""
+    return f"{text} {op.loc}" if locations and str(op.loc) else text
+
+
+def print_argument(arg: Argument) -> str:
+    """A value, a literal, or a list of them."""
+    if isinstance(arg, tuple):
+        return f"[{', '.join(map(print_argument, arg))}]"
+    if arg is None or isinstance(arg, bool):
+        return {None: "None", True: "true", False: "false"}[arg]
+    if isinstance(arg, str):
+        return quote(arg)
+    return repr(arg) if isinstance(arg, int | float) else str(arg)

@@ -1,0 +1,155 @@
+"""Rewriting: a rule reads before -> condition -> after, and says why it did not match.
+
+    class DoubleNegation(Rule):
+        '''neg(neg(x))  ->  x'''
+
+        root = ("aten.neg",)
+
+        def match(self, op, graph):
+            inner = op.tensor(0).op
+            return {"x": inner.tensor(0)} if inner.name == "aten.neg" else Missed("its input is no neg", op.tensor(0))
+
+        def rewrite(self, op, rewriter, x):
+            rewriter.replace(op, x)
+
+A rule holds no state: what `match` finds is what `rewrite` gets.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from qcompiler.errors import PassError
+from qcompiler.ir.graph import INPUT, PARAM, Graph
+from qcompiler.ir.op import Argument, Op, Value
+from qcompiler.ir.op_table import lookup
+from qcompiler.ir.types import Type
+
+SWEEPS = 100
+"""Rewriting that has not ended by then never will."""
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Why a rule did not match: one clause without a final stop, and the value at fault, where there is one."""
+
+    why: str
+    value: Value | None = None
+
+    def __str__(self) -> str:
+        return f"{self.why} ({self.value})" if self.value is not None else self.why
+
+
+Match = Mapping[str, Any]
+
+
+class Rule(ABC):
+    """One local rewrite. `root` names the operations it starts at; the docstring shows `before -> after`."""
+
+    root: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        """What `rewrite` needs, by keyword; or why the rule does not apply at `op`. Changes nothing."""
+
+    @abstractmethod
+    def rewrite(self, op: Op, rewriter: "Rewriter", /, *_: Any, **match: Any) -> None:
+        """Changes the graph through the rewriter, starting from what `match` found."""
+
+    @property
+    def name(self) -> str:
+        """The class's name, for messages."""
+        return type(self).__name__
+
+
+class Rewriter:
+    """Changes a graph around one operation: what it inserts stands in front of it and inherits its location."""
+
+    def __init__(self, graph: Graph, anchor: Op, made_by: str) -> None:
+        self.graph, self.anchor, self.made_by = graph, anchor, made_by
+        self.changed = False
+        self._inserted: set[Op] = set()
+
+    def insert(
+        self,
+        name: str,
+        *args: Argument,
+        attrs: Mapping[str, Argument] | None = None,
+        types: Iterable[Type] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> Op:
+        """A new operation in front of the anchor; see `Graph.insert`."""
+        self.changed = True
+        loc = replace(self.anchor.loc, made_by=self.made_by)
+        op = self.graph.insert(self.anchor, name, *args, attrs=attrs, types=types, names=names, loc=loc)
+        self._inserted.add(op)
+        return op
+
+    def replace(self, op: Op, *values: Value, keep_names: bool = True) -> None:
+        """Makes the readers of `op` read `values`, one a result, and erases `op`.
+
+        Values that this very rewriter has inserted take over the names, unless `keep_names` is false.
+        """
+        if len(values) != len(op.results):
+            raise PassError(f"{op.name} has {len(op.results)} results, but {len(values)} values are to replace them")
+        self.changed = True
+        names = [old.name for old in op.results]
+        for old, new in zip(op.results, values, strict=True):
+            self.graph.replace(old, new)
+        self.graph.erase(op)
+        for name, new in zip(names, values, strict=True):
+            # A parameter is named after its weight.
+            if keep_names and new.op in self._inserted and new.op.name != PARAM:
+                self.graph.rename(new, name)
+
+    def erase_unread(self, op: Op) -> None:
+        """Erases `op`, and what only it read, as long as nobody reads them and they have no effect."""
+        stack = [op]
+        while stack:
+            op = stack.pop()
+            if op not in self.graph or not op.results or op.name == INPUT or any(map(self.graph.uses, op.results)):
+                continue
+            if (definition := lookup(op.name)) is not None and definition.effect:
+                continue
+            stack += [value.op for _, value in op.operands()]
+            self.graph.erase(op)
+            self.changed = True
+
+
+def apply_rules(graph: Graph, rules: Sequence[Rule], made_by: str) -> bool:
+    """Applies the rules from top to bottom until none matches; whether anything changed.
+
+    PassError when rewriting does not come to an end within 100 sweeps.
+    """
+    for sweep in range(SWEEPS):
+        if not (busy := _sweep(graph, rules, made_by)):
+            return sweep > 0
+    names = ", ".join(dict.fromkeys(rule.name for rule in busy))
+    raise PassError(f"rewriting does not end: after {SWEEPS} sweeps, {names} still matches", where=f"pass '{made_by}'")
+
+
+def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
+    """Tries every rule at every operation once; the rules that changed something."""
+    busy = []
+    for op in graph.ops():
+        for rule in rules:
+            if op.name not in rule.root or op not in graph:
+                continue
+            match = rule.match(op, graph)
+            if isinstance(match, Missed):
+                continue
+            rewriter = Rewriter(graph, op, made_by)
+            rule.rewrite(op, rewriter, **match)
+            busy += [rule] if rewriter.changed else []
+    return busy
+
+
+def explain(graph: Graph, rules: Sequence[Rule]) -> list[tuple[Op, Rule, Missed]]:
+    """For each candidate that a rule leaves alone: the operation, the rule, and why."""
+    left_alone = []
+    for op in graph.ops():
+        for rule in rules:
+            if op.name in rule.root and isinstance(missed := rule.match(op, graph), Missed):
+                left_alone.append((op, rule, missed))
+    return left_alone

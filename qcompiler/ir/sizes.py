@@ -1,0 +1,280 @@
+"""Sizes of dimensions: integers, or canonical integer polynomials over symbols.
+
+    s0          2*s0 + 1          s0*s1          floordiv(s0 + 127, 128)          max(s0, s1)
+
+A polynomial is kept in one normal form, so that equal sizes are equal objects and print alike. What is no
+polynomial (floor division, modulo, minimum, maximum, or a function this module does not know) is an atom inside it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+
+@dataclass(frozen=True)
+class Call:
+    """An atom that is no symbol: a function of sizes."""
+
+    function: str
+    args: "tuple[Size, ...]"
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(map(str, self.args))})"
+
+
+Atom = str | Call
+Monomial = tuple[Atom, ...]
+
+
+@dataclass(frozen=True)
+class Expr:
+    """A polynomial with at least one symbol: terms are (sorted atoms, coefficient), in printing order."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    def __str__(self) -> str:
+        text = ""
+        for atoms, factor in self.terms:
+            product = "*".join(map(str, atoms))
+            size = product if abs(factor) == 1 and atoms else "*".join(filter(None, [str(abs(factor)), product]))
+            text += f" {'-' if factor < 0 else '+'} {size}" if text else f"{'-' if factor < 0 else ''}{size}"
+        return text
+
+    def __add__(self, other: "Size") -> "Size":
+        return _polynomial([*self.terms, *_terms(other)])
+
+    def __mul__(self, other: "Size") -> "Size":
+        return _polynomial([(a + b, x * y) for a, x in self.terms for b, y in _terms(other)])
+
+    def __neg__(self) -> "Size":
+        return self * -1
+
+    def __sub__(self, other: "Size") -> "Size":
+        return self + (-other)
+
+    def __rsub__(self, other: "Size") -> "Size":
+        return -self + other
+
+    def __floordiv__(self, other: "Size") -> "Size":
+        return floordiv(self, other)
+
+    def __rfloordiv__(self, other: "Size") -> "Size":
+        return floordiv(other, self)
+
+    def __mod__(self, other: "Size") -> "Size":
+        return mod(self, other)
+
+    def __rmod__(self, other: "Size") -> "Size":
+        return mod(other, self)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+Size = int | Expr
+
+
+def symbol(name: str) -> Expr:
+    """The size that a symbol stands for."""
+    return Expr((((name,), 1),))
+
+
+def call(function: str, *args: Size) -> Size:
+    """A function of sizes: evaluated or simplified where that is exact; ValueError when it has no value."""
+    if function in ("max", "min"):
+        return _extreme(function, args)
+    if function in FUNCTIONS and len(args) != 2:
+        raise ValueError(f"{function} takes 2 sizes, not {len(args)}")
+    if function == "floordiv":
+        return floordiv(*args)
+    if function == "mod":
+        return mod(*args)
+    if function == "pow" and isinstance(args[1], int):
+        return _power(args[0], args[1])
+    return _atom(function, *args)
+
+
+def floordiv(a: Size, b: Size) -> Size:
+    """a // b; whole multiples of an integer `b` stand outside of the division, common factors are cancelled."""
+    if b == 0:
+        raise ValueError(f"{a} is divided by zero")
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b
+    if a == b:
+        return 1
+    if not isinstance(b, int) or b < 0:
+        return _atom("floordiv", a, b)
+    whole = _polynomial([(atoms, factor // b) for atoms, factor in _terms(a)])
+    rest = _polynomial([(atoms, factor % b) for atoms, factor in _terms(a)])
+    if isinstance(rest, int):
+        return whole  # smaller than b
+    common = gcd(b, *(factor for atoms, factor in rest.terms if atoms))
+    rest = _polynomial([(atoms, factor // common) for atoms, factor in rest.terms])
+    return whole + _atom("floordiv", rest, b // common)
+
+
+def mod(a: Size, b: Size) -> Size:
+    """a % b, with the sign of `b` as in Python; whole multiples of an integer `b` are left out."""
+    if b == 0:
+        raise ValueError(f"{a} is divided by zero")
+    if isinstance(a, int) and isinstance(b, int):
+        return a % b
+    if a == b:
+        return 0
+    if not isinstance(b, int) or b < 0:
+        return _atom("mod", a, b)
+    rest = _polynomial([(atoms, factor % b) for atoms, factor in _terms(a)])
+    return rest if isinstance(rest, int) else _atom("mod", rest, b)
+
+
+def _extreme(function: str, args: tuple[Size, ...]) -> Size:
+    """max or min: of one integer at most, and never of another max or min of the same kind."""
+    if not args:
+        raise ValueError(f"{function} takes at least 1 size, not 0")
+    flat = {inner for arg in args for inner in _arguments(function, arg)}
+    integers = [arg for arg in flat if isinstance(arg, int)]
+    kept: list[Size] = [arg for arg in flat if isinstance(arg, Expr)]
+    kept += [FUNCTIONS[function](integers)] if integers else []
+    return kept[0] if len(kept) == 1 else _atom(function, *sorted(kept, key=str))
+
+
+def _arguments(function: str, size: Size) -> tuple[Size, ...]:
+    match size:
+        case Expr(terms=(((Call() as inner,), 1),)) if inner.function == function:
+            return inner.args
+    return (size,)
+
+
+def _power(base: Size, exponent: int) -> Size:
+    if exponent < 0:
+        raise ValueError(f"{base} has the negative exponent {exponent}")
+    return product((base,) * exponent) if isinstance(base, Expr) and exponent <= 8 else _atom("pow", base, exponent)
+
+
+def _atom(function: str, *args: Size) -> Size:
+    if function in FUNCTIONS and all(isinstance(arg, int) for arg in args):
+        return FUNCTIONS[function](*args)
+    return Expr((((Call(function, args),), 1),))
+
+
+def ceildiv(a: Size, b: int) -> Size:
+    """The number of blocks of `b` that cover `a`."""
+    return -(-a // b) if isinstance(a, int) else floordiv(a + (b - 1), b)
+
+
+FUNCTIONS: Mapping[str, Callable[..., int]] = {
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "max": max,
+    "min": min,
+    "pow": pow,
+}
+
+
+def product(sizes: "tuple[Size, ...]") -> Size:
+    """The number of elements of a shape."""
+    total: Size = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def symbols(size: Size) -> frozenset[str]:
+    """The names of the symbols in a size."""
+    if isinstance(size, int):
+        return frozenset()
+    found: set[str] = set()
+    for atoms, _ in size.terms:
+        for atom in atoms:
+            found |= {atom} if isinstance(atom, str) else {s for arg in atom.args for s in symbols(arg)}
+    return frozenset(found)
+
+
+def evaluate(size: Size, bindings: Mapping[str, int]) -> int:
+    """The integer that a size is under `bindings`; KeyError names a symbol or function that has no value."""
+    if isinstance(size, int):
+        return size
+    total = 0
+    for atoms, factor in size.terms:
+        for atom in atoms:
+            if isinstance(atom, str):
+                factor *= bindings[atom]
+            else:
+                factor *= FUNCTIONS[atom.function](*(evaluate(a, bindings) for a in atom.args))
+        total += factor
+    return total
+
+
+@lru_cache(maxsize=4096)
+def parse_size(text: str) -> Size:
+    """The size that `text` spells; ValueError says where it is malformed."""
+    parser = _Parser(text)
+    size = parser.sum()
+    if parser.peek():
+        raise ValueError(f"unexpected {parser.peek()!r} in size {text!r}")
+    return size
+
+
+class _Parser:
+    """Recursive descent over `+ - * // ( ) ,`, integers, symbols and calls."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = re.findall(r"\s*(\d+|[A-Za-z_]\w*|//|[-+*(),]|\S)", text)
+        self.at = 0
+
+    def peek(self) -> str:
+        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+
+    def take(self, *wanted: str) -> str:
+        token = self.peek()
+        if wanted and token not in wanted:
+            raise ValueError(f"expected {' or '.join(wanted)} but got {token or 'the end'!r} in size {self.text!r}")
+        self.at += 1
+        return token
+
+    def sum(self) -> Size:
+        total = -self.term() if self.peek() == "-" and self.take() else self.term()
+        while self.peek() in ("+", "-"):
+            total = total + self.term() if self.take() == "+" else total - self.term()
+        return total
+
+    def term(self) -> Size:
+        value = self.factor()
+        while self.peek() in ("*", "//"):
+            value = value * self.factor() if self.take() == "*" else floordiv(value, self.factor())
+        return value
+
+    def factor(self) -> Size:
+        token = self.take()
+        if token.isdigit():
+            return int(token)
+        if token == "(":
+            value = self.sum()
+            self.take(")")
+            return value
+        if not re.fullmatch(r"[A-Za-z_]\w*", token):
+            raise ValueError(f"expected a number or a symbol but got {token or 'the end'!r} in size {self.text!r}")
+        if self.peek() != "(":
+            return symbol(token)
+        self.take("(")
+        args = [self.sum()]
+        while self.take(",", ")") == ",":
+            args.append(self.sum())
+        return call(token, *args)
+
+
+def _terms(size: Size) -> tuple[tuple[Monomial, int], ...]:
+    return size.terms if isinstance(size, Expr) else (((), size),)
+
+
+def _polynomial(terms: list[tuple[Monomial, int]]) -> Size:
+    total: dict[Monomial, int] = {}
+    for atoms, factor in terms:
+        key = tuple(sorted(atoms, key=str))
+        total[key] = total.get(key, 0) + factor
+    kept = {atoms: factor for atoms, factor in total.items() if factor}
+    if not kept or list(kept) == [()]:
+        return kept.get((), 0)
+    return Expr(tuple(sorted(kept.items(), key=lambda term: (-len(term[0]), tuple(map(str, term[0]))))))

@@ -1,0 +1,115 @@
+"""Types of values, spelled as torch prints them: `bf16[s0, 256]`, `f8e4m3fn[64, 256]`, `int(s0)`, `none`."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+from qcompiler.ir.sizes import Size, product, symbols
+
+
+class DType(Enum):
+    """Element types; the value is (spelling, bytes an element)."""
+
+    f64 = ("f64", 8)
+    f32 = ("f32", 4)
+    f16 = ("f16", 2)
+    bf16 = ("bf16", 2)
+    f8e4m3fn = ("f8e4m3fn", 1)
+    f8e5m2 = ("f8e5m2", 1)
+    f8e8m0fnu = ("f8e8m0fnu", 1)
+    c64 = ("c64", 8)
+    c128 = ("c128", 16)
+    i64 = ("i64", 8)
+    i32 = ("i32", 4)
+    i16 = ("i16", 2)
+    i8 = ("i8", 1)
+    u64 = ("u64", 8)
+    u32 = ("u32", 4)
+    u16 = ("u16", 2)
+    u8 = ("u8", 1)
+    b8 = ("b8", 1)
+
+    def __str__(self) -> str:
+        return self.value[0]
+
+    __repr__ = __str__
+
+    @property
+    def bytes(self) -> int:
+        """Bytes an element."""
+        return self.value[1]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this is a real floating-point type."""
+        return self.value[0].startswith(("f", "bf"))
+
+
+LONG_NAMES = {
+    "float64": DType.f64, "float32": DType.f32, "float16": DType.f16, "bfloat16": DType.bf16,
+    "float8_e4m3fn": DType.f8e4m3fn, "float8_e5m2": DType.f8e5m2, "float8_e8m0fnu": DType.f8e8m0fnu,
+    "complex64": DType.c64, "complex128": DType.c128,
+    "int64": DType.i64, "int32": DType.i32, "int16": DType.i16, "int8": DType.i8,
+    "uint64": DType.u64, "uint32": DType.u32, "uint16": DType.u16, "uint8": DType.u8, "bool": DType.b8,
+}  # fmt: skip
+"""The element types by the names that array libraries give them."""
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A dense tensor: element type and shape."""
+
+    dtype: DType
+    shape: tuple[Size, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    @classmethod
+    def of(cls, array: Any) -> "TensorType | None":
+        """The type of anything with a `dtype` and a `shape`, such as a tensor of torch; None when there is none."""
+        dtype = LONG_NAMES.get(str(getattr(array, "dtype", None)).rpartition(".")[2])
+        return None if dtype is None else cls(dtype, tuple(array.shape))
+
+    @property
+    def elements(self) -> Size:
+        """The product of the sizes."""
+        return product(self.shape)
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the shape."""
+        return frozenset().union(*map(symbols, self.shape))
+
+
+@dataclass(frozen=True)
+class ScalarType:
+    """A number outside of any tensor, such as a size; `value` is its symbolic value where that is known."""
+
+    kind: Literal["int", "float", "bool"]
+    value: Size | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.value is None else f"{self.kind}({self.value})"
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the value."""
+        return frozenset() if self.value is None else symbols(self.value)
+
+
+@dataclass(frozen=True)
+class NoneType:
+    """A result that an operator leaves out."""
+
+    def __str__(self) -> str:
+        return "none"
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """No symbols."""
+        return frozenset()
+
+
+Type = TensorType | ScalarType | NoneType
+NONE = NoneType()

@@ -1,0 +1,286 @@
+"""The rules that make a graph legal.
+
+    V1   every name is bound once, can be spelled, and is in the graph's table of names, which has no others
+    V2   every operand is a result of an operation that is in the graph
+    V3   every operand is defined above its reader
+    V4   the network has no cycle
+    V5   every operation is known
+    V6   arguments and attributes are values, literals and tuples of them, and fit the operation's declaration
+    V7   result types are what the operation's type rule says
+    V8   the network's edges agree with the arguments
+    V9   inputs stand first, take nothing and give one value
+    V10  exactly one return stands last, without attributes and results
+    V11  a weight is read by one operation at most, which is either a parameter or a buffer and gives one value
+    V12  an update writes a value of the same type to a buffer or an input, each once
+    V13  every symbol comes from an input, is unbacked (u…), or is in the table of ranges; ranges are not empty
+    V14  sizes are not negative
+    V15  a weight that is stored has the type that the graph says
+
+A broken one is reported with its number, the pass that ran last, the operation, its neighbours in the text, a caret
+under the culprit, and the source line.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import networkx as nx
+
+from qcompiler.errors import QCompilerError, VerifyError
+from qcompiler.ir.lexer import NAME
+from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, quote
+from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
+from qcompiler.ir.printer import print_argument, print_op
+from qcompiler.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from qcompiler.ir.graph import Graph
+
+WINDOW = 2
+"""Operations shown above and below the guilty one."""
+
+RING = 6
+"""Values shown of a cycle."""
+
+SPELLING = "it may hold letters, digits, '_', '.', '$' and '-'"
+KEY = re.compile(r"[A-Za-z_][\w.]*")
+SYMBOL = re.compile(r"[A-Za-z_]\w*")
+
+
+class Broken(NamedTuple):
+    """A broken rule: its number, the operation, a sentence, and where the caret goes.
+
+    The culprit is the index of an argument, or a text in the operation's line (the last such text in it); without one,
+    all of the line is guilty.
+    """
+
+    rule: int
+    op: Op
+    sentence: str
+    culprit: int | str = ""
+
+
+def verify_graph(graph: "Graph", after: str = "") -> None:
+    """Raises VerifyError for the first broken rule; `after` is the name of the pass that ran last."""
+    for check in CHECKS:
+        if (broken := check(graph)) is not None:
+            raise VerifyError(describe(graph, broken, after))
+
+
+def describe(graph: "Graph", broken: Broken, after: str) -> str:
+    """The message: a sentence, the neighbouring lines with a caret, and the source line."""
+    head = f"after pass '{after}', " if after else ""
+    lines = [f"{head}in @{graph.name}: rule V{broken.rule}: {broken.op.name}: {broken.sentence}"]
+    order = list(graph)
+    at = next((i for i, op in enumerate(order) if op is broken.op), len(order) - 1)
+    for op in order[max(0, at - WINDOW) : at + WINDOW + 1]:
+        row = ("  > " if op is broken.op else "    ") + print_op(op, locations=False)
+        lines.append(row)
+        if op is broken.op:
+            column, width = _caret(row, broken)
+            lines.append(" " * column + "^" * width)
+    if broken.op.loc.file:
+        lines.append(f"  source: {broken.op.loc.file}:{broken.op.loc.line}")
+    return "\n".join(lines)
+
+
+def _caret(row: str, broken: Broken) -> tuple[int, int]:
+    culprit = broken.culprit
+    if isinstance(culprit, int) and culprit < len(broken.op.args):
+        start = row.index("(", row.index(f"{broken.op.name}(")) + 1 if broken.op.name != "core.return" else 11
+        before = [print_argument(arg) + ", " for arg in broken.op.args[:culprit]]
+        return start + len("".join(before)), len(print_argument(broken.op.args[culprit]))
+    matches = list(re.finditer(re.escape(str(culprit)) + r"(?![\w.$-])", row)) if culprit else []
+    return (matches[-1].start(), len(str(culprit))) if matches else (4, max(1, len(row) - 4))
+
+
+def _names(graph: "Graph") -> Broken | None:
+    if not NAME.fullmatch(graph.name):
+        return Broken(1, graph.return_op, f"{graph.name!r} is no name of a function; {SPELLING}")
+    values = [value for op in graph for value in op.results]
+    count = Counter(value.name for value in values)
+    for value in values:
+        if count[value.name] > 1:
+            return Broken(1, value.op, f"the name {value} is bound {count[value.name]} times", str(value))
+        if graph._names.get(value.name) is not value:
+            return Broken(1, value.op, f"{value} is not what the graph's table of names calls {value.name}", str(value))
+        if not NAME.fullmatch(value.name):
+            return Broken(1, value.op, f"{value.name!r} is no name of a value; {SPELLING}", str(value))
+    if stale := sorted(set(graph._names) - set(count)):
+        return Broken(1, graph.return_op, f"the graph's table of names has %{stale[0]}, which no operation defines")
+    return None
+
+
+def _literals(graph: "Graph") -> Broken | None:
+    for op in graph:
+        places: list[tuple[int | str, Argument]] = [*enumerate(op.args), *op.attrs.items()]
+        for key, arg in places:
+            if (strange := _strange(arg)) is not None:
+                what = f"argument {key}" if isinstance(key, int) else f"attribute '{key}'"
+                return Broken(6, op, f"{what} holds a {strange}, which is no value, literal or tuple", key)
+            if isinstance(key, str) and not KEY.fullmatch(key):
+                return Broken(6, op, f"{key!r} is no name of an attribute", key)
+    return None
+
+
+def _strange(arg: object) -> str | None:
+    """The name of the first type in a tree that no argument may have."""
+    if type(arg) is tuple:
+        return next(filter(None, map(_strange, arg)), None)
+    return None if isinstance(arg, Value) or type(arg) in LITERAL_TYPES else type(arg).__name__
+
+
+def _definitions(graph: "Graph") -> Broken | None:
+    position = {op: at for at, op in enumerate(graph)}
+    for op in graph:
+        for path, value in op.operands():
+            culprit = path[0] if isinstance(path[0], int) and len(path) == 1 else str(value)
+            if value.op not in position or value.op.results[value.index : value.index + 1] != (value,):
+                return Broken(2, op, f"operand {value} is dangling: what defined it is not in the graph", culprit)
+            if position[value.op] >= position[op] and value.op is not op:
+                return Broken(3, op, f"operand {value} is used before it is defined", culprit)
+    return None
+
+
+def _acyclic(graph: "Graph") -> Broken | None:
+    if nx.is_directed_acyclic_graph(graph._net):
+        return None
+    ring = nx.find_cycle(graph._net)
+    values = [str(definer.results[graph._net.edges[definer, reader, key]["result"]]) for definer, reader, key in ring]
+    shown = values[:RING] + ["…"] * (len(values) > RING) + values[:1]
+    return Broken(4, ring[0][0], f"it depends on its own result, through {' -> '.join(shown)}", values[-1])
+
+
+def _known(graph: "Graph") -> Broken | None:
+    for op in graph:
+        if not is_known(op.name):
+            return Broken(5, op, unknown_op(op.name), op.name)
+    return None
+
+
+def _signatures(graph: "Graph") -> Broken | None:
+    for op in graph:
+        if (definition := lookup(op.name)) is None:
+            continue
+        try:
+            check_signature(op, definition)
+        except QCompilerError as error:
+            return Broken(6, op, str(error), _operand(error))
+        try:
+            types = definition.types(op) if definition.types else None
+        except QCompilerError as error:
+            return Broken(7, op, str(error), _operand(error))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            return Broken(7, op, f"the type rule does not hold for these operands: {error}")
+        if types is not None and types != tuple(value.type for value in op.results):
+            got = ", ".join(str(value.type) for value in op.results)
+            wanted = ", ".join(map(str, types)) or "nothing"
+            return Broken(7, op, f"the results are {got or 'nothing'}, but the type rule gives {wanted}", got)
+    return None
+
+
+def _operand(error: QCompilerError) -> int | str:
+    index = error.operand if isinstance(error, OpError) else None
+    return "" if index is None else index
+
+
+def _edges(graph: "Graph") -> Broken | None:
+    for op in graph:
+        wanted = Counter((id(value.op), value.index, path) for path, value in op.operands())
+        edges = graph._net.in_edges(op, data=True) if op in graph else []
+        if wanted != Counter((id(definer), data["result"], data["path"]) for definer, _, data in edges):
+            return Broken(8, op, "the network does not agree with its arguments; were they changed without set_args?")
+    if len(graph) != (count := len(list(graph))):
+        return Broken(8, graph.return_op, f"the network holds {len(graph)} operations, but {count} stand in order")
+    return None
+
+
+def _ends(graph: "Graph") -> Broken | None:
+    body_began = False
+    for op in graph:
+        if not isinstance(op.args, tuple):
+            return Broken(6, op, f"the arguments are a {type(op.args).__name__}, not a tuple")
+        if op.name == "core.input":
+            if body_began:
+                return Broken(9, op, "an input stands below the first operation of the body")
+            if op.args or op.attrs or len(op.results) != 1:
+                return Broken(9, op, "an input takes no arguments and gives one value")
+        else:
+            body_began = True
+        if op.name == "core.return" and op is not graph.return_op:
+            return Broken(10, op, "there is more than one return")
+    if graph.return_op.attrs or graph.return_op.results:
+        return Broken(10, graph.return_op, "the return takes no attributes and gives no value")
+    return None
+
+
+def _weights(graph: "Graph") -> Broken | None:
+    seen: dict[str, Op] = {}
+    for op in graph:
+        if op.name not in ("core.param", "core.buffer"):
+            continue
+        if len(op.results) != 1:
+            return Broken(11, op, f"a parameter or buffer gives one value, not {len(op.results)}")
+        name = str(op.attrs["name"])
+        if name in seen:
+            reader = f"{seen[name].result} ({seen[name].name})"
+            return Broken(11, op, f"the weight {quote(name)} is already read by {reader}", quote(name))
+        seen[name] = op
+    return None
+
+
+def _stored(graph: "Graph") -> Broken | None:
+    # A store may say what it holds, so that nothing is loaded only to be looked at; None means that it cannot tell.
+    type_of = getattr(graph.weights, "type_of", None) or (lambda name: TensorType.of(graph.weights[name]))
+    for op in graph:
+        if not graph.weights or op.name not in ("core.param", "core.buffer"):
+            continue
+        name = str(op.attrs["name"])
+        if name not in graph.weights:
+            return Broken(15, op, f"the weights store has no {quote(name)}", quote(name))
+        if (stored := type_of(name)) not in (None, op.result.type):
+            wanted = str(op.result.type)
+            return Broken(15, op, f"{op.result} is {wanted}, but the stored weight is {stored}", wanted)
+    return None
+
+
+def _updates(graph: "Graph") -> Broken | None:
+    written: set[Value] = set()
+    for op in graph:
+        if op.name != "core.update":
+            continue
+        target, new = op.tensor(0), op.tensor(1)
+        if target.op.name not in ("core.buffer", "core.input"):
+            return Broken(12, op, f"{target} comes from {target.op.name}, not from a buffer or an input", 0)
+        if op.results:
+            return Broken(12, op, "an update gives no value")
+        if target.type != new.type:
+            return Broken(12, op, f"{target} is {target.type}, but its new value is {new.type}", 1)
+        if target in written:
+            return Broken(12, op, f"{target} is updated twice", 0)
+        written.add(target)
+    return None
+
+
+def _symbols(graph: "Graph") -> Broken | None:
+    for name, bounds in graph.symbols.items():
+        if bounds.low < 0 or (bounds.high is not None and bounds.high < bounds.low):
+            return Broken(13, graph.return_op, f"the range of {name} is {bounds}: empty, or with negative sizes")
+    known = set(graph.symbols).union(*(value.type.symbols for value in graph.inputs))
+    if odd := sorted(name for name in known if not SYMBOL.fullmatch(name)):
+        return Broken(13, graph.return_op, f"{odd[0]!r} is no name of a symbol")
+    for op in graph:
+        for value in op.results:
+            if strange := sorted(s for s in value.type.symbols - known if not s.startswith("u")):
+                problem = f"{value} is {value.type}, but no input has the symbol {strange[0]}"
+                return Broken(13, op, problem, str(value.type))
+            if isinstance(value.type, TensorType) and any(isinstance(n, int) and n < 0 for n in value.type.shape):
+                return Broken(14, op, f"{value} is {value.type}, which has a negative size", str(value.type))
+    return None
+
+
+CHECKS: tuple[Callable[["Graph"], Broken | None], ...] = (
+    _names, _ends, _literals, _known, _acyclic, _definitions, _edges,
+    _signatures, _weights, _stored, _updates, _symbols,
+)  # fmt: skip

@@ -1,0 +1,132 @@
+"""The weights store: name -> tensor, loaded when first read, shared between copies until one of them writes.
+
+A store never copies a tensor and never changes one. What a pass writes replaces an entry of its own store; the tensor
+that stood there before is forgotten by this store only.
+
+    model ──from_module──> Weights ──copy()──> Weights of a rewritten graph
+              (views)         shares every tensor; a write stays on the side that wrote
+"""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+
+import torch
+
+Loader = Callable[[], torch.Tensor]
+"""Makes a tensor when it is first read, for instance from a checkpoint file."""
+
+
+class _Entry:
+    """One tensor or the loader of it; shared between copies of a store, so that a tensor is loaded once."""
+
+    __slots__ = ("loader", "tensor")
+
+    def __init__(self, source: torch.Tensor | Loader) -> None:
+        self.tensor = source if isinstance(source, torch.Tensor) else None
+        self.loader = None if isinstance(source, torch.Tensor) else source
+
+    def read(self) -> torch.Tensor:
+        if self.tensor is None:
+            if self.loader is None:
+                raise RuntimeError("a weight has neither a tensor nor a loader")
+            self.tensor, self.loader = self.loader(), None
+        return self.tensor
+
+
+class Weights(MutableMapping[str, torch.Tensor]):
+    """A mapping from names to tensors.
+
+    Args:
+        entries: Name -> tensor, or a function without arguments that loads it.
+        ties: Groups of names that mean one and the same tensor of the model, as `tied_names` finds them. A group may
+            name tensors that the store does not hold, such as the second name of an embedding that is also the head.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, torch.Tensor | Loader] | None = None, ties: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        self._entries = {name: _Entry(source) for name, source in (entries or {}).items()}
+        self._ties = dict(ties or {})
+
+    @classmethod
+    def from_module(cls, model: torch.nn.Module) -> "Weights":
+        """The parameters and buffers of a model, tied ones under each of their names; nothing is copied.
+
+        The store holds detached views that share the model's memory, and does not keep the model itself alive.
+        """
+        return cls.from_tensors(named_tensors(model))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Weights":
+        """A store over views of `tensors`; names that hold the same object are tied."""
+        views = {id(tensor): tensor.detach() for tensor in tensors.values()}
+        return cls({name: views[id(tensor)] for name, tensor in tensors.items()}, tied_names(tensors))
+
+    @property
+    def ties(self) -> Mapping[str, tuple[str, ...]]:
+        """Name -> all names of the same parameter or buffer, itself included, for those that have several."""
+        return dict(self._ties)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are in memory: tied ones count once, those that are not loaded yet not at all."""
+        loaded = {id(e.tensor): e.tensor for e in self._entries.values() if e.tensor is not None}
+        return sum(tensor.nbytes for tensor in loaded.values())
+
+    def copy(self) -> "Weights":
+        """A store that shares every tensor with this one, and in which writes and deletions stay its own."""
+        twin = Weights(ties=self._ties)
+        twin._entries = dict(self._entries)
+        return twin
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._entries[name].read()
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        """Replaces an entry; the name is then tied to no other."""
+        self._untie(name)
+        self._entries[name] = _Entry(tensor)
+
+    def __delitem__(self, name: str) -> None:
+        """Drops the reference to a tensor, so that its memory is free when nobody else holds it."""
+        del self._entries[name]
+        self._untie(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # the inherited test would load the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<Weights: {len(self)} tensors, {self.nbytes} bytes in memory>"
+
+    def _untie(self, name: str) -> None:
+        rest = tuple(other for other in self._ties.pop(name, ()) if other != name)
+        for other in rest:
+            if len(rest) > 1:
+                self._ties[other] = rest
+            else:
+                self._ties.pop(other, None)
+
+
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a model (those that its state_dict leaves out, too), under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def tied_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+    """Name -> all names of the same object, for objects with several names.
+
+    Only the identity of the object counts: two tensors at one address may be different views, and an address is used
+    again after its tensor is freed.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}

@@ -1,0 +1,300 @@
+"""The rules of the house: which way imports point, and what every file has or must not have."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("qcompiler", "passes", "codegen")
+OTHER_FOLDERS = ("tests", "benchmarks", "examples")
+LONGEST_FILE = 400
+
+# A module stands on the floor of its longest prefix here. `qcompiler` alone is `qcompiler/__init__.py`, the front door.
+FLOORS = {
+    "qcompiler.errors": 0,
+    "qcompiler.knobs": 0,
+    "qcompiler.ir": 1,
+    "qcompiler.numerics": 1,
+    "qcompiler.dialects": 2,
+    "qcompiler.capture": 3,
+    "qcompiler.instruments": 3,
+    "qcompiler.interpreter": 3,
+    "qcompiler.pass_manager": 3,
+    "qcompiler.pass_runner": 3,
+    "qcompiler.runtime": 3,
+    "qcompiler.testing": 3,
+    "passes": 4,
+    "codegen": 4,
+    "qcompiler": 5,
+    "qcompiler.cli": 5,
+    "qcompiler.compiler": 5,
+    "qcompiler.pipelines": 5,
+    "qcompiler.report": 5,
+    "qcompiler.schemes": 5,
+}
+
+# (module, what it imports inside a function): the reason. Everything else is imported at the top.
+LATE_IMPORTS: dict[tuple[str, str], str] = {}
+
+# Modules that read the environment: the reason. Everything else asks `qcompiler.knobs`.
+READS_ENVIRONMENT = {"qcompiler.knobs": "it is the one place for it"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, as one statement names it."""
+
+    target: str
+    line: int
+    in_function: bool
+    for_types_only: bool
+
+
+@dataclass(frozen=True)
+class Module:
+    """One file of the three packages."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+
+    def __str__(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Module]:
+    files = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {module_name(path): Module(module_name(path), path, parse(path)) for path in files}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """The files that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("the tree is no git checkout")
+    return tuple(ROOT / name for name in sorted(listed) if name and (ROOT / name).is_file())
+
+
+def python_files() -> list[Path]:
+    return [*(module.path for module in modules().values()), *other_python_files()]
+
+
+def other_python_files() -> list[Path]:
+    return sorted(path for folder in OTHER_FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(module: Module) -> Iterator[Import]:
+    """All import statements, also those in functions; `from package import submodule` names the submodule."""
+
+    def walk(node: ast.AST, in_function: bool, types: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, in_function, types)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            for target in sorted({base if (full := f"{base}.{a.name}") not in modules() else full for a in node.names}):
+                yield Import(target, node.lineno, in_function, types)
+        in_function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        types = types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, in_function, types)
+
+    yield from walk(module.tree, False, False)
+
+
+def floor(name: str) -> int | None:
+    """The floor of a module of ours, None for anybody else's; a KeyError for one that the table forgot."""
+    if name.partition(".")[0] not in PACKAGES:
+        return None
+    if name in FLOORS:
+        return FLOORS[name]
+    parent = name.rpartition(".")[0]
+    if parent in ("", "qcompiler"):
+        raise KeyError(name)
+    return floor(parent)
+
+
+def climbs(module: Module) -> Iterator[str]:
+    """Each import that points to a higher floor, or sideways between `passes` and `codegen`."""
+    here = floor(module.name)
+    for wanted in imports(module):
+        there = floor(wanted.target)
+        if here is None or there is None:
+            continue
+        sideways = {module.name.partition(".")[0], wanted.target.partition(".")[0]} == {"passes", "codegen"}
+        if there > here or sideways:
+            yield f"{module}:{wanted.line} (floor {here}) imports {wanted.target} (floor {there})"
+
+
+def test_every_module_has_a_floor() -> None:
+    homeless = []
+    for name in modules():
+        try:
+            floor(name)
+        except KeyError:
+            homeless.append(name)
+    assert not homeless, "add these to FLOORS"
+
+
+def test_imports_point_down() -> None:
+    assert not [found for module in modules().values() for found in climbs(module)]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("passes.fp8_tile", "from qcompiler.ir import Rule", False),
+        ("qcompiler.ir.graph", "from qcompiler.compiler import compile", True),
+        ("qcompiler.ir.graph", "def f():\n    import qcompiler", True),
+        ("qcompiler.ir.graph", "from qcompiler import errors", False),
+        ("passes.to_kernels", "import codegen.tiling", True),
+        ("codegen.host", "import passes", True),
+        ("qcompiler.compiler", "import codegen.host, passes.fp8_tile, torch", False),
+    ],
+)
+def test_the_floor_test_finds_what_it_should(name: str, source: str, found: bool) -> None:
+    module = Module(name, ROOT / (name.replace(".", "/") + ".py"), ast.parse(source))
+    assert bool(list(climbs(module))) == found
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {
+        name: {wanted.target for wanted in imports(module) if wanted.target in modules() and not wanted.for_types_only}
+        for name, module in modules().items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("imports go round: " + " <- ".join(error.args[1]))
+
+
+def test_the_ground_floor_and_the_ir_are_light() -> None:
+    """Floor 0 needs the standard library alone, and the IR knows no torch."""
+    heavy = []
+    for module in modules().values():
+        for wanted in imports(module):
+            top = wanted.target.partition(".")[0]
+            if floor(module.name) == 0 and top not in {*sys.stdlib_module_names, "qcompiler"}:
+                heavy.append(f"{module}:{wanted.line} imports {top}")
+            if module.name.startswith("qcompiler.ir") and top in ("torch", "triton", "numpy"):
+                heavy.append(f"{module}:{wanted.line} imports {top}")
+    assert not heavy
+
+
+def test_imports_stand_at_the_top() -> None:
+    hidden = {
+        (module.name, wanted.target): f"{module}:{wanted.line} imports {wanted.target} inside a function"
+        for module in modules().values()
+        for wanted in imports(module)
+        if wanted.in_function
+    }
+    assert not [text for key, text in hidden.items() if key not in LATE_IMPORTS], (
+        "move them, or give LATE_IMPORTS a reason"
+    )
+    assert not [key for key in LATE_IMPORTS if key not in hidden], "LATE_IMPORTS lists what is gone"
+
+
+def test_knobs_alone_read_the_environment() -> None:
+    readers = {
+        module.name
+        for module in modules().values()
+        for node in ast.walk(module.tree)
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"))
+        or (isinstance(node, ast.ImportFrom) and any(alias.name in ("environ", "getenv") for alias in node.names))
+    }
+    assert readers - READS_ENVIRONMENT.keys() == set()
+
+
+def test_every_module_has_a_docstring() -> None:
+    assert not [str(path.relative_to(ROOT)) for path in python_files() if not ast.get_docstring(parse(path))]
+
+
+def test_public_functions_and_classes_have_docstrings() -> None:
+    bare = [
+        f"{module}:{node.lineno} {node.name}"
+        for module in modules().values()
+        for node in module.tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not bare
+
+
+def test_no_file_is_long() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()
+    }
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_files_are_named_by_what_they_hold() -> None:
+    vague = {"util", "utils", "common", "helper", "helpers", "misc"}
+    assert not [str(module) for module in modules().values() if module.path.stem in vague]
+
+
+def test_passes_have_a_file_each() -> None:
+    counts = {
+        str(module): sum(
+            "Pass" in map(ast.unparse, node.bases) for node in module.tree.body if isinstance(node, ast.ClassDef)
+        )
+        for module in modules().values()
+        if module.name.startswith("passes")
+    }
+    assert not {name: count for name, count in counts.items() if count > 1}
+
+
+def test_every_folder_is_a_package_with_types() -> None:
+    """A folder without `__init__.py` would silently be left out of the wheel."""
+    folders = {module.path.parent for module in modules().values()}
+    assert not [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]
+    assert not [package for package in PACKAGES if not (ROOT / package / "py.typed").is_file()]
+
+
+def test_tests_are_no_package() -> None:
+    """`tests/passes/__init__.py` would hide our own `passes`."""
+    assert not [str(path) for path in (ROOT / "tests").rglob("__init__.py")]
+
+
+def test_nothing_is_left_for_later() -> None:
+    marks = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error")) + r")\b")
+    assert not list(lines_with(marks, [path for path in tracked() if path.suffix == ".py"]))
+
+
+def test_files_name_no_machine() -> None:
+    """No path of the machine they were written on, and no host that packages come from."""
+    folders = "|".join(("ro" + "ot", "home/[a-z]", "Users/[A-Za-z]", "wo" + "rk/", "opt/[a-z]"))
+    hosts = "|".join((r"py" + r"pi\.org", "python" + "hosted", r"download\.py" + "torch"))
+    assert not list(lines_with(re.compile(rf"(?<![\w.\-/])/({folders})|{hosts}"), tracked()))
+
+
+def lines_with(pattern: re.Pattern[str], paths: tuple[Path, ...] | list[Path]) -> Iterator[str]:
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if found := pattern.search(line):
+                yield f"{path.relative_to(ROOT)}:{number} has {found[0]!r}"

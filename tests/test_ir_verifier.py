@@ -1,0 +1,607 @@
+"""The verifier: legal graphs pass, and each way of breaking one is reported with its rule, operation and caret."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import qcompiler.dialects  # noqa: F401
+from qcompiler.errors import VerifyError
+from qcompiler.ir import DType, Graph, Location, Op, Range, ScalarType, TensorType, Value, print_op, symbol
+from qcompiler.ir import verifier as verifier_module
+from qcompiler.runtime.weights import Weights
+from qcompiler.testing import random_graph
+
+SEEDS = range(8)
+F32 = TensorType(DType.f32, (2, 128))
+QUANTIZE = {"block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
+LINEAR = {"out_dtype": DType.f32, "w_block": (1, 128), "x_block": (1, 128)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A random legal graph, and a piece of it that is known: what the mutations break."""
+
+    graph: Graph
+    x: Value
+    w: Value
+    state: Value
+    near: Value
+    far: Value
+    q: Value
+    s: Value
+    y: Value
+    new: Value
+    update: Op
+
+
+def probe(seed: int) -> Probe:
+    rng = Random(seed)
+    graph = random_graph(rng, runnable=seed % 2 == 0, size=rng.randint(1, 20))
+    loc = Location("mlp.py", 9)
+
+    def add(name: str, *args: Any, **keywords: Any) -> Op:
+        return graph.append(name, *args, loc=loc, **keywords)
+
+    x = graph.add_input("probe", F32, loc)
+    w = add("core.param", attrs={"name": "probe.w"}, types=[F32], names=["probe.w"]).result
+    state = add("core.buffer", attrs={"name": "probe.state"}, types=[F32], names=["state"]).result
+    near = add("aten.neg", x, types=[F32]).result
+    far = add("aten.neg", near, types=[F32]).result
+    q, s = add("quant.quantize", x, attrs=QUANTIZE).results
+    w_q, w_s = add("quant.quantize", w, attrs=QUANTIZE).results
+    y = add("quant.linear", q, s, w_q, w_s, None, attrs=LINEAR).result
+    new = add("aten.add.Tensor", state, x, types=[F32]).result
+    update = add("core.update", state, new, types=[])
+    graph.set_outputs([*graph.outputs, y])
+    return Probe(graph, x, w, state, near, far, q, s, y, new, update)
+
+
+# A mutation breaks the graph and says at which operation, and what the caret is to stand under ("" is the whole line).
+
+Mutation = Callable[[Probe], tuple[Op, str]]
+MUTATIONS: list[tuple[int, str, Mutation]] = []
+
+
+def breaks(rule: int, sentence: str) -> Callable[[Mutation], Mutation]:
+    def keep(mutation: Mutation) -> Mutation:
+        MUTATIONS.append((rule, sentence, mutation))
+        return mutation
+
+    return keep
+
+
+def with_attrs(op: Op, **attrs: Any) -> dict[str, Any]:
+    return {**op.attrs, **attrs}
+
+
+@breaks(1, "is bound 2 times")
+def name_bound_twice(p: Probe) -> tuple[Op, str]:
+    p.near.name = p.x.name
+    return p.x.op, str(p.x)
+
+
+@breaks(1, "is not what the graph's table of names calls")
+def name_changed_behind_the_table(p: Probe) -> tuple[Op, str]:
+    p.near.name = "elsewhere"
+    return p.near.op, "%elsewhere"
+
+
+@breaks(1, "is not what the graph's table of names calls")
+def name_table_with_another_value(p: Probe) -> tuple[Op, str]:
+    p.graph._names[p.near.name] = p.x
+    return p.near.op, str(p.near)
+
+
+@breaks(1, "the graph's table of names has %ghost, which no operation defines")
+def name_table_with_a_ghost(p: Probe) -> tuple[Op, str]:
+    p.graph._names["ghost"] = p.x
+    return p.graph.return_op, ""
+
+
+@breaks(1, "'two words' is no name of a value; it may hold letters")
+def name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
+    p.graph.rename(p.near, "two words")
+    return p.near.op, "%two words"
+
+
+@breaks(1, "'two words' is no name of a function")
+def function_name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
+    p.graph.name = "two words"
+    return p.graph.return_op, ""
+
+
+@breaks(2, "is dangling")
+def operand_of_another_graph(p: Probe) -> tuple[Op, str]:
+    stranger = Graph("other").append("aten.neg", types=[F32], names=["stranger"]).result
+    p.near.op.args = (stranger,)
+    return p.near.op, "%stranger"
+
+
+@breaks(2, "is dangling")
+def operand_that_was_removed(p: Probe) -> tuple[Op, str]:
+    removed = p.graph.insert(p.near.op, "aten.neg", types=[F32], names=["removed"])
+    p.graph.erase(removed)
+    p.near.op.args = ((1, (removed.result,)),)
+    return p.near.op, "%removed"
+
+
+@breaks(2, "is dangling")
+def operand_that_is_no_result_any_more(p: Probe) -> tuple[Op, str]:
+    p.near.op.attrs = {"other": Value(p.w.op, 1, "second", F32)}
+    return p.near.op, "%second"
+
+
+@breaks(3, "is used before it is defined")
+def use_before_definition(p: Probe) -> tuple[Op, str]:
+    p.graph.move(p.near.op, p.graph.return_op)
+    return p.far.op, str(p.near)
+
+
+@breaks(3, "is used before it is defined")
+def use_before_definition_of_one_of_several(p: Probe) -> tuple[Op, str]:
+    p.graph.move(p.s.op, p.graph.return_op)
+    return p.y.op, str(p.q)
+
+
+@breaks(4, "it depends on its own result, through ")
+def cycle(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.near.op, (p.far,))
+    return p.near.op, str(p.far)
+
+
+@breaks(4, "it depends on its own result, through ")
+def cycle_of_one(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.near.op, (p.x, p.near))
+    return p.near.op, str(p.near)
+
+
+@breaks(5, "unknown operation 'aten.linaer'. Did you mean 'aten.linear'?")
+def unknown_operation(p: Probe) -> tuple[Op, str]:
+    p.near.op.name = "aten.linaer"
+    return p.near.op, "aten.linaer"
+
+
+@breaks(5, "unknown operation 'quant.linaer'. Did you mean 'quant.linear'?")
+def unknown_operation_of_a_dialect_of_ours(p: Probe) -> tuple[Op, str]:
+    p.near.op.name = "quant.linaer"
+    return p.near.op, "quant.linaer"
+
+
+@breaks(6, "quant.linear takes 4 to 5 arguments (x, x_scale, w, w_scale, bias?), but got 3")
+def too_few_arguments(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.y.op, p.y.op.args[:3])
+    return p.y.op, ""
+
+
+@breaks(6, "quant.quantize takes 1 arguments (x), but got 2")
+def too_many_arguments(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.q.op, (p.x, p.x))
+    return p.q.op, ""
+
+
+@breaks(6, "argument 'x_scale' of quant.linear must be a value, but is None")
+def none_where_a_value_must_be(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.y.op, (p.q, None, *p.y.op.args[2:]))
+    return p.y.op, "None"
+
+
+@breaks(6, "argument 'x' of quant.quantize must be a value, but is [%")
+def list_where_a_value_must_be(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.q.op, ((p.x, p.x),))
+    return p.q.op, f"[{p.x}, {p.x}]"
+
+
+@breaks(6, "attribute 'profile' is missing; it wants one of")
+def missing_attribute(p: Probe) -> tuple[Op, str]:
+    del p.q.op.attrs["profile"]
+    return p.q.op, ""
+
+
+@breaks(6, "quant.quantize has no attribute 'blok'. Did you mean 'block'?")
+def unknown_attribute(p: Probe) -> tuple[Op, str]:
+    p.q.op.attrs["blok"] = 1
+    return p.q.op, ""
+
+
+@breaks(6, "attribute 'block' is [1, 0], but quant.quantize wants two positive integers")
+def attribute_of_the_wrong_type(p: Probe) -> tuple[Op, str]:
+    p.q.op.attrs["block"] = (1, 0)
+    return p.q.op, ""
+
+
+@breaks(6, 'attribute \'profile\' is "deepsek", but quant.quantize wants one of "deepseek", ')
+def attribute_with_an_unknown_word(p: Probe) -> tuple[Op, str]:
+    p.q.op.attrs["profile"] = "deepsek"
+    return p.q.op, ""
+
+
+@breaks(6, "attribute 'name' is 3, but core.param wants a string")
+def weight_without_a_proper_name(p: Probe) -> tuple[Op, str]:
+    p.w.op.attrs["name"] = 3
+    return p.w.op, ""
+
+
+@breaks(6, "argument 0 holds a list, which is no value, literal or tuple")
+def list_instead_of_a_tuple(p: Probe) -> tuple[Op, str]:
+    p.near.op.args = ([1, 2], 3)  # type: ignore[assignment]  # as a careless pass would
+    return p.near.op, "[1, 2]"
+
+
+@breaks(6, "attribute 'dtype' holds a dtype, which is no value, literal or tuple")
+def object_of_torch_as_attribute(p: Probe) -> tuple[Op, str]:
+    p.near.op.attrs["dtype"] = (None, torch.float32)  # type: ignore[assignment]  # as a careless pass would
+    return p.near.op, "dtype"
+
+
+@breaks(6, "'two words' is no name of an attribute")
+def attribute_name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
+    p.near.op.attrs["two words"] = 1
+    return p.near.op, "two words"
+
+
+@breaks(6, "the arguments are a list, not a tuple")
+def arguments_in_a_list(p: Probe) -> tuple[Op, str]:
+    p.near.op.args = [p.x]  # type: ignore[assignment]  # as a careless pass would
+    return p.near.op, ""
+
+
+@breaks(7, "the results are bf16[2, 2], but the type rule gives f32[2, 2]")
+def wrong_type(p: Probe) -> tuple[Op, str]:
+    p.y.type = TensorType(DType.bf16, (2, 2))
+    return p.y.op, "bf16[2, 2]"
+
+
+@breaks(7, "the results are f8e4m3fn[2, 128], f32[2, 2], but the type rule gives f8e4m3fn[2, 128], f32[2, 1]")
+def wrong_scale_shape_where_it_is_made(p: Probe) -> tuple[Op, str]:
+    p.s.type = TensorType(DType.f32, (2, 2))
+    return p.q.op, "f8e4m3fn[2, 128], f32[2, 2]"
+
+
+@breaks(7, "the scale is f32[2, 128], but x_block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]")
+def wrong_scale_shape_where_it_is_read(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.y.op, (p.q, p.near, *p.y.op.args[2:]))
+    return p.y.op, str(p.near)
+
+
+@breaks(7, "the scale is bf16[2, 1], but x_block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]")
+def wrong_scale_dtype(p: Probe) -> tuple[Op, str]:
+    scale = p.graph.insert(p.y.op, "aten.neg", p.s, types=[TensorType(DType.bf16, (2, 1))]).result
+    p.graph.set_args(p.y.op, (p.q, scale, *p.y.op.args[2:]))
+    return p.y.op, str(scale)
+
+
+@breaks(7, "the bias is f32[2, 128], but the weight f8e4m3fn[2, 128] needs 2 of them")
+def wrong_bias(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.y.op, (*p.y.op.args[:4], p.x))
+    return p.y.op, str(p.x)
+
+
+@breaks(7, "the type rule does not hold for these operands: %probe.n: int is no tensor")
+def number_where_a_tensor_must_be(p: Probe) -> tuple[Op, str]:
+    number = p.graph.insert(p.q.op, "aten.sym_size.int", p.x, 0, types=[ScalarType("int")], names=["probe.n"])
+    p.graph.set_args(p.q.op, (number.result,))
+    return p.q.op, ""
+
+
+@breaks(8, "the network does not agree with its arguments; were they changed without set_args?")
+def arguments_changed_behind_the_network(p: Probe) -> tuple[Op, str]:
+    p.far.op.args = (p.x,)
+    return p.far.op, ""
+
+
+@breaks(8, "the network does not agree with its arguments")
+def argument_moved_behind_the_network(p: Probe) -> tuple[Op, str]:
+    p.far.op.args = ((p.near,),)
+    return p.far.op, ""
+
+
+@breaks(8, "stand in order")
+def operation_in_the_network_alone(p: Probe) -> tuple[Op, str]:
+    p.graph._net.add_node(Op("aten.neg", (), {}, Location()))
+    return p.graph.return_op, ""
+
+
+@breaks(9, "an input stands below the first operation of the body")
+def input_in_the_body(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.input", types=[F32], names=["late"]), ""
+
+
+@breaks(9, "an input takes no arguments and gives one value")
+def input_with_an_attribute(p: Probe) -> tuple[Op, str]:
+    p.x.op.attrs["a"] = 1
+    return p.x.op, ""
+
+
+@breaks(9, "an input takes no arguments and gives one value")
+def input_of_two_values(p: Probe) -> tuple[Op, str]:
+    return p.graph.insert(next(iter(p.graph)), "core.input", types=[F32, F32], names=["one", "two"]), ""
+
+
+@breaks(10, "there is more than one return")
+def second_return(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.return", p.y, types=[]), ""
+
+
+@breaks(10, "the return takes no attributes and gives no value")
+def return_with_an_attribute(p: Probe) -> tuple[Op, str]:
+    p.graph.return_op.attrs["a"] = 1
+    return p.graph.return_op, ""
+
+
+@breaks(11, 'the weight "probe.w" is already read by %probe.w (core.param)')
+def weight_read_twice(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.param", attrs={"name": "probe.w"}, types=[F32]), '"probe.w"'
+
+
+@breaks(11, 'the weight "probe.w" is already read by %probe.w (core.param)')
+def weight_that_is_a_parameter_and_a_buffer(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.buffer", attrs={"name": "probe.w"}, types=[F32]), '"probe.w"'
+
+
+@breaks(11, "a parameter or buffer gives one value, not 2")
+def weight_of_two_values(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.param", attrs={"name": "two"}, types=[F32, F32]), ""
+
+
+@breaks(12, "comes from aten.neg, not from a buffer or an input")
+def update_of_a_value_that_is_no_state(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.update, (p.near, p.new))
+    return p.update, str(p.near)
+
+
+@breaks(12, "is f32[2, 128], but its new value is f32[2, 1]")
+def update_with_another_type(p: Probe) -> tuple[Op, str]:
+    p.graph.set_args(p.update, (p.state, p.s))
+    return p.update, str(p.s)
+
+
+@breaks(12, "is updated twice")
+def second_update(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.update", p.state, p.x, types=[]), str(p.state)
+
+
+@breaks(12, "an update gives no value")
+def update_with_a_result(p: Probe) -> tuple[Op, str]:
+    return p.graph.append("core.update", p.x, p.x, types=[F32]), ""
+
+
+@breaks(13, "is f32[2, q9], but no input has the symbol q9")
+def symbol_from_nowhere(p: Probe) -> tuple[Op, str]:
+    p.far.type = TensorType(DType.f32, (2, symbol("q9")))
+    return p.far.op, "f32[2, q9]"
+
+
+@breaks(13, "is int(q9 + 1), but no input has the symbol q9")
+def symbol_from_nowhere_in_a_number(p: Probe) -> tuple[Op, str]:
+    p.far.type = ScalarType("int", symbol("q9") + 1)
+    return p.far.op, "int(q9 + 1)"
+
+
+@breaks(13, "the range of s9 is 4..3: empty")
+def empty_range(p: Probe) -> tuple[Op, str]:
+    p.graph.symbols["s9"] = Range(4, 3)
+    return p.graph.return_op, ""
+
+
+@breaks(13, "the range of s9 is -1..: empty, or with negative sizes")
+def negative_range(p: Probe) -> tuple[Op, str]:
+    p.graph.symbols["s9"] = Range(-1)
+    return p.graph.return_op, ""
+
+
+@breaks(13, "'s 9' is no name of a symbol")
+def symbol_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
+    p.graph.symbols["s 9"] = Range()
+    return p.graph.return_op, ""
+
+
+@breaks(14, "is f32[2, -1], which has a negative size")
+def negative_size(p: Probe) -> tuple[Op, str]:
+    p.far.type = TensorType(DType.f32, (2, -1))
+    return p.far.op, "f32[2, -1]"
+
+
+def store(p: Probe, **others: torch.Tensor) -> None:
+    """Weights that agree with the graph, but for the given ones."""
+    weights = {}
+    for op in p.graph.ops():
+        if op.name in ("core.param", "core.buffer"):
+            like = op.result.tensor
+            dtype = {DType.f32: torch.float32, DType.bf16: torch.bfloat16, DType.f16: torch.float16}[like.dtype]
+            weights[str(op.attrs["name"])] = torch.empty(like.shape, dtype=dtype)  # type: ignore[arg-type]  # integers
+    p.graph.weights = Weights(weights | others)
+
+
+@breaks(15, 'the weights store has no "probe.w"')
+def weight_that_is_not_stored(p: Probe) -> tuple[Op, str]:
+    store(p)
+    del p.graph.weights["probe.w"]
+    return p.w.op, '"probe.w"'
+
+
+@breaks(15, "%probe.w is f32[2, 128], but the stored weight is f32[128, 2]")
+def weight_of_another_shape(p: Probe) -> tuple[Op, str]:
+    store(p, **{"probe.w": torch.empty(128, 2)})
+    return p.w.op, "f32[2, 128]"
+
+
+@breaks(15, "is f32[2, 128], but the stored weight is bf16[2, 128]")
+def weight_of_another_dtype(p: Probe) -> tuple[Op, str]:
+    store(p, **{"probe.state": torch.empty(2, 128, dtype=torch.bfloat16)})
+    return p.state.op, "f32[2, 128]"
+
+
+@breaks(15, "%probe.w is f32[2, 128], but the stored weight is f32[5]")
+def weight_whose_store_tells_the_type(p: Probe) -> tuple[Op, str]:
+    store(p)
+    types = {"probe.w": TensorType(DType.f32, (5,))}
+    p.graph.weights = Telling(dict(p.graph.weights), types)
+    return p.w.op, "f32[2, 128]"
+
+
+class Telling(dict[str, Any]):
+    """A store that knows types without loading anything."""
+
+    def __init__(self, entries: dict[str, Any], types: dict[str, TensorType]) -> None:
+        super().__init__(entries)
+        self.types = types
+
+    def __getitem__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was loaded only to be looked at")
+
+    def type_of(self, name: str) -> TensorType | None:
+        return self.types.get(name)
+
+
+@pytest.mark.parametrize(("rule", "sentence", "mutation"), MUTATIONS, ids=[entry[2].__name__ for entry in MUTATIONS])
+def test_a_broken_graph_is_reported(rule: int, sentence: str, mutation: Mutation) -> None:
+    for seed in SEEDS:
+        p = probe(seed)
+        p.graph.verify()
+        op, culprit = mutation(p)
+        with pytest.raises(VerifyError) as caught:
+            p.graph.verify(after="some-pass")
+        head, *rows = str(caught.value).split("\n")
+        assert head.startswith(f"after pass 'some-pass', in @{p.graph.name}: rule V{rule}: {op.name}: ")
+        assert sentence in head
+        at = rows.index(f"  > {print_op(op, locations=False)}")
+        start, end = rows[at + 1].index("^"), len(rows[at + 1])
+        assert rows[at + 1] == " " * start + "^" * (end - start)
+        assert rows[at][start:end] == (culprit or rows[at][4:])
+        assert len(rows) <= 2 * verifier_module.WINDOW + 3
+        assert (rows[-1] == "  source: mlp.py:9") == bool(op.loc.file == "mlp.py" and op.loc.line == 9)
+
+
+def test_every_rule_is_broken_by_some_mutation() -> None:
+    numbered = [
+        int(line.split()[0][1:]) for line in str(verifier_module.__doc__).splitlines() if line.startswith("    V")
+    ]
+    assert numbered == list(range(1, 16))
+    assert {rule for rule, _, _ in MUTATIONS} == set(numbered)
+
+
+def test_random_legal_graphs_pass() -> None:
+    for seed in range(500):
+        random_graph(seed, size=seed % 25).verify()
+        p = probe(seed)
+        store(p) if seed % 2 == 0 else None
+        p.graph.verify()
+
+
+def test_a_store_that_cannot_tell_yet_is_not_asked_to_load() -> None:
+    p = probe(0)
+    store(p)
+    p.graph.weights = Telling(dict(p.graph.weights), {})
+    p.graph.verify()
+
+
+def test_unbacked_symbols_need_no_input() -> None:
+    p = probe(1)
+    p.far.type = TensorType(DType.f32, (symbol("u3") * 2,))
+    p.graph.verify()
+
+
+def test_the_message_in_full() -> None:
+    graph = Graph.parse("""\
+func @mlp(%x: bf16[64, 256]) -> (bf16[64, 512]) {
+  %w_q = core.param() {name = "fc1.weight_q"} : f8e4m3fn[512, 256]
+  %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]
+  %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"} : f8e4m3fn[64, 256], f32[64, 2]
+  %linear = quant.linear(%x_q, %w_s, %w_q, %w_s) {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[64, 512] loc("mlp.py":9 in "fc1")
+  %silu = aten.silu(%linear) : bf16[64, 512]
+  return %silu
+}""")  # noqa: E501
+    with pytest.raises(VerifyError) as caught:
+        graph.verify(after="fp8-tile")
+    assert str(caught.value) == (
+        "after pass 'fp8-tile', in @mlp: rule V7: quant.linear: "
+        "the scale is f32[4, 2], but x_block [1, 128] over f8e4m3fn[64, 256] needs f32[64, 2]\n"
+        '    %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]\n'
+        '    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"}'
+        " : f8e4m3fn[64, 256], f32[64, 2]\n"
+        "  > %linear = quant.linear(%x_q, %w_s, %w_q, %w_s)"
+        " {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[64, 512]\n"
+        "                                 ^^^^\n"
+        "    %silu = aten.silu(%linear) : bf16[64, 512]\n"
+        "    return %silu\n"
+        "  source: mlp.py:9"
+    )
+
+
+def test_without_a_pass_the_message_begins_with_the_graph() -> None:
+    p = probe(2)
+    p.far.type = TensorType(DType.f32, (-1,))
+    with pytest.raises(VerifyError, match=r"^in @main: rule V14: aten.neg: "):
+        p.graph.verify()
+
+
+def long_graph(length: int) -> Graph:
+    graph = Graph("long")
+    value = graph.add_input("x", F32)
+    for _ in range(length):
+        value = graph.append("aten.neg", value, types=[F32]).result
+    graph.set_outputs([value])
+    return graph
+
+
+def test_an_error_on_a_long_graph_stays_short() -> None:
+    graph = long_graph(2000)
+    graph["neg_999"].type = TensorType(DType.f32, (-1,))
+    with pytest.raises(VerifyError) as caught:
+        graph.verify()
+    assert len(str(caught.value)) < 600
+    assert "%neg_1001 =" in str(caught.value)
+    assert "%neg_1002 =" not in str(caught.value)
+
+
+def test_a_long_cycle_is_cut_short() -> None:
+    graph = long_graph(2000)
+    graph.set_args(graph["neg"].op, (graph["neg_1500"],))
+    with pytest.raises(VerifyError, match=r"through (%neg[_0-9]* -> ){6}… -> %neg") as caught:
+        graph.verify()
+    assert len(str(caught.value)) < 900
+
+
+def test_names_are_shown_as_stored_when_the_graph_is_wrong() -> None:
+    p = probe(0)
+    p.graph.move(p.near.op, p.graph.return_op)
+    with pytest.raises(VerifyError, match=f"operand {p.near} is used before it is defined"):
+        p.graph.verify()
+
+
+def test_what_stands_under_the_caret_is_the_operand_and_not_a_result_or_attribute_of_that_name() -> None:
+    graph = Graph.parse(
+        "func @f(%x: f32[2, 4]) -> () {\n  %y = aten.add.Tensor(%x, %x) {o = [%x]} : f32[2, 4]\n  return\n}"
+    )
+    y = graph["y"].op
+    y.args = (graph["x"], replace_op(graph["x"]))
+    with pytest.raises(VerifyError) as caught:
+        graph.verify()
+    row, caret = str(caught.value).split("\n")[2:4]
+    assert row == "  > %y = aten.add.Tensor(%x, %x) {o = [%x]} : f32[2, 4]"
+    assert caret.index("^") == row.index(", %x") + 2
+
+
+def replace_op(value: Value) -> Value:
+    """A value that looks the same, of an operation that is in no graph."""
+    return Value(replace(value.op), value.index, value.name, value.type)
+
+
+def test_the_table_of_weights_may_be_any_mapping_of_things_with_a_dtype_and_a_shape() -> None:
+    graph = Graph.parse("""\
+func @f() -> () {
+  %a = core.param() {name = "a"} : f32[2, 128]
+  %b = core.buffer() {name = "b"} : i64[s0]
+  return
+}""")
+    graph.symbols["s0"] = Range()
+    graph.weights = {"a": SimpleNamespace(dtype="float32", shape=[2, 128]), "b": object()}  # the latter tells nothing
+    graph.verify()
+    graph.weights["a"].shape = [128, 2]
+    with pytest.raises(VerifyError, match="rule V15"):
+        graph.verify()

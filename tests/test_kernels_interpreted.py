@@ -1,0 +1,102 @@
+"""The kernels run by Triton's interpreter on a CPU, where that is exact: indexing, masks, scales, quantized products.
+
+The interpreter is chosen when Triton is imported, hence one process of its own for all cases. It rounds FP32 to FP8
+wrongly, so codes are checked only where no rounding is needed.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _operands(m: int, n: int, k: int, padded: bool) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
+    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp())
+    w, ws = numerics.quantize(torch.randn(n, k), (128, 128))
+    if padded:
+        scale = torch_ops.scale_like(x, 128, "col_major")
+        rows = torch.full((m + 70, k), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        rows[:m] = x
+        return rows[:m], scale.copy_(xs), w, ws
+    return x, xs, w, ws
+
+
+def _gemm(config: "tiling.GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bias: bool) -> None:
+    x, xs, w, ws = _operands(m, n, k, padded=m % 2 == 1)
+    addend = torch.randn(n) if bias else None
+    store = torch.full((m + 3, n), 7.0, dtype=dtype)
+    torch_ops.launch_gemm(config, x, w, store[:m], xs, ws, addend)
+    want = numerics.scaled_linear(x, xs, w, ws, addend, out_dtype=torch.float32)
+    error = float((store[:m].float() - want).norm() / want.norm())
+    # The interpreter truncates to bfloat16, where the GPU rounds.
+    assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype], (config, m, n, k, error)
+    assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
+
+
+def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
+    rule = numerics.profile(name)
+    # Sums of two powers of two, so that dividing by the power-of-two scales below needs no rounding.
+    base = torch.randint(0, 8, (m, k + 5)).float().add(8).mul(torch.randint(0, 2, (m, k + 5)).mul(2).sub(1))
+    base[:, ::block_k] = 14.0
+    if m > 1:
+        base[1], base[1, 0] = 0.0, math.nan
+    x = base[:, :k]
+    x[0, k - 1] = math.inf
+    q = torch.full((m + 2, k), 7.0).to(torch.float8_e4m3fn)
+    scale = torch_ops.scale_like(x, block_k, layout).fill_(-1.0)
+    tile = tiling.quantize_config(m, block_k)
+    quantize_rows[(-(-m // tile.block_m) * -(-k // block_k),)](
+        x, q, scale, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor, TOP=448.0,
+        RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0", BLOCK_M=tile.block_m,
+        BLOCK_K=block_k, num_warps=tile.warps,
+    )  # fmt: skip
+    want_q, want_scale = numerics.quantize(x, (1, block_k), profile=name)
+    assert torch.equal(scale, want_scale), (m, k, name, layout)
+    assert bool((q[m:].float() == 7.0).all()), "wrote beyond the last row"
+    finite = x.isfinite() & (x.abs() != 0)
+    got, want = q[:m].float()[finite], want_q.float()[finite]
+    assert torch.allclose(got, want, rtol=0.07), (m, k, name, layout)
+
+
+def _run_all() -> None:
+    for config in tiling.all_configs():
+        for m, n, k, dtype, bias in (
+            (65, 144, 272, torch.bfloat16, True), (1, 16, 16, torch.float32, False), (130, 128, 128, torch.float16, True),
+        ):  # fmt: skip
+            _gemm(config, m, n, k, dtype, bias)
+        if config.variant == "pointers":
+            for m, n, k in ((3, 1, 1), (67, 131, 129), (5, 7, 300)):
+                _gemm(config, m, n, k, torch.float32, True)
+    for layout in torch_ops.SCALE_LAYOUTS:
+        for name in numerics.PROFILES:
+            _quantize(5, 300, name, layout, 128)
+        for m, k, block_k in ((1, 128, 128), (34, 129, 128), (3, 77, 32), (2, 600, 512)):
+            _quantize(m, k, "deepseek", layout, block_k)
+    print("all cases ran")
+
+
+@pytest.mark.timeout(240)
+def test_kernels_under_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all cases ran" in done.stdout
+
+
+if __name__ == "__main__":
+    import torch
+    from torch import Tensor
+
+    from codegen import tiling, torch_ops
+    from codegen.kernels.quantize import quantize_rows
+    from qcompiler import numerics
+
+    torch.manual_seed(0)
+    _run_all()

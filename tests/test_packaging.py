@@ -1,0 +1,172 @@
+"""What is installed: light first import, a complete wheel with three top-level names, and a guard against intruders."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("qcompiler", "passes", "codegen")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+# Modules that only an extra makes importable: what they need.
+OPTIONAL: dict[str, str] = {}
+
+
+def sources() -> list[str]:
+    """The modules of the three packages, as paths in the tree and in the wheel."""
+    return sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_names() -> list[str]:
+    return [name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in sources()]
+
+
+def python(code: str, *path: Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter that finds modules in these folders before all others."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_importing_qcompiler_is_light(tmp_path: Path) -> None:
+    code = (
+        "import sys; old = set(sys.modules); import qcompiler; print(*{m.split('.')[0] for m in {*sys.modules} - old})"
+    )
+    done = python(code, ROOT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "qcompiler" in loaded
+    assert loaded <= {"qcompiler", *sys.stdlib_module_names}
+
+
+# One interpreter loads what takes seconds; then a child for each module imports that module first of all ours.
+FIRST_IMPORTS = """
+import os, sys, traceback
+import networkx, rich, torch, torch._export, torch.export, torch.library, triton
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        assert not {m.partition(".")[0] for m in sys.modules} & {"qcompiler", "passes", "codegen"}
+        try:
+            __import__(name)
+        except BaseException:
+            print("import", name, "as the first import:", file=sys.stderr)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+print(*failed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_module_can_be_the_first_import(tmp_path: Path) -> None:
+    names = [name for name in module_names() if name not in OPTIONAL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", FIRST_IMPORTS, *names]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [], done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the tree, so that no earlier build leaves anything in it."""
+    tree, out = tmp_path_factory.mktemp("tree") / "qcompiler", tmp_path_factory.mktemp("wheel")
+    leave = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=leave)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    command += ["--no-build-isolation", "--wheel-dir", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("qcompiler-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def contents(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel, opened."""
+    with zipfile.ZipFile(wheel) as archive:
+        yield archive
+
+
+def test_the_wheel_has_three_top_level_names(contents: zipfile.ZipFile) -> None:
+    info = f"qcompiler-{PROJECT['version']}.dist-info"
+    assert {name.partition("/")[0] for name in contents.namelist()} == {*PACKAGES, info}
+    assert contents.read(f"{info}/top_level.txt").decode().split() == sorted(PACKAGES)
+    assert f"{info}/licenses/LICENSE" in contents.namelist()
+
+
+def test_the_wheel_has_all_modules_and_types(contents: zipfile.ZipFile) -> None:
+    shipped = sorted(name for name in contents.namelist() if ".dist-info/" not in name)
+    assert shipped == sorted([*sources(), *(f"{package}/py.typed" for package in PACKAGES)])
+
+
+def test_the_wheel_says_what_it_is(contents: zipfile.ZipFile) -> None:
+    info = f"qcompiler-{PROJECT['version']}.dist-info"
+    metadata = Parser().parsestr(contents.read(f"{info}/METADATA").decode())
+    assert (metadata["Name"], metadata["License-Expression"]) == ("qcompiler", "Apache-2.0")
+    assert "Private :: Do Not Upload" in (metadata.get_all("Classifier") or [])
+    assert contents.read(f"{info}/entry_points.txt").decode().split() == [
+        "[console_scripts]",
+        "qcompiler",
+        "=",
+        "qcompiler.cli:main",
+    ]
+
+
+def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    done = subprocess.run([*command, "--target", str(site), str(wheel)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import codegen, passes, qcompiler\n"
+        "qcompiler.compile\n"
+        "print(qcompiler.__version__, *(m.__file__ for m in (qcompiler, passes, codegen)))"
+    )
+    done = python(code, site, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [PROJECT["version"], *(str(site / package / "__init__.py") for package in PACKAGES)]
+
+
+@pytest.mark.parametrize("package", ["passes", "codegen"])
+def test_the_front_door_names_an_intruder(package: str, tmp_path: Path) -> None:
+    intruder = tmp_path / "intruder" / package
+    intruder.mkdir(parents=True)
+    (intruder / "__init__.py").write_text('"""Somebody else\'s."""\n', encoding="utf-8")
+    done = python("import qcompiler; qcompiler.compile", intruder.parent, ROOT, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: qcompiler ships its own top-level package")
+    assert str(intruder) in last
+    assert str(ROOT / package) in last

@@ -1,0 +1,133 @@
+"""The torch operators on a CPU: equal to numerics, honest fakes, opaque to compile and export."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from codegen import torch_ops
+from qcompiler import numerics
+from qcompiler.errors import CodegenError, QCompilerError
+
+E4M3 = torch.float8_e4m3fn
+LAYOUTS = torch_ops.SCALE_LAYOUTS
+quantize = torch.ops.qcompiler.quantize
+scaled_linear = torch.ops.qcompiler.scaled_linear
+# Torch compares inputs before and after with allclose, which FP8 tensors do not have; the rest of the checks.
+CHECKS_OF_FP8 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+class Layer(torch.nn.Module):
+    """A quantized linear layer as code generation writes it."""
+
+    def __init__(self, layout: str = "row_major") -> None:
+        super().__init__()
+        w, ws = quantize(torch.randn(96, 320), [128, 128], E4M3, "deepseek", "row_major")
+        self.w, self.ws = torch.nn.Buffer(w), torch.nn.Buffer(ws)
+        self.bias = torch.nn.Buffer(torch.randn(96))
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, s = quantize(x, [1, 128], E4M3, "deepseek", self.layout)
+        result: Tensor = scaled_linear(q, s, self.w, self.ws, self.bias, [1, 128], [128, 128], torch.bfloat16)
+        return result
+
+
+@pytest.mark.parametrize("shape", [(5, 320), (2, 3, 5, 256), (320,), (0, 128), (7, 100), (2, 0, 128)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantize_is_numerics(shape: tuple[int, ...], layout: str) -> None:
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    q, scale = quantize(x, [1, 128], E4M3, "deepgemm", layout)
+    want_q, want_scale = numerics.quantize(x, profile="deepgemm")
+    assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
+
+
+def test_the_column_major_layout_is_what_the_copy_engine_reads() -> None:
+    for rows, padded in ((1, 4), (4, 4), (5, 8), (130, 132)):
+        _, scale = quantize(torch.randn(rows, 384), [1, 128], E4M3, "deepseek", "col_major")
+        assert scale.shape == (rows, 3) and scale.stride() == (1, padded)
+        assert scale.untyped_storage().nbytes() >= 4 * 3 * padded
+    _, batch = quantize(torch.randn(2, 5, 384), [1, 128], E4M3, "deepseek", "col_major")
+    assert batch.shape == (2, 5, 3) and batch.stride() == (5, 1, 12)
+    assert batch.reshape(10, 3).data_ptr() == batch.data_ptr(), "flattening must not copy"
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scaled_linear_is_numerics(lead: tuple[int, ...], layout: str) -> None:
+    layer, x = Layer(layout), torch.randn(*lead, 320)
+    x_q, x_s = numerics.quantize(x)
+    want = numerics.scaled_linear(x_q, x_s, layer.w, layer.ws, layer.bias)
+    assert torch.equal(layer(x), want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 320), (2, 3, 256), (0, 128), (300,)])
+def test_opcheck_of_quantize(layout: str, shape: tuple[int, ...]) -> None:
+    torch.library.opcheck(quantize, (torch.randn(shape), [1, 128], E4M3, "deepseek", layout))
+
+
+def test_opcheck_of_weight_blocks() -> None:
+    torch.library.opcheck(quantize, (torch.randn(200, 300), [128, 128], E4M3, "ue8m0", "row_major"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_scaled_linear(layout: str) -> None:
+    layer = Layer()
+    for x in (torch.randn(5, 320), torch.randn(2, 3, 320)):
+        q, s = quantize(x, [1, 128], E4M3, "deepseek", layout)
+        arguments = (q, s, layer.w, layer.ws, layer.bias, [1, 128], [128, 128], torch.bfloat16)
+        before = [t.view(torch.uint8).clone() for t in (q, layer.w)]
+        torch.library.opcheck(scaled_linear, arguments, test_utils=CHECKS_OF_FP8)
+        assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((q, layer.w), before, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_graph_for_any_number_of_rows(layout: str) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    layer = Layer(layout)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (7, 2, 300, 64, 129):
+        x = torch.randn(rows, 320)
+        assert torch.equal(compiled(x), layer(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export_with_a_symbolic_number_of_rows(layout: str) -> None:
+    layer = Layer(layout)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(layer, (torch.randn(6, 320),), dynamic_shapes={"x": {0: rows}})
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets.count("qcompiler.quantize.default") == 1 and targets.count("qcompiler.scaled_linear.default") == 1
+    run = exported.module()
+    for count in (2, 5, 700):
+        x = torch.randn(count, 320)
+        assert torch.equal(run(x), layer(x))
+
+
+def test_importing_twice_changes_nothing() -> None:
+    before = torch_ops._LIBRARY
+    again = importlib.reload(torch_ops)
+    assert again._LIBRARY is before
+    assert quantize(torch.ones(1, 128), [1, 128], E4M3, "deepseek", "row_major")[0].shape == (1, 128)
+
+
+def test_errors_name_the_value() -> None:
+    x = torch.ones(2, 128)
+    with pytest.raises(CodegenError, match="unknown scale layout: got 'col_mayor'. Did you mean 'col_major'"):
+        quantize(x, [1, 128], E4M3, "deepseek", "col_mayor")
+    with pytest.raises(CodegenError, match=r"for blocks of 1 row: got \[128, 128\]; need \[1, columns\]"):
+        quantize(x, [128, 128], E4M3, "deepseek", "col_major")
+    with pytest.raises(QCompilerError, match="Did you mean 'vllm'"):
+        quantize(x, [1, 128], E4M3, "vlm", "row_major")
+    with pytest.raises(QCompilerError, match="not an 8-bit format"):
+        quantize(x, [1, 128], torch.float16, "deepseek", "row_major")
