@@ -48,7 +48,7 @@ def milliseconds(launch: Callable[[], object], *, replays: int = 7, budget: floa
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / count)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -71,7 +71,7 @@ def emit_host_module(graph: Graph, target: str) -> HostModule:
 
 def load_host_module(module: HostModule, filename: str) -> Callable[..., tuple[Any, ...]]:
     """The function of a host module that this process has just emitted, ready to call."""
-    namespace: dict[str, Any] = {"__name__": filename}
+    namespace: dict[str, Any] = {}
     exec(compile(module.source, filename, "exec"), namespace)
     function: Callable[..., tuple[Any, ...]] = namespace[module.entry]
     return function

@@ -62,8 +62,9 @@ class GemmConfig:
     variant: Literal["tma", "pointers"]
 
     def shared_memory(self, out_bytes: int = 2) -> int:
-        """An upper estimate, in bytes, of the shared memory of a block: the ring of operand tiles, its barriers, and
-        the output tile, which the copy engine stores from there.
+        """An upper estimate of the shared memory of a block, in bytes.
+
+        The ring of operand tiles, its barriers, and the output tile, which the copy engine stores from there.
         """
         ring = self.stages * (self.block_m + self.block_n) * self.block_k
         return ring + self.block_m * self.block_n * out_bytes + 1024
@@ -89,11 +90,11 @@ _MEASURED = {
     GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): (335, 206),
     GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): (278, 195),
 }
-"""Nanoseconds that one step of K takes on an H200: of a tile that is alone on its multiprocessor, where waiting sets the
-pace, and of each of many tiles that share one, where the tensor cores or the memory do. Three tiles of one warpgroup
-fit on a multiprocessor, and one multiplies while another promotes; that is why the usual 128 x 128 tile of two
-warpgroups, which move in step, is a little slower everywhere and is not here. Narrow tiles wait longer through the copy
-engine than through pointers."""
+"""Nanoseconds that one step of K takes on an H200: of a tile that is alone on its multiprocessor, where waiting sets
+the pace, and of each of many tiles that share one, where the tensor cores or the memory do. Three tiles of one
+warpgroup fit on a multiprocessor, and one multiplies while another promotes; that is why the usual 128 x 128 tile of
+two warpgroups, which move in step, is slower almost everywhere and is not here. Narrow tiles wait longer through the
+copy engine than through pointers."""
 
 
 def all_configs() -> Sequence[GemmConfig]:
@@ -158,8 +159,9 @@ def estimated_time(config: GemmConfig, problem: GemmProblem) -> float:
 
 
 def bucket(m: int) -> int:
-    """The number of rows that stands for `m` when a configuration is chosen and remembered: the next power of two,
-    64 at least, because the tensor cores work on 64 rows anyway.
+    """The number of rows that stands for `m` when a configuration is chosen and remembered.
+
+    The next power of two; 64 at least, because the tensor cores work on 64 rows anyway.
     """
     return 1 << max(6, (m - 1).bit_length())
 

@@ -4,14 +4,17 @@ from qcompiler.ir import DType, Graph, Missed, Op, TensorType, Value
 from qcompiler.ir.dataflow import parameters_of, readers_through
 
 MATMULS = (
-    "aten.linear", "aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.einsum",
+    "aten.linear", "aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.einsum", "aten.inner",
     "aten._grouped_mm", "transformers.grouped_mm_fallback", "aten.mv", "aten.addmv", "aten.dot",
 )  # fmt: skip
 """Matrix products, as capture may spell them."""
 
 OTHER_READERS = (
-    "aten.embedding", "aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten.group_norm", "aten.batch_norm",
-    "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv2d.padding", "aten.conv1d.padding", "aten.convolution",
+    "aten.embedding", "aten.embedding_bag", "aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm",
+    "aten.group_norm", "aten.native_group_norm", "aten.instance_norm", "aten.batch_norm",
+    "aten._native_batch_norm_legit_no_training", "aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv2d.padding",
+    "aten.conv1d.padding", "aten.convolution", "aten.conv_transpose1d", "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input", "aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input",
 )  # fmt: skip
 """Operations with weights that are no matrix products."""
 
@@ -19,66 +22,95 @@ WHY_OTHER = {
     "embedding": "an embedding is a lookup, not a matmul",
     "norm": "the gain and bias of a norm are applied element by element",
     "conv": "a convolution is not a matmul",
+    "": "the matmuls of a recurrent layer are inside of one operation",
 }
+"""Part of the name of one of OTHER_READERS -> why it is left alone."""
+
+LOOKUPS = ("aten.embedding", "aten.embedding_bag", "aten.index.Tensor", "aten.index_select")
+"""Operations that take rows out of a table."""
 
 ELEMENTWISE = (
-    "softmax", "sigmoid", "_to_copy", "to", "add", "sub", "mul", "div", "neg", "view", "reshape", "unsqueeze", "squeeze",
-    "expand", "masked_fill", "where", "clone", "transpose", "permute", "log_softmax", "tanh", "relu", "slice", "float",
+    "_softmax", "softmax", "log_softmax", "sigmoid", "tanh", "relu", "exp", "log", "sqrt", "softplus", "neg", "to",
+    "_to_copy", "add", "sub", "mul", "div", "clamp", "masked_fill", "where", "clone", "view", "_unsafe_view", "reshape",
+    "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "slice", "select", "split", "chunk",
 )  # fmt: skip
 """What may stand between a router's product and its top-k."""
 
+DECISIONS = ("topk", "sort", "argsort", "argmax")
+"""What picks some of many by their size; a top-1 router has an argmax."""
+
 ALREADY = Missed("it is quantized already")
+NO_WEIGHTS = Missed("it reads no weights")
+NOT_CANDIDATES = (str(ALREADY), str(NO_WEIGHTS))
+"""Reasons that nobody needs to hear."""
 
 QUANTIZABLE = (DType.f32, DType.f16, DType.bf16)
 
 
+def bias_of(op: Op) -> Value | None:
+    """The bias of an `aten.linear`."""
+    bias = op.args[2] if len(op.args) > 2 else op.attrs.get("bias")
+    return bias if isinstance(bias, Value) else None
+
+
 def why_not_quantized(op: Op, graph: Graph) -> Missed | None:
     """Why a reader of weights must be left alone; None when it is a matmul that may be quantized."""
-    for kind, why in WHY_OTHER.items():
-        if kind in op.name:
-            return Missed(why)
+    constant = [v for _, v in op.operands() if isinstance(v.type, TensorType) and graph.is_constant(v)]
+    if op.name in OTHER_READERS:
+        return Missed(next(why for kind, why in WHY_OTHER.items() if kind in op.name)) if constant else NO_WEIGHTS
     if op.name != "aten.linear":
-        return _why_no_linear(op, graph)
-    x, w = op.tensor(0), op.tensor(1)
+        return _why_no_linear(constant)
+    return _why_not_this_kind(op, graph) or _vocabulary(op.tensor(1), graph) or _router(op, graph)
+
+
+def _why_no_linear(constant: list[Value]) -> Missed:
+    if not constant:
+        return Missed("both of its operands are computed from the inputs")
+    largest = max(constant, key=lambda value: len(value.tensor.shape))
+    dimensions = len(largest.tensor.shape)
+    if dimensions > 2:
+        return Missed(f"it multiplies by a batch of matrices (a weight of {dimensions} dimensions)", largest)
+    return Missed("it is not of the form activation times constant matrix", largest)
+
+
+def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
+    """Whether the operands are an activation, a constant matrix and a vector, of types that can be quantized."""
+    x, w, bias = op.tensor(0), op.tensor(1), bias_of(op)
+    done = [value for value in (x, w) if value.op.name == "quant.dequantize"]
+    if done:
+        return ALREADY if len(done) == 2 else Missed("one of its operands is quantized already", done[0])
     if not graph.is_constant(w):
         return Missed("its weight is computed from the inputs", w)
-    if x.op.name == "quant.dequantize" or w.op.name == "quant.dequantize":
-        return ALREADY
     if graph.is_constant(x):
         return Missed("both of its operands are constant", x)
     if x.tensor.dtype not in QUANTIZABLE or w.tensor.dtype not in QUANTIZABLE:
         return Missed(f"its operands are {x.tensor.dtype} and {w.tensor.dtype}, not f32, f16 or bf16")
     if not all(isinstance(size, int) for size in w.tensor.shape) or len(w.tensor.shape) != 2:
         return Missed("its weight is no matrix of fixed size", w)
+    if w.tensor.elements == 0:
+        return Missed("its weight has no elements", w)
+    if bias is not None and bias.tensor.shape != w.tensor.shape[:1]:
+        return Missed("its bias is not one number for each column", bias)
+    return None
+
+
+def _router(op: Op, graph: Graph) -> Missed | None:
     if feeds_topk(op.result, graph):
         return Missed("it is a router: its product decides a top-k")
-    return _vocabulary(w, graph)
-
-
-def _why_no_linear(op: Op, graph: Graph) -> Missed:
-    constant = [value for _, value in op.operands() if graph.is_constant(value) and isinstance(value.type, TensorType)]
-    if not constant:
-        return Missed("both of its operands are computed from the inputs")
-    dimensions = max(len(value.tensor.shape) for value in constant)
-    if dimensions > 2:
-        return Missed(f"it multiplies by a batch of matrices (a weight of {dimensions} dimensions)", constant[0])
-    return Missed("it is not of the form activation times constant matrix", constant[0])
+    return None
 
 
 def feeds_topk(value: Value, graph: Graph) -> bool:
     """Whether a top-k reads `value`, directly or through operations that work element by element."""
-
-    def elementwise(op: Op) -> bool:
-        return op.name.split(".")[1].lstrip("_") in ELEMENTWISE or op.name.split(".")[1] in ELEMENTWISE
-
-    return any(op.name in ("aten.topk", "aten.sort") for op in readers_through(graph, value, elementwise))
+    readers = readers_through(graph, value, lambda op: op.name.split(".")[1] in ELEMENTWISE)
+    return any(op.name.split(".")[1] in DECISIONS for op in readers)
 
 
 def _vocabulary(w: Value, graph: Graph) -> Missed | None:
     for param in parameters_of(w):
         if param.attrs.get("role") == "output_embeddings":
             return Missed("it is the vocabulary projection: the model names its weight as its output embeddings", w)
-        readers = readers_through(graph, param.result, lambda op: len(op.results) == 1 and graph.is_constant(op.result))
-        if any(reader.name == "aten.embedding" for reader in readers):
+        readers = readers_through(graph, param.result, lambda op: all(map(graph.is_constant, op.results)))
+        if any(reader.name in LOOKUPS and not all(map(graph.is_constant, reader.results)) for reader in readers):
             return Missed("it is the vocabulary projection: an embedding has the same weight", w)
     return None

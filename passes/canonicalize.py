@@ -1,8 +1,9 @@
 """Brings the many spellings of a matmul with a constant weight to one, `aten.linear`, and drops what does nothing.
 
-    aten.mm(%x, %w)           ->  aten.linear(%x, aten.t(%w))
-    aten.matmul(%x, %w)       ->  aten.linear(%x, aten.t(%w))
+    aten.mm(%x, %w)           ->  aten.linear(%x, aten.t(%w))            also matmul
     aten.addmm(%b, %x, %w)    ->  aten.linear(%x, aten.t(%w), %b)
+    aten.bmm(%x, %w)          ->  aten.linear(%x, aten.t(aten.squeeze(%w)))   for a batch of one matrix
+    aten.inner(%x, %w)        ->  aten.linear(%x, %w)
     aten.t(aten.t(%w))        ->  %w
     aten.clone(%x)            ->  %x          and casts, views and dropouts that change nothing
 
@@ -13,34 +14,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.memory import is_view, why_not_replaced
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager import Effect, Pass
 
 
 class MatmulToLinear(Rule):
-    """mm(x, w), matmul(x, w), addmm(b, x, w)  ->  linear(x, t(w), b), for a constant 2-D w"""
+    """mm(x, w), matmul(x, w), bmm(x, w), addmm(b, x, w), inner(x, w)  ->  linear(x, w', b), for a constant matrix w"""
 
-    root = ("aten.mm", "aten.matmul", "aten.addmm")
+    root = ("aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.inner")
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         bias = op.tensor(0) if op.name == "aten.addmm" else None
         x, w = op.tensor(-2), op.tensor(-1)
+        lead, matrix, dimensions = w.tensor.shape[:-2], w.tensor.shape[-2:], len(w.tensor.shape)
         if not graph.is_constant(w):
             return Missed("its right operand is computed from the inputs", w)
-        if len(w.tensor.shape) != 2:
-            return Missed(f"its right operand has {len(w.tensor.shape)} dimensions, not 2", w)
+        if graph.is_constant(x):
+            return Missed("both of its operands are constant", x)
+        if len(matrix) < 2:
+            return Missed("its right operand is a vector, not a matrix", w)
+        flat = op.name != "aten.inner" and dimensions <= len(x.tensor.shape)
+        if lead and not (flat and all(size == 1 for size in lead)):
+            return Missed(f"its right operand has {dimensions} dimensions, not 2", w)
         if op.attrs:
             return Missed(f"it scales its operands: {', '.join(sorted(op.attrs))} is given")
-        if bias is not None and bias.tensor.shape != w.tensor.shape[1:]:
+        if bias is not None and bias.tensor.shape != matrix[1:]:
             return Missed("what it adds is no bias of one number a column", bias)
         return {"x": x, "w": w, "bias": bias}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, **_: Any) -> None:
-        k, n = w.tensor.shape
-        transposed = rewriter.insert("aten.t", w, types=[TensorType(w.tensor.dtype, (n, k))], names=[f"{w.name}_t"])
-        args = (x, transposed.result) if bias is None else (x, transposed.result, bias)
-        linear = rewriter.insert("aten.linear", *args, types=[op.result.type])
-        rewriter.replace(op, linear.result)
+        dtype, matrix = w.tensor.dtype, w.tensor.shape[-2:]
+        if lead := tuple(range(len(w.tensor.shape) - 2)):
+            kind = TensorType(dtype, matrix)
+            w = rewriter.insert("aten.squeeze.dims", w, lead, types=[kind], names=[f"{w.name}_matrix"]).result
+        if op.name != "aten.inner":
+            kind = TensorType(dtype, matrix[::-1])
+            w = rewriter.insert("aten.t", w, types=[kind], names=[f"{w.name}_t"]).result
+        args = (x, w) if bias is None else (x, w, bias)
+        rewriter.replace(op, rewriter.insert("aten.linear", *args, types=[op.result.type]).result)
 
 
 class TransposeTwice(Rule):
@@ -49,29 +61,27 @@ class TransposeTwice(Rule):
     root = ("aten.t", "aten.transpose.int", "aten.permute")
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        inner = op.tensor(0).op
         if not swaps_both(op):
             return Missed("it does not swap the two dimensions of a matrix")
+        inner = op.tensor(0).op
         if inner.name not in self.root or not swaps_both(inner):
             return Missed("its input is no transposed matrix", op.tensor(0))
-        return {"x": inner.tensor(0)}
+        return {"inner": inner}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
-        inner = op.tensor(0).op
-        rewriter.replace(op, x)
+    def rewrite(self, op: Op, rewriter: Rewriter, inner: Op, **_: Any) -> None:
+        rewriter.replace(op, inner.tensor(0))
         rewriter.erase_unread(inner)
 
 
 def swaps_both(op: Op) -> bool:
-    """Whether `op` transposes a matrix."""
+    """Whether `op`, one of the ways to permute dimensions, transposes a matrix."""
     if len(op.tensor(0).tensor.shape) != 2:
         return False
     if op.name == "aten.t":
         return True
-    axes = op.args[1] if op.name == "aten.permute" else op.args[1:]
-    return isinstance(axes, tuple) and tuple(axis % 2 for axis in axes if isinstance(axis, int)) in ((1, 0), (0, 1)) and (
-        op.name == "aten.transpose.int" or axes[0] in (1, -1)
-    )
+    axes = op.args[1] if op.name == "aten.permute" and len(op.args) > 1 else op.args[1:]
+    order = [axis % 2 for axis in axes if isinstance(axis, int)] if isinstance(axes, tuple) else []
+    return order == [1, 0] or (order == [0, 1] and op.name == "aten.transpose.int")
 
 
 class DropNoOp(Rule):
@@ -79,20 +89,20 @@ class DropNoOp(Rule):
 
     root = (
         "aten.clone", "aten._to_copy", "aten.to.dtype", "aten.view", "aten.reshape", "aten.expand", "aten.alias",
-        "aten.detach", "aten.lift_fresh_copy", "aten.dropout", "aten.contiguous",
+        "aten.detach", "aten.lift_fresh_copy", "aten.dropout",
     )  # fmt: skip
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         x = op.tensor(0)
         if x.type != op.result.type:
             return Missed(f"it changes {x.type} to {op.result.type}")
-        if op.name == "aten.dropout" and op.args[2] is not False:
+        if op.name == "aten.dropout" and False not in (*op.args[2:3], op.attrs.get("train")):
             return Missed("it drops elements")
-        if any(key in op.attrs for key in ("memory_format", "device", "layout")):
-            return Missed("it may change the order in memory")
-        if x.op.name in ("core.input", "core.buffer") and graph.return_op in graph.users(op.result):
-            return Missed("an output must not be the very tensor that came in", x)
-        return {"x": x}
+        strange = sorted(set(op.attrs) - {"dtype", "train"})
+        if strange or (op.name == "aten.to.dtype" and len(op.args) > 2):
+            return Missed(f"it may do more than that: {strange[0] if strange else 'copy'} is given")
+        # A view has the memory of its input before and after; a copy had its own.
+        return (None if is_view(op) else why_not_replaced(graph, op.result, x)) or {"x": x}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
         rewriter.replace(op, x, keep_names=False)
@@ -100,7 +110,7 @@ class DropNoOp(Rule):
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """mm, matmul, addmm with a constant matrix  ->  linear;  what does nothing  ->  nothing."""
+    """mm, matmul, addmm, … with a constant matrix  ->  linear;  what does nothing  ->  nothing."""
 
     name: ClassVar[str] = "canonicalize"
     effect: ClassVar[Effect] = Effect.REORDERS
@@ -111,6 +121,4 @@ class Canonicalize(Pass):
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Only matmuls are worth a reason: that a view is not a no-op surprises nobody."""
-        matmul = MatmulToLinear()
-        misses = ((op, matmul.match(op, graph)) for op in graph.ops() if op.name in matmul.root)
-        return {op.result.name: str(missed) for op, missed in misses if isinstance(missed, Missed)}
+        return {name: why for name, why in super().explain(graph).items() if graph[name].op.name in MatmulToLinear.root}

@@ -1,16 +1,16 @@
 """Removes operations that nobody reads, and lets go of weights that nobody reads.
 
     %unused = aten.relu(%x)   ->   (nothing)
+
+What writes, checks or draws random numbers stays.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcompiler.ir import Graph, Op
-from qcompiler.ir.op_table import lookup
+from qcompiler.ir import Graph
+from qcompiler.ir.constants import has_effect
 from qcompiler.pass_manager import Effect, Pass
-
-NEVER = ("core.input", "core.return")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,3 @@ class DeadCode(Pass):
         for name in [name for name in graph.weights if name not in read]:
             del graph.weights[name]
         return changed
-
-
-def has_effect(op: Op) -> bool:
-    """Whether an operation must stay although nobody reads it."""
-    definition = lookup(op.name)
-    return op.name in NEVER or (definition is not None and definition.effect)

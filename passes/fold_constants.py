@@ -32,6 +32,8 @@ class QuantizedWeight(Rule):
         if not graph.is_constant(op.tensor(0)):
             return Missed("it quantizes an activation", op.tensor(0))
         sources = parameters_of(op.tensor(0))
+        if not sources and not graph.weights:
+            return Missed("it quantizes literals, and the graph has no weights store", op.tensor(0))
         return {"stem": sources[0].attrs["name"] if len(sources) == 1 else op.tensor(0).name}
 
     def rewrite(self, op: Op, rewriter: Rewriter, stem: str, **_: Any) -> None:
@@ -72,5 +74,15 @@ class FoldConstants(Pass):
 
     def run(self, graph: Graph) -> bool:
         """One rule, which must know the names that are taken."""
-        names = {str(op.attrs["name"]) for op in graph.ops() if op.name in ("core.param", "core.buffer")}
-        return apply_rules(graph, [QuantizedWeight(names | set(graph.weights))], self.name)
+        return apply_rules(graph, [QuantizedWeight(_taken(graph))], self.name)
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """Nothing: an activation is quantized in each call, which surprises nobody."""
+        return {}
+
+
+def _taken(graph: Graph) -> set[str]:
+    """The names of the weights that the graph reads or holds."""
+    return {str(op.attrs["name"]) for op in graph.ops() if op.name in ("core.param", "core.buffer")} | set(
+        graph.weights
+    )

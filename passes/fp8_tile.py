@@ -18,9 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes.candidates import ALREADY, MATMULS, OTHER_READERS, why_not_quantized
-from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+from passes.candidates import MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of, why_not_quantized
+from qcompiler import numerics
+from qcompiler.errors import PassError
+from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager import Effect, Pass
+
+FORMATS = (DType.f8e4m3fn, DType.f8e5m2)
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,21 @@ class LinearToTiles(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if reason := why_not_quantized(op, graph):
             return reason
-        bias = op.args[2] if len(op.args) > 2 else None
-        return {"x": op.tensor(0), "w": op.tensor(1), "bias": bias}
+        return {"x": op.tensor(0), "w": op.tensor(1), "bias": bias_of(op)}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, **_: Any) -> None:
         args = [self.around(rewriter, x, self.x_block), self.around(rewriter, w, self.w_block)]
         if bias is not None:
             args.append(cast(rewriter, bias, DType.f32, f"{bias.name}_f32"))
         kind = op.result.tensor
-        linear = rewriter.insert("aten.linear", *args, types=[TensorType(DType.f32, kind.shape)], names=[f"{op.result.name}_f32"])
+        linear = rewriter.insert(
+            "aten.linear", *args, types=[TensorType(DType.f32, kind.shape)], names=[f"{op.result.name}_f32"]
+        )
         rewriter.replace(op, cast(rewriter, linear.result, kind.dtype, op.result.name))
 
     def around(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> Value:
         """`value`, quantized in blocks and dequantized to FP32."""
-        attrs = {"block": block, "dtype": self.dtype, "profile": self.profile}
+        attrs: dict[str, Argument] = {"block": block, "dtype": self.dtype, "profile": self.profile}
         quantize = rewriter.insert("quant.quantize", value, attrs=attrs, names=[f"{value.name}_q", f"{value.name}_s"])
         attrs = {"block": block, "out_dtype": DType.f32}
         return rewriter.insert("quant.dequantize", *quantize.results, attrs=attrs, names=[f"{value.name}_dq"]).result
@@ -83,10 +88,21 @@ class Fp8Tile(Pass):
     dtype: DType = DType.f8e4m3fn
     profile: str = "deepseek"
 
+    def __post_init__(self) -> None:
+        """PassError for a block, format or profile that does not exist."""
+        super().__post_init__()
+        numerics.profile(self.profile)
+        if self.dtype not in FORMATS:
+            need = " or ".join(map(str, FORMATS))
+            raise PassError("pass 'fp8-tile' quantizes to 8-bit floating-point formats", got=self.dtype, need=need)
+        for block in (self.x_block, self.w_block):
+            if min(block) < 1:
+                raise PassError("a block of pass 'fp8-tile' is empty", got=list(block), need="two positive sizes")
+
     def rules(self) -> Sequence[Rule]:
         """One rule, which also says why a reader of weights is left alone."""
         return (LinearToTiles(self.x_block, self.w_block, self.dtype, self.profile),)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """What is quantized already needs no reason."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(ALREADY)}
+        """What is quantized already, or reads no weights, needs no reason."""
+        return {name: why for name, why in super().explain(graph).items() if why not in NOT_CANDIDATES}

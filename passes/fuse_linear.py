@@ -6,14 +6,21 @@
     %y = aten._to_copy(%y_f32) {dtype = bf16}
   ->
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %b) {out_dtype = bf16, …}
+
+A cast behind the matmul goes in only when nobody else reads the FP32 result.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.candidates import bias_of
 from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, Value
 from qcompiler.pass_manager import Effect, Pass
+
+NOT_QUANTIZED = Missed("none of its operands is quantized")
+OUTPUTS = (DType.bf16, DType.f16)
+"""Element types that the fused operation rounds to by itself."""
 
 
 class DequantizeThenLinear(Rule):
@@ -22,12 +29,17 @@ class DequantizeThenLinear(Rule):
     root = ("aten.linear",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        x, w = op.tensor(0).op, op.tensor(1).op
-        if x.name != "quant.dequantize" or w.name != "quant.dequantize":
-            return Missed("its operands are not both dequantized")
-        if op.result.tensor.dtype is not DType.f32:
-            return Missed(f"it multiplies in {op.result.tensor.dtype}, not in f32")
-        bias = op.args[2] if len(op.args) > 2 else None
+        x, w, bias = op.tensor(0).op, op.tensor(1).op, bias_of(op)
+        plain = [value for value in (op.tensor(0), op.tensor(1)) if value.op.name != "quant.dequantize"]
+        if plain:
+            return NOT_QUANTIZED if len(plain) == 2 else Missed("one of its operands is not quantized", plain[0])
+        for value in (op.tensor(0), op.tensor(1), op.result):
+            if value.tensor.dtype is not DType.f32:
+                return Missed(f"it multiplies in {value.tensor.dtype}, not in f32", value)
+        if len(w.result.tensor.shape) != 2:
+            return Missed("its weight is no matrix", w.result)
+        if bias is not None and bias.tensor.shape != w.result.tensor.shape[:1]:
+            return Missed("its bias is not one number for each column", bias)
         return {"x": x, "w": w, "bias": _before_cast(bias), "last": _cast_behind(op, graph) or op}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Op, w: Op, bias: Value | None, last: Op, **_: Any) -> None:
@@ -38,18 +50,19 @@ class DequantizeThenLinear(Rule):
         rewriter.erase_unread(op)
 
 
-def _before_cast(bias: Any) -> Value | None:
-    """The bias in its own element type: the fused operation widens it by itself."""
-    if isinstance(bias, Value) and bias.op.name == "aten._to_copy" and set(bias.op.attrs) == {"dtype"}:
-        return bias.op.tensor(0)
-    return bias if isinstance(bias, Value) else None
+def _before_cast(bias: Value | None) -> Value | None:
+    """The bias in its own element type: the fused operation widens it to FP32 by itself."""
+    if bias is not None and bias.op.name == "aten._to_copy" and bias.op.attrs == {"dtype": DType.f32}:
+        source = bias.op.tensor(0)
+        return source if source.tensor.dtype in OUTPUTS else bias
+    return bias
 
 
 def _cast_behind(op: Op, graph: Graph) -> Op | None:
-    """The only reader of a linear, when it does nothing but round to another element type."""
+    """The only reader of a linear, when it does nothing but round to a narrower element type."""
     users = graph.users(op.result)
-    if len(users) == 1 and users[0].name == "aten._to_copy" and set(users[0].attrs) == {"dtype"}:
-        return users[0] if users[0].result.tensor.dtype.is_float else None
+    if len(users) == 1 and users[0].name == "aten._to_copy" and users[0].attrs.get("dtype") in OUTPUTS:
+        return users[0] if len(users[0].attrs) == 1 else None
     return None
 
 
@@ -63,3 +76,7 @@ class FuseLinear(Pass):
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (DequantizeThenLinear(),)
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """A linear without a quantized operand needs no reason: it is none of this pass's business."""
+        return {name: why for name, why in super().explain(graph).items() if why != str(NOT_QUANTIZED)}

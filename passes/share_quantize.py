@@ -1,29 +1,40 @@
 """One quantize for each value: readers of equal quantizations share the first of them.
 
-    %q_s, %q_x = quant.quantize(%x) {...}          %q_s, %q_x = quant.quantize(%x) {...}
-    %k_s, %k_x = quant.quantize(%x) {...}    ->    (gone: its readers read the first)
+    %q_x, %q_s = quant.quantize(%x) {...}          %q_x, %q_s = quant.quantize(%x) {...}
+    %k_x, %k_s = quant.quantize(%x) {...}    ->    (gone: its readers read the first)
 
-After fp8-tile, which quantizes the input of each matmul on its own: q, k and v then read one quantized tensor.
+After fp8-tile, which quantizes the input of each matmul on its own: q, k and v then read one quantized tensor, and two
+matmuls with one weight read one quantized weight, also when each transposes it for itself.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.memory import leaves_the_graph
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
 from qcompiler.pass_manager import Effect, Pass
 
+QUANTIZERS = ("quant.quantize", "quant.dequantize")
+SHAPERS = ("aten.t", "aten.transpose.int", "aten.permute", "aten.reshape", "aten._to_copy")
+"""What may stand between a weight and its quantize."""
+
 
 class ShareTwin(Rule):
-    """op(x) {a}; op(x) {a}  ->  op(x) {a}, for operations that quantize or dequantize"""
+    """op(x) {a}; op(x) {a}  ->  op(x) {a}, for what quantizes or dequantizes, and for what prepares a weight"""
 
-    root = ("quant.quantize", "quant.dequantize")
+    root = (*QUANTIZERS, *SHAPERS)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if op.name in SHAPERS and not graph.is_constant(op.result):
+            return Missed("it prepares no weight", op.tensor(0))
         for other in graph.users(op.tensor(0)):
             if other is op:
                 return Missed("it is the first of its kind")
             if (other.name, other.args, other.attrs) == (op.name, op.args, op.attrs):
+                pairs = zip(op.results, other.results, strict=True)
+                if any(leaves_the_graph(graph, ours) and leaves_the_graph(graph, theirs) for ours, theirs in pairs):
+                    return Missed("two outputs would be one tensor", other.results[0])
                 return {"twin": other}
         return Missed("no other operation computes the same")
 

@@ -3,32 +3,41 @@
     %x_q, %x_s = quant.quantize(%x) {…}          ->  %x_q, %x_s = kernel.quantize(%x) {…, scale_layout = "col_major"}
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s)    ->  %y = kernel.scaled_linear(…) {…, x_scale_layout = "col_major"}
 
+Only the scales of an activation have a layout: those of a weight, and of blocks of several rows, are row-major always.
 Last in the pipeline: what is still in the quant dialect afterwards runs in plain torch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
 from qcompiler.pass_manager import Effect, Pass
 
+MATMULS = ("quant.linear", "kernel.scaled_linear")
+X_SCALE = (1,)
+"""Where those read the scales of the activation."""
+
 
 @dataclass(frozen=True)
 class QuantizeToKernel(Rule):
-    """quant.quantize  ->  kernel.quantize"""
+    """quant.quantize  ->  kernel.quantize, for an activation"""
 
     layout: str
     root: ClassVar[tuple[str, ...]] = ("quant.quantize",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        readers = graph.users(op.results[1])
-        if others := [reader for reader in readers if reader.name not in ("quant.linear", "kernel.scaled_linear")]:
-            return Missed(f"its scales are also read by {others[0].name}, which knows one layout only")
-        return {}
+        scale, block = op.results[1], op.attrs["block"]
+        for use in graph.uses(scale):
+            if use.op.name not in MATMULS:
+                return Missed(f"its scales are also read by {use.op.name}, which knows one layout only", scale)
+            if use.path != X_SCALE:
+                return Missed("its scales are read as those of a weight, which have one layout only", scale)
+        rows = block[0] if isinstance(block, tuple) else 1
+        return {"layout": self.layout if rows == 1 else "row_major"}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
-        made = rewriter.insert("kernel.quantize", *op.args, attrs={**op.attrs, "scale_layout": self.layout})
+    def rewrite(self, op: Op, rewriter: Rewriter, layout: str, **_: Any) -> None:
+        made = rewriter.insert("kernel.quantize", *op.args, attrs={**op.attrs, "scale_layout": layout})
         rewriter.replace(op, *made.results)
 
 
@@ -53,13 +62,13 @@ class ToKernels(Pass):
     """quant  ->  kernel.
 
     Attributes:
-        scale_layout: Order of the activation's scales in memory: row_major or col_major.
+        scale_layout: Order of the activation's scales in memory.
     """
 
     name: ClassVar[str] = "to-kernels"
     effect: ClassVar[Effect] = Effect.EXACT
 
-    scale_layout: str = "col_major"
+    scale_layout: Literal["row_major", "col_major"] = "col_major"
 
     def rules(self) -> Sequence[Rule]:
         """Producers first, since the layout is theirs to say."""

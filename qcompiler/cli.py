@@ -3,21 +3,24 @@
     qcompiler opt --pipeline "canonicalize; fp8-tile" graph.qir     text in, text out
     qcompiler passes                                                every pass, its effect and options
     qcompiler schemes                                               every scheme and its pipeline
+
+What was asked for goes to standard output, what was asked about it (times, reasons) and errors to standard error.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import qcompiler.dialects  # noqa: F401  (fills the table of operations)
-from qcompiler.errors import InputError, QCompilerError
+from qcompiler.errors import InputError, PassError, QCompilerError
 from qcompiler.instruments import CheckChanged, Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph, print_argument
-from qcompiler.pass_manager import PASSES, Pipeline
+from qcompiler.pass_manager import GROUP, PASSES, Pipeline, default_of, offered, pass_class
 from qcompiler.pass_runner import run_pipeline
-from qcompiler.schemes import SCHEMES, load_third_parties, pipeline
+from qcompiler.schemes import Scheme, all_schemes, pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except QCompilerError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (Python flushes it at exit)
         return 1
     return 0
 
@@ -40,10 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--pipeline", "-p", help='passes, such as "canonicalize; fp8-tile{profile=vllm}"')
     which.add_argument("--scheme", "-s", help="the pipeline of a scheme")
     opt.add_argument("--output", "-o", default="-", help="where the text goes (default: standard output)")
-    opt.add_argument("--print-after", action="append", default=[], metavar="PASS", help='a pass, or "all": print to standard error')
+    opt.add_argument(
+        "--print-after", action="append", default=[], metavar="PASS", help='a pass, or "all": print to standard error'
+    )
     opt.add_argument("--dump", metavar="FOLDER", help="write the graph after each pass to numbered files")
     opt.add_argument("--time-passes", action="store_true", help="print the time of each pass to standard error")
-    opt.add_argument("--verify-each", action="store_true", help="also hold each pass to whether it says that it changed the graph")
+    opt.add_argument(
+        "--verify-each", action="store_true", help="also hold each pass to whether it says that it changed the graph"
+    )
     opt.add_argument("--explain", action="store_true", help="print to standard error why operations were left alone")
     opt.add_argument("--no-locations", action="store_true", help="leave locations out of the text")
     opt.set_defaults(run=_opt)
@@ -54,20 +64,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _opt(options: argparse.Namespace) -> None:
     steps = Pipeline.parse(options.pipeline) if options.pipeline is not None else pipeline(options.scheme)
-    graph = Graph.parse(_read(options.graph), options.graph)
+    graph = Graph.parse(_read(options.graph), "<stdin>" if options.graph == "-" else options.graph)
     instruments: list[Instrument] = [PrintAfter(*options.print_after)] if options.print_after else []
     instruments += [Dump(options.dump)] if options.dump else []
     instruments += [CheckChanged()] if options.verify_each else []
     instruments += [TimePasses(file=sys.stderr)] if options.time_passes else []
     done = run_pipeline(steps, graph, instruments=instruments)
     if options.explain:
-        for name, reason in done.reasons.items():
-            print(f"%{name}: {reason}", file=sys.stderr)
-    text = graph.text(locations=not options.no_locations) + "\n"
-    if options.output == "-":
-        sys.stdout.write(text)
-    else:
-        Path(options.output).write_text(text, encoding="utf-8")
+        for stage, reasons in done.left_alone.items():
+            for name, reason in reasons.items():
+                print(f"{stage} left %{name} alone: {reason}", file=sys.stderr)
+    _write(options.output, graph.text(locations=not options.no_locations) + "\n")
 
 
 def _read(name: str) -> str:
@@ -77,19 +84,41 @@ def _read(name: str) -> str:
         raise InputError("the graph cannot be read", got=f"{name}: {error}", need="a text file") from error
 
 
+def _write(name: str, text: str) -> None:
+    if name == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            "the graph cannot be written", got=f"{name}: {error}", need="a path in a folder that exists"
+        ) from error
+
+
 def _passes(_: argparse.Namespace) -> None:
-    load_third_parties()
+    broken = []
+    for name in offered(GROUP):
+        try:
+            pass_class(name)
+        except PassError as error:
+            broken.append(f"{name:16} {error}")
     for name in sorted(PASSES):
         kind = PASSES[name]
-        print(f"{name:16} {kind.effect.value:9} {(kind.__doc__ or '').strip().splitlines()[0]}")
+        print(f"{name:16} {kind.effect.value:9} {(kind.__doc__ or '').strip().partition(chr(10))[0]}")
         for option in fields(kind):
-            print(f"{'':28}{option.name} = {print_argument(option.default)}")
+            default = default_of(option)
+            print(f"{'':27}{option.name} {'(required)' if default is MISSING else f'= {print_argument(default)}'}")
+    print("\n".join(broken), file=sys.stderr, end="\n" if broken else "")
 
 
 def _schemes(_: argparse.Namespace) -> None:
-    load_third_parties()
-    for scheme in SCHEMES.values():
-        print(f"{scheme.name}\n    {scheme.doc}\n    {scheme.pipeline}")
+    for name, scheme in all_schemes().items():
+        if isinstance(scheme, Scheme):
+            print(f"{name}\n    {scheme.doc}\n    {scheme.pipeline}")
+        else:
+            print(f"{name}: {scheme}", file=sys.stderr)
 
 
 if __name__ == "__main__":

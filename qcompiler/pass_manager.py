@@ -2,17 +2,34 @@
 
     Pass.parse("fp8-tile{profile=deepgemm}")      str(pass) is its inverse
     Pipeline.parse("canonicalize; fp8-tile")      str(pipeline) is its inverse
+
+A pass is known by its name as soon as its class is defined. Our own are found in the package `passes`, those of other
+distributions through the entry point `qcompiler.passes`, whose name is the name of the pass; neither is imported before
+a name asks for it.
 """
 
 import re
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
-from typing import Any, ClassVar
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import get_annotations
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from qcompiler.errors import ParseError, PassError, did_you_mean
-from qcompiler.ir import DType, Graph, Rule, apply_rules, explain, parse_literal, print_argument
+from qcompiler.ir import DType, Graph, Missed, Rule, apply_rules, parse_literal, print_argument
+from qcompiler.ir.lexer import Source
+
+HOMES = ("passes",)
+"""Packages that define passes when they are imported; only named here, since they stand on a higher floor."""
+
+GROUP = "qcompiler.passes"
+NAME = re.compile(r"[A-Za-z][\w-]*")
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
 class Effect(Enum):
@@ -29,16 +46,13 @@ class Effect(Enum):
 PASSES: dict[str, type["Pass"]] = {}
 """Every pass class that has been defined, by name."""
 
-finders: list[Callable[[], None]] = []
-"""Called, once each, when a name is unknown: they import what may define it (installed third-party packages)."""
-
 
 @dataclass(frozen=True)
 class Pass(ABC):
     """One transformation of a graph: a frozen dataclass whose fields are its options.
 
-    A subclass sets `name` and `effect`, says `before -> after` in its docstring, and gives `rules` (or overrides `run`).
-    Defining it makes it known by its name, for pipelines in text and on the command line.
+    A subclass sets `name` and `effect`, says `before -> after` in its docstring, and gives `rules` or overrides `run`.
+    Options are numbers, strings, dtypes and tuples of them, with type hints, to which their values are held.
 
     Attributes:
         name: The name in pipelines, with dashes.
@@ -52,11 +66,40 @@ class Pass(ABC):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        if "name" in cls.__dict__:
-            known = PASSES.get(cls.name)
-            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise PassError("two passes have one name", got=f"{cls.name!r} in {cls.__module__}", need=f"a name that {known.__module__} has not taken")
-            PASSES[cls.name] = cls
+        if "name" not in cls.__dict__:
+            return
+        if not NAME.fullmatch(cls.name):
+            need = "letters, digits and dashes, such as 'fp8-tile'"
+            raise PassError(
+                f"the name of pass class {cls.__qualname__} cannot be spelled", got=repr(cls.name), need=need
+            )
+        if cls.effect is Effect.LOSSY and not cls.budget > 0:
+            need = "the largest relative error that it may add to an output, such as 0.1"
+            raise PassError(f"pass '{cls.name}' is lossy, but has no budget", got=cls.budget, need=need)
+        known = PASSES.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            need = f"a name that {known.__module__} has not taken"
+            raise PassError("two passes have one name", got=f"{cls.name!r} in {cls.__module__}", need=need)
+        PASSES[cls.name] = cls
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """A pass; PassError for a class that forgot its name or its decorator."""
+        if not hasattr(cls, "name"):
+            raise PassError(f"pass class {cls.__qualname__} has no name", fix='Give it one: name: ClassVar[str] = "…".')
+        options = [key for key, hint in get_annotations(cls).items() if "ClassVar" not in str(hint)]
+        if options and "__dataclass_fields__" not in cls.__dict__:
+            problem = f"pass class {cls.__qualname__} has options, but is no dataclass"
+            raise PassError(problem, got=", ".join(options), fix="Put @dataclass(frozen=True) above it.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Holds the options to their type hints. Lists become tuples and integers floats where those are wanted."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            try:
+                object.__setattr__(self, option.name, _converted(value, _hint(type(self), option.name)))
+            except ValueError:
+                raise _wrong_value(type(self), option, repr(value)) from None
 
     def rules(self) -> Sequence[Rule]:
         """The rewrites that make up this pass."""
@@ -67,90 +110,237 @@ class Pass(ABC):
         return apply_rules(graph, self.rules(), self.name)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Why each candidate in `graph` is left alone, by the name of the candidate's first result."""
-        return {op.results[0].name: str(missed) for op, _, missed in explain(graph, self.rules()) if op.results}
+        """Why each candidate in `graph` is left alone, by the name of the candidate's first result.
+
+        A candidate is an operation that some rule starts at; it is left alone when none of them matches.
+        """
+        reasons: dict[str, str] = {}
+        rules = self.rules()
+        for op in graph.ops():
+            tried = [rule.match(op, graph) for rule in rules if op.name in rule.root]
+            misses = [str(missed) for missed in tried if isinstance(missed, Missed)]
+            if misses and len(misses) == len(tried) and op.results:
+                reasons[op.results[0].name] = "; ".join(dict.fromkeys(misses))
+        return reasons
 
     def __str__(self) -> str:
-        options = [
-            f"{field.name}={_print_option(getattr(self, field.name))}"
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        return self.name + (f"{{{', '.join(options)}}}" if options else "")
+        values = [(option, getattr(self, option.name)) for option in fields(self)]
+        shown = [f"{option.name}={_print_option(value)}" for option, value in values if value != default_of(option)]
+        return self.name + (f"{{{', '.join(shown)}}}" if shown else "")
 
     @classmethod
     def parse(cls, spec: str) -> "Pass":
-        """The pass that `name{option=value, …}` spells; PassError for an unknown name or option."""
-        match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{(.*)\})?\s*", spec, re.DOTALL)
-        if match is None:
-            raise PassError("a pass is malformed", got=repr(spec), need="name{option=value, option=value}")
-        kind = pass_class(match[1])
-        return kind(**dict(_parse_option(kind, option) for option in _split(match[2] or "", ",")))
+        """The pass that `name{option=value, …}` spells; ParseError when malformed, PassError for what is unknown."""
+        return _parse_pass(Source(spec, "<pass>"), 0, len(spec))
 
 
 def pass_class(name: str) -> type[Pass]:
     """The class of the pass called `name`; PassError with did-you-mean when there is none."""
+    for home in HOMES:
+        import_module(home)
+    if name not in PASSES and (entry := offered(GROUP).get(name)) is not None:
+        load(entry)
+        if name not in PASSES:
+            raise PassError(
+                "an entry point gives no pass of its name", got=shown(entry), need=f"a pass called {name!r}"
+            )
     if name not in PASSES:
-        while finders:
-            finders.pop()()
-    if name not in PASSES:
-        raise PassError("no such pass", got=repr(name), fix=did_you_mean(name, PASSES))
+        raise PassError("no such pass", got=repr(name), fix=did_you_mean(name, {*PASSES, *offered(GROUP)}))
     return PASSES[name]
 
 
-def _print_option(value: Any) -> str:
-    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w-]*", value) else print_argument(value)
+def offered(group: str) -> dict[str, EntryPoint]:
+    """What installed distributions offer under an entry point, by name; the first of a name counts."""
+    return {entry.name: entry for entry in reversed([*entry_points(group=group)])}
 
 
-def _parse_option(kind: type[Pass], text: str) -> tuple[str, Any]:
-    key, equals, value = (part.strip() for part in text.partition("="))
-    known = {field.name: field for field in fields(kind)}
-    key = key.replace("-", "_")
-    if key not in known or not equals:
-        raise PassError(f"pass '{kind.name}' has no such option", got=repr(text.strip()), fix=did_you_mean(key, known))
-    default = known[key].default
-    if isinstance(default, str) and re.fullmatch(r"[A-Za-z_][\w-]*", value):
-        return key, value
+def load(entry: EntryPoint) -> Any:
+    """What an entry point stands for; PassError names the distribution when it cannot be imported."""
     try:
-        literal = parse_literal(value)
+        return entry.load()
+    except PassError:
+        raise
+    except Exception as error:  # somebody else's module may fail in any way
+        got = f"{shown(entry)}: {type(error).__name__}: {error}"
+        raise PassError("an installed extension cannot be loaded", got=got, fix="Repair or uninstall it.") from error
+
+
+def shown(entry: EntryPoint) -> str:
+    """An entry point in a message."""
+    source = f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
+    return f"'{entry.name} = {entry.value}'{source}"
+
+
+def default_of(option: "Field[Any]") -> Any:
+    """The default of an option; MISSING when it must be given."""
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+# Options: text -> value, held to the type hint
+
+
+def _print_option(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str) and NAME.fullmatch(value) and _literal(value) is MISSING
+        else print_argument(value)
+    )
+
+
+def _literal(text: str) -> Any:
+    """The literal that `text` spells, or MISSING."""
+    try:
+        return parse_literal(text)
     except ParseError:
-        literal = None
-    if isinstance(default, float) and isinstance(literal, int) and not isinstance(literal, bool):
-        literal = float(literal)
-    if type(literal) is not type(default) and not (default is None and literal is not None):
-        shown = "a dtype" if isinstance(default, DType) else f"a {type(default).__name__} like {print_argument(default)}"
-        raise PassError(f"option '{key}' of pass '{kind.name}' has a wrong value", got=value, need=shown)
-    return key, literal
+        return MISSING
 
 
-def _split(text: str, mark: str) -> list[str]:
-    """The parts of `text` between marks that stand outside of brackets and quotes."""
-    parts, depth, quoted = [""], 0, False
-    for character in text:
-        quoted ^= character == '"'
-        depth += (character in "{[(") - (character in ")]}") if not quoted else 0
-        if character == mark and not depth and not quoted:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part.strip()]
+def _read_option(kind: type[Pass], option: "Field[Any]", text: str) -> Any:
+    """The value that `text` spells: a literal if that fits, else a bare word."""
+    for value in (_literal(text), text if NAME.fullmatch(text) else MISSING):
+        try:
+            if value is not MISSING:
+                return _converted(value, _hint(kind, option.name))
+        except ValueError:
+            continue
+    raise _wrong_value(kind, option, text)
+
+
+def _hint(kind: type[Pass], name: str) -> Any:
+    try:
+        return get_type_hints(kind).get(name, Any)
+    except NameError:  # a class inside a function, with names that only the function knows
+        return Any
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """`value` as the type hint wants it: lists as tuples, integers as floats; ValueError when it does not fit."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal and value in inner:
+        return value
+    if origin in (Union, UnionType):
+        for choice in inner:
+            try:
+                return _converted(value, choice)
+            except ValueError:
+                continue
+    elif origin is tuple and isinstance(value, tuple | list):
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return tuple(_converted(item, kind) for item, kind in zip(value, kinds, strict=True))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint is type(value) or (hint is None and value is None):
+        return value
+    raise ValueError(value)
+
+
+def _wrong_value(kind: type[Pass], option: "Field[Any]", got: str) -> PassError:
+    hint, default = _hint(kind, option.name), default_of(option)
+    fix = None
+    if get_origin(hint) is Literal:
+        need = "one of " + ", ".join(map(_print_option, get_args(hint)))
+    else:
+        need = _in_words(hint)
+        fix = f"The default is {_print_option(default)}." if default is not MISSING else None
+    return PassError(f"option '{option.name}' of pass '{kind.name}' has a wrong value", got=got, need=need, fix=fix)
+
+
+def _in_words(hint: Any) -> str:
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a word or a string", NoneType: "None"}
+    if hint is DType:
+        return "a dtype such as bf16"
+    if get_origin(hint) is tuple:
+        return f"[{', '.join('…' if inner is ... else _in_words(inner) for inner in get_args(hint))}]"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    return words.get(hint, str(hint))
+
+
+# Text -> passes
+
+
+def _parse_pass(source: Source, start: int, end: int) -> Pass:
+    """The pass in a stretch of text that holds nothing else."""
+    text = source.text[start:end]
+    match = re.fullmatch(r"\s*([\w-]+)\s*(\{.*\})?\s*", text, re.DOTALL)
+    if match is None:
+        lead = len(text) - len(text.lstrip())
+        problem = "a pass is malformed; it is spelled name{option=value, option=value}, and passes are separated by ';'"
+        raise source.error(problem, start + lead, len(text.strip()))
+    kind = pass_class(match[1])
+    known = {option.name: option for option in fields(kind)}
+    given: dict[str, Any] = {}
+    inside = (start + match.start(2) + 1, start + match.end(2) - 1) if match[2] else (start, start)
+    for first, last in _parts(source, *inside, ","):
+        key, equals, value = (part.strip() for part in source.text[first:last].partition("="))
+        option = known.get(key.replace("-", "_"))
+        if option is None:
+            raise PassError(f"pass '{kind.name}' has no such option", got=repr(key), fix=did_you_mean(key, known))
+        if not equals or not value or option.name in given:
+            problem = f"option '{key}' is given twice" if option.name in given else f"option '{key}' has no value"
+            raise source.error(problem, first, last - first)
+        given[option.name] = _read_option(kind, option, value)
+    if missing := [
+        option.name for option in known.values() if option.name not in given and default_of(option) is MISSING
+    ]:
+        raise PassError(f"pass '{kind.name}' needs an option", got=repr(text.strip()), need=f"{missing[0]}=…")
+    return kind(**given)
+
+
+def _parts(source: Source, start: int, end: int, mark: str) -> Iterator[tuple[int, int]]:
+    """The stretches between marks that stand outside of brackets and strings, without space around them."""
+    text, opened, begin, at = source.text, list[int](), start, start
+    cuts = []
+    while at < end:
+        character = text[at]
+        if character == '"':
+            if (string := STRING.match(text, at, end)) is None:
+                raise source.error("this string does not end", at)
+            at = string.end()
+            continue
+        if character in CLOSING:
+            opened.append(at)
+        elif character in CLOSING.values():
+            if not opened or CLOSING[text[opened.pop()]] != character:
+                raise source.error(f"'{character}' closes no bracket", at)
+        elif character == mark and not opened:
+            cuts.append((begin, at))
+            begin = at + 1
+        at += 1
+    if opened:
+        raise source.error(f"'{text[opened[-1]]}' is not closed", opened[-1])
+    for first, last in [*cuts, (begin, end)]:
+        inner = text[first:last]
+        if inner.strip():
+            yield first + len(inner) - len(inner.lstrip()), first + len(inner.rstrip())
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. A value: editing gives a new one.
+    """Passes in order. A value: editing gives a new one; where a pass is wanted, its text will do.
 
         Pipeline.parse("canonicalize; fp8-tile; dead-code").insert_after("fp8-tile", MyPass()).without("dead-code")
+
+    The second pass of a name is called `name#2`, as in the stages of a run.
     """
 
     passes: tuple[Pass, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Takes a list for a tuple; PassError for what is no pass."""
+        object.__setattr__(self, "passes", tuple(self.passes))
+        for step in self.passes:
+            if not isinstance(step, Pass):
+                fix = f"Write {step.__name__}()." if isinstance(step, type) else None
+                raise PassError("a pipeline holds passes only", got=repr(step), need="an instance of a pass", fix=fix)
+
     @classmethod
     def parse(cls, text: str) -> "Pipeline":
-        """The pipeline that `pass; pass{option=value}; …` spells; PassError when it is malformed."""
-        if text.count("{") != text.count("}") or text.count("[") != text.count("]"):
-            raise PassError("a pipeline is malformed: its brackets do not match", got=repr(text), need="pass; pass{option=value}; …")
-        return cls(tuple(Pass.parse(spec) for spec in _split(text, ";")))
+        """The pipeline that `pass; pass{option=value}; …` spells; ParseError when malformed, PassError when unknown."""
+        source = Source(text, "<pipeline>")
+        return cls(tuple(_parse_pass(source, first, last) for first, last in _parts(source, 0, len(text), ";")))
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.passes))
@@ -161,36 +351,48 @@ class Pipeline:
     def __len__(self) -> int:
         return len(self.passes)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the passes, each once: the second of a name is called `name#2`."""
+        names: list[str] = []
+        for step in self.passes:
+            count = 1 + sum(name.partition("#")[0] == step.name for name in names)
+            names.append(step.name if count == 1 else f"{step.name}#{count}")
+        return tuple(names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names or name in self.passes
+
     def __getitem__(self, name: str) -> Pass:
-        """The first pass called `name`."""
+        """The pass called `name`."""
         return self.passes[self._find(name)]
 
-    def insert_before(self, name: str, *passes: Pass) -> "Pipeline":
-        """With `passes` in front of the first pass called `name`."""
+    def insert_before(self, name: str, *passes: Pass | str) -> "Pipeline":
+        """With `passes` in front of the pass called `name`."""
         return self._splice(self._find(name), 0, passes)
 
-    def insert_after(self, name: str, *passes: Pass) -> "Pipeline":
-        """With `passes` behind the first pass called `name`."""
+    def insert_after(self, name: str, *passes: Pass | str) -> "Pipeline":
+        """With `passes` behind the pass called `name`."""
         return self._splice(self._find(name) + 1, 0, passes)
 
-    def replace(self, name: str, *passes: Pass) -> "Pipeline":
-        """With `passes` in the place of the first pass called `name`."""
+    def replace(self, name: str, *passes: Pass | str) -> "Pipeline":
+        """With `passes` in the place of the pass called `name`."""
         return self._splice(self._find(name), 1, passes)
 
     def without(self, name: str) -> "Pipeline":
-        """Without any pass called `name`."""
-        self._find(name)
-        return Pipeline(tuple(p for p in self.passes if p.name != name))
+        """Without any pass called `name`; `name#2` means the second one alone."""
+        at = self._find(name)
+        return Pipeline(tuple(p for i, p in enumerate(self.passes) if i != at and p.name != name))
 
-    def append(self, *passes: Pass) -> "Pipeline":
+    def append(self, *passes: Pass | str) -> "Pipeline":
         """With `passes` at the end."""
         return self._splice(len(self.passes), 0, passes)
 
-    def _splice(self, at: int, remove: int, passes: Iterable[Pass]) -> "Pipeline":
-        return Pipeline((*self.passes[:at], *passes, *self.passes[at + remove :]))
+    def _splice(self, at: int, remove: int, passes: Iterable[Pass | str]) -> "Pipeline":
+        added = [step for given in passes for step in (Pipeline.parse(given) if isinstance(given, str) else (given,))]
+        return Pipeline((*self.passes[:at], *added, *self.passes[at + remove :]))
 
     def _find(self, name: str) -> int:
-        names = [p.name for p in self.passes]
-        if name not in names:
-            raise PassError("the pipeline has no such pass", got=repr(name), fix=did_you_mean(name, names))
-        return names.index(name)
+        if name not in self.names:
+            raise PassError("the pipeline has no such pass", got=repr(name), fix=did_you_mean(name, self.names))
+        return self.names.index(name)

@@ -1,18 +1,27 @@
 """Runs a pipeline over a graph: one stage a pass, verified, instrumented, and explained.
 
-An unexpected failure keeps the text of the graph that the pass was given, in a file that the message names.
+When a pass fails unexpectedly, or leaves an illegal graph behind, the text of the graph is kept in a file that the
+message names.
 """
 
+import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qcompiler.errors import PassError, QCompilerError
-from qcompiler.instruments import Instrument
+from qcompiler.errors import PassError, QCompilerError, VerifyError, did_you_mean
+from qcompiler.instruments import Instrument, Outcome
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.pass_manager import Effect, Pass, Pipeline
+
+T = TypeVar("T")
+
+
+class NoStage(PassError, KeyError):
+    """No stage has that name."""
 
 
 class Stages(Mapping[str, Graph]):
@@ -31,7 +40,9 @@ class Stages(Mapping[str, Graph]):
 
     def __getitem__(self, name: str) -> Graph:
         if name not in self._graphs:
-            raise KeyError(f"no stage is called {name!r}; there are: {', '.join(self._graphs)}")
+            guess = did_you_mean(str(name), self._graphs).partition(" Known")[0]
+            fix = f"{guess} " if guess.endswith("?") else ""
+            raise NoStage("no such stage", got=repr(name), fix=f"{fix}Known: {', '.join(self._graphs)}.")
         return self._graphs[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -46,10 +57,43 @@ class Stages(Mapping[str, Graph]):
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a pipeline: the stages, and for each operation that a pass left alone, why (name -> reason)."""
+    """What came of a pipeline.
+
+    Attributes:
+        stages: The graph as captured and after each pass.
+        left_alone: Stage -> name of an operation -> why that pass left it alone; asked after the pass has run.
+        reasons: Name of an operation -> why it was left alone, by the pass that knows best: the first that quantizes,
+            or else the first that looked.
+    """
 
     stages: Stages
+    left_alone: Mapping[str, Mapping[str, str]]
     reasons: Mapping[str, str]
+
+
+@dataclass
+class _Record:
+    """A run as far as it has come."""
+
+    stages: Stages = field(default_factory=Stages)
+    left_alone: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def add(self, step: Pass, graph: Graph) -> None:
+        self.stages.add(step.name, graph)
+        reasons = _guarded(
+            f"pass '{step}' failed unexpectedly while it was asked to explain", step, graph, step.explain
+        )
+        self.left_alone[list(self.stages)[-1]] = reasons
+
+    def finish(self, pipeline: Pipeline) -> Run:
+        effects = [step.effect for step in pipeline]
+        order = sorted(
+            zip(effects, self.left_alone.values(), strict=True), key=lambda pair: pair[0] is not Effect.LOSSY
+        )
+        reasons: dict[str, str] = {}
+        for _, more in order:
+            reasons = {**more, **reasons}
+        return Run(self.stages, self.left_alone, reasons)
 
 
 def run_pipeline(
@@ -60,49 +104,68 @@ def run_pipeline(
     Args:
         pipeline: The passes.
         graph: Changed by the passes; verified before the first and after each.
-        instruments: Called around each pass.
+        instruments: Called around each pass, in the given order.
         inputs: Real inputs of the graph, for the instruments that run it.
 
     Raises:
         PassError: A pass failed; the message names it.
-        VerifyError: A pass left an illegal graph behind.
+        VerifyError: The graph is illegal, or a pass left an illegal one behind.
     """
-    stages = Stages()
-    reasons: dict[str, str] = {}
+    record = _Record()
     graph.verify()
-    stages.add("captured", graph)
+    record.stages.add("captured", graph)
     for instrument in instruments:
         instrument.begin(graph, inputs)
     for step in pipeline:
         for instrument in instruments:
             instrument.before(step, graph)
-        changed = _run_pass(step, graph, stages)
-        graph.verify(after=step.name)
+        outcome = _run_pass(step, graph, record.stages)
+        _verify(step, graph)
         for instrument in instruments:
-            instrument.after(step, graph, changed)
-        stages.add(step.name, graph)
-        reasons = {**step.explain(graph), **reasons}  # the first pass that looked knows best
+            instrument.after(step, graph, outcome)
+        record.add(step, graph)
     for instrument in instruments:
         instrument.end(graph)
-    return Run(stages, reasons)
+    return record.finish(pipeline)
 
 
-def _run_pass(step: Pass, graph: Graph, stages: Stages) -> bool:
+def _run_pass(step: Pass, graph: Graph, stages: Stages) -> Outcome:
+    before = stages[list(stages)[-1]]
+    start = time.perf_counter()
     try:
-        return step.run(graph)
+        changed = _guarded(f"pass '{step}' failed unexpectedly", step, before, lambda _: step.run(graph))
     except QCompilerError as error:
-        error.where = f"pass '{step}'" + (f", {error.where}" if error.where else "")
+        # What a pass raises on purpose need not name the pass.
+        if f"pass '{step.name}" not in str(error):
+            error.where = f"pass '{step}'" + (f", {error.where}" if error.where else "")
+        raise
+    return Outcome(bool(changed), time.perf_counter() - start)
+
+
+def _guarded(problem: str, step: Pass, graph: Graph, function: Callable[[Graph], T]) -> T:
+    """What `function` says of a graph; when it fails, as nothing should, the text of the graph is kept."""
+    try:
+        return function(graph)
+    except QCompilerError:
         raise
     except Exception as error:
-        kept = keep_text(stages[list(stages)[-1]], step.name)
         raise PassError(
-            f"pass '{step}' failed unexpectedly: {type(error).__name__}: {error}",
-            fix=f"The graph that it was given is in {kept}; please report it together with this message.",
+            f"{problem}: {type(error).__name__}: {error}",
+            fix=f"The graph that it was given is in {keep_text(graph, step.name)}; please report it with this message.",
         ) from error
+
+
+def _verify(step: Pass, graph: Graph) -> None:
+    try:
+        graph.verify(after=step.name)
+    except VerifyError as error:
+        error.problem += f"\n  the graph that it left: {keep_text(graph, step.name)}"
+        raise
 
 
 def keep_text(graph: Graph, label: str) -> Path:
     """Writes the text of a graph to a new file in the temporary folder; its path."""
-    with tempfile.NamedTemporaryFile("w", prefix=f"qcompiler-{label}-", suffix=".qir", delete=False) as file:
+    prefix = f"qcompiler-{re.sub(r'[^A-Za-z0-9_-]', '_', label)}-"
+    with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".qir", delete=False, encoding="utf-8") as file:
         file.write(f"{graph}\n")
     return Path(file.name)

@@ -7,12 +7,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from passes.candidates import MATMULS, OTHER_READERS
+from passes.candidates import MATMULS, WHY_OTHER
 from qcompiler.ir import Graph, Op, TensorType
-from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.dataflow import parameters_of, readers_through
+from qcompiler.ir.graph import PARAM
 
-QUANTIZED = ("quant.linear", "kernel.scaled_linear")
+QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
 NO_REASON = "no pass of this pipeline quantizes it"
+NO_MATMUL = "it is no matmul"
+DEAD = "it was removed, since nothing needs what it computes"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Report:
     Attributes:
         rows: In the order of the graph.
         bytes: Of all parameters, as captured.
-        bytes_quantized: Of the parameters whose every reader is quantized.
+        bytes_quantized: Of those that are in memory in quantized form only.
         bytes_after: Of all weights after compilation, scales included.
     """
 
@@ -74,9 +77,12 @@ class Report:
     def summary(self) -> str:
         """One line."""
         matmuls = sum(row.is_matmul for row in self.rows)
+        if not matmuls:
+            return f"no matmul has a constant operand; {_size(self.bytes)} of parameters"
+        are = "is" if matmuls == 1 else "are"
         share = 100 * self.bytes_quantized / self.bytes if self.bytes else 0.0
         return (
-            f"{len(self.quantized)} of {matmuls} matmuls with a constant operand are quantized: {share:.1f}% of "
+            f"{len(self.quantized)} of {matmuls} matmuls with a constant operand {are} quantized: {share:.1f}% of "
             f"{_size(self.bytes)} of parameters; {_size(self.bytes_after)} after"
         )
 
@@ -85,11 +91,13 @@ class Report:
         for heading in ("operation", "module", "weight", "bytes", "quantized", "why not"):
             table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
         for row in self._grouped():
-            table.add_row(f"%{row.name}", row.module, row.shape, _size(row.bytes), "yes" if row.quantized else "no", row.reason)
-        console = Console(width=160, no_color=True, force_terminal=False)
+            cells = (f"%{row.name}", row.module, row.shape, _size(row.bytes), "yes" if row.quantized else "no", row.reason)
+            table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        console = Console(width=160, no_color=True, force_terminal=False, legacy_windows=False)
         with console.capture() as capture:
             console.print(table, soft_wrap=False)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()) + f"\n{self.summary()}"
+        lines = [line.rstrip() for line in capture.get().splitlines() if line.strip()] if self.rows else []
+        return "\n".join([*lines, self.summary()])
 
     def _grouped(self) -> Iterator[Row]:
         """Every matmul, then one row for each kind of other reader."""
@@ -100,45 +108,106 @@ class Report:
                 others.setdefault((row.op, row.reason), []).append(row)
         for (op, reason), rows in others.items():
             names = f"{rows[0].name} and {len(rows) - 1} more" if len(rows) > 1 else rows[0].name
-            yield Row(names, op, "", (), op, sum(row.bytes for row in rows), False, reason)
+            size = sum({row.weights: row.bytes for row in rows}.values())
+            yield Row(names, op, "", (), op, size, all(row.quantized for row in rows), reason)
 
 
-def build_report(captured: Graph, compiled: Graph, reasons: Mapping[str, str]) -> Report:
-    """The report on what a pipeline did between two graphs.
+def build_report(stages: Mapping[str, Graph], compiled: Graph, reasons: Mapping[str, str]) -> Report:
+    """The report on what a pipeline did.
 
     Args:
-        captured: The graph before the first pass.
+        stages: The graph before the first pass and after each, in order.
         compiled: The graph after the last.
         reasons: Why operations were left alone, by the name of their result.
     """
-    after = {value.name: op for op in compiled for value in op.results}
+    graphs = list(stages.values())
+    captured = graphs[0]
+    heirs = _heirs(graphs)
     rows = []
-    for op in captured.ops():
-        params = {param for _, v in op.operands() if captured.is_constant(v) for param in parameters_of(v)}
-        if op.name not in (*MATMULS, *OTHER_READERS) or not params:
-            continue
+    for op, params in _readers(captured):
         name = op.results[0].name
-        quantized = name in after and after[name].name in QUANTIZED
-        rows.append(_row(op, params, quantized, "" if quantized else reasons.get(name, NO_REASON)))
-    kept = {op.attrs["name"] for op in compiled.ops() if op.name == "core.param"}
-    params = {op for op in captured.ops() if op.name == "core.param"}
+        heir = heirs.get(name)
+        quantized = heir is not None and _is_quantized(compiled[heir].op)
+        reason = "" if quantized else DEAD if heir is None else reasons.get(name) or reasons.get(heir) or _why_not(op)
+        rows.append(_row(op, params, quantized, reason))
+    params = captured.ops(PARAM)
+    quantized_names = _quantized_params(graphs, compiled)
     return Report(
         tuple(rows),
         bytes=sum(map(_bytes, params)),
-        bytes_quantized=sum(_bytes(op) for op in params if op.attrs["name"] not in kept and _read_by(op, rows)),
-        bytes_after=sum(_bytes(op) for op in compiled.ops() if op.name == "core.param"),
+        bytes_quantized=sum(_bytes(op) for op in params if op.attrs["name"] in quantized_names),
+        bytes_after=sum(map(_bytes, compiled.ops(PARAM))),
     )
 
 
-def _row(op: Op, params: set[Op], quantized: bool, reason: str) -> Row:
+def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
+    """Each operation that is computed from inputs and weights both, with the weights; and matmuls of weights alone."""
+    for op in graph.ops():
+        if not op.results or (graph.is_constant(op.results[0]) and op.name not in MATMULS):
+            continue
+        constant = dict.fromkeys(value for _, value in op.operands() if graph.is_constant(value))
+        if params := dict.fromkeys(param for value in constant for param in parameters_of(value)):
+            yield op, list(params)
+
+
+def _heirs(graphs: list[Graph]) -> dict[str, str]:
+    """Value of the first graph -> the value of the last that stands for it; without those that were removed.
+
+    A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, the reader's name stays.
+    """
+    heirs = {value.name: value.name for op in graphs[0] for value in op.results}
+    for before, after in zip(graphs, graphs[1:], strict=False):
+        names = {value.name for op in after for value in op.results}
+        for first, name in list(heirs.items()):
+            while name not in names:
+                users = before.users(before[name])
+                if len(users) != 1 or not users[0].results:
+                    del heirs[first]
+                    break
+                name = heirs[first] = users[0].results[0].name
+    return heirs
+
+
+def _is_quantized(op: Op) -> bool:
+    """Whether an operation multiplies quantized operands, fused with what dequantizes them or not."""
+    if op.name == "aten._to_copy":
+        op = op.tensor(0).op
+    if op.name.startswith(("quant.", "kernel.")):
+        return op.name not in (*QUANTIZE, DEQUANTIZE)
+    return op.name in MATMULS and any(value.op.name == DEQUANTIZE for _, value in op.operands())
+
+
+def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
+    """The weights that some pass quantized, and that nobody reads in their original form."""
+    quantized = {
+        str(param.attrs["name"])
+        for graph in graphs
+        for op in graph.ops()
+        if op.name in QUANTIZE and graph.is_constant(op.tensor(0))
+        for param in parameters_of(op.tensor(0))
+    }
+
+    def constant(op: Op) -> bool:
+        return op.name not in QUANTIZE and bool(op.results) and compiled.is_constant(op.results[0])
+
+    for param in compiled.ops(PARAM):
+        ends = [op for op in readers_through(compiled, param.result, constant) if not constant(op)]
+        if any(op.name not in QUANTIZE for op in ends):
+            quantized.discard(str(param.attrs["name"]))
+    return quantized
+
+
+def _why_not(op: Op) -> str:
+    if op.name in MATMULS:
+        return NO_REASON
+    return next((why for kind, why in WHY_OTHER.items() if kind in op.name), NO_MATMUL)
+
+
+def _row(op: Op, params: list[Op], quantized: bool, reason: str) -> Row:
     largest = max(params, key=_bytes)
     names = tuple(sorted(str(param.attrs["name"]) for param in params))
     size = sum(map(_bytes, params))
     return Row(op.results[0].name, op.name, op.loc.module, names, str(largest.result.type), size, quantized, reason)
-
-
-def _read_by(param: Op, rows: list[Row]) -> bool:
-    return any(row.quantized and param.attrs["name"] in row.weights for row in rows)
 
 
 def _bytes(param: Op) -> int:
@@ -148,9 +217,9 @@ def _bytes(param: Op) -> int:
     return kind.elements * kind.dtype.bytes
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
-        count = count / 1000  # type: ignore[assignment]  # shown only
+        count = count / 1000
     return f"{count:.4g} GB"

@@ -21,8 +21,22 @@ import torch
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import (
-    NONE, Argument, DType, Graph, Location, Range, ScalarType, Size, Tag, TensorType, Type, Value, ceildiv, evaluate, symbol,
-)  # fmt: skip
+    NONE,
+    Argument,
+    DType,
+    Graph,
+    Location,
+    Range,
+    ScalarType,
+    Size,
+    Tag,
+    TensorType,
+    Type,
+    Value,
+    ceildiv,
+    evaluate,
+    symbol,
+)
 from qcompiler.ir.graph import BUFFER, PARAM
 
 BLOCKS = ((1, 128), (128, 128), (1, 64))
@@ -76,7 +90,7 @@ def random_graph(seed: int | Random, *, size: int = 12, runnable: bool = False) 
 def random_inputs(
     graph: Graph, seed: int = 0, sizes: Mapping[str, int] | None = None
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Inputs and weights that a graph can be run on; symbols without a size in `sizes` get a small one in their range."""
+    """Inputs and weights to run a graph on; symbols without a size in `sizes` get a small one in their range."""
     rng, generator = Random(seed), torch.Generator().manual_seed(seed)
     bound = {name: _size_within(rng, bounds) for name, bounds in sorted(graph.symbols.items())} | dict(sizes or {})
 
@@ -84,18 +98,15 @@ def random_inputs(
         if isinstance(type, TensorType):
             shape = [evaluate(size, bound) for size in type.shape]
             return torch.randn(shape, generator=generator).to(torch_dtype(type.dtype))
-        return (
-            evaluate(type.value, bound)
-            if isinstance(type, ScalarType) and type.value is not None
-            else rng.randint(1, 4)
-        )
+        value = type.value if isinstance(type, ScalarType) else None
+        return rng.randint(1, 4) if value is None else evaluate(value, bound)
 
     weights = {str(op.attrs["name"]): fill(op.result.type) for op in graph if op.name in (PARAM, BUFFER)}
     return [fill(value.type) for value in graph.inputs], weights
 
 
 def assert_text(graph: Graph, expected: str, *, locations: bool = False) -> None:
-    """AssertionError with the lines that differ, unless `graph` prints as `expected`, whose indentation does not count."""
+    """AssertionError with the lines that differ, unless `graph` prints as `expected`, however that is indented."""
     got, want = graph.text(locations=locations), textwrap.dedent(expected).strip()
     if got != want:
         lines = difflib.unified_diff(want.splitlines(), got.splitlines(), "expected", "got", lineterm="")
@@ -103,7 +114,7 @@ def assert_text(graph: Graph, expected: str, *, locations: bool = False) -> None
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """0 for equal tensors, about 1 for unrelated ones, whatever their size and scale; infinite where only one is finite."""
+    """0 for equal tensors, about 1 for unrelated ones, whatever their scale; infinite where only one is finite."""
     if got.shape != want.shape:
         raise QCompilerError("tensors of different shapes cannot be compared", got=[*got.shape], need=[*want.shape])
     if got.is_complex() or want.is_complex():
@@ -171,7 +182,7 @@ class _Writer:
         file = pick(texts)
         return Location(file, self.rng.randint(0, 999) if file else 0, pick(texts), pick(texts))
 
-    def add(self, op: str, *args: Argument, types: list[Type] | None = None, **attrs: Argument) -> tuple[Value, ...]:
+    def add(self, op: str, *args: Argument, types: list[Type] | None = None, **attrs: Any) -> tuple[Value, ...]:
         plain = op.split(".")[1]
         names = None if types is None or self.runnable else [self.name(plain) for _ in types]
         return self.graph.append(op, *args, attrs=attrs, types=types, names=names, loc=self.location()).results
@@ -252,14 +263,14 @@ class _Writer:
 
     def quantize(self) -> None:
         x, block = self.tensor(), self.rng.choice(BLOCKS)
-        attrs: dict[str, Argument] = {"block": block, "dtype": DType.f8e4m3fn, "profile": "deepseek"}
+        attrs: dict[str, Any] = {"block": block, "dtype": DType.f8e4m3fn, "profile": "deepseek"}
         data, scale = self.add("quant.quantize", x, **attrs)
         if self.rng.random() < 0.5:
             self.tensors += self.add("quant.dequantize", data, scale, block=block, out_dtype=DType.f32)
             return
         w = self.add("quant.quantize", self.weight(DType.bf16, 130, self.last_size(x)), **attrs)
         bias: Argument = self.weight(DType.f32, 130) if self.rng.random() < 0.5 else None
-        out: dict[str, Argument] = {"out_dtype": DType.bf16, "w_block": block, "x_block": block}
+        out: dict[str, Any] = {"out_dtype": DType.bf16, "w_block": block, "x_block": block}
         self.tensors += self.add("quant.linear", data, scale, *w, bias, **out)
 
     def update(self) -> None:

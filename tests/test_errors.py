@@ -20,7 +20,7 @@ from qcompiler.errors import (
     "kind", [ParseError, VerifyError, CaptureError, PassError, CodegenError, InputError], ids=lambda kind: kind.__name__
 )
 def test_every_error_is_one_of_the_family(kind: type[QCompilerError]) -> None:
-    with pytest.raises(QCompilerError, match="^it is wrong$") as caught:
+    with pytest.raises(QCompilerError, match=r"^it is wrong$") as caught:
         raise kind("it is wrong")
     assert caught.value.problem == "it is wrong"
     assert kind.__doc__

@@ -48,7 +48,8 @@ func @f(%x: f32[2, 256]) -> (f32[2, 256], f32[2, 2]) {
 
 def test_several_results_lists_and_constants_in_the_outputs() -> None:
     text = """\
-func @f(%x: f32[2, 4]) -> ([f32[2, 1], [i64[2, 1]]], None, 3, bf16, #contiguous_format, f32[6, 4], f32[2, 2], f32[2, 2]) {
+func @f(%x: f32[2, 4])
+  -> ([f32[2, 1], [i64[2, 1]]], None, 3, bf16, #contiguous_format, f32[6, 4], f32[2, 2], f32[2, 2]) {
   %v, %i = aten.topk(%x, 1) : f32[2, 1], i64[2, 1]
   %c = aten.cat([%x, %x, %x]) : f32[6, 4]
   %l, %r = aten.split.Tensor(%x, 2, 1) : f32[2, 2], f32[2, 2]
@@ -199,7 +200,7 @@ func @f() -> (f32[2]) {
     graph.weights["fc.weight"] = torch.ones(2)
     assert torch.equal(interpret(graph, [])[0], torch.ones(2))
     assert torch.equal(interpret(graph, [], {"fc.weight": torch.zeros(2)})[0], torch.zeros(2))
-    with pytest.raises(InputError, match="reads a weight that the weights do not have: got fc.weight"):
+    with pytest.raises(InputError, match=r"reads a weight that the weights do not have: got fc\.weight"):
         interpret(graph, [], {"other": torch.zeros(2)})
 
 

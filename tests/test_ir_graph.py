@@ -9,7 +9,7 @@ import pytest
 
 import qcompiler.dialects  # noqa: F401
 from qcompiler.errors import QCompilerError
-from qcompiler.ir import DType, Graph, Location, Op, Range, TensorType, Use, Value
+from qcompiler.ir import Argument, DType, Graph, Location, Op, Range, TensorType, Use, Value
 from qcompiler.testing import assert_text, random_graph
 
 F32 = TensorType(DType.f32, (2, 4))
@@ -88,6 +88,7 @@ def test_random_changes_keep_everything_in_step() -> None:
                 (use.op.name, use.path) for use in parsed.uses(twin)
             ]
             assert graph.fresh(value.name) == parsed.fresh(value.name)
+            assert graph.is_constant(value) == parsed.is_constant(twin)
 
 
 def change_at_random(graph: Graph, rng: Random) -> None:
@@ -122,7 +123,7 @@ def test_insert_and_append(graph: Graph) -> None:
 
 
 def test_types_follow_from_the_type_rule_where_there_is_one(graph: Graph) -> None:
-    attrs = {"block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
+    attrs: dict[str, Argument] = {"block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
     data, scale = graph.append("quant.quantize", graph["x"], attrs=attrs, names=["x_q", "x_s"]).results
     assert (str(data.type), str(scale.type)) == ("f8e4m3fn[2, 4]", "f32[2, 1]")
     with pytest.raises(QCompilerError, match=r"aten.neg has no type rule, so its result types must be given"):
@@ -140,7 +141,7 @@ def test_what_cannot_be_built_changes_nothing(graph: Graph) -> None:
         graph.append("aten.neg", stranger.result, types=[F32])
     with pytest.raises(QCompilerError, match="cannot read a value that is not in @f"):
         graph.set_args(graph["b"].op, ((graph["x"], stranger.result),))
-    with pytest.raises(QCompilerError, match="the operation is not in @f: got aten.neg"):
+    with pytest.raises(QCompilerError, match=r"the operation is not in @f: got aten\.neg"):
         graph.insert(stranger, "aten.neg", graph["x"], types=[F32])
     with pytest.raises(QCompilerError, match="the operation is not in @f"):
         graph.move(graph["b"].op, stranger)
@@ -200,7 +201,7 @@ def test_erase(graph: Graph) -> None:
     graph.erase(graph["c"].op)
     assert names(graph) == ["x", "y", "a", "b", "d", "e"]
     assert graph.fresh("c") == "c"
-    with pytest.raises(QCompilerError, match="still read cannot be erased: got aten.neg; need no reader, but aten.add"):
+    with pytest.raises(QCompilerError, match=r"got aten\.neg; need no reader, but aten\.add\.Tensor is one of 2"):
         graph.erase(graph["a"].op)
     with pytest.raises(QCompilerError, match="the return stands last in every graph"):
         graph.erase(graph.return_op)
@@ -208,7 +209,7 @@ def test_erase(graph: Graph) -> None:
 
 
 def test_erasing_one_of_several_results_that_is_read(graph: Graph) -> None:
-    with pytest.raises(QCompilerError, match="core.return is one of 1"):
+    with pytest.raises(QCompilerError, match=r"core\.return is one of 1"):
         graph.erase(graph["e"].op)
 
 
@@ -349,6 +350,6 @@ def test_no_step_takes_more_than_linear_time() -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start

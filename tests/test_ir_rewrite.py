@@ -152,7 +152,7 @@ def test_several_results_are_replaced_one_by_one() -> None:
     )
     op = graph["v"].op
     rewriter = Rewriter(graph, op, "sort")
-    with pytest.raises(PassError, match="aten.topk has 2 results, but 1 values are to replace them"):
+    with pytest.raises(PassError, match=r"aten\.topk has 2 results, but 1 values are to replace them"):
         rewriter.replace(op, graph["x"])
     assert not rewriter.changed
     made = rewriter.insert("aten.sort", graph["x"], types=[value.type for value in op.results])
@@ -243,5 +243,5 @@ def test_an_erased_anchor_is_no_place_any_more() -> None:
     graph = graph_of("%y = aten.neg(%x) : f32[4]", returned="%y")
     rewriter = Rewriter(graph, graph["y"].op, "late")
     rewriter.replace(graph["y"].op, graph["x"])
-    with pytest.raises(QCompilerError, match="the operation is not in @f: got aten.neg"):
+    with pytest.raises(QCompilerError, match=r"the operation is not in @f: got aten\.neg"):
         rewriter.insert("aten.relu", graph["x"], types=[F32])

@@ -84,7 +84,10 @@ def test_spaces_lines_and_comments_do_not_count() -> None:
            :bf16[ 2, s0 ] // "no string
         return %y }  // the end"""
     assert Graph.parse(text).text() == (
-        "func @f(%x: bf16[2, s0]) -> (bf16[2, s0]) where s0 in 2..3 {\n  %y = aten.neg(%x) : bf16[2, s0]\n  return %y\n}"
+        "func @f(%x: bf16[2, s0]) -> (bf16[2, s0]) where s0 in 2..3 {\n"
+        "  %y = aten.neg(%x) : bf16[2, s0]\n"
+        "  return %y\n"
+        "}"
     )
 
 
@@ -109,7 +112,7 @@ def test_literals_read_back(literal: object) -> None:
     again = parse_literal(text)
     assert print_argument(again) == text
     assert type(again) is type(literal)
-    assert again == literal or (again != again and literal != literal)  # noqa: PLR0124  # nan
+    assert again == literal or (again != again and literal != literal)  # nan
 
 
 def test_more_spellings_of_numbers() -> None:

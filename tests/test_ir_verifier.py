@@ -1,4 +1,7 @@
-"""The verifier: legal graphs pass, and each way of breaking one is reported with its rule, operation and caret."""
+"""The verifier: legal graphs pass, and each way of breaking one is reported with its rule, operation and caret.
+
+Here: what only a careless pass can break. What text can spell is in `test_ir_verifier_text.py`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import qcompiler.dialects  # noqa: F401
+from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import VerifyError
-from qcompiler.ir import DType, Graph, Location, Op, Range, ScalarType, TensorType, Value, print_op, symbol
+from qcompiler.ir import DType, Graph, Location, Op, Range, TensorType, Value, evaluate, print_op
 from qcompiler.ir import verifier as verifier_module
 from qcompiler.runtime.weights import Weights
 from qcompiler.testing import random_graph
@@ -73,10 +76,6 @@ def breaks(rule: int, sentence: str) -> Callable[[Mutation], Mutation]:
         return mutation
 
     return keep
-
-
-def with_attrs(op: Op, **attrs: Any) -> dict[str, Any]:
-    return {**op.attrs, **attrs}
 
 
 @breaks(1, "is bound 2 times")
@@ -172,60 +171,6 @@ def unknown_operation_of_a_dialect_of_ours(p: Probe) -> tuple[Op, str]:
     return p.near.op, "quant.linaer"
 
 
-@breaks(6, "quant.linear takes 4 to 5 arguments (x, x_scale, w, w_scale, bias?), but got 3")
-def too_few_arguments(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.y.op, p.y.op.args[:3])
-    return p.y.op, ""
-
-
-@breaks(6, "quant.quantize takes 1 arguments (x), but got 2")
-def too_many_arguments(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.q.op, (p.x, p.x))
-    return p.q.op, ""
-
-
-@breaks(6, "argument 'x_scale' of quant.linear must be a value, but is None")
-def none_where_a_value_must_be(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.y.op, (p.q, None, *p.y.op.args[2:]))
-    return p.y.op, "None"
-
-
-@breaks(6, "argument 'x' of quant.quantize must be a value, but is [%")
-def list_where_a_value_must_be(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.q.op, ((p.x, p.x),))
-    return p.q.op, f"[{p.x}, {p.x}]"
-
-
-@breaks(6, "attribute 'profile' is missing; it wants one of")
-def missing_attribute(p: Probe) -> tuple[Op, str]:
-    del p.q.op.attrs["profile"]
-    return p.q.op, ""
-
-
-@breaks(6, "quant.quantize has no attribute 'blok'. Did you mean 'block'?")
-def unknown_attribute(p: Probe) -> tuple[Op, str]:
-    p.q.op.attrs["blok"] = 1
-    return p.q.op, ""
-
-
-@breaks(6, "attribute 'block' is [1, 0], but quant.quantize wants two positive integers")
-def attribute_of_the_wrong_type(p: Probe) -> tuple[Op, str]:
-    p.q.op.attrs["block"] = (1, 0)
-    return p.q.op, ""
-
-
-@breaks(6, 'attribute \'profile\' is "deepsek", but quant.quantize wants one of "deepseek", ')
-def attribute_with_an_unknown_word(p: Probe) -> tuple[Op, str]:
-    p.q.op.attrs["profile"] = "deepsek"
-    return p.q.op, ""
-
-
-@breaks(6, "attribute 'name' is 3, but core.param wants a string")
-def weight_without_a_proper_name(p: Probe) -> tuple[Op, str]:
-    p.w.op.attrs["name"] = 3
-    return p.w.op, ""
-
-
 @breaks(6, "argument 0 holds a list, which is no value, literal or tuple")
 def list_instead_of_a_tuple(p: Probe) -> tuple[Op, str]:
     p.near.op.args = ([1, 2], 3)  # type: ignore[assignment]  # as a careless pass would
@@ -248,44 +193,6 @@ def attribute_name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
 def arguments_in_a_list(p: Probe) -> tuple[Op, str]:
     p.near.op.args = [p.x]  # type: ignore[assignment]  # as a careless pass would
     return p.near.op, ""
-
-
-@breaks(7, "the results are bf16[2, 2], but the type rule gives f32[2, 2]")
-def wrong_type(p: Probe) -> tuple[Op, str]:
-    p.y.type = TensorType(DType.bf16, (2, 2))
-    return p.y.op, "bf16[2, 2]"
-
-
-@breaks(7, "the results are f8e4m3fn[2, 128], f32[2, 2], but the type rule gives f8e4m3fn[2, 128], f32[2, 1]")
-def wrong_scale_shape_where_it_is_made(p: Probe) -> tuple[Op, str]:
-    p.s.type = TensorType(DType.f32, (2, 2))
-    return p.q.op, "f8e4m3fn[2, 128], f32[2, 2]"
-
-
-@breaks(7, "the scale is f32[2, 128], but x_block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]")
-def wrong_scale_shape_where_it_is_read(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.y.op, (p.q, p.near, *p.y.op.args[2:]))
-    return p.y.op, str(p.near)
-
-
-@breaks(7, "the scale is bf16[2, 1], but x_block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]")
-def wrong_scale_dtype(p: Probe) -> tuple[Op, str]:
-    scale = p.graph.insert(p.y.op, "aten.neg", p.s, types=[TensorType(DType.bf16, (2, 1))]).result
-    p.graph.set_args(p.y.op, (p.q, scale, *p.y.op.args[2:]))
-    return p.y.op, str(scale)
-
-
-@breaks(7, "the bias is f32[2, 128], but the weight f8e4m3fn[2, 128] needs 2 of them")
-def wrong_bias(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.y.op, (*p.y.op.args[:4], p.x))
-    return p.y.op, str(p.x)
-
-
-@breaks(7, "the type rule does not hold for these operands: %probe.n: int is no tensor")
-def number_where_a_tensor_must_be(p: Probe) -> tuple[Op, str]:
-    number = p.graph.insert(p.q.op, "aten.sym_size.int", p.x, 0, types=[ScalarType("int")], names=["probe.n"])
-    p.graph.set_args(p.q.op, (number.result,))
-    return p.q.op, ""
 
 
 @breaks(8, "the network does not agree with its arguments; were they changed without set_args?")
@@ -333,55 +240,6 @@ def return_with_an_attribute(p: Probe) -> tuple[Op, str]:
     return p.graph.return_op, ""
 
 
-@breaks(11, 'the weight "probe.w" is already read by %probe.w (core.param)')
-def weight_read_twice(p: Probe) -> tuple[Op, str]:
-    return p.graph.append("core.param", attrs={"name": "probe.w"}, types=[F32]), '"probe.w"'
-
-
-@breaks(11, 'the weight "probe.w" is already read by %probe.w (core.param)')
-def weight_that_is_a_parameter_and_a_buffer(p: Probe) -> tuple[Op, str]:
-    return p.graph.append("core.buffer", attrs={"name": "probe.w"}, types=[F32]), '"probe.w"'
-
-
-@breaks(11, "a parameter or buffer gives one value, not 2")
-def weight_of_two_values(p: Probe) -> tuple[Op, str]:
-    return p.graph.append("core.param", attrs={"name": "two"}, types=[F32, F32]), ""
-
-
-@breaks(12, "comes from aten.neg, not from a buffer or an input")
-def update_of_a_value_that_is_no_state(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.update, (p.near, p.new))
-    return p.update, str(p.near)
-
-
-@breaks(12, "is f32[2, 128], but its new value is f32[2, 1]")
-def update_with_another_type(p: Probe) -> tuple[Op, str]:
-    p.graph.set_args(p.update, (p.state, p.s))
-    return p.update, str(p.s)
-
-
-@breaks(12, "is updated twice")
-def second_update(p: Probe) -> tuple[Op, str]:
-    return p.graph.append("core.update", p.state, p.x, types=[]), str(p.state)
-
-
-@breaks(12, "an update gives no value")
-def update_with_a_result(p: Probe) -> tuple[Op, str]:
-    return p.graph.append("core.update", p.x, p.x, types=[F32]), ""
-
-
-@breaks(13, "is f32[2, q9], but no input has the symbol q9")
-def symbol_from_nowhere(p: Probe) -> tuple[Op, str]:
-    p.far.type = TensorType(DType.f32, (2, symbol("q9")))
-    return p.far.op, "f32[2, q9]"
-
-
-@breaks(13, "is int(q9 + 1), but no input has the symbol q9")
-def symbol_from_nowhere_in_a_number(p: Probe) -> tuple[Op, str]:
-    p.far.type = ScalarType("int", symbol("q9") + 1)
-    return p.far.op, "int(q9 + 1)"
-
-
 @breaks(13, "the range of s9 is 4..3: empty")
 def empty_range(p: Probe) -> tuple[Op, str]:
     p.graph.symbols["s9"] = Range(4, 3)
@@ -400,20 +258,13 @@ def symbol_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
     return p.graph.return_op, ""
 
 
-@breaks(14, "is f32[2, -1], which has a negative size")
-def negative_size(p: Probe) -> tuple[Op, str]:
-    p.far.type = TensorType(DType.f32, (2, -1))
-    return p.far.op, "f32[2, -1]"
-
-
 def store(p: Probe, **others: torch.Tensor) -> None:
     """Weights that agree with the graph, but for the given ones."""
     weights = {}
     for op in p.graph.ops():
         if op.name in ("core.param", "core.buffer"):
-            like = op.result.tensor
-            dtype = {DType.f32: torch.float32, DType.bf16: torch.bfloat16, DType.f16: torch.float16}[like.dtype]
-            weights[str(op.attrs["name"])] = torch.empty(like.shape, dtype=dtype)  # type: ignore[arg-type]  # integers
+            shape = [evaluate(size, {}) for size in op.result.tensor.shape]
+            weights[str(op.attrs["name"])] = torch.empty(shape, dtype=torch_dtype(op.result.tensor.dtype))
     p.graph.weights = Weights(weights | others)
 
 
@@ -478,11 +329,11 @@ def test_a_broken_graph_is_reported(rule: int, sentence: str, mutation: Mutation
 
 
 def test_every_rule_is_broken_by_some_mutation() -> None:
-    numbered = [
-        int(line.split()[0][1:]) for line in str(verifier_module.__doc__).splitlines() if line.startswith("    V")
-    ]
+    """V7, V11, V12 and V14 are broken by text alone, in `test_ir_verifier_text.py`."""
+    lines = str(verifier_module.__doc__).splitlines()
+    numbered = [int(line.split()[0][1:]) for line in lines if line.startswith("    V")]
     assert numbered == list(range(1, 16))
-    assert {rule for rule, _, _ in MUTATIONS} == set(numbered)
+    assert {rule for rule, _, _ in MUTATIONS} == set(numbered) - {7, 11, 12, 14}
 
 
 def test_random_legal_graphs_pass() -> None:
@@ -498,80 +349,6 @@ def test_a_store_that_cannot_tell_yet_is_not_asked_to_load() -> None:
     store(p)
     p.graph.weights = Telling(dict(p.graph.weights), {})
     p.graph.verify()
-
-
-def test_unbacked_symbols_need_no_input() -> None:
-    p = probe(1)
-    p.far.type = TensorType(DType.f32, (symbol("u3") * 2,))
-    p.graph.verify()
-
-
-def test_the_message_in_full() -> None:
-    graph = Graph.parse("""\
-func @mlp(%x: bf16[64, 256]) -> (bf16[64, 512]) {
-  %w_q = core.param() {name = "fc1.weight_q"} : f8e4m3fn[512, 256]
-  %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]
-  %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"} : f8e4m3fn[64, 256], f32[64, 2]
-  %linear = quant.linear(%x_q, %w_s, %w_q, %w_s) {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[64, 512] loc("mlp.py":9 in "fc1")
-  %silu = aten.silu(%linear) : bf16[64, 512]
-  return %silu
-}""")  # noqa: E501
-    with pytest.raises(VerifyError) as caught:
-        graph.verify(after="fp8-tile")
-    assert str(caught.value) == (
-        "after pass 'fp8-tile', in @mlp: rule V7: quant.linear: "
-        "the scale is f32[4, 2], but x_block [1, 128] over f8e4m3fn[64, 256] needs f32[64, 2]\n"
-        '    %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]\n'
-        '    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"}'
-        " : f8e4m3fn[64, 256], f32[64, 2]\n"
-        "  > %linear = quant.linear(%x_q, %w_s, %w_q, %w_s)"
-        " {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[64, 512]\n"
-        "                                 ^^^^\n"
-        "    %silu = aten.silu(%linear) : bf16[64, 512]\n"
-        "    return %silu\n"
-        "  source: mlp.py:9"
-    )
-
-
-def test_without_a_pass_the_message_begins_with_the_graph() -> None:
-    p = probe(2)
-    p.far.type = TensorType(DType.f32, (-1,))
-    with pytest.raises(VerifyError, match=r"^in @main: rule V14: aten.neg: "):
-        p.graph.verify()
-
-
-def long_graph(length: int) -> Graph:
-    graph = Graph("long")
-    value = graph.add_input("x", F32)
-    for _ in range(length):
-        value = graph.append("aten.neg", value, types=[F32]).result
-    graph.set_outputs([value])
-    return graph
-
-
-def test_an_error_on_a_long_graph_stays_short() -> None:
-    graph = long_graph(2000)
-    graph["neg_999"].type = TensorType(DType.f32, (-1,))
-    with pytest.raises(VerifyError) as caught:
-        graph.verify()
-    assert len(str(caught.value)) < 600
-    assert "%neg_1001 =" in str(caught.value)
-    assert "%neg_1002 =" not in str(caught.value)
-
-
-def test_a_long_cycle_is_cut_short() -> None:
-    graph = long_graph(2000)
-    graph.set_args(graph["neg"].op, (graph["neg_1500"],))
-    with pytest.raises(VerifyError, match=r"through (%neg[_0-9]* -> ){6}… -> %neg") as caught:
-        graph.verify()
-    assert len(str(caught.value)) < 900
-
-
-def test_names_are_shown_as_stored_when_the_graph_is_wrong() -> None:
-    p = probe(0)
-    p.graph.move(p.near.op, p.graph.return_op)
-    with pytest.raises(VerifyError, match=f"operand {p.near} is used before it is defined"):
-        p.graph.verify()
 
 
 def test_what_stands_under_the_caret_is_the_operand_and_not_a_result_or_attribute_of_that_name() -> None:

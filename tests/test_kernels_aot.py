@@ -85,10 +85,11 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_of_ours() -> None:
 
 
 def test_the_division_of_the_quantization_kernel_rounds_to_the_right_code() -> None:
-    # The proof that the comment in the kernel promises. A code is decided by comparing x / s with a tie between two
-    # codes, T in [16, 32) at some power of two. With error e of the quotient, the comparison can differ from that of the
-    # rounded quotient only if x / s is within e of T * (1 +- half an ulp). With e <= 2^-21 ulp that needs a significand of
-    # s within 16 of a multiple of 2^20: all of these, and more, times all T, are tried here in exact arithmetic.
+    # The proof that the kernel's comment promises. A code is decided by comparing the quotient with a tie between two
+    # codes, an integer T in [16, 32) times a power of two. If the corrected quotient is RN(x / s + e), the comparison
+    # can differ from that of RN(x / s) only where x / s is within e of T + half an ulp or T - half an ulp. Written in
+    # integers (x = 16 X, s = S), |e| <= 2^-22 ulp asks S / 2^20 to be within 2^-17 of an integer, so S to be within 8
+    # of a multiple of 2^20. All of these, and as many again, times all T, are tried here in exact arithmetic.
     wrong = {0: 0, 1: 0}
     for s in (Fraction(j * 2**20 + near) for j in range(8, 17) for near in range(-17, 18)):
         if not 2**23 <= s < 2**24:

@@ -65,10 +65,9 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
 
 def _run_all() -> None:
     for config in tiling.all_configs():
-        for m, n, k, dtype, bias in (
-            (65, 144, 272, torch.bfloat16, True), (1, 16, 16, torch.float32, False), (130, 128, 128, torch.float16, True),
-        ):  # fmt: skip
-            _gemm(config, m, n, k, dtype, bias)
+        _gemm(config, 65, 144, 272, torch.bfloat16, bias=True)
+        _gemm(config, 1, 16, 16, torch.float32, bias=False)
+        _gemm(config, 130, 128, 128, torch.float16, bias=True)
         if config.variant == "pointers":
             for m, n, k in ((3, 1, 1), (67, 131, 129), (5, 7, 300)):
                 _gemm(config, m, n, k, torch.float32, True)

@@ -1,4 +1,4 @@
-"""`qcompiler.numerics` against a second implementation: loops over blocks, rounding by a table, from the definitions."""
+"""`qcompiler.numerics` against a second implementation: loops over blocks, rounding by a table, by definition."""
 
 import bisect
 import math
@@ -278,7 +278,7 @@ def test_errors_say_what_was_got() -> None:
         numerics.profile("deepseak")
     with pytest.raises(QCompilerError, match="unknown quantization profile: got 'x'"):
         numerics.quantize(torch.ones(1, 128), profile="x")
-    with pytest.raises(QCompilerError, match="not an 8-bit format: got torch.bfloat16"):
+    with pytest.raises(QCompilerError, match=r"not an 8-bit format: got torch\.bfloat16"):
         numerics.quantize(torch.ones(1, 128), dtype=torch.bfloat16)
     for block in ((128,), (0, 128), (1, -1)):
         with pytest.raises(QCompilerError, match="two positive sizes"):

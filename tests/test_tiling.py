@@ -75,8 +75,11 @@ def test_every_problem_has_a_lawful_choice(m: int, n: int, k: int, out_bytes: in
 
 def test_every_configuration_can_be_chosen() -> None:
     problems = [
-        GemmProblem(m, n, 4096, aligned=aligned) for m in (64, 128, 512, 4096) for n in (512, 4096) for aligned in (True, False)
-    ]  # fmt: skip
+        GemmProblem(m, n, 4096, aligned=aligned)
+        for m in (64, 128, 512, 4096)
+        for n in (512, 4096)
+        for aligned in (True, False)
+    ]
     assert {choose(problem) for problem in problems} == set(all_configs())
 
 

@@ -123,7 +123,7 @@ def test_importing_twice_changes_nothing() -> None:
 
 def test_errors_name_the_value() -> None:
     x = torch.ones(2, 128)
-    with pytest.raises(CodegenError, match="unknown scale layout: got 'col_mayor'. Did you mean 'col_major'"):
+    with pytest.raises(CodegenError, match=r"unknown scale layout: got 'col_mayor'\. Did you mean 'col_major'"):
         quantize(x, [1, 128], E4M3, "deepseek", "col_mayor")
     with pytest.raises(CodegenError, match=r"for blocks of 1 row: got \[128, 128\]; need \[1, columns\]"):
         quantize(x, [128, 128], E4M3, "deepseek", "col_major")

@@ -14,10 +14,10 @@ def _divide(x, by, reciprocal, BOUND: tl.constexpr):  # type: ignore[no-untyped-
     """x / by to the accuracy that the 8-bit code needs, from the correctly rounded 1 / by, in four instructions.
 
     One Markstein step (P. Markstein, IA-64 and Elementary Functions, 2000, chapter 8): the quotient's remainder, exact
-    in a fused multiply-add, corrects it. What is left of the error, 2^-22 of an ulp, could move a code only where x / by
-    comes that close to where a tie between two codes begins; this happens next to nine values of the significand of
-    `by`, and there the tests go through all cases. A divide instruction for each element would cost as much time as
-    the memory. Where a remainder underflows, the quotient is far below the smallest 8-bit subnormal.
+    in a fused multiply-add, corrects it. What is left of the error, 2^-22 of an ulp, could move a code only where
+    x / by is that close to where a tie between two codes begins; this happens next to nine values of the significand
+    of `by`, and there the tests go through all cases. A divide instruction for each element would cost as much time
+    as the memory. Where a remainder underflows, the quotient is far below the smallest 8-bit subnormal.
 
     The remainder is quotient * by - x and is subtracted, so that a zero keeps its sign. Negations are products with -1,
     which become operand modifiers; 0 - x would be an instruction and lose the sign of a zero. The bound keeps an

@@ -21,6 +21,7 @@ from qcompiler.capture.exporting import DataDependent, export_program
 from qcompiler.capture.huggingface import output_embeddings
 from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
 from qcompiler.capture.preflight import check_inputs, check_model
+from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.signature import MISSING, ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
 from qcompiler.capture.symbols import Symbols
 from qcompiler.errors import CaptureError
@@ -71,8 +72,7 @@ def capture(
     """
     call: Call = (tuple(args), dict(kwargs or {}))
     if isinstance(model, ExportedProgram):
-        tensors = {**model.state_dict, **{k: t for k, t in model.constants.items() if isinstance(t, torch.Tensor)}}
-        return _imported(model, Weights.from_tensors(tensors), "main", {}, ())
+        return _from_exported(model, call if args or kwargs else model.example_inputs, check)
     check_model(model, allow_meta=allow_meta)
     check_inputs(model, *call)
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
@@ -97,8 +97,24 @@ def _captured(model: torch.nn.Module, call: Call, traced: Call, dynamic_shapes: 
     head = output_embeddings(model)
     roles = {name: "output_embeddings" for name, tensor in tensors.items() if tensor is head}
     captured = _imported(program, Weights.from_tensors(tensors), type(model).__name__, roles, _parameters(model))
-    if not check:
+    return _checked(captured, model, call, traced) if check else captured
+
+
+def _from_exported(program: ExportedProgram, call: Call | None, check: bool) -> Captured:
+    """What torch.export made of a model, with its own module to check against."""
+    tensors = {**program.state_dict, **{k: t for k, t in program.constants.items() if isinstance(t, torch.Tensor)}}
+    recorded = program.module_call_graph[0].signature
+    names = getattr(recorded, "forward_arg_names", None) or ()
+    captured = _imported(program, Weights.from_tensors(tensors), "main", {}, tuple((name, MISSING) for name in names))
+    if not check or call is None or any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors.values()):
         return captured
+    with third_party_silence():
+        module = program.module()
+    return _checked(captured, module, call, call)
+
+
+def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Call) -> Captured:
+    """The same with the sizes that the check found to be legal."""
     try:
         signature = check_graph(captured.graph, captured.signature, model, call, traced)
     except ModelRefused as error:

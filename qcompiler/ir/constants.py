@@ -1,6 +1,6 @@
-"""Which operations of one graph are constant: computed from parameters and literals alone, and so alike in every call."""
+"""Which operations of a graph are constant: computed from parameters and literals alone, so alike in every call."""
 
-from functools import lru_cache
+from functools import cache
 
 import networkx as nx
 
@@ -8,7 +8,7 @@ from qcompiler.ir.op import Op
 from qcompiler.ir.op_table import lookup
 
 PARAM = "core.param"
-RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "uniform")
+RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "uniform", "poisson", "exponential", "empty")
 """Parts of the names of operations that give another answer each time."""
 
 
@@ -23,11 +23,13 @@ class Constants:
         return op in self._constant
 
     def update(self, op: Op) -> None:
-        """Looks again at an operation whose operands have changed, and at what it reaches where that makes a difference."""
+        """Looks again at an operation whose operands have changed, and at what it reaches if that changes the answer."""
         stack = [op]
         while stack:
             op = stack.pop()
-            constant = op.name == PARAM or (is_function(op.name) and all(v.op in self._constant for _, v in op.operands()))
+            constant = op.name == PARAM or (
+                is_function(op.name) and all(v.op in self._constant for _, v in op.operands())
+            )
             if constant != (op in self._constant):
                 (self._constant.add if constant else self._constant.remove)(op)
                 stack += self._net.successors(op)
@@ -37,7 +39,20 @@ class Constants:
         self._constant.discard(op)
 
 
-@lru_cache(maxsize=None)
+def has_effect(op: Op) -> bool:
+    """Whether an operation must stay although nobody reads it: it writes, checks, or draws random numbers.
+
+    To leave out a draw would give other numbers to all that draw later.
+    """
+    definition = lookup(op.name)
+    if definition is not None:
+        return definition.effect or op.name in ("core.input", "core.return")
+    name = op.name.split(".")[1]
+    writes = name.endswith("_") and not name.endswith("__")
+    return writes or not op.results or any(word in name for word in RANDOM if word != "empty")
+
+
+@cache
 def is_function(name: str) -> bool:
     """Whether equal operands give equal results, always: neither state nor chance is involved."""
     definition = lookup(name)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from qcompiler.ir.graph import PARAM, Graph
 from qcompiler.ir.op import Op, Value
 
+
 def parameters_of(value: Value) -> list[Op]:
     """The `core.param` operations that a value is computed from, each once, in order of discovery."""
     found: dict[Op, None] = {}

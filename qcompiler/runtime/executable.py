@@ -23,7 +23,7 @@ class HostWeights(torch.nn.Module):
         self._names, self._store = dict(names), store
         self.device = device
         for attribute, name in names.items():
-            self.register_buffer(attribute, store[name])
+            self.register_buffer(attribute, store[name].detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostWeights":
         """Moves every tensor; refuses what would change an element type, since the host module is written for these."""
@@ -31,7 +31,7 @@ class HostWeights(torch.nn.Module):
         for attribute, tensor in self._buffers.items():
             if tensor is None:
                 continue
-            new = moved.setdefault(id(tensor), fn(tensor.detach()))
+            new = moved.setdefault(id(tensor), fn(tensor))
             if new.dtype != tensor.dtype:
                 raise QCompilerError(
                     "the element types of a compiled model are fixed",
@@ -44,6 +44,14 @@ class HostWeights(torch.nn.Module):
                 self._buffers[attribute] = self._store[self._names[attribute]] = moved[id(tensor)]
         self.device = next((tensor.device for tensor in moved.values()), self.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Loads into new memory: what is not quantized is still shared with the model that was compiled."""
+        for attribute, tensor in self._buffers.items():
+            given = state_dict.get(f"{prefix}{attribute}")
+            if tensor is not None and given is not None and given.shape == tensor.shape:
+                self._buffers[attribute] = self._store[self._names[attribute]] = torch.empty_like(tensor)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def check_device(weights: HostWeights, captured_on: torch.device) -> None:

@@ -1,0 +1,1 @@
+"""The kernels: importable Triton sources, one file each, that can be read, run and measured alone."""

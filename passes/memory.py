@@ -1,0 +1,63 @@
+"""Which values may share memory, and so when one value may stand in for a copy of it."""
+
+from qcompiler.dialects.aten import overload_of
+from qcompiler.ir import Graph, Missed, Op, Value
+from qcompiler.ir.op_table import lookup
+
+GIVEN = ("core.input", "core.buffer", "core.param")
+"""What comes from outside: its memory belongs to somebody else, and its strides are not known."""
+
+OVERLAPPING = ("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided", "aten.unfold")
+"""Views in which several elements may lie at one address; a copy of such a view is laid out anew."""
+
+NEED_STRIDES = ("aten.view", "aten._unsafe_view", "aten.view.dtype", "aten.as_strided", "aten.view_as_complex")
+"""Operations that only work for some strides."""
+
+
+def is_view(op: Op) -> bool:
+    """Whether the results of `op` may share the memory of its first argument."""
+    if lookup(op.name) is not None or not op.args or not isinstance(op.args[0], Value):
+        return False
+    # In evaluation dropout gives back what it got, though its schema does not say so.
+    return op.name == "aten.dropout" or any(result.alias_info for result in overload_of(op.name)._schema.returns)
+
+
+def origin(value: Value) -> Value:
+    """The value that `value` is a view of, or itself."""
+    while is_view(value.op):
+        value = value.op.tensor(0)
+    return value
+
+
+def leaves_the_graph(graph: Graph, value: Value) -> bool:
+    """Whether `value`, or a view of it, is an output or is written to a buffer or an input."""
+    return any(user is graph.return_op or user.name == "core.update" for user in _readers(graph, value))
+
+
+def why_not_replaced(graph: Graph, copy: Value, source: Value) -> Missed | None:
+    """Why the readers of `copy`, which has memory of its own, must not read the equal `source`; None if they may."""
+    root = origin(source)
+    if leaves_the_graph(graph, copy):
+        if root.op.name in GIVEN:
+            return Missed("what leaves the graph must not share memory with what comes in", root)
+        if leaves_the_graph(graph, root):
+            return Missed("two outputs would be one tensor", source)
+    if any(user.name in NEED_STRIDES for user in _readers(graph, copy)):
+        chain = [source.op]
+        while is_view(chain[-1]):
+            chain.append(chain[-1].tensor(0).op)
+        if any(op.name in (*OVERLAPPING, "core.input", "core.buffer") for op in chain):
+            return Missed("a view behind it needs the strides of the copy", source)
+    return None
+
+
+def _readers(graph: Graph, value: Value) -> list[Op]:
+    """The operations that read `value` or a view of it."""
+    found: dict[Op, None] = {}
+    stack = [value]
+    while stack:
+        for user in graph.users(stack.pop()):
+            if user not in found:
+                found[user] = None
+                stack += user.results if user is not graph.return_op and is_view(user) else ()
+    return list(found)

@@ -1,0 +1,142 @@
+"""Capture of Hugging Face models: small ones with random weights, each equal to the model at sizes that were not traced."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qcompiler.capture import Captured, capture
+from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph
+
+transformers = pytest.importorskip("transformers")
+# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+GROUPED = {**SIZE, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def make(model: str, config: str, **options: Any) -> Any:
+    """A model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def ids(batch: int, length: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 96, (batch, length))}
+
+
+def masked(batch: int, length: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, : length // 3] = 0
+    return {**ids(batch, length), "attention_mask": mask}
+
+
+def pixels(batch: int, _: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(batch, 3, 16, 16)}
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.Tensor]]]] = {
+    "llama": (lambda: make("LlamaForCausalLM", "LlamaConfig", **GROUPED), ids),
+    "qwen3": (lambda: make("Qwen3ForCausalLM", "Qwen3Config", **GROUPED), masked),
+    "gemma3": (
+        lambda: make(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        ),
+        ids,
+    ),
+    "gpt2": (
+        lambda: make(
+            "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=16, bos_token_id=1, eos_token_id=2
+        ),
+        ids,
+    ),
+    "opt": (
+        lambda: make(
+            "OPTForCausalLM", "OPTConfig", hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2,
+            num_attention_heads=4, vocab_size=96, max_position_embeddings=16,
+        ),
+        masked,
+    ),
+    "bert": (lambda: make("BertModel", "BertConfig", **SIZE, max_position_embeddings=16), masked),
+    "vit": (
+        lambda: make(
+            "ViTModel", "ViTConfig", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            image_size=16, patch_size=8,
+        ),
+        pixels,
+    ),
+    "t5": (
+        lambda: make("T5EncoderModel", "T5Config", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=96), masked
+    ),
+    "mixtral": (
+        lambda: make("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, num_experts_per_tok=2), ids
+    ),
+}  # fmt: skip
+
+
+def run(captured: Captured, kwargs: dict[str, Any]) -> Any:
+    return captured.signature.unflatten(interpret(captured.graph, captured.signature.flatten((), kwargs)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_and_its_graph_are_equal_at_sizes_that_were_not_traced(name: str) -> None:
+    build, inputs = MODELS[name]
+    model = build()
+    config, attributes = model.config.to_dict(), set(vars(model))
+    captured = capture(model, kwargs=inputs(2, 7))
+    graph = captured.graph
+    graph.verify()
+    assert str(Graph.parse(str(graph))) == str(graph)
+    assert all(op.loc.file.startswith(("transformers/", "")) and not op.loc.file.startswith("/") for op in graph)
+    assert (model.config.to_dict(), set(vars(model))) == (config, attributes)
+    for batch, length in ((3, 9), (1, 1)):
+        call = inputs(batch, length)
+        with torch.no_grad():
+            want = model(**call)
+        got = run(captured, call)
+        assert type(got) is type(want)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_causal_model_looks_like() -> None:
+    model = MODELS["llama"][0]()
+    graph = capture(model, kwargs=ids(1, 1)).graph
+    assert [str(v.type) for v in graph.inputs] == ["i64[s0, s1]"]
+    assert [str(v.type) for v in graph.outputs] == ["f32[s0, s1, 96]"]  # type: ignore[union-attr]  # no cache
+    assert len(graph.ops("aten.linear")) == 2 * 7 + 1 and len(graph.ops("aten.scaled_dot_product_attention")) == 2
+    heads = [op for op in graph.ops("core.param") if op.attrs.get("role") == "output_embeddings"]
+    assert [op.attrs["name"] for op in heads] == ["lm_head.weight"]
+    (q,) = [op for op in graph.ops("aten.linear") if op.loc.module == "model.layers.1.self_attn.q_proj"]
+    assert q.loc.file == "transformers/models/llama/modeling_llama.py" or q.loc.file.endswith(".py")
+
+
+def test_a_tied_head_is_the_embedding_itself() -> None:
+    weights = capture(MODELS["gpt2"][0](), kwargs=ids(2, 5)).graph.weights
+    (name,) = [name for name in weights if "wte" in name or "lm_head" in name]
+    assert set(weights.ties[name]) == {"transformer.wte.weight", "lm_head.weight"}  # type: ignore[attr-defined]
+
+
+def test_a_cache_that_is_passed_is_an_input_and_an_output() -> None:
+    model = MODELS["llama"][0]()
+    with torch.no_grad():
+        cache = model(**ids(2, 5), use_cache=True).past_key_values
+        captured = capture(model, kwargs={**ids(2, 3), "past_key_values": cache})
+        assert cache.get_seq_length() == 5  # the user's own is not touched
+        outputs = [str(v.type) for v in captured.graph.outputs]  # type: ignore[union-attr]
+        assert outputs[1] == "f32[s0, 2, s1 + s2, 16]"
+        call = {**ids(1, 1), "past_key_values": model(**ids(1, 8), use_cache=True).past_key_values}
+        got = run(captured, call)
+        want = model(**call)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+    assert got.past_key_values.get_seq_length() == 9
+
+
+def test_experts_that_loop_over_data_are_traced_in_another_implementation() -> None:
+    model = MODELS["mixtral"][0]()
+    model.set_experts_implementation("eager")
+    graph = capture(model, kwargs=ids(2, 5)).graph
+    assert model.get_experts_implementation()[""] == "eager"
+    assert "aten.nonzero" not in {op.name for op in graph}
