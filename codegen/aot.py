@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from codegen.kernel_cache import use_cache_folder
 from codegen.kernels.quantize import quantize_rows
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.tiling import GemmConfig, QuantizeConfig, quantize_config
@@ -172,6 +173,7 @@ def _compile(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     try:
+        use_cache_folder()
         built = triton.compile(source, target=HOPPER, options=options)
     except Exception as error:  # Triton's own errors have no common base
         raise CodegenError(f"Triton cannot compile {kernel.__name__} for sm_90a", got=error) from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from codegen.kernel_cache import use_cache_folder
 from codegen.kernels.quantize import quantize_rows
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.tiling import GemmConfig, GemmProblem, bucket, ceil_div, choose, quantize_config
@@ -175,6 +176,8 @@ def _config(m: int, n: int, k: int, out_bytes: int, aligned: bool, device: int) 
 
 @cache
 def _check_device(device: torch.device) -> None:
+    """Raises CodegenError where there is no FP8; once a device, so it also settles where its kernels are kept."""
+    use_cache_folder()
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         name = torch.cuda.get_device_name(device)

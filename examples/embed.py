@@ -117,7 +117,9 @@ def layer_text(graph: qcompiler.Graph) -> str:
 def results(want: torch.Tensor, got: torch.Tensor, report: qcompiler.Report, slowdown: float) -> Table:
     """The table: quality, size, time."""
     cosine = (want * got).sum(1)
-    nearest = [(e @ e.T).fill_diagonal_(-1).argmax(1) for e in (want, got)]
+    alike, alike_fast = ((e @ e.T).fill_diagonal_(-1) for e in (want, got))
+    nearest, two_nearest = alike_fast.argmax(1), alike.topk(2).indices
+    same = two_nearest == nearest[:, None]
     table = Table(title="FP8 against float", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -125,7 +127,8 @@ def results(want: torch.Tensor, got: torch.Tensor, report: qcompiler.Report, slo
         ("sentences", f"{len(want)}"),
         ("cosine similarity to the float model, mean", f"{cosine.mean():.4f}"),
         ("cosine similarity to the float model, worst", f"{cosine.min():.4f}"),
-        ("nearest neighbour is the same", f"{(nearest[0] == nearest[1]).float().mean():.1%}"),
+        ("nearest neighbour is the same", f"{same[:, 0].float().mean():.1%}"),
+        ("nearest neighbour is one of the float model's two nearest", f"{same.any(1).float().mean():.1%}"),
         ("matmuls quantized", f"{len(report.quantized)} of {len(report.quantized) + len(report.left_alone)}"),
         ("parameter bytes before", f"{report.bytes:,}"),
         ("parameter bytes after, scales included", f"{report.bytes_after:,}"),

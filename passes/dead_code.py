@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qcompiler.ir import Graph
-from qcompiler.ir.constants import has_effect
+from qcompiler.ir.op_table import has_effect
 from qcompiler.pass_manager import Effect, Pass
 
 
@@ -24,7 +24,7 @@ class DeadCode(Pass):
         """One sweep from the bottom: a reader goes before what it reads."""
         changed = False
         for op in reversed(graph.ops()):
-            if not has_effect(op) and not any(graph.uses(value) for value in op.results):
+            if not has_effect(op.name) and not any(graph.uses(value) for value in op.results):
                 graph.erase(op)
                 changed = True
         read = {op.attrs["name"] for op in graph.ops() if op.name in ("core.param", "core.buffer")}

@@ -93,9 +93,14 @@ class _Machine:
         results = self.run(op)
         if self.observe is not None:
             self.observe(op, results)
+        if len(results) != len(op.results):
+            raise QCompilerError(
+                f"{op.name} gave another number of results than the graph says",
+                got=len(results), need=len(op.results), where=str(op.loc) or None,
+            )  # fmt: skip
         self.values.update(zip(op.results, results, strict=True))
-        for _, value in op.operands():
-            self.readers[value] -= 1
+        self.readers.subtract(value for _, value in op.operands())
+        for value in (*(value for _, value in op.operands()), *op.results):
             if not self.readers[value]:
                 self.values.pop(value, None)
 
@@ -117,7 +122,9 @@ class _Machine:
             out = function(*map(self.read, op.args), **keywords)
         except Exception as error:
             raise QCompilerError(f"{op.name} failed: {error}", where=str(op.loc) or None) from error
-        return tuple(out) if isinstance(out, tuple | list) and len(op.results) != 1 else (_only(out),)[: len(op.results)]
+        if not op.results:
+            return ()
+        return tuple(out) if isinstance(out, tuple | list) and len(op.results) > 1 else (_only(out),)
 
     def weight(self, op: Op) -> torch.Tensor:
         """The tensor that a parameter or buffer stands for."""

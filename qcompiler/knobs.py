@@ -59,9 +59,8 @@ class Knobs:
     dump_dir: Path | None = field(
         default=None, metadata=_knob(_path, "write the graph after each pass into this folder")
     )
-    cache_dir: Path = field(
-        default_factory=lambda: _path("~/.cache/qcompiler"),
-        metadata=_knob(_path, "where compiled kernels and measured choices are kept"),
+    cache_dir: Path | None = field(
+        default=None, metadata=_knob(_path, "where compiled kernels are kept, in place of Triton's own folder")
     )
     update: bool = field(
         default=False, metadata=_knob(_flag, "tests rewrite their golden texts in place of comparing them")

@@ -15,7 +15,13 @@ from qcompiler.ir.sizes import parse_size
 
 class Model(torch.nn.Module):
     def forward(
-        self, x: torch.Tensor, scale: float = 2.0, mask: torch.Tensor | None = None, *, batch: dict[str, Any], flag: bool = True
+        self,
+        x: torch.Tensor,
+        scale: float = 2.0,
+        mask: torch.Tensor | None = None,
+        *,
+        batch: dict[str, Any],
+        flag: bool = True,
     ) -> dict[str, torch.Tensor]:
         y = x * scale + batch["bias"]
         return {"y": y if flag else -y, "z": batch["pair"][0] @ x}
@@ -32,7 +38,13 @@ def batch(rows: int, columns: int) -> dict[str, Any]:
 
 def test_the_shape_of_a_signature(signature: Signature) -> None:
     assert signature.input_names == ("x", "batch_bias", "batch_pair_0")
-    assert [slot.path for slot in signature.slots] == ["x", "scale", "batch['bias']", "batch['pair'][0]", "batch['pair'][1]"]
+    assert [slot.path for slot in signature.slots] == [
+        "x",
+        "scale",
+        "batch['bias']",
+        "batch['pair'][0]",
+        "batch['pair'][1]",
+    ]
     assert signature.device == torch.device("cpu")
     assert signature.output_paths() == ["['y']", "['z']"]
 
@@ -100,7 +112,9 @@ def test_sizes_that_would_take_another_branch_are_refused() -> None:
     x, y = torch.randn(9, 2), torch.randn(7, 2)
     (out,) = interpret(captured.graph, captured.signature.flatten((x, y)))
     assert torch.equal(out, Branch()(x, y))
-    with pytest.raises(InputError, match=r"dimension 0 of x is outside of the captured range: got 3; need s0 with s0 in 4\.\."):
+    with pytest.raises(
+        InputError, match=r"dimension 0 of x is outside of the captured range: got 3; need s0 with s0 in 4\.\."
+    ):
         captured.signature.flatten((torch.randn(3, 2), torch.randn(2, 2)))
     with pytest.raises(InputError, match=r"another course for these sizes: got s0 = 5, s2 = 5; need s0 > s2"):
         captured.signature.flatten((torch.randn(5, 2), torch.randn(5, 2)))

@@ -1,6 +1,6 @@
 """Capture: a PyTorch model becomes a `Graph` that is checked against the model.
 
-    preflight -> torch.export -> functional ATen -> Graph -> compared with the model at several sizes
+preflight -> torch.export -> functional ATen -> Graph -> compared with the model at several sizes
 """
 
 import inspect
@@ -76,7 +76,9 @@ def capture(
     check_model(model, allow_meta=allow_meta)
     check_inputs(model, *call)
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
-        raise CaptureError("dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None")
+        raise CaptureError(
+            "dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None"
+        )
     check = check and not _without_data(model, call)
     variants = list(enlarged(call)) if isinstance(dynamic_shapes, str) else [call]
     errors: list[CaptureError] = []
@@ -106,7 +108,11 @@ def _from_exported(program: ExportedProgram, call: Call | None, check: bool) -> 
     recorded = program.module_call_graph[0].signature
     names = getattr(recorded, "forward_arg_names", None) or ()
     captured = _imported(program, Weights.from_tensors(tensors), "main", {}, tuple((name, MISSING) for name in names))
-    if not check or call is None or any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors.values()):
+    if (
+        not check
+        or call is None
+        or any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors.values())
+    ):
         return captured
     with third_party_silence():
         module = program.module()
@@ -143,7 +149,9 @@ def _signature(
     """The calling convention that export recorded."""
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:
-        raise CaptureError("the exported program does not say how it is called", got="a CallSpec without in_spec or out_spec")
+        raise CaptureError(
+            "the exported program does not say how it is called", got="a CallSpec without in_spec or out_spec"
+        )
     paths = _argument_paths(in_spec, [name for name, _ in parameters])
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     specs = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
@@ -166,7 +174,9 @@ def _signature(
 def _argument_paths(spec: pytree.TreeSpec, names: list[str]) -> list[str]:
     """How a user would name each flat argument: `input_ids`, `batch['mask']`."""
     args, kwargs = spec.children()
-    heads = [names[i] if i < len(names) else f"args[{i}]" for i in range(args.num_children)] + list(kwargs.context or [])
+    heads = [names[i] if i < len(names) else f"args[{i}]" for i in range(args.num_children)] + list(
+        kwargs.context or []
+    )
     parts = zip(heads, [*args.children(), *kwargs.children()], strict=True)
     return [f"{head}{rest}" for head, part in parts for rest in leaf_paths(part)]
 

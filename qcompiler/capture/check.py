@@ -186,7 +186,10 @@ class _Judge:
             outputs = interpret(self.graph, inputs, updates=updates)
         except QCompilerError as error:
             raise GraphRefused("the captured graph does not run", got=error) from error
-        return {**dict(zip(self.paths, outputs, strict=True)), **{f"the new {name}": new for name, new in updates.items()}}
+        return {
+            **dict(zip(self.paths, outputs, strict=True)),
+            **{f"the new {name}": new for name, new in updates.items()},
+        }
 
     def _run_model(self, call: Call) -> dict[str, Any]:
         args, kwargs = call

@@ -25,7 +25,7 @@ def enlarged(call: Call) -> Iterator[Call]:
     """
     choices: list[Callable[[torch.Tensor, int], bool]] = [
         lambda tensor, axis: axis < 2,
-        lambda tensor, axis: axis < 2 and tensor.ndim <= 3 or axis == 0,
+        lambda tensor, axis: (axis < 2 and tensor.ndim <= 3) or axis == 0,
         lambda tensor, axis: axis == 0,
         lambda tensor, axis: False,
     ]

@@ -73,7 +73,9 @@ def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _is_pretrained(module: torch.nn.Module) -> bool:
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """ExportedProgram -> Graph: each fx node becomes one operation, with torch's literals, sizes and stack traces made ours.
 
-    placeholder   -> core.param, core.buffer (one that the model writes), or an input of the graph
-    call_function -> aten.*, or core.* for Python's arithmetic on sizes; several results instead of getitem
-    output        -> core.update for each mutated buffer and input, then the return
+placeholder   -> core.param, core.buffer (one that the model writes), or an input of the graph
+call_function -> aten.*, or core.* for Python's arithmetic on sizes; several results instead of getitem
+output        -> core.update for each mutated buffer and input, then the return
 """
 
 import operator
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 
 from qcompiler.capture.decompositions import is_assertion
-from qcompiler.capture.locations import location_of
+from qcompiler.capture.locations import is_model_code, location_of
 from qcompiler.capture.symbols import Symbols
 from qcompiler.dialects.aten import IR_DTYPES, TAGS, ir_dtype, op_name
 from qcompiler.dialects.core import SCALAR_FUNCTIONS
@@ -69,10 +69,14 @@ def device_of_program(program: ExportedProgram) -> torch.device | None:
 
 
 def guards_of_program(program: ExportedProgram) -> list[sympy.Basic]:
-    """What the trace found out about its symbols on the way, in torch's terms."""
+    """The relations between sizes that the model's own Python code has asked about, in torch's terms.
+
+    Those that torch's shape rules asked about on the way choose strides, or say what the operators themselves demand.
+    """
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
     shape_env = next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
-    return [] if shape_env is None else [shape_env.simplify(guard.expr) for guard in shape_env.guards]
+    guards = [] if shape_env is None else shape_env.guards
+    return [shape_env.simplify(guard.expr) for guard in guards if is_model_code(guard.sloc.framework_loc)]
 
 
 class _Importer:
@@ -105,7 +109,9 @@ class _Importer:
                 kept[str(spec.target)] = self.weights[str(spec.target)]
                 self._weight(node, str(spec.target), spec.target in written)
             elif spec.kind not in (*CONSTANTS, InputKind.USER_INPUT) and node in self.live:
-                raise CaptureError("an input of this kind has no place in a graph", got=f"{node.name}: {spec.kind.name.lower()}")
+                raise CaptureError(
+                    "an input of this kind has no place in a graph", got=f"{node.name}: {spec.kind.name.lower()}"
+                )
         self.graph.weights = Weights(kept, {name: ties for name, ties in self.weights.ties.items() if name in kept})
 
     def _user_input(self, node: torch.fx.Node, spec: InputSpec) -> None:
@@ -128,7 +134,9 @@ class _Importer:
     def node(self, node: torch.fx.Node) -> None:
         """One fx node, as an operation or as the value of another."""
         if node.op == "get_attr":
-            raise CaptureError("a sub-graph or attribute is left after export", got=str(node.target), where=_where(node))
+            raise CaptureError(
+                "a sub-graph or attribute is left after export", got=str(node.target), where=_where(node)
+            )
         if node.target is operator.getitem and isinstance(made := self.made[_node(node.args[0])], tuple):
             self.made[node] = made[int(node.args[1])]  # type: ignore[arg-type]  # an index, as fx builds it
             return
@@ -163,7 +171,11 @@ class _Importer:
         for key, value in node.kwargs.items():
             if _is_device(value):
                 self._check_device(value, node)
-            elif value is None or (key, value) in (("pin_memory", False), ("layout", torch.strided), ("non_blocking", False)):
+            elif value is None or (key, value) in (
+                ("pin_memory", False),
+                ("layout", torch.strided),
+                ("non_blocking", False),
+            ):
                 continue
             else:
                 kept[key] = value
@@ -208,7 +220,9 @@ class _Importer:
             elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 self.graph.append(UPDATE, self.targets[str(spec.target)], value, types=[])
             else:
-                raise CaptureError("an output of this kind has no place in a graph", got=f"{spec.target}: {spec.kind.name.lower()}")
+                raise CaptureError(
+                    "an output of this kind has no place in a graph", got=f"{spec.target}: {spec.kind.name.lower()}"
+                )
         self.graph.set_outputs(outputs)
 
     # Types and literals
@@ -217,7 +231,9 @@ class _Importer:
         if isinstance(value, torch.Tensor):
             if value.dtype not in IR_DTYPES or value.layout is not torch.strided:
                 raise CaptureError(
-                    f"{node.name} has a type that a graph does not know", got=f"{value.dtype}, {value.layout}", where=_where(node)
+                    f"{node.name} has a type that a graph does not know",
+                    got=f"{value.dtype}, {value.layout}",
+                    where=_where(node),
                 )
             return TensorType(ir_dtype(value.dtype), tuple(self.symbols.size(n) for n in value.shape))
         if isinstance(value, bool | torch.SymBool):
@@ -247,7 +263,9 @@ class _Importer:
             return Tag(TAG_NAMES[value])
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise CaptureError("an argument has no place in a graph", got=f"{type(value).__name__} {value}", where=_where(node))
+        raise CaptureError(
+            "an argument has no place in a graph", got=f"{type(value).__name__} {value}", where=_where(node)
+        )
 
     def _check_device(self, device: torch.device | str, node: torch.fx.Node) -> None:
         device = torch.device(device)

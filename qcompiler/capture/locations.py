@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import FrameSummary
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -49,7 +50,8 @@ def user_line(trace: TracebackType | None) -> Line | None:
 
 def short_path(file: str) -> str:
     """`transformers/models/llama/modeling_llama.py` for an installed file, a relative path below the working directory,
-    and the bare name otherwise."""
+    and the bare name otherwise.
+    """
     path = Path(file)
     for package in PACKAGES:
         if package in path.parts:
@@ -57,6 +59,16 @@ def short_path(file: str) -> str:
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         return path.relative_to(Path.cwd()).as_posix()
     return path.name
+
+
+def is_model_code(frame: FrameSummary | str | None) -> bool:
+    """Whether Python code that decides what a model computes runs in a frame: the user's, torch.nn's, or what dynamo
+    interprets; not torch's rules for shapes and strides.
+    """
+    if not isinstance(frame, FrameSummary):
+        return True
+    file = Path(frame.filename)
+    return not file.is_relative_to(TORCH) or file.relative_to(TORCH).parts[0] in ("nn", "_dynamo", "functional.py")
 
 
 def _frames(trace: str) -> Iterator[Line]:
@@ -69,7 +81,11 @@ def _frames(trace: str) -> Iterator[Line]:
 def _is_users(file: str) -> bool:
     # Generated code has names such as <eval_with_key>.3; contextlib only carries torch's decorators.
     generated = file.startswith("<")
-    return not generated and not file.startswith((TORCH, OURS, "torch/")) and Path(file).name not in ("contextlib.py", "copyreg.py")
+    return (
+        not generated
+        and not file.startswith((TORCH, OURS, "torch/"))
+        and Path(file).name not in ("contextlib.py", "copyreg.py")
+    )
 
 
 def _module_path(name: str) -> str:

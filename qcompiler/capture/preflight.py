@@ -62,7 +62,9 @@ def device_of(model: torch.nn.Module) -> torch.device | None:
 def _check_kind(model: object) -> torch.nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
-            "a TorchScript module cannot be captured", got=type(model).__name__, need="the eager nn.Module it was made from"
+            "a TorchScript module cannot be captured",
+            got=type(model).__name__,
+            need="the eager nn.Module it was made from",
         )
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(
@@ -138,7 +140,9 @@ def _check_devices(model: torch.nn.Module) -> None:
         first.setdefault(tensor.device, name)
     if len(first) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
-        raise CaptureError("the weights lie on several devices", got=places, fix="Move the model with model.to(device).")
+        raise CaptureError(
+            "the weights lie on several devices", got=places, fix="Move the model with model.to(device)."
+        )
 
 
 def _placed(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -169,7 +169,9 @@ class Signature:
                 fix="Capture the model again with an example of this size.",
             )
         if bindings.setdefault(symbol, value) != value:
-            raise InputError(f"{what} contradicts another input", got=got, need=evaluate(size, bindings), where=str(size))
+            raise InputError(
+                f"{what} contradicts another input", got=got, need=evaluate(size, bindings), where=str(size)
+            )
 
     def _check_rest(self, inputs: Sequence[Any], bindings: Mapping[str, int]) -> None:
         """The sizes that are no linear expression of one symbol, once all symbols have values."""
@@ -180,7 +182,9 @@ class Signature:
                     continue
                 if (need := evaluate(size, bindings)) != leaf.shape[axis]:
                     raise InputError(
-                        f"dimension {axis} of {slot.path} contradicts the other inputs", got=leaf.shape[axis], need=f"{size} = {need}"
+                        f"dimension {axis} of {slot.path} contradicts the other inputs",
+                        got=leaf.shape[axis],
+                        need=f"{size} = {need}",
                     )
 
     def _rearranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -203,7 +207,9 @@ class Signature:
                 raise InputError(f"the argument {name!r} is missing", need=", ".join(wanted))
             part, got = pytree.tree_flatten(value)
             if got != spec:
-                raise InputError(f"the argument {name!r} has another structure than at capture", got=_brief(got), need=_brief(spec))
+                raise InputError(
+                    f"the argument {name!r} has another structure than at capture", got=_brief(got), need=_brief(spec)
+                )
             leaves += part
         return leaves
 
@@ -266,14 +272,18 @@ def _check_constant(slot: ConstantSlot, leaf: Any) -> None:
 
 def _check_tensor(slot: TensorSlot, leaf: Any) -> None:
     if not isinstance(leaf, torch.Tensor):
-        raise InputError(f"{slot.path} must be a tensor", got=repr(leaf), need=f"{slot.dtype} of rank {len(slot.shape)}")
+        raise InputError(
+            f"{slot.path} must be a tensor", got=repr(leaf), need=f"{slot.dtype} of rank {len(slot.shape)}"
+        )
     if leaf.dtype != slot.dtype:
         raise InputError(f"{slot.path} has another dtype than at capture", got=leaf.dtype, need=slot.dtype)
     if leaf.device != slot.device:
         raise InputError(f"{slot.path} lies on another device than at capture", got=leaf.device, need=slot.device)
     if leaf.ndim != len(slot.shape):
         raise InputError(
-            f"{slot.path} has another rank than at capture", got=tuple(leaf.shape), need=f"[{', '.join(map(str, slot.shape))}]"
+            f"{slot.path} has another rank than at capture",
+            got=tuple(leaf.shape),
+            need=f"[{', '.join(map(str, slot.shape))}]",
         )
 
 

@@ -57,7 +57,11 @@ class Symbols:
         for theirs, ours in self.names.items():
             bounds = constraints.get(theirs)
             low = 0 if bounds is None or bounds.lower in (-int_oo, -sympy.oo) else max(0, int(bounds.lower))
-            high = None if bounds is None or bounds.upper in (int_oo, sympy.oo) or bounds.upper >= HUGE else int(bounds.upper)
+            high = (
+                None
+                if bounds is None or bounds.upper in (int_oo, sympy.oo) or bounds.upper >= HUGE
+                else int(bounds.upper)
+            )
             found[ours] = Range(low, high)
         return found
 
@@ -72,7 +76,11 @@ class Symbols:
                 relation = RELATIONS.get(type(part).__name__)
                 if relation is None or not part.free_symbols or not part.free_symbols <= self.names.keys():
                     continue
-                if relation not in ("==", "!=") and any(arg.is_Symbol for arg in part.args) and len(part.free_symbols) == 1:
+                if (
+                    relation not in ("==", "!=")
+                    and any(arg.is_Symbol for arg in part.args)
+                    and len(part.free_symbols) == 1
+                ):
                     continue
                 with suppress(Inexpressible):
                     found[Condition(relation, self.convert(part.args[0]), self.convert(part.args[1]))] = None
@@ -114,7 +122,7 @@ class Symbols:
         below: Size = int(factor.q)
         for part in sympy.Mul.make_args(rest):
             if part.is_Pow and part.exp.is_Integer and part.exp < 0:
-                below = below * self.convert(part.base ** -part.exp)
+                below = below * self.convert(part.base**-part.exp)
             else:
                 above = above * self.convert(part)
         return above if below == 1 else floordiv(above, below)

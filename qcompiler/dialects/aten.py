@@ -12,7 +12,7 @@ import torch
 
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.op import Argument, Tag
-from qcompiler.ir.op_table import declare_open_namespaces
+from qcompiler.ir.op_table import OpenNamespaces, declare_open_namespaces
 from qcompiler.ir.types import DType
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -62,10 +62,9 @@ def op_name(overload: torch._ops.OpOverload) -> str:
 @lru_cache(maxsize=None)
 def overload_of(name: str) -> torch._ops.OpOverload:
     """Torch's overload for `aten.add.Tensor`; KeyError when torch knows none."""
-    namespace, op, *overload = name.split(".")
+    namespace, op, overload = (*name.split(".", 2), "default")[:3]
     try:
-        packet = getattr(getattr(torch.ops, namespace), op)
-        found = getattr(packet, overload[0] if overload else "default")
+        found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
     except AttributeError:
         raise KeyError(name) from None
     if not isinstance(found, torch._ops.OpOverload):
@@ -82,8 +81,20 @@ def _knows(name: str) -> bool:
 
 
 def _names() -> Iterable[str]:
-    known = {schema.name.replace("::", ".") for schema in torch._C._jit_get_all_schemas()}
-    return (name for name in known if name.startswith("aten.") and not name.startswith("aten._"))
+    schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::"))
+    names = {f"{schema.name.replace('::', '.')}.{schema.overload_name}".rstrip(".") for schema in schemas}
+    return (name for name in names if not name.startswith("aten._") and not name.endswith("out"))
 
 
-declare_open_namespaces(_knows, _names)
+@lru_cache(maxsize=None)
+def _is_function(name: str) -> bool:
+    return not _has_effect(name) and "empty" not in name.split(".")[1]  # what is empty holds anything
+
+
+@lru_cache(maxsize=None)
+def _has_effect(name: str) -> bool:
+    schema = overload_of(name)._schema
+    return schema.is_mutable or not schema.returns or torch.Tag.nondeterministic_seeded in overload_of(name).tags
+
+
+declare_open_namespaces(OpenNamespaces(_knows, _names, _is_function, _has_effect))

@@ -14,6 +14,8 @@ PROFILE = one_of(*numerics.PROFILES)
 
 def scale_shape(shape: tuple[Size, ...], block: tuple[int, int]) -> tuple[Size, ...]:
     """The shape of the scales of `shape` in blocks over its last two dimensions; a vector counts as one row."""
+    if not shape:
+        raise OpError("a tensor without dimensions has no blocks", 0)
     if len(shape) == 1:
         return (ceildiv(shape[0], block[1]),)
     return (*shape[:-2], ceildiv(shape[-2], block[0]), ceildiv(shape[-1], block[1]))

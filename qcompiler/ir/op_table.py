@@ -55,7 +55,24 @@ class OpDef:
 
 _TABLE: dict[str, OpDef] = {}
 _DIALECTS: set[str] = set()
-_RESOLVERS: list[tuple[Callable[[str], bool], Callable[[], Iterable[str]]]] = []
+_OPEN: list["OpenNamespaces"] = []
+
+
+@dataclass(frozen=True)
+class OpenNamespaces:
+    """What somebody else knows about operations outside of the table.
+
+    Attributes:
+        knows: Whether an operation is legal.
+        names: Candidates for did-you-mean.
+        is_function: Whether equal operands of a known operation always give equal results: no state, no chance.
+        has_effect: Whether a known operation does more than give results: it writes, checks, or draws random numbers.
+    """
+
+    knows: Callable[[str], bool]
+    names: Callable[[], Iterable[str]]
+    is_function: Callable[[str], bool]
+    has_effect: Callable[[str], bool]
 
 
 def declare(definition: OpDef) -> OpDef:
@@ -66,9 +83,9 @@ def declare(definition: OpDef) -> OpDef:
     return definition
 
 
-def declare_open_namespaces(knows: Callable[[str], bool], names: Callable[[], Iterable[str]]) -> None:
-    """Lets `knows` say which operations outside the table are legal; `names` lists candidates for did-you-mean."""
-    _RESOLVERS.append((knows, names))
+def declare_open_namespaces(namespaces: OpenNamespaces) -> None:
+    """Makes operations outside of the table legal."""
+    _OPEN.append(namespaces)
 
 
 def lookup(name: str) -> OpDef | None:
@@ -85,14 +102,31 @@ def is_known(name: str) -> bool:
     """Whether an operation is declared or belongs to an open namespace."""
     if name in _TABLE:
         return True
-    return name.split(".")[0] not in _DIALECTS and any(knows(name) for knows, _ in _RESOLVERS)
+    return name.split(".")[0] not in _DIALECTS and any(space.knows(name) for space in _OPEN)
+
+
+def is_function(name: str) -> bool:
+    """Whether equal operands of an operation always give equal results: neither state nor chance is involved."""
+    if name in _TABLE:
+        return _TABLE[name].meaning is not None
+    return any(space.knows(name) and space.is_function(name) for space in _OPEN)
+
+
+def has_effect(name: str) -> bool:
+    """Whether an operation must stay although nobody reads it: it writes, checks, or draws random numbers.
+
+    To leave out a draw would give other numbers to all that draw later.
+    """
+    if name in _TABLE:
+        return _TABLE[name].effect
+    return any(space.knows(name) and space.has_effect(name) for space in _OPEN)
 
 
 def unknown_op(name: str) -> str:
     """The sentence for an operation that is not known."""
     names = list(_TABLE)
     if name.split(".")[0] not in _DIALECTS:
-        names += [candidate for _, candidates in _RESOLVERS for candidate in candidates()]
+        names += [candidate for space in _OPEN for candidate in space.names()]
     return f"unknown operation '{name}'. {nearest(name, names) or f'Known dialects: {dialects()}.'}"
 
 
@@ -155,5 +189,5 @@ def one_of(*names: str) -> tuple[AttributeCheck, str]:
 
 __all__ = [
     "BLOCK", "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "Tag", "check_signature", "declare",
-    "declare_open_namespaces", "declared", "dialects", "infer_types", "is_known", "lookup", "one_of", "unknown_op",
+    "OpenNamespaces", "declare_open_namespaces", "declared", "dialects", "has_effect", "infer_types", "is_function", "is_known", "lookup", "one_of", "unknown_op",
 ]  # fmt: skip

@@ -42,7 +42,9 @@ class Weights(MutableMapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, entries: Mapping[str, torch.Tensor | Loader] | None = None, ties: Mapping[str, tuple[str, ...]] | None = None
+        self,
+        entries: Mapping[str, torch.Tensor | Loader] | None = None,
+        ties: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self._entries = {name: _Entry(source) for name, source in (entries or {}).items()}
         self._ties = dict(ties or {})

@@ -1,0 +1,446 @@
+"""`qcompiler.compile`: the public interface, and every error with its message."""
+
+import copy
+import inspect
+import pickle
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler import CaptureError, CodegenError, CompiledModel, InputError, ParseError, PassError, QCompilerError
+from qcompiler.pass_manager import PASSES
+
+
+class Mlp(nn.Module):
+    """Sizes that 128 does not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(200, 136), nn.Linear(136, 64)
+
+    def forward(self, x: Tensor, scale: float | None = None, *, shift: Tensor | None = None) -> Tensor:
+        """What the model does."""
+        y = self.down(torch.relu(self.up(x)))
+        y = y if shift is None else y + shift
+        return y if scale is None else y * scale
+
+
+class Counter(nn.Module):
+    """State that each call changes: both the sum of what came in, and how often something did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("total", torch.zeros(16))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        before = self.total * 1
+        self.total.add_(self.linear(x).sum(0))
+        self.calls.add_(1)
+        return before, self.total * self.calls
+
+
+class Struct(NamedTuple):
+    hidden: Tensor
+    rest: dict[str, Any]
+
+
+def close(got: Tensor, want: Tensor, limit: float = 0.08) -> bool:
+    return float((got - want).norm() / want.norm().clamp_min(1e-9)) < limit
+
+
+@pytest.fixture
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp().eval()
+
+
+@pytest.fixture(scope="module")
+def fast() -> CompiledModel:
+    torch.manual_seed(0)
+    return qcompiler.compile(Mlp().eval(), example_inputs=(torch.randn(4, 200),))
+
+
+X = torch.randn(5, 200, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_first_call_captures(mlp: Mlp) -> None:
+    compiled = qcompiler.compile(mlp, scheme="fp8_tile")
+    assert isinstance(compiled, nn.Module) and not compiled.training
+    assert "not captured yet" in repr(compiled)
+    with pytest.raises(CaptureError, match=r"the model is not captured yet\. Call it once with real inputs"):
+        print(compiled.report)
+    assert close(compiled(X), mlp(X))
+    assert "2 of 2 matmuls" in repr(compiled)
+    assert torch.equal(compiled(X[:2]), qcompiler.compile(mlp, example_inputs=(X,))(X[:2]))
+
+
+def test_stages_report_source_and_graph(fast: CompiledModel) -> None:
+    assert list(fast.stages) == [
+        "captured", "canonicalize", "dead-code", "fp8-tile", "share-quantize", "fuse-linear", "fold-constants", "dead-code#2",
+        "to-kernels",
+    ]  # fmt: skip
+    assert "quant.dequantize" in str(fast.stages["fp8-tile"])
+    assert "+ " in str(qcompiler.diff(fast.stages["captured"], fast.graph))
+    assert "2 of 2 matmuls with a constant operand are quantized" in str(fast.report)
+    assert "kernels.scaled_linear(" in fast.source and fast.source.startswith('"""@Mlp')
+    assert [op.name for op in fast.graph.ops("kernel.scaled_linear")] == ["kernel.scaled_linear"] * 2
+    assert str(qcompiler.Graph.parse(str(fast.graph))) == str(fast.graph)
+    assert fast.graph.to_networkx().number_of_nodes() == len(fast.graph)
+    fast.graph.verify()
+
+
+def test_the_result_is_that_of_the_interpreted_graph(fast: CompiledModel) -> None:
+    (want,) = qcompiler.interpret(fast.graph, [X])
+    assert torch.equal(fast(X), want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 33])
+def test_any_number_of_rows(fast: CompiledModel, mlp: Mlp, rows: int) -> None:
+    got = fast(X[:1].repeat(rows, 1))
+    assert got.shape == (rows, 64) and (not rows or close(got, mlp(X[:1].repeat(rows, 1))))
+
+
+@pytest.mark.parametrize("x", [X.t().contiguous().t(), X[:, :1].expand(5, 200), X.repeat(1, 2)[:, ::2]])
+def test_inputs_that_are_not_contiguous(fast: CompiledModel, x: Tensor) -> None:
+    assert not x.is_contiguous() and torch.equal(fast(x), fast(x.contiguous()))
+
+
+def test_a_custom_pass(mlp: Mlp) -> None:
+    @dataclass(frozen=True)
+    class Nothing(qcompiler.Pass):
+        """x -> x."""
+
+        name: ClassVar[str] = "nothing-in-test-compile"
+
+        def run(self, graph: qcompiler.Graph) -> bool:
+            return False
+
+    try:
+        edited = qcompiler.pipeline("fp8_tile").insert_after("fp8-tile", Nothing())
+        assert Nothing.name in qcompiler.compile(mlp, example_inputs=(X,), pipeline=edited).stages
+        text = qcompiler.compile(mlp, example_inputs=(X,), pipeline=str(edited))
+        assert text.pipeline == edited
+    finally:
+        del PASSES[Nothing.name]
+
+
+def test_a_pipeline_that_only_simulates_counts_as_quantized(mlp: Mlp) -> None:
+    slow = qcompiler.compile(mlp, example_inputs=(X,), pipeline="fp8-tile")
+    fast = qcompiler.compile(mlp, example_inputs=(X,))
+    assert len(slow.report.quantized) == 2
+    assert torch.allclose(slow(X), fast(X), rtol=1e-5, atol=1e-6)
+    assert "lookup(" in slow.source
+
+
+def test_the_signature_is_the_models_own(fast: CompiledModel, mlp: Mlp) -> None:
+    assert inspect.signature(fast.forward) == inspect.signature(mlp.forward)
+    assert inspect.getdoc(fast.forward) == "What the model does."
+    assert type(fast).__name__ == "CompiledModel" and isinstance(fast, CompiledModel)
+    assert inspect.signature(qcompiler.compile(mlp).forward) == inspect.signature(mlp.forward)
+
+
+def test_arguments_by_name_and_in_structures(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp, example_inputs=(X,), example_kwargs={"shift": torch.ones(64)})
+    want = fast(X, shift=torch.ones(64))
+    assert torch.equal(fast(shift=torch.ones(64), x=X), want)
+    assert torch.equal(fast(X, None, shift=torch.ones(64)), want)
+    assert close(want, mlp(X, shift=torch.ones(64)))
+
+
+def test_structured_outputs_with_inputs_weights_numbers_and_none() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y: Tensor) -> Struct:
+            h = self.linear(x)
+            return Struct(h, {"none": None, "seven": 7, "x": y, "bias": self.linear.bias, "twice": h, "rows": x.shape[0]})
+
+    model, x = Odd().eval(), torch.randn(3, 16)
+    fast = qcompiler.compile(model, example_inputs=(x, x))
+    for call in ((x, x), (x[:2], x)):
+        try:
+            got = fast(*call)
+        except InputError:  # the example had one tensor twice, and capture may hold the caller to one size for both
+            continue
+        assert isinstance(got, Struct)
+        assert got.rest["none"] is None and got.rest["seven"] == 7 and got.rest["rows"] == call[0].shape[0]
+        assert torch.equal(got.rest["x"], call[1]) and torch.equal(got.rest["bias"], model.linear.bias)
+        assert torch.equal(got.rest["twice"], got.hidden)
+
+
+def test_a_model_without_inputs() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self) -> Tensor:
+            return self.weight.relu()
+
+    model = Fixed().eval()
+    for fast in (qcompiler.compile(model, strict=False), qcompiler.compile(model, example_inputs=(), strict=False)):
+        assert torch.equal(fast(), model())
+
+
+def test_weights_with_names_of_module_attributes() -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("device", "class", "weights"):
+                self.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
+            self.to_ = nn.ModuleDict({"device": nn.Linear(8, 8)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.to_["device"](x @ self.device @ getattr(self, "class") @ self.weights)
+
+    model, x = Names().eval(), torch.randn(3, 8)
+    assert close(qcompiler.compile(model, example_inputs=(x,))(x), model(x), 0.2)
+
+
+def test_state_persists_and_is_the_compiled_models_own() -> None:
+    torch.manual_seed(0)
+    model, x = Counter().eval(), torch.randn(3, 16)
+    fast = qcompiler.compile(model, example_inputs=(x,), strict=True)
+    twin = copy.deepcopy(fast)
+    first, second = fast(x), fast(x)
+    assert torch.equal(first[0], torch.zeros(16)) and torch.allclose(second[0], first[1])
+    assert torch.allclose(second[1], 4 * first[1])
+    assert not model.total.any() and not model.calls
+    assert torch.equal(twin(x)[1], first[1]), "a copy has its own state"
+    assert torch.equal(fast.graph.weights["total"], second[1] / 2)
+
+
+def test_a_graph_with_weights() -> None:
+    text = """
+    func @g(%x: f32[s0, 32], %class: f32[s0, 8]) -> (f32[s0, 8], f32[s0, 8]) {
+      %w = core.param() {name = "w"} : f32[8, 32]
+      %linear = aten.linear(%x, %w) : f32[s0, 8]
+      %sum = aten.add.Tensor(%linear, %class) : f32[s0, 8]
+      return %sum, %linear
+    }
+    """
+    graph = qcompiler.Graph.parse(text)
+    graph.weights = {"w": torch.randn(8, 32)}
+    before = str(graph)
+    fast = qcompiler.compile(graph, example_inputs=(torch.randn(2, 32), torch.randn(2, 8)))
+    x, y = torch.randn(3, 32), torch.randn(3, 8)
+    got = fast(x, y)
+    assert close(got[1], x @ graph.weights["w"].T) and torch.allclose(got[0], got[1] + y)
+    assert str(graph) == before and list(graph.weights) == ["w"]
+    with pytest.raises(InputError, match="class contradicts"):
+        fast(x, y[:2])
+
+
+def test_an_exported_program(mlp: Mlp) -> None:
+    program = torch.export.export(mlp, (X,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=1)}})
+    fast = qcompiler.compile(program)
+    assert torch.equal(fast(X[:3]), qcompiler.compile(mlp, example_inputs=(X,))(X[:3]))
+
+
+def test_inference_only(fast: CompiledModel) -> None:
+    assert not fast(X.clone().requires_grad_()).requires_grad
+    assert not any(tensor.requires_grad for tensor in fast.state_dict().values())
+    assert fast.train() is fast and not fast.training and not nn.Sequential(fast).train()[0].training
+    assert fast.eval() is fast
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_under_autocast_and_inference_mode(mlp: Mlp, lazy: bool) -> None:
+    fast = qcompiler.compile(mlp) if lazy else qcompiler.compile(mlp, example_inputs=(X,))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        got = fast(X)
+    assert got.dtype is torch.float32 and torch.equal(got, fast(X))
+    assert not any(tensor.is_inference() for tensor in fast.buffers())
+
+
+def test_state_dict_round_trips(fast: CompiledModel, mlp: Mlp) -> None:
+    other = qcompiler.compile(Mlp().eval(), example_inputs=(X,))
+    bias = other.graph.weights["up.bias"]
+    assert not torch.equal(other(X), fast(X))
+    other.load_state_dict(fast.state_dict())
+    assert torch.equal(other(X), fast(X))
+    assert not torch.equal(bias, other.graph.weights["up.bias"]), "the model that was compiled keeps its bias"
+    assert torch.equal(qcompiler.interpret(other.graph, [X])[0], fast(X))
+
+
+def test_copies(fast: CompiledModel) -> None:
+    twin = copy.deepcopy(fast)
+    assert torch.equal(twin(X), fast(X)) and twin.report is fast.report
+    mine = {tensor.data_ptr() for tensor in fast.buffers()}
+    assert not mine & {tensor.data_ptr() for tensor in twin.buffers()}
+    assert torch.equal(copy.copy(fast)(X), fast(X))
+    lazy = copy.deepcopy(qcompiler.compile(Mlp().eval()))
+    assert lazy(X).shape == (5, 64)
+
+
+def test_calls_from_threads(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp)
+    got: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: got.append(fast(X))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 3 and all(torch.equal(one, fast(X)) for one in got)
+
+
+def test_moving_away_and_back(fast: CompiledModel) -> None:
+    twin = copy.deepcopy(fast)
+    twin.to("cpu")
+    assert torch.equal(twin(X), fast(X))
+    twin.to("meta")
+    assert twin.graph.weights["up.weight_q"].is_meta, "no tensor is held where it was"
+    with pytest.raises(InputError, match=r"moved to a device that it was not compiled for: got meta; need cpu\. Move it back"):
+        twin(X)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_element_types_are_fixed(fast: CompiledModel, change: Callable[[nn.Module], nn.Module]) -> None:
+    twin = copy.deepcopy(fast)
+    with pytest.raises(QCompilerError, match=r"the element types of a compiled model are fixed: got up_bias as torch\.\w+; need torch\.float32"):
+        change(nn.Sequential(twin))
+    assert torch.equal(twin(X), fast(X))
+
+
+def test_pickling_is_refused(fast: CompiledModel) -> None:
+    with pytest.raises(QCompilerError, match=r"a compiled model cannot be pickled\. Keep its state_dict\(\)"):
+        pickle.dumps(fast)
+
+
+WRONG_CALLS: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda f: f(), "the argument 'x' is missing"),
+    (lambda f: f(X, 2.0), "the argument 'scale' was not given at capture"),
+    (lambda f: f(X, None, None, None), "args"),
+    (lambda f: f(X, y=X), "the argument 'y' was not given at capture"),
+    (lambda f: f(X.half()), "x has another dtype than at capture: got torch.float16; need torch.float32"),
+    (lambda f: f(X.to("meta")), "x lies on another device than at capture: got meta; need cpu"),
+    (lambda f: f(X[0]), "x has another rank than at capture"),
+    (lambda f: f(X[:, :100]), "dimension 1 of x has another size than at capture: got 100; need 200"),
+    (lambda f: f([X]), "the argument 'x' has another structure"),
+    (lambda f: f(3.0), "x must be a tensor: got 3.0"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_CALLS, ids=[message for _, message in WRONG_CALLS])
+def test_wrong_arguments_at_run_time(fast: CompiledModel, call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        call(fast)
+
+
+def test_a_size_outside_of_the_captured_range(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp, example_inputs=(X,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2, max=8)}})
+    with pytest.raises(InputError, match=r"dimension 0 of x is outside of the captured range: got 9; need s0 with s0 in [012]\.\.8"):
+        fast(X.repeat(2, 1)[:9])
+    fixed = qcompiler.compile(mlp, example_inputs=(X,), dynamic_shapes=None)
+    with pytest.raises(InputError, match="dimension 0 of x has another size than at capture: got 4; need 5"):
+        fixed(X[:4])
+
+
+WRONG_COMPILES: list[tuple[dict[str, Any], type[QCompilerError], str]] = [
+    ({"scheme": "fp8tile"}, PassError, "no such scheme: got 'fp8tile'. Did you mean 'fp8_tile'?"),
+    ({"pipeline": "canonicalize; fp8-tiel"}, PassError, "Did you mean 'fp8-tile'?"),
+    ({"pipeline": "fp8-tile{profil=deepseek}"}, PassError, "Did you mean 'profile'?"),
+    ({"pipeline": "fp8-tile{profile=7}"}, PassError, "option 'profile' of pass 'fp8-tile' has a wrong value"),
+    ({"pipeline": "fp8-tile{"}, QCompilerError, "'{'"),
+    ({"pipeline": ["fp8-tile"]}, PassError, "the pipeline is of a wrong type: got list; need a Pipeline, or its text"),
+    ({"scheme": "other", "pipeline": "fp8-tile"}, PassError, "both a scheme and a pipeline are given"),
+    ({"target": "sm90"}, CodegenError, "no such target: got 'sm90'. Did you mean 'sm_90a'? Known: auto, cpu, sm_90a."),
+    ({"target": None}, CodegenError, "no such target: got None"),
+    ({"dynamic_shapes": "atuo"}, CaptureError, "dynamic_shapes is wrong: got 'atuo'"),
+    ({"example_inputs": X}, CaptureError, "example_inputs is of a wrong type: got Tensor; need a tuple of arguments."),
+    ({"example_kwargs": (X,)}, CaptureError, "example_kwargs is of a wrong type: got tuple"),
+    ({"instruments": ["time"]}, PassError, "this is no instrument: got 'time'"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "kind", "message"), WRONG_COMPILES, ids=[m for _, _, m in WRONG_COMPILES])
+def test_wrong_arguments_of_compile_fail_at_once(
+    mlp: Mlp, keywords: dict[str, Any], kind: type[QCompilerError], message: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        qcompiler.compile(mlp, **keywords)
+
+
+def test_malformed_text_has_a_place(mlp: Mlp) -> None:
+    with pytest.raises((ParseError, PassError), match="closed|brackets"):
+        qcompiler.compile(mlp, pipeline="canonicalize; fp8-tile{profile=deepseek")
+
+
+def test_what_cannot_be_compiled(mlp: Mlp) -> None:
+    with pytest.raises(CaptureError, match=r"only a torch\.nn\.Module or an ExportedProgram can be captured: got function"):
+        qcompiler.compile(lambda x: x)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(CaptureError, match=r"the model is in training mode: .* Call model\.eval\(\) first"):
+        qcompiler.compile(mlp.train())
+    with pytest.raises(CodegenError, match=r"the target sm_90a runs on cuda, but the model is elsewhere: got cpu; need cuda"):
+        qcompiler.compile(mlp.eval(), target="sm_90a", example_inputs=(X,))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_captured_quotes_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"(?s)depends on the values of a tensor.*x\.sum\(\) > 0"):
+        qcompiler.compile(Branches().eval(), example_inputs=(torch.randn(2, 8),))
+
+
+def test_a_failed_first_call_can_be_repeated(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp, pipeline="canonicalize")
+    for _ in range(2):
+        with pytest.raises(PassError, match=r"(?s)nothing was quantized: got the pipeline 'canonicalize'.*strict=False.*%linear"):
+            fast(X)
+    gone = qcompiler.compile(Mlp().eval(), pipeline="canonicalize")
+    with pytest.raises(PassError, match="nothing was quantized"):
+        gone(X)
+    with pytest.raises(CaptureError, match=r"nobody holds the model any more\. Call compile\(\) again"):
+        gone(X)
+
+
+def test_not_strict(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp, pipeline="canonicalize", example_inputs=(X,), strict=False)
+    assert torch.allclose(fast(X), mlp(X), rtol=1e-5, atol=1e-6)
+    assert not fast.report.quantized
+
+
+def test_an_unexpected_failure_keeps_the_graph(mlp: Mlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by accident")
+
+    monkeypatch.setattr("qcompiler.compiler.emit_host_module", broken)
+    with pytest.raises(QCompilerError, match="generating the host module failed unexpectedly: ZeroDivisionError: by acc") as caught:
+        qcompiler.compile(mlp, example_inputs=(X,))
+    (kept,) = re.findall(r"is in (\S+\.qir)", str(caught.value))
+    assert qcompiler.Graph.parse(Path(kept).read_text(encoding="utf-8")).ops("kernel.quantize")
+    Path(kept).unlink()
+    monkeypatch.setattr("qcompiler.compiler.capture", broken)
+    with pytest.raises(CaptureError, match="capturing the model failed unexpectedly: ZeroDivisionError: by accident"):
+        qcompiler.compile(mlp, example_inputs=(X,))
+
+
+def test_instruments_see_real_inputs(mlp: Mlp) -> None:
+    seen: list[Any] = []
+
+    class Watch(qcompiler.instruments.Instrument):
+        def begin(self, graph: qcompiler.Graph, inputs: Any) -> None:
+            seen.extend(inputs)
+
+    qcompiler.compile(mlp, instruments=[Watch()])(X)
+    qcompiler.compile(mlp, instruments=(Watch(), qcompiler.instruments.Validate()), example_inputs=(X,))
+    assert len(seen) == 2 and all(torch.equal(x, X) for x in seen)

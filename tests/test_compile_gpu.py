@@ -1,0 +1,100 @@
+"""Compiled models on a Hopper GPU: the kernels in whole models, under torch.compile and in CUDA graphs."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import qcompiler
+from qcompiler.instruments import Validate, difference
+
+pytestmark = pytest.mark.gpu
+
+
+class Block(torch.nn.Module):
+    """Attention and a gated MLP, at sizes that are and are not multiples of 128."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(width)
+        self.qkv = torch.nn.Linear(width, 3 * width)
+        self.out = torch.nn.Linear(width, width, bias=False)
+        self.gate, self.up = torch.nn.Linear(width, hidden), torch.nn.Linear(width, hidden)
+        self.down = torch.nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def example(width: int, hidden: int, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Block(width, hidden).eval().to("cuda", dtype), torch.randn(2, 65, width, device="cuda", dtype=dtype)
+
+
+SIZES = [(256, 512), (320, 1000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("width", "hidden"), SIZES)
+def test_kernels_agree_with_the_interpreter(width: int, hidden: int, dtype: torch.dtype) -> None:
+    model, x = example(width, hidden, dtype)
+    fast = qcompiler.compile(model, example_inputs=(x,), instruments=[Validate()])
+    assert len(fast.report.quantized) == 5
+    for sample in (x, torch.randn(3, 1, width, device="cuda", dtype=dtype), torch.randn(1, 200, width, device="cuda", dtype=dtype)):
+        (want,) = qcompiler.interpret(fast.graph, [sample])
+        limit = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}[dtype]  # an ulp can flip FP8 codes further on
+        assert difference(want, fast(sample)) < limit
+        assert difference(model(sample), fast(sample)) < 0.06
+
+
+def test_a_hugging_face_model_runs_and_keeps_its_output_type() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=640, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 320, (2, 33), device="cuda")
+    fast = qcompiler.compile(model)
+    with torch.no_grad():
+        want = model(ids, use_cache=False)
+    got = fast(ids)
+    assert type(got) is type(want)
+    assert len(fast.report.quantized) == 14
+    assert difference(want.logits, got.logits) < 0.06
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_torch_compile_takes_a_compiled_model(backend: str) -> None:
+    model, x = example(256, 512, torch.bfloat16)
+    fast = qcompiler.compile(model, example_inputs=(x,))
+    faster: Any = torch.compile(fast, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (65, 7):
+        sample = torch.randn(2, rows, 256, device="cuda", dtype=torch.bfloat16)
+        assert difference(fast(sample), faster(sample)) < 1e-2
+
+
+def test_a_cuda_graph_replays_a_compiled_model() -> None:
+    model, x = example(256, 512, torch.bfloat16)
+    fast = qcompiler.compile(model, example_inputs=(x,))
+    fast(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fast(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, fast(x))
+
+
+def test_no_rows_and_rows_that_are_not_contiguous() -> None:
+    model, x = example(256, 512, torch.bfloat16)
+    fast = qcompiler.compile(model, example_inputs=(x,))
+    wide = torch.randn(2, 65, 512, device="cuda", dtype=torch.bfloat16)[..., ::2]
+    assert torch.equal(fast(wide), fast(wide.contiguous()))
+    mlp = torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.ReLU(), torch.nn.Linear(128, 8)).eval().cuda()
+    empty = qcompiler.compile(mlp, example_inputs=(torch.randn(4, 256, device="cuda"),))(torch.empty(0, 256, device="cuda"))
+    assert empty.shape == (0, 8)

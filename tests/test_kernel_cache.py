@@ -1,0 +1,25 @@
+"""Compiled kernels are found again on disk, by another process, in the folder that is asked for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COMPILE = """
+from codegen.aot import compile_quantize
+print(compile_quantize().registers)
+"""
+
+
+def compiled_in(folder: Path) -> tuple[str, dict[str, int]]:
+    """What a fresh process prints, and the time stamps of the machine code that the folder holds afterwards."""
+    environment = {**os.environ, "QCOMPILER_CACHE_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout, {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.cubin")}
+
+
+def test_a_second_process_takes_the_kernel_from_the_folder(tmp_path: Path) -> None:
+    first, built = compiled_in(tmp_path / "kernels")
+    second, found = compiled_in(tmp_path / "kernels")
+    assert len(built) == 1
+    assert (second, found) == (first, built)

@@ -1,0 +1,73 @@
+"""share-quantize: one quantize for each value, with equal bits, and never two outputs in one tensor."""
+
+import torch
+
+from passes.fp8_tile import Fp8Tile
+from passes.share_quantize import ShareQuantize
+from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.testing import random_inputs
+
+Q = '{block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"} : f8e4m3fn[4, 128], f32[4, 1]'
+
+TWO = """
+func @m(%x: f32[4, 128]) -> (f32[4, 64], f32[4, 64]) {
+  %w = core.param() {name = "w"} : f32[128, 64]
+  %v = core.param() {name = "v"} : f32[64, 128]
+  %a = aten.mm(%x, %w) : f32[4, 64]
+  %b = aten.linear(%x, %v) : f32[4, 64]
+  %c = aten.mm(%x, %w) : f32[4, 64] loc("m.py":9)
+  %d = aten.add.Tensor(%a, %c) : f32[4, 64]
+  return %b, %d
+}
+"""
+
+
+def test_one_quantize_a_value_also_where_each_reader_transposes_the_weight() -> None:
+    graph = Graph.parse(TWO)
+    for step in Pipeline.parse("canonicalize; fp8-tile"):
+        step.run(graph)
+    inputs, weights = random_inputs(graph, 0)
+    before = interpret(graph, inputs, weights)
+    assert len(graph.ops("quant.quantize")) == 6
+    assert ShareQuantize().run(graph)
+    graph.verify()
+    assert len(graph.ops("quant.quantize")) == len(graph.ops("quant.dequantize")) == 3
+    assert len(graph.ops("aten.t")) == 1
+    assert all(map(torch.equal, interpret(graph, inputs, weights), before))
+    assert not ShareQuantize().run(graph)
+    assert ShareQuantize().explain(graph) == {}
+
+
+def test_other_attributes_are_another_quantize() -> None:
+    graph = Graph.parse(
+        f"func @m(%x: f32[4, 128]) -> (f32[4, 1], f32[4, 1]) {{\n  %a, %s = quant.quantize(%x) {Q}\n"
+        f"  %b, %t = quant.quantize(%x) {Q.replace('deepseek', 'vllm')}\n  return %s, %t\n}}"
+    )
+    assert not ShareQuantize().run(graph)
+
+
+def test_two_outputs_stay_two_tensors() -> None:
+    graph = Graph.parse(
+        f"func @m(%x: f32[4, 128]) -> (f32[4, 1], f32[1, 4]) {{\n  %a, %s = quant.quantize(%x) {Q}\n"
+        f"  %b, %t = quant.quantize(%x) {Q}\n  %v = aten.t(%t) : f32[1, 4]\n  return %s, %v\n}}"
+    )
+    assert not ShareQuantize().run(graph)
+
+
+def test_activations_are_not_shared_before_they_are_quantized() -> None:
+    graph = Graph.parse(
+        "func @m(%x: f32[4, 4]) -> (f32[4, 4]) {\n  %a = aten.t(%x) : f32[4, 4]\n  %b = aten.t(%x) : f32[4, 4]\n"
+        "  %c = aten.mm(%a, %b) : f32[4, 4]\n  return %c\n}"
+    )
+    assert not ShareQuantize().run(graph)
+
+
+def test_the_second_fp8_tile_finds_nothing_to_do() -> None:
+    graph = Graph.parse(TWO)
+    for step in Pipeline.parse("canonicalize; fp8-tile; share-quantize"):
+        step.run(graph)
+    text = str(graph)
+    assert not Fp8Tile().run(graph)
+    assert str(graph) == text

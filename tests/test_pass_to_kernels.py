@@ -1,0 +1,74 @@
+"""to-kernels: activations and matmuls go to the kernel dialect with one layout of scales that both sides know."""
+
+import pytest
+import torch
+
+from passes.to_kernels import ToKernels
+from qcompiler.errors import PassError
+from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.testing import random_inputs
+
+TEXT = """
+func @m(%x: f32[3, 128], %v: f32[64, 128]) -> (f32[3, 64]) {
+  %w = core.param() {name = "w"} : f32[64, 128]
+  %y = aten.linear(%x, %w) : f32[3, 64] loc("m.py":2)
+  return %y
+}
+"""
+
+
+@pytest.mark.parametrize("layout", ["row_major", "col_major"])
+@pytest.mark.parametrize("fold", ["", "fold-constants; "])
+def test_equal_bits_and_one_layout(layout: str, fold: str) -> None:
+    graph = Graph.parse(TEXT)
+    inputs, graph.weights = random_inputs(graph, 0)
+    for step in Pipeline.parse(f"fp8-tile; fuse-linear; {fold}"):
+        step.run(graph)
+    before = interpret(graph, inputs)
+    step = Pass.parse(f"to-kernels{{scale_layout={layout}}}")
+    assert step.run(graph)
+    graph.verify()
+    assert all(map(torch.equal, interpret(graph, inputs), before))
+    assert graph["x_q"].op.attrs["scale_layout"] == graph["y"].op.attrs["x_scale_layout"] == layout
+    # The layout of a weight's scales is always the one that numerics writes.
+    assert len(graph.ops("quant.quantize")) == (0 if fold else 1)
+    assert str(graph["y"].op.loc) == 'loc("m.py":2 by "to-kernels")'
+    assert not step.run(graph)
+
+
+def test_blocks_of_several_rows_are_row_major() -> None:
+    graph = Graph.parse(TEXT)
+    for step in Pipeline.parse("fp8-tile{x_block=[128, 128]}; fuse-linear; fold-constants; to-kernels"):
+        step.run(graph)
+    graph.verify()
+    assert graph["x_q"].op.attrs["scale_layout"] == graph["y"].op.attrs["x_scale_layout"] == "row_major"
+
+
+def test_scales_that_others_read_stay_in_the_quant_dialect() -> None:
+    graph = Graph.parse(TEXT)
+    for step in Pipeline.parse("fp8-tile; fuse-linear; fold-constants"):
+        step.run(graph)
+    graph.set_outputs((graph["y"], graph["x_s"]))
+    ToKernels().run(graph)
+    graph.verify()
+    assert graph["x_q"].op.name == "quant.quantize"
+    assert graph["y"].op.attrs["x_scale_layout"] == "row_major"
+    assert ToKernels().explain(graph) == {
+        "x_q": "its scales are also read by core.return, which knows one layout only (%x_s)"
+    }
+
+
+def test_a_weight_that_is_quantized_in_each_call() -> None:
+    graph = Graph.parse(TEXT)
+    for step in Pipeline.parse("fp8-tile; fuse-linear"):
+        step.run(graph)
+    ToKernels().run(graph)
+    reason = "its scales are read as those of a weight, which have one layout only (%w_s)"
+    assert ToKernels().explain(graph) == {"w_q": reason}
+
+
+def test_an_unknown_layout() -> None:
+    with pytest.raises(PassError, match="got diagonal; need one of row_major, col_major$"):
+        Pass.parse("to-kernels{scale_layout=diagonal}")

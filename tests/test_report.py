@@ -1,0 +1,116 @@
+"""The report: a reason for everything that is not quantized, and bytes that add up."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_runner import run_pipeline
+from qcompiler.report import Report, build_report
+from qcompiler.schemes import pipeline
+
+MIXED = """
+func @g(%ids: i64[s0], %x: bf16[s0, 128]) -> (bf16[s0, 64], f32[s0, 64], bf16[s0, 300]) {
+  %table = core.param() {name = "table"} : bf16[300, 128]
+  %gain = core.param() {name = "gain"} : bf16[128]
+  %w = core.param() {name = "w"} : bf16[64, 128]
+  %w2 = core.param() {name = "w2"} : bf16[64, 128]
+  %w3 = core.param() {name = "w3"} : bf16[64, 128]
+  %b = core.param() {name = "b"} : bf16[64]
+  %e = aten.embedding(%table, %ids) : bf16[s0, 128]
+  %sum = aten.add.Tensor(%e, %x) : bf16[s0, 128]
+  %h = aten.mul.Tensor(%sum, %gain) : bf16[s0, 128]
+  %y = aten.linear(%h, %w, %b) : bf16[s0, 64] loc(in "block.fc")
+  %narrow = aten.linear(%h, %w2) : bf16[s0, 64]
+  %wide = aten._to_copy(%narrow) {dtype = f32} : f32[s0, 64]
+  %unread = aten.linear(%h, %w3) : bf16[s0, 64]
+  %logits = aten.linear(%h, %table) : bf16[s0, 300]
+  return %y, %wide, %logits
+}
+"""
+
+
+def report(text: str, passes: Pipeline) -> Report:
+    graph = Graph.parse(text)
+    done = run_pipeline(passes, graph)
+    return build_report(done.stages, graph, done.reasons)
+
+
+def test_every_reader_has_a_row_and_every_refusal_a_reason() -> None:
+    found = report(MIXED, pipeline("fp8_tile"))
+    assert {row.name: row.reason for row in found.rows} == {
+        "e": "an embedding is a lookup, not a matmul",
+        "h": "it is no matmul",
+        "y": "",
+        "narrow": "",
+        "unread": "it was removed, since nothing needs what it computes",
+        "logits": "it is the vocabulary projection: an embedding has the same weight (%table)",
+    }
+    assert [row.name for row in found.quantized] == ["y", "narrow"]
+    assert [row.name for row in found.left_alone] == ["unread", "logits"]
+    assert {row.name: row.module for row in found.rows}["y"] == "block.fc"
+    assert {row.name: row.weights for row in found.rows}["y"] == ("b", "w")
+
+
+def test_bytes() -> None:
+    found = report(MIXED, pipeline("fp8_tile"))
+    matrix = 2 * 64 * 128
+    assert found.bytes == 2 * 300 * 128 + 2 * 128 + 3 * matrix + 2 * 64
+    assert found.bytes_quantized == 2 * matrix
+    assert found.bytes_after == 2 * 300 * 128 + 2 * 128 + 2 * (64 * 128 + 4) + 2 * 64
+
+
+@pytest.mark.parametrize("passes", ["fp8-tile", "fp8-tile; fuse-linear", "fp8-tile; share-quantize; to-kernels"])
+def test_quantized_is_quantized_in_whatever_form(passes: str) -> None:
+    found = report(MIXED, Pipeline.parse(passes))
+    assert [row.name for row in found.quantized] == ["y", "narrow", "unread"]
+    assert found.bytes_quantized == 3 * 2 * 64 * 128
+
+
+def test_a_cast_of_the_models_own_does_not_hide_a_matmul() -> None:
+    cast = """
+    func @g(%x: f32[s0, 128]) -> (bf16[s0, 64]) {
+      %w = core.param() {name = "w"} : f32[64, 128]
+      %y = aten.linear(%x, %w) : f32[s0, 64]
+      %z = aten._to_copy(%y) {dtype = bf16} : bf16[s0, 64]
+      return %z
+    }
+    """
+    found = report(cast, pipeline("fp8_tile"))
+    assert [row.name for row in found.quantized] == ["y"] and found.bytes_quantized == found.bytes
+
+
+def test_without_a_pass_that_quantizes() -> None:
+    found = report(MIXED, Pipeline.parse("canonicalize"))
+    assert {row.reason for row in found.left_alone} == {"no pass of this pipeline quantizes it"}
+    assert found.bytes_quantized == 0 and found.bytes_after == found.bytes
+    nothing = report("func @g(%x: f32[s0]) -> (f32[s0]) {\n  return %x\n}", Pipeline.parse(""))
+    assert str(nothing) == "no matmul has a constant operand; 0 B of parameters"
+
+
+def test_the_table() -> None:
+    lines = str(report(MIXED, pipeline("fp8_tile"))).splitlines()
+    assert lines[0].split() == ["operation", "module", "weight", "bytes", "quantized", "why", "not"]
+    (row,) = [line for line in lines if "%y " in line]
+    assert row.split() == ["%y", "block.fc", "bf16[64,", "128]", "16.51", "kB", "yes"]
+    assert lines[-1] == "2 of 4 matmuls with a constant operand are quantized: 26.0% of 126.3 kB of parameters; 93.84 kB after"
+    assert all(len(line) <= 160 and line == line.rstrip() for line in lines)
+
+
+def test_grouped_experts_and_convolutions_are_said_to_be_left_alone() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(3, 16, 16))
+            self.conv, self.linear = nn.Conv1d(16, 16, 1), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.conv(torch.bmm(x, self.stack)).relu())
+
+    fast = qcompiler.compile(Experts().eval(), example_inputs=(torch.randn(3, 16, 16),))
+    reasons = {row.op: row.reason for row in fast.report.rows}
+    assert reasons["aten.bmm"].startswith("it multiplies by a batch of matrices")
+    assert reasons["aten.conv1d"] == "a convolution is not a matmul"
+    assert reasons["aten.linear"] == ""
