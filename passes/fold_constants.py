@@ -13,9 +13,9 @@ A graph without weights (from text) is rewritten in the same way; only the numbe
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from qcompiler.interpreter import run_constant
+from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, apply_rules
-from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.dataflow import parameters_of, part_of
 from qcompiler.pass_manager import Effect, Pass
 
 
@@ -41,7 +41,9 @@ class QuantizedWeight(Rule):
         names = [self.free(f"{stem}{suffix}") for suffix in ("_q", "_s")]
         sources = parameters_of(op.tensor(0))
         if graph.weights:
-            graph.weights.update(zip(names, run_constant(op, graph.weights), strict=True))
+            read = [str(source.attrs["name"]) for source in sources] or [next(iter(graph.weights))]
+            weights = {name: graph.weights[name] for name in read}
+            graph.weights.update(zip(names, interpret(part_of(op), [], weights), strict=True))
         params = [
             rewriter.insert("core.param", attrs={"name": name}, types=[value.type], names=[name]).result
             for name, value in zip(names, op.results, strict=True)
@@ -52,8 +54,8 @@ class QuantizedWeight(Rule):
         for param, name in zip(params, names, strict=True):
             graph.rename(param, name)  # the quantize had that name until now
         for source in sources:
-            if source not in graph:
-                graph.weights.pop(str(source.attrs["name"]), None)
+            if source not in graph and source.attrs["name"] in graph.weights:
+                del graph.weights[str(source.attrs["name"])]  # pop would load it
 
     def free(self, name: str) -> str:
         """A weight name like `name` that is not taken; takes it."""

@@ -46,8 +46,10 @@ class DequantizeThenLinear(Rule):
         attrs = {"out_dtype": last.result.tensor.dtype, "x_block": x.attrs["block"], "w_block": w.attrs["block"]}
         args = [*x.args, *w.args, *([] if bias is None else [bias])]
         fused = rewriter.insert("quant.linear", *args, attrs=attrs)
+        read = [op, *(value.op for _, value in op.operands())]
         rewriter.replace(last, fused.result)
-        rewriter.erase_unread(op)
+        for unread in read:
+            rewriter.erase_unread(unread)
 
 
 def _before_cast(bias: Value | None) -> Value | None:

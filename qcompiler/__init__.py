@@ -79,9 +79,11 @@ def _check_siblings() -> None:
         spec = find_spec(sibling)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if found is None:
-            raise ImportError(f"qcompiler's own package '{sibling}' is missing; it should be at {root / sibling}. Reinstall qcompiler.")
+            raise ImportError(
+                f"qcompiler's own package '{sibling}' is missing from {root / sibling}. Reinstall qcompiler."
+            )
         if found != root / sibling:
             raise ImportError(
-                f"qcompiler ships its own top-level package '{sibling}' at {root / sibling}, but Python finds {found} first. "
-                f"Rename or move the other '{sibling}', or start Python from another folder."
+                f"qcompiler ships its own top-level package '{sibling}' at {root / sibling}, but Python finds "
+                f"{found} first. Rename or move the other '{sibling}', or start Python from another folder."
             )

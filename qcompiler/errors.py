@@ -36,7 +36,7 @@ class QCompilerError(Exception):
 
 
 class ParseError(QCompilerError):
-    """Malformed graph text or pipeline text; the message starts with file:line:column and shows the row with a caret."""
+    """Malformed graph text; the message starts with file:line:column and shows the row with a caret."""
 
 
 class VerifyError(QCompilerError):

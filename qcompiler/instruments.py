@@ -236,8 +236,13 @@ def within(old: Any, new: Any, limit: float | None) -> bool:
     if old.shape != new.shape or old.dtype != new.dtype:
         return False
     if limit is None:
-        return torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8))
+        return torch.equal(_bits(old), _bits(new))
     return difference(old, new) <= allowed(old, limit)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    # Cloned, since even a tensor of one element may have strides in which its bytes cannot be seen.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def allowed(old: Any, limit: float) -> float:

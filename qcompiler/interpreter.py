@@ -5,7 +5,7 @@ An operation of ours runs its declared meaning; an operation of torch's runs its
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -130,9 +130,8 @@ class _Machine:
         """The tensor that a parameter or buffer stands for."""
         name = str(op.attrs["name"])
         if name not in self.weights:
-            raise InputError(
-                "the graph reads a weight that the weights do not have", got=name, fix="Pass the weights of this very graph."
-            )
+            fix = "Pass the weights of this very graph."
+            raise InputError("the graph reads a weight that the weights do not have", got=name, fix=fix)
         return self.weights[name]
 
 
@@ -147,6 +146,6 @@ def makes_tensors(op: Op) -> bool:
     return not from_tensor and _takes_device(op.name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _takes_device(name: str) -> bool:
     return any(argument.name == "device" for argument in overload_of(name)._schema.arguments)

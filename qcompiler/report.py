@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from passes.candidates import MATMULS, WHY_OTHER
+from passes.candidates import MATMULS, OTHER_READERS, WHY_OTHER
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.ir.dataflow import parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
@@ -91,7 +92,14 @@ class Report:
         for heading in ("operation", "module", "weight", "bytes", "quantized", "why not"):
             table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
         for row in self._grouped():
-            cells = (f"%{row.name}", row.module, row.shape, _size(row.bytes), "yes" if row.quantized else "no", row.reason)
+            cells = (
+                f"%{row.name}",
+                row.module,
+                row.shape,
+                _size(row.bytes),
+                "yes" if row.quantized else "no",
+                row.reason,
+            )
             table.add_row(*(cell.replace("[", "\\[") for cell in cells))
         console = Console(width=160, no_color=True, force_terminal=False, legacy_windows=False)
         with console.capture() as capture:
@@ -153,10 +161,10 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
 def _heirs(graphs: list[Graph]) -> dict[str, str]:
     """Value of the first graph -> the value of the last that stands for it; without those that were removed.
 
-    A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, the reader's name stays.
+    A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, that one's name stays.
     """
     heirs = {value.name: value.name for op in graphs[0] for value in op.results}
-    for before, after in zip(graphs, graphs[1:], strict=False):
+    for before, after in pairwise(graphs):
         names = {value.name for op in after for value in op.results}
         for first, name in list(heirs.items()):
             while name not in names:
@@ -198,9 +206,9 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
 
 
 def _why_not(op: Op) -> str:
-    if op.name in MATMULS:
-        return NO_REASON
-    return next((why for kind, why in WHY_OTHER.items() if kind in op.name), NO_MATMUL)
+    if op.name in OTHER_READERS:
+        return next(why for kind, why in WHY_OTHER.items() if kind in op.name)
+    return NO_REASON if op.name in MATMULS else NO_MATMUL
 
 
 def _row(op: Op, params: list[Op], quantized: bool, reason: str) -> Row:

@@ -1,6 +1,7 @@
-"""Capture of Hugging Face models: small ones with random weights, each equal to the model at sizes that were not traced."""
+"""Capture of Hugging Face models: small, with random weights, each equal to its graph at sizes that were not traced."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,18 +39,26 @@ def pixels(batch: int, _: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(batch, 3, 16, 16)}
 
 
+def mixtral() -> Any:
+    model = make("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    model.set_experts_implementation("eager")  # loops over the experts that some token has chosen
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.Tensor]]]] = {
     "llama": (lambda: make("LlamaForCausalLM", "LlamaConfig", **GROUPED), ids),
     "qwen3": (lambda: make("Qwen3ForCausalLM", "Qwen3Config", **GROUPED), masked),
     "gemma3": (
         lambda: make(
-            "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
         ),
         ids,
     ),
     "gpt2": (
         lambda: make(
-            "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=16, bos_token_id=1, eos_token_id=2
+            "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=16,
+            bos_token_id=1, eos_token_id=2,
         ),
         ids,
     ),
@@ -69,11 +78,12 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.
         pixels,
     ),
     "t5": (
-        lambda: make("T5EncoderModel", "T5Config", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=96), masked
+        lambda: make(
+            "T5EncoderModel", "T5Config", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=96
+        ),
+        masked,
     ),
-    "mixtral": (
-        lambda: make("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, num_experts_per_tok=2), ids
-    ),
+    "mixtral": (mixtral, ids),
 }  # fmt: skip
 
 
@@ -81,50 +91,56 @@ def run(captured: Captured, kwargs: dict[str, Any]) -> Any:
     return captured.signature.unflatten(interpret(captured.graph, captured.signature.flatten((), kwargs)))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_and_its_graph_are_equal_at_sizes_that_were_not_traced(name: str) -> None:
+@cache
+def made(name: str) -> tuple[Any, Captured]:
+    """A model and what was captured of it, traced with batch 2 and length 7; its configuration is as before."""
     build, inputs = MODELS[name]
     model = build()
     config, attributes = model.config.to_dict(), set(vars(model))
     captured = capture(model, kwargs=inputs(2, 7))
+    assert (model.config.to_dict(), set(vars(model))) == (config, attributes)
+    return model, captured
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_and_its_graph_are_equal_at_sizes_that_were_not_traced(name: str) -> None:
+    model, captured = made(name)
     graph = captured.graph
     graph.verify()
     assert str(Graph.parse(str(graph))) == str(graph)
-    assert all(op.loc.file.startswith(("transformers/", "")) and not op.loc.file.startswith("/") for op in graph)
-    assert (model.config.to_dict(), set(vars(model))) == (config, attributes)
+    files = [op.loc.file for op in graph.ops() if op.loc.file]
+    assert files and all(file.startswith("transformers/") for file in files)
     for batch, length in ((3, 9), (1, 1)):
-        call = inputs(batch, length)
-        with torch.no_grad():
-            want = model(**call)
+        call = MODELS[name][1](batch, length)
         got = run(captured, call)
-        assert type(got) is type(want)
+        with torch.no_grad():
+            want = model(**call, **({"use_cache": False} if "logits" in got else {}))
+        assert type(got) is type(want) and list(got) == list(want)
         torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_causal_model_looks_like() -> None:
-    model = MODELS["llama"][0]()
-    graph = capture(model, kwargs=ids(1, 1)).graph
+    graph = made("llama")[1].graph
     assert [str(v.type) for v in graph.inputs] == ["i64[s0, s1]"]
     assert [str(v.type) for v in graph.outputs] == ["f32[s0, s1, 96]"]  # type: ignore[union-attr]  # no cache
     assert len(graph.ops("aten.linear")) == 2 * 7 + 1 and len(graph.ops("aten.scaled_dot_product_attention")) == 2
     heads = [op for op in graph.ops("core.param") if op.attrs.get("role") == "output_embeddings"]
     assert [op.attrs["name"] for op in heads] == ["lm_head.weight"]
-    (q,) = [op for op in graph.ops("aten.linear") if op.loc.module == "model.layers.1.self_attn.q_proj"]
-    assert q.loc.file == "transformers/models/llama/modeling_llama.py" or q.loc.file.endswith(".py")
+    assert any(op.loc.module == "model.layers.1.self_attn.q_proj" for op in graph.ops("aten.linear"))
 
 
 def test_a_tied_head_is_the_embedding_itself() -> None:
-    weights = capture(MODELS["gpt2"][0](), kwargs=ids(2, 5)).graph.weights
+    weights = made("gpt2")[1].graph.weights
     (name,) = [name for name in weights if "wte" in name or "lm_head" in name]
     assert set(weights.ties[name]) == {"transformer.wte.weight", "lm_head.weight"}  # type: ignore[attr-defined]
 
 
 def test_a_cache_that_is_passed_is_an_input_and_an_output() -> None:
-    model = MODELS["llama"][0]()
+    model, _ = made("llama")
     with torch.no_grad():
-        cache = model(**ids(2, 5), use_cache=True).past_key_values
-        captured = capture(model, kwargs={**ids(2, 3), "past_key_values": cache})
-        assert cache.get_seq_length() == 5  # the user's own is not touched
+        past = model(**ids(2, 5), use_cache=True).past_key_values
+        captured = capture(model, kwargs={**ids(2, 3), "past_key_values": past})
+        assert past.get_seq_length() == 5  # the user's own is not touched
         outputs = [str(v.type) for v in captured.graph.outputs]  # type: ignore[union-attr]
         assert outputs[1] == "f32[s0, 2, s1 + s2, 16]"
         call = {**ids(1, 1), "past_key_values": model(**ids(1, 8), use_cache=True).past_key_values}
@@ -135,8 +151,19 @@ def test_a_cache_that_is_passed_is_an_input_and_an_output() -> None:
 
 
 def test_experts_that_loop_over_data_are_traced_in_another_implementation() -> None:
-    model = MODELS["mixtral"][0]()
-    model.set_experts_implementation("eager")
-    graph = capture(model, kwargs=ids(2, 5)).graph
-    assert model.get_experts_implementation()[""] == "eager"
-    assert "aten.nonzero" not in {op.name for op in graph}
+    model, captured = made("mixtral")
+    assert model.get_experts_implementation()[""] == "eager"  # as it was made
+    assert "aten.nonzero" not in {op.name for op in captured.graph}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_the_check_does_not_break_a_cuda_context(name: str) -> None:
+    """An index out of range, at a size that the check tries, would end every later call on the GPU."""
+    build, inputs = MODELS[name]
+    model = build().to("cuda", torch.bfloat16)
+    captured = capture(model, kwargs={key: t.cuda() for key, t in inputs(2, 7).items()})
+    call = {key: t.cuda() for key, t in inputs(1, 5).items()}
+    with torch.no_grad():
+        want = model(**call, use_cache=False)
+    torch.testing.assert_close(run(captured, call)[0], want[0], rtol=2e-2, atol=2e-2)

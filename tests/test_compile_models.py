@@ -22,7 +22,12 @@ DECODER: dict[str, Any] = {
     "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
 }  # fmt: skip
-ENCODER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 136, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 136,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 PROJECTION = "it is the vocabulary projection"
 ROUTER = "it is a router"
@@ -54,7 +59,8 @@ class Attention(nn.Module):
         rows, length, width = x.shape
         q, k, v = (self.norm(x) @ self.qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = torch.softmax(q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5, -1) @ v
-        return x + y.transpose(1, 2).reshape(rows, length, width) @ self.out
+        joined: Tensor = y.transpose(1, 2).reshape(rows, length, width)
+        return x + joined @ self.out
 
 
 def decoder(model: Callable[[Any], nn.Module], config: Callable[..., Any], **changes: Any) -> Callable[[], nn.Module]:
@@ -90,7 +96,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dic
     ),
     "gpt2": (
         lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2)
+            hf.GPT2Config(
+                n_embd=128, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
+            )
         ),
         tokens,
         {"lm_head": PROJECTION},
@@ -100,14 +108,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dic
         masked,
         {"lm_head": PROJECTION},
     ),
-    "bert": (lambda: hf.BertModel(hf.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64)), masked, {}),
+    "bert": (
+        lambda: hf.BertModel(hf.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64)),
+        masked,
+        {},
+    ),
     "vit": (
         lambda: hf.ViTModel(hf.ViTConfig(**ENCODER, image_size=32, patch_size=8)),
         lambda rows, length: {"pixel_values": torch.randn(rows, 3, 32, 32)},
         {},
     ),
     "t5": (
-        lambda: hf.T5EncoderModel(hf.T5Config(d_model=64, d_ff=136, d_kv=16, num_layers=2, num_heads=4, vocab_size=VOCABULARY)),
+        lambda: hf.T5EncoderModel(
+            hf.T5Config(d_model=64, d_ff=136, d_kv=16, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+        ),
         tokens,
         {},
     ),
@@ -152,7 +166,9 @@ def test_model(name: str) -> None:
             assert decibels(first(got), first(want)) > 18
 
     matmuls = [row for row in fast.report.rows if row.is_matmul]
-    assert {row.module for row in matmuls if not row.quantized} == {row.module for row in matmuls if why(row, left_alone)}
+    assert {row.module for row in matmuls if not row.quantized} == {
+        row.module for row in matmuls if why(row, left_alone)
+    }
     for row in matmuls:
         reason = why(row, left_alone)
         assert row.quantized if reason is None else row.reason.startswith(reason), row

@@ -42,6 +42,8 @@ def test_golden(path: Path) -> None:
 
 
 def test_every_pass_of_ours_has_a_golden_text() -> None:
-    shown = {step.name for path in FILES for step in Pipeline.parse(path.read_text().split("\n", 1)[0].removeprefix(RUN))}
+    shown = {
+        step.name for path in FILES for step in Pipeline.parse(path.read_text().split("\n", 1)[0].removeprefix(RUN))
+    }
     ours = {name for name, kind in PASSES.items() if kind.__module__.split(".")[0] == "passes"}
     assert ours <= shown

@@ -94,12 +94,12 @@ def test_the_table_shows_every_knob(root: Path) -> None:
     done = run_table(root, {"HOME": "/h", "QCOMPILER_PRINT_AFTER": "fp8-tile,dead-code"})
     assert done.returncode == 0
     assert done.stdout == (
-        "VARIABLE               VALUE                WHAT IT DOES\n"
-        'QCOMPILER_PRINT_AFTER  fp8-tile,dead-code   print the graph after these passes: names and commas, or "all"\n'
-        "QCOMPILER_TIME_PASSES  False                print how long each pass took\n"
-        "QCOMPILER_DUMP_DIR     -                    write the graph after each pass into this folder\n"
-        "QCOMPILER_CACHE_DIR    -                    where compiled kernels are kept, in place of Triton's own folder\n"
-        "QCOMPILER_UPDATE       False                tests rewrite their golden texts in place of comparing them\n"
+        "VARIABLE               VALUE               WHAT IT DOES\n"
+        'QCOMPILER_PRINT_AFTER  fp8-tile,dead-code  print the graph after these passes: names and commas, or "all"\n'
+        "QCOMPILER_TIME_PASSES  False               print how long each pass took\n"
+        "QCOMPILER_DUMP_DIR     -                   write the graph after each pass into this folder\n"
+        "QCOMPILER_CACHE_DIR    -                   where compiled kernels are kept, in place of Triton's own folder\n"
+        "QCOMPILER_UPDATE       False               tests rewrite their golden texts in place of comparing them\n"
     )
 
 

@@ -111,8 +111,8 @@ def test_a_permutation_that_keeps_the_order_is_no_transposition() -> None:
     "text",
     [
         "%a = aten.clone(%x) : f32[2, 4]\n  return %a",  # the caller would get its own tensor back
-        "%a = aten.clone(%x) : f32[2, 4]\n  %b = aten.view(%a, [2, 4]) : f32[2, 4]\n  %c = aten.detach(%a) : f32[2, 4]\n"
-        "  return %a",
+        "%a = aten.clone(%x) : f32[2, 4]\n  %b = aten.view(%a, [2, 4]) : f32[2, 4]\n  %c = aten.neg(%b) : f32[2, 4]\n"
+        "  return %b",
         "%v = aten.alias(%w) : f32[2, 4]\n  %a = aten.clone(%w) : f32[2, 4]\n  return %a",  # the model's own weight
         "%r = aten.relu(%x) : f32[2, 4]\n  %a = aten.clone(%r) : f32[2, 4]\n  return %r, %a",  # one tensor twice
         "%a = aten.clone(%x) : f32[2, 4]\n  core.update(%s, %a)\n  return %y",

@@ -99,7 +99,7 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
         ),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %s = aten.sigmoid(%y) : f32[4, 64]\n"
-            "  %v = aten.view(%s, [4, 8, 8]) : f32[4, 8, 8]\n  %t, %i = aten.topk(%v, 2) : f32[4, 8, 2], i64[4, 8, 2]\n",
+            "  %v = aten.view(%s, [4, 8, 8]) : f32[4, 8, 8]\n  %t, %i = aten.topk(%v, 2) : f32[4, 8, 2], i64[4, 8, 2]",
             "it is a router: its product decides a top-k",
         ),
         (
@@ -107,8 +107,8 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
             "it is a router: its product decides a top-k",
         ),
         (
-            W
-            + "  %k = aten.relu(%x) : f32[4, 128]\n  %t = aten.t(%k) : f32[128, 4]\n  %y = aten.mm(%w, %t) : f32[64, 4]\n",
+            W + "  %k = aten.relu(%x) : f32[4, 128]\n  %t = aten.t(%k) : f32[128, 4]\n"
+            "  %y = aten.mm(%w, %t) : f32[64, 4]\n",
             "it is not of the form activation times constant matrix (%w)",
         ),
         (
@@ -120,7 +120,8 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
             "both of its operands are constant (%w)",
         ),
         (
-            '  %w = core.param() {name = "w"} : f32[4, 8, 128]\n  %y = aten.einsum("bk,enk->ben", [%x, %w]) : f32[4, 4, 8]\n',
+            '  %w = core.param() {name = "w"} : f32[4, 8, 128]\n'
+            '  %y = aten.einsum("bk,enk->ben", [%x, %w]) : f32[4, 4, 8]\n',
             "it multiplies by a batch of matrices (a weight of 3 dimensions) (%w)",
         ),
         (
@@ -137,7 +138,7 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
     ],
 )
 def test_reasons(text: str, reason: str | None) -> None:
-    graph = Graph.parse(HEAD + text + "  %out = aten.slice.Tensor(%x, 1, 0, 64) : f32[4, 64]\n  return %out\n}")
+    graph = Graph.parse(HEAD + text + "\n  %out = aten.slice.Tensor(%x, 1, 0, 64) : f32[4, 64]\n  return %out\n}")
     before = str(graph)
     assert not Fp8Tile().run(graph)
     assert str(graph) == before

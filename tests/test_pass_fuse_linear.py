@@ -12,10 +12,11 @@ from qcompiler.testing import random_inputs
 W_AND_B = """  %w = core.param() {{name = "w"}} : {d}[70, 130]
   %b = core.param() {{name = "b"}} : {d}[70]
 """
-QDQ = """  %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "vllm"} : f8e4m3fn[3, 130], f32[3, 2]
-  %w_q, %w_s = quant.quantize(%w) {block = [128, 128], dtype = f8e4m3fn, profile = "vllm"} : f8e4m3fn[70, 130], f32[1, 2]
-  %x_dq = quant.dequantize(%x_q, %x_s) {block = [1, 128], out_dtype = f32} : f32[3, 130]
-  %w_dq = quant.dequantize(%w_q, %w_s) {block = [128, 128], out_dtype = f32} : f32[70, 130]
+A = 'dtype = f8e4m3fn, profile = "vllm"'
+QDQ = f"""  %x_q, %x_s = quant.quantize(%x) {{block = [1, 128], {A}}} : f8e4m3fn[3, 130], f32[3, 2]
+  %w_q, %w_s = quant.quantize(%w) {{block = [128, 128], {A}}} : f8e4m3fn[70, 130], f32[1, 2]
+  %x_dq = quant.dequantize(%x_q, %x_s) {{block = [1, 128], out_dtype = f32}} : f32[3, 130]
+  %w_dq = quant.dequantize(%w_q, %w_s) {{block = [128, 128], out_dtype = f32}} : f32[70, 130]
 """
 
 
@@ -57,7 +58,8 @@ def test_several_casts_behind_stay_behind() -> None:
 
 def test_a_result_that_is_also_returned_keeps_its_type() -> None:
     graph = graph_of(
-        "  %y = aten.linear(%x_dq, %w_dq) : f32[3, 70]\n  %a = aten._to_copy(%y) {dtype = bf16} : bf16[3, 70]\n  return %y, %a",
+        "  %y = aten.linear(%x_dq, %w_dq) : f32[3, 70]\n  %a = aten._to_copy(%y) {dtype = bf16} : bf16[3, 70]\n"
+        "  return %y, %a",
         "f32[3, 70], bf16[3, 70]",
     )
     check_equal_bits(graph)
@@ -85,7 +87,8 @@ def test_what_others_read_stays() -> None:
 
 def test_a_bias_that_was_rounded_on_purpose_stays_rounded() -> None:
     graph = graph_of(
-        "  %b_half = aten._to_copy(%b) {dtype = bf16} : bf16[70]\n  %b_f32 = aten._to_copy(%b_half) {dtype = f32} : f32[70]\n"
+        "  %b_half = aten._to_copy(%b) {dtype = bf16} : bf16[70]\n  "
+        "%b_f32 = aten._to_copy(%b_half) {dtype = f32} : f32[70]\n"
         "  %y = aten.linear(%x_dq, %w_dq, %b_f32) : f32[3, 70]\n  return %y",
         "f32[3, 70]",
     )

@@ -95,7 +95,10 @@ def test_the_table() -> None:
     assert lines[0].split() == ["operation", "module", "weight", "bytes", "quantized", "why", "not"]
     (row,) = [line for line in lines if "%y " in line]
     assert row.split() == ["%y", "block.fc", "bf16[64,", "128]", "16.51", "kB", "yes"]
-    assert lines[-1] == "2 of 4 matmuls with a constant operand are quantized: 26.0% of 126.3 kB of parameters; 93.84 kB after"
+    assert (
+        lines[-1]
+        == "2 of 4 matmuls with a constant operand are quantized: 25.9% of 126.3 kB of parameters; 93.58 kB after"
+    )
     assert all(len(line) <= 160 and line == line.rstrip() for line in lines)
 
 
@@ -107,7 +110,8 @@ def test_grouped_experts_and_convolutions_are_said_to_be_left_alone() -> None:
             self.conv, self.linear = nn.Conv1d(16, 16, 1), nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(self.conv(torch.bmm(x, self.stack)).relu())
+            y: Tensor = self.linear(torch.relu(self.conv(torch.bmm(x, self.stack))))
+            return y
 
     fast = qcompiler.compile(Experts().eval(), example_inputs=(torch.randn(3, 16, 16),))
     reasons = {row.op: row.reason for row in fast.report.rows}

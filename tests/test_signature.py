@@ -69,22 +69,33 @@ def test_unflatten_rebuilds_what_the_model_returns(signature: Signature) -> None
 
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("missing argument", lambda x, b: ((), {"batch": b}), "the argument 'x' is missing: need x, scale, batch"),
-    ("unknown argument", lambda x, b: ((x,), {"batch": b, "maks": x}), "the argument 'maks' was not given at capture"),
-    ("not the default", lambda x, b: ((x,), {"batch": b, "flag": False}), "the argument 'flag' was not given at capture"),
+    ("missing", lambda x, b: ((), {"batch": b}), "the argument 'x' is missing: need x, scale, batch"),
+    ("unknown", lambda x, b: ((x,), {"batch": b, "maks": x}), "the argument 'maks' was not given at capture"),
+    ("not the default", lambda x, b: ((x,), {"batch": b, "flag": False}), "'flag' was not given at capture"),
     ("given twice", lambda x, b: ((x,), {"batch": b, "x": x}), "the argument 'x' is given twice"),
-    ("other keys", lambda x, b: ((x,), {"batch": {"bias": b["bias"]}}), "'batch' has another structure .* got dict with bias; need dict with bias, pair"),
-    ("a list that is too long", lambda x, b: ((x,), {"batch": {**b, "pair": [x, 7, 7]}}), "'batch' has another structure"),
+    (
+        "other keys",
+        lambda x, b: ((x,), {"batch": {"bias": b["bias"]}}),
+        "'batch' has another structure .* got dict with bias; need dict with bias, pair",
+    ),
+    ("a longer list", lambda x, b: ((x,), {"batch": {**b, "pair": [x, 7, 7]}}), "'batch' has another structure"),
     ("no tensor", lambda x, b: ((3,), {"batch": b}), "x must be a tensor: got 3; need torch.float32 of rank 2"),
-    ("dtype", lambda x, b: ((x.double(),), {"batch": b}), "x has another dtype .* got torch.float64; need torch.float32"),
+    ("dtype", lambda x, b: ((x.double(),), {"batch": b}), "another dtype .* got torch.float64; need torch.float32"),
     ("device", lambda x, b: ((x.to("meta"),), {"batch": b}), "x lies on another device .* got meta; need cpu"),
     ("rank", lambda x, b: ((x[0],), {"batch": b}), r"x has another rank .* got \(4,\); need \[s0, s1\]"),
-    ("fixed size", lambda x, b: ((x,), {"batch": {**b, "bias": torch.randn(4, 1)}}), r"batch\['bias'\] has another rank"),
-    ("contradiction", lambda x, b: ((x[:2],), {"batch": b}), r"dimension 1 of batch\['pair'\]\[0\] contradicts another input: got 3; need 2"),
-    ("constant", lambda x, b: ((x, 3.0), {"batch": b}), "scale is part of the captured graph and cannot change: got 3.0; need 2.0"),
+    (
+        "contradiction",
+        lambda x, b: ((x[:2],), {"batch": b}),
+        r"dimension 1 of batch\['pair'\]\[0\] contradicts another input: got 3; need 2",
+    ),
+    ("constant", lambda x, b: ((x, 3.0), {"batch": b}), "scale is part of the captured .* got 3.0; need 2.0"),
     ("constant of another type", lambda x, b: ((x, 2), {"batch": b}), "scale is part of the captured graph"),
-    ("nested constant", lambda x, b: ((x,), {"batch": {**b, "pair": [b["pair"][0], 8]}}), r"batch\['pair'\]\[1\] is part"),
-]  # fmt: skip
+    (
+        "nested constant",
+        lambda x, b: ((x,), {"batch": {**b, "pair": [b["pair"][0], 8]}}),
+        r"batch\['pair'\]\[1\] is part of the captured graph and cannot change: got 8; need 7",
+    ),
+]
 
 
 @pytest.mark.parametrize(("make", "sentence"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
@@ -138,10 +149,17 @@ def test_a_call_is_traceable_by_dynamo(signature: Signature) -> None:
         assert torch.equal(got["y"], want["y"]) and torch.equal(got["z"], want["z"])
 
 
-@pytest.mark.parametrize(
-    ("size", "number", "solved"),
-    [("s0", 7, ("s0", 7)), ("4*s0", 8, ("s0", 2)), ("4*s0", 9, ("s0", None)), ("2*s0 - 1", 9, ("s0", 5)), ("s0*s1", 6, None), ("s0 + s1", 6, None)],
-)  # fmt: skip
+SOLVED: list[tuple[str, int, Any]] = [
+    ("s0", 7, ("s0", 7)),
+    ("4*s0", 8, ("s0", 2)),
+    ("4*s0", 9, ("s0", None)),
+    ("2*s0 - 1", 9, ("s0", 5)),
+    ("s0*s1", 6, None),
+    ("s0 + s1", 6, None),
+]
+
+
+@pytest.mark.parametrize(("size", "number", "solved"), SOLVED)
 def test_solving_a_size_for_its_symbol(size: str, number: int, solved: Any) -> None:
     assert solve(parse_size(size), number) == solved
     assert (linear(parse_size(size)) is None) == (solved is None)

@@ -56,7 +56,9 @@ def test_torch_compile_without_breaks_and_with_one_graph_for_all_sizes(fast: Com
 
 def test_torch_compile_of_a_pipeline_that_stays_in_plain_torch() -> None:
     torch._dynamo.reset()
-    slow = qcompiler.compile(Block().eval(), example_inputs=inputs(2, 5), pipeline="canonicalize; fp8-tile; fuse-linear; fold-constants")
+    slow = qcompiler.compile(
+        Block().eval(), example_inputs=inputs(2, 5), pipeline="canonicalize; fp8-tile; fuse-linear; fold-constants"
+    )
     x, mask = inputs(3, 4)
     same(torch.compile(slow, backend="eager", fullgraph=True, dynamic=True)(x, mask), slow(x, mask))
 
@@ -93,6 +95,8 @@ def test_export_of_a_model_that_was_exported(fast: CompiledModel) -> None:
 
 def test_state_in_torch_compile() -> None:
     class Sum(nn.Module):
+        total: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(16, 16)

@@ -1,5 +1,7 @@
 """Capture: a PyTorch model becomes a `Graph` that is checked against the model.
 
+The steps, one file each:
+
 preflight -> torch.export -> functional ATen -> Graph -> compared with the model at several sizes
 """
 
@@ -55,16 +57,18 @@ def capture(
 ) -> Captured:
     """The graph of a model, traced with example inputs.
 
-    The model is left as it is: its tensors are shared and never copied, its buffers and configuration restored. A causal
-    language model of transformers is captured without a key-value cache, unless the call passes `use_cache` or a cache.
+    The model is left as it is: its tensors are shared and never copied, its buffers and configuration restored. A
+    causal language model of transformers is captured without a key-value cache, unless the call passes `use_cache` or
+    a cache.
 
     Args:
         model: A module in evaluation mode on one device, or what torch.export.export gave for one.
         args: Positional example inputs: any pytree of tensors, numbers, None and strings.
         kwargs: Example inputs by name.
-        dynamic_shapes: "auto": each dimension is dynamic unless the model fixes it. None: the sizes of the examples alone.
-            Anything else goes to torch.export as it is.
-        check: Whether to run the model and the graph side by side, at the given sizes and at others.
+        dynamic_shapes: "auto": each dimension is dynamic unless the model fixes it. None: the sizes of the examples
+            alone. Anything else goes to torch.export as it is.
+        check: Whether to run the model and the graph side by side, at the given sizes and at others. Without it, sizes
+            of 0 and 1 are refused wherever a dimension is dynamic, because nobody has tried them.
         allow_meta: Whether weights may be on the meta device; the graph is then structure only, and not checked.
 
     Raises:

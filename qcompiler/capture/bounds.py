@@ -1,7 +1,7 @@
 """Looks at indices before a GPU does: an index out of range kills a CUDA context, and with it the user's process.
 
-The check of a captured graph tries sizes that a model may not take. On the CPU an index out of range raises; here it does
-so on every device.
+The check of a captured graph tries sizes that a model may not take. On the CPU an index out of range raises; here it
+does so on every device.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +16,9 @@ Indexed = Iterator[tuple[torch.Tensor, int, bool]]
 
 class BoundsCheck(TorchDispatchMode):
     """While entered, every operator that reads or writes by index raises IndexError when an index is out of range."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -60,8 +63,8 @@ INDEXED: Mapping[str, Callable[[tuple[Any, ...]], Indexed]] = {
     **dict.fromkeys(("embedding",), _rows),
     **dict.fromkeys(
         (
-            "gather", "index_select", "index_copy", "index_copy_", "index_add", "index_add_", "index_fill", "index_fill_",
-            "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
+            "gather", "index_select", "index_copy", "index_copy_", "index_add", "index_add_", "index_fill",
+            "index_fill_", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
         ),
         _along,
     ),

@@ -1,7 +1,7 @@
 """Holds a captured graph to the model: same outputs, same updates, at several sizes; and finds the least legal sizes.
 
-torch.export assumes that no dynamic size is 0 or 1. The graph is tried there as well: where it agrees with the model, the
-range of the symbol is widened; where it does not, the range says so and a call of that size is refused.
+torch.export assumes that no dynamic size is 0 or 1. The graph is tried there as well: where it agrees with the model,
+the range of the symbol is widened; where it does not, the range says so and a call of that size is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,8 @@ TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float16: 4e-3,
     torch.bfloat16: 2e-2,
 }
-"""Largest difference, relative to the largest entry. The same operators run on both sides, so that most outputs are equal
-bit for bit; what remains is memory formats and another implementation of experts, which sum in another order."""
+"""Largest difference, relative to the largest entry. The same operators run on both sides, so that most outputs are
+equal bit for bit; what remains is memory formats and another implementation of experts, which sum in another order."""
 
 ASSUMED_LOW = 2
 """The least size that torch.export reckons with."""
@@ -98,7 +98,7 @@ def _unmovable(sizes: Mapping[str, int], ranges: Mapping[str, Range], judge: "_J
 def _try_moves(
     moving: list[str], sizes: Mapping[str, int], ranges: Mapping[str, Range], judge: "_Judge", call: Call
 ) -> bool:
-    """Whether graph and model agree with `moving` at other sizes: smaller ones first, as tables of positions end above."""
+    """Whether graph and model agree with `moving` at other sizes: smaller ones first, as tables of positions end."""
     for step in STEPS:
         moved = {**sizes, **{symbol: sizes[symbol] + step for symbol in moving}}
         for symbol in moving:  # where the step leads out of the legal sizes, go the other way
@@ -120,8 +120,8 @@ def _agreeing(
 ) -> list[str]:
     """The symbols that may be `low`: the graph agreed with the model there, alone or with others, and never differed.
 
-    A batch may have several symbols (ids and mask), and nothing may run when only one of them is 1. They are tried one at
-    a time, together with those of the same size in the example, and all at once.
+    A batch may have several symbols (ids and mask), and nothing may run when only one of them is 1. They are tried one
+    at a time, together with those of the same size in the example, and all at once.
     """
     free = [symbol for symbol in sizes if ranges[symbol].low == low + 1 and ranges[symbol].low != ranges[symbol].high]
     groups = [[symbol] for symbol in free] if len(free) <= MOST_ALONE else []

@@ -1,6 +1,7 @@
 """Example inputs in other sizes: what capture traces with, and what it checks the graph with.
 
-A tensor is resized by reading its own entries again, modulo its size, so that token ids, masks and positions stay legal.
+A tensor is resized by reading its own entries again, modulo its size, so that token ids, masks and positions stay
+legal.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def enlarged(call: Call) -> Iterator[Call]:
     """Ways to trace with other sizes than 1, most general first; the call as it is comes last.
 
-    torch.export takes a dimension of size 1 for a constant. A batch or sequence of 1 is therefore traced as 2: first both
-    leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has a head dimension there), then the
-    first dimension alone.
+    torch.export takes a dimension of size 1 for a constant. A batch or sequence of 1 is therefore traced as 2: first
+    both leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has a head dimension there),
+    then the first dimension alone.
     """
     choices: list[Callable[[torch.Tensor, int], bool]] = [
         lambda tensor, axis: axis < 2,

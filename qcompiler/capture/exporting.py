@@ -20,7 +20,7 @@ DATA_DEPENDENT = frozenset(
         "PendingUnbackedSymbolNotFound",
     }
 )  # fmt: skip
-"""Names of torch's errors for code whose course depends on the data; by name, because the classes move between versions."""
+"""Torch's errors for code whose course depends on the data; by name, because the classes move between versions."""
 
 
 class DataDependent(CaptureError):
@@ -43,14 +43,14 @@ def export_program(
         model: In evaluation mode; see `preflight.check_model`.
         args: Positional example inputs.
         kwargs: Example inputs by name.
-        dynamic_shapes: "auto" leaves every dimension open and lets the model fix those it must; None fixes all; anything
-            else is handed to torch.export as it is.
+        dynamic_shapes: "auto" leaves every dimension open and lets the model fix those it must; None fixes all;
+            anything else is handed to torch.export as it is.
 
     Raises:
         CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
     """
     register_caches(model)
-    shapes = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
+    shapes: Any = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
     errors: list[Exception] = []
     with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence():
         for context, strict in _attempts(model):
@@ -63,7 +63,7 @@ def export_program(
 
 
 def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCollection:
-    """Every dimension of every tensor dynamic where the model allows; sizes 0 and 1, which torch takes for constants, fixed."""
+    """Every dimension of every tensor open; fixed only at sizes 0 and 1, which torch takes for constants anyway."""
     shapes = ShapesCollection()
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, torch.Tensor):

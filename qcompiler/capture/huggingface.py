@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from qcompiler.capture.quiet import third_party_silence
+
 CACHE_ARGUMENTS = ("use_cache", "past_key_values", "past_key_value", "cache_params")
 EXPORTABLE_EXPERTS = "batched_mm"
 
 
 def pretrained_model(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The model itself, or the outermost module in it, that is a transformers PreTrainedModel; None when there is none."""
+    """The model, or the outermost module in it, that is a PreTrainedModel of transformers; None when there is none."""
     return next((module for module in model.modules() if _is_pretrained(module)), None)
 
 
@@ -46,8 +48,7 @@ def tracing_patches(model: torch.nn.Module) -> Iterator[None]:
     inner = pretrained_model(model)
     if inner is None:
         raise ImportError("not a transformers model")
-    dynamo = import_module("transformers.exporters.exporter_dynamo")
-    patches = import_module("transformers.exporters.utils")
+    dynamo, patches = _exporter("exporter_dynamo"), _exporter("utils")
     with patches.apply_patches("dynamo"), dynamo.reset_model_state(inner):
         yield
 
@@ -58,7 +59,7 @@ def register_caches(model: torch.nn.Module) -> None:
     if inner is None:
         return
     try:
-        dynamo = import_module("transformers.exporters.exporter_dynamo")
+        dynamo = _exporter("exporter_dynamo")
     except ImportError:  # an older transformers; its caches register themselves, or cannot be captured
         return
     dynamo.register_cache_pytrees_for_model(inner)
@@ -72,6 +73,12 @@ def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.Tensor) else None
 
 
+def _exporter(name: str) -> Any:
+    """A module of transformers' exporters; to import it imports every model that it patches, and their deprecations."""
+    with third_party_silence():
+        return import_module(f"transformers.exporters.{name}")
+
+
 def _is_pretrained(module: torch.nn.Module) -> bool:
     return any(
         c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
@@ -80,8 +87,8 @@ def _is_pretrained(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def _without_cache(model: torch.nn.Module) -> Iterator[None]:
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
-    before = [(config, config.use_cache) for config in configs.values()]
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
     try:
         for config, _ in before:
             config.use_cache = False

@@ -1,4 +1,6 @@
-"""ExportedProgram -> Graph: each fx node becomes one operation, with torch's literals, sizes and stack traces made ours.
+"""ExportedProgram -> Graph: each fx node becomes one operation; torch's literals, sizes and stack traces become ours.
+
+What becomes what:
 
 placeholder   -> core.param, core.buffer (one that the model writes), or an input of the graph
 call_function -> aten.*, or core.* for Python's arithmetic on sizes; several results instead of getitem
@@ -74,9 +76,8 @@ def guards_of_program(program: ExportedProgram) -> list[sympy.Basic]:
     Those that torch's shape rules asked about on the way choose strides, or say what the operators themselves demand.
     """
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    shape_env = next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
-    guards = [] if shape_env is None else shape_env.guards
-    return [shape_env.simplify(guard.expr) for guard in guards if is_model_code(guard.sloc.framework_loc)]
+    env = next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
+    return [env.simplify(guard.expr) for guard in env.guards if is_model_code(guard.sloc.framework_loc)] if env else []
 
 
 class _Importer:
@@ -152,7 +153,7 @@ class _Importer:
         schema = overload._schema.arguments
         args = []
         for index, arg in enumerate(node.args):
-            if _is_device(arg):
+            if isinstance(arg, torch.device):
                 self._check_device(arg, node)
                 arg = None
             args.append(self._argument(arg, node))
@@ -169,7 +170,7 @@ class _Importer:
         """The keyword arguments without those that only repeat a default, or the model's own device."""
         kept = {}
         for key, value in node.kwargs.items():
-            if _is_device(value):
+            if isinstance(value, torch.device):
                 self._check_device(value, node)
             elif value is None or (key, value) in (
                 ("pin_memory", False),
@@ -213,7 +214,7 @@ class _Importer:
         """The updates, then the return."""
         (values,) = self.program.graph.output_node().args
         outputs = []
-        for spec, item in zip(self.program.graph_signature.output_specs, values, strict=True):  # type: ignore[arg-type]
+        for spec, item in zip(self.program.graph_signature.output_specs, values, strict=True):
             value = self._argument(item, self.program.graph.output_node())
             if spec.kind is OutputKind.USER_OUTPUT:
                 outputs.append(value)
@@ -267,8 +268,7 @@ class _Importer:
             "an argument has no place in a graph", got=f"{type(value).__name__} {value}", where=_where(node)
         )
 
-    def _check_device(self, device: torch.device | str, node: torch.fx.Node) -> None:
-        device = torch.device(device)
+    def _check_device(self, device: torch.device, node: torch.fx.Node) -> None:
         if self.device is None or (device.type == self.device.type and device.index in (None, self.device.index)):
             return
         raise CaptureError(
@@ -292,10 +292,6 @@ def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 
 def _has_effect(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not is_assertion(node)
-
-
-def _is_device(arg: object) -> bool:
-    return isinstance(arg, torch.device)
 
 
 def _node(arg: Any) -> torch.fx.Node:

@@ -49,8 +49,10 @@ def user_line(trace: TracebackType | None) -> Line | None:
 
 
 def short_path(file: str) -> str:
-    """`transformers/models/llama/modeling_llama.py` for an installed file, a relative path below the working directory,
-    and the bare name otherwise.
+    """A path that says nothing about the machine.
+
+    `transformers/models/llama/modeling_llama.py` for an installed file, a relative path for one below the working
+    directory, and the bare name otherwise.
     """
     path = Path(file)
     for package in PACKAGES:
@@ -62,8 +64,9 @@ def short_path(file: str) -> str:
 
 
 def is_model_code(frame: FrameSummary | str | None) -> bool:
-    """Whether Python code that decides what a model computes runs in a frame: the user's, torch.nn's, or what dynamo
-    interprets; not torch's rules for shapes and strides.
+    """Whether Python code that decides what a model computes runs in a frame.
+
+    That is the user's, torch.nn's, and what dynamo interprets; not torch's rules for shapes and strides.
     """
     if not isinstance(frame, FrameSummary):
         return True

@@ -1,4 +1,4 @@
-"""What is wrong with a model before it is traced: one clear sentence each, instead of an error from deep inside torch."""
+"""What is wrong with a model before it is traced: one sentence each, instead of an error from deep inside torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -97,7 +97,7 @@ def _check_hooks(model: torch.nn.Module) -> None:
             raise CaptureError(
                 f"accelerate has put a hook on {_called(name)}, so that weights move while the model runs",
                 got=type(module._hf_hook).__name__,
-                fix="Load the model on one device without device_map, or call accelerate.hooks.remove_hook_from_submodules.",
+                fix="Load it on one device without device_map, or call accelerate.hooks.remove_hook_from_submodules.",
             )
         for attribute, words in HOOKS.items():
             hooks = [hook for hook in getattr(module, attribute, {}).values() if not _is_recorder(hook)]
@@ -110,7 +110,7 @@ def _check_hooks(model: torch.nn.Module) -> None:
 
 
 def _is_recorder(hook: Callable[..., Any]) -> bool:
-    # transformers leaves its own output recorders on the layers after a call with output_hidden_states; they trace well.
+    # transformers leaves its output recorders on the layers after a call with output_hidden_states; they trace well.
     return str(getattr(hook, "__module__", "")).startswith("transformers.utils.")
 
 

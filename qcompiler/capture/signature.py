@@ -1,4 +1,4 @@
-"""How a captured model is called: the user's arguments -> the graph's inputs, the graph's outputs -> the user's structure."""
+"""How a captured model is called: a user's arguments -> the graph's inputs, its outputs -> the user's structure."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -237,7 +237,7 @@ def linear(size: Size) -> tuple[str, int, int] | None:
 
 
 def solve(size: Size, number: int) -> tuple[str, int | None] | None:
-    """The symbol's value (None: there is no such integer) that makes a linear `size` equal `number`; None if not linear."""
+    """The symbol of a linear `size`, and the value that makes it `number` (None: no integer); None if not linear."""
     if (form := linear(size)) is None:
         return None
     symbol, factor, offset = form
@@ -249,7 +249,7 @@ def solve(size: Size, number: int) -> tuple[str, int | None] | None:
 def leaf_paths(spec: pytree.TreeSpec) -> list[str]:
     """Where each leaf of a structure stands, such as `['batch'][0]`.
 
-    Read off the structure alone: containers of the user's, such as a cache, cannot be rebuilt around anything but tensors.
+    Read off the structure alone: containers such as a cache cannot be rebuilt around anything but tensors.
     """
     if spec.is_leaf():
         return [""]

@@ -1,4 +1,4 @@
-"""Torch's symbolic sizes -> ours: sympy expressions become canonical `Size`s over symbols named s0, s1, … in order of sight."""
+"""Torch's symbolic sizes -> ours: sympy expressions become canonical `Size`s over s0, s1, … in order of appearance."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ class Symbols:
     """The renaming of one program's symbols.
 
     Attributes:
-        names: Torch's symbol -> ours. Backed symbols are s0, s1, …; those whose value only the data decide are u0, u1, ….
+        names: Torch's symbol -> ours: s0, s1, …, and u0, u1, … for those whose value only the data decide.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ own, and its types are what capture recorded. `aten.linear` is the default overl
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def op_name(overload: torch._ops.OpOverload) -> str:
     return overload.name().replace("::", ".").removesuffix(".default")
 
 
-@lru_cache(maxsize=None)
+@cache
 def overload_of(name: str) -> torch._ops.OpOverload:
     """Torch's overload for `aten.add.Tensor`; KeyError when torch knows none."""
     namespace, op, overload = (*name.split(".", 2), "default")[:3]
@@ -86,12 +86,12 @@ def _names() -> Iterable[str]:
     return (name for name in names if not name.startswith("aten._") and not name.endswith("out"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_function(name: str) -> bool:
     return not _has_effect(name) and "empty" not in name.split(".")[1]  # what is empty holds anything
 
 
-@lru_cache(maxsize=None)
+@cache
 def _has_effect(name: str) -> bool:
     schema = overload_of(name)._schema
     return schema.is_mutable or not schema.returns or torch.Tag.nondeterministic_seeded in overload_of(name).tags

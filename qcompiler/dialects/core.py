@@ -13,7 +13,15 @@ declare(OpDef("core.input", "An argument of the function.", effect=True))
 declare(OpDef("core.return", "The end of the function: its operands are the outputs.", ("*",), effect=True))
 declare(OpDef("core.param", "A weight that never changes.", attributes={"name": TEXT}, optional={"role": TEXT}))
 declare(OpDef("core.buffer", "The state that a buffer has when the call begins.", attributes={"name": TEXT}))
-declare(OpDef("core.update", "Writes a new value to a buffer or an input when the call ends.", ("target", "value"), types=lambda _: (), effect=True))
+declare(
+    OpDef(
+        "core.update",
+        "Writes a new value to a buffer or an input when the call ends.",
+        ("target", "value"),
+        types=lambda _: (),
+        effect=True,
+    )
+)
 
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv,

@@ -1,7 +1,7 @@
-"""The `kernel` dialect: what code generation consumes. As `quant`, and the order of the scales in memory is settled too.
+"""The `kernel` dialect: what code generation consumes. As `quant`, with the order of the scales in memory settled.
 
-`scale_layout` is "row_major" (the scales of one row of blocks stand together) or "col_major" (the scales of one column of
-blocks do, which is the order that a matrix kernel reads them in). It says nothing about shapes and values.
+`scale_layout` is "row_major" (the scales of one row of blocks stand together) or "col_major" (the scales of one column
+of blocks do, which is the order that a matrix kernel reads them in). It says nothing about shapes and values.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qcompiler import numerics
-from qcompiler.dialects.quant import PROFILE, linear_types, quantize_types
+from qcompiler.dialects.quant import FORMAT, PROFILE, linear_types, quantize_types
 from qcompiler.ir import Op, Type
 from qcompiler.ir.op_table import BLOCK, DTYPE, OpDef, OpError, declare, one_of
 
@@ -19,8 +19,9 @@ SCALE_LAYOUT = one_of("row_major", "col_major")
 def scaled_linear_types(op: Op) -> tuple[Type, ...]:
     """As `quant.linear`; the producer of the activation's scales must write the layout that is read."""
     producer = op.tensor(1).op
-    if producer.name == "kernel.quantize" and producer.attrs["scale_layout"] != op.attrs["x_scale_layout"]:
-        raise OpError(f"{op.args[1]} is written {producer.attrs['scale_layout']}, but read {op.attrs['x_scale_layout']}", 1)
+    written, read = producer.attrs.get("scale_layout"), op.attrs["x_scale_layout"]
+    if producer.name == "kernel.quantize" and written != read:
+        raise OpError(f"{op.args[1]} is written {written}, but read {read}", 1)
     return linear_types(op)
 
 
@@ -37,7 +38,7 @@ declare(
         "kernel.quantize",
         "`quant.quantize`, with the scales in a given order in memory.",
         ("x",),
-        {"block": BLOCK, "dtype": DTYPE, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
+        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
         types=quantize_types,
         meaning=_quantize,
     )

@@ -1,15 +1,18 @@
 """The `quant` dialect: what the passes yield. Data and scale are two values; granularity is always an attribute.
 
-    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"} : f8e4m3fn[s0, 256], f32[s0, 2]
-    %x_dq = quant.dequantize(%x_q, %x_s) {block = [1, 128], out_dtype = f32} : f32[s0, 256]
-    %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %bias) {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[s0, 512]
+%x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, ...} : f8e4m3fn[s0, 256], f32[s0, 2]
+%x_dq = quant.dequantize(%x_q, %x_s) {block = [1, 128], out_dtype = f32} : f32[s0, 256]
+%y = quant.linear(%x_q, %x_s, %w_q, %w_s, %bias) {out_dtype = bf16, x_block = [1, 128], ...} : bf16[s0, 512]
 """
 
 from qcompiler import numerics
 from qcompiler.ir import DType, Op, Size, TensorType, Type, Value, ceildiv
-from qcompiler.ir.op_table import BLOCK, DTYPE, OpDef, OpError, declare, one_of
+from qcompiler.ir.op_table import BLOCK, DTYPE, AttributeCheck, OpDef, OpError, declare, one_of
 
 PROFILE = one_of(*numerics.PROFILES)
+EIGHT_BITS = (DType.f8e4m3fn, DType.f8e5m2)
+"""What a tensor can be quantized to."""
+FORMAT: tuple[AttributeCheck, str] = (lambda a: a in EIGHT_BITS, "f8e4m3fn or f8e5m2")
 
 
 def scale_shape(shape: tuple[Size, ...], block: tuple[int, int]) -> tuple[Size, ...]:
@@ -34,6 +37,8 @@ def dtype_of(op: Op, name: str) -> DType:
 def check_scale(op: Op, data: int, block_name: str) -> None:
     """Holds the scale behind operand `data` to the shape that the block needs; OpError otherwise."""
     quantized, scale = op.tensor(data).tensor, op.tensor(data + 1).tensor
+    if quantized.dtype not in EIGHT_BITS:
+        raise OpError(f"it is {quantized}, which is not quantized", data)
     block = block_of(op, block_name)
     want = TensorType(DType.f32, scale_shape(quantized.shape, block))
     if scale != want:
@@ -45,7 +50,9 @@ def quantize_types(op: Op) -> tuple[Type, ...]:
     x = op.tensor(0).tensor
     if not x.dtype.is_float or x.dtype.bytes == 1 or not x.shape:
         raise OpError(f"only a floating-point tensor with a dimension can be quantized, not {x}", 0)
-    return TensorType(dtype_of(op, "dtype"), x.shape), TensorType(DType.f32, scale_shape(x.shape, block_of(op, "block")))
+    return TensorType(dtype_of(op, "dtype"), x.shape), TensorType(
+        DType.f32, scale_shape(x.shape, block_of(op, "block"))
+    )
 
 
 def dequantize_types(op: Op) -> tuple[Type, ...]:
@@ -70,9 +77,9 @@ def linear_types(op: Op) -> tuple[Type, ...]:
 declare(
     OpDef(
         "quant.quantize",
-        "Divides each block by a scale of its own and rounds to an 8-bit format; `qcompiler.numerics` says exactly how.",
+        "Divides each block by a scale of its own and rounds to an 8-bit format, as `qcompiler.numerics` says.",
         ("x",),
-        {"block": BLOCK, "dtype": DTYPE, "profile": PROFILE},
+        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
         types=quantize_types,
         meaning=numerics.quantize,
     )

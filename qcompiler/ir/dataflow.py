@@ -1,25 +1,47 @@
-"""Facts that follow from the dataflow alone: which weights a value is made of, and what a value reaches."""
+"""Facts that follow from the dataflow alone: what a value is made of, and what it reaches."""
 
 from collections.abc import Callable, Iterator
 
 from qcompiler.ir.graph import PARAM, Graph
-from qcompiler.ir.op import Op, Value
+from qcompiler.ir.op import Op, Value, map_tree
 
 
 def parameters_of(value: Value) -> list[Op]:
-    """The `core.param` operations that a value is computed from, each once, in order of discovery."""
+    """The `core.param` operations that a value is computed from, each once."""
+    return [op for op in ancestors(value) if op.name == PARAM]
+
+
+def ancestors(value: Value) -> list[Op]:
+    """The operations that a value is computed from, each once and behind what it reads; the value's own is the last."""
     found: dict[Op, None] = {}
     seen: set[Op] = set()
-    stack = [value.op]
+    stack = [(value.op, False)]
     while stack:
-        op = stack.pop()
-        if op in seen:
-            continue
-        seen.add(op)
-        if op.name == PARAM:
+        op, complete = stack.pop()
+        if complete:
             found[op] = None
-        stack += [operand.op for _, operand in op.operands()]
+        elif op not in seen:
+            seen.add(op)
+            stack.append((op, True))
+            stack += [(operand.op, False) for _, operand in op.operands()]
     return list(found)
+
+
+def part_of(op: Op) -> Graph:
+    """What computes the results of a constant operation, as a graph of its own: no inputs, and those as outputs."""
+    part = Graph("part")
+    twin: dict[Value, Value] = {}
+
+    def swap(leaf: object) -> object:
+        return twin[leaf] if isinstance(leaf, Value) else leaf
+
+    for inner in ancestors(op.results[0]):
+        args, attrs = map_tree(swap, inner.args), {key: map_tree(swap, arg) for key, arg in inner.attrs.items()}
+        types, names = [value.type for value in inner.results], [value.name for value in inner.results]
+        made = part.append(inner.name, *args, attrs=attrs, types=types, names=names, loc=inner.loc)
+        twin.update(zip(inner.results, made.results, strict=True))
+    part.set_outputs(twin[value] for value in op.results)
+    return part
 
 
 def readers_through(graph: Graph, value: Value, passes: Callable[[Op], bool]) -> Iterator[Op]:

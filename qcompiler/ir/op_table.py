@@ -188,6 +188,7 @@ def one_of(*names: str) -> tuple[AttributeCheck, str]:
 
 
 __all__ = [
-    "BLOCK", "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "Tag", "check_signature", "declare",
-    "OpenNamespaces", "declare_open_namespaces", "declared", "dialects", "has_effect", "infer_types", "is_function", "is_known", "lookup", "one_of", "unknown_op",
+    "BLOCK", "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "OpenNamespaces", "Tag", "check_signature",
+    "declare", "declare_open_namespaces", "declared", "dialects", "has_effect", "infer_types", "is_function",
+    "is_known", "lookup", "one_of", "unknown_op",
 ]  # fmt: skip

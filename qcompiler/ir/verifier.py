@@ -253,8 +253,6 @@ def _updates(graph: "Graph") -> Broken | None:
         target, new = op.tensor(0), op.tensor(1)
         if target.op.name not in ("core.buffer", "core.input"):
             return Broken(12, op, f"{target} comes from {target.op.name}, not from a buffer or an input", 0)
-        if op.results:
-            return Broken(12, op, "an update gives no value")
         if target.type != new.type:
             return Broken(12, op, f"{target} is {target.type}, but its new value is {new.type}", 1)
         if target in written:

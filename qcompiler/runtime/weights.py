@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 import torch
 
+from qcompiler.dialects.aten import ir_dtype
+from qcompiler.ir import TensorType
+
 Loader = Callable[[], torch.Tensor]
 """Makes a tensor when it is first read, for instance from a checkpoint file."""
 
@@ -73,6 +76,11 @@ class Weights(MutableMapping[str, torch.Tensor]):
         """Bytes of the tensors that are in memory: tied ones count once, those that are not loaded yet not at all."""
         loaded = {id(e.tensor): e.tensor for e in self._entries.values() if e.tensor is not None}
         return sum(tensor.nbytes for tensor in loaded.values())
+
+    def type_of(self, name: str) -> TensorType | None:
+        """The type of a weight; None while it is not loaded, because to look would load it."""
+        tensor = self._entries[name].tensor
+        return None if tensor is None else TensorType(ir_dtype(tensor.dtype), tuple(tensor.shape))
 
     def copy(self) -> "Weights":
         """A store that shares every tensor with this one, and in which writes and deletions stay its own."""

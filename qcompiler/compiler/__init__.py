@@ -1,0 +1,134 @@
+"""`compile`: capture, run the pipeline, generate the host module; and the callable that comes of it.
+
+model -> capture -> Graph -> passes -> Graph -> host module -> CompiledModel
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompiler import knobs
+from qcompiler.capture.preflight import check_model
+from qcompiler.compiler.model import CompiledModel, class_with, describe_forward
+from qcompiler.compiler.program import Program, Recipe, build_program, capture_model
+from qcompiler.errors import CaptureError, PassError
+from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.runtime.device import check_target
+from qcompiler.schemes import pipeline as scheme_pipeline
+
+__all__ = ["CompiledModel", "Program", "Recipe", "compile"]
+
+DEFAULT_SCHEME = "fp8_tile"
+
+
+def compile(
+    model: "torch.nn.Module | ExportedProgram | Graph",
+    *,
+    scheme: str = DEFAULT_SCHEME,
+    pipeline: "Pipeline | str | None" = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
+    target: str = "auto",
+    strict: bool = True,
+    instruments: Sequence[Instrument] = (),
+) -> "CompiledModel":
+    """A quantized model that is called as the model is.
+
+    The model is not changed. Its weights are not copied either: those that are quantized are let go one by one, so
+    when nobody else holds the model, no more than one of them is in memory beside its quantized form.
+
+    Args:
+        model: A module in evaluation mode, an exported program, or a graph with its weights.
+        scheme: The name of a recipe; `qcompiler schemes` lists them.
+        pipeline: Passes to run in place of the scheme's, as a value or as text.
+        example_inputs: Positional arguments of one real call. Without them the model is captured at its first call.
+        example_kwargs: Keyword arguments of that call.
+        dynamic_shapes: "auto" leaves every size open that the model leaves open, batch and sequence above all; None
+            fixes all sizes to those of the example; anything else goes to `torch.export`.
+        target: "auto" (by the model's device), "cpu" or "sm_90a".
+        strict: Whether it is an error when nothing at all could be quantized.
+        instruments: Called around each pass; see `qcompiler.instruments`.
+
+    Raises:
+        CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
+        PassError: A scheme, pass or option is unknown, or a pass failed.
+        CodegenError: The target is unknown or cannot run the graph.
+    """
+    check_target(target)
+    watching = (*_checked_instruments(instruments), *_instruments_from_environment())
+    recipe = Recipe(_pipeline(scheme, pipeline), target, _checked_shapes(dynamic_shapes), strict, watching)
+    args, kwargs = _checked_example(example_inputs, example_kwargs)
+    given = example_inputs is not None or example_kwargs is not None
+    if not isinstance(model, Graph | ExportedProgram):
+        check_model(model)
+    describe = describe_forward(model)
+    if not given and not isinstance(model, Graph | ExportedProgram):
+        return class_with(*describe)(recipe, pending=model)
+    captured = capture_model(model, args, kwargs, recipe)
+    del model  # whoever else holds it may let it go now: the graph has the weights
+    program = build_program(captured, recipe, captured.signature.flatten(args, kwargs) if given else None)
+    compiled = class_with(*describe)(recipe)
+    compiled.accept(program)
+    return compiled
+
+
+# What the caller gave
+
+
+def _pipeline(scheme: str, pipeline: "Pipeline | str | None") -> Pipeline:
+    if pipeline is None:
+        return scheme_pipeline(scheme)
+    if scheme != DEFAULT_SCHEME:
+        fix = f'Edit the scheme\'s own: qcompiler.pipeline("{scheme}").insert_after(...).'
+        raise PassError(
+            "both a scheme and a pipeline are given", got=f"{scheme!r} and '{pipeline}'", need="one of them", fix=fix
+        )
+    if isinstance(pipeline, str):
+        return Pipeline.parse(pipeline)
+    if not isinstance(pipeline, Pipeline):
+        raise PassError("the pipeline is of a wrong type", got=type(pipeline).__name__, need="a Pipeline, or its text")
+    return pipeline
+
+
+def _checked_example(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args is not None and not isinstance(args, tuple | list):
+        fix = "For a single argument, write example_inputs=(x,)."
+        raise CaptureError(
+            "example_inputs is of a wrong type", got=type(args).__name__, need="a tuple of arguments", fix=fix
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise CaptureError(
+            "example_kwargs is of a wrong type", got=type(kwargs).__name__, need="a dict of arguments by name"
+        )
+    return tuple(args or ()), dict(kwargs or {})
+
+
+def _checked_shapes(dynamic_shapes: Any) -> Any:
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise CaptureError(
+            "dynamic_shapes is wrong", got=repr(dynamic_shapes), need='"auto", None, or what torch.export takes'
+        )
+    return dynamic_shapes
+
+
+def _checked_instruments(instruments: Any) -> tuple[Instrument, ...]:
+    found = tuple(instruments) if isinstance(instruments, tuple | list) else (instruments,)
+    if wrong := [item for item in found if not isinstance(item, Instrument)]:
+        raise PassError("this is no instrument", got=repr(wrong[0]), need="objects of qcompiler.instruments")
+    return found
+
+
+def _instruments_from_environment() -> Iterator[Instrument]:
+    now = knobs.current()
+    if now.print_after:
+        yield PrintAfter(*now.print_after)
+    if now.dump_dir:
+        yield Dump(now.dump_dir)
+    if now.time_passes:
+        yield TimePasses(file=sys.stderr)

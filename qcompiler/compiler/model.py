@@ -1,0 +1,189 @@
+"""The callable that `qcompiler.compile` returns."""
+
+import copy
+import inspect
+import weakref
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+
+from qcompiler.capture.preflight import check_model
+from qcompiler.compiler.program import Program, Recipe, build_program, capture_model, capturing
+from qcompiler.errors import CaptureError, QCompilerError
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_runner import Stages
+from qcompiler.report import Report
+from qcompiler.runtime.executable import HostWeights, check_device, run_host
+
+SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+
+
+class CompiledModel(torch.nn.Module):
+    """A quantized model; called as the model it came from, for inference only.
+
+    Attributes:
+        graph: The graph after the last pass, with the weights.
+        stages: "captured", then the graph after each pass, by the pass's name. Structure only.
+        report: One row for each reader of weights: quantized, or why not.
+        source: The generated host module.
+    """
+
+    def __init__(self, recipe: Recipe, *, pending: torch.nn.Module | None = None) -> None:
+        """Use `qcompiler.compile`."""
+        super().__init__()
+        self._pending = (pending,)  # in a tuple, so as not to become a sub-module
+        self._recipe = recipe
+        self._program: Program | None = None
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model would answer, from the quantized graph; the first call captures it, if that is still to do.
+
+        No gradients are kept, and autocast is off inside.
+
+        Raises:
+            InputError: The arguments are not of the kind that the model was captured for.
+        """
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        program = self._program
+        if program is None:
+            program = self._compile_now(args, kwargs)
+        check_device(self.weights, program.device)
+        inputs = program.signature.flatten(args, kwargs)
+        return program.signature.unflatten(run_host(program.run, self.weights, inputs))
+
+    @property
+    def graph(self) -> Graph:
+        """The graph after the last pass, with the weights."""
+        return self._done.graph
+
+    @property
+    def stages(self) -> Stages:
+        """The graph as captured and after each pass, by name, in order."""
+        return self._done.stages
+
+    @property
+    def report(self) -> Report:
+        """What was quantized, and why the rest was not."""
+        return self._done.report
+
+    @property
+    def source(self) -> str:
+        """The text of the host module."""
+        return self._done.host.source
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The passes that ran, or will run."""
+        return self._recipe.pipeline
+
+    @property
+    def _done(self) -> Program:
+        if self._program is None:
+            raise CaptureError(
+                "the model is not captured yet",
+                fix="Call it once with real inputs, or give example_inputs to compile().",
+            )
+        return self._program
+
+    def accept(self, program: Program) -> None:
+        """Takes what was compiled for this model, which from then on is captured."""
+        self.weights = HostWeights(program.host.weights, program.graph.weights, program.device)
+        self._recipe = replace(self._recipe, instruments=())  # they may hold what they saw
+        self._program = program
+
+    def _compile_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        if torch.compiler.is_compiling():
+            raise CaptureError(
+                "the model is not captured yet", fix="Call it once before torch.compile or torch.export."
+            )
+        with capturing:
+            if self._program is not None:  # another thread was first
+                return self._program
+            (model,) = self._pending
+            if model is None:
+                raise CaptureError(
+                    "compiling failed before, and nobody holds the model any more",
+                    fix="Call compile() again with the model.",
+                )
+            check_model(model)
+            captured = capture_model(model, args, kwargs, self._recipe)
+            # While the passes run nobody but the user holds the model, so that its weights can go one by one.
+            back = weakref.ref(model)
+            self._pending = (None,)
+            del model
+            try:
+                program = build_program(captured, self._recipe, captured.signature.flatten(args, kwargs))
+            except BaseException:
+                self._pending = (back(),)
+                raise
+            self.accept(program)
+            return program
+
+    def train(self, mode: bool = True) -> "CompiledModel":
+        """Does nothing: a compiled model is always in evaluation mode, whatever happens to the model around it."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
+        """A copy with tensors of its own; stages and report are shared."""
+        twin = memo[id(self)] = type(self)(self._recipe)
+        if self._program is None:
+            twin._pending = copy.deepcopy(self._pending, memo)
+        else:
+            graph = self._program.graph.clone()
+            for name, tensor in graph.weights.items():
+                graph.weights[name] = copy.deepcopy(tensor, memo)
+            twin.accept(replace(self._program, graph=graph))
+        return twin
+
+    def __copy__(self) -> "CompiledModel":
+        """A second handle on the same tensors."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._modules = dict(self._modules)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled."""
+        raise QCompilerError(
+            "a compiled model cannot be pickled",
+            fix="Keep its state_dict(), compile the model again there and load it; or save what torch.export makes of it.",
+        )
+
+    def extra_repr(self) -> str:
+        """One line."""
+        if self._program is None:
+            return f"pipeline='{self.pipeline}', not captured yet"
+        return f"pipeline='{self.pipeline}', {self.report.summary()}"
+
+
+def describe_forward(model: object) -> tuple[inspect.Signature | None, str | None]:
+    """The signature and the documentation of a model's forward, for the compiled model's; None where there is none."""
+    try:
+        if isinstance(model, Graph):
+            either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            return inspect.Signature([SELF, *(inspect.Parameter(value.name, either) for value in model.inputs)]), None
+        if isinstance(model, torch.nn.Module):
+            found = inspect.signature(model.forward)
+            return found.replace(parameters=[SELF, *found.parameters.values()]), model.forward.__doc__
+    except (TypeError, ValueError):  # a forward written in C, a name that is no identifier
+        pass
+    return None, None
+
+
+def class_with(signature: inspect.Signature | None, doc: str | None) -> "type[CompiledModel]":
+    """A class like CompiledModel whose forward shows a signature: that of a method belongs to its class."""
+    if signature is None:
+        return CompiledModel
+
+    def forward(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
+        return self._call(args, kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = doc or CompiledModel.forward.__doc__
+    names = {"__module__": __name__, "__qualname__": CompiledModel.__qualname__, "__doc__": CompiledModel.__doc__}
+    return type(CompiledModel.__name__, (CompiledModel,), {"forward": forward, **names})

@@ -1,0 +1,142 @@
+"""From a model to a program: captured, rewritten by the pipeline, and generated as a host module."""
+
+import linecache
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import codegen.torch_ops  # noqa: F401  (registers the kernels as operators of torch)
+from codegen.host import HostModule, emit_host_module, load_host_module
+from qcompiler.capture import Captured, capture
+from qcompiler.capture.signature import MISSING, NumberSlot, Signature, TensorSlot
+from qcompiler.dialects.aten import torch_dtype
+from qcompiler.errors import CaptureError, PassError, QCompilerError
+from qcompiler.instruments import Instrument
+from qcompiler.ir import Graph, ScalarType, TensorType, Value
+from qcompiler.ir.graph import BUFFER
+from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_runner import Stages, keep_text, run_pipeline
+from qcompiler.report import Report, build_report
+from qcompiler.runtime.device import target_for
+
+CPU = torch.device("cpu")
+
+capturing = threading.RLock()
+"""torch.export keeps global state, and two first calls of one model must not both capture it."""
+
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compile: everything but the model and its inputs."""
+
+    pipeline: Pipeline
+    target: str = "auto"
+    dynamic_shapes: Any = "auto"
+    strict: bool = True
+    instruments: tuple[Instrument, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What compilation yields: the stages, the report, and the host module with its loaded function."""
+
+    graph: Graph
+    stages: Stages
+    report: Report
+    host: HostModule
+    signature: Signature
+    device: torch.device
+    run: Callable[..., tuple[Any, ...]]
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Neither the caller's autocast nor his inference mode: a graph and its weights outlive both."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe) -> Captured:
+    """A module, an exported program or a graph as a captured graph; CaptureError when that cannot be."""
+    if isinstance(model, Graph):
+        return graph_ascapture_model(model)
+    try:
+        with capturing, _plain_torch():
+            return capture(model, args, kwargs, dynamic_shapes=recipe.dynamic_shapes)
+    except QCompilerError:
+        raise
+    except Exception as error:
+        problem = f"capturing the model failed unexpectedly: {type(error).__name__}: {error}"
+        raise CaptureError(problem, fix="Please report it together with this message.") from error
+
+
+def graph_ascapture_model(graph: Graph) -> Captured:
+    """A copy of `graph` over the same tensors, called with its inputs in order; several outputs come as a tuple."""
+    device = next((tensor.device for tensor in graph.weights.values()), CPU)
+    slots = [_slot(value, device) for value in graph.inputs]
+    in_spec = pytree.tree_structure((tuple(range(len(slots))), {}))
+    leaves = tuple(range(len(graph.outputs)))
+    out_spec = pytree.tree_structure(leaves[0] if len(leaves) == 1 else leaves)
+    parameters = tuple((slot.name, MISSING) for slot in slots)
+    return Captured(graph.clone(), Signature(in_spec, out_spec, tuple(slots), graph.symbols, parameters, device))
+
+
+def _slot(value: Value, device: torch.device) -> "TensorSlot | NumberSlot":
+    if isinstance(value.type, TensorType):
+        return TensorSlot(value.name, value.name, torch_dtype(value.type.dtype), device, value.type.shape)
+    return NumberSlot(value.name, value.name, value.type.value if isinstance(value.type, ScalarType) else None)
+
+
+def build_program(captured: Captured, recipe: Recipe, inputs: Sequence[Any] | None) -> Program:
+    """Runs the pipeline over a captured graph, in place, and generates the host module.
+
+    Args:
+        captured: What `capture_model` gave.
+        recipe: How to compile.
+        inputs: Real inputs of the graph, for the instruments that run it.
+    """
+    graph, signature = captured.graph, captured.signature
+    device = signature.device or CPU
+    target = target_for(recipe.target, device)
+    with _plain_torch():
+        done = run_pipeline(recipe.pipeline, graph, instruments=recipe.instruments, inputs=inputs)
+        for op in graph.ops(BUFFER):  # the model keeps its own state
+            name = str(op.attrs["name"])
+            graph.weights[name] = graph.weights[name].clone()
+    report = build_report(done.stages, graph, done.reasons)
+    if recipe.strict and not report.quantized:
+        raise PassError(
+            "nothing was quantized",
+            got=f"the pipeline '{recipe.pipeline}'",
+            need="at least one matmul with a constant operand that a pass quantizes",
+            fix=f"Pass strict=False to accept that. What was left alone, and why:\n{report}",
+        )
+    host, run = _generate(graph, target.name)
+    return Program(graph, done.stages, report, host, signature, device, run)
+
+
+def _generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple[Any, ...]]]:
+    """The host module, loaded, with its text where tracebacks and debuggers look for it."""
+    filename = f"<qcompiler host module {next(_numbers)}: {graph.name}>"
+    try:
+        host = emit_host_module(graph, target)
+        run = load_host_module(host, filename)
+    except QCompilerError:
+        raise
+    except Exception as error:
+        raise QCompilerError(
+            f"generating the host module failed unexpectedly: {type(error).__name__}: {error}",
+            fix=f"The graph that it was given is in {keep_text(graph, 'host')}; please report both.",
+        ) from error
+    linecache.cache[filename] = (len(host.source), None, host.source.splitlines(True), filename)
+    weakref.finalize(run, linecache.cache.pop, filename, None).atexit = False
+    return host, run

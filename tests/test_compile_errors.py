@@ -1,0 +1,169 @@
+"""Every error of `qcompiler.compile`, and of calling what it returns, with its message."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler import CaptureError, CodegenError, CompiledModel, InputError, ParseError, PassError, QCompilerError
+
+
+class Mlp(nn.Module):
+    """Sizes that 128 does not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(200, 136), nn.Linear(136, 64)
+
+    def forward(self, x: Tensor, scale: float | None = None, *, shift: Tensor | None = None) -> Tensor:
+        """What the model does."""
+        y: Tensor = self.down(torch.relu(self.up(x)))
+        y = y if shift is None else y + shift
+        return y if scale is None else y * scale
+
+
+@pytest.fixture
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp().eval()
+
+
+@pytest.fixture(scope="module")
+def fast() -> CompiledModel:
+    torch.manual_seed(0)
+    return qcompiler.compile(Mlp().eval(), example_inputs=(torch.randn(4, 200),))
+
+
+X = torch.randn(5, 200, generator=torch.Generator().manual_seed(1))
+
+
+WRONG_CALLS: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda f: f(), "the argument 'x' is missing"),
+    (lambda f: f(X, 2.0), "the argument 'scale' was not given at capture"),
+    (lambda f: f(X, None, None, None), "args"),
+    (lambda f: f(X, y=X), "the argument 'y' was not given at capture"),
+    (lambda f: f(X.half()), "x has another dtype than at capture: got torch.float16; need torch.float32"),
+    (lambda f: f(X.to("meta")), "x lies on another device than at capture: got meta; need cpu"),
+    (lambda f: f(X[0]), "x has another rank than at capture"),
+    (lambda f: f(X[:, :100]), "dimension 1 of x has another size than at capture: got 100; need 200"),
+    (lambda f: f([X]), "the argument 'x' has another structure"),
+    (lambda f: f(3.0), "x must be a tensor: got 3.0"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_CALLS, ids=[message for _, message in WRONG_CALLS])
+def test_wrong_arguments_at_run_time(fast: CompiledModel, call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        call(fast)
+
+
+def test_a_size_outside_of_the_captured_range(mlp: Mlp) -> None:
+    fast = qcompiler.compile(
+        mlp, example_inputs=(X,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2, max=8)}}
+    )
+    with pytest.raises(
+        InputError, match=r"dimension 0 of x is outside of the captured range: got 9; need s0 with s0 in [012]\.\.8"
+    ):
+        fast(X.repeat(2, 1)[:9])
+    fixed = qcompiler.compile(mlp, example_inputs=(X,), dynamic_shapes=None)
+    with pytest.raises(InputError, match="dimension 0 of x has another size than at capture: got 4; need 5"):
+        fixed(X[:4])
+
+
+WRONG_COMPILES: list[tuple[dict[str, Any], type[QCompilerError], str]] = [
+    ({"scheme": "fp8tile"}, PassError, "no such scheme: got 'fp8tile'. Did you mean 'fp8_tile'?"),
+    ({"pipeline": "canonicalize; fp8-tiel"}, PassError, "Did you mean 'fp8-tile'?"),
+    ({"pipeline": "fp8-tile{profil=deepseek}"}, PassError, "Did you mean 'profile'?"),
+    ({"pipeline": "fp8-tile{profile=7}"}, PassError, "option 'profile' of pass 'fp8-tile' has a wrong value"),
+    ({"pipeline": "fp8-tile{"}, QCompilerError, "'{'"),
+    ({"pipeline": ["fp8-tile"]}, PassError, "the pipeline is of a wrong type: got list; need a Pipeline, or its text"),
+    ({"scheme": "other", "pipeline": "fp8-tile"}, PassError, "both a scheme and a pipeline are given"),
+    ({"target": "sm90"}, CodegenError, "no such target: got 'sm90'. Did you mean 'sm_90a'? Known: auto, cpu, sm_90a."),
+    ({"target": None}, CodegenError, "no such target: got None"),
+    ({"dynamic_shapes": "atuo"}, CaptureError, "dynamic_shapes is wrong: got 'atuo'"),
+    ({"example_inputs": X}, CaptureError, "example_inputs is of a wrong type: got Tensor; need a tuple of arguments."),
+    ({"example_kwargs": (X,)}, CaptureError, "example_kwargs is of a wrong type: got tuple"),
+    ({"instruments": ["time"]}, PassError, "this is no instrument: got 'time'"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "kind", "message"), WRONG_COMPILES, ids=[m for _, _, m in WRONG_COMPILES])
+def test_wrong_arguments_of_compile_fail_at_once(
+    mlp: Mlp, keywords: dict[str, Any], kind: type[QCompilerError], message: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        qcompiler.compile(mlp, **keywords)
+
+
+def test_malformed_text_has_a_place(mlp: Mlp) -> None:
+    with pytest.raises((ParseError, PassError), match=r"closed|brackets"):
+        qcompiler.compile(mlp, pipeline="canonicalize; fp8-tile{profile=deepseek")
+
+
+def test_what_cannot_be_compiled(mlp: Mlp) -> None:
+    with pytest.raises(
+        CaptureError, match=r"only a torch\.nn\.Module or an ExportedProgram can be captured: got function"
+    ):
+        qcompiler.compile(lambda x: x)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(CaptureError, match=r"the model is in training mode: .* Call model\.eval\(\) first"):
+        qcompiler.compile(mlp.train())
+    with pytest.raises(
+        CodegenError, match=r"the target sm_90a runs on cuda, but the model is elsewhere: got cpu; need cuda"
+    ):
+        qcompiler.compile(mlp.eval(), target="sm_90a", example_inputs=(X,))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_captured_quotes_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"(?s)depends on the values of a tensor.*x\.sum\(\) > 0"):
+        qcompiler.compile(Branches().eval(), example_inputs=(torch.randn(2, 8),))
+
+
+def test_a_failed_first_call_can_be_repeated(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp, pipeline="canonicalize")
+    for _ in range(2):
+        with pytest.raises(
+            PassError, match=r"(?s)nothing was quantized: got the pipeline 'canonicalize'.*strict=False.*%linear"
+        ):
+            fast(X)
+    gone = qcompiler.compile(Mlp().eval(), pipeline="canonicalize")
+    with pytest.raises(PassError, match="nothing was quantized"):
+        gone(X)
+    with pytest.raises(CaptureError, match=r"nobody holds the model any more\. Call compile\(\) again"):
+        gone(X)
+
+
+def test_not_strict(mlp: Mlp) -> None:
+    fast = qcompiler.compile(mlp, pipeline="canonicalize", example_inputs=(X,), strict=False)
+    assert torch.allclose(fast(X), mlp(X), rtol=1e-5, atol=1e-6)
+    assert not fast.report.quantized
+
+
+def test_an_unexpected_failure_keeps_the_graph(mlp: Mlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by accident")
+
+    monkeypatch.setattr("qcompiler.compiler.program.emit_host_module", broken)
+    with pytest.raises(
+        QCompilerError, match="generating the host module failed unexpectedly: ZeroDivisionError: by acc"
+    ) as caught:
+        qcompiler.compile(mlp, example_inputs=(X,))
+    (kept,) = re.findall(r"is in (\S+\.qir)", str(caught.value))
+    assert qcompiler.Graph.parse(Path(kept).read_text(encoding="utf-8")).ops("kernel.quantize")
+    Path(kept).unlink()
+    monkeypatch.setattr("qcompiler.compiler.program.capture", broken)
+    with pytest.raises(CaptureError, match="capturing the model failed unexpectedly: ZeroDivisionError: by accident"):
+        qcompiler.compile(mlp, example_inputs=(X,))

@@ -1,0 +1,113 @@
+"""Passes and schemes of other distributions, through the metadata of a distribution that is made up here."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qcompiler.cli import main
+from qcompiler.errors import PassError
+from qcompiler.pass_manager import PASSES, Pipeline, offered
+from qcompiler.schemes import SCHEMES, all_schemes, pipeline
+
+MODULE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from qcompiler import Pass, Scheme
+
+@dataclass(frozen=True)
+class Theirs(Pass):
+    """nothing  ->  nothing"""
+
+    name: ClassVar[str] = "their-pass"
+    width: int = 3
+
+THEIRS = Scheme("their_scheme", "Theirs.", "canonicalize; their-pass{width=4}")
+WRONG = "no scheme"
+'''
+ENTRY_POINTS = """
+[qcompiler.passes]
+their-pass = made_up_passes:Theirs
+their-lost-pass = made_up_passes:Theirs
+their-broken-pass = made_up_broken:Nothing
+
+[qcompiler.schemes]
+their_scheme = made_up_passes:THEIRS
+their_wrong_scheme = made_up_passes:WRONG
+"""
+
+
+@pytest.fixture(autouse=True)
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Somebody else's installed distribution."""
+    (tmp_path / "made_up_passes.py").write_text(MODULE)
+    (tmp_path / "made_up_broken.py").write_text("raise RuntimeError('not today')")
+    metadata = tmp_path / "made_up-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up\nVersion: 1.2\n")
+    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    PASSES.pop("their-pass", None)
+    SCHEMES.pop("their_scheme", None)
+    sys.modules.pop("made_up_passes", None)
+
+
+def test_a_pass_is_found_by_its_name() -> None:
+    assert "their-pass" not in PASSES
+    steps = Pipeline.parse("dead-code; their-pass{width=7}")
+    assert str(steps) == "dead-code; their-pass{width=7}"
+    assert type(steps["their-pass"]).__module__ == "made_up_passes"
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    Pipeline.parse("dead-code")
+    assert {"their-pass", "their-broken-pass"} <= set(offered("qcompiler.passes"))
+    assert "made_up_passes" not in sys.modules
+
+
+def test_a_scheme_is_found_by_its_name() -> None:
+    assert str(pipeline("their_scheme")) == "canonicalize; their-pass{width=4}"
+
+
+def test_did_you_mean_knows_them() -> None:
+    with pytest.raises(PassError, match=r"no such pass: got 'ther-pass'. Did you mean 'their-pass'"):
+        Pipeline.parse("ther-pass")
+    with pytest.raises(PassError, match=r"no such scheme: got 'ther_scheme'. Did you mean 'their_scheme'"):
+        pipeline("ther_scheme")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "their-broken-pass",
+            "an installed extension cannot be loaded: got 'their-broken-pass = made_up_broken:Nothing' of made-up 1.2: "
+            "RuntimeError: not today. Repair or uninstall it.",
+        ),
+        (
+            "their-lost-pass",
+            "an entry point gives no pass of its name: got 'their-lost-pass = made_up_passes:Theirs' of made-up 1.2; "
+            "need a pass called 'their-lost-pass'",
+        ),
+    ],
+)
+def test_a_broken_extension_names_its_distribution(spec: str, message: str) -> None:
+    with pytest.raises(PassError) as error:
+        Pipeline.parse(spec)
+    assert str(error.value) == message
+
+
+def test_one_broken_extension_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    found = all_schemes()
+    assert isinstance(found["their_wrong_scheme"], PassError)
+    assert main(["passes"]) == 0
+    out, err = capsys.readouterr()
+    assert "their-pass       exact     nothing  ->  nothing\n" in out
+    assert "width = 3\n" in out
+    assert "not today" in err
+    assert main(["schemes"]) == 0
+    out, err = capsys.readouterr()
+    assert "their_scheme\n    Theirs.\n    canonicalize; their-pass{width=4}\n" in out
+    assert "their_wrong_scheme: an entry point gives no scheme of its name" in err

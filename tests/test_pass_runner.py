@@ -1,0 +1,150 @@
+"""Running a pipeline: stages, reasons, and what is kept when something goes wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from passes.canonicalize import Canonicalize
+from qcompiler.errors import PassError, QCompilerError, VerifyError
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.pass_runner import Stages, run_pipeline
+
+TEXT = """func @m(%x: f32[4, 8]) -> (f32[4, 8]) {
+  %w = core.param() {name = "w"} : f32[8, 8]
+  %k = core.param() {name = "k"} : f32[2, 8, 8]
+  %y = aten.mm(%x, %w) : f32[4, 8] loc("m.py":3)
+  %z = aten.mm(%y, %x) : f32[4, 8]
+  %u = aten.matmul(%y, %k) : f32[2, 4, 8]
+  return %y
+}"""
+
+
+@dataclass(frozen=True)
+class Fails(Pass):
+    """graph  ->  an error"""
+
+    name: ClassVar[str] = "test-fails"
+
+    how: str = "unexpectedly"
+
+    def run(self, graph: Graph) -> bool:
+        if self.how == "on-purpose":
+            raise QCompilerError("this graph is not to my taste", got="mm", where="%y")
+        if self.how == "illegally":
+            graph["y"].name = "two words"
+            return True
+        raise ZeroDivisionError("oops")
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Mute(Pass):
+    """graph  ->  graph, without an answer"""
+
+    name: ClassVar[str] = "test-mute"
+
+    def run(self, graph: Graph) -> bool:
+        return None  # type: ignore[return-value]  # what a forgetful author writes
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        raise KeyError("w")
+
+
+def test_stages_and_reasons() -> None:
+    graph = Graph.parse(TEXT)
+    run = run_pipeline(Pipeline.parse("canonicalize; fp8-tile; dead-code; dead-code"), graph)
+    assert list(run.stages) == ["captured", "canonicalize", "fp8-tile", "dead-code", "dead-code#2"]
+    assert str(run.stages["captured"]) == TEXT
+    assert str(run.stages["dead-code#2"]) == str(graph)
+    assert run.left_alone["canonicalize"] == {
+        "z": "its right operand is computed from the inputs (%x)",
+        "u": "its right operand has 3 dimensions, not 2 (%k)",
+    }
+    assert run.reasons["u"] == "it multiplies by a batch of matrices (a weight of 3 dimensions) (%k)"
+    assert run.reasons["z"] == "both of its operands are computed from the inputs"
+    assert repr(run.stages) == "<Stages: captured -> canonicalize -> fp8-tile -> dead-code -> dead-code#2>"
+
+
+def test_stages_are_a_mapping_with_a_helpful_error() -> None:
+    stages = Stages()
+    stages.add("fp8-tile", Graph())
+    assert "fp8-tyle" not in stages
+    assert stages.get("fp8-tyle") is None
+    with pytest.raises(KeyError) as error:
+        stages["fp8-tyle"]
+    assert isinstance(error.value, QCompilerError)
+    assert str(error.value) == "no such stage: got 'fp8-tyle'. Did you mean 'fp8-tile'? Known: fp8-tile."
+
+
+def test_an_unexpected_failure_keeps_the_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(PassError) as error:
+        run_pipeline(Pipeline((*Pipeline.parse("canonicalize"), Fails())), graph := Graph.parse(TEXT))
+    (kept,) = tmp_path.iterdir()
+    assert str(error.value) == (
+        "pass 'test-fails' failed unexpectedly: ZeroDivisionError: oops. "
+        f"The graph that it was given is in {kept}; please report it with this message."
+    )
+    assert kept.read_text() == f"{graph}\n"
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_an_error_raised_on_purpose_names_the_pass() -> None:
+    with pytest.raises(QCompilerError) as error:
+        run_pipeline(Pipeline((Fails("on-purpose"),)), Graph.parse(TEXT))
+    assert str(error.value) == "this graph is not to my taste: got mm (in pass 'test-fails{how=on-purpose}', %y)"
+
+
+def test_an_illegal_graph_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(VerifyError) as error:
+        run_pipeline(Pipeline((Fails("illegally"),)), Graph.parse(TEXT))
+    (kept,) = tmp_path.iterdir()
+    assert str(error.value).startswith("after pass 'test-fails', in @m: rule V1: ")
+    assert str(error.value).endswith(f"\n  the graph that it left: {kept}")
+    assert "%two words = " in kept.read_text()
+
+
+def test_a_failing_explain_is_a_failing_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(
+        PassError, match=r"^pass 'test-mute' failed unexpectedly while it was asked to explain: KeyError"
+    ):
+        run_pipeline(Pipeline((Mute(),)), Graph.parse(TEXT))
+
+
+def test_a_graph_that_is_illegal_from_the_start() -> None:
+    graph = Graph.parse(TEXT)
+    graph["y"].name = "two words"
+    with pytest.raises(VerifyError, match=r"^in @m: rule V1"):
+        run_pipeline(Pipeline(), graph)
+
+
+def test_rewriting_without_end_names_the_pass_once() -> None:
+    class Again(Rule):
+        """mm(x, w)  ->  mm(x, w)"""
+
+        root = ("aten.mm",)
+
+        def match(self, op: Op, graph: Graph) -> Match | Missed:
+            return {}
+
+        def rewrite(self, op: Op, rewriter: Rewriter, **_: object) -> None:
+            rewriter.replace(op, rewriter.insert(op.name, *op.args, types=[op.result.type]).result)
+
+    class Endless(Canonicalize):
+        """Never ends."""
+
+        def rules(self) -> list[Rule]:
+            return [Again()]
+
+    with pytest.raises(PassError) as error:
+        run_pipeline(Pipeline((Endless(),)), Graph.parse(TEXT))
+    assert str(error.value) == (
+        "rewriting does not end: after 100 sweeps, Again still matches (in pass 'canonicalize')"
+    )
