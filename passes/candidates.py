@@ -36,8 +36,8 @@ ELEMENTWISE = (
 )  # fmt: skip
 """What may stand between a router's product and its top-k."""
 
-DECISIONS = ("topk", "sort", "argsort", "argmax")
-"""What picks some of many by their size; a top-1 router has an argmax."""
+TOP_K = ("aten.topk", "aten.sort", "aten.sort.stable", "aten.argsort", "aten.argsort.stable")
+"""What picks some of many by their size."""
 
 ALREADY = Missed("it is quantized already")
 NO_WEIGHTS = Missed("it reads no weights")
@@ -101,9 +101,23 @@ def _router(op: Op, graph: Graph) -> Missed | None:
 
 
 def feeds_topk(value: Value, graph: Graph) -> bool:
-    """Whether a top-k reads `value`, directly or through operations that work element by element."""
-    readers = readers_through(graph, value, lambda op: op.name.split(".")[1] in ELEMENTWISE)
-    return any(op.name.split(".")[1] in DECISIONS for op in readers)
+    """Whether a top-k reads `value`, directly or through operations that work element by element.
+
+    An argmax counts when the model computes with what it picks: a classifier that only returns it is no router.
+    """
+    for op in readers_through(graph, value, _is_elementwise):
+        if op.name in TOP_K or (op.name == "aten.argmax" and _is_followed(op.result, graph)):
+            return True
+    return False
+
+
+def _is_followed(value: Value, graph: Graph) -> bool:
+    readers = readers_through(graph, value, _is_elementwise)
+    return any(op.name != "core.return" and not _is_elementwise(op) for op in readers)
+
+
+def _is_elementwise(op: Op) -> bool:
+    return op.name.split(".")[1] in ELEMENTWISE
 
 
 def _vocabulary(w: Value, graph: Graph) -> Missed | None:

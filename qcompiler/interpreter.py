@@ -55,20 +55,6 @@ def interpret(
     return tuple(machine.read(arg) for arg in graph.outputs)
 
 
-def run_constant(op: Op, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The results of an operation that is computed from parameters alone; only what it needs is loaded."""
-    machine = _Machine((), {}, weights, None)
-
-    def run(inner: Op) -> tuple[Any, ...]:
-        for _, value in inner.operands():
-            if value not in machine.values:
-                machine.values.update(zip(value.op.results, run(value.op), strict=True))
-        return machine.run(inner)
-
-    with torch.no_grad():
-        return run(op)
-
-
 class _Machine:
     """The values that are alive, and how to run one operation on them."""
 

@@ -151,6 +151,7 @@ def _guarded(problem: str, step: Pass, graph: Graph, function: Callable[[Graph],
     except Exception as error:
         raise PassError(
             f"{problem}: {type(error).__name__}: {error}",
+            where="; ".join(getattr(error, "__notes__", ())) or None,  # the rule and the operation, from `apply_rules`
             fix=f"The graph that it was given is in {keep_text(graph, step.name)}; please report it with this message.",
         ) from error
 

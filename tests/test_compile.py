@@ -207,7 +207,9 @@ def test_weights_with_names_of_module_attributes() -> None:
             self.to_ = nn.ModuleDict({"device": nn.Linear(8, 8)})
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.to_["device"](x @ self.device @ self._store @ self.weights)
+            matrices = dict(self.named_parameters(recurse=False))
+            y: Tensor = self.to_["device"](x @ matrices["device"] @ matrices["_store"] @ matrices["weights"])
+            return y
 
     model, x = Names().eval(), torch.randn(3, 8)
     assert close(qcompiler.compile(model, example_inputs=(x,))(x), model(x), 0.2)

@@ -9,7 +9,7 @@ import torch
 
 from qcompiler import numerics
 from qcompiler.errors import InputError, QCompilerError
-from qcompiler.interpreter import interpret, makes_tensors, run_constant
+from qcompiler.interpreter import interpret, makes_tensors
 from qcompiler.ir import Graph, Op, ScalarType, TensorType, Value, evaluate
 from qcompiler.testing import random_graph, random_inputs
 
@@ -229,19 +229,6 @@ def test_gradients_are_off() -> None:
         torch.ones(4).requires_grad_(),
     )
     assert not y.requires_grad
-
-
-def test_constants_are_computed_from_what_they_need_alone() -> None:
-    graph = Graph.parse("""\
-func @f() -> (f32[2]) {
-  %unused = core.param() {name = "unused"} : f32[2]
-  %w = core.param() {name = "w"} : f32[2]
-  %a = aten.neg(%w) : f32[2]
-  %b = aten.add.Tensor(%a, %w) {alpha = 2} : f32[2]
-  return %b
-}""")
-    (b,) = run_constant(graph["b"].op, {"w": torch.ones(2)})
-    assert torch.equal(b, torch.ones(2))
 
 
 def test_random_graphs_compute_what_their_types_say() -> None:

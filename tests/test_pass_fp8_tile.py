@@ -103,7 +103,8 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
             "it is a router: its product decides a top-k",
         ),
         (
-            W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %i = aten.argmax(%y, -1) : i64[4]\n",
+            W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %i = aten.argmax(%y, -1) : i64[4]\n"
+            "  %hot = aten.one_hot(%i, 64) : i64[4, 64]\n",
             "it is a router: its product decides a top-k",
         ),
         (
@@ -143,6 +144,15 @@ def test_reasons(text: str, reason: str | None) -> None:
     assert not Fp8Tile().run(graph)
     assert str(graph) == before
     assert Fp8Tile().explain(graph).get("y") == reason
+
+
+def test_a_classifier_that_returns_its_argmax_is_no_router() -> None:
+    graph = Graph.parse(
+        HEAD + W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %i = aten.argmax(%y, -1) : i64[4]\n"
+        "  %out = aten.slice.Tensor(%x, 1, 0, 64) : f32[4, 64]\n  return %out\n}"
+    )
+    assert Fp8Tile().run(graph)
+    assert Fp8Tile().explain(graph) == {}
 
 
 def test_an_ordinary_last_linear_is_quantized_also_behind_views_of_weights() -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import qcompiler
 from qcompiler import CompiledModel
@@ -45,7 +46,7 @@ def same(got: Any, want: Out) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile_without_breaks_and_with_one_graph_for_all_sizes(fast: CompiledModel, backend: str) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(fast, backend=counter, fullgraph=True, dynamic=True)
     for rows, length in ((2, 5), (3, 7), (6, 4)):
         x, mask = inputs(rows, length)

@@ -151,7 +151,7 @@ class CompiledModel(torch.nn.Module):
         """Refuses to be pickled."""
         raise QCompilerError(
             "a compiled model cannot be pickled",
-            fix="Keep its state_dict(), compile the model again there and load it; or save what torch.export makes of it.",
+            fix="Keep its state_dict(), compile the model again there and load it; or save it by torch.export.",
         )
 
     def extra_repr(self) -> str:

@@ -1,5 +1,6 @@
 """From a model to a program: captured, rewritten by the pipeline, and generated as a host module."""
 
+import gc
 import linecache
 import threading
 import weakref
@@ -107,6 +108,7 @@ def build_program(captured: Captured, recipe: Recipe, inputs: Sequence[Any] | No
     graph, signature = captured.graph, captured.signature
     device = signature.device or CPU
     target = target_for(recipe.target, device)
+    gc.collect()  # tracing leaves cycles behind, which may hold the model: its weights could not be let go one by one
     with _plain_torch():
         done = run_pipeline(recipe.pipeline, graph, instruments=recipe.instruments, inputs=inputs)
         for op in graph.ops(BUFFER):  # the model keeps its own state

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from qcompiler.errors import PassError
-from qcompiler.ir.graph import INPUT, PARAM, Graph
+from qcompiler.ir.graph import PARAM, Graph
 from qcompiler.ir.op import Argument, Op, Value
-from qcompiler.ir.op_table import lookup
+from qcompiler.ir.op_table import has_effect
 from qcompiler.ir.types import Type
 
 SWEEPS = 100
@@ -108,9 +108,7 @@ class Rewriter:
         stack = [op]
         while stack:
             op = stack.pop()
-            if op not in self.graph or not op.results or op.name == INPUT or any(map(self.graph.uses, op.results)):
-                continue
-            if (definition := lookup(op.name)) is not None and definition.effect:
+            if op not in self.graph or has_effect(op.name) or any(map(self.graph.uses, op.results)):
                 continue
             stack += [value.op for _, value in op.operands()]
             self.graph.erase(op)
@@ -136,11 +134,14 @@ def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
         for rule in rules:
             if op.name not in rule.root or op not in graph:
                 continue
-            match = rule.match(op, graph)
-            if isinstance(match, Missed):
-                continue
             rewriter = Rewriter(graph, op, made_by)
-            rule.rewrite(op, rewriter, **match)
+            try:
+                match = rule.match(op, graph)
+                if not isinstance(match, Missed):
+                    rule.rewrite(op, rewriter, **match)
+            except Exception as error:
+                error.add_note(f"in rule {rule.name}, at {op.name} {op.loc}".rstrip())
+                raise
             busy += [rule] if rewriter.changed else []
     return busy
 
