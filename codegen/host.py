@@ -99,7 +99,7 @@ class _Emitter:
                 self.emit(op)
                 self.release(op, readers)
         outputs = self.update([op for op in ops if op.name == UPDATE])
-        self.lines.append(f"return ({', '.join(outputs)}{',' if outputs else ''})")
+        self.lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
         body = "".join(f"    {line}\n" for line in self.lines)
         preludes = [line for mark, line in PRELUDES.items() if mark in body]
         text = "\n".join([self.head(ops), "import torch", *(["", *preludes] if preludes else []), "", ""])

@@ -18,7 +18,8 @@ import qcompiler.dialects  # noqa: F401  (fills the table of operations)
 from qcompiler.errors import InputError, PassError, QCompilerError
 from qcompiler.instruments import CheckChanged, Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph, print_argument
-from qcompiler.pass_manager import GROUP, PASSES, Pipeline, default_of, offered, pass_class
+from qcompiler.pass_manager import GROUP, PASSES, Pipeline, offered, pass_class
+from qcompiler.pass_options import default_of
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.schemes import Scheme, all_schemes, pipeline
 

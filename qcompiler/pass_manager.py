@@ -11,25 +11,22 @@ a name asks for it.
 import re
 from abc import ABC
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import get_annotations
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self
 
-from qcompiler.errors import ParseError, PassError, did_you_mean
-from qcompiler.ir import DType, Graph, Missed, Rule, apply_rules, parse_literal, print_argument
+from qcompiler.errors import PassError, did_you_mean
+from qcompiler.ir import Graph, Missed, Rule, apply_rules
 from qcompiler.ir.lexer import Source
+from qcompiler.pass_options import WORD, converted, default_of, hint_of, parts, print_option, read_option, wrong_value
 
 HOMES = ("passes",)
 """Packages that define passes when they are imported; only named here, since they stand on a higher floor."""
 
 GROUP = "qcompiler.passes"
-NAME = re.compile(r"[A-Za-z][\w-]*")
-STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
 class Effect(Enum):
@@ -68,7 +65,7 @@ class Pass(ABC):
         super().__init_subclass__(**keywords)
         if "name" not in cls.__dict__:
             return
-        if not NAME.fullmatch(cls.name):
+        if not WORD.fullmatch(cls.name):
             need = "letters, digits and dashes, such as 'fp8-tile'"
             raise PassError(
                 f"the name of pass class {cls.__qualname__} cannot be spelled", got=repr(cls.name), need=need
@@ -97,9 +94,9 @@ class Pass(ABC):
         for option in fields(self):
             value = getattr(self, option.name)
             try:
-                object.__setattr__(self, option.name, _converted(value, _hint(type(self), option.name)))
+                object.__setattr__(self, option.name, converted(value, hint_of(type(self), option.name)))
             except ValueError:
-                raise _wrong_value(type(self), option, repr(value)) from None
+                raise wrong_value(type(self), option, repr(value)) from None
 
     def rules(self) -> Sequence[Rule]:
         """The rewrites that make up this pass."""
@@ -125,7 +122,7 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         values = [(option, getattr(self, option.name)) for option in fields(self)]
-        shown = [f"{option.name}={_print_option(value)}" for option, value in values if value != default_of(option)]
+        shown = [f"{option.name}={print_option(value)}" for option, value in values if value != default_of(option)]
         return self.name + (f"{{{', '.join(shown)}}}" if shown else "")
 
     @classmethod
@@ -171,93 +168,6 @@ def shown(entry: EntryPoint) -> str:
     return f"'{entry.name} = {entry.value}'{source}"
 
 
-def default_of(option: "Field[Any]") -> Any:
-    """The default of an option; MISSING when it must be given."""
-    return option.default_factory() if option.default_factory is not MISSING else option.default
-
-
-# Options: text -> value, held to the type hint
-
-
-def _print_option(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str) and NAME.fullmatch(value) and _literal(value) is MISSING
-        else print_argument(value)
-    )
-
-
-def _literal(text: str) -> Any:
-    """The literal that `text` spells, or MISSING."""
-    try:
-        return parse_literal(text)
-    except ParseError:
-        return MISSING
-
-
-def _read_option(kind: type[Pass], option: "Field[Any]", text: str) -> Any:
-    """The value that `text` spells: a literal if that fits, else a bare word."""
-    for value in (_literal(text), text if NAME.fullmatch(text) else MISSING):
-        try:
-            if value is not MISSING:
-                return _converted(value, _hint(kind, option.name))
-        except ValueError:
-            continue
-    raise _wrong_value(kind, option, text)
-
-
-def _hint(kind: type[Pass], name: str) -> Any:
-    try:
-        return get_type_hints(kind).get(name, Any)
-    except NameError:  # a class inside a function, with names that only the function knows
-        return Any
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """`value` as the type hint wants it: lists as tuples, integers as floats; ValueError when it does not fit."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin is Literal and value in inner:
-        return value
-    if origin in (Union, UnionType):
-        for choice in inner:
-            try:
-                return _converted(value, choice)
-            except ValueError:
-                continue
-    elif origin is tuple and isinstance(value, tuple | list):
-        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
-        return tuple(_converted(item, kind) for item, kind in zip(value, kinds, strict=True))
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif hint is type(value) or (hint is None and value is None):
-        return value
-    raise ValueError(value)
-
-
-def _wrong_value(kind: type[Pass], option: "Field[Any]", got: str) -> PassError:
-    hint, default = _hint(kind, option.name), default_of(option)
-    fix = None
-    if get_origin(hint) is Literal:
-        need = "one of " + ", ".join(map(_print_option, get_args(hint)))
-    else:
-        need = _in_words(hint)
-        fix = f"The default is {_print_option(default)}." if default is not MISSING else None
-    return PassError(f"option '{option.name}' of pass '{kind.name}' has a wrong value", got=got, need=need, fix=fix)
-
-
-def _in_words(hint: Any) -> str:
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a word or a string", NoneType: "None"}
-    if hint is DType:
-        return "a dtype such as bf16"
-    if get_origin(hint) is tuple:
-        return f"[{', '.join('…' if inner is ... else _in_words(inner) for inner in get_args(hint))}]"
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_in_words, get_args(hint)))
-    return words.get(hint, str(hint))
-
-
 # Text -> passes
 
 
@@ -273,7 +183,7 @@ def _parse_pass(source: Source, start: int, end: int) -> Pass:
     known = {option.name: option for option in fields(kind)}
     given: dict[str, Any] = {}
     inside = (start + match.start(2) + 1, start + match.end(2) - 1) if match[2] else (start, start)
-    for first, last in _parts(source, *inside, ","):
+    for first, last in parts(source, *inside, ","):
         key, equals, value = (part.strip() for part in source.text[first:last].partition("="))
         option = known.get(key.replace("-", "_"))
         if option is None:
@@ -281,40 +191,12 @@ def _parse_pass(source: Source, start: int, end: int) -> Pass:
         if not equals or not value or option.name in given:
             problem = f"option '{key}' is given twice" if option.name in given else f"option '{key}' has no value"
             raise source.error(problem, first, last - first)
-        given[option.name] = _read_option(kind, option, value)
+        given[option.name] = read_option(kind, option, value)
     if missing := [
         option.name for option in known.values() if option.name not in given and default_of(option) is MISSING
     ]:
         raise PassError(f"pass '{kind.name}' needs an option", got=repr(text.strip()), need=f"{missing[0]}=…")
     return kind(**given)
-
-
-def _parts(source: Source, start: int, end: int, mark: str) -> Iterator[tuple[int, int]]:
-    """The stretches between marks that stand outside of brackets and strings, without space around them."""
-    text, opened, begin, at = source.text, list[int](), start, start
-    cuts = []
-    while at < end:
-        character = text[at]
-        if character == '"':
-            if (string := STRING.match(text, at, end)) is None:
-                raise source.error("this string does not end", at)
-            at = string.end()
-            continue
-        if character in CLOSING:
-            opened.append(at)
-        elif character in CLOSING.values():
-            if not opened or CLOSING[text[opened.pop()]] != character:
-                raise source.error(f"'{character}' closes no bracket", at)
-        elif character == mark and not opened:
-            cuts.append((begin, at))
-            begin = at + 1
-        at += 1
-    if opened:
-        raise source.error(f"'{text[opened[-1]]}' is not closed", opened[-1])
-    for first, last in [*cuts, (begin, end)]:
-        inner = text[first:last]
-        if inner.strip():
-            yield first + len(inner) - len(inner.lstrip()), first + len(inner.rstrip())
 
 
 @dataclass(frozen=True)
@@ -340,7 +222,7 @@ class Pipeline:
     def parse(cls, text: str) -> "Pipeline":
         """The pipeline that `pass; pass{option=value}; …` spells; ParseError when malformed, PassError when unknown."""
         source = Source(text, "<pipeline>")
-        return cls(tuple(_parse_pass(source, first, last) for first, last in _parts(source, 0, len(text), ";")))
+        return cls(tuple(_parse_pass(source, first, last) for first, last in parts(source, 0, len(text), ";")))
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.passes))

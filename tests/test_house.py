@@ -28,6 +28,7 @@ FLOORS = {
     "qcompiler.instruments": 3,
     "qcompiler.interpreter": 3,
     "qcompiler.pass_manager": 3,
+    "qcompiler.pass_options": 3,
     "qcompiler.pass_runner": 3,
     "qcompiler.runtime": 3,
     "qcompiler.testing": 3,

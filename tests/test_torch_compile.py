@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import qcompiler
-from qcompiler import CompiledModel
+from qcompiler import CaptureError, CompiledModel
 
 
 class Out(NamedTuple):
@@ -64,10 +64,12 @@ def test_torch_compile_of_a_pipeline_that_stays_in_plain_torch() -> None:
     same(torch.compile(slow, backend="eager", fullgraph=True, dynamic=True)(x, mask), slow(x, mask))
 
 
-def test_torch_compile_captures_lazily_outside_of_the_graph() -> None:
+def test_the_first_call_must_come_before() -> None:
     torch._dynamo.reset()
     lazy = qcompiler.compile(Block().eval())
     x, mask = inputs(3, 4)
+    with pytest.raises(CaptureError, match=r"the model is not captured yet\. Call it once before torch\.export"):
+        torch.export.export(lazy, (x, mask))
     lazy(x, mask)
     same(torch.compile(lazy, backend="eager", fullgraph=True)(x, mask), lazy(x, mask))
 

@@ -97,13 +97,14 @@ class CompiledModel(torch.nn.Module):
         self._program = program
 
     def _compile_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        if torch.compiler.is_compiling():
-            raise CaptureError(
-                "the model is not captured yet", fix="Call it once before torch.compile or torch.export."
-            )
+        if torch.compiler.is_dynamo_compiling():
+            raise CaptureError("the model is not captured yet", fix="Call it once before torch.compile.")
         with capturing:
             if self._program is not None:  # another thread was first
                 return self._program
+            # Asked with the lock in hand: while another thread captures, torch says so in all of them.
+            if torch.compiler.is_compiling():
+                raise CaptureError("the model is not captured yet", fix="Call it once before torch.export.")
             (model,) = self._pending
             if model is None:
                 raise CaptureError(
