@@ -318,3 +318,23 @@ class _Writer:
         if self.runnable:
             return tuple(self.rng.sample(self.tensors, min(len(self.tensors), 3)))
         return tuple(self.strange_argument(0) for _ in range(self.rng.randint(0, 4)))
+
+
+class Function(torch.nn.Module):
+    """A module whose forward is a function, in evaluation mode."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives."""
+        return self.function(*args, **kwargs)
+
+
+def verified(graph: Graph) -> Graph:
+    """The graph, verified, and held to a round trip through its text."""
+    graph.verify()
+    assert_text(Graph.parse(str(graph)), str(graph), locations=True)
+    return graph

@@ -26,7 +26,8 @@ class Block(torch.nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
         attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+        y: torch.Tensor = self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+        return x + y
 
 
 def example(width: int, hidden: int, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:

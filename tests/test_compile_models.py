@@ -165,7 +165,8 @@ def test_model(name: str) -> None:
             assert difference(first(got), exact) < 1e-9, "kernels and QDQ differ by the order of FP32 sums at most"
             assert decibels(first(got), first(want)) > 18
 
-    matmuls = [row for row in fast.report.rows if row.is_matmul]
+    # Some versions of transformers multiply positions by frequencies with a matmul.
+    matmuls = [row for row in fast.report.rows if row.is_matmul and not row.module.endswith("rotary_emb")]
     assert {row.module for row in matmuls if not row.quantized} == {
         row.module for row in matmuls if why(row, left_alone)
     }

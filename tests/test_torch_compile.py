@@ -10,6 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import qcompiler
 from qcompiler import CaptureError, CompiledModel
 
+# Dynamo, when it is first loaded, imports parts of torch that torch itself deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
 
 class Out(NamedTuple):
     hidden: Tensor

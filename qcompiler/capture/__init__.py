@@ -27,6 +27,7 @@ from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.signature import MISSING, ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
 from qcompiler.capture.symbols import Symbols
 from qcompiler.errors import CaptureError
+from qcompiler.interpreter import interpret
 from qcompiler.ir.graph import Graph
 from qcompiler.runtime.weights import Weights, named_tensors
 
@@ -44,6 +45,10 @@ class Captured:
 
     graph: Graph
     signature: Signature
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph gives for a call of the model, interpreted op by op; buffers stay as they are."""
+        return self.signature.unflatten(interpret(self.graph, self.signature.flatten(args, kwargs)))
 
 
 def capture(

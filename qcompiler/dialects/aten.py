@@ -56,7 +56,7 @@ def to_torch(literal: Argument) -> Any:
 
 def op_name(overload: torch._ops.OpOverload) -> str:
     """`aten.add.Tensor` for torch's overload; the default overload goes without a name."""
-    return overload.name().replace("::", ".").removesuffix(".default")
+    return str(overload.name()).replace("::", ".").removesuffix(".default")
 
 
 @cache

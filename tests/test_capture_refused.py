@@ -1,0 +1,144 @@
+"""What capture refuses, in one sentence each that quotes the user's own line where there is one."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qcompiler.capture import capture
+from qcompiler.errors import CaptureError
+from qcompiler.testing import Function
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(8, 16)
+        self.fc2 = nn.Linear(16, 8)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fc2(functional.silu(self.fc1(x)))
+
+
+def hooked() -> nn.Module:
+    model = MLP()
+    model.fc1.register_forward_hook(lambda *_: None)
+    return model
+
+
+def backward_hooked() -> nn.Module:
+    model = MLP()
+    model.fc2.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def pre_hooked() -> nn.Module:
+    model = MLP()
+    model.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def offloaded() -> nn.Module:
+    model = MLP()
+    model.fc1._hf_hook = type("AlignDevicesHook", (), {})()
+    return model
+
+
+def half_training() -> nn.Module:
+    model = MLP()
+    model.fc2.train()
+    return model
+
+
+def half_meta() -> nn.Module:
+    model = MLP()
+    model.fc2.to("meta")
+    return model
+
+
+def scripted() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        return torch.jit.trace(MLP(), torch.randn(2, 8))
+
+
+def compiled() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor imports what is deprecated
+        return torch.compile(MLP())
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: MLP().train(), r"training mode: got model.training is True. Call model.eval\(\)"),
+    (half_training, "training mode: got model.fc2.training is True"),
+    (hooked, "a forward hook on model.fc1, and a graph cannot call it: got hooked.<locals>.<lambda>"),
+    (pre_hooked, "a forward pre-hook on model, "),
+    (backward_hooked, "a backward hook on model.fc2, "),
+    (offloaded, "accelerate has put a hook on model.fc1.*: got AlignDevicesHook"),
+    (half_meta, "'fc2.weight' lies on the meta device and has no data"),
+    (compiled, "a model that torch.compile wraps"),
+    (lambda: print, "only a torch.nn.Module or an ExportedProgram can be captured: got builtin_function_or_method"),
+    (scripted, "a TorchScript module cannot be captured"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED, ids=[r[1][:40] for r in REFUSED])
+def test_preflight(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(CaptureError, match=sentence):
+        capture(make(), (torch.randn(2, 8),))
+
+
+def test_preflight_of_devices() -> None:
+    with pytest.raises(CaptureError, match=r"several devices: got 'fc1.weight' on cpu, 'fc2.weight' on meta"):
+        capture(half_meta(), (torch.randn(2, 8),), allow_meta=True)
+    with pytest.raises(CaptureError, match=r"another device than the model: .*: got meta; need cpu"):
+        capture(MLP(), (torch.randn(2, 8, device="meta"),))
+
+
+def data_dependent(x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > 0:
+        return x * 2
+    return x
+
+
+def test_a_branch_on_data_is_quoted_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = data_dependent.__code__.co_firstlineno + 1
+    with pytest.raises(
+        CaptureError, match=rf"test_capture_refused.py:{line}: if x.sum\(\) > 0:.*torch.where"
+    ) as caught:
+        capture(Function(data_dependent), (torch.randn(3, 4),))
+    assert "depends on the values of a tensor" in str(caught.value)
+    assert capsys.readouterr().err == ""
+
+
+def broken(x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.ones(3, 3)
+
+
+def test_any_other_failure_is_one_sentence_with_the_users_line() -> None:
+    line = broken.__code__.co_firstlineno + 1
+    with pytest.raises(
+        CaptureError, match=rf"cannot be traced: got RuntimeError: .*test_capture_refused.py:{line}: return x @"
+    ):
+        capture(Function(broken), (torch.randn(5, 4),))
+
+
+class Condition(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x * 3, (x,))
+
+
+def test_control_flow_operators_are_refused_with_the_users_line() -> None:
+    model = Condition().eval()
+    with pytest.raises(CaptureError, match=r"control flow over sub-graphs .*got cond \(in .*test_capture_refused.py"):
+        capture(model, (torch.randn(3, 4),))
+
+
+def test_an_unknown_word_for_dynamic_shapes() -> None:
+    with pytest.raises(CaptureError, match="got 'dynamic'; need 'auto' or None"):
+        capture(MLP(), (torch.randn(2, 8),), dynamic_shapes="dynamic")
