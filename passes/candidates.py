@@ -59,13 +59,15 @@ def why_not_quantized(op: Op, graph: Graph) -> Missed | None:
     if op.name in OTHER_READERS:
         return Missed(next(why for kind, why in WHY_OTHER.items() if kind in op.name)) if constant else NO_WEIGHTS
     if op.name != "aten.linear":
-        return _why_no_linear(constant)
+        return _why_no_linear(op, graph, constant)
     return _why_not_this_kind(op, graph) or _vocabulary(op.tensor(1), graph) or _router(op, graph)
 
 
-def _why_no_linear(constant: list[Value]) -> Missed:
+def _why_no_linear(op: Op, graph: Graph, constant: list[Value]) -> Missed:
     if not constant:
         return Missed("both of its operands are computed from the inputs")
+    if all(map(graph.is_constant, op.results)):
+        return Missed("all of its operands are constant", constant[0])
     largest = max(constant, key=lambda value: len(value.tensor.shape))
     dimensions = len(largest.tensor.shape)
     if dimensions > 2:

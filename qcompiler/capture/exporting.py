@@ -1,8 +1,11 @@
 """Model -> ExportedProgram: the ways to trace, in order, and one clear error when none works."""
 
 import linecache
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -52,7 +55,8 @@ def export_program(
     register_caches(model)
     shapes: Any = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
     errors: list[Exception] = []
-    with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence():
+    named = named_keywords(model, kwargs) if isinstance(dynamic_shapes, str) else nullcontext()
+    with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named:
         for context, strict in _attempts(model):
             try:
                 with context(), quiet_failure():
@@ -71,6 +75,30 @@ def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCo
     return shapes
 
 
+@contextmanager
+def named_keywords(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Shows `**kwargs` of a forward as the names that this call gives, for the duration.
+
+    torch.export looks for the shapes of such arguments both under their own names and under that of the dictionary.
+    """
+    found = signature(model.forward)
+    rest = [name for name in kwargs if name not in found.parameters]
+    named = [p for p in found.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    if not rest or len(named) == len(found.parameters):
+        yield
+        return
+    before = vars(model).get("forward")
+    shown: Any = partial(model.forward)  # adds no frame to the traces of the model's code
+    shown.__signature__ = found.replace(parameters=[*named, *(Parameter(n, Parameter.KEYWORD_ONLY) for n in rest)])
+    model.forward = shown
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
 def explain(error: BaseException) -> CaptureError:
     """What went wrong in a trace, in one sentence with the user's line."""
     chain = list(_chain(error))
@@ -87,6 +115,10 @@ def explain(error: BaseException) -> CaptureError:
         )
     root = chain[-1]
     message = str(root).strip().split("\n")[0].rstrip(".")
+    if unknown := re.search(r"Found <class '([^']*)'> in output, which is not a known type", message):
+        name = unknown[1].removeprefix("__main__.")
+        fix = f"Call torch.export.register_dataclass({name.split('.')[-1]}) first, or return a tuple or a dict."
+        return CaptureError("the model returns an object that hides its tensors", got=name, fix=fix)
     return CaptureError("the model cannot be traced", got=f"{type(root).__name__}: {message}", where=where)
 
 

@@ -10,6 +10,9 @@ from contextlib import contextmanager, redirect_stderr
 MODULES = r"(torch|copyreg|transformers|sympy)(\.|$)"
 """Whose warnings are silenced. copyreg stands for torch: it shows up when export deep-copies its own tree specs."""
 
+ABOUT_TORCH = r"The tensor attributes? self\."
+"""How a warning begins that export raises in the name of contextlib: recurrent layers look their weights up anew."""
+
 CHATTY = ("torch.export._trace", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 """Loggers that report a failing trace before it raises."""
 
@@ -20,6 +23,7 @@ def third_party_silence() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=MODULES)
+        warnings.filterwarnings("ignore", category=UserWarning, message=ABOUT_TORCH)
         yield
 
 

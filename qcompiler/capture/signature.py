@@ -12,6 +12,8 @@ from qcompiler.errors import InputError, did_you_mean
 from qcompiler.ir.graph import Range
 from qcompiler.ir.sizes import Size, evaluate, symbols
 
+AGAIN = "Capture the model again with an example of this size."
+
 MISSING: Any = object()
 """A parameter of forward without a default value."""
 
@@ -138,7 +140,8 @@ class Signature:
         for condition in self.conditions:
             if not condition.holds(bindings):
                 sizes = ", ".join(f"{symbol} = {bindings[symbol]}" for symbol in sorted(condition.symbols))
-                raise InputError("the model would take another course for these sizes", got=sizes, need=str(condition))
+                problem = "the model would take another course for these sizes"
+                raise InputError(problem, got=sizes, need=str(condition), fix=AGAIN)
         return inputs
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
@@ -153,7 +156,7 @@ class Signature:
         """Holds one size to its type: a fixed one must be equal, a symbol must be in range and the same everywhere."""
         if isinstance(size, int):
             if got != size:
-                raise InputError(f"{what} has another size than at capture", got=got, need=size)
+                raise InputError(f"{what} has another size than at capture", got=got, need=size, fix=AGAIN)
             return
         if (solved := solve(size, got)) is None:
             return
@@ -166,7 +169,7 @@ class Signature:
                 f"{what} is outside of the captured range",
                 got=got,
                 need=f"{size} with {symbol} in {bounds}",
-                fix="Capture the model again with an example of this size.",
+                fix=AGAIN,
             )
         if bindings.setdefault(symbol, value) != value:
             raise InputError(
