@@ -37,6 +37,10 @@ def example(width: int, hidden: int, dtype: torch.dtype) -> tuple[torch.nn.Modul
 
 SIZES = [(256, 512), (320, 1000)]
 
+# A kernel's sums differ from the reference's by 1.3e-4 (the tensor core's accumulator, within 128 products). Behind the
+# next quantization that moves about one code in 300 to its neighbour, 6% away: sqrt(1 / 300) * 0.06 = 3.5e-3.
+FLIPS = {torch.float32: 6e-3, torch.float16: 6e-3, torch.bfloat16: 1e-2}
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("width", "hidden"), SIZES)
@@ -50,10 +54,7 @@ def test_kernels_agree_with_the_interpreter(width: int, hidden: int, dtype: torc
         torch.randn(1, 200, width, device="cuda", dtype=dtype),
     ):
         (want,) = qcompiler.interpret(fast.graph, [sample])
-        limit = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}[
-            dtype
-        ]  # an ulp can flip FP8 codes further on
-        assert difference(want, fast(sample)) < limit
+        assert difference(want, fast(sample)) < FLIPS[dtype]
         with torch.no_grad():
             assert difference(model(sample), fast(sample)) < 0.06
 
@@ -77,7 +78,9 @@ def test_a_hugging_face_model_runs_and_keeps_its_output_type() -> None:
     got = fast(ids)
     assert type(got) is type(want)
     assert len(fast.report.quantized) == 14
-    assert difference(want.logits, got.logits) < 0.06
+    (reference, *_) = qcompiler.interpret(fast.graph, [ids])
+    assert difference(reference, got.logits) < FLIPS[torch.bfloat16]
+    assert difference(want.logits, got.logits) < 0.1  # FP8's own error, through two layers
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own imports, on Python 3.12
