@@ -36,8 +36,13 @@ ELEMENTWISE = (
 )  # fmt: skip
 """What may stand between a router's product and its top-k."""
 
-TOP_K = ("aten.topk", "aten.sort", "aten.sort.stable", "aten.argsort", "aten.argsort.stable")
+TOP_K = (
+    "aten.topk", "aten.sort", "aten.sort.stable", "aten.argsort", "aten.argsort.stable", "aten.kthvalue",
+)  # fmt: skip
 """What picks some of many by their size."""
+
+TOP_1 = ("aten.argmax", "aten.max.dim", "aten.multinomial")
+"""What picks one of many; the last result says which."""
 
 ALREADY = Missed("it is quantized already")
 NO_WEIGHTS = Missed("it reads no weights")
@@ -89,6 +94,8 @@ def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
         return Missed(f"its operands are {x.tensor.dtype} and {w.tensor.dtype}, not f32, f16 or bf16")
     if not all(isinstance(size, int) for size in w.tensor.shape) or len(w.tensor.shape) != 2:
         return Missed("its weight is no matrix of fixed size", w)
+    if x.tensor.shape[-1] != w.tensor.shape[1]:
+        return Missed(f"the size that it sums over is not fixed ({x.tensor.shape[-1]})", x)
     if w.tensor.elements == 0:
         return Missed("its weight has no elements", w)
     if bias is not None and bias.tensor.shape != w.tensor.shape[:1]:
@@ -105,10 +112,10 @@ def _router(op: Op, graph: Graph) -> Missed | None:
 def feeds_topk(value: Value, graph: Graph) -> bool:
     """Whether a top-k reads `value`, directly or through operations that work element by element.
 
-    An argmax counts when the model computes with what it picks: a classifier that only returns it is no router.
+    One of TOP_1 counts when the model computes with what it picks: a classifier that only returns it is no router.
     """
     for op in readers_through(graph, value, _is_elementwise):
-        if op.name in TOP_K or (op.name == "aten.argmax" and _is_followed(op.result, graph)):
+        if op.name in TOP_K or (op.name in TOP_1 and _is_followed(op.results[-1], graph)):
             return True
     return False
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from qcompiler.capture import capture
-from qcompiler.errors import CaptureError
+from qcompiler.errors import CaptureError, InputError
 from qcompiler.ir import Graph
 from qcompiler.ir.graph import Range
 from qcompiler.testing import Function, verified
@@ -243,6 +243,44 @@ def test_fixed_shapes_and_a_specification_of_ones_own() -> None:
     rows = torch.export.Dim("rows", min=2, max=64)
     own = capture(MLP(), (torch.randn(3, 5, 8),), dynamic_shapes={"x": {0: rows}})
     assert str(own.graph.inputs[0].type) == "f32[s0, 5, 8]" and own.graph.symbols["s0"].high == 64
+
+
+class Open(nn.Module):
+    """Takes names that its forward does not spell."""
+
+    def forward(self, *terms: torch.Tensor, **rest: Any) -> Any:
+        total = sum(terms, rest["bias"])
+        return total * 2 if rest["twice"] else total
+
+
+def test_arguments_that_forward_does_not_name() -> None:
+    def call(n: int) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        return (torch.randn(n, 4), torch.randn(n, 4)), {"bias": torch.randn(n, 1), "twice": True}
+
+    model = Open().eval()
+    state = dict(vars(model))
+    captured = capture(model, *call(3))
+    assert vars(model) == state and [v.name for v in captured.graph.inputs] == ["terms_0", "terms_1", "bias"]
+    args, kwargs = call(1)
+    assert torch.equal(captured.run(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_sizes_that_only_fit_a_weight_are_numbers() -> None:
+    """Of all heights and widths, the classifier's columns leave open some pairs, of which the example is one."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 5)).eval()
+    captured = capture(model, (torch.randn(2, 3, 8, 8),))
+    assert str(captured.graph.inputs[0].type) == "f32[s0, 3, 8, 8]" and set(captured.graph.symbols) == {"s0"}
+    assert str(captured.graph.ops("aten.linear")[0].tensor(0).type) == "f32[s0, 72]"
+    verified(captured.graph)
+    with pytest.raises(InputError, match="dimension 2 of input .*got 9; need 8. Capture the model again"):
+        captured.run(torch.randn(2, 3, 9, 8))
+
+
+def test_recurrent_layers_raise_no_warning() -> None:
+    model = nn.GRU(4, 6, batch_first=True).eval()
+    captured = capture(model, (torch.randn(2, 3, 4),))
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(captured.run(x)[0], model(x)[0])
 
 
 # Other sources and ways

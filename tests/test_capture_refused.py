@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (pre_hooked, "a forward pre-hook on model, "),
     (backward_hooked, "a backward hook on model.fc2, "),
     (offloaded, "accelerate has put a hook on model.fc1.*: got AlignDevicesHook"),
+    (lambda: nn.LazyLinear(4).eval(), "'weight' has no size yet. Call the model once"),
     (half_meta, "'fc2.weight' lies on the meta device and has no data"),
     (compiled, "a model that torch.compile wraps"),
     (lambda: print, "only a torch.nn.Module or an ExportedProgram can be captured: got builtin_function_or_method"),
@@ -137,6 +139,30 @@ def test_control_flow_operators_are_refused_with_the_users_line() -> None:
     model = Condition().eval()
     with pytest.raises(CaptureError, match=r"control flow over sub-graphs .*got cond \(in .*test_capture_refused.py"):
         capture(model, (torch.randn(3, 4),))
+
+
+@dataclass
+class Hidden:
+    y: torch.Tensor
+
+
+class Rescales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.w.mul_(2)
+        return x * self.w
+
+
+def test_what_a_graph_cannot_give_back() -> None:
+    with pytest.raises(CaptureError, match=r"hides its tensors: got \S*Hidden. Call torch.export.register_dataclass"):
+        capture(Function(Hidden), (torch.randn(3, 4),))
+    model = Rescales().eval()
+    with pytest.raises(CaptureError, match="changes a parameter while it runs: got w. .* call it once before"):
+        capture(model, (torch.randn(3, 4),))
+    assert torch.equal(model.w, torch.ones(4))
 
 
 def test_an_unknown_word_for_dynamic_shapes() -> None:

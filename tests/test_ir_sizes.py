@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompiler.ir.sizes import Expr, Size, call, ceildiv, evaluate, floordiv, mod, parse_size, product, symbol, symbols
+from qcompiler.ir.sizes import Expr, Size, call, ceildiv, evaluate, floordiv, mod, parse_size, product, substitute, symbol, symbols
 
 S0, S1 = symbol("s0"), symbol("s1")
 NAMES = ("s0", "s1", "u7")
@@ -182,6 +182,13 @@ def test_malformed_sizes_say_why(text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is held to below
         parse_size(text)
     assert message in str(caught.value)
+
+
+@given(trees, bindings)
+def test_substituting_some_symbols_leaves_the_value(tree: Tree, values: dict[str, int]) -> None:
+    some = {"s0": values["s0"]}
+    size = substitute(build(tree), some)
+    assert not symbols(size) & some.keys() and evaluate(size, values) == evaluate(build(tree), values)
 
 
 def test_evaluating_names_the_symbol_that_is_missing() -> None:

@@ -76,7 +76,7 @@ def test_refused_types_and_shapes(graph: Graph, reason: str) -> None:
     assert not Fp8Tile().run(graph)
 
 
-HEAD = "func @m(%x: f32[4, 128], %ids: i64[4]) -> (f32[4, 64]) {\n"
+HEAD = "func @m(%x: f32[4, 128], %ids: i64[4], %free: f32[4, s0]) -> (f32[4, 64]) where s0 in 0.. {\n"
 W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
 
 
@@ -106,6 +106,20 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %i = aten.argmax(%y, -1) : i64[4]\n"
             "  %hot = aten.one_hot(%i, 64) : i64[4, 64]\n",
             "it is a router: its product decides a top-k",
+        ),
+        (
+            W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %v, %i = aten.max.dim(%y, -1) : f32[4], i64[4]\n"
+            "  %hot = aten.one_hot(%i, 64) : i64[4, 64]\n",
+            "it is a router: its product decides a top-k",
+        ),
+        (
+            W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %v, %i = aten.kthvalue(%y, 3) : f32[4], i64[4]\n",
+            "it is a router: its product decides a top-k",
+        ),
+        (W + "  %y = aten.mm(%w, %w) : f32[64, 128]\n", "all of its operands are constant (%w)"),
+        (
+            W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n".replace("%x", "%free"),
+            "the size that it sums over is not fixed (s0) (%free)",
         ),
         (
             W + "  %k = aten.relu(%x) : f32[4, 128]\n  %t = aten.t(%k) : f32[128, 4]\n"

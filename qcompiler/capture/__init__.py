@@ -20,6 +20,7 @@ from qcompiler.capture.check import ModelRefused, check_graph
 from qcompiler.capture.decompositions import decompose
 from qcompiler.capture.examples import Call, enlarged
 from qcompiler.capture.exporting import DataDependent, export_program
+from qcompiler.capture.fixing import fixed
 from qcompiler.capture.huggingface import output_embeddings
 from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
 from qcompiler.capture.preflight import check_inputs, check_model
@@ -134,6 +135,7 @@ def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Cal
         signature = check_graph(captured.graph, captured.signature, model, call, traced)
     except ModelRefused as error:
         raise CaptureError("the model does not run on the example inputs", got=error) from error
+    signature = fixed(captured.graph, signature)
     captured.graph.symbols = dict(signature.symbols)
     return Captured(captured.graph, signature)
 

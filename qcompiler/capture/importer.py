@@ -220,6 +220,9 @@ class _Importer:
                 outputs.append(value)
             elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 self.graph.append(UPDATE, self.targets[str(spec.target)], value, types=[])
+            elif spec.kind is OutputKind.PARAMETER_MUTATION:
+                fix = "If it does so in its first call only, call it once before; otherwise make it a buffer."
+                raise CaptureError("the model changes a parameter while it runs", got=spec.target, fix=fix)
             else:
                 raise CaptureError(
                     "an output of this kind has no place in a graph", got=f"{spec.target}: {spec.kind.name.lower()}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -31,7 +32,7 @@ def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
             devices, or in a tensor subclass.
     """
     module = _check_kind(model)
-    for check in (_check_mode, _check_hooks, _check_subclasses):
+    for check in (_check_mode, _check_lazy, _check_hooks, _check_subclasses):
         check(module)
     if not allow_meta:
         _check_data(module)
@@ -88,6 +89,14 @@ def _check_mode(model: torch.nn.Module) -> None:
             "the model is in training mode",
             got=f"{_called(training)}.training is True",
             fix="Call model.eval() first: a compiled model is for inference.",
+        )
+
+
+def _check_lazy(model: torch.nn.Module) -> None:
+    lazy = next((name for name, tensor in named_tensors(model).items() if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise CaptureError(
+            f"the weight {lazy!r} has no size yet", fix="Call the model once with real inputs: its layers are lazy."
         )
 
 

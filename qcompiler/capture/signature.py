@@ -133,9 +133,9 @@ class Signature:
             if isinstance(slot, TensorSlot):
                 _check_tensor(slot, leaf)
                 for axis, size in enumerate(slot.shape):
-                    self._bind(slot, f"dimension {axis} of {slot.path}", size, leaf.shape[axis], bindings)
+                    self._bind(slot, axis, size, leaf.shape[axis], bindings)
             elif slot.value is not None:
-                self._bind(slot, slot.path, slot.value, leaf, bindings)
+                self._bind(slot, None, slot.value, leaf, bindings)
         self._check_rest(inputs, bindings)
         for condition in self.conditions:
             if not condition.holds(bindings):
@@ -152,28 +152,33 @@ class Signature:
         """Where each flat output stands in what the model returns, such as `['logits']`."""
         return [path or "the output" for path in leaf_paths(self.out_spec)]
 
-    def _bind(self, slot: Slot, what: str, size: Size, got: int, bindings: dict[str, int]) -> None:
+    def _bind(self, slot: Slot, axis: int | None, size: Size, got: int, bindings: dict[str, int]) -> None:
         """Holds one size to its type: a fixed one must be equal, a symbol must be in range and the same everywhere."""
         if isinstance(size, int):
             if got != size:
-                raise InputError(f"{what} has another size than at capture", got=got, need=size, fix=AGAIN)
+                raise InputError(
+                    f"{_named(slot, axis)} has another size than at capture", got=got, need=size, fix=AGAIN
+                )
             return
         if (solved := solve(size, got)) is None:
             return
         symbol, value = solved
         if value is None:
-            raise InputError(f"{what} does not have a size of the captured form", got=got, need=str(size))
+            raise InputError(f"{_named(slot, axis)} does not have a size of the captured form", got=got, need=str(size))
         bounds = self.symbols.get(symbol, Range())
         if value < bounds.low or (bounds.high is not None and value > bounds.high):
             raise InputError(
-                f"{what} is outside of the captured range",
+                f"{_named(slot, axis)} is outside of the captured range",
                 got=got,
                 need=f"{size} with {symbol} in {bounds}",
                 fix=AGAIN,
             )
         if bindings.setdefault(symbol, value) != value:
             raise InputError(
-                f"{what} contradicts another input", got=got, need=evaluate(size, bindings), where=str(size)
+                f"{_named(slot, axis)} contradicts another input",
+                got=got,
+                need=evaluate(size, bindings),
+                where=str(size),
             )
 
     def _check_rest(self, inputs: Sequence[Any], bindings: Mapping[str, int]) -> None:
@@ -225,6 +230,11 @@ class Signature:
     def _positional(self, count: int) -> list[str]:
         names = [name for name, _ in self.parameters][:count]
         return names + [f"args[{index}]" for index in range(len(names), count)]
+
+
+def _named(slot: Slot, axis: int | None) -> str:
+    """A number or a dimension of a tensor, in a message."""
+    return slot.path if axis is None else f"dimension {axis} of {slot.path}"
 
 
 def linear(size: Size) -> tuple[str, int, int] | None:

@@ -206,6 +206,22 @@ def evaluate(size: Size, bindings: Mapping[str, int]) -> int:
     return total
 
 
+def substitute(size: Size, bindings: Mapping[str, int]) -> Size:
+    """`size` with the symbols in `bindings` replaced by their values."""
+    if isinstance(size, int) or not symbols(size) & bindings.keys():
+        return size
+    total: Size = 0
+    for atoms, factor in size.terms:
+        term: Size = factor
+        for atom in atoms:
+            if isinstance(atom, str):
+                term = term * bindings.get(atom, symbol(atom))
+            else:
+                term = term * call(atom.function, *(substitute(a, bindings) for a in atom.args))
+        total = total + term
+    return total
+
+
 @lru_cache(maxsize=4096)
 def parse_size(text: str) -> Size:
     """The size that `text` spells; ValueError says where it is malformed."""
