@@ -272,7 +272,7 @@ def test_sizes_that_only_fit_a_weight_are_numbers() -> None:
     assert str(captured.graph.inputs[0].type) == "f32[s0, 3, 8, 8]" and set(captured.graph.symbols) == {"s0"}
     assert str(captured.graph.ops("aten.linear")[0].tensor(0).type) == "f32[s0, 72]"
     verified(captured.graph)
-    with pytest.raises(InputError, match="dimension 2 of input .*got 9; need 8. Capture the model again"):
+    with pytest.raises(InputError, match=r"dimension 2 of input .*got 9; need 8. Capture the model again"):
         captured.run(torch.randn(2, 3, 9, 8))
 
 

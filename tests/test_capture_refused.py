@@ -160,7 +160,7 @@ def test_what_a_graph_cannot_give_back() -> None:
     with pytest.raises(CaptureError, match=r"hides its tensors: got \S*Hidden. Call torch.export.register_dataclass"):
         capture(Function(Hidden), (torch.randn(3, 4),))
     model = Rescales().eval()
-    with pytest.raises(CaptureError, match="changes a parameter while it runs: got w. .* call it once before"):
+    with pytest.raises(CaptureError, match=r"changes a parameter while it runs: got w. .* call it once before"):
         capture(model, (torch.randn(3, 4),))
     assert torch.equal(model.w, torch.ones(4))
 

@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompiler.ir.sizes import Expr, Size, call, ceildiv, evaluate, floordiv, mod, parse_size, product, substitute, symbol, symbols
+from qcompiler.ir.sizes import (
+    Expr,
+    Size,
+    call,
+    ceildiv,
+    evaluate,
+    floordiv,
+    mod,
+    parse_size,
+    product,
+    substitute,
+    symbol,
+    symbols,
+)
 
 S0, S1 = symbol("s0"), symbol("s1")
 NAMES = ("s0", "s1", "u7")

@@ -51,6 +51,7 @@ class Weights(nn.Module):
         self.down, self.up = nn.Parameter(torch.randn(64, 8) / 8), nn.Parameter(torch.randn(8, 130) / 8)
         self.register_buffer("table", torch.randn(200, 130) / 11, persistent=False)
         self.plain = torch.randn(7, 64) / 8
+        self.table: Tensor
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         merged = functional.linear(x, self.normed.weight + (self.down @ self.up).t() * 0.5)
@@ -76,7 +77,7 @@ class Rotary(nn.Module):
         q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (8, 2))) * turn).flatten(-2) for t in (q, k))
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         joined: Tensor = self.out(y.transpose(1, 2).flatten(-2))
-        return joined[:, -length:] if length % 4 == 0 else joined[:, :length]
+        return joined[:, :length]
 
 
 class Recurrent(nn.Module):
@@ -111,7 +112,7 @@ MODELS: dict[str, Case] = {
     ),
     "experts": (Experts, hidden, SIZES),
     "weights": (Weights, hidden, SIZES),
-    "rotary": (Rotary, hidden, [(2, 7), (1, 5), (3, 19)]),
+    "rotary": (Rotary, hidden, SIZES),
     "lstm": (Recurrent, lambda rows, length: {"x": torch.randn(rows, length, 48)}, [(2, 7), (1, 7)]),
     "conv": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)),

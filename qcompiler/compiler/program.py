@@ -69,7 +69,7 @@ def _plain_torch() -> Iterator[None]:
 def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe) -> Captured:
     """A module, an exported program or a graph as a captured graph; CaptureError when that cannot be."""
     if isinstance(model, Graph):
-        return graph_ascapture_model(model)
+        return graph_as_captured(model)
     try:
         with capturing, _plain_torch():
             return capture(model, args, kwargs, dynamic_shapes=recipe.dynamic_shapes)
@@ -80,7 +80,7 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rec
         raise CaptureError(problem, fix="Please report it together with this message.") from error
 
 
-def graph_ascapture_model(graph: Graph) -> Captured:
+def graph_as_captured(graph: Graph) -> Captured:
     """A copy of `graph` over the same tensors, called with its inputs in order; several outputs come as a tuple."""
     device = next((tensor.device for tensor in graph.weights.values()), CPU)
     slots = [_slot(value, device) for value in graph.inputs]
