@@ -212,6 +212,12 @@ def test_examples_of_size_1_are_still_dynamic(shape: tuple[int, int]) -> None:
         assert torch.equal(captured.run(*args), model(*args))
 
 
+def test_an_example_may_be_a_view_of_a_larger_tensor() -> None:
+    model, whole = MLP(), torch.randn(4, 5, 16)
+    captured = capture(model, (whole[:, 1:, :8],))
+    assert torch.equal(captured.run(whole[:2, :, 8:]), model(whole[:2, :, 8:]))
+
+
 def test_a_size_of_1_that_the_model_needs_stays_1() -> None:
     captured = capture(Function(lambda x, bias: x + bias.expand(x.shape[0], 4)), (torch.randn(3, 4), torch.randn(1, 4)))
     assert [str(v.type) for v in captured.graph.inputs] == ["f32[s0, 4]", "f32[1, 4]"]

@@ -53,6 +53,7 @@ def export_program(
         CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
     """
     register_caches(model)
+    args, kwargs = pytree.tree_map(_owner, (tuple(args), dict(kwargs)))
     shapes: Any = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
     errors: list[Exception] = []
     named = named_keywords(model, kwargs) if isinstance(dynamic_shapes, str) else nullcontext()
@@ -64,6 +65,11 @@ def export_program(
             except Exception as error:  # whatever torch or the model raises becomes one sentence below
                 errors.append(error)
     raise explain(errors[0]) from errors[0]
+
+
+def _owner(leaf: Any) -> Any:
+    """A copy of a tensor that is a view of another: torch 2.11 would guard on the sizes of that other one, too."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf._is_view() else leaf
 
 
 def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCollection:
