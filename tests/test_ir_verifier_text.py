@@ -75,7 +75,7 @@ TABLE: list[tuple[int, str, str, str, str, str]] = [
     (12, "(%p.b, %p.n)", "(%p.w, %p.n)", "core.update", "%p.w", "%p.w comes from core.param, not from a buffer"),
     (12, "(%p.b, %p.n)", "(%p.b, %p.s)", "core.update", "%p.s", "%p.b is f32[2, 128], but its new value is f32[2, 1]"),
     (12, "(%p.b, %p.n)", "(%p.x, %p.n)\n  core.update(%p.x, %p.b)", "core.update", "%p.x", "%p.x is updated twice"),
-    (7, "core.update(%p.b, %p.n)", "%p.u = core.update(%p.b, %p.n) : i8[]", "%p.u", "",
+    (7, "core.update(%p.b, %p.n)", "%p.u = core.update(%p.b, %p.n) : i8[]", "%p.u", "i8[]",
      "the results are i8[], but the type rule gives nothing"),
     (13, ": bf16[2, 1]", ": bf16[q9, 1]", "%p.z", "bf16[q9, 1]",
      "%p.z is bf16[q9, 1], but no input has the symbol q9"),
