@@ -186,7 +186,7 @@ class Validate(Instrument):
                     need="equal bits" if limit is None else f"at most {allowed(old, limit):.3g}",
                     where=f"{self._first(graph, limit) or name}, the first operation that differs",
                 )
-        worst = max((difference(old, new[name]) for name, old in self._old.items()), default=0.0)
+        worst = max((relative_error(old, new[name]) for name, old in self._old.items()), default=0.0)
         self.errors[step.name] = max(worst, self.errors.get(step.name, 0.0))
         self._old = new
         del self._graph
@@ -237,7 +237,7 @@ def within(old: Any, new: Any, limit: float | None) -> bool:
         return False
     if limit is None:
         return torch.equal(_bits(old), _bits(new))
-    return difference(old, new) <= allowed(old, limit)
+    return relative_error(old, new) <= allowed(old, limit)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -250,7 +250,7 @@ def allowed(old: Any, limit: float) -> float:
     return limit + TOLERANCE.get(getattr(old, "dtype", None), 0.0)  # type: ignore[arg-type]  # None is no key
 
 
-def difference(old: Any, new: Any) -> float:
+def relative_error(old: Any, new: Any) -> float:
     """The norm of the difference over the norm of `old`; 0 for what are no tensors of equal shape."""
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.shape != new.shape:
         return 0.0
@@ -272,5 +272,5 @@ def _deviation(old: Any, new: Any) -> str:
         return f"{new!r} in the place of {old!r}"
     if kinds[0] != kinds[1]:
         return f"{kinds[1]} in the place of {kinds[0]}"
-    error = difference(old, new)
+    error = relative_error(old, new)
     return f"a relative error of {error:.3g}" if error else "other bits of equal value"

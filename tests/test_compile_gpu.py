@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qcompiler
-from qcompiler.instruments import Validate, difference
+from qcompiler.instruments import Validate, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -54,9 +54,9 @@ def test_kernels_agree_with_the_interpreter(width: int, hidden: int, dtype: torc
         torch.randn(1, 200, width, device="cuda", dtype=dtype),
     ):
         (want,) = qcompiler.interpret(fast.graph, [sample])
-        assert difference(want, fast(sample)) < FLIPS[dtype]
+        assert relative_error(want, fast(sample)) < FLIPS[dtype]
         with torch.no_grad():
-            assert difference(model(sample), fast(sample)) < 0.06
+            assert relative_error(model(sample), fast(sample)) < 0.06
 
 
 def check_kernels_one_by_one(graph: qcompiler.Graph, inputs: list[torch.Tensor]) -> None:
@@ -75,7 +75,7 @@ def check_kernels_one_by_one(graph: qcompiler.Graph, inputs: list[torch.Tensor])
         elif op.name == "kernel.scaled_linear":
             bias = [None] * (5 - len(operands))
             y = torch.ops.qcompiler.scaled_linear(*operands, *bias, [1, 128], [128, 128], results[0].dtype)
-            assert difference(results[0], y) < 2e-3
+            assert relative_error(results[0], y) < 2e-3
         kernels += op.name.startswith("kernel.")
 
     qcompiler.interpret(graph, inputs, observe=observe)
@@ -101,7 +101,7 @@ def test_a_hugging_face_model_runs_and_keeps_its_output_type() -> None:
     got = fast(ids)
     assert type(got) is type(want)
     assert len(fast.report.quantized) == 14
-    assert difference(want.logits, got.logits) < 0.1  # FP8's own error, through two layers
+    assert relative_error(want.logits, got.logits) < 0.1  # FP8's own error, through two layers
     check_kernels_one_by_one(fast.graph, [ids])
 
 
@@ -113,7 +113,7 @@ def test_torch_compile_takes_a_compiled_model(backend: str) -> None:
     faster: Any = torch.compile(fast, fullgraph=True, dynamic=True, backend=backend)
     for rows in (65, 7):
         sample = torch.randn(2, rows, 256, device="cuda", dtype=torch.bfloat16)
-        assert difference(fast(sample), faster(sample)) < 1e-2
+        assert relative_error(fast(sample), faster(sample)) < 1e-2
 
 
 def test_a_cuda_graph_replays_a_compiled_model() -> None:
