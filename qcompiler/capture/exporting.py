@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import Parameter, signature
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -121,11 +123,18 @@ def explain(error: BaseException) -> CaptureError:
         )
     root = chain[-1]
     message = str(root).strip().split("\n")[0].rstrip(".")
-    if unknown := re.search(r"Found <class '([^']*)'> in output, which is not a known type", message):
-        name = unknown[1].removeprefix("__main__.")
+    if name := _opaque_output(root, message):
         fix = f"Call torch.export.register_dataclass({name.split('.')[-1]}) first, or return a tuple or a dict."
         return CaptureError("the model returns an object that hides its tensors", got=name, fix=fix)
     return CaptureError("the model cannot be traced", got=f"{type(root).__name__}: {message}", where=where)
+
+
+def _opaque_output(error: BaseException, message: str) -> str | None:
+    """The class of an output that is no pytree, when that is what torch stumbled over."""
+    found = re.search(r"Found <class '([^']*)'> in output, which is not a known type", message)
+    if found is None and "weakref.py" in [Path(frame.filename).name for frame in extract_tb(error.__traceback__)[-1:]]:
+        found = re.search(r"unhashable type: '(\w+)'", message)  # torch 2.11 puts outputs into a weak set
+    return found[1].removeprefix("__main__.") if found else None
 
 
 def _attempts(model: torch.nn.Module) -> Iterator[Attempt]:

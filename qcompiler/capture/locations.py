@@ -1,6 +1,7 @@
 """Where a traced operation comes from: the user's source line and the module path, free of machine paths."""
 
 import re
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from traceback import FrameSummary
@@ -14,6 +15,7 @@ from qcompiler.ir.op import Location
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 PACKAGES = ("site-packages", "dist-packages")
 TORCH = str(Path(torch.__file__).parent)
+STANDARD = sysconfig.get_paths()["stdlib"]
 OURS = str(Path(__file__).parents[1])
 
 
@@ -82,13 +84,10 @@ def _frames(trace: str) -> Iterator[Line]:
 
 
 def _is_users(file: str) -> bool:
-    # Generated code has names such as <eval_with_key>.3; contextlib only carries torch's decorators.
-    generated = file.startswith("<")
-    return (
-        not generated
-        and not file.startswith((TORCH, OURS, "torch/"))
-        and Path(file).name not in ("contextlib.py", "copyreg.py")
-    )
+    # Generated code has names such as <eval_with_key>.3.
+    if file.startswith(("<", TORCH, OURS, "torch/")):
+        return False
+    return not Path(file).is_relative_to(STANDARD) or any(package in Path(file).parts for package in PACKAGES)
 
 
 def _module_path(name: str) -> str:
