@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qcompiler.dialects.aten import overload_of, to_torch
+from qcompiler.dialects.aten import is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
 from qcompiler.ir import Argument, Graph, Op, Value
@@ -224,16 +224,9 @@ def _memory_of(value: Value) -> set[Value]:
     while stack:
         value = stack.pop()
         found.add(value)
-        if lookup(value.op.name) is None and _is_view(value.op.name):
+        if lookup(value.op.name) is None and is_view(value.op.name):
             stack += [operand for _, operand in value.op.operands() if operand not in found]
     return found
-
-
-def _is_view(name: str) -> bool:
-    """Whether an operation of torch's may return the memory of an argument."""
-    if name.startswith(("aten.dropout", "aten._unsafe_view", "prims.")):  # their schemas do not say so
-        return True
-    return any(argument.alias_info is not None for argument in overload_of(name)._schema.arguments)
 
 
 def _returns_list(op: Op) -> bool:

@@ -62,10 +62,15 @@ def why_not_quantized(op: Op, graph: Graph) -> Missed | None:
     """Why a reader of weights must be left alone; None when it is a matmul that may be quantized."""
     constant = [v for _, v in op.operands() if isinstance(v.type, TensorType) and graph.is_constant(v)]
     if op.name in OTHER_READERS:
-        return Missed(next(why for kind, why in WHY_OTHER.items() if kind in op.name)) if constant else NO_WEIGHTS
+        return Missed(why_no_matmul(op)) if constant else NO_WEIGHTS
     if op.name != "aten.linear":
         return _why_no_linear(op, graph, constant)
     return _why_not_this_kind(op, graph) or _vocabulary(op.tensor(1), graph) or _router(op, graph)
+
+
+def why_no_matmul(op: Op) -> str:
+    """Why one of OTHER_READERS is left alone."""
+    return next(why for kind, why in WHY_OTHER.items() if kind in op.name)
 
 
 def _why_no_linear(op: Op, graph: Graph, constant: list[Value]) -> Missed:

@@ -1,6 +1,6 @@
 """Which values may share memory, and so when one value may stand in for a copy of it."""
 
-from qcompiler.dialects.aten import overload_of
+from qcompiler.dialects import aten
 from qcompiler.ir import Graph, Missed, Op, Value
 from qcompiler.ir.op_table import lookup
 
@@ -18,8 +18,7 @@ def is_view(op: Op) -> bool:
     """Whether the results of `op` may share the memory of its first argument."""
     if lookup(op.name) is not None or not op.args or not isinstance(op.args[0], Value):
         return False
-    # In evaluation dropout gives back what it got, though its schema does not say so.
-    return op.name == "aten.dropout" or any(result.alias_info for result in overload_of(op.name)._schema.returns)
+    return aten.is_view(op.name)
 
 
 def origin(value: Value) -> Value:

@@ -199,6 +199,12 @@ def _parse_pass(source: Source, start: int, end: int) -> Pass:
     return kind(**given)
 
 
+def numbered(name: str, taken: Iterable[str]) -> str:
+    """`name` for the first pass of that name in a pipeline, `name#2` for the second."""
+    count = 1 + sum(other.partition("#")[0] == name for other in taken)
+    return name if count == 1 else f"{name}#{count}"
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Passes in order. A value: editing gives a new one; where a pass is wanted, its text will do.
@@ -238,8 +244,7 @@ class Pipeline:
         """The names of the passes, each once: the second of a name is called `name#2`."""
         names: list[str] = []
         for step in self.passes:
-            count = 1 + sum(name.partition("#")[0] == step.name for name in names)
-            names.append(step.name if count == 1 else f"{step.name}#{count}")
+            names.append(numbered(step.name, names))
         return tuple(names)
 
     def __contains__(self, name: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from qcompiler.errors import PassError, QCompilerError, VerifyError, did_you_mean
 from qcompiler.instruments import Instrument, Outcome
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Effect, Pass, Pipeline
+from qcompiler.pass_manager import Effect, Pass, Pipeline, numbered
 
 T = TypeVar("T")
 
@@ -35,8 +35,7 @@ class Stages(Mapping[str, Graph]):
 
     def add(self, name: str, graph: Graph) -> None:
         """Keeps a copy of the structure of `graph`."""
-        count = 1 + sum(known.split("#")[0] == name for known in self._graphs)
-        self._graphs[name if count == 1 else f"{name}#{count}"] = graph.clone(weights=False)
+        self._graphs[numbered(name, self._graphs)] = graph.clone(weights=False)
 
     def __getitem__(self, name: str) -> Graph:
         if name not in self._graphs:

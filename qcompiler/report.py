@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from passes.candidates import MATMULS, OTHER_READERS, WHY_OTHER
+from passes.candidates import MATMULS, OTHER_READERS, why_no_matmul
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.ir.dataflow import parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
@@ -207,7 +207,7 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
 
 def _why_not(op: Op) -> str:
     if op.name in OTHER_READERS:
-        return next(why for kind, why in WHY_OTHER.items() if kind in op.name)
+        return why_no_matmul(op)
     return NO_REASON if op.name in MATMULS else NO_MATMUL
 
 

@@ -72,6 +72,15 @@ def overload_of(name: str) -> torch._ops.OpOverload:
     return found
 
 
+@cache
+def is_view(name: str) -> bool:
+    """Whether an operation of torch's may return the memory of an argument."""
+    # In evaluation dropout gives back what it got; its schema, and those of the other two, do not say so.
+    if name.startswith(("aten.dropout", "aten._unsafe_view", "prims.")):
+        return True
+    return any(result.alias_info is not None for result in overload_of(name)._schema.returns)
+
+
 def _knows(name: str) -> bool:
     try:
         overload_of(name)
