@@ -1,8 +1,9 @@
-"""The FP8 product with 1x128 and 128x128 scales beside bfloat16 and the vendor's block-scaled kernel, in one run.
+"""The 8-bit products beside bfloat16 and the vendor's kernels of the same kind, in one run.
 
     python benchmarks/gemm.py [--out FOLDER]
 
-TFLOP/s of the same product on the same operands; the error is against the FP32 product of the quantized operands.
+Two tables: 1x128 and 128x128 scales, and the other granularities. TFLOP/s of the same product on the same operands; the
+error is against the FP32 product of the quantized operands.
 """
 
 from typing import Any
@@ -11,7 +12,8 @@ import harness
 import torch
 from torch.nn import functional
 
-from codegen import torch_ops
+import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen.product import launch_gemm
 from codegen.tiling import GemmProblem, bucket, choose
 from qcompiler import numerics
 
@@ -34,7 +36,7 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
     config = choose(GemmProblem(bucket(m), n, k))
 
     def ours() -> torch.Tensor:
-        torch_ops.launch_gemm(config, x, w, out, xs, ws, None)
+        launch_gemm(config, x, w, out, xs, ws, None)
         return out
 
     def vendor() -> torch.Tensor:
@@ -63,12 +65,51 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
     }
 
 
+GRANULARITIES = {
+    "FP8 [1, 32]": ((1, 32), (128, 128), torch.float8_e4m3fn),
+    "FP8 [1, 64]": ((1, 64), (128, 128), torch.float8_e4m3fn),
+    "FP8 [1, 256]": ((1, 256), (128, 128), torch.float8_e4m3fn),
+    "FP8 token x block": ((1, -1), (128, 128), torch.float8_e4m3fn),
+    "FP8 token x channel": ((1, -1), (1, -1), torch.float8_e4m3fn),
+    "FP8 tensor x tensor": ((-1, -1), (-1, -1), torch.float8_e4m3fn),
+    "INT8 token x channel": ((1, -1), (1, -1), torch.int8),
+}
+
+
+def measure_granularities(m: int, n: int, k: int) -> dict[str, Any]:
+    """One row of the second table: the operators as a compiled model calls them, and the worst of their errors."""
+    left = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    right = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    work, worst = 2 * m * n * k / 1e9, 0.0
+    row: dict[str, Any] = {"M, N, K": f"{m}, {n}, {k}"}
+    row["bf16 cuBLAS"] = work / harness.milliseconds(lambda: torch.mm(left, right.T))
+    for name, (x_block, w_block, dtype) in GRANULARITIES.items():
+        layout = "col_major" if x_block[0] == 1 else "row_major"
+        x, xs = torch.ops.qcompiler.quantize(left, x_block, dtype, "deepseek", layout)
+        w, ws = torch.ops.qcompiler.quantize(right, w_block, dtype, "deepseek", "row_major")
+        arguments = (x, xs, w, ws, None, x_block, w_block, torch.bfloat16)
+        want = numerics.scaled_linear(x, xs, w, ws, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
+        worst = max(worst, harness.relative_error(torch.ops.qcompiler.scaled_linear(*arguments), want))
+        del want
+        row[name] = work / harness.milliseconds(lambda given=arguments: torch.ops.qcompiler.scaled_linear(*given))
+        if name == "FP8 token x channel":
+            row["cuBLAS FP8 token x channel"] = work / harness.milliseconds(
+                lambda x=x, w=w, xs=xs, ws=ws: torch._scaled_mm(x, w.T, xs, ws.T, out_dtype=torch.bfloat16)
+            )
+        if name == "INT8 token x channel":
+            row["cuBLAS INT8, int32 out"] = work / harness.milliseconds(lambda x=x, w=w: torch._int_mm(x, w.T))
+    return row | {"worst error": worst}
+
+
 def main() -> None:
     harness.arguments()
     torch.manual_seed(0)
     rows = [measure(*shape) for shape in SHAPES]
     title = "FP8 GEMM, 1x128 and 128x128 scales, bfloat16 out: TFLOP/s by warm CUDA-graph replay"
     harness.report("h200-gemm", title, rows, harness.machine())
+    rows = [measure_granularities(*shape) for shape in SHAPES]
+    title = "8-bit GEMM of other granularities, bfloat16 out: TFLOP/s by warm CUDA-graph replay"
+    harness.report("h200-gemm-granularities", title, rows, harness.machine())
 
 
 if __name__ == "__main__":

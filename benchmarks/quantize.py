@@ -1,8 +1,9 @@
-"""1x128 quantization against the bandwidth of a copy on the same device, in one run.
+"""Quantization in every granularity against the bandwidth of a copy on the same device, in one run.
 
     python benchmarks/quantize.py [--out FOLDER]
 
-Bytes are those that have to move: each element read once, each code and each scale written once.
+Bytes are those that have to move: each element read once, each code and each scale written once. A dynamic scale of the
+whole tensor has to be known before the first code, so there each element is read twice.
 """
 
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import harness
 import torch
 
-from codegen import torch_ops
+from codegen.torch_ops import SCALE_LAYOUTS
 
+E4M3, I8 = torch.float8_e4m3fn, torch.int8
+TILE, TOKEN, TENSOR = (1, 128), (1, -1), (-1, -1)
 SHAPES = ((8192, 8192), (8192, 7168), (4096, 4096), (128, 7168))
 
 
@@ -22,21 +25,29 @@ def copy_bandwidth() -> float:
     return max(2 * source.nbytes / harness.milliseconds(lambda: target.copy_(source)) / 1e6 for _ in range(3))
 
 
-def measure(m: int, k: int, layout: str, profile: str, copy: float) -> dict[str, Any]:
+def measure(
+    m: int, k: int, copy: float, *, block: tuple[int, int] = TILE, dtype: torch.dtype = E4M3, layout: str = "row_major",
+    profile: str = "deepseek", static: bool = False, prescaled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """One row of the table."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    prescale = torch.rand(k, device="cuda").add(0.5) if prescaled else None
+    q, scale = torch.ops.qcompiler.quantize(x, block, dtype, profile, layout, prescale)
 
-    def launch() -> tuple[torch.Tensor, torch.Tensor]:
-        result: tuple[torch.Tensor, torch.Tensor] = torch.ops.qcompiler.quantize(
-            x, [1, 128], torch.float8_e4m3fn, profile, layout
-        )
-        return result
+    def launch() -> object:
+        if static:
+            return torch.ops.qcompiler.quantize_static(x, scale, block, dtype, profile, prescale)
+        return torch.ops.qcompiler.quantize(x, block, dtype, profile, layout, prescale)
 
-    q, scale = launch()
     time = harness.milliseconds(launch)
-    speed = (x.nbytes + q.nbytes + scale.numel() * 4) / time / 1e6
+    reads = 2 if block == TENSOR and not static else 1
+    speed = (reads * x.nbytes + q.nbytes + scale.numel() * 4) / time / 1e6
     return {
         "M, K": f"{m}, {k}",
+        "block": str(list(block)),
+        "format": str(dtype).removeprefix("torch."),
+        "scale": "static" if static else "dynamic",
+        "prescale": "yes" if prescaled else "no",
         "layout": layout,
         "profile": profile,
         "us": time * 1e3,
@@ -50,9 +61,16 @@ def main() -> None:
     harness.arguments()
     torch.manual_seed(0)
     copy = copy_bandwidth()
-    rows = [measure(m, k, layout, "deepseek", copy) for m, k in SHAPES for layout in torch_ops.SCALE_LAYOUTS]
-    rows += [measure(8192, 8192, "col_major", profile, copy) for profile in ("deepgemm", "ue8m0")]
-    title = "1x128 quantization of bfloat16 to e4m3: GB/s by warm CUDA-graph replay; (128, 7168) stays in L2"
+    rows = [measure(m, k, copy, layout=layout) for m, k in SHAPES for layout in SCALE_LAYOUTS]
+    rows += [measure(8192, 8192, copy, layout="col_major", profile=profile) for profile in ("deepgemm", "ue8m0")]
+    rows.append(measure(8192, 8192, copy, dtype=I8, layout="col_major"))
+    for dtype in (E4M3, I8):
+        rows += [measure(m, k, copy, block=TOKEN, dtype=dtype) for m, k in SHAPES]
+        rows += [measure(m, k, copy, block=TENSOR, dtype=dtype) for m, k in SHAPES]
+        rows += [measure(m, k, copy, block=TENSOR, dtype=dtype, static=True) for m, k in SHAPES]
+        rows += [measure(8192, 8192, copy, block=TOKEN, dtype=dtype, prescaled=True)]
+        rows += [measure(8192, 8192, copy, block=TENSOR, dtype=dtype, static=True, prescaled=True)]
+    title = "Quantization of bfloat16: GB/s by warm CUDA-graph replay; (128, 7168) stays in L2"
     harness.report("h200-quantize", title, rows, harness.machine())
 
 

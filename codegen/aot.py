@@ -1,32 +1,23 @@
-"""Compiles the kernels for Hopper on a machine without a GPU or a driver, and reads the machine code.
+"""Compiles the kernels for Hopper as their launches do, on a machine without a GPU or a driver.
 
-Triton brings ptxas, cuobjdump and nvdisasm. What they show, the tests hold: the tensor cores' FP8 instruction is there,
-tiles come through the copy engine, and no register lives in local memory.
+What the machine code shows, the tests hold: the tensor cores' 8-bit instructions are there, tiles come through the
+copy engine, memory is read and written 16 bytes at a time, and no register lives in local memory.
 """
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-from codegen.kernel_cache import use_cache_folder
-from codegen.kernels.quantize import quantize_rows
+from codegen.kernels.quantize import quantize_tiles, quantize_tokens
+from codegen.kernels.quantize_known import partial_amax, quantize_known
+from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
-from codegen.tiling import GemmConfig, QuantizeConfig, quantize_config
+from codegen.machine_code import MachineCode, compile_kernel
+from codegen.quantize_tiling import LONGEST_ROW, QuantizeConfig, quantize_config, tensor_config, token_config
+from codegen.tiling import GemmConfig, Kind
 from qcompiler import numerics
-from qcompiler.errors import CodegenError
 
-HOPPER = GPUTarget("cuda", 90, 32)
+MANY_ROWS = 1 << 20
 
 _TRITON_TYPES = {
     torch.bfloat16: "bf16",
@@ -34,39 +25,8 @@ _TRITON_TYPES = {
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
+    torch.int8: "i8",
 }
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What one compiled kernel is made of.
-
-    Attributes:
-        qgmma: FP8 tensor-core instructions (`QGMMA`), statically.
-        tma_loads: Loads through the copy engine (`UTMALDG`).
-        tma_stores: Stores through the copy engine (`UTMASTG`).
-        local_loads: Loads from local memory, i.e. spilled registers (`LDL`).
-        local_stores: Stores to local memory (`STL`).
-        wide_loads: Global loads of 16 bytes a thread, asynchronous ones included.
-        wide_stores: Global stores of 16 bytes a thread.
-        registers: Registers of a thread.
-        shared_memory: Bytes of shared memory of a block.
-        instructions: Machine instructions.
-        sass: The disassembly.
-    """
-
-    qgmma: int
-    tma_loads: int
-    tma_stores: int
-    local_loads: int
-    local_stores: int
-    wide_loads: int
-    wide_stores: int
-    registers: int
-    shared_memory: int
-    instructions: int
-    sass: str
 
 
 def compile_quantize(
@@ -76,9 +36,10 @@ def compile_quantize(
     scale_layout: str = "row_major",
     block_k: int = 128,
     out_dtype: torch.dtype = torch.float8_e4m3fn,
+    prescale: bool = False,
     config: QuantizeConfig | None = None,
 ) -> MachineCode:
-    """Compiles the quantization kernel for sm_90a as a launch on an aligned tensor with K a multiple of 16 does.
+    """Compiles the quantization of tiles for sm_90a as a launch on an aligned tensor with K a multiple of 16 does.
 
     Args:
         dtype: Of the tensor that is quantized.
@@ -86,25 +47,57 @@ def compile_quantize(
         scale_layout: `"row_major"` or `"col_major"`.
         block_k: Columns of a block.
         out_dtype: The 8-bit format.
+        prescale: Whether each channel is multiplied first.
         config: The tile; left out, the one for many rows.
 
     Raises:
         CodegenError: Triton rejects the kernel.
     """
-    rule = numerics.profile(profile)
-    tile = config or quantize_config(1 << 20, block_k)
-    types = {"x": f"*{_TRITON_TYPES[dtype]}", "q": f"*{_TRITON_TYPES[out_dtype]}", "scale": "*fp32"}
-    constants = {
-        "AMAX_FLOOR": rule.amax_floor,
-        "TOP": numerics.FORMAT_MAX[out_dtype],
-        "RECIPROCAL": rule.division == "reciprocal",
-        "UE8M0": rule.scale_format == "ue8m0",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_K": block_k,
-    }
+    tile = config or quantize_config(MANY_ROWS, block_k)
+    constants = _rule(profile, out_dtype) | {"BLOCK_M": tile.block_m, "BLOCK_K": block_k}
     if scale_layout == "col_major":
         constants["scale_stride_m"] = 1  # the JIT compiler folds a 1 as well
-    return _compile(quantize_rows, types, constants, ("x", "q", "scale", "k", "x_stride"), {"num_warps": tile.warps})
+    return _compile_quantize(quantize_tiles, dtype, out_dtype, prescale, constants, tile)
+
+
+def compile_tokens(
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    m: int = MANY_ROWS,
+    profile: str = numerics.DEFAULT_PROFILE,
+    out_dtype: torch.dtype = torch.float8_e4m3fn,
+    prescale: bool = False,
+) -> MachineCode:
+    """Compiles the quantization of `m` rows of `k` columns with a scale each; the rest as in `compile_quantize`."""
+    tile = token_config(m, k)
+    constants = _rule(profile, out_dtype) | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "scale_stride_m": 1}
+    constants["ONE_STEP"] = k <= LONGEST_ROW
+    return _compile_quantize(quantize_tokens, dtype, out_dtype, prescale, constants, tile)
+
+
+def compile_known(
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    m: int = MANY_ROWS,
+    profile: str = numerics.DEFAULT_PROFILE,
+    out_dtype: torch.dtype = torch.float8_e4m3fn,
+    block_k: int | None = None,
+    prescale: bool = False,
+) -> MachineCode:
+    """Compiles quantization with a given scale: for tiles of `block_k` columns, or, without it, for the tensor."""
+    tile = tensor_config(m) if block_k is None else quantize_config(m, block_k)
+    rule = _rule(profile, out_dtype)
+    constants = {"TOP": rule["TOP"], "RECIPROCAL": rule["RECIPROCAL"], "ONE_SCALE": block_k is None}
+    constants |= {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "scale_stride_m": 1}
+    return _compile_quantize(quantize_known, dtype, out_dtype, prescale, constants, tile)
+
+
+def compile_amax(dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, prescale: bool = False) -> MachineCode:
+    """Compiles the amax of a tensor of `m` rows."""
+    tile = tensor_config(m)
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    return _compile_quantize(partial_amax, dtype, torch.int8, prescale, constants, tile)
 
 
 def compile_gemm(
@@ -114,8 +107,9 @@ def compile_gemm(
     bias_dtype: torch.dtype | None = None,
     scale_layout: str = "col_major",
     aligned: bool = True,
+    x_block: int = 128,
 ) -> MachineCode:
-    """Compiles one GEMM configuration for sm_90a.
+    """Compiles one configuration of the GEMM with scales inside the sum for sm_90a.
 
     Args:
         config: Any configuration, also one that `codegen.tiling` would refuse.
@@ -123,29 +117,88 @@ def compile_gemm(
         bias_dtype: Of the bias, or None for none.
         scale_layout: Layout of the activations' scales.
         aligned: N and K are multiples of 16 and pointers of 16 bytes; only the pointer variant runs without.
+        x_block: Columns of the activation that share a scale, or `numerics.ALL`.
 
     Raises:
         CodegenError: Triton rejects the kernel.
     """
-    out, tma = _TRITON_TYPES[out_dtype], config.variant == "tma"
-    if tma:
+    constants: dict[str, Any] = {"w_scale_stride_k": 1, "X_BLOCK": x_block}
+    if scale_layout == "col_major":
+        constants["a_scale_stride_m"] = 1
+    kernel = scaled_gemm_tma if config.variant == "tma" else scaled_gemm_pointers
+    return _compile_gemm(kernel, config, torch.float8_e4m3fn, out_dtype, bias_dtype, aligned, constants)
+
+
+def compile_row_gemm(
+    config: GemmConfig,
+    kind: Kind = "rows_f8",
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias_dtype: torch.dtype | None = None,
+    aligned: bool = True,
+    promote: bool | None = None,
+) -> MachineCode:
+    """Compiles one configuration of the GEMM with scales at the end of the sum; the rest as in `compile_gemm`.
+
+    Args:
+        config: Any configuration.
+        kind: `"rows_f8"` or `"rows_i8"`.
+        out_dtype: Of the result.
+        bias_dtype: Of the bias, or None for none.
+        aligned: As in `compile_gemm`.
+        promote: Whether each step is added in FP32 registers; left out, it is for FP8.
+    """
+    dtype = torch.int8 if kind == "rows_i8" else torch.float8_e4m3fn
+    constants = {"PROMOTE": kind == "rows_f8" if promote is None else promote}
+    kernel = row_gemm_tma if config.variant == "tma" else row_gemm_pointers
+    return _compile_gemm(kernel, config, dtype, out_dtype, bias_dtype, aligned, constants)
+
+
+def _rule(profile: str, out_dtype: torch.dtype) -> dict[str, Any]:
+    """The constants that a profile and a format come down to."""
+    rule = numerics.profile(profile)
+    return {
+        "AMAX_FLOOR": rule.amax_floor,
+        "TOP": numerics.FORMAT_MAX[out_dtype],
+        "RECIPROCAL": rule.division == "reciprocal",
+        "UE8M0": rule.scale_format == "ue8m0",
+    }
+
+
+def _compile_quantize(
+    kernel: Any, dtype: torch.dtype, out_dtype: torch.dtype, prescale: bool, constants: dict[str, Any],
+    tile: QuantizeConfig,
+) -> MachineCode:  # fmt: skip
+    types = {"x": f"*{_TRITON_TYPES[dtype]}", "q": f"*{_TRITON_TYPES[out_dtype]}", "scale": "*fp32", "partial": "*fp32"}
+    if prescale:
+        types["prescale"] = "*fp32"
+    else:
+        constants = {**constants, "prescale": None}
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    return compile_kernel(kernel, types, constants, (*types, "k", "x_stride"), {"num_warps": tile.warps})
+
+
+def _compile_gemm(
+    kernel: Any, config: GemmConfig, dtype: torch.dtype, out_dtype: torch.dtype, bias_dtype: torch.dtype | None,
+    aligned: bool, constants: dict[str, Any],
+) -> MachineCode:  # fmt: skip
+    element, out = _TRITON_TYPES[dtype], _TRITON_TYPES[out_dtype]
+    if config.variant == "tma":
         types = {
-            "a": f"tensordesc<fp8e4nv[{config.block_m}, {config.block_k}]>",
-            "w": f"tensordesc<fp8e4nv[{config.block_n}, {config.block_k}]>",
+            "a": f"tensordesc<{element}[{config.block_m}, {config.block_k}]>",
+            "w": f"tensordesc<{element}[{config.block_n}, {config.block_k}]>",
             "out": f"tensordesc<{out}[{config.block_m}, {config.block_n}]>",
         }
     else:
-        types = {"a": "*fp8e4nv", "w": "*fp8e4nv", "out": f"*{out}"}
+        types = {"a": f"*{element}", "w": f"*{element}", "out": f"*{out}"}
     types |= {"a_scale": "*fp32", "w_scale": "*fp32"}
-    constants: dict[str, Any] = {
+    constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP": config.group,
-        "w_scale_stride_k": 1,
+        **constants,
     }
-    if scale_layout == "col_major":
-        constants["a_scale_stride_m"] = 1
     if bias_dtype is None:
         constants["bias"] = None
     else:
@@ -153,66 +206,4 @@ def compile_gemm(
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
     divisible = (*pointers, "n", "k") if aligned else ()
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return _compile(scaled_gemm_tma if tma else scaled_gemm_pointers, types, constants, divisible, options)
-
-
-def _compile(
-    kernel: JITFunction[Any],
-    types: dict[str, str],
-    constants: dict[str, Any],
-    divisible: tuple[str, ...],
-    options: dict[str, int],
-) -> MachineCode:
-    """Compiles a kernel whose unnamed arguments are 32-bit integers; `divisible` ones are multiples of 16."""
-    names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-    )
-    try:
-        use_cache_folder()
-        built = triton.compile(source, target=HOPPER, options=options)
-    except Exception as error:  # Triton's own errors have no common base
-        raise CodegenError(f"Triton cannot compile {kernel.__name__} for sm_90a", got=error) from error
-    return _inspect(built.asm["cubin"], built.metadata.shared)
-
-
-def _inspect(cubin: bytes, shared_memory: int) -> MachineCode:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        sass, usage = _cuobjdump("-sass", path), _cuobjdump("-res-usage", path)
-    names = _INSTRUCTION.findall(sass)
-    heads = Counter(name.split(".")[0] for name in names)
-    registers = re.search(r"REG:(\d+)", usage)
-    return MachineCode(
-        qgmma=heads["QGMMA"],
-        tma_loads=heads["UTMALDG"],
-        tma_stores=heads["UTMASTG"],
-        local_loads=heads["LDL"],
-        local_stores=heads["STL"],
-        wide_loads=sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in names),
-        wide_stores=sum(name.startswith("STG") and ".128" in name for name in names),
-        registers=int(registers[1]) if registers else 0,
-        shared_memory=shared_memory,
-        instructions=len(names),
-        sass=sass,
-    )
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    done = subprocess.run([_tool(), option, str(cubin)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CodegenError("cuobjdump cannot read the compiled kernel", got=done.stderr.strip())
-    return done.stdout
-
-
-@cache
-def _tool() -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not path.exists():
-        raise CodegenError("this Triton has no cuobjdump", got=f"triton {triton.__version__}", need=path)
-    return str(path)
+    return compile_kernel(kernel, types, constants, divisible, options)

@@ -42,6 +42,7 @@ KEPT = ("core.input", *WEIGHTS)
 """What a caller or the store keeps alive anyhow."""
 
 QUANTIZE_ARGUMENTS = ("block", "dtype", "profile", "scale_layout")
+STATIC_ARGUMENTS = ("block", "dtype", "profile")
 LINEAR_ARGUMENTS = ("x_block", "w_block", "out_dtype")
 
 RESERVED = {"torch", "scalars", "kernels", "lookup", "weights", "device", "float", "getattr", *keyword.kwlist}
@@ -245,17 +246,27 @@ def _torch_path(name: str) -> str:
     return f'getattr({path}, "{last}")' if keyword.iskeyword(last) else f"{path}.{last}"
 
 
-def _quantize(emitter: _Emitter, op: Op, args: list[str]) -> str:
-    return f"kernels.quantize({', '.join([*args, *(emitter.argument(op.attrs[key]) for key in QUANTIZE_ARGUMENTS)])})"
+def _kernel(name: str, tensors: int, attributes: tuple[str, ...], last: bool) -> Callable[..., str]:
+    """How a call of a kernel is written: `tensors` of the operands, the attributes, and an optional tensor.
 
+    The operators take the optional one before the attributes, where it may be None, or as the `last` argument, where
+    it is left out.
+    """
 
-def _scaled_linear(emitter: _Emitter, op: Op, args: list[str]) -> str:
-    bias = ["None"] if len(args) == 4 else []
-    attrs = [emitter.argument(op.attrs[key]) for key in LINEAR_ARGUMENTS]
-    return f"kernels.scaled_linear({', '.join([*args, *bias, *attrs])})"
+    def write(emitter: _Emitter, op: Op, args: list[str]) -> str:
+        attrs = [emitter.argument(op.attrs[key]) for key in attributes]
+        optional = args[tensors:] or ["None"]
+        if last:
+            parts = [*args[:tensors], *attrs, *(optional if optional != ["None"] else [])]
+        else:
+            parts = [*args[:tensors], *optional, *attrs]
+        return f"kernels.{name}({', '.join(parts)})"
+
+    return write
 
 
 SPECIAL: dict[str, Callable[[_Emitter, Op, list[str]], str]] = {
-    "kernel.quantize": _quantize,
-    "kernel.scaled_linear": _scaled_linear,
+    "kernel.quantize": _kernel("quantize", 1, QUANTIZE_ARGUMENTS, last=True),
+    "kernel.quantize_static": _kernel("quantize_static", 2, STATIC_ARGUMENTS, last=True),
+    "kernel.scaled_linear": _kernel("scaled_linear", 4, LINEAR_ARGUMENTS, last=False),
 }

@@ -4,10 +4,11 @@ What several passes ask about a graph stands in `candidates` (which operations r
 share memory).
 """
 
-from passes import canonicalize, dead_code, fold_constants, fp8_tile, fuse_linear, share_quantize, to_kernels
+from passes import calibrate, canonicalize, dead_code, fold_constants, fp8_tile, fuse_linear, share_quantize, to_kernels
 
 OWNER = "qcompiler"
 
 __all__ = [
-    "OWNER", "canonicalize", "dead_code", "fold_constants", "fp8_tile", "fuse_linear", "share_quantize", "to_kernels",
+    "OWNER", "calibrate", "canonicalize", "dead_code", "fold_constants", "fp8_tile", "fuse_linear", "share_quantize",
+    "to_kernels",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Quantizes the weights now: what is quantized and constant becomes two stored weights, and the original is let go.
+"""Computes now what is constant: quantized weights, and arithmetic on weights; the originals are let go.
 
     %w = core.param() {name = "fc1.weight"} : bf16[512, 256]
     %w_q, %w_s = quant.quantize(%w) {…}
@@ -6,16 +6,21 @@
     %w_q = core.param() {name = "fc1.weight_q"} : f8e4m3fn[512, 256]
     %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]
 
+    %g = aten.mul.Tensor(%norm.weight, %smooth) : f32[256]      ->     %g = core.param() {name = "norm.weight_folded"}
+
 One weight is in memory at a time. A dequantize is never folded: that would undo the quantization.
 A graph without weights (from text) is rewritten in the same way; only the numbers are missing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from passes.constants import free_name
+from passes.memory import leaves_the_graph
 from qcompiler.interpreter import interpret
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, apply_rules
-from qcompiler.ir.dataflow import parameters_of, part_of
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
 from qcompiler.pass_manager import Effect, Pass
 
 
@@ -23,68 +28,106 @@ from qcompiler.pass_manager import Effect, Pass
 class QuantizedWeight(Rule):
     """quantize(constant)  ->  param, param"""
 
-    taken: set[str]
-    """Names of weights; grows as weights are added."""
-
     root: ClassVar[tuple[str, ...]] = ("quant.quantize",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if not graph.is_constant(op.tensor(0)):
             return Missed("it quantizes an activation", op.tensor(0))
-        sources = parameters_of(op.tensor(0))
-        if not sources and not graph.weights:
+        if not parameters_of(op.tensor(0)) and not graph.weights:
             return Missed("it quantizes literals, and the graph has no weights store", op.tensor(0))
-        return {"stem": sources[0].attrs["name"] if len(sources) == 1 else op.tensor(0).name}
+        return {}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, stem: str, **_: Any) -> None:
-        graph = rewriter.graph
-        names = [self.free(f"{stem}{suffix}") for suffix in ("_q", "_s")]
-        sources = parameters_of(op.tensor(0))
-        if graph.weights:
-            read = [str(source.attrs["name"]) for source in sources] or [next(iter(graph.weights))]
-            weights = {name: graph.weights[name] for name in read}
-            graph.weights.update(zip(names, interpret(part_of(op), [], weights), strict=True))
-        params = [
-            rewriter.insert("core.param", attrs={"name": name}, types=[value.type], names=[name]).result
-            for name, value in zip(names, op.results, strict=True)
-        ]
-        inner = op.tensor(0).op
-        rewriter.replace(op, *params, keep_names=False)
-        rewriter.erase_unread(inner)
-        for param, name in zip(params, names, strict=True):
-            graph.rename(param, name)  # the quantize had that name until now
-        for source in sources:
-            if source not in graph and source.attrs["name"] in graph.weights:
-                del graph.weights[str(source.attrs["name"])]  # pop would load it
+    def rewrite(self, op: Op, rewriter: Rewriter, **_: object) -> None:
+        store(op, rewriter, ("_q", "_s"))
 
-    def free(self, name: str) -> str:
-        """A weight name like `name` that is not taken; takes it."""
-        candidate, count = name, 0
-        while candidate in self.taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.taken.add(candidate)
-        return candidate
+
+class WeightArithmetic(Rule):
+    """mul(constant, constant), a cast of a constant, …  ->  param, where a computed value reads it"""
+
+    root = (
+        "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.add.Tensor", "aten.add.Scalar",
+        "aten.sub.Tensor", "aten.rsub.Scalar", "aten.neg", "aten._to_copy", "aten.to.dtype",
+    )  # fmt: skip
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if not graph.is_constant(op.result):
+            return Missed("it is computed from the inputs")
+        if all(reader.results and graph.is_constant(reader.results[0]) for reader in graph.users(op.result)):
+            return Missed("only constants are computed from it")
+        if leaves_the_graph(graph, op.result):
+            return Missed("it leaves the graph, and a weight must not")
+        part = set(ancestors(op.result))
+        if any(inner.name == "quant.dequantize" for inner in part):
+            return Missed("it would undo a quantization")
+        sources = parameters_of(op.result)
+        if not sources:
+            return Missed("it reads no weights")
+        matrices = [source for source in sources if len(source.result.tensor.shape) > 1]
+        shared = [source for source in matrices if not part.issuperset(graph.users(source.result))]
+        if len(op.result.tensor.shape) > 1 and shared:
+            return Missed("one of its weights is read elsewhere, so that there would be two", shared[0].result)
+        if len(op.result.tensor.shape) > 1 and _bytes(op) > sum(map(_bytes, sources)):
+            return Missed("it takes more memory than its weights", op.result)
+        return {}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, **_: object) -> None:
+        store(op, rewriter, ("_folded",))
+
+
+def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
+    """Makes weights of the results of `op`, computes them, and lets go of what nobody reads any more."""
+    graph, sources = rewriter.graph, parameters_of(op.results[0])
+    stem = _named_after(op, sources)
+    names = [free_name(graph, f"{stem}{suffix}") for suffix in suffixes]
+    if graph.weights:
+        read = [str(source.attrs["name"]) for source in sources] or [next(iter(graph.weights))]
+        weights = {name: graph.weights[name] for name in read}
+        graph.weights.update(zip(names, interpret(part_of(op), [], weights), strict=True))
+    params = [
+        rewriter.insert("core.param", attrs={"name": name}, types=[value.type], names=[name]).result
+        for name, value in zip(names, op.results, strict=True)
+    ]
+    operands = [value.op for _, value in op.operands()]
+    rewriter.replace(op, *params, keep_names=False)
+    for operand in operands:
+        rewriter.erase_unread(operand)
+    for param, name in zip(params, names, strict=True):
+        graph.rename(param, name)  # what was folded may have had that name until now
+    for source in sources:
+        if source not in graph and source.attrs["name"] in graph.weights:
+            del graph.weights[str(source.attrs["name"])]  # pop would load it
+
+
+def _named_after(op: Op, sources: Sequence[Op]) -> str:
+    """The name of the largest of several weights that a constant is made of, of equal ones the one that stands first.
+
+    Without any, that of the operand.
+    """
+    if not sources:
+        return op.tensor(0).name
+    return str(max(reversed(sources), key=_elements).attrs["name"])
+
+
+def _elements(op: Op) -> int:
+    size = op.result.tensor.elements
+    return size if isinstance(size, int) else 0
+
+
+def _bytes(op: Op) -> int:
+    return _elements(op) * op.result.tensor.dtype.bytes
 
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """quantize(weight)  ->  stored weight and scale."""
+    """quantize(weight), arithmetic on weights  ->  stored weights."""
 
     name: ClassVar[str] = "fold-constants"
     effect: ClassVar[Effect] = Effect.EXACT
 
-    def run(self, graph: Graph) -> bool:
-        """One rule, which must know the names that are taken."""
-        return apply_rules(graph, [QuantizedWeight(_taken(graph))], self.name)
+    def rules(self) -> Sequence[Rule]:
+        """Quantization first: what is computed for it only is gone then."""
+        return (QuantizedWeight(), WeightArithmetic())
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Nothing: an activation is quantized in each call, which surprises nobody."""
         return {}
-
-
-def _taken(graph: Graph) -> set[str]:
-    """The names of the weights that the graph reads or holds."""
-    return {str(op.attrs["name"]) for op in graph.ops() if op.name in ("core.param", "core.buffer")} | set(
-        graph.weights
-    )

@@ -15,7 +15,7 @@ from passes.memory import leaves_the_graph
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
 from qcompiler.pass_manager import Effect, Pass
 
-QUANTIZERS = ("quant.quantize", "quant.dequantize")
+QUANTIZERS = ("quant.quantize", "quant.quantize_static", "quant.dequantize")
 SHAPERS = ("aten.t", "aten.transpose.int", "aten.permute", "aten.reshape", "aten._to_copy")
 """What may stand between a weight and its quantize."""
 

@@ -1,22 +1,27 @@
 """Hands the quantized operations over to code generation, and settles the order of the scales in memory.
 
     %x_q, %x_s = quant.quantize(%x) {…}          ->  %x_q, %x_s = kernel.quantize(%x) {…, scale_layout = "col_major"}
+    %x_q = quant.quantize_static(%x, %x_s) {…}   ->  %x_q = kernel.quantize_static(%x, %x_s) {…}
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s)    ->  %y = kernel.scaled_linear(…) {…, x_scale_layout = "col_major"}
 
-Only the scales of an activation have a layout: those of a weight, and of blocks of several rows, are row-major always.
-Last in the pipeline: what is still in the quant dialect afterwards runs in plain torch.
+Only the scales of an activation's tiles have a layout: with one scale a row, or fewer, it makes no difference.
+Last in the pipeline: what is still in the quant dialect afterwards runs in plain torch. A scale for each channel stays
+there: it varies along the sum, so no tensor core could apply it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from qcompiler.dialects.quant import block_of
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Effect, Pass
 
 MATMULS = ("quant.linear", "kernel.scaled_linear")
 X_SCALE = (1,)
 """Where those read the scales of the activation."""
+SIMULATED = "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,31 @@ class QuantizeToKernel(Rule):
     root: ClassVar[tuple[str, ...]] = ("quant.quantize",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        scale, block = op.results[1], op.attrs["block"]
+        scale, (rows, columns) = op.results[1], block_of(op, "block")
+        if columns == 1:
+            return Missed(SIMULATED)
         for use in graph.uses(scale):
             if use.op.name not in MATMULS:
                 return Missed(f"its scales are also read by {use.op.name}, which knows one layout only", scale)
             if use.path != X_SCALE:
                 return Missed("its scales are read as those of a weight, which have one layout only", scale)
-        rows = block[0] if isinstance(block, tuple) else 1
-        return {"layout": self.layout if rows == 1 else "row_major"}
+        return {"layout": self.layout if rows == 1 and columns != ALL else "row_major"}
 
     def rewrite(self, op: Op, rewriter: Rewriter, layout: str, **_: Any) -> None:
         made = rewriter.insert("kernel.quantize", *op.args, attrs={**op.attrs, "scale_layout": layout})
         rewriter.replace(op, *made.results)
+
+
+class StaticToKernel(Rule):
+    """quant.quantize_static  ->  kernel.quantize_static"""
+
+    root = ("quant.quantize_static",)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        return Missed(SIMULATED) if block_of(op, "block")[1] == 1 else {}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
+        rewriter.replace(op, rewriter.insert("kernel.quantize_static", *op.args, attrs=op.attrs).result)
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,8 @@ class LinearToKernel(Rule):
     root: ClassVar[tuple[str, ...]] = ("quant.linear",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if block_of(op, "x_block")[1] == 1:
+            return Missed(SIMULATED)
         producer = op.tensor(1).op
         layout = producer.attrs["scale_layout"] if producer.name == "kernel.quantize" else "row_major"
         return {"layout": layout}
@@ -72,4 +92,4 @@ class ToKernels(Pass):
 
     def rules(self) -> Sequence[Rule]:
         """Producers first, since the layout is theirs to say."""
-        return (QuantizeToKernel(self.scale_layout), LinearToKernel())
+        return (QuantizeToKernel(self.scale_layout), StaticToKernel(), LinearToKernel())

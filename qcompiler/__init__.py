@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompiler import instruments
+    from qcompiler.attribution import ErrorReport, attribute_error
+    from qcompiler.calibration import Calibration
     from qcompiler.compiler import CompiledModel, compile
     from qcompiler.errors import (
         CaptureError,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from qcompiler.schemes import Scheme, pipeline
 
 _HOME = {
+    "qcompiler.attribution": ("ErrorReport", "attribute_error"),
+    "qcompiler.calibration": ("Calibration",),
     "qcompiler.compiler": ("CompiledModel", "compile"),
     "qcompiler.errors": (
         "CaptureError", "CodegenError", "InputError", "ParseError", "PassError", "QCompilerError", "VerifyError",
@@ -45,9 +49,10 @@ _MODULES = {name: module for module, names in _HOME.items() for name in names}
 _SIBLINGS = ("passes", "codegen")
 
 __all__ = [
-    "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "Graph", "InputError", "Match", "Missed",
-    "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError", "Report", "Rewriter", "Rule", "Scheme",
-    "TensorType", "Value", "VerifyError", "compile", "diff", "instruments", "interpret", "pipeline",
+    "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport", "Graph",
+    "InputError", "Match", "Missed", "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError", "Report",
+    "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "compile", "diff",
+    "instruments", "interpret", "pipeline",
 ]  # fmt: skip
 
 

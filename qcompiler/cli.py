@@ -19,7 +19,7 @@ from qcompiler.errors import InputError, PassError, QCompilerError
 from qcompiler.instruments import CheckChanged, Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph, print_argument
 from qcompiler.pass_manager import GROUP, PASSES, Pipeline, offered, pass_class
-from qcompiler.pass_options import default_of
+from qcompiler.pass_options import default_of, print_option
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.schemes import Scheme, all_schemes, pipeline
 
@@ -118,6 +118,9 @@ def _schemes(_: argparse.Namespace) -> None:
     for name, scheme in all_schemes().items():
         if isinstance(scheme, Scheme):
             print(f"{name}\n    {scheme.doc}\n    {scheme.pipeline}")
+            if scheme.recipe is not None:
+                values = (f"{option}={print_option(getattr(scheme.recipe, option))}" for option in scheme.options)
+                print(f"    options: {', '.join(values)}")
         else:
             print(f"{name}: {scheme}", file=sys.stderr)
 

@@ -8,14 +8,25 @@ element of the block lands on the largest value of the 8-bit format:
     q     = round-to-nearest-even(clamp(x / scale))        (profile "deepgemm": x * (1 / scale))
     x'    = q * scale
 
+A size of a block that is `ALL` takes the whole of its axis, so the granularities of the field are blocks, too:
+
+    [1, 128]      a tile of an activation              [1, ALL]      a token, or an output channel of a weight
+    [128, 128]    a block of a weight                  [ALL, ALL]    the tensor
+    [ALL, 1]      a channel of an activation, over all tokens: no tensor core can multiply that
+
+The formats are symmetric: e4m3, e5m2, and INT8 from -127 to 127. A static scale is given instead of computed. A
+prescale multiplies each channel, in FP32, before anything else happens to it.
+
 The rule for what is not finite: NaN stays NaN in its own element (its sign and payload are not specified) and affects
 no neighbour; an infinity saturates to the largest value of its sign; the scale comes from the finite elements alone.
+INT8 has no NaN, and gets a zero.
 A block without a finite non-zero element gets zeros and the positive scale floor / FORMAT_MAX.
 
 The rounding of 1/s and of x/s differ by an ulp here and there, which flips about one code in two thousand; hence
 the conventions of the field are named profiles and are never mixed. Divisions are IEEE divisions on every device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,8 +37,11 @@ from torch.nn import functional
 
 from qcompiler.errors import QCompilerError, did_you_mean
 
-FORMAT_MAX: dict[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+FORMAT_MAX: dict[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 """The largest finite value of each 8-bit format."""
+
+ALL = -1
+"""The size of a block that takes the whole of its axis. As rows it takes those of all leading dimensions, too."""
 
 DEFAULT_PROFILE = "deepseek"
 
@@ -72,35 +86,75 @@ def quantize(
     block: Sequence[int] = (1, 128),
     dtype: torch.dtype = torch.float8_e4m3fn,
     profile: str = DEFAULT_PROFILE,
+    prescale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes blocks of the last two dimensions with one scale each.
+    """Quantizes blocks of the last two dimensions with one scale each, computed from the block.
 
     Args:
         x: Floating point, `[..., M, K]`; leading dimensions are a batch, and a 1-D tensor counts as one row. M may be
             0, and neither M nor K need be a multiple of the block: the ragged edge counts as padded with zeros.
-        block: Rows and columns of a block.
+        block: Rows and columns of a block; each a positive number or `ALL`.
         dtype: One of `FORMAT_MAX`.
         profile: A key of `PROFILES`.
+        prescale: `[K]`, floating point: what each channel is multiplied by first, in FP32.
 
     Returns:
-        `q` of `dtype` with the shape of `x`, and the FP32 scale `[..., ceil(M / block[0]), ceil(K / block[1])]`
-        (`[ceil(K / block[1])]` for a 1-D tensor), both contiguous.
+        `q` of `dtype` with the shape of `x`, and the FP32 scale in the shape of `scale_shape`, both contiguous.
 
     Raises:
-        QCompilerError: An unknown profile or format, a malformed block, or an `x` that is a scalar or not floating.
+        QCompilerError: An unknown profile or format, a malformed block, an `x` that is a scalar or not floating, or a
+            prescale that does not have one number for each channel.
     """
-    rule, top = _named(profile), _format_max(dtype)
-    rows, columns = _checked_block(block)
-    if x.dim() == 0 or not x.is_floating_point():
-        raise QCompilerError(
-            "cannot quantize this tensor", got=_describe(x), need="floating point, 1 dimension or more"
-        )
-    blocks = _into_blocks(x.to(torch.float32), rows, columns)
-    scale = _scales(blocks, rule, top)
-    scaled = blocks * scale.reciprocal() if rule.division == "reciprocal" else blocks / scale
-    codes = _out_of_blocks(scaled.clamp_(-top, top).to(dtype), x)
-    scale = scale.squeeze(-1).squeeze(-2)
-    return codes, scale.squeeze(0) if x.dim() == 1 else scale
+    _checked_block(block)
+    _format_max(dtype)
+    blocks = _into_blocks(_prescaled(x, prescale), block)
+    scale = scale_of(_amax(blocks), dtype, profile)
+    codes = _out_of_blocks(_encode(blocks, scale, _named(profile), dtype), x)
+    return codes, scale.reshape(scale_shape(x.shape, block))
+
+
+def quantize_static(
+    x: Tensor,
+    scale: Tensor,
+    block: Sequence[int] = (ALL, ALL),
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    profile: str = DEFAULT_PROFILE,
+    prescale: Tensor | None = None,
+) -> Tensor:
+    """Quantizes with scales that are known already; what lies beyond their range saturates.
+
+    Args:
+        x: As in `quantize`.
+        scale: FP32, positive, in the shape of `scale_shape`.
+        block: As in `quantize`.
+        dtype: As in `quantize`.
+        profile: As in `quantize`; only its division counts here.
+        prescale: As in `quantize`.
+
+    Returns:
+        The codes, of `dtype` with the shape of `x`, contiguous.
+
+    Raises:
+        QCompilerError: As in `quantize`, or the scale does not have one entry for each block.
+    """
+    _checked_block(block)
+    _format_max(dtype)
+    wide = _prescaled(x, prescale)
+    _check_scale(x, scale, block)
+    return _out_of_blocks(_encode(_into_blocks(wide, block), _spread(scale, x), _named(profile), dtype), x)
+
+
+def scale_shape(shape: Sequence[int], block: Sequence[int]) -> list[int]:
+    """The shape of the scales of a tensor: one for each block of its last two dimensions.
+
+    `[..., ceil(M / rows), ceil(K / columns)]`; with rows `ALL`, which takes the leading dimensions along, `[1, ...]`;
+    for a vector, which counts as one row, `[ceil(K / columns)]`.
+    """
+    rows, columns = block
+    across = 1 if columns == ALL else _ceil_div(shape[-1], columns)
+    if len(shape) == 1:
+        return [across]
+    return [1, across] if rows == ALL else [*shape[:-2], _ceil_div(shape[-2], rows), across]
 
 
 def dequantize(
@@ -110,19 +164,18 @@ def dequantize(
 
     Args:
         q: A format of `FORMAT_MAX`, `[..., M, K]` or `[K]`.
-        scale: FP32, with the shape that `quantize` returns for this `block`; any strides.
-        block: Rows and columns of a block.
+        scale: FP32, in the shape of `scale_shape`; any strides.
+        block: Rows and columns of a block; each a positive number or `ALL`.
         out_dtype: The dtype of the result, which has the shape of `q`.
 
     Raises:
         QCompilerError: `q` is in no 8-bit format, or the scale does not have one entry for each block.
     """
     _format_max(q.dtype)
-    rows, columns = _checked_block(block)
-    _check_scale(q, scale, rows, columns)
-    spread = (scale.unsqueeze(0) if q.dim() == 1 else scale).unsqueeze(-2).unsqueeze(-1)
+    _checked_block(block)
+    _check_scale(q, scale, block)
     # In place: on a CPU fresh memory costs more than the arithmetic.
-    return _out_of_blocks(_into_blocks(_decode(q), rows, columns).mul_(spread), q).to(out_dtype)
+    return _out_of_blocks(_into_blocks(_decode(q), block).mul_(_spread(scale, q)), q).to(out_dtype)
 
 
 def scaled_linear(
@@ -159,16 +212,56 @@ def scaled_linear(
     return functional.linear(x, w, None if bias is None else bias.to(torch.float32)).to(out_dtype)
 
 
-def _scales(blocks: Tensor, rule: Profile, top: float) -> Tensor:
-    """One positive FP32 scale a block, of the shape of the blocks with their rows and columns kept as ones."""
-    # In place and without a mask: comparing and selecting costs ten times as much on a CPU.
-    amax = blocks.abs().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).amax((-3, -1), keepdim=True)
+def scale_of(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, profile: str = DEFAULT_PROFILE) -> Tensor:
+    """The FP32 scale for each largest magnitude: that of a block, or one that calibration has found.
+
+    Args:
+        amax: FP32, not negative, any shape; unchanged.
+        dtype: One of `FORMAT_MAX`.
+        profile: A key of `PROFILES`.
+
+    Raises:
+        QCompilerError: An unknown profile or format.
+    """
+    rule = _named(profile)
     # A tensor divisor, because CUDA turns division by a Python number into a multiplication by its reciprocal.
-    scale = amax.clamp_min_(rule.amax_floor) / torch.full((), top, dtype=torch.float32, device=blocks.device)
+    top = torch.full((), _format_max(dtype), dtype=torch.float32, device=amax.device)
+    scale = amax.clamp_min(rule.amax_floor) / top
     if rule.scale_format == "f32":
         return scale
     # ceil(log2) on the bits: any mantissa bit carries into the exponent, and is then cleared.
     return scale.view(torch.int32).add(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+
+
+def _amax(blocks: Tensor) -> Tensor:
+    """The largest finite magnitude of each block, with its rows and columns kept as ones."""
+    # In place and without a mask: comparing and selecting costs ten times as much on a CPU.
+    return blocks.abs().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).amax((-3, -1), keepdim=True)
+
+
+def _encode(blocks: Tensor, scale: Tensor, rule: Profile, dtype: torch.dtype) -> Tensor:
+    """The codes of FP32 blocks, still in the shape of blocks."""
+    top = FORMAT_MAX[dtype]
+    scaled = blocks * scale.reciprocal() if rule.division == "reciprocal" else blocks / scale
+    scaled.clamp_(-top, top)
+    return scaled.nan_to_num_(nan=0.0).round_().to(dtype) if dtype is torch.int8 else scaled.to(dtype)
+
+
+def _prescaled(x: Tensor, prescale: Tensor | None) -> Tensor:
+    """`x` in FP32, each channel times its prescale; QCompilerError when that is no tensor to quantize."""
+    if x.dim() == 0 or not x.is_floating_point():
+        raise QCompilerError(
+            "cannot quantize this tensor", got=_describe(x), need="floating point, 1 dimension or more"
+        )
+    wide = x.to(torch.float32)
+    if prescale is None:
+        return wide
+    if prescale.shape != x.shape[-1:] or not prescale.is_floating_point():
+        raise QCompilerError(
+            f"the prescale does not have one number for each channel of {_describe(x)}",
+            got=_describe(prescale), need=f"float[{x.shape[-1]}]",
+        )  # fmt: skip
+    return wide * prescale.to(torch.float32)
 
 
 def _decode(q: Tensor) -> Tensor:
@@ -183,15 +276,33 @@ def _decode(q: Tensor) -> Tensor:
     return bits.view(torch.bfloat16).to(torch.float32).mul_(2.0**120)
 
 
-def _into_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
-    """`[..., M, K]` -> `[..., ceil(M / rows), rows, ceil(K / columns), columns]`; a view where nothing is ragged."""
+def _into_blocks(x: Tensor, block: Sequence[int]) -> Tensor:
+    """`[..., M, K]` -> `[..., ceil(M / rows), rows, ceil(K / columns), columns]`; a view where nothing is ragged.
+
+    A block has one element at least, so that there is an amax; one that is `ALL` of nothing is a zero.
+    """
+    rows, columns = block
     x = x.unsqueeze(0) if x.dim() == 1 else x
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if rows == ALL else x
     *lead, m, k = x.shape
-    down, across = _ceil_div(m, rows), _ceil_div(k, columns)
-    # A symbolic size is padded unasked: whether it divides would become a guard.
-    if (rows > 1 and not _divides(rows, m)) or not _divides(columns, k):
+    (down, rows), (across, columns) = _cut(m, rows), _cut(k, columns)
+    if _is_ragged(m, block[0]) or _is_ragged(k, block[1]):
         x = functional.pad(x, (0, across * columns - k, 0, down * rows - m))
     return x.reshape(*lead, down, rows, across, columns)
+
+
+def _cut(length: int, size: int) -> tuple[int, int]:
+    """How many blocks of `size` cover an axis, and how long each is."""
+    if size == ALL:
+        return 1, 1 if isinstance(length, int) and length == 0 else length
+    return _ceil_div(length, size), size
+
+
+def _is_ragged(length: int, size: int) -> bool:
+    """Whether an axis must be padded; a symbolic one is padded unasked, since whether it divides would be a guard."""
+    if not isinstance(length, int):
+        return size not in (1, ALL)
+    return length == 0 if size == ALL else length % size != 0
 
 
 def _out_of_blocks(blocks: Tensor, like: Tensor) -> Tensor:
@@ -200,22 +311,26 @@ def _out_of_blocks(blocks: Tensor, like: Tensor) -> Tensor:
     flat = blocks.reshape(*lead, down * rows, across * columns)
     if like.dim() == 1:
         return flat[0, : like.shape[0]].contiguous()
-    return flat[..., : like.shape[-2], : like.shape[-1]].contiguous()
+    height = like.shape[-2] if lead or like.dim() == 2 else math.prod(like.shape[:-1])
+    return flat[..., :height, : like.shape[-1]].reshape(like.shape).contiguous()
 
 
-def _check_scale(q: Tensor, scale: Tensor, rows: int, columns: int) -> None:
-    need = [_ceil_div(q.shape[-1], columns)] if q.dim() else []
-    if q.dim() > 1:
-        need = [*q.shape[:-2], _ceil_div(q.shape[-2], rows), *need]
+def _spread(scale: Tensor, like: Tensor) -> Tensor:
+    """The scales of `like` in the shape of its blocks, with ones for the rows and columns of a block."""
+    return (scale.unsqueeze(0) if like.dim() == 1 else scale).unsqueeze(-2).unsqueeze(-1)
+
+
+def _check_scale(q: Tensor, scale: Tensor, block: Sequence[int]) -> None:
+    need = scale_shape(q.shape, block) if q.dim() else []
     if not need or list(scale.shape) != need:
-        problem = f"the scale does not have one entry for each [{rows}, {columns}] block of {_describe(q)}"
+        problem = f"the scale does not have one entry for each [{block[0]}, {block[1]}] block of {_describe(q)}"
         raise QCompilerError(problem, got=_describe(scale), need=need)
 
 
-def _checked_block(block: Sequence[int]) -> tuple[int, int]:
-    if len(block) != 2 or any(size < 1 for size in block):
-        raise QCompilerError("a block is two positive sizes", got=list(block), need="[rows, columns]")
-    return block[0], block[1]
+def _checked_block(block: Sequence[int]) -> None:
+    if len(block) != 2 or any(size < 1 and size != ALL for size in block):
+        need = f"[rows, columns], where {ALL} is the whole of an axis"
+        raise QCompilerError("a block is two positive sizes", got=list(block), need=need)
 
 
 def _format_max(dtype: torch.dtype) -> float:
@@ -226,10 +341,6 @@ def _format_max(dtype: torch.dtype) -> float:
 
 def _ceil_div(size: int, by: int) -> int:
     return -(-size // by)
-
-
-def _divides(by: int, size: int) -> bool:
-    return isinstance(size, int) and size % by == 0
 
 
 def _describe(tensor: Tensor) -> str:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import Graph, Missed, Rule, apply_rules
 from qcompiler.ir.lexer import Source
-from qcompiler.pass_options import WORD, converted, default_of, hint_of, parts, print_option, read_option, wrong_value
+from qcompiler.pass_options import WORD, converted, default_of, hint_of, parts, print_option, read_options, wrong_value
 
 HOMES = ("passes",)
 """Packages that define passes when they are imported; only named here, since they stand on a higher floor."""
@@ -96,7 +96,7 @@ class Pass(ABC):
             try:
                 object.__setattr__(self, option.name, converted(value, hint_of(type(self), option.name)))
             except ValueError:
-                raise wrong_value(type(self), option, repr(value)) from None
+                raise wrong_value(type(self), f"pass '{self.name}'", option, repr(value)) from None
 
     def rules(self) -> Sequence[Rule]:
         """The rewrites that make up this pass."""
@@ -181,17 +181,8 @@ def _parse_pass(source: Source, start: int, end: int) -> Pass:
         raise source.error(problem, start + lead, len(text.strip()))
     kind = pass_class(match[1])
     known = {option.name: option for option in fields(kind)}
-    given: dict[str, Any] = {}
     inside = (start + match.start(2) + 1, start + match.end(2) - 1) if match[2] else (start, start)
-    for first, last in parts(source, *inside, ","):
-        key, equals, value = (part.strip() for part in source.text[first:last].partition("="))
-        option = known.get(key.replace("-", "_"))
-        if option is None:
-            raise PassError(f"pass '{kind.name}' has no such option", got=repr(key), fix=did_you_mean(key, known))
-        if not equals or not value or option.name in given:
-            problem = f"option '{key}' is given twice" if option.name in given else f"option '{key}' has no value"
-            raise source.error(problem, first, last - first)
-        given[option.name] = read_option(kind, option, value)
+    given = read_options(kind, f"pass '{kind.name}'", known, source, *inside)
     if missing := [
         option.name for option in known.values() if option.name not in given and default_of(option) is MISSING
     ]:

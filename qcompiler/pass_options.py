@@ -6,12 +6,12 @@ A value is a literal of the graph IR, or a bare word where a string is wanted.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import MISSING, Field
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qcompiler.errors import ParseError, PassError
+from qcompiler.errors import ParseError, PassError, did_you_mean
 from qcompiler.ir import DType, parse_literal, print_argument
 from qcompiler.ir.lexer import Source
 
@@ -42,7 +42,37 @@ def _literal(text: str) -> Any:
         return MISSING
 
 
-def read_option(kind: Any, option: "Field[Any]", text: str) -> Any:
+def read_options(kind: Any, owner: str, names: Iterable[str], source: Source, start: int, end: int) -> dict[str, Any]:
+    """The values in a stretch of text, `option=value, option=value`, by option.
+
+    Args:
+        kind: The dataclass whose fields the options are.
+        owner: What has them, for messages: "pass 'fp8-tile'".
+        names: The fields that may be given.
+        source: The text.
+        start: Where the options begin in it.
+        end: Where they end.
+
+    Raises:
+        ParseError: The text is malformed.
+        PassError: An option is unknown, or its value is wrong.
+    """
+    known = {option.name: option for option in fields(kind) if option.name in set(names)}
+    given: dict[str, Any] = {}
+    for first, last in parts(source, start, end, ","):
+        key, equals, value = (part.strip() for part in source.text[first:last].partition("="))
+        option = known.get(key.replace("-", "_"))
+        if option is None:
+            fix = did_you_mean(key, known) if known else "It has none."
+            raise PassError(f"{owner} has no such option", got=repr(key), fix=fix)
+        if not equals or not value or option.name in given:
+            problem = f"option '{key}' is given twice" if option.name in given else f"option '{key}' has no value"
+            raise source.error(problem, first, last - first)
+        given[option.name] = read_option(kind, owner, option, value)
+    return given
+
+
+def read_option(kind: Any, owner: str, option: "Field[Any]", text: str) -> Any:
     """The value that `text` spells: a literal if that fits, else a bare word."""
     for value in (_literal(text), text if WORD.fullmatch(text) else MISSING):
         try:
@@ -50,7 +80,7 @@ def read_option(kind: Any, option: "Field[Any]", text: str) -> Any:
                 return converted(value, hint_of(kind, option.name))
         except ValueError:
             continue
-    raise wrong_value(kind, option, text)
+    raise wrong_value(kind, owner, option, text)
 
 
 def hint_of(kind: Any, name: str) -> Any:
@@ -84,7 +114,7 @@ def converted(value: Any, hint: Any) -> Any:
     raise ValueError(value)
 
 
-def wrong_value(kind: Any, option: "Field[Any]", got: str) -> PassError:
+def wrong_value(kind: Any, owner: str, option: "Field[Any]", got: str) -> PassError:
     """The error for a value that does not fit, with what would."""
     hint, default = hint_of(kind, option.name), default_of(option)
     fix = None
@@ -93,7 +123,7 @@ def wrong_value(kind: Any, option: "Field[Any]", got: str) -> PassError:
     else:
         need = _in_words(hint)
         fix = f"The default is {print_option(default)}." if default is not MISSING else None
-    return PassError(f"option '{option.name}' of pass '{kind.name}' has a wrong value", got=got, need=need, fix=fix)
+    return PassError(f"option '{option.name}' of {owner} has a wrong value", got=got, need=need, fix=fix)
 
 
 def _in_words(hint: Any) -> str:
@@ -102,6 +132,8 @@ def _in_words(hint: Any) -> str:
         return "a dtype such as bf16"
     if get_origin(hint) is tuple:
         return f"[{', '.join('…' if inner is ... else _in_words(inner) for inner in get_args(hint))}]"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(print_option, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_in_words, get_args(hint)))
     return words.get(hint, str(hint))

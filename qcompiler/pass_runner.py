@@ -63,11 +63,13 @@ class Run:
         left_alone: Stage -> name of an operation -> why that pass left it alone; asked after the pass has run.
         reasons: Name of an operation -> why it was left alone, by the pass that knows best: the first that quantizes,
             or else the first that looked.
+        remarks: Name of an operation -> what passes noted on it, one clause a pass.
     """
 
     stages: Stages
     left_alone: Mapping[str, Mapping[str, str]]
     reasons: Mapping[str, str]
+    remarks: Mapping[str, str]
 
 
 @dataclass
@@ -76,6 +78,7 @@ class _Record:
 
     stages: Stages = field(default_factory=Stages)
     left_alone: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def add(self, step: Pass, graph: Graph) -> None:
         self.stages.add(step.name, graph)
@@ -83,6 +86,9 @@ class _Record:
             f"pass '{step}' failed unexpectedly while it was asked to explain", step, graph, step.explain
         )
         self.left_alone[list(self.stages)[-1]] = reasons
+        for name, text in graph.remarks.items():
+            self.remarks[name] = f"{self.remarks[name]}; {text}" if name in self.remarks else text
+        graph.remarks = {}
 
     def finish(self, pipeline: Pipeline) -> Run:
         effects = [step.effect for step in pipeline]
@@ -92,7 +98,7 @@ class _Record:
         reasons: dict[str, str] = {}
         for _, more in order:
             reasons = {**more, **reasons}
-        return Run(self.stages, self.left_alone, reasons)
+        return Run(self.stages, self.left_alone, reasons, self.remarks)
 
 
 def run_pipeline(

@@ -1,7 +1,7 @@
 """What became of every operation that reads weights: quantized, or why not; and how many of the bytes that is."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rich.box import SIMPLE
@@ -14,6 +14,7 @@ from qcompiler.ir.dataflow import parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
+STATIC = ("quant.quantize_static", "kernel.quantize_static")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
 DEAD = "it was removed, since nothing needs what it computes"
@@ -32,6 +33,7 @@ class Row:
         bytes: What they take as captured.
         quantized: Whether it is.
         reason: Why not; empty when it is.
+        remark: What else a pass noted on it, such as how its input was smoothed, or why it was not.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Row:
     bytes: int
     quantized: bool
     reason: str
+    remark: str = ""
 
     @property
     def is_matmul(self) -> bool:
@@ -89,7 +92,9 @@ class Report:
 
     def __str__(self) -> str:
         table = Table(box=SIMPLE, pad_edge=False)
-        for heading in ("operation", "module", "weight", "bytes", "quantized", "why not"):
+        remarked = any(row.remark for row in self.rows)
+        headings = ("operation", "module", "weight", "bytes", "quantized", "why not", *(["remarks"] * remarked))
+        for heading in headings:
             table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
         for row in self._grouped():
             cells = (
@@ -99,7 +104,8 @@ class Report:
                 _size(row.bytes),
                 "yes" if row.quantized else "no",
                 row.reason,
-            )
+                row.remark,
+            )[: len(headings)]
             table.add_row(*(cell.replace("[", "\\[") for cell in cells))
         console = Console(width=160, no_color=True, force_terminal=False, legacy_windows=False)
         with console.capture() as capture:
@@ -120,24 +126,29 @@ class Report:
             yield Row(names, op, "", (), op, size, all(row.quantized for row in rows), reason)
 
 
-def build_report(stages: Mapping[str, Graph], compiled: Graph, reasons: Mapping[str, str]) -> Report:
+def build_report(
+    stages: Mapping[str, Graph], compiled: Graph, reasons: Mapping[str, str], remarks: Mapping[str, str] | None = None
+) -> Report:
     """The report on what a pipeline did.
 
     Args:
         stages: The graph before the first pass and after each, in order.
         compiled: The graph after the last.
         reasons: Why operations were left alone, by the name of their result.
+        remarks: What passes noted on operations, by the name of their result.
     """
     graphs = list(stages.values())
     captured = graphs[0]
-    heirs = _heirs(graphs)
+    lineages = _lineages(graphs)
     rows = []
     for op, params in _readers(captured):
         name = op.results[0].name
-        heir = heirs.get(name)
-        quantized = heir is not None and _is_quantized(compiled[heir].op)
-        reason = "" if quantized else DEAD if heir is None else reasons.get(name) or reasons.get(heir) or _why_not(op)
-        rows.append(_row(op, params, quantized, reason))
+        names = lineages.get(name, [])
+        quantized = bool(names) and _is_quantized(compiled[names[-1]].op)
+        known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
+        reason = "" if quantized else known if names else DEAD
+        noted = "; ".join(remarks[each] for each in names or [name] if each in remarks) if remarks else ""
+        rows.append(replace(_row(op, params, quantized, reason), remark=noted))
     params = captured.ops(PARAM)
     quantized_names = _quantized_params(graphs, compiled)
     return Report(
@@ -158,22 +169,22 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
             yield op, list(params)
 
 
-def _heirs(graphs: list[Graph]) -> dict[str, str]:
-    """Value of the first graph -> the value of the last that stands for it; without those that were removed.
+def _lineages(graphs: list[Graph]) -> dict[str, list[str]]:
+    """Value of the first graph -> the names that it has gone by, its last one included; without what was removed.
 
     A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, that one's name stays.
     """
-    heirs = {value.name: value.name for op in graphs[0] for value in op.results}
+    lineages = {value.name: [value.name] for op in graphs[0] for value in op.results}
     for before, after in pairwise(graphs):
-        names = {value.name for op in after for value in op.results}
-        for first, name in list(heirs.items()):
-            while name not in names:
-                users = before.users(before[name])
+        alive = {value.name for op in after for value in op.results}
+        for first, names in list(lineages.items()):
+            while names[-1] not in alive:
+                users = before.users(before[names[-1]])
                 if len(users) != 1 or not users[0].results:
-                    del heirs[first]
+                    del lineages[first]
                     break
-                name = heirs[first] = users[0].results[0].name
-    return heirs
+                names.append(users[0].results[0].name)
+    return lineages
 
 
 def _is_quantized(op: Op) -> bool:
@@ -181,7 +192,7 @@ def _is_quantized(op: Op) -> bool:
     if op.name == "aten._to_copy":
         op = op.tensor(0).op
     if op.name.startswith(("quant.", "kernel.")):
-        return op.name not in (*QUANTIZE, DEQUANTIZE)
+        return op.name not in (*QUANTIZE, *STATIC, DEQUANTIZE)
     return op.name in MATMULS and any(value.op.name == DEQUANTIZE for _, value in op.operands())
 
 

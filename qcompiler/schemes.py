@@ -1,15 +1,26 @@
-"""Schemes: named recipes, each a pipeline in text.
+"""Schemes: named recipes, each a pipeline that prints.
+
+    find("fp8_tile")                                          the recipe and its text
+    pipeline("fp8_tile{k_block=64}")                          its passes, with an option
+    pipeline("fp8_tile", {"*.down_proj": "fp8_row", "lm_head": None})     differently for some layers
 
 Other distributions add theirs through the entry point `qcompiler.schemes`, whose name is the scheme's; it is loaded
 when that name is asked for.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import passes  # noqa: F401  (to define a pass is to make it known)
+from passes.layers import EVERYTHING
 from qcompiler.errors import PassError, did_you_mean
+from qcompiler.ir import DType
+from qcompiler.ir.lexer import Source
 from qcompiler.pass_manager import Pipeline, load, offered, shown
+from qcompiler.pass_options import read_options
+from qcompiler.pipelines import Recipe, assemble
 
 GROUP = "qcompiler.schemes"
 
@@ -21,12 +32,23 @@ class Scheme:
     Attributes:
         name: What the user writes.
         doc: One sentence.
-        pipeline: The passes, as text.
+        pipeline: The passes, as text; made from the recipe where there is one.
+        recipe: The same declaratively; only with it can the scheme take options, or be for some layers only.
+        options: The fields of the recipe that may be given with the name.
     """
 
     name: str
     doc: str
-    pipeline: str
+    pipeline: str = ""
+    recipe: Recipe | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Spells the pipeline out; PassError when there is neither, or both."""
+        if bool(self.pipeline) == (self.recipe is not None):
+            raise PassError(f"scheme '{self.name}' needs a pipeline or a recipe, and not both")
+        if self.recipe is not None:
+            object.__setattr__(self, "pipeline", str(assemble({self.recipe: EVERYTHING})))
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -40,24 +62,111 @@ def register(scheme: Scheme) -> Scheme:
     return scheme
 
 
-register(
-    Scheme(
-        "fp8_tile",
-        "FP8 e4m3: activations in [1, 128] tiles, scaled in each call; weights in [128, 128] blocks, scaled once "
-        "(DeepSeek-V3).",
-        # canonicalize first: the others know one spelling of a matmul; dead-code early: the dead is not worth the work
-        "canonicalize; dead-code; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code; to-kernels",
-    )
-)
+NUMERICS = ("numerics", "scale")
+FP8 = ("dtype", *NUMERICS)
+STATIC = ("observer", "percentile")
+SMOOTH = ("alpha", "pow2", "w")
+I8 = DType.i8
+
+for _name, _doc, _recipe, _options in (
+    ("fp8_tile", "FP8 e4m3: activations in [1, 128] tiles, scaled in each call; weights in [128, 128] blocks, scaled "
+     "once (DeepSeek-V3).", Recipe(), ("k_block", *FP8)),
+    ("fp8_row", "FP8 e4m3: one scale a token, in each call; one scale an output channel of the weight.",
+     Recipe(x="token", w="channel"), FP8),
+    ("fp8_tensor", "FP8 e4m3: one scale for the activation, in each call; one for the weight.",
+     Recipe(x="tensor", w="tensor"), ("w", *FP8)),
+    ("fp8_tensor_static", "FP8 e4m3: one scale for the activation, from calibration; one for the weight.",
+     Recipe(x="tensor", w="tensor", static=True), ("w", *STATIC, *FP8)),
+    ("int8_row", "INT8: one scale a token, in each call; one scale an output channel of the weight.",
+     Recipe(I8, x="token", w="channel"), NUMERICS),
+    ("int8_tensor", "INT8: one scale for the activation, in each call; one for the weight.",
+     Recipe(I8, x="tensor", w="tensor"), ("w", *NUMERICS)),
+    ("int8_tensor_static", "INT8: one scale for the activation, from calibration; one for the weight.",
+     Recipe(I8, x="tensor", w="tensor", static=True), ("w", *STATIC, *NUMERICS)),
+    ("smoothquant_o1", "INT8, smoothed: one scale a token, in each call; one for the weight (SmoothQuant-O1).",
+     Recipe(I8, x="token", w="tensor", smooth="always"), (*SMOOTH, *NUMERICS)),
+    ("smoothquant_o2", "INT8, smoothed: one scale for the activation, in each call; one for the weight "
+     "(SmoothQuant-O2).", Recipe(I8, x="tensor", w="tensor", smooth="always"), (*SMOOTH, *NUMERICS)),
+    ("smoothquant_o3", "INT8, smoothed: one scale for the activation, from calibration; one for the weight "
+     "(SmoothQuant-O3).", Recipe(I8, x="tensor", w="tensor", static=True, smooth="always"),
+     (*SMOOTH, *STATIC, *NUMERICS)),
+    ("smoothquant_fp8", "FP8 e4m3, smoothed: one scale for the activation, in each call; one for the weight.",
+     Recipe(x="tensor", w="tensor", smooth="always"), (*SMOOTH, *FP8)),
+    ("fp8_tile_smooth", "As fp8_tile, with channels smoothed where that was measured to make the error smaller.",
+     Recipe(smooth="measured", alpha="search"), ("k_block", "alpha", "pow2", *FP8)),
+    ("int8_channel_reference", "INT8, one scale for each channel of the activation: simulated only, for comparison.",
+     Recipe(I8, x="channel", w="channel"), NUMERICS),
+    ("fp8_channel_reference", "FP8 e4m3, one scale for each channel of the activation: simulated only, for comparison.",
+     Recipe(x="channel", w="channel"), FP8),
+):  # fmt: skip
+    register(Scheme(_name, _doc, recipe=_recipe, options=_options))
 
 
-def pipeline(scheme: str) -> Pipeline:
-    """The pipeline of a scheme, to run or to edit; PassError with did-you-mean when there is no such scheme."""
-    return Pipeline.parse(find(scheme).pipeline)
+def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None) -> Pipeline:
+    """The pipeline of a scheme, to run or to edit.
+
+    Args:
+        scheme: A name, with options in braces if need be: `fp8_tile{k_block=64, numerics=deepgemm}`.
+        overrides: For some layers another scheme, or None to leave them alone; by patterns for the names of their
+            weights (see `passes.layers`), of which the last one that matches counts.
+
+    Raises:
+        PassError: There is no such scheme or option, or the scheme cannot be combined with another.
+    """
+    if overrides is None:
+        name, _, (start, end) = _split(scheme)
+        if start == end and (found := find(name)).recipe is None:
+            return Pipeline.parse(found.pipeline)
+        return assemble({recipe_of(scheme): EVERYTHING})
+    if not isinstance(overrides, Mapping):
+        need = 'a dict such as {"*.down_proj": "fp8_row", "lm_head": None}'
+        raise PassError("overrides is of a wrong type", got=type(overrides).__name__, need=need)
+    chosen = {pattern: None if target is None else recipe_of(target) for pattern, target in overrides.items()}
+    layers: dict[Recipe, list[str]] = {recipe_of(scheme): [*EVERYTHING]}
+    layers |= {recipe: [] for recipe in chosen.values() if recipe is not None and recipe not in layers}
+    for pattern, target in chosen.items():
+        if not isinstance(pattern, str) or not pattern or pattern.startswith("!"):
+            raise PassError("a pattern of overrides is wrong", got=repr(pattern), need="a name such as '*.down_proj'")
+        for recipe, patterns in layers.items():
+            if recipe == target:
+                patterns.append(pattern)
+            elif patterns:
+                patterns.append(f"!{pattern}")
+    return assemble({recipe: tuple(patterns) for recipe, patterns in layers.items()})
+
+
+def recipe_of(text: str) -> Recipe:
+    """The recipe that `name{option=value, …}` spells; PassError for what is unknown, or has no recipe."""
+    name, source, inside = _split(text)
+    scheme = find(name)
+    if scheme.recipe is None:
+        fix = "Write its pipeline out, and edit that."
+        raise PassError("a scheme that is only a pipeline has no options and fits all layers", got=repr(name), fix=fix)
+    given = read_options(Recipe, f"scheme '{name}'", scheme.options, source, *inside)
+    _check_format(name, scheme.recipe, given)
+    return replace(scheme.recipe, **given)
+
+
+def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """A scheme's name says whether it is FP8 or INT8."""
+    dtype = given.get("dtype", recipe.dtype)
+    if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.dtype):
+        raise PassError(f"option 'dtype' of scheme '{name}' has a wrong value", got=dtype, need="f8e4m3fn or f8e5m2")
+
+
+def _split(text: str) -> tuple[str, Source, tuple[int, int]]:
+    """The name in `name{options}`, and where the options are."""
+    if not isinstance(text, str):
+        raise PassError("a scheme is named by a string", got=repr(text), need='such as "fp8_tile"')
+    source = Source(text, "<scheme>")
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{(.*)\})?\s*", text, re.DOTALL)
+    if match is None:
+        raise source.error("a scheme is malformed; it is spelled name{option=value, option=value}", 0, len(text))
+    return match[1], source, match.span(2) if match[2] is not None else (0, 0)
 
 
 def find(name: str) -> Scheme:
-    """The scheme called `name`; PassError with did-you-mean when there is none."""
+    """The scheme called `name`, without options; PassError with did-you-mean when there is none."""
     if name not in SCHEMES and (entry := offered(GROUP).get(name)) is not None:
         found = load(entry)
         if not isinstance(found, Scheme) or found.name != name:

@@ -9,6 +9,7 @@ import pytest
 
 from qcompiler.cli import main
 from qcompiler.ir import Graph
+from qcompiler.schemes import SCHEMES
 
 TEXT = """func @m(%x: f32[s0, 256]) -> (f32[s0, 64]) where s0 in 1.. {
   %w = core.param() {name = "w"} : f32[256, 64]
@@ -81,7 +82,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     [
         (["-p", "fp8-tyle"], "error: no such pass: got 'fp8-tyle'. Did you mean 'fp8-tile'?"),
         (["-p", "fp8-tile{x_block=[1"], "error: <pipeline>:1:18: '[' is not closed"),
-        (["-s", "fp9"], "error: no such scheme: got 'fp9'. Known: fp8_tile"),
+        (["-s", "fp9"], "error: no such scheme: got 'fp9'. Known: fp8_channel_reference, fp8_row, "),
         (["-p", "dead-code", "--print-after", "al"], "error: no such pass: got 'al'."),
         (
             ["-p", "dead-code", "-o", "no/such/folder/x.qir"],
@@ -110,13 +111,26 @@ def test_a_graph_that_cannot_be_read(content: bytes | None, tmp_path: Path, caps
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "fp8-tile         lossy     linear(x, w)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w))).\n"
-        in out
-    )
+    line = "quantize         lossy     linear(x, w)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w))).\n"
+    assert f"{line}{'':27}x_block = [1, -1]\n" in out
     assert "x_block = [1, 128]\n" in out
     assert main(["schemes"]) == 0
-    assert capsys.readouterr().out.startswith("fp8_tile\n    FP8 e4m3: ")
+    out = capsys.readouterr().out
+    assert out.startswith("fp8_tile\n    FP8 e4m3: ")
+    assert "smoothquant_o3\n    INT8, smoothed: " in out and "quantize{x_block=[-1, -1], w_block=" in out
+    assert [line for line in out.splitlines() if line[0] != " "] == [*SCHEMES]
+
+
+def test_a_scheme_with_options(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["opt", "-s", "fp8_row{numerics=vllm}", "--no-locations", file]) == 0
+    out = capsys.readouterr().out
+    assert 'block = [1, -1], dtype = f8e4m3fn, profile = "vllm", scale_layout = "row_major"' in out
+
+
+def test_a_scheme_that_needs_data_says_so(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["opt", "-s", "smoothquant_o2", file]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: there is no calibration data, and this pipeline needs some (in pass 'cal")
 
 
 def test_usage() -> None:

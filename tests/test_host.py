@@ -77,6 +77,33 @@ def test_the_text() -> None:
     assert (module.entry, module.weights) == ("mlp", {"w_q": "w_q", "w_s": "w_s"})
 
 
+def test_the_text_of_quantization_with_static_scales_and_prescales() -> None:
+    quantize = '{block = [1, -1], dtype = i8, profile = "deepseek", scale_layout = "row_major"}'
+    static = '{block = [-1, -1], dtype = f8e4m3fn, profile = "vllm"}'
+    graph = Graph.parse(f"""
+    func @g(%x: f32[s0, 200]) -> (i8[s0, 200], f32[s0, 1], f8e4m3fn[s0, 200], f8e4m3fn[s0, 200]) {{
+      %scale = core.param() {{name = "scale"}} : f32[1, 1]
+      %smooth = core.param() {{name = "smooth"}} : f32[200]
+      %q, %s = kernel.quantize(%x, %smooth) {quantize} : i8[s0, 200], f32[s0, 1]
+      %r = kernel.quantize_static(%x, %scale) {static} : f8e4m3fn[s0, 200]
+      %t = kernel.quantize_static(%x, %scale, %smooth) {static} : f8e4m3fn[s0, 200]
+      return %q, %s, %r, %t
+    }}
+    """)
+    graph.verify()
+    body = emit_host_module(graph, "cpu").source.split("def g(weights, x):\n")[1]
+    assert body == (
+        "    q, s = kernels.quantize(x, [1, -1], torch.int8, 'deepseek', 'row_major', weights.smooth)\n"
+        "    r = kernels.quantize_static(x, weights.scale, [-1, -1], torch.float8_e4m3fn, 'vllm')\n"
+        "    t = kernels.quantize_static(x, weights.scale, [-1, -1], torch.float8_e4m3fn, 'vllm', weights.smooth)\n"
+        "    return (q, s, r, t)\n"
+    )
+    x = torch.randn(3, 200)
+    graph.weights = {"scale": torch.full((1, 1), 0.01), "smooth": torch.rand(200) + 0.5}
+    for mine, theirs in zip(run(graph, [x]), interpret(graph, [x]), strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_graphs_run_as_the_interpreter_runs_them(seed: int) -> None:
     graph = random_graph(seed, runnable=True)

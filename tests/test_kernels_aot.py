@@ -1,16 +1,13 @@
-"""Every kernel variant compiled for Hopper without a GPU, and what its machine code has to show."""
+"""The products with scales inside the sum, compiled for Hopper without a GPU: what their machine code has to show."""
 
 import dataclasses
-from fractions import Fraction
-from math import floor, log2
 
 import pytest
 import torch
 
-from codegen.aot import MachineCode, compile_gemm, compile_quantize
-from codegen.tiling import GemmConfig, all_configs, quantize_config
-from codegen.torch_ops import SCALE_LAYOUTS
-from qcompiler import numerics
+from codegen.aot import compile_gemm
+from codegen.machine_code import MachineCode
+from codegen.tiling import GemmConfig, all_configs
 from qcompiler.errors import CodegenError
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,68 +54,16 @@ def test_three_tiles_of_the_main_configuration_fit_on_a_multiprocessor() -> None
     assert 3 * (code.shared_memory + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize("profile", sorted(numerics.PROFILES))
-@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
-def test_quantization(profile: str, layout: str) -> None:
-    code = compile_quantize(profile=profile, scale_layout=layout)
-    assert_no_spills(code)
-    assert code.wide_loads >= 4 and code.wide_stores >= 2, "loads and stores have to be 16 bytes wide"
-    assert "F2FP.SATFINITE.E4M3" in code.sass
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_quantization_of_other_dtypes(dtype: torch.dtype) -> None:
-    for config in (quantize_config(1, 128), quantize_config(4096, 128)):
-        code = compile_quantize(dtype, config=config)
-        assert_no_spills(code)
-        assert code.wide_loads >= 4
-
-
-@pytest.mark.parametrize("block_k", [32, 512])
-def test_quantization_in_other_blocks(block_k: int) -> None:
-    assert_no_spills(compile_quantize(block_k=block_k, out_dtype=torch.float8_e5m2))
-
-
 def test_a_kernel_that_cannot_be_compiled_is_an_error_of_ours() -> None:
     with pytest.raises(CodegenError, match="cannot compile scaled_gemm_tma for sm_90a"):
         compile_gemm(dataclasses.replace(all_configs()[0], block_n=256))
 
 
-def test_the_division_of_the_quantization_kernel_rounds_to_the_right_code() -> None:
-    # The proof that the kernel's comment promises. A code is decided by comparing the quotient with a tie between two
-    # codes, an integer T in [16, 32) times a power of two. If the corrected quotient is RN(x / s + e), the comparison
-    # can differ from that of RN(x / s) only where x / s is within e of T + half an ulp or T - half an ulp. Written in
-    # integers (x = 16 X, s = S), |e| <= 2^-22 ulp asks S / 2^20 to be within 2^-17 of an integer, so S to be within 8
-    # of a multiple of 2^20. All of these, and as many again, times all T, are tried here in exact arithmetic.
-    wrong = {0: 0, 1: 0}
-    for s in (Fraction(j * 2**20 + near) for j in range(8, 17) for near in range(-17, 18)):
-        if not 2**23 <= s < 2**24:
-            continue
-        reciprocal = float32(1 / s)
-        for tie in map(Fraction, range(16, 33)):
-            for half_ulp in (Fraction(1, 2**20), Fraction(-1, 2**20), Fraction(-1, 2**21)):
-                middle = float32(s * (tie + half_ulp))
-                ulp = Fraction(2) ** (floor(log2(middle)) - 23)
-                for x in (middle - ulp, middle, middle + ulp):
-                    want = side(float32(x / s), tie)
-                    quotient = float32(x * reciprocal)
-                    wrong[0] += side(quotient, tie) != want
-                    quotient = float32(quotient - float32(quotient * s - x) * reciprocal)
-                    wrong[1] += side(quotient, tie) != want
-    assert wrong[1] == 0
-    assert wrong[0] > 0, "without the correction these cases do go wrong, or they would show nothing"
-
-
-def side(value: Fraction, tie: Fraction) -> int:
-    return (value > tie) - (value < tie)
-
-
-def float32(value: Fraction) -> Fraction:
-    """The nearest FP32 number, ties to even, for a value of ordinary size."""
-    if value == 0:
-        return value
-    magnitude = abs(value)
-    exponent = floor(log2(magnitude))
-    exponent += (magnitude >= Fraction(2) ** (exponent + 1)) - (magnitude < Fraction(2) ** exponent)
-    ulp = Fraction(2) ** (exponent - 23)
-    return round(value / ulp) * ulp  # round() of a Fraction is to even
+@pytest.mark.parametrize("x_block", [32, 64, 256, -1])
+def test_every_gemm_for_other_tiles(x_block: int) -> None:
+    for config in all_configs("tiles", x_block):
+        code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block, out_dtype=torch.float32)
+        assert_no_spills(code)
+        assert code.qgmma == config.block_k // 32 * config.block_m // (config.warps // 4 * 64)
+        assert (code.tma_loads, code.tma_stores) == ((2 * config.stages, 1) if config.variant == "tma" else (0, 0))
+        assert code.shared_memory <= config.shared_memory(4)

@@ -1,4 +1,4 @@
-"""The Triton kernels on a Hopper GPU: quantization bit for bit, products against float64 of the same operands."""
+"""Products with scales inside the sum, on a Hopper GPU, against float64 of the same operands."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegen import torch_ops
+from codegen.kernels.quantize import quantize_tiles
+from codegen.kernels.scaled_gemm import scaled_gemm_tma
+from codegen.product import launch_gemm
 from codegen.tiling import GemmConfig, GemmProblem, all_configs, refusal
-from qcompiler import numerics
+from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-ROWS = (0, 1, 2, 3, 15, 63, 65, 129, 4095)
+X_BLOCKS = (32, 64, 256, 512, -1)
+ROWS = (0, 1, 2, 3, 15, 63, 64, 65, 127, 129, 4095)
 
 
 def quantize(
@@ -30,21 +33,16 @@ def quantize(
 
 
 def linear(
-    x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    result: Tensor = torch.ops.qcompiler.scaled_linear(x, xs, w, ws, bias, [1, 128], [128, 128], out_dtype)
+    x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
+    x_block: Sequence[int] = (1, 128),
+) -> Tensor:  # fmt: skip
+    result: Tensor = torch.ops.qcompiler.scaled_linear(x, xs, w, ws, bias, list(x_block), [128, 128], out_dtype)
     return result
 
 
-def assert_same_codes(got: Tensor, want: Tensor) -> None:
-    """Equal bits, except that a NaN may be any NaN."""
-    codes, expected = got.cpu().view(torch.uint8), want.cpu().view(torch.uint8)
-    nan = want.cpu().float().isnan()
-    assert torch.equal(got.cpu().float().isnan(), nan)
-    assert torch.equal(codes[~nan], expected[~nan]), f"{int((codes != expected)[~nan].sum())} codes differ"
-
-
-def operands(m: int, n: int, k: int, layout: str = "col_major", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def operands(
+    m: int, n: int, k: int, layout: str = "col_major", seed: int = 0, x_block: Sequence[int] = (1, 128)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantized operands whose scales differ from block to block by factors of up to 100."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -52,14 +50,16 @@ def operands(m: int, n: int, k: int, layout: str = "col_major", seed: int = 0) -
         spread = torch.rand(rows, -(-k // 32), generator=generator, device="cuda").mul(4.6).exp()
         return torch.randn(rows, k, generator=generator, device="cuda") * spread.repeat_interleave(32, 1)[:, :k]
 
-    x, xs = quantize(draw(m).bfloat16(), layout)
+    x, xs = quantize(draw(m).bfloat16(), layout, block=x_block)
     w, ws = quantize(draw(n), block=(128, 128))
     return x, xs, w, ws
 
 
 def exact(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product of the quantized operands in float64."""
-    left = x.double() * xs.double().repeat_interleave(128, 1)[:, : x.shape[1]]
+    k = x.shape[1]
+    width = next(b for b in (32, 64, 128, 256, 512, k) if -(-k // b) == xs.shape[1])
+    left = x.double() * xs.double().repeat_interleave(width, 1)[:, :k]
     spread = ws.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
     result = left @ (w.double() * spread[: w.shape[0], : w.shape[1]]).T
     return result if bias is None else result + bias.double()
@@ -67,104 +67,6 @@ def exact(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = No
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
-
-
-def messy(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Ordinary values, and blocks of zeros, subnormals, infinities, NaN, tiny and huge values and exact ties."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
-    x *= torch.rand(rows, 1, generator=torch.Generator().manual_seed(1)).mul(20).sub(10).exp()
-    kinds = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-44, 1e-6, 3e4, 448.0, 1.0625)
-    for row in range(0, rows, 3):
-        for place in range(0, columns, 7):
-            x[row, place] = kinds[(row // 3 + place // 7) % len(kinds)]
-    x[rows // 2 :: 4] = 0.0
-    if rows > 2:
-        x[1], x[2] = math.nan, math.inf
-    return x.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("profile", sorted(numerics.PROFILES))
-@pytest.mark.parametrize("layout", torch_ops.SCALE_LAYOUTS)
-def test_quantization_equals_numerics_bit_for_bit(dtype: torch.dtype, profile: str, layout: str) -> None:
-    for rows, columns in ((37, 384), (5, 129), (700, 1000), (3, 77), (1, 128)):
-        x = messy(rows, columns, dtype)
-        q, scale = quantize(x.cuda(), layout, profile)
-        want_q, want_scale = numerics.quantize(x, profile=profile)
-        assert torch.equal(scale.cpu(), want_scale)
-        assert_same_codes(q, want_q)
-
-
-@pytest.mark.parametrize("profile", sorted(numerics.PROFILES))
-def test_quantization_of_many_random_blocks(profile: str) -> None:
-    # 67 million quotients: rounding that is wrong once in a million times is seen here. On the GPU numerics has to
-    # give the CPU's bits as well.
-    x = torch.randn(8192, 8192, device="cuda") * torch.rand(8192, 1, device="cuda").mul(12).sub(6).exp()
-    q, scale = quantize(x, "col_major", profile)
-    want_q, want_scale = numerics.quantize(x, profile=profile)
-    assert torch.equal(scale, want_scale) and torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
-    cpu_q, cpu_scale = numerics.quantize(x[:512].cpu(), profile=profile)
-    assert torch.equal(want_scale[:512].cpu(), cpu_scale)
-    assert torch.equal(want_q[:512].cpu().view(torch.uint8), cpu_q.view(torch.uint8))
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_quantization_of_any_number_of_rows(rows: int) -> None:
-    x = torch.randn(rows, 512, dtype=torch.bfloat16)
-    for layout in torch_ops.SCALE_LAYOUTS:
-        q, scale = quantize(x.cuda(), layout)
-        want_q, want_scale = numerics.quantize(x)
-        assert q.shape == want_q.shape and torch.equal(scale.cpu(), want_scale)
-        assert_same_codes(q, want_q)
-        if layout == "col_major" and rows:
-            assert scale.stride() == (1, (rows + 3) // 4 * 4)
-
-
-@pytest.mark.parametrize("block_k", [32, 64, 128, 256, 512])
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_quantization_in_other_blocks_and_formats(block_k: int, dtype: torch.dtype) -> None:
-    for rows in (3, 600):
-        x = messy(rows, 1056, torch.bfloat16)
-        q, scale = quantize(x.cuda(), block=(1, block_k), dtype=dtype)
-        want_q, want_scale = numerics.quantize(x, (1, block_k), dtype)
-        assert torch.equal(scale.cpu(), want_scale)
-        assert_same_codes(q, want_q)
-
-
-def test_quantization_of_views_and_batches() -> None:
-    base = torch.randn(96, 1024, dtype=torch.bfloat16, device="cuda")
-    batch = torch.randn(2, 3, 5, 256, dtype=torch.bfloat16, device="cuda")
-    for x in (
-        base[:, 128:640],
-        base[::3],
-        base.T,
-        base[:, ::2],
-        base[3:4, :100],
-        batch,
-        batch.transpose(0, 2),
-        base[0],
-    ):
-        for layout in torch_ops.SCALE_LAYOUTS:
-            q, scale = quantize(x, layout)
-            want_q, want_scale = numerics.quantize(x.cpu())
-            assert q.is_contiguous() and torch.equal(scale.cpu(), want_scale)
-            assert_same_codes(q, want_q)
-
-
-def test_rows_outside_a_view_are_neither_read_nor_written() -> None:
-    base = torch.full((64, 256), math.nan, device="cuda")
-    base[16:33] = torch.randn(17, 256, device="cuda")
-    q, scale = quantize(base[16:33], "col_major")
-    assert q.float().isfinite().all() and scale.isfinite().all()
-
-
-def test_quantization_beyond_32_bit_offsets() -> None:
-    rows, columns = 2**19 + 3, 4096 + 128
-    x = torch.randn(64, columns, dtype=torch.bfloat16, device="cuda").repeat(rows // 64 + 1, 1)[:rows]
-    assert x.numel() > 2**31
-    q, scale = quantize(x, "col_major")
-    want_q, want_scale = numerics.quantize(x[-67:])
-    assert torch.equal(q[-67:].view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale[-67:], want_scale)
 
 
 @pytest.mark.parametrize("config", all_configs(), ids=str)
@@ -175,12 +77,40 @@ def test_every_configuration_on_a_large_and_on_a_ragged_shape(config: GemmConfig
         assert refusal(config, GemmProblem(m, n, k, out_bytes=out_dtype.itemsize)) is None
         want = exact(x, xs, w, ws)
         out = torch.full((m, n), math.nan, dtype=out_dtype, device="cuda")
-        torch_ops.launch_gemm(config, x, w, out, xs, ws, None)
+        launch_gemm(config, x, w, out, xs, ws, None)
         assert relative_error(out, want) <= (2e-3 if out_dtype == torch.bfloat16 else F32_TOLERANCE)
         again = torch.full_like(out, math.nan)
         for _ in range(5):
-            torch_ops.launch_gemm(config, x, w, again, xs, ws, None)
+            launch_gemm(config, x, w, again, xs, ws, None)
             assert torch.equal(out, again), "a repeated run gave other bits: a race"
+
+
+@pytest.mark.parametrize("x_block", X_BLOCKS)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_every_configuration_for_other_tiles(x_block: int, out_dtype: torch.dtype) -> None:
+    for config in all_configs("tiles", x_block):
+        for m, n, k in ((1100, 1024, 4096), (333, 464, 1104), (1, 144, 144)):
+            x, xs, w, ws = operands(m, n, k, x_block=(1, x_block))
+            problem = GemmProblem(m, n, k, out_bytes=out_dtype.itemsize, x_block=x_block)
+            assert refusal(config, problem) is None
+            out = torch.full((m, n), math.nan, dtype=out_dtype, device="cuda")
+            launch_gemm(config, x, w, out, xs, ws, None, x_block)
+            assert relative_error(out, exact(x, xs, w, ws)) <= (2e-3 if out_dtype == torch.bfloat16 else F32_TOLERANCE)
+            again = torch.full_like(out, math.nan)
+            launch_gemm(config, x, w, again, xs, ws, None, x_block)
+            assert torch.equal(out, again), "a repeated run gave other bits: a race"
+
+
+@pytest.mark.parametrize("x_block", [(1, x_block) for x_block in X_BLOCKS] + [(-1, -1)])
+def test_other_tiles_of_any_size(x_block: tuple[int, int]) -> None:
+    for m, n, k in ((3, 129, 257), (63, 7, 100), (64, 256, 512), (127, 1000, 1000), (4095, 256, 640), (0, 8, 64)):
+        layout = "col_major" if x_block[0] == 1 and m % 2 else "row_major"
+        x, xs, w, ws = operands(m, n, k, layout, x_block=x_block)
+        bias = torch.randn(n, device="cuda")
+        out = linear(x, xs, w, ws, bias, torch.float32, x_block)
+        scales = xs.expand(m, -1)
+        # Three rows are few to take the mean of.
+        assert m == 0 or relative_error(out, exact(x, scales, w, ws, bias)) <= 4e-4
 
 
 F32_TOLERANCE = 3e-4
@@ -188,7 +118,7 @@ F32_TOLERANCE = 3e-4
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("layout", torch_ops.SCALE_LAYOUTS)
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 def test_product_of_any_number_of_rows(rows: int, layout: str) -> None:
     x, xs, w, ws = operands(rows, 768, 1024, layout)
     out = linear(x, xs, w, ws)
@@ -217,7 +147,7 @@ def test_garbage_beyond_the_last_row_stays_outside() -> None:
     rows[:77], scales[:77] = x, xs
     for configured in all_configs():
         out = torch.full((256, 256), 7.0, device="cuda", dtype=torch.bfloat16)
-        torch_ops.launch_gemm(configured, rows[:77], w, out[:77], scales[:77], ws, None)
+        launch_gemm(configured, rows[:77], w, out[:77], scales[:77], ws, None)
         assert relative_error(out[:77], exact(x, xs, w, ws)) <= 2e-3
         assert bool((out[77:] == 7.0).all()), f"{configured} wrote beyond the last row"
 
@@ -249,7 +179,7 @@ def test_batches_and_bias() -> None:
     x = torch.randn(2, 3, 40, 512, dtype=torch.bfloat16, device="cuda")
     w, ws = quantize(torch.randn(640, 512, device="cuda"), block=(128, 128))
     bias = torch.randn(640, device="cuda")
-    for layout in torch_ops.SCALE_LAYOUTS:
+    for layout in SCALE_LAYOUTS:
         q, s = quantize(x, layout)
         out = linear(q, s, w, ws, bias, torch.float32)
         want = exact(q.view(-1, 512), s.reshape(-1, 4), w, ws, bias).view(2, 3, 40, 640)
@@ -259,7 +189,7 @@ def test_batches_and_bias() -> None:
 def test_what_the_kernels_cannot_run_is_refused() -> None:
     x, xs, w, ws = operands(8, 256, 256)
     op = torch.ops.qcompiler.scaled_linear
-    with pytest.raises(CodegenError, match=r"block of the weights: got \[1, 128\]; need \[128, 128\]"):
+    with pytest.raises(CodegenError, match=r"a weight needs \[128, 128\], \[1, -1\] or \[-1, -1\], not \[1, 128\]"):
         op(x, xs, w, ws, None, [1, 128], [1, 128], torch.bfloat16)
     with pytest.raises(CodegenError, match="shape of the activation scales"):
         op(x, xs[:4], w, ws, None, [1, 128], [128, 128], torch.bfloat16)
@@ -291,17 +221,14 @@ def test_compiled_and_captured_in_a_cuda_graph() -> None:
 
 
 def test_a_new_number_of_rows_compiles_nothing() -> None:
-    from codegen.kernels.quantize import quantize_rows
-    from codegen.kernels.scaled_gemm import scaled_gemm_tma
-
     def compiled() -> int:
         device = torch.cuda.current_device()
-        return sum(len(kernel.device_caches[device][0]) for kernel in (quantize_rows, scaled_gemm_tma))
+        return sum(len(kernel.device_caches[device][0]) for kernel in (quantize_tiles, scaled_gemm_tma))
 
     w, ws = quantize(torch.randn(512, 384, device="cuda"), block=(128, 128))
     counts = []
     for rows in (600, 601, 608, 640, 768, 1000):
-        for layout in torch_ops.SCALE_LAYOUTS:
+        for layout in SCALE_LAYOUTS:
             linear(*quantize(torch.randn(rows, 384, dtype=torch.bfloat16, device="cuda"), layout), w, ws)
         counts.append(compiled())
     assert len(set(counts)) == 1, counts

@@ -16,23 +16,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def _operands(m: int, n: int, k: int, padded: bool) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
-    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp())
+def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
+    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), (1, x_block))
     w, ws = numerics.quantize(torch.randn(n, k), (128, 128))
     if padded:
-        scale = torch_ops.scale_like(x, 128, "col_major")
+        scale = quantization.scale_like(x, x_block, "col_major")
         rows = torch.full((m + 70, k), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
         rows[:m] = x
         return rows[:m], scale.copy_(xs), w, ws
     return x, xs, w, ws
 
 
-def _gemm(config: "tiling.GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bias: bool) -> None:
-    x, xs, w, ws = _operands(m, n, k, padded=m % 2 == 1)
+def _gemm(
+    config: "tiling.GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bias: bool, x_block: int = 128
+) -> None:
+    x, xs, w, ws = _operands(m, n, k, m % 2 == 1, x_block)
     addend = torch.randn(n) if bias else None
     store = torch.full((m + 3, n), 7.0, dtype=dtype)
-    torch_ops.launch_gemm(config, x, w, store[:m], xs, ws, addend)
-    want = numerics.scaled_linear(x, xs, w, ws, addend, out_dtype=torch.float32)
+    product.launch_gemm(config, x, w, store[:m], xs, ws, addend, x_block)
+    want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=(1, x_block), out_dtype=torch.float32)
     error = float((store[:m].float() - want).norm() / want.norm())
     # The interpreter truncates to bfloat16, where the GPU rounds.
     assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype], (config, m, n, k, error)
@@ -49,10 +51,10 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     x = base[:, :k]
     x[0, k - 1] = math.inf
     q = torch.full((m + 2, k), 7.0).to(torch.float8_e4m3fn)
-    scale = torch_ops.scale_like(x, block_k, layout).fill_(-1.0)
-    tile = tiling.quantize_config(m, block_k)
-    quantize_rows[(-(-m // tile.block_m) * -(-k // block_k),)](
-        x, q, scale, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor, TOP=448.0,
+    scale = quantization.scale_like(x, block_k, layout).fill_(-1.0)
+    tile = quantize_tiling.quantize_config(m, block_k)
+    quantize_tiles[(-(-m // tile.block_m) * -(-k // block_k),)](
+        x, q, scale, None, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor, TOP=448.0,
         RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0", BLOCK_M=tile.block_m,
         BLOCK_K=block_k, num_warps=tile.warps,
     )  # fmt: skip
@@ -64,7 +66,60 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     assert torch.allclose(got, want, rtol=0.07), (m, k, name, layout)
 
 
+def _row_gemm(
+    config: "tiling.GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int, wholes: tuple[int, int]
+) -> None:
+    x_block, w_block = ((-1 if whole else 1, -1) for whole in wholes)
+    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), x_block, dtype)
+    w, ws = numerics.quantize(torch.randn(n, k), w_block, dtype)
+    addend = torch.randn(n)
+    store = torch.full((m + 3, n), 7.0)
+    product.launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
+    want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
+    assert float((store[:m] - want).norm() / want.norm()) < 1e-5, (config, dtype, m, n, k)
+    assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
+
+
+def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool) -> None:
+    # Profiles that multiply: the interpreter does not fuse the multiply-adds by which the others divide.
+    rule = numerics.profile(name)
+    x = torch.randn(m, k + 5)[:, :k] * torch.rand(m, 1).mul(4).exp()
+    x[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])[: min(k, 3)]
+    prescale = torch.rand(k) + 0.5 if prescaled else None
+    want_q, want_scale = numerics.quantize(x, block, torch.int8, name, prescale)
+    q = torch.full((m + 2, k), 7, dtype=torch.int8)
+    scale = torch.full(want_scale.shape, -1.0)
+    if block[0] == -1:
+        quantization._quantize_tensor(x, q[:m], scale, prescale, rule)
+    elif block[1] == -1:
+        quantization._quantize_tokens(x, q[:m], scale, prescale, rule)
+    else:
+        quantization._quantize_tiles(x, q[:m], scale, prescale, rule, block[1])
+    assert torch.equal(scale, want_scale), (block, m, k, name)
+    assert bool((q[m:] == 7).all()), "wrote beyond the last row"
+    if block[0] != -1 or name == "deepgemm":
+        assert torch.equal(q[:m], want_q), (block, m, k, name)
+    again = torch.empty_like(q[:m])
+    quantization._quantize_known(x, again, scale, prescale, numerics.profile("deepgemm"), block)
+    assert torch.equal(again, numerics.quantize_static(x, scale, block, torch.int8, "deepgemm", prescale))
+
+
 def _run_all() -> None:
+    for block in ((1, -1), (-1, -1), (1, 64)):
+        _int8(block, 5, 300, "deepgemm", prescaled=True)
+        _int8(block, 1, 16, "ue8m0", prescaled=False)
+        _int8(block, 520, 33, "deepgemm", prescaled=False)
+    _int8((1, -1), 2, 20000, "deepgemm", prescaled=True)
+    elements: dict[tiling.Kind, torch.dtype] = {"rows_f8": torch.float8_e4m3fn, "rows_i8": torch.int8}
+    for kind, element in elements.items():
+        for config in tiling.all_configs(kind):
+            _row_gemm(config, element, 65, 144, 144, (0, 0))
+            _row_gemm(config, element, 3, 16, 16, (1, 0))
+            if config.variant == "pointers":
+                _row_gemm(config, element, 3, 35, 129, (0, 1))
+    for x_block in (32, 64, 256, -1):
+        for config in tiling.all_configs("tiles", x_block):
+            _gemm(config, 3, 48, 272, torch.float32, bias=True, x_block=x_block)
     for config in tiling.all_configs():
         _gemm(config, 65, 144, 272, torch.bfloat16, bias=True)
         _gemm(config, 1, 16, 16, torch.float32, bias=False)
@@ -72,7 +127,7 @@ def _run_all() -> None:
         if config.variant == "pointers":
             for m, n, k in ((3, 1, 1), (67, 131, 129), (5, 7, 300)):
                 _gemm(config, m, n, k, torch.float32, True)
-    for layout in torch_ops.SCALE_LAYOUTS:
+    for layout in quantization.SCALE_LAYOUTS:
         for name in numerics.PROFILES:
             _quantize(5, 300, name, layout, 128)
         for m, k, block_k in ((1, 128, 128), (34, 129, 128), (3, 77, 32), (2, 600, 512)):
@@ -102,8 +157,8 @@ if __name__ == "__main__":
     import torch
     from torch import Tensor
 
-    from codegen import tiling, torch_ops
-    from codegen.kernels.quantize import quantize_rows
+    from codegen import product, quantization, quantize_tiling, tiling
+    from codegen.kernels.quantize import quantize_tiles
     from qcompiler import numerics
 
     torch.manual_seed(0)

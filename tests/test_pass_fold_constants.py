@@ -1,14 +1,16 @@
-"""fold-constants: quantized weights are stored, one at a time, and an original goes as soon as nobody reads it."""
+"""fold-constants: quantized weights and products of weights are stored, and an original goes when nobody reads it."""
 
 import weakref
 from collections.abc import Iterator, MutableMapping
 
+import pytest
 import torch
 
-from passes.fold_constants import FoldConstants
+from passes.fold_constants import FoldConstants, WeightArithmetic
 from qcompiler import numerics
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
+from qcompiler.ir.dataflow import part_of
 from qcompiler.pass_manager import Pipeline
 from qcompiler.testing import random_inputs
 
@@ -129,7 +131,7 @@ def test_a_weight_made_of_several_parameters() -> None:
     graph, inputs, before = prepared(text)
     FoldConstants().run(graph)
     graph.verify()
-    assert sorted(graph.weights) == ["blocks.1.w_q", "blocks.1.w_s", "c_q", "c_s"]
+    assert sorted(graph.weights) == ["blocks.0.w_q", "blocks.0.w_s", "blocks.1.w_q", "blocks.1.w_s"]
     assert all(map(torch.equal, interpret(graph, inputs), before))
 
 
@@ -151,3 +153,141 @@ def test_literals_are_not_stored_in_a_graph_without_weights() -> None:
         "  %y = aten.view(%s, [1]) : f32[1]\n  return %y\n}"
     )
     assert not FoldConstants().run(graph)
+
+
+ARITHMETIC = """
+func @m(%x: f32[3, 64]) -> ({outputs}) {{
+  %g = core.param() {{name = "norm.weight"}} : bf16[64]
+  %s = core.param() {{name = "smooth"}} : f32[64]
+  %w = core.param() {{name = "fc.weight"}} : bf16[32, 64]
+  %v = core.param() {{name = "table"}} : f32[32, 64]
+  %b = core.buffer() {{name = "state"}} : f32[64]
+{body}
+  return {names}
+}}
+"""
+
+
+def folded(body: str, outputs: str = "f32[3, 64]", names: str = "%y") -> tuple[Graph, list[torch.Tensor], Graph]:
+    """A graph before and after fold-constants, and its inputs; both compute the same bits."""
+    graph = Graph.parse(ARITHMETIC.format(outputs=outputs, body=body, names=names))
+    graph.verify()
+    inputs, graph.weights = random_inputs(graph, 4)
+    before = graph.clone()
+    results = interpret(before, inputs)
+    changed = FoldConstants().run(graph)
+    graph.verify()
+    assert changed == (str(graph) != str(before)) and not FoldConstants().run(graph)
+    assert all(map(torch.equal, interpret(graph, inputs), results))
+    return graph, inputs, before
+
+
+def params(graph: Graph) -> list[str]:
+    return [str(op.attrs["name"]) for op in graph.ops("core.param")]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("aten.mul.Tensor(%g, %s)", "f32[64]"), ("aten.mul.Scalar(%g, 2)", "bf16[64]"),
+        ("aten.div.Tensor(%g, %s)", "f32[64]"), ("aten.add.Tensor(%g, %s) {alpha = 2}", "f32[64]"),
+        ("aten.add.Scalar(%g, 1)", "bf16[64]"), ("aten.sub.Tensor(%g, %s)", "f32[64]"),
+        ("aten.rsub.Scalar(%g, 1)", "bf16[64]"), ("aten.neg(%g)", "bf16[64]"),
+        ("aten._to_copy(%g) {dtype = f32}", "f32[64]"), ("aten.to.dtype(%g, f16)", "f16[64]"),
+        ("aten.to.dtype(%g, bf16)", "bf16[64]"),
+    ],
+)  # fmt: skip
+def test_arithmetic_on_weights_is_done_once(line: str, kind: str) -> None:
+    graph, _, before = folded(f"  %f = {line} : {kind}\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]")
+    unread = [] if "%s" in line else ["smooth"]
+    assert params(graph) == [*unread, "fc.weight", "table", "norm.weight_folded"]
+    assert "norm.weight" not in graph.weights and str(graph["norm.weight_folded"].type) == kind
+    assert torch.equal(graph.weights["norm.weight_folded"], interpret(part_of(before["f"].op), [], before.weights)[0])
+    assert "norm.weight" in before.weights  # the store of the graph that was cloned is another
+
+
+def test_a_chain_is_folded_at_its_end() -> None:
+    graph, _, _ = folded(
+        "  %a = aten.mul.Tensor(%w, %s) : f32[32, 64]\n  %c = aten._to_copy(%a) {dtype = bf16} : bf16[32, 64]\n"
+        "  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n  %y = aten.linear(%h, %c) : bf16[3, 32]",
+        "bf16[3, 32]",
+    )
+    assert params(graph) == ["norm.weight", "table", "fc.weight_folded"]
+    assert graph["y"].op.args[1] is graph["fc.weight_folded"]
+
+
+def test_factors_that_several_weights_share() -> None:
+    graph, _, _ = folded(
+        "  %a = aten.mul.Tensor(%w, %s) : f32[32, 64]\n  %d = aten._to_copy(%a) {dtype = bf16} : bf16[32, 64]\n"
+        "  %c = aten.mul.Tensor(%v, %s) : f32[32, 64]\n  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n"
+        "  %y = aten.linear(%h, %d) : bf16[3, 32]\n  %z = aten.linear(%x, %c) : f32[3, 32]",
+        "bf16[3, 32], f32[3, 32]",
+        "%y, %z",
+    )
+    assert params(graph) == ["norm.weight", "fc.weight_folded", "table_folded"]
+    assert {"smooth", "fc.weight", "table"}.isdisjoint(graph.weights)
+
+
+MISSED = [
+    ("  %y = aten.neg(%x) : f32[3, 64]", "y", "it is computed from the inputs"),
+    ("  %f = aten.add.Tensor(%b, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", "f",
+     "it is computed from the inputs"),  # a buffer may change
+    ("  %f = aten.neg(%g) : bf16[64]\n  %h = aten.exp(%f) : bf16[64]\n  %y = aten.mul.Tensor(%x, %h) : f32[3, 64]", "f",
+     "only constants are computed from it"),
+    ("  %f = aten.neg(%s) : f32[64]\n  %y = aten.view(%f, [1, 64]) : f32[1, 64]", "f",
+     "only constants are computed from it"),
+    ("  %y = aten.neg(%s) : f32[64]", "y", "it leaves the graph, and a weight must not"),
+    ("  %y = aten.neg(%s) : f32[64]\n  core.update(%b, %y)", "y", "it leaves the graph, and a weight must not"),
+    ("  %f = aten.neg(%s) : f32[64]\n  %y = aten.view(%f, [64]) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]",
+     "f", "it leaves the graph, and a weight must not"),
+    ('  %q, %t = quant.quantize(%w) {block = [1, -1], dtype = i8, profile = "vllm"} : i8[32, 64], f32[32, 1]\n'
+     "  %d = quant.dequantize(%q, %t) {block = [1, -1], out_dtype = f32} : f32[32, 64]\n"
+     "  %f = aten._to_copy(%d) {dtype = bf16} : bf16[32, 64]\n  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n"
+     "  %y = aten.linear(%h, %f) : bf16[3, 32]", "f", "it would undo a quantization"),
+    ("  %o = aten.full([64], 2.0) {dtype = f32} : f32[64]\n  %f = aten.neg(%o) : f32[64]\n"
+     "  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", "f", "it reads no weights"),
+    ("  %f = aten.mul.Tensor(%v, %s) : f32[32, 64]\n  %h = aten.linear(%x, %f) : f32[3, 32]\n"
+     "  %y = aten.mm(%h, %v) : f32[3, 64]", "f",
+     "one of its weights is read elsewhere, so that there would be two (%v)"),
+    ("  %f = aten._to_copy(%w) {dtype = f32} : f32[32, 64]\n  %y = aten.linear(%x, %f) : f32[3, 32]", "f",
+     "it takes more memory than its weights (%f)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "name", "reason"), MISSED)
+def test_what_is_not_folded(body: str, name: str, reason: str) -> None:
+    output = next(line for line in body.splitlines() if line.startswith("  %y")).rpartition(" : ")[2]
+    graph = Graph.parse(ARITHMETIC.format(outputs=output, body=body, names="%y"))
+    graph.verify()
+    assert str(WeightArithmetic().match(graph[name].op, graph)) == reason
+    graph, _, _ = folded(body, output)
+    assert name in str(graph) and not [param for param in params(graph) if param.endswith("_folded")]
+
+
+def test_a_vector_that_is_read_elsewhere_is_folded_all_the_same() -> None:
+    graph, _, _ = folded(
+        "  %f = aten.mul.Tensor(%g, %s) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]\n"
+        "  %y = aten.mul.Tensor(%h, %s) : f32[3, 64]"
+    )
+    assert "norm.weight_folded" in params(graph) and "smooth" in params(graph)
+
+
+def test_outputs_never_share_memory_with_weights() -> None:
+    body = "  %f = aten.to.dtype(%s, f32) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]"
+    graph, inputs, _ = folded(f"{body}\n  %y = aten.add.Tensor(%h, %f) : f32[3, 64]")
+    (y,) = interpret(graph, inputs)
+    assert y.data_ptr() not in {tensor.data_ptr() for tensor in graph.weights.values()}
+    graph, inputs, _ = folded("  %f = aten._to_copy(%s) {dtype = f32} : f32[64]", "f32[64]", "%f")
+    (out,) = interpret(graph, inputs)
+    assert out.data_ptr() != graph.weights["smooth"].data_ptr()
+
+
+def test_both_rules_without_weights() -> None:
+    text = ARITHMETIC.format(
+        outputs="f32[3, 64]",
+        body="  %f = aten.div.Tensor(%g, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", names="%y",
+    )  # fmt: skip
+    bare = Graph.parse(text)
+    assert FoldConstants().run(bare)
+    bare.verify()
+    assert not bare.weights and params(bare) == ["fc.weight", "table", "norm.weight_folded"]

@@ -205,7 +205,7 @@ def test_weights_of_another_type_than_the_activation() -> None:
     ("options", "message"),
     [
         ({"profile": "deepsek"}, "unknown quantization profile: got 'deepsek'. Did you mean 'deepseek'?"),
-        ({"dtype": DType.bf16}, "pass 'fp8-tile' quantizes to 8-bit floating-point formats: got bf16"),
+        ({"dtype": DType.bf16}, "pass 'fp8-tile' quantizes to 8-bit formats: got bf16; need f8e4m3fn or f8e5m2 or i8"),
         ({"x_block": (0, 128)}, "a block of pass 'fp8-tile' is empty: got [0, 128]"),
         (
             {"x_block": (1, 2, 3)},

@@ -85,7 +85,7 @@ def test_other_spellings(spec: str, step: Pass) -> None:
         ("canonicalise", "no such pass: got 'canonicalise'. Did you mean 'canonicalize'? Known: "),
         (
             "fp8-tile{blok=[1, 1]}",
-            "pass 'fp8-tile' has no such option: got 'blok'. Did you mean 'x_block'? Known: dtype, pro",
+            "pass 'fp8-tile' has no such option: got 'blok'. Did you mean 'x_block'? Known: dtype, layers, ",
         ),
         (
             "fp8-tile{x_block=128}",

@@ -71,3 +71,45 @@ def test_the_second_fp8_tile_finds_nothing_to_do() -> None:
     text = str(graph)
     assert not Fp8Tile().run(graph)
     assert str(graph) == text
+
+
+STATIC = """
+func @m(%x: f32[4, 128], %s: f32[1, 1], %t: f32[1, 1]) -> (f32[4, 128], f32[4, 128], f32[4, 128], f32[4, 128]) {
+  %f = core.param() {name = "f"} : f32[128]
+  %a = quant.quantize_static(%x, %s) {A}
+  %b = quant.quantize_static(%x, %s) {A}
+  %c = quant.quantize_static(%x, %t) {A}
+  %d = quant.quantize_static(%x, %s, %f) {A}
+  %a_dq = quant.dequantize(%a, %s) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
+  %b_dq = quant.dequantize(%b, %s) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
+  %c_dq = quant.dequantize(%c, %t) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
+  %d_dq = quant.dequantize(%d, %s) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
+  %b_neg = aten.neg(%b_dq) : f32[4, 128]
+  return %a_dq, %b_neg, %c_dq, %d_dq
+}
+""".replace("{A}", '{block = [-1, -1], dtype = i8, profile = "vllm"} : i8[4, 128]')
+
+
+def test_static_quantizations_are_shared_where_scale_and_prescale_are_one_value() -> None:
+    graph = Graph.parse(STATIC)
+    graph.verify()
+    inputs, weights = random_inputs(graph, 0)
+    before = interpret(graph, inputs, weights)
+    assert ShareQuantize().run(graph)
+    graph.verify()
+    assert [op.result.name for op in graph.ops("quant.quantize_static")] == ["a", "c", "d"]
+    assert [op.result.name for op in graph.ops("quant.dequantize")] == ["a_dq", "c_dq", "d_dq"]
+    assert all(map(torch.equal, interpret(graph, inputs, weights), before)) and not ShareQuantize().run(graph)
+
+
+def test_what_two_passes_have_quantized_alike_is_shared_whichever_came_first() -> None:
+    for first in ("a", "b"):
+        graph = Graph.parse(
+            "func @m(%x: f32[4, 16]) -> (f32[4, 8], f32[4, 8]) {\n"
+            '  %a = core.param() {name = "a"} : f32[8, 16]\n  %b = core.param() {name = "b"} : f32[8, 16]\n'
+            "  %y = aten.linear(%x, %a) : f32[4, 8]\n  %z = aten.linear(%x, %b) : f32[4, 8]\n  return %y, %z\n}"
+        )
+        for step in Pipeline.parse(f'quantize{{layers=["{first}"]}}; quantize{{w_block=[-1, -1]}}; share-quantize'):
+            assert step.run(graph)
+            graph.verify()
+        assert len(graph.ops("quant.quantize")) == 3 and len(graph.ops("quant.dequantize")) == 3

@@ -72,3 +72,63 @@ def test_a_weight_that_is_quantized_in_each_call() -> None:
 def test_an_unknown_layout() -> None:
     with pytest.raises(PassError, match=r"got diagonal; need one of row_major, col_major$"):
         Pass.parse("to-kernels{scale_layout=diagonal}")
+
+
+SIMULATED = "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
+
+
+@pytest.mark.parametrize(
+    ("x_block", "layout"),
+    [("[1, 128]", "col_major"), ("[1, 32]", "col_major"), ("[1, -1]", "row_major"), ("[-1, -1]", "row_major"),
+     ("[4, -1]", "row_major"), ("[-1, 64]", "row_major"), ("[2, 64]", "row_major")],
+)  # fmt: skip
+def test_only_tiles_of_a_row_have_a_layout(x_block: str, layout: str) -> None:
+    graph = Graph.parse(TEXT)
+    inputs, graph.weights = random_inputs(graph, 0)
+    for step in Pipeline.parse(f"quantize{{x_block={x_block}}}; fuse-linear; fold-constants"):
+        step.run(graph)
+    before = interpret(graph, inputs)
+    assert ToKernels().run(graph)
+    graph.verify()
+    assert graph["x_q"].op.attrs["scale_layout"] == graph["y"].op.attrs["x_scale_layout"] == layout
+    assert all(map(torch.equal, interpret(graph, inputs), before)) and not ToKernels().run(graph)
+
+
+STATIC = """
+func @m(%x: f32[3, 128], %s: f32{scale}) -> (f32[3, 64]) {{
+  %f = core.param() {{name = "f"}} : f32[128]
+  %w = core.param() {{name = "w"}} : i8[64, 128]
+  %t = core.param() {{name = "t"}} : f32[64, 1]
+  %q = quant.quantize_static(%x, %s, %f) {{block = {block}, dtype = i8, profile = "vllm"}} : i8[3, 128]
+  %y = quant.linear(%q, %s, %w, %t) {{out_dtype = f32, w_block = [1, -1], x_block = {block}}} : f32[3, 64]
+  return %y
+}}
+"""
+
+
+@pytest.mark.parametrize(("block", "scale"), [("[-1, -1]", "[1, 1]"), ("[1, -1]", "[3, 1]")])
+def test_a_static_quantization_keeps_its_scale_and_prescale(block: str, scale: str) -> None:
+    graph = Graph.parse(STATIC.format(block=block, scale=scale))
+    graph.verify()
+    inputs, graph.weights = random_inputs(graph, 0)
+    graph.weights["w"] = torch.randint(-127, 128, (64, 128), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    before, attrs = interpret(graph, inputs), dict(graph["q"].op.attrs)
+    assert ToKernels().run(graph)
+    graph.verify()
+    quantize, linear = graph["q"].op, graph["y"].op
+    assert (quantize.name, linear.name) == ("kernel.quantize_static", "kernel.scaled_linear")
+    assert quantize.args == (graph["x"], graph["s"], graph["f"]) and quantize.attrs == attrs
+    assert linear.attrs["x_scale_layout"] == "row_major"
+    assert all(map(torch.equal, interpret(graph, inputs), before)) and ToKernels().explain(graph) == {}
+
+
+def test_scales_of_channels_stay_simulated() -> None:
+    graph = Graph.parse(TEXT)
+    for step in Pipeline.parse("quantize{x_block=[-1, 1]}; fuse-linear; fold-constants"):
+        step.run(graph)
+    text = str(graph)
+    assert not ToKernels().run(graph) and str(graph) == text
+    assert ToKernels().explain(graph) == {"x_q": SIMULATED, "y": SIMULATED}
+    static = Graph.parse(STATIC.format(block="[-1, 1]", scale="[1, 128]"))
+    assert not ToKernels().run(static)
+    assert ToKernels().explain(static) == {"q": SIMULATED, "y": SIMULATED}

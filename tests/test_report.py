@@ -1,12 +1,15 @@
 """The report: a reason for everything that is not quantized, and bytes that add up."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qcompiler
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.report import Report, build_report
 from qcompiler.schemes import pipeline
@@ -118,3 +121,78 @@ def test_grouped_experts_and_convolutions_are_said_to_be_left_alone() -> None:
     assert reasons["aten.bmm"].startswith("it multiplies by a batch of matrices")
     assert reasons["aten.conv1d"] == "a convolution is not a matmul"
     assert reasons["aten.linear"] == ""
+
+
+@dataclass(frozen=True)
+class Remarks(Pass):
+    """linear(x, w)  ->  the same, with a remark"""
+
+    name: ClassVar[str] = "test-remarks"
+
+    text: str = "seen"
+
+    def run(self, graph: Graph) -> bool:
+        for op in graph.ops():
+            if op.name in ("aten.linear", "quant.linear"):
+                graph.remark(op.result, self.text)
+        return False
+
+
+CAST = """
+func @g(%x: f32[s0, 128]) -> (bf16[s0, 64], f32[s0, 64], f32[s0, 64]) {
+  %w = core.param() {name = "w"} : f32[64, 128]
+  %v = core.param() {name = "v"} : f32[64, 128]
+  %u = core.param() {name = "u"} : f32[128, 64]
+  %y = aten.linear(%x, %w) : f32[s0, 64] loc(in "cast")
+  %z = aten._to_copy(%y) {dtype = bf16} : bf16[s0, 64]
+  %plain = aten.linear(%x, %v) : f32[s0, 64]
+  %matrix = aten.mm(%x, %u) : f32[s0, 64]
+  %dead = aten.linear(%x, %v) : f32[s0, 64]
+  return %z, %plain, %matrix
+}
+"""
+
+
+def remarks(passes: str) -> dict[str, str]:
+    graph = Graph.parse(CAST)
+    done = run_pipeline(Pipeline.parse(passes), graph)
+    assert graph.remarks == {}
+    found = build_report(done.stages, graph, done.reasons, done.remarks)
+    shown = str(found).splitlines()[0].split()
+    assert ("remarks" in shown) == any(row.remark for row in found.rows)
+    return {row.name: row.remark for row in found.rows}
+
+
+def test_remarks_stay_with_what_they_were_made_on() -> None:
+    assert remarks("canonicalize; test-remarks; dead-code") == {
+        "y": "seen", "plain": "seen", "matrix": "seen", "dead": "seen",
+    }  # fmt: skip
+    # fuse-linear gives %y the name of the cast behind it.
+    assert remarks("test-remarks{text=first}; fp8-tile; fuse-linear; test-remarks{text=last}; to-kernels") == {
+        "y": "first; last", "plain": "first; last", "matrix": "", "dead": "first; last",
+    }  # fmt: skip
+    assert remarks("fp8-tile; fuse-linear; test-remarks; to-kernels")["y"] == "seen"
+    assert remarks("test-remarks; test-remarks{text=again}")["plain"] == "seen; again"
+    assert set(remarks("fp8-tile").values()) == {""}
+
+
+def test_reasons_and_remarks_on_a_name_that_was_there_for_a_while_only() -> None:
+    head = 'func @g(%x: bf16[4, 8]) -> (bf16[4, 8]) {\n  %w = core.param() {name = "w"} : bf16[8, 8]\n'
+    y, z, n = (f"  %{name} = aten.linear(%x, %w) : bf16[4, 8]\n" for name in "yzn")
+    first, second = "  %z = aten.relu(%y) : bf16[4, 8]\n", "  %n = aten.neg(%z) : bf16[4, 8]\n"
+    bodies = {"captured": y + first + second, "one": z + second, "two": n}  # fused with its reader, and once more
+    stages = {name: Graph.parse(f"{head}{body}  return %n\n}}") for name, body in bodies.items()}
+    (row,) = build_report(stages, stages["two"], {"z": "it is too small"}, {"z": "seen", "n": "seen again"}).rows
+    assert (row.name, row.reason, row.remark) == ("y", "it is too small", "seen; seen again")
+
+
+def test_the_column_of_remarks() -> None:
+    graph = Graph.parse(CAST)
+    done = run_pipeline(Pipeline.parse('test-remarks{text="smoothed [1/s]"}; fp8-tile'), graph)
+    found = build_report(done.stages, graph, done.reasons, done.remarks)
+    lines = str(found).splitlines()
+    assert lines[0].split()[-3:] == ["why", "not", "remarks"]
+    (row,) = [line for line in lines if "%y " in line]
+    assert row.split() == ["%y", "cast", "f32[64,", "128]", "32.77", "kB", "yes", "smoothed", "[1/s]"]
+    bare = build_report(done.stages, graph, done.reasons)
+    assert "remarks" not in str(bare) and all(row.remark == "" for row in bare.rows)

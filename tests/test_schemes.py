@@ -1,21 +1,46 @@
-"""Schemes: named recipes that parse, and messages for those that do not exist."""
+"""Schemes: named recipes, their options in text, and other schemes for some layers."""
+
+import re
+from dataclasses import fields
+from typing import Any
 
 import pytest
 
-from qcompiler.errors import PassError
-from qcompiler.ir import Graph
+from passes.smoothquant import SmoothQuant
+from qcompiler.errors import ParseError, PassError, QCompilerError
+from qcompiler.ir import DType, Graph
+from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import run_pipeline
-from qcompiler.schemes import SCHEMES, Scheme, all_schemes, find, pipeline, register
+from qcompiler.pipelines import Recipe
+from qcompiler.schemes import SCHEMES, Scheme, all_schemes, find, pipeline, recipe_of, register
+
+CALIBRATED = ["fp8_tensor_static", "int8_tensor_static", "smoothquant_o1", "smoothquant_o2", "smoothquant_o3",
+              "smoothquant_fp8", "fp8_tile_smooth"]  # fmt: skip
+OTHERS = ["fp8_tile", "fp8_row", "fp8_tensor", "int8_row", "int8_tensor", "int8_channel_reference",
+          "fp8_channel_reference"]  # fmt: skip
+
+
+def test_the_table() -> None:
+    assert {*SCHEMES} == {*CALIBRATED, *OTHERS}
+    assert next(iter(SCHEMES)) == "fp8_tile"  # the default stands first
+    assert {name for name, scheme in SCHEMES.items() if scheme.recipe and scheme.recipe.needs_calibration} == {
+        *CALIBRATED
+    }
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_is_a_pipeline_in_its_own_spelling(name: str) -> None:
-    assert str(pipeline(name)) == SCHEMES[name].pipeline
-    assert SCHEMES[name].doc.endswith(".")
-    assert find(name) is all_schemes()[name] is SCHEMES[name]
+    scheme = SCHEMES[name]
+    assert str(pipeline(name)) == scheme.pipeline
+    assert Pipeline.parse(scheme.pipeline) == pipeline(name) == pipeline(f" {name} ") == pipeline(f"{name}{{}}")
+    assert scheme.doc.endswith(".") and scheme.name == name
+    assert find(name) is all_schemes()[name] is scheme
+    assert {*scheme.options} <= {option.name for option in fields(Recipe)}
+    assert ("calibrate" in pipeline(name)) == (name in CALIBRATED)
+    assert ("fuse-prescale" in pipeline(name)) == ("smooth" in name)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_scheme_that_has_run_has_nothing_left_to_do(name: str) -> None:
     graph = Graph.parse(
         "func @m(%x: f32[s0, 256]) -> (f32[s0, 64]) where s0 in 0.. {\n"
@@ -24,18 +49,197 @@ def test_a_scheme_that_has_run_has_nothing_left_to_do(name: str) -> None:
     )
     run_pipeline(pipeline(name), graph)
     text = str(graph)
+    assert "linear(%x_q, %x_s" in text
     run_pipeline(pipeline(name), graph)
     assert str(graph) == text
 
 
-@pytest.mark.parametrize("name", ["fp8-tile", "fp8_tyle", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("fp8_tile", "fp8-tile"),
+        ("fp8_tile{k_block=64}", "fp8-tile{x_block=[1, 64]}"),
+        ("fp8_tile{k_block=-1}", "fp8-tile{x_block=[1, -1]}"),
+        ("fp8_tile{k-block=32, numerics=deepgemm}", "fp8-tile{x_block=[1, 32], profile=deepgemm}"),
+        ("fp8_tile{scale=ue8m0}", "fp8-tile{profile=ue8m0}"),
+        ("fp8_tile{scale=ue8m0, numerics=ue8m0}", "fp8-tile{profile=ue8m0}"),
+        ("fp8_tile{numerics=ue8m0}", "fp8-tile{profile=ue8m0}"),
+        ("fp8_tile{scale=f32, dtype=f8e4m3fn}", "fp8-tile"),
+        ("fp8_row{dtype=f8e5m2}", "quantize{dtype=f8e5m2}"),
+        ("fp8_tensor{w=channel}", "quantize{x_block=[-1, -1]}"),
+        ("fp8_tensor{w=block}", "quantize{x_block=[-1, -1], w_block=[128, 128]}"),
+        ("fp8_tensor_static{observer=percentile, percentile=99}",
+         "quantize{x_block=[-1, -1], w_block=[-1, -1], static=true, observer=percentile, percentile=99.0}"),
+        ("int8_row{numerics=vllm}", "quantize{dtype=i8, profile=vllm}"),
+        ("int8_tensor_static{observer=minmax}",
+         "quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true, observer=minmax}"),
+        ("int8_channel_reference", "quantize{x_block=[-1, 1], dtype=i8}"),
+        ("fp8_channel_reference{dtype=f8e5m2}", "quantize{x_block=[-1, 1], dtype=f8e5m2}"),
+        ("smoothquant_o1{w=channel}", "quantize{dtype=i8}"),
+        ("smoothquant_o3", "quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true}"),
+        ("fp8_tile_smooth{k_block=64}", "fp8-tile{x_block=[1, 64]}"),
+    ],
+)  # fmt: skip
+def test_options_reach_the_pass_that_quantizes(name: str, step: str) -> None:
+    found = pipeline(name)
+    assert str(found["fp8-tile" if step.startswith("fp8-tile") else "quantize"]) == step
+    assert Pipeline.parse(str(found)) == found
+
+
+def test_options_reach_the_pass_that_smooths() -> None:
+    step = pipeline("smoothquant_o2{alpha=0.75, pow2=true, w=channel, numerics=vllm}")["smoothquant"]
+    assert step == SmoothQuant(
+        x_block=(-1, -1), w_block=(1, -1), dtype=DType.i8, profile="vllm", alpha=0.75, pow2=True, min_gain=None
+    )
+    step = pipeline("fp8_tile_smooth{alpha=learn}")["smoothquant"]
+    assert step == SmoothQuant(x_block=(1, 128), w_block=(128, 128), alpha="learn", min_gain=0.02)
+    assert recipe_of("smoothquant_o1{alpha=1}").alpha == 1.0
+
+
+@pytest.mark.parametrize("name", ["fp8-tile", "fp8_tyle", "FP8_TILE", "fp8_tilee"])
 def test_did_you_mean(name: str) -> None:
     with pytest.raises(PassError) as error:
         pipeline(name)
-    assert str(error.value).startswith(f"no such scheme: got '{name}'. Did you mean 'fp8_tile'? Known: fp8_tile")
+    known = f"Known: {', '.join(sorted(SCHEMES))}."
+    guess = "" if name.isupper() else "Did you mean 'fp8_tile'? "
+    assert str(error.value) == f"no such scheme: got '{name}'. {guess}{known}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("fp8_tile{k_blok=64}", PassError, "scheme 'fp8_tile' has no such option: got 'k_blok'. Did you mean 'k_block"),
+        ("fp8_row{k_block=64}", PassError, "scheme 'fp8_row' has no such option: got 'k_block'."),
+        ("int8_row{dtype=i8}", PassError, "scheme 'int8_row' has no such option: got 'dtype'."),
+        ("fp8_tensor{observer=mse}", PassError, "scheme 'fp8_tensor' has no such option: got 'observer'."),
+        ("fp8_tile{x=token}", PassError, "scheme 'fp8_tile' has no such option: got 'x'."),
+        ("fp8_tile{k_block=1.5}", PassError, "option 'k_block' of scheme 'fp8_tile' has a wrong value: got 1.5; need "),
+        ("fp8_tile{k_block=0}", PassError, "a block of pass 'fp8-tile' is empty: got [1, 0]"),
+        ("fp8_tile{k_block=-2}", PassError, "a block of pass 'fp8-tile' is empty: got [1, -2]"),
+        ("fp8_tile{dtype=i8}", PassError, "option 'dtype' of scheme 'fp8_tile' has a wrong value: got i8; need f8e4m3"),
+        ("fp8_row{dtype=bf16}", PassError, "option 'dtype' of scheme 'fp8_row' has a wrong value: got bf16; need f8e4"),
+        ("fp8_tile{scale=ue8m0, numerics=deepgemm}", PassError, "no numerics profile of this kind has power-of-two "
+         "scales: got deepgemm; need numerics=deepseek, whose other rules the profile 'ue8m0' shares"),
+        ("fp8_tile{scale=e8m0}", PassError, "option 'scale' of scheme 'fp8_tile' has a wrong value: got e8m0; need one "
+         'of "f32", ue8m0'),
+        ("fp8_tile{numerics=deepseak}", QCompilerError, "unknown quantization profile: got 'deepseak'. Did you mean '"),
+        ("fp8_tensor_static{observer=max}", PassError, "option 'observer' of scheme 'fp8_tensor_static' has a wrong v"),
+        ("fp8_tensor_static{percentile=0}", PassError, "a percentile lies above 0 and up to 100: got 0.0"),
+        ("smoothquant_o1{alpha=2}", PassError, "option 'alpha' of pass 'smoothquant' is out of range: got 2.0; need 0"),
+        ("smoothquant_o1{alpha=guess}", PassError, "option 'alpha' of scheme 'smoothquant_o1' has a wrong value: got "),
+        ("smoothquant_o1{pow2=1}", PassError, "option 'pow2' of scheme 'smoothquant_o1' has a wrong value: got 1; nee"),
+        ("fp8_tensor{w=token}", PassError, "option 'w' of scheme 'fp8_tensor' has a wrong value: got token; need one "),
+        ("fp8_tile{k_block}", ParseError, "<scheme>:1:10: option 'k_block' has no value"),
+        ("fp8_tile{k_block=64, k_block=64}", ParseError, "<scheme>:1:22: option 'k_block' is given twice"),
+        ("fp8_tile{k_block=[}", ParseError, "<scheme>:1:18: '[' is not closed"),
+        ("fp8_tile k_block=64", ParseError, "<scheme>:1:1: a scheme is malformed; it is spelled name{option=value, op"),
+        ("fp8_tile{k_block=64", ParseError, "<scheme>:1:1: a scheme is malformed"),
+        ("", ParseError, "<scheme>:1:1: a scheme is malformed"),
+        (None, PassError, "a scheme is named by a string: got None; need such as \"fp8_tile\""),
+        (SCHEMES["fp8_row"], PassError, "a scheme is named by a string: got Scheme(name='fp8_row'"),
+    ],
+)  # fmt: skip
+def test_wrong_options(text: Any, kind: type[QCompilerError], message: str) -> None:
+    for overrides in (None, {"*": "fp8_row"}):
+        with pytest.raises(kind) as error:
+            pipeline(text, overrides)
+        assert str(error.value).startswith(message)
+    if text is not None:  # which means: leave it alone
+        with pytest.raises(kind, match=re.escape(message)):
+            pipeline("fp8_row", {"*.x": text})
 
 
 def test_a_name_is_taken_once() -> None:
     assert register(SCHEMES["fp8_tile"]) is SCHEMES["fp8_tile"]
     with pytest.raises(PassError, match="two schemes have one name: got 'fp8_tile'"):
         register(Scheme("fp8_tile", "Another.", "dead-code"))
+
+
+def test_a_scheme_is_a_pipeline_or_a_recipe() -> None:
+    for given in ({}, {"pipeline": "dead-code", "recipe": Recipe()}):
+        with pytest.raises(PassError, match="scheme 'mine' needs a pipeline or a recipe, and not both"):
+            Scheme("mine", "Mine.", **given)  # type: ignore[arg-type]  # wrong on purpose
+    assert Scheme("mine", "Mine.", recipe=Recipe()).pipeline == SCHEMES["fp8_tile"].pipeline
+
+
+# Other schemes for some layers
+
+
+def layers_of(overrides: dict[str, str | None], scheme: str = "fp8_tile") -> dict[str, list[str]]:
+    """The passes that quantize, without their layers, and those."""
+    found = pipeline(scheme, overrides)
+    assert Pipeline.parse(str(found)) == found
+    steps = [step for step in found if step.name in ("quantize", "fp8-tile")]
+    return {str(step).partition("layers=")[0]: [*getattr(step, "layers")] for step in steps}  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layers"),
+    [
+        ({}, {"fp8-tile": ["*"]}),
+        ({"a": None}, {"fp8-tile{": ["*", "!a"]}),
+        ({"a": "fp8_row"}, {"fp8-tile{": ["*", "!a"], "quantize{": ["a"]}),
+        ({"a": "fp8_row", "a.b": None}, {"fp8-tile{": ["*", "!a", "!a.b"], "quantize{": ["a", "!a.b"]}),
+        ({"a.b": None, "a": "fp8_row"}, {"fp8-tile{": ["*", "!a.b", "!a"], "quantize{": ["a"]}),
+        ({"a": "fp8_row", "b": "fp8_row"}, {"fp8-tile{": ["*", "!a", "!b"], "quantize{": ["a", "b"]}),
+        ({"a": "fp8_row", "b": "fp8_row{dtype=f8e4m3fn}"}, {"fp8-tile{": ["*", "!a", "!b"], "quantize{": ["a", "b"]}),
+        ({"a": None, "a.b": "fp8_tile{k_block=128}"}, {"fp8-tile{": ["*", "!a", "a.b"]}),
+        ({"*": None, "a": "fp8_tile"}, {"fp8-tile{": ["*", "!*", "a"]}),
+        ({"a": "fp8_row", "b": "int8_row", "a*": "fp8_tile"},
+         {"fp8-tile{": ["*", "!a", "!b", "a*"], "quantize{": ["a", "!b", "!a*"],
+          "quantize{dtype=i8, ": ["b", "!a*"]}),
+    ],
+)  # fmt: skip
+def test_overrides_become_layers(overrides: dict[str, str | None], layers: dict[str, list[str]]) -> None:
+    assert layers_of(overrides) == layers
+
+
+def test_overrides_share_what_stands_around() -> None:
+    found = pipeline("fp8_tile", {"a": "smoothquant_o3{observer=mse}", "b": "fp8_tensor_static{observer=percentile}"})
+    assert found.names == (
+        "canonicalize", "dead-code", "calibrate", "smoothquant", "calibrate#2", "fp8-tile", "quantize", "quantize#2",
+        "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2", "to-kernels",
+    )  # fmt: skip
+    assert str(found["calibrate"]) == str(found["calibrate#2"]) == "calibrate{histogram=true}"
+    assert getattr(found["smoothquant"], "layers") == ("a", "!b")  # noqa: B009
+
+
+def test_overrides_without_any_are_the_scheme() -> None:
+    assert pipeline("fp8_row{numerics=vllm}", {}) == pipeline("fp8_row{numerics=vllm}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["a"], "overrides is of a wrong type: got list; need a dict such as {\"*.down_proj\": \"fp8_row\", \"lm_head"),
+        ("a", "overrides is of a wrong type: got str"),
+        ({"!a": "fp8_row"}, "a pattern of overrides is wrong: got '!a'; need a name such as '*.down_proj'"),
+        ({"": None}, "a pattern of overrides is wrong: got ''"),
+        ({3: None}, "a pattern of overrides is wrong: got 3"),
+        ({"a": "fp8_rov"}, "no such scheme: got 'fp8_rov'. Did you mean 'fp8_row'?"),
+        ({"a": 3}, "a scheme is named by a string: got 3"),
+    ],
+)  # fmt: skip
+def test_wrong_overrides(overrides: Any, message: str) -> None:
+    with pytest.raises(PassError) as error:
+        pipeline("fp8_tile", overrides)
+    assert str(error.value).startswith(message)
+
+
+def test_a_scheme_that_is_only_a_pipeline() -> None:
+    mine = register(Scheme("my_pipeline", "Mine.", "canonicalize; fp8-tile"))
+    try:
+        assert str(pipeline("my_pipeline")) == str(pipeline("my_pipeline{}")) == mine.pipeline
+        for scheme, overrides in (
+            ("my_pipeline{k_block=64}", None),
+            ("my_pipeline", {}),
+            ("fp8_row", {"a": mine.name}),
+        ):
+            with pytest.raises(PassError) as error:
+                pipeline(scheme, overrides)
+            assert str(error.value) == (
+                "a scheme that is only a pipeline has no options and fits all layers: got 'my_pipeline'. "
+                "Write its pipeline out, and edit that."
+            )
+    finally:
+        del SCHEMES["my_pipeline"]

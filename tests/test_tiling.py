@@ -6,18 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codegen.quantize_tiling import LONGEST_ROW, quantize_config, tensor_config, token_config
 from codegen.tiling import (
+    DEEPEST_INT8,
     SHARED_MEMORY_LIMIT,
     GemmConfig,
     GemmProblem,
+    Kind,
     all_configs,
     bucket,
     choose,
     estimated_time,
-    quantize_config,
     refusal,
 )
 from qcompiler.errors import CodegenError
+from qcompiler.numerics import ALL
 
 TMA = GemmConfig(64, 128, 128, 4, 3, 16, "tma")
 FINE = GemmProblem(4096, 4096, 4096)
@@ -44,6 +47,41 @@ def test_each_refusal_is_a_sentence(config: GemmConfig, problem: GemmProblem, se
     assert refusal(config, problem) == sentence
 
 
+I8 = GemmConfig(128, 128, 128, 4, 3, 16, "tma")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "sentence"),
+    [
+        (TMA, replace(FINE, x_block=64), "a scale spans 64 of K, the step is 128"),
+        (replace(TMA, block_k=64), replace(FINE, x_block=ALL), "a scale spans 128 of K, the step is 64"),
+        (
+            replace(TMA, block_k=256),
+            replace(FINE, kind="rows_f8"),
+            "FP8 sums are promoted every 128 of K, the step is 256",
+        ),
+        (
+            I8,
+            replace(FINE, kind="rows_i8", k=DEEPEST_INT8 + 1),
+            "a sum of 133145 products of INT8 codes can pass 32 bits, K may be 133144 at most",
+        ),
+        (
+            replace(I8, block_n=256),
+            replace(FINE, kind="rows_i8"),
+            "one INT32 tile takes 256 registers of a thread, 160 are to be had",
+        ),
+        (I8, replace(FINE, kind="rows_f8"), "two FP32 tiles take 256 registers of a thread, 160 are to be had"),
+    ],
+)
+def test_refusals_of_the_other_kinds(config: GemmConfig, problem: GemmProblem, sentence: str) -> None:
+    assert refusal(config, problem) == sentence
+
+
+def test_the_deepest_int8_sum_fits_32_bits() -> None:
+    assert DEEPEST_INT8 * 127**2 < 2**31 <= (DEEPEST_INT8 + 1) * 127**2
+    assert refusal(I8, replace(FINE, kind="rows_i8", k=DEEPEST_INT8 - DEEPEST_INT8 % 16)) is None
+
+
 def test_what_fits_is_not_refused() -> None:
     assert refusal(TMA, FINE) is None
     assert refusal(TMA, replace(FINE, n=4100, out_bytes=4)) is None
@@ -52,35 +90,45 @@ def test_what_fits_is_not_refused() -> None:
     assert "beyond 32 bits" in str(refusal(TMA, replace(FINE, m=2**31)))
 
 
-def test_configurations_are_few_and_lawful() -> None:
-    configs = all_configs()
+FAMILIES: tuple[tuple[Kind, int], ...] = (
+    ("tiles", 128), ("tiles", 64), ("tiles", 32), ("tiles", 256), ("tiles", ALL), ("rows_f8", ALL), ("rows_i8", ALL),
+)  # fmt: skip
+families = pytest.mark.parametrize(("kind", "x_block"), FAMILIES)
+
+
+@families
+def test_configurations_are_few_and_lawful(kind: Kind, x_block: int) -> None:
+    configs = all_configs(kind, x_block)
     assert 1 < len(configs) <= 8 and len(set(configs)) == len(configs)
     for config in configs:
         for out_bytes in (2, 4):
-            assert refusal(config, replace(FINE, out_bytes=out_bytes)) is None
+            assert refusal(config, replace(FINE, out_bytes=out_bytes, kind=kind, x_block=x_block)) is None
             assert config.shared_memory(out_bytes) <= SHARED_MEMORY_LIMIT
 
 
-@given(sizes, sizes, sizes, st.sampled_from([2, 4]), st.booleans(), st.integers(1, 200))
-def test_every_problem_has_a_lawful_choice(m: int, n: int, k: int, out_bytes: int, aligned: bool, sms: int) -> None:
-    problem = GemmProblem(m, n, k, sms, out_bytes, aligned)
+@given(sizes, sizes, sizes, st.sampled_from([2, 4]), st.booleans(), st.integers(1, 200), st.sampled_from(FAMILIES))
+def test_every_problem_has_a_lawful_choice(
+    m: int, n: int, k: int, out_bytes: int, aligned: bool, sms: int, family: tuple[Kind, int]
+) -> None:
+    problem = GemmProblem(m, n, k, sms, out_bytes, aligned, *family)
     config = choose(problem)
-    assert config in all_configs() and refusal(config, problem) is None
+    assert config in all_configs(*family) and refusal(config, problem) is None
     assert all(
         estimated_time(config, problem) <= estimated_time(other, problem)
-        for other in all_configs()
+        for other in all_configs(*family)
         if refusal(other, problem) is None
     )
 
 
-def test_every_configuration_can_be_chosen() -> None:
+@families
+def test_every_configuration_can_be_chosen(kind: Kind, x_block: int) -> None:
     problems = [
-        GemmProblem(m, n, 4096, aligned=aligned)
+        GemmProblem(m, n, 4096, aligned=aligned, kind=kind, x_block=x_block)
         for m in (64, 128, 512, 4096)
-        for n in (512, 4096)
+        for n in (512, 4096, 7168)
         for aligned in (True, False)
     ]
-    assert {choose(problem) for problem in problems} == set(all_configs())
+    assert {choose(problem) for problem in problems} == set(all_configs(kind, x_block))
 
 
 def test_big_products_use_the_copy_engine_and_small_ones_small_tiles() -> None:
@@ -107,3 +155,12 @@ def test_quantization_tiles_are_powers_of_two(block_k: int) -> None:
     for m in (1, 512, 513, 10**6):
         rows = quantize_config(m, block_k).block_m
         assert rows >= 1 and rows & (rows - 1) == 0
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**6))
+def test_tiles_of_whole_rows_and_tensors(m: int, k: int) -> None:
+    tile = token_config(m, k)
+    for size in (tile.block_m, tile.block_k, tile.warps, tensor_config(m).block_m, tensor_config(m).block_k):
+        assert size >= 1 and size & (size - 1) == 0
+    assert k > LONGEST_ROW or tile.block_k >= k
+    assert tile.block_m * tile.block_k <= 32 * 32 * tile.warps, "more than 32 elements a thread"

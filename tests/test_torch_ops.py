@@ -11,9 +11,13 @@ from codegen import torch_ops
 from qcompiler import numerics
 from qcompiler.errors import CodegenError, QCompilerError
 
+# Parts of torch that torch.compile loads call other parts of torch deprecated, on newer Pythons.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
 E4M3 = torch.float8_e4m3fn
 LAYOUTS = torch_ops.SCALE_LAYOUTS
 quantize = torch.ops.qcompiler.quantize
+quantize_static = torch.ops.qcompiler.quantize_static
 scaled_linear = torch.ops.qcompiler.scaled_linear
 # Torch compares inputs before and after with allclose, which FP8 tensors do not have; the rest of the checks.
 CHECKS_OF_FP8 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -84,6 +88,83 @@ def test_opcheck_of_scaled_linear(layout: str) -> None:
         assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((q, layer.w), before, strict=True))
 
 
+GRANULARITIES = ([1, 64], [1, -1], [-1, -1])
+SHAPES = ((5, 320), (2, 3, 256), (0, 128), (7, 0), (300,))
+
+
+@pytest.mark.parametrize("block", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_granularity_is_numerics(block: list[int], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    for prescale in (None, torch.rand(shape[-1]) + 0.5):
+        want_q, want_scale = numerics.quantize(x, block, dtype, "deepseek", prescale)
+        for layout in LAYOUTS if block[0] == 1 else ("row_major",):
+            q, scale = quantize(x, block, dtype, "deepseek", layout, prescale)
+            assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
+        q = quantize_static(x, want_scale, block, dtype, "deepseek", prescale)
+        assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
+
+
+@pytest.mark.parametrize("block", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_opcheck_of_every_granularity(block: list[int], shape: tuple[int, ...]) -> None:
+    x, prescale = torch.randn(shape), torch.rand(shape[-1]) + 0.5
+    layout = "col_major" if block[0] == 1 else "row_major"
+    torch.library.opcheck(quantize, (x, block, torch.int8, "deepseek", layout, prescale))
+    _, scale = numerics.quantize(x, block, torch.int8)
+    torch.library.opcheck(quantize_static, (x, scale, block, torch.int8, "deepseek", prescale))
+    torch.library.opcheck(quantize_static, (x, scale, block, torch.int8, "deepseek"))
+
+
+@pytest.mark.parametrize("block", GRANULARITIES)
+def test_fakes_have_the_shapes_and_strides_of_the_results(block: list[int]) -> None:
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        for layout in LAYOUTS if block[0] == 1 else ("row_major",):
+            real = quantize(x, block, torch.int8, "deepseek", layout)
+            fake = quantize(x.to("meta"), block, torch.int8, "deepseek", layout)
+            for mine, theirs in zip(fake, real, strict=True):
+                assert (mine.shape, mine.stride(), mine.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+
+
+@pytest.mark.parametrize("w_block", [[1, -1], [-1, -1], [128, 128]])
+@pytest.mark.parametrize("x_block", [[1, -1], [-1, -1]])
+def test_products_of_whole_rows_are_numerics(x_block: list[int], w_block: list[int]) -> None:
+    for dtype in (E4M3, torch.int8):
+        x, xs = numerics.quantize(torch.randn(2, 3, 320), x_block, dtype)
+        w, ws = numerics.quantize(torch.randn(96, 320), w_block, dtype)
+        got = scaled_linear(x, xs, w, ws, None, x_block, w_block, torch.float16)
+        assert torch.equal(
+            got, numerics.scaled_linear(x, xs, w, ws, None, x_block=x_block, w_block=w_block, out_dtype=torch.float16)
+        )
+
+
+@pytest.mark.parametrize("block", GRANULARITIES)
+def test_one_graph_for_any_number_of_rows_of_every_granularity(block: list[int]) -> None:
+    w, ws = numerics.quantize(torch.randn(96, 320), [1, -1], torch.int8)
+    prescale = torch.rand(320) + 0.5
+
+    def layer(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, s = quantize(x, block, torch.int8, "deepseek", "row_major", prescale)
+        again = quantize_static(x, s, block, torch.int8, "deepseek", prescale)
+        return scaled_linear(q, s, w, ws, None, block, [1, -1], torch.bfloat16), again
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return layer(x)
+
+    exported = torch.export.export(Module(), (torch.randn(6, 320),), dynamic_shapes={"x": {0: rows}}).module()
+    for count in (7, 2, 300):
+        x = torch.randn(count, 320)
+        for mine, other, theirs in zip(compiled(x), exported(x), layer(x), strict=True):
+            assert torch.equal(mine, theirs) and torch.equal(other, theirs)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_graph_for_any_number_of_rows(layout: str) -> None:
     graphs: list[torch.fx.GraphModule] = []
@@ -127,6 +208,12 @@ def test_errors_name_the_value() -> None:
         quantize(x, [1, 128], E4M3, "deepseek", "col_mayor")
     with pytest.raises(CodegenError, match=r"for blocks of 1 row: got \[128, 128\]; need \[1, columns\]"):
         quantize(x, [128, 128], E4M3, "deepseek", "col_major")
+    with pytest.raises(CodegenError, match=r"for blocks of 1 row: got \[-1, -1\]"):
+        quantize(x, [-1, -1], E4M3, "deepseek", "col_major")
+    with pytest.raises(QCompilerError, match="one entry for each"):
+        quantize_static(x, torch.ones(2, 2), [1, -1], E4M3, "deepseek")
+    with pytest.raises(QCompilerError, match="one number for each channel"):
+        quantize(x, [1, -1], E4M3, "deepseek", "row_major", torch.ones(127))
     with pytest.raises(QCompilerError, match="Did you mean 'vllm'"):
         quantize(x, [1, 128], E4M3, "vlm", "row_major")
     with pytest.raises(QCompilerError, match="not an 8-bit format"):

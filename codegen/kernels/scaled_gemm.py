@@ -1,9 +1,10 @@
-"""Portable Triton kernels: the FP8 product of 1 x 128 quantized rows and 128 x 128 quantized weights.
+"""Portable Triton kernels: the FP8 product of rows quantized in tiles and 128 x 128 quantized weights.
 
-    out[m, n] = sum over blocks b of 128 of K:  (a[m, b] . w[n, b]) * a_scale[m, b] * w_scale[n / 128, b]   (+ bias[n])
+    out[m, n] = sum over steps s of K:  (a[m, s] . w[n, s]) * a_scale[m, s] * w_scale[n / 128, s]   (+ bias[n])
 
-Hopper's FP8 tensor cores keep about 14 bits while they accumulate, so each block of 128 is one `tl.dot` into fresh
-registers, and is then scaled and added in FP32: the promotion that the scales ask for anyway.
+A step is 128 of K, or the width of the activation's tiles where that is less. Hopper's FP8 tensor cores keep about 14
+bits while they accumulate, so each step is one `tl.dot` into fresh registers, and is then scaled and added in FP32: the
+promotion that the scales ask for anyway. Where an activation's scale spans all of K, it is multiplied once, at the end.
 
 One program makes one tile of the output. Tiles follow each other in columns of `GROUP` tiles, so that those that run
 at one time share their operands in L2. Two variants: `scaled_gemm_tma` moves tiles with the copy engine, clipped to
@@ -15,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
     """The row and the column of tiles that this program makes."""
     program = tl.program_id(0)
     height, width = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
@@ -24,11 +25,17 @@ def _tile(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexp
     return first + program % (GROUP * width) % rows, program % (GROUP * width) // rows
 
 
+@triton.jit
+def _block(step, STEP: tl.constexpr, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which block of SPAN columns a step of STEP columns is in."""
+    return step if STEP == SPAN else step // (SPAN // STEP)
+
+
 @triton.jit(do_not_specialize=["m", "a_scale_stride_k"])
 def scaled_gemm_tma(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k,
     a_scale_stride_m, a_scale_stride_k, w_scale_stride_n, w_scale_stride_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, X_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors with the tile as their block.
 
@@ -36,16 +43,17 @@ def scaled_gemm_tma(  # type: ignore[no-untyped-def]
         a: float8e4nv descriptor, block [BLOCK_M, BLOCK_K].
         w: float8e4nv descriptor, block [BLOCK_N, BLOCK_K].
         out: bfloat16, float16 or float32 descriptor, block [BLOCK_M, BLOCK_N].
-        a_scale: float32 [m, ceil(k / 128)], any strides.
+        a_scale: float32 [m, ceil(k / X_BLOCK)], or [m, 1], any strides.
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None.
         BLOCK_M: Rows of a tile; 64 or more, or the tensor cores are not used as they should.
         BLOCK_N: Columns of a tile; divides 128, so that a tile has one weight scale a block.
-        BLOCK_K: 128, the depth of a scale.
+        BLOCK_K: Depth of a step: 128, or X_BLOCK where that is less.
         GROUP: Rows of tiles that follow each other.
+        X_BLOCK: Columns that share a scale of the activation, or -1 for all of them.
     """
-    tl.static_assert(BLOCK_K == 128 and 128 % BLOCK_N == 0)
-    tile_m, tile_n = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    tl.static_assert(128 % BLOCK_K == 0 and 128 % BLOCK_N == 0 and (X_BLOCK == -1 or X_BLOCK % BLOCK_K == 0))
+    tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP)
     row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
     rows = row + tl.arange(0, BLOCK_M)
     a_scales = a_scale + rows.to(tl.int64) * a_scale_stride_m
@@ -55,9 +63,15 @@ def scaled_gemm_tma(  # type: ignore[no-untyped-def]
     for block in range(tl.cdiv(k, BLOCK_K)):
         left = a.load([row, block * BLOCK_K])
         right = w.load([column, block * BLOCK_K])
-        scale = tl.load(a_scales + tl.cast(block, tl.int64) * a_scale_stride_k, mask=rows < m, other=0.0)
-        scale *= tl.load(w_scales + block * w_scale_stride_k)
-        total += tl.dot(left, right.T) * scale[:, None]
+        w_place = w_scales + _block(block, BLOCK_K, 128) * w_scale_stride_k
+        if X_BLOCK == -1:
+            total += tl.dot(left, right.T) * tl.load(w_place)
+        else:
+            place = tl.cast(_block(block, BLOCK_K, X_BLOCK), tl.int64) * a_scale_stride_k
+            scale = tl.load(a_scales + place, mask=rows < m, other=0.0) * tl.load(w_place)
+            total += tl.dot(left, right.T) * scale[:, None]
+    if X_BLOCK == -1:
+        total *= tl.load(a_scales, mask=rows < m, other=0.0)[:, None]
     if bias is not None:
         columns = column + tl.arange(0, BLOCK_N)
         total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
@@ -68,11 +82,11 @@ def scaled_gemm_tma(  # type: ignore[no-untyped-def]
 def scaled_gemm_pointers(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k,
     a_scale_stride_m, a_scale_stride_k, w_scale_stride_n, w_scale_stride_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, X_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`scaled_gemm_tma` on pointers to contiguous a[m, k], w[n, k] and out[m, n]; nothing beyond them is touched."""
-    tl.static_assert(BLOCK_K == 128 and 128 % BLOCK_N == 0)
-    tile_m, tile_n = _tile(m, n, BLOCK_M, BLOCK_N, GROUP)
+    tl.static_assert(128 % BLOCK_K == 0 and 128 % BLOCK_N == 0 and (X_BLOCK == -1 or X_BLOCK % BLOCK_K == 0))
+    tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP)
     # 64 bits: a row times its stride passes 2^31 in tensors that fit a GPU.
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,14 +102,18 @@ def scaled_gemm_pointers(  # type: ignore[no-untyped-def]
     # 1.6 times the speed of 64 x 32). The other kernel has several tiles on a multiprocessor, and lost by it.
     a_next, w_next = tl.load(a_scales, mask=rows < m, other=0.0), tl.load(w_scales)
     for block in range(blocks):
-        scale = a_next * w_next
+        scale = w_next if X_BLOCK == -1 else a_next * w_next
         following = tl.minimum(block + 1, blocks - 1)
-        a_next = tl.load(a_scales + tl.cast(following, tl.int64) * a_scale_stride_k, mask=rows < m, other=0.0)
-        w_next = tl.load(w_scales + following * w_scale_stride_k)
+        if X_BLOCK != -1:
+            place = tl.cast(_block(following, BLOCK_K, X_BLOCK), tl.int64) * a_scale_stride_k
+            a_next = tl.load(a_scales + place, mask=rows < m, other=0.0)
+        w_next = tl.load(w_scales + _block(following, BLOCK_K, 128) * w_scale_stride_k)
         deep = (depth < k - block * BLOCK_K)[None, :]
         left = tl.load(lefts + block * BLOCK_K, mask=(rows < m)[:, None] & deep, other=0.0)
         right = tl.load(rights + block * BLOCK_K, mask=(columns < n)[:, None] & deep, other=0.0)
-        total += tl.dot(left, right.T) * scale[:, None]
+        total += tl.dot(left, right.T) * (scale if X_BLOCK == -1 else scale[:, None])
+    if X_BLOCK == -1:
+        total *= a_next[:, None]
     if bias is not None:
         total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
     places = out + rows[:, None] * n + columns[None, :]

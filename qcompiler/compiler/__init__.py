@@ -4,16 +4,20 @@ model -> capture -> Graph -> passes -> Graph -> host module -> CompiledModel
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from passes.calibrate import Calibrate
 from qcompiler import knobs
+from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.model import CompiledModel, class_with, describe_forward
-from qcompiler.compiler.program import Program, Recipe, build_program, capture_model
+from qcompiler.compiler.program import Program, Settings, build_program, capture_model
 from qcompiler.errors import CaptureError, PassError
 from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph
@@ -21,7 +25,7 @@ from qcompiler.pass_manager import Pipeline
 from qcompiler.runtime.device import check_target
 from qcompiler.schemes import pipeline as scheme_pipeline
 
-__all__ = ["CompiledModel", "Program", "Recipe", "compile"]
+__all__ = ["CompiledModel", "Program", "Settings", "compile"]
 
 DEFAULT_SCHEME = "fp8_tile"
 
@@ -30,6 +34,8 @@ def compile(
     model: "torch.nn.Module | ExportedProgram | Graph",
     *,
     scheme: str = DEFAULT_SCHEME,
+    overrides: Mapping[str, str | None] | None = None,
+    calibration: "Iterable[Any] | Calibration | None" = None,
     pipeline: "Pipeline | str | None" = None,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -45,7 +51,14 @@ def compile(
 
     Args:
         model: A module in evaluation mode, an exported program, or a graph with its weights.
-        scheme: The name of a recipe; `qcompiler schemes` lists them.
+        scheme: The name of a recipe, with options in braces if need be: `fp8_tile{k_block=64}`; `qcompiler schemes`
+            lists them.
+        overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
+            None}`. Patterns for the names of weights, of which the last one that matches counts; one that matches
+            nothing is an error.
+        calibration: Real calls of the model, for schemes with static scales or smoothing: an iterable of tensors,
+            tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier time. Without
+            `example_inputs` the model is captured on the first of the calls.
         pipeline: Passes to run in place of the scheme's, as a value or as text.
         example_inputs: Positional arguments of one real call. Without them the model is captured at its first call.
         example_kwargs: Keyword arguments of that call.
@@ -57,23 +70,29 @@ def compile(
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
-        PassError: A scheme, pass or option is unknown, or a pass failed.
+        PassError: A scheme, pass or option is unknown, calibration data is missing, or a pass failed.
+        InputError: The calibration data does not fit the model.
         CodegenError: The target is unknown or cannot run the graph.
     """
     check_target(target)
     watching = (*_checked_instruments(instruments), *_instruments_from_environment())
-    recipe = Recipe(_pipeline(scheme, pipeline), target, _checked_shapes(dynamic_shapes), strict, watching)
+    steps, known = _pipeline(scheme, overrides, pipeline), _calibration(calibration)
+    _check_calibration(steps, known, f"the scheme '{scheme}'" if pipeline is None else "the pipeline")
+    settings = Settings(steps, target, _checked_shapes(dynamic_shapes), strict, watching, known)
     args, kwargs = _checked_example(example_inputs, example_kwargs)
     given = example_inputs is not None or example_kwargs is not None
+    if not given and isinstance(known, Batches) and not isinstance(model, Graph | ExportedProgram):
+        (args, kwargs), given = known.first(), True
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
     describe = describe_forward(model)
     if not given and not isinstance(model, Graph | ExportedProgram):
-        return class_with(*describe)(recipe, pending=model)
-    captured = capture_model(model, args, kwargs, recipe)
+        return class_with(*describe)(settings, pending=model)
+    captured = capture_model(model, args, kwargs, settings)
+    origin = weakref.ref(model)
     del model  # whoever else holds it may let it go now: the graph has the weights
-    program = build_program(captured, recipe, captured.signature.flatten(args, kwargs) if given else None)
-    compiled = class_with(*describe)(recipe)
+    program = build_program(captured, settings, captured.signature.flatten(args, kwargs) if given else None)
+    compiled = class_with(*describe)(settings, origin=origin)
     compiled.accept(program)
     return compiled
 
@@ -81,9 +100,12 @@ def compile(
 # What the caller gave
 
 
-def _pipeline(scheme: str, pipeline: "Pipeline | str | None") -> Pipeline:
+def _pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | None") -> Pipeline:
     if pipeline is None:
-        return scheme_pipeline(scheme)
+        return scheme_pipeline(scheme, overrides)
+    if overrides is not None:
+        fix = f'Put them into the pipeline: qcompiler.pipeline("{scheme}", overrides).'
+        raise PassError("both overrides and a pipeline are given", got=overrides, need="one of them", fix=fix)
     if scheme != DEFAULT_SCHEME:
         fix = f'Edit the scheme\'s own: qcompiler.pipeline("{scheme}").insert_after(...).'
         raise PassError(
@@ -94,6 +116,17 @@ def _pipeline(scheme: str, pipeline: "Pipeline | str | None") -> Pipeline:
     if not isinstance(pipeline, Pipeline):
         raise PassError("the pipeline is of a wrong type", got=type(pipeline).__name__, need="a Pipeline, or its text")
     return pipeline
+
+
+def _calibration(given: Any) -> "Batches | Calibration | None":
+    return given if given is None or isinstance(given, Calibration) else Batches(given)
+
+
+def _check_calibration(steps: Pipeline, known: "Batches | Calibration | None", who: str) -> None:
+    """Says at once what the first of the passes would say after the capture."""
+    if known is None and any(isinstance(step, Calibrate) for step in steps):
+        fix = "Give some: compile(..., calibration=batches), a list of real calls of the model."
+        raise PassError(f"{who} needs calibration data, and there is none", fix=fix)
 
 
 def _checked_example(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

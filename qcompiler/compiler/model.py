@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
-from qcompiler.compiler.program import Program, Recipe, build_program, capture_model, capturing
+from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
 from qcompiler.errors import CaptureError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
@@ -28,13 +29,17 @@ class CompiledModel(torch.nn.Module):
         stages: "captured", then the graph after each pass, by the pass's name. Structure only.
         report: One row for each reader of weights: quantized, or why not.
         source: The generated host module.
+        calibration: What was seen of the captured graph's values; None where the scheme needs no calibration.
     """
 
-    def __init__(self, recipe: Recipe, *, pending: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: "weakref.ref[Any] | None" = None
+    ) -> None:
         """Use `qcompiler.compile`."""
         super().__init__()
+        self._origin = origin
         self._pending = (pending,)  # in a tuple, so as not to become a sub-module
-        self._recipe = recipe
+        self._settings = settings
         self._program: Program | None = None
         self.training = False
 
@@ -77,9 +82,28 @@ class CompiledModel(torch.nn.Module):
         return self._done.host.source
 
     @property
+    def calibration(self) -> Calibration | None:
+        """What was seen of the captured graph's values on real calls, to look at, save, and give to `compile` again."""
+        return self._done.calibration
+
+    @property
     def pipeline(self) -> Pipeline:
         """The passes that ran, or will run."""
-        return self._recipe.pipeline
+        return self._settings.pipeline
+
+    @property
+    def settings(self) -> Settings:
+        """How it was compiled."""
+        return self._settings
+
+    @property
+    def origin(self) -> Any:
+        """The model that was compiled; None when nobody else holds it any more, since this one does not."""
+        return self._pending[0] or (self._origin() if self._origin is not None else None)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs of the graph for a call; InputError when they are not of the kind that it was captured for."""
+        return list(self._done.signature.flatten(args, kwargs))
 
     @property
     def _done(self) -> Program:
@@ -93,7 +117,7 @@ class CompiledModel(torch.nn.Module):
     def accept(self, program: Program) -> None:
         """Takes what was compiled for this model, which from then on is captured."""
         self.weights = HostWeights(program.host.weights, program.graph.weights, program.device)
-        self._recipe = replace(self._recipe, instruments=())  # they may hold what they saw
+        self._settings = replace(self._settings, instruments=(), calibration=None)  # they may hold a lot
         self._program = program
 
     def _compile_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -112,13 +136,13 @@ class CompiledModel(torch.nn.Module):
                     fix="Call compile() again with the model.",
                 )
             check_model(model)
-            captured = capture_model(model, args, kwargs, self._recipe)
+            captured = capture_model(model, args, kwargs, self._settings)
             # While the passes run nobody but the user holds the model, so that its weights can go one by one.
             back = weakref.ref(model)
-            self._pending = (None,)
+            self._pending, self._origin = (None,), back
             del model
             try:
-                program = build_program(captured, self._recipe, captured.signature.flatten(args, kwargs))
+                program = build_program(captured, self._settings, captured.signature.flatten(args, kwargs))
             except BaseException:
                 self._pending = (back(),)
                 raise
@@ -131,7 +155,7 @@ class CompiledModel(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         """A copy with tensors of its own; stages and report are shared."""
-        twin = memo[id(self)] = type(self)(self._recipe)
+        twin = memo[id(self)] = type(self)(self._settings, origin=self._origin)
         if self._program is None:
             twin._pending = copy.deepcopy(self._pending, memo)
         else:

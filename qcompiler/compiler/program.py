@@ -15,17 +15,21 @@ from torch.utils import _pytree as pytree
 
 import codegen.torch_ops  # noqa: F401  (registers the kernels as operators of torch)
 from codegen.host import HostModule, emit_host_module, load_host_module
+from codegen.support import why_not
+from passes.scheme_options import SchemeOptions
+from qcompiler.calibration import Calibration
 from qcompiler.capture import Captured, capture
 from qcompiler.capture.signature import MISSING, NumberSlot, Signature, TensorSlot
+from qcompiler.compiler.batches import Batches
 from qcompiler.dialects.aten import torch_dtype
-from qcompiler.errors import CaptureError, PassError, QCompilerError
+from qcompiler.errors import CaptureError, CodegenError, PassError, QCompilerError
 from qcompiler.instruments import Instrument
 from qcompiler.ir import Graph, ScalarType, TensorType, Value
 from qcompiler.ir.graph import BUFFER
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, keep_text, run_pipeline
 from qcompiler.report import Report, build_report
-from qcompiler.runtime.device import target_for
+from qcompiler.runtime.device import Target, target_for
 
 CPU = torch.device("cpu")
 
@@ -36,7 +40,7 @@ _numbers = count()
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Settings:
     """How to compile: everything but the model and its inputs."""
 
     pipeline: Pipeline
@@ -44,6 +48,13 @@ class Recipe:
     dynamic_shapes: Any = "auto"
     strict: bool = True
     instruments: tuple[Instrument, ...] = ()
+    calibration: "Batches | Calibration | None" = None
+
+    def calibration_for(self, signature: Signature) -> Calibration | None:
+        """What is known, or can be found out, of the values of a graph with this signature."""
+        if isinstance(self.calibration, Batches):
+            return Calibration(self.calibration.flattened(signature))
+        return self.calibration
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Program:
     graph: Graph
     stages: Stages
     report: Report
+    calibration: Calibration | None
     host: HostModule
     signature: Signature
     device: torch.device
@@ -66,13 +78,13 @@ def _plain_torch() -> Iterator[None]:
         yield
 
 
-def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe) -> Captured:
+def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Captured:
     """A module, an exported program or a graph as a captured graph; CaptureError when that cannot be."""
     if isinstance(model, Graph):
         return graph_as_captured(model)
     try:
         with capturing, _plain_torch():
-            return capture(model, args, kwargs, dynamic_shapes=recipe.dynamic_shapes)
+            return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
     except QCompilerError:
         raise
     except Exception as error:
@@ -97,33 +109,49 @@ def _slot(value: Value, device: torch.device) -> "TensorSlot | NumberSlot":
     return NumberSlot(value.name, value.name, value.type.value if isinstance(value.type, ScalarType) else None)
 
 
-def build_program(captured: Captured, recipe: Recipe, inputs: Sequence[Any] | None) -> Program:
+def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] | None) -> Program:
     """Runs the pipeline over a captured graph, in place, and generates the host module.
 
     Args:
         captured: What `capture_model` gave.
-        recipe: How to compile.
+        settings: How to compile.
         inputs: Real inputs of the graph, for the instruments that run it.
     """
     graph, signature = captured.graph, captured.signature
     device = signature.device or CPU
-    target = target_for(recipe.target, device)
+    target = target_for(settings.target, device)
+    check_kernels(settings.pipeline, target)
+    graph.calibration = calibration = settings.calibration_for(signature)
     gc.collect()  # tracing leaves cycles behind, which may hold the model: its weights could not be let go one by one
     with _plain_torch():
-        done = run_pipeline(recipe.pipeline, graph, instruments=recipe.instruments, inputs=inputs)
+        done = run_pipeline(settings.pipeline, graph, instruments=settings.instruments, inputs=inputs)
         for op in graph.ops(BUFFER):  # the model keeps its own state
             name = str(op.attrs["name"])
             graph.weights[name] = graph.weights[name].clone()
-    report = build_report(done.stages, graph, done.reasons)
-    if recipe.strict and not report.quantized:
+    report = build_report(done.stages, graph, done.reasons, done.remarks)
+    if settings.strict and not report.quantized:
         raise PassError(
             "nothing was quantized",
-            got=f"the pipeline '{recipe.pipeline}'",
+            got=f"the pipeline '{settings.pipeline}'",
             need="at least one matmul with a constant operand that a pass quantizes",
             fix=f"Pass strict=False to accept that. What was left alone, and why:\n{report}",
         )
     host, run = _generate(graph, target.name)
-    return Program(graph, done.stages, report, host, signature, device, run)
+    graph.calibration = None
+    return Program(graph, done.stages, report, calibration, host, signature, device, run)
+
+
+def check_kernels(pipeline: Pipeline, target: Target) -> None:
+    """CodegenError for a pass that quantizes as no kernel of the target can multiply."""
+    for step in pipeline:
+        if target.device == "cpu" or not isinstance(step, SchemeOptions):
+            continue
+        dtype = torch_dtype(step.dtype)
+        if (why := why_not(step.x_block, step.w_block, dtype, dtype)) is not None:
+            raise CodegenError(
+                f"pass '{step}' quantizes as no kernel of the target {target.name} can multiply", got=why,
+                fix='Choose another scheme, or compile the model on the CPU for target="cpu", where it is simulated.',
+            )  # fmt: skip
 
 
 def _generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple[Any, ...]]]:

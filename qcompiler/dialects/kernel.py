@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from qcompiler import numerics
-from qcompiler.dialects.quant import FORMAT, PROFILE, linear_types, quantize_types
+from qcompiler.dialects.quant import (
+    FORMAT,
+    PROFILE,
+    linear_types,
+    quantize,
+    quantize_static,
+    quantize_static_types,
+    quantize_types,
+)
 from qcompiler.ir import Op, Type
 from qcompiler.ir.op_table import BLOCK, DTYPE, OpDef, OpError, declare, one_of
 
@@ -25,8 +33,8 @@ def scaled_linear_types(op: Op) -> tuple[Type, ...]:
     return linear_types(op)
 
 
-def _quantize(x: torch.Tensor, *, scale_layout: str, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return numerics.quantize(x, **keywords)
+def _quantize(*operands: Any, scale_layout: str, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize(*operands, **keywords)
 
 
 def _scaled_linear(*operands: Any, x_scale_layout: str, **keywords: Any) -> torch.Tensor:
@@ -37,10 +45,20 @@ declare(
     OpDef(
         "kernel.quantize",
         "`quant.quantize`, with the scales in a given order in memory.",
-        ("x",),
+        ("x", "prescale?"),
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
         types=quantize_types,
         meaning=_quantize,
+    )
+)
+declare(
+    OpDef(
+        "kernel.quantize_static",
+        "`quant.quantize_static`.",
+        ("x", "scale", "prescale?"),
+        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
+        types=quantize_static_types,
+        meaning=quantize_static,
     )
 )
 declare(

@@ -1,27 +1,37 @@
 """The `quant` dialect: what the passes yield. Data and scale are two values; granularity is always an attribute.
 
 %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, ...} : f8e4m3fn[s0, 256], f32[s0, 2]
+%x_q, %x_s = quant.quantize(%x, %prescale) {block = [1, -1], dtype = i8, ...} : i8[s0, 256], f32[s0, 1]
+%x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], dtype = i8, ...} : i8[s0, 256]
 %x_dq = quant.dequantize(%x_q, %x_s) {block = [1, 128], out_dtype = f32} : f32[s0, 256]
 %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %bias) {out_dtype = bf16, x_block = [1, 128], ...} : bf16[s0, 512]
+
+A -1 in a block is the whole of its axis: [1, -1] is a token, or an output channel of a weight; [-1, -1] is the tensor.
 """
+
+from typing import Any
+
+import torch
 
 from qcompiler import numerics
 from qcompiler.ir import DType, Op, Size, TensorType, Type, Value, ceildiv
 from qcompiler.ir.op_table import BLOCK, DTYPE, AttributeCheck, OpDef, OpError, declare, one_of
 
 PROFILE = one_of(*numerics.PROFILES)
-EIGHT_BITS = (DType.f8e4m3fn, DType.f8e5m2)
+EIGHT_BITS = (DType.f8e4m3fn, DType.f8e5m2, DType.i8)
 """What a tensor can be quantized to."""
-FORMAT: tuple[AttributeCheck, str] = (lambda a: a in EIGHT_BITS, "f8e4m3fn or f8e5m2")
+FORMAT: tuple[AttributeCheck, str] = (lambda a: a in EIGHT_BITS, "f8e4m3fn, f8e5m2 or i8")
 
 
 def scale_shape(shape: tuple[Size, ...], block: tuple[int, int]) -> tuple[Size, ...]:
-    """The shape of the scales of `shape` in blocks over its last two dimensions; a vector counts as one row."""
+    """`numerics.scale_shape` for sizes that may be symbolic."""
     if not shape:
         raise OpError("a tensor without dimensions has no blocks", 0)
+    rows, columns = block
+    across: Size = 1 if columns == numerics.ALL else ceildiv(shape[-1], columns)
     if len(shape) == 1:
-        return (ceildiv(shape[0], block[1]),)
-    return (*shape[:-2], ceildiv(shape[-2], block[0]), ceildiv(shape[-1], block[1]))
+        return (across,)
+    return (1, across) if rows == numerics.ALL else (*shape[:-2], ceildiv(shape[-2], rows), across)
 
 
 def block_of(op: Op, name: str) -> tuple[int, int]:
@@ -46,13 +56,31 @@ def check_scale(op: Op, data: int, block_name: str) -> None:
 
 
 def quantize_types(op: Op) -> tuple[Type, ...]:
-    """(x float[..., M, K]) -> dtype[..., M, K], f32[..., ceil(M / bm), ceil(K / bk)]"""
+    """(x float[..., M, K], prescale float[K]?) -> dtype[..., M, K], f32[..., ceil(M / bm), ceil(K / bk)]"""
+    _check_source(op, prescale=1)
+    x = op.tensor(0).tensor
+    scale = TensorType(DType.f32, scale_shape(x.shape, block_of(op, "block")))
+    return TensorType(dtype_of(op, "dtype"), x.shape), scale
+
+
+def quantize_static_types(op: Op) -> tuple[Type, ...]:
+    """(x float[..., M, K], scale f32[...], prescale float[K]?) -> dtype[..., M, K]"""
+    _check_source(op, prescale=2)
+    x, block = op.tensor(0).tensor, block_of(op, "block")
+    want = TensorType(DType.f32, scale_shape(x.shape, block))
+    if op.tensor(1).tensor != want:
+        raise OpError(f"the scale is {op.tensor(1).type}, but block {list(block)} over {x} needs {want}", 1)
+    return (TensorType(dtype_of(op, "dtype"), x.shape),)
+
+
+def _check_source(op: Op, prescale: int) -> None:
+    """Holds what is quantized, and the prescale at that argument, if it is there, to their types."""
     x = op.tensor(0).tensor
     if not x.dtype.is_float or x.dtype.bytes == 1 or not x.shape:
         raise OpError(f"only a floating-point tensor with a dimension can be quantized, not {x}", 0)
-    return TensorType(dtype_of(op, "dtype"), x.shape), TensorType(
-        DType.f32, scale_shape(x.shape, block_of(op, "block"))
-    )
+    factors = op.args[prescale] if len(op.args) > prescale else None
+    if isinstance(factors, Value) and not (factors.tensor.dtype.is_float and factors.tensor.shape == x.shape[-1:]):
+        raise OpError(f"the prescale is {factors.type}, but {x} needs one number for each channel", prescale)
 
 
 def dequantize_types(op: Op) -> tuple[Type, ...]:
@@ -74,14 +102,38 @@ def linear_types(op: Op) -> tuple[Type, ...]:
     return (TensorType(dtype_of(op, "out_dtype"), (*x.shape[:-1], w.shape[0])),)
 
 
+def quantize(
+    x: torch.Tensor, prescale: torch.Tensor | None = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The meaning of `quant.quantize`."""
+    return numerics.quantize(x, prescale=prescale, **options)
+
+
+def quantize_static(
+    x: torch.Tensor, scale: torch.Tensor, prescale: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """The meaning of `quant.quantize_static`."""
+    return numerics.quantize_static(x, scale, prescale=prescale, **options)
+
+
 declare(
     OpDef(
         "quant.quantize",
         "Divides each block by a scale of its own and rounds to an 8-bit format, as `qcompiler.numerics` says.",
-        ("x",),
+        ("x", "prescale?"),
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
         types=quantize_types,
-        meaning=numerics.quantize,
+        meaning=quantize,
+    )
+)
+declare(
+    OpDef(
+        "quant.quantize_static",
+        "Divides each block by a scale that is given and rounds to an 8-bit format.",
+        ("x", "scale", "prescale?"),
+        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
+        types=quantize_static_types,
+        meaning=quantize_static,
     )
 )
 declare(

@@ -54,12 +54,17 @@ class Graph:
         name: Printed after `@`.
         symbols: The range of each symbolic size that has one.
         weights: Name -> tensor for the parameters and buffers; empty in a graph that is structure only.
+        remarks: What a pass has to say of values, by their names; whoever runs passes takes them away after each.
+        calibration: What was observed of its values on real inputs, see `qcompiler.calibration`; None until somebody
+            calibrates.
     """
 
     def __init__(self, name: str = "main") -> None:
         self.name = name
         self.symbols: dict[str, Range] = {}
         self.weights: MutableMapping[str, Any] = {}
+        self.remarks: dict[str, str] = {}
+        self.calibration: Any = None
         self._net = nx.MultiDiGraph()
         self._constants = Constants(self._net)
         self._names = Names()
@@ -224,14 +229,20 @@ class Graph:
         """`name`, or `name_1`, `name_2` … when it is taken."""
         return self._names.fresh(name)
 
+    def remark(self, value: Value, text: str) -> None:
+        """Notes what a pass did to a value, or why it did nothing, for the report."""
+        known = self.remarks.get(value.name)
+        self.remarks[value.name] = f"{known}; {text}" if known else text
+
     # Forms
 
     def clone(self, *, weights: bool = True) -> "Graph":
-        """An independent copy of the structure; with `weights`, over the same tensors."""
+        """An independent copy of the structure; with `weights`, over the same tensors and the same calibration."""
         copy = Graph(self.name)
         copy.symbols = dict(self.symbols)
         if weights:
             copy.weights = self.weights.copy() if hasattr(self.weights, "copy") else dict(self.weights)
+            copy.calibration = self.calibration
         twin: dict[Value, Value] = {}
         made: dict[Op, Op] = {self._return: copy._return}
         for op in self:

@@ -177,8 +177,8 @@ INTEGER: tuple[AttributeCheck, str] = (lambda a: isinstance(a, int) and not isin
 BOOLEAN: tuple[AttributeCheck, str] = (lambda a: isinstance(a, bool), "true or false")
 DTYPE: tuple[AttributeCheck, str] = (lambda a: isinstance(a, DType), "a dtype such as bf16")
 BLOCK: tuple[AttributeCheck, str] = (
-    lambda a: isinstance(a, tuple) and len(a) == 2 and all(isinstance(n, int) and n > 0 for n in a),
-    "two positive integers such as [1, 128]",
+    lambda a: isinstance(a, tuple) and len(a) == 2 and all(isinstance(n, int) and (n > 0 or n == -1) for n in a),
+    "two positive integers such as [1, 128], where -1 is the whole of an axis",
 )
 
 

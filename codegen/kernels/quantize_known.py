@@ -1,0 +1,87 @@
+"""Triton kernels: quantization with scales that are in memory already, and the one scale of a whole tensor.
+
+A dynamic scale for the tensor takes three launches, in which nothing depends on the order of programs: `partial_amax`
+writes the amax of each program's part, `scale_of_tensor` makes the scale of them, and `quantize_known` reads it. With
+a static scale the last one is alone. The host never waits for a scale.
+"""
+
+import triton
+import triton.language as tl
+
+from codegen.kernels.encoding import amax_of_keys, codes, finite_keys, load_values, quotients, scale_of, store_codes
+
+
+@triton.jit(do_not_specialize=["m"])
+def partial_amax(  # type: ignore[no-untyped-def]
+    x, partial, prescale, m, k, x_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """partial[p] = the largest finite magnitude of x[m, k] in every tile t with t % programs == p; 0 without any.
+
+    Args:
+        x: bfloat16, float16 or float32, rows `x_stride` elements apart, columns contiguous.
+        partial: float32, one for each program.
+        prescale: [k] in any floating dtype, contiguous, or None.
+        BLOCK_M: Rows of a tile, a power of two.
+        BLOCK_K: Columns of a tile, a power of two.
+    """
+    across = tl.cdiv(k, BLOCK_K)
+    keys = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(m, BLOCK_M) * across, tl.num_programs(0)):
+        rows = (tile // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = tile % across * BLOCK_K + tl.arange(0, BLOCK_K)
+        keys = tl.maximum(keys, finite_keys(load_values(x, prescale, rows, columns, m, k, x_stride)))
+    tl.store(partial + tl.program_id(0), amax_of_keys(tl.max(tl.max(keys, axis=1), axis=0)))
+
+
+@triton.jit(do_not_specialize=["count"])
+def scale_of_tensor(  # type: ignore[no-untyped-def]
+    partial, scale, count,
+    AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, UE8M0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scale[0] of the `count` partial amaxes, which are `BLOCK`, a power of two, at most."""
+    places = tl.arange(0, BLOCK)
+    amax = tl.max(tl.load(partial + places, mask=places < count, other=0.0), axis=0)
+    tl.store(scale, scale_of(amax, AMAX_FLOOR, TOP, UE8M0))
+
+
+@triton.jit(do_not_specialize=["m", "scale_stride_k"])
+def quantize_known(  # type: ignore[no-untyped-def]
+    x, q, scale, prescale, m, k, x_stride, scale_stride_m, scale_stride_k,
+    TOP: tl.constexpr, RECIPROCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_SCALE: tl.constexpr,
+):  # fmt: skip
+    """q[m, k] of x[m, k] and its scales.
+
+    Args:
+        x: bfloat16, float16 or float32, rows `x_stride` elements apart, columns contiguous.
+        q: float8e4nv, float8e5 or int8, contiguous.
+        scale: float32: that of a row and of a block of `BLOCK_K` columns is at the strides; they may be 0.
+        prescale: [k] in any floating dtype, contiguous, or None.
+        TOP: The format's largest value.
+        RECIPROCAL: x * (1 / scale) in place of x / scale.
+        BLOCK_M: Rows of a tile, a power of two.
+        BLOCK_K: Columns of a tile, a power of two.
+        ONE_SCALE: The tensor has one scale; the strides do not count.
+    """
+    blocks = tl.cdiv(k, BLOCK_K)
+    tile = tl.program_id(0)
+    block = tile % blocks
+    rows = (tile // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    values = load_values(x, prescale, rows, columns, m, k, x_stride)
+    if ONE_SCALE:
+        s = tl.load(scale)
+        smallest, largest = s, s
+    else:
+        places = scale + rows * scale_stride_m + block.to(tl.int64) * scale_stride_k
+        s = tl.load(places, mask=rows < m, other=1.0)
+        smallest, largest = tl.min(s, axis=0), tl.max(s, axis=0)
+        s = s[:, None]
+    if RECIPROCAL:
+        scaled = values * tl.div_rn(1.0, s)
+    else:
+        # A scale that was given may be any number; the cheap division was proven for these. NaN is none of them.
+        if (smallest >= 2.0**-60) & (largest <= 2.0**100):
+            scaled = quotients(values, s, TOP, False)
+        else:
+            scaled = tl.div_rn(values, tl.broadcast_to(s, values.shape))
+    store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)

@@ -1,0 +1,135 @@
+"""Machine code of a kernel, made on a machine without a GPU or a driver, and what can be read off it.
+
+Triton brings ptxas, cuobjdump and nvdisasm.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from codegen.kernel_cache import use_cache_folder
+from qcompiler.errors import CodegenError
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one compiled kernel is made of.
+
+    Attributes:
+        qgmma: FP8 tensor-core instructions (`QGMMA`), statically.
+        igmma: INT8 tensor-core instructions (`IGMMA`).
+        tma_loads: Loads through the copy engine (`UTMALDG`).
+        tma_stores: Stores through the copy engine (`UTMASTG`).
+        local_loads: Loads from local memory, i.e. spilled registers (`LDL`).
+        local_stores: Stores to local memory (`STL`).
+        wide_loads: Global loads of 16 bytes a thread, asynchronous ones included.
+        wide_stores: Global stores of 16 bytes a thread.
+        float_adds: FP32 additions and multiply-adds (`FADD`, `FFMA`).
+        registers: Registers of a thread.
+        shared_memory: Bytes of shared memory of a block.
+        instructions: Machine instructions.
+        sass: The disassembly.
+    """
+
+    qgmma: int
+    igmma: int
+    tma_loads: int
+    tma_stores: int
+    local_loads: int
+    local_stores: int
+    wide_loads: int
+    wide_stores: int
+    float_adds: int
+    registers: int
+    shared_memory: int
+    instructions: int
+    sass: str
+
+
+def compile_kernel(
+    kernel: JITFunction[Any],
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: tuple[str, ...],
+    options: dict[str, int],
+) -> MachineCode:
+    """Compiles a kernel for sm_90a.
+
+    Args:
+        kernel: A function of `codegen.kernels`.
+        types: Triton's types of its arguments; those without one are 32-bit integers.
+        constants: Arguments that the compiler knows.
+        divisible: Arguments that are multiples of 16.
+        options: `num_warps`, `num_stages`.
+
+    Raises:
+        CodegenError: Triton rejects the kernel.
+    """
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    try:
+        use_cache_folder()
+        built = triton.compile(source, target=HOPPER, options=options)
+    except Exception as error:  # Triton's own errors have no common base
+        raise CodegenError(f"Triton cannot compile {kernel.__name__} for sm_90a", got=error) from error
+    return _inspect(built.asm["cubin"], built.metadata.shared)
+
+
+def _inspect(cubin: bytes, shared_memory: int) -> MachineCode:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        sass, usage = _cuobjdump("-sass", path), _cuobjdump("-res-usage", path)
+    names = _INSTRUCTION.findall(sass)
+    heads = Counter(name.split(".")[0] for name in names)
+    registers = re.search(r"REG:(\d+)", usage)
+    return MachineCode(
+        qgmma=heads["QGMMA"],
+        igmma=heads["IGMMA"],
+        tma_loads=heads["UTMALDG"],
+        tma_stores=heads["UTMASTG"],
+        local_loads=heads["LDL"],
+        local_stores=heads["STL"],
+        wide_loads=sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in names),
+        wide_stores=sum(name.startswith("STG") and ".128" in name for name in names),
+        float_adds=heads["FADD"] + heads["FFMA"],
+        registers=int(registers[1]) if registers else 0,
+        shared_memory=shared_memory,
+        instructions=len(names),
+        sass=sass,
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    done = subprocess.run([_tool(), option, str(cubin)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CodegenError("cuobjdump cannot read the compiled kernel", got=done.stderr.strip())
+    return done.stdout
+
+
+@cache
+def _tool() -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not path.exists():
+        raise CodegenError("this Triton has no cuobjdump", got=f"triton {triton.__version__}", need=path)
+    return str(path)

@@ -1,0 +1,90 @@
+"""Which quantized products the GPU kernels run, and why not the others: arithmetic on attributes, without a GPU.
+
+Two families of kernels multiply 8-bit operands, and what they can scale decides the rest:
+
+    tiles x blocks   x [1, b] or whole rows, w [128, 128]: a scale inside the sum over K, once every b of K
+    rows x rows      x and w [1, -1] or [-1, -1]: the scales leave the sum, and are multiplied once at its end
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from qcompiler.numerics import ALL
+
+Block = tuple[int, int]
+
+TILE_COLUMNS = (32, 64, 128, 256, 512)
+"""The widths of an activation's tiles, [1, b], that the kernels know."""
+
+WEIGHT_BLOCK: Block = (128, 128)
+"""The one block of a weight with scales inside the sum."""
+
+WHOLE_ROWS: tuple[Block, ...] = ((1, ALL), (ALL, ALL))
+"""Blocks with one scale for all of K: a token, an output channel, the tensor."""
+
+FORMATS = (torch.float8_e4m3fn, torch.int8)
+"""What the tensor cores are given."""
+
+
+def why_not(x_block: Sequence[int], w_block: Sequence[int], x_dtype: torch.dtype, w_dtype: torch.dtype) -> str | None:
+    """Why the GPU kernels cannot run a scaled linear, in one sentence without a final stop, or None if they can.
+
+    Args:
+        x_block: Rows and columns of a block of the activation; `numerics.ALL` is the whole of an axis.
+        w_block: Rows and columns of a block of the weight, `[N, K]`.
+        x_dtype: Format of the activation's codes.
+        w_dtype: Format of the weight's codes.
+    """
+    x, w = _pair(x_block), _pair(w_block)
+    return _why_not_formats(x_dtype, w_dtype) or _why_not_channels(x, w) or _why_not_blocks(x, w, x_dtype)
+
+
+def is_tiled(w_block: Sequence[int]) -> bool:
+    """Whether a product that `why_not` lets pass has its scales inside the sum over K."""
+    return _pair(w_block) == WEIGHT_BLOCK
+
+
+def _why_not_formats(x_dtype: torch.dtype, w_dtype: torch.dtype) -> str | None:
+    names = [str(dtype).removeprefix("torch.") for dtype in (x_dtype, w_dtype)]
+    if x_dtype != w_dtype:
+        return f"a product needs both operands in one format, here x is {names[0]} and w is {names[1]}"
+    if x_dtype not in FORMATS:
+        return f"the kernels multiply float8_e4m3fn or int8, not {names[0]}"
+    return None
+
+
+def _why_not_channels(x: Block, w: Block) -> str | None:
+    for name, block in (("an activation", x), ("a weight", w)):
+        if block[1] == 1:
+            fix = (
+                "; use SmoothQuant, which moves it into the weight, or tiles such as [1, 128]"
+                if name == "an activation"
+                else ""
+            )
+            return (
+                f"the scale of {name} in {list(block)} blocks varies along K, inside the accumulation, "
+                f"where no tensor core can apply it{fix}"
+            )
+    return None
+
+
+def _why_not_blocks(x: Block, w: Block, dtype: torch.dtype) -> str | None:
+    rows = " or ".join(str(list(block)) for block in WHOLE_ROWS)
+    if dtype == torch.int8 and not (x in WHOLE_ROWS and w in WHOLE_ROWS):
+        return (
+            f"INT8 sums are scaled once, at their end, so x and w need {rows}, here they have {list(x)} and {list(w)}"
+        )
+    if w == WEIGHT_BLOCK:
+        if x in WHOLE_ROWS or (x[0] == 1 and x[1] in TILE_COLUMNS):
+            return None
+        widths = ", ".join(map(str, TILE_COLUMNS))
+        return f"beside a weight in [128, 128] blocks x needs [1, b] with b in {widths}, or {rows}, not {list(x)}"
+    if w in WHOLE_ROWS:
+        return None if x in WHOLE_ROWS else f"beside a weight in {list(w)} blocks x needs {rows}, not {list(x)}"
+    return f"a weight needs [128, 128], {rows}, not {list(w)}"
+
+
+def _pair(block: Sequence[int]) -> Block:
+    rows, columns = block
+    return rows, columns

@@ -1,0 +1,64 @@
+"""Weights that a pass adds to a graph, and arithmetic on them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qcompiler.dialects.aten import ir_dtype
+from qcompiler.ir import DType, Graph, Rewriter, TensorType, Value
+
+WEIGHTS = ("core.param", "core.buffer")
+
+
+def free_name(graph: Graph, name: str) -> str:
+    """`name`, or `name_1`, `name_2` … when the graph reads or holds a weight of that name."""
+    taken = {str(op.attrs["name"]) for op in graph.ops() if op.name in WEIGHTS} | set(graph.weights)
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def new_parameter(rewriter: Rewriter, name: str, tensor: Any, value_name: str | None = None) -> Value:
+    """`tensor` as a weight called `name`, or like it when that is taken, and the value that stands for it.
+
+    It is put where the other weights are. In a graph that is structure only, only the numbers are missing.
+    """
+    graph = rewriter.graph
+    free = free_name(graph, name)
+    if graph.weights:
+        tensor = tensor.to(graph.weights[next(iter(graph.weights))].device)
+    if graph.weights or not graph.ops("core.param"):
+        graph.weights[free] = tensor
+    kind = TensorType(ir_dtype(tensor.dtype), tuple(tensor.shape))
+    op = rewriter.insert("core.param", attrs={"name": free}, types=[kind], names=[value_name or free])
+    return op.result
+
+
+def is_weight(graph: Graph, value: Value, tensor: torch.Tensor) -> bool:
+    """Whether a value is a weight with the very numbers of `tensor`."""
+    name = str(value.op.attrs.get("name"))
+    if value.op.name != "core.param" or name not in graph.weights:
+        return False
+    held = graph.weights[name]
+    return held.dtype == tensor.dtype and torch.equal(held, tensor.to(held.device))
+
+
+def times(rewriter: Rewriter, value: Value, factors: Sequence[Value], name: str) -> Value:
+    """`value` times FP32 factors that broadcast to its shape: multiplied in FP32 or wider, rounded back once."""
+    wide = value.tensor.dtype if value.tensor.dtype is DType.f64 else DType.f32
+    kind, product = TensorType(wide, value.tensor.shape), value
+    names = [name if wide is value.tensor.dtype else f"{name}_f32"]
+    for factor in factors:
+        product = rewriter.insert("aten.mul.Tensor", product, factor, types=[kind], names=names).result
+    return cast(rewriter, product, value.tensor.dtype, name)
+
+
+def cast(rewriter: Rewriter, value: Value, dtype: DType, name: str) -> Value:
+    """`value` in another element type; itself when it has it already."""
+    if value.tensor.dtype is dtype:
+        return value
+    kind = TensorType(dtype, value.tensor.shape)
+    return rewriter.insert("aten._to_copy", value, attrs={"dtype": dtype}, types=[kind], names=[name]).result

@@ -1,0 +1,124 @@
+"""Inserts quantize and dequantize around each matmul with a constant weight, in any granularity.
+
+    %y = aten.linear(%x, %w, %b) : bf16[s0, 512]
+  ->
+    %x_q, %x_s = quant.quantize(%x) {block = [1, -1], …}
+    %x_dq = quant.dequantize(%x_q, %x_s) {…, out_dtype = f32}
+    %w_q, %w_s = quant.quantize(%w) {block = [1, -1], …}
+    %w_dq = quant.dequantize(%w_q, %w_s) {…, out_dtype = f32}
+    %b_f32 = aten._to_copy(%b) {dtype = f32}
+    %y_f32 = aten.linear(%x_dq, %w_dq, %b_f32) : f32[s0, 512]
+    %y = aten._to_copy(%y_f32) {dtype = bf16}
+
+With a static scale, which calibration has found, the activation's part is
+    %x_s = core.param() {name = "x.scale"} : f32[1, 1]
+    %x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], …}
+
+The graph still runs in plain torch and has the numbers of the quantized model; fuse-linear then makes it fast.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from passes.calibrate import saw_no_token, statistics_of
+from passes.candidates import MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of
+from passes.constants import cast, is_weight, new_parameter
+from passes.scheme_options import SchemeOptions
+from qcompiler import numerics
+from qcompiler.dialects.aten import torch_dtype
+from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+from qcompiler.pass_manager import Effect
+
+
+@dataclass(frozen=True)
+class QuantizeLinear(Rule):
+    """linear(x, w, b)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w)), b), in FP32"""
+
+    options: SchemeOptions
+    root: ClassVar[tuple[str, ...]] = (*MATMULS, *OTHER_READERS)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if reason := self.options.why_not(op, graph):
+            return reason
+        return {"x": op.tensor(0), "w": op.tensor(1), "bias": bias_of(op)}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, **_: Any) -> None:
+        options = self.options
+        static = options.static and not saw_no_token(rewriter.graph, x)
+        quantized = self.by_given_scale(rewriter, x) if static else self.by_own_scale(rewriter, x, options.x_block)
+        args = [
+            self.dequantized(rewriter, x, quantized, options.x_block),
+            self.dequantized(rewriter, w, self.by_own_scale(rewriter, w, options.w_block), options.w_block),
+        ]
+        if bias is not None:
+            args.append(cast(rewriter, bias, DType.f32, f"{bias.name}_f32"))
+        kind = op.result.tensor
+        linear = rewriter.insert(
+            "aten.linear", *args, types=[TensorType(DType.f32, kind.shape)], names=[f"{op.result.name}_f32"]
+        )
+        rewriter.replace(op, cast(rewriter, linear.result, kind.dtype, op.result.name))
+
+    def by_own_scale(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
+        """`value` quantized by the scales that it asks for: codes and scales."""
+        names = [f"{value.name}_q", f"{value.name}_s"]
+        return rewriter.insert("quant.quantize", value, attrs=self.attributes(block), names=names).results
+
+    def by_given_scale(self, rewriter: Rewriter, value: Value) -> tuple[Value, ...]:
+        """`value` quantized by the scale that calibration has found; readers that want the same one share it."""
+        graph, attrs = rewriter.graph, self.attributes(self.options.x_block)
+        wanted, users = self.static_scale(graph, value), graph.users(value)
+        twins = (op for op in users if op.name == "quant.quantize_static" and op.attrs == attrs)
+        twin = next((op for op in twins if is_weight(graph, op.tensor(1), wanted)), None)
+        if twin is None:
+            scale = new_parameter(rewriter, f"{value.name}.scale", wanted, f"{value.name}_s")
+        else:
+            scale = twin.tensor(1)
+            if users.index(rewriter.anchor) < users.index(twin):  # another pass came by there first
+                graph.move(scale.op, before=rewriter.anchor)
+        codes = rewriter.insert("quant.quantize_static", value, scale, attrs=attrs, names=[f"{value.name}_q"])
+        return codes.result, scale
+
+    def static_scale(self, graph: Graph, value: Value) -> Tensor:
+        """One scale for all calls, in the shape that one block's has."""
+        options, dtype = self.options, torch_dtype(self.options.dtype)
+        amax = statistics_of(graph, value).amax(
+            options.observer, "tensor", percentile=options.percentile, dtype=dtype, profile=options.profile
+        )
+        scale = numerics.scale_of(amax, dtype, options.profile)
+        return scale.reshape(numerics.scale_shape([1] * len(value.tensor.shape), options.x_block))
+
+    def dequantized(
+        self, rewriter: Rewriter, value: Value, quantized: tuple[Value, ...], block: tuple[int, int]
+    ) -> Value:
+        """FP32 again."""
+        attrs: dict[str, Argument] = {"block": block, "out_dtype": DType.f32}
+        return rewriter.insert("quant.dequantize", *quantized, attrs=attrs, names=[f"{value.name}_dq"]).result
+
+    def attributes(self, block: tuple[int, int]) -> dict[str, Argument]:
+        """Those of a quantize."""
+        return {"block": block, "dtype": self.options.dtype, "profile": self.options.profile}
+
+
+@dataclass(frozen=True)
+class Quantize(SchemeOptions):
+    """linear(x, w)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w)))."""
+
+    name: ClassVar[str] = "quantize"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    budget: ClassVar[float] = 0.25
+
+    def rules(self) -> Sequence[Rule]:
+        """One rule, which also says why a reader of weights is left alone."""
+        return (QuantizeLinear(self),)
+
+    def run(self, graph: Graph) -> bool:
+        """The rule, once each pattern of `layers` is known to mean something."""
+        self.check_layers(graph)
+        return super().run(graph)
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """What is quantized already, or reads no weights, needs no reason."""
+        return {name: why for name, why in super().explain(graph).items() if why not in NOT_CANDIDATES}

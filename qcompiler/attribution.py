@@ -1,0 +1,246 @@
+"""Where a quantized model's error comes from: for each quantized operation its own, inherited, and the kernel's.
+
+    print(qcompiler.attribute_error(fast, batch))
+
+Each number is a signal-to-quantization-noise ratio in dB, 10 · log10(|y|² / |y' - y|²) over the operation's output y in
+the float model; more is better, and infinity means equal:
+
+    own          y' is the quantized operation on the float model's input: what its own codes cost
+    inherited    y' is the float operation on the quantized model's input: what came from upstream
+    kernel       y and y' are the reference and the kernel on equal input: what code generation costs
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from qcompiler import numerics
+from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.batches import as_call
+from qcompiler.compiler.program import capture_model
+from qcompiler.dialects.aten import torch_dtype
+from qcompiler.errors import InputError, PassError
+from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir.dataflow import part_of
+from qcompiler.pass_manager import Effect, Pipeline
+from qcompiler.pass_runner import run_pipeline
+
+LINEARS = ("kernel.scaled_linear", "quant.linear")
+STATIC = ("kernel.quantize_static", "quant.quantize_static")
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """One quantized operation; the numbers are in dB.
+
+    Attributes:
+        name: The value that it computes.
+        module: Where it stands in the model.
+        own: What quantizing its operands costs, on the float model's input.
+        inherited: What the error of its input costs, without any of its own.
+        kernel: What the kernel differs from the reference by; infinite when by nothing.
+    """
+
+    name: str
+    module: str
+    own: float
+    inherited: float
+    kernel: float
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """One row for each quantized operation, the worst own error first; printing it gives a table."""
+
+    rows: tuple[ErrorRow, ...]
+
+    def __str__(self) -> str:
+        table = Table(box=SIMPLE, pad_edge=False)
+        for heading in ("operation", "module", "own dB", "inherited dB", "kernel dB"):
+            table.add_column(heading, justify="right" if heading.endswith("dB") else "left", overflow="fold")
+        for row in self.rows:
+            numbers = (_shown(number) for number in (row.own, row.inherited, row.kernel))
+            table.add_row(f"%{row.name}", row.module, *numbers)
+        console = Console(width=120, no_color=True, force_terminal=False, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(table, soft_wrap=False)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+
+    def to_json(self) -> str:
+        """The rows as JSON, in order; null stands for infinity, no error at all."""
+        rows = [
+            {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
+            for row in map(asdict, self.rows)
+        ]
+        return json.dumps(rows, indent=2, allow_nan=False)
+
+
+def attribute_error(compiled: CompiledModel, batch: Any, model: Any = None) -> ErrorReport:
+    """Three numbers for each quantized operation of a compiled model, on one real call.
+
+    The float model is captured again, since a compiled model lets the float weights go.
+
+    Args:
+        compiled: What `qcompiler.compile` gave.
+        batch: A tensor, a tuple of arguments, or a dict of arguments by name.
+        model: The float model; left out, the very one that was compiled, if somebody still holds it.
+
+    Raises:
+        InputError: The float model is gone, or the batch does not fit.
+        PassError: The pipeline does not fuse quantized linears.
+    """
+    float_graph = _float_graph(compiled, batch, model)
+    inputs = compiled.flatten(*as_call(batch, 0))
+    ops = [op for op in compiled.graph.ops() if op.name in LINEARS]
+    if not ops:
+        need = "a pipeline with fuse-linear in it"
+        raise PassError("no quantized linear is fused, so there is nothing to attribute errors to", need=need)
+    with torch.no_grad():
+        exact = _float_values(float_graph, inputs, [op.result.name for op in ops])
+        operands = _operands(compiled.graph, inputs, ops)
+        rows = [_row(_Quantized(op, operands), float_graph, exact) for op in ops]
+    return ErrorReport(tuple(sorted(rows, key=lambda row: row.own)))
+
+
+def _float_graph(compiled: CompiledModel, batch: Any, model: Any) -> Graph:
+    """The graph of the float model as the first pass that quantizes gets it: smoothed, but not quantized."""
+    origin = model if model is not None else compiled.origin
+    if origin is None:
+        fix = "Hold the model that was compiled, or pass it: attribute_error(compiled, batch, model)."
+        raise InputError("the float model is gone", fix=fix)
+    settings = compiled.settings
+    args, kwargs = as_call(batch, 0)
+    captured = capture_model(origin, args, kwargs, settings)
+    captured.graph.calibration = compiled.calibration
+    steps = list(settings.pipeline)
+    lossy = [index for index, step in enumerate(steps) if step.effect is Effect.LOSSY]
+    run_pipeline(Pipeline(tuple(steps[: lossy[0]] if lossy else steps)), captured.graph)
+    return captured.graph
+
+
+def _float_values(graph: Graph, inputs: Sequence[Any], names: Sequence[str]) -> dict[Value, Tensor]:
+    """The inputs and outputs of the linears called `names`."""
+    wanted = {graph[name] for name in names}
+    wanted |= {_linear(value).tensor(0) for value in wanted}
+    return _observed(graph, inputs, wanted)
+
+
+def _linear(value: Value) -> Op:
+    """The linear of the float model that computes `value`, through the cast that a quantized one takes in."""
+    return value.op.tensor(0).op if value.op.name == "aten._to_copy" else value.op
+
+
+def _operands(graph: Graph, inputs: Sequence[Any], ops: Sequence[Op]) -> dict[Value, Tensor]:
+    """What goes into quantized linears, before and after quantization, as the reference computes it."""
+    wanted = {value for op in ops for _, value in op.operands()}
+    wanted |= {value for op in ops for _, value in op.tensor(0).op.operands()}
+    return _observed(graph, inputs, wanted)
+
+
+def _observed(graph: Graph, inputs: Sequence[Any], wanted: set[Value]) -> dict[Value, Tensor]:
+    found = {value: given for value, given in zip(graph.inputs, inputs, strict=True) if value in wanted}
+
+    def keep(op: Op, results: tuple[Any, ...]) -> None:
+        found.update((value, out) for value, out in zip(op.results, results, strict=True) if value in wanted)
+
+    interpret(graph, inputs, observe=keep)
+    return found
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """One quantized linear, on the operands that the quantized model gives it."""
+
+    op: Op
+    operands: Mapping[Value, Tensor]
+
+    @property
+    def quantize(self) -> Op:
+        """What quantizes its input."""
+        return self.op.tensor(0).op
+
+    def given(self, op: Op, first: int) -> list[Tensor | None]:
+        """The operands of `op` from `first` on."""
+        return [self.operands[arg] if isinstance(arg, Value) else None for arg in op.args[first:]]
+
+    def codes(self, x: Tensor, smoothed: bool) -> tuple[Tensor, Tensor]:
+        """The codes and scales of another input; without the prescale if `x` has gone through it already."""
+        quantize = self.quantize
+        options: dict[str, Any] = {
+            "block": quantize.attrs["block"], "profile": quantize.attrs["profile"],
+            "dtype": torch_dtype(quantize.attrs["dtype"]),  # type: ignore[arg-type]  # the verifier holds it to that
+        }  # fmt: skip
+        static = quantize.name in STATIC
+        prescale = None if smoothed else next(iter(self.given(quantize, 2 if static else 1)), None)
+        if static:
+            scale = self.operands[self.op.tensor(1)]
+            return numerics.quantize_static(x, scale, prescale=prescale, **options), scale
+        return numerics.quantize(x, prescale=prescale, **options)
+
+    def product(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """The reference's output for some codes."""
+        return numerics.scaled_linear(codes, scale, *self.given(self.op, 2), **self.blocks)  # type: ignore[arg-type]
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """The attributes that `numerics` and the kernels want."""
+        attrs = self.op.attrs
+        dtype = torch_dtype(attrs["out_dtype"])  # type: ignore[arg-type]  # the verifier holds it to that
+        return {"x_block": attrs["x_block"], "w_block": attrs["w_block"], "out_dtype": dtype}
+
+    @property
+    def met(self) -> Tensor:
+        """The input in the quantized model, FP32, after the prescale."""
+        x = self.operands[self.quantize.tensor(0)].to(torch.float32)
+        prescale = next(iter(self.given(self.quantize, 2 if self.quantize.name in STATIC else 1)), None)
+        return x if prescale is None else x * prescale.to(torch.float32)
+
+    def by_kernel(self) -> Tensor:
+        """What the operators that the host module calls make of the reference's codes."""
+        operands = [self.operands[self.op.tensor(0)], self.operands[self.op.tensor(1)], *self.given(self.op, 2)]
+        bias = [None] if len(operands) == 4 else []
+        found: Tensor = torch.ops.qcompiler.scaled_linear(*operands, *bias, *self.blocks.values())
+        return found
+
+
+def _row(quantized: _Quantized, float_graph: Graph, exact: Mapping[Value, Tensor]) -> ErrorRow:
+    op = quantized.op
+    output = float_graph[op.result.name]
+    linear = _linear(output)
+    x, y = exact[linear.tensor(0)], exact[output]
+    constants = [_constant(arg, float_graph) if isinstance(arg, Value) else None for arg in linear.args[1:]]
+    inherited = functional.linear(quantized.met, *constants).to(y.dtype)  # type: ignore[arg-type]
+    reference = quantized.product(quantized.operands[op.tensor(0)], quantized.operands[op.tensor(1)])
+    return ErrorRow(
+        op.result.name, op.loc.module,
+        own=sqnr(y, quantized.product(*quantized.codes(x, smoothed=True))), inherited=sqnr(y, inherited),
+        kernel=sqnr(reference, quantized.by_kernel()),
+    )  # fmt: skip
+
+
+def _constant(value: Value, graph: Graph) -> Tensor:
+    """A constant of a graph, FP32."""
+    found: Tensor = interpret(part_of(value.op), [], graph.weights)[value.index]
+    return found.to(torch.float32)
+
+
+def sqnr(y: Tensor, other: Tensor) -> float:
+    """10 · log10(|y|² / |other - y|²), in FP64: infinite for equal tensors, -infinite when only `y` is zero."""
+    signal, noise = (float(t.to(torch.float64).square().sum()) for t in (y, other.to(torch.float64) - y))
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _shown(number: float) -> str:
+    return "exact" if number == math.inf else f"{number:.1f}"

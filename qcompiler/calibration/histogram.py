@@ -1,0 +1,172 @@
+"""Histograms of magnitudes whose bins need no range first: they are read off the bits of the FP32 magnitude.
+
+    bin = exponent and top mantissa bits         0 is the bin of the zeros; exponents are clipped to [-24, 24)
+
+A bin is therefore 2^-5 (per tensor) or 2^-3 (per channel) of its power of two wide, every batch falls into the same
+bins, and histograms of parts add up to the histogram of the whole, in any order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler import numerics
+
+LOWEST, HIGHEST = -24, 24
+"""The exponents that have bins of their own; what is smaller or larger falls into the first or the last of them."""
+
+TENSOR_BITS, CHANNEL_BITS = 5, 3
+"""Mantissa bits of a bin."""
+
+MANTISSA, BIAS = 23, 127
+"""Of FP32."""
+
+POINTS = 4
+"""Magnitudes that stand for a bin when an error is summed: a bin may be wider than a step of an 8-bit format, so that
+the error at its centre alone would say little."""
+
+RATIOS = tuple(1 - step / 100 for step in range(81))
+"""The clips that are tried, as parts of the largest magnitude: 1, 0.99, … 0.2."""
+
+CHUNK = 1 << 21
+"""Elements that are worked on at a time."""
+
+
+@dataclass(eq=False)
+class Histogram:
+    """How often each magnitude was seen.
+
+    Attributes:
+        tensor: i64[bins], all channels together.
+        channel: i32[C, bins], by channel; holds for up to 2^31 rows.
+    """
+
+    tensor: Tensor
+    channel: Tensor
+
+    @classmethod
+    def empty(cls, channels: int) -> "Histogram":
+        """A histogram of nothing."""
+        tensor = torch.zeros(bin_count(TENSOR_BITS), dtype=torch.int64)
+        return cls(tensor, torch.zeros(channels, bin_count(CHANNEL_BITS), dtype=torch.int32))
+
+    def update(self, x: Tensor) -> None:
+        """Counts the finite elements of `x`, floating point `[rows, C]`."""
+        channels, bins = self.channel.shape
+        first = torch.arange(channels, device=x.device) * bins
+        for part in x.split(max(1, CHUNK // max(1, channels))):
+            magnitude = part.to(torch.float32).abs()
+            fine = bin_of(magnitude, TENSOR_BITS)
+            coarse = (fine + 3 >> TENSOR_BITS - CHANNEL_BITS) + first  # four fine bins are one coarse bin
+            keep = magnitude.isfinite()
+            if not keep.all():
+                fine, coarse = fine[keep], coarse[keep]
+            self.tensor += torch.bincount(fine.flatten(), minlength=self.tensor.numel()).cpu()
+            counts = torch.bincount(coarse.flatten(), minlength=self.channel.numel())
+            self.channel += counts.to(torch.int32).cpu().view(channels, bins)
+
+    def merge(self, other: "Histogram") -> None:
+        """Adds what `other` has counted."""
+        self.tensor += other.tensor
+        self.channel += other.channel
+
+
+def bin_count(bits: int) -> int:
+    """The number of bins with `bits` mantissa bits, the one of the zeros included."""
+    return 1 + (HIGHEST - LOWEST << bits)
+
+
+def bin_of(magnitude: Tensor, bits: int) -> Tensor:
+    """The bin of each FP32 magnitude, i64 in the shape of `magnitude`; without meaning where that is not finite."""
+    code = (magnitude.contiguous().view(torch.int32) >> MANTISSA - bits) - (LOWEST + BIAS << bits)
+    return torch.where(magnitude == 0, 0, code.clamp_(0, bin_count(bits) - 2) + 1).to(torch.int64)
+
+
+def edges(bits: int) -> tuple[Tensor, Tensor]:
+    """The lower and upper edge of each bin, f64[bins]; the last one is open above."""
+    codes = torch.arange(bin_count(bits), dtype=torch.int32) + (LOWEST + BIAS << bits)
+    upper = (codes << MANTISSA - bits).view(torch.float32).to(torch.float64)
+    lower = upper.roll(1)
+    lower[:2] = 0  # the first bin behind the zeros takes everything that is smaller, too
+    upper[0], upper[-1] = 0, torch.inf
+    return lower, upper
+
+
+def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float) -> Tensor:
+    """The magnitude that `percent` of the elements do not exceed.
+
+    Ranks are those of `torch.quantile`, linear between elements; elements lie evenly in their bin.
+
+    Args:
+        counts: i64 or i32 `[C, bins]`.
+        bits: Mantissa bits of a bin.
+        absmax: The largest magnitude, f32[C]; the result is never above it, and equal to it at 100.
+        percent: Above 0, up to 100.
+
+    Returns:
+        f32[C]; 0 where nothing was counted.
+    """
+    below = counts.to(torch.int64).cumsum(1)
+    last = (below[:, -1:] - 1).clamp_min(0)
+    rank = last.to(torch.float64) * (percent / 100)
+    low, high = (_at_rank(counts, below, bits, absmax, k.to(torch.int64), last) for k in (rank.floor(), rank.ceil()))
+    return torch.lerp(low, high, rank - rank.floor()).to(torch.float32).squeeze(1).minimum(absmax)
+
+
+def _at_rank(counts: Tensor, below: Tensor, bits: int, absmax: Tensor, rank: Tensor, last: Tensor) -> Tensor:
+    """The magnitude of the element of that rank, f64[C, 1]; exact for the last."""
+    lower, upper = edges(bits)
+    top = absmax.to(torch.float64).unsqueeze(1)
+    at = torch.searchsorted(below, rank + 1).clamp_max_(counts.shape[1] - 1)
+    count = counts.gather(1, at)
+    place = (rank - (below.gather(1, at) - count) + 0.5) / count.clamp_min(1)
+    low, high = lower[at].minimum(top), upper[at].minimum(top)
+    return torch.where(rank == last, top, low + place * (high - low))
+
+
+def best_clip(counts: Tensor, bits: int, absmax: Tensor, dtype: torch.dtype, profile: str) -> Tensor:
+    """The clip, among `RATIOS` of absmax, whose 8-bit codes have the least squared error; the largest of equals.
+
+    The error is that of `qcompiler.numerics` with the scale of the clip, at absmax itself and at `POINTS` magnitudes a
+    bin, weighted with how often the bin was met.
+
+    Args:
+        counts: i64 or i32 `[C, bins]`.
+        bits: Mantissa bits of a bin.
+        absmax: The largest magnitude, f32[C].
+        dtype: A format of `numerics.FORMAT_MAX`.
+        profile: The numerics profile that makes a scale of a clip.
+
+    Returns:
+        f32[C].
+    """
+    counts = counts.to(torch.float64)
+    counts.scatter_add_(1, bin_of(absmax, bits).unsqueeze(1), counts.new_full((len(absmax), 1), -1))
+    used = counts.any(0).nonzero().squeeze(1)
+    used = used[used > 0]  # a zero is quantized to zero by every scale
+    weights = counts[:, used].repeat_interleave(POINTS, 1) / POINTS
+    lower, upper = (edge[used].unsqueeze(1) for edge in edges(bits))
+    place = (torch.arange(POINTS) + 0.5) / POINTS
+    size = max(1, CHUNK // max(1, used.numel() * POINTS))
+    clips = []
+    for weight, top in zip(weights.split(size), absmax.split(size), strict=True):
+        high = upper.minimum(top.to(torch.float64).view(-1, 1, 1))
+        points = lower.minimum(high) + place * (high - lower).clamp_min(0)
+        clips.append(_best(points.flatten(1).to(torch.float32), weight, top, dtype, profile))
+    return torch.cat(clips)
+
+
+def _best(points: Tensor, weights: Tensor, absmax: Tensor, dtype: torch.dtype, profile: str) -> Tensor:
+    """`best_clip` of some channels: magnitudes and their weights, [C, n]; absmax itself counts once more."""
+    block, top = (1, numerics.ALL), absmax.unsqueeze(1)
+    points, weights = torch.cat([points, top], 1), torch.cat([weights, weights.new_ones(len(weights), 1)], 1)
+    unit = top.clamp_min(torch.finfo(torch.float32).tiny)
+    errors = []
+    for ratio in RATIOS:
+        scale = numerics.scale_of(top * ratio, dtype, profile)
+        codes = numerics.quantize_static(points, scale, block, dtype, profile)
+        # In units of absmax, since the squares of very small numbers would vanish.
+        error = ((numerics.dequantize(codes, scale, block) - points) / unit).square()
+        errors.append((error * weights).sum(1))
+    return absmax * torch.tensor(RATIOS)[torch.stack(errors).argmin(0)]

@@ -1,0 +1,233 @@
+"""What is known of one value: ranges by channel, and on request a histogram and a sample; streamed batch by batch.
+
+The memory that it takes grows with the channels, not with the number of rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler.calibration.histogram import CHANNEL_BITS, TENSOR_BITS, Histogram, best_clip, quantile
+from qcompiler.calibration.sample import Sample
+from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.ir import TensorType
+from qcompiler.numerics import DEFAULT_PROFILE, FORMAT_MAX
+
+MOMENTUM = 0.9
+"""How much of the moving average each batch leaves."""
+
+FROM_RANGES = ("absmax", "minmax", "moving_average")
+FROM_HISTOGRAM = ("percentile", "mse")
+OBSERVERS = (*FROM_RANGES, *FROM_HISTOGRAM)
+"""The ways to make one magnitude of what was observed; `Statistics.amax` says what they mean."""
+
+PER = ("tensor", "channel")
+NATIVE = (torch.float32, torch.float16, torch.bfloat16)
+"""Element types whose extremes are exact in FP32."""
+
+
+@dataclass(eq=False)
+class Statistics:
+    """What was seen of one value whose last axis has C channels. All tensors are on the CPU.
+
+    Attributes:
+        channels: C.
+        rows: Rows seen: the products of the leading sizes, summed over the batches.
+        batches: Batches seen, those without rows included.
+        filled: Batches with rows.
+        absmax: The largest magnitude, f32[C]; 0 where nothing was seen.
+        minimum: The smallest element, f32[C]; inf where nothing was seen.
+        maximum: The largest element, f32[C]; -inf where nothing was seen.
+        average: The moving average of the absmax of each batch with rows, f32[C]: old · 0.9 + new · 0.1.
+        first: Where it started: the absmax of the first batch with rows, f32[C].
+        nan: How many NaN were seen. They count nowhere else, nor do infinities.
+        inf: How many infinities were seen.
+        nonfinite_batch: The first batch with NaN or Inf, counted from 0; None where there is none.
+        histogram: How often each magnitude was seen, where that was asked for.
+        sample: Some of the rows, where that was asked for.
+    """
+
+    channels: int
+    rows: int
+    batches: int
+    filled: int
+    absmax: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    average: Tensor
+    first: Tensor
+    nan: int = 0
+    inf: int = 0
+    nonfinite_batch: int | None = None
+    histogram: Histogram | None = None
+    sample: Sample | None = None
+
+    @classmethod
+    def empty(cls, channels: int, *, histogram: bool = False, rows: int = 0) -> "Statistics":
+        """Statistics of nothing, which will have a histogram and a sample of up to `rows` rows, where asked for."""
+        zeros = torch.zeros(4, channels)
+        return cls(
+            channels, 0, 0, 0, zeros[0].clone(), zeros[1] + torch.inf, zeros[1] - torch.inf, zeros[2].clone(),
+            zeros[3].clone(), histogram=Histogram.empty(channels) if histogram else None,
+            sample=Sample.empty(rows, channels) if rows else None,
+        )  # fmt: skip
+
+    @property
+    def unseen(self) -> bool:
+        """Whether there were no rows, or zeros only: for an expert of a mixture, that no token came its way."""
+        return not bool((self.absmax > 0).any())
+
+    def update(self, x: Tensor) -> None:
+        """Adds one batch: floating point `[..., C]`; QCompilerError for any other tensor."""
+        if x.dim() == 0 or not x.is_floating_point() or x.shape[-1] != self.channels:
+            need = f"floating point, with {self.channels} channels on the last axis"
+            raise QCompilerError("this batch does not fit the statistics", got=TensorType.of(x), need=need)
+        rows = math.prod(x.shape[:-1])
+        self.batches += 1
+        if not rows or not self.channels:
+            self.rows += rows
+            return
+        flat = x.detach().reshape(rows, self.channels)
+        flat = flat if flat.dtype in NATIVE else flat.to(torch.float32)
+        low, high = self._finite_range(flat)
+        absmax = high.maximum(-low).clamp_min_(0)
+        self.average = torch.lerp(absmax, self.average, MOMENTUM) if self.filled else absmax.clone()
+        self.first = self.first if self.filled else absmax.clone()
+        self.rows, self.filled = self.rows + rows, self.filled + 1
+        self.minimum, self.maximum = self.minimum.minimum(low), self.maximum.maximum(high)
+        self.absmax = self.absmax.maximum(absmax)
+        if self.histogram is not None:
+            self.histogram.update(flat)
+        if self.sample is not None:
+            self.sample.update(flat)
+
+    def _finite_range(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest finite element of each channel; counts the others."""
+        low, high = flat.amin(0).float().cpu(), flat.amax(0).float().cpu()
+        if low.isfinite().all() and high.isfinite().all():
+            return low, high
+        nan, finite = flat.isnan(), flat.isfinite()
+        count = int(nan.sum())
+        self.nan += count
+        self.inf += int((~finite).sum()) - count
+        self.nonfinite_batch = self.batches - 1 if self.nonfinite_batch is None else self.nonfinite_batch
+        low = torch.where(finite, flat, torch.inf).amin(0).float().cpu()
+        return low, torch.where(finite, flat, -torch.inf).amax(0).float().cpu()
+
+    def merge(self, other: "Statistics") -> None:
+        """Adds what `other` saw, as if its batches came after the own ones; QCompilerError for other channels.
+
+        A histogram stays where both have one; a sample, too, of the smaller size.
+        """
+        if other.channels != self.channels:
+            problem = "statistics of different values cannot be merged"
+            raise QCompilerError(problem, got=f"{other.channels} channels", need=self.channels)
+        if not self.filled:
+            self.average, self.first = other.average.clone(), other.first.clone()
+        elif other.filled:
+            # `other` started at its first batch; here that batch would have left 0.9 of what was before.
+            self.average = other.average + MOMENTUM**other.filled * (self.average - other.first)
+        if self.nonfinite_batch is None and other.nonfinite_batch is not None:
+            self.nonfinite_batch = self.batches + other.nonfinite_batch
+        self.rows, self.batches, self.filled = (
+            self.rows + other.rows, self.batches + other.batches, self.filled + other.filled,
+        )  # fmt: skip
+        self.nan, self.inf = self.nan + other.nan, self.inf + other.inf
+        self.minimum, self.maximum = self.minimum.minimum(other.minimum), self.maximum.maximum(other.maximum)
+        self.absmax = self.absmax.maximum(other.absmax)
+        self._merge_details(other)
+
+    def _merge_details(self, other: "Statistics") -> None:
+        if self.histogram is None or other.histogram is None:
+            self.histogram = None
+        else:
+            self.histogram.merge(other.histogram)
+        if self.sample is None or other.sample is None:
+            self.sample = None
+        else:
+            self.sample.merge(other.sample)
+
+    def scaled(self, factor: Tensor) -> "Statistics":
+        """What would have been seen of x · factor, for a positive `factor` [C].
+
+        Exact, but for the histogram, which cannot be known and is left out.
+        """
+        factor = factor.detach().to("cpu", torch.float32)
+        if factor.shape != (self.channels,) or not bool((factor.isfinite() & (factor > 0)).all()):
+            need = f"{self.channels} positive numbers"
+            raise QCompilerError("statistics cannot be scaled by this factor", got=_brief(factor), need=need)
+        sample = self.sample and Sample(self.sample.capacity, self.sample.rows * factor, self.sample.keys.clone())
+        return Statistics(
+            self.channels, self.rows, self.batches, self.filled, self.absmax * factor, self.minimum * factor,
+            self.maximum * factor, self.average * factor, self.first * factor, self.nan, self.inf,
+            self.nonfinite_batch, None, sample,
+        )  # fmt: skip
+
+    def amax(
+        self,
+        observer: str,
+        per: str,
+        *,
+        percentile: float = 99.99,
+        dtype: torch.dtype = torch.int8,
+        profile: str = DEFAULT_PROFILE,
+    ) -> Tensor:
+        """The magnitude that the largest code of a quantized value is to stand for.
+
+        Args:
+            observer: "absmax": the largest magnitude. "minmax": the larger of -minimum and maximum. "moving_average":
+                of the absmax of each batch; per tensor, the largest of the channels. "percentile": the magnitude that
+                this percentage of the elements do not exceed. "mse": the clip among 81 between 0.2 and 1 times absmax
+                whose codes have the least squared error over the histogram.
+            per: "tensor" or "channel".
+            percentile: For "percentile": above 0, up to 100.
+            dtype: For "mse": the format of the codes, one of `numerics.FORMAT_MAX`.
+            profile: For "mse": the numerics profile that makes a scale of a clip.
+
+        Returns:
+            FP32, a scalar per tensor and [C] per channel; 0 where nothing was seen. "percentile" and "mse" are never
+            above absmax.
+
+        Raises:
+            QCompilerError: An unknown argument, or no histogram where one is needed.
+        """
+        for name, value, known in (("observer", observer, OBSERVERS), ("granularity", per, PER)):
+            if value not in known:
+                raise QCompilerError(f"unknown {name}", got=repr(value), fix=did_you_mean(str(value), known))
+        if observer in FROM_RANGES:
+            return self._from_ranges(observer, per)
+        if not 0 < percentile <= 100:
+            raise QCompilerError("the percentile is out of range", got=percentile, need="above 0, up to 100")
+        if dtype not in FORMAT_MAX:
+            raise QCompilerError("not an 8-bit format", got=dtype, need=" or ".join(map(str, FORMAT_MAX)))
+        found = self._from_histogram(observer, per, percentile, dtype, profile)
+        return found.squeeze(0) if per == "tensor" else found
+
+    def _from_ranges(self, observer: str, per: str) -> Tensor:
+        if observer == "minmax":
+            found = self.maximum.maximum(-self.minimum).clamp_min(0)
+        else:
+            found = self.average.clone() if observer == "moving_average" else self.absmax.clone()
+        return found if per == "channel" else found.amax() if self.channels else torch.zeros(())
+
+    def _from_histogram(self, observer: str, per: str, percent: float, dtype: torch.dtype, profile: str) -> Tensor:
+        if self.histogram is None:
+            fix = "Observe it with histogram=True, in the pipeline with calibrate{histogram=true}."
+            if self.rows:
+                fix += " Scaling a value loses its histogram."
+            raise QCompilerError(f"observer {observer!r} needs a histogram, and there is none", fix=fix)
+        counts, bits = self.histogram.channel, CHANNEL_BITS
+        if per == "tensor":
+            counts, bits = self.histogram.tensor.unsqueeze(0), TENSOR_BITS
+        absmax = self._from_ranges("absmax", per).reshape(counts.shape[0])
+        if observer == "mse":
+            return best_clip(counts, bits, absmax, dtype, profile)
+        return quantile(counts, bits, absmax, percent)
+
+
+def _brief(factor: Tensor) -> str:
+    """A factor in a message: its type, and its smallest entry."""
+    smallest = f" with a smallest entry of {float(factor.min()):.6g}" if factor.numel() else ""
+    return f"{TensorType.of(factor)}{smallest}"

@@ -1,0 +1,161 @@
+"""Statistics in one safetensors file: numbers as tensors, everything else as JSON in the file's metadata.
+
+    <index of the value>.absmax, <index>.histogram.channel, …       metadata: {"qcompiler.calibration": JSON}
+
+The JSON has the format's version, the values with their names and modules, and the digest of it all.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qcompiler.calibration.histogram import CHANNEL_BITS, HIGHEST, LOWEST, TENSOR_BITS, Histogram, bin_count
+from qcompiler.calibration.sample import Sample
+from qcompiler.calibration.statistics import Statistics
+from qcompiler.errors import InputError
+
+VERSION = 1
+"""Of the format; a file with a larger one comes from a newer qcompiler."""
+
+KEY = "qcompiler.calibration"
+RANGES = ("absmax", "minimum", "maximum", "average", "first")
+NUMBERS = ("channels", "rows", "batches", "filled", "nan", "inf", "nonfinite_batch")
+BINS = [LOWEST, HIGHEST, TENSOR_BITS, CHANNEL_BITS]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is known of one value.
+
+    Attributes:
+        statistics: What was seen of it.
+        module: Where it stands in the model.
+    """
+
+    statistics: Statistics
+    module: str
+
+
+def write(path: str | os.PathLike[str], values: Mapping[str, Observed]) -> None:
+    """Writes a file; a reader sees the old one or the new one, never half of one. InputError when it cannot be."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    tensors = {key: tensor.contiguous() for key, tensor in _tensors(values).items()}
+    head = {**_head(values), "digest": digest(values)}
+    try:
+        save_file(tensors, partial, metadata={KEY: json.dumps(head)})
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        need = f"a folder at {target.parent} that can be written"
+        raise InputError("the calibration cannot be saved", got=f"{target}: {error}", need=need) from error
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Observed]:
+    """What `write` has written; InputError names the file when it is missing, damaged, foreign or newer."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if text else {}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise InputError("the calibration file cannot be read", got=f"{path}: {error}") from error
+    if text is None:
+        need = "a file that Calibration.save has written"
+        raise InputError("this is no calibration file", got=path, need=need)
+    try:
+        head = json.loads(text)
+        if head["version"] > VERSION:
+            raise _Newer(head["version"])
+        values = _restored(head, tensors)
+        if digest(values) != head["digest"]:
+            raise ValueError("its contents have another digest than it says")
+    except _Newer as newer:
+        fix = "Read it with the qcompiler that has written it, or a newer one."
+        raise InputError(
+            "the calibration file is newer than this qcompiler", got=f"{path}, version {newer}",
+            need=f"version {VERSION}", fix=fix,
+        ) from None  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        fix = "Calibrate again."
+        raise InputError("the calibration file is damaged", got=f"{path}: {error}", fix=fix) from error
+    return values
+
+
+def digest(values: Mapping[str, Observed]) -> str:
+    """SHA-256 of names, numbers and tensors, in hex; the order in which values were observed does not count."""
+    ordered = dict(sorted(values.items()))
+    hashed = hashlib.sha256(json.dumps(_head(ordered), sort_keys=True).encode())
+    for key, tensor in sorted(_tensors(ordered).items()):
+        hashed.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+class _Newer(Exception):
+    """The file has a version that is not known here."""
+
+
+def _head(values: Mapping[str, Observed]) -> dict[str, Any]:
+    listed = [
+        {
+            "name": name,
+            "module": value.module,
+            **{key: getattr(value.statistics, key) for key in NUMBERS},
+            "histogram": BINS if value.statistics.histogram is not None else None,
+            "capacity": value.statistics.sample.capacity if value.statistics.sample is not None else None,
+        }
+        for name, value in values.items()
+    ]
+    return {"version": VERSION, "values": listed}
+
+
+def _tensors(values: Mapping[str, Observed]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for index, value in enumerate(values.values()):
+        seen = value.statistics
+        found |= {f"{index}.{key}": getattr(seen, key) for key in RANGES}
+        if seen.histogram is not None:
+            found[f"{index}.histogram.tensor"] = seen.histogram.tensor
+            found[f"{index}.histogram.channel"] = seen.histogram.channel
+        if seen.sample is not None:
+            found[f"{index}.sample.rows"], found[f"{index}.sample.keys"] = seen.sample.rows, seen.sample.keys
+    return found
+
+
+def _restored(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Observed]:
+    values = {}
+    for index, entry in enumerate(head["values"]):
+        fields: dict[str, Any] = {key: entry[key] for key in NUMBERS}
+        fields |= {key: _expected(tensors, f"{index}.{key}", entry["channels"]) for key in RANGES}
+        statistics = Statistics(**fields)
+        if entry["histogram"] is not None:
+            if entry["histogram"] != BINS:
+                raise ValueError(f"its histograms have bins {entry['histogram']}, not {BINS}")
+            fine, coarse = bin_count(TENSOR_BITS), bin_count(CHANNEL_BITS)
+            statistics.histogram = Histogram(
+                _expected(tensors, f"{index}.histogram.tensor", fine, dtype=torch.int64),
+                _expected(tensors, f"{index}.histogram.channel", entry["channels"], coarse, dtype=torch.int32),
+            )
+        if entry["capacity"] is not None:
+            keys = tensors[f"{index}.sample.keys"]
+            rows = _expected(tensors, f"{index}.sample.rows", keys.numel(), entry["channels"])
+            statistics.sample = Sample(entry["capacity"], rows, keys)
+        values[entry["name"]] = Observed(statistics, entry["module"])
+    return values
+
+
+def _expected(tensors: Mapping[str, Tensor], key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    tensor = tensors[key]
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{key} is {tensor.dtype}{list(tensor.shape)}, not {dtype}{list(shape)}")
+    return tensor

@@ -1,0 +1,84 @@
+"""Calibration data as users have them: tensors, tuples or dicts, one real call of the model each."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import chain
+from typing import Any
+
+import torch
+
+from qcompiler.capture.signature import Signature
+from qcompiler.errors import InputError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+NEED = "an iterable of calls of the model: a tensor, a tuple of arguments, or a dict of arguments by name each"
+
+
+class Batches:
+    """Calls of a model, read as often as their source can be.
+
+    Args:
+        source: Any iterable of tensors, tuples or lists of arguments, or dicts of arguments by name.
+    """
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        """InputError for what holds no batches."""
+        if isinstance(source, torch.Tensor | str | bytes | Mapping) or not isinstance(source, Iterable):
+            fix = "Put the one batch into a list." if isinstance(source, torch.Tensor | Mapping) else None
+            raise InputError("calibration is of a wrong type", got=type(source).__name__, need=NEED, fix=fix)
+        self.source = source
+
+    def first(self) -> Call:
+        """The first call, which stays the first one to be read."""
+        source = iter(self.source)
+        try:
+            batch = next(source)
+        except StopIteration:
+            raise InputError("there is no calibration data", got="no batch at all", need="one batch or more") from None
+        if source is self.source:
+            self.source = chain([batch], source)
+        return as_call(batch, 0)
+
+    def flattened(self, signature: Signature) -> Iterable[list[Any]]:
+        """The inputs of the graph, batch by batch; an iterator, which is read once, only if the source is one."""
+        kind = _SizedFlattened if isinstance(self.source, Sized) else _Flattened
+        reading = kind(self.source, signature)
+        return iter(reading) if isinstance(self.source, Iterator) else reading
+
+
+class _Flattened:
+    """A source, read through a signature."""
+
+    def __init__(self, source: Iterable[Any], signature: Signature) -> None:
+        self.source, self.signature = source, signature
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for index, batch in enumerate(self.source):
+            args, kwargs = as_call(batch, index)
+            try:
+                inputs = self.signature.flatten(args, kwargs)
+            except InputError as error:
+                error.where = f"batches[{index}] of the calibration" + (f", {error.where}" if error.where else "")
+                raise
+            yield list(inputs)
+
+
+class _SizedFlattened(_Flattened):
+    """One that knows how much there is to read, for a progress bar."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def as_call(batch: Any, index: int) -> Call:
+    """The arguments that a batch stands for; InputError for what is none."""
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    need = "a tensor, a tuple of arguments, or a dict of arguments by name"
+    raise InputError("a calibration batch is of a wrong type", got=type(batch).__name__, need=need,
+                     where=f"batches[{index}]")  # fmt: skip

@@ -1,0 +1,131 @@
+"""From a recipe, which says what is wanted, to the passes that do it.
+
+    Recipe(x="token", w="channel")    ->    canonicalize; dead-code; quantize; share-quantize; fuse-linear; …
+
+Several recipes make one pipeline, each for the layers whose weights its patterns name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from passes.calibrate import Calibrate
+from passes.canonicalize import Canonicalize
+from passes.dead_code import DeadCode
+from passes.fold_constants import FoldConstants
+from passes.fp8_tile import Fp8Tile
+from passes.fuse_linear import FuseLinear
+from passes.fuse_prescale import FusePrescale
+from passes.layers import EVERYTHING
+from passes.quantize import Quantize
+from passes.scheme_options import Observer
+from passes.share_quantize import ShareQuantize
+from passes.smooth_scales import Alpha
+from passes.smoothquant import SmoothQuant
+from passes.to_kernels import ToKernels
+from qcompiler.errors import PassError
+from qcompiler.ir import DType
+from qcompiler.numerics import ALL, DEFAULT_PROFILE
+from qcompiler.pass_manager import Pass, Pipeline
+
+HISTOGRAMS = ("percentile", "mse")
+"""Observers that need to know how many values there were of each size."""
+
+SAMPLED_ROWS = 256
+"""Rows of each activation that are kept to measure errors on."""
+
+MIN_GAIN = 0.02
+"""The part by which smoothing must make the error smaller where it is optional: less is chance, and costs a product."""
+
+W_BLOCKS = {"block": (128, 128), "channel": (1, ALL), "tensor": (ALL, ALL)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a scheme does to a linear, declaratively.
+
+    Attributes:
+        dtype: The 8-bit format of activations and weights.
+        x: What has one scale in an activation: a tile of a token, a token, the tensor, or a channel over all tokens.
+        w: What has one scale in a weight: a block of 128 x 128, an output channel, or the tensor.
+        k_block: Columns of an activation's tile; -1 for all of them.
+        static: Whether an activation's scale comes from calibration; else it is computed in each call.
+        observer: How calibration makes a static scale.
+        percentile: For the observer of that name.
+        smooth: Whether channels of activations are scaled into the weights first: never, always, or where that was
+            measured to make the error smaller.
+        alpha: How much of an outlier goes into the weights; a number, "search" or "learn".
+        pow2: Whether smoothing scales are powers of two, so that scaling is exact.
+        numerics: A profile of `qcompiler.numerics`.
+        scale: "ue8m0" rounds scales up to powers of two.
+    """
+
+    dtype: DType = DType.f8e4m3fn
+    x: Literal["tile", "token", "tensor", "channel"] = "tile"
+    w: Literal["block", "channel", "tensor"] = "block"
+    k_block: int = 128
+    static: bool = False
+    observer: Observer = "absmax"
+    percentile: float = 99.99
+    smooth: Literal["never", "always", "measured"] = "never"
+    alpha: Alpha = 0.5
+    pow2: bool = False
+    numerics: str = DEFAULT_PROFILE
+    scale: Literal["f32", "ue8m0"] = "f32"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether real inputs must be seen first."""
+        return self.static or self.smooth != "never"
+
+    def passes(self, layers: Sequence[str] = EVERYTHING) -> tuple[Pass | None, Pass]:
+        """The pass that smooths, if any, and the one that quantizes."""
+        options = self._options(tuple(layers))
+        quantize = Fp8Tile if self.x == "tile" and self.w == "block" and self.dtype is not DType.i8 else Quantize
+        if self.smooth == "never":
+            return None, quantize(**options)
+        gain = MIN_GAIN if self.smooth == "measured" else None
+        return SmoothQuant(**options, alpha=self.alpha, pow2=self.pow2, min_gain=gain), quantize(**options)
+
+    def _options(self, layers: tuple[str, ...]) -> dict[str, Any]:
+        x_blocks = {"tile": (1, self.k_block), "token": (1, ALL), "tensor": (ALL, ALL), "channel": (ALL, 1)}
+        return {
+            "x_block": x_blocks[self.x], "w_block": W_BLOCKS[self.w], "dtype": self.dtype, "profile": self._profile(),
+            "static": self.static, "observer": self.observer, "percentile": self.percentile, "layers": layers,
+        }  # fmt: skip
+
+    def _profile(self) -> str:
+        if self.scale == "f32":
+            return self.numerics
+        if self.numerics not in (DEFAULT_PROFILE, "ue8m0"):
+            need = f"numerics={DEFAULT_PROFILE}, whose other rules the profile 'ue8m0' shares"
+            raise PassError("no numerics profile of this kind has power-of-two scales", got=self.numerics, need=need)
+        return "ue8m0"
+
+
+def assemble(recipes: Mapping[Recipe, Sequence[str]]) -> Pipeline:
+    """One pipeline for several recipes, each for the layers that its patterns select."""
+    pairs = [recipe.passes(layers) for recipe, layers in recipes.items()]
+    smoothing = [smooth for smooth, _ in pairs if smooth is not None]
+    return Pipeline(
+        (
+            # canonicalize first: the others know one spelling of a matmul; dead-code: the dead is not worth the work
+            Canonicalize(), DeadCode(),
+            *_calibration(list(recipes), smoothing), *(quantize for _, quantize in pairs), ShareQuantize(),
+            *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
+        )
+    )  # fmt: skip
+
+
+def _calibration(recipes: Sequence[Recipe], smoothing: Sequence[Pass]) -> list[Pass]:
+    """What sees real inputs, and what smooths by that; a histogram of a smoothed value must be taken anew."""
+    if not any(recipe.needs_calibration for recipe in recipes):
+        return []
+    sampled = any(recipe.smooth == "measured" or isinstance(recipe.alpha, str) for recipe in recipes)
+    histograms = [recipe for recipe in recipes if recipe.static and recipe.observer in HISTOGRAMS]
+    first = any(recipe.smooth == "never" for recipe in histograms)
+    steps: list[Pass] = [Calibrate(histogram=first, rows=SAMPLED_ROWS if sampled else 0), *smoothing]
+    return [*steps, Calibrate(histogram=True)] if any(recipe.smooth != "never" for recipe in histograms) else steps
+
+
+OPTIONS = tuple(option.name for option in fields(Recipe))

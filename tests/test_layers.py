@@ -1,0 +1,92 @@
+"""Patterns for layers: what they are held against, which of them counts, and those that match nothing."""
+
+import pytest
+import torch
+
+from passes.layers import EVERYTHING, check_patterns, names_of, why_not_selected
+from qcompiler.errors import PassError
+from qcompiler.ir import Graph
+from qcompiler.runtime.weights import Weights
+
+TEXT = """
+func @m(%x: f32[4, 8]) -> (f32[4, 8], f32[4, 8]) {
+  %w = core.param() {name = "layers.0.up.weight"} : f32[8, 8]
+  %g = core.param() {name = "layers.0.smooth"} : f32[8]
+  %v = core.param() {name = "head"} : f32[8, 8]
+  %b = core.param() {name = "layers.0.up.bias"} : f32[8]
+  %e = core.param() {name = "norm.weight"} : f32[8]
+  %n = aten.mul.Tensor(%x, %e) : f32[4, 8]
+  %s = aten.mul.Tensor(%w, %g) : f32[8, 8]
+  %y = aten.linear(%n, %s, %b) : f32[4, 8]
+  %z = aten.linear(%y, %v) : f32[4, 8]
+  return %y, %z
+}
+"""
+
+
+def graph() -> Graph:
+    parsed = Graph.parse(TEXT)
+    parsed.verify()
+    return parsed
+
+
+def test_names_are_those_of_all_constants_that_a_matmul_reads() -> None:
+    found = graph()
+    assert set(names_of(found["y"].op, found)) == {
+        "layers.0.up.weight", "layers.0.up", "layers.0.smooth", "layers.0", "layers.0.up.bias",
+    }  # fmt: skip
+    assert set(names_of(found["z"].op, found)) == {"head"}  # %y is no constant, and "head" has one part only
+
+
+def test_tied_weights_go_by_all_of_their_names() -> None:
+    found = graph()
+    tensor = torch.zeros(8, 8)
+    found.weights = Weights({"head": tensor, "embed.weight": tensor}, {
+        "head": ("head", "embed.weight"), "embed.weight": ("head", "embed.weight"),
+    })  # fmt: skip
+    assert set(names_of(found["z"].op, found)) == {"head", "embed.weight", "embed"}
+    assert why_not_selected(("*", "!embed"), found["z"].op, found) is not None
+    check_patterns(("embed",), found)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "reason"),
+    [
+        (("*",), None),
+        (("layers.0.up",), None),
+        (("layers.?.up.weight",), None),
+        (("layers.[0-9].*",), None),
+        (("*", "!head"), None),
+        (("*", "!layers.*"), "the pattern '!layers.*' leaves it out"),
+        (("*", "!layers.*", "*.up"), None),
+        (("*.up", "!*"), "the pattern '!*' leaves it out"),
+        (("!*", "*.up"), None),
+        (("head",), "no pattern selects it: head"),
+        (("*.Up", "LAYERS*"), "no pattern selects it: *.Up, LAYERS*"),
+        ((), "no pattern selects it: "),
+    ],
+)
+def test_the_last_pattern_that_matches_counts(patterns: tuple[str, ...], reason: str | None) -> None:
+    found = graph()
+    missed = why_not_selected(patterns, found["y"].op, found)
+    assert (None if missed is None else str(missed)) == reason
+
+
+@pytest.mark.parametrize("patterns", [EVERYTHING, ("*", "!head"), ("layers.0.up", "!*"), (), ("*.smooth",)])
+def test_patterns_that_mean_something(patterns: tuple[str, ...]) -> None:
+    check_patterns(patterns, graph())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("*", "!haed"), "a pattern matches no matmul's weight: got 'haed'. Did you mean 'head'? Known: head, l"),
+        (("layers.1.up",), "a pattern matches no matmul's weight: got 'layers.1.up'. Did you mean 'layers.0.up'?"),
+        (("norm",), "a pattern matches no matmul's weight: got 'norm'."),  # its weight is not read by a matmul
+        (("zz", "aa"), "a pattern matches no matmul's weight: got 'aa'."),
+    ],
+)  # fmt: skip
+def test_patterns_that_match_nothing(patterns: tuple[str, ...], message: str) -> None:
+    with pytest.raises(PassError) as error:
+        check_patterns(patterns, graph())
+    assert str(error.value).startswith(message)

@@ -1,0 +1,96 @@
+"""From recipes to passes: which observe, which smooth, which quantize, and in what order."""
+
+from itertools import product
+
+import pytest
+
+from passes.calibrate import Calibrate
+from passes.fp8_tile import Fp8Tile
+from passes.quantize import Quantize
+from passes.smoothquant import SmoothQuant
+from qcompiler.errors import PassError
+from qcompiler.ir import DType
+from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.pipelines import MIN_GAIN, OPTIONS, SAMPLED_ROWS, Recipe, assemble
+
+
+def steps(*recipes: Recipe) -> Pipeline:
+    found = assemble({recipe: ("*",) for recipe in recipes})
+    assert Pipeline.parse(str(found)) == found
+    return found
+
+
+def test_the_default_is_deepseeks() -> None:
+    assert str(steps(Recipe())) == (
+        "canonicalize; dead-code; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code; to-kernels"
+    )
+    assert {"x", "w", "static", "smooth", "k_block", "scale"} <= {*OPTIONS}
+
+
+def test_every_recipe_prints_and_parses() -> None:
+    for x, w, dtype, smooth in product(
+        ("tile", "token", "tensor", "channel"), ("block", "channel", "tensor"), (DType.f8e4m3fn, DType.i8),
+        ("never", "always", "measured"),
+    ):  # fmt: skip
+        recipe = Recipe(dtype, x, w, smooth=smooth)  # type: ignore[arg-type]  # of a product mypy knows no literals
+        smoothing, quantize = recipe.passes(("a", "!b"))
+        assert isinstance(quantize, Quantize) and quantize.layers == ("a", "!b") and quantize.dtype is dtype
+        assert isinstance(quantize, Fp8Tile) == ((x, w, dtype) == ("tile", "block", DType.f8e4m3fn))
+        assert quantize.x_block == {"tile": (1, 128), "token": (1, -1), "tensor": (-1, -1), "channel": (-1, 1)}[x]
+        assert quantize.w_block == {"block": (128, 128), "channel": (1, -1), "tensor": (-1, -1)}[w]
+        assert recipe.needs_calibration == (smoothing is not None) == (smooth != "never")
+        if isinstance(smoothing, SmoothQuant):
+            assert (smoothing.x_block, smoothing.w_block, smoothing.dtype) == (
+                quantize.x_block, quantize.w_block, quantize.dtype
+            )  # fmt: skip
+            assert smoothing.min_gain == (MIN_GAIN if smooth == "measured" else None)
+            assert smoothing.layers == quantize.layers
+        steps(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "calibration"),
+    [
+        ([Recipe()], []),
+        ([Recipe(static=True, x="tensor")], ["calibrate"]),
+        ([Recipe(static=True, x="tensor", observer="minmax")], ["calibrate"]),
+        ([Recipe(static=True, x="tensor", observer="percentile")], ["calibrate{histogram=true}"]),
+        ([Recipe(static=True, x="tensor", observer="mse")], ["calibrate{histogram=true}"]),
+        ([Recipe(observer="mse")], []),  # nothing is static
+        ([Recipe(smooth="always")], ["calibrate", "smoothquant"]),
+        ([Recipe(smooth="always", alpha="search")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
+        ([Recipe(smooth="measured")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
+        # The histogram of what is smoothed is that of other numbers afterwards.
+        ([Recipe(smooth="always", static=True, x="tensor", observer="mse")],
+         ["calibrate", "smoothquant", "calibrate{histogram=true}"]),
+        ([Recipe(smooth="always", static=True, x="tensor")], ["calibrate", "smoothquant"]),
+        ([Recipe(smooth="always"), Recipe(static=True, x="tensor", observer="mse")],
+         ["calibrate{histogram=true}", "smoothquant"]),
+        ([Recipe(), Recipe(static=True, x="tensor")], ["calibrate"]),
+    ],
+)  # fmt: skip
+def test_what_calibration_is_asked_for(recipes: list[Recipe], calibration: list[str]) -> None:
+    found = steps(*recipes)
+    kinds = (Calibrate, SmoothQuant)
+    assert [str(s) if isinstance(s, Calibrate) else s.name for s in found if isinstance(s, kinds)] == calibration
+
+
+def test_the_order_of_several_recipes() -> None:
+    found = steps(Recipe(smooth="always"), Recipe(x="token", w="channel"), Recipe(DType.i8, "token", "channel"))
+    assert found.names == (
+        "canonicalize", "dead-code", "calibrate", "smoothquant", "fp8-tile", "quantize", "quantize#2",
+        "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2", "to-kernels",
+    )  # fmt: skip
+
+
+def test_profiles() -> None:
+    def profile(**options: str) -> str:
+        step: Pass = Recipe(**options).passes()[1]  # type: ignore[arg-type]  # words from the tests below
+        assert isinstance(step, Quantize)
+        return step.profile
+
+    assert (profile(), profile(numerics="vllm"), profile(scale="ue8m0")) == ("deepseek", "vllm", "ue8m0")
+    assert profile(numerics="ue8m0", scale="ue8m0") == profile(numerics="ue8m0") == "ue8m0"
+    for name in ("deepgemm", "vllm"):
+        with pytest.raises(PassError, match=f"has power-of-two scales: got {name}; need numerics=deepseek"):
+            profile(numerics=name, scale="ue8m0")
