@@ -21,7 +21,7 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit gpu format bench clean distclean
+.PHONY: help demo test lint types unit gpu format study bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 format: $(TEST_READY) ## format all files and mend what lint can mend
 	@$(RUN) -m ruff check --quiet --fix-only .
 	@$(RUN) -m ruff format .
+
+study: $(TEST_READY) ## measure every granularity on two trained models again, for docs/granularity.md
+	@$(RUN) examples/granularity_study.py
 
 bench: $(DEMO_READY) ## run all benchmarks
 	@set -e; for file in $$(grep -ls __main__ benchmarks/*.py); do echo "== $$file"; $(RUN) "$$file"; done
@@ -96,6 +99,6 @@ $(DEMO_READY): pyproject.toml
 $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
-	@$(PIP_INSTALL); install -e ".[hf,examples,dev]"
+	@$(PIP_INSTALL); install -e ".[hf,study,dev]"
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)

@@ -8,6 +8,7 @@ error of the group's outputs, quantized as the scheme will quantize them, on a s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import PassError
+from qcompiler.numerics import ALL
 
 Alpha = float | Literal["search", "learn"]
 
@@ -26,7 +28,7 @@ BOUNDS = (1e-4, 1e4)
 ALPHAS = tuple(step / 20 for step in range(21))
 """What a search tries, besides not smoothing at all."""
 
-STEPS, RATE = 150, 0.03
+STEPS, RATE = 60, 0.05
 """Steps of gradient descent on log s, and their size."""
 
 
@@ -38,16 +40,25 @@ class Reader:
         weight: FP32 `[N, K]`, before smoothing.
         labels: i64 `[K]`: which channel of the group each of its inputs is; -1 where it is none, and is not scaled.
         rows: A sample of its input, FP32 `[rows, K]`; None where there is none.
+        absmax: The largest magnitudes in each channel of its input, over all that was seen, FP32 `[K]`: what one scale
+            for the tensor must cover.
     """
 
     weight: Tensor
     labels: Tensor
     rows: Tensor | None
+    absmax: Tensor
 
     def part(self, index: int) -> "Reader":
         """The same with every other row of the sample: with the even ones, or with the odd ones."""
         rows = self.sample
         return replace(self, rows=rows[index::2] if len(rows) > 1 else rows)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The outputs without quantization, FP32 `[rows, N]`."""
+        found: Tensor = self.sample @ self.weight.T
+        return found
 
     @property
     def sample(self) -> Tensor:
@@ -124,15 +135,21 @@ def output_error(scale: Tensor, readers: Sequence[Reader], options: SchemeOption
 def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
     rows, weight = reader.sample, reader.weight
     own = torch.where(reader.labels < 0, 1.0, scale[reader.labels.clamp(min=0)])
-    exact = rows @ weight.T
-    got = _quantized(rows / own, options.x_block, options) @ _quantized(weight * own, options.w_block, options).T
-    return (got - exact).square().sum() / exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    # What one scale for the tensor must cover is not in the sample, but in all that was seen.
+    top = (reader.absmax / own).amax() if options.x_block == (ALL, ALL) else None
+    x, w = _quantized(rows / own, options.x_block, options, top), _quantized(weight * own, options.w_block, options)
+    signal = reader.exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return (x @ w.T - reader.exact).square().sum() / signal
 
 
-def _quantized(x: Tensor, block: tuple[int, int], options: SchemeOptions) -> Tensor:
-    """`x` after quantization, in FP32. A static scale is taken from the sample: what it will be, but for the rest."""
+def _quantized(x: Tensor, block: tuple[int, int], options: SchemeOptions, top: Tensor | None = None) -> Tensor:
+    """`x` after quantization, in FP32; by the one scale for that largest magnitude, where it is given."""
     dtype = torch_dtype(options.dtype)
-    codes, scale = numerics.quantize(x, block, dtype, options.profile)
+    if top is None:
+        codes, scale = numerics.quantize(x, block, dtype, options.profile)
+    else:
+        scale = numerics.scale_of(top, dtype, options.profile).reshape(numerics.scale_shape(x.shape, block))
+        codes = numerics.quantize_static(x, scale, block, dtype, options.profile)
     with torch.no_grad():
         values = codes.to(torch.float32)
     each = numerics.dequantize(torch.ones_like(values, dtype=torch.int8), scale, block)

@@ -155,7 +155,9 @@ class SmoothQuant(SchemeOptions):
         seen = {op: statistics_of(graph, op.tensor(0)) for op in group.quantized}
         x_max = largest([seen[op].absmax for op in seen], [labels[op] for op in seen], classes)
         w_max = largest([weights[op].abs().amax(0) for op in weights], [labels[op] for op in weights], classes)
-        readers = [Reader(weights[op], labels[op], _rows(found, device)) for op, found in seen.items()]
+        readers = [
+            Reader(weights[op], labels[op], _rows(found, device), found.absmax.to(device)) for op, found in seen.items()
+        ]
         scale, how = self.fit(x_max, w_max, classes, readers)
         if self.min_gain is not None:
             scale_or_none, verdict = self.judged(scale, readers)

@@ -42,7 +42,7 @@ def paper(x: np.ndarray, weights: list[np.ndarray], alpha: float) -> list[float]
 
 
 def reader(rows: Tensor, weight: Tensor, labels: Tensor | None = None) -> Reader:
-    return Reader(weight, torch.arange(weight.shape[1]) if labels is None else labels, rows)
+    return Reader(weight, torch.arange(weight.shape[1]) if labels is None else labels, rows, rows.abs().amax(0))
 
 
 def outliers(rows: int = 64, channels: int = 128, factor: float = 50.0) -> Tensor:
@@ -121,6 +121,19 @@ def test_the_error_is_that_of_the_scheme(options: SchemeOptions, per_row: bool) 
     assert got == pytest.approx(want, rel=1e-4)
 
 
+def test_one_scale_for_the_tensor_covers_all_that_was_seen() -> None:
+    x, w = outliers(), weights()
+    scale = torch.full((128,), 2.0)
+    seen = x.abs().amax(0) * 3  # the sample has missed the largest
+    step = (seen / 2).amax() / 127
+    got = torch.round(x / 2 / step) * step @ fake(w * 2, per_row=False).T
+    want = float((got - x @ w.T).square().sum() / (x @ w.T).square().sum())
+    assert output_error(scale, [Reader(w, torch.arange(128), x, seen)], TENSOR) == pytest.approx(want, rel=1e-4)
+    assert output_error(scale, [Reader(w, torch.arange(128), x, seen)], TOKEN) == output_error(
+        scale, [reader(x, w)], TOKEN
+    )
+
+
 def test_labels_say_which_scale_an_input_has() -> None:
     x, w = outliers(8, 4), weights(3, 4)
     scale = torch.tensor([2.0, 4.0, 8.0])
@@ -181,4 +194,4 @@ def test_without_a_sample_the_message_says_what_to_add() -> None:
     with pytest.raises(
         PassError, match=r"needs a sample of the activations.* Put calibrate\{rows=256\} in front of it"
     ):
-        output_error(torch.ones(2), [Reader(torch.ones(1, 2), torch.arange(2), None)], TENSOR)
+        output_error(torch.ones(2), [Reader(torch.ones(1, 2), torch.arange(2), None, torch.ones(2))], TENSOR)

@@ -1,0 +1,40 @@
+"""The tables of docs/granularity.md, filled from the CSV files of the study.
+
+    <!-- table lm.csv scheme increase@100:.3f -->        above a table: the file, the column that names a row, the cells
+
+Where rows of the file share a name, a cell says behind `@` which of them is meant: its scheme, or its factor of
+outliers. The head of a table is written by hand.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+TABLE = re.compile(r"(?P<mark><!-- table (?P<spec>[^>]*) -->\n\n)(?P<head>\|.*\n\|[ :|-]*\|\n)(?P<body>(?:\|.*\n)*)")
+
+
+def filled(page: str, folder: Path) -> str:
+    """The page with every marked table as the CSV files have it."""
+
+    def fill(table: re.Match[str]) -> str:
+        return table["mark"] + table["head"] + body(table["spec"].split(), folder)
+
+    return TABLE.sub(fill, page)
+
+
+def body(spec: list[str], folder: Path) -> str:
+    """The rows of one table, in the order of the file."""
+    name, key, *cells = spec
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in csv.DictReader((folder / name).read_text(encoding="utf-8").splitlines()):
+        found.setdefault(row[key], []).append(row)
+    lines = ([f"`{label}`", *(shown(cell, rows) for cell in cells)] for label, rows in found.items())
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def shown(cell: str, rows: list[dict[str, str]]) -> str:
+    """One number or text of the rows that have one name."""
+    where, _, form = cell.partition(":")
+    column, _, which = where.partition("@")
+    value = next(row[column] for row in rows if not which or which in (row.get("scheme"), row.get("factor")))
+    return format(float(value), form) if form else f"`{value}`"
