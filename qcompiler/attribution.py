@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from passes.calibrate import Calibrate
 from qcompiler import numerics
 from qcompiler.compiler import CompiledModel
 from qcompiler.compiler.batches import as_call
@@ -122,9 +124,9 @@ def _float_graph(compiled: CompiledModel, batch: Any, model: Any) -> Graph:
     args, kwargs = as_call(batch, 0)
     captured = capture_model(origin, args, kwargs, settings)
     captured.graph.calibration = compiled.calibration
-    steps = list(settings.pipeline)
-    lossy = [index for index, step in enumerate(steps) if step.effect is Effect.LOSSY]
-    run_pipeline(Pipeline(tuple(steps[: lossy[0]] if lossy else steps)), captured.graph)
+    steps = list(takewhile(lambda step: step.effect is not Effect.LOSSY, settings.pipeline))
+    # What was seen is known already, and what is seen of smoothed values only matters to what quantizes.
+    run_pipeline(Pipeline(tuple(step for step in steps if not isinstance(step, Calibrate))), captured.graph)
     return captured.graph
 
 

@@ -200,3 +200,12 @@ def test_sqnr() -> None:
     assert sqnr(y, y.clone()) == sqnr(torch.zeros(2), torch.zeros(2)) == math.inf
     assert sqnr(torch.zeros(2), y) == -math.inf
     assert sqnr(y.bfloat16(), y + 2**-20) == pytest.approx(10 * math.log10(25 / (2 * 2.0**-40)), rel=1e-3)
+
+
+def test_the_data_of_calibration_is_let_go_and_not_needed_again(two: Two) -> None:
+    batches = [torch.randn(8, 48, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    fast = qcompiler.compile(two, scheme="smoothquant_o3{observer=mse}", calibration=batches)
+    assert fast.calibration is not None and fast.calibration.batches is None
+    rows = attribute_error(fast, batches[0]).rows
+    assert {row.name for row in rows} == {"linear", "linear_1"}
+    assert all(15 < row.own < 60 for row in rows)

@@ -268,6 +268,18 @@ def test_passes_have_a_file_each() -> None:
     assert not {name: count for name, count in counts.items() if count > 1}
 
 
+def test_importing_passes_makes_every_pass_known() -> None:
+    known = {wanted.target for wanted in imports(modules()["passes"])}
+    named = {
+        module.name
+        for module in modules().values()
+        if module.name.startswith("passes.")
+        and re.search(r"^    name: ClassVar\[str\] = ", module.path.read_text(), re.M)
+    }
+    assert len(named) > 10
+    assert not named - known
+
+
 def test_every_folder_is_a_package_with_types() -> None:
     """A folder without `__init__.py` would silently be left out of the wheel."""
     folders = {module.path.parent for module in modules().values()}

@@ -138,6 +138,8 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
         )
     host, run = _generate(graph, target.name)
     graph.calibration = None
+    if calibration is not None and calibration is not settings.calibration:
+        calibration.batches = None  # the statistics stay, the user's data need not
     return Program(graph, done.stages, report, calibration, host, signature, device, run)
 
 
