@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from codegen.gemm_config import GLUON, GemmConfig, Kind
+from codegen.gemm_launch import SUM_BLOCK, gluon_constants, gluon_layout, scale_layout
+from codegen.kernels.narrow_gemm import SCALE_BOX, narrow_gemm, sum_splits
 from codegen.kernels.quantize import quantize_tiles, quantize_tokens
 from codegen.kernels.quantize_known import partial_amax, quantize_known
 from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
+from codegen.kernels.warp_gemm import warp_gemm
 from codegen.machine_code import MachineCode, compile_kernel
 from codegen.quantize_tiling import LONGEST_ROW, QuantizeConfig, quantize_config, tensor_config, token_config
-from codegen.tiling import GemmConfig, Kind
 from qcompiler import numerics
 
 MANY_ROWS = 1 << 20
@@ -112,21 +115,36 @@ def compile_gemm(
     """Compiles one configuration of the GEMM with scales inside the sum for sm_90a.
 
     Args:
-        config: Any configuration, also one that `codegen.tiling` would refuse.
-        out_dtype: Of the result.
+        config: Any configuration, also one that `codegen.gemm_config` would refuse.
+        out_dtype: Of the result; FP32 is also what a narrow tile writes for a split of K.
         bias_dtype: Of the bias, or None for none.
-        scale_layout: Layout of the activations' scales.
+        scale_layout: Layout of the activations' scales; the Gluon kernels have one.
         aligned: N and K are multiples of 16 and pointers of 16 bytes; only the pointer variant runs without.
         x_block: Columns of the activation that share a scale, or `numerics.ALL`.
 
     Raises:
         CodegenError: Triton rejects the kernel.
     """
+    if config.variant in GLUON:
+        return _compile_gluon(config, out_dtype, bias_dtype, x_block)
     constants: dict[str, Any] = {"w_scale_stride_k": 1, "X_BLOCK": x_block}
     if scale_layout == "col_major":
         constants["a_scale_stride_m"] = 1
     kernel = scaled_gemm_tma if config.variant == "tma" else scaled_gemm_pointers
     return _compile_gemm(kernel, config, torch.float8_e4m3fn, out_dtype, bias_dtype, aligned, constants)
+
+
+def compile_sum_splits(
+    splits: int, *, out_dtype: torch.dtype = torch.bfloat16, bias_dtype: torch.dtype | None = None
+) -> MachineCode:
+    """Compiles the sum over the splits of K of a narrow tile; `splits` is a power of two."""
+    types = {"partial": "*fp32", "out": f"*{_TRITON_TYPES[out_dtype]}"}
+    constants: dict[str, Any] = {"SPLITS": splits, "BLOCK": SUM_BLOCK}
+    if bias_dtype is None:
+        constants["bias"] = None
+    else:
+        types["bias"] = f"*{_TRITON_TYPES[bias_dtype]}"
+    return compile_kernel(sum_splits, types, constants, (*types, "n"), {"num_warps": 4})
 
 
 def compile_row_gemm(
@@ -207,3 +225,30 @@ def _compile_gemm(
     divisible = (*pointers, "n", "k") if aligned else ()
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return compile_kernel(kernel, types, constants, divisible, options)
+
+
+def _compile_gluon(
+    config: GemmConfig, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, x_block: int
+) -> MachineCode:
+    def tile(rows: int, columns: int, dtype: torch.dtype) -> str:
+        layout = gluon_layout(rows, columns, dtype)
+        return f"tensordesc<{_TRITON_TYPES[dtype]}[{rows}, {columns}],{layout!r}>"
+
+    narrow = config.variant == "narrow"
+    scales = max(config.box, SCALE_BOX) if narrow else config.box
+    types = {
+        "a": tile(config.box, 128, torch.float8_e4m3fn),
+        "w": tile(config.block_n, 128, torch.float8_e4m3fn),
+        "out": f"*{_TRITON_TYPES[out_dtype]}" if narrow else tile(64, config.block_n, out_dtype),
+        "a_scale": f"tensordesc<fp32[1, {scales}],{scale_layout()!r}>",
+        "w_scale": "*fp32",
+    }
+    constants = gluon_constants(config, x_block) | {"w_scale_stride_k": 1}
+    if bias_dtype is None:
+        constants["bias"] = None
+    else:
+        types["bias"] = f"*{_TRITON_TYPES[bias_dtype]}"
+    pointers = [name for name, kind in types.items() if kind.startswith("*")]
+    warps = config.warps if narrow else 4  # those of the first consumer; the kernel asks for the others itself
+    kernel = narrow_gemm if narrow else warp_gemm
+    return compile_kernel(kernel, types, constants, (*pointers, "n", "k"), {"num_warps": warps})

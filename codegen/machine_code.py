@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 from codegen.kernel_cache import use_cache_folder
@@ -70,18 +71,19 @@ def compile_kernel(
     """Compiles a kernel for sm_90a.
 
     Args:
-        kernel: A function of `codegen.kernels`.
+        kernel: A function of `codegen.kernels`, in Triton or Gluon.
         types: Triton's types of its arguments; those without one are 32-bit integers.
         constants: Arguments that the compiler knows.
         divisible: Arguments that are multiples of 16.
-        options: `num_warps`, `num_stages`.
+        options: `num_warps`, `num_stages`; what of them the language has.
 
     Raises:
         CodegenError: Triton rejects the kernel.
     """
     names = list(kernel.arg_names)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},

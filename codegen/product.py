@@ -1,17 +1,16 @@
-"""The scaled product on a GPU: what its kernels accept, the choice of a configuration, and the launch."""
+"""The scaled product on a GPU: what its kernels accept, and the choice of a configuration."""
 
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
-from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
+from codegen.gemm_config import GemmConfig, GemmProblem, Kind
+from codegen.gemm_launch import has_scale_columns, launch_gemm, launch_row_gemm
 from codegen.launching import FLOATS, as_rows, check_device, multiprocessors, on
 from codegen.support import is_tiled, why_not
-from codegen.tiling import GemmConfig, GemmProblem, Kind, bucket, ceil_div, choose
+from codegen.tiling import bucket, choose
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import scale_shape
 
@@ -34,94 +33,31 @@ def scaled_linear_on_gpu(
         return out
     if k == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
-    rows = as_rows(x_q).contiguous()
+    flat = x_q.dim() == 2
+    rows = x_q if flat and x_q.is_contiguous() else as_rows(x_q).contiguous()
     m = rows.shape[0]
-    scales = x_s.reshape(-1, x_s.shape[-1])
+    scales = x_s if flat else x_s.reshape(-1, x_s.shape[-1])
+    matrix = out if flat else out.view(-1, n)
     aligned = (rows.data_ptr() | w_q.data_ptr()) % 16 == 0
     kind: Kind = "tiles" if is_tiled(w_block) else "rows_i8" if w_q.dtype == torch.int8 else "rows_f8"
-    config = _config(bucket(m), n, k, out.element_size(), aligned, x_q.device.index, kind, x_block[1])
+    if kind == "tiles" and scales.shape[0] != m:
+        scales = scales.expand(m, scales.shape[-1])
+    columns = kind == "tiles" and has_scale_columns(scales)
+    config = _config(bucket(m), n, k, out.element_size(), aligned, x_q.device.index, kind, x_block[1], columns)
     with on(x_q.device):
         if kind == "tiles":
-            scales = scales.expand(m, scales.shape[-1])
-            launch_gemm(config, rows, w_q, out.view(-1, n), scales, w_s, bias, x_block[1])
+            launch_gemm(config, rows, w_q, matrix, scales, w_s, bias, x_block[1])
         else:
-            launch_row_gemm(config, rows, w_q, out.view(-1, n), scales, w_s, bias)
+            launch_row_gemm(config, rows, w_q, matrix, scales, w_s, bias)
     return out
-
-
-def launch_gemm(
-    config: GemmConfig, x: Tensor, w: Tensor, out: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None,
-    x_block: int = 128,
-) -> None:  # fmt: skip
-    """Launches one configuration of the kernels with scales inside the sum, on the current CUDA stream, unchecked.
-
-    Args:
-        config: One that `codegen.tiling.refusal` does not refuse for these operands.
-        x: float8_e4m3fn `[m, k]`, contiguous, m and k at least 1.
-        w: float8_e4m3fn `[n, k]`, contiguous.
-        out: bfloat16, float16 or float32 `[m, n]`, contiguous; overwritten.
-        x_scale: FP32 `[m, ceil(k / x_block)]`, any strides.
-        w_scale: FP32 `[ceil(n / 128), ceil(k / 128)]`, any strides.
-        bias: `[n]`, contiguous, or None.
-        x_block: Columns of x that share a scale, or `ALL`.
-    """
-    (m, k), n = x.shape, w.shape[0]
-    kernel = scaled_gemm_tma if config.variant == "tma" else scaled_gemm_pointers
-    kernel[_grid(config, m, n)](
-        *_tiles(config, x, w, out), x_scale, w_scale, bias, m, n, k, *x_scale.stride(), *w_scale.stride(),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group, X_BLOCK=x_block,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-
-
-def launch_row_gemm(
-    config: GemmConfig, x: Tensor, w: Tensor, out: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None,
-    promote: bool | None = None,
-) -> None:  # fmt: skip
-    """Launches one configuration of the kernels with scales at the end of the sum, as `launch_gemm` does.
-
-    Args:
-        config: One that `codegen.tiling.refusal` does not refuse for these operands.
-        x: float8_e4m3fn or int8 `[m, k]`, contiguous, m and k at least 1.
-        w: The same dtype, `[n, k]`, contiguous.
-        out: bfloat16, float16 or float32 `[m, n]`, contiguous; overwritten.
-        x_scale: FP32, `[m, 1]`, or one number for the tensor.
-        w_scale: FP32, `[n, 1]`, or one number for the tensor.
-        bias: `[n]`, contiguous, or None.
-        promote: Whether each step is added in FP32 registers; left out, it is for FP8.
-    """
-    (m, k), n = x.shape, w.shape[0]
-    kernel = row_gemm_tma if config.variant == "tma" else row_gemm_pointers
-    strides = (0 if scale.numel() == 1 else scale.stride(0) for scale in (x_scale, w_scale))
-    kernel[_grid(config, m, n)](
-        *_tiles(config, x, w, out), x_scale, w_scale, bias, m, n, k, *strides,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group,
-        PROMOTE=x.dtype != torch.int8 if promote is None else promote,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-
-
-def _grid(config: GemmConfig, m: int, n: int) -> tuple[int]:
-    return (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),)
-
-
-def _tiles(config: GemmConfig, x: Tensor, w: Tensor, out: Tensor) -> tuple[Tensor | TensorDescriptor, ...]:
-    """The operands as the variant takes them."""
-    if config.variant == "pointers":
-        return x, w, out
-    (m, k), n = x.shape, w.shape[0]
-    return (
-        TensorDescriptor(x, [m, k], [k, 1], [config.block_m, config.block_k]),
-        TensorDescriptor(w, [n, k], [k, 1], [config.block_n, config.block_k]),
-        TensorDescriptor(out, [m, n], [n, 1], [config.block_m, config.block_n]),
-    )
 
 
 @cache
 def _config(
-    m: int, n: int, k: int, out_bytes: int, aligned: bool, device: int, kind: Kind, x_block: int
+    m: int, n: int, k: int, out_bytes: int, aligned: bool, device: int, kind: Kind, x_block: int, scale_columns: bool
 ) -> GemmConfig:  # fmt: skip
-    return choose(GemmProblem(m, n, k, multiprocessors(device), out_bytes, aligned, kind, x_block))
+    problem = GemmProblem(m, n, k, multiprocessors(device), out_bytes, aligned, kind, x_block, scale_columns)
+    return choose(problem)
 
 
 def _check(

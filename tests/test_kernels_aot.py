@@ -6,18 +6,26 @@ import pytest
 import torch
 
 from codegen.aot import compile_gemm
+from codegen.gemm_config import GLUON, GemmConfig
 from codegen.machine_code import MachineCode
-from codegen.tiling import GemmConfig, all_configs
+from codegen.tiling import all_configs
 from qcompiler.errors import CodegenError
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def portable(x_block: int = 128) -> list[GemmConfig]:
+    return [config for config in all_configs("tiles", x_block) if config.variant not in GLUON]
+
+
+PORTABLE = portable()
 
 
 def assert_no_spills(code: MachineCode) -> None:
     assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", PORTABLE, ids=str)
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
 @pytest.mark.parametrize("bias", [None, torch.bfloat16])
 def test_every_gemm_that_can_be_chosen(config: GemmConfig, out_dtype: torch.dtype, bias: torch.dtype | None) -> None:
@@ -34,12 +42,12 @@ def test_every_gemm_that_can_be_chosen(config: GemmConfig, out_dtype: torch.dtyp
         assert code.wide_loads > 0 and code.wide_stores > 0
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", PORTABLE, ids=str)
 def test_gemm_with_the_other_scale_layout(config: GemmConfig) -> None:
     assert_no_spills(compile_gemm(config, scale_layout="row_major", bias_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("config", [config for config in all_configs() if config.variant == "pointers"], ids=str)
+@pytest.mark.parametrize("config", [config for config in PORTABLE if config.variant == "pointers"], ids=str)
 def test_pointer_gemm_without_any_alignment(config: GemmConfig) -> None:
     code = compile_gemm(config, aligned=False)
     assert code.qgmma > 0
@@ -47,7 +55,7 @@ def test_pointer_gemm_without_any_alignment(config: GemmConfig) -> None:
 
 def test_three_tiles_of_the_main_configuration_fit_on_a_multiprocessor() -> None:
     # Its speed rests on this: one tile multiplies while the others promote. 65536 registers, 228 KB of shared memory.
-    main = next(config for config in all_configs() if config.variant == "tma")
+    main = next(config for config in PORTABLE if config.variant == "tma")
     code = compile_gemm(main, bias_dtype=torch.bfloat16)
     per_warp = -(-code.registers // 8) * 8 * 32
     assert 65536 // (per_warp * main.warps) >= 3
@@ -56,12 +64,12 @@ def test_three_tiles_of_the_main_configuration_fit_on_a_multiprocessor() -> None
 
 def test_a_kernel_that_cannot_be_compiled_is_an_error_of_ours() -> None:
     with pytest.raises(CodegenError, match="cannot compile scaled_gemm_tma for sm_90a"):
-        compile_gemm(dataclasses.replace(all_configs()[0], block_n=256))
+        compile_gemm(dataclasses.replace(PORTABLE[0], block_n=256))
 
 
 @pytest.mark.parametrize("x_block", [32, 64, 256, -1])
 def test_every_gemm_for_other_tiles(x_block: int) -> None:
-    for config in all_configs("tiles", x_block):
+    for config in portable(x_block):
         code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block, out_dtype=torch.float32)
         assert_no_spills(code)
         assert code.qgmma == config.block_k // 32 * config.block_m // (config.warps // 4 * 64)

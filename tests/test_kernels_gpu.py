@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from codegen.gemm_config import GemmConfig, GemmProblem, refusal
+from codegen.gemm_launch import launch_gemm
+from codegen.kernels.narrow_gemm import narrow_gemm, sum_splits
 from codegen.kernels.quantize import quantize_tiles
-from codegen.kernels.scaled_gemm import scaled_gemm_tma
-from codegen.product import launch_gemm
-from codegen.tiling import GemmConfig, GemmProblem, all_configs, refusal
+from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
+from codegen.kernels.warp_gemm import warp_gemm
+from codegen.tiling import all_configs
 from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler.errors import CodegenError
 
@@ -74,7 +77,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def test_every_configuration_on_a_large_and_on_a_ragged_shape(config: GemmConfig, out_dtype: torch.dtype) -> None:
     for m, n, k in ((2048, 2048, 4096), (333, 464, 1104), (1, 144, 144)):
         x, xs, w, ws = operands(m, n, k)
-        assert refusal(config, GemmProblem(m, n, k, out_bytes=out_dtype.itemsize)) is None
+        if refusal(config, GemmProblem(m, n, k, out_bytes=out_dtype.itemsize)) is not None:
+            assert out_dtype == torch.float32 and config.variant == "warp"
+            continue
         want = exact(x, xs, w, ws)
         out = torch.full((m, n), math.nan, dtype=out_dtype, device="cuda")
         launch_gemm(config, x, w, out, xs, ws, None)
@@ -92,7 +97,9 @@ def test_every_configuration_for_other_tiles(x_block: int, out_dtype: torch.dtyp
         for m, n, k in ((1100, 1024, 4096), (333, 464, 1104), (1, 144, 144)):
             x, xs, w, ws = operands(m, n, k, x_block=(1, x_block))
             problem = GemmProblem(m, n, k, out_bytes=out_dtype.itemsize, x_block=x_block)
-            assert refusal(config, problem) is None
+            if refusal(config, problem) is not None:
+                assert out_dtype == torch.float32 and config.variant == "warp"
+                continue
             out = torch.full((m, n), math.nan, dtype=out_dtype, device="cuda")
             launch_gemm(config, x, w, out, xs, ws, None, x_block)
             assert relative_error(out, exact(x, xs, w, ws)) <= (2e-3 if out_dtype == torch.bfloat16 else F32_TOLERANCE)
@@ -223,8 +230,9 @@ def test_compiled_and_captured_in_a_cuda_graph() -> None:
 def test_a_new_number_of_rows_compiles_nothing() -> None:
     def compiled() -> int:
         device = torch.cuda.current_device()
-        return sum(len(kernel.device_caches[device][0]) for kernel in (quantize_tiles, scaled_gemm_tma))
+        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
 
+    kernels = (quantize_tiles, scaled_gemm_pointers, scaled_gemm_tma, warp_gemm, narrow_gemm, sum_splits)
     w, ws = quantize(torch.randn(512, 384, device="cuda"), block=(128, 128))
     counts = []
     for rows in (600, 601, 608, 640, 768, 1000):

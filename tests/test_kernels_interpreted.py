@@ -27,13 +27,11 @@ def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tupl
     return x, xs, w, ws
 
 
-def _gemm(
-    config: "tiling.GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bias: bool, x_block: int = 128
-) -> None:
+def _gemm(config: "GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bias: bool, x_block: int = 128) -> None:
     x, xs, w, ws = _operands(m, n, k, m % 2 == 1, x_block)
     addend = torch.randn(n) if bias else None
     store = torch.full((m + 3, n), 7.0, dtype=dtype)
-    product.launch_gemm(config, x, w, store[:m], xs, ws, addend, x_block)
+    gemm_launch.launch_gemm(config, x, w, store[:m], xs, ws, addend, x_block)
     want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=(1, x_block), out_dtype=torch.float32)
     error = float((store[:m].float() - want).norm() / want.norm())
     # The interpreter truncates to bfloat16, where the GPU rounds.
@@ -66,15 +64,13 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     assert torch.allclose(got, want, rtol=0.07), (m, k, name, layout)
 
 
-def _row_gemm(
-    config: "tiling.GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int, wholes: tuple[int, int]
-) -> None:
+def _row_gemm(config: "GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int, wholes: tuple[int, int]) -> None:
     x_block, w_block = ((-1 if whole else 1, -1) for whole in wholes)
     x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), x_block, dtype)
     w, ws = numerics.quantize(torch.randn(n, k), w_block, dtype)
     addend = torch.randn(n)
     store = torch.full((m + 3, n), 7.0)
-    product.launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
+    gemm_launch.launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
     want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
     assert float((store[:m] - want).norm() / want.norm()) < 1e-5, (config, dtype, m, n, k)
     assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
@@ -104,13 +100,18 @@ def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool) ->
     assert torch.equal(again, numerics.quantize_static(x, scale, block, torch.int8, "deepgemm", prescale))
 
 
+def _portable(x_block: int) -> "list[GemmConfig]":
+    """The configurations without those in Gluon, which has no interpreter."""
+    return [config for config in tiling.all_configs("tiles", x_block) if config.variant not in GLUON]
+
+
 def _run_all() -> None:
     for block in ((1, -1), (-1, -1), (1, 64)):
         _int8(block, 5, 300, "deepgemm", prescaled=True)
         _int8(block, 1, 16, "ue8m0", prescaled=False)
         _int8(block, 520, 33, "deepgemm", prescaled=False)
     _int8((1, -1), 2, 20000, "deepgemm", prescaled=True)
-    elements: dict[tiling.Kind, torch.dtype] = {"rows_f8": torch.float8_e4m3fn, "rows_i8": torch.int8}
+    elements: dict[Kind, torch.dtype] = {"rows_f8": torch.float8_e4m3fn, "rows_i8": torch.int8}
     for kind, element in elements.items():
         for config in tiling.all_configs(kind):
             _row_gemm(config, element, 65, 144, 144, (0, 0))
@@ -118,9 +119,9 @@ def _run_all() -> None:
             if config.variant == "pointers":
                 _row_gemm(config, element, 3, 35, 129, (0, 1))
     for x_block in (32, 64, 256, -1):
-        for config in tiling.all_configs("tiles", x_block):
+        for config in _portable(x_block):
             _gemm(config, 3, 48, 272, torch.float32, bias=True, x_block=x_block)
-    for config in tiling.all_configs():
+    for config in _portable(128):
         _gemm(config, 65, 144, 272, torch.bfloat16, bias=True)
         _gemm(config, 1, 16, 16, torch.float32, bias=False)
         _gemm(config, 130, 128, 128, torch.float16, bias=True)
@@ -157,7 +158,8 @@ if __name__ == "__main__":
     import torch
     from torch import Tensor
 
-    from codegen import product, quantization, quantize_tiling, tiling
+    from codegen import gemm_launch, quantization, quantize_tiling, tiling
+    from codegen.gemm_config import GLUON, GemmConfig, Kind
     from codegen.kernels.quantize import quantize_tiles
     from qcompiler import numerics
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from codegen.aot import compile_row_gemm
+from codegen.gemm_config import GemmConfig, Kind
 from codegen.machine_code import MachineCode
-from codegen.tiling import GemmConfig, Kind, all_configs
+from codegen.tiling import all_configs
 
 ROW_KINDS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen.gemm_config import DEEPEST_INT8, GemmConfig, GemmProblem, refusal
+from codegen.gemm_launch import launch_row_gemm
 from codegen.kernels.quantize import quantize_tokens
 from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
-from codegen.product import launch_row_gemm
-from codegen.tiling import DEEPEST_INT8, GemmConfig, GemmProblem, all_configs, refusal
+from codegen.tiling import all_configs
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,67 @@
+"""Four layers of Llama-3-8B's widths, random bfloat16, compiled by each scheme: time of a call against the float model.
+
+    python benchmarks/whole_model.py [--out FOLDER]
+
+`eager` is the median over single calls with the device idle before each, launches by Python included; `replay` is
+`harness.milliseconds`: CUDA-graph replays, in which neither Python nor launch gaps count.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+import transformers
+
+import qcompiler
+
+LLAMA_3_8B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 1024, "max_position_embeddings": 8192, "dtype": torch.bfloat16,
+    "use_cache": False,
+}  # fmt: skip
+SCHEMES = ("fp8_tile", "fp8_row", "int8_row", "fp8_tensor_static", "smoothquant_o3")
+TOKENS = ((1, 16), (1, 512), (1, 4096))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = transformers.LlamaModel(transformers.LlamaConfig(**LLAMA_3_8B)).to(torch.bfloat16).eval()
+    batches = [ids(shape) for shape in TOKENS]
+    examples = [{"input_ids": torch.randint(0, 1024, (2, 64), device="cuda")}]
+    fast = {scheme: qcompiler.compile(model, scheme=scheme, calibration=examples) for scheme in SCHEMES}
+    rows = []
+    for batch in batches:
+        row: dict[str, Any] = {"tokens": str(list(batch["input_ids"].shape))}
+        for name, each in {"bf16": model, **fast}.items():
+            row[f"{name} eager ms"], row[f"{name} replay ms"] = times(each, batch)
+        rows.append(row)
+    for row in rows:
+        for name in ("fp8_tile", "fp8_row", "int8_row"):
+            row[f"{name} x bf16, replay"] = row["bf16 replay ms"] / row[f"{name} replay ms"]
+    harness.report("h200-whole-model", __doc__.partition("\n")[0].rstrip("."), rows, harness.machine())
+
+
+def ids(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 1024, shape, device="cuda")}
+
+
+@torch.no_grad()
+def times(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Milliseconds of a call, and of a replay."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    eager = []
+    for _ in range(23):
+        torch.cuda.synchronize()
+        start.record()
+        model(**batch)
+        stop.record()
+        torch.cuda.synchronize()
+        eager.append(start.elapsed_time(stop))
+    return float(statistics.median(eager[3:])), harness.milliseconds(lambda: model(**batch))
+
+
+if __name__ == "__main__":
+    main()

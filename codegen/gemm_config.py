@@ -1,0 +1,189 @@
+"""What a product on a GPU is, what one compiled kernel for it is, and why a kernel cannot run a product.
+
+All of it is arithmetic on sizes. A configuration that cannot run a problem is refused with a sentence that says why.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qcompiler.numerics import ALL
+
+SHARED_MEMORY_LIMIT = 232448
+"""Bytes of shared memory that one block may have on Hopper."""
+
+REGISTERS_FOR_ACCUMULATORS = 160
+"""Of a thread's 255 registers, those that the tiles of 32-bit sums may take without spilling."""
+
+REGISTERS_OF_CONSUMERS = {2: 192, 3: 128}
+"""The same by the number of consumers of the warp-specialized kernel, whose threads have 232 and 160 registers."""
+
+DEEPEST_INT8 = (2**31 - 1) // 127**2
+"""The largest K whose sum of products of INT8 codes fits 32 bits."""
+
+Kind = Literal["tiles", "rows_f8", "rows_i8"]
+"""Which family of kernels runs a product: scales inside the sum, or at its end, and then of which element type."""
+
+Variant = Literal["tma", "pointers", "warp", "narrow"]
+"""Which kernel of a family: portable ones with or without the copy engine, and, for scales inside the sum, the Gluon
+kernels for many rows and for few."""
+
+GLUON: tuple[Variant, ...] = ("warp", "narrow")
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """`out[m, n] = x[m, k] @ w[n, k].T`, both in 8 bits with scales, on one device.
+
+    Attributes:
+        m: Rows of x, 1 or more.
+        n: Rows of w.
+        k: Depth.
+        sms: Multiprocessors of the device.
+        out_bytes: Bytes of an element of the result.
+        aligned: x and w start at multiples of 16 bytes.
+        kind: What the scales are and how sums are made.
+        x_block: For `"tiles"`, columns of x that share a scale, or `ALL`.
+        scale_columns: The scales of x for one block of K follow each other, from a multiple of 16 bytes on.
+    """
+
+    m: int
+    n: int
+    k: int
+    sms: int = 132
+    out_bytes: int = 2
+    aligned: bool = True
+    kind: Kind = "tiles"
+    x_block: int = 128
+    scale_columns: bool = True
+
+    @property
+    def step(self) -> int | None:
+        """The depth of K after which sums must be scaled or promoted; None where the tensor cores keep them."""
+        if self.kind == "rows_i8":
+            return None
+        return 128 if self.kind == "rows_f8" or self.x_block == ALL else min(self.x_block, 128)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One compiled kernel: a variant, its tile, and how it is pipelined.
+
+    Attributes:
+        block_m: Rows of the output tile.
+        block_n: Columns of the output tile.
+        block_k: Depth of a step.
+        warps: Warps that multiply; each group of 4 is one warpgroup and needs 64 rows, or, of a narrow tile, columns.
+        stages: Steps of K that are in shared memory at one time.
+        group: Rows of tiles that follow each other in launch order.
+        variant: `"tma"`, `"pointers"`, `"warp"` (`codegen.kernels.warp_gemm`) or `"narrow"` (`…narrow_gemm`).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int
+    variant: Variant
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.warps // 4
+
+    @property
+    def box(self) -> int:
+        """Rows of x that one copy of a Gluon kernel brings, a power of two."""
+        return self.block_m if self.block_m & (self.block_m - 1) == 0 else 64
+
+    def shared_memory(self, out_bytes: int = 2) -> int:
+        """An upper estimate of the shared memory of a block, in bytes.
+
+        The ring of operand tiles, in the Gluon kernels with scales of x beside them, its barriers, and the output tile,
+        which the copy engine stores from there; consumers send 64 rows at a time, narrow tiles none.
+        """
+        scales = 4 * max(self.block_m, 32) if self.variant in GLUON else 0
+        rows = {"warp": 64 * self.consumers, "narrow": 0}.get(self.variant, self.block_m)
+        ring = self.stages * ((self.block_m + self.block_n) * self.block_k + scales)
+        return ring + rows * self.block_n * out_bytes + 1024
+
+    def registers(self, whole: bool) -> int:
+        """Registers of a thread for the tile of sums and, unless the tensor cores keep the `whole` sum, for a step's.
+
+        A consumer of the warp-specialized kernel makes 64 rows in a step.
+        """
+        rows = 0 if whole else min(self.block_m, 64 * self.consumers) if self.variant == "warp" else self.block_m
+        return (self.block_m + rows) * self.block_n // (self.warps * 32)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.variant} {self.block_m}x{self.block_n}x{self.block_k}, "
+            f"{self.warps} warps, {self.stages} stages, groups of {self.group}"
+        )
+
+
+def refusal(config: GemmConfig, problem: GemmProblem) -> str | None:
+    """Why `config` cannot run `problem`, in one sentence without a final stop, or None if it can."""
+    rules = (*_rules_of_sums(config, problem), *_rules_of_tiles(config, problem), *_rules_of_copies(config, problem))
+    return next((sentence for broken, sentence in rules if broken), None)
+
+
+def _rules_of_sums(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bool, str], ...]:
+    """What the sizes and the scales ask for."""
+    kind, step = problem.kind, problem.step
+    why = "a scale spans" if kind == "tiles" else "FP8 sums are promoted every"
+    return (
+        (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
+        (max(problem.m, problem.n, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
+        (
+            kind == "rows_i8" and problem.k > DEEPEST_INT8,
+            f"a sum of {problem.k} products of INT8 codes can pass 32 bits, K may be {DEEPEST_INT8} at most",
+        ),
+        (step is not None and config.block_k != step, f"{why} {step} of K, the step is {config.block_k}"),
+        (
+            kind == "tiles" and 128 % config.block_n != 0,
+            f"a tile {config.block_n} wide does not divide the 128 columns of a weight scale",
+        ),
+    )
+
+
+def _rules_of_tiles(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bool, str], ...]:
+    """What a multiprocessor has room for."""
+    narrow, whole = config.variant == "narrow", problem.kind == "rows_i8"
+    needed, side, got = (
+        max(config.consumers * 64, 64),
+        *(("columns", config.block_n) if narrow else ("rows", config.block_m)),
+    )
+    tiles = "one INT32 tile takes" if whole else "two FP32 tiles take"
+    accumulators, limit = config.registers(whole), REGISTERS_FOR_ACCUMULATORS
+    if config.variant == "warp":
+        limit = REGISTERS_OF_CONSUMERS.get(config.consumers, 0)
+    shared = config.shared_memory(problem.out_bytes)
+    return (
+        (config.warps % 4 != 0, f"{config.warps} warps are no whole number of warpgroups of 4"),
+        (got % needed != 0, f"{config.warps} warps need a multiple of {needed} {side}, the tile has {got}"),
+        (accumulators > limit, f"{tiles} {accumulators} registers of a thread, {limit} are to be had"),
+        (
+            shared > SHARED_MEMORY_LIMIT,
+            f"{config.stages} stages need {shared} bytes of shared memory, a block may have {SHARED_MEMORY_LIMIT}",
+        ),
+    )
+
+
+def _rules_of_copies(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bool, str], ...]:
+    """What the copy engine can address."""
+    out_row = problem.n * problem.out_bytes
+    copies, gluon = config.variant != "pointers", config.variant in GLUON
+    return (
+        (gluon and problem.kind != "tiles", "the Gluon kernels scale inside the sum, here the scales are at its end"),
+        (copies and not problem.aligned, "the copy engine needs operands that start at a multiple of 16 bytes"),
+        (copies and problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, it is {problem.k}"),
+        (
+            config.variant in ("tma", "warp") and out_row % 16 != 0,
+            f"the copy engine needs output rows of a multiple of 16 bytes, they have {out_row}",
+        ),
+        (
+            gluon and not problem.scale_columns,
+            "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
+        ),
+    )

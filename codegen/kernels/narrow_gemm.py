@@ -1,0 +1,139 @@
+"""Gluon kernel for Hopper: the product of `scaled_gemm` where there are few rows, and weights are all there is to read.
+
+    partial[split, m, n] = sum over the blocks of one split of K of what `scaled_gemm` sums
+    out[m, n]            = sum over splits of partial[split, m, n]   (+ bias[n])
+
+The tensor cores work on 64 rows at the least, so the weights are the left operand and the few rows the right one: a
+tile is 128 output channels times 16 to 128 rows. K is split until there are tiles for all multiprocessors, and partial
+sums are added in a fixed order by a second kernel: every run gives the same bits.
+
+A block of threads keeps `STAGES` blocks of K on their way through the copy engine and refills a stage as soon as it was
+multiplied; several blocks of threads share a multiprocessor and hide each other's waits.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+SCALE_BOX = 32
+"""Scales of a stage at least, because the copy engine writes to multiples of 128 bytes."""
+
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7, and before
+
+
+@gluon.jit
+def _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, step, block, row, column, there, SPAN: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Brings one block of K into the stage of that step, if it is there."""
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_M: gl.constexpr = a_ring.shape[1]
+    SCALES: gl.constexpr = s_ring.shape[2]
+    stage = step % STAGES
+    bar = full.index(stage)
+    mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SCALES * 4, pred=there)
+    tma.async_copy_global_to_shared(w, [column, block * 128], bar, w_ring.index(stage), pred=there)
+    tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(stage), pred=there)
+    tma.async_copy_global_to_shared(a_scale, [block // SPAN, row], bar, s_ring.index(stage), pred=there)
+
+
+@gluon.jit(do_not_specialize=["m", "depth"])
+def narrow_gemm(  # type: ignore[no-untyped-def]
+    a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k, depth,
+    STAGES: gl.constexpr, SPAN: gl.constexpr,
+):  # fmt: skip
+    """out[m, n], or partial[splits, m, n] of it, of the descriptors a[m, k] and w[n, k].
+
+    The grid has one program for each tile and each split of K. What a descriptor brings beyond its tensor is zero.
+
+    Args:
+        a: float8e4nv descriptor, block [BLOCK_M, 128] of 16 to 128 rows; 128 want 8 warps.
+        w: float8e4nv descriptor, block [128, 128].
+        out: Pointer to contiguous [m, n], or, for partial sums, to float32 [splits, m, n].
+        a_scale: float32 descriptor of the transposed scales [ceil(k / (128 SPAN)), m], block [1, BLOCK_M], but
+            of SCALE_BOX columns at least.
+        w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
+        bias: [n] in any floating dtype, or None; None for partial sums.
+        depth: Blocks of K of a split; no split is empty.
+        STAGES: Blocks of K that are on their way or in use at one time.
+        SPAN: Blocks of K that share a scale of the activation.
+    """
+    BLOCK_M: gl.constexpr = a.block_shape[0]
+    WARPS: gl.constexpr = gl.num_warps()
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
+    )
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, 128], a.layout)
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, 128, 128], w.layout)
+    SCALES: gl.constexpr = a_scale.block_shape[1]
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, SCALES], a_scale.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for each in gl.static_range(STAGES):
+        mbarrier.init(full.index(each), count=1)
+    fence_async_shared()
+    scales = s_ring._reinterpret(gl.float32, [STAGES, SCALES], FLAT)
+
+    height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
+    program = gl.program_id(0)
+    split = program // (height * width)
+    row = program // width % height * BLOCK_M
+    tile_n = program % width
+    first = split * depth
+    steps = gl.minimum(depth, gl.cdiv(k, 128) - first)
+    for each in gl.static_range(STAGES):
+        _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, each, first + each, row, tile_n * 128, each < steps, SPAN)
+    w_scales = w_scale + tile_n.to(gl.int64) * w_scale_stride_n + first * w_scale_stride_k
+    total = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
+    part = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
+    w_next = gl.load(w_scales)
+    for step in range(steps):
+        stage = step % STAGES
+        w_now = w_next
+        w_next = gl.load(w_scales + gl.minimum(step + 1, steps - 1) * w_scale_stride_k)  # one block ahead
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        right = a_ring.index(stage).permute((1, 0))
+        part = warpgroup_mma(w_ring.index(stage), right, part, use_acc=False, is_async=True)
+        scale = scales.index(stage).slice(0, BLOCK_M).load(gl.SliceLayout(0, SUMS)) * w_now
+        part = warpgroup_mma_wait(0, deps=(part,))
+        _barrier()  # all warps have read the stage
+        later, there = step + STAGES, step + STAGES < steps
+        _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
+        total += part * scale[None, :]
+
+    columns = tile_n * 128 + gl.arange(0, 128, gl.SliceLayout(1, SUMS))
+    rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))
+    if bias is not None:
+        total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[:, None]
+    places = out + (split.to(gl.int64) * m + rows)[None, :] * n + columns[:, None]
+    gl.store(places, total.to(out.dtype.element_ty), mask=(rows < m)[None, :] & (columns < n)[:, None])
+
+
+@triton.jit(do_not_specialize=["m", "splits"])
+def sum_splits(  # type: ignore[no-untyped-def]
+    partial, out, bias, m, n, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[m, n] = sum over splits of partial[splits, m, n]  (+ bias[n]), always in one order.
+
+    Args:
+        partial: float32, contiguous.
+        out: Any floating dtype, contiguous.
+        bias: [n] in any floating dtype, or None.
+        splits: How many there are.
+        SPLITS: The next power of two.
+        BLOCK: Elements of the output of a program.
+    """
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = m.to(tl.int64) * n
+    every = tl.arange(0, SPLITS)[:, None]
+    there = (every < splits) & (places < size)[None, :]
+    total = tl.sum(tl.load(partial + every * size + places[None, :], mask=there, other=0.0), axis=0)
+    if bias is not None:
+        total += tl.load(bias + places % n, mask=places < size, other=0.0).to(tl.float32)
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=places < size)

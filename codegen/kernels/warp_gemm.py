@@ -1,0 +1,232 @@
+"""Warp-specialized Gluon kernel for Hopper: the product of `scaled_gemm` where there are many rows.
+
+    out[m, n] = sum over blocks of 128 of K:  (a[m, block] . w[n, block]) * a_scale[m, block] * w_scale[n / 128, block]
+
+One block of threads stays on each multiprocessor and makes one tile of the output after the other. A producer warp
+brings tiles of both operands and the activations' scales through the copy engine into a ring of shared memory, guarded
+by two barriers a stage, and runs ahead into the next output tile while the consumers still write theirs. Each of the
+consumers, warpgroups of 4 warps, owns `WAVES` times 64 rows of the tile. A wave is four tensor core instructions of
+K = 32 into fresh registers, whose result is scaled and added in FP32: the promotion that Hopper's 14-bit accumulation
+asks for.
+
+The tensor cores must not wait while a consumer promotes, so consumers take turns: each hands the turn on when its wave
+is issued, and promotes while the next one's wave runs. Two consumers of one wave each do without, and are faster so.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _tile_of(tile, height, width, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The row and the column of a tile; as in `scaled_gemm`, in columns of GROUP tiles."""
+    first = tile // (GROUP * width) * GROUP
+    rows = gl.minimum(height - first, GROUP)
+    return first + tile % (GROUP * width) % rows, tile % (GROUP * width) // rows
+
+
+@gluon.jit
+def _wait_for_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits until the warpgroup before this one has handed the turn to number WHO.
+
+    The hardware's named barriers, of which Triton itself takes the first few; a barrier of shared memory costs the
+    warpgroup two more.
+    """
+    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
+    gl.inline_asm_elementwise(
+        "bar.sync " + BARRIER + ", 256; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _give_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Hands the turn to warpgroup number WHO, without waiting."""
+    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
+    gl.inline_asm_elementwise(
+        "bar.arrive " + BARRIER + ", 256; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _produce(  # type: ignore[no-untyped-def]
+    a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr
+):  # fmt: skip
+    """Fills the ring, stage after stage, for all tiles of this block of threads."""
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
+    ROWS: gl.constexpr = a_ring.shape[1]
+    turn = 0
+    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
+        tile_m, tile_n = _tile_of(tile, height, width, GROUP)
+        for block in range(gl.cdiv(k, 128)):
+            stage = turn % STAGES
+            mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * 4)
+            for box in gl.static_range(BOXES):
+                row = (tile_m * BOXES + box) * ROWS
+                place = stage * BOXES + box
+                tma.async_copy_global_to_shared(a_scale, [block // SPAN, row], bar, s_ring.index(place))
+                tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
+            tma.async_copy_global_to_shared(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
+            turn += 1
+
+
+@gluon.jit
+def _store(out, buffer, total, row, column, bias, n):  # type: ignore[no-untyped-def]
+    """Sends 64 rows of the output on their way; they leave while the next tile is multiplied."""
+    if bias is not None:
+        columns = column + gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
+        total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
+    tma.store_wait(0)  # the rows before these have left the buffer
+    buffer.store(total.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], buffer)
+
+
+@gluon.jit
+def _consume(  # type: ignore[no-untyped-def]
+    WHO: gl.constexpr, out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+    w_scale_stride_n, w_scale_stride_k, height, width,
+    CONSUMERS: gl.constexpr, WAVES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Multiplies, promotes and stores the rows of consumer number WHO in all tiles of this block of threads."""
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
+    ROWS: gl.constexpr = a_ring.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
+    LINES: gl.constexpr = gl.SliceLayout(1, SUMS)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    # Where this consumer's waves are: in which box of a stage, and from which row of it.
+    BOX: gl.constexpr = WHO * WAVES * 64 // ROWS
+    ROW: gl.constexpr = WHO * WAVES * 64 % ROWS
+    NEXT: gl.constexpr = (WHO + 1) % CONSUMERS
+    TURNS: gl.constexpr = CONSUMERS * WAVES > 2
+    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES, ROWS], FLAT)
+    buffer = out_ring.index(WHO)
+    blocks = gl.cdiv(k, 128)
+    turn = 0
+    if TURNS and WHO == CONSUMERS - 1:
+        _give_turn(NEXT)
+    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
+        tile_m, tile_n = _tile_of(tile, height, width, GROUP)
+        total0 = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
+        if WAVES == 2:
+            total1 = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
+        part = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
+        w_scales = w_scale + (tile_n * BLOCK_N // 128).to(gl.int64) * w_scale_stride_n
+        w_next = gl.load(w_scales)
+        for block in range(blocks):
+            stage = turn % STAGES
+            place = stage * BOXES + BOX
+            w_now = w_next
+            w_next = gl.load(w_scales + gl.minimum(block + 1, blocks - 1) * w_scale_stride_k)  # one block ahead
+            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+            right = w_ring.index(stage).permute((1, 0))
+            if TURNS:
+                _wait_for_turn(WHO)
+            part = warpgroup_mma(a_ring.index(place).slice(ROW, 64), right, part, use_acc=False, is_async=True)
+            if TURNS:
+                _give_turn(NEXT)
+            scale0 = scales.index(place).slice(ROW, 64).load(LINES)
+            if WAVES == 2:
+                scale1 = scales.index(place).slice(ROW + 64, 64).load(LINES)
+            part = warpgroup_mma_wait(0, deps=(part,))
+            if WAVES == 1:
+                mbarrier.arrive(free.index(stage), count=1)
+            total0 += part * (scale0 * w_now)[:, None]
+            # The second wave must not start before this promotion is done, and the next block's not before that of the
+            # second: there are registers for one `part`, and waiting on a sum pins the order.
+            total0 = warpgroup_mma_wait(0, deps=(total0,))
+            if WAVES == 2:
+                _wait_for_turn(WHO)
+                part = warpgroup_mma(a_ring.index(place).slice(ROW + 64, 64), right, part, use_acc=False, is_async=True)
+                _give_turn(NEXT)
+                part = warpgroup_mma_wait(0, deps=(part,))
+                mbarrier.arrive(free.index(stage), count=1)
+                total1 += part * (scale1 * w_now)[:, None]
+                total1 = warpgroup_mma_wait(0, deps=(total1,))
+            turn += 1
+        row = (tile_m * CONSUMERS + WHO) * WAVES * 64
+        _store(out, buffer, total0, row, tile_n * BLOCK_N, bias, n)
+        if WAVES == 2:
+            _store(out, buffer, total1, row + 64, tile_n * BLOCK_N, bias, n)
+    tma.store_wait(0)
+    if TURNS and WHO == 0:
+        _wait_for_turn(WHO)  # every turn that was given is taken
+
+
+@gluon.jit(do_not_specialize=["m"])
+def warp_gemm(  # type: ignore[no-untyped-def]
+    a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k,
+    CONSUMERS: gl.constexpr, WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPAN: gl.constexpr,
+):  # fmt: skip
+    """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors, on a grid of any size.
+
+    What a descriptor brings beyond its tensor is zero, and what it would write there is dropped.
+
+    Args:
+        a: float8e4nv descriptor; its block is [BLOCK_M, 128], or [64, 128] where BLOCK_M is no power of two.
+        w: float8e4nv descriptor, block [BLOCK_N, 128]; BLOCK_N divides 128: a tile has one weight scale a block.
+        out: bfloat16, float16 or float32 descriptor, block [64, BLOCK_N].
+        a_scale: float32 descriptor of the transposed scales [ceil(k / (128 SPAN)), m], block [1, rows of a's block].
+        w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
+        bias: [n] in any floating dtype, or None.
+        CONSUMERS: Warpgroups that multiply, 2 or 3.
+        WAVES: How often 64 rows each of them owns; BLOCK_M is 64 CONSUMERS WAVES.
+        STAGES: Blocks of K that are in shared memory at one time.
+        GROUP: Rows of tiles that follow each other.
+        SPAN: Blocks of K that share a scale of the activation.
+    """
+    BLOCK_M: gl.constexpr = CONSUMERS * WAVES * 64
+    BLOCK_N: gl.constexpr = w.block_shape[0]
+    ROWS: gl.constexpr = a.block_shape[0]
+    BOXES: gl.constexpr = BLOCK_M // ROWS
+    gl.static_assert(128 % BLOCK_N == 0 and BLOCK_M % ROWS == 0)
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * BOXES, ROWS, 128], a.layout)
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_N, 128], w.layout)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BOXES, 1, ROWS], a_scale.layout)
+    out_ring = gl.allocate_shared_memory(out.dtype, [CONSUMERS, 64, BLOCK_N], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, BLOCK_N)
+    # Each tuple of arguments stands where it is passed: from a variable, its constants would come out as tensors.
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_consume, (gl.constexpr(0), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                (_consume, (gl.constexpr(1), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                (_consume, (gl.constexpr(2), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
+            ],
+            [4, 4, 1], [160, 160, 32],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (gl.constexpr(0), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                (_consume, (gl.constexpr(1), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
+            ],
+            [4, 1], [232, 40],
+        )  # fmt: skip

@@ -1,0 +1,87 @@
+"""The Gluon kernels compiled for Hopper without a GPU: what their machine code has to show."""
+
+import re
+
+import pytest
+import torch
+
+from codegen.aot import compile_gemm, compile_sum_splits
+from codegen.gemm_config import GLUON, SHARED_MEMORY_LIMIT, GemmConfig
+from codegen.machine_code import MachineCode
+from codegen.tiling import MOST_SPLITS, all_configs
+
+CONFIGS = [config for config in all_configs() if config.variant in GLUON]
+WARP = [config for config in CONFIGS if config.variant == "warp"]
+NARROW = [config for config in CONFIGS if config.variant == "narrow"]
+
+
+def assert_no_spills(code: MachineCode) -> None:
+    assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
+
+
+def fits(config: GemmConfig, out_dtype: torch.dtype) -> bool:
+    return config.shared_memory(out_dtype.itemsize) <= SHARED_MEMORY_LIMIT
+
+
+@pytest.mark.parametrize("config", WARP, ids=str)
+def test_warp_specialized(config: GemmConfig) -> None:
+    waves = config.block_m // config.consumers // 64
+    boxes = config.block_m // config.box
+    for out_dtype, bias in ((torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
+        if not fits(config, out_dtype):
+            continue
+        code = compile_gemm(config, out_dtype=out_dtype, bias_dtype=bias)
+        assert_no_spills(code)
+        # A wave is four instructions of K = 32 into fresh registers; each consumer has code of its own.
+        assert code.qgmma == 4 * waves * config.consumers
+        assert f"QGMMA.64x{config.block_n}x32.F32.E4M3.E4M3" in code.sass
+        assert (code.tma_loads, code.tma_stores) == (2 * boxes + 1, waves * config.consumers)
+        assert code.shared_memory <= config.shared_memory(out_dtype.itemsize), "the estimate is not an upper bound"
+        # What a thread has at the start, when all warpgroups share alike; then the consumers take from the producer.
+        assert code.registers == {2: 168, 3: 128}[config.consumers]
+        shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code.sass)}
+        assert {2: {232, 40}, 3: {160, 32}}[config.consumers] <= shares
+
+
+@pytest.mark.parametrize("config", WARP, ids=str)
+def test_turns_are_taken_and_given_by_barriers_that_triton_leaves_free(config: GemmConfig) -> None:
+    code = compile_gemm(config)
+    waves = config.block_m // config.consumers // 64
+    taken = re.findall(r"BAR\.SYNC\S* (0x[0-9a-f]+), 0x100 ", code.sass)
+    given = re.findall(r"BAR\.ARV (0x[0-9a-f]+), 0x100 ", code.sass)
+    # One of each a wave, one given before the first, and one taken after the last. Two single waves take none.
+    turns = waves * config.consumers > 2
+    assert len(taken) == len(given) == (waves * config.consumers + 1 if turns else 0)
+    assert set(taken) == set(given) == {hex(8 + who) for who in range(config.consumers if turns else 0)}
+    others = re.findall(r"BAR\.SYNC\S* (0x[0-9a-f]+)(?! *, 0x100 )\s*[,;]", code.sass)
+    assert max(int(number, 16) for number in others if number not in taken) < 8
+
+
+@pytest.mark.parametrize("config", NARROW, ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_narrow(config: GemmConfig, out_dtype: torch.dtype) -> None:
+    for bias in (None, torch.float16):
+        code = compile_gemm(config, out_dtype=out_dtype, bias_dtype=bias)
+        assert_no_spills(code)
+        assert code.qgmma == 4 * 128 // 64 and f"QGMMA.64x{config.block_m}x32.F32.E4M3.E4M3" in code.sass
+        # Three copies a stage before the loop, and three in it.
+        assert (code.tma_loads, code.tma_stores) == (3 * (config.stages + 1), 0)
+        assert code.shared_memory <= config.shared_memory(out_dtype.itemsize)
+
+
+@pytest.mark.parametrize("x_block", [256, 512, -1])
+def test_other_tiles_of_the_activation(x_block: int) -> None:
+    for config in CONFIGS:
+        code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block)
+        assert_no_spills(code)
+        assert code.qgmma > 0 and code.tma_loads > 0
+
+
+def test_sum_of_splits_reads_and_writes_wide() -> None:
+    splits = 2
+    while splits <= MOST_SPLITS:
+        for out_dtype in (torch.bfloat16, torch.float32):
+            code = compile_sum_splits(splits, out_dtype=out_dtype, bias_dtype=torch.bfloat16)
+            assert_no_spills(code)
+            assert code.wide_loads > 0
+        splits *= 2
