@@ -5,11 +5,12 @@
 What is known already is not observed again; when all is known, nothing is run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.candidates import TOP_1, TOP_K, why_not_quantized
+from passes.layers import EVERYTHING, why_not_selected
 from qcompiler.calibration import Calibration, Statistics
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Op, TensorType, Value
@@ -31,6 +32,7 @@ class Calibrate(Pass):
     Attributes:
         histogram: Whether to keep a histogram of magnitudes, which the observers percentile and mse need.
         rows: How many rows of each activation to keep as a sample.
+        layers: Patterns for names of weights: which linears' activations to observe (see `passes.layers`).
     """
 
     name: ClassVar[str] = "calibrate"
@@ -38,6 +40,7 @@ class Calibrate(Pass):
 
     histogram: bool = False
     rows: int = 0
+    layers: tuple[str, ...] = EVERYTHING
 
     def __post_init__(self) -> None:
         """PassError for a negative number of rows."""
@@ -47,7 +50,7 @@ class Calibrate(Pass):
 
     def run(self, graph: Graph) -> bool:
         """Fills `graph.calibration`; the graph itself stays as it is."""
-        values = list(dict.fromkeys(activations(graph)))
+        values = list(dict.fromkeys(activations(graph, self.layers)))
         if values:
             calibration = calibration_of(graph)
             self.observe_missing(graph, values, calibration)
@@ -87,10 +90,10 @@ class Calibrate(Pass):
         return not self.rows or (known.sample is not None and known.sample.capacity >= self.rows)
 
 
-def activations(graph: Graph) -> Iterator[Value]:
-    """What goes into each linear that may be quantized."""
+def activations(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator[Value]:
+    """What goes into each linear that may be quantized and that the patterns select."""
     for op in graph.ops("aten.linear"):
-        if why_not_quantized(op, graph) is None:
+        if why_not_quantized(op, graph) is None and why_not_selected(layers, op, graph) is None:
             yield op.tensor(0)
 
 

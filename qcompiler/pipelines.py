@@ -6,7 +6,7 @@ Several recipes make one pipeline, each for the layers whose weights its pattern
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from passes.calibrate import Calibrate
@@ -111,21 +111,23 @@ def assemble(recipes: Mapping[Recipe, Sequence[str]]) -> Pipeline:
         (
             # canonicalize first: the others know one spelling of a matmul; dead-code: the dead is not worth the work
             Canonicalize(), DeadCode(),
-            *_calibration(list(recipes), smoothing), *(quantize for _, quantize in pairs), ShareQuantize(),
+            *_calibration(recipes, smoothing), *(quantize for _, quantize in pairs), ShareQuantize(),
             *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
         )
     )  # fmt: skip
 
 
-def _calibration(recipes: Sequence[Recipe], smoothing: Sequence[Pass]) -> list[Pass]:
+def _calibration(recipes: Mapping[Recipe, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:
     """What sees real inputs, and what smooths by that; a histogram of a smoothed value must be taken anew."""
-    if not any(recipe.needs_calibration for recipe in recipes):
+    seen = {recipe: layers for recipe, layers in recipes.items() if recipe.needs_calibration}
+    if not seen:
         return []
-    sampled = any(recipe.smooth == "measured" or isinstance(recipe.alpha, str) for recipe in recipes)
-    histograms = [recipe for recipe in recipes if recipe.static and recipe.observer in HISTOGRAMS]
+    # Several recipes see what any of them needs: their patterns cannot be written as one list.
+    layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else EVERYTHING
+    sampled = any(recipe.smooth == "measured" or isinstance(recipe.alpha, str) for recipe in seen)
+    histograms = [recipe for recipe in seen if recipe.static and recipe.observer in HISTOGRAMS]
     first = any(recipe.smooth == "never" for recipe in histograms)
-    steps: list[Pass] = [Calibrate(histogram=first, rows=SAMPLED_ROWS if sampled else 0), *smoothing]
-    return [*steps, Calibrate(histogram=True)] if any(recipe.smooth != "never" for recipe in histograms) else steps
-
-
-OPTIONS = tuple(option.name for option in fields(Recipe))
+    steps: list[Pass] = [Calibrate(first, SAMPLED_ROWS if sampled else 0, layers), *smoothing]
+    if any(recipe.smooth != "never" for recipe in histograms):
+        steps.append(Calibrate(histogram=True, layers=layers))
+    return steps

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qcompiler
 from passes.calibrate import Calibrate, activations, behind_top_k, saw_no_token, statistics_of
 from qcompiler.calibration import Calibration, Statistics
 from qcompiler.capture import capture
@@ -264,3 +265,24 @@ def test_a_captured_model() -> None:
     for value, want in zip(activations(graph), (normed, hidden), strict=True):
         torch.testing.assert_close(statistics_of(graph, value).amax("absmax", "channel"), want.abs().amax(0))
         torch.testing.assert_close(statistics_of(graph, value).minimum, want.amin(0))
+
+
+def test_only_the_layers_that_are_asked_for_are_observed() -> None:
+    """What a layer reads that stays in float may hold anything, zeros or infinities."""
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.first(x) + self.second(x / 0)
+            return y
+
+    batches = [torch.ones(2, 8)]
+    with pytest.raises(InputError, match="not finite"):
+        qcompiler.compile(Two().eval(), scheme="int8_tensor_static", calibration=batches)
+    fast = qcompiler.compile(Two().eval(), scheme="int8_tensor_static", calibration=batches, overrides={"second": None})
+    assert str(fast.pipeline["calibrate"]) == 'calibrate{layers=["*", "!second"]}'
+    assert fast.calibration is not None and list(fast.calibration.statistics) == ["x"]
+    assert [row.module for row in fast.report.quantized] == ["first"]
