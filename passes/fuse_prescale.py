@@ -6,7 +6,8 @@
   ->
     %q, %s = quant.quantize(%x, %factors) {…}
 
-The product is then never stored, and never rounded to bf16.
+The product is then never stored, and never rounded to bf16. Where that rounding had decided between two codes, the
+other one may come out: about half of the quantization's own error in bf16, and nothing in FP32 or for powers of two.
 """
 
 from collections.abc import Sequence
