@@ -140,10 +140,7 @@ def compile_sum_splits(
     """Compiles the sum over the splits of K of a narrow tile; `splits` is a power of two."""
     types = {"partial": "*fp32", "out": f"*{_TRITON_TYPES[out_dtype]}"}
     constants: dict[str, Any] = {"SPLITS": splits, "BLOCK": SUM_BLOCK}
-    if bias_dtype is None:
-        constants["bias"] = None
-    else:
-        types["bias"] = f"*{_TRITON_TYPES[bias_dtype]}"
+    _add_bias(types, constants, bias_dtype)
     return compile_kernel(sum_splits, types, constants, (*types, "n"), {"num_warps": 4})
 
 
@@ -217,14 +214,19 @@ def _compile_gemm(
         "GROUP": config.group,
         **constants,
     }
-    if bias_dtype is None:
-        constants["bias"] = None
-    else:
-        types["bias"] = f"*{_TRITON_TYPES[bias_dtype]}"
+    _add_bias(types, constants, bias_dtype)
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
     divisible = (*pointers, "n", "k") if aligned else ()
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return compile_kernel(kernel, types, constants, divisible, options)
+
+
+def _add_bias(types: dict[str, str], constants: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """The bias among a kernel's arguments: a pointer, or a constant that says that there is none."""
+    if dtype is None:
+        constants["bias"] = None
+    else:
+        types["bias"] = f"*{_TRITON_TYPES[dtype]}"
 
 
 def _compile_gluon(
@@ -244,10 +246,7 @@ def _compile_gluon(
         "w_scale": "*fp32",
     }
     constants = gluon_constants(config, x_block) | {"w_scale_stride_k": 1}
-    if bias_dtype is None:
-        constants["bias"] = None
-    else:
-        types["bias"] = f"*{_TRITON_TYPES[bias_dtype]}"
+    _add_bias(types, constants, bias_dtype)
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
     warps = config.warps if narrow else 4  # those of the first consumer; the kernel asks for the others itself
     kernel = narrow_gemm if narrow else warp_gemm

@@ -61,12 +61,6 @@ def _quantize_static_fake(
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _quantize_static_reference(
-    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
-) -> Tensor:
-    return numerics.quantize_static(x, scale, block, dtype, profile, prescale)
-
-
 def _quantize_static_cuda(
     x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
 ) -> Tensor:
@@ -98,7 +92,7 @@ _OPERATORS = (
     (
         "quantize_static(Tensor x, Tensor scale, int[] block, ScalarType dtype, str profile, Tensor? prescale=None) "
         "-> Tensor",
-        (_quantize_static_reference, _quantize_static_cuda, _quantize_static_fake),
+        (numerics.quantize_static, _quantize_static_cuda, _quantize_static_fake),
     ),
     (
         "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 from passes.constants import free_name
 from passes.memory import leaves_the_graph
-from qcompiler.interpreter import interpret
+from qcompiler.interpreter import evaluate
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
-from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
+from qcompiler.ir.dataflow import ancestors, parameters_of
 from qcompiler.pass_manager import Effect, Pass
 
 
@@ -80,9 +80,7 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     stem = _named_after(op, sources)
     names = [free_name(graph, f"{stem}{suffix}") for suffix in suffixes]
     if graph.weights:
-        read = [str(source.attrs["name"]) for source in sources] or [next(iter(graph.weights))]
-        weights = {name: graph.weights[name] for name in read}
-        graph.weights.update(zip(names, interpret(part_of(op), [], weights), strict=True))
+        graph.weights.update(zip(names, evaluate(op, graph), strict=True))
     params = [
         rewriter.insert("core.param", attrs={"name": name}, types=[value.type], names=[name]).result
         for name, value in zip(names, op.results, strict=True)

@@ -40,9 +40,8 @@ from passes.smooth_scales import (
 )
 from qcompiler.calibration import Statistics
 from qcompiler.errors import PassError
-from qcompiler.interpreter import interpret
+from qcompiler.interpreter import evaluate
 from qcompiler.ir import Graph, Missed, Op, Rewriter, Value
-from qcompiler.ir.dataflow import part_of
 from qcompiler.pass_manager import Effect
 
 
@@ -223,7 +222,7 @@ class SmoothQuant(SchemeOptions):
 def _weight(op: Op, graph: Graph) -> Tensor:
     """The weight of a linear as it is now, FP32."""
     weight = op.tensor(1)
-    found: Tensor = interpret(part_of(weight.op), [], graph.weights)[weight.index]
+    found: Tensor = evaluate(weight.op, graph)[weight.index]
     return found.detach().to(torch.float32)
 
 

@@ -31,9 +31,8 @@ from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import capture_model
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import InputError, PassError
-from qcompiler.interpreter import interpret
+from qcompiler.interpreter import evaluate, interpret
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.ir.dataflow import part_of
 from qcompiler.pass_manager import Effect, Pipeline
 from qcompiler.pass_runner import run_pipeline
 
@@ -175,19 +174,17 @@ class _Quantized:
         """The operands of `op` from `first` on."""
         return [self.operands[arg] if isinstance(arg, Value) else None for arg in op.args[first:]]
 
-    def codes(self, x: Tensor, smoothed: bool) -> tuple[Tensor, Tensor]:
-        """The codes and scales of another input; without the prescale if `x` has gone through it already."""
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes and scales of another input, which has gone through the prescale already, if there is one."""
         quantize = self.quantize
         options: dict[str, Any] = {
             "block": quantize.attrs["block"], "profile": quantize.attrs["profile"],
             "dtype": torch_dtype(quantize.attrs["dtype"]),  # type: ignore[arg-type]  # the verifier holds it to that
         }  # fmt: skip
-        static = quantize.name in STATIC
-        prescale = None if smoothed else next(iter(self.given(quantize, 2 if static else 1)), None)
-        if static:
+        if quantize.name in STATIC:
             scale = self.operands[self.op.tensor(1)]
-            return numerics.quantize_static(x, scale, prescale=prescale, **options), scale
-        return numerics.quantize(x, prescale=prescale, **options)
+            return numerics.quantize_static(x, scale, **options), scale
+        return numerics.quantize(x, **options)
 
     def product(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The reference's output for some codes."""
@@ -225,14 +222,14 @@ def _row(quantized: _Quantized, float_graph: Graph, exact: Mapping[Value, Tensor
     reference = quantized.product(quantized.operands[op.tensor(0)], quantized.operands[op.tensor(1)])
     return ErrorRow(
         op.result.name, op.loc.module,
-        own=sqnr(y, quantized.product(*quantized.codes(x, smoothed=True))), inherited=sqnr(y, inherited),
+        own=sqnr(y, quantized.product(*quantized.codes(x))), inherited=sqnr(y, inherited),
         kernel=sqnr(reference, quantized.by_kernel()),
     )  # fmt: skip
 
 
 def _constant(value: Value, graph: Graph) -> Tensor:
     """A constant of a graph, FP32."""
-    found: Tensor = interpret(part_of(value.op), [], graph.weights)[value.index]
+    found: Tensor = evaluate(value.op, graph)[value.index]
     return found.to(torch.float32)
 
 

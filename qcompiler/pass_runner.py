@@ -78,7 +78,6 @@ class _Record:
 
     stages: Stages = field(default_factory=Stages)
     left_alone: dict[str, Mapping[str, str]] = field(default_factory=dict)
-    remarks: dict[str, str] = field(default_factory=dict)
 
     def add(self, step: Pass, graph: Graph) -> None:
         self.stages.add(step.name, graph)
@@ -86,11 +85,8 @@ class _Record:
             f"pass '{step}' failed unexpectedly while it was asked to explain", step, graph, step.explain
         )
         self.left_alone[list(self.stages)[-1]] = reasons
-        for name, text in graph.remarks.items():
-            self.remarks[name] = f"{self.remarks[name]}; {text}" if name in self.remarks else text
-        graph.remarks = {}
 
-    def finish(self, pipeline: Pipeline) -> Run:
+    def finish(self, pipeline: Pipeline, remarks: Mapping[str, str]) -> Run:
         effects = [step.effect for step in pipeline]
         order = sorted(
             zip(effects, self.left_alone.values(), strict=True), key=lambda pair: pair[0] is not Effect.LOSSY
@@ -98,7 +94,7 @@ class _Record:
         reasons: dict[str, str] = {}
         for _, more in order:
             reasons = {**more, **reasons}
-        return Run(self.stages, self.left_alone, reasons, self.remarks)
+        return Run(self.stages, self.left_alone, reasons, remarks)
 
 
 def run_pipeline(
@@ -118,6 +114,7 @@ def run_pipeline(
     """
     record = _Record()
     graph.verify()
+    graph.remarks = {}  # what passes said that ran on their own is not of this run
     record.stages.add("captured", graph)
     for instrument in instruments:
         instrument.begin(graph, inputs)
@@ -131,7 +128,8 @@ def run_pipeline(
         record.add(step, graph)
     for instrument in instruments:
         instrument.end(graph)
-    return record.finish(pipeline)
+    remarks, graph.remarks = graph.remarks, {}
+    return record.finish(pipeline, remarks)
 
 
 def _run_pass(step: Pass, graph: Graph, stages: Stages) -> Outcome:

@@ -54,7 +54,7 @@ class Graph:
         name: Printed after `@`.
         symbols: The range of each symbolic size that has one.
         weights: Name -> tensor for the parameters and buffers; empty in a graph that is structure only.
-        remarks: What a pass has to say of values, by their names; whoever runs passes takes them away after each.
+        remarks: What a pass has to say of values, by their names; whoever runs a pipeline takes them away at its end.
         calibration: What was observed of its values on real inputs, see `qcompiler.calibration`; None until somebody
             calibrates.
     """
