@@ -2,15 +2,10 @@
 
     out[m, n] = sum over blocks of 128 of K:  (a[m, block] . w[n, block]) * a_scale[m, block] * w_scale[n / 128, block]
 
-One block of threads stays on each multiprocessor and makes one tile of the output after the other. A producer warp
-brings tiles of both operands and the activations' scales through the copy engine into a ring of shared memory, guarded
-by two barriers a stage, and runs ahead into the next output tile while the consumers still write theirs. Each of the
-consumers, warpgroups of 4 warps, owns `WAVES` times 64 rows of the tile. A wave is four tensor core instructions of
-K = 32 into fresh registers, whose result is scaled and added in FP32: the promotion that Hopper's 14-bit accumulation
-asks for.
-
-The tensor cores must not wait while a consumer promotes, so consumers take turns: each hands the turn on when its wave
-is issued, and promotes while the next one's wave runs. Two consumers of one wave each do without, and are faster so.
+The producer and the order of tiles are those of `warp_pipeline`. Each of the consumers, warpgroups of 4 warps, owns
+`WAVES` times 64 rows of the tile. A wave is four tensor core instructions of K = 32 into fresh registers, whose
+result is scaled and added in FP32: the promotion that Hopper's 14-bit accumulation asks for. Consumers take turns at
+the tensor cores; two of one wave each do without, and are faster so.
 """
 
 from triton.experimental import gluon
@@ -23,75 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-
-@gluon.jit
-def _tile_of(tile, height, width, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The row and the column of a tile; as in `scaled_gemm`, in columns of GROUP tiles."""
-    first = tile // (GROUP * width) * GROUP
-    rows = gl.minimum(height - first, GROUP)
-    return first + tile % (GROUP * width) % rows, tile % (GROUP * width) // rows
-
-
-@gluon.jit
-def _wait_for_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits until the warpgroup before this one has handed the turn to number WHO.
-
-    The hardware's named barriers, of which Triton itself takes the first few; a barrier of shared memory costs the
-    warpgroup two more.
-    """
-    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
-    gl.inline_asm_elementwise(
-        "bar.sync " + BARRIER + ", 256; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _give_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Hands the turn to warpgroup number WHO, without waiting."""
-    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
-    gl.inline_asm_elementwise(
-        "bar.arrive " + BARRIER + ", 256; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _produce(  # type: ignore[no-untyped-def]
-    a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr
-):  # fmt: skip
-    """Fills the ring, stage after stage, for all tiles of this block of threads."""
-    STAGES: gl.constexpr = w_ring.shape[0]
-    BLOCK_N: gl.constexpr = w_ring.shape[1]
-    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
-    ROWS: gl.constexpr = a_ring.shape[1]
-    turn = 0
-    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
-        tile_m, tile_n = _tile_of(tile, height, width, GROUP)
-        for block in range(gl.cdiv(k, 128)):
-            stage = turn % STAGES
-            mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * 4)
-            for box in gl.static_range(BOXES):
-                row = (tile_m * BOXES + box) * ROWS
-                place = stage * BOXES + box
-                tma.async_copy_global_to_shared(a_scale, [block // SPAN, row], bar, s_ring.index(place))
-                tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
-            tma.async_copy_global_to_shared(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
-            turn += 1
-
-
-@gluon.jit
-def _store(out, buffer, total, row, column, bias, n):  # type: ignore[no-untyped-def]
-    """Sends 64 rows of the output on their way; they leave while the next tile is multiplied."""
-    if bias is not None:
-        columns = column + gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
-        total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
-    tma.store_wait(0)  # the rows before these have left the buffer
-    buffer.store(total.to(out.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out, [row, column], buffer)
+from codegen.kernels.warp_pipeline import give_turn, produce, store, tile_of, wait_for_turn
 
 
 @gluon.jit
@@ -118,9 +45,9 @@ def _consume(  # type: ignore[no-untyped-def]
     blocks = gl.cdiv(k, 128)
     turn = 0
     if TURNS and WHO == CONSUMERS - 1:
-        _give_turn(NEXT)
+        give_turn(NEXT)
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
-        tile_m, tile_n = _tile_of(tile, height, width, GROUP)
+        tile_m, tile_n = tile_of(tile, height, width, GROUP)
         total0 = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
         if WAVES == 2:
             total1 = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
@@ -135,10 +62,10 @@ def _consume(  # type: ignore[no-untyped-def]
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             right = w_ring.index(stage).permute((1, 0))
             if TURNS:
-                _wait_for_turn(WHO)
+                wait_for_turn(WHO)
             part = warpgroup_mma(a_ring.index(place).slice(ROW, 64), right, part, use_acc=False, is_async=True)
             if TURNS:
-                _give_turn(NEXT)
+                give_turn(NEXT)
             scale0 = scales.index(place).slice(ROW, 64).load(LINES)
             if WAVES == 2:
                 scale1 = scales.index(place).slice(ROW + 64, 64).load(LINES)
@@ -150,21 +77,21 @@ def _consume(  # type: ignore[no-untyped-def]
             # second: there are registers for one `part`, and waiting on a sum pins the order.
             total0 = warpgroup_mma_wait(0, deps=(total0,))
             if WAVES == 2:
-                _wait_for_turn(WHO)
+                wait_for_turn(WHO)
                 part = warpgroup_mma(a_ring.index(place).slice(ROW + 64, 64), right, part, use_acc=False, is_async=True)
-                _give_turn(NEXT)
+                give_turn(NEXT)
                 part = warpgroup_mma_wait(0, deps=(part,))
                 mbarrier.arrive(free.index(stage), count=1)
                 total1 += part * (scale1 * w_now)[:, None]
                 total1 = warpgroup_mma_wait(0, deps=(total1,))
             turn += 1
         row = (tile_m * CONSUMERS + WHO) * WAVES * 64
-        _store(out, buffer, total0, row, tile_n * BLOCK_N, bias, n)
+        store(out, buffer, total0, row, tile_n * BLOCK_N, bias, n)
         if WAVES == 2:
-            _store(out, buffer, total1, row + 64, tile_n * BLOCK_N, bias, n)
+            store(out, buffer, total1, row + 64, tile_n * BLOCK_N, bias, n)
     tma.store_wait(0)
     if TURNS and WHO == 0:
-        _wait_for_turn(WHO)  # every turn that was given is taken
+        wait_for_turn(WHO)  # every turn that was given is taken
 
 
 @gluon.jit(do_not_specialize=["m"])
@@ -215,7 +142,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
                             w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
                 (_consume, (gl.constexpr(2), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
                             w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
-                (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
+                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
             ],
             [4, 4, 1], [160, 160, 32],
         )  # fmt: skip
@@ -226,7 +153,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
                             w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
                 (_consume, (gl.constexpr(1), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
                             w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
-                (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
+                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
             ],
             [4, 1], [232, 40],
         )  # fmt: skip

@@ -1,0 +1,87 @@
+"""What the warp-specialized Gluon kernels for Hopper share: tile order, the producer warp, turns, and the way out.
+
+One block of threads stays on each multiprocessor and makes one tile of the output after the other. A producer warp
+brings tiles of both operands and the activations' scales through the copy engine into a ring of shared memory, guarded
+by two barriers a stage, and runs ahead into the next output tile while the consumers still write theirs.
+
+The tensor cores must not wait while a consumer promotes, so consumers take turns: each hands the turn on when its wave
+is issued, and promotes while the next one's wave runs.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+)
+
+
+@gluon.jit
+def tile_of(tile, height, width, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The row and the column of a tile; as in `scaled_gemm`, in columns of GROUP tiles."""
+    first = tile // (GROUP * width) * GROUP
+    rows = gl.minimum(height - first, GROUP)
+    return first + tile % (GROUP * width) % rows, tile % (GROUP * width) // rows
+
+
+@gluon.jit
+def wait_for_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits until the warpgroup before this one has handed the turn to number WHO.
+
+    The hardware's named barriers, of which Triton itself takes the first few; a barrier of shared memory costs the
+    warpgroup two more.
+    """
+    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
+    gl.inline_asm_elementwise(
+        "bar.sync " + BARRIER + ", 256; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def give_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Hands the turn to warpgroup number WHO, without waiting."""
+    lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
+    gl.inline_asm_elementwise(
+        "bar.arrive " + BARRIER + ", 256; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def produce(  # type: ignore[no-untyped-def]
+    a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr
+):  # fmt: skip
+    """Fills the ring, stage after stage, for all tiles of this block of threads."""
+    STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
+    ROWS: gl.constexpr = a_ring.shape[1]
+    turn = 0
+    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, height, width, GROUP)
+        for block in range(gl.cdiv(k, 128)):
+            stage = turn % STAGES
+            mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * 4)
+            for box in gl.static_range(BOXES):
+                row = (tile_m * BOXES + box) * ROWS
+                place = stage * BOXES + box
+                tma.async_copy_global_to_shared(a_scale, [block // SPAN, row], bar, s_ring.index(place))
+                tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
+            tma.async_copy_global_to_shared(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
+            turn += 1
+
+
+@gluon.jit
+def store(out, buffer, total, row, column, bias, n):  # type: ignore[no-untyped-def]
+    """Sends 64 rows of the output on their way; they leave while the next tile is multiplied."""
+    if bias is not None:
+        columns = column + gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
+        total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
+    tma.store_wait(0)  # the rows before these have left the buffer
+    buffer.store(total.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], buffer)
