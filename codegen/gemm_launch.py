@@ -138,11 +138,12 @@ def _launch_narrow(
 
 def gluon_constants(config: GemmConfig, x_block: int) -> dict[str, Any]:
     """What the compiler of a Gluon kernel knows."""
-    last = {"STAGES": config.stages, "SPAN": WHOLE_SPAN if x_block == ALL else x_block // 128}
+    span = WHOLE_SPAN if x_block == ALL else max(x_block // 128, 1)
+    subs = 1 if x_block == ALL else max(128 // x_block, 1)
     if config.variant == "narrow":
-        return last
+        return {"STAGES": config.stages, "SPAN": span, "SUBS": subs}
     first = {"CONSUMERS": config.consumers, "WAVES": config.block_m // config.consumers // 64}
-    return {**first, "STAGES": last["STAGES"], "GROUP": config.group, "SPAN": last["SPAN"]}
+    return {**first, "STAGES": config.stages, "GROUP": config.group, "SPAN": span, "SUBS": subs}
 
 
 def _gluon_tile(tensor: Tensor, rows: int, columns: int) -> Any:

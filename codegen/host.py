@@ -233,7 +233,7 @@ def _memory_of(value: Value) -> set[Value]:
 def _returns_list(op: Op) -> bool:
     """Whether torch returns a list, also for one tensor."""
     if lookup(op.name) is not None:
-        return False
+        return op.name == "kernel.fused_linear"
     returns = overload_of(op.name)._schema.returns
     return len(returns) == 1 and isinstance(returns[0].type, torch.ListType)
 
@@ -244,6 +244,20 @@ def _torch_path(name: str) -> str:
     path = f"torch.ops.{namespace}.{op}"
     last = overload[0] if overload else "default"
     return f'getattr({path}, "{last}")' if keyword.iskeyword(last) else f"{path}.{last}"
+
+
+def _fused_quantize(emitter: "_Emitter", op: Op, args: list[str]) -> str:
+    """The operands of the body as a list."""
+    attrs = [emitter.argument(op.attrs[key]) for key in ("body", "keep", *QUANTIZE_ARGUMENTS)]
+    return f"kernels.fused_quantize([{', '.join(args)}], {', '.join(attrs)})"
+
+
+def _fused_linear(emitter: "_Emitter", op: Op, args: list[str]) -> str:
+    """As the operator takes them: four tensors, the bias or None, the operands of the body as a list, attributes."""
+    quantized = QUANTIZE_ARGUMENTS if "block" in op.attrs else ()
+    attrs = [emitter.argument(op.attrs[key]) for key in ("body", "parts", "x_block", "w_block", *quantized)]
+    bias, others = args[4] if len(args) > 4 else "None", f"[{', '.join(args[5:])}]"
+    return f"kernels.fused_linear({', '.join([*args[:4], bias, others, *attrs])})"
 
 
 def _kernel(name: str, tensors: int, attributes: tuple[str, ...], last: bool) -> Callable[..., str]:
@@ -269,4 +283,6 @@ SPECIAL: dict[str, Callable[[_Emitter, Op, list[str]], str]] = {
     "kernel.quantize": _kernel("quantize", 1, QUANTIZE_ARGUMENTS, last=True),
     "kernel.quantize_static": _kernel("quantize_static", 2, STATIC_ARGUMENTS, last=True),
     "kernel.scaled_linear": _kernel("scaled_linear", 4, LINEAR_ARGUMENTS, last=False),
+    "kernel.fused_quantize": _fused_quantize,
+    "kernel.fused_linear": _fused_linear,
 }

@@ -1,8 +1,9 @@
-"""The kernels as functional torch operators, in `torch.ops.qcompiler`: quantize, quantize_static and scaled_linear.
+"""The kernels as functional torch operators, in `torch.ops.qcompiler`.
 
-All have a fake implementation, so `torch.compile`, `torch.export` and CUDA graphs take them as opaque nodes; whatever
-depends on the number of rows happens inside, at run time, and no graph is specialised on it. On a CPU they are
-`qcompiler.numerics`; on a Hopper GPU they launch the Triton kernels of `codegen.kernels`.
+quantize, quantize_static and scaled_linear, and what is fused with them: fused_quantize and fused_linear. All have a
+fake implementation, so `torch.compile`, `torch.export` and CUDA graphs take them as opaque nodes; whatever depends on the
+number of rows happens inside, at run time, and no graph is specialised on it. On a CPU they are `qcompiler.numerics`;
+on a Hopper GPU they launch the Triton kernels of `codegen.kernels`.
 
 They are defined through `Library.define` and `Library.impl`, whose calls cost half of what `custom_op` costs. Importing
 this module needs no GPU.
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codegen.fused_product import fused_linear_on_gpu
+from codegen.fused_quantization import fused_quantize_on_gpu
 from codegen.product import scaled_linear_on_gpu
 from codegen.quantization import (
     SCALE_LAYOUTS,
@@ -22,6 +25,7 @@ from codegen.quantization import (
     scale_like,
 )
 from qcompiler import numerics
+from qcompiler.body import parse
 from qcompiler.errors import CodegenError
 
 __all__ = ["SCALE_LAYOUTS"]
@@ -83,6 +87,48 @@ def _scaled_linear_reference(
     )  # fmt: skip
 
 
+def _fused_quantize_fake(
+    operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
+    scale_layout: str,
+) -> list[Tensor]:  # fmt: skip
+    made, x = parse(body), operands[0]
+    codes = _quantize_fake(x, block, dtype, profile, scale_layout)
+    return [*codes, *(x.new_empty(x.shape, dtype=made.dtype(name)) for name in keep)]
+
+
+def _fused_quantize_reference(
+    operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
+    scale_layout: str,
+) -> list[Tensor]:  # fmt: skip
+    named = {f"x{place}": x for place, x in enumerate(operands)}
+    result, *kept = parse(body).run(named, keep)
+    return [*_quantize_reference(result, block, dtype, profile, scale_layout), *kept]
+
+
+def _fused_linear_fake(
+    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
+    body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
+) -> list[Tensor]:  # fmt: skip
+    result = x_q.new_empty((*x_q.shape[:-1], w_q.shape[0] // parts), dtype=parse(body).dtype())
+    if block is None or dtype is None or profile is None or scale_layout is None:
+        return [result]
+    return list(_quantize_fake(result, block, dtype, profile, scale_layout))
+
+
+def _fused_linear_reference(
+    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
+    body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
+) -> list[Tensor]:  # fmt: skip
+    sums = _scaled_linear_reference(x_q, x_s, w_q, w_s, bias, x_block, w_block, torch.float32)
+    named = {f"x{place}": x for place, x in enumerate(others)}
+    (result,) = parse(body).run(named | {f"y{place}": y for place, y in enumerate(sums.chunk(parts, -1))})
+    if block is None or dtype is None or profile is None or scale_layout is None:
+        return [result]
+    return list(_quantize_reference(result, block, dtype, profile, scale_layout))
+
+
 _OPERATORS = (
     (
         "quantize(Tensor x, int[] block, ScalarType dtype, str profile, str scale_layout, Tensor? prescale=None) "
@@ -98,6 +144,17 @@ _OPERATORS = (
         "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "
         "ScalarType out_dtype) -> Tensor",
         (_scaled_linear_reference, scaled_linear_on_gpu, _scaled_linear_fake),
+    ),
+    (
+        "fused_quantize(Tensor[] operands, str body, str[] keep, int[] block, ScalarType dtype, str profile, "
+        "str scale_layout) -> Tensor[]",
+        (_fused_quantize_reference, fused_quantize_on_gpu, _fused_quantize_fake),
+    ),
+    (
+        "fused_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, Tensor[] others, str body, "
+        "int parts, int[] x_block, int[] w_block, int[]? block=None, ScalarType? dtype=None, str? profile=None, "
+        "str? scale_layout=None) -> Tensor[]",
+        (_fused_linear_reference, fused_linear_on_gpu, _fused_linear_fake),
     ),
 )
 """Each operator's schema, and what runs it on a CPU, on a GPU, and on tensors without data."""

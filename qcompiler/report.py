@@ -14,7 +14,8 @@ from qcompiler.ir.dataflow import parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
-STATIC = ("quant.quantize_static", "kernel.quantize_static")
+OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static", "kernel.fused_quantize")
+PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
 DEAD = "it was removed, since nothing needs what it computes"
@@ -189,10 +190,10 @@ def _lineages(graphs: list[Graph]) -> dict[str, list[str]]:
 
 def _is_quantized(op: Op) -> bool:
     """Whether an operation multiplies quantized operands, fused with what dequantizes them or not."""
-    if op.name == "aten._to_copy":
+    if op.name in ("aten._to_copy", *PARTS):
         op = op.tensor(0).op
     if op.name.startswith(("quant.", "kernel.")):
-        return op.name not in (*QUANTIZE, *STATIC, DEQUANTIZE)
+        return op.name not in (*QUANTIZE, *OTHER_QUANTIZE, DEQUANTIZE)
     return op.name in MATMULS and any(value.op.name == DEQUANTIZE for _, value in op.operands())
 
 

@@ -21,6 +21,7 @@ LONGEST_FILE = 400
 FLOORS = {
     "qcompiler.errors": 0,
     "qcompiler.knobs": 0,
+    "qcompiler.body": 1,
     "qcompiler.ir": 1,
     "qcompiler.numerics": 1,
     "qcompiler.dialects": 2,

@@ -31,22 +31,25 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its na
 
 @gluon.jit
 def _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, step, block, row, column, there, SPAN: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Brings one block of K into the stage of that step, if it is there."""
+    """Brings one block of K, and the scales of its tiles, into the stage of that step, if it is there."""
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_M: gl.constexpr = a_ring.shape[1]
     SCALES: gl.constexpr = s_ring.shape[2]
+    SUBS: gl.constexpr = s_ring.shape[0] // STAGES
     stage = step % STAGES
     bar = full.index(stage)
-    mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SCALES * 4, pred=there)
+    mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SUBS * SCALES * 4, pred=there)
     tma.async_copy_global_to_shared(w, [column, block * 128], bar, w_ring.index(stage), pred=there)
     tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(stage), pred=there)
-    tma.async_copy_global_to_shared(a_scale, [block // SPAN, row], bar, s_ring.index(stage), pred=there)
+    for sub in gl.static_range(SUBS):
+        line = (block * SUBS + sub) // SPAN
+        tma.async_copy_global_to_shared(a_scale, [line, row], bar, s_ring.index(stage * SUBS + sub), pred=there)
 
 
 @gluon.jit(do_not_specialize=["m", "depth"])
 def narrow_gemm(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k, depth,
-    STAGES: gl.constexpr, SPAN: gl.constexpr,
+    STAGES: gl.constexpr, SPAN: gl.constexpr, SUBS: gl.constexpr,
 ):  # fmt: skip
     """out[m, n], or partial[splits, m, n] of it, of the descriptors a[m, k] and w[n, k].
 
@@ -56,13 +59,14 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
         a: float8e4nv descriptor, block [BLOCK_M, 128] of 16 to 128 rows; 128 want 8 warps.
         w: float8e4nv descriptor, block [128, 128].
         out: Pointer to contiguous [m, n], or, for partial sums, to float32 [splits, m, n].
-        a_scale: float32 descriptor of the transposed scales [ceil(k / (128 SPAN)), m], block [1, BLOCK_M], but
+        a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, BLOCK_M], but
             of SCALE_BOX columns at least.
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None; None for partial sums.
         depth: Blocks of K of a split; no split is empty.
         STAGES: Blocks of K that are on their way or in use at one time.
         SPAN: Blocks of K that share a scale of the activation.
+        SUBS: Tiles of the activation in a block of K, each with a scale; 1, 2 or 4, and then SPAN is 1.
     """
     BLOCK_M: gl.constexpr = a.block_shape[0]
     WARPS: gl.constexpr = gl.num_warps()
@@ -73,12 +77,13 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, 128], a.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, 128, 128], w.layout)
     SCALES: gl.constexpr = a_scale.block_shape[1]
-    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, SCALES], a_scale.layout)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, 1, SCALES], a_scale.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for each in gl.static_range(STAGES):
         mbarrier.init(full.index(each), count=1)
     fence_async_shared()
-    scales = s_ring._reinterpret(gl.float32, [STAGES, SCALES], FLAT)
+    scales = s_ring._reinterpret(gl.float32, [STAGES * SUBS, SCALES], FLAT)
+    DEPTH: gl.constexpr = 128 // SUBS
 
     height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
     program = gl.program_id(0)
@@ -98,14 +103,17 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
         w_now = w_next
         w_next = gl.load(w_scales + gl.minimum(step + 1, steps - 1) * w_scale_stride_k)  # one block ahead
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        right = a_ring.index(stage).permute((1, 0))
-        part = warpgroup_mma(w_ring.index(stage), right, part, use_acc=False, is_async=True)
-        scale = scales.index(stage).slice(0, BLOCK_M).load(gl.SliceLayout(0, SUMS)) * w_now
-        part = warpgroup_mma_wait(0, deps=(part,))
-        _barrier()  # all warps have read the stage
-        later, there = step + STAGES, step + STAGES < steps
-        _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
-        total += part * scale[None, :]
+        for sub in gl.static_range(SUBS):
+            left = w_ring.index(stage).slice(sub * DEPTH, DEPTH, 1)
+            right = a_ring.index(stage).slice(sub * DEPTH, DEPTH, 1).permute((1, 0))
+            part = warpgroup_mma(left, right, part, use_acc=False, is_async=True)
+            scale = scales.index(stage * SUBS + sub).slice(0, BLOCK_M).load(gl.SliceLayout(0, SUMS)) * w_now
+            part = warpgroup_mma_wait(0, deps=(part,))
+            if sub == SUBS - 1:
+                _barrier()  # all warps have read the stage
+                later, there = step + STAGES, step + STAGES < steps
+                _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
+            total += part * scale[None, :]
 
     columns = tile_n * 128 + gl.arange(0, 128, gl.SliceLayout(1, SUMS))
     rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))

@@ -39,8 +39,11 @@ def _consume(  # type: ignore[no-untyped-def]
     BOX: gl.constexpr = WHO * WAVES * 64 // ROWS
     ROW: gl.constexpr = WHO * WAVES * 64 % ROWS
     NEXT: gl.constexpr = (WHO + 1) % CONSUMERS
+    # Narrow tiles of the activation: steps inside a stage, each with a scale of its own.
+    SUBS: gl.constexpr = s_ring.shape[0] // a_ring.shape[0]
+    DEPTH: gl.constexpr = 128 // SUBS
     TURNS: gl.constexpr = CONSUMERS * WAVES > 2
-    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES, ROWS], FLAT)
+    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES * SUBS, ROWS], FLAT)
     buffer = out_ring.index(WHO)
     blocks = gl.cdiv(k, 128)
     turn = 0
@@ -60,30 +63,34 @@ def _consume(  # type: ignore[no-untyped-def]
             w_now = w_next
             w_next = gl.load(w_scales + gl.minimum(block + 1, blocks - 1) * w_scale_stride_k)  # one block ahead
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            right = w_ring.index(stage).permute((1, 0))
-            if TURNS:
-                wait_for_turn(WHO)
-            part = warpgroup_mma(a_ring.index(place).slice(ROW, 64), right, part, use_acc=False, is_async=True)
-            if TURNS:
-                give_turn(NEXT)
-            scale0 = scales.index(place).slice(ROW, 64).load(LINES)
-            if WAVES == 2:
-                scale1 = scales.index(place).slice(ROW + 64, 64).load(LINES)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            if WAVES == 1:
-                mbarrier.arrive(free.index(stage), count=1)
-            total0 += part * (scale0 * w_now)[:, None]
-            # The second wave must not start before this promotion is done, and the next block's not before that of the
-            # second: there are registers for one `part`, and waiting on a sum pins the order.
-            total0 = warpgroup_mma_wait(0, deps=(total0,))
-            if WAVES == 2:
-                wait_for_turn(WHO)
-                part = warpgroup_mma(a_ring.index(place).slice(ROW + 64, 64), right, part, use_acc=False, is_async=True)
-                give_turn(NEXT)
+            for sub in gl.static_range(SUBS):
+                left = a_ring.index(place).slice(sub * DEPTH, DEPTH, 1)
+                right = w_ring.index(stage).slice(sub * DEPTH, DEPTH, 1).permute((1, 0))
+                scale = scales.index(place * SUBS + sub)
+                if TURNS:
+                    wait_for_turn(WHO)
+                part = warpgroup_mma(left.slice(ROW, 64), right, part, use_acc=False, is_async=True)
+                if TURNS:
+                    give_turn(NEXT)
+                scale0 = scale.slice(ROW, 64).load(LINES)
+                if WAVES == 2:
+                    scale1 = scale.slice(ROW + 64, 64).load(LINES)
                 part = warpgroup_mma_wait(0, deps=(part,))
-                mbarrier.arrive(free.index(stage), count=1)
-                total1 += part * (scale1 * w_now)[:, None]
-                total1 = warpgroup_mma_wait(0, deps=(total1,))
+                if WAVES == 1 and sub == SUBS - 1:
+                    mbarrier.arrive(free.index(stage), count=1)
+                total0 += part * (scale0 * w_now)[:, None]
+                # The second wave must not start before this promotion is done, and the next step's not before that of
+                # the second: there are registers for one `part`, and waiting on a sum pins the order.
+                total0 = warpgroup_mma_wait(0, deps=(total0,))
+                if WAVES == 2:
+                    wait_for_turn(WHO)
+                    part = warpgroup_mma(left.slice(ROW + 64, 64), right, part, use_acc=False, is_async=True)
+                    give_turn(NEXT)
+                    part = warpgroup_mma_wait(0, deps=(part,))
+                    if sub == SUBS - 1:
+                        mbarrier.arrive(free.index(stage), count=1)
+                    total1 += part * (scale1 * w_now)[:, None]
+                    total1 = warpgroup_mma_wait(0, deps=(total1,))
             turn += 1
         row = (tile_m * CONSUMERS + WHO) * WAVES * 64
         store(out, buffer, total0, row, tile_n * BLOCK_N, bias, n)
@@ -98,6 +105,7 @@ def _consume(  # type: ignore[no-untyped-def]
 def warp_gemm(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k,
     CONSUMERS: gl.constexpr, WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPAN: gl.constexpr,
+    SUBS: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors, on a grid of any size.
 
@@ -107,7 +115,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         a: float8e4nv descriptor; its block is [BLOCK_M, 128], or [64, 128] where BLOCK_M is no power of two.
         w: float8e4nv descriptor, block [BLOCK_N, 128]; BLOCK_N divides 128: a tile has one weight scale a block.
         out: bfloat16, float16 or float32 descriptor, block [64, BLOCK_N].
-        a_scale: float32 descriptor of the transposed scales [ceil(k / (128 SPAN)), m], block [1, rows of a's block].
+        a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, rows of a's block].
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None.
         CONSUMERS: Warpgroups that multiply, 2 or 3.
@@ -115,6 +123,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         STAGES: Blocks of K that are in shared memory at one time.
         GROUP: Rows of tiles that follow each other.
         SPAN: Blocks of K that share a scale of the activation.
+        SUBS: Tiles of the activation in a block of K, each with a scale; 1, 2 or 4, and then SPAN is 1.
     """
     BLOCK_M: gl.constexpr = CONSUMERS * WAVES * 64
     BLOCK_N: gl.constexpr = w.block_shape[0]
@@ -123,7 +132,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
     gl.static_assert(128 % BLOCK_N == 0 and BLOCK_M % ROWS == 0)
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * BOXES, ROWS, 128], a.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_N, 128], w.layout)
-    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BOXES, 1, ROWS], a_scale.layout)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BOXES * SUBS, 1, ROWS], a_scale.layout)
     out_ring = gl.allocate_shared_memory(out.dtype, [CONSUMERS, 64, BLOCK_N], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -53,11 +53,16 @@ def give_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
 def produce(  # type: ignore[no-untyped-def]
     a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr
 ):  # fmt: skip
-    """Fills the ring, stage after stage, for all tiles of this block of threads."""
+    """Fills the ring, stage after stage, for all tiles of this block of threads.
+
+    Without `a_scale` and `s_ring`, None, there are no scales. A ring of scales with several rows for each box of the
+    activation holds those of narrow tiles of K.
+    """
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     BOXES: gl.constexpr = a_ring.shape[0] // STAGES
     ROWS: gl.constexpr = a_ring.shape[1]
+    SUBS: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // a_ring.shape[0]
     turn = 0
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
@@ -65,11 +70,13 @@ def produce(  # type: ignore[no-untyped-def]
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * 4)
+            mbarrier.expect(bar, (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * SUBS * 4)
             for box in gl.static_range(BOXES):
                 row = (tile_m * BOXES + box) * ROWS
                 place = stage * BOXES + box
-                tma.async_copy_global_to_shared(a_scale, [block // SPAN, row], bar, s_ring.index(place))
+                for sub in gl.static_range(SUBS):
+                    line = (block * SUBS + sub) // SPAN
+                    tma.async_copy_global_to_shared(a_scale, [line, row], bar, s_ring.index(place * SUBS + sub))
                 tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
             tma.async_copy_global_to_shared(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
             turn += 1

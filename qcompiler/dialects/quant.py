@@ -91,6 +91,11 @@ def dequantize_types(op: Op) -> tuple[Type, ...]:
 
 def linear_types(op: Op) -> tuple[Type, ...]:
     """(x f8[..., K], x_scale, w f8[N, K], w_scale, bias [N]?) -> out_dtype[..., N]"""
+    return (TensorType(dtype_of(op, "out_dtype"), linear_shape(op)),)
+
+
+def linear_shape(op: Op) -> tuple[Size, ...]:
+    """The shape of the product of the first four operands, which are checked, and so is a bias behind them."""
     x, w = op.tensor(0).tensor, op.tensor(2).tensor
     check_scale(op, 0, "x_block")
     check_scale(op, 2, "w_block")
@@ -99,7 +104,7 @@ def linear_types(op: Op) -> tuple[Type, ...]:
     bias = op.args[4] if len(op.args) > 4 else None
     if isinstance(bias, Value) and bias.tensor.shape != w.shape[:1]:
         raise OpError(f"the bias is {bias.type}, but the weight {w} needs {w.shape[0]} of them", 4)
-    return (TensorType(dtype_of(op, "out_dtype"), (*x.shape[:-1], w.shape[0])),)
+    return (*x.shape[:-1], w.shape[0])
 
 
 def quantize(
