@@ -8,6 +8,8 @@ a device at its power limit gives whoever comes first the higher clock, and few 
 that come from memory: a turn through so many that the cache holds none.
 """
 
+import importlib
+import importlib.util
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +29,20 @@ SHAPES = (
     (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168), (4096, 7168, 2048), (4096, 4096, 4096),
     (8192, 8192, 8192),
 )  # fmt: skip
+"""Of the usual comparisons of FP8 kernels."""
 
-# Of Llama-3-8B (q, k and v; output; gate and up; down) and DeepSeek-V3 (two projections of its attention; experts).
-LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (2112, 7168), (24576, 1536), (4096, 7168))
-MODEL_SHAPES = tuple((m, n, k) for m in (1, 16, 64, 128, 1024, 8192) for n, k in LAYERS)
+LAYERS = (
+    (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),
+    (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672),
+    (2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048),
+)  # fmt: skip
+"""N and K of Llama-3-8B and Llama-3-70B (q, k and v; output; gate and up; down), and of DeepSeek-V3 (the projections of
+its attention, one expert)."""
+
+ROWS = (1, 16, 64, 128, 1024, 4096, 8192)
+MODEL_SHAPES = tuple(shape for m in ROWS for n, k in LAYERS if (shape := (m, n, k)) not in SHAPES)
+
+deep_gemm = importlib.import_module("deep_gemm") if importlib.util.find_spec("deep_gemm") else None
 
 FEW_ROWS, COLD_BYTES = 128, 160_000_000
 """Up to how many rows the weights are what takes time, and how many bytes of them the cache cannot hold."""
@@ -40,41 +52,44 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
     """One row of the table."""
     first = _Operands(m, n, k)
     want = numerics.scaled_linear(first.x, first.xs, first.w, first.ws, out_dtype=torch.float32)
-    error = harness.relative_error(first.ours(), want)
-    try:
-        vendor_error = harness.relative_error(first.vendor(), want)
-    except (RuntimeError, ValueError):  # not for every number of rows
-        vendor_error = None
+    errors = {name: _error(launch, want) for name, launch in first.launches().items()}
     del want
-    launches = {"bf16": [first.bf16], "plain": [first.plain], "ours": [first.ours]}
-    if vendor_error is not None:
-        launches["vendor"] = [first.vendor]
+    speed = _in_turns({name: [launch] for name, launch in first.launches().items() if errors[name] is not None})
     work = 2 * m * n * k / 1e9
-    speed = {name: work / time for name, time in _in_turns(launches).items()}
-    row = {
-        "M, N, K": f"{m}, {n}, {k}",
-        "bf16 cuBLAS": speed["bf16"],
-        "cuBLAS 1x128/128x128": speed.get("vendor"),
-        "portable kernels": speed["plain"],
-        "qcompiler": speed["ours"],
-        "x bf16": speed["ours"] / speed["bf16"],
-        "x cuBLAS": speed["ours"] / speed["vendor"] if "vendor" in speed else None,
+    row = {"M, N, K": f"{m}, {n}, {k}"} | {
+        name: work / speed[name] if name in speed else None for name in first.launches()
     }
     cold: dict[str, float] = {}
     if m <= FEW_ROWS:
         others = [first] + [_Operands(m, n, k) for _ in range(COLD_BYTES // (n * k))]
-        launches = {"ours": [each.ours for each in others]}
-        if vendor_error is not None:
-            launches["vendor"] = [each.vendor for each in others]
-        cold = _in_turns(launches)
+        cold = _in_turns({name: [each.launches()[name] for each in others] for name in BLOCKS if name in speed})
+    better = min((speed[name] for name in (VENDOR, DEEPGEMM) if name in speed), default=None)
+    better_cold = min((cold[name] for name in (VENDOR, DEEPGEMM) if name in cold), default=None)
     return row | {
-        "cold us, cuBLAS": 1e3 * cold["vendor"] if "vendor" in cold else None,
-        "cold us, qcompiler": 1e3 * cold["ours"] if cold else None,
-        "TB/s of weights": n * k / cold["ours"] / 1e9 if cold else None,
-        "error": error,
-        "cuBLAS error": vendor_error,
+        "x bf16": speed["bf16 cuBLAS"] / speed[OURS],
+        "x cuBLAS": speed[VENDOR] / speed[OURS] if VENDOR in speed else None,
+        "x the better": better / speed[OURS] if better else None,
+        "cold us, cuBLAS": 1e3 * cold[VENDOR] if VENDOR in cold else None,
+        "cold us, ours": 1e3 * cold[OURS] if cold else None,
+        "cold, x the better": better_cold / cold[OURS] if better_cold else None,
+        "TB/s of weights": n * k / cold[OURS] / 1e9 if cold else None,
+        "error": errors[OURS],
+        "cuBLAS error": errors[VENDOR],
         "configuration": str(first.config),
     }
+
+
+def _error(launch: Callable[[], torch.Tensor], want: torch.Tensor) -> float | None:
+    """The error of one launch, or None where the vendor has no kernel for the sizes."""
+    try:
+        return harness.relative_error(launch(), want)
+    except (RuntimeError, ValueError):
+        return None
+
+
+OURS, VENDOR, DEEPGEMM = "qcompiler", "cuBLAS 1x128/128x128", "DeepGEMM"
+BLOCKS = (OURS, VENDOR, DEEPGEMM)
+"""The kernels that make the very same product."""
 
 
 class _Operands:
@@ -86,19 +101,22 @@ class _Operands:
         self.right = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         self.x, self.xs = torch.ops.qcompiler.quantize(self.left, [1, 128], e4m3, "deepseek", "col_major")
         self.w, self.ws = torch.ops.qcompiler.quantize(self.right, [128, 128], e4m3, "deepseek", "row_major")
+        self.one = torch.ones((), device="cuda")
         self.out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
         self.config = choose(GemmProblem(bucket(m), n, k))
-        self.portable = choose(GemmProblem(bucket(m), n, k, scale_columns=False))
+
+    def launches(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """What is compared, by name."""
+        named = {
+            "bf16 cuBLAS": self.bf16, "cuBLAS FP8 per tensor": self.vendor_tensor, VENDOR: self.vendor, OURS: self.ours,
+        }  # fmt: skip
+        return named if deep_gemm is None else named | {DEEPGEMM: self.deepgemm}
 
     def bf16(self) -> torch.Tensor:
         return torch.mm(self.left, self.right.T)
 
     def ours(self) -> torch.Tensor:
         launch_gemm(self.config, self.x, self.w, self.out, self.xs, self.ws, None)
-        return self.out
-
-    def plain(self) -> torch.Tensor:
-        launch_gemm(self.portable, self.x, self.w, self.out, self.xs, self.ws, None)
         return self.out
 
     def vendor(self) -> torch.Tensor:
@@ -108,9 +126,17 @@ class _Operands:
             output_dtype=torch.bfloat16,
         )  # fmt: skip
 
+    def vendor_tensor(self) -> torch.Tensor:
+        """Another product, of the same codes: one scale for each operand, and fast accumulation."""
+        return torch._scaled_mm(self.x, self.w.T, self.one, self.one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def deepgemm(self) -> torch.Tensor:
+        deep_gemm.fp8_gemm_nt((self.x, self.xs), (self.w, self.ws), self.out, disable_ue8m0_cast=True)
+        return self.out
+
 
 def _in_turns(
-    launches: dict[str, list[Callable[[], object]]], rounds: int = 5, budget: float = 6.0
+    launches: dict[str, list[Callable[[], object]]], rounds: int = 5, budget: float = 4.0
 ) -> dict[str, float]:
     """Milliseconds of one launch of each, the median over rounds in which each replays a graph of `budget` ms."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -173,9 +199,38 @@ def measure_granularities(m: int, n: int, k: int) -> dict[str, Any]:
             row["cuBLAS FP8 token x channel"] = work / harness.milliseconds(
                 lambda x=x, w=w, xs=xs, ws=ws: torch._scaled_mm(x, w.T, xs, ws.T, out_dtype=torch.bfloat16)
             )
+        if name == "FP8 tensor x tensor":
+            row["cuBLAS FP8 tensor x tensor"] = work / harness.milliseconds(
+                lambda x=x, w=w, xs=xs, ws=ws: torch._scaled_mm(
+                    x, w.T, xs.view(()), ws.view(()), out_dtype=torch.bfloat16
+                )
+            )
         if name == "INT8 token x channel":
             row["cuBLAS INT8, int32 out"] = work / harness.milliseconds(lambda x=x, w=w: torch._int_mm(x, w.T))
     return row | {"worst error": worst}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric means over the shapes, and the worst and the best of them."""
+    many = [row for row in rows if int(row["M, N, K"].split(",")[0]) >= 1024]
+    few = [row for row in rows if int(row["M, N, K"].split(",")[0]) <= FEW_ROWS]
+    chosen = (
+        ("M >= 1024, x cuBLAS 1x128/128x128", many, "x cuBLAS"),
+        ("M >= 1024, x bf16", many, "x bf16"),
+        ("M <= 128, warm, x the better of cuBLAS and DeepGEMM", few, "x the better"),
+        ("M <= 128, cold, x the better of cuBLAS and DeepGEMM", few, "cold, x the better"),
+        ("M <= 128, warm, x bf16", few, "x bf16"),
+    )
+    lines = []
+    for title, among, column in chosen:
+        ratios = [row[column] for row in among if row[column] is not None]
+        lines += [_line(title, ratios)] if ratios else []
+    return lines
+
+
+def _line(title: str, ratios: list[float]) -> dict[str, Any]:
+    mean = statistics.geometric_mean(ratios)
+    return {"": title, "mean": mean, "worst": min(ratios), "best": max(ratios), "shapes": len(ratios)}
 
 
 def main() -> None:
@@ -184,9 +239,15 @@ def main() -> None:
     rows = [measure(*shape) for shape in (*SHAPES, *MODEL_SHAPES)]
     title = "FP8 GEMM, 1x128 and 128x128 scales, bfloat16 out: TFLOP/s by warm CUDA-graph replay, in turns"
     harness.report("h200-gemm", title, rows, harness.machine())
+    harness.report("h200-gemm-summary", "FP8 GEMM: geometric means of ratios", summary(rows), harness.machine())
     rows = [measure_granularities(*shape) for shape in SHAPES]
     title = "8-bit GEMM of other granularities, bfloat16 out: TFLOP/s by warm CUDA-graph replay"
     harness.report("h200-gemm-granularities", title, rows, harness.machine())
+    pairs = (("FP8 token x channel",) * 2, ("FP8 tensor x tensor",) * 2, ("INT8 token x channel", "INT8, int32 out"))
+    many = [row for row in rows if int(row["M, N, K"].split(",")[0]) >= 1024]
+    lines = [_line(f"{ours}, M >= 1024, x cuBLAS", [row[ours] / row[f"cuBLAS {its}"] for row in many])
+             for ours, its in pairs]  # fmt: skip
+    harness.report("h200-gemm-granularities-summary", "Geometric means of ratios", lines, harness.machine())
 
 
 if __name__ == "__main__":

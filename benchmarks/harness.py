@@ -91,17 +91,19 @@ def report(name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[st
     where = ", ".join(f"{key} {value}" for key, value in facts.items())
     text = f"# {title}\n\n{where}\n\n{table(rows)}\n"
     print(text)
-    _write(folder / f"{name}.json", json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
-    _write(folder / f"{name}.md", text)
+    write(folder / f"{name}.json", json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
+    write(folder / f"{name}.md", text)
 
 
 def arguments() -> argparse.Namespace:
+    """The options that all benchmarks have; one that has more reads those itself."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file and the table")
-    return parser.parse_args()
+    return parser.parse_known_args()[0]
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """A text file, all of it or nothing."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "w") as file:
         file.write(text)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from codegen.gemm_config import GLUON, GemmConfig, Kind
-from codegen.gemm_launch import SUM_BLOCK, gluon_constants, gluon_layout, scale_layout
+from codegen.gemm_launch import SUM_BLOCK, gluon_constants, gluon_layout, row_constants, scale_layout
 from codegen.kernels.narrow_gemm import SCALE_BOX, narrow_gemm, sum_splits
+from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
 from codegen.kernels.quantize import quantize_tiles, quantize_tokens
 from codegen.kernels.quantize_known import partial_amax, quantize_known
-from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
+from codegen.kernels.row_gemm import row_gemm_pointers
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.kernels.warp_gemm import warp_gemm
+from codegen.kernels.warp_row_gemm import warp_row_gemm
 from codegen.machine_code import MachineCode, compile_kernel
 from codegen.quantize_tiling import LONGEST_ROW, QuantizeConfig, quantize_config, tensor_config, token_config
 from qcompiler import numerics
@@ -29,6 +31,7 @@ _TRITON_TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
     torch.int8: "i8",
+    torch.int32: "i32",
 }
 
 
@@ -144,6 +147,18 @@ def compile_sum_splits(
     return compile_kernel(sum_splits, types, constants, (*types, "n"), {"num_warps": 4})
 
 
+def compile_sum_row_splits(
+    splits: int, kind: Kind = "rows_f8", *, out_dtype: torch.dtype = torch.bfloat16,
+    bias_dtype: torch.dtype | None = None,
+) -> MachineCode:  # fmt: skip
+    """Compiles the sum over the splits of K of a narrow tile with scales at its end; as in `compile_sum_splits`."""
+    sums = "*i32" if kind == "rows_i8" else "*fp32"
+    types = {"partial": sums, "out": f"*{_TRITON_TYPES[out_dtype]}", "a_scale": "*fp32", "w_scale": "*fp32"}
+    constants: dict[str, Any] = {"SPLITS": splits, "BLOCK": SUM_BLOCK}
+    _add_bias(types, constants, bias_dtype)
+    return compile_kernel(sum_row_splits, types, constants, (*types, "n"), {"num_warps": 4})
+
+
 def compile_row_gemm(
     config: GemmConfig,
     kind: Kind = "rows_f8",
@@ -152,6 +167,7 @@ def compile_row_gemm(
     bias_dtype: torch.dtype | None = None,
     aligned: bool = True,
     promote: bool | None = None,
+    partial: bool = False,
 ) -> MachineCode:
     """Compiles one configuration of the GEMM with scales at the end of the sum; the rest as in `compile_gemm`.
 
@@ -162,11 +178,14 @@ def compile_row_gemm(
         bias_dtype: Of the bias, or None for none.
         aligned: As in `compile_gemm`.
         promote: Whether each step is added in FP32 registers; left out, it is for FP8.
+        partial: Of a narrow tile, compile what writes sums of a split of K, whose type `out_dtype` is not.
     """
     dtype = torch.int8 if kind == "rows_i8" else torch.float8_e4m3fn
-    constants = {"PROMOTE": kind == "rows_f8" if promote is None else promote}
-    kernel = row_gemm_tma if config.variant == "tma" else row_gemm_pointers
-    return _compile_gemm(kernel, config, dtype, out_dtype, bias_dtype, aligned, constants)
+    promoted = kind == "rows_f8" if promote is None else promote
+    if config.variant in GLUON:
+        return _compile_gluon_rows(config, dtype, out_dtype, bias_dtype, promoted, partial)
+    constants = {"PROMOTE": promoted}
+    return _compile_gemm(row_gemm_pointers, config, dtype, out_dtype, bias_dtype, aligned, constants)
 
 
 def _rule(profile: str, out_dtype: torch.dtype) -> dict[str, Any]:
@@ -232,22 +251,46 @@ def _add_bias(types: dict[str, str], constants: dict[str, Any], dtype: torch.dty
 def _compile_gluon(
     config: GemmConfig, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, x_block: int
 ) -> MachineCode:
-    def tile(rows: int, columns: int, dtype: torch.dtype) -> str:
-        layout = gluon_layout(rows, columns, dtype)
-        return f"tensordesc<{_TRITON_TYPES[dtype]}[{rows}, {columns}],{layout!r}>"
-
     narrow = config.variant == "narrow"
     scales = max(config.box, SCALE_BOX) if narrow else config.box
-    types = {
-        "a": tile(config.box, 128, torch.float8_e4m3fn),
-        "w": tile(config.block_n, 128, torch.float8_e4m3fn),
-        "out": f"*{_TRITON_TYPES[out_dtype]}" if narrow else tile(64, config.block_n, out_dtype),
-        "a_scale": f"tensordesc<fp32[1, {scales}],{scale_layout()!r}>",
-        "w_scale": "*fp32",
-    }
-    constants = gluon_constants(config, x_block) | {"w_scale_stride_k": 1}
+    types = _gluon_types(config, torch.float8_e4m3fn, out_dtype)
+    types |= {"a_scale": f"tensordesc<fp32[1, {scales}],{scale_layout()!r}>", "w_scale": "*fp32"}
+    constants = gluon_constants(config, x_block, out_dtype.itemsize) | {"w_scale_stride_k": 1}
+    return _compile_gluon_kernel(narrow_gemm if narrow else warp_gemm, config, types, constants, bias_dtype)
+
+
+def _compile_gluon_rows(
+    config: GemmConfig, dtype: torch.dtype, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, promote: bool,
+    partial: bool,
+) -> MachineCode:  # fmt: skip
+    sums = torch.int32 if dtype == torch.int8 else torch.float32
+    types = _gluon_types(config, dtype, sums if partial else out_dtype)
+    constants: dict[str, Any] = row_constants(config, promote, out_dtype.itemsize)
+    if partial:
+        constants |= {"a_scale": None, "w_scale": None}
+    else:
+        types |= {"a_scale": "*fp32", "w_scale": "*fp32"}
+    if config.variant == "narrow":
+        return _compile_gluon_kernel(narrow_row_gemm, config, types, constants, bias_dtype)
+    constants["w_scale_stride"] = 1  # the JIT compiler folds a 1 as well
+    return _compile_gluon_kernel(warp_row_gemm, config, types, constants, bias_dtype)
+
+
+def _gluon_types(config: GemmConfig, dtype: torch.dtype, out_dtype: torch.dtype) -> dict[str, str]:
+    """Triton's types of the operands and the result of a Gluon kernel."""
+
+    def tile(rows: int, columns: int, dtype: torch.dtype) -> str:
+        return f"tensordesc<{_TRITON_TYPES[dtype]}[{rows}, {columns}],{gluon_layout(rows, columns, dtype)!r}>"
+
+    narrow = config.variant == "narrow"
+    out = f"*{_TRITON_TYPES[out_dtype]}" if narrow else tile(64, config.block_n, out_dtype)
+    return {"a": tile(config.box, 128, dtype), "w": tile(config.block_n, 128, dtype), "out": out}
+
+
+def _compile_gluon_kernel(
+    kernel: Any, config: GemmConfig, types: dict[str, str], constants: dict[str, Any], bias_dtype: torch.dtype | None
+) -> MachineCode:
     _add_bias(types, constants, bias_dtype)
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
-    warps = config.warps if narrow else 4  # those of the first consumer; the kernel asks for the others itself
-    kernel = narrow_gemm if narrow else warp_gemm
+    warps = config.warps if config.variant == "narrow" else 4  # the first consumer's; the kernel asks for the others
     return compile_kernel(kernel, types, constants, (*pointers, "n", "k"), {"num_warps": warps})

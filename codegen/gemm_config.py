@@ -24,8 +24,8 @@ Kind = Literal["tiles", "rows_f8", "rows_i8"]
 """Which family of kernels runs a product: scales inside the sum, or at its end, and then of which element type."""
 
 Variant = Literal["tma", "pointers", "warp", "narrow"]
-"""Which kernel of a family: portable ones with or without the copy engine, and, for scales inside the sum, the Gluon
-kernels for many rows and for few."""
+"""Which kernel of a family: a portable one on pointers, for scales inside the sum another one with the copy engine, and
+the Gluon kernels for many rows and for few."""
 
 GLUON: tuple[Variant, ...] = ("warp", "narrow")
 
@@ -63,6 +63,11 @@ class GemmProblem:
             return None
         return 128 if self.kind == "rows_f8" or self.x_block == ALL else min(self.x_block, 128)
 
+    @property
+    def stage_scales(self) -> int:
+        """Scales of each row of x that a Gluon kernel has in shared memory for 128 of K."""
+        return 0 if self.kind != "tiles" else 128 // (self.step or 128)
+
 
 @dataclass(frozen=True)
 class GemmConfig:
@@ -75,7 +80,8 @@ class GemmConfig:
         warps: Warps that multiply; each group of 4 is one warpgroup and needs 64 rows, or, of a narrow tile, columns.
         stages: Steps of K that are in shared memory at one time.
         group: Rows of tiles that follow each other in launch order.
-        variant: `"tma"`, `"pointers"`, `"warp"` (`codegen.kernels.warp_gemm`) or `"narrow"` (`…narrow_gemm`).
+        variant: `"tma"`, `"pointers"`, `"warp"` (`codegen.kernels.warp_gemm`, `…warp_row_gemm`) or `"narrow"`
+            (`…narrow_gemm`, `…narrow_row_gemm`).
     """
 
     block_m: int
@@ -96,16 +102,32 @@ class GemmConfig:
         """Rows of x that one copy of a Gluon kernel brings, a power of two."""
         return self.block_m if self.block_m & (self.block_m - 1) == 0 else 64
 
-    def shared_memory(self, out_bytes: int = 2) -> int:
+    def shared_memory(self, out_bytes: int = 2, stage_scales: int = 1) -> int:
         """An upper estimate of the shared memory of a block, in bytes.
 
         The ring of operand tiles, in the Gluon kernels with scales of x beside them, its barriers, and the output tile,
-        which the copy engine stores from there; consumers send 64 rows at a time, narrow tiles none.
+        which the copy engine stores from there; consumers have `out_buffers`, narrow tiles none.
+
+        Args:
+            out_bytes: Bytes of an element of the result.
+            stage_scales: Of a Gluon kernel, as in `GemmProblem`.
         """
-        scales = 4 * max(self.block_m, 32) if self.variant in GLUON else 0
-        rows = {"warp": 64 * self.consumers, "narrow": 0}.get(self.variant, self.block_m)
-        ring = self.stages * ((self.block_m + self.block_n) * self.block_k + scales)
-        return ring + rows * self.block_n * out_bytes + 1024
+        rows = (
+            64 * self.consumers * self.out_buffers(out_bytes, stage_scales) if self.variant == "warp" else self.block_m
+        )
+        written = 0 if self.variant == "narrow" else rows * self.block_n * out_bytes
+        return self._ring(stage_scales) + written
+
+    def out_buffers(self, out_bytes: int = 2, stage_scales: int = 1) -> int:
+        """How many times 64 rows of output each consumer has room for: one for each of its waves if all fit, or one."""
+        waves = max(self.block_m // max(self.consumers, 1) // 64, 1)
+        written = 64 * self.consumers * waves * self.block_n * out_bytes
+        return waves if self._ring(stage_scales) + written <= SHARED_MEMORY_LIMIT else 1
+
+    def _ring(self, stage_scales: int) -> int:
+        """Bytes of the stages, and of barriers and scales or biases of columns."""
+        scales = 4 * max(self.block_m, 32) * stage_scales if self.variant in GLUON else 0
+        return self.stages * ((self.block_m + self.block_n) * self.block_k + scales) + 2048
 
     def registers(self, whole: bool) -> int:
         """Registers of a thread for the tile of sums and, unless the tensor cores keep the `whole` sum, for a step's.
@@ -132,6 +154,7 @@ def _rules_of_sums(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bool
     """What the sizes and the scales ask for."""
     kind, step = problem.kind, problem.step
     why = "a scale spans" if kind == "tiles" else "FP8 sums are promoted every"
+    gluon = config.variant in GLUON  # narrower scales are steps inside a stage
     return (
         (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
         (max(problem.m, problem.n, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
@@ -139,7 +162,11 @@ def _rules_of_sums(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bool
             kind == "rows_i8" and problem.k > DEEPEST_INT8,
             f"a sum of {problem.k} products of INT8 codes can pass 32 bits, K may be {DEEPEST_INT8} at most",
         ),
-        (step is not None and config.block_k != step, f"{why} {step} of K, the step is {config.block_k}"),
+        (
+            step is not None and config.block_k != step and not gluon,
+            f"{why} {step} of K, the step is {config.block_k}",
+        ),
+        (gluon and config.block_k != 128, f"the Gluon kernels have stages of 128 of K, here it is {config.block_k}"),
         (
             kind == "tiles" and 128 % config.block_n != 0,
             f"a tile {config.block_n} wide does not divide the 128 columns of a weight scale",
@@ -158,7 +185,7 @@ def _rules_of_tiles(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[boo
     accumulators, limit = config.registers(whole), REGISTERS_FOR_ACCUMULATORS
     if config.variant == "warp":
         limit = REGISTERS_OF_CONSUMERS.get(config.consumers, 0)
-    shared = config.shared_memory(problem.out_bytes)
+    shared = config.shared_memory(problem.out_bytes, problem.stage_scales)
     return (
         (config.warps % 4 != 0, f"{config.warps} warps are no whole number of warpgroups of 4"),
         (got % needed != 0, f"{config.warps} warps need a multiple of {needed} {side}, the tile has {got}"),
@@ -175,7 +202,6 @@ def _rules_of_copies(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bo
     out_row = problem.n * problem.out_bytes
     copies, gluon = config.variant != "pointers", config.variant in GLUON
     return (
-        (gluon and problem.kind != "tiles", "the Gluon kernels scale inside the sum, here the scales are at its end"),
         (copies and not problem.aligned, "the copy engine needs operands that start at a multiple of 16 bytes"),
         (copies and problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, it is {problem.k}"),
         (
@@ -183,7 +209,7 @@ def _rules_of_copies(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bo
             f"the copy engine needs output rows of a multiple of 16 bytes, they have {out_row}",
         ),
         (
-            gluon and not problem.scale_columns,
+            gluon and problem.kind == "tiles" and not problem.scale_columns,
             "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
         ),
     )

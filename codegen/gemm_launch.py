@@ -11,10 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from codegen.gemm_config import GemmConfig
 from codegen.kernels.narrow_gemm import SCALE_BOX, narrow_gemm, sum_splits
-from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
+from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
+from codegen.kernels.row_gemm import row_gemm_pointers
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.kernels.warp_gemm import warp_gemm
+from codegen.kernels.warp_row_gemm import warp_row_gemm
 from codegen.launching import descriptor, launch, multiprocessors
+from codegen.replay import empty
 from codegen.tiling import ceil_div, split_depth, tiles_of
 from qcompiler.numerics import ALL
 
@@ -26,6 +29,7 @@ SUM_BLOCK = 512
 
 _GLUON_TYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,
+    torch.int8: gl.int8,
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
     torch.float32: gl.float32,
@@ -79,15 +83,18 @@ def launch_row_gemm(
         bias: `[n]`, contiguous, or None.
         promote: Whether each step is added in FP32 registers; left out, it is for FP8.
     """
-    (m, k), n = x.shape, w.shape[0]
-    kernel = row_gemm_tma if config.variant == "tma" else row_gemm_pointers
-    strides = (0 if scale.numel() == 1 else scale.stride(0) for scale in (x_scale, w_scale))
+    strides = [0 if scale.numel() == 1 else scale.stride(0) for scale in (x_scale, w_scale)]
     promoted = x.dtype != torch.int8 if promote is None else promote
-    arguments = (*_tiles(config, x, w, out), x_scale, w_scale, bias, m, n, k, *strides)
-    constants = _constants(config, PROMOTE=promoted)
-    programs, pointers = tiles_of(config, m, n), (x, w, out, x_scale, w_scale, bias)
-    what = _what(config, x, out, promoted, n, k)
-    launch(kernel, programs, arguments, constants, _options(config), pointers, what)
+    if config.variant == "warp":
+        _launch_warp_rows(config, x, w, out, (x_scale, w_scale, bias), strides, promoted)
+    elif config.variant == "narrow":
+        _launch_narrow_rows(config, x, w, out, (x_scale, w_scale, bias), strides, promoted)
+    else:
+        (m, k), n = x.shape, w.shape[0]
+        arguments = (x, w, out, x_scale, w_scale, bias, m, n, k, *strides)
+        constants, what = _constants(config, PROMOTE=promoted), _what(config, x, out, promoted, n, k)
+        programs, pointers = tiles_of(config, m, n), (x, w, out, x_scale, w_scale, bias)
+        launch(row_gemm_pointers, programs, arguments, constants, _options(config), pointers, what)
 
 
 def has_scale_columns(x_scale: Tensor) -> bool:
@@ -103,12 +110,12 @@ def _launch_warp(
     (m, k), n = x.shape, w.shape[0]
     strides = w_scale.stride()
     arguments = (
-        _gluon_tile(x, config.box, 128), _gluon_tile(w, config.block_n, 128), _gluon_tile(out, 64, config.block_n),
-        _gluon_scales(x_scale, config.box), w_scale, bias, m, n, k, *strides,
+        *_gluon_tiles(config, x, w, out), _gluon_scales(x_scale, config.box), w_scale, bias, m, n, k, *strides,
     )  # fmt: skip
     programs = min(multiprocessors(x.device.index), tiles_of(config, m, n))
     what = _what(config, x, out, x_block, n, k, *strides)
-    launch(warp_gemm, programs, arguments, gluon_constants(config, x_block), {"num_warps": 4}, (w_scale, bias), what)
+    constants = gluon_constants(config, x_block, out.element_size())
+    launch(warp_gemm, programs, arguments, constants, {"num_warps": 4}, (w_scale, bias), what)
 
 
 def _launch_narrow(
@@ -118,13 +125,13 @@ def _launch_narrow(
     (m, k), n = x.shape, w.shape[0]
     depth = split_depth(config, m, n, k, multiprocessors(x.device.index))
     splits = ceil_div(ceil_div(k, 128), depth)
-    sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
+    sums = out if splits == 1 else empty((splits, m, n), torch.float32, x.device)
     strides, added = w_scale.stride(), bias if splits == 1 else None
     arguments = (
         _gluon_tile(x, config.box, 128), _gluon_tile(w, 128, 128), sums,
         _gluon_scales(x_scale, max(config.box, SCALE_BOX)), w_scale, added, m, n, k, *strides, depth,
     )  # fmt: skip
-    constants, options = gluon_constants(config, x_block), {"num_warps": config.warps}
+    constants, options = gluon_constants(config, x_block, sums.element_size()), {"num_warps": config.warps}
     what = _what(config, x, sums, x_block, n, k, *strides)
     launch(
         narrow_gemm, tiles_of(config, m, n) * splits, arguments, constants, options, (sums, w_scale, added), what
@@ -136,14 +143,64 @@ def _launch_narrow(
         launch(sum_splits, programs, arguments, constants, {"num_warps": 4}, (sums, out, bias), what)
 
 
-def gluon_constants(config: GemmConfig, x_block: int) -> dict[str, Any]:
-    """What the compiler of a Gluon kernel knows."""
+def _launch_warp_rows(
+    config: GemmConfig, x: Tensor, w: Tensor, out: Tensor, last: tuple[Tensor, Tensor, Tensor | None],
+    strides: list[int], promote: bool,
+) -> None:  # fmt: skip
+    (m, k), n = x.shape, w.shape[0]
+    arguments = (*_gluon_tiles(config, x, w, out), *last, m, n, k, *strides)
+    programs = min(multiprocessors(x.device.index), tiles_of(config, m, n))
+    what = _what(config, x, out, promote, n, k, strides[1])
+    constants = row_constants(config, promote, out.element_size())
+    launch(warp_row_gemm, programs, arguments, constants, {"num_warps": 4}, last, what)
+
+
+def _launch_narrow_rows(
+    config: GemmConfig, x: Tensor, w: Tensor, out: Tensor, last: tuple[Tensor, Tensor, Tensor | None],
+    strides: list[int], promote: bool,
+) -> None:  # fmt: skip
+    (m, k), n = x.shape, w.shape[0]
+    depth = split_depth(config, m, n, k, multiprocessors(x.device.index))
+    splits = ceil_div(ceil_div(k, 128), depth)
+    whole = splits == 1
+    kind = torch.int32 if x.dtype == torch.int8 else torch.float32
+    sums = out if whole else empty((splits, m, n), kind, x.device)
+    applied = last if whole else (None, None, None)
+    arguments = (_gluon_tile(x, config.box, 128), _gluon_tile(w, 128, 128), sums, *applied, m, n, k, *strides, depth)
+    programs, what = tiles_of(config, m, n) * splits, _what(config, x, sums, promote, n, k)
+    constants, options = row_constants(config, promote, sums.element_size()), {"num_warps": config.warps}
+    launch(narrow_row_gemm, programs, arguments, constants, options, (sums, *applied), what)
+    if not whole:
+        constants = {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": SUM_BLOCK}
+        programs, arguments = ceil_div(m * n, SUM_BLOCK), (sums, out, *last, m, n, splits, *strides)
+        what = (x.device.index, constants["SPLITS"], n)
+        launch(sum_row_splits, programs, arguments, constants, {"num_warps": 4}, (sums, out, *last), what)
+
+
+def gluon_constants(config: GemmConfig, x_block: int, out_bytes: int) -> dict[str, Any]:
+    """What the compiler of a Gluon kernel with scales inside the sum knows."""
     span = WHOLE_SPAN if x_block == ALL else max(x_block // 128, 1)
     subs = 1 if x_block == ALL else max(128 // x_block, 1)
     if config.variant == "narrow":
         return {"STAGES": config.stages, "SPAN": span, "SUBS": subs}
-    first = {"CONSUMERS": config.consumers, "WAVES": config.block_m // config.consumers // 64}
-    return {**first, "STAGES": config.stages, "GROUP": config.group, "SPAN": span, "SUBS": subs}
+    return {**_warp_constants(config), "SPAN": span, "SUBS": subs, "BUFFERS": config.out_buffers(out_bytes, subs)}
+
+
+def row_constants(config: GemmConfig, promote: bool, out_bytes: int) -> dict[str, Any]:
+    """What the compiler of a Gluon kernel with scales at the end of the sum knows."""
+    if config.variant == "narrow":
+        return {"STAGES": config.stages, "PROMOTE": promote}
+    return {**_warp_constants(config), "PROMOTE": promote, "BUFFERS": config.out_buffers(out_bytes, 0)}
+
+
+def _warp_constants(config: GemmConfig) -> dict[str, Any]:
+    waves = config.block_m // config.consumers // 64
+    return {"CONSUMERS": config.consumers, "WAVES": waves, "STAGES": config.stages, "GROUP": config.group}
+
+
+def _gluon_tiles(config: GemmConfig, x: Tensor, w: Tensor, out: Tensor) -> tuple[Any, ...]:
+    """The operands as the warp-specialized kernels take them."""
+    return _gluon_tile(x, config.box, 128), _gluon_tile(w, config.block_n, 128), _gluon_tile(out, 64, config.block_n)
 
 
 def _gluon_tile(tensor: Tensor, rows: int, columns: int) -> Any:

@@ -37,6 +37,9 @@ PRELUDES = {
 }
 """What a function may need, by the text that shows that it does."""
 
+GPU_PRELUDES = PRELUDES | {"kernels.": "from codegen.direct import kernels"}
+"""The same on a GPU, where torch's dispatcher takes as much time as a launch."""
+
 WEIGHTS, UPDATE = ("core.param", "core.buffer"), "core.update"
 KEPT = ("core.input", *WEIGHTS)
 """What a caller or the store keeps alive anyhow."""
@@ -102,7 +105,8 @@ class _Emitter:
         outputs = self.update([op for op in ops if op.name == UPDATE])
         self.lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
         body = "".join(f"    {line}\n" for line in self.lines)
-        preludes = [line for mark, line in PRELUDES.items() if mark in body]
+        known = PRELUDES if self.target == "cpu" else GPU_PRELUDES
+        preludes = [line for mark, line in known.items() if mark in body]
         text = "\n".join([self.head(ops), "import torch", *(["", *preludes] if preludes else []), "", ""])
         return HostModule(f"{text}\ndef {entry}({', '.join(['weights', *inputs])}):\n{body}", entry, self.weights)
 
@@ -283,6 +287,7 @@ SPECIAL: dict[str, Callable[[_Emitter, Op, list[str]], str]] = {
     "kernel.quantize": _kernel("quantize", 1, QUANTIZE_ARGUMENTS, last=True),
     "kernel.quantize_static": _kernel("quantize_static", 2, STATIC_ARGUMENTS, last=True),
     "kernel.scaled_linear": _kernel("scaled_linear", 4, LINEAR_ARGUMENTS, last=False),
+    "kernel.grouped_linear": _kernel("grouped_linear", 5, LINEAR_ARGUMENTS, last=True),
     "kernel.fused_quantize": _fused_quantize,
     "kernel.fused_linear": _fused_linear,
 }

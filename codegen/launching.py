@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.enqueue import Kernel, is_descriptor
 from codegen.kernel_cache import use_cache_folder
+from codegen.recent import Recent
+from codegen.replay import state
 from qcompiler.errors import CodegenError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,7 +49,7 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_COMPILED: dict[Hashable, Any] = {}
+_COMPILED: dict[Hashable, Kernel] = {}
 
 
 def launch(
@@ -57,7 +60,7 @@ def launch(
 
     Triton's own launch binds and classifies all arguments anew, which takes longer than many kernels run. Here the
     compiled kernel is remembered by what Triton compiles for: the types of the arguments, whether pointers are aligned,
-    and what it looks for in integers.
+    and what it looks for in integers. Inside `codegen.replay.replayed` the launch is remembered as a whole.
 
     Args:
         kernel: A Triton or Gluon function whose last parameters are the constants, in their order.
@@ -68,19 +71,57 @@ def launch(
         pointers: Those tensors that are passed as pointers, and None for those that are left out.
         what: Tells apart the constants, the options, the device, the types of descriptors, and the integers that the
             kernel is specialised on.
+
+    Raises:
+        CodegenError: The kernel is not compiled yet while a CUDA graph is captured.
     """
     places = [None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in pointers]
     key = (id(kernel), what, *places)
-    compiled = _COMPILED.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*arguments, *constants.values())
+    ready = _COMPILED.get(key)
+    if state.planner is not None:
+        if ready is None:
+            state.planner(key, kernel, arguments, constants, options)
         return
-    compiled = kernel[(programs,)](*arguments, **constants, **options)
-    if compiled is not None:  # the interpreter compiles nothing
-        _COMPILED[key] = compiled
+    if ready is not None:
+        ready(programs, arguments)
+    else:
+        _check_capture(kernel, arguments)
+        compiled = kernel[(programs,)](*arguments, **constants, **options)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        ready = keep_compiled(key, compiled, arguments, constants)
+    if state.tape is not None:
+        state.tape.note(ready, programs, arguments)
 
 
-_TEMPLATES: dict[Hashable, Any] = {}
+def keep_compiled(key: Hashable, compiled: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> Kernel:
+    """Loads a compiled kernel on the current device, and keeps it for launches of this key."""
+    ready = _COMPILED[key] = Kernel(compiled, arguments, tuple(constants.values()))
+    return ready
+
+
+def _check_capture(kernel: Any, arguments: Sequence[Any]) -> None:
+    """Raises CodegenError where a kernel that is new would be loaded into a stream under capture."""
+    if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+        return
+    name = getattr(kernel, "__name__", str(kernel))
+    raise CodegenError(
+        "a kernel is not compiled yet, and cannot be while a CUDA graph is captured",
+        got=f"{name}({', '.join(map(_brief, arguments))})",
+        fix="Before the capture call compiled.warmup(...) with these sizes, or run the same call once.",
+    )
+
+
+def _brief(argument: Any) -> str:
+    """A tensor by its type and sizes, a number by itself."""
+    tensor = getattr(argument, "base", argument) if is_descriptor(argument) else argument
+    if not isinstance(tensor, Tensor):
+        return str(argument)
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+_TEMPLATES: Recent[dict[str, Any]] = Recent(4096)
+"""Fields of descriptors that were checked, one for each number of rows lately met, without their tensor."""
 
 
 def descriptor(
@@ -96,14 +137,13 @@ def descriptor(
         block: Rows and columns of a tile.
         layout: For Gluon.
     """
-    key = (tensor_descriptor, tensor.dtype, *shape, stride, *block)
+    # A template holds on to its layout, so that no other layout can have the same id.
+    key = (tensor_descriptor, tensor.dtype, *shape, stride, *block, *map(id, layout))
     template = _TEMPLATES.get(key)
     if template is None:
-        if len(_TEMPLATES) >= 4096:  # one for each number of rows ever met
-            _TEMPLATES.clear()
-        template = _TEMPLATES[key] = tensor_descriptor(tensor, shape, [stride, 1], block, *layout).__dict__ | {
-            "base": None
-        }
+        checked = tensor_descriptor(tensor, shape, [stride, 1], block, *layout)
+        template = vars(checked) | {"base": None}
+        _TEMPLATES.put(key, template)
     result = tensor_descriptor.__new__(tensor_descriptor)
     result.__dict__.update(template, base=tensor)
     return result

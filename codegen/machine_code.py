@@ -40,8 +40,9 @@ class MachineCode:
         wide_loads: Global loads of 16 bytes a thread, asynchronous ones included.
         wide_stores: Global stores of 16 bytes a thread.
         float_adds: FP32 additions and multiply-adds (`FADD`, `FFMA`).
-        registers: Registers of a thread.
+        registers: Registers of a thread; of one at the start, where specialized warps then trade them.
         shared_memory: Bytes of shared memory of a block.
+        warps: Warps of a block.
         instructions: Machine instructions.
         sass: The disassembly.
     """
@@ -57,8 +58,19 @@ class MachineCode:
     float_adds: int
     registers: int
     shared_memory: int
+    warps: int
     instructions: int
     sass: str
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a Hopper multiprocessor holds at one time.
+
+        It has 65536 registers, given to a warp by the 256, room for 64 warps and 32 blocks, and 228 KB of shared
+        memory, of which a block takes 1 KB more than it asks for.
+        """
+        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * self.warps)
+        return min(32, 64 // self.warps, by_registers, 228 * 1024 // (self.shared_memory + 1024))
 
 
 def compile_kernel(
@@ -94,14 +106,14 @@ def compile_kernel(
         built = triton.compile(source, target=HOPPER, options=options)
     except Exception as error:  # Triton's own errors have no common base
         raise CodegenError(f"Triton cannot compile {kernel.__name__} for sm_90a", got=error) from error
-    return _inspect(built.asm["cubin"], built.metadata.shared)
+    return _inspect(built.asm["cubin"], built.metadata.shared, built.metadata.num_warps)
 
 
-def _inspect(cubin: bytes, shared_memory: int) -> MachineCode:
+def _inspect(cubin: bytes, shared_memory: int, warps: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        sass, usage = _cuobjdump("-sass", path), _cuobjdump("-res-usage", path)
+        sass, usage = disassembly(path), _cuobjdump("-res-usage", path)
     names = _INSTRUCTION.findall(sass)
     heads = Counter(name.split(".")[0] for name in names)
     registers = re.search(r"REG:(\d+)", usage)
@@ -117,9 +129,15 @@ def _inspect(cubin: bytes, shared_memory: int) -> MachineCode:
         float_adds=heads["FADD"] + heads["FFMA"],
         registers=int(registers[1]) if registers else 0,
         shared_memory=shared_memory,
+        warps=warps,
         instructions=len(names),
         sass=sass,
     )
+
+
+def disassembly(cubin: Path) -> str:
+    """The instructions of a compiled kernel, with their addresses; CodegenError when the file is none."""
+    return _cuobjdump("-sass", cubin)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

@@ -6,11 +6,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from codegen.gemm_config import GemmConfig, GemmProblem, Kind
+from codegen.gemm_config import GemmProblem, Kind
 from codegen.gemm_launch import has_scale_columns, launch_gemm, launch_row_gemm
 from codegen.launching import FLOATS, as_rows, check_device, multiprocessors, on
+from codegen.replay import empty, replayed
 from codegen.support import is_tiled, why_not
-from codegen.tiling import bucket, choose
+from codegen.tiling import bucket
+from codegen.tuned import config_for
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import scale_shape
 
@@ -26,9 +28,18 @@ def scaled_linear_on_gpu(
     Raises:
         CodegenError: The kernels would compute it wrongly or not at all: see `codegen.support` for blocks and formats.
     """
+    what = ("scaled_linear", *x_block, *w_block, out_dtype)
+    operands = (x_q, x_s, w_q, w_s, bias)
+    return replayed(_scaled_linear, what, operands, *operands, x_block, w_block, out_dtype)
+
+
+def _scaled_linear(
+    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
+    x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     _check(x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype)
     n, k = w_q.shape
-    out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x_q.device)
+    out = empty((*x_q.shape[:-1], n), out_dtype, x_q.device)
     if out.numel() == 0:
         return out
     if k == 0:
@@ -43,21 +54,17 @@ def scaled_linear_on_gpu(
     if kind == "tiles" and scales.shape[0] != m:
         scales = scales.expand(m, scales.shape[-1])
     columns = kind == "tiles" and has_scale_columns(scales)
-    config = _config(bucket(m), n, k, out.element_size(), aligned, x_q.device.index, kind, x_block[1], columns)
+    device = x_q.device.index
+    problem = GemmProblem(
+        bucket(m), n, k, multiprocessors(device), out.element_size(), aligned, kind, x_block[1], columns
+    )  # fmt: skip
+    config = config_for(device, problem)
     with on(x_q.device):
         if kind == "tiles":
             launch_gemm(config, rows, w_q, matrix, scales, w_s, bias, x_block[1])
         else:
             launch_row_gemm(config, rows, w_q, matrix, scales, w_s, bias)
     return out
-
-
-@cache
-def _config(
-    m: int, n: int, k: int, out_bytes: int, aligned: bool, device: int, kind: Kind, x_block: int, scale_columns: bool
-) -> GemmConfig:  # fmt: skip
-    problem = GemmProblem(m, n, k, multiprocessors(device), out_bytes, aligned, kind, x_block, scale_columns)
-    return choose(problem)
 
 
 def _check(

@@ -9,14 +9,16 @@ Everything else, such as the blocks of a weight, is quantized once, so torch's o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen.kernels.quantize import quantize_tiles, quantize_tokens
 from codegen.kernels.quantize_known import partial_amax, quantize_known, scale_of_tensor
-from codegen.launching import FLOATS, as_rows, check_device, on
+from codegen.launching import FLOATS, as_rows, check_device, launch, on
 from codegen.quantize_tiling import AMAX_PROGRAMS, LONGEST_ROW, quantize_config, tensor_config, token_config
+from codegen.replay import empty, replayed
 from codegen.support import TILE_COLUMNS, WHOLE_ROWS
 from codegen.tiling import ceil_div
 from qcompiler import numerics
@@ -33,17 +35,24 @@ def scale_like(x: Tensor, block_k: int, layout: str) -> Tensor:
     The column-major layout is the one that the copy engine and DeepGEMM read: for each block of K the scales of all
     rows follow each other, and each such run starts at a multiple of 16 bytes. Leading dimensions count as rows.
     """
-    blocks = 1 if block_k == ALL else ceil_div(x.shape[-1], block_k)
+    shape, strides = scale_sizes(x.shape, block_k, layout)
+    if strides is None:
+        return x.new_empty(shape, dtype=torch.float32)
+    return x.new_empty_strided(shape, strides, dtype=torch.float32)
+
+
+def scale_sizes(shape: Sequence[int], block_k: int, layout: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The sizes of the scale of a tensor of that shape, and its strides where it is not contiguous."""
+    *leading, columns = shape
+    sizes = (*leading, 1 if block_k == ALL else ceil_div(columns, block_k))
     if layout == "row_major":
-        return x.new_empty((*x.shape[:-1], blocks), dtype=torch.float32)
+        return sizes, None
     strides: list[int] = []
     rows = 1
-    for size in reversed(x.shape[:-1]):
+    for size in reversed(leading):
         strides.insert(0, rows)
         rows = rows * size
-    padded = (rows + 3) // 4 * 4
-    whole = x.new_empty((blocks, padded), dtype=torch.float32)
-    return whole.as_strided((*x.shape[:-1], blocks), (*strides, padded))
+    return sizes, (*strides, (rows + 3) // 4 * 4)
 
 
 def check_layout(block: Sequence[int], layout: str) -> None:
@@ -58,17 +67,32 @@ def quantize_on_gpu(
     x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.quantize` on a CUDA device, with the scales in the given layout; the same errors."""
+    what = ("quantize", *block, dtype, profile, scale_layout)
+    return replayed(_quantize, what, (x, prescale), x, block, dtype, profile, scale_layout, prescale)
+
+
+def quantize_static_on_gpu(
+    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None
+) -> Tensor:
+    """`numerics.quantize_static` on a CUDA device; the same errors. The host does not wait for the scale."""
+    what = ("quantize_static", *block, dtype, profile)
+    return replayed(_quantize_static, what, (x, scale, prescale), x, scale, block, dtype, profile, prescale)
+
+
+def _quantize(
+    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    check_layout(block, scale_layout)
     if not _has_kernel(x, block, dtype, prescale):
-        check_layout(block, scale_layout)
         q, scale = numerics.quantize(x, block, dtype, profile, prescale)
         return q, scale if scale_layout == "row_major" else scale_like(x, block[1], scale_layout).copy_(scale)
-    check_layout(block, scale_layout)
     rule = numerics.profile(profile)
-    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    q = empty(x.shape, dtype, x.device)
     if block[0] == ALL:
-        scale = torch.empty(numerics.scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
+        scale = empty(numerics.scale_shape(x.shape, block), torch.float32, x.device)
     else:
-        scale = scale_like(x, block[1], scale_layout)
+        shape, strides = scale_sizes(x.shape, block[1], scale_layout)
+        scale = empty(shape, torch.float32, x.device, strides)
     rows = as_rows(x)
     factors = None if prescale is None else prescale.contiguous()
     with on(x.device):
@@ -81,15 +105,14 @@ def quantize_on_gpu(
     return q, scale
 
 
-def quantize_static_on_gpu(
+def _quantize_static(
     x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None
 ) -> Tensor:
-    """`numerics.quantize_static` on a CUDA device; the same errors. The host does not wait for the scale."""
     has_kernel = _has_kernel(x, block, dtype, prescale) and scale.dtype == torch.float32 and scale.device == x.device
     if not has_kernel or list(scale.shape) != numerics.scale_shape(x.shape, block):
         return numerics.quantize_static(x, scale, block, dtype, profile, prescale)
     rule = numerics.profile(profile)
-    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    q = empty(x.shape, dtype, x.device)
     factors = None if prescale is None else prescale.contiguous()
     with on(x.device):
         _quantize_known(as_rows(x), q, scale, factors, rule, block)
@@ -112,26 +135,22 @@ def _quantize_tiles(
     m, k = rows.shape
     if q.numel() == 0:
         return
-    tile = quantize_config(m, block_k)
-    quantize_tiles[(ceil_div(m, tile.block_m) * ceil_div(k, block_k),)](
-        rows, q, scale, prescale, m, k, rows.stride(0), *_strides(scale),
-        AMAX_FLOOR=rule.amax_floor, TOP=numerics.FORMAT_MAX[q.dtype],
-        RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0",
-        BLOCK_M=tile.block_m, BLOCK_K=block_k, num_warps=tile.warps,
-    )  # fmt: skip
+    tile, strides = quantize_config(m, block_k), _strides(scale)
+    constants = _rule(rule, q) | {"BLOCK_M": tile.block_m, "BLOCK_K": block_k}
+    programs = ceil_div(m, tile.block_m) * ceil_div(k, block_k)
+    sizes = (m, k, rows.stride(0), *strides)
+    _launch(quantize_tiles, programs, (rows, q, scale, prescale), sizes, constants, tile.warps, strides[0])
 
 
 def _quantize_tokens(rows: Tensor, q: Tensor, scale: Tensor, prescale: Tensor | None, rule: numerics.Profile) -> None:
     m, k = rows.shape
     if m == 0:
         return
-    tile = token_config(m, k)
-    quantize_tokens[(ceil_div(m, tile.block_m),)](
-        rows, q, scale, prescale, m, k, rows.stride(0), _strides(scale)[0],
-        AMAX_FLOOR=rule.amax_floor, TOP=numerics.FORMAT_MAX[q.dtype],
-        RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0",
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, ONE_STEP=k <= LONGEST_ROW, num_warps=tile.warps,
-    )  # fmt: skip
+    tile, stride = token_config(m, k), _strides(scale)[0]
+    tiles = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "ONE_STEP": k <= LONGEST_ROW}
+    constants, sizes = _rule(rule, q) | tiles, (m, k, rows.stride(0), stride)
+    programs = ceil_div(m, tile.block_m)
+    _launch(quantize_tokens, programs, (rows, q, scale, prescale), sizes, constants, tile.warps, stride)
 
 
 def _quantize_tensor(rows: Tensor, q: Tensor, scale: Tensor, prescale: Tensor | None, rule: numerics.Profile) -> None:
@@ -139,13 +158,15 @@ def _quantize_tensor(rows: Tensor, q: Tensor, scale: Tensor, prescale: Tensor | 
     m, k = rows.shape
     tile = tensor_config(m)
     programs = max(min(ceil_div(m, tile.block_m) * ceil_div(k, tile.block_k), AMAX_PROGRAMS), 1)
-    partial = torch.empty(programs, dtype=torch.float32, device=rows.device)
-    partial_amax[(programs,)](
-        rows, partial, prescale, m, k, rows.stride(0), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, num_warps=tile.warps
-    )
-    scale_of_tensor[(1,)](
-        partial, scale, programs, AMAX_FLOOR=rule.amax_floor, TOP=numerics.FORMAT_MAX[q.dtype],
-        UE8M0=rule.scale_format == "ue8m0", BLOCK=AMAX_PROGRAMS, num_warps=4,
+    partial = empty((programs,), torch.float32, rows.device)
+    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    _launch(partial_amax, programs, (rows, partial, prescale), (m, k, rows.stride(0)), constants, tile.warps)
+    constants = _rule(rule, q)
+    del constants["RECIPROCAL"]
+    what = (rows.device.index, *constants.values())
+    arguments = (partial, scale, programs)
+    launch(
+        scale_of_tensor, 1, arguments, constants | {"BLOCK": AMAX_PROGRAMS}, {"num_warps": 4}, (partial, scale), what
     )  # fmt: skip
     _quantize_known(rows, q, scale, prescale, rule, (ALL, ALL))
 
@@ -160,11 +181,29 @@ def _quantize_known(
     # The scales of leading dimensions that do not follow each other evenly are copied; there are few of them.
     scales = scale.reshape(m if block[0] == 1 else 1, scale.shape[-1])
     stride_m, stride_k = scales.stride()
-    quantize_known[(ceil_div(m, tile.block_m) * ceil_div(k, tile.block_k),)](
-        rows, q, scales, prescale, m, k, rows.stride(0), stride_m, 0 if block[1] == ALL else stride_k,
-        TOP=numerics.FORMAT_MAX[q.dtype], RECIPROCAL=rule.division == "reciprocal",
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, ONE_SCALE=block[0] == ALL, num_warps=tile.warps,
-    )  # fmt: skip
+    constants = _rule(rule, q) | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "ONE_SCALE": block[0] == ALL}
+    del constants["AMAX_FLOOR"], constants["UE8M0"]
+    programs = ceil_div(m, tile.block_m) * ceil_div(k, tile.block_k)
+    sizes = (m, k, rows.stride(0), stride_m, 0 if block[1] == ALL else stride_k)
+    _launch(quantize_known, programs, (rows, q, scales, prescale), sizes, constants, tile.warps, stride_m)
+
+
+def _rule(rule: numerics.Profile, q: Tensor) -> dict[str, Any]:
+    """What the compiler knows of the arithmetic, in the order in which kernels take it."""
+    return {
+        "AMAX_FLOOR": rule.amax_floor, "TOP": numerics.FORMAT_MAX[q.dtype],
+        "RECIPROCAL": rule.division == "reciprocal", "UE8M0": rule.scale_format == "ue8m0",
+    }  # fmt: skip
+
+
+def _launch(
+    kernel: Any, programs: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], constants: dict[str, Any],
+    warps: int, *strides: int,
+) -> None:  # fmt: skip
+    """Launches a kernel on the rows `tensors[0]`; it is specialised on its depth, its stride, and `strides`."""
+    rows = tensors[0]
+    what = (rows.device.index, warps, *sizes[1:3], *strides, *constants.values())  # type: ignore[union-attr]
+    launch(kernel, programs, (*tensors, *sizes), constants, {"num_warps": warps}, tensors, what)
 
 
 def _strides(scale: Tensor) -> tuple[int, int]:

@@ -46,3 +46,58 @@ def token_config(m: int, k: int) -> QuantizeConfig:
 def tensor_config(m: int) -> QuantizeConfig:
     """The tile for a tensor of `m` rows with one scale."""
     return QuantizeConfig(8, 512, 4) if m > 512 else QuantizeConfig(1, 1024, 1)
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """The tile of the kernel that computes rows and quantizes them.
+
+    Attributes:
+        block_m: Rows, a power of two.
+        block_k: Columns, a power of two, a multiple of `group`.
+        group: Columns that share a scale; `block_k` for whole rows.
+        warps: Warps that share the tile.
+        vector: Columns that follow each other in a thread.
+        steps: Tiles that a program takes, one below the other.
+        stages: 2 or more: the next tiles are on their way while one is worked on.
+    """
+
+    block_m: int
+    block_k: int
+    group: int
+    warps: int
+    vector: int
+    steps: int = 1
+    stages: int = 1
+
+
+def fused_config(m: int, k: int, block_k: int, *, whole_rows: bool, operands: int, kept: int) -> FusedConfig:
+    """The tile for `m` rows of `k` columns, quantized in blocks of `block_k` columns, or -1 for rows.
+
+    Args:
+        m: Rows.
+        k: Columns.
+        block_k: Columns that share a scale, or -1 for all.
+        whole_rows: The body needs whole rows.
+        operands: How many operands it has.
+        kept: How many values are stored beside the codes.
+    """
+    if whole_rows or block_k < 0:
+        return _row_config(m, k, block_k, operands, kept)
+    columns = 512
+    if m > 512:
+        # The widest with little of it outside of the row.
+        columns = next((size for size in (2048, 1024) if -k % size < k // 16), 512)
+    columns = max(min(columns, 1 << max((k - 1).bit_length(), 4)), block_k)
+    return FusedConfig(1, columns, block_k, max(columns // 1024, 1), 8 if kept else 16)
+
+
+def _row_config(m: int, k: int, block_k: int, operands: int, kept: int) -> FusedConfig:
+    """Rows as a whole: 64 numbers a thread, or 32 where more of each is held or there are few rows."""
+    columns = max(1 << max((k - 1).bit_length(), 4), block_k)
+    block_m = 1 if m <= 512 else max(1024 // columns, 1)
+    warps = min(max(block_m * columns // (1024 if kept or operands > 2 or m <= 512 else 2048), 1), 8)
+    # 8 columns in a thread are what is loaded and stored of bfloat16 in one piece; 16 are that of codes. The columns
+    # that a step of all threads covers should divide the row.
+    vector = 8 if kept or k % (512 * warps) else 16
+    return FusedConfig(block_m, columns, columns if block_k < 0 else block_k, warps, vector)

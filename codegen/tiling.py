@@ -18,62 +18,86 @@ SHORTEST_SPLIT = 4
 
 
 class Pace(NamedTuple):
-    """Nanoseconds, measured on an H200.
+    """Nanoseconds on an H200, fitted to the times of `benchmarks/heuristic.py`.
 
     Attributes:
         alone: Of one step of K, of a tile that is alone on its multiprocessor, where waiting sets the pace.
         busy: Of one step of K, of each of many tiles that share a multiprocessor, where the tensor cores or the memory
             do.
         tail: Of what a multiprocessor does once a tile, beside its steps.
-        sum: Of the kernel that adds the splits of K.
         bandwidth: Bytes of weights that come from memory in a nanosecond.
+        sum: Of the kernel that adds the splits of K of a narrow tile.
     """
 
     alone: int
     busy: int
-    tail: int = 0
+    tail: int
+    bandwidth: int
     sum: int = 0
-    bandwidth: int = 3400
 
 
 _MEASURED: dict[tuple[Kind, int | None], dict[GemmConfig, Pace]] = {
     ("tiles", 128): {
-        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(920, 920, 2000),
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(640, 640, 1300),
-        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(460, 495, 1100),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(290, 345, 1300),
-        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(460, 450, 1100, 2200, 4000),
-        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(480, 470, 1100, 2200, 4000),
-        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(490, 520, 1100, 2200, 3500),
-        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(357, 311, 650),
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(512, 330, 500),
-        GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): Pace(335, 206, 300),
-        GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): Pace(278, 195, 200),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(800, 780, 2600, 2500),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(510, 550, 1500, 2500),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(370, 410, 1100, 3200),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(310, 270, 1400, 3200),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(390, 230, 1600, 4100, 2300),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(430, 300, 1200, 4000, 3100),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(460, 360, 2000, 3600, 3100),
+        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(540, 260, 600, 3100),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(600, 400, 1100, 3800),
+        GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): Pace(530, 210, 400, 4000),
+        GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): Pace(430, 170, 500, 3200),
     },
     ("tiles", 64): {
-        GemmConfig(64, 128, 64, 4, 4, 16, "tma"): Pace(303, 180),
-        GemmConfig(64, 128, 64, 4, 4, 16, "pointers"): Pace(335, 196),
-        GemmConfig(64, 64, 64, 4, 5, 16, "pointers"): Pace(236, 122),
-        GemmConfig(64, 32, 64, 4, 5, 16, "pointers"): Pace(229, 91),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(1000, 940, 2700, 4000),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(680, 690, 2000, 2500),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(490, 500, 2000, 3200),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(330, 290, 3800, 3900),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(430, 290, 1800, 3900, 2500),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(460, 310, 3200, 4000, 1500),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(620, 490, 1700, 3200, 2900),
+        GemmConfig(64, 128, 64, 4, 4, 16, "tma"): Pace(280, 180, 1200, 3000),
+        GemmConfig(64, 128, 64, 4, 4, 16, "pointers"): Pace(370, 230, 600, 2500),
+        GemmConfig(64, 64, 64, 4, 5, 16, "pointers"): Pace(250, 110, 1700, 3000),
+        GemmConfig(64, 32, 64, 4, 5, 16, "pointers"): Pace(250, 90, 1200, 3200),
     },
     ("tiles", 32): {
-        GemmConfig(64, 128, 32, 4, 4, 16, "tma"): Pace(278, 166),
-        GemmConfig(64, 128, 32, 4, 4, 16, "pointers"): Pace(247, 173),
-        GemmConfig(64, 64, 32, 4, 5, 16, "pointers"): Pace(221, 115),
-        GemmConfig(64, 32, 32, 4, 5, 16, "pointers"): Pace(215, 87),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(1180, 1190, 4000, 4400),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(850, 910, 3200, 4400),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(610, 580, 3700, 2700),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(420, 400, 3200, 3000),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(460, 300, 2100, 3700, 2500),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(530, 350, 3700, 3900, 1600),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(790, 650, 1400, 4400, 4400),
+        GemmConfig(64, 128, 32, 4, 4, 16, "tma"): Pace(250, 140, 3500, 2500),
+        GemmConfig(64, 128, 32, 4, 4, 16, "pointers"): Pace(200, 140, 3800, 2500),
+        GemmConfig(64, 64, 32, 4, 5, 16, "pointers"): Pace(200, 80, 3900, 2500),
+        GemmConfig(64, 32, 32, 4, 5, 16, "pointers"): Pace(190, 70, 3400, 2500),
     },
     ("rows_f8", 128): {
-        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(374, 258),
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(482, 332),
-        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(342, 190),
-        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(284, 148),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(730, 730, 3200, 3800),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(450, 490, 2700, 3000),
+        GemmConfig(128, 128, 128, 8, 5, 16, "warp"): Pace(340, 370, 2200, 3600),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(230, 200, 2800, 3600),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(280, 170, 2100, 4300, 1800),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(310, 200, 2500, 2800, 1500),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(410, 300, 2200, 3600, 2600),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(540, 290, 2000, 3900),
+        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(320, 130, 2700, 3700),
+        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(280, 120, 1400, 3000),
     },
     ("rows_i8", None): {
-        GemmConfig(128, 128, 128, 4, 3, 16, "tma"): Pace(534, 392),
-        GemmConfig(64, 128, 128, 4, 4, 16, "tma"): Pace(368, 234),
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(483, 264),
-        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(372, 181),
-        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(276, 147),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(440, 470, 2600, 2800),
+        GemmConfig(128, 128, 128, 8, 5, 16, "warp"): Pace(310, 310, 2100, 3600),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(230, 220, 1400, 2800),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(270, 170, 2200, 4300, 1700),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(330, 190, 2900, 4200, 1500),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(390, 280, 2600, 3800, 2200),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(540, 230, 1600, 3700),
+        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(330, 120, 3000, 4400),
+        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(260, 90, 1700, 4200),
     },
 }
 """The configurations that can be chosen, and how fast they are; `benchmarks/results/h200-gemm-tried.md` has the others.
@@ -81,7 +105,7 @@ _MEASURED: dict[tuple[Kind, int | None], dict[GemmConfig, Pace]] = {
 Three portable tiles of one warpgroup fit on a multiprocessor, and one multiplies while another promotes; that is why
 the usual 128 x 128 tile of two warpgroups, which move in step, is slower almost everywhere for FP8 and is not here. The
 warp-specialized kernel needs one tile only. Narrow portable tiles wait longer through the copy engine than through
-pointers."""
+pointers. The paces are those for which the choices lose least, on the shapes of `benchmarks/heuristic.py`."""
 
 
 def all_configs(kind: Kind = "tiles", x_block: int = 128) -> Sequence[GemmConfig]:

@@ -1,21 +1,30 @@
 """The kernels as functional torch operators, in `torch.ops.qcompiler`.
 
 quantize, quantize_static and scaled_linear, and what is fused with them: fused_quantize and fused_linear. All have a
-fake implementation, so `torch.compile`, `torch.export` and CUDA graphs take them as opaque nodes; whatever depends on the
-number of rows happens inside, at run time, and no graph is specialised on it. On a CPU they are `qcompiler.numerics`;
-on a Hopper GPU they launch the Triton kernels of `codegen.kernels`.
+fake implementation, so `torch.compile`, `torch.export` and CUDA graphs take them as opaque nodes; whatever depends on
+the number of rows happens inside, at run time, and no graph is specialised on it. On a CPU they are what
+`qcompiler.numerics` says; on a Hopper GPU they launch the Triton kernels of `codegen.kernels`.
 
 They are defined through `Library.define` and `Library.impl`, whose calls cost half of what `custom_op` costs. Importing
 this module needs no GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen.fused_product import fused_linear_on_gpu
 from codegen.fused_quantization import fused_quantize_on_gpu
+from codegen.grouped_product import (
+    grouped_linear_fake,
+    grouped_linear_masked_fake,
+    grouped_linear_masked_on_gpu,
+    grouped_linear_masked_reference,
+    grouped_linear_on_gpu,
+    grouped_linear_reference,
+)
 from codegen.product import scaled_linear_on_gpu
 from codegen.quantization import (
     SCALE_LAYOUTS,
@@ -28,7 +37,7 @@ from qcompiler import numerics
 from qcompiler.body import parse
 from qcompiler.errors import CodegenError
 
-__all__ = ["SCALE_LAYOUTS"]
+__all__ = ["ON_GPU", "SCALE_LAYOUTS"]
 
 
 def _quantize_fake(
@@ -156,8 +165,21 @@ _OPERATORS = (
         "str? scale_layout=None) -> Tensor[]",
         (_fused_linear_reference, fused_linear_on_gpu, _fused_linear_fake),
     ),
+    (
+        "grouped_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor offsets, int[] x_block, int[] w_block, "
+        "ScalarType out_dtype) -> Tensor",
+        (grouped_linear_reference, grouped_linear_on_gpu, grouped_linear_fake),
+    ),
+    (
+        "grouped_linear_masked(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor counts, int[] x_block, "
+        "int[] w_block, ScalarType out_dtype, int? expected=None) -> Tensor",
+        (grouped_linear_masked_reference, grouped_linear_masked_on_gpu, grouped_linear_masked_fake),
+    ),
 )
 """Each operator's schema, and what runs it on a CPU, on a GPU, and on tensors without data."""
+
+ON_GPU: Mapping[str, Callable[..., Any]] = {schema.partition("(")[0]: gpu for schema, (_, gpu, _) in _OPERATORS}
+"""Each operator's implementation on a CUDA device, by name; its arguments are those of the schema, in order."""
 
 
 def _register() -> torch.library.Library | None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 THROUGHPUT = "throughput.csv"
-"""Written by whoever measures kernels, with columns k_block and tflops; the last figure draws it where it is there."""
+"""Written by benchmarks/k_blocks.py: columns k_block, size and tflops. The last figure draws it where it is there."""
 
 BLUE, RED, GREY, DARK = "#1f5fa8", "#c23b22", "#8a8a8a", "#222222"
 MARKERS = "osD^vP*X<>"
@@ -206,11 +206,15 @@ def caption(axes: Axes, sizes: Sequence[str], path: Path) -> str:
     """Draws the throughput on a second axis if it was measured; the sentence that says whether it was."""
     if not path.exists():
         return f"The throughput at each width is not measured yet; {path.name} will add it to the left panel."
-    measured = {row["k_block"]: float(row["tflops"]) for row in rows_of(path)}
+    rows = rows_of(path)
     second = axes.twinx()
     second.spines["right"].set_visible(True)
-    known = [at for at, size in enumerate(sizes) if size in measured]
-    second.plot(known, [measured[sizes[at]] for at in known], "x:", color=DARK)
+    products = dict.fromkeys(row["size"] for row in rows)
+    for size, marker in zip(products, "x+", strict=False):
+        measured = {row["k_block"]: float(row["tflops"]) for row in rows if row["size"] == size}
+        known = [at for at, width in enumerate(sizes) if width in measured]
+        second.plot(known, [measured[sizes[at]] for at in known], f"{marker}:", color=DARK)
     second.set_ylim(bottom=0)
     second.set_ylabel("TFLOP/s (dotted)")
-    return "Dotted: throughput of the kernel at that width, as measured."
+    named = " and ".join(f"{size} ({marker})" for size, marker in zip(products, "x+", strict=False))
+    return f"Dotted: throughput of the GPU kernel at that width, M = N = K = {named}."

@@ -2,8 +2,8 @@
 
     <!-- table lm.csv scheme increase@100:.3f -->        above a table: the file, the column that names a row, the cells
 
-Where rows of the file share a name, a cell says behind `@` which of them is meant: its scheme, or its factor of
-outliers. The head of a table is written by hand.
+Where rows of the file share a name, a cell says behind `@` which of them is meant: its scheme, its factor of outliers,
+or the size of a product. The head of a table is written by hand.
 """
 
 import csv
@@ -36,5 +36,6 @@ def shown(cell: str, rows: list[dict[str, str]]) -> str:
     """One number or text of the rows that have one name."""
     where, _, form = cell.partition(":")
     column, _, which = where.partition("@")
-    value = next(row[column] for row in rows if not which or which in (row.get("scheme"), row.get("factor")))
+    kinds = ("scheme", "factor", "size")
+    value = next(row[column] for row in rows if not which or which in [row.get(kind) for kind in kinds])
     return format(float(value), form) if form else f"`{value}`"

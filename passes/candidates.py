@@ -3,9 +3,12 @@
 from qcompiler.ir import DType, Graph, Missed, Op, TensorType, Value
 from qcompiler.ir.dataflow import parameters_of, readers_through
 
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+"""Matrix products of groups of rows, each with a matrix of its own; the groups are given by offsets."""
+
 MATMULS = (
     "aten.linear", "aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.einsum", "aten.inner",
-    "aten._grouped_mm", "transformers.grouped_mm_fallback", "aten.mv", "aten.addmv", "aten.dot",
+    "aten.mv", "aten.addmv", "aten.dot", *GROUPED,
 )  # fmt: skip
 """Matrix products, as capture may spell them."""
 

@@ -42,11 +42,11 @@ class QuantizedWeight(Rule):
 
 
 class WeightArithmetic(Rule):
-    """mul(constant, constant), a cast of a constant, …  ->  param, where a computed value reads it"""
+    """mul(constant, constant), a cast of a constant, cat(constants), …  ->  param, where a computed value reads it"""
 
     root = (
         "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.add.Tensor", "aten.add.Scalar",
-        "aten.sub.Tensor", "aten.rsub.Scalar", "aten.neg", "aten._to_copy", "aten.to.dtype",
+        "aten.sub.Tensor", "aten.rsub.Scalar", "aten.neg", "aten._to_copy", "aten.to.dtype", "aten.cat",
     )  # fmt: skip
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
@@ -99,11 +99,12 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
 def _named_after(op: Op, sources: Sequence[Op]) -> str:
     """The name of the largest of several weights that a constant is made of, of equal ones the one that stands first.
 
-    Without any, that of the operand.
+    With a word behind it where others stand beside that one. Without any, the name of the operand.
     """
     if not sources:
         return op.tensor(0).name
-    return str(max(reversed(sources), key=_elements).attrs["name"])
+    joined = len(sources) > 1 and any(inner.name == "aten.cat" for inner in ancestors(op.results[0]))
+    return str(max(reversed(sources), key=_elements).attrs["name"]) + "_merged" * joined
 
 
 def _elements(op: Op) -> int:

@@ -14,6 +14,8 @@ With a static scale, which calibration has found, the activation's part is
     %x_s = core.param() {name = "x.scale"} : f32[1, 1]
     %x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], …}
 
+Products of groups of rows, such as those of a mixture of experts, are the matter of `grouped`.
+
 The graph still runs in plain torch and has the numbers of the quantized model; fuse-linear then makes it fast.
 """
 
@@ -24,8 +26,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from passes.calibrate import saw_no_token, statistics_of
-from passes.candidates import MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of
+from passes.candidates import GROUPED, MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of
 from passes.constants import cast, is_weight, new_parameter
+from passes.grouped import QuantizeGrouped
 from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
 from qcompiler.dialects.aten import torch_dtype
@@ -38,7 +41,7 @@ class QuantizeLinear(Rule):
     """linear(x, w, b)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w)), b), in FP32"""
 
     options: SchemeOptions
-    root: ClassVar[tuple[str, ...]] = (*MATMULS, *OTHER_READERS)
+    root: ClassVar[tuple[str, ...]] = tuple(name for name in (*MATMULS, *OTHER_READERS) if name not in GROUPED)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if reason := self.options.why_not(op, graph):
@@ -111,8 +114,8 @@ class Quantize(SchemeOptions):
     budget: ClassVar[float] = 0.25
 
     def rules(self) -> Sequence[Rule]:
-        """One rule, which also says why a reader of weights is left alone."""
-        return (QuantizeLinear(self),)
+        """One rule for each kind of product; they also say why a reader of weights is left alone."""
+        return QuantizeLinear(self), QuantizeGrouped(self)
 
     def run(self, graph: Graph) -> bool:
         """The rule, once each pattern of `layers` is known to mean something."""

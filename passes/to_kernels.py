@@ -3,6 +3,7 @@
     %x_q, %x_s = quant.quantize(%x) {…}          ->  %x_q, %x_s = kernel.quantize(%x) {…, scale_layout = "col_major"}
     %x_q = quant.quantize_static(%x, %x_s) {…}   ->  %x_q = kernel.quantize_static(%x, %x_s) {…}
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s)    ->  %y = kernel.scaled_linear(…) {…, x_scale_layout = "col_major"}
+    %y = quant.grouped_linear(…, %offsets)       ->  %y = kernel.grouped_linear(…) {…, x_scale_layout = "col_major"}
 
 Only the scales of an activation's tiles have a layout: with one scale a row, or fewer, it makes no difference.
 Last in the pipeline: what is still in the quant dialect afterwards runs in plain torch. A scale for each channel stays
@@ -18,7 +19,8 @@ from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
 from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Effect, Pass
 
-MATMULS = ("quant.linear", "kernel.scaled_linear")
+KERNELS = {"quant.linear": "kernel.scaled_linear", "quant.grouped_linear": "kernel.grouped_linear"}
+MATMULS = (*KERNELS, *KERNELS.values())
 X_SCALE = (1,)
 """Where those read the scales of the activation."""
 SIMULATED = "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
@@ -61,9 +63,9 @@ class StaticToKernel(Rule):
 
 @dataclass(frozen=True)
 class LinearToKernel(Rule):
-    """quant.linear  ->  kernel.scaled_linear"""
+    """quant.linear  ->  kernel.scaled_linear; quant.grouped_linear  ->  kernel.grouped_linear"""
 
-    root: ClassVar[tuple[str, ...]] = ("quant.linear",)
+    root: ClassVar[tuple[str, ...]] = tuple(KERNELS)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if block_of(op, "x_block")[1] == 1:
@@ -73,7 +75,7 @@ class LinearToKernel(Rule):
         return {"layout": layout}
 
     def rewrite(self, op: Op, rewriter: Rewriter, layout: str, **_: Any) -> None:
-        made = rewriter.insert("kernel.scaled_linear", *op.args, attrs={**op.attrs, "x_scale_layout": layout})
+        made = rewriter.insert(KERNELS[op.name], *op.args, attrs={**op.attrs, "x_scale_layout": layout})
         rewriter.replace(op, made.result)
 
 

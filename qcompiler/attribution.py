@@ -8,11 +8,13 @@ the float model; more is better, and infinity means equal:
     own          y' is the quantized operation on the float model's input: what its own codes cost
     inherited    y' is the float operation on the quantized model's input: what came from upstream
     kernel       y and y' are the reference and the kernel on equal input: what code generation costs
+
+All of them are of the product alone, also where it is fused with what stands behind it.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from passes.calibrate import Calibrate
+from passes.merge_linears import MergeLinears
 from qcompiler import numerics
 from qcompiler.compiler import CompiledModel
 from qcompiler.compiler.batches import as_call
@@ -35,6 +38,7 @@ from qcompiler.interpreter import evaluate, interpret
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pass_manager import Effect, Pipeline
 from qcompiler.pass_runner import run_pipeline
+from qcompiler.report import unfused
 
 LINEARS = ("kernel.scaled_linear", "quant.linear")
 STATIC = ("kernel.quantize_static", "quant.quantize_static")
@@ -102,14 +106,16 @@ def attribute_error(compiled: CompiledModel, batch: Any, model: Any = None) -> E
     """
     float_graph = _float_graph(compiled, batch, model)
     inputs = compiled.flatten(*as_call(batch, 0))
-    ops = [op for op in compiled.graph.ops() if op.name in LINEARS]
+    graph = unfused(compiled.stages.values())[-1].clone()
+    graph.weights = compiled.graph.weights
+    ops = [op for op in graph.ops() if op.name in LINEARS]
     if not ops:
         need = "a pipeline with fuse-linear in it"
         raise PassError("no quantized linear is fused, so there is nothing to attribute errors to", need=need)
     with torch.no_grad():
         exact = _float_values(float_graph, inputs, [op.result.name for op in ops])
-        operands = _operands(compiled.graph, inputs, ops)
-        rows = [_row(_Quantized(op, operands), float_graph, exact) for op in ops]
+        operands = _operands(graph, inputs, ops)
+        rows = [row for op in ops for row in _rows(_Quantized(op, operands), graph, float_graph, exact)]
     return ErrorReport(tuple(sorted(rows, key=lambda row: row.own)))
 
 
@@ -212,19 +218,22 @@ class _Quantized:
         return found
 
 
-def _row(quantized: _Quantized, float_graph: Graph, exact: Mapping[Value, Tensor]) -> ErrorRow:
+def _rows(quantized: _Quantized, graph: Graph, float_graph: Graph, exact: Mapping[Value, Tensor]) -> Iterator[ErrorRow]:
+    """One row, or one for each linear that merge-linears has made a part of this one."""
     op = quantized.op
     output = float_graph[op.result.name]
     linear = _linear(output)
     x, y = exact[linear.tensor(0)], exact[output]
     constants = [_constant(arg, float_graph) if isinstance(arg, Value) else None for arg in linear.args[1:]]
-    inherited = functional.linear(quantized.met, *constants).to(y.dtype)  # type: ignore[arg-type]
+    own, inherited = quantized.product(*quantized.codes(x)), functional.linear(quantized.met, *constants).to(y.dtype)  # type: ignore[arg-type]
     reference = quantized.product(quantized.operands[op.tensor(0)], quantized.operands[op.tensor(1)])
-    return ErrorRow(
-        op.result.name, op.loc.module,
-        own=sqnr(y, quantized.product(*quantized.codes(x))), inherited=sqnr(y, inherited),
-        kernel=sqnr(reference, quantized.by_kernel()),
-    )  # fmt: skip
+    kernel = quantized.by_kernel()
+    merged = [user for user in graph.users(op.result) if user.loc.made_by == MergeLinears.name]
+    for part in merged or [op]:
+        columns = slice(*part.args[2:4]) if merged else slice(None)
+        pairs = ((y, own), (y, inherited), (reference, kernel))
+        numbers = (sqnr(want[..., columns], got[..., columns]) for want, got in pairs)
+        yield ErrorRow(part.result.name, part.loc.module, *numbers)
 
 
 def _constant(value: Value, graph: Graph) -> Tensor:

@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from qcompiler.errors import ParseError, did_you_mean
 
-OPERAND = re.compile(r"[xy]\d+")
+OPERAND = re.compile(r"[xy](0|[1-9][0-9]*)")
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,19 @@ FUNCTIONS: dict[str, Function] = {
 """Everything that can be called. `standardize(x, eps)` is (x - mean(x)) / sqrt(variance(x) + eps), the variance that of
 all the row (not N - 1): a layer norm without gain and bias. `eps` is a number."""
 
+
+def _divide(a: Any, b: Any) -> Any:
+    # Torch takes 3.0 / x for 3.0 * (1 / x), and on a GPU x / 3.0 for x * (1 / 3.0): each is rounded twice.
+    like = a if isinstance(a, Tensor) else b
+    top, bottom = (v if isinstance(v, Tensor) else torch.full((), v, device=like.device) for v in (a, b))
+    return top / bottom
+
+
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
+    "/": _divide,
 }
 _SPELLED: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2}
@@ -146,17 +155,18 @@ class Body:
         return ROUNDED.get(what.function, torch.float32) if isinstance(what, Call) else torch.float32
 
     def run(self, operands: Mapping[str, Tensor], keep: Sequence[str] = ()) -> tuple[Tensor, ...]:
-        """The result, and the definitions of the names in `keep`, each in its `dtype`.
+        """The result, and the definitions of the names in `keep`, each in its `dtype`, contiguous.
 
         Args:
-            operands: Name -> tensor of any floating dtype.
+            operands: Name -> tensor of any floating dtype; all that are not of one shape broadcast to it.
             keep: Names of definitions.
         """
-        values: dict[str, Any] = {name: operands[name].float() for name in self.operands}
+        values = {name: operands[name].float() for name in self.operands}
+        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
         for name, what in self.definitions:
             values[name] = _run(what, values)
-        kept = (values[name].to(self.dtype(name)) for name in keep)
-        return _run(self.result, values).to(self.dtype()), *kept
+        made = [_run(self.result, values).to(self.dtype()), *(values[name].to(self.dtype(name)) for name in keep)]
+        return tuple(value.expand(shape).contiguous() for value in made)
 
 
 def _run(what: Expression, values: Mapping[str, Any]) -> Any:
@@ -185,9 +195,13 @@ def _text(what: Expression, strength: int = 0) -> str:
 def parse(text: str) -> Body:
     """The body that `text` spells; ParseError when it is none."""
     try:
-        statements = ast.parse(text).body
+        return _parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _error(text, f"it is malformed: {error}") from None
+
+
+def _parse(text: str) -> Body:
+    statements = ast.parse(text).body
     if not statements or not isinstance(last := statements[-1], ast.Expr):
         raise _error(text, "it has no result")
     definitions: list[tuple[str, Expression]] = []
@@ -197,32 +211,53 @@ def parse(text: str) -> Body:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 if name in known or OPERAND.fullmatch(name) or name in FUNCTIONS:
                     raise _error(text, f"'{name}' has a meaning already")
-                definitions.append((name, _read(value, known, text)))
+                if isinstance(read := _read(value, known, text), Number):
+                    raise _error(text, f"'{name}' is a number, which stands where it is used")
+                definitions.append((name, read))
                 known.add(name)
             case _:
                 raise _error(text, f"'{ast.unparse(statement)}' defines nothing")
-    return Body(tuple(definitions), _read(last.value, known, text))
+    if isinstance(result := _read(last.value, known, text), Number):
+        raise _error(text, "its result is a number")
+    return Body(tuple(definitions), result)
 
 
 def _read(node: ast.expr, known: set[str], text: str) -> Expression:
     match node:
         case ast.Constant(value=float() | int() as value) if not isinstance(value, bool):
-            return Number(float(value))
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=float() | int() as value)):
-            return Number(-float(value))
+            return _number(value, text)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=float() | int() as value)) if not isinstance(
+            value, bool
+        ):
+            return Number(-_number(value, text).value)
         case ast.Name(id=name):
             if name not in known and not OPERAND.fullmatch(name):
                 raise _error(text, f"'{name}' is not defined before it is used")
             return Name(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _SPELLED:
-            return Call(_SPELLED[type(op)], (_read(left, known, text), _read(right, known, text)))
+            return _call(_SPELLED[type(op)], (left, right), known, text)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
             if name not in FUNCTIONS:
                 raise _error(text, f"there is no function '{name}'", did_you_mean(name, FUNCTIONS))
             if len(args) != FUNCTIONS[name].arity:
                 raise _error(text, f"{name} takes {FUNCTIONS[name].arity} arguments, but got {len(args)}")
-            return Call(name, tuple(_read(arg, known, text) for arg in args))
+            return _call(name, args, known, text)
     raise _error(text, f"'{ast.unparse(node)}' is none of a name, a number, a call, and + - * /")
+
+
+def _call(function: str, nodes: Sequence[ast.expr], known: set[str], text: str) -> Call:
+    call = Call(function, tuple(_read(node, known, text) for node in nodes))
+    if all(isinstance(arg, Number) for arg in call.args):
+        raise _error(text, f"'{_text(call)}' is a number, which is written as one")
+    if function == "standardize" and not isinstance(call.args[1], Number):
+        raise _error(text, f"the eps of standardize is '{_text(call.args[1])}', not a number")
+    return call
+
+
+def _number(value: float, text: str) -> Number:
+    if not abs(value) <= LARGEST:
+        raise _error(text, "a number in it is beyond the range of FP32")
+    return Number(float(value))
 
 
 def _error(text: str, why: str, fix: str | None = None) -> ParseError:

@@ -62,6 +62,10 @@ class Knobs:
     cache_dir: Path | None = field(
         default=None, metadata=_knob(_path, "where compiled kernels are kept, in place of Triton's own folder")
     )
+    tuned: bool = field(
+        default=False,
+        metadata=_knob(_flag, "use what compiled.tune() measured on this machine before"),
+    )
     update: bool = field(
         default=False, metadata=_knob(_flag, "tests rewrite their golden texts in place of comparing them")
     )

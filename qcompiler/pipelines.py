@@ -14,9 +14,13 @@ from passes.canonicalize import Canonicalize
 from passes.dead_code import DeadCode
 from passes.fold_constants import FoldConstants
 from passes.fp8_tile import Fp8Tile
+from passes.fuse_activation_quantize import FuseActivationQuantize
+from passes.fuse_epilogue import BLOCK, TILE, FuseEpilogue
 from passes.fuse_linear import FuseLinear
+from passes.fuse_norm_quantize import FuseNormQuantize
 from passes.fuse_prescale import FusePrescale
 from passes.layers import EVERYTHING
+from passes.merge_linears import MergeLinears
 from passes.quantize import Quantize
 from passes.scheme_options import Observer
 from passes.share_quantize import ShareQuantize
@@ -78,7 +82,7 @@ class Recipe:
         """Whether real inputs must be seen first."""
         return self.static or self.smooth != "never"
 
-    def passes(self, layers: Sequence[str] = EVERYTHING) -> tuple[Pass | None, Pass]:
+    def passes(self, layers: Sequence[str] = EVERYTHING) -> tuple[Pass | None, Quantize]:
         """The pass that smooths, if any, and the one that quantizes."""
         options = self._options(tuple(layers))
         quantize = Fp8Tile if self.x == "tile" and self.w == "block" and self.dtype is not DType.i8 else Quantize
@@ -86,6 +90,12 @@ class Recipe:
             return None, quantize(**options)
         gain = MIN_GAIN if self.smooth == "measured" else None
         return SmoothQuant(**options, alpha=self.alpha, pow2=self.pow2, min_gain=gain), quantize(**options)
+
+    def merging(self, layers: Sequence[str] = EVERYTHING) -> list[Pass]:
+        """The pass that makes one linear of several, where a kernel runs it and no scale spans all of a weight."""
+        if self.x == "channel" or self.w == "tensor":
+            return []
+        return [MergeLinears(W_BLOCKS[self.w], tuple(layers))]
 
     def _options(self, layers: tuple[str, ...]) -> dict[str, Any]:
         x_blocks = {"tile": (1, self.k_block), "token": (1, ALL), "tensor": (ALL, ALL), "channel": (ALL, 1)}
@@ -107,14 +117,25 @@ def assemble(recipes: Mapping[Recipe, Sequence[str]]) -> Pipeline:
     """One pipeline for several recipes, each for the layers that its patterns select."""
     pairs = [recipe.passes(layers) for recipe, layers in recipes.items()]
     smoothing = [smooth for smooth, _ in pairs if smooth is not None]
+    # behind what looks at layers one by one, in front of what quantizes
+    merging = [step for recipe, layers in recipes.items() for step in recipe.merging(layers)]
     return Pipeline(
         (
             # canonicalize first: the others know one spelling of a matmul; dead-code: the dead is not worth the work
             Canonicalize(), DeadCode(),
-            *_calibration(recipes, smoothing), *(quantize for _, quantize in pairs), ShareQuantize(),
+            *_calibration(recipes, smoothing), *merging, *(quantize for _, quantize in pairs), ShareQuantize(),
             *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
+            *_fusing([quantize for _, quantize in pairs]),
         )
     )  # fmt: skip
+
+
+def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
+    """What fuses the kernels with the arithmetic around them, where scales are computed in each call, row by row."""
+    rows = [step for step in quantizing if step.x_block[0] == 1 and not step.static]
+    tiles = [step for step in rows if (step.x_block, step.w_block, step.dtype) == (TILE, BLOCK, DType.f8e4m3fn)]
+    steps: list[Pass] = [FuseNormQuantize(), FuseActivationQuantize()] if rows else []
+    return [*steps, FuseEpilogue()] if tiles else steps
 
 
 def _calibration(recipes: Mapping[Recipe, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:

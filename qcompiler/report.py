@@ -1,20 +1,21 @@
 """What became of every operation that reads weights: quantized, or why not; and how many of the bytes that is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from passes.candidates import MATMULS, OTHER_READERS, why_no_matmul
+from qcompiler.dialects.kernel import FUSED
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.ir.dataflow import parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
-OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static", "kernel.fused_quantize")
+OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
 PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
@@ -138,14 +139,14 @@ def build_report(
         reasons: Why operations were left alone, by the name of their result.
         remarks: What passes noted on operations, by the name of their result.
     """
-    graphs = list(stages.values())
-    captured = graphs[0]
+    graphs = unfused(stages.values())
+    captured, last = graphs[0], graphs[-1]
     lineages = _lineages(graphs)
     rows = []
     for op, params in _readers(captured):
         name = op.results[0].name
         names = lineages.get(name, [])
-        quantized = bool(names) and _is_quantized(compiled[names[-1]].op)
+        quantized = bool(names) and _is_quantized(last[names[-1]].op)
         known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
         reason = "" if quantized else known if names else DEAD
         noted = "; ".join(remarks[each] for each in names or [name] if each in remarks) if remarks else ""
@@ -158,6 +159,11 @@ def build_report(
         bytes_quantized=sum(_bytes(op) for op in params if op.attrs["name"] in quantized_names),
         bytes_after=sum(map(_bytes, compiled.ops(PARAM))),
     )
+
+
+def unfused(graphs: Iterable[Graph]) -> list[Graph]:
+    """The stages up to the last in which every layer has an operation of its own: behind it, kernels are fused."""
+    return list(takewhile(lambda graph: not any(op.name in FUSED for op in graph), graphs))
 
 
 def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -42,6 +45,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table of what the kernels take, when their tests have run, whichever worker ran them."""
+    reports = (report for group in terminalreporter.stats.values() for report in group)
+    properties = (pair for report in reports for pair in getattr(report, "user_properties", ()))
+    lines = {tuple(value) for key, value in properties if key == "budget"}  # a test reports each of its phases
+    if not lines:
+        return
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("kernel", no_wrap=True)
+    for heading in ("registers", "warps", "shared memory", "blocks", "tensor core", "copy engine", "spills"):
+        table.add_column(heading, justify="right")
+    for name, *numbers in sorted(lines):
+        table.add_row(name, *map(str, numbers))
+    console = Console(width=160, no_color=True, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    terminalreporter.section("what each kernel takes of a multiprocessor")
+    for line in capture.get().splitlines():
+        terminalreporter.write_line(line.rstrip())
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The top folder of the tree."""
@@ -54,5 +78,9 @@ def _own_knobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("QCOMPILER_") and name != "QCOMPILER_UPDATE"]:
             patch.delenv(name)
-        patch.setenv("QCOMPILER_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        # One for all workers of a run: what one has compiled, no other compiles again.
+        base = tmp_path_factory.getbasetemp()
+        folder = base.parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cache")
+        folder.mkdir(exist_ok=True)
+        patch.setenv("QCOMPILER_CACHE_DIR", str(folder))
         yield

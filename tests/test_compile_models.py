@@ -31,7 +31,6 @@ ENCODER: dict[str, Any] = {
 
 PROJECTION = "it is the vocabulary projection"
 ROUTER = "it is a router"
-EXPERTS = "it multiplies by a batch of matrices"
 
 Call = dict[str, Tensor]
 
@@ -128,7 +127,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dic
     "mixtral": (
         decoder(hf.MixtralForCausalLM, hf.MixtralConfig, num_local_experts=4, hidden_size=128, intermediate_size=160),
         tokens,
-        {"lm_head": PROJECTION, "gate": ROUTER, "experts": EXPERTS},
+        {"lm_head": PROJECTION, "gate": ROUTER},
     ),
 }  # fmt: skip
 

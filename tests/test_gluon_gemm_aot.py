@@ -69,12 +69,30 @@ def test_narrow(config: GemmConfig, out_dtype: torch.dtype) -> None:
         assert code.shared_memory <= config.shared_memory(out_dtype.itemsize)
 
 
-@pytest.mark.parametrize("x_block", [256, 512, -1])
-def test_other_tiles_of_the_activation(x_block: int) -> None:
-    for config in CONFIGS:
+@pytest.mark.parametrize("config", [WARP[0], NARROW[0]], ids=str)
+def test_wider_tiles_of_the_activation(config: GemmConfig) -> None:
+    for x_block in (256, -1):
         code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block)
         assert_no_spills(code)
         assert code.qgmma > 0 and code.tma_loads > 0
+
+
+@pytest.mark.parametrize("x_block", [32, 64])
+def test_narrower_tiles_of_the_activation(x_block: int) -> None:
+    steps = 128 // x_block
+    for config in [config for config in all_configs("tiles", x_block) if config.variant in GLUON]:
+        code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block)
+        assert_no_spills(code)
+        assert code.shared_memory <= config.shared_memory(2, steps)
+        # As many tensor core instructions as with [1, 128], but their sums are promoted in each step of a stage.
+        if config.variant == "warp":
+            waves, boxes = config.block_m // 64, config.block_m // config.box
+            assert (code.qgmma, code.tma_loads) == (4 * waves, boxes * (1 + steps) + 1)
+            assert code.float_adds >= steps * config.block_m * config.block_n // 128
+            assert not re.search(r"BAR\.ARV", code.sass), "short waves take no turns"
+        else:
+            assert (code.qgmma, code.tma_loads) == (4 * 128 // 64, (2 + steps) * (config.stages + 1))
+            assert code.float_adds >= steps * config.block_m * config.block_n // (config.warps * 32)
 
 
 def test_sum_of_splits_reads_and_writes_wide() -> None:

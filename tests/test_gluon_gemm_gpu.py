@@ -87,15 +87,36 @@ def test_any_number_of_rows(config: GemmConfig) -> None:
 
 
 @configs
-@pytest.mark.parametrize("x_block", [256, 512, ALL])
-def test_wider_tiles_of_the_activation(config: GemmConfig, x_block: int) -> None:
-    for m, n, k in ((65, 256, 1296), (300, 144, 400)):
+@pytest.mark.parametrize("x_block", [32, 64, 256, 512, ALL])
+def test_other_tiles_of_the_activation(config: GemmConfig, x_block: int) -> None:
+    assert config in all_configs("tiles", x_block), "a kernel for [1, 128] that other tiles do not have"
+    for m, n, k in ((65, 256, 1296), (300, 144, 400), (129, 136, 16)):
         assert can_run(config, m, n, k, torch.bfloat16, x_block)
         x, xs, w, ws = operands(m, n, k, x_block)
         assert has_scale_columns(xs)
         out = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
         launch_gemm(config, x, w, out, xs, ws, None, x_block)
         assert relative_error(out, exact(x, xs, w, ws, x_block)) <= 2e-3
+        again = torch.full_like(out, math.nan)
+        for _ in range(5):
+            launch_gemm(config, x, w, again, xs, ws, None, x_block)
+            assert torch.equal(out, again), "a repeated run gave other bits: a race"
+
+
+@configs
+@pytest.mark.parametrize("x_block", [32, 64])
+def test_each_narrow_tile_has_its_own_scale(config: GemmConfig, x_block: int) -> None:
+    # One tile of each row, not the same in all, has a scale that is not zero: what is left is the sum over that tile.
+    m, n, k = 80, 136, 1024
+    x, _, w, _ = operands(m, n, k)
+    chosen = torch.arange(m, device="cuda") % (k // x_block)
+    columns = torch.zeros(k // x_block, m, device="cuda")
+    columns[chosen, torch.arange(m, device="cuda")] = torch.arange(1.0, m + 1, device="cuda")
+    ws = torch.rand(2, k // 128, device="cuda") + 0.5
+    out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+    launch_gemm(config, x, w, out, columns.T, ws, None, x_block)
+    want = exact(x, columns.T, w, ws, x_block)
+    assert bool((((out.double() - want).norm(dim=1) / want.norm(dim=1)) <= 4e-3).all())
 
 
 @configs

@@ -13,6 +13,8 @@ from qcompiler.ir import DType
 from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pipelines import MIN_GAIN, SAMPLED_ROWS, Recipe, assemble
 
+PRODUCERS = ["fuse-norm-quantize", "fuse-activation-quantize"]
+
 
 def steps(*recipes: Recipe) -> Pipeline:
     found = assemble({recipe: ("*",) for recipe in recipes})
@@ -22,7 +24,8 @@ def steps(*recipes: Recipe) -> Pipeline:
 
 def test_the_default_is_deepseeks() -> None:
     assert str(steps(Recipe())) == (
-        "canonicalize; dead-code; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code; to-kernels"
+        "canonicalize; dead-code; merge-linears; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code; "
+        "to-kernels; fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
     )
 
 
@@ -77,8 +80,9 @@ def test_what_calibration_is_asked_for(recipes: list[Recipe], calibration: list[
 def test_the_order_of_several_recipes() -> None:
     found = steps(Recipe(smooth="always"), Recipe(x="token", w="channel"), Recipe(DType.i8, "token", "channel"))
     assert found.names == (
-        "canonicalize", "dead-code", "calibrate", "smoothquant", "fp8-tile", "quantize", "quantize#2",
-        "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2", "to-kernels",
+        "canonicalize", "dead-code", "calibrate", "smoothquant", "merge-linears", "merge-linears#2", "merge-linears#3",
+        "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants",
+        "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
     )  # fmt: skip
 
 
@@ -93,3 +97,19 @@ def test_profiles() -> None:
     for name in ("deepgemm", "vllm"):
         with pytest.raises(PassError, match=f"has power-of-two scales: got {name}; need numerics=deepseek"):
             profile(numerics=name, scale="ue8m0")
+
+
+@pytest.mark.parametrize(
+    ("recipes", "fusing"),
+    [
+        ([Recipe()], [*PRODUCERS, "fuse-epilogue"]),
+        ([Recipe(x="token", w="channel")], PRODUCERS),
+        ([Recipe(DType.i8, "token", "channel"), Recipe(k_block=64)], PRODUCERS),
+        ([Recipe(x="tensor", w="tensor")], []),
+        ([Recipe(x="channel", w="channel")], []),
+        ([Recipe(x="tensor", w="channel", static=True), Recipe()], [*PRODUCERS, "fuse-epilogue"]),
+    ],
+)  # fmt: skip
+def test_what_is_fused_with_the_kernels(recipes: list[Recipe], fusing: list[str]) -> None:
+    names = steps(*recipes).names
+    assert list(names[names.index("to-kernels") + 1 :]) == fusing

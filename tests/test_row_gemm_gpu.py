@@ -10,8 +10,10 @@ from torch import Tensor
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.gemm_config import DEEPEST_INT8, GemmConfig, GemmProblem, refusal
 from codegen.gemm_launch import launch_row_gemm
+from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
 from codegen.kernels.quantize import quantize_tokens
-from codegen.kernels.row_gemm import row_gemm_pointers, row_gemm_tma
+from codegen.kernels.row_gemm import row_gemm_pointers
+from codegen.kernels.warp_row_gemm import warp_row_gemm
 from codegen.tiling import all_configs
 from qcompiler.errors import CodegenError
 
@@ -71,7 +73,7 @@ def test_every_configuration_on_a_large_and_on_a_ragged_shape(kind: Rows, config
     for out_dtype in (torch.bfloat16, torch.float32):
         for m, n, k in ((2048, 2048, 4096), (333, 464, 1104), (1, 144, 144)):
             if refusal(config, GemmProblem(m, n, k, out_bytes=out_dtype.itemsize, kind=kind)) is not None:
-                assert out_dtype == torch.float32 and config.block_n == 256
+                assert out_dtype == torch.float32 and config.variant == "warp"
                 continue
             x, xs, w, ws = operands(m, n, k, kind)
             out = torch.full((m, n), math.nan, dtype=out_dtype, device="cuda")
@@ -138,13 +140,75 @@ def test_fp8_sums_are_promoted_every_128_of_k(config: GemmConfig) -> None:
     w = (torch.rand(n, k, device="cuda") * 0.5 + 0.5).to(torch.float8_e4m3fn)
     one = torch.ones(256, 1, device="cuda")
     want = exact(x, one, w, one)
+    fits = refusal(config, GemmProblem(m, n, k, out_bytes=4, kind="rows_f8")) is None
+    dtype = torch.float32 if fits else torch.float16  # the sums are near 18000, and float16 ends at 65504
     errors = {}
     for promote in (True, False):
-        out = torch.empty(m, n, device="cuda")
+        out = torch.empty(m, n, device="cuda", dtype=dtype)
         launch_row_gemm(config, x, w, out, one, one, None, promote)
         errors[promote] = relative_error(out, want)
     assert errors[True] <= 5e-4
     assert errors[False] > 5 * errors[True], f"the unpromoted sum is as good: {errors}"
+
+
+@pytest.mark.parametrize(("kind", "config"), CONFIGS, ids=str)
+def test_every_configuration_for_any_number_of_rows(kind: Rows, config: GemmConfig) -> None:
+    for m in ROWS[1:]:
+        x, xs, w, ws = operands(m, 264, 640, kind)
+        out = torch.full((m, 264), math.nan, dtype=torch.bfloat16, device="cuda")
+        launch_row_gemm(config, x, w, out, xs, ws, None)
+        assert relative_error(out, exact(x, xs, w, ws)) <= 2.2e-3, m
+
+
+@pytest.mark.parametrize(("kind", "config"), CONFIGS, ids=str)
+@pytest.mark.parametrize("x_block", [TOKEN, TENSOR])
+@pytest.mark.parametrize("w_block", [TOKEN, TENSOR])
+def test_every_configuration_with_a_scale_for_the_tensor_and_a_bias(
+    kind: Rows, config: GemmConfig, x_block: tuple[int, int], w_block: tuple[int, int]
+) -> None:
+    for m, n, k in ((200, 320, 640), (7, 136, 4096)):
+        x, xs, w, ws = operands(m, n, k, kind, x_block, w_block)
+        bias = torch.randn(n, device="cuda") * exact(x, xs, w, ws).std().float()
+        out = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
+        launch_row_gemm(config, x, w, out, xs, ws, bias)
+        assert relative_error(out, exact(x, xs, w, ws, bias)) <= 2.2e-3
+
+
+@pytest.mark.parametrize("config", [config for kind, config in CONFIGS if kind == "rows_i8"], ids=str)
+def test_int8_sums_of_every_configuration_are_exact(config: GemmConfig) -> None:
+    for m, n, k in ((300, 272, 4096), (64, 48, 130000)):
+        if refusal(config, GemmProblem(m, n, k, out_bytes=4, kind="rows_i8")) is not None:
+            continue
+        x, xs, w, ws = operands(m, n, k, "rows_i8")
+        want = exact(x, xs, w, ws)
+        out = torch.full((m, n), math.nan, device="cuda")
+        launch_row_gemm(config, x, w, out, xs, ws, None)
+        assert bool(((out.double() - want).abs() <= 3.001 * 2.0**-24 * want.abs()).all())
+
+
+def test_strides_of_scales() -> None:
+    for kind, config in CONFIGS:
+        x, xs, w, ws = operands(77, 256, 1024, kind)
+        spread = [torch.full((scale.shape[0], 3), math.nan, device="cuda") for scale in (xs, ws)]
+        for wide, scale in zip(spread, (xs, ws), strict=True):
+            wide[:, 1:2] = scale
+        out = torch.empty(77, 256, device="cuda", dtype=torch.bfloat16)
+        launch_row_gemm(config, x, w, out, spread[0][:, 1:2], spread[1][:, 1:2], None)
+        assert relative_error(out, exact(x, xs, w, ws)) <= 2e-3, config
+
+
+@pytest.mark.parametrize(("kind", "config"), [pair for pair in CONFIGS if pair[1].variant != "narrow"], ids=str)
+def test_operands_and_outputs_beyond_32_bits(kind: Rows, config: GemmConfig) -> None:
+    for m, n, k in ((2**31 // 4096 + 77, 136, 4096), (2**31 // 2048 + 77, 2048, 128)):
+        x = torch.zeros(m, k, dtype=torch.uint8, device="cuda").view(DTYPES[kind])
+        last, _, w, ws = operands(300, n, k, kind)
+        x[-300:] = last
+        xs = torch.rand(m, 1, device="cuda") + 0.5
+        out = torch.full((m, n), math.nan, dtype=torch.bfloat16, device="cuda")
+        launch_row_gemm(config, x, w, out, xs, ws, None)
+        assert relative_error(out[-300:], exact(x[-300:], xs[-300:], w, ws)) <= 2e-3
+        assert bool((out[: m - 300] == 0).all())
+        del x, out
 
 
 def test_garbage_beyond_the_last_row_stays_outside() -> None:
@@ -219,7 +283,7 @@ def test_compiled_and_captured_in_a_cuda_graph(kind: Rows) -> None:
 def test_a_new_number_of_rows_compiles_nothing() -> None:
     def compiled() -> int:
         device = torch.cuda.current_device()
-        kernels = (quantize_tokens, row_gemm_tma, row_gemm_pointers)
+        kernels = (quantize_tokens, row_gemm_pointers, warp_row_gemm, narrow_row_gemm, sum_row_splits)
         return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
 
     w, ws = quantize(torch.randn(512, 384, device="cuda"), TOKEN, torch.int8)

@@ -197,8 +197,9 @@ def test_overrides_become_layers(overrides: dict[str, str | None], layers: dict[
 def test_overrides_share_what_stands_around() -> None:
     found = pipeline("fp8_tile", {"a": "smoothquant_o3{observer=mse}", "b": "fp8_tensor_static{observer=percentile}"})
     assert found.names == (
-        "canonicalize", "dead-code", "calibrate", "smoothquant", "calibrate#2", "fp8-tile", "quantize", "quantize#2",
-        "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2", "to-kernels",
+        "canonicalize", "dead-code", "calibrate", "smoothquant", "calibrate#2", "merge-linears", "fp8-tile",
+        "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2",
+        "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
     )  # fmt: skip
     assert str(found["calibrate"]) == str(found["calibrate#2"]) == "calibrate{histogram=true}"
     assert getattr(found["smoothquant"], "layers") == ("a", "!b")  # noqa: B009

@@ -287,7 +287,7 @@ def test_where_nothing_takes_in_the_scale_it_goes_in_front() -> None:
     assert second.remark == (
         "smoothed, alpha 0.5: 1/s is multiplied in front, since aten.gelu does not commute with a scale (%gelu)"
     )
-    assert [len(op.args) for op in fast.graph.ops("kernel.quantize")] == [2, 2]  # fused into the quantization
+    assert [len(op.args) for op in fast.stages["to-kernels"].ops("kernel.quantize")] == [2, 2]  # a prescale
     assert not fast.graph.ops("aten.mul.Tensor")
     pipeline = qcompiler.pipeline("smoothquant_o1").replace("smoothquant", "smoothquant{prescale=false}")
     plain = qcompiler.compile(model, pipeline=pipeline, calibration=[x])

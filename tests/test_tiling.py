@@ -37,7 +37,7 @@ sizes = st.integers(1, 40000)
         (replace(TMA, warps=8), FINE, "8 warps need a multiple of 128 rows, the tile has 64"),
         (replace(TMA, warps=6), FINE, "6 warps are no whole number of warpgroups of 4"),
         (replace(TMA, block_m=128), FINE, "two FP32 tiles take 256 registers of a thread, 160 are to be had"),
-        (replace(TMA, stages=9), FINE, "9 stages need 238592 bytes of shared memory, a block may have 232448"),
+        (replace(TMA, stages=9), FINE, "9 stages need 239616 bytes of shared memory, a block may have 232448"),
         (TMA, replace(FINE, k=4100), "the copy engine needs K to be a multiple of 16, it is 4100"),
         (TMA, replace(FINE, n=4100), "the copy engine needs output rows of a multiple of 16 bytes, they have 8200"),
         (TMA, replace(FINE, aligned=False), "the copy engine needs operands that start at a multiple of 16 bytes"),
@@ -66,17 +66,22 @@ NARROW = GemmConfig(64, 128, 128, 4, 4, 1, "narrow")
         ),
         (WARP, replace(FINE, n=4100), "the copy engine needs output rows of a multiple of 16 bytes, they have 8200"),
         (NARROW, replace(FINE, k=4100), "the copy engine needs K to be a multiple of 16, it is 4100"),
-        (WARP, replace(FINE, x_block=64), "a scale spans 64 of K, the step is 128"),
+        (replace(WARP, block_k=64), FINE, "the Gluon kernels have stages of 128 of K, here it is 64"),
         (
-            WARP,
-            replace(FINE, kind="rows_f8"),
-            "the Gluon kernels scale inside the sum, here the scales are at its end",
+            replace(WARP, block_k=64),
+            replace(FINE, x_block=64),
+            "the Gluon kernels have stages of 128 of K, here it is 64",
         ),
-        (replace(WARP, stages=5), FINE, "5 stages need 284672 bytes of shared memory, a block may have 232448"),
+        (
+            replace(NARROW, block_k=256),
+            replace(FINE, kind="rows_i8"),
+            "the Gluon kernels have stages of 128 of K, here it is 256",
+        ),
+        (replace(WARP, stages=5), FINE, "5 stages need 285696 bytes of shared memory, a block may have 232448"),
         (
             GemmConfig(192, 128, 128, 12, 4, 16, "warp"),
             replace(FINE, out_bytes=4),
-            "4 stages need 266240 bytes of shared memory, a block may have 232448",
+            "4 stages need 267264 bytes of shared memory, a block may have 232448",
         ),
         (replace(WARP, block_m=192), FINE, "8 warps need a multiple of 128 rows, the tile has 192"),
         (replace(WARP, block_m=384), FINE, "two FP32 tiles take 256 registers of a thread, 192 are to be had"),
@@ -164,9 +169,9 @@ def test_configurations_are_few_and_lawful(kind: Kind, x_block: int) -> None:
     assert 1 < len(configs) <= 12 and len(set(configs)) == len(configs)
     for config in configs:
         for out_bytes in (2, 4):
-            fits = config.shared_memory(out_bytes) <= SHARED_MEMORY_LIMIT
-            why = refusal(config, replace(FINE, out_bytes=out_bytes, kind=kind, x_block=x_block))
-            assert (why is None) == fits
+            problem = replace(FINE, out_bytes=out_bytes, kind=kind, x_block=x_block)
+            fits = config.shared_memory(out_bytes, problem.stage_scales) <= SHARED_MEMORY_LIMIT
+            assert (refusal(config, problem) is None) == fits
             # The widest tile leaves no room for FP32 rows, which are rare.
             assert fits or (config.variant == "warp" and out_bytes == 4)
 
@@ -193,7 +198,7 @@ def test_every_configuration_can_be_chosen(kind: Kind, x_block: int) -> None:
     problems = [
         GemmProblem(m, n, 4096, aligned=aligned, kind=kind, x_block=x_block, scale_columns=columns)
         for m in (16, 32, 64, 128, 256, 512, 1024, 4096)
-        for n in (512, 4096, 7168, 12800)
+        for n in (512, 2112, 4096, 7168, 12800)
         for aligned in (True, False)
         for columns in (True, False)
     ]
@@ -207,6 +212,42 @@ def test_big_products_use_the_copy_engine_and_small_ones_small_tiles() -> None:
         assert choose(GemmProblem(m, 4096, 7168)) == replace(NARROW, block_m=m)
     small = choose(GemmProblem(64, 4096, 7168, scale_columns=False))
     assert small.block_m * small.block_n < TMA.block_m * TMA.block_n
+
+
+@pytest.mark.parametrize(
+    ("kind", "x_block", "scales"),
+    [
+        ("tiles", 32, 4),
+        ("tiles", 64, 2),
+        ("tiles", 128, 1),
+        ("tiles", 512, 1),
+        ("tiles", ALL, 1),
+        ("rows_f8", ALL, 0),
+        ("rows_i8", ALL, 0),
+    ],
+)
+def test_scales_of_x_take_room_in_each_stage(kind: Kind, x_block: int, scales: int) -> None:
+    assert replace(FINE, kind=kind, x_block=x_block).stage_scales == scales
+    for config, rows in ((WARP, 256), (replace(NARROW, block_m=16), 32)):
+        assert config.shared_memory(2, scales) - config.shared_memory(2, 0) == config.stages * rows * 4 * scales
+
+
+def test_consumers_have_a_buffer_for_each_wave_where_it_fits() -> None:
+    assert [WARP.out_buffers(out_bytes) for out_bytes in (2, 4)] == [2, 1]
+    assert [replace(WARP, stages=stages).out_buffers(2, 0) for stages in (3, 4)] == [2, 1]
+    assert GemmConfig(192, 128, 128, 12, 4, 16, "warp").out_buffers(4) == 1
+    for out_bytes in (2, 4):
+        assert refusal(WARP, replace(FINE, out_bytes=out_bytes)) is None
+
+
+def test_the_gluon_kernels_run_all_scales() -> None:
+    for m in (1024, 4096, 8192):
+        for kind, x_block in FAMILIES:
+            assert choose(GemmProblem(m, 4096, 4096, kind=kind, x_block=x_block)).variant == "warp"
+    for m in (16, 64):
+        for kind, x_block in FAMILIES:
+            config = choose(GemmProblem(m, 4096, 7168, kind=kind, x_block=x_block))
+            assert config.variant == "narrow" and config.block_m == m
 
 
 def test_no_configuration_is_an_error_with_all_reasons() -> None:

@@ -83,7 +83,7 @@ def test_torch_export_with_dynamic_sizes(fast: CompiledModel, strict: bool) -> N
     shapes = {"x": {0: rows, 1: length}, "mask": {0: rows, 1: length}}
     program = torch.export.export(fast, inputs(3, 4), dynamic_shapes=shapes, strict=strict)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert names.count("qcompiler.scaled_linear.default") == 2
+    assert names.count("qcompiler.fused_linear.default") == 2
     assert strict or not [name for name in names if "wrap_with" in name], "no sub-graph for no_grad or autocast"
     for sizes in ((3, 4), (7, 2)):
         x, mask = inputs(*sizes)

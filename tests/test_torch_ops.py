@@ -52,7 +52,6 @@ def test_the_column_major_layout_is_what_the_copy_engine_reads() -> None:
     for rows, padded in ((1, 4), (4, 4), (5, 8), (130, 132)):
         _, scale = quantize(torch.randn(rows, 384), [1, 128], E4M3, "deepseek", "col_major")
         assert scale.shape == (rows, 3) and scale.stride() == (1, padded)
-        assert scale.untyped_storage().nbytes() >= 4 * 3 * padded
     _, batch = quantize(torch.randn(2, 5, 384), [1, 128], E4M3, "deepseek", "col_major")
     assert batch.shape == (2, 5, 3) and batch.stride() == (5, 1, 12)
     assert batch.reshape(10, 3).data_ptr() == batch.data_ptr(), "flattening must not copy"

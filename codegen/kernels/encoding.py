@@ -44,18 +44,42 @@ def amax_of_keys(largest):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def finite_magnitudes(values):  # type: ignore[no-untyped-def]
+    """The magnitudes of FP32 values, where what is not finite becomes NaN, which a maximum passes over."""
+    return tl.abs(tl.fma(values, 0.0, values))
+
+
+@triton.jit
 def scale_of(amax, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, UE8M0: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The scale of a block of that amax: FP32, or the power of two that is not below it."""
-    s = tl.div_rn(tl.maximum(amax, AMAX_FLOOR), TOP)
+    """The scale of a block of that amax, NaN for none: FP32, or the power of two that is not below it.
+
+    The division is corrected by its exact remainder as in `divide`; with the nearest number to 1 / TOP the result is
+    the correctly rounded quotient (Markstein, theorem 8.2).
+    """
+    held = tl.maximum(amax, AMAX_FLOOR)
+    quotient = held * (1.0 / TOP)
+    s = tl.fma(tl.fma(quotient, TOP, held * -1.0), -1.0 / TOP, quotient)
     if UE8M0:
         s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return s
 
 
 @triton.jit
+def reciprocal_of(s):  # type: ignore[no-untyped-def]
+    """1 / s, correctly rounded, of scales between 2^-60 and 2^125: an estimate and two steps towards it.
+
+    After the first step it is within an ulp, from where the second is exact but for a significand of ones (Markstein,
+    theorem 8.1), whose case the tests show.
+    """
+    estimate = 1.0 / s
+    estimate = tl.fma(tl.fma(estimate, s, -1.0), estimate * -1.0, estimate)
+    return tl.fma(tl.fma(estimate, s, -1.0), estimate * -1.0, estimate)
+
+
+@triton.jit
 def quotients(values, s, TOP: tl.constexpr, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
     """values / s, or values * (1 / s), of scales between 2^-60 and 2^125, as accurate as codes need."""
-    reciprocal = tl.div_rn(1.0, s)
+    reciprocal = reciprocal_of(s)
     return values * reciprocal if RECIPROCAL else divide(values, s, reciprocal, 2 * TOP)
 
 

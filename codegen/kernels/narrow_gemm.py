@@ -30,12 +30,17 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its na
 
 
 @gluon.jit
-def _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, step, block, row, column, there, SPAN: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Brings one block of K, and the scales of its tiles, into the stage of that step, if it is there."""
+def fill(  # type: ignore[no-untyped-def]
+    a, w, a_scale, a_ring, w_ring, s_ring, full, step, block, row, column, there, SPAN: gl.constexpr
+):  # fmt: skip
+    """Brings one block of K, and the scales of its tiles if there are any, into the stage of that step, if it is there.
+
+    Without `a_scale` and `s_ring`, None, there are no scales.
+    """
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_M: gl.constexpr = a_ring.shape[1]
-    SCALES: gl.constexpr = s_ring.shape[2]
-    SUBS: gl.constexpr = s_ring.shape[0] // STAGES
+    SUBS: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // STAGES
+    SCALES: gl.constexpr = 0 if s_ring is None else s_ring.shape[2]
     stage = step % STAGES
     bar = full.index(stage)
     mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SUBS * SCALES * 4, pred=there)
@@ -93,7 +98,7 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
     first = split * depth
     steps = gl.minimum(depth, gl.cdiv(k, 128) - first)
     for each in gl.static_range(STAGES):
-        _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, each, first + each, row, tile_n * 128, each < steps, SPAN)
+        fill(a, w, a_scale, a_ring, w_ring, s_ring, full, each, first + each, row, tile_n * 128, each < steps, SPAN)
     w_scales = w_scale + tile_n.to(gl.int64) * w_scale_stride_n + first * w_scale_stride_k
     total = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
     part = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
@@ -112,7 +117,7 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
             if sub == SUBS - 1:
                 _barrier()  # all warps have read the stage
                 later, there = step + STAGES, step + STAGES < steps
-                _fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
+                fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
             total += part * scale[None, :]
 
     columns = tile_n * 128 + gl.arange(0, 128, gl.SliceLayout(1, SUMS))

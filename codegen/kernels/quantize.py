@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 
 from codegen.kernels.encoding import (
-    amax_of_keys,
     codes,
-    finite_keys,
+    finite_magnitudes,
     load_values,
     quotients,
     scale_of,
@@ -48,7 +47,7 @@ def quantize_tiles(  # type: ignore[no-untyped-def]
     rows = (tile // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     values = load_values(x, prescale, rows, columns, m, k, x_stride)
-    s = scale_of(amax_of_keys(tl.max(finite_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)
+    s = scale_of(tl.max(finite_magnitudes(values), axis=1), AMAX_FLOOR, TOP, UE8M0)
     # Dividing by a power of two is multiplying by its exact reciprocal.
     scaled = quotients(values, s[:, None], TOP, RECIPROCAL or UE8M0)
     store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)
@@ -77,14 +76,15 @@ def quantize_tokens(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_K)
     if ONE_STEP:
         values = load_values(x, prescale, rows, columns, m, k, x_stride)
-        s = scale_of(amax_of_keys(tl.max(finite_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)
+        s = scale_of(tl.max(finite_magnitudes(values), axis=1), AMAX_FLOOR, TOP, UE8M0)
         scaled = quotients(values, s[:, None], TOP, RECIPROCAL or UE8M0)
         store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)
     else:
-        keys = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+        largest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for start in range(0, k, BLOCK_K):
-            keys = tl.maximum(keys, finite_keys(load_values(x, prescale, rows, start + columns, m, k, x_stride)))
-        s = scale_of(amax_of_keys(tl.max(keys, axis=1)), AMAX_FLOOR, TOP, UE8M0)
+            values = load_values(x, prescale, rows, start + columns, m, k, x_stride)
+            largest = tl.maximum(largest, finite_magnitudes(values))
+        s = scale_of(tl.max(largest, axis=1), AMAX_FLOOR, TOP, UE8M0)
         for start in range(0, k, BLOCK_K):
             values = load_values(x, prescale, rows, start + columns, m, k, x_stride)
             scaled = quotients(values, s[:, None], TOP, RECIPROCAL or UE8M0)

@@ -1,4 +1,4 @@
-"""Portable Triton kernels: the product of two operands whose scales do not depend on K.
+"""Portable Triton kernel: the product of two operands whose scales do not depend on K.
 
     out[m, n] = (a[m] . w[n]) * a_scale[m] * w_scale[n]   (+ bias[n])
 
@@ -6,8 +6,8 @@ a and w are both FP8 or both INT8; a scale of stride 0 is that of the whole tens
 in 32 bits, by the tensor cores. Hopper's FP8 tensor cores keep about 14 bits while they accumulate, so with `PROMOTE`
 each step of K is one `tl.dot` into fresh registers, which is then added in FP32.
 
-Tiles are ordered as in `scaled_gemm`, and the variants are the same: `row_gemm_tma` moves tiles with the copy engine,
-`row_gemm_pointers` takes any alignment and any sizes.
+Tiles are ordered as in `scaled_gemm`. This kernel takes any alignment and any sizes; where the copy engine can address
+the operands, `warp_row_gemm` and `narrow_row_gemm` run instead.
 """
 
 import triton
@@ -30,16 +30,16 @@ def _rescaled(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["m", "a_scale_stride", "w_scale_stride"])
-def row_gemm_tma(  # type: ignore[no-untyped-def]
+def row_gemm_pointers(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k, a_scale_stride, w_scale_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors with the tile as their block.
+    """out[m, n] of a[m, k] and w[n, k], pointers to contiguous memory beyond which nothing is touched.
 
     Args:
-        a: float8e4nv or int8 descriptor, block [BLOCK_M, BLOCK_K].
-        w: Descriptor of the same dtype, block [BLOCK_N, BLOCK_K].
-        out: bfloat16, float16 or float32 descriptor, block [BLOCK_M, BLOCK_N].
+        a: float8e4nv or int8.
+        w: The same dtype.
+        out: Any floating dtype.
         a_scale: float32, that of row m at m times the stride.
         w_scale: float32, that of row n at n times the stride.
         bias: [n] in any floating dtype, or None.
@@ -49,27 +49,6 @@ def row_gemm_tma(  # type: ignore[no-untyped-def]
         GROUP: Rows of tiles that follow each other.
         PROMOTE: Add each step in FP32 registers; for FP8.
     """
-    tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP)
-    row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if a.dtype == tl.int8 else tl.float32)
-    for step in range(tl.cdiv(k, BLOCK_K)):
-        left = a.load([row, step * BLOCK_K])
-        right = w.load([column, step * BLOCK_K])
-        if PROMOTE:
-            total += tl.dot(left, right.T)
-        else:
-            total = tl.dot(left, right.T, total, out_dtype=total.dtype)
-    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    result = _rescaled(total, a_scale, w_scale, bias, rows, columns, m, n, a_scale_stride, w_scale_stride)
-    out.store([row, column], result.to(out.dtype))
-
-
-@triton.jit(do_not_specialize=["m", "a_scale_stride", "w_scale_stride"])
-def row_gemm_pointers(  # type: ignore[no-untyped-def]
-    a, w, out, a_scale, w_scale, bias, m, n, k, a_scale_stride, w_scale_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROMOTE: tl.constexpr,
-):  # fmt: skip
-    """`row_gemm_tma` on pointers to contiguous a[m, k], w[n, k] and out[m, n]; nothing beyond them is touched."""
     tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP)
     # 64 bits: a row times its stride passes 2^31 in tensors that fit a GPU.
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -5,7 +5,8 @@
 The producer and the order of tiles are those of `warp_pipeline`. Each of the consumers, warpgroups of 4 warps, owns
 `WAVES` times 64 rows of the tile. A wave is four tensor core instructions of K = 32 into fresh registers, whose
 result is scaled and added in FP32: the promotion that Hopper's 14-bit accumulation asks for. Consumers take turns at
-the tensor cores; two of one wave each do without, and are faster so.
+the tensor cores; two of one wave each do without, and are faster so, and so are the shorter waves of narrow tiles of
+the activation, of K = 32 or 64.
 """
 
 from triton.experimental import gluon
@@ -42,9 +43,9 @@ def _consume(  # type: ignore[no-untyped-def]
     # Narrow tiles of the activation: steps inside a stage, each with a scale of its own.
     SUBS: gl.constexpr = s_ring.shape[0] // a_ring.shape[0]
     DEPTH: gl.constexpr = 128 // SUBS
-    TURNS: gl.constexpr = CONSUMERS * WAVES > 2
+    BUFFERS: gl.constexpr = out_ring.shape[0] // CONSUMERS
+    TURNS: gl.constexpr = CONSUMERS * WAVES > 2 and SUBS == 1
     scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES * SUBS, ROWS], FLAT)
-    buffer = out_ring.index(WHO)
     blocks = gl.cdiv(k, 128)
     turn = 0
     if TURNS and WHO == CONSUMERS - 1:
@@ -83,9 +84,11 @@ def _consume(  # type: ignore[no-untyped-def]
                 # the second: there are registers for one `part`, and waiting on a sum pins the order.
                 total0 = warpgroup_mma_wait(0, deps=(total0,))
                 if WAVES == 2:
-                    wait_for_turn(WHO)
+                    if TURNS:
+                        wait_for_turn(WHO)
                     part = warpgroup_mma(left.slice(ROW + 64, 64), right, part, use_acc=False, is_async=True)
-                    give_turn(NEXT)
+                    if TURNS:
+                        give_turn(NEXT)
                     part = warpgroup_mma_wait(0, deps=(part,))
                     if sub == SUBS - 1:
                         mbarrier.arrive(free.index(stage), count=1)
@@ -93,9 +96,10 @@ def _consume(  # type: ignore[no-untyped-def]
                     total1 = warpgroup_mma_wait(0, deps=(total1,))
             turn += 1
         row = (tile_m * CONSUMERS + WHO) * WAVES * 64
-        store(out, buffer, total0, row, tile_n * BLOCK_N, bias, n)
+        first, last = out_ring.index(WHO * BUFFERS), out_ring.index((WHO + 1) * BUFFERS - 1)
+        store(out, first, total0, row, tile_n * BLOCK_N, bias, n, BUFFERS - 1)
         if WAVES == 2:
-            store(out, buffer, total1, row + 64, tile_n * BLOCK_N, bias, n)
+            store(out, last, total1, row + 64, tile_n * BLOCK_N, bias, n, BUFFERS - 1)
     tma.store_wait(0)
     if TURNS and WHO == 0:
         wait_for_turn(WHO)  # every turn that was given is taken
@@ -105,7 +109,7 @@ def _consume(  # type: ignore[no-untyped-def]
 def warp_gemm(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k,
     CONSUMERS: gl.constexpr, WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPAN: gl.constexpr,
-    SUBS: gl.constexpr,
+    SUBS: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors, on a grid of any size.
 
@@ -115,7 +119,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         a: float8e4nv descriptor; its block is [BLOCK_M, 128], or [64, 128] where BLOCK_M is no power of two.
         w: float8e4nv descriptor, block [BLOCK_N, 128]; BLOCK_N divides 128: a tile has one weight scale a block.
         out: bfloat16, float16 or float32 descriptor, block [64, BLOCK_N].
-        a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, rows of a's block].
+        a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, a's rows].
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None.
         CONSUMERS: Warpgroups that multiply, 2 or 3.
@@ -124,6 +128,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         GROUP: Rows of tiles that follow each other.
         SPAN: Blocks of K that share a scale of the activation.
         SUBS: Tiles of the activation in a block of K, each with a scale; 1, 2 or 4, and then SPAN is 1.
+        BUFFERS: Of 64 rows of the output for each consumer; one, or WAVES.
     """
     BLOCK_M: gl.constexpr = CONSUMERS * WAVES * 64
     BLOCK_N: gl.constexpr = w.block_shape[0]
@@ -133,7 +138,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * BOXES, ROWS, 128], a.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_N, 128], w.layout)
     s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BOXES * SUBS, 1, ROWS], a_scale.layout)
-    out_ring = gl.allocate_shared_memory(out.dtype, [CONSUMERS, 64, BLOCK_N], out.layout)
+    out_ring = gl.allocate_shared_memory(out.dtype, [CONSUMERS * BUFFERS, 64, BLOCK_N], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

@@ -83,12 +83,15 @@ def produce(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def store(out, buffer, total, row, column, bias, n):  # type: ignore[no-untyped-def]
-    """Sends 64 rows of the output on their way; they leave while the next tile is multiplied."""
+def store(out, buffer, total, row, column, bias, n, PENDING: gl.constexpr = 0):  # type: ignore[no-untyped-def]
+    """Sends 64 rows of the output on their way; they leave while the next tile is multiplied.
+
+    The buffer is one that PENDING sends before this one do not use.
+    """
     if bias is not None:
         columns = column + gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
         total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
-    tma.store_wait(0)  # the rows before these have left the buffer
+    tma.store_wait(PENDING)  # the rows before these have left the buffer
     buffer.store(total.to(out.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [row, column], buffer)

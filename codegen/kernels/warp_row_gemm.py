@@ -24,14 +24,6 @@ from codegen.kernels.warp_pipeline import give_turn, produce, store, tile_of, wa
 
 
 @gluon.jit
-def _rescaled(total, a_scale, a_scale_stride, columns_scale, row, m):  # type: ignore[no-untyped-def]
-    """64 rows of sums in FP32, times both scales; the scales first, whose product is of ordinary size."""
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, total.type.layout))
-    scale = gl.load(a_scale + rows.to(gl.int64) * a_scale_stride, mask=rows < m, other=0.0)
-    return total.to(gl.float32) * (scale[:, None] * columns_scale[None, :])
-
-
-@gluon.jit
 def _consume(  # type: ignore[no-untyped-def]
     WHO: gl.constexpr, out, a_scale, w_scale, bias, a_ring, w_ring, out_ring, full, free, m, n, k,
     a_scale_stride, w_scale_stride, height, width,
@@ -49,13 +41,25 @@ def _consume(  # type: ignore[no-untyped-def]
     ROW: gl.constexpr = WHO * WAVES * 64 % ROWS
     NEXT: gl.constexpr = (WHO + 1) % CONSUMERS
     TURNS: gl.constexpr = PROMOTE and CONSUMERS * WAVES > 2
-    buffer = out_ring.index(WHO)
+    BUFFERS: gl.constexpr = out_ring.shape[0] // CONSUMERS
+    LINES: gl.constexpr = gl.SliceLayout(1, SUMS)
+    SPREAD: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     blocks = gl.cdiv(k, 128)
     turn = 0
     if TURNS and WHO == CONSUMERS - 1:
         give_turn(NEXT)
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
+        # The scales and the bias come while the tile is multiplied; a column's, one or two in each thread, wait there.
+        row, column = (tile_m * CONSUMERS + WHO) * WAVES * 64, tile_n * BLOCK_N
+        columns = column + gl.arange(0, BLOCK_N, SPREAD)
+        w_scales = gl.load(w_scale + columns.to(gl.int64) * w_scale_stride, mask=columns < n, other=0.0)
+        if bias is not None:
+            biases = gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)
+        rows = row + gl.arange(0, 64, LINES)
+        scale0 = gl.load(a_scale + rows.to(gl.int64) * a_scale_stride, mask=rows < m, other=0.0)
+        if WAVES == 2:
+            scale1 = gl.load(a_scale + (rows + 64).to(gl.int64) * a_scale_stride, mask=rows + 64 < m, other=0.0)
         total0 = gl.zeros([64, BLOCK_N], KIND, SUMS)
         if WAVES == 2:
             total1 = gl.zeros([64, BLOCK_N], KIND, SUMS)
@@ -105,23 +109,28 @@ def _consume(  # type: ignore[no-untyped-def]
             else:
                 total0 = warpgroup_mma_wait(0, deps=(total0,))
             mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES), count=1)
-        row, column = (tile_m * CONSUMERS + WHO) * WAVES * 64, tile_n * BLOCK_N
-        columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
-        scale = gl.load(w_scale + columns.to(gl.int64) * w_scale_stride, mask=columns < n, other=0.0)
-        store(out, buffer, _rescaled(total0, a_scale, a_scale_stride, scale, row, m), row, column, bias, n)
+        # The scales first, whose product is of ordinary size.
+        w_line = gl.convert_layout(w_scales, gl.SliceLayout(0, SUMS))[None, :]
+        result0 = total0.to(gl.float32) * (scale0[:, None] * w_line)
+        if bias is not None:
+            b_line = gl.convert_layout(biases, gl.SliceLayout(0, SUMS))[None, :]
+            result0 += b_line
+        store(out, out_ring.index(WHO * BUFFERS), result0, row, column, None, n, BUFFERS - 1)
         if WAVES == 2:
-            store(
-                out, buffer, _rescaled(total1, a_scale, a_scale_stride, scale, row + 64, m), row + 64, column, bias, n
-            )
+            result1 = total1.to(gl.float32) * (scale1[:, None] * w_line)
+            if bias is not None:
+                result1 += b_line
+            store(out, out_ring.index((WHO + 1) * BUFFERS - 1), result1, row + 64, column, None, n, BUFFERS - 1)
     tma.store_wait(0)
     if TURNS and WHO == 0:
         wait_for_turn(WHO)  # every turn that was given is taken
 
 
-@gluon.jit(do_not_specialize=["m", "a_scale_stride", "w_scale_stride"])
+@gluon.jit(do_not_specialize=["m", "a_scale_stride"])
 def warp_row_gemm(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k, a_scale_stride, w_scale_stride,
     CONSUMERS: gl.constexpr, WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROMOTE: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors, on a grid of any size.
 
@@ -139,6 +148,7 @@ def warp_row_gemm(  # type: ignore[no-untyped-def]
         STAGES: Blocks of K that are in shared memory at one time.
         GROUP: Rows of tiles that follow each other.
         PROMOTE: Add each step in FP32 registers; for FP8.
+        BUFFERS: Of 64 rows of the output for each consumer; one, or WAVES.
     """
     BLOCK_M: gl.constexpr = CONSUMERS * WAVES * 64
     BLOCK_N: gl.constexpr = w.block_shape[0]
@@ -146,7 +156,7 @@ def warp_row_gemm(  # type: ignore[no-untyped-def]
     BOXES: gl.constexpr = BLOCK_M // ROWS
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * BOXES, ROWS, 128], a.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_N, 128], w.layout)
-    out_ring = gl.allocate_shared_memory(out.dtype, [CONSUMERS, 64, BLOCK_N], out.layout)
+    out_ring = gl.allocate_shared_memory(out.dtype, [CONSUMERS * BUFFERS, 64, BLOCK_N], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

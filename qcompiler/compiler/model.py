@@ -3,20 +3,28 @@
 import copy
 import inspect
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
+from codegen import tuner
+from codegen import warmup as warming
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
+from qcompiler.compiler.sizing import calls_to_plan
 from qcompiler.errors import CaptureError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages
 from qcompiler.report import Report
 from qcompiler.runtime.executable import HostWeights, check_device, run_host
+
+NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 
 SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
 
@@ -104,6 +112,64 @@ class CompiledModel(torch.nn.Module):
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The inputs of the graph for a call; InputError when they are not of the kind that it was captured for."""
         return list(self._done.signature.flatten(args, kwargs))
+
+    def warmup(
+        self, *calls: Any, rows: Iterable[int] | None = None, progress: warming.Progress | None = None,
+        workers: int | None = None, **sizes: int | Iterable[int],
+    ) -> warming.Warmup:  # fmt: skip
+        """Compiles the kernels that calls would launch, all at one time, without computing anything.
+
+            compiled.warmup()                        # for 1, 2, 4, … 8192 rows, as far as the model can have them
+            compiled.warmup(rows=[1, 16, 512])       # rows are tokens: the last free size, the others at their least
+            compiled.warmup(s0=1, s1=range(16, 513, 16))
+            compiled.warmup(x, {"input_ids": ids})   # real calls, of which only the sizes matter
+
+        Args:
+            calls: Examples as `calibration` takes them: a tensor, a tuple of arguments, a dict of arguments by name.
+            rows: Numbers of rows of the products.
+            progress: Called with the numbers of kernels done and wanted, and the name of the last one.
+            workers: Threads that compile; left out, one for each core.
+            sizes: Values of the graph's symbols, one or several each; every combination of them is looked at.
+
+        Raises:
+            InputError: Such calls are not what the model was captured for, or it has no such symbol.
+            CaptureError: The model is not captured yet, and there is no call to capture it with.
+            CodegenError: A kernel does not compile.
+        """
+        program = self._captured_by(calls)
+        wanted = calls_to_plan(program.signature, calls, rows, sizes)
+        if program.device.type != "cuda":
+            return warming.Warmup(calls=len(wanted), note=NO_KERNELS)
+        check_device(self.weights, program.device)
+        return warming.warm_up(partial(program.run, self.weights), wanted, program.device, progress, workers)
+
+    def tune(
+        self, *calls: Any, rows: Iterable[int] | None = None, progress: tuner.Progress | None = None,
+        **sizes: int | Iterable[int],
+    ) -> tuner.Tuning:  # fmt: skip
+        """Measures which configuration runs each product of such calls fastest, and uses those from now on.
+
+        The arguments say which calls, as for `warmup`. What is found is kept on disk for the same device, kernels and
+        version of Triton; other processes use it when QCOMPILER_TUNED=1 tells them to. Results may then differ in the
+        order of FP32 additions. The device should have nothing else to do.
+
+        Raises:
+            InputError: As `warmup` does; so for CaptureError and CodegenError.
+        """
+        program = self._captured_by(calls)
+        wanted = calls_to_plan(program.signature, calls, rows, sizes)
+        if program.device.type != "cuda":
+            return tuner.Tuning(note=NO_KERNELS)
+        check_device(self.weights, program.device)
+        found, note = warming.products_of(partial(program.run, self.weights), wanted, program.device)
+        result = tuner.tune(found, program.device, progress)
+        return result if note is None else replace(result, note=note)
+
+    def _captured_by(self, calls: tuple[Any, ...]) -> Program:
+        """The program; the first of `calls` captures it, if that is still to do."""
+        if self._program is None and calls:
+            return self._compile_now(*as_call(calls[0], 0))
+        return self._done
 
     @property
     def _done(self) -> Program:

@@ -39,6 +39,9 @@ PARTS: tuple[AttributeCheck, str] = (lambda a: a in (1, 2) and not isinstance(a,
 PRODUCERS = ("kernel.quantize", "kernel.fused_quantize", "kernel.fused_linear")
 """What writes the scales of an activation."""
 
+FUSED = ("kernel.fused_quantize", "kernel.fused_linear")
+"""What carries a body."""
+
 QUANTIZED = ("block", "dtype", "profile", "scale_layout")
 """The attributes of what is quantized on the way out."""
 

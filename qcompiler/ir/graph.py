@@ -121,6 +121,10 @@ class Graph:
         """The operations that read `value`, each once, in order."""
         return list(dict.fromkeys(use.op for use in self.uses(value)))
 
+    def rank(self, op: Op) -> float:
+        """A number that grows along the order; changing the graph may change it."""
+        return self._order.rank(op)
+
     # Building
 
     def add_input(self, name: str, type: Type, loc: Location | None = None) -> Value:

@@ -1,0 +1,195 @@
+"""Products with a body in one kernel, in two, and in torch, in one run.
+
+    python benchmarks/epilogues.py [--out FOLDER]
+
+Microseconds by CUDA graphs. The launches of a row take turns, because a device at its power limit gives whoever comes
+first the higher clock. "Cold" goes through so many operands that the cache holds none of their weights. "One kernel" is
+the faster of its forms, also where the operator would choose two kernels.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import harness
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codegen import fused_product
+from codegen.epilogue import handed_over
+from codegen.fused_launch import launch_fused
+from codegen.fused_tiling import (
+    FusedGemmConfig,
+    FusedGemmProblem,
+    all_fused_configs,
+    choose_fused,
+    fused_time,
+    refusal,
+    separate_time,
+)
+from codegen.quantization import quantize_on_gpu, scale_like
+from codegen.tiling import bucket
+from qcompiler import numerics
+
+E4M3 = torch.float8_e4m3fn
+QUANTIZED = (1, 128, E4M3, numerics.DEFAULT_PROFILE, "col_major")
+COLD_BYTES = 160_000_000
+
+
+class Case(NamedTuple):
+    """A body, the parts of its weight, the shapes of its other operands, whether its result is quantized."""
+
+    body: str
+    parts: int
+    others: int
+    quantized: bool
+
+
+CASES = {
+    "SwiGLU, quantize": Case("bf16(bf16(silu(bf16(y0))) * bf16(y1))", 2, 0, True),
+    "GELU, quantize": Case("bf16(gelu(bf16(y0)))", 1, 0, True),
+    "GELU": Case("bf16(gelu(bf16(y0)))", 1, 0, False),
+    "residual": Case("bf16(x0 + bf16(y0))", 1, 1, False),
+}
+
+ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
+# Llama-3-8B and -70B, DeepSeek-V3 (an expert and a dense layer); GPT-3 6.7B's first linear; output projections.
+LAYERS = {
+    "SwiGLU, quantize": ((14336, 4096), (28672, 8192), (2048, 7168), (18432, 7168)),
+    "GELU, quantize": ((16384, 4096),),
+    "GELU": ((16384, 4096),),
+    "residual": ((4096, 4096), (8192, 8192)),
+}
+
+
+class _Operands:
+    """One product with a body, and each way to compute it."""
+
+    def __init__(self, case: Case, m: int, n: int, k: int) -> None:
+        self.case = case
+        draw: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+        self.x, self.xs = quantize_on_gpu(torch.randn(m, k, **draw), (1, 128), *QUANTIZED[2:], None)
+        weight = torch.randn(n * case.parts, k, **draw) / k**0.5
+        self.w, self.ws = quantize_on_gpu(weight, (128, 128), *QUANTIZED[2:4], "row_major", None)
+        self.others = [torch.randn(m, n, **draw) for _ in range(case.others)]
+        self.out = torch.empty(m, n, device="cuda", dtype=E4M3 if case.quantized else torch.bfloat16)
+        self.scale = scale_like(self.out, 128, "col_major") if case.quantized else None
+
+    def fused(self, config: FusedGemmConfig) -> None:
+        operands = (self.x, self.w, self.xs, self.ws, None, self.others)
+        launch_fused(config, self.case.body, *operands, self.out, self.scale)
+
+    def separate(self) -> list[Tensor]:
+        operands = (self.x, self.xs, self.w, self.ws, None, self.others)
+        blocks = ((1, 128), (128, 128))
+        quantized = QUANTIZED if self.case.quantized else None
+        return fused_product._separate(*operands, self.case.body, self.case.parts, *blocks, quantized)
+
+    def torch(self) -> Any:
+        """A product for each part, and torch's own operators."""
+        kind = functional.ScalingType
+        weights = zip(self.w.chunk(self.case.parts), self.ws.chunk(self.case.parts), strict=True)
+        sums = [
+            functional.scaled_mm(
+                self.x, w.T, self.xs, kind.BlockWise1x128, ws.t(), kind.BlockWise128x128, output_dtype=torch.bfloat16
+            )
+            for w, ws in weights
+        ]  # fmt: skip
+        if self.case.others:
+            result = self.others[0] + sums[0]
+        else:
+            result = functional.silu(sums[0]) * sums[1] if self.case.parts == 2 else functional.gelu(sums[0])
+        return numerics.quantize(result, (1, 128), E4M3) if self.case.quantized else result
+
+
+def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
+    """One row of the table."""
+    case = CASES[name]
+    block = (1, 128) if case.quantized else None
+    handed = handed_over(case.body)[0].itemsize
+    problem = FusedGemmProblem(bucket(m), n, k, case.parts, handed, 2, case.others, block=block)
+    possible = [config for config in all_fused_configs() if refusal(config, problem) is None]
+    count = COLD_BYTES // (n * case.parts * k)
+    sets = [_Operands(case, m, n, k) for _ in range(1 + count)]
+    warm: dict[str, list[Callable[[], object]]] = {"separate": [sets[0].separate], "torch": [sets[0].torch]}
+    warm |= {str(config): [partial(sets[0].fused, config)] for config in possible}
+    times = _in_turns(warm)
+    forms = {str(config): times[str(config)] for config in possible}
+    best = min(possible, key=lambda config: forms[str(config)])
+    cold = dict(times)
+    if count:
+        cold = _in_turns(
+            {"separate": [each.separate for each in sets], "one": [partial(each.fused, best) for each in sets]}
+        )
+    cold.setdefault("one", forms[str(best)])
+    chosen = choose_fused(problem)
+    taken = times["separate"] if isinstance(chosen, str) else forms[str(chosen)]
+    return {
+        "body": name,
+        "M, N, K": f"{m}, {n}, {k}",
+        "torch": times["torch"],
+        "two kernels": times["separate"],
+        "one kernel": forms[str(best)],
+        "two / one": times["separate"] / forms[str(best)],
+        "cold: two / one": cold["separate"] / cold["one"],
+        "torch / chosen": times["torch"] / taken,
+        "best / chosen": min(times["separate"], forms[str(best)]) / taken,
+        "chosen": "two" if isinstance(chosen, str) else str(chosen),
+        "estimates": f"{separate_time(problem):.0f} " + " ".join(f"{fused_time(c, problem):.0f}" for c in possible),
+        "forms": " ".join(f"{form:.1f}" for form in forms.values()),
+    }
+
+
+def _in_turns(
+    launches: dict[str, list[Callable[[], object]]], rounds: int = 5, budget: float = 3.0
+) -> dict[str, float]:
+    """Microseconds of one launch of each, the median over rounds in which each replays a graph of `budget` ms."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graphs = {}
+    for name, turn in launches.items():
+        for launch in turn:
+            launch()
+        start.record()
+        for launch in turn:
+            launch()
+        stop.record()
+        torch.cuda.synchronize()
+        repeats = max(1, min(200 // len(turn), int(budget / max(start.elapsed_time(stop), 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                for launch in turn:
+                    launch()
+        graph.replay()
+        graphs[name] = graph, repeats * len(turn)
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, (graph, count) in graphs.items():
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(1e3 * start.elapsed_time(stop) / count)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def main() -> None:
+    """Measures all rows, and writes the table."""
+    harness.arguments()
+    torch.manual_seed(0)
+    rows = []
+    for name, layers in LAYERS.items():
+        for n, k in layers:
+            for m in ROWS:
+                rows.append(measure(name, m, n, k))
+                print(*rows[-1].values(), sep=" | ", flush=True)
+    title = (
+        "Products with a body, FP8 in [1, 128] and [128, 128] blocks: microseconds by warm CUDA-graph replay, in turns"
+    )
+    harness.report("h200-epilogues", title, rows, harness.machine())
+
+
+if __name__ == "__main__":
+    main()

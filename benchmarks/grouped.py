@@ -1,0 +1,197 @@
+"""The grouped product of a mixture of experts beside a loop of dense products, and beside bfloat16.
+
+    python benchmarks/grouped.py [--out FOLDER]
+
+Two models' projections at several numbers of tokens, routed evenly and by Zipf's law. The loop is of our own dense
+products, one for each expert that has tokens; it is given the group sizes, which it would have to wait for, and
+operands that are cut already. bfloat16 is torch's own grouped product. All take turns in CUDA graphs; the error is
+against the loop, whose products are tested by themselves. The masked kernel has room for as many rows in each group as
+the largest has.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen.grouped import choose_grouped
+
+try:
+    import deep_gemm
+except ImportError:
+    deep_gemm = None
+
+E4M3 = torch.float8_e4m3fn
+TILES = ([1, 128], [128, 128])
+TOKENS = (64, 1024, 8192)
+MASKED_TOKENS = 1024
+"""Up to how many the masked kernel is measured: its room grows with the largest group."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of a mixture of experts, `[experts, n, k]`, and to how many experts each token goes."""
+
+    model: str
+    experts: int
+    top: int
+    n: int
+    k: int
+
+
+PROJECTIONS = (
+    Projection("DeepSeek-V3 gate, up", 256, 8, 4096, 7168),
+    Projection("DeepSeek-V3 down", 256, 8, 7168, 2048),
+    Projection("Mixtral gate or up", 8, 2, 14336, 4096),
+    Projection("Mixtral down", 8, 2, 4096, 14336),
+)
+
+
+class Weights:
+    """The weights of a projection, in FP8 and in bfloat16."""
+
+    def __init__(self, shape: Projection) -> None:
+        sizes = shape.experts, shape.n, shape.k
+        self.codes = torch.empty(sizes, dtype=E4M3, device="cuda")
+        self.wide = torch.empty(sizes, dtype=torch.bfloat16, device="cuda")
+        for codes, wide in zip(self.codes, self.wide, strict=True):
+            codes.copy_(wide.normal_())
+        self.scales = torch.rand(shape.experts, -(-shape.n // 128), -(-shape.k // 128), device="cuda") + 0.5
+
+
+class Operands:
+    """One routing of some tokens, and how each kernel makes the product."""
+
+    def __init__(self, shape: Projection, weights: Weights, counts: Tensor) -> None:
+        self.shape, self.weights, rows = shape, weights, int(counts.sum())
+        self.offsets = counts.cumsum(0).to(torch.int32)
+        self.wide = torch.randn(rows, shape.k, device="cuda", dtype=torch.bfloat16)
+        self.x, self.xs = quantized(self.wide)
+        self.sizes = counts.tolist()
+        parts = zip(self.wide.split(self.sizes), weights.codes, weights.scales, strict=True)
+        self.parts = [(*quantized(x), w, ws) for x, w, ws in parts if len(x)]
+        self.counts = counts.to(torch.int32)
+
+    def ours(self) -> Tensor:
+        w, ws = self.weights.codes, self.weights.scales
+        return torch.ops.qcompiler.grouped_linear(self.x, self.xs, w, ws, self.offsets, *TILES, torch.bfloat16)
+
+    def loop(self) -> list[Tensor]:
+        linear = torch.ops.qcompiler.scaled_linear
+        return [linear(x, xs, w, ws, None, *TILES, torch.bfloat16) for x, xs, w, ws in self.parts]
+
+    def bf16(self) -> Tensor:
+        return torch._grouped_mm(self.wide, self.weights.wide.transpose(-2, -1), offs=self.offsets)
+
+    def masked(self) -> Callable[[], Tensor]:
+        room, expected = max(self.sizes), round(statistics.mean(self.sizes))
+        x, xs = quantized(torch.randn(self.shape.experts, room, self.shape.k, device="cuda", dtype=torch.bfloat16))
+        w, ws, linear = self.weights.codes, self.weights.scales, torch.ops.qcompiler.grouped_linear_masked
+        return lambda: linear(x, xs, w, ws, self.counts, *TILES, torch.bfloat16, expected)
+
+    def deepgemm(self) -> Callable[[], Tensor]:
+        """DeepGEMM's kernel, whose groups begin at multiples of 128 rows."""
+        padded = [-(-size // 128) * 128 for size in self.sizes]
+        rows = torch.zeros(sum(padded), self.shape.k, device="cuda", dtype=torch.bfloat16)
+        for target, source in zip(rows.split(padded), self.wide.split(self.sizes), strict=True):
+            target[: len(source)] = source
+        group = torch.arange(len(padded), device="cuda", dtype=torch.int32)
+        group = group.repeat_interleave(torch.tensor(padded, device="cuda"))
+        out = torch.empty(len(rows), self.shape.n, device="cuda", dtype=torch.bfloat16)
+        right = self.weights.codes, self.weights.scales
+        x = quantized(rows)
+        return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(x, right, out, group, disable_ue8m0_cast=True)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles as a compiled model makes them."""
+    codes, scales = torch.ops.qcompiler.quantize(x, [1, 128], E4M3, "deepseek", "col_major")
+    return codes, scales
+
+
+def routed(shape: Projection, tokens: int, exponent: float) -> Tensor:
+    """How many tokens each expert gets when the popularity of the r-th is r to the power of -exponent."""
+    popularity = torch.arange(1, shape.experts + 1, device="cuda").float().pow(-exponent)
+    popularity = popularity[torch.randperm(shape.experts, device="cuda")]
+    chosen = popularity.expand(tokens, -1).multinomial(shape.top)
+    return chosen.flatten().bincount(minlength=shape.experts)
+
+
+def measure(shape: Projection, weights: Weights, tokens: int, exponent: float) -> dict[str, Any]:
+    """One row of the table."""
+    given = Operands(shape, weights, routed(shape, tokens, exponent))
+    error = harness.relative_error(given.ours(), torch.cat(given.loop()))
+    launches: dict[str, Callable[[], object]] = {"ours": given.ours, "loop": given.loop, "bf16": given.bf16}
+    if tokens <= MASKED_TOKENS:
+        launches["masked"] = given.masked()
+    if deep_gemm is not None:
+        launches["deepgemm"] = given.deepgemm()
+    times = in_turns(launches)
+    rows, ours = tokens * shape.top, times["ours"]
+    return {
+        "model": shape.model,
+        "experts, N, K": f"{shape.experts}, {shape.n}, {shape.k}",
+        "tokens": tokens,
+        "routing": "Zipf" if exponent else "even",
+        "largest group": max(given.sizes),
+        "us, loop of dense": 1e3 * times["loop"],
+        "us, bf16 grouped": 1e3 * times["bf16"],
+        "us, DeepGEMM": 1e3 * times["deepgemm"] if "deepgemm" in times else None,
+        "us, qcompiler": 1e3 * ours,
+        "us, qcompiler masked": 1e3 * times["masked"] if "masked" in times else None,
+        "x loop": times["loop"] / ours,
+        "x bf16": times["bf16"] / ours,
+        "TFLOP/s": 2 * rows * shape.n * shape.k / ours / 1e9,
+        "TB/s of weights": len(given.parts) * shape.n * shape.k / ours / 1e9,
+        "error": error,
+        "configuration": str(choose_grouped(rows / shape.experts)),
+    }
+
+
+def in_turns(launches: dict[str, Callable[[], object]], rounds: int = 5, budget: float = 6.0) -> dict[str, float]:
+    """Milliseconds of each launch, the median over rounds in which each replays a graph of about `budget` ms."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for name, launch in launches.items():
+        launch()
+        start.record()
+        launch()
+        stop.record()
+        torch.cuda.synchronize()
+        count = max(1, min(200, int(budget / max(start.elapsed_time(stop), 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                launch()
+        graph.replay()
+        graphs[name] = graph, count
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, (graph, count) in graphs.items():
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop) / count)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def main() -> None:
+    harness.arguments()
+    torch.manual_seed(0)
+    rows = []
+    for shape in PROJECTIONS:
+        weights = Weights(shape)
+        rows += [measure(shape, weights, tokens, exponent) for tokens in TOKENS for exponent in (0.0, 1.0)]
+        del weights
+    title = "Grouped FP8 product, 1x128 and 128x128 scales, bfloat16 out: warm CUDA-graph replay, in turns"
+    harness.report("h200-grouped", title, rows, harness.machine())
+
+
+if __name__ == "__main__":
+    main()

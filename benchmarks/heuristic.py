@@ -1,0 +1,201 @@
+"""What `codegen.tiling.choose` picks, beside the best of all configurations: every configuration is timed.
+
+    python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures; a kind is one of those below
+    python benchmarks/heuristic.py --table [--out FOLDER]           only the table, from the times of an earlier run
+
+A row of the table is a shape: what was chosen, what was fastest, and their ratio, 1 at best. Few rows are timed twice,
+warm (one set of operands) and cold (a turn through so many weights that the cache holds none). Configurations take
+turns. The choice is made anew whenever the table is, so the paces in `codegen.tiling` can be fitted without a GPU.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+from codegen.gemm_config import GemmConfig, GemmProblem, Kind, refusal
+from codegen.gemm_launch import launch_gemm, launch_row_gemm
+from codegen.tiling import all_configs, bucket, choose
+
+NAME = "h200-heuristic"
+TITLE = "The choice of a configuration beside the best: microseconds by CUDA-graph replay, in turns"
+
+# (N, K) of the layers of Llama-3-8B, Llama-3-70B and DeepSeek-V3.
+LAYERS = (
+    (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192),
+    (8192, 28672), (2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048), (576, 7168),
+)  # fmt: skip
+FEW_LAYERS = ((4096, 4096), (28672, 4096), (4096, 14336), (2112, 7168), (7168, 2048))
+ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+FEWER_ROWS = (1, 16, 64, 128, 256, 512, 1024, 4096)
+
+KINDS: dict[str, tuple[Kind, int]] = {
+    "tiles": ("tiles", 128), "rows_f8": ("rows_f8", -1), "rows_i8": ("rows_i8", -1), "tiles_64": ("tiles", 64),
+    "tiles_32": ("tiles", 32),
+}  # fmt: skip
+
+COLD_ROWS, COLD_BYTES = 128, 120_000_000
+"""Up to how many rows the weights are what takes time, and how many bytes of them the cache cannot hold."""
+
+Row = dict[str, Any]
+
+
+def shapes(name: str) -> list[tuple[int, int, int]]:
+    rows, layers = (ROWS, LAYERS) if name == "tiles" else (FEWER_ROWS, FEW_LAYERS)
+    return [(m, n, k) for m in rows for n, k in layers]
+
+
+def worth_a_try(config: GemmConfig, problem: GemmProblem) -> bool:
+    """Without those that cannot win where there are many rows: tiles for few, or of 64 columns of more than 1024."""
+    few = config.variant == "narrow" or (config.block_n < 128 and problem.n > 1024)
+    return refusal(config, problem) is None and not (problem.m >= 1024 and few)
+
+
+def measure(name: str, m: int, n: int, k: int) -> Iterator[Row]:
+    """One row for each state of the cache: microseconds of each configuration, None for those not worth a try."""
+    kind, x_block = KINDS[name]
+    problem = GemmProblem(m, n, k, kind=kind, x_block=x_block)
+    every = all_configs(kind, x_block)
+    tried = [config for config in every if worth_a_try(config, problem)]
+    for cold in (False, True) if m <= COLD_ROWS else (False,):
+        sets = [_Operands(name, m, n, k) for _ in range(COLD_BYTES // (n * k) + 1 if cold else 1)]
+        times = _in_turns({config: [each.launch(config) for each in sets] for config in tried})
+        found = [round(times[config], 2) if config in times else None for config in every]
+        yield {"kind": name, "m": m, "n": n, "k": k, "cold": cold, "us": found}
+
+
+class _Operands:
+    def __init__(self, name: str, m: int, n: int, k: int) -> None:
+        self.kind, self.x_block = KINDS[name]
+        self.x, self.w = (_codes(rows, k, self.kind == "rows_i8") for rows in (m, n))
+        self.out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+        if self.kind == "tiles":
+            self.xs = torch.rand(-(-k // self.x_block), (m + 3) // 4 * 4, device="cuda")[:, :m].T
+            self.ws = torch.rand(-(-n // 128), -(-k // 128), device="cuda")
+        else:
+            self.xs, self.ws = torch.rand(m, 1, device="cuda"), torch.rand(n, 1, device="cuda")
+
+    def launch(self, config: GemmConfig) -> Callable[[], None]:
+        if self.kind == "tiles":
+            return lambda: launch_gemm(config, self.x, self.w, self.out, self.xs, self.ws, None, self.x_block)
+        return lambda: launch_row_gemm(config, self.x, self.w, self.out, self.xs, self.ws, None)
+
+
+def _codes(rows: int, k: int, integers: bool) -> Tensor:
+    """Normally distributed codes; large matrices repeat 16 million of them."""
+    count = min(rows * k, 1 << 24)
+    values = torch.randn(count, device="cuda")
+    codes = (40 * values).clamp(-127, 127).to(torch.int8) if integers else values.to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8).repeat(-(-rows * k // count))[: rows * k].view(codes.dtype).view(rows, k)
+
+
+def _in_turns(
+    launches: dict[GemmConfig, list[Callable[[], None]]], rounds: int = 3, budget: float = 1.0
+) -> dict[GemmConfig, float]:
+    """Microseconds of one launch of each, the median over rounds in which each replays a graph of `budget` ms."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graphs = {}
+    for config, turn in launches.items():
+        turn[0]()
+        start.record()
+        turn[0]()
+        stop.record()
+        torch.cuda.synchronize()
+        repeats = max(1, min(100 // len(turn), int(budget / len(turn) / max(start.elapsed_time(stop), 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                for launch in turn:
+                    launch()
+        graph.replay()
+        graphs[config] = graph, repeats * len(turn)
+    times: dict[GemmConfig, list[float]] = {config: [] for config in graphs}
+    for _ in range(rounds):
+        for config, (graph, count) in graphs.items():
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[config].append(1e3 * start.elapsed_time(stop) / count)
+    return {config: statistics.median(each) for config, each in times.items()}
+
+
+def _work() -> None:
+    """A second of it, so that clocks are those of a device at work from the first time on."""
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(600):
+        torch.mm(square, square)
+    torch.cuda.synchronize()
+
+
+def compared(stored: dict[str, Any]) -> list[Row]:
+    """For each shape: the choice, the fastest, and the ratio of their times, None where the choice was not timed."""
+    times: dict[tuple[str, int, int, int], dict[bool, dict[str, float]]] = {}
+    for row in stored["rows"]:
+        found = {config: us for config, us in zip(stored["configs"][row["kind"]], row["us"], strict=True) if us}
+        times.setdefault((row["kind"], row["m"], row["n"], row["k"]), {})[row["cold"]] = found
+    table = []
+    for (name, m, n, k), states in times.items():
+        kind, x_block = KINDS[name]
+        chosen = str(choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
+        line: Row = {"kind": name, "M, N, K": f"{m}, {n}, {k}", "chosen": chosen}
+        for cold, title in ((False, "warm"), (True, "cold")):
+            found = states.get(cold, {})
+            best = min(found, key=lambda config: found[config]) if found else None
+            line[f"{title} best"] = "the same" if best == chosen else best
+            line[f"{title} best, us"] = found[best] if best else None
+            line[f"{title} ratio"] = found[best] / found[chosen] if best and chosen in found else None
+        table.append(line)
+    return table
+
+
+def write_table(stored: dict[str, Any], folder: Path) -> None:
+    """The table, and above it how often the choice is good."""
+    table = compared(stored)
+    lines = [f"# {stored['title']}", "", ", ".join(f"{key} {value}" for key, value in stored["machine"].items()), ""]
+    for title in ("warm", "cold"):
+        ratios = [line[f"{title} ratio"] for line in table if line[f"{title} ratio"] is not None]
+        good = f"{sum(ratio >= 0.9 for ratio in ratios)} of {len(ratios)}"
+        lines.append(f"{title.capitalize()}: {good} choices reach 0.9 of the best; the least is {min(ratios):.2f}.")
+    lines.append("The paces in `codegen.tiling`, from which the choice is made, are fitted to these very times.")
+    harness.write(folder / f"{NAME}.md", "\n".join([*lines, "", harness.table(table), ""]))
+    print("\n".join(lines))
+
+
+def _text(stored: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    rows = ",\n".join(json.dumps(row) for row in stored["rows"])
+    return json.dumps({**stored, "rows": 0}, indent=1).replace('"rows": 0', f'"rows": [\n{rows}\n]') + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=KINDS, help="measure one kind, and keep the times of the others")
+    parser.add_argument("--table", action="store_true", help="measure nothing; use the times that are there")
+    options, folder = parser.parse_known_args()[0], harness.arguments().out
+    path = folder / f"{NAME}.json"
+    empty: dict[str, Any] = {"title": TITLE, "machine": {}, "configs": {}, "rows": []}
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
+    if not options.table:
+        torch.manual_seed(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        _work()
+        for name in (options.only,) if options.only else KINDS:
+            kept = [row for row in stored["rows"] if row["kind"] != name]
+            stored["rows"] = kept + [row for shape in shapes(name) for row in measure(name, *shape)]
+            stored["configs"][name] = [str(config) for config in all_configs(*KINDS[name])]
+            stored["machine"] = harness.machine()
+            harness.write(path, _text(stored))
+            print(name, file=sys.stderr, flush=True)
+    write_table(stored, folder)
+
+
+if __name__ == "__main__":
+    main()

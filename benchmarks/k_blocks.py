@@ -1,0 +1,96 @@
+"""What the width of an activation's tiles costs a product: TFLOP/s for each `k_block`, as CSV.
+
+    python benchmarks/k_blocks.py [--csv FILE]
+
+    k_block,size,tflops         -1 is the whole of K; a size is that of M, N and K
+
+FP8, weights in blocks of 128 x 128, bfloat16 out, each width by the kernel that `codegen.tiling.choose` picks. Widths
+take turns at replaying a CUDA graph, so that they share the device's power limit. `examples/granularity_study.py` draws
+the file beside the error at each width.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+
+import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen.gemm_config import GemmProblem
+from codegen.gemm_launch import launch_gemm
+from codegen.tiling import choose
+from qcompiler import numerics
+
+K_BLOCKS = (32, 64, 128, 256, 512, numerics.ALL)
+SIZES = (4096, 8192)
+CSV = Path(__file__).parents[1] / "docs" / "granularity" / "throughput.csv"
+ROUNDS, BUDGET = 15, 6.0
+"""How many graphs of how many milliseconds."""
+
+
+def measure(size: int) -> dict[int, float]:
+    """TFLOP/s at each width, the median over rounds."""
+    launches = {k_block: _launch(size, k_block) for k_block in K_BLOCKS}  # a graph holds no operands
+    graphs = {k_block: _graph(launch) for k_block, launch in launches.items()}
+    times: dict[int, list[float]] = {k_block: [] for k_block in K_BLOCKS}
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(ROUNDS):
+        for k_block, (graph, count) in graphs.items():
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[k_block].append(start.elapsed_time(stop) / count)
+    return {k_block: 2 * size**3 / 1e9 / statistics.median(each) for k_block, each in times.items()}
+
+
+def _launch(size: int, k_block: int) -> Callable[[], object]:
+    """One product of its own operands, which is checked first."""
+    e4m3 = torch.float8_e4m3fn
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x, xs = torch.ops.qcompiler.quantize(left, [1, k_block], e4m3, "deepseek", "col_major")
+    w, ws = torch.ops.qcompiler.quantize(right, [128, 128], e4m3, "deepseek", "row_major")
+    out = torch.empty(size, size, device="cuda", dtype=torch.bfloat16)
+    config = choose(GemmProblem(size, size, size, x_block=k_block))
+    launch_gemm(config, x, w, out, xs, ws, None, k_block)
+    some = slice(0, 256)
+    want = numerics.scaled_linear(
+        x[some], xs[some], w, ws, x_block=(1, k_block), w_block=(128, 128), out_dtype=torch.float32
+    )
+    error = harness.relative_error(out[some], want)
+    print(f"{size}, k_block {k_block}: {config}, error {error:.2e}", flush=True)
+    return lambda: launch_gemm(config, x, w, out, xs, ws, None, k_block)
+
+
+def _graph(launch: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of `BUDGET` milliseconds, and how many launches that are."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    launch()
+    stop.record()
+    torch.cuda.synchronize()
+    count = max(1, int(BUDGET / start.elapsed_time(stop)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            launch()
+    graph.replay()
+    return graph, count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--csv", type=Path, default=CSV, help="the file to write")
+    path = parser.parse_args().csv
+    torch.manual_seed(0)
+    speeds = {size: measure(size) for size in SIZES}
+    lines = [f"{k_block},{size},{speeds[size][k_block]:.1f}" for size in SIZES for k_block in K_BLOCKS]
+    text = "\n".join(["k_block,size,tflops", *lines, ""])
+    harness.write(path, text)
+    print(text, *(f"{key} {value}" for key, value in harness.machine().items()))
+
+
+if __name__ == "__main__":
+    main()

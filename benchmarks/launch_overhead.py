@@ -1,0 +1,114 @@
+"""Host time of a call: how long Python is busy until a kernel is enqueued.
+
+    python benchmarks/launch_overhead.py [--out FOLDER]
+
+Microseconds, the median over bursts of calls between which the device catches up, so that no call waits for it. Each
+operator three times: as a host module calls it; through torch's dispatcher; and in full, as for operands of a
+description that was not met before. Below them, what the parts cost on this machine: a launch and an allocation are the
+least that a call needs.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import harness
+import torch
+
+import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen import replay
+from codegen.direct import kernels
+from codegen.gemm_config import GemmProblem
+from codegen.gemm_launch import launch_gemm
+from codegen.tiling import bucket, choose
+
+E4M3 = torch.float8_e4m3fn
+ROWS, SIZES = (1, 16, 256, 4096), ((4096, 7168), (4096, 4096))
+BURST = 50
+"""Calls between two waits for the device, which takes far more."""
+
+
+def microseconds(call: Callable[[], object], rounds: int = 15) -> float:
+    """Host time of one call."""
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        times.append((time.perf_counter() - start) / BURST * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def in_full(call: Callable[[], object]) -> float:
+    """Host time of one call that finds nothing remembered but compiled kernels."""
+
+    def forgetful() -> None:
+        replay.forget()
+        call()
+
+    return microseconds(forgetful)
+
+
+def measure(m: int, n: int, k: int) -> dict[str, Any]:
+    """One row of the table."""
+    left = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    right = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    recipe = ([1, 128], E4M3, "deepseek", "col_major")
+    x, xs = kernels.quantize(left, *recipe)
+    w, ws = kernels.quantize(right, [128, 128], E4M3, "deepseek", "row_major")
+    last = (x, xs, w, ws, None, [1, 128], [128, 128], torch.bfloat16)
+    out = kernels.scaled_linear(*last)
+    config = choose(GemmProblem(bucket(m), n, k))
+    operators = torch.ops.qcompiler
+    return {
+        "M, N, K": f"{m}, {n}, {k}",
+        "quantize": microseconds(lambda: kernels.quantize(left, *recipe)),
+        "quantize, dispatched": microseconds(lambda: operators.quantize(left, *recipe)),
+        "quantize, in full": in_full(lambda: kernels.quantize(left, *recipe)),
+        "scaled_linear": microseconds(lambda: kernels.scaled_linear(*last)),
+        "scaled_linear, dispatched": microseconds(lambda: operators.scaled_linear(*last)),
+        "scaled_linear, in full": in_full(lambda: kernels.scaled_linear(*last)),
+        "launch_gemm": microseconds(partial(launch_gemm, config, x, w, out, xs, ws, None)),
+        "torch.mm": microseconds(lambda: torch.mm(left, right.T)),
+        "configuration": str(config),
+    }
+
+
+def parts() -> list[dict[str, Any]]:
+    """What a call is made of."""
+    x, out = (torch.randn(16, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    replay.forget()
+    for _ in range(2):
+        kernels.quantize(x, [1, 128], E4M3, "deepseek", "col_major")
+    ((known,),) = replay._KNOWN.young.values()
+    plan = known.plan
+    kernel, enqueue, template, _, _ = plan.launches[0]
+    q, scale = (make() for make in plan.makers)
+    template[:3] = [each.data_ptr() for each in (x, q, scale)]
+    rest = [template] if kernel.listed else template
+    named: dict[str, Callable[[], object]] = {
+        f"one launch by the C function, {kernel.path}": partial(enqueue, 0, *kernel.head, *rest),
+        "one allocation": plan.makers[0],
+        "quantize, remembered: 2 allocations and 1 launch": lambda: plan.run([x.data_ptr()]),
+        "torch.add, for comparison": lambda: torch.add(x, 1, out=out),
+    }
+    return [{"part": name, "us": microseconds(each)} for name, each in named.items()]
+
+
+def main() -> None:
+    harness.arguments()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    rows = [measure(m, n, k) for m in ROWS for n, k in SIZES]
+    harness.report("h200-launch-overhead", "Host time of a call, microseconds", rows, harness.machine())
+    harness.report("h200-launch-parts", "Host time of what a call is made of, microseconds", parts(), harness.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Fused quantization - a norm, a gate, a residual sum, and codes in one kernel - against the bandwidth of a copy.
+
+    python benchmarks/memory_bound.py [--out FOLDER]
+
+Bytes are those that have to move: each operand read once, each code, scale and kept value written once. Unfused is the
+same work by torch's best operators, `torch.nn.functional.rms_norm` among them, and then `kernel.quantize`. Small
+numbers of rows show latencies: there nothing fills the device, and operands stay in L2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import harness
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codegen import torch_ops
+
+E4M3 = torch.float8_e4m3fn
+LAYOUT = torch_ops.SCALE_LAYOUTS[1]
+
+
+class Work(NamedTuple):
+    """A body, which of its operands are vectors (a prescale, in FP32, is the last), and the same by torch's operators.
+
+    `unfused` takes the operands without the prescale, and returns what is quantized, and what is kept.
+    """
+
+    body: str
+    operands: int
+    vectors: tuple[int, ...]
+    unfused: Callable[..., tuple[Tensor, ...]]
+    keep: tuple[str, ...] = ()
+    prescaled: bool = False
+
+
+def _norm(x: Tensor, gain: Tensor) -> tuple[Tensor]:
+    return (functional.rms_norm(x, gain.shape, gain, 1e-6),)
+
+
+def _add_norm(x: Tensor, residual: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    h = x + residual
+    return functional.rms_norm(h, gain.shape, gain, 1e-6), h
+
+
+def _layer_norm(x: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (functional.layer_norm(x, gain.shape, gain, bias, 1e-5),)
+
+
+def _gate(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (functional.silu(gate) * up,)
+
+
+WORKS = {
+    "quantize": Work("x0", 1, (), lambda x: (x,)),
+    "RMSNorm": Work("n = rsqrt(mean(x0 * x0) + 1e-06); bf16(x1 * bf16(x0 * n))", 2, (1,), _norm),
+    "add, RMSNorm": Work(
+        "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))", 3, (2,), _add_norm, ("h",)
+    ),
+    "LayerNorm": Work("bf16(standardize(x0, 1e-05) * x1 + x2)", 3, (1, 2), _layer_norm),
+    "silu, mul": Work("bf16(bf16(silu(x0)) * x1)", 2, (), _gate),
+    "gelu": Work("bf16(gelu(x0))", 1, (), lambda x: (functional.gelu(x),)),
+    "gelu tanh": Work("bf16(gelu_tanh(x0))", 1, (), lambda x: (functional.gelu(x, approximate="tanh"),)),
+}
+NORMS = ("RMSNorm", "add, RMSNorm", "LayerNorm")
+LARGE = [(name, 8192, k) for k in (4096, 5120, 7168, 8192) for name in NORMS]
+LARGE += [("silu, mul", 4096, k) for k in (14336, 11008)]
+LARGE += [(name, 8192, 8192) for name in ("quantize", "gelu", "gelu tanh")]
+SMALL = [(name, m, 4096) for name in (*NORMS, "silu, mul") for m in (1, 16, 64)]
+
+
+def prescaled(work: Work) -> Work:
+    """The same with a prescale for each channel, unrounded."""
+    *definitions, result = work.body.split("; ")
+    body = "; ".join([*definitions, f"{result} * x{work.operands}"])
+    return work._replace(
+        body=body, operands=work.operands + 1, vectors=(*work.vectors, work.operands), prescaled=True
+    )  # fmt: skip
+
+
+def operands_of(work: Work, m: int, k: int, sliced: bool) -> list[Tensor]:
+    """Random operands; `sliced`, two matrices are the halves of one."""
+    made = []
+    for place in range(work.operands):
+        dtype = torch.float32 if work.prescaled and place == work.operands - 1 else torch.bfloat16
+        made.append(torch.randn((k,) if place in work.vectors else (m, k), device="cuda", dtype=dtype))
+    if sliced:
+        made[:2] = torch.randn(m, 2 * k, device="cuda", dtype=torch.bfloat16).chunk(2, -1)
+    return made
+
+
+def measure(
+    name: str, m: int, k: int, copy: float, *, prescale: bool = False, sliced: bool = False,
+    block: Sequence[int] = (1, 128), dtype: torch.dtype = E4M3,
+) -> dict[str, Any]:  # fmt: skip
+    """One row of the table."""
+    work = prescaled(WORKS[name]) if prescale else WORKS[name]
+    operands = operands_of(work, m, k, sliced)
+    factors = operands[-1] if prescale else None
+    layout = LAYOUT if block[1] > 0 else "row_major"
+
+    def fused() -> list[Tensor]:
+        return torch.ops.qcompiler.fused_quantize(operands, work.body, work.keep, block, dtype, "deepseek", layout)
+
+    def unfused() -> tuple[Tensor, Tensor]:
+        result = work.unfused(*operands[: len(operands) - prescale])[0]
+        return torch.ops.qcompiler.quantize(result, block, dtype, "deepseek", layout, factors)
+
+    made = fused()
+    time, before = harness.milliseconds(fused), harness.milliseconds(unfused)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *made))
+    return {
+        "work": name + (", prescale" if prescale else "") + (", slices" if sliced else ""),
+        "M, K": f"{m}, {k}",
+        "block": str(list(block)),
+        "format": str(dtype).removeprefix("torch."),
+        "us": time * 1e3,
+        "GB/s": size / time / 1e6,
+        "of copy": size / time / 1e6 / copy,
+        "unfused us": before * 1e3,
+        "times faster": before / time,
+    }
+
+
+def copy_bandwidth() -> float:
+    """GB/s, read plus written, of a copy of 128 MB; the best of three."""
+    source = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return max(2 * source.nbytes / harness.milliseconds(lambda: target.copy_(source)) / 1e6 for _ in range(3))
+
+
+def main() -> None:
+    harness.arguments()
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    rows = [measure(*each, copy) for each in LARGE]
+    rows += [measure("silu, mul", 4096, 14336, copy, sliced=True)]
+    rows += [measure(*each, copy, prescale=True) for each in LARGE if each[2] in (4096, 8192, 14336)]
+    rows += [measure(name, 8192, 4096, copy, block=(1, -1), dtype=torch.int8) for name in ("quantize", *NORMS)]
+    rows += [measure(*each, copy) for each in SMALL]
+    title = f"Fused quantization: GB/s by warm CUDA-graph replay; a copy moves {copy:.0f} GB/s"
+    harness.report("h200-memory-bound", title, rows, harness.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Warp-specialized Gluon kernel for Hopper: the product of `warp_gemm`, a body on its result, and quantization of that.
+
+    y[m, n]   = bf16(sum over blocks of 128 of K: (a[m, block] . w[n, block]) * scales, + bias[n])
+    out[m, n] = body(y[m, n], others[m, n])    or, where the weight is two, one on the other, of y[m, n] and y[m, N + n]
+
+The producer warp and the consumers are those of `warp_gemm`. What a consumer has summed it rounds, as the body does
+first of all, and hands over in shared memory to the finishers: warps that run the body, quantize, and store, while the
+consumers multiply the next tile. So the tensor cores wait for no body, and a body costs the consumers no register.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from codegen.kernels.encoding import amax_of_keys, codes, finite_keys, quotients, scale_of
+from codegen.kernels.warp_pipeline import give_turn, tile_of, wait_for_turn
+
+
+@gluon.jit
+def _produce(  # type: ignore[no-untyped-def]
+    a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, width,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring, stage after stage, for all tiles of this block of threads."""
+    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
+    PARTS: gl.constexpr = w_ring.shape[0] // STAGES
+    ROWS: gl.constexpr = a_ring.shape[1]
+    turn = 0
+    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, height, width, GROUP)
+        for block in range(gl.cdiv(k, 128)):
+            stage = turn % STAGES
+            mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (BOXES * ROWS + PARTS * 128) * 128 + BOXES * ROWS * 4)
+            for box in gl.static_range(BOXES):
+                row, place = (tile_m * BOXES + box) * ROWS, stage * BOXES + box
+                tma.async_copy_global_to_shared(a_scale, [block, row], bar, s_ring.index(place))
+                tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
+            for part in gl.static_range(PARTS):
+                place = stage * PARTS + part
+                tma.async_copy_global_to_shared(w, [part * n + tile_n * 128, block * 128], bar, w_ring.index(place))
+            turn += 1
+
+
+@gluon.jit
+def _biased(total, bias, columns, n, WHOLE: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums, and the bias of their columns."""
+    if bias is not None:
+        added = gl.load(bias + columns) if WHOLE else gl.load(bias + columns, mask=columns < n, other=0.0)
+        total += added.to(gl.float32)[None, :]
+    return total
+
+
+@gluon.jit
+def _consume(  # type: ignore[no-untyped-def]
+    WHO: gl.constexpr, w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
+    w_scale_stride_n, w_scale_stride_k, height, width,
+    WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Multiplies and promotes the units of consumer number WHO: 64 rows and one part of the weight each."""
+    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
+    PARTS: gl.constexpr = w_ring.shape[0] // STAGES
+    ROWS: gl.constexpr = a_ring.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    LINES: gl.constexpr = gl.SliceLayout(1, SUMS)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    # The first and the last unit of this consumer, and the part and the row of each.
+    FIRST: gl.constexpr = WHO * WAVES
+    LAST: gl.constexpr = FIRST + WAVES - 1
+    PART0: gl.constexpr = FIRST % PARTS
+    PART1: gl.constexpr = LAST % PARTS
+    ROW0: gl.constexpr = FIRST // PARTS * 64
+    ROW1: gl.constexpr = LAST // PARTS * 64
+    NEXT: gl.constexpr = 1 - WHO
+    TURNS: gl.constexpr = WAVES == 2
+    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES, ROWS], FLAT)
+    blocks = gl.cdiv(k, 128)
+    part_stride = 0
+    if PARTS == 2:
+        part_stride = (n // 128).to(gl.int64) * w_scale_stride_n
+    stage = 0
+    phase = 0
+    even = 0
+    if TURNS and WHO == 1:
+        give_turn(NEXT)
+    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
+        _, tile_n = tile_of(tile, height, width, GROUP)
+        total0 = gl.zeros([64, 128], gl.float32, SUMS)
+        if WAVES == 2:
+            total1 = gl.zeros([64, 128], gl.float32, SUMS)
+        part = gl.zeros([64, 128], gl.float32, SUMS)
+        w_scales = w_scale + tile_n.to(gl.int64) * w_scale_stride_n
+        next0 = gl.load(w_scales + PART0 * part_stride)
+        next1 = next0
+        if PART1 != PART0:
+            next1 = gl.load(w_scales + PART1 * part_stride)
+        for block in range(blocks):
+            now0, now1 = next0, next1
+            step = gl.minimum(block + 1, blocks - 1) * w_scale_stride_k  # one block ahead
+            next0 = gl.load(w_scales + PART0 * part_stride + step)
+            next1 = next0
+            if PART1 != PART0:
+                next1 = gl.load(w_scales + PART1 * part_stride + step)
+            mbarrier.wait(full.index(stage), phase)
+            box0 = stage * BOXES + ROW0 // ROWS
+            box1 = stage * BOXES + ROW1 // ROWS
+            if TURNS:
+                wait_for_turn(WHO)
+            left = a_ring.index(box0).slice(ROW0 % ROWS, 64)
+            right = w_ring.index(stage * PARTS + PART0).permute((1, 0))
+            part = warpgroup_mma(left, right, part, use_acc=False, is_async=True)
+            if TURNS:
+                give_turn(NEXT)
+            scale0 = scales.index(box0).slice(ROW0 % ROWS, 64).load(LINES)
+            scale1 = scale0
+            if ROW1 != ROW0:
+                scale1 = scales.index(box1).slice(ROW1 % ROWS, 64).load(LINES)
+            part = warpgroup_mma_wait(0, deps=(part,))
+            if WAVES == 1:
+                mbarrier.arrive(free.index(stage), count=1)
+            # An explicit multiply-add, because the kernel is compiled without others: see the body.
+            total0 = gl.fma(part, (scale0 * now0)[:, None], total0)
+            # There are registers for one `part`: waiting on a sum pins the order, as in `warp_gemm`.
+            total0 = warpgroup_mma_wait(0, deps=(total0,))
+            if WAVES == 2:
+                wait_for_turn(WHO)
+                left = a_ring.index(box1).slice(ROW1 % ROWS, 64)
+                right = w_ring.index(stage * PARTS + PART1).permute((1, 0))
+                part = warpgroup_mma(left, right, part, use_acc=False, is_async=True)
+                give_turn(NEXT)
+                part = warpgroup_mma_wait(0, deps=(part,))
+                mbarrier.arrive(free.index(stage), count=1)
+                total1 = gl.fma(part, (scale1 * now1)[:, None], total1)
+                total1 = warpgroup_mma_wait(0, deps=(total1,))
+            stage += 1
+            phase ^= (stage == STAGES).to(gl.int32)
+            stage = gl.where(stage == STAGES, 0, stage)
+        columns = tile_n * 128 + gl.arange(0, 128, gl.SliceLayout(0, SUMS))
+        total0 = _biased(total0, bias, PART0 * n + columns, PARTS * n, WHOLE)
+        mbarrier.wait(taken.index(FIRST // PARTS), even ^ 1)
+        hand.index(FIRST).store(total0.to(hand.dtype))
+        if WAVES == 2:
+            if ROW1 != ROW0:
+                mbarrier.arrive(ready.index(FIRST // PARTS), count=1)
+                mbarrier.wait(taken.index(LAST // PARTS), even ^ 1)
+            total1 = _biased(total1, bias, PART1 * n + columns, PARTS * n, WHOLE)
+            hand.index(LAST).store(total1.to(hand.dtype))
+        mbarrier.arrive(ready.index(LAST // PARTS), count=1)
+        even ^= 1
+    if TURNS and WHO == 0:
+        wait_for_turn(WHO)  # every turn that was given is taken
+
+
+@gluon.jit
+def _operand(x, stride, rows, columns, inside):  # type: ignore[no-untyped-def]
+    """Elements of an operand of the body; of a vector, whose stride is 0, the same in every row."""
+    return gl.load(x + rows.to(gl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@gluon.jit
+def _finish(  # type: ignore[no-untyped-def]
+    hand, ready, taken, x0, x0_stride, x1, x1_stride, out, out_scale, m, n, scale_stride_m, scale_stride_k,
+    height, width, BODY: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
+    AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
+):  # fmt: skip
+    """Runs the body on what the consumers have handed over, a few rows at a time, and stores or quantizes it."""
+    UNITS: gl.constexpr = hand.shape[0]
+    # A thread has 16 or 8 columns of one row at a time: what it has registers for.
+    LENGTH: gl.constexpr = 16 if x1 is None else 8
+    LANES: gl.constexpr = gl.BlockedLayout([1, LENGTH], [LENGTH // 4, 128 // LENGTH], [4, 1], [1, 0])
+    STEP: gl.constexpr = LENGTH  # rows at a time, of which the pattern in shared memory has 8
+    SLICES: gl.constexpr = 64 // STEP
+    STEPS: gl.constexpr = UNITS // PARTS * SLICES
+    taking = hand._reinterpret(hand.dtype, [UNITS * SLICES, STEP, 128], hand.layout)
+    line = gl.arange(0, STEP, gl.SliceLayout(1, LANES))
+    lane = gl.arange(0, 128, gl.SliceLayout(0, LANES))
+    even = 0
+    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, height, width, GROUP)
+        columns = tile_n * 128 + lane
+        first = tile_m * (UNITS // PARTS * 64)
+        there = (columns < n)[None, :]
+        end = gl.minimum(first + UNITS // PARTS * 64, m)
+        # What comes from memory is loaded one step ahead.
+        rows = first + line
+        inside = (rows < m)[:, None] & there
+        if x0 is not None:
+            later0 = _operand(x0, x0_stride, rows, columns, inside)
+        if x1 is not None:
+            later1 = _operand(x1, x1_stride, rows, columns, inside)
+        for step in range(STEPS):
+            group = step // SLICES
+            rows = first + step * STEP + line
+            inside = (rows < m)[:, None] & there
+            now0, now1 = None, None
+            if x0 is not None:
+                now0 = later0
+                later0 = _operand(x0, x0_stride, rows + STEP, columns, (rows + STEP < end)[:, None] & there)
+            if x1 is not None:
+                now1 = later1
+                later1 = _operand(x1, x1_stride, rows + STEP, columns, (rows + STEP < end)[:, None] & there)
+            if step % SLICES == 0:
+                mbarrier.wait(ready.index(group), even)
+            place = group * PARTS * SLICES + step % SLICES
+            y0 = taking.index(place).load(LANES)
+            y1 = None
+            if PARTS == 2:
+                y1 = taking.index(place + SLICES).load(LANES)
+            (result,) = BODY(x0=now0, x1=now1, y0=y0, y1=y1)
+            if step % SLICES == SLICES - 1:
+                mbarrier.arrive(taken.index(group), count=1)
+            places = out + rows.to(gl.int64)[:, None] * n + columns[None, :]
+            if out_scale is None:
+                gl.store(places, result.to(out.dtype.element_ty), mask=inside)
+            else:
+                if not WHOLE:
+                    result = gl.where(there, result, 0.0)
+                s = scale_of(amax_of_keys(gl.max(finite_keys(result), axis=1)), AMAX_FLOOR, TOP, UE8M0)
+                scaled = quotients(result, s[:, None], TOP, RECIPROCAL or UE8M0)
+                gl.store(places, codes(scaled, TOP, out.dtype.element_ty), mask=inside)
+                lines = out_scale + rows.to(gl.int64) * scale_stride_m + tile_n.to(gl.int64) * scale_stride_k
+                gl.store(lines, s, mask=rows < m)
+        even ^= 1
+
+
+@gluon.jit(do_not_specialize=["m", "scale_stride_k"])
+def fused_gemm(  # type: ignore[no-untyped-def]
+    a, w, a_scale, w_scale, bias, x0, x1, out, out_scale, m, n, k, w_scale_stride_n, w_scale_stride_k,
+    x0_stride, x1_stride, scale_stride_m, scale_stride_k,
+    BODY: gl.constexpr, PARTS: gl.constexpr, HANDED: gl.constexpr,
+    WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
+    AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
+):  # fmt: skip
+    """out[m, n] of a[m, k] and w[PARTS n, k], on a grid of any size.
+
+    Compiled with `enable_fp_fusion=False`, so that the body rounds as it is written. What a descriptor brings beyond
+    its tensor is zero; nothing is written beyond m or n.
+
+    Args:
+        a: float8e4nv descriptor, block [64 UNITS / PARTS, 128], where UNITS is 2 WAVES.
+        w: float8e4nv descriptor, block [128, 128].
+        a_scale: float32 descriptor of the transposed scales [ceil(k / 128), m], block [1, rows of a's block].
+        w_scale: float32 [PARTS ceil(n / 128), ceil(k / 128)], any strides.
+        bias: [PARTS n] in any floating dtype, or None.
+        x0: An operand of the body: [m, n] in any floating dtype, rows `x0_stride` elements apart, columns contiguous;
+            [n], and then `x0_stride` is 0; or None. So is `x1`, which is None where x0 is.
+        out: [m, n], contiguous: of the body's dtype, or float8e4nv, float8e5 or int8 with a scale.
+        out_scale: float32 [m, ceil(n / 128)], any strides, or None.
+        BODY: A function of `codegen.bodies` of sums in HANDED.
+        PARTS: Parts of the weight, one on the other: 1, or 2, which are a multiple of 128 rows each.
+        HANDED: The element type that sums are rounded to.
+        WAVES: Units of 64 rows and one part that each of the two consumers owns, 1 or 2.
+        STAGES: Blocks of K that are in shared memory at one time.
+        GROUP: Rows of tiles that follow each other.
+        WHOLE: n is a multiple of 128.
+        AMAX_FLOOR: As in `quantize_tiles`; so are `TOP`, `RECIPROCAL` and `UE8M0`.
+    """
+    UNITS: gl.constexpr = 2 * WAVES
+    BLOCK_M: gl.constexpr = UNITS // PARTS * 64
+    ROWS: gl.constexpr = a.block_shape[0]
+    BOXES: gl.constexpr = BLOCK_M // ROWS
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * BOXES, ROWS, 128], a.layout)
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * PARTS, 128, 128], w.layout)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BOXES, 1, ROWS], a_scale.layout)
+    hand = gl.allocate_shared_memory(HANDED, [UNITS, 64, 128], SWIZZLED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [UNITS // PARTS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [UNITS // PARTS, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    for group in gl.static_range(UNITS // PARTS):
+        mbarrier.init(ready.index(group), count=1 if WAVES == 2 else PARTS)
+        mbarrier.init(taken.index(group), count=1)
+    fence_async_shared()
+    height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
+    # Each tuple of arguments stands where it is passed: from a variable, its constants would come out as tensors.
+    gl.warp_specialize(
+        [
+            (_consume, (gl.constexpr(0), w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
+                        w_scale_stride_n, w_scale_stride_k, height, width, WAVES, STAGES, GROUP, WHOLE)),
+            (_consume, (gl.constexpr(1), w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
+                        w_scale_stride_n, w_scale_stride_k, height, width, WAVES, STAGES, GROUP, WHOLE)),
+            (_finish, (hand, ready, taken, x0, x0_stride, x1, x1_stride, out, out_scale, m, n, scale_stride_m,
+                       scale_stride_k, height, width, BODY, PARTS, GROUP, WHOLE,
+                       AMAX_FLOOR, TOP, RECIPROCAL, UE8M0)),
+            (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, width, STAGES, GROUP)),
+        ],
+        [4, 4, 1], [208, 72, 24],
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Gluon kernel for Hopper: the product of `row_gemm` where there are few rows, and weights are all there is to read.
+
+    partial[split, m, n] = the sum over one split of K of a[m] . w[n]
+    out[m, n]            = sum over splits of partial[split, m, n] * a_scale[m] * w_scale[n]   (+ bias[n])
+
+Tiles, splits and copies are those of `narrow_gemm`: the weights are the left operand. Partial sums of INT8 are exact
+integers; those of FP8 are promoted every 128 of K with `PROMOTE`. They are added in a fixed order by a second kernel.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from codegen.kernels.narrow_gemm import fill
+
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7, and before
+
+
+@gluon.jit(do_not_specialize=["m", "a_scale_stride", "w_scale_stride", "depth"])
+def narrow_row_gemm(  # type: ignore[no-untyped-def]
+    a, w, out, a_scale, w_scale, bias, m, n, k, a_scale_stride, w_scale_stride, depth,
+    STAGES: gl.constexpr, PROMOTE: gl.constexpr,
+):  # fmt: skip
+    """out[m, n], or partial[splits, m, n] of it, of the descriptors a[m, k] and w[n, k].
+
+    The grid has one program for each tile and each split of K. What a descriptor brings beyond its tensor is zero.
+
+    Args:
+        a: float8e4nv or int8 descriptor, block [BLOCK_M, 128] of 16 to 64 rows.
+        w: Descriptor of the same dtype, block [128, 128].
+        out: Pointer to contiguous [m, n], or, for partial sums, to float32 or, of INT8, int32 [splits, m, n].
+        a_scale: float32, that of row m at m times the stride; None for partial sums.
+        w_scale: float32, that of row n at n times the stride; None for partial sums.
+        bias: [n] in any floating dtype, or None; None for partial sums.
+        depth: Blocks of K of a split; no split is empty.
+        STAGES: Blocks of K that are on their way or in use at one time.
+        PROMOTE: Add each step in FP32 registers; for FP8.
+    """
+    BLOCK_M: gl.constexpr = a.block_shape[0]
+    KIND: gl.constexpr = gl.int32 if a.dtype == gl.int8 else gl.float32
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BLOCK_M, 32]
+    )
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, 128], a.layout)
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, 128, 128], w.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for each in gl.static_range(STAGES):
+        mbarrier.init(full.index(each), count=1)
+    fence_async_shared()
+
+    height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
+    program = gl.program_id(0)
+    split = program // (height * width)
+    row = program // width % height * BLOCK_M
+    column = program % width * 128
+    first = split * depth
+    steps = gl.minimum(depth, gl.cdiv(k, 128) - first)
+    for each in gl.static_range(STAGES):
+        fill(a, w, None, a_ring, w_ring, None, full, each, first + each, row, column, each < steps, 1)
+    total = gl.zeros([128, BLOCK_M], KIND, SUMS)
+    part = gl.zeros([128, BLOCK_M], KIND, SUMS)
+    for step in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        right = a_ring.index(stage).permute((1, 0))
+        if PROMOTE:
+            part = warpgroup_mma(w_ring.index(stage), right, part, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=(part,))
+        else:
+            total = warpgroup_mma(w_ring.index(stage), right, total, is_async=True)
+            total = warpgroup_mma_wait(0, deps=(total,))
+        _barrier()  # all warps have read the stage
+        later, there = step + STAGES, step + STAGES < steps
+        fill(a, w, None, a_ring, w_ring, None, full, later, first + later, row, column, there, 1)
+        if PROMOTE:
+            total += part
+
+    columns = column + gl.arange(0, 128, gl.SliceLayout(1, SUMS))
+    rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))
+    if a_scale is not None:
+        left = gl.load(w_scale + columns.to(gl.int64) * w_scale_stride, mask=columns < n, other=0.0)
+        right = gl.load(a_scale + rows.to(gl.int64) * a_scale_stride, mask=rows < m, other=0.0)
+        total = total.to(gl.float32) * (left[:, None] * right[None, :])
+    if bias is not None:
+        total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[:, None]
+    places = out + (split.to(gl.int64) * m + rows)[None, :] * n + columns[:, None]
+    gl.store(places, total.to(out.dtype.element_ty), mask=(rows < m)[None, :] & (columns < n)[:, None])
+
+
+@triton.jit(do_not_specialize=["m", "splits", "a_scale_stride", "w_scale_stride"])
+def sum_row_splits(  # type: ignore[no-untyped-def]
+    partial, out, a_scale, w_scale, bias, m, n, splits, a_scale_stride, w_scale_stride,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = sum over splits of partial[splits, m, n] * a_scale[m] * w_scale[n]  (+ bias[n]), always in one order.
+
+    Args:
+        partial: float32 or int32, contiguous.
+        out: Any floating dtype, contiguous.
+        a_scale: float32, that of row m at m times the stride.
+        w_scale: float32, that of row n at n times the stride.
+        bias: [n] in any floating dtype, or None.
+        splits: How many there are.
+        SPLITS: The next power of two.
+        BLOCK: Elements of the output of a program.
+    """
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = m.to(tl.int64) * n
+    every = tl.arange(0, SPLITS)[:, None]
+    there = (every < splits) & (places < size)[None, :]
+    total = tl.sum(tl.load(partial + every * size + places[None, :], mask=there, other=0), axis=0)
+    rows, columns = places // n, places % n
+    left = tl.load(a_scale + rows * a_scale_stride, mask=places < size, other=0.0)
+    right = tl.load(w_scale + columns * w_scale_stride, mask=places < size, other=0.0)
+    result = total.to(tl.float32) * (left * right)
+    if bias is not None:
+        result += tl.load(bias + columns, mask=places < size, other=0.0).to(tl.float32)
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=places < size)

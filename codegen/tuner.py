@@ -1,0 +1,191 @@
+"""Measures which configuration runs a product fastest, for products that a model really makes.
+
+Asked for by `compiled.tune(...)`, never on its own. For each product the configurations that are not refused and whose
+estimated time is within `SLACK` of the best estimate take turns, launched from CUDA graphs with weights that the L2
+cache does not hold. The winner is kept where it beats the estimated choice by more than `NOISE`.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from codegen import tuned
+from codegen.gemm_config import GemmConfig, GemmProblem, refusal
+from codegen.gemm_launch import launch_gemm, launch_row_gemm
+from codegen.tiling import all_configs, ceil_div, choose, estimated_time
+from qcompiler.numerics import ALL
+
+SLACK = 2.0
+"""Times the best estimate: configurations that are estimated to take longer are not measured."""
+
+NOISE = 1.02
+"""A winner must be faster than the estimated choice by this factor."""
+
+COLD_BYTES = 160_000_000
+"""Of weights that take turns, more than an L2 cache holds."""
+
+Progress = Callable[[int, int, "Measured"], None]
+"""Is told how many products are done, how many there are, and what the last one showed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one product.
+
+    Attributes:
+        problem: The product.
+        times: Microseconds of each configuration, the fastest first.
+        estimated: The configuration that is chosen without a measurement.
+    """
+
+    problem: GemmProblem
+    times: dict[GemmConfig, float]
+    estimated: GemmConfig
+
+    @property
+    def best(self) -> GemmConfig:
+        """The fastest, or the estimated choice where that is about as fast."""
+        fastest = next(iter(self.times))
+        return fastest if self.times[fastest] * NOISE < self.times[self.estimated] else self.estimated
+
+    @property
+    def ratio(self) -> float:
+        """The time of the best over that of the estimated choice; 1 where they are one."""
+        return self.times[self.best] / self.times[self.estimated]
+
+    def __str__(self) -> str:
+        """One line."""
+        p, times = self.problem, self.times
+        text = f"{p.kind} {p.m} x {p.n} x {p.k}: {times[self.best]:.1f} us, {self.best}"
+        if self.best == self.estimated:
+            return f"{text}, as estimated"
+        return f"{text}; {self.ratio:.2f} of the estimated choice, {times[self.estimated]:.1f} us, {self.estimated}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuner found.
+
+    Attributes:
+        products: Each product that was measured.
+        file: Where the winners are kept; None where there was nothing to measure.
+        note: Why there was nothing, or not everything, to measure.
+    """
+
+    products: tuple[Measured, ...] = ()
+    file: str | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        """A line for each product."""
+        better = sum(each.best != each.estimated for each in self.products)
+        head = f"{len(self.products)} products measured, {better} with a better configuration than the estimated one"
+        last = [text for text in (self.note, self.file and f"kept in {self.file}") if text]
+        return "\n".join([head, *map(str, self.products), *last])
+
+
+def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progress | None = None) -> Tuning:
+    """Measures products on a CUDA device that has nothing else to do, and uses the winners from now on.
+
+    Args:
+        problems: The products; one whose operands are not aligned has little to choose from and is left out.
+        device: Where.
+        progress: Called after each product.
+    """
+    wanted = [problem for problem in dict.fromkeys(problems) if problem.aligned]
+    found: list[Measured] = []
+    with torch.cuda.device(device), torch.no_grad():
+        index = torch.cuda.current_device()
+        for problem in wanted:
+            found.append(measure(problem))
+            if progress is not None:
+                progress(len(found), len(wanted), found[-1])
+        if not found:
+            return Tuning(note="there is no product to measure")
+        file = tuned.learn(index, {each.problem: each.best for each in found})
+    return Tuning(tuple(found), str(file))
+
+
+def candidates(problem: GemmProblem) -> list[GemmConfig]:
+    """The configurations that are worth a measurement, the one with the best estimate first."""
+    possible = [c for c in all_configs(problem.kind, problem.x_block) if refusal(c, problem) is None]
+    estimates = {config: estimated_time(config, problem) for config in possible}
+    limit = SLACK * min(estimates.values(), default=0.0)
+    return sorted((c for c in possible if estimates[c] <= limit), key=lambda config: estimates[config])
+
+
+def measure(problem: GemmProblem) -> Measured:
+    """Times all candidates on the current CUDA device; CodegenError where none can run the product."""
+    estimated = choose(problem)
+    sets = _operands(problem)
+    launches = {config: [partial(_launch, problem, config, *each) for each in sets] for config in candidates(problem)}
+    times = _in_turns(launches)
+    return Measured(problem, dict(sorted(times.items(), key=lambda item: item[1])), estimated)
+
+
+def _launch(
+    problem: GemmProblem, config: GemmConfig, x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, out: Tensor
+) -> None:
+    if problem.kind == "tiles":
+        launch_gemm(config, x, w, out, xs, ws, None, problem.x_block)
+    else:
+        launch_row_gemm(config, x, w, out, xs, ws, None)
+
+
+def _operands(problem: GemmProblem) -> list[tuple[Tensor, ...]]:
+    """Operands of random codes: one activation, and as many weights as do not fit into the cache."""
+    m, n, k, tiles = problem.m, problem.n, problem.k, problem.kind == "tiles"
+    width = 1 if problem.x_block == ALL or not tiles else ceil_div(k, problem.x_block)
+    xs = torch.rand(width, ceil_div(m, 4) * 4, device="cuda")[:, :m].t().add(0.5)
+    if not problem.scale_columns:
+        xs = xs.contiguous()
+    else:
+        xs = torch.empty_strided((m, width), (1, ceil_div(m, 4) * 4), device="cuda").copy_(xs)
+    ws = torch.rand(ceil_div(n, 128) if tiles else n, ceil_div(k, 128) if tiles else 1, device="cuda")
+    dtype = {2: torch.bfloat16, 4: torch.float32}[problem.out_bytes]
+    x, out = _codes(m, k, problem), torch.empty(m, n, dtype=dtype, device="cuda")
+    return [(x, xs, _codes(n, k, problem), ws, out) for _ in range(max(1, ceil_div(COLD_BYTES, n * k)))]
+
+
+def _codes(rows: int, columns: int, problem: GemmProblem) -> Tensor:
+    if problem.kind == "rows_i8":
+        return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device="cuda")
+    return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+
+
+def _in_turns(
+    launches: Mapping[GemmConfig, Sequence[Callable[[], None]]], rounds: int = 5, budget: float = 4.0
+) -> dict[GemmConfig, float]:
+    """Microseconds of one launch: the median over rounds in which each configuration replays `budget` ms of them.
+
+    A device at its power limit gives whoever comes first the higher clock, hence the turns.
+    """
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graphs = {}
+    for config, turn in launches.items():
+        for _ in range(2):
+            start.record()
+            for launch in turn:
+                launch()
+            stop.record()
+            torch.cuda.synchronize()
+        repeats = max(1, min(400 // len(turn), int(budget / max(start.elapsed_time(stop), 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for launch in list(turn) * repeats:
+                launch()
+        graph.replay()
+        graphs[config] = graph, repeats * len(turn)
+    times: dict[GemmConfig, list[float]] = {config: [] for config in graphs}
+    for _ in range(rounds):
+        for config, (graph, count) in graphs.items():
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[config].append(1e3 * start.elapsed_time(stop) / count)
+    return {config: statistics.median(each) for config, each in times.items()}

@@ -1,0 +1,102 @@
+"""Quantizes the products of a mixture of experts: groups of rows, each with a constant matrix of its own.
+
+    %y = aten._grouped_mm(%x, %w, %offsets) : bf16[s0, 512]          %w is [experts, K, N]
+  ->
+    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], …}
+    %w_t = aten.transpose.int(%w, -2, -1)
+    %w_q, %w_s = quant.quantize(%w_t) {block = [128, 128], …}        stored as [experts, N, K]
+    %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, %offsets) {out_dtype = bf16, …}
+
+Fused at once: torch has no grouped product in FP32 that all devices run, so there is none to dequantize for.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from passes.candidates import GROUPED, QUANTIZABLE
+from passes.layers import why_not_selected
+from passes.scheme_options import SchemeOptions
+from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+
+X_BLOCK, W_BLOCK, FORMAT = (1, 128), (128, 128), DType.f8e4m3fn
+"""The granularity and the format that the grouped kernels have."""
+
+ROW_BYTES = 16
+"""The copy engine addresses rows of a multiple of so many bytes."""
+
+
+@dataclass(frozen=True)
+class QuantizeGrouped(Rule):
+    """grouped_mm(x, w, offsets)  ->  grouped_linear(quantize(x), quantize(transpose(w)), offsets)"""
+
+    options: SchemeOptions
+    root: ClassVar[tuple[str, ...]] = GROUPED
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        offsets = _argument(op, 2, "offs")
+        if reason := _why_not_operands(op, offsets, graph) or _why_not_sizes(op) or self.why_not_scheme():
+            return reason
+        if reason := why_not_selected(self.options.layers, op, graph):
+            return reason
+        return {"x": op.tensor(0), "w": op.tensor(1), "offsets": offsets}
+
+    def why_not_scheme(self) -> Missed | None:
+        """Why the options are none of a grouped product's."""
+        options = self.options
+        if (options.x_block, options.w_block, options.dtype) == (X_BLOCK, W_BLOCK, FORMAT):
+            return None
+        wanted = f"{FORMAT} with [1, 128] tiles and [128, 128] blocks"
+        got = f"{options.dtype} with {list(options.x_block)} and {list(options.w_block)}"
+        return Missed(f"a grouped product is quantized to {wanted} only, this is {got}")
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, offsets: Value, **_: Any) -> None:
+        groups, k, n = w.tensor.shape
+        kind = TensorType(w.tensor.dtype, (groups, n, k))
+        turned = rewriter.insert("aten.transpose.int", w, -2, -1, types=[kind], names=[f"{w.name}_t"]).result
+        operands = (*self.quantized(rewriter, x, X_BLOCK), *self.quantized(rewriter, turned, W_BLOCK), offsets)
+        attrs: dict[str, Argument] = {"out_dtype": op.result.tensor.dtype, "w_block": W_BLOCK, "x_block": X_BLOCK}
+        rewriter.replace(op, rewriter.insert("quant.grouped_linear", *operands, attrs=attrs).result)
+
+    def quantized(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
+        """Codes and scales of `value`."""
+        attrs: dict[str, Argument] = {"block": block, "dtype": FORMAT, "profile": self.options.profile}
+        names = [f"{value.name}_q", f"{value.name}_s"]
+        return rewriter.insert("quant.quantize", value, attrs=attrs, names=names).results
+
+
+def _argument(op: Op, place: int, name: str) -> Any:
+    return op.args[place] if len(op.args) > place else op.attrs.get(name)
+
+
+def _why_not_operands(op: Op, offsets: Any, graph: Graph) -> Missed | None:
+    """Whether the operands are an activation, constant matrices and offsets, of types that can be quantized."""
+    x, w = op.tensor(0), op.tensor(1)
+    if not graph.is_constant(w):
+        both = "both of its operands are computed from the inputs"
+        return Missed("its weights are computed from the inputs", w) if graph.is_constant(x) else Missed(both)
+    if graph.is_constant(x):
+        return Missed("both of its operands are constant", x)
+    if not isinstance(offsets, Value) or len(x.tensor.shape) != 2 or len(w.tensor.shape) != 3:
+        return Missed("its groups are not groups of rows of one activation", x)
+    if offsets.type != TensorType(DType.i32, w.tensor.shape[:1]):
+        return Missed("its offsets are not one i32 for each matrix", offsets)
+    if _argument(op, 3, "bias") is not None:
+        return Missed("it adds a bias by itself")
+    dtypes = (x.tensor.dtype, w.tensor.dtype, op.result.tensor.dtype)
+    if any(dtype not in QUANTIZABLE for dtype in dtypes):
+        return Missed(f"it computes {dtypes[2]} of {dtypes[0]} and {dtypes[1]}, not f32, f16 or bf16")
+    return None
+
+
+def _why_not_sizes(op: Op) -> Missed | None:
+    """Whether the grouped kernels can address the operands."""
+    x, w = op.tensor(0), op.tensor(1)
+    _, k, n = w.tensor.shape
+    if not isinstance(k, int) or not isinstance(n, int) or w.tensor.elements == 0 or x.tensor.shape[1] != k:
+        return Missed("its weights have no fixed size", w)
+    out = op.result.tensor.dtype
+    if k % ROW_BYTES != 0:
+        return Missed(f"the grouped kernels need K to be a multiple of {ROW_BYTES}, it is {k}", w)
+    if n * out.bytes % ROW_BYTES != 0:
+        return Missed(f"the grouped kernels write rows of a multiple of {ROW_BYTES} bytes, {n} of {out} are none", w)
+    return None

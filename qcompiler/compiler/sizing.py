@@ -1,0 +1,107 @@
+"""Calls of a compiled model of which only the sizes matter: real ones, or inputs without data made from sizes."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from codegen.warmup import Blank
+from qcompiler.capture.signature import ConstantSlot, Signature, TensorSlot
+from qcompiler.compiler.batches import as_call
+from qcompiler.errors import InputError, did_you_mean
+from qcompiler.ir.sizes import Size, evaluate, symbols
+
+USUAL_ROWS = tuple(1 << power for power in range(14))
+"""One number of rows for each range in which a kernel is chosen: 1, 2, 4, … 8192."""
+
+
+def calls_to_plan(
+    signature: Signature, calls: Sequence[Any], rows: Iterable[int] | None, sizes: Mapping[str, int | Iterable[int]]
+) -> list[list[Any]]:
+    """The inputs of the graph for each call that is asked for; for `USUAL_ROWS` when nothing is.
+
+    Args:
+        signature: Of the model.
+        calls: Real calls: a tensor, a tuple of arguments, or a dict of arguments by name each.
+        rows: See `calls_of_rows`.
+        sizes: See `calls_of_sizes`.
+    """
+    found = [signature.flatten(*as_call(call, index)) for index, call in enumerate(calls)]
+    if sizes:
+        found += calls_of_sizes(signature, sizes)
+    if rows is not None or not found:
+        found += calls_of_rows(signature, USUAL_ROWS if rows is None else rows)
+    return found
+
+
+def calls_of_sizes(signature: Signature, sizes: Mapping[str, int | Iterable[int]]) -> list[list[Any]]:
+    """One call for each combination of values of the free symbols, those that are left out at their least.
+
+    Raises:
+        InputError: A name is no free symbol of the model, or no combination fulfils the model's conditions.
+    """
+    free = free_symbols(signature)
+    if unknown := [name for name in sizes if name not in free]:
+        raise InputError("the model has no such size", got=unknown[0], fix=did_you_mean(unknown[0], free))
+    wanted = {name: _values(name, sizes.get(name, least(signature, name))) for name in free}
+    combinations = [dict(zip(wanted, values, strict=True)) for values in product(*wanted.values())]
+    return _calls(signature, combinations)
+
+
+def calls_of_rows(signature: Signature, rows: Iterable[int]) -> list[list[Any]]:
+    """One call for each number of rows, such as tokens: the last free symbol takes it, the others are at their least.
+
+    Where these are more than 1 the last symbol takes the number divided by their product. Numbers beyond the model's
+    ranges are moved to their ends, so that no call is asked for twice. A model without free sizes has one call.
+    """
+    free = free_symbols(signature)
+    if not free:
+        return _calls(signature, [{}])
+    *others, last = free
+    rest = {name: least(signature, name) for name in others}
+    low, high = least(signature, last), signature.symbols[last].high
+    wanted = [max(low, count // math.prod(rest.values())) for count in _values("rows", rows)]
+    values = dict.fromkeys(value if high is None else min(value, high) for value in wanted)
+    return _calls(signature, [rest | {last: value} for value in values])
+
+
+def free_symbols(signature: Signature) -> list[str]:
+    """The symbols that sizes of inputs decide, in order of appearance."""
+    shapes = (size for slot in signature.slots if isinstance(slot, TensorSlot) for size in slot.shape)
+    found = {name for size in (*shapes, *_numbers(signature)) for name in symbols(size)}
+    return [name for name in signature.symbols if name in found]
+
+
+def least(signature: Signature, symbol: str) -> int:
+    """The least value of a symbol with something in it."""
+    return max(signature.symbols[symbol].low, 1)
+
+
+def _numbers(signature: Signature) -> list[Size]:
+    values = (
+        getattr(slot, "value", None) for slot in signature.slots if not isinstance(slot, TensorSlot | ConstantSlot)
+    )
+    return [value for value in values if value is not None]
+
+
+def _values(name: str, given: int | Iterable[int]) -> list[int]:
+    values = [given] if isinstance(given, int) else list(given)
+    wrong = [value for value in values if not isinstance(value, int) or value < 0]
+    if wrong or not values:
+        raise InputError(f"{name} has a wrong value", got=wrong[0] if wrong else "none", need="one size or several")
+    return values
+
+
+def _calls(signature: Signature, combinations: Sequence[Mapping[str, int]]) -> list[list[Any]]:
+    possible = [values for values in combinations if all(rule.holds(values) for rule in signature.conditions)]
+    if not possible:
+        need = ", ".join(map(str, signature.conditions))
+        raise InputError("the model would take another course for these sizes", got=combinations[0], need=need)
+    return [[_stand_in(slot, values) for slot in signature.slots if not isinstance(slot, ConstantSlot)]
+            for values in possible]  # fmt: skip
+
+
+def _stand_in(slot: Any, values: Mapping[str, int]) -> Any:
+    if isinstance(slot, TensorSlot):
+        return Blank(tuple(evaluate(size, values) for size in slot.shape), slot.dtype, slot.device)
+    return 1 if slot.value is None else evaluate(slot.value, values)

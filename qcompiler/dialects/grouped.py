@@ -1,0 +1,133 @@
+"""The product of groups of rows, each with a matrix of its own: the experts of a mixture, in `quant` and `kernel`.
+
+%x_q, %x_s = quant.quantize(%x) {block = [1, 128], …} : f8e4m3fn[s0, 256], f32[s0, 2]
+%w_q, %w_s = quant.quantize(%w) {block = [128, 128], …} : f8e4m3fn[8, 512, 256], f32[8, 4, 2]
+%y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, %offsets) {out_dtype = bf16, …} : bf16[s0, 512]
+
+The offsets, i32[8], are those of `aten._grouped_mm`: entry g is the row behind the last of group g, whose first is
+entry g - 1, or 0. Rows behind the last group are zero. A group may be empty; offsets must not decrease.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler import numerics
+from qcompiler.dialects.kernel import PRODUCERS, SCALE_LAYOUT
+from qcompiler.dialects.quant import block_of, check_scale, dtype_of
+from qcompiler.errors import QCompilerError
+from qcompiler.ir import DType, Op, TensorType, Type
+from qcompiler.ir.op_table import BLOCK, DTYPE, OpDef, OpError, declare
+
+OPERANDS = ("x", "x_scale", "w", "w_scale", "offsets")
+ATTRIBUTES = {"out_dtype": DTYPE, "w_block": BLOCK, "x_block": BLOCK}
+ROWS_OF_BLOCKS = "blocks of 1 row of x, and not of all rows of w"
+
+
+def grouped_linear_types(op: Op) -> tuple[Type, ...]:
+    """(x f8[T, K], x_scale, w f8[E, N, K], w_scale, offsets i32[E]) -> out_dtype[T, N]"""
+    x, w, offsets = op.tensor(0).tensor, op.tensor(2).tensor, op.tensor(4).tensor
+    check_scale(op, 0, "x_block")
+    check_scale(op, 2, "w_block")
+    if len(x.shape) != 2:
+        raise OpError(f"the activation is {x}, but its rows are in one order: it needs 2 dimensions", 0)
+    if len(w.shape) != 3 or x.shape[1] != w.shape[2]:
+        raise OpError(f"the weights are {w}, but the activation {x} needs [groups, N, {x.shape[1]}]", 2)
+    if block_of(op, "x_block")[0] != 1 or block_of(op, "w_block")[0] == numerics.ALL:
+        raise OpError(f"its scales would span groups; it needs {ROWS_OF_BLOCKS}")
+    if offsets != TensorType(DType.i32, w.shape[:1]):
+        raise OpError(f"the offsets are {offsets}, but the weights {w} need i32[{w.shape[0]}]", 4)
+    return (TensorType(dtype_of(op, "out_dtype"), (x.shape[0], w.shape[1])),)
+
+
+def kernel_types(op: Op) -> tuple[Type, ...]:
+    """As `quant.grouped_linear`; the producer of the activation's scales must write the layout that is read."""
+    producer = op.tensor(1).op
+    written, read = producer.attrs.get("scale_layout"), op.attrs["x_scale_layout"]
+    if producer.name in PRODUCERS and written != read:
+        raise OpError(f"{op.args[1]} is written {written}, but read {read}", 1)
+    return grouped_linear_types(op)
+
+
+def grouped_linear(
+    x_q: Tensor,
+    x_s: Tensor,
+    w_q: Tensor,
+    w_s: Tensor,
+    offsets: Tensor,
+    *,
+    x_block: Sequence[int] = (1, 128),
+    w_block: Sequence[int] = (128, 128),
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """`numerics.scaled_linear` of each group of rows with its own weight; zeros behind the last group.
+
+    Args:
+        x_q: `[T, K]`, rows sorted by group.
+        x_s: The scale of `x_q` for `x_block`, whose blocks have one row.
+        w_q: `[E, N, K]`.
+        w_s: The scale of `w_q` for `w_block`, with rows of its own for each group.
+        offsets: int32 `[E]`, ascending: the row behind the last of each group. The host reads it.
+        x_block: Rows and columns of a block of `x_q`.
+        w_block: Rows and columns of a block of `w_q`.
+        out_dtype: The dtype of the result, `[T, N]`.
+
+    Raises:
+        QCompilerError: The operands do not fit each other.
+    """
+    check_grouped(x_q, w_q, offsets, x_block, w_block)
+    out = x_q.new_zeros((x_q.shape[0], w_q.shape[1]), dtype=out_dtype)
+    start = 0
+    for group, end in enumerate(offsets.clamp(0, x_q.shape[0]).tolist()):
+        if start < end:
+            out[start:end] = numerics.scaled_linear(
+                x_q[start:end], x_s[start:end], w_q[group], w_s[group],
+                x_block=x_block, w_block=w_block, out_dtype=out_dtype,
+            )  # fmt: skip
+        start = end
+    return out
+
+
+def check_grouped(x_q: Tensor, w_q: Tensor, offsets: Tensor, x_block: Sequence[int], w_block: Sequence[int]) -> None:
+    """Raises QCompilerError for operands that are no grouped product; their scales are not looked at."""
+    if x_q.dim() != 2 or w_q.dim() != 3 or x_q.shape[-1] != w_q.shape[2]:
+        raise QCompilerError(
+            "the operands of a grouped linear do not fit",
+            got=f"x {list(x_q.shape)} and w {list(w_q.shape)}", need="x [T, K] and w [E, N, K]",
+        )  # fmt: skip
+    if offsets.shape != w_q.shape[:1] or offsets.dtype != torch.int32:
+        raise QCompilerError(
+            "the offsets are not one int32 number for each group",
+            got=f"{offsets.dtype} {list(offsets.shape)}", need=f"torch.int32 [{w_q.shape[0]}]",
+        )  # fmt: skip
+    if x_block[0] != 1 or w_block[0] == numerics.ALL:
+        got = f"x_block {list(x_block)} and w_block {list(w_block)}"
+        raise QCompilerError("scales of a grouped linear would span groups", got=got, need=ROWS_OF_BLOCKS)
+
+
+def _reference(*operands: Tensor, x_scale_layout: str, **keywords: Any) -> Tensor:
+    return grouped_linear(*operands, **keywords)
+
+
+declare(
+    OpDef(
+        "quant.grouped_linear",
+        "`quant.linear` of each group of rows with a weight of its own; zeros behind the last group.",
+        OPERANDS,
+        ATTRIBUTES,
+        types=grouped_linear_types,
+        meaning=grouped_linear,
+    )
+)
+declare(
+    OpDef(
+        "kernel.grouped_linear",
+        "`quant.grouped_linear`, with the activation's scales in a given order in memory.",
+        OPERANDS,
+        {**ATTRIBUTES, "x_scale_layout": SCALE_LAYOUT},
+        types=kernel_types,
+        meaning=_reference,
+    )
+)

@@ -1,0 +1,245 @@
+"""The language of bodies: text and tree are one, its meaning is torch's own, and what is no body is refused."""
+
+import ast
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from qcompiler.body import FUNCTIONS, OPERATORS, Body, Call, Expression, Name, Number, parse
+from qcompiler.errors import ParseError
+
+ADD_NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
+
+
+ELEMENTWISE = sorted(name for name, function in FUNCTIONS.items() if function.arity == 1)
+DEFINED = ("h", "inside", "é")
+
+
+def expressions(known: Sequence[str]) -> st.SearchStrategy[Expression]:
+    names: st.SearchStrategy[Expression] = st.sampled_from(known).map(Name)
+    numbers: st.SearchStrategy[Expression] = st.floats(-1e30, 1e30).map(Number)
+    operators = st.sampled_from(sorted(OPERATORS))
+
+    def calls(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
+        either = st.one_of(inner, numbers)
+        return st.one_of(
+            st.builds(lambda f, x: Call(f, (x,)), st.sampled_from(ELEMENTWISE), inner),
+            st.builds(lambda f, a, b: Call(f, (a, b)), operators, inner, either),
+            st.builds(lambda f, a, b: Call(f, (a, b)), operators, either, inner),
+            st.builds(lambda x, eps: Call("standardize", (x, eps)), inner, numbers),
+        )
+
+    return st.recursive(names, calls, max_leaves=10)
+
+
+EXPRESSIONS = [expressions(["x0", "x1", "x12", "y0", *DEFINED[:count]]) for count in range(len(DEFINED) + 1)]
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> Body:
+    count = draw(st.integers(0, len(DEFINED)))
+    definitions = [(name, draw(EXPRESSIONS[place])) for place, name in enumerate(DEFINED[:count])]
+    return Body(tuple(definitions), draw(EXPRESSIONS[count]))
+
+
+@given(bodies())
+def test_what_is_printed_is_what_is_read(body: Body) -> None:
+    assert parse(str(body)) == body
+    assert str(parse(str(body))) == str(body)
+
+
+@given(bodies())
+def test_the_text_means_in_python_what_the_tree_means(body: Body) -> None:
+    # Python's own grammar says what binds stronger: its tree of the text, fully bracketed, is read as the same body.
+    bracketed = "; ".join(_bracketed(statement) for statement in ast.parse(str(body)).body)
+    assert parse(bracketed) == body
+
+
+def _bracketed(statement: ast.stmt) -> str:
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.BinOp):
+            return f"({text(node.left)} {ast.unparse(ast.BinOp(_A, node.op, _A))[2:-2]} {text(node.right)})"
+        if isinstance(node, ast.Call):
+            return f"{ast.unparse(node.func)}({', '.join(map(text, node.args))})"
+        return ast.unparse(node)
+
+    if isinstance(statement, ast.Assign):
+        return f"{ast.unparse(statement.targets[0])} = {text(statement.value)}"
+    assert isinstance(statement, ast.Expr)
+    return text(statement.value)
+
+
+_A = ast.Name("a")
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("x0-(x1-x2)", "x0 - (x1 - x2)"),
+        ("(x0-x1)-x2", "x0 - x1 - x2"),
+        ("x0/(x1*x2)", "x0 / (x1 * x2)"),
+        ("x0*(x1+1)", "x0 * (x1 + 1.0)"),
+        ("-2*x0", "-2.0 * x0"),
+        ("x0 - -1e-6", "x0 - -1e-06"),
+        ("h=x0\nh*h", "h = x0; h * h"),
+    ],
+)
+def test_brackets_stand_where_they_are_needed(text: str, printed: str) -> None:
+    assert str(parse(text)) == printed
+
+
+def test_operands_are_sorted_by_their_numbers() -> None:
+    assert parse("y1 + x10 * x2 + y0 - x0").operands == ("x0", "x2", "x10", "y0", "y1")
+
+
+@pytest.mark.parametrize(
+    ("text", "across"), [(ADD_NORM, True), ("standardize(x0, 1e-05)", True), ("bf16(silu(x0)) * x1", False)]
+)
+def test_a_body_knows_whether_it_needs_whole_rows(text: str, across: bool) -> None:
+    assert parse(text).across == across
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "dtype"),
+    [
+        (ADD_NORM, None, torch.bfloat16),
+        (ADD_NORM, "h", torch.bfloat16),
+        (ADD_NORM, "n", torch.float32),
+        ("h = f16(x0); g = h; g", None, torch.float16),
+        ("h = f16(x0); g = h; g", "g", torch.float16),
+        ("h = f16(x0); h * x1", None, torch.float32),
+        ("x0", None, torch.float32),
+    ],
+)
+def test_the_element_type_is_that_of_the_last_rounding(text: str, name: str | None, dtype: torch.dtype) -> None:
+    assert parse(text).dtype(name) == dtype
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+
+
+MEANINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "exp(x0)": lambda x, _: x.exp(),
+    "gelu(x0)": lambda x, _: functional.gelu(x),
+    "gelu_tanh(x0)": lambda x, _: functional.gelu(x, approximate="tanh"),
+    "neg(x0)": lambda x, _: -x,
+    "relu(x0)": lambda x, _: functional.relu(x),
+    "rsqrt(x0)": lambda x, _: x.rsqrt(),
+    "sigmoid(x0)": lambda x, _: x.sigmoid(),
+    "silu(x0)": lambda x, _: functional.silu(x),
+    "sqrt(x0)": lambda x, _: x.sqrt(),
+    "tanh(x0)": lambda x, _: x.tanh(),
+    "mean(x0) + 0 * x0": lambda x, _: x.mean(-1, keepdim=True) + 0 * x,
+    "standardize(x0, 1e-05)": lambda x, _: functional.layer_norm(x, x.shape[-1:], eps=1e-5),
+    "x0 * rsqrt(mean(x0 * x0) + 1e-05)": lambda x, _: _norm(x),
+    "x0 + x1": torch.add,
+    "x0 - x1": torch.sub,
+    "x0 * x1": torch.mul,
+    "x0 / x1": torch.div,
+    "x0 / 3": lambda x, _: x / torch.tensor(3.0),
+    "3 / x0": lambda x, _: torch.tensor(3.0) / x,
+}
+
+
+@pytest.mark.parametrize("text", MEANINGS)
+def test_a_function_means_what_torch_means(text: str) -> None:
+    x, y = torch.randn(7, 33, generator=torch.Generator().manual_seed(3)), torch.linspace(-3, 4, 33)
+    body = parse(text)
+    result, *kept = body.run({"x0": x, "x1": y})
+    assert not kept
+    assert torch.equal(result.nan_to_num(7.0), MEANINGS[text](x, y).nan_to_num(7.0))
+
+
+def test_every_function_is_tested() -> None:
+    missing = [name for name in FUNCTIONS if not any(f"{name}(" in text for text in MEANINGS)]
+    assert missing == ["bf16", "f16"]  # the next two tests
+
+
+def test_numbers_are_divided_as_ieee_says() -> None:
+    x = torch.arange(1, 4097, dtype=torch.float32)
+    (result,) = parse("3.0 / x0").run({"x0": x})
+    assert torch.equal(result.double(), (3.0 / x.double()).float().double())
+    assert not torch.equal(result, 3.0 / x), "torch itself rounds twice, which is why this test is here"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_body_repeats_what_torch_rounds(dtype: torch.dtype) -> None:
+    x, residual, gain = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype), torch.randn(64).to(dtype)
+    text = ADD_NORM if dtype == torch.bfloat16 else ADD_NORM.replace("bf16", "f16")
+    result, h = parse(text).run({"x0": x, "x1": residual, "x2": gain}, ["h"])
+    want = x + residual
+    assert h.dtype == result.dtype == dtype and torch.equal(h, want)
+    scale = torch.rsqrt(want.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(result, gain * (want.float() * scale).to(dtype))
+
+
+def test_results_have_the_shape_of_the_operands() -> None:
+    x, gain = torch.randn(3, 8, 4).transpose(1, 2), torch.randn(8)
+    result, mean, wide = parse("m = mean(x0); g = bf16(2 * x1); m * 1.0").run({"x0": x, "x1": gain}, ["m", "g"])
+    for tensor in (result, mean, wide):
+        assert tensor.shape == (3, 4, 8) and tensor.is_contiguous()
+    assert torch.equal(mean, x.mean(-1, keepdim=True).expand(3, 4, 8))
+    assert torch.equal(wide[2, 3], (2 * gain).bfloat16())
+
+
+WRONG = {
+    "": "it has no result",
+    "h = x0": "it has no result",
+    "x0 +": "it is malformed",
+    "x0 + " * 900 + "x0": "it is malformed",
+    "x0 + " * 20000 + "x0": "it is malformed",
+    "h = x0; h = x1; h": "'h' has a meaning already",
+    "x1 = x0; x1": "'x1' has a meaning already",
+    "exp = x0; exp": "'exp' has a meaning already",
+    "h, g = x0; h": "'h, g = x0' defines nothing",
+    "x0; x1": "'x0' defines nothing",
+    "h * x0": "'h' is not defined before it is used",
+    "g = h; h = x0; g": "'h' is not defined before it is used",
+    "x01": "'x01' is not defined",
+    "x0 ** 2": r"'x0 \*\* 2' is none of a name, a number, a call",
+    "x0 if x1 else x2": "is none of a name",
+    "True * x0": "'True' is none of a name",
+    "-True * x0": "'-True' is none of a name",
+    "mean(x=x0)": r"'mean\(x=x0\)' is none of",
+    "mean(*x0)": r"'\*x0' is none of",
+    "cos(x0)": "there is no function 'cos'",
+    "gelu(x0, x1)": "gelu takes 1 arguments, but got 2",
+    "standardize(x0)": "standardize takes 2 arguments, but got 1",
+    "standardize(x0, x1)": "the eps of standardize is 'x1', not a number",
+    "3": "its result is a number",
+    "c = 3; x0 * c": "'c' is a number, which stands where it is used",
+    "x0 + exp(1.0)": r"'exp\(1.0\)' is a number, which is written as one",
+    "x0 * (2 + 3)": r"'2.0 \+ 3.0' is a number",
+    "x0 * 1e39": "beyond the range of FP32",
+    "x0 - 1" + "0" * 400: "beyond the range of FP32",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_no_body_is_refused(text: str) -> None:
+    with pytest.raises(ParseError, match=WRONG[text]):
+        parse(text)
+
+
+def test_an_unknown_function_is_told_the_nearest() -> None:
+    with pytest.raises(ParseError, match=r"Did you mean 'gelu_tanh'\?"):
+        parse("gelu_tan(x0)")
+
+
+def test_nothing_but_arithmetic_can_be_said() -> None:
+    for text in ("__import__('os')", "x0.data", "[x0]", "x0[0]", "lambda: x0", "'x0'", "x0 @ x1", "(h := x0)"):
+        with pytest.raises(ParseError):
+            parse(text)
+
+
+def test_the_largest_number_is_that_of_fp32() -> None:
+    largest = torch.finfo(torch.float32).max
+    (result,) = parse(f"x0 * {largest!r}").run({"x0": torch.ones(1)})
+    assert math.isfinite(result.item())

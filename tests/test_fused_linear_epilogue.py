@@ -1,0 +1,253 @@
+"""Products with a body: what is handed on, which form of the kernel is chosen, and the separate kernels' wiring."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from codegen import fused_product
+from codegen.epilogue import handed_over, on_tensors
+from codegen.fused_tiling import (
+    FusedGemmConfig,
+    FusedGemmProblem,
+    all_fused_configs,
+    choose_fused,
+    fused_time,
+    refusal,
+    separate_time,
+)
+from codegen.gemm_config import SHARED_MEMORY_LIMIT
+from codegen.quantization import scale_like
+from qcompiler import numerics
+from qcompiler.body import parse
+from qcompiler.dialects.kernel import fused_linear
+
+E4M3 = torch.float8_e4m3fn
+SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
+
+
+@pytest.mark.parametrize(
+    ("body", "dtype", "rest"),
+    [
+        ("bf16(silu(bf16(y0)) * bf16(y1))", torch.bfloat16, "bf16(silu(y0) * y1)"),
+        ("h = f16(y0); f16(h * sigmoid(h) + x0)", torch.float16, "h = y0; f16(h * sigmoid(h) + x0)"),
+        ("bf16(y0)", torch.bfloat16, "y0"),
+        ("bf16(y0) + bf16(y0 * 2)", torch.float32, "bf16(y0) + bf16(y0 * 2.0)"),
+        ("bf16(y0) + f16(y1)", torch.float32, "bf16(y0) + f16(y1)"),
+        ("bf16(gelu(y0))", torch.float32, "bf16(gelu(y0))"),
+        ("h = y0; bf16(h)", torch.float32, "h = y0; bf16(h)"),
+        ("y0", torch.float32, "y0"),
+        ("bf16(x0)", torch.float32, "bf16(x0)"),
+    ],
+)
+def test_sums_are_handed_on_in_what_the_body_rounds_them_to(body: str, dtype: torch.dtype, rest: str) -> None:
+    assert handed_over(body) == (dtype, str(parse(rest)))
+
+
+@pytest.mark.parametrize(
+    ("body", "others", "sums", "renamed"),
+    [
+        ("y0 * y1 + x0", 1, ("y0", "y1"), "x0 * x1 + x2"),
+        ("h = y1 - x1; h * x0", 2, ("y1",), "h = x0 - x2; h * x1"),
+        ("gelu(y0)", 0, ("y0",), "gelu(x0)"),
+    ],
+)
+def test_a_body_on_tensors_names_the_sums_first(body: str, others: int, sums: tuple[str, ...], renamed: str) -> None:
+    assert on_tensors(body, others) == (sums, str(parse(renamed)))
+
+
+def bodies() -> st.SearchStrategy[str]:
+    """Expressions of sums, each rounded in some way or not, and other operands."""
+    sums = st.sampled_from(["y0", "y1", "bf16(y0)", "bf16(y1)", "f16(y0)"])
+    leaves = sums | st.sampled_from(["x0", "x1", "bf16(x0 * 0.5)"])
+
+    def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        calls = st.tuples(st.sampled_from(["bf16", "silu", "relu", "tanh", "neg"]), inner).map(
+            lambda t: f"{t[0]}({t[1]})"
+        )
+        pairs = st.tuples(inner, st.sampled_from(["+", "-", "*"]), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})")
+        return calls | pairs
+
+    whole = st.recursive(leaves, grow, max_leaves=8)
+    return st.tuples(whole, whole).map(lambda t: f"h = {t[0]}; bf16(h * {t[1]} + y0 * 0)" if len(t[0]) % 2 else t[0])
+
+
+@given(bodies(), st.integers(0, 2**31))
+def test_what_is_left_of_a_body_gives_the_same_bits(text: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    body = parse(text)
+    if not any(name[0] == "y" for name in body.operands):
+        return
+    named = {name: torch.randn(3, 5, generator=generator) for name in ("x0", "x1", "y0", "y1")}
+    (want,) = body.run(named)
+    dtype, rest = handed_over(text)
+    handed = {name: each.to(dtype) if name[0] == "y" else each for name, each in named.items()}
+    assert torch.equal(parse(rest).run(handed)[0].float(), want.float())
+    sums, renamed = on_tensors(rest, 2)
+    operands = [*(handed[name] for name in sums), named["x0"], named["x1"]]
+    got = parse(renamed).run({f"x{place}": each for place, each in enumerate(operands)})[0]
+    assert torch.equal(got.float(), want.float())
+
+
+FINE = FusedGemmProblem(1024, 14336, 4096, 2)
+GATED = FusedGemmConfig(2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "sentence"),
+    [
+        (GATED, replace(FINE, m=0), "has nothing to multiply"),
+        (GATED, replace(FINE, n=2**30), "has a size beyond 32 bits"),
+        (GATED, replace(FINE, parts=1), "its tiles are made of 2 parts of the weight, here there are 1"),
+        (
+            GATED,
+            replace(FINE, n=14400),
+            "each part of the weight must begin with a block of 128 rows, here they have 14400",
+        ),
+        (GATED, replace(FINE, others=3), "a body may read 2 operands beside the sums, this one reads 3"),
+        (GATED, replace(FINE, block=(1, -1)), "a tile of the result holds whole blocks of [1, 128], not of [1, -1]"),
+        (GATED, replace(FINE, aligned=False), "operands that start at a multiple of 16 bytes"),
+        (GATED, replace(FINE, k=4100), "the copy engine needs K to be a multiple of 16, it is 4100"),
+        (GATED, replace(FINE, scale_columns=False), "the activation's scales in columns"),
+        (GATED, replace(FINE, handed_bytes=4), "sums of 4 bytes handed over, need 281088 bytes of shared memory"),
+    ],
+)
+def test_refusals_say_why(config: FusedGemmConfig, problem: FusedGemmProblem, sentence: str) -> None:
+    why = refusal(config, problem)
+    assert why is not None and sentence in why and not why.endswith(".")
+    assert refusal(config, FINE) is None
+
+
+def test_every_form_fits_and_names_itself() -> None:
+    assert len({str(config) for config in all_fused_configs()}) == len(all_fused_configs())
+    for config in all_fused_configs():
+        assert config.shared_memory() <= SHARED_MEMORY_LIMIT
+        assert config.rows in (64, 128, 256)
+    small = [config for config in all_fused_configs() if config.waves == 1]
+    assert all(config.shared_memory(4) <= SHARED_MEMORY_LIMIT for config in small), "FP32 sums need a form"
+
+
+@given(st.integers(1, 20000), st.integers(1, 300), st.integers(1, 2000), st.integers(1, 2), st.booleans())
+def test_the_choice_is_possible_and_faster_by_the_estimate(m: int, n: int, k: int, parts: int, quantized: bool) -> None:
+    problem = FusedGemmProblem(m, 128 * n, 16 * k, parts, block=(1, 128) if quantized else None)
+    chosen = choose_fused(problem)
+    if isinstance(chosen, str):
+        assert "separate kernels are estimated to take" in chosen
+    else:
+        assert refusal(chosen, problem) is None
+        assert fused_time(chosen, problem) < separate_time(problem)
+
+
+def test_a_refused_problem_gets_the_sentence_of_a_form_of_its_parts() -> None:
+    assert choose_fused(replace(FINE, k=4100)) == "the copy engine needs K to be a multiple of 16, it is 4100"
+    assert (
+        choose_fused(replace(FINE, parts=1, others=3)) == "a body may read 2 operands beside the sums, this one reads 3"
+    )
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that separate ones call, as references on a CPU; what they were called for."""
+    calls: list[str] = []
+
+    def product(*operands: Any) -> Tensor:
+        *tensors, x_block, w_block, dtype = operands
+        calls.append(f"product {str(dtype).removeprefix('torch.')}")
+        return numerics.scaled_linear(*tensors, x_block=x_block, w_block=w_block, out_dtype=dtype)
+
+    def quantize(operands: Sequence[Tensor], body: str, *rest: Any) -> list[Tensor]:
+        _, block, dtype, profile, layout = rest
+        calls.append(f"quantize {body}")
+        (result,) = parse(body).run({f"x{place}": x for place, x in enumerate(operands)})
+        q, scale = numerics.quantize(result, block, dtype, profile)
+        return [q, scale_like(q, block[1], layout).copy_(scale)]
+
+    def alone(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> None:
+        calls.append(f"body {body}")
+        named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
+        assert all(each.dim() == 1 or each.stride(-1) == 1 for each in named.values())
+        out.copy_(parse(body).run(named)[0])
+
+    monkeypatch.setattr(fused_product, "check_device", lambda device: None)
+    monkeypatch.setattr(fused_product, "scaled_linear_on_gpu", product)
+    monkeypatch.setattr(fused_product, "fused_quantize_on_gpu", quantize)
+    monkeypatch.setattr(fused_product, "launch_body", alone)
+    monkeypatch.setattr(fused_product, "replayed", lambda run, what, operands, *arguments: run(*arguments))
+    monkeypatch.setattr(fused_product, "_config", lambda *facts: "separate kernels are under test")
+    monkeypatch.setattr(fused_product, "on", lambda device: torch.no_grad())
+    return calls
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+@pytest.mark.parametrize(
+    ("body", "parts", "vectors", "calls"),
+    [
+        (SWIGLU, 2, (), ["product bfloat16", "{} bf16(bf16(silu({0})) * {1})"]),
+        ("f16(x0 + f16(y0))", 1, (False,), ["product float16", "{} f16({1} + {0})"]),
+        ("bf16(gelu(y0) * x1 + x0)", 1, (False, True), ["product float32", "{} bf16(gelu({0}) * {2} + {1})"]),
+        ("bf16(bf16(y1) - x0)", 2, (True,), ["product bfloat16", "{} bf16({0} - {1})"]),
+    ],
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_separate_kernels_do_what_the_operation_means(
+    on_cpu: list[str], body: str, parts: int, vectors: tuple[bool, ...], calls: list[str], leading: tuple[int, ...],
+    quantized: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    n, k = 64, 144
+    x, xs = numerics.quantize(torch.randn(*leading, k), [1, 128], E4M3)
+    w, ws = numerics.quantize(torch.randn(n * parts, k), [128, 128], E4M3)
+    bias = torch.randn(n * parts).bfloat16()
+    others = [torch.randn(n) if vector else torch.randn(*leading, n).bfloat16() for vector in vectors]
+    options: dict[str, Any] = {"x_block": [1, 128], "w_block": [128, 128], "body": body, "parts": parts}
+    last: dict[str, Any] = {"block": [1, 128], "dtype": E4M3, "profile": "deepseek"} if quantized else {}
+    want = fused_linear(x, xs, w, ws, bias, *others, x_scale_layout="row_major", **options, **last)
+    layout: dict[str, Any] = {"scale_layout": "row_major"} if quantized else {}
+    got = fused_product.fused_linear_on_gpu(x, xs, w, ws, bias, others, **options, **last, **layout)
+    assert len(got) == len(want)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine.float(), theirs.float())
+    assert len(on_cpu) == 2 and on_cpu[0] == calls[0]
+    assert on_cpu[1].startswith("quantize" if quantized else "body")
+
+
+def test_separate_kernels_of_many_operands_and_of_no_rows(on_cpu: list[str]) -> None:
+    x, xs = numerics.quantize(torch.randn(4, 128), [1, 128], E4M3)
+    w, ws = numerics.quantize(torch.randn(16, 128), [128, 128], E4M3)
+    others = [torch.randn(4, 16) for _ in range(3)]
+    call = fused_product.fused_linear_on_gpu
+    options = ("bf16(bf16(y0) + x0 * x1 - x2)", 1, [1, 128], [128, 128])
+    (got,) = call(x, xs, w, ws, None, others, *options)
+    (want,) = fused_linear(
+        x, xs, w, ws, None, *others, body=options[0], parts=1, x_block=[1, 128], w_block=[128, 128],
+        x_scale_layout="row_major",
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    (none,) = call(x[:0], xs[:0], w, ws, None, [other[:0] for other in others[:2]], "bf16(y0 + x0 * x1)", *options[1:])
+    assert none.shape == (0, 16) and none.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"x_block": [1, 64]}, False),
+        ({"w_block": [1, -1]}, False),
+        ({"parts": 3}, False),
+        ({"others": [torch.zeros(5, 64)]}, False),
+        ({"others": [torch.zeros(6, 128)[:, ::2]]}, False),
+        ({"others": [torch.zeros(6, 128)[:, :64], torch.zeros(64)]}, True),
+        ({"bias": torch.zeros(64)}, False),
+        ({"bias": torch.zeros(128)}, True),
+    ],
+)
+def test_what_one_kernel_takes(change: dict[str, Any], fits: bool) -> None:
+    x, xs = numerics.quantize(torch.randn(6, 256), [1, 128], E4M3)
+    w, ws = numerics.quantize(torch.randn(128, 256), [128, 128], E4M3)
+    given: dict[str, Any] = {"bias": None, "others": [], "parts": 2, "x_block": [1, 128], "w_block": [128, 128]}
+    assert fused_product._fits(x, xs, w, ws, *(given | change).values()) == fits

@@ -1,0 +1,119 @@
+"""Fused quantization run by the interpreter of Triton on a CPU: indexing, masks, reductions, scales and INT8 codes.
+
+The interpreter is chosen when Triton is imported, hence one process of its own for all cases. It has no exponential
+functions and rounds to FP8 and to bfloat16 wrongly; so bodies round to float16 here, and codes are INT8.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SUM = "r = f16(x0 + x1); r"
+GATED = "g = f16(x0 / (1 + x1 * x1)); r = g * x2 - 1; r"
+NORM = "h = f16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); r = f16(x2 * f16(h * n)); r"
+LAYER_NORM = "r = standardize(x0, 1e-05) * x1 + 0.5; r"
+FAR = "r = relu(1 - x0) + 3; r"  # on the zeros beyond the last column it is 4
+
+
+def _case(
+    body: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, layout: str, spare: int = 0, steps: int = 1
+) -> None:
+    made = parse(body)
+    operands = []
+    for place in range(len(made.operands)):
+        dtype = (torch.float32, torch.float16)[place % 2]
+        shape = (k,) if place in vectors else (m, k + spare)
+        operands.append(torch.randn(shape).mul(1 + place).to(dtype)[..., :k])
+    keep = tuple(name for name in ("h", "r") if name in dict(made.definitions))
+    rule = numerics.profile("deepseek")
+    kept = [torch.full((m + 1, k), 7.0, dtype=made.dtype(name)) for name in keep]
+    q = torch.full((m + 1, k), 7, dtype=torch.int8)
+    scale = quantization.scale_like(operands[0], block_k, layout).fill_(-1.0)
+    tile = fused_config(m, k, block_k, whole_rows=made.across, operands=len(operands), kept=len(keep))
+    tile = replace(tile, steps=steps)
+    constants = {
+        "K": k, "BODY": triton_function(body, keep), "AMAX_FLOOR": rule.amax_floor, "TOP": 127.0, "RECIPROCAL": False,
+        "UE8M0": False,
+    }  # fmt: skip
+    fused_quantization._launch(
+        operands, [each[:m] for each in kept], q[:m], scale, constants, tile, (m, k), (body, keep)
+    )
+    want, *wanted = made.run({f"x{place}": x for place, x in enumerate(operands)}, keep)
+    label = (body, m, k, block_k, layout, tile)
+    for got, each in zip(kept, wanted, strict=True):
+        assert bool((got[m:] == 7.0).all()), (label, "wrote beyond the last row")
+        tolerance = (2e-3, 1e-3) if made.across and each.dtype == torch.float16 else (1e-5, 1e-5)
+        assert torch.allclose(got[:m].float(), each.float(), *(tolerance if made.across else (0, 0))), label
+    result = kept[-1][:m] if keep and keep[-1] == "r" else want
+    want_q, want_scale = numerics.quantize(result, (1, block_k), torch.int8, "deepseek")
+    assert torch.equal(scale, want_scale), label
+    assert torch.equal(q[:m], want_q), label
+    assert bool((q[m:] == 7).all()), (label, "wrote beyond the last row")
+
+
+def _fma(_builder: object, x: "TensorHandle", y: "TensorHandle", z: "TensorHandle") -> "TensorHandle":
+    """x * y + z, rounded once: the interpreter's own rounds the product, too."""
+    a, b, c = (each.data.astype("float64") for each in (x, y, z))
+    return TensorHandle((a * b + c).astype(x.data.dtype), x.dtype.scalar)
+
+
+def _run_all() -> None:
+    for layout in quantization.SCALE_LAYOUTS:
+        for m, k in ((1, 128), (5, 300), (3, 16), (2, 77), (515, 24)):
+            _case(SUM, (), m, k, 128, layout)
+            _case(FAR, (), m, k, 32, layout)
+            _case(NORM, (2,), m, k, 128, layout)
+        _case(GATED, (2,), 5, 300, 64, layout, spare=21)
+        _case(LAYER_NORM, (1,), 4, 1000, 256, layout, spare=3)
+    for block_k in (-1, 32, 512):
+        _case(NORM, (), 3, 300, block_k, "row_major")
+        _case(FAR, (), 3, 300, block_k, "row_major")
+        _case(LAYER_NORM, (), 513, 33, block_k, "row_major")
+        _case(SUM, (1,), 1, 300, block_k, "row_major")
+    for steps in (2, 4):
+        _case(NORM, (2,), 7, 300, 128, "col_major", steps=steps)
+        _case(GATED, (2,), 530, 40, 32, "row_major", steps=steps)
+    _case(SUM, (1,), 2, 5000, 128, "col_major")
+    _case(NORM, (2,), 2, 5000, 128, "col_major")
+    _case("m = mean(x0); r = (x0 - m) * mean(m) + x1; r", (1,), 3, 100, 32, "row_major")
+    print("all cases ran")
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+@pytest.mark.skipif(
+    _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
+    reason="the interpreter of Triton before 3.7 does not know NumPy 2.4",
+)
+@pytest.mark.timeout(240)
+def test_the_kernel_under_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all cases ran" in done.stdout
+
+
+if __name__ == "__main__":
+    import torch
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from codegen import fused_quantization, quantization
+    from codegen.bodies import triton_function
+    from codegen.quantize_tiling import fused_config
+    from qcompiler import numerics
+    from qcompiler.body import parse
+
+    InterpreterBuilder.create_fma = _fma
+    torch.manual_seed(0)
+    _run_all()

@@ -1,0 +1,180 @@
+"""Mixtures of experts through the compiler: which grouped products are quantized, how, and why the others are not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import qcompiler
+from passes.fold_constants import FoldConstants
+from passes.fp8_tile import Fp8Tile
+from passes.quantize import Quantize
+from passes.share_quantize import ShareQuantize
+from passes.to_kernels import ToKernels
+from qcompiler import numerics
+from qcompiler.dialects.grouped import grouped_linear
+from qcompiler.instruments import CheckChanged, Validate
+from qcompiler.interpreter import interpret
+from qcompiler.ir import DType, Graph
+from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.pass_runner import run_pipeline
+from qcompiler.testing import assert_text
+
+# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+
+ONE = """
+func @experts(%x: {x}[s0, {k}], %offsets: i32[4]) -> ({x}[s0, {n}]) where s0 in 0.. {{
+  %w = core.param() {{name = "experts.w"}} : {x}[4, {k}, {n}]
+  %y = aten._grouped_mm(%x, %w, %offsets{bias}) : {x}[s0, {n}]
+  return %y
+}}
+"""
+
+
+def one(x: str = "bf16", k: int = 144, n: int = 24, bias: str = "") -> Graph:
+    graph = Graph.parse(ONE.format(x=x, k=k, n=n, bias=bias))
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}[x]
+    graph.weights = {"experts.w": torch.randn(4, k, n, generator=torch.Generator().manual_seed(1)).to(dtype)}
+    return graph
+
+
+def test_a_grouped_product_is_quantized_fused_and_handed_to_its_kernel() -> None:
+    graph = one()
+    w, x = graph.weights["experts.w"], torch.randn(9, 144, dtype=torch.bfloat16)
+    offsets = torch.tensor([2, 2, 7, 9], dtype=torch.int32)
+    steps: tuple[Pass, ...] = (Fp8Tile(), ShareQuantize(), FoldConstants(), ToKernels())
+    run_pipeline(Pipeline(steps), graph, instruments=[Validate(), CheckChanged()], inputs=[x, offsets])
+    assert_text(
+        graph,
+        """
+        func @experts(%x: bf16[s0, 144], %offsets: i32[4]) -> (bf16[s0, 24]) where s0 in 0.. {
+          %x_q, %x_s = kernel.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek", scale_layout = "col_major"} : f8e4m3fn[s0, 144], f32[s0, 2]
+          %experts.w_q = core.param() {name = "experts.w_q"} : f8e4m3fn[4, 24, 144]
+          %experts.w_s = core.param() {name = "experts.w_s"} : f32[4, 1, 2]
+          %y = kernel.grouped_linear(%x_q, %x_s, %experts.w_q, %experts.w_s, %offsets) {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128], x_scale_layout = "col_major"} : bf16[s0, 24]
+          return %y
+        }
+        """,  # noqa: E501
+    )
+    assert graph.weights["experts.w_q"].is_contiguous(), "the tensor cores want K to be the last dimension"
+    (got,) = interpret(graph, [x, offsets])
+    quantized = numerics.quantize(w.transpose(1, 2), (128, 128))
+    assert torch.equal(got, grouped_linear(*numerics.quantize(x), *quantized, offsets))
+
+
+@pytest.mark.parametrize(
+    ("graph", "step", "reason"),
+    [
+        (one(), Quantize(), "is quantized to f8e4m3fn with [1, 128] tiles and [128, 128] blocks only, this is"),
+        (one(), Fp8Tile(dtype=DType.f8e5m2), "this is f8e5m2 with [1, 128] and [128, 128]"),
+        (one(), Fp8Tile(x_block=(1, 64)), "this is f8e4m3fn with [1, 64] and [128, 128]"),
+        (one(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' leaves it out"),
+        (one(k=24), Fp8Tile(), "the grouped kernels need K to be a multiple of 16, it is 24 (%w)"),
+        (one(n=20), Fp8Tile(), "write rows of a multiple of 16 bytes, 20 of bf16 are none (%w)"),
+        (one("f64"), Fp8Tile(), "it computes f64 of f64 and f64, not f32, f16 or bf16"),
+        (one(bias=", 1.0"), Fp8Tile(), "it adds a bias by itself"),
+    ],
+)
+def test_why_one_is_left_alone(graph: Graph, step: Pass, reason: str) -> None:
+    before = str(graph)
+    assert not step.run(graph) and str(graph) == before
+    assert reason in step.explain(graph)["y"]
+
+
+OPERANDS = """
+func @m(%x: f32[6, 32], %xs: f32[3, 2, 32], %v: f32[3, 32, 16], %offsets: i32[3], %long: i64[3]) -> (f32[6, 16]) {{
+  %w = core.param() {{name = "w"}} : f32[3, 32, 16]
+  %y = aten._grouped_mm({args}) : f32[6, 16]
+  return %y
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ("%x, %v, %offsets", "both of its operands are computed from the inputs"),
+        ("%w, %v, %offsets", "its weights are computed from the inputs (%v)"),
+        ("%w, %w, %offsets", "both of its operands are constant (%w)"),
+        ("%xs, %w", "its groups are not groups of rows of one activation (%xs)"),
+        ("%x, %w, %long", "its offsets are not one i32 for each matrix (%long)"),
+    ],
+)
+def test_only_rows_of_an_activation_times_constant_matrices_are_quantized(args: str, reason: str) -> None:
+    graph = Graph.parse(OPERANDS.format(args=args))
+    assert not Fp8Tile().run(graph)
+    assert Fp8Tile().explain(graph) == {"y": reason}
+
+
+class Experts(torch.nn.Module):
+    """A mixture of experts over torch's own grouped product: a router, two projections, sorted by expert."""
+
+    def __init__(self, experts: int = 8, hidden: int = 256, inner: int = 384) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(hidden, experts, bias=False)
+        self.up = torch.nn.Parameter(torch.randn(experts, hidden, inner) / hidden**0.5)  # [E, K, N]
+        self.down = torch.nn.Parameter(torch.randn(experts, hidden, inner) / inner**0.5)  # [E, N, K]
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, which = self.router(x).softmax(-1).topk(2)
+        order = which.flatten().argsort(stable=True)
+        counts = torch.nn.functional.one_hot(which.flatten(), len(self.up)).sum(0)
+        offsets = counts.cumsum(0).to(torch.int32)
+        inner = torch.nn.functional.silu(torch._grouped_mm(x[order // 2], self.up, offs=offsets))
+        out = torch._grouped_mm(inner, self.down.transpose(-2, -1), offs=offsets)
+        back = torch.empty_like(out).index_copy(0, order, out)
+        result: Tensor = (back.view(-1, 2, x.shape[-1]) * chosen[..., None]).sum(1)
+        return result
+
+
+def test_a_mixture_of_experts_is_compiled_for_any_number_of_tokens() -> None:
+    torch.manual_seed(0)
+    model = Experts().to(torch.bfloat16).eval()
+    fast = qcompiler.compile(model, example_inputs=(torch.randn(6, 256, dtype=torch.bfloat16),), scheme="fp8_tile")
+    rows = {row.module or row.weights[0]: row for row in fast.report.rows if row.is_matmul}
+    assert {name: row.quantized for name, row in rows.items()} == {"router": False, "up": True, "down": True}
+    assert rows["router"].reason.startswith("it is a router")
+    assert fast.source.count("kernels.grouped_linear(") == 2
+    shapes = {str(op.attrs["name"]): str(op.result.type) for op in fast.graph.ops("core.param")}
+    assert shapes["up_q"] == "f8e4m3fn[8, 384, 256]" and shapes["down_q"] == "f8e4m3fn[8, 256, 384]"
+    for tokens in (6, 1, 40):
+        x = torch.randn(tokens, 256, dtype=torch.bfloat16)
+        with torch.no_grad():
+            want = model(x).float()
+        assert float((fast(x).float() - want).norm() / want.norm()) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "implementation", "dtype"),
+    [
+        # The loop over experts looks at the data, and is captured as a grouped product, too.
+        ("Mixtral", {"num_local_experts": 4}, "eager", torch.float32),
+        (
+            "Qwen2Moe",
+            {"num_experts": 4, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128},
+            "grouped_mm",
+            torch.bfloat16,
+        ),
+    ],
+)
+def test_the_experts_of_hugging_face_models_are_quantized(
+    name: str, options: dict[str, int], implementation: str, dtype: torch.dtype
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 96, "num_experts_per_tok": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**size, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().to(dtype)
+    model.set_experts_implementation(implementation)
+    fast = qcompiler.compile(model, example_kwargs={"input_ids": torch.randint(3, 96, (2, 7))}, scheme="fp8_tile")
+    experts = [row for row in fast.report.rows if row.module.endswith("experts") and row.is_matmul]
+    assert [row.quantized for row in experts] == [True, True]
+    assert all(row.reason for row in fast.report.left_alone)
+    for batch, length in ((2, 7), (1, 1), (3, 20)):
+        ids = torch.randint(3, 96, (batch, length))
+        with torch.no_grad():
+            want = model(input_ids=ids, use_cache=False).logits.float()
+        assert float((fast(input_ids=ids).logits.float() - want).norm() / want.norm()) < 0.2

@@ -1,0 +1,86 @@
+"""What each kernel takes of a multiprocessor, compiled for Hopper without a GPU; printed at the end of the run.
+
+A kernel of one more family is one more entry of KERNELS: what it is called, and how it is compiled. What the other
+tests compile in the same way is not compiled again.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from codegen.aot import (
+    compile_amax,
+    compile_gemm,
+    compile_known,
+    compile_quantize,
+    compile_row_gemm,
+    compile_sum_splits,
+    compile_tokens,
+)
+from codegen.aot_fused import compile_fused_quantize
+from codegen.fused_aot import compile_fused
+from codegen.fused_tiling import FusedGemmConfig, all_fused_configs
+from codegen.gemm_config import SHARED_MEMORY_LIMIT, Kind
+from codegen.grouped import CONFIGS, MOST_GROUPS, GroupedConfig
+from codegen.grouped_aot import compile_grouped
+from codegen.machine_code import MachineCode
+from codegen.tiling import all_configs
+
+B16, F32 = torch.bfloat16, torch.float32
+NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
+GATED = "bf16(bf16(silu(x0)) * x1)"
+SWIGLU, RESIDUAL = "bf16(bf16(silu(bf16(y0))) * bf16(y1))", "bf16(x0 + bf16(y0))"
+ROWS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
+
+
+def fused(config: FusedGemmConfig) -> MachineCode:
+    body, others = (SWIGLU, ()) if config.parts == 2 else (RESIDUAL, (B16,))
+    return compile_fused(config, body, others=others, bias_dtype=None if config.parts * config.waves > 2 else B16)
+
+
+def grouped(config: GroupedConfig) -> MachineCode:
+    return compile_grouped(config, out_dtype=B16 if config.variant == "wide" else F32, groups=MOST_GROUPS)
+
+
+KERNELS: dict[str, Callable[[], MachineCode]] = {
+    "quantize, tiles of 128": compile_quantize,
+    "quantize, rows of 4096": partial(compile_tokens, 4096),
+    "quantize, known scale": compile_known,
+    "amax of a tensor": compile_amax,
+    "fused quantize, norm of 4096": partial(
+        compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)
+    ),
+    "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
+    **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
+    "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
+    **{f"{kind}, {config}": partial(compile_row_gemm, config, kind) for kind in ROWS for config in all_configs(kind)},
+    **{f"fused, {config}": partial(fused, config) for config in all_fused_configs()},
+    **{f"grouped, {config}": partial(grouped, config) for config in CONFIGS},
+}  # fmt: skip
+"""What it is called -> the code that is chosen for many rows in bf16."""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_budget(name: str, record_property: Callable[[str, object], None]) -> None:
+    code = KERNELS[name]()
+    assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
+    assert code.blocks >= 1 and code.shared_memory <= SHARED_MEMORY_LIMIT, "no multiprocessor can hold a block"
+    assert 32 * code.warps * code.registers <= 65536 and 0 < code.registers <= 255
+    spilled = code.local_loads + code.local_stores
+    numbers = (code.registers, code.warps, code.shared_memory, code.blocks)
+    record_property("budget", [name, *numbers, code.qgmma + code.igmma, code.tma_loads + code.tma_stores, spilled])
+
+
+def test_blocks_of_a_multiprocessor() -> None:
+    code = compile_quantize()
+
+    def held(registers: int, shared_memory: int, warps: int) -> int:
+        return replace(code, registers=registers, shared_memory=shared_memory, warps=warps).blocks
+
+    assert held(168, 0, 4) == 3  # 168 * 32 * 4 = 21504 of 65536 registers
+    assert held(161, 0, 4) == 3 and held(160, 0, 4) == 3 and held(128, 0, 4) == 4
+    assert held(16, 75 * 1024, 4) == 3 and held(16, 76 * 1024, 4) == 2  # each takes 1 KB more
+    assert held(16, 0, 4) == 16 and held(16, 0, 1) == 32 and held(255, 227 * 1024, 8) == 1

@@ -1,0 +1,393 @@
+"""Launches without a GPU: what reaches the C function of Triton, what is remembered of a call, and what never is."""
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from codegen import enqueue, launching, replay
+from codegen.launching import descriptor, launch
+from codegen.recent import Recent
+from codegen.replay import empty, replayed
+from qcompiler.errors import CodegenError
+
+CPU = torch.device("cpu")
+STREAM = 7
+
+# Programs, stream, the arguments of the kernel: what the C function was given, and what Triton's own way was given.
+Call = tuple[int, int, list[Any]]
+DIRECT: list[Call] = []
+PLAIN: list[Call] = []
+ENCODED: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+HEAD = 13
+"""Arguments of the C function of Triton 3.6 in front of the kernel's."""
+PACKED = (4, 1, 0)
+"""Warps, blocks of a cluster, shared memory."""
+
+
+def make_tensordesc_arg(given: Any, metadata: dict[str, Any]) -> list[Any]:
+    """Stands where the module of Triton's launcher has its own, for the module of `Launcher`."""
+    ENCODED.append((given.base.data_ptr(), tuple(given.shape), tuple(given.strides)))
+    return [("map", metadata["block"], *ENCODED[-1]), *given.shape, *given.strides]
+
+
+def flat(*given: Any) -> None:
+    """The C function of Triton 3.6."""
+    if given[4] != "function" or given[9] != PACKED:
+        raise TypeError("not the arguments of a launch")
+    DIRECT.append((given[0], given[3], list(given[HEAD:])))
+
+
+def listed(*given: Any) -> None:
+    """The C function of Triton 3.7 and 3.8."""
+    *_, annotations, _signature, arguments = given
+    if annotations != "annotations" or given[7] != PACKED:
+        raise TypeError("not the arguments of a launch")
+    DIRECT.append((given[0], given[3], arguments))
+
+
+@dataclass
+class Launcher:
+    """As Triton's `CudaLauncher`."""
+
+    launch: Callable[..., None] = flat
+    global_scratch_size: int = 0
+    profile_scratch_size: int = 0
+    launch_cooperative_grid: bool = False
+    launch_pdl: bool = False
+    arg_annotations: str = "annotations"
+    kernel_signature: bytes = b""
+
+
+@dataclass
+class Compiled:
+    """As Triton's `CompiledKernel`."""
+
+    run: Launcher = field(default_factory=Launcher)
+    metadata: Any = None
+    function: str = "function"
+    packed_metadata: tuple[int, ...] = PACKED
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: PLAIN.append((grid[0], STREAM, list(arguments)))
+
+
+@dataclass(eq=False)
+class Jit:
+    """As Triton's `JITFunction`: launching compiles."""
+
+    make: Callable[[], Compiled] = Compiled
+    block: int = 16
+    compiled: int = 0
+
+    def __post_init__(self) -> None:
+        self.__name__ = "kernel"
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
+        def run(*arguments: Any, **constants: Any) -> Any:
+            self.compiled += 1
+            PLAIN.append((grid[0], STREAM, [*arguments, *list(constants.values())[:1]]))
+            made, descriptors = self.make(), sum(map(enqueue.is_descriptor, arguments))
+            made.metadata = SimpleNamespace(tensordesc_meta=[{"block": self.block}] * descriptors)
+            return made
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(enqueue, "_builtin", lambda function: function)
+    for module in (enqueue, replay):
+        monkeypatch.setattr(module, "current_device", lambda: -1)  # a tensor of the CPU is on this one
+        monkeypatch.setattr(module, "current_stream", lambda _: STREAM)
+    monkeypatch.setattr(launching, "_COMPILED", {})
+    enqueue.MAPS.clear()
+    replay.forget()
+    for calls in (DIRECT, PLAIN, ENCODED):
+        calls.clear()
+
+
+def start(kernel: Jit, *tensors: Tensor | None, programs: int = 3, numbers: Sequence[int] = ()) -> None:
+    launch(kernel, programs, (*tensors, *numbers), {"BLOCK": 16}, {"num_warps": 4}, tensors, "what")
+
+
+def launched() -> list[Call]:
+    """What the C function was given, without the trials of an empty grid."""
+    return [call for call in DIRECT if call[0] != 0]
+
+
+def tile(tensor: Tensor, block: int = 16) -> Any:
+    return descriptor(TensorDescriptor, tensor, list(tensor.shape), tensor.stride(0), [block, block])
+
+
+# One launch
+
+
+@pytest.mark.parametrize(
+    ("version", "function", "path"),
+    [("3.6.0", flat, "direct"), ("3.7.1", listed, "direct"), ("3.8.0", listed, "direct"), ("3.6.0", listed, "plain"),
+     ("3.8.0", flat, "plain"), ("3.9.0", listed, "plain"), ("3.5.1", flat, "plain")],
+)  # fmt: skip
+def test_the_c_function_is_called_as_its_version_wants(
+    version: str, function: Callable[..., None], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    kernel, x, y = Jit(lambda: Compiled(Launcher(function))), torch.ones(4), torch.ones(4)
+    start(kernel, x, None, numbers=[5])
+    (remembered,) = launching._COMPILED.values()
+    assert remembered.path == path and kernel.compiled == 1
+    start(kernel, y, None, numbers=[6])
+    assert kernel.compiled == 1
+    if path == "direct":
+        assert launched() == [(3, STREAM, [y.data_ptr(), None, 6, 16])]
+    else:
+        assert not launched() and PLAIN[-1] == (3, STREAM, [y, None, 6, 16])
+
+
+@pytest.mark.parametrize("name", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
+def test_launches_that_do_more_are_left_to_triton(name: str) -> None:
+    launcher = Launcher()
+    setattr(launcher, name, 128)
+    assert enqueue.Kernel(Compiled(launcher), (), ()).path == "plain"
+
+
+def test_another_type_or_alignment_is_compiled_anew() -> None:
+    kernel, x = Jit(), torch.ones(64)
+    for operand, count in ((x, 1), (x[4:], 1), (x[1:], 2), (x[2:], 2), (x.bfloat16(), 3), (None, 4), (x, 4)):
+        start(kernel, operand)
+        assert kernel.compiled == count
+
+
+def test_hooked_launches_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Jit(), torch.ones(4)
+    for _ in range(2):
+        start(kernel, x)
+    assert len(launched()) == 1
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.knobs.runtime, hook, SimpleNamespace(calls=[print]))
+            before = len(PLAIN)
+            start(kernel, x)
+            assert len(PLAIN) == before + 1 and len(launched()) == 1
+            patch.setattr(triton.knobs.runtime, hook, None)
+            assert not enqueue.hooked()
+    start(kernel, x)
+    assert len(launched()) == 2
+
+
+def test_a_cold_kernel_under_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Jit(), torch.ones(4, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        says = r"got kernel\(float32\[4, 32\], float32\[4, 32\], None, 9\)\. Before the capture call compiled\.warmup"
+        with pytest.raises(CodegenError, match=says):
+            launch(kernel, 1, (x, tile(x), None, 9), {}, {}, (x, None), 0)
+        assert not kernel.compiled
+    start(kernel, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        start(kernel, x)
+    assert len(launched()) == 1
+
+
+# Descriptors
+
+
+def through(kernel: Jit, *tensors: Tensor, block: int = 16) -> list[Any]:
+    """The encoded descriptors that a launch hands on."""
+    what = (block, *(tensor.dtype for tensor in tensors))
+    launch(kernel, 1, [tile(tensor, block) for tensor in tensors], {}, {}, (), what)
+    return [value for value in DIRECT[-1][2] if isinstance(value, tuple)]
+
+
+def test_a_descriptor_is_encoded_once_and_never_taken_for_another() -> None:
+    kernel = Jit()
+    store = torch.zeros(4096)
+    x, y = store[:1024].view(32, 32), store[2048:3072].view(32, 32)
+    through(kernel, x, y)
+    before = len(ENCODED)
+    for _ in range(3):
+        assert through(kernel, x, y) == [("map", 16, t.data_ptr(), (32, 32), (32, 1)) for t in (x, y)]
+    assert len(ENCODED) == before
+    views = (store[:512].view(16, 32), store[:1024].view(16, 64), torch.as_strided(store, (32, 32), (64, 1)))
+    for view in views:
+        assert through(kernel, view, x)[0] == ("map", 16, x.data_ptr(), tuple(view.shape), view.stride())
+    assert len(ENCODED) == before + len(views)
+
+
+def test_kernels_that_encode_otherwise_share_nothing() -> None:
+    x = torch.zeros(32, 32)
+    kernels = [Jit(block=16), Jit(block=32)]
+    for _ in range(3):
+        found = [through(kernel, x) for kernel in kernels]
+    assert [encoded[0][1] for encoded in found] == [16, 32]
+
+
+def test_nothing_that_is_kept_holds_a_tensor() -> None:
+    x = torch.zeros(32, 32)
+    kernel, gone = Jit(), weakref.ref(x)
+    for _ in range(3):
+        through(kernel, x, x)
+        replayed(scale, "scale", (x, None), kernel, x, None)
+    PLAIN.clear()
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+# Remembered calls
+
+
+def scale(kernel: Jit, x: Tensor, factor: Tensor | None) -> Tensor:
+    """An operator: two launches, partial sums between them, all of it by descriptors and pointers."""
+    sums = empty((2, *x.shape), torch.float32, x.device)
+    out = empty(x.shape, x.dtype, x.device)
+    launch(kernel, 2, (tile(x), sums, factor, x.shape[0]), {"A": 1}, {}, (sums, factor), ("first", x.dtype))
+    launch(kernel, 3, (tile(out), sums[1], x), {"A": 1}, {}, (sums, x), ("second", x.dtype))
+    return out
+
+
+def test_a_call_is_made_again_with_its_own_addresses() -> None:
+    kernel = Jit()
+    factor = torch.ones(32)
+    inputs = [torch.ones(32, 32) for _ in range(4)]
+    outputs = [twice(scale, "scale", (x, factor), kernel, x, factor) for x in inputs[:1]]
+    DIRECT.clear()
+    PLAIN.clear()
+    for x in inputs[1:]:
+        outputs.append(replayed(fail, "scale", (x, factor), kernel, x, factor))
+        first, second = launched()[-2:]
+        sums = first[2][5]
+        assert first == (2, STREAM, [("map", 16, x.data_ptr(), (32, 32), (32, 1)), 32, 32, 32, 1, sums,
+                                     factor.data_ptr(), 32, 1])  # fmt: skip
+        out = ("map", 16, outputs[-1].data_ptr(), (32, 32), (32, 1))
+        assert second == (3, STREAM, [out, 32, 32, 32, 1, sums + 4096, x.data_ptr(), 1])
+    assert not PLAIN
+    assert len({out.data_ptr() for out in outputs}) == len(outputs)
+    assert outputs[-1].shape == (32, 32) and outputs[-1].stride() == (32, 1) and outputs[-1].dtype == torch.float32
+
+
+def twice(run: Callable[..., Tensor], what: str, operands: tuple[Tensor | None, ...], *arguments: Any) -> Tensor:
+    """Calls an operator until it may be remembered; the last result."""
+    replayed(run, what, operands, *arguments)
+    return replayed(run, what, operands, *arguments)
+
+
+def fail(*_: Any) -> Tensor:
+    """An operator that must not run again."""
+    raise AssertionError("the call was not remembered")
+
+
+def test_what_is_met_once_is_not_taken_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Jit(), torch.ones(32, 32)
+    taken: list[bool] = []
+
+    def make() -> Compiled:
+        taken.append(replay.state.tape is not None)
+        return Compiled()
+
+    monkeypatch.setattr(kernel, "make", make)
+    replayed(scale, "scale", (x, None), kernel, x, None)
+    with pytest.raises(AssertionError, match="not remembered"):
+        replayed(fail, "scale", (x, None))
+    launching._COMPILED.clear()
+    replayed(scale, "scale", (x, None), kernel, x, None)
+    assert taken == [False, False, True, True]
+    replayed(fail, "scale", (x + 1, None))
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_other_operands_are_another_call(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not guards:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    kernel, store = Jit(), torch.zeros(8192)
+    x = store[:1024].view(32, 32)
+    twice(scale, "scale", (x, None), kernel, x, None)
+    replayed(fail, "scale", (x + 1, None), kernel, x, None)
+    others = [
+        ("scale", (store[:512].view(16, 32), None)),
+        ("scale", (store.as_strided((32, 32), (64, 1)), None)),
+        ("scale", (x.bfloat16(), None)),
+        ("scale", (store[1:1025].view(32, 32), None)),
+        ("scale", (x, torch.ones(32))),
+        ("other", (x, None)),
+    ]
+    for what, operands in others:
+        with pytest.raises(AssertionError, match="not remembered"):
+            replayed(fail, what, operands)
+
+
+def test_some_calls_for_operands_of_one_shape_are_remembered() -> None:
+    kernel, store = Jit(), torch.zeros(1 << 16)
+    views = [store.as_strided((32, 32), (32 + 4 * i, 1)) for i in range(replay.MOST_VARIANTS + 2)]
+    for x in views:
+        twice(scale, "scale", (x, None), kernel, x, None)
+    for x in views[2:]:
+        replayed(fail, "scale", (x, None), kernel, x, None)
+    with pytest.raises(AssertionError, match="not remembered"):
+        replayed(fail, "scale", (views[0], None))
+
+
+@pytest.mark.parametrize("kind", ["copy", "shared", "foreign result", "plain", "nested"])
+def test_what_is_not_understood_is_not_remembered(kind: str) -> None:
+    kernel = Jit(lambda: Compiled(Launcher(global_scratch_size=64))) if kind == "plain" else Jit()
+    x = torch.zeros(32, 32)
+
+    def odd(*_: Any) -> Tensor:
+        read = x.clone() if kind == "copy" else x
+        out = empty((4,), torch.float32, CPU)
+        start(kernel, read, out)
+        if kind == "nested":
+            replayed(scale, "scale", (x, None), kernel, x, None)
+        return torch.empty(4) if kind == "foreign result" else out
+
+    operands = (x, x[16:]) if kind == "shared" else (x, None)
+    twice(odd, "odd", operands)
+    with pytest.raises(AssertionError, match="not remembered"):
+        replayed(fail, "odd", operands)
+
+
+def test_while_planning_or_hooked_nothing_is_remembered_or_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Jit(), torch.zeros(32, 32)
+    asked: list[Any] = []
+    monkeypatch.setattr(replay.state, "planner", lambda *given: asked.append(given))
+    replayed(scale, "scale", (x, None), kernel, x, None)
+    assert len(asked) == 2 and asked[0][1] is kernel and asked[0][3:] == ({"A": 1}, {})
+    assert not PLAIN and not DIRECT and not kernel.compiled
+    monkeypatch.setattr(replay.state, "planner", None)
+    twice(scale, "scale", (x, None), kernel, x, None)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", SimpleNamespace(calls=[print]))
+    with pytest.raises(AssertionError, match="not remembered"):
+        replayed(fail, "scale", (x, None))
+
+
+# What is kept
+
+
+@given(st.lists(st.integers(0, 12), max_size=120), st.integers(1, 6))
+def test_recent_keeps_the_last_used_and_no_more_than_twice_as_many(keys: list[int], size: int) -> None:
+    recent: Recent[str] = Recent(size)
+    used: list[int] = []
+    for key in keys:
+        found = recent.get(key)
+        assert found is None or found == str(key)
+        last = list(dict.fromkeys(reversed(used)))[:size]
+        assert key not in last or found is not None
+        if found is None:
+            recent.put(key, str(key))
+        used.append(key)
+        assert len(recent) <= 2 * size
+    recent.clear()
+    assert len(recent) == 0

@@ -1,0 +1,168 @@
+"""Whole models with merged linears: which of them, the same outputs, and one row for each layer in the reports."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler import CompiledModel
+from qcompiler.interpreter import interpret
+from qcompiler.runtime.weights import named_tensors
+from qcompiler.testing import difference
+
+# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+
+TINY: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 96,
+    "max_position_embeddings": 40, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOE = {"num_experts": 4, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256}
+MODEL = {"GPT2": "GPT2LMHeadModel"}
+
+
+def decoder(name: str, **changes: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(hf, MODEL.get(name, f"{name}ForCausalLM"))(
+        getattr(hf, f"{name}Config")(**{**TINY, **changes})
+    )
+
+
+QKV, GATE_UP = "q_proj k_proj v_proj", "gate_proj up_proj"
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "llama": (decoder("Llama"), [QKV, GATE_UP]),
+    "llama, few heads": (decoder("Llama", num_attention_heads=4), [GATE_UP]),  # k and v have 64 columns
+    "llama, odd heads": (decoder("Llama", head_dim=96), [GATE_UP]),
+    "qwen2": (decoder("Qwen2"), [QKV, GATE_UP]),
+    "gemma2": (decoder("Gemma2", head_dim=128, sliding_window=6), [QKV, GATE_UP]),
+    "qwen2-moe": (decoder("Qwen2Moe", **MOE), [QKV, GATE_UP]),
+    "opt": (decoder("OPT", ffn_dim=384, word_embed_proj_dim=256), [QKV]),
+    "falcon": (decoder("Falcon"), []),
+    "gpt2": (decoder("GPT2", n_embd=256, n_head=2, n_layer=1, n_positions=40), []),
+    "bert": (lambda: hf.BertModel(hf.BertConfig(**TINY)), ["query key value"]),
+}
+
+
+def tokens(rows: int, length: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(rows))}
+
+
+def built(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name][0]().to(dtype).eval()
+
+
+def compiled(model: nn.Module, merge: bool, scheme: str = "fp8_tile", **options: Any) -> CompiledModel:
+    pipeline = qcompiler.pipeline(scheme)
+    return qcompiler.compile(
+        model, example_kwargs=tokens(2, 7), **options,
+        pipeline=pipeline if merge else pipeline.without("merge-linears"),
+    )  # fmt: skip
+
+
+def groups(fast: CompiledModel) -> list[str]:
+    """The last names of the modules that were merged, in one string a group."""
+    found: dict[str, list[str]] = {}
+    for op in fast.stages["merge-linears"].ops("aten.slice.Tensor"):
+        if op.loc.made_by == "merge-linears":
+            found.setdefault(op.tensor(0).name, []).append(op.loc.module.rpartition(".")[2])
+    return [" ".join(names) for names in found.values()]
+
+
+def floats(output: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def assert_same(merged: CompiledModel, apart: CompiledModel, tolerance: float) -> None:
+    for rows, length in ((2, 7), (1, 1), (3, 20), (1, 5), (4, 1)):
+        call = tokens(rows, length)
+        for got, want in zip(floats(merged(**call)), floats(apart(**call)), strict=True):
+            assert difference(got, want) <= tolerance
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str) -> None:
+    model = built(name)
+    merged = compiled(model, True)
+    assert groups(merged) == MODELS[name][1]
+    graph = merged.stages["merge-linears"]
+    weights = {**merged.graph.weights, **named_tensors(model)}
+    for rows, length in ((2, 7), (1, 1), (3, 20), (4, 1)):
+        call: dict[str, Any] = tokens(rows, length)
+        plain = interpret(merged.stages["dead-code"], merged.flatten((), call), weights)
+        joined = interpret(graph, merged.flatten((), call), weights)
+        assert all(difference(*pair) < 1e-10 for pair in zip(joined, plain, strict=True) if pair[0].is_floating_point())
+        (first, *_) = floats(merged(**call))
+        assert difference(first, floats(model(**call))[0]) < 0.01  # what quantization costs
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_compiled_models_and_their_reports_are_as_without(name: str) -> None:
+    model = built(name)
+    merged, apart = compiled(model, True), compiled(model, False)
+    assert_same(merged, apart, 1e-7)  # sums in another order; a code that follows from one may be its neighbour
+    rows = {row.name: row for row in merged.report.rows}
+    assert rows == {row.name: row for row in apart.report.rows}, "one row for each layer of the model"
+    assert merged.report.bytes_after == apart.report.bytes_after
+    assert merged.report.bytes_quantized == apart.report.bytes_quantized
+
+
+def test_in_bf16_and_other_schemes() -> None:
+    model = built("qwen2", torch.bfloat16)
+    for scheme in ("fp8_tile", "int8_row"):
+        merged, apart = compiled(model, True, scheme), compiled(model, False, scheme)
+        assert groups(merged) == MODELS["qwen2"][1]
+        assert_same(merged, apart, 1e-5)
+
+
+def test_a_scale_for_each_channel_knows_no_blocks() -> None:
+    fast = compiled(built("llama, odd heads"), True, "fp8_row{numerics=vllm}")
+    assert groups(fast) == [GATE_UP]  # k and v have 96 columns, fewer than 128
+    twice = qcompiler.pipeline("fp8_row").replace("merge-linears", "merge-linears{w_block=[1, -1], min_columns=96}")
+    assert groups(qcompiler.compile(built("llama, odd heads"), example_kwargs=tokens(2, 7), pipeline=twice)) == [
+        QKV, GATE_UP,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["fp8_tile_smooth", "fp8_tensor_static{w=channel}"])
+def test_smoothing_and_static_scales_are_as_without(scheme: str) -> None:
+    calibration = [tokens(2, 7), tokens(3, 9)]
+    model = built("llama")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5)
+        model.get_parameter("model.layers.0.input_layernorm.weight")[3] = 80.0
+    merged, apart = (compiled(model, merge, scheme, calibration=calibration) for merge in (True, False))
+    assert groups(merged) == MODELS["llama"][1]
+    assert_same(merged, apart, 1e-7)
+    names = {row.name: row.remark for row in apart.report.rows if row.is_matmul}
+    assert {row.name: row.remark for row in merged.report.rows if row.is_matmul} == names
+    scales = {name for name in apart.graph.weights if name.endswith(".scale")}
+    assert all(torch.equal(merged.graph.weights[name], apart.graph.weights[name]) for name in scales)
+    assert bool(scales) == ("static" in scheme) and any(names.values()) == ("smooth" in scheme)
+
+
+def test_layers_of_two_schemes_are_not_merged() -> None:
+    fast = qcompiler.compile(
+        built("llama"), example_kwargs=tokens(2, 7), overrides={"*.k_proj": "int8_row", "*.up_proj": None}
+    )
+    assert groups(fast) == ["q_proj v_proj"]
+    assert {row.module.rpartition(".")[2] for row in fast.report.left_alone} == {"up_proj", "lm_head"}
+
+
+def test_errors_are_attributed_to_each_layer_by_itself() -> None:
+    model = built("llama")
+    call = tokens(2, 7)
+    rows, want = (
+        {row.name: row for row in qcompiler.attribute_error(compiled(model, merge), call, model).rows}
+        for merge in (True, False)
+    )
+    assert rows.keys() == want.keys() and len(rows) == 7
+    for name, row in rows.items():
+        assert row.module == want[name].module
+        assert row.own == pytest.approx(want[name].own, abs=0.01)
+        assert row.inherited == pytest.approx(want[name].inherited, abs=0.05) or min(row.inherited, 120) == 120

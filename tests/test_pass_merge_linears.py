@@ -1,0 +1,282 @@
+"""merge-linears: which linears of one input become one, why others do not, and equal codes and scales."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from passes.fp8_tile import Fp8Tile
+from passes.merge_linears import MergeLinears
+from passes.quantize import Quantize
+from qcompiler import numerics
+from qcompiler.errors import PassError
+from qcompiler.instruments import CheckChanged, Validate
+from qcompiler.interpreter import interpret
+from qcompiler.ir import DType, Graph
+from qcompiler.numerics import ALL
+from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.pass_runner import run_pipeline
+from qcompiler.testing import difference, random_inputs
+
+
+def siblings(*columns: int, dtype: str = "f32", bias: bool = True, k: int = 160) -> Graph:
+    """Linears of one input, which a sum of each reads."""
+    lines = []
+    for index, n in enumerate(columns):
+        lines += [f'%w{index} = core.param() {{name = "l{index}.weight"}} : {dtype}[{n}, {k}]']
+        lines += [f'%b{index} = core.param() {{name = "l{index}.bias"}} : {dtype}[{n}]'] * bias
+        lines += [f"%y{index} = aten.linear(%x, %w{index}{f', %b{index}' * bias}) : {dtype}[s0, {n}]"]
+        lines += [f"%z{index} = aten.relu(%y{index}) : {dtype}[s0, {n}]"]
+    types = ", ".join(f"{dtype}[s0, {n}]" for n in columns)
+    outputs = ", ".join(f"%z{index}" for index in range(len(columns)))
+    head = f"func @m(%x: {dtype}[s0, {k}]) -> ({types}) where s0 in 1.. {{"
+    return Graph.parse("\n".join([head, *lines, f"return {outputs}", "}"]))
+
+
+def merged(graph: Graph) -> list[list[str]]:
+    """The parts of each linear that was merged."""
+    found: dict[str, list[str]] = {}
+    for op in graph.ops("aten.slice.Tensor"):
+        if op.loc.made_by == "merge-linears":
+            found.setdefault(op.tensor(0).name, []).append(op.result.name)
+    return list(found.values())
+
+
+# Codes and scales
+
+QUANTIZERS = [
+    (Fp8Tile(), (128, 128)), (Fp8Tile(w_block=(64, 128)), (64, 128)), (Quantize(), (1, ALL)),
+    (Quantize(dtype=DType.i8), (1, ALL)), (Fp8Tile(profile="ue8m0"), (128, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("quantize", "block"), QUANTIZERS, ids=lambda each: str(each))
+@pytest.mark.parametrize("columns", [(256, 128, 128), (384, 200), (128, 128, 1000), (640, 640)])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_codes_and_scales_are_those_of_the_parts(
+    quantize: Quantize, block: tuple[int, int], columns: tuple[int, ...], dtype: str
+) -> None:
+    whole, parts = siblings(*columns, dtype=dtype), siblings(*columns, dtype=dtype)
+    inputs, weights = random_inputs(whole, 1, {"s0": 5})
+    for index, n in enumerate(columns):  # each with a scale of its own
+        weights[f"l{index}.weight"] *= (torch.rand(n, 1) * 3 * (index + 1)).to(weights[f"l{index}.weight"].dtype)
+    whole.weights, parts.weights = dict(weights), dict(weights)
+    rest = Pipeline.parse("share-quantize; fuse-linear; fold-constants; dead-code")
+    run_pipeline(Pipeline((MergeLinears(w_block=block), quantize, *rest)), whole, instruments=[CheckChanged()])
+    run_pipeline(Pipeline((quantize, *rest)), parts)
+    assert merged(whole) == [[f"y{index}" for index in range(len(columns))]]
+    (product,) = whole.ops("quant.linear")
+    codes, scale = (whole.weights[str(product.tensor(at).op.attrs["name"])] for at in (2, 3))
+    separate = [(op.tensor(2), op.tensor(3)) for op in parts.ops("quant.linear")]
+    for at, got in enumerate((codes, scale)):
+        want = [parts.weights[str(pair[at].op.attrs["name"])] for pair in separate]
+        assert torch.equal(got.float(), torch.cat(want).float())
+    for got, want in zip(interpret(whole, inputs), interpret(parts, inputs), strict=True):
+        assert difference(got, want) < 1e-12  # the order of FP32 sums
+    biases = {name for name in whole.weights if "bias" in name}
+    assert len(biases) == 1 and not whole.ops("aten.cat"), "biases are joined once, not in each call"
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 3))
+def test_blocks_never_reach_from_one_part_into_the_next(blocks: list[int], rest: int) -> None:
+    columns = [128 * n for n in blocks]
+    columns[-1] += 37 * rest
+    generator = torch.Generator().manual_seed(sum(columns))
+    parts = [torch.randn(n, 130, generator=generator) * (index + 1) for index, n in enumerate(columns)]
+    codes, scale = numerics.quantize(torch.cat(parts), (128, 128))
+    separate = [numerics.quantize(part, (128, 128)) for part in parts]
+    assert torch.equal(codes.float(), torch.cat([each.float() for each, _ in separate]))
+    assert torch.equal(scale, torch.cat([each for _, each in separate]))
+    plan = MergeLinears().plan(siblings(*columns, k=128))
+    assert [len(group) for group in plan.groups] == [len(columns)]
+
+
+# Which
+
+HEAD = """
+func @m(%x: f32[s0, 128], %z: f32[s0, 128], %vector: f32[256]) -> (f32[s0, 256], f32[s0, 256]) where s0 in 1.. {
+  %w1 = core.param() {name = "a.weight"} : f32[256, 128]
+  %w2 = core.param() {name = "b.weight"} : f32[256, 128]
+  %v = core.param() {name = "v"} : f32[256]
+"""
+TAIL = "\n  %one = aten.relu(%a) : f32[s0, 256]\n  %two = aten.neg(%b) : f32[s0, 256]\n  return %one, %two\n}"
+A, B = "  %a = aten.linear(%x, %w1) : f32[s0, 256]\n", "  %b = aten.linear(%x, %w2) : f32[s0, 256]\n"
+OTHER = "  %c = aten.linear(%z, %w3) : f32[s0, 128]\n"
+W3 = '  %w3 = core.param() {name = "c.weight"} : f32[128, 128]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "groups", "reasons"),
+    [
+        (A + B, [["a", "b"]], {}),
+        # What stands behind the first may be constant, and a matmul of the same input.
+        (A + "  %w2n = aten.neg(%w2) : f32[256, 128]\n" + B.replace("%w2", "%w2n"), [["a", "b"]], {}),
+        (A + W3 + OTHER.replace("%z", "%x") + B, [["a", "c", "b"]], {}),
+        (A + W3 + "  %c = aten.mm(%w3, %w3) : f32[128, 128]\n" + B, [["a", "b"]], {}),
+        (
+            A + W3 + OTHER + B, [],
+            dict.fromkeys("ab", "between %a and %b stands a matmul of another input"),
+        ),
+        (A + B.replace("%x", "%z"), [], {}),
+        (
+            A + B.replace("%w2", "%w2, %v"), [],
+            dict.fromkeys("ab", "one of %a and %b has a bias, and the other has none"),
+        ),
+        (
+            A + B.replace("%w2", "%w2, %vector"), [],
+            {"a": "no other linear of its input can be merged", "b": "its bias is computed from the inputs (%vector)"},
+        ),
+        (
+            A + B.replace("%w2", "%w1"), [],
+            dict.fromkeys("ab", "its weight is read elsewhere, so that there would be two (%w1)"),
+        ),
+        (
+            A + B + "  %t = aten.t(%w2) : f32[128, 256]\n  %e = aten.mm(%x, %t) : f32[s0, 256]\n",
+            [],
+            {"a": "no other linear of its input can be merged",
+             "b": "its weight is read elsewhere, so that there would be two (%w2)"},
+        ),
+    ],
+)  # fmt: skip
+def test_which_linears_are_merged(text: str, groups: list[list[str]], reasons: dict[str, str]) -> None:
+    graph = Graph.parse(HEAD + text + TAIL)
+    assert MergeLinears().explain(graph) == reasons
+    inputs, weights = random_inputs(graph, 0, {"s0": 3})
+    before = interpret(graph, inputs, weights)
+    assert MergeLinears().run(graph) == bool(groups)
+    graph.verify()
+    assert merged(graph) == groups
+    assert all(difference(*pair) < 1e-12 for pair in zip(interpret(graph, inputs, weights), before, strict=True))
+    text_after = str(graph)
+    assert not MergeLinears().run(graph) and str(graph) == text_after
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("%v16 = aten._to_copy(%v) {dtype = bf16} : bf16[256]", "the biases of %a and %b are f32 and bf16"),
+        ("%w16 = aten._to_copy(%w2) {dtype = bf16} : bf16[256, 128]", "the weights of %a and %b are f32 and bf16"),
+    ],
+)
+def test_types_that_differ(line: str, why: str) -> None:
+    second = B.replace("%w2", "%w2, %v16") if "v16" in line else B.replace("%w2", "%w16, %v")
+    graph = Graph.parse(HEAD + A.replace("%w1", "%w1, %v") + f"  {line}\n" + second + TAIL)
+    assert MergeLinears().explain(graph) == {"a": why, "b": why}
+    assert not MergeLinears().run(graph)
+
+
+INSIDE = "{} has 192 columns, so that {} would begin inside of a block of the weight"
+NOBODY, FEW = "no other linear of its input can be merged", "it has 64 columns, fewer than 128"
+LEFT_OUT = "the pattern '!l1' leaves it out"
+ONE_SCALE = "its weight has one scale, which would become that of all that it is merged with"
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "groups", "reasons"),
+    [
+        ((192, 128, 128), {}, [["y1", "y2"]], {"y0": INSIDE.format("%y0", "%y1")}),
+        ((256, 192, 192), {}, [["y0", "y1"]], {"y2": INSIDE.format("%y1", "%y2")}),
+        ((192, 192), {}, [], dict.fromkeys(("y0", "y1"), INSIDE.format("%y0", "%y1"))),
+        ((192, 192), {"w_block": (64, 128)}, [["y0", "y1"]], {}),
+        ((192, 129), {"w_block": (1, ALL)}, [["y0", "y1"]], {}),
+        ((192, 64), {"w_block": (1, ALL)}, [], {"y0": NOBODY, "y1": FEW}),
+        ((192, 64), {"w_block": (1, ALL), "min_columns": 64}, [["y0", "y1"]], {}),
+        ((256, 256), {"w_block": (ALL, ALL)}, [], dict.fromkeys(("y0", "y1"), ONE_SCALE)),
+        ((256, 256), {"layers": ("*", "!l1")}, [], {"y0": NOBODY, "y1": LEFT_OUT}),
+        ((256, 256, 256), {"layers": ("*", "!l1")}, [["y0", "y2"]], {"y1": LEFT_OUT}),
+    ],
+)
+def test_sizes_and_options(
+    columns: tuple[int, ...], options: dict[str, Any], groups: list[list[str]], reasons: dict[str, str]
+) -> None:
+    graph = siblings(*columns)
+    step = MergeLinears(**options)
+    assert step.explain(graph) == reasons
+    assert step.run(graph) == bool(groups) and merged(graph) == groups
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"w_block": (0, 128)}, r"a block of pass 'merge-linears' is empty: got \[0, 128\]; need two positive sizes"),
+        ({"min_columns": 0}, "option 'min_columns' of pass 'merge-linears' is too small: got 0; need 1 or more"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        MergeLinears(**options)
+
+
+def test_a_pattern_that_names_nothing_is_an_error() -> None:
+    with pytest.raises(PassError, match="a pattern matches no matmul's weight: got 'l7'"):
+        MergeLinears(layers=("*", "!l7")).run(siblings(128, 128))
+
+
+class Tied(dict[str, torch.Tensor]):
+    """A store in which two names mean one tensor."""
+
+    ties = {"l0.weight": ("l0.weight", "l1.weight"), "l1.weight": ("l0.weight", "l1.weight")}  # noqa: RUF012
+
+
+def test_a_weight_that_is_tied_to_another_one_is_not_stored_twice() -> None:
+    graph = siblings(128, 128, 128)
+    _, weights = random_inputs(graph)
+    graph.weights = Tied(weights)
+    reasons = MergeLinears().explain(graph)
+    assert reasons.keys() == {"y0", "y1", "y2"} and "there would be two (%w1)" in reasons["y1"]
+
+
+def test_a_router_is_no_partner() -> None:
+    text = str(siblings(256, 128, 128)).replace("aten.relu(%y1) : f32[s0, 128]", "aten.argsort(%y1) : i64[s0, 128]")
+    graph = Graph.parse(text.replace("f32[s0, 128], f32[s0, 128])", "i64[s0, 128], f32[s0, 128])"))
+    assert MergeLinears().explain(graph) == {}
+    assert MergeLinears().run(graph) and merged(graph) == [["y0", "y2"]]
+
+
+# Beside the other passes
+
+
+def test_it_keeps_its_word_and_its_text_parses() -> None:
+    graph = siblings(256, 128, 130, dtype="bf16")
+    inputs, graph.weights = random_inputs(graph, 3, {"s0": 4})
+    step: Pass = MergeLinears()
+    run_pipeline(Pipeline((step,)), graph, instruments=[Validate(), CheckChanged()], inputs=inputs)
+    assert Pass.parse(str(MergeLinears(w_block=(1, ALL), min_columns=7))) == MergeLinears((1, ALL), min_columns=7)
+    (product,) = graph.ops("aten.linear")
+    assert product.result.name == "y0_merged" and str(product.result.type) == "bf16[s0, 514]"
+
+
+class Counting(dict[str, torch.Tensor]):
+    """A store that counts the bytes that it holds, and the most that it held."""
+
+    most = 0
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        super().__setitem__(name, tensor)
+        self.most = max(self.most, sum(held.nbytes for held in self.values()))
+
+    def update(self, *pairs: Any, **more: Any) -> None:
+        for name, tensor in dict(*pairs, **more).items():
+            self[name] = tensor
+
+
+def test_originals_are_let_go_group_by_group() -> None:
+    lines = []
+    for layer in range(8):
+        for index in range(2):
+            lines.append(f'%w{layer}.{index} = core.param() {{name = "{layer}.{index}.weight"}} : f32[128, 128]')
+            lines.append(f"%y{layer}.{index} = aten.linear(%h{layer}, %w{layer}.{index}) : f32[3, 128]")
+        lines.append(f"%h{layer + 1} = aten.add.Tensor(%y{layer}.0, %y{layer}.1) : f32[3, 128]")
+    body = "\n".join(["%h0 = aten.relu(%x) : f32[3, 128]", *lines, "%z = aten.neg(%h8) : f32[3, 128]"])
+    graph = Graph.parse(f"func @m(%x: f32[3, 128]) -> (f32[3, 128]) {{\n{body}\nreturn %z\n}}")
+    _, weights = random_inputs(graph)
+    graph.weights = store = Counting(weights)
+    model = sum(tensor.nbytes for tensor in weights.values())
+    for step in Pipeline.parse("merge-linears; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code"):
+        step.run(graph)
+    assert len(graph.ops("quant.linear")) == 8 and len(store) == 16
+    assert store.most <= model + 2 * 128 * 129, "no more than one group is held twice"
+    assert {name for name in store if name.endswith("_q")} == {f"{layer}.0.weight_merged_q" for layer in range(8)}

@@ -1,0 +1,49 @@
+"""The choice of a configuration, held to the times that were measured of all of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codegen.gemm_config import GemmProblem, Kind
+from codegen.tiling import all_configs, bucket, choose
+from qcompiler.numerics import ALL
+
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "h200-heuristic.json"
+KINDS: dict[str, tuple[Kind, int]] = {
+    "tiles": ("tiles", 128), "tiles_64": ("tiles", 64), "tiles_32": ("tiles", 32), "rows_f8": ("rows_f8", ALL),
+    "rows_i8": ("rows_i8", ALL),
+}  # fmt: skip
+kinds = pytest.mark.parametrize("name", KINDS)
+
+
+def times(name: str) -> dict[tuple[int, int, int, bool], dict[str, float]]:
+    """Shape, and whether weights came from memory -> configuration -> microseconds."""
+    stored: dict[str, Any] = json.loads(MEASURED.read_text())
+    names = stored["configs"][name]
+    return {
+        (row["m"], row["n"], row["k"], row["cold"]): {
+            config: us for config, us in zip(names, row["us"], strict=True) if us is not None
+        }
+        for row in stored["rows"]
+        if row["kind"] == name
+    }
+
+
+@kinds
+def test_no_choice_is_much_worse_than_the_best(name: str) -> None:
+    kind, x_block = KINDS[name]
+    ratios = {}
+    for (m, n, k, cold), found in times(name).items():
+        chosen = str(choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
+        if chosen in found:
+            ratios[m, n, k, cold] = min(found.values()) / found[chosen]
+    assert len(ratios) >= len(times(name)) - 1, "choices that were not timed"
+    assert len(ratios) > 30
+    assert not {shape: ratio for shape, ratio in ratios.items() if ratio < 0.9}
+
+
+@kinds
+def test_what_can_be_chosen_was_measured_and_nothing_else(name: str) -> None:
+    assert {config for found in times(name).values() for config in found} == set(map(str, all_configs(*KINDS[name])))
