@@ -52,14 +52,14 @@ def compile_fused_quantize(
         CodegenError: Triton rejects the kernel.
     """
     made, rule = parse(body), numerics.profile(profile)
-    tile = config or fused_config(m, k, block_k, whole_rows=made.across, operands=len(operands), kept=len(keep))
+    held = max(dtype.itemsize for dtype in operands)
+    tile = config or fused_config(m, k, block_k, whole_rows=made.across, operand_bytes=held, kept=len(keep))
     types = {"q": TRITON_TYPES[out_dtype], "scale": "*fp32"}
     constants: dict[str, Any] = {
         "K": k, "BODY": triton_function(body, keep),
         "AMAX_FLOOR": rule.amax_floor, "TOP": numerics.FORMAT_MAX[out_dtype],
         "RECIPROCAL": rule.division == "reciprocal", "UE8M0": rule.scale_format == "ue8m0", "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k, "GROUP": tile.group, "VECTOR": tile.vector,
-        "STEPS": tile.steps, "STAGES": tile.stages,
     }  # fmt: skip
     constants["scale_stride_m" if scale_layout == "col_major" or block_k == numerics.ALL else "scale_stride_k"] = 1
     strides = []

@@ -69,7 +69,8 @@ def _run(
     scale = empty(sizes, torch.float32, x.device, strides)
     kept = [empty(x.shape, made.dtype(name), x.device) for name in keep]
     m, k = x.numel() // x.shape[-1], x.shape[-1]
-    tile = fused_config(m, k, block[1], whole_rows=made.across, operands=len(operands), kept=len(keep))
+    held = max(y.element_size() for y in operands)
+    tile = fused_config(m, k, block[1], whole_rows=made.across, operand_bytes=held, kept=len(keep))
     constants = {
         "K": k, "BODY": triton_function(body, keep),
         "AMAX_FLOOR": rule.amax_floor, "TOP": top,
@@ -94,12 +95,11 @@ def _launch(
     scale_stride_m = scale.stride(-2) if scale.dim() > 1 else 1
     constants |= {
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "GROUP": tile.group, "VECTOR": tile.vector,
-        "STEPS": tile.steps, "STAGES": tile.stages,
     }  # fmt: skip
     tensors = (*operands, *none, *kept, *[None] * (MOST_KEPT - len(kept)), q, scale)
     arguments = (*tensors, m, *strides, scale_stride_m, scale.stride(-1))
     known = [value for name, value in constants.items() if name != "BODY"]
     what = (q.device.index, *body, *known, tile.warps, *strides, scale_stride_m)
     options = {"num_warps": tile.warps, "enable_fp_fusion": False}
-    programs = ceil_div(m, tile.block_m * tile.steps) * ceil_div(k, tile.block_k)
+    programs = ceil_div(m, tile.block_m) * ceil_div(k, tile.block_k)
     launch(fused_quantize, programs, arguments, constants, options, tensors, what)

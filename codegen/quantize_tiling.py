@@ -58,8 +58,6 @@ class FusedConfig:
         group: Columns that share a scale; `block_k` for whole rows.
         warps: Warps that share the tile.
         vector: Columns that follow each other in a thread.
-        steps: Tiles that a program takes, one below the other.
-        stages: 2 or more: the next tiles are on their way while one is worked on.
     """
 
     block_m: int
@@ -67,11 +65,9 @@ class FusedConfig:
     group: int
     warps: int
     vector: int
-    steps: int = 1
-    stages: int = 1
 
 
-def fused_config(m: int, k: int, block_k: int, *, whole_rows: bool, operands: int, kept: int) -> FusedConfig:
+def fused_config(m: int, k: int, block_k: int, *, whole_rows: bool, operand_bytes: int, kept: int) -> FusedConfig:
     """The tile for `m` rows of `k` columns, quantized in blocks of `block_k` columns, or -1 for rows.
 
     Args:
@@ -79,11 +75,11 @@ def fused_config(m: int, k: int, block_k: int, *, whole_rows: bool, operands: in
         k: Columns.
         block_k: Columns that share a scale, or -1 for all.
         whole_rows: The body needs whole rows.
-        operands: How many operands it has.
+        operand_bytes: Bytes of an element of the widest operand.
         kept: How many values are stored beside the codes.
     """
     if whole_rows or block_k < 0:
-        return _row_config(m, k, block_k, operands, kept)
+        return _row_config(m, k, block_k, operand_bytes > 2 or kept > 0)
     columns = 512
     if m > 512:
         # The widest with little of it outside of the row.
@@ -92,12 +88,16 @@ def fused_config(m: int, k: int, block_k: int, *, whole_rows: bool, operands: in
     return FusedConfig(1, columns, block_k, max(columns // 1024, 1), 8 if kept else 16)
 
 
-def _row_config(m: int, k: int, block_k: int, operands: int, kept: int) -> FusedConfig:
-    """Rows as a whole: 64 numbers a thread, or 32 where more of each is held or there are few rows."""
+def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedConfig:
+    """Rows as a whole: 64 numbers a thread, or 32 where there are few rows, or much to hold of each number."""
     columns = max(1 << max((k - 1).bit_length(), 4), block_k)
-    block_m = 1 if m <= 512 else max(1024 // columns, 1)
-    warps = min(max(block_m * columns // (1024 if kept or operands > 2 or m <= 512 else 2048), 1), 8)
-    # 8 columns in a thread are what is loaded and stored of bfloat16 in one piece; 16 are that of codes. The columns
-    # that a step of all threads covers should divide the row.
-    vector = 8 if kept or k % (512 * warps) else 16
+    if m <= 512:
+        block_m, shares = 1, columns // 1024
+    else:
+        block_m = max(1024 // columns, 1)
+        shares = block_m * k // 1024 if heavy else block_m * columns // 2048
+    warps = min(1 << max(shares.bit_length() - 1, 0), 8)
+    # Loads and stores of bfloat16 are whole with 8 columns in a thread, those of codes with 16; the columns that a step
+    # of all threads covers should divide the row.
+    vector = 8 if heavy or k % (512 * warps) else 16
     return FusedConfig(block_m, columns, columns if block_k < 0 else block_k, warps, vector)

@@ -11,19 +11,13 @@ from codegen.kernels.encoding import codes, finite_magnitudes, quotients, scale_
 
 
 @triton.jit
-def load_vector(x, stride, columns, inside):  # type: ignore[no-untyped-def]
-    """[1, columns] of a vector, zeros outside of it; a matrix, which has a stride, as it is."""
+def load_operand(x, stride, rows, columns, inside, mask):  # type: ignore[no-untyped-def]
+    """A tile of an operand, zeros outside of it: [rows, columns], or [1, columns] where the stride is None."""
     if stride is None:
-        x = tl.load(x + columns, mask=inside, other=None if inside is None else 0.0)
-    return x
-
-
-@triton.jit
-def load_rows(x, stride, rows, columns, mask):  # type: ignore[no-untyped-def]
-    """[rows, columns] of a matrix, zeros outside of it; what is loaded already has no stride, and is as it is."""
-    if stride is not None:
-        x = tl.load(x + rows[:, None] * stride + columns, mask=mask, other=None if mask is None else 0.0)
-    return x
+        values = tl.load(x + columns, mask=inside, other=None if inside is None else 0.0)
+    else:
+        values = tl.load(x + rows[:, None] * stride + columns, mask=mask, other=None if mask is None else 0.0)
+    return values
 
 
 @triton.jit
@@ -39,11 +33,10 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     x0_stride, x1_stride, x2_stride, x3_stride, x4_stride, x5_stride, scale_stride_m, scale_stride_k,
     K: tl.constexpr, BODY: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """q[m, K], scale[m, ceil(K / GROUP)] and the kept values of a body's result on x0, x1, …
 
-    One program takes tiles of `BLOCK_M` rows and `BLOCK_K` columns, which for a body with a reduction cover the row.
+    One program takes a tile of `BLOCK_M` rows and `BLOCK_K` columns, which for a body with a reduction cover the row.
     Programs that follow each other take neighbouring tiles of the same rows.
 
     Args:
@@ -63,51 +56,40 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         BLOCK_K: Columns of a tile, a power of two, a multiple of `GROUP`.
         GROUP: Columns that share a scale; `BLOCK_K`, covering the row, for one scale a row.
         VECTOR: Columns that follow each other in a thread, at most.
-        STEPS: Tiles that a program takes, one below the other; it loads vectors once for all of them.
-        STAGES: 2 or more: the next tiles are on their way while one is worked on.
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     across = tl.cdiv(K, BLOCK_K)
-    program = tl.program_id(0)
-    start = program % across * BLOCK_K
-    blocks = start // GROUP + tl.arange(0, GROUPS)
+    tile = tl.program_id(0)
+    rows = (tile // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tile % across * BLOCK_K
     columns = tl.max_contiguous((start + tl.arange(0, BLOCK_K))[None, :], (1, VECTOR))
     # Masks cost registers and instructions, so what cannot be outside has none: a single row, and even columns.
     inside = None if EVEN else columns < K
-    v0 = None if x0 is None else load_vector(x0, x0_stride, columns, inside)
-    v1 = None if x1 is None else load_vector(x1, x1_stride, columns, inside)
-    v2 = None if x2 is None else load_vector(x2, x2_stride, columns, inside)
-    v3 = None if x3 is None else load_vector(x3, x3_stride, columns, inside)
-    v4 = None if x4 is None else load_vector(x4, x4_stride, columns, inside)
-    v5 = None if x5 is None else load_vector(x5, x5_stride, columns, inside)
-    first = program // across * STEPS
-    last = first + 1 if STEPS == 1 else tl.minimum(first + STEPS, tl.cdiv(m, BLOCK_M))
-    for step in tl.range(first, last, num_stages=STAGES):
-        rows = tl.arange(0, BLOCK_M).to(tl.int64) + step * BLOCK_M
-        mask = inside if BLOCK_M == 1 else (rows < m)[:, None] if EVEN else (rows < m)[:, None] & inside
-        made = BODY(
-            x0=None if x0 is None else load_rows(v0, x0_stride, rows, columns, mask),
-            x1=None if x1 is None else load_rows(v1, x1_stride, rows, columns, mask),
-            x2=None if x2 is None else load_rows(v2, x2_stride, rows, columns, mask),
-            x3=None if x3 is None else load_rows(v3, x3_stride, rows, columns, mask),
-            x4=None if x4 is None else load_rows(v4, x4_stride, rows, columns, mask),
-            x5=None if x5 is None else load_rows(v5, x5_stride, rows, columns, mask),
-            inside=inside,
-            columns=K,
-        )
-        places = rows[:, None] * K + columns
-        if kept0 is not None:
-            store_kept(kept0, made[1], places, mask, BLOCK_M, BLOCK_K)
-        if kept1 is not None:
-            store_kept(kept1, made[2], places, mask, BLOCK_M, BLOCK_K)
-        values = tl.broadcast_to(made[0], (BLOCK_M, BLOCK_K))
-        if not EVEN:
-            values = tl.where(inside, values, 0.0)
-        groups = tl.reshape(values, (BLOCK_M, GROUPS, GROUP))
-        s = scale_of(tl.max(finite_magnitudes(groups), axis=2), AMAX_FLOOR, TOP, UE8M0)
-        # Dividing by a power of two is multiplying by its exact reciprocal.
-        scaled = quotients(groups, s[:, :, None], TOP, RECIPROCAL or UE8M0)
-        tl.store(q + places, tl.reshape(codes(scaled, TOP, q.dtype.element_ty), (BLOCK_M, BLOCK_K)), mask=mask)
-        scales = scale + rows[:, None] * scale_stride_m + blocks[None, :].to(tl.int64) * scale_stride_k
-        tl.store(scales, s, mask=(rows < m)[:, None] & (blocks < tl.cdiv(K, GROUP))[None, :])
+    mask = inside if BLOCK_M == 1 else (rows < m)[:, None] if EVEN else (rows < m)[:, None] & inside
+    made = BODY(
+        x0=None if x0 is None else load_operand(x0, x0_stride, rows, columns, inside, mask),
+        x1=None if x1 is None else load_operand(x1, x1_stride, rows, columns, inside, mask),
+        x2=None if x2 is None else load_operand(x2, x2_stride, rows, columns, inside, mask),
+        x3=None if x3 is None else load_operand(x3, x3_stride, rows, columns, inside, mask),
+        x4=None if x4 is None else load_operand(x4, x4_stride, rows, columns, inside, mask),
+        x5=None if x5 is None else load_operand(x5, x5_stride, rows, columns, inside, mask),
+        inside=inside,
+        columns=K,
+    )
+    places = rows[:, None] * K + columns
+    if kept0 is not None:
+        store_kept(kept0, made[1], places, mask, BLOCK_M, BLOCK_K)
+    if kept1 is not None:
+        store_kept(kept1, made[2], places, mask, BLOCK_M, BLOCK_K)
+    values = tl.broadcast_to(made[0], (BLOCK_M, BLOCK_K))
+    if not EVEN:
+        values = tl.where(inside, values, 0.0)
+    groups = tl.reshape(values, (BLOCK_M, GROUPS, GROUP))
+    s = scale_of(tl.max(finite_magnitudes(groups), axis=2), AMAX_FLOOR, TOP, UE8M0)
+    # Dividing by a power of two is multiplying by its exact reciprocal.
+    scaled = quotients(groups, s[:, :, None], TOP, RECIPROCAL or UE8M0)
+    tl.store(q + places, tl.reshape(codes(scaled, TOP, q.dtype.element_ty), (BLOCK_M, BLOCK_K)), mask=mask)
+    blocks = start // GROUP + tl.arange(0, GROUPS)
+    scales = scale + rows[:, None] * scale_stride_m + blocks[None, :].to(tl.int64) * scale_stride_k
+    tl.store(scales, s, mask=(rows < m)[:, None] & (blocks < tl.cdiv(K, GROUP))[None, :])
