@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from codegen import fused_product
-from codegen.epilogue import handed_over
-from codegen.fused_launch import launch_fused
-from codegen.fused_tiling import (
+from codegen.fused_gemm import product as fused_product
+from codegen.fused_gemm.epilogue import handed_over
+from codegen.fused_gemm.launch import launch_fused
+from codegen.fused_gemm.tiling import (
     FusedGemmConfig,
     FusedGemmProblem,
     all_fused_configs,
@@ -29,8 +29,8 @@ from codegen.fused_tiling import (
     refusal,
     separate_time,
 )
-from codegen.quantization import quantize_on_gpu, scale_like
-from codegen.tiling import bucket
+from codegen.gemm.tiling import bucket
+from codegen.quantize.plain import quantize_on_gpu, scale_like
 from qcompiler import numerics
 
 E4M3 = torch.float8_e4m3fn

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm_config import GemmProblem
-from codegen.gemm_launch import launch_gemm
-from codegen.tiling import bucket, choose
+from codegen.gemm.config import GemmProblem
+from codegen.gemm.launch import launch_gemm
+from codegen.gemm.tiling import bucket, choose
 from qcompiler import numerics
 
 SHAPES = (

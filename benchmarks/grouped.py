@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.grouped import choose_grouped
+from codegen.grouped_gemm.launch import choose_grouped
 
 try:
     import deep_gemm

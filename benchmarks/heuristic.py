@@ -1,11 +1,11 @@
-"""What `codegen.tiling.choose` picks, beside the best of all configurations: every configuration is timed.
+"""What `codegen.gemm.tiling.choose` picks, beside the best of all configurations: every configuration is timed.
 
     python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures; a kind is one of those below
     python benchmarks/heuristic.py --table [--out FOLDER]           only the table, from the times of an earlier run
 
 A row of the table is a shape: what was chosen, what was fastest, and their ratio, 1 at best. Few rows are timed twice,
 warm (one set of operands) and cold (a turn through so many weights that the cache holds none). Configurations take
-turns. The choice is made anew whenever the table is, so the paces in `codegen.tiling` can be fitted without a GPU.
+turns. The choice is made anew whenever the table is, so the paces in `codegen.gemm.tiling` can be fitted without a GPU.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import harness
 import torch
 from torch import Tensor
 
-from codegen.gemm_config import GemmConfig, GemmProblem, Kind, refusal
-from codegen.gemm_launch import launch_gemm, launch_row_gemm
-from codegen.tiling import all_configs, bucket, choose
+from codegen.gemm.config import GemmConfig, GemmProblem, Kind, refusal
+from codegen.gemm.launch import launch_gemm, launch_row_gemm
+from codegen.gemm.tiling import all_configs, bucket, choose
 
 NAME = "h200-heuristic"
 TITLE = "The choice of a configuration beside the best: microseconds by CUDA-graph replay, in turns"
@@ -164,7 +164,7 @@ def write_table(stored: dict[str, Any], folder: Path) -> None:
         ratios = [line[f"{title} ratio"] for line in table if line[f"{title} ratio"] is not None]
         good = f"{sum(ratio >= 0.9 for ratio in ratios)} of {len(ratios)}"
         lines.append(f"{title.capitalize()}: {good} choices reach 0.9 of the best; the least is {min(ratios):.2f}.")
-    lines.append("The paces in `codegen.tiling`, from which the choice is made, are fitted to these very times.")
+    lines.append("The paces in `codegen.gemm.tiling`, from which the choice is made, are fitted to these very times.")
     harness.write(folder / f"{NAME}.md", "\n".join([*lines, "", harness.table(table), ""]))
     print("\n".join(lines))
 

@@ -4,9 +4,9 @@
 
     k_block,size,tflops         -1 is the whole of K; a size is that of M, N and K
 
-FP8, weights in blocks of 128 x 128, bfloat16 out, each width by the kernel that `codegen.tiling.choose` picks. Widths
-take turns at replaying a CUDA graph, so that they share the device's power limit. `examples/granularity_study.py` draws
-the file beside the error at each width.
+FP8, weights in blocks of 128 x 128, bfloat16 out, each width by the kernel that `codegen.gemm.tiling.choose` picks.
+Widths take turns at replaying a CUDA graph, so that they share the device's power limit. The file is drawn beside the
+error at each width by `examples/granularity_study.py`.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import harness
 import torch
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm_config import GemmProblem
-from codegen.gemm_launch import launch_gemm
-from codegen.tiling import choose
+from codegen.gemm.config import GemmProblem
+from codegen.gemm.launch import launch_gemm
+from codegen.gemm.tiling import choose
 from qcompiler import numerics
 
 K_BLOCKS = (32, 64, 128, 256, 512, numerics.ALL)

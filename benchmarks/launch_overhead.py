@@ -18,11 +18,11 @@ import harness
 import torch
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen import replay
 from codegen.direct import kernels
-from codegen.gemm_config import GemmProblem
-from codegen.gemm_launch import launch_gemm
-from codegen.tiling import bucket, choose
+from codegen.gemm.config import GemmProblem
+from codegen.gemm.launch import launch_gemm
+from codegen.gemm.tiling import bucket, choose
+from codegen.launching import replay
 
 E4M3 = torch.float8_e4m3fn
 ROWS, SIZES = (1, 16, 256, 4096), ((4096, 7168), (4096, 4096))

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.fused_launch import launch_fused
-from codegen.fused_tiling import all_fused_configs
-from codegen.gemm_config import GemmProblem, Kind, refusal
-from codegen.gemm_launch import launch_gemm, launch_row_gemm
+from codegen.fused_gemm.launch import launch_fused
+from codegen.fused_gemm.tiling import all_fused_configs
+from codegen.gemm.config import GemmProblem, Kind, refusal
+from codegen.gemm.launch import launch_gemm, launch_row_gemm
+from codegen.gemm.tiling import all_configs
 from codegen.kernel_cache import use_cache_folder
 from codegen.machine_code import disassembly
-from codegen.tiling import all_configs
 from qcompiler import numerics
 
 TOOLS = ("memcheck", "racecheck", "synccheck")

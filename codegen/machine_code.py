@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,6 +23,12 @@ from codegen.kernel_cache import use_cache_folder
 from qcompiler.errors import CodegenError
 
 HOPPER = GPUTarget("cuda", 90, 32)
+
+TRITON_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.int32: "i32",
+}  # fmt: skip
+"""Element types as signatures spell them; a pointer has a * in front."""
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 

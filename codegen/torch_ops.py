@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.fused_product import fused_linear_on_gpu
-from codegen.fused_quantization import fused_quantize_on_gpu
-from codegen.grouped_product import (
+from codegen.fused_gemm.product import fused_linear_on_gpu
+from codegen.gemm.product import scaled_linear_on_gpu
+from codegen.grouped_gemm.product import (
     grouped_linear_fake,
     grouped_linear_masked_fake,
     grouped_linear_masked_on_gpu,
@@ -25,8 +25,8 @@ from codegen.grouped_product import (
     grouped_linear_on_gpu,
     grouped_linear_reference,
 )
-from codegen.product import scaled_linear_on_gpu
-from codegen.quantization import (
+from codegen.quantize.fused import fused_quantize_on_gpu
+from codegen.quantize.plain import (
     SCALE_LAYOUTS,
     check_layout,
     quantize_on_gpu,

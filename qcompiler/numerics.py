@@ -43,6 +43,9 @@ FORMAT_MAX: dict[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.float8
 ALL = -1
 """The size of a block that takes the whole of its axis. As rows it takes those of all leading dimensions, too."""
 
+MOST_AT_ONCE = 2**26
+"""Elements of a stack of matrices that are quantized together; more go matrix by matrix, with less memory."""
+
 DEFAULT_PROFILE = "deepseek"
 
 
@@ -107,10 +110,23 @@ def quantize(
     """
     _checked_block(block)
     _format_max(dtype)
+    if type(x) is Tensor and x.dim() > 2 and block[0] != ALL and x.numel() > MOST_AT_ONCE:
+        return _quantize_one_by_one(x, block, dtype, profile, prescale)
     blocks = _into_blocks(_prescaled(x, prescale), block)
     scale = scale_of(_amax(blocks), dtype, profile)
     codes = _out_of_blocks(_encode(blocks, scale, _named(profile), dtype), x)
     return codes, scale.reshape(scale_shape(x.shape, block))
+
+
+def _quantize_one_by_one(
+    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`quantize`, matrix by matrix: in FP32 there is one of them at a time."""
+    codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(scale_shape(x.shape, block), dtype=torch.float32, device=x.device)
+    for index, matrix in enumerate(x):
+        codes[index], scale[index] = quantize(matrix, block, dtype, profile, prescale)
+    return codes, scale
 
 
 def quantize_static(

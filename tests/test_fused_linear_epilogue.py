@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codegen import fused_product
-from codegen.epilogue import handed_over, on_tensors
-from codegen.fused_tiling import (
+from codegen.fused_gemm import product as fused_product
+from codegen.fused_gemm.epilogue import handed_over, on_tensors
+from codegen.fused_gemm.tiling import (
     FusedGemmConfig,
     FusedGemmProblem,
     all_fused_configs,
@@ -21,8 +21,8 @@ from codegen.fused_tiling import (
     refusal,
     separate_time,
 )
-from codegen.gemm_config import SHARED_MEMORY_LIMIT
-from codegen.quantization import scale_like
+from codegen.gemm.config import SHARED_MEMORY_LIMIT
+from codegen.quantize.plain import scale_like
 from qcompiler import numerics
 from qcompiler.body import parse
 from qcompiler.dialects.kernel import fused_linear

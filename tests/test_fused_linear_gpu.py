@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen import fused_product
-from codegen.fused_launch import launch_body, launch_fused
-from codegen.fused_tiling import FusedGemmConfig, FusedGemmProblem, all_fused_configs, refusal
-from codegen.quantization import scale_like
-from codegen.tiling import ceil_div
+from codegen.fused_gemm import product as fused_product
+from codegen.fused_gemm.launch import launch_body, launch_fused
+from codegen.fused_gemm.tiling import FusedGemmConfig, FusedGemmProblem, all_fused_configs, refusal
+from codegen.gemm.tiling import ceil_div
+from codegen.quantize.plain import scale_like
 from qcompiler import numerics
 from qcompiler.body import parse
 

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from codegen.bodies import triton_function
-from codegen.fused_quantization import why_not_fused
 from codegen.kernels.encoding import reciprocal_of, scale_of
 from codegen.kernels.fused_quantize import fused_quantize as kernel
+from codegen.quantize.fused import why_not_fused
 from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler import numerics
 from qcompiler.body import parse

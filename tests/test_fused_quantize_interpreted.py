@@ -101,9 +101,10 @@ if __name__ == "__main__":
     import torch
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from codegen import fused_quantization, quantization
     from codegen.bodies import triton_function
-    from codegen.quantize_tiling import fused_config
+    from codegen.quantize import fused as fused_quantization
+    from codegen.quantize import plain as quantization
+    from codegen.quantize.tiling import fused_config
     from qcompiler import numerics
     from qcompiler.body import parse
 

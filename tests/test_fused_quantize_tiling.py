@@ -2,9 +2,9 @@
 
 import pytest
 
-from codegen.quantize_tiling import LONGEST_ROW, fused_config
+from codegen.gemm.tiling import ceil_div
+from codegen.quantize.tiling import LONGEST_ROW, fused_config
 from codegen.support import TILE_COLUMNS
-from codegen.tiling import ceil_div
 from qcompiler.numerics import ALL
 
 MULTIPROCESSORS = 132

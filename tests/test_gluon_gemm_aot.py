@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from codegen.aot import compile_gemm, compile_sum_splits
-from codegen.gemm_config import GLUON, SHARED_MEMORY_LIMIT, GemmConfig
+from codegen.aot.gemm import compile_gemm, compile_sum_splits
+from codegen.gemm.config import GLUON, SHARED_MEMORY_LIMIT, GemmConfig
+from codegen.gemm.tiling import MOST_SPLITS, all_configs
 from codegen.machine_code import MachineCode
-from codegen.tiling import MOST_SPLITS, all_configs
 
 CONFIGS = [config for config in all_configs() if config.variant in GLUON]
 WARP = [config for config in CONFIGS if config.variant == "warp"]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm_config import GLUON, GemmConfig, GemmProblem, refusal
-from codegen.gemm_launch import has_scale_columns, launch_gemm
-from codegen.tiling import all_configs, ceil_div, choose, split_depth
+from codegen.gemm.config import GLUON, GemmConfig, GemmProblem, refusal
+from codegen.gemm.launch import has_scale_columns, launch_gemm
+from codegen.gemm.tiling import all_configs, ceil_div, choose, split_depth
 from qcompiler.numerics import ALL
 
 pytestmark = pytest.mark.gpu

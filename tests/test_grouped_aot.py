@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from codegen.gemm_config import SHARED_MEMORY_LIMIT
-from codegen.grouped import CONFIGS, MOST_GROUPS, TALL, GroupedConfig, choose_grouped, table_size
-from codegen.grouped_aot import compile_grouped
+from codegen.aot.grouped_gemm import compile_grouped
+from codegen.gemm.config import SHARED_MEMORY_LIMIT
+from codegen.grouped_gemm.launch import CONFIGS, MOST_GROUPS, TALL, GroupedConfig, choose_grouped, table_size
 
 configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
 

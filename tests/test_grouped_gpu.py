@@ -9,8 +9,8 @@ from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 import qcompiler
-from codegen.grouped import CONFIGS, TALL, GroupedConfig, launch_grouped
-from codegen.tiling import ceil_div
+from codegen.gemm.tiling import ceil_div
+from codegen.grouped_gemm.launch import CONFIGS, TALL, GroupedConfig, launch_grouped
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

@@ -11,23 +11,16 @@ from functools import partial
 import pytest
 import torch
 
-from codegen.aot import (
-    compile_amax,
-    compile_gemm,
-    compile_known,
-    compile_quantize,
-    compile_row_gemm,
-    compile_sum_splits,
-    compile_tokens,
-)
-from codegen.aot_fused import compile_fused_quantize
-from codegen.fused_aot import compile_fused
-from codegen.fused_tiling import FusedGemmConfig, all_fused_configs
-from codegen.gemm_config import SHARED_MEMORY_LIMIT, Kind
-from codegen.grouped import CONFIGS, MOST_GROUPS, GroupedConfig
-from codegen.grouped_aot import compile_grouped
+from codegen.aot.fused_gemm import compile_fused
+from codegen.aot.fused_quantize import compile_fused_quantize
+from codegen.aot.gemm import compile_gemm, compile_row_gemm, compile_sum_splits
+from codegen.aot.grouped_gemm import compile_grouped
+from codegen.aot.quantize import compile_amax, compile_known, compile_quantize, compile_tokens
+from codegen.fused_gemm.tiling import FusedGemmConfig, all_fused_configs
+from codegen.gemm.config import SHARED_MEMORY_LIMIT, Kind
+from codegen.gemm.tiling import all_configs
+from codegen.grouped_gemm.launch import CONFIGS, MOST_GROUPS, GroupedConfig
 from codegen.machine_code import MachineCode
-from codegen.tiling import all_configs
 
 B16, F32 = torch.bfloat16, torch.float32
 NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"

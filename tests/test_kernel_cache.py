@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 COMPILE = """
-from codegen.aot import compile_quantize
+from codegen.aot.quantize import compile_quantize
 print(compile_quantize().registers)
 """
 

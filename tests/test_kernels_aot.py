@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from codegen.aot import compile_gemm
-from codegen.gemm_config import GLUON, GemmConfig
+from codegen.aot.gemm import compile_gemm
+from codegen.gemm.config import GLUON, GemmConfig
+from codegen.gemm.tiling import all_configs
 from codegen.machine_code import MachineCode
-from codegen.tiling import all_configs
 from qcompiler.errors import CodegenError
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -164,9 +164,12 @@ if __name__ == "__main__":
     from torch import Tensor
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from codegen import gemm_launch, quantization, quantize_tiling, tiling
-    from codegen.gemm_config import GLUON, GemmConfig, Kind
+    from codegen.gemm import launch as gemm_launch
+    from codegen.gemm import tiling
+    from codegen.gemm.config import GLUON, GemmConfig, Kind
     from codegen.kernels.quantize import quantize_tiles
+    from codegen.quantize import plain as quantization
+    from codegen.quantize import tiling as quantize_tiling
     from qcompiler import numerics
 
     InterpreterBuilder.create_fma = _fma

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codegen import enqueue, launching, replay
-from codegen.launching import descriptor, launch
-from codegen.recent import Recent
-from codegen.replay import empty, replayed
+from codegen.launching import enqueue, replay
+from codegen.launching import launch as launching
+from codegen.launching.launch import descriptor, launch
+from codegen.launching.recent import Recent
+from codegen.launching.replay import empty, replayed
 from qcompiler.errors import CodegenError
 
 CPU = torch.device("cpu")
@@ -340,7 +341,7 @@ def test_some_calls_for_operands_of_one_shape_are_remembered() -> None:
         replayed(fail, "scale", (views[0], None))
 
 
-@pytest.mark.parametrize("kind", ["copy", "shared", "foreign result", "plain", "nested"])
+@pytest.mark.parametrize("kind", ["copy", "foreign result", "plain", "nested"])
 def test_what_is_not_understood_is_not_remembered(kind: str) -> None:
     kernel = Jit(lambda: Compiled(Launcher(global_scratch_size=64))) if kind == "plain" else Jit()
     x = torch.zeros(32, 32)
@@ -353,10 +354,28 @@ def test_what_is_not_understood_is_not_remembered(kind: str) -> None:
             replayed(scale, "scale", (x, None), kernel, x, None)
         return torch.empty(4) if kind == "foreign result" else out
 
-    operands = (x, x[16:]) if kind == "shared" else (x, None)
-    twice(odd, "odd", operands)
+    twice(odd, "odd", (x, None))
     with pytest.raises(AssertionError, match="not remembered"):
-        replayed(fail, "odd", operands)
+        replayed(fail, "odd", (x, None))
+
+
+def test_operands_that_share_memory_are_remembered_with_the_distance_between_them() -> None:
+    kernel = Jit()
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        out = empty((4, 64), torch.float32, CPU)
+        start(kernel, gate, up, out)
+        return out
+
+    halves = torch.zeros(4, 128).chunk(2, 1)
+    twice(gated, "gated", halves, *halves)
+    gate, up = torch.ones(4, 128).chunk(2, 1)
+    out = replayed(fail, "gated", (gate, up))
+    assert launched()[-1][2] == [gate.data_ptr(), up.data_ptr(), out.data_ptr(), 16]
+    apart = torch.ones(4, 128).chunk(2, 1)[0]
+    for operands in ((up, gate), (gate, gate), (gate, apart)):
+        with pytest.raises(AssertionError, match="not remembered"):
+            replayed(fail, "gated", operands)
 
 
 def test_while_planning_or_hooked_nothing_is_remembered_or_launched(monkeypatch: pytest.MonkeyPatch) -> None:

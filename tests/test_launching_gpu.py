@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen import launching, replay
 from codegen.direct import kernels, unobserved
+from codegen.launching import launch as launching
+from codegen.launching import replay
 from qcompiler import numerics
 from qcompiler.errors import CodegenError
 

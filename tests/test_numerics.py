@@ -304,3 +304,17 @@ def test_the_input_is_not_changed() -> None:
     numerics.dequantize(q, scale)
     assert torch.equal(x.view(torch.int32), before.view(torch.int32))
     assert torch.equal(q.view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (1, numerics.ALL)])
+@pytest.mark.parametrize("dtype", numerics.FORMAT_MAX)
+def test_a_large_stack_of_matrices_goes_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x = torch.randn(3, 2, 200, 150, generator=torch.Generator().manual_seed(0))
+    factors = torch.rand(150) + 0.5
+    whole = numerics.quantize(x, block, dtype, prescale=factors)
+    monkeypatch.setattr(numerics, "MOST_AT_ONCE", 1000)
+    parts = numerics.quantize(x, block, dtype, prescale=factors)
+    assert parts[0].is_contiguous() and parts[0].dtype == dtype
+    assert torch.equal(parts[0].view(torch.uint8), whole[0].view(torch.uint8)) and torch.equal(parts[1], whole[1])

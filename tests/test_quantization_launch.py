@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegen import quantization
-from codegen.quantize_tiling import LONGEST_ROW
+from codegen.quantize import plain as quantization
+from codegen.quantize.tiling import LONGEST_ROW
 from qcompiler import numerics
 
 RULE = numerics.profile("deepseek")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from codegen.aot import compile_amax, compile_known, compile_quantize, compile_tokens
+from codegen.aot.quantize import compile_amax, compile_known, compile_quantize, compile_tokens
 from codegen.machine_code import MachineCode
-from codegen.quantization import SCALE_LAYOUTS
-from codegen.quantize_tiling import quantize_config
+from codegen.quantize.plain import SCALE_LAYOUTS
+from codegen.quantize.tiling import quantize_config
 from qcompiler import numerics
 
 E4M3, I8 = torch.float8_e4m3fn, torch.int8

@@ -5,10 +5,10 @@ from functools import cache
 import pytest
 import torch
 
-from codegen.aot import compile_row_gemm, compile_sum_row_splits
-from codegen.gemm_config import SHARED_MEMORY_LIMIT, GemmConfig, Kind
+from codegen.aot.gemm import compile_row_gemm, compile_sum_row_splits
+from codegen.gemm.config import SHARED_MEMORY_LIMIT, GemmConfig, Kind
+from codegen.gemm.tiling import MOST_SPLITS, all_configs
 from codegen.machine_code import MachineCode
-from codegen.tiling import MOST_SPLITS, all_configs
 
 ROW_KINDS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm_config import DEEPEST_INT8, GemmConfig, GemmProblem, refusal
-from codegen.gemm_launch import launch_row_gemm
+from codegen.gemm.config import DEEPEST_INT8, GemmConfig, GemmProblem, refusal
+from codegen.gemm.launch import launch_row_gemm
+from codegen.gemm.tiling import all_configs
 from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
 from codegen.kernels.quantize import quantize_tokens
 from codegen.kernels.row_gemm import row_gemm_pointers
 from codegen.kernels.warp_row_gemm import warp_row_gemm
-from codegen.tiling import all_configs
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codegen.gemm_config import DEEPEST_INT8, GLUON, SHARED_MEMORY_LIMIT, GemmConfig, GemmProblem, Kind, refusal
-from codegen.quantize_tiling import LONGEST_ROW, quantize_config, tensor_config, token_config
-from codegen.tiling import (
+from codegen.gemm.config import DEEPEST_INT8, GLUON, SHARED_MEMORY_LIMIT, GemmConfig, GemmProblem, Kind, refusal
+from codegen.gemm.tiling import (
     MOST_SPLITS,
     SHORTEST_SPLIT,
     all_configs,
@@ -19,6 +18,7 @@ from codegen.tiling import (
     split_depth,
     tiles_of,
 )
+from codegen.quantize.tiling import LONGEST_ROW, quantize_config, tensor_config, token_config
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import ALL
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from codegen.gemm_config import GemmProblem, Kind
-from codegen.tiling import all_configs, bucket, choose
+from codegen.gemm.config import GemmProblem, Kind
+from codegen.gemm.tiling import all_configs, bucket, choose
 from qcompiler.numerics import ALL
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "h200-heuristic.json"

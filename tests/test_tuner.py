@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from codegen import tuned, tuner
-from codegen.gemm_config import GemmConfig, GemmProblem, refusal
-from codegen.tiling import all_configs, choose, estimated_time
-from codegen.tuner import Measured, Tuning, candidates
+from codegen.gemm import tuned, tuner
+from codegen.gemm.config import GemmConfig, GemmProblem, refusal
+from codegen.gemm.tiling import all_configs, choose, estimated_time
+from codegen.gemm.tuner import Measured, Tuning, candidates
 from qcompiler import knobs
 
 PROBLEMS = [

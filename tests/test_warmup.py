@@ -20,11 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import qcompiler
-from codegen import launching, quantization, replay, warmup
-from codegen.gemm_config import GemmProblem
+from codegen.gemm.config import GemmProblem
+from codegen.gemm.tuned import config_for
 from codegen.kernels.quantize import quantize_tiles
-from codegen.tuned import config_for
-from codegen.warmup import Blank, Warmup, products_of, warm_up
+from codegen.launching import launch as launching
+from codegen.launching import replay, warmup
+from codegen.launching.warmup import Blank, Warmup, products_of, warm_up
+from codegen.quantize import plain as quantization
 from qcompiler import numerics
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler import CompiledModel

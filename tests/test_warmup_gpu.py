@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import qcompiler
-from codegen import launching, replay, tuned
-from codegen.gemm_config import GemmProblem
-from codegen.tiling import choose
-from codegen.tuner import candidates
+from codegen.gemm import tuned
+from codegen.gemm.config import GemmProblem
+from codegen.gemm.tiling import choose
+from codegen.gemm.tuner import candidates
+from codegen.launching import launch as launching
+from codegen.launching import replay
 from qcompiler.compiler import CompiledModel
 from qcompiler.errors import CodegenError
 
@@ -112,7 +114,9 @@ def test_tuning_is_used_here_and_where_it_is_asked_for(compiled: CompiledModel, 
     problem = GemmProblem(16, 1024, 512, torch.cuda.get_device_properties(0).multi_processor_count)
     other = next(config for config in candidates(problem)[::-1] if config != choose(problem))
     tuned.learn(0, {problem: other})
-    script = f"from codegen.gemm_config import *; from codegen import tuned; print(tuned.config_for(0, {problem!r}))"
+    script = (
+        f"from codegen.gemm.config import *; from codegen.gemm import tuned; print(tuned.config_for(0, {problem!r}))"
+    )
     for variable, expected in (("1", other), ("0", choose(problem))):
         environment = {**os.environ, "QCOMPILER_TUNED": variable}
         done = subprocess.run(

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from codegen import tuner
-from codegen import warmup as warming
+from codegen.gemm import tuner
+from codegen.launching import warmup as warming
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
 from qcompiler.compiler.batches import as_call

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from codegen.warmup import Blank
+from codegen.launching.warmup import Blank
 from qcompiler.capture.signature import ConstantSlot, Signature, TensorSlot
 from qcompiler.compiler.batches import as_call
 from qcompiler.errors import InputError, did_you_mean

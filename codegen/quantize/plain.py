@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.gemm.tiling import ceil_div
 from codegen.kernels.quantize import quantize_tiles, quantize_tokens
 from codegen.kernels.quantize_known import partial_amax, quantize_known, scale_of_tensor
-from codegen.launching import FLOATS, as_rows, check_device, launch, on
-from codegen.quantize_tiling import AMAX_PROGRAMS, LONGEST_ROW, quantize_config, tensor_config, token_config
-from codegen.replay import empty, replayed
+from codegen.launching.launch import FLOATS, as_rows, check_device, launch, on
+from codegen.launching.replay import empty, replayed
+from codegen.quantize.tiling import AMAX_PROGRAMS, LONGEST_ROW, quantize_config, tensor_config, token_config
 from codegen.support import TILE_COLUMNS, WHOLE_ROWS
-from codegen.tiling import ceil_div
 from qcompiler import numerics
 from qcompiler.errors import CodegenError, did_you_mean
 from qcompiler.numerics import ALL

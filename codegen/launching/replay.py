@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from codegen.enqueue import MAPS, Encoder, Kernel, current_device, current_stream, hooked
-from codegen.recent import Recent
+from codegen.launching.enqueue import MAPS, Encoder, Kernel, current_device, current_stream, hooked
+from codegen.launching.recent import Recent
 
 Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
@@ -109,11 +109,24 @@ class _Plan(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A plan and the operands it is for: their addresses in steps of 16 bytes, and all else that torch can compare."""
+    """A plan and the operands it is for.
+
+    Attributes:
+        alignment: Their addresses, less whole steps of 16 bytes.
+        apart: For operands that share memory, such as the halves of one product: how many bytes the second is behind
+            the first. Where that is the same, it does not matter from which of them an address was computed.
+        fits: Compares all else.
+        plan: What to do.
+    """
 
     alignment: list[int]
+    apart: tuple[tuple[int, int, int], ...]
     fits: Callable[..., bool]
     plan: _Plan
+
+    def lie_right(self, addresses: Sequence[int]) -> bool:
+        """Whether operands that share memory are as far apart as they were."""
+        return all(addresses[second] - addresses[first] == behind for first, second, behind in self.apart)
 
 
 _KNOWN: Recent[list[_Known]] = Recent(2048)
@@ -152,7 +165,7 @@ def replayed(
         return run(*arguments)
     alignment = [address & 15 for address in addresses]
     for each in known:
-        if each.alignment == alignment and each.fits(*given):
+        if each.alignment == alignment and each.fits(*given) and each.lie_right(addresses):
             result: Result = each.plan.run(addresses)
             return result
     outer, state.tape = state.tape, _Tape(given)
@@ -162,8 +175,20 @@ def replayed(
     finally:
         state.tape = outer
     if plan is not None:
-        _KNOWN.put(key, [_Known(alignment, _comparison(given), plan), *known[: MOST_VARIANTS - 1]])
+        new = _Known(alignment, _distances(given), _comparison(given), plan)
+        _KNOWN.put(key, [new, *known[: MOST_VARIANTS - 1]])
     return made
+
+
+def _distances(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Pairs of tensors that share memory, the first of all that do and another, with the bytes between their starts."""
+    first: dict[int, int] = {}
+    pairs = []
+    for index, tensor in enumerate(tensors):
+        before = first.setdefault(tensor.untyped_storage().data_ptr(), index)
+        if before != index:
+            pairs.append((before, index, tensor.data_ptr() - tensors[before].data_ptr()))
+    return tuple(pairs)
 
 
 def _comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -213,7 +238,7 @@ class _Tape:
         results = returned if isinstance(returned, tuple) else (returned,)
         indices = [next((i for i, each in enumerate(self.made) if each is result), None) for result in results]
         starts = self._starts()
-        if not self.whole or starts is None or None in indices or not self._launches:
+        if not self.whole or None in indices or not self._launches:
             return None
         launches = [_launch(*each, starts) for each in self._launches]
         if None in launches:
@@ -221,16 +246,12 @@ class _Tape:
         whole: Any = (tuple(map(_maker, self.made)), tuple(launches), tuple(indices), isinstance(returned, Tensor))
         return _Plan(self.made[0].get_device(), *whole)
 
-    def _starts(self) -> dict[int, tuple[int, int]] | None:
-        """Storage -> which operand or allocation begins where in it; None where two share one."""
+    def _starts(self) -> dict[int, tuple[int, int]]:
+        """Storage -> which operand, the first of several, or allocation begins where in it."""
         starts: dict[int, tuple[int, int]] = {}
         for index, tensor in enumerate((*self.operands, *self.made)):
-            if tensor.numel() == 0:
-                continue
-            storage = tensor.untyped_storage().data_ptr()
-            if storage in starts:
-                return None
-            starts[storage] = (index, tensor.data_ptr())
+            if tensor.numel():
+                starts.setdefault(tensor.untyped_storage().data_ptr(), (index, tensor.data_ptr()))
         return starts
 
 

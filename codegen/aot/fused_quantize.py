@@ -4,19 +4,14 @@ from typing import Any
 
 import torch
 
-from codegen.aot import MANY_ROWS
+from codegen.aot.quantize import MANY_ROWS
 from codegen.bodies import OPERANDS, triton_function
-from codegen.fused_quantization import MOST_KEPT, MOST_OPERANDS
 from codegen.kernels.fused_quantize import fused_quantize
-from codegen.machine_code import MachineCode, compile_kernel
-from codegen.quantize_tiling import FusedConfig, fused_config
+from codegen.machine_code import TRITON_TYPES, MachineCode, compile_kernel
+from codegen.quantize.fused import MOST_KEPT, MOST_OPERANDS
+from codegen.quantize.tiling import FusedConfig, fused_config
 from qcompiler import numerics
 from qcompiler.body import parse
-
-TRITON_TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5", torch.int8: "*i8",
-}  # fmt: skip
 
 
 def compile_fused_quantize(
@@ -54,7 +49,7 @@ def compile_fused_quantize(
     made, rule = parse(body), numerics.profile(profile)
     held = max(dtype.itemsize for dtype in operands)
     tile = config or fused_config(m, k, block_k, whole_rows=made.across, operand_bytes=held, kept=len(keep))
-    types = {"q": TRITON_TYPES[out_dtype], "scale": "*fp32"}
+    types = {"q": f"*{TRITON_TYPES[out_dtype]}", "scale": "*fp32"}
     constants: dict[str, Any] = {
         "K": k, "BODY": triton_function(body, keep),
         "AMAX_FLOOR": rule.amax_floor, "TOP": numerics.FORMAT_MAX[out_dtype],
@@ -66,7 +61,7 @@ def compile_fused_quantize(
     for place in range(MOST_OPERANDS):
         name = OPERANDS[place]
         if place < len(operands):
-            types[name] = TRITON_TYPES[operands[place]]
+            types[name] = f"*{TRITON_TYPES[operands[place]]}"
         else:
             constants[name] = None
         if place < len(operands) and place not in vectors:
@@ -75,7 +70,7 @@ def compile_fused_quantize(
             constants[f"{name}_stride"] = None
     for place in range(MOST_KEPT):
         if place < len(keep):
-            types[f"kept{place}"] = TRITON_TYPES[made.dtype(keep[place])]
+            types[f"kept{place}"] = f"*{TRITON_TYPES[made.dtype(keep[place])]}"
         else:
             constants[f"kept{place}"] = None
     divisible = (*types, *strides) if k % 16 == 0 else tuple(types)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.enqueue import Kernel, is_descriptor
 from codegen.kernel_cache import use_cache_folder
-from codegen.recent import Recent
-from codegen.replay import state
+from codegen.launching.enqueue import Kernel, is_descriptor
+from codegen.launching.recent import Recent
+from codegen.launching.replay import state
 from qcompiler.errors import CodegenError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,7 +60,7 @@ def launch(
 
     Triton's own launch binds and classifies all arguments anew, which takes longer than many kernels run. Here the
     compiled kernel is remembered by what Triton compiles for: the types of the arguments, whether pointers are aligned,
-    and what it looks for in integers. Inside `codegen.replay.replayed` the launch is remembered as a whole.
+    and what it looks for in integers. Inside `codegen.launching.replay.replayed` the launch is remembered as a whole.
 
     Args:
         kernel: A Triton or Gluon function whose last parameters are the constants, in their order.

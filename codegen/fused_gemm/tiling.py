@@ -1,13 +1,13 @@
 """Which products with a body the fused kernel runs, in which form, and where separate kernels are faster.
 
-All of it is arithmetic on sizes, as in `codegen.tiling`. Times are those of one H200; see `benchmarks/epilogues.py`.
+All of it is arithmetic on sizes, as in `codegen.gemm.tiling`. Times are those of one H200: `benchmarks/epilogues.py`.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from codegen.gemm_config import SHARED_MEMORY_LIMIT, GemmProblem
-from codegen.tiling import ceil_div, choose, estimated_time
+from codegen.gemm.config import SHARED_MEMORY_LIMIT, GemmProblem
+from codegen.gemm.tiling import ceil_div, choose, estimated_time
 
 MOST_OTHERS = 2
 """Operands of a body beside the sums that the fused kernel has room for."""

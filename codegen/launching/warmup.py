@@ -28,11 +28,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codegen.enqueue import is_descriptor, without_memory
-from codegen.gemm_config import GemmProblem
+from codegen.gemm.config import GemmProblem
 from codegen.kernel_cache import use_cache_folder
-from codegen.launching import keep_compiled
-from codegen.replay import state
+from codegen.launching.enqueue import is_descriptor, without_memory
+from codegen.launching.launch import keep_compiled
+from codegen.launching.replay import state
 from qcompiler.errors import CodegenError
 
 Progress = Callable[[int, int, str], None]
@@ -134,7 +134,7 @@ class _Planner:
     def __call__(
         self, key: Hashable, kernel: Any, arguments: Sequence[Any], constants: dict[str, Any], options: dict[str, int]
     ) -> None:
-        """One kernel that is not compiled yet; see `codegen.launching.launch`."""
+        """One kernel that is not compiled yet; see `codegen.launching.launch.launch`."""
         if key in self._seen:
             return
         self._seen.add(key)

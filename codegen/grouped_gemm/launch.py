@@ -11,11 +11,11 @@ from typing import Any, Literal
 from torch import Tensor
 from triton.experimental.gluon.nvidia import hopper
 
-from codegen.gemm_launch import gluon_layout, scale_layout
+from codegen.gemm.launch import gluon_layout, scale_layout
+from codegen.gemm.tiling import ceil_div
 from codegen.kernels.grouped_gemm import grouped_narrow, grouped_wide
 from codegen.kernels.narrow_gemm import SCALE_BOX
-from codegen.launching import descriptor, launch, multiprocessors
-from codegen.tiling import ceil_div
+from codegen.launching.launch import descriptor, launch, multiprocessors
 
 MOST_GROUPS = 1024
 """Groups at most: each block of threads holds all of them in shared memory."""

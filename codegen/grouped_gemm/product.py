@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codegen.gemm_launch import has_scale_columns
-from codegen.grouped import MOST_GROUPS, choose_grouped, launch_grouped
-from codegen.launching import FLOATS, check_device, on
-from codegen.quantization import scale_like
-from codegen.replay import empty, replayed
+from codegen.gemm.launch import has_scale_columns
+from codegen.grouped_gemm.launch import MOST_GROUPS, choose_grouped, launch_grouped
+from codegen.launching.launch import FLOATS, check_device, on
+from codegen.launching.replay import empty, replayed
+from codegen.quantize.plain import scale_like
 from codegen.support import WEIGHT_BLOCK
 from qcompiler import numerics
 from qcompiler.dialects.grouped import check_grouped, grouped_linear

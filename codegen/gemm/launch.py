@@ -9,16 +9,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codegen.gemm_config import GemmConfig
+from codegen.gemm.config import GemmConfig
+from codegen.gemm.tiling import ceil_div, split_depth, tiles_of
 from codegen.kernels.narrow_gemm import SCALE_BOX, narrow_gemm, sum_splits
 from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
 from codegen.kernels.row_gemm import row_gemm_pointers
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.kernels.warp_gemm import warp_gemm
 from codegen.kernels.warp_row_gemm import warp_row_gemm
-from codegen.launching import descriptor, launch, multiprocessors
-from codegen.replay import empty
-from codegen.tiling import ceil_div, split_depth, tiles_of
+from codegen.launching.launch import descriptor, launch, multiprocessors
+from codegen.launching.replay import empty
 from qcompiler.numerics import ALL
 
 WHOLE_SPAN = 1 << 30
@@ -43,7 +43,7 @@ def launch_gemm(
     """Launches one configuration of the kernels with scales inside the sum, on the current CUDA stream, unchecked.
 
     Args:
-        config: One that `codegen.gemm_config.refusal` does not refuse for these operands.
+        config: One that `codegen.gemm.config.refusal` does not refuse for these operands.
         x: float8_e4m3fn `[m, k]`, contiguous, m and k at least 1.
         w: float8_e4m3fn `[n, k]`, contiguous.
         out: bfloat16, float16 or float32 `[m, n]`, contiguous; overwritten.
@@ -74,7 +74,7 @@ def launch_row_gemm(
     """Launches one configuration of the kernels with scales at the end of the sum, as `launch_gemm` does.
 
     Args:
-        config: One that `codegen.gemm_config.refusal` does not refuse for these operands.
+        config: One that `codegen.gemm.config.refusal` does not refuse for these operands.
         x: float8_e4m3fn or int8 `[m, k]`, contiguous, m and k at least 1.
         w: The same dtype, `[n, k]`, contiguous.
         out: bfloat16, float16 or float32 `[m, n]`, contiguous; overwritten.

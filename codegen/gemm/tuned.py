@@ -1,9 +1,9 @@
 """Which configuration runs a product: the one that a measurement found best, where there is one, or the estimated one.
 
-Measurements come from `codegen.tuner`, when somebody asks for them. They are kept on disk, in the folder of compiled
-kernels, in a file for each device, version of Triton and source of the kernels, and are used by the process that made
-them and by those that QCOMPILER_TUNED tells to. A file that is damaged, or was made for something else, is left alone
-with a warning.
+Measurements come from `codegen.gemm.tuner`, when somebody asks for them. They are kept on disk, in the folder of
+compiled kernels, in a file for each device, version of Triton and source of the kernels, and are used by the process
+that made them and by those that QCOMPILER_TUNED tells to. A file that is damaged, or was made for something else, is
+left alone with a warning.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import triton
 
-from codegen import kernels, replay
-from codegen.gemm_config import GemmConfig, GemmProblem, refusal
+from codegen import kernels
+from codegen.gemm.config import GemmConfig, GemmProblem, refusal
+from codegen.gemm.tiling import all_configs, choose
 from codegen.kernel_cache import use_cache_folder
-from codegen.tiling import all_configs, choose
+from codegen.launching import replay
 from qcompiler import knobs
 
 FORMAT = 1

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from codegen.bodies import triton_function
+from codegen.gemm.tiling import ceil_div
 from codegen.kernels.fused_quantize import fused_quantize
-from codegen.launching import FLOATS, as_rows, check_device, launch, on
-from codegen.quantization import check_layout, quantize_on_gpu, scale_sizes
-from codegen.quantize_tiling import LONGEST_ROW, FusedConfig, fused_config
-from codegen.replay import empty, replayed
+from codegen.launching.launch import FLOATS, as_rows, check_device, launch, on
+from codegen.launching.replay import empty, replayed
+from codegen.quantize.plain import check_layout, quantize_on_gpu, scale_sizes
+from codegen.quantize.tiling import LONGEST_ROW, FusedConfig, fused_config
 from codegen.support import TILE_COLUMNS
-from codegen.tiling import ceil_div
 from qcompiler import numerics
 from qcompiler.body import Body, parse
 from qcompiler.numerics import ALL

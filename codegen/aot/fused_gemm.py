@@ -6,23 +6,14 @@ from typing import Any
 import torch
 
 from codegen.bodies import triton_function
-from codegen.fused_launch import BODY_COLUMNS, BODY_ROWS, OPTIONS, fused_constants
-from codegen.fused_tiling import FusedGemmConfig
-from codegen.gemm_launch import gluon_layout, scale_layout
+from codegen.fused_gemm.launch import BODY_COLUMNS, BODY_ROWS, OPTIONS, fused_constants
+from codegen.fused_gemm.tiling import FusedGemmConfig
+from codegen.gemm.launch import gluon_layout, scale_layout
 from codegen.kernels.fused_gemm import fused_gemm
 from codegen.kernels.pointwise import apply_body
-from codegen.machine_code import MachineCode, compile_kernel
+from codegen.machine_code import TRITON_TYPES, MachineCode, compile_kernel
 from qcompiler import numerics
 from qcompiler.body import parse
-
-_TRITON_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-    torch.int8: "i8",
-}
 
 
 def compile_fused(
@@ -39,7 +30,7 @@ def compile_fused(
     """Compiles one form of the kernel for sm_90a.
 
     Args:
-        config: Any form, also one that `codegen.fused_tiling.refusal` would refuse.
+        config: Any form, also one that `codegen.fused_gemm.tiling.refusal` would refuse.
         body: Text of a body.
         others: Element types of its operands beside the sums.
         bias_dtype: Of the bias, or None for none.
@@ -59,8 +50,8 @@ def compile_fused(
         "w": _tile(128),
         "a_scale": _scales(config.rows),
         "w_scale": "*fp32",
-        "out": f"*{_TRITON_TYPES[kind]}",
-        **{name: f"*{_TRITON_TYPES[dtype]}" for name, dtype in optional.items() if dtype is not None},
+        "out": f"*{TRITON_TYPES[kind]}",
+        **{name: f"*{TRITON_TYPES[dtype]}" for name, dtype in optional.items() if dtype is not None},
     }
     constants = fused_constants(config, body, columns, kind, profile) | {"w_scale_stride_k": 1}
     constants |= {name: None for name, dtype in optional.items() if dtype is None}
@@ -75,7 +66,7 @@ def compile_body(body: str, dtype: torch.dtype = torch.bfloat16) -> MachineCode:
     """Compiles the kernel that runs a body alone, on aligned operands of that element type."""
     made = parse(body)
     absent = [name for name in ("x0", "x1", "y0", "y1") if name not in made.operands]
-    types = dict.fromkeys(made.operands, f"*{_TRITON_TYPES[dtype]}") | {"out": f"*{_TRITON_TYPES[made.dtype()]}"}
+    types = dict.fromkeys(made.operands, f"*{TRITON_TYPES[dtype]}") | {"out": f"*{TRITON_TYPES[made.dtype()]}"}
     constants: dict[str, Any] = {"BODY": triton_function(body), "BLOCK_M": BODY_ROWS, "BLOCK_N": BODY_COLUMNS}
     constants |= dict.fromkeys(absent)
     divisible = (*types, "n", *(f"{name}_stride" for name in made.operands))

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from codegen.recent import Recent
+from codegen.launching.recent import Recent
 
 CONVENTIONS: dict[str, Literal["flat", "listed"]] = {"3.6": "flat", "3.7": "listed", "3.8": "listed"}
 """By version of Triton: kernel arguments follow the others one by one, or in a list behind their description."""
@@ -115,7 +115,7 @@ class Kernel:
 
         Args:
             programs: Size of the grid.
-            arguments: As `codegen.launching.launch` takes them.
+            arguments: As `codegen.launching.launch.launch` takes them.
         """
         if self.path == "plain" or hooked():
             self.compiled[programs, 1, 1](*arguments, *self.constants)

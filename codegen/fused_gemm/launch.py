@@ -9,13 +9,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia import hopper
 
 from codegen.bodies import triton_function
-from codegen.epilogue import handed_over
-from codegen.fused_tiling import FusedGemmConfig
-from codegen.gemm_launch import gluon_layout, scale_layout
+from codegen.fused_gemm.epilogue import handed_over
+from codegen.fused_gemm.tiling import FusedGemmConfig
+from codegen.gemm.launch import gluon_layout, scale_layout
+from codegen.gemm.tiling import ceil_div
 from codegen.kernels.fused_gemm import fused_gemm
 from codegen.kernels.pointwise import apply_body
-from codegen.launching import descriptor, launch, multiprocessors
-from codegen.tiling import ceil_div
+from codegen.launching.launch import descriptor, launch, multiprocessors
 from qcompiler import numerics
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -34,11 +34,11 @@ def launch_fused(
     """Launches one configuration on the current CUDA stream, unchecked.
 
     Args:
-        config: One that `codegen.fused_tiling.refusal` does not refuse for these operands.
+        config: One that `codegen.fused_gemm.tiling.refusal` does not refuse for these operands.
         body: Text of a body without a reduction.
         x: float8_e4m3fn `[m, k]`, contiguous, m and k at least 1.
         w: float8_e4m3fn `[parts n, k]`, contiguous.
-        x_scale: FP32 `[m, ceil(k / 128)]` in columns: see `codegen.gemm_launch.has_scale_columns`.
+        x_scale: FP32 `[m, ceil(k / 128)]` in columns: see `codegen.gemm.launch.has_scale_columns`.
         w_scale: FP32 `[ceil(parts n / 128), ceil(k / 128)]`, any strides.
         bias: `[parts n]`, contiguous, or None.
         others: Up to two tensors `[m, n]` whose rows are contiguous, or `[n]`.

@@ -1,13 +1,13 @@
 """From a problem to a configuration: which kernel variant, which tile, how many warps and stages.
 
 All of it is arithmetic on sizes, so every choice can be tested, printed and explained without a GPU. Among the
-configurations that `codegen.gemm_config` does not refuse, the one with the least estimated time wins.
+configurations that `codegen.gemm.config` does not refuse, the one with the least estimated time wins.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codegen.gemm_config import GemmConfig, GemmProblem, Kind, refusal
+from codegen.gemm.config import GemmConfig, GemmProblem, Kind, refusal
 from qcompiler.errors import CodegenError
 
 MOST_SPLITS = 16

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from codegen import tuned
-from codegen.gemm_config import GemmConfig, GemmProblem, refusal
-from codegen.gemm_launch import launch_gemm, launch_row_gemm
-from codegen.tiling import all_configs, ceil_div, choose, estimated_time
+from codegen.gemm import tuned
+from codegen.gemm.config import GemmConfig, GemmProblem, refusal
+from codegen.gemm.launch import launch_gemm, launch_row_gemm
+from codegen.gemm.tiling import all_configs, ceil_div, choose, estimated_time
 from qcompiler.numerics import ALL
 
 SLACK = 2.0

@@ -1,109 +1,18 @@
-"""Compiles the kernels for Hopper as their launches do, on a machine without a GPU or a driver.
-
-What the machine code shows, the tests hold: the tensor cores' 8-bit instructions are there, tiles come through the
-copy engine, memory is read and written 16 bytes at a time, and no register lives in local memory.
-"""
+"""Compiles the kernels of the scaled product."""
 
 from typing import Any
 
 import torch
 
-from codegen.gemm_config import GLUON, GemmConfig, Kind
-from codegen.gemm_launch import SUM_BLOCK, gluon_constants, gluon_layout, row_constants, scale_layout
+from codegen.gemm.config import GLUON, GemmConfig, Kind
+from codegen.gemm.launch import SUM_BLOCK, gluon_constants, gluon_layout, row_constants, scale_layout
 from codegen.kernels.narrow_gemm import SCALE_BOX, narrow_gemm, sum_splits
 from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
-from codegen.kernels.quantize import quantize_tiles, quantize_tokens
-from codegen.kernels.quantize_known import partial_amax, quantize_known
 from codegen.kernels.row_gemm import row_gemm_pointers
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.kernels.warp_gemm import warp_gemm
 from codegen.kernels.warp_row_gemm import warp_row_gemm
-from codegen.machine_code import MachineCode, compile_kernel
-from codegen.quantize_tiling import LONGEST_ROW, QuantizeConfig, quantize_config, tensor_config, token_config
-from qcompiler import numerics
-
-MANY_ROWS = 1 << 20
-
-_TRITON_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-    torch.int8: "i8",
-    torch.int32: "i32",
-}
-
-
-def compile_quantize(
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    profile: str = numerics.DEFAULT_PROFILE,
-    scale_layout: str = "row_major",
-    block_k: int = 128,
-    out_dtype: torch.dtype = torch.float8_e4m3fn,
-    prescale: bool = False,
-    config: QuantizeConfig | None = None,
-) -> MachineCode:
-    """Compiles the quantization of tiles for sm_90a as a launch on an aligned tensor with K a multiple of 16 does.
-
-    Args:
-        dtype: Of the tensor that is quantized.
-        profile: A name of `numerics.PROFILES`.
-        scale_layout: `"row_major"` or `"col_major"`.
-        block_k: Columns of a block.
-        out_dtype: The 8-bit format.
-        prescale: Whether each channel is multiplied first.
-        config: The tile; left out, the one for many rows.
-
-    Raises:
-        CodegenError: Triton rejects the kernel.
-    """
-    tile = config or quantize_config(MANY_ROWS, block_k)
-    constants = _rule(profile, out_dtype) | {"BLOCK_M": tile.block_m, "BLOCK_K": block_k}
-    if scale_layout == "col_major":
-        constants["scale_stride_m"] = 1  # the JIT compiler folds a 1 as well
-    return _compile_quantize(quantize_tiles, dtype, out_dtype, prescale, constants, tile)
-
-
-def compile_tokens(
-    k: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    m: int = MANY_ROWS,
-    profile: str = numerics.DEFAULT_PROFILE,
-    out_dtype: torch.dtype = torch.float8_e4m3fn,
-    prescale: bool = False,
-) -> MachineCode:
-    """Compiles the quantization of `m` rows of `k` columns with a scale each; the rest as in `compile_quantize`."""
-    tile = token_config(m, k)
-    constants = _rule(profile, out_dtype) | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "scale_stride_m": 1}
-    constants["ONE_STEP"] = k <= LONGEST_ROW
-    return _compile_quantize(quantize_tokens, dtype, out_dtype, prescale, constants, tile)
-
-
-def compile_known(
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    m: int = MANY_ROWS,
-    profile: str = numerics.DEFAULT_PROFILE,
-    out_dtype: torch.dtype = torch.float8_e4m3fn,
-    block_k: int | None = None,
-    prescale: bool = False,
-) -> MachineCode:
-    """Compiles quantization with a given scale: for tiles of `block_k` columns, or, without it, for the tensor."""
-    tile = tensor_config(m) if block_k is None else quantize_config(m, block_k)
-    rule = _rule(profile, out_dtype)
-    constants = {"TOP": rule["TOP"], "RECIPROCAL": rule["RECIPROCAL"], "ONE_SCALE": block_k is None}
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "scale_stride_m": 1}
-    return _compile_quantize(quantize_known, dtype, out_dtype, prescale, constants, tile)
-
-
-def compile_amax(dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, prescale: bool = False) -> MachineCode:
-    """Compiles the amax of a tensor of `m` rows."""
-    tile = tensor_config(m)
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    return _compile_quantize(partial_amax, dtype, torch.int8, prescale, constants, tile)
+from codegen.machine_code import TRITON_TYPES, MachineCode, compile_kernel
 
 
 def compile_gemm(
@@ -118,7 +27,7 @@ def compile_gemm(
     """Compiles one configuration of the GEMM with scales inside the sum for sm_90a.
 
     Args:
-        config: Any configuration, also one that `codegen.gemm_config` would refuse.
+        config: Any configuration, also one that `codegen.gemm.config` would refuse.
         out_dtype: Of the result; FP32 is also what a narrow tile writes for a split of K.
         bias_dtype: Of the bias, or None for none.
         scale_layout: Layout of the activations' scales; the Gluon kernels have one.
@@ -141,7 +50,7 @@ def compile_sum_splits(
     splits: int, *, out_dtype: torch.dtype = torch.bfloat16, bias_dtype: torch.dtype | None = None
 ) -> MachineCode:
     """Compiles the sum over the splits of K of a narrow tile; `splits` is a power of two."""
-    types = {"partial": "*fp32", "out": f"*{_TRITON_TYPES[out_dtype]}"}
+    types = {"partial": "*fp32", "out": f"*{TRITON_TYPES[out_dtype]}"}
     constants: dict[str, Any] = {"SPLITS": splits, "BLOCK": SUM_BLOCK}
     _add_bias(types, constants, bias_dtype)
     return compile_kernel(sum_splits, types, constants, (*types, "n"), {"num_warps": 4})
@@ -153,7 +62,7 @@ def compile_sum_row_splits(
 ) -> MachineCode:  # fmt: skip
     """Compiles the sum over the splits of K of a narrow tile with scales at its end; as in `compile_sum_splits`."""
     sums = "*i32" if kind == "rows_i8" else "*fp32"
-    types = {"partial": sums, "out": f"*{_TRITON_TYPES[out_dtype]}", "a_scale": "*fp32", "w_scale": "*fp32"}
+    types = {"partial": sums, "out": f"*{TRITON_TYPES[out_dtype]}", "a_scale": "*fp32", "w_scale": "*fp32"}
     constants: dict[str, Any] = {"SPLITS": splits, "BLOCK": SUM_BLOCK}
     _add_bias(types, constants, bias_dtype)
     return compile_kernel(sum_row_splits, types, constants, (*types, "n"), {"num_warps": 4})
@@ -188,35 +97,11 @@ def compile_row_gemm(
     return _compile_gemm(row_gemm_pointers, config, dtype, out_dtype, bias_dtype, aligned, constants)
 
 
-def _rule(profile: str, out_dtype: torch.dtype) -> dict[str, Any]:
-    """The constants that a profile and a format come down to."""
-    rule = numerics.profile(profile)
-    return {
-        "AMAX_FLOOR": rule.amax_floor,
-        "TOP": numerics.FORMAT_MAX[out_dtype],
-        "RECIPROCAL": rule.division == "reciprocal",
-        "UE8M0": rule.scale_format == "ue8m0",
-    }
-
-
-def _compile_quantize(
-    kernel: Any, dtype: torch.dtype, out_dtype: torch.dtype, prescale: bool, constants: dict[str, Any],
-    tile: QuantizeConfig,
-) -> MachineCode:  # fmt: skip
-    types = {"x": f"*{_TRITON_TYPES[dtype]}", "q": f"*{_TRITON_TYPES[out_dtype]}", "scale": "*fp32", "partial": "*fp32"}
-    if prescale:
-        types["prescale"] = "*fp32"
-    else:
-        constants = {**constants, "prescale": None}
-    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-    return compile_kernel(kernel, types, constants, (*types, "k", "x_stride"), {"num_warps": tile.warps})
-
-
 def _compile_gemm(
     kernel: Any, config: GemmConfig, dtype: torch.dtype, out_dtype: torch.dtype, bias_dtype: torch.dtype | None,
     aligned: bool, constants: dict[str, Any],
 ) -> MachineCode:  # fmt: skip
-    element, out = _TRITON_TYPES[dtype], _TRITON_TYPES[out_dtype]
+    element, out = TRITON_TYPES[dtype], TRITON_TYPES[out_dtype]
     if config.variant == "tma":
         types = {
             "a": f"tensordesc<{element}[{config.block_m}, {config.block_k}]>",
@@ -245,7 +130,7 @@ def _add_bias(types: dict[str, str], constants: dict[str, Any], dtype: torch.dty
     if dtype is None:
         constants["bias"] = None
     else:
-        types["bias"] = f"*{_TRITON_TYPES[dtype]}"
+        types["bias"] = f"*{TRITON_TYPES[dtype]}"
 
 
 def _compile_gluon(
@@ -280,10 +165,10 @@ def _gluon_types(config: GemmConfig, dtype: torch.dtype, out_dtype: torch.dtype)
     """Triton's types of the operands and the result of a Gluon kernel."""
 
     def tile(rows: int, columns: int, dtype: torch.dtype) -> str:
-        return f"tensordesc<{_TRITON_TYPES[dtype]}[{rows}, {columns}],{gluon_layout(rows, columns, dtype)!r}>"
+        return f"tensordesc<{TRITON_TYPES[dtype]}[{rows}, {columns}],{gluon_layout(rows, columns, dtype)!r}>"
 
     narrow = config.variant == "narrow"
-    out = f"*{_TRITON_TYPES[out_dtype]}" if narrow else tile(64, config.block_n, out_dtype)
+    out = f"*{TRITON_TYPES[out_dtype]}" if narrow else tile(64, config.block_n, out_dtype)
     return {"a": tile(config.box, 128, dtype), "w": tile(config.block_n, 128, dtype), "out": out}
 
 

@@ -1,14 +1,13 @@
-"""Compiles the grouped kernels for Hopper as their launches do, on a machine without a GPU; see `codegen.aot`."""
+"""Compiles the grouped kernels for Hopper as their launches do."""
 
 import torch
 
-from codegen.gemm_launch import gluon_layout, scale_layout
-from codegen.grouped import GroupedConfig, grouped_constants
+from codegen.gemm.launch import gluon_layout, scale_layout
+from codegen.grouped_gemm.launch import GroupedConfig, grouped_constants
 from codegen.kernels.grouped_gemm import grouped_narrow, grouped_wide
-from codegen.machine_code import MachineCode, compile_kernel
+from codegen.machine_code import TRITON_TYPES, MachineCode, compile_kernel
 
 E4M3 = torch.float8_e4m3fn
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", E4M3: "fp8e4nv"}
 
 
 def compile_grouped(
@@ -29,7 +28,7 @@ def compile_grouped(
         "x": _tile(config.box, E4M3),
         "w": _tile(128, E4M3),
         "x_scale": f"tensordesc<fp32[1, {config.scale_box}],{scale_layout()!r}>",
-        "out": f"*{_TYPES[out_dtype]}",
+        "out": f"*{TRITON_TYPES[out_dtype]}",
         "w_scale": "*fp32",
         "offsets": "*i32",
     }
@@ -44,4 +43,4 @@ def compile_grouped(
 
 
 def _tile(rows: int, dtype: torch.dtype) -> str:
-    return f"tensordesc<{_TYPES[dtype]}[{rows}, 128],{gluon_layout(rows, 128, dtype)!r}>"
+    return f"tensordesc<{TRITON_TYPES[dtype]}[{rows}, 128],{gluon_layout(rows, 128, dtype)!r}>"

@@ -2,7 +2,7 @@
 
 One kernel does it all, `codegen.kernels.fused_gemm`, where it can and is estimated to be faster. Elsewhere there are
 two: the product in the element type that the body rounds its sums to, then the rest of the body, with quantization
-(`codegen.fused_quantization`) or without (`codegen.kernels.pointwise`).
+(`codegen.quantize.fused`) or without (`codegen.kernels.pointwise`).
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from codegen.epilogue import handed_over, on_tensors
-from codegen.fused_launch import launch_body, launch_fused
-from codegen.fused_quantization import fused_quantize_on_gpu
-from codegen.fused_tiling import MOST_OTHERS, FusedGemmConfig, FusedGemmProblem, choose_fused
-from codegen.gemm_launch import has_scale_columns
-from codegen.launching import as_rows, check_device, multiprocessors, on
-from codegen.product import scaled_linear_on_gpu
-from codegen.quantization import check_layout, scale_sizes
-from codegen.replay import empty, replayed
-from codegen.tiling import bucket
+from codegen.fused_gemm.epilogue import handed_over, on_tensors
+from codegen.fused_gemm.launch import launch_body, launch_fused
+from codegen.fused_gemm.tiling import MOST_OTHERS, FusedGemmConfig, FusedGemmProblem, choose_fused
+from codegen.gemm.launch import has_scale_columns
+from codegen.gemm.product import scaled_linear_on_gpu
+from codegen.gemm.tiling import bucket
+from codegen.launching.launch import as_rows, check_device, multiprocessors, on
+from codegen.launching.replay import empty, replayed
+from codegen.quantize.fused import fused_quantize_on_gpu
+from codegen.quantize.plain import check_layout, scale_sizes
 from qcompiler import numerics
 from qcompiler.body import parse
 
@@ -36,7 +36,7 @@ def fused_linear_on_gpu(
     """The meaning of `kernel.fused_linear` on a CUDA device.
 
     Raises:
-        CodegenError: As `codegen.product.scaled_linear_on_gpu` and `codegen.quantization.quantize_on_gpu`.
+        CodegenError: As `codegen.gemm.product.scaled_linear_on_gpu` and `codegen.quantize.plain.quantize_on_gpu`.
         ParseError: The body is none.
     """
     check_device(x_q.device)

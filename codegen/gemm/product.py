@@ -6,13 +6,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from codegen.gemm_config import GemmProblem, Kind
-from codegen.gemm_launch import has_scale_columns, launch_gemm, launch_row_gemm
-from codegen.launching import FLOATS, as_rows, check_device, multiprocessors, on
-from codegen.replay import empty, replayed
+from codegen.gemm.config import GemmProblem, Kind
+from codegen.gemm.launch import has_scale_columns, launch_gemm, launch_row_gemm
+from codegen.gemm.tiling import bucket
+from codegen.gemm.tuned import config_for
+from codegen.launching.launch import FLOATS, as_rows, check_device, multiprocessors, on
+from codegen.launching.replay import empty, replayed
 from codegen.support import is_tiled, why_not
-from codegen.tiling import bucket
-from codegen.tuned import config_for
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import scale_shape
 
