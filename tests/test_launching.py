@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 import triton
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from codegen.launching import enqueue, replay
 from codegen.launching import launch as launching
 from codegen.launching.launch import descriptor, launch
-from codegen.launching.recent import Recent
 from codegen.launching.replay import empty, replayed
 from qcompiler.errors import CodegenError
 
@@ -390,23 +387,3 @@ def test_while_planning_or_hooked_nothing_is_remembered_or_launched(monkeypatch:
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", SimpleNamespace(calls=[print]))
     with pytest.raises(AssertionError, match="not remembered"):
         replayed(fail, "scale", (x, None))
-
-
-# What is kept
-
-
-@given(st.lists(st.integers(0, 12), max_size=120), st.integers(1, 6))
-def test_recent_keeps_the_last_used_and_no_more_than_twice_as_many(keys: list[int], size: int) -> None:
-    recent: Recent[str] = Recent(size)
-    used: list[int] = []
-    for key in keys:
-        found = recent.get(key)
-        assert found is None or found == str(key)
-        last = list(dict.fromkeys(reversed(used)))[:size]
-        assert key not in last or found is not None
-        if found is None:
-            recent.put(key, str(key))
-        used.append(key)
-        assert len(recent) <= 2 * size
-    recent.clear()
-    assert len(recent) == 0
