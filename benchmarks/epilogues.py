@@ -7,7 +7,6 @@ first the higher clock. "Cold" goes through so many operands that the cache hold
 the faster of its forms, also where the operator would choose two kernels.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from codegen.fused_gemm.tiling import (
     separate_time,
 )
 from codegen.gemm.tiling import bucket
+from codegen.launching.timing import in_turns
 from codegen.quantize.plain import quantize_on_gpu, scale_like
 from qcompiler import numerics
 
@@ -115,12 +115,12 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
     sets = [_Operands(case, m, n, k) for _ in range(1 + count)]
     warm: dict[str, list[Callable[[], object]]] = {"separate": [sets[0].separate], "torch": [sets[0].torch]}
     warm |= {str(config): [partial(sets[0].fused, config)] for config in possible}
-    times = _in_turns(warm)
+    times = in_turns(warm)
     forms = {str(config): times[str(config)] for config in possible}
     best = min(possible, key=lambda config: forms[str(config)])
     cold = dict(times)
     if count:
-        cold = _in_turns(
+        cold = in_turns(
             {"separate": [each.separate for each in sets], "one": [partial(each.fused, best) for each in sets]}
         )
     cold.setdefault("one", forms[str(best)])
@@ -140,39 +140,6 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
         "estimates": f"{separate_time(problem):.0f} " + " ".join(f"{fused_time(c, problem):.0f}" for c in possible),
         "forms": " ".join(f"{form:.1f}" for form in forms.values()),
     }
-
-
-def _in_turns(
-    launches: dict[str, list[Callable[[], object]]], rounds: int = 5, budget: float = 3.0
-) -> dict[str, float]:
-    """Microseconds of one launch of each, the median over rounds in which each replays a graph of `budget` ms."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graphs = {}
-    for name, turn in launches.items():
-        for launch in turn:
-            launch()
-        start.record()
-        for launch in turn:
-            launch()
-        stop.record()
-        torch.cuda.synchronize()
-        repeats = max(1, min(200 // len(turn), int(budget / max(start.elapsed_time(stop), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                for launch in turn:
-                    launch()
-        graph.replay()
-        graphs[name] = graph, repeats * len(turn)
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, (graph, count) in graphs.items():
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[name].append(1e3 * start.elapsed_time(stop) / count)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.gemm.config import GemmProblem
 from codegen.gemm.launch import launch_gemm
 from codegen.gemm.tiling import bucket, choose
+from codegen.launching.timing import in_turns
 from qcompiler import numerics
 
 SHAPES = (
@@ -54,25 +55,25 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
     want = numerics.scaled_linear(first.x, first.xs, first.w, first.ws, out_dtype=torch.float32)
     errors = {name: _error(launch, want) for name, launch in first.launches().items()}
     del want
-    speed = _in_turns({name: [launch] for name, launch in first.launches().items() if errors[name] is not None})
-    work = 2 * m * n * k / 1e9
+    warm = in_turns({name: [launch] for name, launch in first.launches().items() if errors[name] is not None})
+    work = 2 * m * n * k / 1e6
     row = {"M, N, K": f"{m}, {n}, {k}"} | {
-        name: work / speed[name] if name in speed else None for name in first.launches()
+        name: work / warm[name] if name in warm else None for name in first.launches()
     }
     cold: dict[str, float] = {}
     if m <= FEW_ROWS:
         others = [first] + [_Operands(m, n, k) for _ in range(COLD_BYTES // (n * k))]
-        cold = _in_turns({name: [each.launches()[name] for each in others] for name in BLOCKS if name in speed})
-    better = min((speed[name] for name in (VENDOR, DEEPGEMM) if name in speed), default=None)
+        cold = in_turns({name: [each.launches()[name] for each in others] for name in BLOCKS if name in warm})
+    better = min((warm[name] for name in (VENDOR, DEEPGEMM) if name in warm), default=None)
     better_cold = min((cold[name] for name in (VENDOR, DEEPGEMM) if name in cold), default=None)
     return row | {
-        "x bf16": speed["bf16 cuBLAS"] / speed[OURS],
-        "x cuBLAS": speed[VENDOR] / speed[OURS] if VENDOR in speed else None,
-        "x the better": better / speed[OURS] if better else None,
-        "cold us, cuBLAS": 1e3 * cold[VENDOR] if VENDOR in cold else None,
-        "cold us, ours": 1e3 * cold[OURS] if cold else None,
+        "x bf16": warm["bf16 cuBLAS"] / warm[OURS],
+        "x cuBLAS": warm[VENDOR] / warm[OURS] if VENDOR in warm else None,
+        "x the better": better / warm[OURS] if better else None,
+        "cold us, cuBLAS": cold.get(VENDOR),
+        "cold us, ours": cold[OURS] if cold else None,
         "cold, x the better": better_cold / cold[OURS] if better_cold else None,
-        "TB/s of weights": n * k / cold[OURS] / 1e9 if cold else None,
+        "TB/s of weights": n * k / cold[OURS] / 1e6 if cold else None,
         "error": errors[OURS],
         "cuBLAS error": errors[VENDOR],
         "configuration": str(first.config),
@@ -133,39 +134,6 @@ class _Operands:
     def deepgemm(self) -> torch.Tensor:
         deep_gemm.fp8_gemm_nt((self.x, self.xs), (self.w, self.ws), self.out, disable_ue8m0_cast=True)
         return self.out
-
-
-def _in_turns(
-    launches: dict[str, list[Callable[[], object]]], rounds: int = 5, budget: float = 4.0
-) -> dict[str, float]:
-    """Milliseconds of one launch of each, the median over rounds in which each replays a graph of `budget` ms."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graphs = {}
-    for name, turn in launches.items():
-        for launch in turn:
-            launch()
-        start.record()
-        for launch in turn:
-            launch()
-        stop.record()
-        torch.cuda.synchronize()
-        repeats = max(1, min(400 // len(turn), int(budget / max(start.elapsed_time(stop), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                for launch in turn:
-                    launch()
-        graph.replay()
-        graphs[name] = graph, repeats * len(turn)
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, (graph, count) in graphs.items():
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(stop) / count)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 GRANULARITIES = {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.grouped_gemm.launch import choose_grouped
+from codegen.launching.timing import in_turns
 
 try:
     import deep_gemm
@@ -131,7 +132,7 @@ def measure(shape: Projection, weights: Weights, tokens: int, exponent: float) -
         launches["masked"] = given.masked()
     if deep_gemm is not None:
         launches["deepgemm"] = given.deepgemm()
-    times = in_turns(launches)
+    times = in_turns({name: [launch] for name, launch in launches.items()}, budget=6.0, most=200)
     rows, ours = tokens * shape.top, times["ours"]
     return {
         "model": shape.model,
@@ -139,46 +140,18 @@ def measure(shape: Projection, weights: Weights, tokens: int, exponent: float) -
         "tokens": tokens,
         "routing": "Zipf" if exponent else "even",
         "largest group": max(given.sizes),
-        "us, loop of dense": 1e3 * times["loop"],
-        "us, bf16 grouped": 1e3 * times["bf16"],
-        "us, DeepGEMM": 1e3 * times["deepgemm"] if "deepgemm" in times else None,
-        "us, qcompiler": 1e3 * ours,
-        "us, qcompiler masked": 1e3 * times["masked"] if "masked" in times else None,
+        "us, loop of dense": times["loop"],
+        "us, bf16 grouped": times["bf16"],
+        "us, DeepGEMM": times.get("deepgemm"),
+        "us, qcompiler": ours,
+        "us, qcompiler masked": times.get("masked"),
         "x loop": times["loop"] / ours,
         "x bf16": times["bf16"] / ours,
-        "TFLOP/s": 2 * rows * shape.n * shape.k / ours / 1e9,
-        "TB/s of weights": len(given.parts) * shape.n * shape.k / ours / 1e9,
+        "TFLOP/s": 2 * rows * shape.n * shape.k / ours / 1e6,
+        "TB/s of weights": len(given.parts) * shape.n * shape.k / ours / 1e6,
         "error": error,
         "configuration": str(choose_grouped(rows / shape.experts)),
     }
-
-
-def in_turns(launches: dict[str, Callable[[], object]], rounds: int = 5, budget: float = 6.0) -> dict[str, float]:
-    """Milliseconds of each launch, the median over rounds in which each replays a graph of about `budget` ms."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
-    for name, launch in launches.items():
-        launch()
-        start.record()
-        launch()
-        stop.record()
-        torch.cuda.synchronize()
-        count = max(1, min(200, int(budget / max(start.elapsed_time(stop), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                launch()
-        graph.replay()
-        graphs[name] = graph, count
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, (graph, count) in graphs.items():
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(stop) / count)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def main() -> None:

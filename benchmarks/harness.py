@@ -7,7 +7,6 @@ Operands are random (zeros run faster than data) and stay in place, so what fits
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 import triton
+
+from codegen.launching.timing import in_turns
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,27 +29,7 @@ def milliseconds(launch: Callable[[], object], *, replays: int = 7, budget: floa
         replays: Measured replays of the graph.
         budget: Milliseconds of work in one graph, about.
     """
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(3):
-        launch()
-    start.record()
-    launch()
-    stop.record()
-    torch.cuda.synchronize()
-    count = max(1, min(400, int(budget / max(start.elapsed_time(stop), 1e-3))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            launch()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / count)
-    return float(statistics.median(times))
+    return in_turns({"": [launch]}, rounds=replays, budget=budget)[""] / 1e3
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -10,7 +10,6 @@ turns. The choice is made anew whenever the table is, so the paces in `codegen.g
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from codegen.gemm.config import GemmConfig, GemmProblem, Kind, refusal
 from codegen.gemm.launch import launch_gemm, launch_row_gemm
 from codegen.gemm.tiling import all_configs, bucket, choose
+from codegen.launching.timing import in_turns
 
 NAME = "h200-heuristic"
 TITLE = "The choice of a configuration beside the best: microseconds by CUDA-graph replay, in turns"
@@ -66,7 +66,9 @@ def measure(name: str, m: int, n: int, k: int) -> Iterator[Row]:
     tried = [config for config in every if worth_a_try(config, problem)]
     for cold in (False, True) if m <= COLD_ROWS else (False,):
         sets = [_Operands(name, m, n, k) for _ in range(COLD_BYTES // (n * k) + 1 if cold else 1)]
-        times = _in_turns({config: [each.launch(config) for each in sets] for config in tried})
+        times = in_turns(
+            {config: [each.launch(config) for each in sets] for config in tried}, rounds=3, budget=1.0, most=100
+        )
         found = [round(times[config], 2) if config in times else None for config in every]
         yield {"kind": name, "m": m, "n": n, "k": k, "cold": cold, "us": found}
 
@@ -94,37 +96,6 @@ def _codes(rows: int, k: int, integers: bool) -> Tensor:
     values = torch.randn(count, device="cuda")
     codes = (40 * values).clamp(-127, 127).to(torch.int8) if integers else values.to(torch.float8_e4m3fn)
     return codes.view(torch.uint8).repeat(-(-rows * k // count))[: rows * k].view(codes.dtype).view(rows, k)
-
-
-def _in_turns(
-    launches: dict[GemmConfig, list[Callable[[], None]]], rounds: int = 3, budget: float = 1.0
-) -> dict[GemmConfig, float]:
-    """Microseconds of one launch of each, the median over rounds in which each replays a graph of `budget` ms."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graphs = {}
-    for config, turn in launches.items():
-        turn[0]()
-        start.record()
-        turn[0]()
-        stop.record()
-        torch.cuda.synchronize()
-        repeats = max(1, min(100 // len(turn), int(budget / len(turn) / max(start.elapsed_time(stop), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                for launch in turn:
-                    launch()
-        graph.replay()
-        graphs[config] = graph, repeats * len(turn)
-    times: dict[GemmConfig, list[float]] = {config: [] for config in graphs}
-    for _ in range(rounds):
-        for config, (graph, count) in graphs.items():
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[config].append(1e3 * start.elapsed_time(stop) / count)
-    return {config: statistics.median(each) for config, each in times.items()}
 
 
 def _work() -> None:

@@ -10,7 +10,6 @@ error at each width by `examples/granularity_study.py`.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,29 +20,20 @@ import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.gemm.config import GemmProblem
 from codegen.gemm.launch import launch_gemm
 from codegen.gemm.tiling import choose
+from codegen.launching.timing import in_turns
 from qcompiler import numerics
 
 K_BLOCKS = (32, 64, 128, 256, 512, numerics.ALL)
 SIZES = (4096, 8192)
 CSV = Path(__file__).parents[1] / "docs" / "granularity" / "throughput.csv"
-ROUNDS, BUDGET = 15, 6.0
-"""How many graphs of how many milliseconds."""
+ROUNDS = 15
 
 
 def measure(size: int) -> dict[int, float]:
     """TFLOP/s at each width, the median over rounds."""
-    launches = {k_block: _launch(size, k_block) for k_block in K_BLOCKS}  # a graph holds no operands
-    graphs = {k_block: _graph(launch) for k_block, launch in launches.items()}
-    times: dict[int, list[float]] = {k_block: [] for k_block in K_BLOCKS}
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(ROUNDS):
-        for k_block, (graph, count) in graphs.items():
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[k_block].append(start.elapsed_time(stop) / count)
-    return {k_block: 2 * size**3 / 1e9 / statistics.median(each) for k_block, each in times.items()}
+    launches = {k_block: _launch(size, k_block) for k_block in K_BLOCKS}
+    times = in_turns({k_block: [launch] for k_block, launch in launches.items()}, rounds=ROUNDS)
+    return {k_block: 2 * size**3 / 1e6 / time for k_block, time in times.items()}
 
 
 def _launch(size: int, k_block: int) -> Callable[[], object]:
@@ -62,22 +52,6 @@ def _launch(size: int, k_block: int) -> Callable[[], object]:
     error = harness.relative_error(out[some], want)
     print(f"{size}, k_block {k_block}: {config}, error {error:.2e}", flush=True)
     return lambda: launch_gemm(config, x, w, out, xs, ws, None, k_block)
-
-
-def _graph(launch: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of `BUDGET` milliseconds, and how many launches that are."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    launch()
-    stop.record()
-    torch.cuda.synchronize()
-    count = max(1, int(BUDGET / start.elapsed_time(stop)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            launch()
-    graph.replay()
-    return graph, count
 
 
 def main() -> None:

@@ -5,8 +5,7 @@ estimated time is within `SLACK` of the best estimate take turns, launched from 
 cache does not hold. The winner is kept where it beats the estimated choice by more than `NOISE`.
 """
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +16,7 @@ from codegen.gemm import tuned
 from codegen.gemm.config import GemmConfig, GemmProblem, refusal
 from codegen.gemm.launch import launch_gemm, launch_row_gemm
 from codegen.gemm.tiling import all_configs, ceil_div, choose, estimated_time
+from codegen.launching.timing import in_turns
 from qcompiler.numerics import ALL
 
 SLACK = 2.0
@@ -123,7 +123,7 @@ def measure(problem: GemmProblem) -> Measured:
     estimated = choose(problem)
     sets = _operands(problem)
     launches = {config: [partial(_launch, problem, config, *each) for each in sets] for config in candidates(problem)}
-    times = _in_turns(launches)
+    times = in_turns(launches)
     return Measured(problem, dict(sorted(times.items(), key=lambda item: item[1])), estimated)
 
 
@@ -155,37 +155,3 @@ def _codes(rows: int, columns: int, problem: GemmProblem) -> Tensor:
     if problem.kind == "rows_i8":
         return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device="cuda")
     return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
-
-
-def _in_turns(
-    launches: Mapping[GemmConfig, Sequence[Callable[[], None]]], rounds: int = 5, budget: float = 4.0
-) -> dict[GemmConfig, float]:
-    """Microseconds of one launch: the median over rounds in which each configuration replays `budget` ms of them.
-
-    A device at its power limit gives whoever comes first the higher clock, hence the turns.
-    """
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graphs = {}
-    for config, turn in launches.items():
-        for _ in range(2):
-            start.record()
-            for launch in turn:
-                launch()
-            stop.record()
-            torch.cuda.synchronize()
-        repeats = max(1, min(400 // len(turn), int(budget / max(start.elapsed_time(stop), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in list(turn) * repeats:
-                launch()
-        graph.replay()
-        graphs[config] = graph, repeats * len(turn)
-    times: dict[GemmConfig, list[float]] = {config: [] for config in graphs}
-    for _ in range(rounds):
-        for config, (graph, count) in graphs.items():
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[config].append(1e3 * start.elapsed_time(stop) / count)
-    return {config: statistics.median(each) for config, each in times.items()}
