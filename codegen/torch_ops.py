@@ -1,15 +1,17 @@
 """The kernels as functional torch operators, in `torch.ops.qcompiler`.
 
-quantize, quantize_static and scaled_linear, and what is fused with them: fused_quantize and fused_linear. All have a
-fake implementation, so `torch.compile`, `torch.export` and CUDA graphs take them as opaque nodes; whatever depends on
-the number of rows happens inside, at run time, and no graph is specialised on it. On a CPU they are what
-`qcompiler.numerics` says; on a Hopper GPU they launch the Triton kernels of `codegen.kernels`.
+quantize, quantize_static and scaled_linear, what is fused with them (fused_quantize and fused_linear), and the products
+of groups of rows (grouped_linear and grouped_linear_masked). All have a fake implementation, so `torch.compile`,
+`torch.export` and CUDA graphs take them as opaque nodes; whatever depends on the number of rows happens inside, at run
+time, and no graph is specialised on it. On a CPU they are what `qcompiler.numerics` says; on a Hopper GPU they launch
+the Triton kernels of `codegen.kernels`.
 
 They are defined through `Library.define` and `Library.impl`, whose calls cost half of what `custom_op` costs. Importing
 this module needs no GPU.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from codegen.quantize.plain import (
 )
 from qcompiler import numerics
 from qcompiler.body import parse
+from qcompiler.dialects.kernel import fused_linear, fused_quantize
 from qcompiler.errors import CodegenError
 
 __all__ = ["ON_GPU", "SCALE_LAYOUTS"]
@@ -54,14 +57,12 @@ def _quantize_reference(
     x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_layout(block, scale_layout)
-    q, scale = numerics.quantize(x, block, dtype, profile, prescale)
-    return q, scale if scale_layout == "row_major" else scale_like(x, block[1], scale_layout).copy_(scale)
+    return _laid_out(*numerics.quantize(x, block, dtype, profile, prescale), block, scale_layout)
 
 
-def _quantize_cuda(
-    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return quantize_on_gpu(x, block, dtype, profile, scale_layout, prescale)
+def _laid_out(q: Tensor, scale: Tensor, block: Sequence[int], scale_layout: str) -> tuple[Tensor, Tensor]:
+    """Codes and their scales, with these in a layout."""
+    return q, scale if scale_layout == "row_major" else scale_like(q, block[1], scale_layout).copy_(scale)
 
 
 def _quantize_static_fake(
@@ -72,12 +73,6 @@ def _quantize_static_fake(
     if x.dim() == 0:
         raise CodegenError("cannot quantize a scalar", need="1 dimension or more")
     return x.new_empty(x.shape, dtype=dtype)
-
-
-def _quantize_static_cuda(
-    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
-) -> Tensor:
-    return quantize_static_on_gpu(x, scale, block, dtype, profile, prescale)
 
 
 def _scaled_linear_fake(
@@ -109,9 +104,11 @@ def _fused_quantize_reference(
     operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
     scale_layout: str,
 ) -> list[Tensor]:  # fmt: skip
-    named = {f"x{place}": x for place, x in enumerate(operands)}
-    result, *kept = parse(body).run(named, keep)
-    return [*_quantize_reference(result, block, dtype, profile, scale_layout), *kept]
+    check_layout(block, scale_layout)
+    q, scale, *kept = fused_quantize(
+        *operands, body=body, keep=keep, scale_layout=scale_layout, block=block, dtype=dtype, profile=profile
+    )
+    return [*_laid_out(q, scale, block, scale_layout), *kept]
 
 
 def _fused_linear_fake(
@@ -130,24 +127,27 @@ def _fused_linear_reference(
     body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
     dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    sums = _scaled_linear_reference(x_q, x_s, w_q, w_s, bias, x_block, w_block, torch.float32)
-    named = {f"x{place}": x for place, x in enumerate(others)}
-    (result,) = parse(body).run(named | {f"y{place}": y for place, y in enumerate(sums.chunk(parts, -1))})
+    run = partial(
+        fused_linear, x_q, x_s, w_q, w_s, bias, *others, body=body, parts=parts, x_block=x_block, w_block=w_block,
+        x_scale_layout="row_major",
+    )  # fmt: skip
     if block is None or dtype is None or profile is None or scale_layout is None:
-        return [result]
-    return list(_quantize_reference(result, block, dtype, profile, scale_layout))
+        return list(run())
+    check_layout(block, scale_layout)
+    q, scale = run(block=block, dtype=dtype, profile=profile)
+    return list(_laid_out(q, scale, block, scale_layout))
 
 
 _OPERATORS = (
     (
         "quantize(Tensor x, int[] block, ScalarType dtype, str profile, str scale_layout, Tensor? prescale=None) "
         "-> (Tensor, Tensor)",
-        (_quantize_reference, _quantize_cuda, _quantize_fake),
+        (_quantize_reference, quantize_on_gpu, _quantize_fake),
     ),
     (
         "quantize_static(Tensor x, Tensor scale, int[] block, ScalarType dtype, str profile, Tensor? prescale=None) "
         "-> Tensor",
-        (numerics.quantize_static, _quantize_static_cuda, _quantize_static_fake),
+        (numerics.quantize_static, quantize_static_on_gpu, _quantize_static_fake),
     ),
     (
         "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "

@@ -64,7 +64,7 @@ def check_layout(block: Sequence[int], layout: str) -> None:
 
 
 def quantize_on_gpu(
-    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None
+    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.quantize` on a CUDA device, with the scales in the given layout; the same errors."""
     what = ("quantize", *block, dtype, profile, scale_layout)
@@ -72,7 +72,7 @@ def quantize_on_gpu(
 
 
 def quantize_static_on_gpu(
-    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None
+    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
 ) -> Tensor:
     """`numerics.quantize_static` on a CUDA device; the same errors. The host does not wait for the scale."""
     what = ("quantize_static", *block, dtype, profile)
