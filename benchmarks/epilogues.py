@@ -155,7 +155,7 @@ def main() -> None:
     title = (
         "Products with a body, FP8 in [1, 128] and [128, 128] blocks: microseconds by warm CUDA-graph replay, in turns"
     )
-    harness.report("h200-epilogues", title, rows, harness.machine())
+    harness.gpu_report("epilogues", title, rows)
 
 
 if __name__ == "__main__":

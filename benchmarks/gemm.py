@@ -206,16 +206,16 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [measure(*shape) for shape in (*SHAPES, *MODEL_SHAPES)]
     title = "FP8 GEMM, 1x128 and 128x128 scales, bfloat16 out: TFLOP/s by warm CUDA-graph replay, in turns"
-    harness.report("h200-gemm", title, rows, harness.machine())
-    harness.report("h200-gemm-summary", "FP8 GEMM: geometric means of ratios", summary(rows), harness.machine())
+    harness.gpu_report("gemm", title, rows)
+    harness.gpu_report("gemm-summary", "FP8 GEMM: geometric means of ratios", summary(rows))
     rows = [measure_granularities(*shape) for shape in SHAPES]
     title = "8-bit GEMM of other granularities, bfloat16 out: TFLOP/s by warm CUDA-graph replay"
-    harness.report("h200-gemm-granularities", title, rows, harness.machine())
+    harness.gpu_report("gemm-granularities", title, rows)
     pairs = (("FP8 token x channel",) * 2, ("FP8 tensor x tensor",) * 2, ("INT8 token x channel", "INT8, int32 out"))
     many = [row for row in rows if int(row["M, N, K"].split(",")[0]) >= 1024]
     lines = [_line(f"{ours}, M >= 1024, x cuBLAS", [row[ours] / row[f"cuBLAS {its}"] for row in many])
              for ours, its in pairs]  # fmt: skip
-    harness.report("h200-gemm-granularities-summary", "Geometric means of ratios", lines, harness.machine())
+    harness.gpu_report("gemm-granularities-summary", "Geometric means of ratios", lines)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def main() -> None:
         rows += [measure(shape, weights, tokens, exponent) for tokens in TOKENS for exponent in (0.0, 1.0)]
         del weights
     title = "Grouped FP8 product, 1x128 and 128x128 scales, bfloat16 out: warm CUDA-graph replay, in turns"
-    harness.report("h200-grouped", title, rows, harness.machine())
+    harness.gpu_report("grouped", title, rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Operands are random (zeros run faster than data) and stay in place, so what fits
 import argparse
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -49,6 +50,12 @@ def machine() -> dict[str, str]:
     return facts | {"torch": torch.__version__, "cuda": str(torch.version.cuda), "triton": triton.__version__}
 
 
+def device() -> str:
+    """What names of results begin with: "h200" for an NVIDIA H200."""
+    found = re.search(r"[A-Z]+\d+", torch.cuda.get_device_name())
+    return found[0].lower() if found else "gpu"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; the keys of the first row are the header."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
@@ -74,6 +81,11 @@ def report(name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[st
     print(text)
     write(folder / f"{name}.json", json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
     write(folder / f"{name}.md", text)
+
+
+def gpu_report(name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The same for times of a GPU, which is named in front."""
+    report(f"{device()}-{name}", title, rows, machine())
 
 
 def arguments() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """What `codegen.gemm.tiling.choose` picks, beside the best of all configurations: every configuration is timed.
 
     python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures; a kind is one of those below
-    python benchmarks/heuristic.py --table [--out FOLDER]           only the table, from the times of an earlier run
+    python benchmarks/heuristic.py --table DEVICE [--out FOLDER]    only the table, from the times of an earlier run
 
 A row of the table is a shape: what was chosen, what was fastest, and their ratio, 1 at best. Few rows are timed twice,
 warm (one set of operands) and cold (a turn through so many weights that the cache holds none). Configurations take
@@ -24,7 +24,7 @@ from codegen.gemm.launch import launch_gemm, launch_row_gemm
 from codegen.gemm.tiling import all_configs, bucket, choose
 from codegen.launching.timing import in_turns
 
-NAME = "h200-heuristic"
+NAME = "heuristic"
 TITLE = "The choice of a configuration beside the best: microseconds by CUDA-graph replay, in turns"
 
 # (N, K) of the layers of Llama-3-8B, Llama-3-70B and DeepSeek-V3.
@@ -127,7 +127,7 @@ def compared(stored: dict[str, Any]) -> list[Row]:
     return table
 
 
-def write_table(stored: dict[str, Any], folder: Path) -> None:
+def write_table(stored: dict[str, Any], path: Path) -> None:
     """The table, and above it how often the choice is good."""
     table = compared(stored)
     lines = [f"# {stored['title']}", "", ", ".join(f"{key} {value}" for key, value in stored["machine"].items()), ""]
@@ -136,7 +136,7 @@ def write_table(stored: dict[str, Any], folder: Path) -> None:
         good = f"{sum(ratio >= 0.9 for ratio in ratios)} of {len(ratios)}"
         lines.append(f"{title.capitalize()}: {good} choices reach 0.9 of the best; the least is {min(ratios):.2f}.")
     lines.append("The paces in `codegen.gemm.tiling`, from which the choice is made, are fitted to these very times.")
-    harness.write(folder / f"{NAME}.md", "\n".join([*lines, "", harness.table(table), ""]))
+    harness.write(path.with_suffix(".md"), "\n".join([*lines, "", harness.table(table), ""]))
     print("\n".join(lines))
 
 
@@ -149,9 +149,9 @@ def _text(stored: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=KINDS, help="measure one kind, and keep the times of the others")
-    parser.add_argument("--table", action="store_true", help="measure nothing; use the times that are there")
+    parser.add_argument("--table", metavar="DEVICE", help="measure nothing; use the times of h200, say, that are there")
     options, folder = parser.parse_known_args()[0], harness.arguments().out
-    path = folder / f"{NAME}.json"
+    path = folder / f"{options.table or harness.device()}-{NAME}.json"
     empty: dict[str, Any] = {"title": TITLE, "machine": {}, "configs": {}, "rows": []}
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
     if not options.table:
@@ -165,7 +165,7 @@ def main() -> None:
             stored["machine"] = harness.machine()
             harness.write(path, _text(stored))
             print(name, file=sys.stderr, flush=True)
-    write_table(stored, folder)
+    write_table(stored, path)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     rows = [measure(m, n, k) for m in ROWS for n, k in SIZES]
-    harness.report("h200-launch-overhead", "Host time of a call, microseconds", rows, harness.machine())
-    harness.report("h200-launch-parts", "Host time of what a call is made of, microseconds", parts(), harness.machine())
+    harness.gpu_report("launch-overhead", "Host time of a call, microseconds", rows)
+    harness.gpu_report("launch-parts", "Host time of what a call is made of, microseconds", parts())
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def main() -> None:
     rows += [measure(name, 8192, 4096, copy, block=(1, -1), dtype=torch.int8) for name in ("quantize", *NORMS)]
     rows += [measure(*each, copy) for each in SMALL]
     title = f"Fused quantization: GB/s by warm CUDA-graph replay; a copy moves {copy:.0f} GB/s"
-    harness.report("h200-memory-bound", title, rows, harness.machine())
+    harness.gpu_report("memory-bound", title, rows)
 
 
 if __name__ == "__main__":

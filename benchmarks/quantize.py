@@ -71,7 +71,7 @@ def main() -> None:
         rows += [measure(8192, 8192, copy, block=TOKEN, dtype=dtype, prescaled=True)]
         rows += [measure(8192, 8192, copy, block=TENSOR, dtype=dtype, static=True, prescaled=True)]
     title = "Quantization of bfloat16: GB/s by warm CUDA-graph replay; (128, 7168) stays in L2"
-    harness.report("h200-quantize", title, rows, harness.machine())
+    harness.gpu_report("quantize", title, rows)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def main() -> None:
         rows += pool.map(lambda job: check(*job), [(tool, family) for tool in TOOLS for family in runnable])
     version = subprocess.run([_sanitizer(), "--version"], capture_output=True, text=True, check=False).stdout
     facts = harness.machine() | {"compute-sanitizer": version.strip().splitlines()[-1] if version else "?"}
-    harness.report("h200-sanitizer", "Every family of kernels under compute-sanitizer", rows, facts)
+    harness.report(f"{harness.device()}-sanitizer", "Every family of kernels under compute-sanitizer", rows, facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.fused_producer import ArithmeticThenQuantize
+from passes.fused_producer import TURNED_CODES, ArithmeticThenQuantize
 from qcompiler.ir import Rule
 from qcompiler.pass_manager import Effect, Pass
 
@@ -26,6 +26,7 @@ class FuseActivationQuantize(Pass):
 
     name: ClassVar[str] = "fuse-activation-quantize"
     effect: ClassVar[Effect] = Effect.REORDERS
+    budget: ClassVar[float] = TURNED_CODES
 
     def rules(self) -> Sequence[Rule]:
         """One rule, for arithmetic without a reduction over the row."""

@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 from passes.arithmetic import same_numbers, term_of
+from passes.fused_producer import TURNED_CODES
 from passes.region_bodies import body_of, in_order, rounded, substituted
 from passes.regions import Limits, Region, grow
 from qcompiler.body import Body, Expression, Name, parse
@@ -219,6 +220,7 @@ class FuseEpilogue(Pass):
 
     name: ClassVar[str] = "fuse-epilogue"
     effect: ClassVar[Effect] = Effect.REORDERS
+    budget: ClassVar[float] = TURNED_CODES
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.fused_producer import NO_REDUCTION, ArithmeticThenQuantize
+from passes.fused_producer import NO_REDUCTION, TURNED_CODES, ArithmeticThenQuantize
 from qcompiler.ir import Graph, Rule
 from qcompiler.pass_manager import Effect, Pass
 
@@ -26,6 +26,7 @@ class FuseNormQuantize(Pass):
 
     name: ClassVar[str] = "fuse-norm-quantize"
     effect: ClassVar[Effect] = Effect.REORDERS
+    budget: ClassVar[float] = TURNED_CODES
 
     def rules(self) -> Sequence[Rule]:
         """One rule, for arithmetic with a reduction over the row."""

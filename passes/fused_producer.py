@@ -22,6 +22,10 @@ from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorT
 OPERANDS = 6
 """How many operands a body may have."""
 
+TURNED_CODES = 4e-3
+"""Relative error that a last bit in front of a quantization may come to behind it: a code that turns is an eighth off,
+and in the few thousand of a small example one is enough for this."""
+
 NO_REDUCTION = Missed("no reduction over the row computes it")
 
 

@@ -171,7 +171,7 @@ class Validate(Instrument):
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
         """Runs the graph again; PassError names the pass and the first operation that differs by too much."""
-        limit = {Effect.EXACT: None, Effect.REORDERS: 0.0, Effect.LOSSY: step.budget}[step.effect]
+        limit = {Effect.EXACT: None, Effect.REORDERS: step.budget, Effect.LOSSY: step.budget}[step.effect]
         new = _run(graph, self.inputs)
         if missing := sorted(self._old.keys() ^ new.keys()):
             got = f"{missing[0]} is {'gone' if missing[0] in self._old else 'new'}"

@@ -54,7 +54,8 @@ class Pass(ABC):
     Attributes:
         name: The name in pipelines, with dashes.
         effect: What it may do to the numbers.
-        budget: For a lossy pass, the largest relative error (norm of the difference over norm) it may add to an output.
+        budget: The largest relative error (norm of the difference over norm) that a lossy pass may add to an output;
+            for one that reorders, what that may come to beyond its rounding, such as codes that it turns.
     """
 
     name: ClassVar[str]

@@ -118,7 +118,7 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def reciprocal_of(x):  # type: ignore[no-untyped-def]
-    """1 / x within 1 ulp, of ordinary numbers."""
+    """1 / x within 1 ulp, of ordinary numbers; zero where that would be subnormal."""
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )  # fmt: skip
@@ -128,10 +128,10 @@ def reciprocal_of(x):  # type: ignore[no-untyped-def]
 def silu(x):  # type: ignore[no-untyped-def]
     """x / (1 + exp(-x)), the quotient corrected by its exact remainder instead of a general division.
 
-    Above 2^126 the reciprocal would be subnormal; there the quotient is next to nothing, with the right sign. The
-    bound on it keeps the remainder of an infinity from becoming NaN.
+    Above 2^126 the reciprocal is subnormal, which `reciprocal_of` makes zero: what is next to nothing becomes nothing,
+    however large x is, with the right sign. The bounds keep the remainder of an infinity from becoming NaN.
     """
-    by = tl.minimum(1.0 + libdevice.exp(x * -1.0), 2.0**126)
+    by = tl.minimum(1.0 + libdevice.exp(x * -1.0), 2.0**127)
     reciprocal = reciprocal_of(by)
     quotient = tl.minimum(x * reciprocal, 3.4028234663852886e38)
     return tl.fma(tl.fma(quotient * -1.0, by, x), reciprocal, quotient)
@@ -144,7 +144,7 @@ def gelu_tanh(x):  # type: ignore[no-untyped-def]
     Which takes half as long, and is accurate where 1 + tanh(z) cancels.
     """
     twice = 1.5957691216057308 * (x + 0.044715 * (x * x * x))
-    by = tl.minimum(1.0 + libdevice.exp(twice * -1.0), 2.0**126)
+    by = tl.minimum(1.0 + libdevice.exp(twice * -1.0), 2.0**127)
     reciprocal = reciprocal_of(by)
     quotient = tl.minimum(x * reciprocal, 3.4028234663852886e38)
     return tl.fma(tl.fma(quotient * -1.0, by, x), reciprocal, quotient)
