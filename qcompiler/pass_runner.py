@@ -55,11 +55,31 @@ class Stages(Mapping[str, Graph]):
 
 
 @dataclass(frozen=True)
+class Step:
+    """One pass that has run.
+
+    Attributes:
+        stage: The name of the stage that it left.
+        spec: The pass with its options, as text.
+        effect: What it may do to the numbers: "exact", "reorders" or "lossy".
+        changed: Whether it says that it changed the graph.
+        seconds: How long it took, without the verifier and instruments.
+    """
+
+    stage: str
+    spec: str
+    effect: str
+    changed: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Run:
     """What came of a pipeline.
 
     Attributes:
         stages: The graph as captured and after each pass.
+        steps: The passes, in order.
         left_alone: Stage -> name of an operation -> why that pass left it alone; asked after the pass has run.
         reasons: Name of an operation -> why it was left alone, by the pass that knows best: the first that quantizes,
             or else the first that looked.
@@ -67,6 +87,7 @@ class Run:
     """
 
     stages: Stages
+    steps: tuple[Step, ...]
     left_alone: Mapping[str, Mapping[str, str]]
     reasons: Mapping[str, str]
     remarks: Mapping[str, str]
@@ -77,14 +98,17 @@ class _Record:
     """A run as far as it has come."""
 
     stages: Stages = field(default_factory=Stages)
+    steps: list[Step] = field(default_factory=list)
     left_alone: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def add(self, step: Pass, graph: Graph) -> None:
+    def add(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
         self.stages.add(step.name, graph)
+        name = list(self.stages)[-1]
+        self.steps.append(Step(name, str(step), step.effect.value, outcome.changed, outcome.seconds))
         reasons = _guarded(
             f"pass '{step}' failed unexpectedly while it was asked to explain", step, graph, step.explain
         )
-        self.left_alone[list(self.stages)[-1]] = reasons
+        self.left_alone[name] = reasons
 
     def finish(self, pipeline: Pipeline, remarks: Mapping[str, str]) -> Run:
         effects = [step.effect for step in pipeline]
@@ -94,7 +118,7 @@ class _Record:
         reasons: dict[str, str] = {}
         for _, more in order:
             reasons = {**more, **reasons}
-        return Run(self.stages, self.left_alone, reasons, remarks)
+        return Run(self.stages, tuple(self.steps), self.left_alone, reasons, remarks)
 
 
 def run_pipeline(
@@ -125,7 +149,7 @@ def run_pipeline(
         _verify(step, graph)
         for instrument in instruments:
             instrument.after(step, graph, outcome)
-        record.add(step, graph)
+        record.add(step, graph, outcome)
     for instrument in instruments:
         instrument.end(graph)
     remarks, graph.remarks = graph.remarks, {}

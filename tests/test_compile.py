@@ -86,6 +86,14 @@ def test_the_first_call_captures(mlp: Mlp) -> None:
     assert torch.equal(compiled(X[:2]), qcompiler.compile(mlp, example_inputs=(X,))(X[:2]))
 
 
+def test_each_pass_leaves_a_record(fast: CompiledModel) -> None:
+    assert [step.stage for step in fast.steps] == list(fast.stages)[1:]
+    assert [step.spec for step in fast.steps] == [str(step) for step in fast.pipeline]
+    tile = fast.steps[list(fast.stages).index("fp8-tile") - 1]
+    assert (tile.effect, tile.changed) == ("lossy", True) and tile.seconds > 0
+    assert not next(step for step in fast.steps if step.stage == "share-quantize").changed
+
+
 def test_stages_report_source_and_graph(fast: CompiledModel) -> None:
     assert list(fast.stages) == [
         "captured", "canonicalize", "dead-code", "merge-linears", "fp8-tile", "share-quantize", "fuse-linear",

@@ -20,7 +20,7 @@ from qcompiler.compiler.sizing import calls_to_plan
 from qcompiler.errors import CaptureError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import Stages
+from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
 from qcompiler.runtime.executable import HostWeights, check_device, run_host
 
@@ -35,6 +35,7 @@ class CompiledModel(torch.nn.Module):
     Attributes:
         graph: The graph after the last pass, with the weights.
         stages: "captured", then the graph after each pass, by the pass's name. Structure only.
+        steps: The passes that ran: how long each took, and whether it changed the graph.
         report: One row for each reader of weights: quantized, or why not.
         source: The generated host module.
         calibration: What was seen of the captured graph's values; None where the scheme needs no calibration.
@@ -78,6 +79,11 @@ class CompiledModel(torch.nn.Module):
     def stages(self) -> Stages:
         """The graph as captured and after each pass, by name, in order."""
         return self._done.stages
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The passes that ran: spec, effect, whether it changed the graph, and how long it took."""
+        return self._done.steps
 
     @property
     def report(self) -> Report:

@@ -27,7 +27,7 @@ from qcompiler.instruments import Instrument
 from qcompiler.ir import Graph, ScalarType, TensorType, Value
 from qcompiler.ir.graph import BUFFER
 from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import Stages, keep_text, run_pipeline
+from qcompiler.pass_runner import Stages, Step, keep_text, run_pipeline
 from qcompiler.report import Report, build_report
 from qcompiler.runtime.device import Target, target_for
 
@@ -63,6 +63,7 @@ class Program:
 
     graph: Graph
     stages: Stages
+    steps: tuple[Step, ...]
     report: Report
     calibration: Calibration | None
     host: HostModule
@@ -140,7 +141,7 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     graph.calibration = None
     if calibration is not None and calibration is not settings.calibration:
         calibration.batches = None  # the statistics stay, the user's data need not
-    return Program(graph, done.stages, report, calibration, host, signature, device, run)
+    return Program(graph, done.stages, done.steps, report, calibration, host, signature, device, run)
 
 
 def check_kernels(pipeline: Pipeline, target: Target) -> None:
