@@ -4,9 +4,12 @@
 
 Two models' projections at several numbers of tokens, routed evenly and by Zipf's law. The loop is of our own dense
 products, one for each expert that has tokens; it is given the group sizes, which it would have to wait for, and
-operands that are cut already. bfloat16 is torch's own grouped product. All take turns in CUDA graphs; the error is
+operands that are cut already. bfloat16 is torch's own grouped product. All take turns in CUDA graphs. The error is
 against the loop, whose products are tested by themselves. The masked kernel has room for as many rows in each group as
 the largest has.
+
+"eager" is the median of single calls with the device idle before each, launches by Python included, and for the loop
+also the wait for the group sizes: no graph holds a loop whose sizes are known on the device alone.
 """
 
 import statistics
@@ -86,6 +89,11 @@ class Operands:
         linear = torch.ops.qcompiler.scaled_linear
         return [linear(x, xs, w, ws, None, *TILES, torch.bfloat16) for x, xs, w, ws in self.parts]
 
+    def loop_of_sizes(self) -> list[Tensor]:
+        """The loop as a program runs it that has to ask the device for the sizes."""
+        self.counts.tolist()
+        return self.loop()
+
     def bf16(self) -> Tensor:
         return torch._grouped_mm(self.wide, self.weights.wide.transpose(-2, -1), offs=self.offsets)
 
@@ -146,6 +154,9 @@ def measure(shape: Projection, weights: Weights, tokens: int, exponent: float) -
         "us, qcompiler": ours,
         "us, qcompiler masked": times.get("masked"),
         "x loop": times["loop"] / ours,
+        "us, loop, eager": (loop := harness.eager(given.loop_of_sizes) * 1e3),
+        "us, qcompiler, eager": (alone := harness.eager(given.ours) * 1e3),
+        "x loop, eager": loop / alone,
         "x bf16": times["bf16"] / ours,
         "TFLOP/s": 2 * rows * shape.n * shape.k / ours / 1e6,
         "TB/s of weights": len(given.parts) * shape.n * shape.k / ours / 1e6,

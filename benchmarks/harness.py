@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +32,20 @@ def milliseconds(launch: Callable[[], object], *, replays: int = 7, budget: floa
         budget: Milliseconds of work in one graph, about.
     """
     return in_turns({"": [launch]}, rounds=replays, budget=budget)[""] / 1e3
+
+
+def eager(call: Callable[[], object], *, calls: int = 20) -> float:
+    """The median time in milliseconds of single calls with the device idle before each, launches by Python included."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(calls + 3):
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return float(statistics.median(times[3:]))
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -54,7 +54,7 @@ def shapes(name: str) -> list[tuple[int, int, int]]:
 
 def worth_a_try(config: GemmConfig, problem: GemmProblem) -> bool:
     """Without those that cannot win where there are many rows: tiles for few, or of 64 columns of more than 1024."""
-    few = config.variant == "narrow" or (config.block_n < 128 and problem.n > 1024)
+    few = config.variant in ("narrow", "split") or (config.block_n < 128 and problem.n > 1024)
     return refusal(config, problem) is None and not (problem.m >= 1024 and few)
 
 

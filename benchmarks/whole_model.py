@@ -6,8 +6,6 @@
 median of CUDA-graph replays in turns, in which neither Python nor launch gaps count.
 """
 
-import statistics
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,8 +38,9 @@ def main() -> None:
         models = {"bf16": model, **fast}
         with torch.no_grad():
             replays = in_turns({name: [partial(each, **batch)] for name, each in models.items()})
-        for name, each in models.items():
-            row[f"{name} eager ms"], row[f"{name} replay ms"] = eager(each, batch), replays[name] / 1e3
+            for name, each in models.items():
+                row[f"{name} eager ms"] = harness.eager(partial(each, **batch))
+                row[f"{name} replay ms"] = replays[name] / 1e3
         rows.append(row)
     for row in rows:
         for name in ("fp8_tile", "fp8_row", "int8_row"):
@@ -51,21 +50,6 @@ def main() -> None:
 
 def ids(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 1024, shape, device="cuda")}
-
-
-@torch.no_grad()
-def eager(model: Callable[..., Any], batch: dict[str, torch.Tensor]) -> float:
-    """Milliseconds of a call."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(23):
-        torch.cuda.synchronize()
-        start.record()
-        model(**batch)
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return float(statistics.median(times[3:]))
 
 
 if __name__ == "__main__":

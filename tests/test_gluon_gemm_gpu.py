@@ -1,6 +1,7 @@
 """The Gluon kernels on a Hopper GPU, each configuration by itself, against float64 of the same operands."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -86,10 +87,12 @@ def test_any_number_of_rows(config: GemmConfig) -> None:
         assert relative_error(out, exact(x, xs, w, ws)) <= 2.2e-3, m
 
 
-@configs
-@pytest.mark.parametrize("x_block", [32, 64, 256, 512, ALL])
+def gluon_configs(x_blocks: Sequence[int]) -> list[tuple[int, GemmConfig]]:
+    return [(x_block, c) for x_block in x_blocks for c in all_configs("tiles", x_block) if c.variant in GLUON]
+
+
+@pytest.mark.parametrize(("x_block", "config"), gluon_configs((32, 64, 256, 512, ALL)), ids=str)
 def test_other_tiles_of_the_activation(config: GemmConfig, x_block: int) -> None:
-    assert config in all_configs("tiles", x_block), "a kernel for [1, 128] that other tiles do not have"
     for m, n, k in ((65, 256, 1296), (300, 144, 400), (129, 136, 16)):
         assert can_run(config, m, n, k, torch.bfloat16, x_block)
         x, xs, w, ws = operands(m, n, k, x_block)
@@ -103,8 +106,7 @@ def test_other_tiles_of_the_activation(config: GemmConfig, x_block: int) -> None
             assert torch.equal(out, again), "a repeated run gave other bits: a race"
 
 
-@configs
-@pytest.mark.parametrize("x_block", [32, 64])
+@pytest.mark.parametrize(("x_block", "config"), gluon_configs((32, 64)), ids=str)
 def test_each_narrow_tile_has_its_own_scale(config: GemmConfig, x_block: int) -> None:
     # One tile of each row, not the same in all, has a scale that is not zero: what is left is the sum over that tile.
     m, n, k = 80, 136, 1024
@@ -166,8 +168,9 @@ def test_scales_in_rows_choose_a_portable_kernel() -> None:
             assert relative_error(out, exact(x, xs, w, ws)) <= 2e-3
 
 
-def test_splits_of_k_are_added_whatever_their_number() -> None:
-    config = next(config for config in CONFIGS if config.variant == "narrow")
+@pytest.mark.parametrize("variant", ["narrow", "split"])
+def test_splits_of_k_are_added_whatever_their_number(variant: str) -> None:
+    config = next(config for config in CONFIGS if config.variant == variant)
     seen = set()
     for k in (128, 640, 1040, 2048, 4096, 7168, 8208):
         x, xs, w, ws = operands(9, 136, k)

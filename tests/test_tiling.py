@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codegen.gemm.config import DEEPEST_INT8, GLUON, SHARED_MEMORY_LIMIT, GemmConfig, GemmProblem, Kind, refusal
+from codegen.gemm.config import WARP as WARPS
 from codegen.gemm.tiling import (
     MOST_SPLITS,
     SHORTEST_SPLIT,
@@ -112,6 +113,7 @@ def test_splits_fill_the_device_and_none_is_empty(m: int, n: int, k: int, sms: i
     assert (splits - 1) * depth < steps <= splits * depth
     assert splits == 1 or (splits <= MOST_SPLITS and tiles * splits <= sms and depth >= SHORTEST_SPLIT)
     assert split_depth(WARP, m, n, k, sms) == steps
+    assert split_depth(replace(NARROW, block_m=64, variant="split"), m, n, k, sms) == depth
 
 
 I8 = GemmConfig(128, 128, 128, 4, 3, 16, "tma")
@@ -166,14 +168,14 @@ families = pytest.mark.parametrize(("kind", "x_block"), FAMILIES)
 @families
 def test_configurations_are_few_and_lawful(kind: Kind, x_block: int) -> None:
     configs = all_configs(kind, x_block)
-    assert 1 < len(configs) <= 12 and len(set(configs)) == len(configs)
+    assert 1 < len(configs) <= 16 and len(set(configs)) == len(configs)
     for config in configs:
         for out_bytes in (2, 4):
             problem = replace(FINE, out_bytes=out_bytes, kind=kind, x_block=x_block)
             fits = config.shared_memory(out_bytes, problem.stage_scales) <= SHARED_MEMORY_LIMIT
             assert (refusal(config, problem) is None) == fits
             # The widest tile leaves no room for FP32 rows, which are rare.
-            assert fits or (config.variant == "warp" and out_bytes == 4)
+            assert fits or (config.variant in WARPS and out_bytes == 4)
 
 
 @given(
@@ -196,9 +198,10 @@ def test_every_problem_has_a_lawful_choice(
 @families
 def test_every_configuration_can_be_chosen(kind: Kind, x_block: int) -> None:
     problems = [
-        GemmProblem(m, n, 4096, aligned=aligned, kind=kind, x_block=x_block, scale_columns=columns)
-        for m in (16, 32, 64, 128, 256, 512, 1024, 4096)
-        for n in (512, 2112, 4096, 7168, 12800)
+        GemmProblem(m, n, k, aligned=aligned, kind=kind, x_block=x_block, scale_columns=columns)
+        for m in (16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+        for n in (512, 2112, 4096, 7168, 10240, 12800)
+        for k in (512, 2048, 4096, 8192)
         for aligned in (True, False)
         for columns in (True, False)
     ]
@@ -208,8 +211,9 @@ def test_every_configuration_can_be_chosen(kind: Kind, x_block: int) -> None:
 def test_big_products_use_the_copy_engine_and_small_ones_small_tiles() -> None:
     assert choose(FINE).variant == "warp"
     assert choose(replace(FINE, scale_columns=False)).variant == "tma"
-    for m in (16, 32, 64):
+    for m in (16, 32):
         assert choose(GemmProblem(m, 4096, 7168)) == replace(NARROW, block_m=m)
+    assert choose(GemmProblem(64, 4096, 7168)).variant == choose(GemmProblem(128, 4096, 7168)).variant == "split"
     small = choose(GemmProblem(64, 4096, 7168, scale_columns=False))
     assert small.block_m * small.block_n < TMA.block_m * TMA.block_n
 
@@ -247,7 +251,7 @@ def test_the_gluon_kernels_run_all_scales() -> None:
     for m in (16, 64):
         for kind, x_block in FAMILIES:
             config = choose(GemmProblem(m, 4096, 7168, kind=kind, x_block=x_block))
-            assert config.variant == "narrow" and config.block_m == m
+            assert config.variant in ("narrow", "split") and m <= config.block_m <= 64
 
 
 def test_no_configuration_is_an_error_with_all_reasons() -> None:

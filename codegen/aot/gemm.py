@@ -141,6 +141,8 @@ def _compile_gluon(
     types = _gluon_types(config, torch.float8_e4m3fn, out_dtype)
     types |= {"a_scale": f"tensordesc<fp32[1, {scales}],{scale_layout()!r}>", "w_scale": "*fp32"}
     constants = gluon_constants(config, x_block, out_dtype.itemsize) | {"w_scale_stride_k": 1}
+    if config.variant == "warp":
+        constants["depth"] = None
     return _compile_gluon_kernel(narrow_gemm if narrow else warp_gemm, config, types, constants, bias_dtype)
 
 

@@ -14,7 +14,7 @@ SHARED_MEMORY_LIMIT = 232448
 REGISTERS_FOR_ACCUMULATORS = 160
 """Of a thread's 255 registers, those that the tiles of 32-bit sums may take without spilling."""
 
-REGISTERS_OF_CONSUMERS = {2: 192, 3: 128}
+REGISTERS_OF_CONSUMERS = {1: 192, 2: 192, 3: 128}
 """The same by the number of consumers of the warp-specialized kernel, whose threads have 232 and 160 registers."""
 
 DEEPEST_INT8 = (2**31 - 1) // 127**2
@@ -23,11 +23,14 @@ DEEPEST_INT8 = (2**31 - 1) // 127**2
 Kind = Literal["tiles", "rows_f8", "rows_i8"]
 """Which family of kernels runs a product: scales inside the sum, or at its end, and then of which element type."""
 
-Variant = Literal["tma", "pointers", "warp", "narrow"]
+Variant = Literal["tma", "pointers", "warp", "split", "narrow"]
 """Which kernel of a family: a portable one on pointers, for scales inside the sum another one with the copy engine, and
-the Gluon kernels for many rows and for few."""
+the Gluon kernels for many rows, for less of them with K split, and for few."""
 
-GLUON: tuple[Variant, ...] = ("warp", "narrow")
+WARP: tuple[Variant, ...] = ("warp", "split")
+"""The warp-specialized kernel."""
+
+GLUON: tuple[Variant, ...] = (*WARP, "narrow")
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class GemmConfig:
         warps: Warps that multiply; each group of 4 is one warpgroup and needs 64 rows, or, of a narrow tile, columns.
         stages: Steps of K that are in shared memory at one time.
         group: Rows of tiles that follow each other in launch order.
-        variant: `"tma"`, `"pointers"`, `"warp"` (`codegen.kernels.warp_gemm`, `…warp_row_gemm`) or `"narrow"`
-            (`…narrow_gemm`, `…narrow_row_gemm`).
+        variant: `"tma"`, `"pointers"`, `"warp"` (`codegen.kernels.warp_gemm`, `…warp_row_gemm`), `"split"` (the former
+            with K split where there are too few tiles) or `"narrow"` (`…narrow_gemm`, `…narrow_row_gemm`).
     """
 
     block_m: int
@@ -112,9 +115,7 @@ class GemmConfig:
             out_bytes: Bytes of an element of the result.
             stage_scales: Of a Gluon kernel, as in `GemmProblem`.
         """
-        rows = (
-            64 * self.consumers * self.out_buffers(out_bytes, stage_scales) if self.variant == "warp" else self.block_m
-        )
+        rows = 64 * self.consumers * self.out_buffers(out_bytes, stage_scales) if self.variant in WARP else self.block_m
         written = 0 if self.variant == "narrow" else rows * self.block_n * out_bytes
         return self._ring(stage_scales) + written
 
@@ -134,7 +135,7 @@ class GemmConfig:
 
         A consumer of the warp-specialized kernel makes 64 rows in a step.
         """
-        rows = 0 if whole else min(self.block_m, 64 * self.consumers) if self.variant == "warp" else self.block_m
+        rows = 0 if whole else min(self.block_m, 64 * self.consumers) if self.variant in WARP else self.block_m
         return (self.block_m + rows) * self.block_n // (self.warps * 32)
 
     def __str__(self) -> str:
@@ -183,9 +184,10 @@ def _rules_of_tiles(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[boo
     )
     tiles = "one INT32 tile takes" if whole else "two FP32 tiles take"
     accumulators, limit = config.registers(whole), REGISTERS_FOR_ACCUMULATORS
-    if config.variant == "warp":
+    if config.variant in WARP:
         limit = REGISTERS_OF_CONSUMERS.get(config.consumers, 0)
-    shared = config.shared_memory(problem.out_bytes, problem.stage_scales)
+    out_bytes = 4 if config.variant == "split" else problem.out_bytes  # those of a split's sums
+    shared = config.shared_memory(out_bytes, problem.stage_scales)
     return (
         (config.warps % 4 != 0, f"{config.warps} warps are no whole number of warpgroups of 4"),
         (got % needed != 0, f"{config.warps} warps need a multiple of {needed} {side}, the tile has {got}"),
@@ -205,7 +207,7 @@ def _rules_of_copies(config: GemmConfig, problem: GemmProblem) -> tuple[tuple[bo
         (copies and not problem.aligned, "the copy engine needs operands that start at a multiple of 16 bytes"),
         (copies and problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, it is {problem.k}"),
         (
-            config.variant in ("tma", "warp") and out_row % 16 != 0,
+            config.variant in ("tma", *WARP) and out_row % 16 != 0,
             f"the copy engine needs output rows of a multiple of 16 bytes, they have {out_row}",
         ),
         (

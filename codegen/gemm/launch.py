@@ -52,7 +52,7 @@ def launch_gemm(
         bias: `[n]`, contiguous, or None.
         x_block: Columns of x that share a scale, or `ALL`.
     """
-    if config.variant == "warp":
+    if config.variant in ("warp", "split"):
         _launch_warp(config, x, w, out, x_scale, w_scale, bias, x_block)
     elif config.variant == "narrow":
         _launch_narrow(config, x, w, out, x_scale, w_scale, bias, x_block)
@@ -108,14 +108,22 @@ def _launch_warp(
     x_block: int,
 ) -> None:  # fmt: skip
     (m, k), n = x.shape, w.shape[0]
-    strides = w_scale.stride()
+    sms = multiprocessors(x.device.index)
+    depth = split_depth(config, m, n, k, sms)
+    splits = ceil_div(ceil_div(k, 128), depth)
+    rows = ceil_div(m, config.block_m) * config.block_m  # of a split: the copy engine would write beyond m
+    sums = out if splits == 1 else empty((splits * rows, n), torch.float32, x.device)
+    strides, added = w_scale.stride(), bias if splits == 1 else None
     arguments = (
-        *_gluon_tiles(config, x, w, out), _gluon_scales(x_scale, config.box), w_scale, bias, m, n, k, *strides,
+        *_gluon_tiles(config, x, w, sums), _gluon_scales(x_scale, config.box), w_scale, added, m, n, k, *strides,
+        None if config.variant == "warp" else depth,
     )  # fmt: skip
-    programs = min(multiprocessors(x.device.index), tiles_of(config, m, n))
-    what = _what(config, x, out, x_block, n, k, *strides)
-    constants = gluon_constants(config, x_block, out.element_size())
-    launch(warp_gemm, programs, arguments, constants, {"num_warps": 4}, (w_scale, bias), what)
+    what = _what(config, x, sums, x_block, n, k, *strides)
+    constants = gluon_constants(config, x_block, sums.element_size())
+    programs = min(sms, tiles_of(config, m, n) * splits)
+    launch(warp_gemm, programs, arguments, constants, {"num_warps": 4}, (w_scale, added), what)
+    if splits > 1:
+        _add_splits(sums, out, bias, rows, splits)
 
 
 def _launch_narrow(
@@ -137,10 +145,16 @@ def _launch_narrow(
         narrow_gemm, tiles_of(config, m, n) * splits, arguments, constants, options, (sums, w_scale, added), what
     )  # fmt: skip
     if splits > 1:
-        constants = {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": SUM_BLOCK}
-        programs, arguments = ceil_div(m * n, SUM_BLOCK), (sums, out, bias, m, n, splits)
-        what = (x.device.index, constants["SPLITS"], n)
-        launch(sum_splits, programs, arguments, constants, {"num_warps": 4}, (sums, out, bias), what)
+        _add_splits(sums, out, bias, m, splits)
+
+
+def _add_splits(sums: Tensor, out: Tensor, bias: Tensor | None, rows: int, splits: int) -> None:
+    """Adds the sums of the splits of K, each of which has `rows` rows."""
+    m, n = out.shape
+    constants = {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": SUM_BLOCK}
+    programs, arguments = ceil_div(m * n, SUM_BLOCK), (sums, out, bias, m, rows, n, splits)
+    what = (out.device.index, constants["SPLITS"], n)
+    launch(sum_splits, programs, arguments, constants, {"num_warps": 4}, (sums, out, bias), what)
 
 
 def _launch_warp_rows(

@@ -7,7 +7,7 @@ configurations that `codegen.gemm.config` does not refuse, the one with the leas
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codegen.gemm.config import GemmConfig, GemmProblem, Kind, refusal
+from codegen.gemm.config import WARP, GemmConfig, GemmProblem, Kind, refusal
 from qcompiler.errors import CodegenError
 
 MOST_SPLITS = 16
@@ -18,7 +18,7 @@ SHORTEST_SPLIT = 4
 
 
 class Pace(NamedTuple):
-    """Nanoseconds on an H200, fitted to the times of `benchmarks/heuristic.py`.
+    """Nanoseconds on an H100, fitted to the times of `benchmarks/heuristic.py`; those of an H200 counted for less.
 
     Attributes:
         alone: Of one step of K, of a tile that is alone on its multiprocessor, where waiting sets the pace.
@@ -38,74 +38,81 @@ class Pace(NamedTuple):
 
 _MEASURED: dict[tuple[Kind, int | None], dict[GemmConfig, Pace]] = {
     ("tiles", 128): {
-        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(800, 780, 2600, 2500),
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(510, 550, 1500, 2500),
-        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(370, 410, 1100, 3200),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(310, 270, 1400, 3200),
-        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(390, 230, 1600, 4100, 2300),
-        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(430, 300, 1200, 4000, 3100),
-        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(460, 360, 2000, 3600, 3100),
-        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(540, 260, 600, 3100),
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(600, 400, 1100, 3800),
-        GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): Pace(530, 210, 400, 4000),
-        GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): Pace(430, 170, 500, 3200),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(370, 730, 3400, 2000),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(290, 560, 1600, 2000),
+        GemmConfig(256, 128, 128, 8, 3, 4, "warp"): Pace(380, 770, 2100, 2100),
+        GemmConfig(192, 128, 128, 12, 4, 2, "warp"): Pace(270, 520, 2600, 2000),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(270, 420, 1800, 3000),
+        GemmConfig(128, 64, 128, 8, 6, 16, "split"): Pace(290, 290, 1200, 2700, 4500),
+        GemmConfig(64, 128, 128, 4, 6, 16, "split"): Pace(320, 310, 1400, 2700, 4500),
+        GemmConfig(64, 64, 128, 4, 8, 16, "split"): Pace(210, 220, 2300, 3500, 3200),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(270, 280, 1400, 3100),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(440, 290, 1200, 3200, 1800),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(470, 310, 1300, 2800, 1600),
+        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(550, 310, 1000, 3000),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(570, 350, 900, 2900),
+        GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): Pace(490, 210, 600, 3200),
+        GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): Pace(450, 160, 500, 2600),
     },
     ("tiles", 64): {
-        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(1000, 940, 2700, 4000),
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(680, 690, 2000, 2500),
-        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(490, 500, 2000, 3200),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(330, 290, 3800, 3900),
-        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(430, 290, 1800, 3900, 2500),
-        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(460, 310, 3200, 4000, 1500),
-        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(620, 490, 1700, 3200, 2900),
-        GemmConfig(64, 128, 64, 4, 4, 16, "tma"): Pace(280, 180, 1200, 3000),
-        GemmConfig(64, 128, 64, 4, 4, 16, "pointers"): Pace(370, 230, 600, 2500),
-        GemmConfig(64, 64, 64, 4, 5, 16, "pointers"): Pace(250, 110, 1700, 3000),
-        GemmConfig(64, 32, 64, 4, 5, 16, "pointers"): Pace(250, 90, 1200, 3200),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(650, 920, 1800, 2600),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(440, 650, 3000, 2300),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(320, 460, 2400, 2300),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(300, 290, 2900, 2500),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(420, 320, 1400, 2700, 1600),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(490, 310, 2500, 2800, 1500),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(560, 460, 2600, 2700, 2300),
+        GemmConfig(64, 128, 64, 4, 4, 16, "tma"): Pace(370, 210, 800, 2400),
+        GemmConfig(64, 128, 64, 4, 4, 16, "pointers"): Pace(420, 200, 800, 2000),
+        GemmConfig(64, 64, 64, 4, 5, 16, "pointers"): Pace(380, 120, 1300, 2400),
+        GemmConfig(64, 32, 64, 4, 5, 16, "pointers"): Pace(360, 100, 800, 2200),
     },
     ("tiles", 32): {
-        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(1180, 1190, 4000, 4400),
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(850, 910, 3200, 4400),
-        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(610, 580, 3700, 2700),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(420, 400, 3200, 3000),
-        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(460, 300, 2100, 3700, 2500),
-        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(530, 350, 3700, 3900, 1600),
-        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(790, 650, 1400, 4400, 4400),
-        GemmConfig(64, 128, 32, 4, 4, 16, "tma"): Pace(250, 140, 3500, 2500),
-        GemmConfig(64, 128, 32, 4, 4, 16, "pointers"): Pace(200, 140, 3800, 2500),
-        GemmConfig(64, 64, 32, 4, 5, 16, "pointers"): Pace(200, 80, 3900, 2500),
-        GemmConfig(64, 32, 32, 4, 5, 16, "pointers"): Pace(190, 70, 3400, 2500),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(770, 1270, 2600, 2900),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(550, 860, 4100, 3700),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(400, 620, 3600, 2100),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(340, 300, 4500, 2500),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(440, 310, 2100, 2700, 1800),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(520, 390, 3200, 2800, 2100),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(640, 690, 2100, 2900, 4500),
+        GemmConfig(64, 128, 32, 4, 4, 16, "tma"): Pace(300, 180, 2300, 2000),
+        GemmConfig(64, 128, 32, 4, 4, 16, "pointers"): Pace(280, 180, 2500, 2000),
+        GemmConfig(64, 64, 32, 4, 5, 16, "pointers"): Pace(300, 120, 2600, 2300),
+        GemmConfig(64, 32, 32, 4, 5, 16, "pointers"): Pace(280, 90, 2200, 3800),
     },
     ("rows_f8", 128): {
-        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(730, 730, 3200, 3800),
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(450, 490, 2700, 3000),
-        GemmConfig(128, 128, 128, 8, 5, 16, "warp"): Pace(340, 370, 2200, 3600),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(230, 200, 2800, 3600),
-        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(280, 170, 2100, 4300, 1800),
-        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(310, 200, 2500, 2800, 1500),
-        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(410, 300, 2200, 3600, 2600),
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(540, 290, 2000, 3900),
-        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(320, 130, 2700, 3700),
-        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(280, 120, 1400, 3000),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(320, 620, 4500, 4400),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(230, 420, 4500, 2000),
+        GemmConfig(192, 128, 128, 12, 4, 4, "warp"): Pace(240, 430, 3900, 2000),
+        GemmConfig(128, 128, 128, 8, 5, 16, "warp"): Pace(220, 320, 3500, 2700),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(220, 230, 3200, 3100),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(990, 310, 700, 3000, 500),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(420, 310, 1300, 2800, 2400),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(500, 430, 800, 2500, 2700),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(550, 380, 500, 2600),
+        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(330, 180, 1800, 2500),
+        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(310, 160, 600, 2500),
     },
     ("rows_i8", None): {
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(440, 470, 2600, 2800),
-        GemmConfig(128, 128, 128, 8, 5, 16, "warp"): Pace(310, 310, 2100, 3600),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(230, 220, 1400, 2800),
-        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(270, 170, 2200, 4300, 1700),
-        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(330, 190, 2900, 4200, 1500),
-        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(390, 280, 2600, 3800, 2200),
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(540, 230, 1600, 3700),
-        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(330, 120, 3000, 4400),
-        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(260, 90, 1700, 4200),
+        GemmConfig(192, 128, 128, 12, 4, 4, "warp"): Pace(210, 320, 4500, 2000),
+        GemmConfig(128, 128, 128, 8, 5, 4, "warp"): Pace(160, 170, 4100, 2700),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(180, 240, 2700, 2600),
+        GemmConfig(16, 128, 128, 4, 4, 1, "narrow"): Pace(320, 290, 1000, 2800, 1900),
+        GemmConfig(32, 128, 128, 4, 4, 1, "narrow"): Pace(330, 280, 2300, 2600, 1300),
+        GemmConfig(64, 128, 128, 4, 4, 1, "narrow"): Pace(480, 390, 1300, 2600, 1700),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(500, 210, 2800, 2900),
+        GemmConfig(64, 64, 128, 4, 4, 16, "pointers"): Pace(350, 200, 1000, 2300),
+        GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(280, 150, 500, 2500),
     },
 }
-"""The configurations that can be chosen, and how fast they are; `benchmarks/results/h200-gemm-tried.md` has the others.
+"""The configurations that can be chosen, and how fast they are; `benchmarks/results/h200-gemm-tried.md` and
+`h100-gemm-tried.md` have the others.
 
 Three portable tiles of one warpgroup fit on a multiprocessor, and one multiplies while another promotes; that is why
 the usual 128 x 128 tile of two warpgroups, which move in step, is slower almost everywhere for FP8 and is not here. The
-warp-specialized kernel needs one tile only. Narrow portable tiles wait longer through the copy engine than through
-pointers. The paces are those for which the choices lose least, on the shapes of `benchmarks/heuristic.py`."""
+warp-specialized kernel needs one tile only; where K is deep, it is faster with fewer rows of tiles that follow each
+other, so there are two orders of its large tiles. Narrow portable tiles wait longer through the copy engine than
+through pointers. The paces are those for which the choices lose least, on the shapes of `benchmarks/heuristic.py`."""
 
 
 def all_configs(kind: Kind = "tiles", x_block: int = 128) -> Sequence[GemmConfig]:
@@ -141,16 +148,16 @@ def estimated_time(config: GemmConfig, problem: GemmProblem) -> float:
     splits = ceil_div(ceil_div(problem.k, config.block_k), depth)
     rounds = ceil_div(tiles_of(config, problem.m, problem.n) * splits, problem.sms)
     step = pace.alone if rounds == 1 else max(pace.alone, rounds * pace.busy)
-    if config.variant == "warp" and 2 * problem.m <= config.block_m:
+    if config.variant in WARP and 2 * problem.m <= config.block_m:
         step *= 2  # the copy engine is slow in a tile of which half lies beyond its tensor
     steps = max(depth * step, problem.n * problem.k / pace.bandwidth)
     return (steps + rounds * pace.tail + (pace.sum if splits > 1 else 0)) / 1e3
 
 
 def split_depth(config: GemmConfig, m: int, n: int, k: int, sms: int) -> int:
-    """Steps of K in one split: all of them, unless the tile is narrow and there are too few to fill the device."""
+    """Steps of K in one split: all of them, unless the kernel splits K and there are too few tiles for the device."""
     steps = ceil_div(k, config.block_k)
-    if config.variant != "narrow":
+    if config.variant not in ("narrow", "split"):
         return steps
     splits = min(sms // tiles_of(config, m, n), steps // SHORTEST_SPLIT, MOST_SPLITS)
     return ceil_div(steps, max(splits, 1))

@@ -128,11 +128,11 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
     gl.store(places, total.to(out.dtype.element_ty), mask=(rows < m)[None, :] & (columns < n)[:, None])
 
 
-@triton.jit(do_not_specialize=["m", "splits"])
+@triton.jit(do_not_specialize=["m", "rows", "splits"])
 def sum_splits(  # type: ignore[no-untyped-def]
-    partial, out, bias, m, n, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    partial, out, bias, m, rows, n, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out[m, n] = sum over splits of partial[splits, m, n]  (+ bias[n]), always in one order.
+    """out[m, n] = sum over splits of partial[splits, rows, n], of which m rows count  (+ bias[n]), always in one order.
 
     Args:
         partial: float32, contiguous.
@@ -146,7 +146,8 @@ def sum_splits(  # type: ignore[no-untyped-def]
     size = m.to(tl.int64) * n
     every = tl.arange(0, SPLITS)[:, None]
     there = (every < splits) & (places < size)[None, :]
-    total = tl.sum(tl.load(partial + every * size + places[None, :], mask=there, other=0.0), axis=0)
+    apart = rows.to(tl.int64) * n
+    total = tl.sum(tl.load(partial + every * apart + places[None, :], mask=there, other=0.0), axis=0)
     if bias is not None:
         total += tl.load(bias + places % n, mask=places < size, other=0.0).to(tl.float32)
     tl.store(out + places, total.to(out.dtype.element_ty), mask=places < size)

@@ -19,13 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from codegen.kernels.warp_pipeline import give_turn, produce, store, tile_of, wait_for_turn
+from codegen.kernels.warp_pipeline import blocks_of, give_turn, produce, splits_of, store, tile_of, wait_for_turn
 
 
 @gluon.jit
 def _consume(  # type: ignore[no-untyped-def]
     WHO: gl.constexpr, out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
-    w_scale_stride_n, w_scale_stride_k, height, width,
+    w_scale_stride_n, w_scale_stride_k, depth, height, width,
     CONSUMERS: gl.constexpr, WAVES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Multiplies, promotes and stores the rows of consumer number WHO in all tiles of this block of threads."""
@@ -46,17 +46,18 @@ def _consume(  # type: ignore[no-untyped-def]
     BUFFERS: gl.constexpr = out_ring.shape[0] // CONSUMERS
     TURNS: gl.constexpr = CONSUMERS * WAVES > 2 and SUBS == 1
     scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES * SUBS, ROWS], FLAT)
-    blocks = gl.cdiv(k, 128)
+    tiles = height * width
     turn = 0
     if TURNS and WHO == CONSUMERS - 1:
         give_turn(NEXT)
-    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
-        tile_m, tile_n = tile_of(tile, height, width, GROUP)
+    for tile in range(gl.program_id(0), tiles * splits_of(k, depth), gl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile if depth is None else tile % tiles, height, width, GROUP)
+        split, first_block, blocks = blocks_of(tile, tiles, k, depth)
         total0 = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
         if WAVES == 2:
             total1 = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
         part = gl.zeros([64, BLOCK_N], gl.float32, SUMS)
-        w_scales = w_scale + (tile_n * BLOCK_N // 128).to(gl.int64) * w_scale_stride_n
+        w_scales = w_scale + (tile_n * BLOCK_N // 128).to(gl.int64) * w_scale_stride_n + first_block * w_scale_stride_k
         w_next = gl.load(w_scales)
         for block in range(blocks):
             stage = turn % STAGES
@@ -95,7 +96,7 @@ def _consume(  # type: ignore[no-untyped-def]
                     total1 += part * (scale1 * w_now)[:, None]
                     total1 = warpgroup_mma_wait(0, deps=(total1,))
             turn += 1
-        row = (tile_m * CONSUMERS + WHO) * WAVES * 64
+        row = ((split * height + tile_m) * CONSUMERS + WHO) * WAVES * 64
         first, last = out_ring.index(WHO * BUFFERS), out_ring.index((WHO + 1) * BUFFERS - 1)
         store(out, first, total0, row, tile_n * BLOCK_N, bias, n, BUFFERS - 1)
         if WAVES == 2:
@@ -105,9 +106,9 @@ def _consume(  # type: ignore[no-untyped-def]
         wait_for_turn(WHO)  # every turn that was given is taken
 
 
-@gluon.jit(do_not_specialize=["m"])
+@gluon.jit(do_not_specialize=["m", "depth"])
 def warp_gemm(  # type: ignore[no-untyped-def]
-    a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k,
+    a, w, out, a_scale, w_scale, bias, m, n, k, w_scale_stride_n, w_scale_stride_k, depth,
     CONSUMERS: gl.constexpr, WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, SPAN: gl.constexpr,
     SUBS: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
@@ -122,7 +123,9 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, a's rows].
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None.
-        CONSUMERS: Warpgroups that multiply, 2 or 3.
+        depth: Blocks of K of a split, each of which is a row of tiles of the output, one split below the other; or
+            None, and K is not split.
+        CONSUMERS: Warpgroups that multiply, 1 to 3.
         WAVES: How often 64 rows each of them owns; BLOCK_M is 64 CONSUMERS WAVES.
         STAGES: Blocks of K that are in shared memory at one time.
         GROUP: Rows of tiles that follow each other.
@@ -151,23 +154,32 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         gl.warp_specialize(
             [
                 (_consume, (gl.constexpr(0), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
-                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                            w_scale_stride_n, w_scale_stride_k, depth, height, width, CONSUMERS, WAVES, GROUP)),
                 (_consume, (gl.constexpr(1), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
-                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
+                            w_scale_stride_n, w_scale_stride_k, depth, height, width, CONSUMERS, WAVES, GROUP)),
                 (_consume, (gl.constexpr(2), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
-                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
-                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
+                            w_scale_stride_n, w_scale_stride_k, depth, height, width, CONSUMERS, WAVES, GROUP)),
+                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN, depth)),
             ],
             [4, 4, 1], [160, 160, 32],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (gl.constexpr(0), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, depth, height, width, CONSUMERS, WAVES, GROUP)),
+                (_consume, (gl.constexpr(1), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
+                            w_scale_stride_n, w_scale_stride_k, depth, height, width, CONSUMERS, WAVES, GROUP)),
+                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN, depth)),
+            ],
+            [4, 1], [232, 40],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (_consume, (gl.constexpr(0), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
-                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
-                (_consume, (gl.constexpr(1), out, w_scale, bias, a_ring, w_ring, s_ring, out_ring, full, free, n, k,
-                            w_scale_stride_n, w_scale_stride_k, height, width, CONSUMERS, WAVES, GROUP)),
-                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN)),
+                            w_scale_stride_n, w_scale_stride_k, depth, height, width, CONSUMERS, WAVES, GROUP)),
+                (produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP, SPAN, depth)),
             ],
-            [4, 1], [232, 40],
+            [1], [40],
         )  # fmt: skip

@@ -26,6 +26,25 @@ def tile_of(tile, height, width, GROUP: gl.constexpr):  # type: ignore[no-untype
 
 
 @gluon.jit
+def splits_of(k, depth):  # type: ignore[no-untyped-def]
+    """How many splits of K there are, of `depth` blocks each; one where that is None."""
+    return 1 if depth is None else gl.cdiv(gl.cdiv(k, 128), depth)
+
+
+@gluon.jit
+def blocks_of(tile, tiles, k, depth):  # type: ignore[no-untyped-def]
+    """To which split of K a tile belongs, `tiles` being in each, the first of its blocks, and how many it has."""
+    blocks = gl.cdiv(k, 128)
+    if depth is None:
+        split, first, count = 0, 0, blocks
+    else:
+        split = tile // tiles
+        first = split * depth
+        count = gl.minimum(depth, blocks - first)
+    return split, first, count
+
+
+@gluon.jit
 def wait_for_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
     """Waits until the warpgroup before this one has handed the turn to number WHO.
 
@@ -51,7 +70,8 @@ def give_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def produce(  # type: ignore[no-untyped-def]
-    a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr
+    a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr,
+    depth=None,
 ):  # fmt: skip
     """Fills the ring, stage after stage, for all tiles of this block of threads.
 
@@ -64,9 +84,11 @@ def produce(  # type: ignore[no-untyped-def]
     ROWS: gl.constexpr = a_ring.shape[1]
     SUBS: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // a_ring.shape[0]
     turn = 0
-    for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
-        tile_m, tile_n = tile_of(tile, height, width, GROUP)
-        for block in range(gl.cdiv(k, 128)):
+    tiles = height * width
+    for tile in range(gl.program_id(0), tiles * splits_of(k, depth), gl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile if depth is None else tile % tiles, height, width, GROUP)
+        _, first, count = blocks_of(tile, tiles, k, depth)
+        for block in range(first, first + count):
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
             bar = full.index(stage)
