@@ -1,5 +1,8 @@
 // The window onto the drawing: scroll to move, pinch or Ctrl-scroll to zoom, drag to move.
 
+const LEAST_READABLE = 0.7;
+/** The zoom below which type is too small, so that less is shown instead. */
+
 class Canvas {
   constructor(svg) {
     this.svg = svg;
@@ -59,13 +62,15 @@ class Canvas {
     this.apply();
   }
 
-  /** Shows all of the drawing, or as much from its top on as can be read. */
-  fit() {
+  /** Shows all of the drawing, or, where that could not be read, a part of it. */
+  fit(part) {
     const { width, height } = this.window;
     const whole = Math.min(width / this.extent.width, height / this.extent.height, 1.15);
-    this.zoom = Math.max(whole, Math.min(0.6, width / this.extent.width), 0.05);
-    this.x = (width - this.extent.width * this.zoom) / 2;
-    this.y = Math.max(0, (height - this.extent.height * this.zoom) / 2);
+    this.zoom = Math.max(whole, LEAST_READABLE);
+    const [wide, high] = [this.extent.width * this.zoom, this.extent.height * this.zoom];
+    const between = (low, value, high) => Math.min(high, Math.max(low, value));
+    this.x = wide <= width ? (width - wide) / 2 : between(width - wide, width / 2 - (part.x + part.width / 2) * this.zoom, 0);
+    this.y = high <= height ? (height - high) / 2 : between(height - high, height / 4 - part.y * this.zoom, 0);
     this.apply();
   }
 

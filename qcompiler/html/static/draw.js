@@ -37,8 +37,10 @@ function drawOp(node, marks, act) {
   return shape("g", acting(label, { class: classes.join(" "), transform: `translate(${x} ${y})`, "data-op": op.id }, () => act(node)),
     shape("rect", { width, height, rx: end ? 13 : 5 }),
     end ? null : shape("rect", { class: "dialect", x: 0, y: 6, width: 3, height: height - 12, rx: 1.5 }),
-    text(node.lines[0], 11, node.lines[1] ? 17 : height / 2 + 4, "title"),
+    shape("text", { x: 11, y: node.lines[1] ? 17 : height / 2 + 4, class: "title" }, node.lines[0],
+      node.note && shape("tspan", { class: "note", dx: 10 }, node.note)),
     node.lines[1] ? text(node.lines[1], 11, 32, "detail") : null,
+    more(node),
     shape("title", {}, op.text));
 }
 
@@ -59,19 +61,25 @@ function drawModule(node, marks, act) {
       hits ? `${hits} found` : node.lines[1],
       ...["added", "removed", "changed"].filter((fate) => counts[fate])
         .map((fate, index) => shape("tspan", { class: `mark-${fate}`, dx: 9 }, changes[index]))),
+    more(node),
     shape("title", {}, module.path));
+}
+
+/** How many readers there are to which no edge is drawn until the node is selected. */
+function more(node) {
+  return node.more ? shape("text", { x: node.width - 2, y: node.height + 11, class: "more" }, `→ ${node.more} more`) : null;
 }
 
 function drawBox(box, marks, act) {
   const { module, x, y, width, height } = box;
   const head = acting(`Close module ${module.path}`, { class: "head", "aria-expanded": "true", "data-module": module.path }, () => act(box));
-  const name = cut(module.name, Math.max(4, Math.floor((width - 30) / TEXT.op)));
+  const name = cut(module.name, Math.max(4, Math.floor((width - 30) / WIDE.title)));
   return shape("g", { class: "box", transform: `translate(${x} ${y})` },
     shape("rect", { class: "frame", width, height, rx: 9 }),
     shape("g", head,
-      shape("rect", { width, height: BOX_HEAD - 4, rx: 9 }),
-      text("−", 10, 15, "sign"),
-      text(name, 24, 15, "title"),
+      shape("rect", { width, height: BOX_HEAD, rx: 9 }),
+      text("−", 10, 16, "sign"),
+      text(name, 23, 16, "title"),
       shape("title", {}, `${module.path}: ${plural(module.all.length, "operation")}`)));
 }
 
@@ -83,6 +91,7 @@ function drawEdge(edge, marks) {
   const points = edge.points;
   const classes = ["edge"];
   if (edge.old) classes.push("old");
+  if (edge.far) classes.push("far");
   if (marks.near?.has(edge)) classes.push("near");
   const values = [...edge.values];
   const names = values.slice(0, 12).map((name) => `%${name}`).join("\n") + (values.length > 12 ? `\nand ${values.length - 12} more` : "");
