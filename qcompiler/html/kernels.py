@@ -1,6 +1,6 @@
-"""The kernels that a compiled graph calls, equal ones together, and what a Hopper GPU is chosen for some numbers of rows.
+"""The kernels that a compiled graph calls, equal ones together, and the configurations for some numbers of rows.
 
-    32 x kernel.scaled_linear  N 6144  K 4096      16 rows: narrow 16x128x128 ...      4096 rows: warp 256x128x128 ...
+32 x kernel.scaled_linear  N 6144  K 4096      16 rows: narrow 16x128x128 ...      4096 rows: warp 256x128x128 ...
 """
 
 from typing import Any
@@ -91,4 +91,3 @@ def _blocks(op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _out_bytes(op: Op) -> int:
     return op.results[0].tensor.dtype.bytes
-

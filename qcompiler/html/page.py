@@ -35,7 +35,7 @@ def render_page(title: str, data: dict[str, Any]) -> str:
     """The text of the page: valid UTF-8 whatever the names in the data are."""
     style = "\n".join(map(_asset, STYLES))
     library = _asset(LIBRARY)
-    script = "(() => {{\n\"use strict\";\n{}\n}})();".format("\n".join(map(_asset, SCRIPTS)))
+    script = '(() => {{\n"use strict";\n{}\n}})();'.format("\n".join(map(_asset, SCRIPTS)))
     parts = {
         "title": html.escape(title),
         "policy": _policy(style, library, script),
