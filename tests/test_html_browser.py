@@ -45,7 +45,7 @@ def compiled() -> Any:
         hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
         num_hidden_layers=2,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = transformers.LlamaForCausalLM(config).bfloat16().eval()
     batch = {"input_ids": torch.arange(12).reshape(2, 6)}
     fast = qcompiler.compile(model, example_kwargs=batch)
     return fast, qcompiler.attribute_error(fast, batch)
@@ -147,6 +147,21 @@ def test_nodes_do_not_overlap(opened: Opened, report: Path) -> None:
     for index, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[index + 1 :]:
             assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+
+
+def test_every_reading_is_one_edge(opened: Opened, report: Path, compiled: Any) -> None:
+    page = opened.goto(report, "#stage=captured")
+    for label in ("weights", "sizes"):
+        page.get_by_label(label).check()
+    page.get_by_role("button", name="Open all modules").click()
+    graph = compiled[0].stages["captured"]
+    expect(page.locator(".node")).to_have_count(len(graph))
+    pairs = {(value.op, op) for op in graph for _, value in op.operands()}
+    expect(page.locator(".edge")).to_have_count(len(pairs))
+    ends = page.locator(".edge").evaluate_all("all => all.map(each => each.querySelector('.wide title').textContent)")
+    assert {name for text in ends for name in text.split("\n")} == {
+        str(value) for op in graph for _, value in op.operands()
+    }
 
 
 def test_search_finds_and_goes_there(opened: Opened, report: Path) -> None:
@@ -290,7 +305,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         y = self.norm(x) * scale
-        return x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        out: torch.Tensor = x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        return out
 
 
 class Stack(nn.Module):

@@ -15,7 +15,7 @@ from qcompiler.testing import random_graph
 TEXT = """\
 func @mlp(%x: bf16[4, 8]) -> (bf16[4, 8]) {
   %w = core.param() {name = "w"} : bf16[8, 8]
-  %q, %s = quant.quantize(%x) {block = [1, 8], dtype = f8e4m3fn, profile = "vllm"} : f8e4m3fn[4, 8], f32[4, 1] loc(in "h.0")
+  %q, %s = quant.quantize(%x) {block = [1, 8], dtype = i8, profile = "vllm"} : i8[4, 8], f32[4, 1] loc(in "h.0")
   %d = quant.dequantize(%q, %s) {block = [1, 8], out_dtype = bf16} : bf16[4, 8] loc(in "h.0")
   %y = aten.mul.Tensor(%d, %d) : bf16[4, 8] loc(in "h")
   %z = aten.linear(%y, %w) : bf16[4, 8]
@@ -36,7 +36,7 @@ digraph "mlp" {
     n4 [label = "aten.mul.Tensor\\n%y: bf16[4, 8]"]
     subgraph "cluster_h.0" {
       label = "0"; labeljust = l; color = "#c0c6cc"; fontname = "monospace"; fontsize = 10
-      n2 [label = "quant.quantize\\n%q: f8e4m3fn[4, 8]\\n%s: f32[4, 1]", fillcolor = "#ede7f9"]
+      n2 [label = "quant.quantize\\n%q: i8[4, 8]\\n%s: f32[4, 1]", fillcolor = "#ede7f9"]
       n3 [label = "quant.dequantize\\n%d: bf16[4, 8]", fillcolor = "#ede7f9"]
     }
   }

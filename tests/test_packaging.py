@@ -116,7 +116,8 @@ def test_the_wheel_has_three_top_level_names(contents: zipfile.ZipFile) -> None:
     info = f"qcompiler-{PROJECT['version']}.dist-info"
     assert {name.partition("/")[0] for name in contents.namelist()} == {*PACKAGES, info}
     assert contents.read(f"{info}/top_level.txt").decode().split() == sorted(PACKAGES)
-    assert f"{info}/licenses/LICENSE" in contents.namelist()
+    for name in PROJECT["license-files"]:
+        assert f"{info}/licenses/{name}" in contents.namelist()
 
 
 def test_the_wheel_has_all_modules_and_types(contents: zipfile.ZipFile) -> None:

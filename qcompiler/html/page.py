@@ -17,10 +17,10 @@ from typing import Any
 
 from qcompiler.errors import InputError
 
-LIBRARY = "vendor/dagre.min.js"
-"""Places the nodes of a graph: https://github.com/dagrejs/dagre, version 3.1.3, MIT licence (in the same folder)."""
+LIBRARY, LIBRARY_NAME = "vendor/dagre.min.js", "dagre 3.1.3"
+"""Places the nodes of a graph: https://github.com/dagrejs/dagre."""
 
-LICENCE = "vendor/dagre.LICENSE.txt"
+LICENCE, LICENCE_NAME = "vendor/dagre.LICENSE.txt", "MIT licence"
 
 SCRIPTS = (
     "elements.js", "data.js", "hierarchy.js", "layout.js", "canvas.js", "draw.js", "strip.js", "search.js", "panel.js",
@@ -41,7 +41,8 @@ def render_page(title: str, data: dict[str, Any]) -> str:
         "policy": _policy(style, library, script),
         "style": style,
         "data": as_script_data(data),
-        "licence": f"dagre 3.1.3\n\n{_asset(LICENCE)}",
+        "credit": f"{LIBRARY_NAME}, {LICENCE_NAME}",
+        "licence": html.escape(_asset(LICENCE)),
         "library": library,
         "script": script,
     }

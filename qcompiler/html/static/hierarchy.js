@@ -73,20 +73,27 @@ function interleaved(stage, removed) {
   return [...stage.ops.flatMap((op) => [...(waiting.get(op.id) ?? []), op]), ...run];
 }
 
-/** The edges between operations that a view draws: [from, to, value, whether it is of the graph before]. */
+/**
+ * The edges between operations that a view draws: [from, to, value, whether it was removed]. Beside what the graph reads
+ * there is, in "both", what removed operations read, and what was read of them by those that are still there.
+ */
 function readings(stage, ops, side) {
   const drawn = new Set(ops), found = [];
-  const walk = (op, makers, old) => {
-    for (const [, name] of op.operands) {
+  const { removed, twins } = stage.differences;
+  const gone = new Set(removed);
+  const walk = (op, { operands }, makers, old, counts = () => true) => {
+    for (const [, name] of operands) {
       const maker = resolve(makers.get(name), drawn, stage, old);
-      if (maker) found.push([maker, op, name, old]);
+      if (maker && counts(maker)) found.push([maker, op, name, old]);
     }
   };
-  const removed = new Set(stage.differences.removed);
   for (const op of ops) {
-    if (side === "before" && stage.before) walk(op, stage.before.makers, false);
-    else if (removed.has(op)) walk(op, stage.before.makers, true);
-    else walk(op, stage.makers, false);
+    if (side === "before" && stage.before) walk(op, op, stage.before.makers, false);
+    else if (gone.has(op)) walk(op, op, stage.before.makers, true);
+    else {
+      walk(op, op, stage.makers, false);
+      if (side === "both" && twins.has(op)) walk(op, twins.get(op), stage.before?.makers ?? stage.makers, true, (maker) => gone.has(maker));
+    }
   }
   return found;
 }
@@ -145,24 +152,16 @@ function tally(ops, fate) {
   return counts;
 }
 
-/** Opens modules from the outside in while there is room for what they hold: those that stand together, or none. */
+/** The modules to open so that at most so many nodes are drawn: level by level from the outside, each as a whole. */
 function opened(stage, options, most) {
   const tree = moduleTree(stage, visibleOps(stage, options).ops);
   const open = new Set();
   const shown = (module) => module.ops.length + module.modules.size;
   let room = most - shown(tree);
-  let groups = [tree];
-  while (groups.length) {
-    const next = [];
-    for (const group of groups.sort((a, b) => b.all.length - a.all.length)) {
-      const inner = [...group.modules.values()].filter((module) => module.all.length > 1);
-      const cost = inner.reduce((sum, module) => sum + shown(module) - 1, 0);
-      if (cost > room) continue;
-      room -= cost;
-      for (const module of inner) open.add(module.path);
-      next.push(...inner);
-    }
-    groups = next;
+  for (let level = [tree]; level.length && room >= 0; ) {
+    level = level.flatMap((module) => [...module.modules.values()]).filter((module) => module.all.length > 1);
+    room -= level.reduce((sum, module) => sum + shown(module) - 1, 0);
+    if (room >= 0) for (const module of level) open.add(module.path);
   }
   return open;
 }
