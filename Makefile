@@ -70,7 +70,7 @@ PIP_INSTALL = install() { if [ -t 1 ]; then $(RUN) -m pip install "$$@"; else $(
 # A browser for the tests of the HTML report and the program that draws DOT, where they can be had; elsewhere these skip.
 APT_INSTALL = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && \
 	! { command -v chromium && command -v dot; } >/dev/null 2>&1; then \
-	{ timeout 60 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y --no-install-recommends \
+	{ timeout 40 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 150 apt-get install -y --no-install-recommends \
 	chromium graphviz; } >/dev/null 2>&1 || true; fi
 
 # `unfinished` stays when anything below fails or is stopped half-way; the next run then begins with a new venv.

@@ -45,7 +45,8 @@ def compiled() -> Any:
         hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
         num_hidden_layers=2,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model = model.bfloat16().eval()
     batch = {"input_ids": torch.arange(12).reshape(2, 6)}
     fast = qcompiler.compile(model, example_kwargs=batch)
     return fast, qcompiler.attribute_error(fast, batch)
