@@ -40,6 +40,8 @@ FLOORS = {
     "qcompiler.attribution": 5,
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
+    "qcompiler.explorer": 5,
+    "qcompiler.html": 5,
     "qcompiler.pipelines": 5,
     "qcompiler.report": 5,
     "qcompiler.schemes": 5,
