@@ -197,7 +197,7 @@ LAST = "stages/04_to-kernels.qir"
 
 def test_a_graph_that_was_edited_with_care(folder: Path) -> None:
     edit(folder, LAST, "[128, 128]", "[128, 64]")
-    with pytest.raises(QCompilerError, match=r"04_to-kernels|rule V"):
+    with pytest.raises(QCompilerError, match=r"(?s)rule V.*\(in .*04_to-kernels\.qir\)"):
         qcompiler.load(folder)
 
 
@@ -284,7 +284,7 @@ def outcome(folder: Path, **options: Any) -> CompiledModel | None:
 
 
 PATIENT = settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
 )
 
 

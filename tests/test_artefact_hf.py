@@ -31,18 +31,13 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def bert() -> Any:
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**TINY)).eval()
-
-
 def mixtral() -> Any:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4)
     return transformers.MixtralForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("make", [llama, bert, mixtral])
+@pytest.mark.parametrize("make", [llama, mixtral])
 def test_outputs_come_back_as_their_class(make: Callable[[], Any], tmp_path: Path) -> None:
     fast = qcompiler.compile(make(), example_kwargs={"input_ids": IDS})
     fast.save(tmp_path / "model")

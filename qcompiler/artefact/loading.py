@@ -30,7 +30,7 @@ from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler.model import CompiledModel, class_with
 from qcompiler.compiler.program import Program, Settings, generate, plain_torch
-from qcompiler.errors import ArtefactError, ParseError, QCompilerError
+from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
 from qcompiler.ir import Graph
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
@@ -166,7 +166,11 @@ def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Col
     """ArtefactError when the graph is illegal, not what the signature calls, or calls what it must not."""
     last = str(folder.path / list(folder.manifest.stages.values())[-1])
     check_operators(graph, trust, last)
-    graph.verify()
+    try:
+        graph.verify()
+    except VerifyError as error:
+        error.where = last
+        raise
     inputs = tuple(value.name for value in graph.inputs)
     if inputs != signature.input_names or len(graph.outputs) != signature.out_spec.num_leaves:
         raise ArtefactError(

@@ -200,9 +200,12 @@ def _may_be_named(path: str) -> bool:
 
 def _not_found(path: str, need: str, node: Node) -> ArtefactError:
     module = path.partition(":")[0]
+    fix = f"Import {module} before the artefact is loaded."
+    if IMPORTABLE.fullmatch(module):
+        fix = 'Install a transformers that has it: pip install "qcompiler[hf]".'
     return ArtefactError(
         "the model's arguments or results are of a class that is not known here", got=path, need=need,
-        where=f"{node.file}, {node.place}", fix=f"Import {module} before the artefact is loaded.",
+        where=f"{node.file}, {node.place}", fix=fix,
     )  # fmt: skip
 
 
