@@ -113,7 +113,9 @@ def test_what_no_text_can_say() -> None:
 
 
 def test_a_class_that_transformers_does_not_have() -> None:
-    structure = {"class": {"name": "transformers.models.none.modeling_none:X", "context": None, "children": []}}
+    structure: dict[str, Any] = {
+        "class": {"name": "transformers.models.none.modeling_none:X", "context": None, "children": []}
+    }
     with pytest.raises(ArtefactError, match=r'Install a transformers that has it: pip install "qcompiler\[hf\]"'):
         structure_from_json(Node(structure, "results", FILE))
 
