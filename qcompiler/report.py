@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import takewhile
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -13,6 +13,7 @@ from qcompiler.dialects.kernel import FUSED
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.ir.dataflow import parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
+from qcompiler.lineage import lineages
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
 OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
@@ -141,11 +142,11 @@ def build_report(
     """
     graphs = unfused(stages.values())
     captured, last = graphs[0], graphs[-1]
-    lineages = _lineages(graphs)
+    known_as = lineages(graphs)
     rows = []
     for op, params in _readers(captured):
         name = op.results[0].name
-        names = lineages.get(name, [])
+        names = known_as.get(name, [])
         quantized = bool(names) and _is_quantized(last[names[-1]].op)
         known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
         reason = "" if quantized else known if names else DEAD
@@ -174,24 +175,6 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
         constant = dict.fromkeys(value for _, value in op.operands() if graph.is_constant(value))
         if params := dict.fromkeys(param for value in constant for param in parameters_of(value)):
             yield op, list(params)
-
-
-def _lineages(graphs: list[Graph]) -> dict[str, list[str]]:
-    """Value of the first graph -> the names that it has gone by, its last one included; without what was removed.
-
-    A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, that one's name stays.
-    """
-    lineages = {value.name: [value.name] for op in graphs[0] for value in op.results}
-    for before, after in pairwise(graphs):
-        alive = {value.name for op in after for value in op.results}
-        for first, names in list(lineages.items()):
-            while names[-1] not in alive:
-                users = before.users(before[names[-1]])
-                if len(users) != 1 or not users[0].results:
-                    del lineages[first]
-                    break
-                names.append(users[0].results[0].name)
-    return lineages
 
 
 def _is_quantized(op: Op) -> bool:

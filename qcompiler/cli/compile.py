@@ -1,0 +1,90 @@
+"""`qcompiler compile`: from a model to a folder that holds what was made of it."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+import qcompiler
+from qcompiler.cli.huggingface import text_calls
+from qcompiler.cli.inputs import SUFFIX, Call, calls_in, example_in, random_call
+from qcompiler.cli.models import Loaded, load_model
+from qcompiler.cli.output import print_json
+from qcompiler.cli.progress import Progress
+from qcompiler.cli.requests import overrides_of, pipeline_of
+from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
+from qcompiler.errors import InputError
+from qcompiler.pass_manager import Pipeline
+from qcompiler.report import Report
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compiles, saves, and prints the report."""
+    scheme = options.scheme or (DEFAULT_SCHEME if options.pipeline is None else None)
+    pipeline = pipeline_of(scheme, options.pipeline, overrides_of(options.override))
+    output = Path(options.output)
+    if output.exists():
+        raise InputError("the output is there already", got=str(output), need="a folder that is not there yet")
+    progress = Progress(shown=not options.quiet, passes=len(pipeline))
+    with progress.showing():
+        progress.stage("loading")
+        loaded = load_model(options.model, options.device)
+        compiled = _compiled(loaded, pipeline, options, progress)
+        progress.stage("saving")
+        compiled.save(output)
+    if options.json:
+        print_json({"artefact": str(output), "scheme": scheme, "pipeline": str(pipeline),
+                    "seconds": progress.seconds, "report": report_document(compiled.report)})  # fmt: skip
+    else:
+        print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows what each pass did")
+    return 0
+
+
+def _compiled(loaded: Loaded, pipeline: Pipeline, options: argparse.Namespace, progress: Progress) -> CompiledModel:
+    batches = list(_batches(loaded.folder, options))
+    example = _example(loaded, options, known=bool(batches))
+    progress.stage("capture")
+    return qcompiler.compile(
+        loaded.release(),
+        pipeline=pipeline,
+        calibration=batches or None,
+        example_inputs=None if example is None else example.args,
+        example_kwargs=None if example is None else example.kwargs,
+        dynamic_shapes=None if options.fixed_sizes else "auto",
+        target=options.target,
+        strict=not options.allow_unquantized,
+        instruments=[progress],
+    )
+
+
+def _example(loaded: Loaded, options: argparse.Namespace, known: bool) -> Call | None:
+    """What to capture the model on; None leaves it to the calibration data, or to the exported program."""
+    if options.input:
+        return random_call(options.input).on(options.device)
+    if options.example is not None:
+        return example_in(options.example).on(options.device)
+    if known or isinstance(loaded.model, ExportedProgram):
+        return None
+    if loaded.example is None:
+        fix = 'Give some: --input "x=bf16[4,256]", --example FILE, or a factory that returns the model and its inputs.'
+        raise InputError("the model needs example inputs to be captured on", got="none", fix=fix)
+    return loaded.example
+
+
+def _batches(folder: Path | None, options: argparse.Namespace) -> Iterator[Any]:
+    for path in options.calibration:
+        calls: Sequence[Call] | Iterator[Call] = (
+            calls_in(path)
+            if path.endswith(SUFFIX)
+            else text_calls(folder, path, options.batch_size, options.max_length)
+        )
+        for index, call in enumerate(calls):
+            yield call.on(options.device).as_batch(f"call {index} of {path}")
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """A report as JSON has it."""
+    return {"summary": report.summary(), **asdict(report)}

@@ -1,0 +1,59 @@
+"""What there is to inspect: the graphs of a run by stage, and what else is known of it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import qcompiler
+from qcompiler.cli.opt import read_graph
+from qcompiler.errors import InputError, did_you_mean
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import numbered
+from qcompiler.pass_runner import Step
+from qcompiler.report import Report
+
+DUMPED = re.compile(r"\d\d+_([\w#-]+)")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a pipeline.
+
+    Attributes:
+        stages: Name -> the graph as captured, and as each pass left it, in order.
+        steps: What is known of the passes, by stage; nothing where only texts were kept.
+        report: What became of the readers of weights, where that is known.
+        source: The host module, where there is one.
+    """
+
+    stages: Mapping[str, Graph]
+    steps: Mapping[str, Step]
+    report: Report | None = None
+    source: str | None = None
+
+    def stage(self, name: str) -> Graph:
+        """The graph of a stage; InputError with did-you-mean when there is none."""
+        if name not in self.stages:
+            raise InputError("no such stage", got=repr(name), fix=did_you_mean(name, self.stages))
+        return self.stages[name]
+
+
+def read_record(name: str) -> Record:
+    """What an artefact, a folder of dumped graphs, or a single .qir file has to show; InputError for anything else."""
+    path = Path(name)
+    if not path.is_dir():
+        return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
+    if (path / MANIFEST).is_file():
+        compiled = qcompiler.load(path)
+        steps = {step.stage: step for step in compiled.steps}
+        return Record(compiled.stages, steps, compiled.report, compiled.source)
+    stages: dict[str, Graph] = {}
+    for file in sorted(path.glob("*.qir")):
+        if (match := DUMPED.fullmatch(file.stem)) is not None:
+            stages[numbered(match[1], stages)] = read_graph(str(file))
+    if not stages:
+        need = f"an artefact (with a {MANIFEST}), or graphs such as 00_captured.qir"
+        raise InputError("the folder holds nothing to inspect", got=name, need=need)
+    return Record(stages, {})
