@@ -9,30 +9,33 @@ from typing import Any
 from torch.export import ExportedProgram
 
 import qcompiler
+from qcompiler.artefact.folder import check_replaceable
 from qcompiler.cli.huggingface import text_calls
 from qcompiler.cli.inputs import SUFFIX, Call, calls_in, example_in, random_call
 from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
 from qcompiler.cli.progress import Progress
-from qcompiler.cli.requests import overrides_of, pipeline_of
+from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
 from qcompiler.errors import InputError
-from qcompiler.pass_manager import Pipeline
 from qcompiler.report import Report
 
 
 def run(options: argparse.Namespace) -> int:
     """Compiles, saves, and prints the report."""
     scheme = options.scheme or (DEFAULT_SCHEME if options.pipeline is None else None)
-    pipeline = pipeline_of(scheme, options.pipeline, overrides_of(options.override))
+    overrides = overrides_of(options.override)
+    pipeline = pipeline_of(scheme, options.pipeline, overrides)
+    if needs_data(pipeline) and not options.calibration:
+        raise InputError("the passes need calibration data", got=str(pipeline), fix="Give some: --calibration FILE.")
     output = Path(options.output)
-    if output.exists():
-        raise InputError("the output is there already", got=str(output), need="a folder that is not there yet")
+    check_replaceable(output.resolve())
+    asked = {"pipeline": pipeline} if scheme is None else {"scheme": scheme, "overrides": overrides}
     progress = Progress(shown=not options.quiet, passes=len(pipeline))
     with progress.showing():
         progress.stage("loading")
         loaded = load_model(options.model, options.device)
-        compiled = _compiled(loaded, pipeline, options, progress)
+        compiled = _compiled(loaded, asked, options, progress)
         progress.stage("saving")
         compiled.save(output)
     if options.json:
@@ -43,13 +46,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compiled(loaded: Loaded, pipeline: Pipeline, options: argparse.Namespace, progress: Progress) -> CompiledModel:
+def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, progress: Progress) -> CompiledModel:
     batches = list(_batches(loaded.folder, options))
     example = _example(loaded, options, known=bool(batches))
     progress.stage("capture")
     return qcompiler.compile(
         loaded.release(),
-        pipeline=pipeline,
+        **asked,
         calibration=batches or None,
         example_inputs=None if example is None else example.args,
         example_kwargs=None if example is None else example.kwargs,

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from passes.calibrate import Calibrate
 from qcompiler.cli.docstrings import attributes, first_line, sentence
 from qcompiler.cli.output import print_json
-from qcompiler.cli.requests import overrides_of, pipeline_of
-from qcompiler.pass_manager import Effect, Pass, Pipeline
+from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
+from qcompiler.pass_manager import Effect, Pass
 from qcompiler.pass_options import default_of, print_option
 from qcompiler.pipelines import Recipe
 from qcompiler.schemes import Scheme, find, recipe_of
@@ -38,11 +37,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("\n".join(_in_words(document)))
     return 0
-
-
-def needs_data(pipeline: Pipeline) -> bool:
-    """Whether real inputs must be seen."""
-    return any(isinstance(step, Calibrate) for step in pipeline)
 
 
 def _scheme_options(scheme: Scheme | None, recipe: Recipe | None) -> list[dict[str, Any]]:

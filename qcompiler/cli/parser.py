@@ -84,6 +84,14 @@ def _quiet(parser: argparse.ArgumentParser) -> None:
 
 def _artefact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artefact", metavar="DIR", help="a folder that `qcompiler compile` wrote")
+    _trust(parser)
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="NAMESPACE",
+        help="operators beside torch's own that the graph may call; may be given several times",
+    )  # fmt: skip
 
 
 def _sizes(text: str) -> list[int]:
@@ -114,7 +122,11 @@ _count.__name__ = "number from 1"
 def _compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
-        "--output", "-o", metavar="DIR", required=True, help="the folder to write; it must not be there yet"
+        "--output",
+        "-o",
+        metavar="DIR",
+        required=True,
+        help="the folder to write: a new or empty one, or an artefact, which is replaced",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--scheme", "-s", help=f"{SCHEME} (default: fp8_tile)")

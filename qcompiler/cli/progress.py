@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -37,18 +37,16 @@ class Progress(Instrument):
     @contextmanager
     def showing(self) -> Iterator["Progress"]:
         """Shows progress until the block ends; then the times, if it ended well."""
-        if not self._shown:
-            yield self
-            return
-        with self._console.status("") as self._status:
+        with self._console.status("") if self._shown else nullcontext() as self._status:
             yield self
         self._status = None
-        self._finish()
-        self._console.print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
+        self._over()
+        if self._shown:
+            self._console.print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
 
     def stage(self, name: str) -> None:
         """A new stage begins, and the one before it is over."""
-        self._finish()
+        self._over()
         self._name, self._since = name, time.perf_counter()
         self.tell(name)
 
@@ -57,7 +55,7 @@ class Progress(Instrument):
         if self._status is not None:
             self._status.update(text)
 
-    def _finish(self) -> None:
+    def _over(self) -> None:
         if self._name:
             taken = time.perf_counter() - self._since
             self.seconds[self._name] = self.seconds.get(self._name, 0.0) + taken

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import qcompiler
+import qcompiler.dialects  # noqa: F401  (fills the table of operations)
+from qcompiler.artefact.loading import read_report, read_stages, reading
+from qcompiler.artefact.manifest import HOST
+from qcompiler.artefact.manifest import NAME as MANIFEST
 from qcompiler.cli.opt import read_graph
 from qcompiler.errors import InputError, did_you_mean
 from qcompiler.ir import Graph
@@ -14,7 +17,6 @@ from qcompiler.pass_runner import Step
 from qcompiler.report import Report
 
 DUMPED = re.compile(r"\d\d+_([\w#-]+)")
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,15 @@ def read_record(name: str) -> Record:
     if not path.is_dir():
         return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
     if (path / MANIFEST).is_file():
-        compiled = qcompiler.load(path)
-        steps = {step.stage: step for step in compiled.steps}
-        return Record(compiled.stages, steps, compiled.report, compiled.source)
-    stages: dict[str, Graph] = {}
+        with reading(path.resolve()) as artefact:  # not loaded: it may be for a device that is not here
+            stages, _ = read_stages(artefact)
+            report, steps = read_report(artefact)
+            return Record(stages, {step.stage: step for step in steps}, report, artefact.text(HOST))
+    dumped: dict[str, Graph] = {}
     for file in sorted(path.glob("*.qir")):
         if (match := DUMPED.fullmatch(file.stem)) is not None:
-            stages[numbered(match[1], stages)] = read_graph(str(file))
-    if not stages:
+            dumped[numbered(match[1], dumped)] = read_graph(str(file))
+    if not dumped:
         need = f"an artefact (with a {MANIFEST}), or graphs such as 00_captured.qir"
         raise InputError("the folder holds nothing to inspect", got=name, need=need)
-    return Record(stages, {})
+    return Record(dumped, {})

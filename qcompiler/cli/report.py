@@ -2,16 +2,13 @@
 
 import argparse
 
-import qcompiler
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.output import print_json
+from qcompiler.cli.records import read_record
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the report of an artefact, or writes it as a page."""
-    compiled = qcompiler.load(options.artefact)
-    if options.json:
-        print_json(report_document(compiled.report))
-    else:
-        print(compiled.report)
+    """Prints the report of an artefact."""
+    report = read_record(options.artefact).report
+    print_json(report_document(report)) if options.json else print(report)
     return 0

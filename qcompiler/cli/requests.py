@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from passes.calibrate import Calibrate
 from qcompiler.errors import PassError
 from qcompiler.pass_manager import Pipeline
 from qcompiler.schemes import pipeline as scheme_pipeline
@@ -33,3 +34,8 @@ def overrides_of(given: Sequence[str]) -> dict[str, str | None] | None:
         found.pop(pattern, None)  # the last one that fits counts, also in place
         found[pattern] = None if scheme == NOTHING else scheme
     return found or None
+
+
+def needs_data(pipeline: Pipeline) -> bool:
+    """Whether real inputs must be seen."""
+    return any(isinstance(step, Calibrate) for step in pipeline)

@@ -14,6 +14,7 @@ from codegen.gemm import tuner
 from codegen.launching import warmup as warming
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.capture.signature import Signature
 from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
 from qcompiler.compiler.sizing import calls_to_plan
@@ -114,6 +115,11 @@ class CompiledModel(torch.nn.Module):
     def origin(self) -> Any:
         """The model that was compiled; None when nobody else holds it any more, since this one does not."""
         return self._pending[0] or (self._origin() if self._origin is not None else None)
+
+    @property
+    def signature(self) -> Signature:
+        """How it is called: its arguments as the graph takes them, and the sizes that they may have."""
+        return self._done.signature
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The inputs of the graph for a call; InputError when they are not of the kind that it was captured for."""
