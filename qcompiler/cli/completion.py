@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import shtab
 
 from qcompiler.cli.parser import build_parser
+from qcompiler.pass_manager import offered
 from qcompiler.runtime.device import AUTO, TARGETS
 from qcompiler.schemes import GROUP, SCHEMES, offered
 

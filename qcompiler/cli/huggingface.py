@@ -75,11 +75,17 @@ def _tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> Call:
 
 
 def _loaded(what: str, folder: Path, kind: Any, **options: Any) -> Any:
+    logging = _transformers().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # ours is there already, or none is wanted
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # a damaged folder fails in any way
         got = f"{type(error).__name__}: {error}"
         raise InputError(f"{what} cannot be loaded", got=got, where=str(folder)) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     if options.stage is not None:
         _graph(record.stage(options.stage), options)
     elif options.diff is not None:
-        _difference(record, *options.diff, options)
+        _difference(record, options)
     elif options.op is not None:
         _history(history(record.stages, options.op), options)
     elif options.source:
@@ -37,7 +37,8 @@ def _graph(graph: Graph, options: argparse.Namespace) -> None:
     print_json({"stage": options.stage, "graph": text}) if options.json else print(text)
 
 
-def _difference(record: Record, before: str, after: str, options: argparse.Namespace) -> None:
+def _difference(record: Record, options: argparse.Namespace) -> None:
+    before, after = options.diff
     text = diff(record.stage(before), record.stage(after))
     if options.json:
         print_json({"before": before, "after": after, "diff": text})

@@ -137,7 +137,7 @@ class CompiledModel(torch.nn.Module):
         """Compiles the kernels that calls would launch, all at one time, without computing anything.
 
             compiled.warmup()                        # for 1, 2, 4, … 8192 rows, as far as the model can have them
-            compiled.warmup(rows=[1, 16, 512])       # rows are tokens: the last free size, the others at their least
+            compiled.warmup(rows=[1, 16, 512])       # tokens: the last free size of the first input; others least
             compiled.warmup(s0=1, s1=range(16, 513, 16))
             compiled.warmup(x, {"input_ids": ids})   # real calls, of which only the sizes matter
 
