@@ -41,6 +41,7 @@ FLOORS = {
     "qcompiler.attribution": 5,
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
+    "qcompiler.html": 5,
     "qcompiler.lineage": 5,
     "qcompiler.pipelines": 5,
     "qcompiler.report": 5,

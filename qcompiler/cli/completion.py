@@ -8,7 +8,7 @@ import shtab
 from qcompiler.cli.parser import build_parser
 from qcompiler.pass_manager import offered
 from qcompiler.runtime.device import AUTO, TARGETS
-from qcompiler.schemes import GROUP, SCHEMES, offered
+from qcompiler.schemes import GROUP, SCHEMES
 
 FILES = ("FILE", "PATH", "MODEL", "GRAPH")
 FOLDERS = ("DIR",)

@@ -4,10 +4,10 @@ import copy
 import inspect
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -23,11 +23,15 @@ from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
 from qcompiler.compiler.sizing import calls_to_plan
 from qcompiler.errors import CaptureError, QCompilerError
+from qcompiler.html import html_report, write_page
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
 from qcompiler.runtime.executable import HostWeights, check_device, run_host
+
+if TYPE_CHECKING:
+    from qcompiler.attribution import ErrorReport
 
 NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 
@@ -96,6 +100,11 @@ class CompiledModel(torch.nn.Module):
         return self._done.report
 
     @property
+    def left_alone(self) -> Mapping[str, Mapping[str, str]]:
+        """Stage -> name of a value -> why that pass left what computes it alone."""
+        return self._done.left_alone
+
+    @property
     def source(self) -> str:
         """The text of the host module."""
         return self._done.host.source
@@ -129,6 +138,19 @@ class CompiledModel(torch.nn.Module):
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The inputs of the graph for a call; InputError when they are not of the kind that it was captured for."""
         return list(self._done.signature.flatten(args, kwargs))
+
+    def to_html(self, path: "str | os.PathLike[str]", attribution: "ErrorReport | None" = None) -> None:
+        """Writes the report as one HTML file that needs nothing else: see `qcompiler.html`.
+
+        Args:
+            path: Written whole or not at all.
+            attribution: What `qcompiler.attribute_error` found, to be shown, too.
+
+        Raises:
+            CaptureError: The model is not captured yet.
+            InputError: The file cannot be written.
+        """
+        write_page(path, html_report(self, attribution))
 
     def warmup(
         self, *calls: Any, rows: Iterable[int] | None = None, progress: warming.Progress | None = None,

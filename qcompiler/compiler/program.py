@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -89,6 +89,7 @@ class Program:
     target: str
     device: torch.device
     run: Callable[..., tuple[Any, ...]]
+    left_alone: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -160,7 +161,9 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     graph.calibration = None
     if calibration is not None and calibration is not settings.calibration:
         calibration.batches = None  # the statistics stay, the user's data need not
-    return Program(graph, done.stages, done.steps, report, calibration, host, signature, target.name, device, run)
+    return Program(
+        graph, done.stages, done.steps, report, calibration, host, signature, target.name, device, run, done.left_alone
+    )
 
 
 def check_kernels(pipeline: Pipeline, target: Target) -> None:

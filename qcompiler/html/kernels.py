@@ -1,0 +1,93 @@
+"""The kernels that a compiled graph calls, equal ones together, and what a Hopper GPU is chosen for some numbers of rows.
+
+32 x kernel.scaled_linear  N 6144  K 4096      16 rows: narrow 16x128x128 ...      4096 rows: warp 256x128x128 ...
+"""
+
+from typing import Any
+
+from codegen.fused_gemm.epilogue import handed_over
+from codegen.fused_gemm.tiling import FusedGemmProblem, choose_fused
+from codegen.gemm.config import GemmProblem, Kind
+from codegen.gemm.tiling import choose
+from codegen.support import is_tiled, why_not
+from qcompiler.body import parse
+from qcompiler.dialects.aten import torch_dtype
+from qcompiler.errors import CodegenError
+from qcompiler.ir import DType, Graph, Op, Value, print_argument
+
+ROWS = (1, 16, 128, 1024, 8192)
+"""The numbers of rows for which configurations are shown: decoding, small batches, prefill."""
+
+PRODUCTS = ("kernel.scaled_linear", "kernel.fused_linear")
+FUSED_BLOCKS = ((1, 128), (128, 128))
+"""Blocks of activations and weights that the fused kernel multiplies."""
+
+
+def describe_kernels(graph: Graph) -> dict[str, Any]:
+    """One row for each different call of a kernel, with the names of the values that such calls compute."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for op in graph.ops():
+        if not op.name.startswith("kernel."):
+            continue
+        operands = tuple(print_argument(None) if arg is None else _type(arg) for arg in op.args)
+        key = (op.name, operands, tuple((name, print_argument(op.attrs[name])) for name in sorted(op.attrs)))
+        row = rows.setdefault(key, {})
+        if not row:
+            row |= {"op": op.name, "operands": operands, "attrs": key[2], "values": [], "choices": _choices(op)}
+            row["result"] = _type(op.results[0])
+        row["values"].append(op.results[0].name)
+    return {"rows": ROWS, "kinds": list(rows.values())}
+
+
+def _type(arg: Any) -> str:
+    return str(arg.type) if isinstance(arg, Value) else print_argument(arg)
+
+
+def _choices(op: Op) -> list[str]:
+    """The configuration for each of `ROWS`, or why there is none; nothing for what is no product."""
+    return [_choice(op, rows) for rows in ROWS] if op.name in PRODUCTS else []
+
+
+def _choice(op: Op, rows: int) -> str:
+    why = why_not(*_blocks(op), torch_dtype(op.tensor(0).tensor.dtype), torch_dtype(op.tensor(2).tensor.dtype))
+    if why is not None:
+        return f"no kernel: {why}"
+    try:
+        return _fused(op, rows) if op.name == "kernel.fused_linear" else str(choose(_problem(op, rows, _out_bytes(op))))
+    except CodegenError as error:
+        return f"no kernel: {error}"
+
+
+def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
+    """The product alone, on a device of 132 multiprocessors, with operands that are aligned."""
+    n, k = (int(str(size)) for size in op.tensor(2).tensor.shape)
+    x_block, w_block = _blocks(op)
+    int8 = op.tensor(2).tensor.dtype is DType.i8
+    kind: Kind = "tiles" if is_tiled(w_block) else "rows_i8" if int8 else "rows_f8"
+    columns = op.attrs["x_scale_layout"] == "col_major"
+    return GemmProblem(rows, n, k, out_bytes=out_bytes, kind=kind, x_block=x_block[1], scale_columns=columns)
+
+
+def _fused(op: Op, rows: int) -> str:
+    """One kernel with the body on its way out, or the product alone and the reason."""
+    body = str(op.attrs["body"])
+    handed, _ = handed_over(body)
+    product = _problem(op, rows, handed.itemsize)
+    if _blocks(op) != FUSED_BLOCKS or op.tensor(2).tensor.dtype is not DType.f8e4m3fn:
+        return f"{choose(product)}, then the body: the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
+    parts, block = int(str(op.attrs["parts"])), op.attrs.get("block")
+    bias = len(op.args) > 4 and op.args[4] is not None
+    sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
+    others = len(op.args[5:])
+    found = choose_fused(
+        FusedGemmProblem(*sizes, others, bias, block, scale_columns=product.scale_columns)  # type: ignore[arg-type]  # the verifier has checked `block`
+    )
+    return f"{choose(product)}, then the body: {found}" if isinstance(found, str) else f"fused: {found}"
+
+
+def _blocks(op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
+    return op.attrs["x_block"], op.attrs["w_block"]  # type: ignore[return-value]  # the verifier has checked them
+
+
+def _out_bytes(op: Op) -> int:
+    return op.results[0].tensor.dtype.bytes

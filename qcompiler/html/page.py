@@ -1,0 +1,86 @@
+"""Data and assets -> one page that needs nothing else.
+
+The page's security policy lets nothing in but its own scripts and styles, by their hashes, and no connection at all: a
+name in a model that looks like HTML stays a name, and a page that was sent by mail cannot send anything on.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import uuid
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qcompiler.errors import InputError
+
+LIBRARY = "vendor/dagre.min.js"
+"""Places the nodes of a graph: https://github.com/dagrejs/dagre, version 3.1.3, MIT licence (in the same folder)."""
+
+LICENCE = "vendor/dagre.LICENSE.txt"
+
+SCRIPTS = (
+    "elements.js", "data.js", "hierarchy.js", "layout.js", "canvas.js", "draw.js", "strip.js", "search.js", "panel.js",
+    "tables.js", "reports.js", "main.js",
+)  # fmt: skip
+"""In this order; they share one scope."""
+
+STYLES = ("page.css", "graph.css", "reports.css")
+
+
+def render_page(title: str, data: dict[str, Any]) -> str:
+    """The text of the page: valid UTF-8 whatever the names in the data are."""
+    style = "\n".join(map(_asset, STYLES))
+    library = _asset(LIBRARY)
+    script = '(() => {{\n"use strict";\n{}\n}})();'.format("\n".join(map(_asset, SCRIPTS)))
+    parts = {
+        "title": html.escape(title),
+        "policy": _policy(style, library, script),
+        "style": style,
+        "data": as_script_data(data),
+        "licence": f"dagre 3.1.3\n\n{_asset(LICENCE)}",
+        "library": library,
+        "script": script,
+    }
+    # One sweep over the template alone: nothing that is filled in is looked at again.
+    page = re.sub(r"@(\w+)@", lambda found: parts[found[1]], _asset("page.html"))
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def write_page(path: "str | os.PathLike[str]", page: str) -> None:
+    """Writes the text of a page: whoever reads the file meanwhile sees the old one or the new one, never a part.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        need = f"a folder at {target.parent} that can be written"
+        raise InputError("the report cannot be written", got=f"{target}: {error}", need=need) from error
+
+
+def as_script_data(data: dict[str, Any]) -> str:
+    """JSON in which nothing can end the element that it stands in, and which old parsers of scripts take, too."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _policy(style: str, *scripts: str) -> str:
+    hashes = " ".join(map(_hash, scripts))
+    return f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _asset(name: str) -> str:
+    return (files("qcompiler.html") / "static" / name).read_text(encoding="utf-8")

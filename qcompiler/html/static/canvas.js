@@ -1,0 +1,96 @@
+// The window onto the drawing: scroll to move, pinch or Ctrl-scroll to zoom, drag to move.
+
+const LEAST_READABLE = 0.7;
+/** The zoom below which type is too small, so that less is shown instead. */
+
+class Canvas {
+  constructor(svg) {
+    this.svg = svg;
+    this.scene = shape("g", { class: "scene" });
+    svg.append(this.scene);
+    Object.assign(this, { x: 0, y: 0, zoom: 1, extent: { width: 1, height: 1 } });
+    svg.addEventListener("wheel", (event) => this.scrolled(event), { passive: false });
+    svg.addEventListener("pointerdown", (event) => this.dragged(event));
+  }
+
+  get window() {
+    return this.svg.getBoundingClientRect();
+  }
+
+  apply() {
+    this.scene.setAttribute("transform", `translate(${this.x} ${this.y}) scale(${this.zoom})`);
+  }
+
+  scrolled(event) {
+    event.preventDefault();
+    const { left, top } = this.window;
+    if (event.ctrlKey || event.metaKey) this.zoomBy(Math.exp(-event.deltaY / 300), event.clientX - left, event.clientY - top);
+    else {
+      this.x -= event.shiftKey ? event.deltaY : event.deltaX;
+      this.y -= event.shiftKey ? 0 : event.deltaY;
+      this.apply();
+    }
+  }
+
+  dragged(event) {
+    if (event.button !== 0) return;
+    const start = { x: this.x - event.clientX, y: this.y - event.clientY };
+    const from = { x: event.clientX, y: event.clientY };
+    const move = (next) => {
+      if (!this.moving && Math.hypot(next.clientX - from.x, next.clientY - from.y) < 4) return;
+      this.moving = true;
+      this.x = start.x + next.clientX;
+      this.y = start.y + next.clientY;
+      this.apply();
+    };
+    const end = () => {
+      removeEventListener("pointermove", move);
+      removeEventListener("pointerup", end);
+      removeEventListener("pointercancel", end);
+      setTimeout(() => (this.moving = false)); // after the click that this was not
+    };
+    addEventListener("pointermove", move);
+    addEventListener("pointerup", end);
+    addEventListener("pointercancel", end);
+  }
+
+  zoomBy(factor, x = this.window.width / 2, y = this.window.height / 2) {
+    const zoom = Math.min(3, Math.max(0.05, this.zoom * factor));
+    this.x = x - ((x - this.x) * zoom) / this.zoom;
+    this.y = y - ((y - this.y) * zoom) / this.zoom;
+    this.zoom = zoom;
+    this.apply();
+  }
+
+  /** Shows all of the drawing, or, where that could not be read, a part of it. */
+  fit(part) {
+    const { width, height } = this.window;
+    const whole = Math.min(width / this.extent.width, height / this.extent.height, 1.15);
+    this.zoom = Math.max(whole, LEAST_READABLE);
+    const [wide, high] = [this.extent.width * this.zoom, this.extent.height * this.zoom];
+    const between = (low, value, high) => Math.min(high, Math.max(low, value));
+    this.x = wide <= width ? (width - wide) / 2 : between(width - wide, width / 2 - (part.x + part.width / 2) * this.zoom, 0);
+    this.y = high <= height ? (height - high) / 2 : between(height - high, height / 4 - part.y * this.zoom, 0);
+    this.apply();
+  }
+
+  /** Moves a part of the drawing to the middle, unless it is in sight already. */
+  reveal({ x, y, width, height }, always = false) {
+    const { width: w, height: h } = this.window;
+    if (this.zoom < 0.5) this.zoom = 0.8;
+    const [left, top] = [x * this.zoom + this.x, y * this.zoom + this.y];
+    const inside = left >= 8 && top >= 8 && left + width * this.zoom <= w - 8 && top + height * this.zoom <= h - 8;
+    if (always || !inside) {
+      this.x = w / 2 - (x + width / 2) * this.zoom;
+      this.y = h / 2 - (y + height / 2) * this.zoom;
+    }
+    this.apply();
+  }
+
+  /** Keeps a point of the drawing, which has moved from one place to another, where it is on the screen. */
+  hold(from, to) {
+    this.x += (from.x - to.x) * this.zoom;
+    this.y += (from.y - to.y) * this.zoom;
+    this.apply();
+  }
+}

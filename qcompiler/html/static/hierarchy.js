@@ -1,0 +1,165 @@
+// Operations in the tree of modules that they stand in, and the part of it that is open as nodes and edges.
+
+/** One module: those inside it, and the operations that stand in it directly. */
+class Module {
+  constructor(path, name, parent) {
+    Object.assign(this, { path, name, parent, modules: new Map(), ops: [], all: [] });
+  }
+
+  inside(name) {
+    const path = this.path ? `${this.path}.${name}` : name;
+    if (!this.modules.has(name)) this.modules.set(name, new Module(path, name, this));
+    return this.modules.get(name);
+  }
+
+  /** The way from here to where there is a choice, or an operation: what opens in one step. */
+  get only() {
+    return !this.ops.length && this.modules.size === 1 ? [...this.modules.values()][0] : null;
+  }
+}
+
+function moduleTree(ops) {
+  const root = new Module("", "", null);
+  for (const op of ops) {
+    let module = root;
+    root.all.push(op);
+    for (const part of op.module ? op.module.split(".") : []) {
+      module = module.inside(part);
+      module.all.push(op);
+    }
+    module.ops.push(op);
+  }
+  return root;
+}
+
+/** The paths of the modules around a path, itself included, outermost first. */
+function ancestors(path) {
+  const parts = path ? path.split(".") : [];
+  return parts.map((_, index) => parts.slice(0, index + 1).join("."));
+}
+
+/**
+ * The operations of a stage that are looked at: "after" those that are there, "before" those that were, "both" all of
+ * them. Weights and sizes are left out unless they are asked for, or changed.
+ */
+function visibleOps(stage, options) {
+  const { fates, removed, twins } = stage.differences;
+  const seen = new Map([...twins].map(([now, then]) => [then, now]));
+  let ops = stage.ops;
+  const fate = new Map(fates);
+  if (options.side === "before" && stage.before) {
+    ops = stage.before.ops;
+    for (const op of ops) if (!fate.has(op)) fate.set(op, fates.get(seen.get(op)) ?? "removed");
+  } else if (options.side === "both") {
+    ops = interleaved(stage, removed);
+  }
+  const wanted = (op) => (op.isWeight ? options.weights : op.isSize ? options.sizes : true) || fate.get(op) !== "same";
+  return { ops: ops.filter(wanted), fate };
+}
+
+/** The operations after a pass, with what it removed in front of what stood behind that. */
+function interleaved(stage, removed) {
+  if (!removed.length) return stage.ops;
+  const gone = new Set(removed), waiting = new Map();
+  let run = [];
+  for (const op of stage.before.ops) {
+    if (gone.has(op)) run.push(op);
+    else if (run.length) {
+      waiting.set(op.id, run);
+      run = [];
+    }
+  }
+  return [...stage.ops.flatMap((op) => [...(waiting.get(op.id) ?? []), op]), ...run];
+}
+
+/** The edges between operations that a view draws: [from, to, value, whether it is of the graph before]. */
+function readings(stage, ops, side) {
+  const drawn = new Set(ops), found = [];
+  const walk = (op, makers, old) => {
+    for (const [, name] of op.operands) {
+      const maker = resolve(makers.get(name), drawn, stage, old);
+      if (maker) found.push([maker, op, name, old]);
+    }
+  };
+  const removed = new Set(stage.differences.removed);
+  for (const op of ops) {
+    if (side === "before" && stage.before) walk(op, stage.before.makers, false);
+    else if (removed.has(op)) walk(op, stage.before.makers, true);
+    else walk(op, stage.makers, false);
+  }
+  return found;
+}
+
+/** What stands in a view for the maker of a value: for one of the graph before, that of the same result after. */
+function resolve(maker, drawn, stage, old) {
+  if (!maker || drawn.has(maker)) return maker;
+  const twin = old ? stage.makers.get(maker.value) : undefined;
+  return twin && drawn.has(twin) ? twin : null;
+}
+
+/**
+ * The nodes, boxes and edges that are drawn: what is in a closed module is one node, and edges between the same two
+ * nodes are one edge. A module that holds one operation alone is shown as that.
+ */
+function openPart(stage, options, open) {
+  const { ops, fate } = visibleOps(stage, options);
+  const tree = moduleTree(ops);
+  const nodes = [], boxes = [], holder = new Map();
+  const add = (module, box) => {
+    for (const op of module.ops) place(op, box);
+    for (const inner of module.modules.values()) {
+      if (inner.all.length === 1) place(inner.all[0], box, inner);
+      else if (open.has(inner.path)) {
+        boxes.push({ id: `m:${inner.path}`, module: inner, parent: box });
+        add(inner, `m:${inner.path}`);
+      } else {
+        const node = { id: `m:${inner.path}`, module: inner, parent: box, counts: tally(inner.all, fate) };
+        nodes.push(node);
+        for (const op of inner.all) holder.set(op, node);
+      }
+    }
+  };
+  const place = (op, box, module) => {
+    const node = { id: `o${nodes.length}`, op, fate: fate.get(op), parent: box, within: module?.path };
+    nodes.push(node);
+    holder.set(op, node);
+  };
+  add(tree, null);
+  const edges = new Map();
+  for (const [from, to, value, old] of readings(stage, ops, options.side)) {
+    const [v, w] = [holder.get(from), holder.get(to)];
+    if (v === w) continue;
+    const key = `${v.id} ${w.id}`;
+    const edge = edges.get(key) ?? { v: v.id, w: w.id, values: new Set(), old: true };
+    edge.values.add(value);
+    edge.old &&= old;
+    edges.set(key, edge);
+  }
+  return { nodes, boxes, edges: [...edges.values()], holder, tree };
+}
+
+function tally(ops, fate) {
+  const counts = { same: 0, added: 0, removed: 0, changed: 0 };
+  for (const op of ops) counts[fate.get(op)]++;
+  return counts;
+}
+
+/** Opens modules from the outside in while there is room for what they hold, those with most behind them first. */
+function opened(stage, options, most) {
+  const tree = moduleTree(visibleOps(stage, options).ops);
+  const open = new Set();
+  const shown = (module) => module.ops.length + module.modules.size;
+  let room = most - shown(tree);
+  let level = [...tree.modules.values()];
+  while (level.length) {
+    const next = [];
+    for (const module of level.sort((a, b) => b.all.length - a.all.length)) {
+      if (module.all.length === 1 || shown(module) - 1 > room) continue;
+      room -= shown(module) - 1;
+      open.add(module.path);
+      next.push(...module.modules.values());
+    }
+    level = next;
+  }
+  return open;
+}

@@ -1,0 +1,83 @@
+// What is known of one operation.
+
+function drawPanel(panel, stage, op, act) {
+  const { fates, twins } = stage.differences;
+  const fate = fates.get(op) ?? "same";
+  const names = op.results.map(([name]) => name);
+  show(panel,
+    el("button", { class: "close", "aria-label": "Close", onclick: () => act.close() }, "×"),
+    el("p", { class: "kind" }, op.name, fate === "same" ? null : el("span", { class: `badge fate-${fate}` }, FATES[fate])),
+    el("h2", {}, op.title),
+    section("Types", table(op.results.map(([name, type]) => [`%${name}`, type]))),
+    section("Attributes", table(op.attrs)),
+    section("Place", table(placeOf(op))),
+    section("Reads", links(op.operands, stage, op, act)),
+    section("Read by", readers(stage, op, act)),
+    section("Error", errorOf(names)),
+    section("Decision", names.map((name) => decisionOf(name))),
+    section("Left alone", whyNot(names)),
+    section(fate === "changed" ? "Line, before and after" : "Line", fate === "changed" ? changedLine(twins.get(op), op) : el("pre", {}, op.text)));
+}
+
+function section(heading, content) {
+  const children = [content].flat(Infinity).filter(Boolean);
+  return children.length ? el("section", {}, el("h3", {}, heading), children) : null;
+}
+
+function table(rows) {
+  return rows.length ? el("dl", {}, rows.map(([key, value]) => [el("dt", {}, key), el("dd", {}, value)])) : null;
+}
+
+function placeOf(op) {
+  const rows = [];
+  if (op.module) rows.push(["module", op.module]);
+  if (op.file) rows.push(["source", `${op.file}:${op.line}`]);
+  if (op.madeBy) rows.push(["made by", op.madeBy]);
+  return rows;
+}
+
+function links(operands, stage, op, act) {
+  const old = stage.differences.fates.get(op) === "removed" ? stage.before : stage;
+  const rows = operands.map(([path, name]) => {
+    const maker = old.makers.get(name);
+    const type = maker?.results.find(([each]) => each === name)?.[1] ?? "";
+    return [path, [jump(`%${name}`, maker, act), " ", el("small", {}, type)]];
+  });
+  return table(rows);
+}
+
+function jump(label, op, act) {
+  return op ? el("button", { class: "link", onclick: () => act.select(op) }, label) : label;
+}
+
+function readers(stage, op, act) {
+  const names = new Set(op.results.map(([name]) => name));
+  const graph = stage.differences.fates.get(op) === "removed" ? stage.before : stage;
+  const all = graph.ops.filter((other) => other.operands.some(([, name]) => names.has(name)));
+  const items = all.slice(0, 20).map((other) => el("li", {}, jump(other.title, other, act), " ", el("small", {}, other.name)));
+  if (all.length > 20) items.push(el("li", {}, `and ${all.length - 20} more`));
+  return items.length ? el("ul", {}, items) : null;
+}
+
+/** What the passes said on why they left the operation alone, each with the pass. */
+function whyNot(names) {
+  const rows = stages.flatMap((stage) => names.map((name) => [stage.name, stage.why(name)]).filter(([, why]) => why));
+  return table(rows);
+}
+
+function decisionOf(name) {
+  const row = decisions.get(name);
+  if (!row) return null;
+  return [
+    el("p", {}, el("span", { class: `verdict ${row.quantized ? "yes" : "no"}` }, row.quantized ? "quantized" : "not quantized"), row.reason ? ` ${row.reason}` : ""),
+    row.remark ? el("p", {}, row.remark) : null,
+  ];
+}
+
+function errorOf(names) {
+  return names.map((name) => errors.get(name)).filter(Boolean).map((row) => table(KINDS.map(([key, label]) => [label, decibel(row[key])])));
+}
+
+function changedLine(before, after) {
+  return [el("pre", { class: "fate-removed" }, before.text), el("pre", { class: "fate-added" }, after.text)];
+}

@@ -1,0 +1,118 @@
+// The views beside the graph: decisions, errors, memory, kernels.
+
+const KINDS = [["own", "own"], ["inherited", "inherited"], ["kernel", "kernel"]];
+
+function drawDecisions(view, select) {
+  const columns = [
+    { name: "operation", value: (row) => `%${row.name}`, kind: "code" },
+    { name: "kind", value: (row) => row.op, kind: "code" },
+    { name: "module", value: (row) => row.module, kind: "code" },
+    { name: "weight", value: (row) => row.shape, kind: "code" },
+    { name: "size", value: (row) => row.bytes, cell: (row) => size(row.bytes), number: true },
+    { name: "quantized", value: (row) => (row.quantized ? "yes" : "no"), cell: (row) => el("span", { class: `verdict ${row.quantized ? "yes" : "no"}` }, row.quantized ? "yes" : "no") },
+    { name: "why not", value: (row) => row.reason },
+  ];
+  if (data.decisions.some((row) => row.remark)) columns.push({ name: "remarks", value: (row) => row.remark });
+  const filters = [
+    { label: "matmuls only", test: (row) => row.isMatmul },
+    { label: "left alone only", test: (row) => !row.quantized },
+  ];
+  const made = new Table(columns, data.decisions, { filters, act: (row) => select(row.name), empty: "no operation fits" });
+  show(view, el("h2", {}, "Decisions"), el("p", { class: "lead" }, `${data.summary}.`), made.element);
+}
+
+/** A number of the error report; "inf" is no error at all. */
+function decibel(number) {
+  if (number === "inf") return "exact";
+  return typeof number === "number" ? `${number.toFixed(1)} dB` : String(number);
+}
+
+function drawErrors(view, select) {
+  const lead = el("p", { class: "lead" },
+    "Signal over error of each quantized operation, in decibels: longer is better, and six more halve the error. ",
+    el("b", {}, "Own"), ": its codes on the float model's input. ", el("b", {}, "Inherited"), ": the float operation on the quantized model's input. ",
+    el("b", {}, "Kernel"), ": the kernel against the reference on equal input.");
+  if (!data.errors) {
+    const call = 'compiled.to_html("report.html", attribution=qcompiler.attribute_error(compiled, batch))';
+    show(view, el("h2", {}, "Errors"), lead, el("p", { class: "empty" }, "This report was written without them. To have them, measure them on a real batch:"), el("pre", {}, call));
+    return;
+  }
+  const most = Math.max(1, ...data.errors.flatMap((row) => KINDS.map(([key]) => (typeof row[key] === "number" ? row[key] : 0))));
+  const columns = [
+    { name: "operation", value: (row) => `%${row.name}`, kind: "code" },
+    { name: "module", value: (row) => row.module, kind: "code" },
+    ...KINDS.map(([key, label]) => ({
+      name: label, value: (row) => (row[key] === "inf" ? Infinity : row[key] === "-inf" ? -Infinity : row[key]), cell: (row) => bar(row[key], most, key), kind: "bar",
+    })),
+  ];
+  show(view, el("h2", {}, "Errors"), lead, new Table(columns, data.errors, { act: (row) => select(row.name) }).element);
+}
+
+function bar(number, most, kind) {
+  const exact = number === "inf";
+  const share = exact ? 1 : typeof number === "number" ? Math.max(0, number / most) : 0;
+  const picture = shape("svg", { class: `bar ${kind}${exact ? " exact" : ""}`, viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" },
+    shape("rect", { class: "track", width: 100, height: 8 }), shape("rect", { width: 100 * share, height: 8 }));
+  return [picture, el("span", { class: "amount" }, decibel(number))];
+}
+
+/** Bytes of a stage's weights by element type, the most first. */
+function bytesByType(stage) {
+  const sums = new Map();
+  for (const op of stage.ops) {
+    if (!op.bytes) continue;
+    const type = op.type.split("[")[0];
+    sums.set(type, (sums.get(type) ?? 0) + op.bytes);
+  }
+  return [...sums].sort((a, b) => b[1] - a[1]);
+}
+
+function drawMemory(view, stage, select) {
+  const rows = stages.map((each) => ({ stage: each, types: bytesByType(each) }));
+  const total = ({ types }) => types.reduce((sum, [, bytes]) => sum + bytes, 0);
+  const most = Math.max(1, ...rows.map(total));
+  const order = [...new Set(rows.flatMap(({ types }) => types.map(([type]) => type)))];
+  const chart = el("div", { class: "chart" }, rows.map((row) => el("div", { class: `level${row.stage === stage ? " current" : ""}` },
+    el("span", { class: "code" }, row.stage.name), stack(row.types, most, order), el("span", { class: "amount" }, size(total(row))))));
+  const legend = el("p", { class: "keys" }, order.map((type, index) => el("span", {}, el("i", { class: `key type-${index % 6}` }), type)));
+  const columns = [
+    { name: "weight", value: (row) => `%${row.value}`, kind: "code" },
+    { name: "type", value: (row) => row.type, kind: "code" },
+    { name: "size", value: (row) => row.bytes, cell: (row) => size(row.bytes), number: true },
+    { name: "made by", value: (row) => row.madeBy || "the model", kind: "code" },
+  ];
+  const weights = stage.ops.filter((op) => op.isWeight).sort((a, b) => b.bytes - a.bytes);
+  show(view, el("h2", {}, "Memory"), el("p", { class: "lead" }, "Parameters and buffers that the graph holds after each pass."), chart, legend,
+    el("h3", {}, `After ${stage.name}`), new Table(columns, weights, { act: (row) => select(row.value), empty: "the graph holds no weights" }).element);
+}
+
+function stack(types, most, order) {
+  let from = 0;
+  const parts = types.map(([type, bytes]) => {
+    const part = shape("rect", { class: `type-${order.indexOf(type) % 6}`, x: from, width: (1000 * bytes) / most, height: 10 }, shape("title", {}, `${type}: ${size(bytes)}`));
+    from += (1000 * bytes) / most;
+    return part;
+  });
+  return shape("svg", { class: "stack", viewBox: "0 0 1000 10", preserveAspectRatio: "none", role: "img", "aria-label": types.map(([type, bytes]) => `${type} ${size(bytes)}`).join(", ") },
+    shape("rect", { class: "track", width: 1000, height: 10 }), parts);
+}
+
+function drawKernels(view, select) {
+  const { rows, kinds } = data.kernels;
+  if (!kinds.length) {
+    show(view, el("h2", {}, "Kernels"), el("p", { class: "empty" }, "The last graph calls no kernel of the compiler's own."));
+    return;
+  }
+  const columns = [
+    { name: "first", value: (row) => `%${row.values[0]}`, kind: "code" },
+    { name: "calls", value: (row) => row.values.length, number: true },
+    { name: "kernel", value: (row) => row.op.replace(/^kernel\./, ""), kind: "code" },
+    { name: "result", value: (row) => row.result, kind: "code" },
+    { name: "operands", value: (row) => row.operands.join(" × "), kind: "code" },
+    { name: "attributes", value: (row) => row.attrs.map(([key, value]) => `${key} = ${value}`).join(", "), kind: "code wide" },
+    ...rows.map((count, index) => ({ name: plural(count, "row"), value: (row) => row.choices[index] ?? "", kind: "code choice" })),
+  ];
+  show(view, el("h2", {}, "Kernels"),
+    el("p", { class: "lead" }, `Equal calls stand together. The columns of rows show the configuration that a Hopper GPU of 132 multiprocessors is given for that many rows; this model was compiled for the target ${data.target}.`),
+    new Table(columns, kinds, { act: (row) => select(row.values[0]) }).element);
+}
