@@ -38,6 +38,7 @@ FLOORS = {
     "codegen": 4,
     "qcompiler": 5,
     "qcompiler.attribution": 5,
+    "qcompiler.checkpoints": 5,
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
     "qcompiler.pipelines": 5,
