@@ -9,7 +9,8 @@
     %g = aten.mul.Tensor(%norm.weight, %smooth) : f32[256]      ->     %g = core.param() {name = "norm.weight_folded"}
 
 How a stored weight came about is kept as its recipe (`graph.recipes`): who writes a checkpoint must know which of the
-model's own weights it holds. One weight is in memory at a time. A dequantize is never folded: that would undo the quantization.
+model's own weights it holds. One weight is in memory at a time. A dequantize is never folded: that would undo the
+quantization.
 A graph without weights (from text) is rewritten in the same way; only the numbers are missing.
 """
 

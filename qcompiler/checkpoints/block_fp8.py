@@ -16,13 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, powers_of_two
+from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, StoredAs, powers_of_two
 from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.numerics import ALL
 
 METHOD = "fp8"
 
 SCALE = "_scale_inv"
 """What a scale's name has behind that of its weight."""
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 SCALE_FORMATS = {"float": torch.float32, "ue8m0": UE8M0}
 """`scale_fmt` -> the type that scales are stored in."""
@@ -75,3 +79,35 @@ class BlockFp8:
             "modules_to_not_convert": sorted(unconverted),
         }
         return said if self.scale_format == "float" else {**said, "scale_fmt": self.scale_format}
+
+
+def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
+    """The quantized weights of a folder: each FP8 weight, with the scale beside it.
+
+    Args:
+        said: The `quantization_config`.
+        tensors: Those of the folder.
+
+    Raises:
+        QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
+    """
+    if (scheme := said.get("activation_scheme", "dynamic")) != "dynamic":
+        fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
+        raise QCompilerError("activations with fixed scales", got=repr(scheme), need="'dynamic'", fix=fix)
+    block = _block(said.get("weight_block_size"))
+    for name in tensors:
+        weight = name.removesuffix(SCALE)
+        if name.endswith("weight" + SCALE) and (weight not in tensors or tensors.dtype(weight) not in FP8):
+            found = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
+            raise QCompilerError(f"a scale belongs to no FP8 weight: '{name}'", got=found, need=f"FP8 in '{weight}'")
+    return {name: StoredAs(name + SCALE, block) for name in tensors if tensors.dtype(name) in FP8}
+
+
+def _block(said: Any) -> tuple[int, int]:
+    """The size of a block; a weight without blocks has one scale."""
+    if said is None:
+        return ALL, ALL
+    sizes = [size for size in said if type(size) is int and size > 0] if isinstance(said, list) else []
+    if len(sizes) != 2 or len(said) != 2:
+        raise QCompilerError("'weight_block_size' is malformed", got=said, need="two positive numbers, or null")
+    return sizes[0], sizes[1]

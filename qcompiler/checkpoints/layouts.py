@@ -4,7 +4,8 @@
     mul(add(w, 1), 1/s)      ->    w' = the product - 1, so that the model, which adds 1, computes the product
     t(w)                     ->    w' = its transpose
 
-A factor is computed from what a pass has added, and from no weight of the model. Any other operation cannot be undone, and is named.
+A factor is computed from what a pass has added, and from no weight of the model. Any other operation cannot be undone,
+and is named.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompiler import numerics
+from qcompiler.capture.stored_weights import held, stored_in, widened
 from qcompiler.checkpoints.folders import CONFIG
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight, StoredAs
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,21 @@ class Origin:
     def linears(self) -> Iterator[str]:
         """The names of the modules that are linears."""
         return (name for name, module in self.module.named_modules() if isinstance(module, nn.Linear))
+
+    def stored(self) -> dict[str, StoredAs]:
+        """The weights that the model holds as codes and scales."""
+        found: dict[str, StoredAs] = {}
+        for name, module in self.module.named_modules():
+            stem = f"{name}." if name else ""
+            for key, how in (held(module) or stored_in(module, name, self.module)).items():
+                found[stem + key] = StoredAs(stem + how.scale, how.block)
+        return found
+
+    def quantized(self, name: str, how: StoredAs) -> QuantizedWeight:
+        """One of those."""
+        codes = self.tensors[name]
+        scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.block))
+        return QuantizedWeight(codes, scale, how.block)
 
 
 def origin_of_module(module: nn.Module) -> Origin:

@@ -1,7 +1,7 @@
-"""Which weights of the model a compiled graph holds, and in which form: read off how each stored constant was computed.
+"""Which weights of the model a compiled graph holds, and in which form, by how each stored constant was computed.
 
-    q.weight_merged_q = quantize(cat([q.weight, k.weight]))     ->    q.weight and k.weight, their rows of codes and scales
-    norm.weight_folded = cast(norm.weight × 1/s)                ->    norm.weight, changed
+    q.weight_merged_q = quantize(cat([q.weight, k.weight]))   ->   q.weight and k.weight: their rows of codes and scales
+    norm.weight_folded = cast(norm.weight × 1/s)              ->   norm.weight, changed
 
 The passes leave a recipe for each weight that they make (`graph.recipes`); names of parameters are never guessed at.
 """

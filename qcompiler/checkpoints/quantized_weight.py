@@ -37,9 +37,17 @@ class QuantizedWeight:
         return numerics.dequantize(self.codes, self.scale, self.block, dtype)
 
 
-def widened(scale: Tensor) -> Tensor:
-    """A scale as a file has it, in FP32: exact for each of `SCALE_DTYPES`."""
-    return (scale.view(UE8M0) if scale.dtype is torch.uint8 else scale).to(torch.float32)
+@dataclass(frozen=True)
+class StoredAs:
+    """How a checkpoint stores one quantized weight.
+
+    Attributes:
+        scale: The name of its scale.
+        block: Rows and columns of a block; -1 is the whole of an axis.
+    """
+
+    scale: str
+    block: tuple[int, int]
 
 
 def powers_of_two(scale: Tensor) -> bool:

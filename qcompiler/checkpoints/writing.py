@@ -26,7 +26,7 @@ def write(
     format: str,
     *,
     model: nn.Module | None = None,
-    scale_format: str = "float",
+    scale_format: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a compiled model as a checkpoint, under the names that the model's own weights have.
@@ -39,16 +39,21 @@ def write(
         format: "fp8" (Hugging Face's block FP8), "compressed-tensors", or "float" for a model in which nothing is
             quantized, such as one that is only smoothed.
         model: The model that was compiled, where nobody else holds it any more.
-        scale_format: How "fp8" stores scales; "ue8m0", as one byte, for those that are powers of two.
+        scale_format: How "fp8" stores scales: "float", or "ue8m0", one byte, for those that are powers of two. As the
+            model has them already when it is not given, or else as floats.
         shard_bytes: How large a file may be before another one is begun.
 
     Raises:
         QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
     """
-    target, chosen = Path(folder), format_called(format, scale_format)
+    target = Path(folder)
+    format_called(format, scale_format or "float")
     check_place(target)
     found = _provenance(compiled)
     origin = _origin(compiled, model, found)
+    if origin.folder is not None and target.exists() and target.samefile(origin.folder):
+        raise QCompilerError("the model is read from this very folder", got=str(target), fix="Write to another one.")
+    chosen = format_called(format, scale_format or _scale_format(origin, found))
     _check(format, chosen, origin, found)
     tensors = _tensors(chosen, origin, found)
     documents = dict(origin.documents)
@@ -73,7 +78,17 @@ def _origin(compiled: "CompiledModel", model: nn.Module | None, found: Provenanc
     if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
         got = f"no weight '{missing[0]}' in {type(module).__name__}"
         raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
+    for name, how in origin.stored().items():
+        found.scales.add(how.scale)
+        if name not in found.quantized:  # the graph does not read it
+            found.quantized[name] = origin.quantized(name, how)
     return origin
+
+
+def _scale_format(origin: Origin, found: Provenance) -> str:
+    """That of the scales which the model has itself."""
+    bytes_each = {origin.tensors[name].itemsize for name in found.scales if name in origin.tensors}
+    return "ue8m0" if bytes_each == {1} else "float"
 
 
 def _check(name: str, chosen: Format, origin: Origin, found: Provenance) -> None:

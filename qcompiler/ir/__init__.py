@@ -10,7 +10,8 @@ from qcompiler.ir.sizes import Expr, Size, ceildiv, evaluate, parse_size, symbol
 from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Type
 
 __all__ = [
-    "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range", "Recipe",
-    "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules", "ceildiv",
-    "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "print_argument", "print_op", "symbol",
+    "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range",
+    "Recipe", "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules",
+    "ceildiv", "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "print_argument", "print_op",
+    "symbol",
 ]  # fmt: skip
