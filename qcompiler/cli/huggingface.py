@@ -3,12 +3,14 @@
 transformers is optional, and imported only here, when such a folder is named.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from qcompiler.capture.quiet import third_party_silence
+from qcompiler.checkpoints import load_model
 from qcompiler.cli.inputs import Call, lines_of
 from qcompiler.errors import InputError, QCompilerError
 
@@ -20,18 +22,13 @@ LONGEST = 512
 
 
 def load_folder(folder: Path) -> Any:
-    """The model in a folder, of the class that its config.json names; InputError when there is none, or no weights."""
-    transformers = _transformers()
-    if not (folder / "config.json").is_file():
-        raise InputError("the folder holds no Hugging Face model", got=str(folder), need="a config.json in it")
-    with third_party_silence():
-        config = _loaded("the configuration", folder, transformers.AutoConfig)
-        names = getattr(config, "architectures", None) or []
-        kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
-        if kind is None:
-            need = "the name of a class of transformers under 'architectures' in config.json"
-            raise InputError("the model is of no known architecture", got=names or "none", need=need, where=str(folder))
-        return _loaded("the model", folder, kind, dtype="auto", use_safetensors=True)
+    """The model in a folder, quantized or not, of the class that its config.json names.
+
+    Raises:
+        QCompilerError: The folder is no checkpoint, or a broken one; or transformers is missing, or does not know it.
+    """
+    with _no_bars():
+        return _guarded("the model", folder, lambda: load_model(folder))
 
 
 def example_for(model: Any, folder: Path) -> Call | None:
@@ -63,8 +60,9 @@ def tokenizer_in(folder: Path) -> Any:
     """The tokenizer in a folder; None when there is none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
+    kind = _transformers().AutoTokenizer
     with third_party_silence():
-        return _loaded("the tokenizer", folder, _transformers().AutoTokenizer)
+        return _guarded("the tokenizer", folder, lambda: kind.from_pretrained(folder, local_files_only=True))
 
 
 def _tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> Call:
@@ -74,15 +72,24 @@ def _tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> Call:
     return Call(kwargs=dict(made))
 
 
-def _loaded(what: str, folder: Path, kind: Any, **options: Any) -> Any:
-    logging = _transformers().utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # ours is there already, or none is wanted
+def _guarded(what: str, folder: Path, load: Callable[[], Any]) -> Any:
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
+        return load()
+    except QCompilerError:
+        raise
     except Exception as error:  # a damaged folder fails in any way
         got = f"{type(error).__name__}: {error}"
         raise InputError(f"{what} cannot be loaded", got=got, where=str(folder)) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers from showing bars: progress is shown already, or not wanted."""
+    logging = _transformers().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -93,6 +100,5 @@ def _transformers() -> Any:
         with third_party_silence():
             return import_module("transformers")
     except ImportError as error:
-        raise QCompilerError(
-            "Hugging Face models need transformers, which is not installed", got=error, fix=EXTRA
-        ) from error
+        problem = "Hugging Face models need transformers, which is not installed"
+        raise QCompilerError(problem, got=error, fix=EXTRA) from error

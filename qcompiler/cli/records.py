@@ -48,10 +48,7 @@ def read_record(name: str) -> Record:
     if not path.is_dir():
         return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
     if (path / MANIFEST).is_file():
-        with reading(path.resolve()) as artefact:  # not loaded: it may be for a device that is not here
-            stages, _ = read_stages(artefact)
-            report, steps = read_report(artefact)
-            return Record(stages, {step.stage: step for step in steps}, report, artefact.text(HOST))
+        return _artefact(path)
     dumped: dict[str, Graph] = {}
     for file in sorted(path.glob("*.qir")):
         if (match := DUMPED.fullmatch(file.stem)) is not None:
@@ -60,3 +57,11 @@ def read_record(name: str) -> Record:
         need = f"an artefact (with a {MANIFEST}), or graphs such as 00_captured.qir"
         raise InputError("the folder holds nothing to inspect", got=name, need=need)
     return Record(dumped, {})
+
+
+def _artefact(path: Path) -> Record:
+    """That of an artefact; it is not loaded, since it may be for a device that is not here."""
+    with reading(path.resolve()) as artefact:
+        stages, _ = read_stages(artefact)
+        report, steps = read_report(artefact)
+        return Record(stages, {step.stage: step for step in steps}, report, artefact.text(HOST))
