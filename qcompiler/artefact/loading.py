@@ -26,8 +26,8 @@ from qcompiler.artefact.weight_files import WeightFiles, open_weights
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler.model import CompiledModel, class_with
-from qcompiler.compiler.program import Program, Settings, generate
-from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.compiler.program import Program, Settings, generate, plain_torch
+from qcompiler.errors import ArtefactError, ParseError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
@@ -51,7 +51,7 @@ def load(
 
     Args:
         folder: What `save` was given.
-        device: Where the model goes; left out, the kind of device that it was compiled on.
+        device: Where the model goes; left out, where it was compiled.
         verify: Whether to read all weights now, and hold them to their hashes.
         regenerate: Whether to accept that this qcompiler writes another host module for the graph than the one that
             saved it, as another version may. It runs its own.
@@ -62,7 +62,7 @@ def load(
     """
     path = Path(folder).resolve()
     try:
-        with reading(path) as opened:
+        with reading(path) as opened, plain_torch():
             return load_folder(opened, device=device, verify=verify, regenerate=regenerate, trust=trust)
     except QCompilerError:
         raise
@@ -142,9 +142,11 @@ def read_stages(folder: Folder) -> tuple[Stages, Graph]:
     stages, texts = Stages(), {name: folder.text(file) for name, file in folder.manifest.stages.items()}
     for name, file in folder.manifest.stages.items():
         stages.add_later(name, partial(Graph.parse, texts[name], str(folder.path / file)))
-    graph = stages[list(stages)[-1]].clone()
-    graph.verify()
-    return stages, graph
+    try:
+        return stages, stages[list(stages)[-1]].clone()
+    except ParseError as error:
+        fix = "If an operation is unknown, import the library that defines it before the artefact is loaded."
+        raise ArtefactError("the graph of the artefact cannot be read", got=error, fix=fix) from None
 
 
 def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
@@ -163,9 +165,10 @@ def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
 
 
 def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Collection[str]) -> None:
-    """ArtefactError when the graph is not what the signature calls, or calls what it must not."""
+    """ArtefactError when the graph is illegal, not what the signature calls, or calls what it must not."""
     last = str(folder.path / list(folder.manifest.stages.values())[-1])
     check_operators(graph, trust, last)
+    graph.verify()
     inputs = tuple(value.name for value in graph.inputs)
     if inputs != signature.input_names or len(graph.outputs) != signature.out_spec.num_leaves:
         raise ArtefactError(

@@ -21,7 +21,7 @@ VERSION = 1
 """Of the format; a larger one comes from a newer qcompiler."""
 
 SIGNATURE, REPORT, HOST, CALIBRATION = "signature.json", "report.json", "host.py", "calibration.safetensors"
-FILE = re.compile(r"(signature|report)\.json|host\.py|stages/\d{2,}_[A-Za-z0-9#-]+\.qir|"
+FILE = re.compile(r"(signature|report)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
 """The files that there can be: no other name is ever opened."""
 
