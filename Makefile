@@ -67,6 +67,12 @@ distclean: clean ## remove .venv too
 # pip shows its progress to a person, and only its errors to a log.
 PIP_INSTALL = install() { if [ -t 1 ]; then $(RUN) -m pip install "$$@"; else $(RUN) -m pip install -qq "$$@"; fi; }
 
+# A browser for the tests of the HTML report and the program that draws DOT, where they can be had; elsewhere these skip.
+APT_INSTALL = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && \
+	! { command -v chromium && command -v dot; } >/dev/null 2>&1; then \
+	{ timeout 60 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y --no-install-recommends \
+	chromium graphviz; } >/dev/null 2>&1 || true; fi
+
 # `unfinished` stays when anything below fails or is stopped half-way; the next run then begins with a new venv.
 $(DEMO_READY): pyproject.toml
 	@if [ -e $(VENV)/unfinished ] || ! $(RUN) -c "import sys, pip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
@@ -100,5 +106,6 @@ $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
 	@$(PIP_INSTALL); install -e ".[hf,study,dev]"
+	@$(APT_INSTALL)
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)

@@ -42,6 +42,7 @@ FLOORS = {
     "qcompiler.checkpoints": 5,
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
+    "qcompiler.explorer": 5,
     "qcompiler.html": 5,
     "qcompiler.lineage": 5,
     "qcompiler.pipelines": 5,

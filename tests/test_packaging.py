@@ -17,7 +17,10 @@ PACKAGES = ("qcompiler", "passes", "codegen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Modules that only an extra makes importable: what they need.
-OPTIONAL: dict[str, str] = {}
+OPTIONAL: dict[str, str] = {"qcompiler.explorer.main": "model_explorer"}
+
+# What is shipped beside modules: what the HTML report is made of.
+ASSETS = "qcompiler/html/static"
 
 
 def sources() -> list[str]:
@@ -118,7 +121,8 @@ def test_the_wheel_has_three_top_level_names(contents: zipfile.ZipFile) -> None:
 
 def test_the_wheel_has_all_modules_and_types(contents: zipfile.ZipFile) -> None:
     shipped = sorted(name for name in contents.namelist() if ".dist-info/" not in name)
-    assert shipped == sorted([*sources(), *(f"{package}/py.typed" for package in PACKAGES)])
+    assets = [path.relative_to(ROOT).as_posix() for path in (ROOT / ASSETS).rglob("*") if path.is_file()]
+    assert shipped == sorted([*sources(), *assets, *(f"{package}/py.typed" for package in PACKAGES)])
 
 
 def test_the_wheel_says_what_it_is(contents: zipfile.ZipFile) -> None:

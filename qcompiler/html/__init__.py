@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qcompiler.html.kernels import describe_kernels
 from qcompiler.html.page import render_page, write_page
 from qcompiler.html.stages import describe_stages
+from qcompiler.runtime.device import AUTO, TARGETS
 
 if TYPE_CHECKING:
     from qcompiler.attribution import ErrorReport
@@ -41,13 +42,21 @@ def describe(compiled: "CompiledModel", attribution: "ErrorReport | None") -> di
     return {
         "name": compiled.graph.name,
         "pipeline": str(compiled.pipeline),
-        "target": compiled.settings.target,
+        "target": _target(compiled),
         "summary": report.summary(),
         **describe_stages(compiled.stages, compiled.steps, compiled.left_alone),
         "decisions": [{**asdict(row), "isMatmul": row.is_matmul} for row in report.rows],
         "errors": None if attribution is None else [_numbers(asdict(row)) for row in attribution.rows],
         "kernels": describe_kernels(compiled.graph),
     }
+
+
+def _target(compiled: "CompiledModel") -> str:
+    """The target by its own name, where the model's device chose it."""
+    given, device = compiled.settings.target, compiled.weights.device.type
+    return (
+        next((name for name, target in TARGETS.items() if target.device == device), given) if given == AUTO else given
+    )
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

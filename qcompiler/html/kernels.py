@@ -1,4 +1,4 @@
-"""The kernels that a compiled graph calls, equal ones together, and what a Hopper GPU is chosen for some numbers of rows.
+"""The kernels that a compiled graph calls, equal ones together, and the configurations for some numbers of rows.
 
 32 x kernel.scaled_linear  N 6144  K 4096      16 rows: narrow 16x128x128 ...      4096 rows: warp 256x128x128 ...
 """

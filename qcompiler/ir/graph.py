@@ -13,6 +13,7 @@ import networkx as nx
 
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.constants import Constants
+from qcompiler.ir.dot import dot_of
 from qcompiler.ir.names import Names
 from qcompiler.ir.op import Argument, Location, Op, Path, Value, map_tree
 from qcompiler.ir.op_table import infer_types
@@ -306,6 +307,10 @@ class Graph:
             for path, value in op.operands():
                 net.add_edge(value.op, op, value=value.name, type=str(value.type), result=value.index, path=path)
         return net
+
+    def to_dot(self, *, weights: bool = True) -> str:
+        """The graph in the language of Graphviz, modules as clusters; without `weights`, parameters are left out."""
+        return dot_of(self, weights=weights)
 
     # Private
 

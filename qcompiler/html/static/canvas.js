@@ -1,6 +1,6 @@
 // The window onto the drawing: scroll to move, pinch or Ctrl-scroll to zoom, drag to move.
 
-const LEAST_READABLE = 0.7;
+const LEAST_READABLE = 0.8;
 /** The zoom below which type is too small, so that less is shown instead. */
 
 class Canvas {
@@ -62,15 +62,24 @@ class Canvas {
     this.apply();
   }
 
-  /** Shows all of the drawing, or, where that could not be read, a part of it. */
-  fit(part) {
+  /** Shows all of the drawing, however small. */
+  fit() {
     const { width, height } = this.window;
-    const whole = Math.min(width / this.extent.width, height / this.extent.height, 1.15);
-    this.zoom = Math.max(whole, LEAST_READABLE);
-    const [wide, high] = [this.extent.width * this.zoom, this.extent.height * this.zoom];
-    const between = (low, value, high) => Math.min(high, Math.max(low, value));
-    this.x = wide <= width ? (width - wide) / 2 : between(width - wide, width / 2 - (part.x + part.width / 2) * this.zoom, 0);
-    this.y = high <= height ? (height - high) / 2 : between(height - high, height / 4 - part.y * this.zoom, 0);
+    this.zoom = Math.max(0.05, Math.min(width / this.extent.width, height / this.extent.height, 1.15));
+    this.x = (width - this.extent.width * this.zoom) / 2;
+    this.y = (height - this.extent.height * this.zoom) / 2;
+    this.apply();
+  }
+
+  /** Shows all of the drawing, or, where that could not be read, what is around a part of it. */
+  show(part) {
+    this.fit();
+    if (this.zoom >= LEAST_READABLE) return;
+    const { width, height } = this.window;
+    this.zoom = LEAST_READABLE;
+    const high = this.extent.height * this.zoom;
+    this.x = width / 2 - (part.x + part.width / 2) * this.zoom;
+    this.y = high <= height ? (height - high) / 2 : Math.min(0, Math.max(height - high, height / 4 - part.y * this.zoom));
     this.apply();
   }
 

@@ -57,6 +57,28 @@ class Stage {
     return this._makers;
   }
 
+  /** Name of a value -> the operations that read it. */
+  get readers() {
+    if (!this._readers) {
+      this._readers = new Map();
+      for (const op of this.ops) {
+        for (const [, name] of op.operands) {
+          if (!this._readers.has(name)) this._readers.set(name, new Set());
+          this._readers.get(name).add(op);
+        }
+      }
+    }
+    return this._readers;
+  }
+
+  /** The module that an operation is drawn in: for a weight, which stands in none, the one around all that read it. */
+  moduleOf(op) {
+    if (!op.isWeight || op.module) return op.module;
+    if (!this.makers.has(op.value)) return this.before?.moduleOf(op) ?? "";
+    const paths = [...(this.readers.get(op.value) ?? [])].map((reader) => reader.module.split("."));
+    return paths.length ? paths.reduce(sharedStart).join(".") : "";
+  }
+
   /** Why this pass left what computes a value alone; undefined where it did not, or did not say. */
   why(name) {
     const number = this.leftAlone[name];
@@ -71,6 +93,11 @@ class Stage {
     this._differences ??= differences(this.before, this);
     return this._differences;
   }
+}
+
+function sharedStart(one, other) {
+  const differs = one.findIndex((part, index) => part !== other[index]);
+  return differs < 0 ? one : one.slice(0, differs);
 }
 
 /**

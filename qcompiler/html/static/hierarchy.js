@@ -18,12 +18,13 @@ class Module {
   }
 }
 
-function moduleTree(ops) {
+function moduleTree(stage, ops) {
   const root = new Module("", "", null);
   for (const op of ops) {
     let module = root;
     root.all.push(op);
-    for (const part of op.module ? op.module.split(".") : []) {
+    const path = stage.moduleOf(op);
+    for (const part of path ? path.split(".") : []) {
       module = module.inside(part);
       module.all.push(op);
     }
@@ -103,7 +104,7 @@ function resolve(maker, drawn, stage, old) {
  */
 function openPart(stage, options, open) {
   const { ops, fate } = visibleOps(stage, options);
-  const tree = moduleTree(ops);
+  const tree = moduleTree(stage, ops);
   const nodes = [], boxes = [], holder = new Map();
   const add = (module, box) => {
     for (const op of module.ops) place(op, box);
@@ -144,22 +145,24 @@ function tally(ops, fate) {
   return counts;
 }
 
-/** Opens modules from the outside in while there is room for what they hold, those with most behind them first. */
+/** Opens modules from the outside in while there is room for what they hold: those that stand together, or none. */
 function opened(stage, options, most) {
-  const tree = moduleTree(visibleOps(stage, options).ops);
+  const tree = moduleTree(stage, visibleOps(stage, options).ops);
   const open = new Set();
   const shown = (module) => module.ops.length + module.modules.size;
   let room = most - shown(tree);
-  let level = [...tree.modules.values()];
-  while (level.length) {
+  let groups = [tree];
+  while (groups.length) {
     const next = [];
-    for (const module of level.sort((a, b) => b.all.length - a.all.length)) {
-      if (module.all.length === 1 || shown(module) - 1 > room) continue;
-      room -= shown(module) - 1;
-      open.add(module.path);
-      next.push(...module.modules.values());
+    for (const group of groups.sort((a, b) => b.all.length - a.all.length)) {
+      const inner = [...group.modules.values()].filter((module) => module.all.length > 1);
+      const cost = inner.reduce((sum, module) => sum + shown(module) - 1, 0);
+      if (cost > room) continue;
+      room -= cost;
+      for (const module of inner) open.add(module.path);
+      next.push(...inner);
     }
-    level = next;
+    groups = next;
   }
   return open;
 }

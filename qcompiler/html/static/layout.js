@@ -134,7 +134,7 @@ function layOutLevel(children, hopsHere) {
 
 /** A level without the ranks of its ports, which then are in its border: they need no room of their own. */
 function cropped(graph, children, above, below) {
-  const { width, height } = graph.graph();
+  const { width, height } = children.length ? graph.graph() : { width: 0, height: 0 };
   const top = above ? Math.min(...children.map((part) => part.y)) - MARGIN : 0;
   const bottom = below ? Math.max(...children.map((part) => part.y + part.height)) + MARGIN : height;
   for (const part of children) part.y -= top;

@@ -2,7 +2,7 @@
 
 const VIEWS = ["graph", "decisions", "errors", "memory", "kernels"];
 const SIDES = [["before", "Before"], ["both", "Both"], ["after", "After"]];
-const MOST_AT_FIRST = 90;
+const MOST_AT_FIRST = 110;
 const MOST_OPEN = 500;
 
 const state = { view: "graph", stage: stages.at(-1), side: "both", op: null, open: new Set(), weights: false, sizes: false, query: "" };
@@ -33,7 +33,7 @@ function drawView() {
   if (state.view === "graph") {
     drawToolbar();
     layOut();
-    if (!state.op) fit();
+    if (!state.op) overview();
     panel();
   } else if (state.view === "decisions") drawDecisions(byId("decisions"), find);
   else if (state.view === "errors") drawErrors(byId("errors"), find);
@@ -52,15 +52,15 @@ function drawToolbar() {
     toggle("weights", "weights"), toggle("sizes", "sizes"),
     el("div", { class: "buttons" },
       button("Open all modules", "Expand", () => openAll()), button("Close all modules", "Collapse", () => closeAll()),
-      button("Zoom out", "−", () => canvas.zoomBy(1 / 1.25)), button("Zoom in", "+", () => canvas.zoomBy(1.25)), button("Show the whole graph", "Fit", () => fit())));
+      button("Zoom out", "−", () => canvas.zoomBy(1 / 1.25)), button("Zoom in", "+", () => canvas.zoomBy(1.25)), button("Show the whole graph", "Fit", () => canvas.fit())));
   search.input.value = state.query;
   searched();
 }
 
 /** Shows the whole graph, or what is around the first change in it. */
-function fit() {
+function overview() {
   const changed = drawn.nodes.find((node) => (node.op ? node.fate !== "same" : marksOf(node.counts).length));
-  canvas.fit(changed ?? drawn.nodes[0] ?? { x: 0, y: 0, width: 0 });
+  canvas.show(changed ?? drawn.nodes[0] ?? { x: 0, y: 0, width: 0 });
 }
 
 /** Places and draws the open part of the graph again; `hold` is a module whose corner stays where it is. */
@@ -161,7 +161,7 @@ function reach(op) {
   if (op.isSize) state.sizes = true;
   if (state.stage.differences.fates.get(op) === "removed" && state.side === "after") state.side = "both";
   if (!stageHas(op)) return;
-  for (const path of ancestors(op.module)) state.open.add(path);
+  for (const path of ancestors(state.stage.moduleOf(op))) state.open.add(path);
   drawToolbar();
   layOut();
 }
@@ -182,13 +182,13 @@ function find(name) {
 function openAll() {
   state.open = opened(state.stage, state, MOST_OPEN);
   layOut();
-  fit();
+  overview();
 }
 
 function closeAll() {
   state.open = new Set();
   layOut();
-  fit();
+  overview();
 }
 
 // The address

@@ -8,15 +8,15 @@ function drawPanel(panel, stage, op, act) {
     el("button", { class: "close", "aria-label": "Close", onclick: () => act.close() }, "×"),
     el("p", { class: "kind" }, op.name, fate === "same" ? null : el("span", { class: `badge fate-${fate}` }, FATES[fate])),
     el("h2", {}, op.title),
+    section(fate === "changed" ? "Line, before and after" : "Line", fate === "changed" ? changedLine(twins.get(op), op) : el("pre", {}, op.text)),
+    section("Decision", names.map(decisionOf)),
+    section("Left alone", whyNot(names)),
+    section("Error", errorOf(names)),
     section("Types", table(op.results.map(([name, type]) => [`%${name}`, type]))),
     section("Attributes", table(op.attrs)),
     section("Place", table(placeOf(op))),
-    section("Reads", links(op.operands, stage, op, act)),
-    section("Read by", readers(stage, op, act)),
-    section("Error", errorOf(names)),
-    section("Decision", names.map((name) => decisionOf(name))),
-    section("Left alone", whyNot(names)),
-    section(fate === "changed" ? "Line, before and after" : "Line", fate === "changed" ? changedLine(twins.get(op), op) : el("pre", {}, op.text)));
+    section("Reads", operandsOf(op, stage, act)),
+    section("Read by", readersOf(op, stage, act)));
 }
 
 function section(heading, content) {
@@ -36,9 +36,9 @@ function placeOf(op) {
   return rows;
 }
 
-function links(operands, stage, op, act) {
+function operandsOf(op, stage, act) {
   const old = stage.differences.fates.get(op) === "removed" ? stage.before : stage;
-  const rows = operands.map(([path, name]) => {
+  const rows = op.operands.map(([path, name]) => {
     const maker = old.makers.get(name);
     const type = maker?.results.find(([each]) => each === name)?.[1] ?? "";
     return [path, [jump(`%${name}`, maker, act), " ", el("small", {}, type)]];
@@ -50,10 +50,9 @@ function jump(label, op, act) {
   return op ? el("button", { class: "link", onclick: () => act.select(op) }, label) : label;
 }
 
-function readers(stage, op, act) {
-  const names = new Set(op.results.map(([name]) => name));
+function readersOf(op, stage, act) {
   const graph = stage.differences.fates.get(op) === "removed" ? stage.before : stage;
-  const all = graph.ops.filter((other) => other.operands.some(([, name]) => names.has(name)));
+  const all = [...new Set(op.results.flatMap(([name]) => [...(graph.readers.get(name) ?? [])]))];
   const items = all.slice(0, 20).map((other) => el("li", {}, jump(other.title, other, act), " ", el("small", {}, other.name)));
   if (all.length > 20) items.push(el("li", {}, `and ${all.length - 20} more`));
   return items.length ? el("ul", {}, items) : null;

@@ -1,13 +1,15 @@
 // The views beside the graph: decisions, errors, memory, kernels.
 
 const KINDS = [["own", "own"], ["inherited", "inherited"], ["kernel", "kernel"]];
+const LONGEST_BAR = 60;
+/** Decibels of a whole bar: an error below a thousandth is as good as none beside those that matter. */
 
 function drawDecisions(view, select) {
   const columns = [
     { name: "operation", value: (row) => `%${row.name}`, kind: "code" },
     { name: "kind", value: (row) => row.op, kind: "code" },
     { name: "module", value: (row) => row.module, kind: "code" },
-    { name: "weight", value: (row) => row.shape, kind: "code" },
+    { name: "weight", value: (row) => row.shape, kind: "code type" },
     { name: "size", value: (row) => row.bytes, cell: (row) => size(row.bytes), number: true },
     { name: "quantized", value: (row) => (row.quantized ? "yes" : "no"), cell: (row) => el("span", { class: `verdict ${row.quantized ? "yes" : "no"}` }, row.quantized ? "yes" : "no") },
     { name: "why not", value: (row) => row.reason },
@@ -29,7 +31,7 @@ function decibel(number) {
 
 function drawErrors(view, select) {
   const lead = el("p", { class: "lead" },
-    "Signal over error of each quantized operation, in decibels: longer is better, and six more halve the error. ",
+    `Signal over error of each quantized operation, in decibels: more is better, six more halve the error, and a bar is full from ${LONGEST_BAR} on. `,
     el("b", {}, "Own"), ": its codes on the float model's input. ", el("b", {}, "Inherited"), ": the float operation on the quantized model's input. ",
     el("b", {}, "Kernel"), ": the kernel against the reference on equal input.");
   if (!data.errors) {
@@ -37,20 +39,30 @@ function drawErrors(view, select) {
     show(view, el("h2", {}, "Errors"), lead, el("p", { class: "empty" }, "This report was written without them. To have them, measure them on a real batch:"), el("pre", {}, call));
     return;
   }
-  const most = Math.max(1, ...data.errors.flatMap((row) => KINDS.map(([key]) => (typeof row[key] === "number" ? row[key] : 0))));
   const columns = [
     { name: "operation", value: (row) => `%${row.name}`, kind: "code" },
     { name: "module", value: (row) => row.module, kind: "code" },
     ...KINDS.map(([key, label]) => ({
-      name: label, value: (row) => (row[key] === "inf" ? Infinity : row[key] === "-inf" ? -Infinity : row[key]), cell: (row) => bar(row[key], most, key), kind: "bar",
+      name: label, value: (row) => numberOf(row[key]), cell: (row) => bar(row[key], key), kind: "bar",
     })),
+    { name: "most of it", value: mostOf },
   ];
   show(view, el("h2", {}, "Errors"), lead, new Table(columns, data.errors, { act: (row) => select(row.name) }).element);
 }
 
-function bar(number, most, kind) {
+function numberOf(number) {
+  return number === "inf" ? Infinity : number === "-inf" ? -Infinity : number;
+}
+
+/** Which of the three is the largest error; nothing where there is none. */
+function mostOf(row) {
+  const [key, label] = KINDS.reduce((worst, each) => (numberOf(row[each[0]]) < numberOf(row[worst[0]]) ? each : worst));
+  return row[key] === "inf" ? "" : label;
+}
+
+function bar(number, kind) {
   const exact = number === "inf";
-  const share = exact ? 1 : typeof number === "number" ? Math.max(0, number / most) : 0;
+  const share = exact ? 1 : typeof number === "number" ? Math.min(1, Math.max(0, number / LONGEST_BAR)) : 0;
   const picture = shape("svg", { class: `bar ${kind}${exact ? " exact" : ""}`, viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" },
     shape("rect", { class: "track", width: 100, height: 8 }), shape("rect", { width: 100 * share, height: 8 }));
   return [picture, el("span", { class: "amount" }, decibel(number))];
@@ -77,7 +89,7 @@ function drawMemory(view, stage, select) {
   const legend = el("p", { class: "keys" }, order.map((type, index) => el("span", {}, el("i", { class: `key type-${index % 6}` }), type)));
   const columns = [
     { name: "weight", value: (row) => `%${row.value}`, kind: "code" },
-    { name: "type", value: (row) => row.type, kind: "code" },
+    { name: "type", value: (row) => row.type, kind: "code type" },
     { name: "size", value: (row) => row.bytes, cell: (row) => size(row.bytes), number: true },
     { name: "made by", value: (row) => row.madeBy || "the model", kind: "code" },
   ];
@@ -107,9 +119,9 @@ function drawKernels(view, select) {
     { name: "first", value: (row) => `%${row.values[0]}`, kind: "code" },
     { name: "calls", value: (row) => row.values.length, number: true },
     { name: "kernel", value: (row) => row.op.replace(/^kernel\./, ""), kind: "code" },
-    { name: "result", value: (row) => row.result, kind: "code" },
-    { name: "operands", value: (row) => row.operands.join(" × "), kind: "code" },
-    { name: "attributes", value: (row) => row.attrs.map(([key, value]) => `${key} = ${value}`).join(", "), kind: "code wide" },
+    { name: "result", value: (row) => row.result, kind: "code type" },
+    { name: "operands", value: (row) => row.operands.join(" "), cell: (row) => row.operands.map((type) => el("div", {}, type)), kind: "code type" },
+    { name: "attributes", value: (row) => row.attrs.map((pair) => pair.join(" ")).join(" "), cell: (row) => row.attrs.map((pair) => el("div", {}, pair.join(" = "))), kind: "code wide" },
     ...rows.map((count, index) => ({ name: plural(count, "row"), value: (row) => row.choices[index] ?? "", kind: "code choice" })),
   ];
   show(view, el("h2", {}, "Kernels"),
