@@ -61,7 +61,9 @@ def hold(module: nn.Module, stored: Mapping[str, Stored]) -> None:
     kind = type(module)
     properties: dict[str, Any] = {name: property(_reader(name, how)) for name, how in stored.items()}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    module.__class__ = type(kind.__name__, (kind,), {**names, "stored_weights": dict(stored), **properties})
+    module.__class__ = type(
+        kind.__name__, (kind,), {**names, "stored_weights": {**held(module), **stored}, **properties}
+    )
 
 
 def held(module: nn.Module) -> Mapping[str, Stored]:

@@ -4,7 +4,7 @@ Quantized weights stay codes and scales: modules hold them under the names of th
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.stored_weights import Stored, hold
+from qcompiler.checkpoints.conversion import stacked, to_model
 from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.errors import QCompilerError
 
@@ -89,56 +90,59 @@ def _skeleton(transformers: Any, kind: Any, config: Any) -> nn.Module:
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Puts the tensors of the files into the model; QCompilerError where their names differ from its own."""
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    wanted = {*model.state_dict()}
-    scales = {how.scale for how in checkpoint.stored.values()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    files = [name for name in checkpoint.tensors if name not in scales]
-    _check_names(wanted - {*tied}, files, ignored, checkpoint)
-    wide = _kept_wide(model)
-    for name in files:
-        if name not in wanted:
-            continue
-        if name in checkpoint.stored:
-            _hold(model, name, checkpoint)
-        else:
-            _assign(model, name, checkpoint.tensors[name], wide)
+    tensors, stored = checkpoint.tensors, checkpoint.stored
+    scales = {how.scale for how in stored.values()}
+    plain = to_model(model, {name: tensors[name] for name in tensors if name not in scales and name not in stored})
+    held: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+    for block in {how.block for how in stored.values()}:
+        names = [name for name, how in stored.items() if how.block == block]
+        pairs = stacked(model, names, tensors.__getitem__, lambda name: tensors[stored[name].scale], block)
+        held |= {name: (codes, scale, block) for name, (codes, scale) in pairs.items()}
+    _check_names(model, {*plain, *held}, checkpoint)
+    wanted, wide = {*model.state_dict()}, _kept_wide(model)
+    suffix = "_scale_inv" if checkpoint.method == "fp8" else "_scale"
+    for name in sorted(wanted & {*held}):
+        _hold(model, name, *held[name], suffix)
+    for name in sorted(wanted & {*plain}):
+        _assign(model, name, plain[name], wide)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     if (config := getattr(model, "config", None)) is not None:
         config._name_or_path = str(checkpoint.folder)
 
 
-def _check_names(needed: set[str], files: Iterable[str], ignored: Iterable[str], checkpoint: Checkpoint) -> None:
-    found = {*files}
-    strange = [name for name in found - needed if not any(re.search(pattern, name) for pattern in ignored)]
-    for problem, names in (("the model has weights that are in no file", needed - found),
-                           ("files have tensors that are not of the model", {*strange})):  # fmt: skip
+def _check_names(model: nn.Module, found: set[str], checkpoint: Checkpoint) -> None:
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    state = {*model.state_dict()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    strange = {name for name in found - state if not any(re.search(pattern, name) for pattern in ignored)}
+    for problem, names in (
+        ("the model has weights that are in no file", state - {*tied} - found),
+        ("files have tensors that are not of the model", strange),
+    ):
         if names:
-            shown = ", ".join(sorted(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-            raise QCompilerError(problem, got=shown, where=str(checkpoint.folder))
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            got = ", ".join(sorted(names)[:SHOWN]) + more
+            raise QCompilerError(problem, got=got, where=str(checkpoint.folder))
 
 
-def _hold(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
+def _hold(model: nn.Module, name: str, codes: Tensor, scale: Tensor, block: tuple[int, int], suffix: str) -> None:
     """Gives a module codes and scales in the place of a weight."""
-    how = checkpoint.stored[name]
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     weight = module._parameters[key]
-    codes = checkpoint.tensors[name]
-    _check_shape(name, weight, codes, checkpoint.folder)
+    _check_shape(name, weight, codes)
     dtype = weight.dtype if weight is not None else torch.bfloat16
     module._parameters[key] = nn.Parameter(codes, requires_grad=False)
-    scale = how.scale.rpartition(".")[2]
-    module.register_parameter(scale, nn.Parameter(checkpoint.tensors[how.scale], requires_grad=False))
-    hold(module, {key: Stored(scale, how.block, dtype)})
+    module.register_parameter(key + suffix, nn.Parameter(scale, requires_grad=False))
+    hold(module, {key: Stored(key + suffix, block, dtype)})
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, wide: "re.Pattern[str] | None") -> None:
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters[key] if key in module._parameters else module._buffers[key]
-    _check_shape(name, old, tensor, None)
+    _check_shape(name, old, tensor)
     if old is not None and tensor.is_floating_point() and not (wide and wide.search(name)):
         tensor = tensor.to(old.dtype)
     if key in module._parameters:
@@ -147,13 +151,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, wide: "re.Pattern[str] 
         module._buffers[key] = tensor
 
 
-def _check_shape(name: str, wanted: Tensor | None, tensor: Tensor, folder: Path | None) -> None:
+def _check_shape(name: str, wanted: Tensor | None, tensor: Tensor) -> None:
     if wanted is None or wanted.shape != tensor.shape:
         need = "nothing" if wanted is None else list(wanted.shape)
-        where = str(folder) if folder else None
-        raise QCompilerError(
-            f"'{name}' has another shape than in the model", got=list(tensor.shape), need=need, where=where
-        )
+        raise QCompilerError(f"'{name}' has another shape than in the model", got=list(tensor.shape), need=need)
 
 
 def _kept_wide(model: nn.Module) -> "re.Pattern[str] | None":

@@ -45,6 +45,10 @@ class Provenance:
     scales: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
 
+    def refuse(self, name: str, why: str) -> None:
+        """Notes why a weight cannot be given back; the first reason counts."""
+        self.refused.setdefault(name, why)
+
 
 @dataclass(frozen=True)
 class _Pair:
@@ -85,9 +89,9 @@ class _Tracer:
             if str(op.attrs["name"]) not in self.done:
                 self.plain(op)
         for name in self.found.kept & {*self.found.quantized, *self.found.changed}:
-            self.refuse(name, "the graph also reads it as it was")
+            self.found.refuse(name, "the graph also reads it as it was")
         for name in self.found.changed.keys() & self.found.quantized.keys():
-            self.refuse(name, "the graph also reads it in float, changed")
+            self.found.refuse(name, "the graph also reads it in float, changed")
         return self.found
 
     def quantized(self, pair: _Pair) -> None:
@@ -110,7 +114,7 @@ class _Tracer:
             end = start + _rows(part)
             name = self.name_of(part)
             if name is not None and (why := why_not_rows(part, self.model_names) or self.why_not_cut(pair, start)):
-                self.refuse(name, why)
+                self.found.refuse(name, why)
             elif name is not None:
                 down = pair.block[0]
                 rows = scale if down == numerics.ALL or len(parts) == 1 else scale[start // down : -(-end // down)]
@@ -129,7 +133,7 @@ class _Tracer:
         """A quantized weight of that name, unless there is another one already."""
         known = self.found.quantized.setdefault(name, weight)
         if not same(known, weight):
-            self.refuse(name, "the graph holds it in two quantized forms")
+            self.found.refuse(name, "the graph holds it in two quantized forms")
         elif known.x_block is None or (known.x_scale is None) != (weight.x_scale is None):
             self.found.quantized[name] = weight
 
@@ -141,7 +145,7 @@ class _Tracer:
             return
         if name not in self.compiled.recipes:
             readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
-            self.refuse(
+            self.found.refuse(
                 name, f"no weight of the model can take it in: {readers or 'an operation'} reads it in each call"
             )
             return
@@ -163,9 +167,9 @@ class _Tracer:
             return
         value = restored(part, tensor, self.model_names)
         if isinstance(value, str):
-            self.refuse(name, value)
+            self.found.refuse(name, value)
         elif not equal_bits(self.found.changed.setdefault(name, value), value):
-            self.refuse(name, "the graph holds it in two changed forms")
+            self.found.refuse(name, "the graph holds it in two changed forms")
 
     # Names and numbers
 
@@ -191,7 +195,9 @@ class _Tracer:
         if len(names) == 1:
             return names[0]
         for name in names or [part.name]:
-            self.refuse(name, f"it is one of {len(names)} weights of the model that one constant is computed from")
+            self.found.refuse(
+                name, f"it is one of {len(names)} weights of the model that one constant is computed from"
+            )
         return None
 
     def tensor(self, value: Value) -> Tensor:
@@ -201,10 +207,6 @@ class _Tracer:
             return stored
         made: Tensor = evaluate(value.op, _with_weights(self.structure, self.compiled))[value.index]
         return made
-
-    def refuse(self, name: str, why: str) -> None:
-        """The first reason counts."""
-        self.found.refused.setdefault(name, why)
 
 
 def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:

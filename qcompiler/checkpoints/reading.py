@@ -36,12 +36,14 @@ class Checkpoint:
         config: What `config.json` says.
         tensors: All tensors, under their names in the files; each is read when it is asked for.
         stored: The quantized weights: where their scales are, and what for.
+        method: The `quant_method`; None where nothing is quantized.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: TensorFiles
     stored: Mapping[str, StoredAs]
+    method: str | None
 
     def quantized(self, name: str) -> QuantizedWeight:
         """One quantized weight, as codes and scales."""
@@ -73,7 +75,8 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
             fix = "Without its scale nobody knows what numbers it stands for."
             got = f"{str(tensors.dtype(name)).removeprefix('torch.')}{list(tensors.shape(name))}"
             raise QCompilerError(f"an FP8 weight has no scale: '{name}'", got=got, where=str(path), fix=fix)
-    return Checkpoint(path, config, tensors, stored)
+    said = config.get("quantization_config")
+    return Checkpoint(path, config, tensors, stored, said["quant_method"] if said is not None else None)
 
 
 def _stored(config: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapping[str, StoredAs]:

@@ -4,12 +4,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
+from qcompiler.checkpoints.conversion import to_files, unstacked
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
 from qcompiler.checkpoints.formats import Format, format_called
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.graph import PARAM
 from qcompiler.report import unfused
@@ -54,10 +56,15 @@ def write(
     if origin.folder is not None and target.exists() and target.samefile(origin.folder):
         raise QCompilerError("the model is read from this very folder", got=str(target), fix="Write to another one.")
     chosen = format_called(format, scale_format or _scale_format(origin, found))
-    _check(format, chosen, origin, found)
-    tensors = _tensors(chosen, origin, found)
+    weights = _weights(origin, found)
+    _check(format, chosen, weights, found)
+    plain = {name: found.changed.get(name, tensor) for name, tensor in origin.tensors.items()}
+    left = {name: tensor for name, tensor in plain.items() if name not in found.scales | found.quantized.keys()}
+    tensors = to_files(origin.module, left)
+    for name, weight in weights.items():
+        tensors |= chosen.tensors(name, weight)
     documents = dict(origin.documents)
-    if config := chosen.config(found.quantized, _unconverted(origin, found, compiled)):
+    if config := chosen.config(weights, _unconverted(origin, weights, compiled)):
         documents[CONFIG] = {**documents.get(CONFIG, {}), "quantization_config": config}
     write_folder(target, tensors, documents, origin.folder, shard_bytes)
 
@@ -91,39 +98,41 @@ def _scale_format(origin: Origin, found: Provenance) -> str:
     return "ue8m0" if bytes_each == {1} else "float"
 
 
-def _check(name: str, chosen: Format, origin: Origin, found: Provenance) -> None:
+def _weights(origin: Origin, found: Provenance) -> dict[str, QuantizedWeight]:
+    """The quantized weights under their names in the files; what cannot be given back is noted."""
+    weights: dict[str, QuantizedWeight] = {}
+    linears = {*origin.linears()}
+    for name, weight in found.quantized.items():
+        if weight.codes.dim() == 2 and not (name.endswith("weight") and _module(name) in linears):
+            found.refuse(name, "it is not the weight of a linear module, which is what readers of the format look for")
+            continue
+        try:
+            weights |= unstacked(origin.module, name, weight)
+        except QCompilerError as error:
+            found.refuse(name, str(error))
+    return weights
+
+
+def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found: Provenance) -> None:
     """QCompilerError that lists every weight which the format cannot hold, and why."""
     refused = dict(found.refused)
-    linears = {*origin.linears()}
-    for weight_name, weight in found.quantized.items():
-        why = chosen.why_not(weight)
-        if not why and (not weight_name.endswith("weight") or _module(weight_name) not in linears):
-            why = "it is not the weight of a linear module, which is what readers of the format look for"
-        if why:
+    for weight_name, weight in weights.items():
+        if why := chosen.why_not(weight):
             refused.setdefault(weight_name, why)
     if refused:
         rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
         problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}\n"
         raise QCompilerError(problem, fix=chosen.fix)
-    if name != "float" and not found.quantized:
+    if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
 
 
-def _tensors(chosen: Format, origin: Origin, found: Provenance) -> dict[str, Tensor]:
-    """All tensors under their names in the file, in the order of the model."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in origin.tensors.items():
-        if (weight := found.quantized.get(name)) is not None:
-            tensors |= chosen.tensors(name, weight)
-        elif name not in found.scales:
-            tensors[name] = found.changed.get(name, tensor)
-    return tensors
-
-
-def _unconverted(origin: Origin, found: Provenance, compiled: "CompiledModel") -> set[str]:
+def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], compiled: "CompiledModel") -> set[str]:
     """The linears that a reader must leave in float, and other matmuls, which some readers make linears of."""
-    names = {*origin.linears(), *(_module(name) for row in compiled.report.left_alone for name in row.weights)}
-    return {name for name in names if name} - {_module(name) for name in found.quantized}
+    alone = {name for row in compiled.report.left_alone for name in row.weights if name in origin.tensors}
+    files = to_files(origin.module, {name: origin.tensors[name] for name in alone})
+    names = {*origin.linears(), *map(_module, alone), *map(_module, files)}
+    return {name for name in names if name} - {_module(name) for name in weights}
 
 
 def _module(weight: str) -> str:
