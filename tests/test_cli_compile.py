@@ -201,18 +201,22 @@ def test_an_artefact_is_inspected(artefact: Path, answer: Answer, capsys: pytest
     assert main(["inspect", str(artefact)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split()[:4] == ["stage", "effect", "changed", "ms"]
+    assert out.splitlines()[-2].startswith("fp8_tile for cpu, made by qcompiler ")
     assert out.splitlines()[-1].startswith("2 of 2 matmuls with a constant operand are quantized")
 
 
-def test_a_report_is_printed_and_written(artefact: Path, tmp_path: Path, answer: Answer, capsys: Any) -> None:
+def test_a_report_is_printed_and_written(artefact: Path, here: Path, answer: Answer, capsys: Any) -> None:
     report = qcompiler.load(artefact).report
     assert main(["report", str(artefact)]) == 0
     assert capsys.readouterr().out == f"{report}\n"
     assert len(answer("report", str(artefact))["rows"]) == len(report.rows)
-    page = tmp_path / "page.html"
+    errors = answer("report", str(artefact), "--against", "cli_factories:with_inputs")["errors"]
+    assert [row["name"] for row in errors] == ["linear", "linear_1"]
+    assert all(20 < row["own"] < 40 for row in errors)  # decibels
+    page = here / "page.html"
     assert main(["report", str(artefact), "--html", str(page)]) == 0
     assert "<html" in page.read_text() and "fp8-tile" in page.read_text()
-    assert main(["report", str(artefact), "--html", str(tmp_path / "no" / "page.html")]) == 1
+    assert main(["report", str(artefact), "--html", str(here / "no" / "page.html")]) == 1
     assert "error: the page cannot be written: got " in capsys.readouterr().err
 
 

@@ -33,14 +33,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
-    short = {"max_position_embeddings": 64, "vocab_size": 64, "num_hidden_layers": 1}
+    short: dict[str, Any] = {"max_position_embeddings": 64, "vocab_size": 64, "num_hidden_layers": 1}
     BertModel(BertConfig(**sizes, **short)).save_pretrained(root / "bert")
-    LlamaForCausalLM(LlamaConfig(**sizes, **short)).to(torch.bfloat16).save_pretrained(root / "llama")
+    LlamaForCausalLM(LlamaConfig(**sizes, **short)).bfloat16().save_pretrained(root / "llama")
     ViTModel(ViTConfig(**sizes, num_hidden_layers=1, image_size=32, patch_size=16)).save_pretrained(root / "vit")
     words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # a property that the stubs take for a method
+    words.pre_tokenizer = Whitespace()
+    make: Any = PreTrainedTokenizerFast  # without types
     for name, pad in (("bert", {"pad_token": "[PAD]"}), ("llama", {})):
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **pad).save_pretrained(root / name)
+        make(tokenizer_object=words, unk_token="[UNK]", **pad).save_pretrained(root / name)
     return root
 
 
@@ -55,8 +56,9 @@ def test_an_encoder_takes_what_its_tokenizer_gives(folders: Path, tmp_path: Path
     assert report(capsys)["report"]["summary"].startswith("7 of 7 matmuls")
     compiled = qcompiler.load(tmp_path / "out")
     ids = torch.arange(12).reshape(3, 4)
-    given = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
-    want = qcompiler.compile(BertModel.from_pretrained(folders / "bert").eval(), example_kwargs=given)(**given)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model: Any = BertModel.from_pretrained(folders / "bert")
+    want = qcompiler.compile(model.eval(), example_kwargs=given)(**given)
     assert torch.equal(compiled(**given).last_hidden_state, want.last_hidden_state)
 
 

@@ -68,6 +68,8 @@ def test_a_stage_is_a_text_that_parses(dump: str, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert len(Graph.parse(text).ops("quant.quantize")) == 2 and "loc(" not in text
     assert Graph.parse(document(capsys, dump, "--stage", "captured")["graph"]).name == "m"
+    assert main(["inspect", dump, "--stage", "captured", "--dot"]) == 0
+    assert capsys.readouterr().out == f"{Graph.parse(TEXT).to_dot()}\n"
 
 
 def test_two_stages_differ(dump: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +78,16 @@ def test_two_stages_differ(dump: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "-  %y = aten.matmul(%n, %w) : f32[s0, 64]" in out and "+  %w_t = aten.t(%w) : f32[64, 256]" in out
     assert main(["inspect", dump, "--diff", "fp8-tile", "share-quantize"]) == 0
     assert capsys.readouterr() == ("", "fp8-tile and share-quantize are alike\n")
+
+
+def test_a_narrow_terminal_has_fewer_columns(
+    dump: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qcompiler.cli.output.WIDTH", 45)
+    assert main(["inspect", dump]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["stage", "operations", "+/-"]
+    assert [line.split()[0] for line in lines[2:]] == STAGES and max(map(len, lines)) <= 45
 
 
 # One operation

@@ -8,6 +8,7 @@ What was asked for goes to standard output; progress, remarks and errors go to s
 of its name with a function `run`, imported when it is asked for: help needs no torch.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -31,6 +32,8 @@ EXIT_CODES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status, one of EXIT_CODES."""
     options = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = import_module(COMMANDS[options.command]).run(options)
         sys.stdout.flush()

@@ -1,7 +1,7 @@
 """`qcompiler compile`: from a model to a folder that holds what was made of it."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 import qcompiler
 from qcompiler.artefact.folder import check_replaceable
 from qcompiler.cli.huggingface import text_calls
-from qcompiler.cli.inputs import SUFFIX, Call, calls_in, example_in, random_call
+from qcompiler.cli.inputs import SUFFIX, Call, calls_in
 from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
 from qcompiler.cli.progress import Progress
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, progress: Progress) -> CompiledModel:
-    batches = list(_batches(loaded.folder, options))
+    batches = list(_batches(loaded, options))
     example = _example(loaded, options, known=bool(batches))
     progress.stage("capture")
     return qcompiler.compile(
@@ -65,27 +65,26 @@ def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace
 
 def _example(loaded: Loaded, options: argparse.Namespace, known: bool) -> Call | None:
     """What to capture the model on; None leaves it to the calibration data, or to the exported program."""
-    if options.input:
-        return random_call(options.input).on(options.device)
-    if options.example is not None:
-        return example_in(options.example).on(options.device)
-    if known or isinstance(loaded.model, ExportedProgram):
+    given = options.input or options.example is not None
+    if not given and (known or isinstance(loaded.model, ExportedProgram)):
         return None
-    if loaded.example is None:
+    example = loaded.example_for(options.input, options.example)
+    if example is None:
         fix = 'Give some: --input "x=bf16[4,256]", --example FILE, or a factory that returns the model and its inputs.'
         raise InputError("the model needs example inputs to be captured on", got="none", fix=fix)
-    return loaded.example
+    return example
 
 
-def _batches(folder: Path | None, options: argparse.Namespace) -> Iterator[Any]:
+def _batches(loaded: Loaded, options: argparse.Namespace) -> Iterator[Any]:
+    """The calls in all files of calibration data."""
     for path in options.calibration:
-        calls: Sequence[Call] | Iterator[Call] = (
-            calls_in(path)
+        calls = (
+            iter(calls_in(path))
             if path.endswith(SUFFIX)
-            else text_calls(folder, path, options.batch_size, options.max_length)
+            else text_calls(loaded.folder, path, options.batch_size, options.max_length)
         )
         for index, call in enumerate(calls):
-            yield call.on(options.device).as_batch(f"call {index} of {path}")
+            yield call.on(loaded.device).as_batch(f"call {index} of {path}")
 
 
 def report_document(report: Report) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from qcompiler.cli.compile import report_document
 from qcompiler.cli.history import Chapter, history
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.cli.records import Record, read_record
@@ -14,6 +15,7 @@ from qcompiler.errors import InputError
 from qcompiler.ir import Graph, diff
 
 COUNTED = ("aten", "quant", "kernel")
+DROPPABLE = ("options", *reversed(COUNTED), "effect", "changed", "+/-")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _graph(graph: Graph, options: argparse.Namespace) -> None:
-    text = graph.text(locations=not options.no_locations)
+    text = graph.to_dot() if options.dot else graph.text(locations=not options.no_locations)
     print_json({"stage": options.stage, "graph": text}) if options.json else print(text)
 
 
@@ -59,15 +61,27 @@ def _source(record: Record, options: argparse.Namespace) -> None:
 def _overview(record: Record, options: argparse.Namespace) -> None:
     stages = list(_stages(record))
     if options.json:
-        report = None if record.report is None else {"summary": record.report.summary(), **asdict(record.report)}
-        print_json({"stages": stages, "report": report})
+        report = None if record.report is None else report_document(record.report)
+        print_json({"artefact": _artefact(record), "stages": stages, "report": report})
         return
     timed = bool(record.steps)
     headings = ["stage", *(["effect", "changed", "ms "] if timed else []), "operations ", "+/- "]
     headings += [f"{dialect} " for dialect in COUNTED] + (["options"] if timed else [])
-    print_table(headings, [_row(stage, timed) for stage in stages])
+    print_table(headings, [_row(stage, timed) for stage in stages], DROPPABLE)
+    if (artefact := _artefact(record)) is not None:
+        versions = ", ".join(f"{name} {number}" for name, number in artefact["made_by"].items() if number)
+        print(f"{artefact['scheme'] or 'a pipeline'} for {artefact['target']}, made by {versions}")
     if record.report is not None:
         print(record.report.summary())
+
+
+def _artefact(record: Record) -> dict[str, Any] | None:
+    """How an artefact was made; None for graphs alone."""
+    made = record.manifest
+    if made is None:
+        return None
+    return {"scheme": made.scheme, "overrides": made.overrides, "pipeline": made.pipeline, "target": made.target,
+            "device": made.device, "made_by": dict(made.made_by)}  # fmt: skip
 
 
 def _stages(record: Record) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ package.module:make    imports the module, from the current folder too, and call
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.cli import huggingface
-from qcompiler.cli.inputs import Call
+from qcompiler.cli.inputs import Call, example_in, random_call
 from qcompiler.errors import InputError
 
 NEED = "a .pt2 file, a folder with a config.json, or module:factory"
@@ -36,6 +36,17 @@ class Loaded:
     model: Any
     example: Call | None = None
     folder: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first parameter lies; the CPU when it has none."""
+        first = next(iter(self.model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def example_for(self, specs: Sequence[str], file: str | None) -> Call | None:
+        """The call that the command line describes by types or as a file; else the model's own, if it has one."""
+        call = random_call(specs) if specs else example_in(file) if file is not None else self.example
+        return None if call is None else call.on(self.device)
 
     def release(self) -> Any:
         """The model, which from now on is held by the caller alone: its weights can go one by one."""
@@ -62,8 +73,6 @@ def load_model(name: str, device: str | None = None) -> Loaded:
         raise InputError("there is no such model", got=repr(name), need=NEED)
     if isinstance(loaded.model, torch.nn.Module):
         loaded.model = loaded.model.eval().to(device)
-    if loaded.example is not None:
-        loaded.example = loaded.example.on(device)
     return loaded
 
 

@@ -87,6 +87,13 @@ def _artefact(parser: argparse.ArgumentParser) -> None:
     _trust(parser)
 
 
+def _example(parser: argparse.ArgumentParser) -> None:
+    example = parser.add_mutually_exclusive_group()
+    example.add_argument("--input", action="append", default=[], metavar="NAME=TYPE", help=INPUT)
+    example.add_argument("--example", metavar="FILE", help="a .safetensors file with the arguments of one call: "
+                         "tensors by name, or by position (0, 1, ...)")  # fmt: skip
+
+
 def _trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="append", default=[], metavar="NAMESPACE",
@@ -132,10 +139,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--scheme", "-s", help=f"{SCHEME} (default: fp8_tile)")
     which.add_argument("--pipeline", "-p", help=PIPELINE)
     parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME", help=OVERRIDE)
-    example = parser.add_mutually_exclusive_group()
-    example.add_argument("--input", action="append", default=[], metavar="NAME=TYPE", help=INPUT)
-    example.add_argument("--example", metavar="FILE", help="a .safetensors file with the arguments of one call: "
-                         "tensors by name, or by position (0, 1, ...)")  # fmt: skip
+    _example(parser)
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="FILE",
         help="data for schemes that need some: a .safetensors file with the arguments of one call, or of several as "
@@ -163,13 +167,17 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print how two stages differ")
     what.add_argument("--op", metavar="NAME", help="print what became of one operation, pass by pass")
     what.add_argument("--source", action="store_true", help="print the generated host module")
-    parser.add_argument("--no-locations", action="store_true", help="leave locations out of a graph")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--no-locations", action="store_true", help="leave locations out of the graph of --stage")
+    text.add_argument("--dot", action="store_true", help="print the graph of --stage in the language of Graphviz")
     _json(parser)
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
-    parser.add_argument("--html", metavar="FILE", help="write it as a page")
+    parser.add_argument("--html", metavar="FILE", help="write it as a page, with the graphs of all stages")
+    parser.add_argument("--against", metavar="MODEL", help=f"add the error of each layer on one call: {MODEL}")
+    _example(parser)
     _json(parser)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import qcompiler.dialects  # noqa: F401  (fills the table of operations)
 from qcompiler.artefact.loading import read_report, read_stages, reading
-from qcompiler.artefact.manifest import HOST
+from qcompiler.artefact.manifest import HOST, Manifest
 from qcompiler.artefact.manifest import NAME as MANIFEST
 from qcompiler.cli.opt import read_graph
 from qcompiler.errors import InputError, did_you_mean
@@ -28,12 +28,14 @@ class Record:
         steps: What is known of the passes, by stage; nothing where only texts were kept.
         report: What became of the readers of weights, where that is known.
         source: The host module, where there is one.
+        manifest: What an artefact says of itself.
     """
 
     stages: Mapping[str, Graph]
     steps: Mapping[str, Step]
     report: Report | None = None
     source: str | None = None
+    manifest: Manifest | None = None
 
     def stage(self, name: str) -> Graph:
         """The graph of a stage; InputError with did-you-mean when there is none."""
@@ -64,4 +66,5 @@ def _artefact(path: Path) -> Record:
     with reading(path.resolve()) as artefact:
         stages, _ = read_stages(artefact)
         report, steps = read_report(artefact)
-        return Record(stages, {step.stage: step for step in steps}, report, artefact.text(HOST))
+        known = {step.stage: step for step in steps}
+        return Record(stages, known, report, artefact.text(HOST), artefact.manifest)
