@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import qcompiler
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         device = compiled.signature.device or torch.device("cpu")
         models: dict[str, Callable[..., Any]] = {QUANTIZED: compiled}
         if options.against is not None:
-            models[AGAINST] = load_model(options.against, str(device)).model
+            against = load_model(options.against, str(device)).model
+            models[AGAINST] = against.module() if isinstance(against, ExportedProgram) else against
         progress.stage("measuring")
         rows = []
         for call in _calls(compiled, options):
