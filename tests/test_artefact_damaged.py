@@ -54,6 +54,7 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: No
     for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
         entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["source"] = manifest["files"]["host.py"]["sha256"]
     change(manifest)
     path.write_text(json.dumps(sealed(manifest)))
 
@@ -320,7 +321,9 @@ def test_fuzz_files_that_change_places(saved: Path, tmp_path: Path, data: st.Dat
 
 def changed(value: Any, data: st.DataObject) -> Any:
     """A JSON value with something in it replaced, left out, or doubled."""
-    junk = st.sampled_from([None, True, -1, 0, 10**30, 1.5, "", "x", "s0", [], {}, ["*"], {"tuple": []}])
+    junk: st.SearchStrategy[Any] = st.sampled_from(
+        [None, True, -1, 0, 10**30, 1.5, "", "x", "s0", [], {}, ["*"], {"tuple": []}]
+    )
     if not isinstance(value, dict | list) or not value or data.draw(st.integers(0, 5)) == 0:
         return data.draw(junk)
     if isinstance(value, list):

@@ -17,7 +17,7 @@ from qcompiler.artefact.structures import structure_from_json
 transformers = pytest.importorskip("transformers")
 
 TINY = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 320,
 }  # fmt: skip
 IDS = torch.randint(0, 320, (2, 7), generator=torch.Generator().manual_seed(0))
 

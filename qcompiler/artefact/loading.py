@@ -1,9 +1,12 @@
-"""A folder -> a compiled model. Nothing that the folder holds is executed.
+"""A folder -> a compiled model.
 
-manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
-             weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
-                                                                   ▼
-                                                              CompiledModel
+    manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
+                 weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
+                                                                       ▼
+                                                                  CompiledModel
+
+Nothing that the folder holds is executed, and nothing is imported because the folder names it, but where
+`qcompiler.artefact.structures` has a rule for it.
 """
 
 import os
@@ -16,7 +19,7 @@ import torch
 
 from codegen.host import HostModule, emit_host_module
 from qcompiler.artefact.folder import Folder, open_folder, read_bytes
-from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, REPORT, SIGNATURE, read_manifest
+from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, REPORT, SIGNATURE, Manifest, read_manifest
 from qcompiler.artefact.operators import check_device, check_operators
 from qcompiler.artefact.replacing import locked, recover
 from qcompiler.artefact.report_text import report_from_json
@@ -62,8 +65,10 @@ def load(
     """
     path = Path(folder).resolve()
     try:
-        with reading(path) as opened, plain_torch():
-            return load_folder(opened, device=device, verify=verify, regenerate=regenerate, trust=trust)
+        with plain_torch():
+            with reading(path) as opened:
+                program, forward = read_program(opened, device, verify, regenerate, trust)
+            return _assembled(opened.manifest, program, forward)
     except QCompilerError:
         raise
     except Exception as error:  # whatever the files hold, the answer is one sentence
@@ -88,15 +93,10 @@ def reading(path: Path) -> Iterator[Folder]:
             raise ArtefactError("the artefact was replaced while it was read", got=path, fix="Load it again.")
 
 
-def load_folder(
-    folder: Folder,
-    *,
-    device: "torch.device | str | None" = None,
-    verify: bool = False,
-    regenerate: bool = False,
-    trust: Collection[str] = (),
-) -> CompiledModel:
-    """`load`, from a folder that is open."""
+def read_program(
+    folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str]
+) -> tuple[Program, Forward]:
+    """All of a folder, verified; `load` has the arguments. The files of weights are open, and not read yet."""
     if verify:
         for name in folder.manifest.files:
             folder.verify(name)
@@ -113,14 +113,12 @@ def load_folder(
     graph.weights = Weights(weights.loaders(names, where), weights.ties())
     host, run = generate(graph, target.name)
     report, steps = read_report(folder)
-    program = Program(
-        graph, stages, steps, report, _later(folder), host, moved(signature, where), target.name, where, run
-    )
-    return _assembled(folder, program, forward)
+    signature, calibration = moved(signature, where), _later(folder)
+    program = Program(graph, stages, steps, report, calibration, host, signature, target.name, where, run)
+    return program, forward
 
 
-def _assembled(folder: Folder, program: Program, forward: Forward) -> CompiledModel:
-    manifest = folder.manifest
+def _assembled(manifest: Manifest, program: Program, forward: Forward) -> CompiledModel:
     settings = Settings(
         manifest.pipeline, program.target, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
     )

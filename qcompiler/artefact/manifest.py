@@ -154,6 +154,8 @@ def _manifest(node: Node) -> Manifest:
     wanted = [SIGNATURE, REPORT, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
     if not stages or not set(wanted) <= files.keys():
         node["files"].wrong(f"stages and {', '.join(wanted)}")
+    if manifest.source != files[HOST].sha256:
+        node["source"].wrong(f"the hash of {HOST}")
     return manifest
 
 
