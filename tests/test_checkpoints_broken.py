@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from qcompiler import QCompilerError, numerics
 from qcompiler.checkpoints import read
+from qcompiler.checkpoints.folders import INDEX
 
 BLOCKED = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}
+GROUP: dict[str, Any] = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": GROUP}}
 
 
@@ -153,6 +157,34 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for said in (BLOCKED, COMPRESSED)
         for sharded in (False, True)
     ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_configuration_says_the_error_is_ours(originals: list[Path], data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(originals))
+    file = path / data.draw(st.sampled_from([f for f in ("config.json", INDEX) if (path / f).exists()]))
+    before = file.read_text()
+    document = here = json.loads(before)
+    while True:  # down to some leaf, or to something on the way
+        key = data.draw(st.sampled_from(sorted(here) if isinstance(here, dict) else range(len(here))))
+        if not isinstance(here[key], dict | list) or not here[key] or data.draw(st.booleans()):
+            break
+        here = here[key]
+    here[key] = data.draw(JSON)
+    file.write_text(json.dumps(document))
+    try:
+        with contextlib.suppress(QCompilerError):
+            read(path)
+    finally:
+        file.write_text(before)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

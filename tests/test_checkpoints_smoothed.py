@@ -37,6 +37,7 @@ def test_a_smoothed_model_computes_the_same(tmp_path: Path) -> None:
     model, x = Normed().eval(), outliers()
     with torch.no_grad():
         model.norm.weight[5] = 20
+        model.norm.bias += 0.5
     steps = smoothing("smoothquant_o1{pow2=true}")
     compiled = qcompiler.compile(model, pipeline=steps, calibration=[x], strict=False)
     write(compiled, tmp_path / "out", "float")

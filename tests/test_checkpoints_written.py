@@ -182,6 +182,32 @@ def test_a_model_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["q.bias"], state["q.bias"])
     with pytest.raises(QCompilerError, match="not the model that was compiled"):
         write(compiled, tmp_path / "out", "fp8", model=torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        other.out.weight += 1  # this one is quantized: nobody can tell
+        other.q.bias += 1
+    with pytest.raises(QCompilerError, match=r"other numbers in 'q\.bias'"):
+        write(compiled, tmp_path / "out", "fp8", model=other)
+
+
+class Tied(torch.nn.Module):
+    """Two linears with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(128, 128, bias=False), torch.nn.Linear(128, 128, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_weight_of_two_names_is_written_under_both(tmp_path: Path) -> None:
+    model = Tied().eval()
+    compiled = qcompiler.compile(model, example_inputs=(torch.randn(4, 128),))
+    write(compiled, tmp_path / "out", "fp8")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {*tensors} == {"a.weight", "a.weight_scale_inv", "b.weight", "b.weight_scale_inv"}
+    assert torch.equal(tensors["a.weight"].float(), tensors["b.weight"].float())
 
 
 def test_shards_have_an_index(tmp_path: Path) -> None:
