@@ -11,6 +11,7 @@ from codegen.mlir.importing import body
 from codegen.mlir.interface import Parameter
 from qcompiler.errors import CodegenError, InputError
 from qcompiler.ir import TensorType
+from qcompiler.ir.op import quote
 
 
 def embed(module: Any, parameters: Sequence[Parameter], store: Mapping[str, torch.Tensor] | None) -> None:
@@ -19,7 +20,7 @@ def embed(module: Any, parameters: Sequence[Parameter], store: Mapping[str, torc
     Args:
         module: In the torch dialect, with its arguments labelled.
         parameters: Those of its function.
-        store: Name -> tensor; None leaves the numbers out: `dense_resource<__elided__>`.
+        store: Name -> tensor; None leaves the numbers out, so that only the name of a resource is there.
     """
     ir = load("torch_mlir.ir", "mlir")
     (function,) = module.body.operations
@@ -30,7 +31,7 @@ def embed(module: Any, parameters: Sequence[Parameter], store: Mapping[str, torc
             argument = block.arguments[index]
             kind = _tensor_type(argument.type)
             value = (
-                ir.Attribute.parse(f"dense_resource<__elided__> : {kind}")
+                ir.Attribute.parse(f"dense_resource<{quote(parameters[index].name)}> : {kind}")  # of no resource
                 if store is None
                 else _elements(kind, parameters[index], store)
             )
@@ -62,7 +63,7 @@ def _elements(kind: Any, parameter: Parameter, store: Mapping[str, torch.Tensor]
     if array.size * array.itemsize == 0 or kind.rank == 0 or str(kind.element_type) == "i1":
         values = store[parameter.name].detach().cpu().contiguous().numpy()  # resources of these are not reliable
         return ir.DenseElementsAttr.get(values, type=kind) if str(kind.element_type) == "i1" else _splat(kind, values)
-    return ir.DenseResourceElementsAttr.get_from_buffer(array, parameter.name.replace(".", "_"), kind)
+    return ir.DenseResourceElementsAttr.get_from_buffer(array, parameter.name, kind)
 
 
 def _splat(kind: Any, values: Any) -> Any:
@@ -79,5 +80,7 @@ def bytes_of(parameter: Parameter, store: Mapping[str, torch.Tensor]) -> Any:
         )  # fmt: skip
     tensor = store[parameter.name].detach().cpu().contiguous()
     if TensorType.of(tensor) != parameter.type:
-        raise CodegenError(f"weight '{parameter.name}' is not what the stage says", got=TensorType.of(tensor), need=parameter.type)
+        raise CodegenError(
+            f"weight '{parameter.name}' is not what the stage says", got=TensorType.of(tensor), need=parameter.type
+        )
     return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)

@@ -1,6 +1,6 @@
 """From torch.fx to MLIR's torch dialect, verified, with the graph's names and types on the function's arguments.
 
-    func.func @MLP(%arg0: !torch.vtensor<[?,256],f32> {qcompiler.name = "x", qcompiler.type = "f32[s0, 256]"}, …)
+func.func @MLP(%arg0: !torch.vtensor<[?,256],f32> {qcompiler.name = "x", qcompiler.type = "f32[s0, 256]"}, …)
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,19 @@ def import_graph(graph: torch.fx.Graph, name: str) -> Any:
     Raises:
         Exception: The importer raises many kinds.
     """
-    ir, importer = load("torch_mlir.ir", "mlir"), load("torch_mlir.extras.fx_importer", "mlir")
-    context = ir.Context()
-    load("torch_mlir.dialects.torch", "mlir").register_dialect(context)
-    made = importer.FxImporter(context=context)
+    made = load("torch_mlir.extras.fx_importer", "mlir").FxImporter(context=context_with_torch())
     made.import_stateless_graph(graph, func_name=name)
     for operation in body(made.module).operations:
         if operation.operation.name == "torch.operator":
             raise Unknown("the torch dialect has no such operation", got=operation.attributes["name"])
     return made.module
+
+
+def context_with_torch() -> Any:
+    """A new context of MLIR that knows the torch dialect."""
+    context = load("torch_mlir.ir", "mlir").Context()
+    load("torch_mlir.dialects.torch", "mlir").register_dialect(context)
+    return context
 
 
 def label(module: Any, interface: Interface) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from codegen.mlir.extras import load
+from codegen.mlir.importing import context_with_torch
 from codegen.mlir.interface import Parameter, Result
 from qcompiler.errors import CodegenError, InputError
 
@@ -56,8 +57,8 @@ def verified_text(module: Any) -> str:
     try:
         module.operation.verify()
         text = str(module).rstrip("\n")
-        with module.context:
-            again = str(ir.Module.parse(text)).rstrip("\n")
+        # In a context of its own, as a reader has it: here the resources' names are taken.
+        again = str(ir.Module.parse(text, context_with_torch())).rstrip("\n")
     except ir.MLIRError as error:
         raise CodegenError("MLIR does not accept the module", got=str(error).partition("\n")[0]) from error
     if again != text:

@@ -8,7 +8,7 @@ guesses wrong: it takes the first two for one another, and the rest for ones.
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
