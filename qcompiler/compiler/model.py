@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import weakref
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,10 @@ import torch
 
 from codegen.gemm import tuner
 from codegen.launching import warmup as warming
+from codegen.mlir import MlirModule, to_mlir
+from codegen.mlir.iree import IreeModel
+from codegen.mlir.iree import build as build_iree
+from codegen.mlir.iree import load as load_iree
 from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.signature_text import Forward
 from qcompiler.artefact.weight_files import SHARD_BYTES
@@ -30,6 +35,7 @@ from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
 from qcompiler.runtime.executable import HostWeights, check_device, run_host
+from qcompiler.runtime.weights import Weights
 
 if TYPE_CHECKING:
     from qcompiler.attribution import ErrorReport
@@ -229,6 +235,44 @@ class CompiledModel(torch.nn.Module):
             QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
         """
         write(self, folder, format, **options)
+
+    def to_mlir(self, stage: str | None = None, dialect: str = "torch", weights: str = "arguments") -> MlirModule:
+        """A stage as a module of MLIR, through torch-mlir, the extra `mlir`.
+
+        Args:
+            stage: A name in `stages`; left out, the last.
+            dialect: "torch", or "linalg" for linalg on tensors.
+            weights: "arguments" of the function, behind the inputs; "resource", in the text; or "elide", left out.
+
+        Raises:
+            QCompilerError: torch-mlir is not installed.
+            InputError: There is no such dialect, or a weight of the stage is not there any more.
+            CodegenError: Some operations have no form there; the message lists all of them.
+        """
+        graph = self.graph if stage is None else self.stages[stage]
+        return to_mlir(graph, dialect, weights, store=self._tensors())
+
+    def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> IreeModel:
+        """A stage compiled by IREE, the extra `iree`, for the CPU: in a folder, and loaded from there.
+
+        Args:
+            folder: Where to write; one that was built before is replaced. `codegen.mlir.iree.load` reads it.
+            stage: A name in `stages`; left out, the last.
+            cpu: "generic" runs on any processor of the kind, "host" is faster and for the likes of this one.
+
+        Raises:
+            QCompilerError: torch-mlir or IREE is not installed.
+            InputError: The folder cannot be written, or a weight of the stage is not there any more.
+            CodegenError: The stage cannot be lowered, or IREE cannot compile it.
+        """
+        graph = self.graph if stage is None else self.stages[stage]
+        return load_iree(build_iree(graph, folder, store=self._tensors(), cpu=cpu))
+
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        """What the graph has, and behind it what only earlier stages read, as long as the model is there."""
+        origin = self.origin
+        before = Weights.from_module(origin) if isinstance(origin, torch.nn.Module) else {}
+        return ChainMap(self.graph.weights, before)
 
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """The program; the first of `calls` captures it, if that is still to do."""
