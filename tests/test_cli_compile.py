@@ -217,7 +217,7 @@ def test_a_report_is_printed_and_written(artefact: Path, here: Path, answer: Ans
     assert main(["report", str(artefact), "--html", str(page)]) == 0
     assert "<html" in page.read_text() and "fp8-tile" in page.read_text()
     assert main(["report", str(artefact), "--html", str(here / "no" / "page.html")]) == 1
-    assert "error: the page cannot be written: got " in capsys.readouterr().err
+    assert "error: the report cannot be written: got " in capsys.readouterr().err
 
 
 def test_an_artefact_is_checked(artefact: Path, here: Path, answer: Answer, capsys: Any) -> None:
@@ -244,3 +244,22 @@ def test_calls_are_timed(artefact: Path, here: Path, answer: Answer, capsys: Any
     assert "0: f32[2, 256]" in capsys.readouterr().out
     assert main(["bench", str(artefact), "--input", "0=f32[2,255]"]) == 1
     assert capsys.readouterr().err.startswith("error: dimension 1 of ")
+
+
+def test_an_artefact_is_exported(artefact: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("torch_mlir")
+    assert main(["export", str(artefact), "--to", "mlir-torch", "-o", str(tmp_path / "model.mlir")]) == 0
+    assert f"{qcompiler.load(artefact).to_mlir()}\n" == (tmp_path / "model.mlir").read_text()
+    assert main(["export", str(artefact), "--to", "mlir-torch", "--stage", "x", "-o", str(tmp_path / "m.mlir")]) == 1
+    assert "error: no such stage: got 'x'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_written_beside_an_artefact(here: Path, capsys: Any) -> None:
+    command = ["compile", "cli_factories:with_inputs", "-o", "out", "--checkpoint"]
+    assert main([*command, "compressed-tensors=checkpoint"]) == 0
+    found = qcompiler.checkpoints.read("checkpoint")
+    assert [*found.stored] == ["0.weight", "2.weight"]
+    capsys.readouterr()
+    for given, message in (("fp9=x", "no such checkpoint format: got 'fp9'"), ("fp8", "a checkpoint is named wrongly")):
+        assert main([*command, given]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -10,6 +10,9 @@ from torch.export import ExportedProgram
 
 import qcompiler
 from qcompiler.artefact.folder import check_replaceable
+from qcompiler.checkpoints import write
+from qcompiler.checkpoints.folders import check_place
+from qcompiler.checkpoints.formats import format_called
 from qcompiler.cli.huggingface import text_calls
 from qcompiler.cli.inputs import SUFFIX, Call, calls_in
 from qcompiler.cli.models import Loaded, load_model
@@ -30,20 +33,34 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("the passes need calibration data", got=str(pipeline), fix="Give some: --calibration FILE.")
     output = Path(options.output)
     check_replaceable(output.resolve())
+    checkpoints = [_checkpoint(text) for text in options.checkpoint]
     asked = {"pipeline": pipeline} if scheme is None else {"scheme": scheme, "overrides": overrides}
     progress = Progress(shown=not options.quiet, passes=len(pipeline))
     with progress.showing():
         progress.stage("loading")
         loaded = load_model(options.model, options.device)
+        model = loaded.model if checkpoints else None  # held: it has what a checkpoint needs besides
         compiled = _compiled(loaded, asked, options, progress)
         progress.stage("saving")
         compiled.save(output)
+        for kind, folder in checkpoints:
+            write(compiled, folder, kind, model=model)
     if options.json:
         print_json({"artefact": str(output), "scheme": scheme, "pipeline": str(pipeline),
                     "seconds": progress.seconds, "report": report_document(compiled.report)})  # fmt: skip
     else:
         print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows what each pass did")
     return 0
+
+
+def _checkpoint(text: str) -> tuple[str, str]:
+    """The format and the folder that `FORMAT=DIR` names; checked before any work is done."""
+    kind, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise InputError("a checkpoint is named wrongly", got=repr(text), need="FORMAT=DIR, such as fp8=out")
+    format_called(kind, "float")
+    check_place(Path(folder))
+    return kind, folder
 
 
 def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, progress: Progress) -> CompiledModel:

@@ -11,10 +11,14 @@ COMMANDS = {
     name: f"qcompiler.cli.{module}"
     for name, module in {
         "compile": "compile", "inspect": "inspect", "report": "report", "check": "check", "bench": "bench",
-        "explain": "explain", "passes": "catalogue", "schemes": "catalogue", "opt": "opt", "completion": "completion",
+        "export": "export", "explain": "explain", "passes": "catalogue", "schemes": "catalogue", "opt": "opt",
+        "completion": "completion",
     }.items()
 }  # fmt: skip
 """Command -> the module that runs it."""
+
+MLIR = {"mlir-torch": "torch", "mlir-linalg": "linalg"}
+IREE = "iree"
 
 MODEL = (
     "an exported program (.pt2), a Hugging Face model folder, or module:factory, a function without arguments that "
@@ -155,6 +159,11 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="auto", help='"cpu", "sm_90a", or "auto", by the device (the default)')
     parser.add_argument("--device", help='where to compile: "cpu" or "cuda" (default: where the model is)')
     parser.add_argument("--fixed-sizes", action="store_true", help="hold every size to that of the example")
+    parser.add_argument(
+        "--checkpoint", action="append", default=[], metavar="FORMAT=DIR",
+        help="also write a checkpoint for other engines: fp8 (Hugging Face's block FP8), compressed-tensors, or float "
+        "for a model that is only smoothed; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--allow-unquantized", action="store_true", help="be content when nothing could be quantized")
     _quiet(parser)
     _json(parser)
@@ -199,6 +208,16 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    _artefact(parser)
+    parser.add_argument(
+        "--to", required=True, choices=(*MLIR, IREE),
+        help="a text of MLIR, in the torch dialect or in linalg; or a folder that IREE runs on the CPU",
+    )  # fmt: skip
+    parser.add_argument("--output", "-o", metavar="PATH", required=True, help="the file or folder to write")
+    parser.add_argument("--stage", metavar="NAME", help="the stage to write (default: the last)")
+
+
 def _explain(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("scheme", metavar="SCHEME", nargs="?", help=SCHEME)
@@ -237,6 +256,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "report": ("show what was quantized, and why the rest was not", _report),
     "check": ("verify an artefact", _check),
     "bench": ("measure how long calls of an artefact take", _bench),
+    "export": ("write an artefact as MLIR, or compiled by IREE", _export),
     "explain": ("say what a scheme will do, without a model", _explain),
     "passes": ("list the passes", _json),
     "schemes": ("list the schemes", _json),

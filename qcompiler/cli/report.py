@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import uuid
 from pathlib import Path
 
 import qcompiler
@@ -14,7 +12,6 @@ from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
 from qcompiler.compiler import CompiledModel
 from qcompiler.errors import InputError
-from qcompiler.html import html_report
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
         compiled = qcompiler.load(options.artefact, trust=options.trust)
         errors = None if options.against is None else _errors(compiled, options)
         if options.html is not None:
-            _write_page(Path(options.html), html_report(compiled, errors))
+            compiled.to_html(options.html, errors)
     if options.json:
         rows = {} if errors is None else {"errors": json.loads(errors.to_json())}
         print_json({**report_document(report), **rows})
@@ -45,15 +42,3 @@ def _errors(compiled: CompiledModel, options: argparse.Namespace) -> ErrorReport
         fix = 'Give some: --input "x=bf16[4,256]", or --example FILE.'
         raise InputError("errors are measured on a call, and there are no inputs for one", got="none", fix=fix)
     return attribute_error(compiled, call.as_batch("the call"), loaded.model)
-
-
-def _write_page(path: Path, page: str) -> None:
-    """Writes all of it or nothing: a reader never sees half a page."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        need = "a path in a folder that exists"
-        raise InputError("the page cannot be written", got=f"{path}: {error}", need=need) from error
