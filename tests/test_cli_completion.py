@@ -45,7 +45,7 @@ def test_bash_takes_the_script(bash: Path) -> None:
 
 def test_bash_completes_commands_schemes_and_files(bash: Path) -> None:
     assert offered(bash, "qcompiler", "") >= COMMANDS.keys()
-    assert offered(bash, "qcompiler", "ex") == {"explain"}
+    assert offered(bash, "qcompiler", "ex") == {"explain", "export"}
     assert offered(bash, "qcompiler", "explain", "fp8_tile") == {"fp8_tile", "fp8_tile_smooth"}
     assert offered(bash, "qcompiler", "compile", "m:f", "--scheme", "smooth") == {
         name for name in SCHEMES if name.startswith("smooth")
