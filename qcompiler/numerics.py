@@ -282,7 +282,8 @@ def _prescaled(x: Tensor, prescale: Tensor | None) -> Tensor:
 
 def _decode(q: Tensor) -> Tensor:
     """The exact FP32 values of 8-bit codes."""
-    if q.device.type != "cpu" or q.dtype != torch.float8_e4m3fn:
+    traced = type(q) not in (Tensor, torch.nn.Parameter)  # what is traced is to show a cast
+    if traced or q.device.type != "cpu" or q.dtype != torch.float8_e4m3fn:
         return q.to(torch.float32)
     # A quarter of the time of torch's own cast: shifted, sign and fields are those of a bfloat16 whose exponent is
     # too small by 127 - 7; subnormals come out right as well. NaN, magnitude 127, is the only one to wrap at + 1.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import takewhile
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,14 +11,16 @@ from rich.table import Table
 from passes.candidates import MATMULS, OTHER_READERS, why_no_matmul
 from qcompiler.dialects.kernel import FUSED
 from qcompiler.ir import Graph, Op, TensorType
-from qcompiler.ir.dataflow import parameters_of, readers_through
+from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
+from qcompiler.lineage import lineages
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
 OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
 PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
+AS_STORED = "codes and scales as the model has them"
 DEAD = "it was removed, since nothing needs what it computes"
 
 
@@ -141,16 +143,17 @@ def build_report(
     """
     graphs = unfused(stages.values())
     captured, last = graphs[0], graphs[-1]
-    lineages = _lineages(graphs)
+    known_as = lineages(graphs)
     rows = []
     for op, params in _readers(captured):
         name = op.results[0].name
-        names = lineages.get(name, [])
+        names = known_as.get(name, [])
         quantized = bool(names) and _is_quantized(last[names[-1]].op)
         known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
         reason = "" if quantized else known if names else DEAD
-        noted = "; ".join(remarks[each] for each in names or [name] if each in remarks) if remarks else ""
-        rows.append(replace(_row(op, params, quantized, reason), remark=noted))
+        notes = [remarks[each] for each in names or [name] if each in remarks] if remarks else []
+        notes += [AS_STORED] if quantized and _reads_stored(op, captured) else []
+        rows.append(replace(_row(op, params, quantized, reason), remark="; ".join(notes)))
     params = captured.ops(PARAM)
     quantized_names = _quantized_params(graphs, compiled)
     return Report(
@@ -176,35 +179,17 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
             yield op, list(params)
 
 
-def _lineages(graphs: list[Graph]) -> dict[str, list[str]]:
-    """Value of the first graph -> the names that it has gone by, its last one included; without what was removed.
-
-    A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, that one's name stays.
-    """
-    lineages = {value.name: [value.name] for op in graphs[0] for value in op.results}
-    for before, after in pairwise(graphs):
-        alive = {value.name for op in after for value in op.results}
-        for first, names in list(lineages.items()):
-            while names[-1] not in alive:
-                users = before.users(before[names[-1]])
-                if len(users) != 1 or not users[0].results:
-                    del lineages[first]
-                    break
-                names.append(users[0].results[0].name)
-    return lineages
-
-
 def _is_quantized(op: Op) -> bool:
     """Whether an operation multiplies quantized operands, fused with what dequantizes them or not."""
     if op.name in ("aten._to_copy", *PARTS):
         op = op.tensor(0).op
     if op.name.startswith(("quant.", "kernel.")):
         return op.name not in (*QUANTIZE, *OTHER_QUANTIZE, DEQUANTIZE)
-    return op.name in MATMULS and any(value.op.name == DEQUANTIZE for _, value in op.operands())
+    return op.name in MATMULS and sum(value.op.name == DEQUANTIZE for _, value in op.operands()) > 1
 
 
 def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
-    """The weights that some pass quantized, and that nobody reads in their original form."""
+    """The weights that some pass quantized and that nobody reads in their original form, or that came quantized."""
     quantized = {
         str(param.attrs["name"])
         for graph in graphs
@@ -220,7 +205,19 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
         ends = [op for op in readers_through(compiled, param.result, constant) if not constant(op)]
         if any(op.name not in QUANTIZE for op in ends):
             quantized.discard(str(param.attrs["name"]))
-    return quantized
+    return quantized | _stored(graphs[0])
+
+
+def _reads_stored(op: Op, captured: Graph) -> bool:
+    """Whether an operation multiplies with a weight that the model itself holds quantized."""
+    constant = [value for _, value in op.operands() if captured.is_constant(value)]
+    return any(inner.name == DEQUANTIZE for value in constant for inner in ancestors(value))
+
+
+def _stored(captured: Graph) -> set[str]:
+    """The codes of weights that the model itself holds quantized."""
+    constant = (op for op in captured.ops(DEQUANTIZE) if captured.is_constant(op.result))
+    return {str(param.attrs["name"]) for op in constant for param in parameters_of(op.tensor(0))}
 
 
 def _why_not(op: Op) -> str:

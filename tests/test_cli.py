@@ -111,8 +111,8 @@ def test_a_graph_that_cannot_be_read(content: bytes | None, tmp_path: Path, caps
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
     out = capsys.readouterr().out
-    line = "quantize         lossy     linear(x, w)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w))).\n"
-    assert f"{line}{'':27}x_block = [1, -1]\n" in out
+    line = "linear(x, w)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w))).\n"
+    assert f"quantize                 lossy     {line}{'':35}x_block = [1, -1]\n" in out
     assert "x_block = [1, 128]\n" in out
     assert main(["schemes"]) == 0
     out = capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_one_broken_extension_hides_no_other(capsys: pytest.CaptureFixture[str])
     assert isinstance(found["their_wrong_scheme"], PassError)
     assert main(["passes"]) == 0
     out, err = capsys.readouterr()
-    assert "their-pass       exact     nothing  ->  nothing\n" in out
+    assert "their-pass               exact     nothing  ->  nothing\n" in out
     assert "width = 3\n" in out
     assert "not today" in err
     assert main(["schemes"]) == 0

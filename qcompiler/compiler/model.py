@@ -4,7 +4,8 @@ import copy
 import inspect
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,11 +14,17 @@ import torch
 
 from codegen.gemm import tuner
 from codegen.launching import warmup as warming
+from codegen.mlir import MlirModule, to_mlir
+from codegen.mlir.iree import IreeModel
+from codegen.mlir.iree import build as build_iree
+from codegen.mlir.iree import load as load_iree
 from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.signature_text import Forward
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.capture.signature import Signature
+from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
 from qcompiler.compiler.sizing import calls_to_plan
@@ -28,6 +35,7 @@ from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
 from qcompiler.runtime.executable import HostWeights, check_device, run_host
+from qcompiler.runtime.weights import Weights
 
 if TYPE_CHECKING:
     from qcompiler.attribution import ErrorReport
@@ -50,7 +58,7 @@ class CompiledModel(torch.nn.Module):
     """
 
     def __init__(
-        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: "weakref.ref[Any] | None" = None
+        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: Callable[[], Any] | None = None
     ) -> None:
         """Use `qcompiler.compile`."""
         super().__init__()
@@ -126,8 +134,13 @@ class CompiledModel(torch.nn.Module):
 
     @property
     def origin(self) -> Any:
-        """The model that was compiled; None when nobody else holds it any more, since this one does not."""
+        """The model that was compiled, read again where it came from a folder; None when nobody holds it any more."""
         return self._pending[0] or (self._origin() if self._origin is not None else None)
+
+    @property
+    def signature(self) -> Signature:
+        """How it is called: its arguments as the graph takes them, and the sizes that they may have."""
+        return self._done.signature
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The inputs of the graph for a call; InputError when they are not of the kind that it was captured for."""
@@ -153,7 +166,7 @@ class CompiledModel(torch.nn.Module):
         """Compiles the kernels that calls would launch, all at one time, without computing anything.
 
             compiled.warmup()                        # for 1, 2, 4, … 8192 rows, as far as the model can have them
-            compiled.warmup(rows=[1, 16, 512])       # rows are tokens: the last free size, the others at their least
+            compiled.warmup(rows=[1, 16, 512])       # tokens: the last free size of the first input; others least
             compiled.warmup(s0=1, s1=range(16, 513, 16))
             compiled.warmup(x, {"input_ids": ids})   # real calls, of which only the sizes matter
 
@@ -215,6 +228,52 @@ class CompiledModel(torch.nn.Module):
         """
         write_artefact(folder, self._done, self._settings, forward_of(type(self)), shard_bytes)
 
+    def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
+        """Writes a checkpoint of the ecosystem: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
+
+        Raises:
+            QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
+        """
+        write(self, folder, format, **options)
+
+    def to_mlir(self, stage: str | None = None, dialect: str = "torch", weights: str = "arguments") -> MlirModule:
+        """A stage as a module of MLIR, through torch-mlir, the extra `mlir`.
+
+        Args:
+            stage: A name in `stages`; left out, the last.
+            dialect: "torch", or "linalg" for linalg on tensors.
+            weights: "arguments" of the function, behind the inputs; "resource", in the text; or "elide", left out.
+
+        Raises:
+            QCompilerError: torch-mlir is not installed.
+            InputError: There is no such dialect, or a weight of the stage is not there any more.
+            CodegenError: Some operations have no form there; the message lists all of them.
+        """
+        graph = self.graph if stage is None else self.stages[stage]
+        return to_mlir(graph, dialect, weights, store=self._tensors())
+
+    def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> IreeModel:
+        """A stage compiled by IREE, the extra `iree`, for the CPU: in a folder, and loaded from there.
+
+        Args:
+            folder: Where to write; one that was built before is replaced. `codegen.mlir.iree.load` reads it.
+            stage: A name in `stages`; left out, the last.
+            cpu: "generic" runs on any processor of the kind, "host" is faster and for the likes of this one.
+
+        Raises:
+            QCompilerError: torch-mlir or IREE is not installed.
+            InputError: The folder cannot be written, or a weight of the stage is not there any more.
+            CodegenError: The stage cannot be lowered, or IREE cannot compile it.
+        """
+        graph = self.graph if stage is None else self.stages[stage]
+        return load_iree(build_iree(graph, folder, store=self._tensors(), cpu=cpu))
+
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        """What the graph has, and behind it what only earlier stages read, as long as the model is there."""
+        origin = self.origin
+        before = Weights.from_module(origin) if isinstance(origin, torch.nn.Module) else {}
+        return ChainMap(self.graph.weights, before)
+
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """The program; the first of `calls` captures it, if that is still to do."""
         if self._program is None and calls:
@@ -255,7 +314,7 @@ class CompiledModel(torch.nn.Module):
             captured = capture_model(model, args, kwargs, self._settings)
             # While the passes run nobody but the user holds the model, so that its weights can go one by one.
             back = weakref.ref(model)
-            self._pending, self._origin = (None,), back
+            self._pending, self._origin = (None,), self._origin or back
             del model
             try:
                 program = build_program(captured, self._settings, captured.signature.flatten(args, kwargs))

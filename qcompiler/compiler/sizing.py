@@ -49,20 +49,29 @@ def calls_of_sizes(signature: Signature, sizes: Mapping[str, int | Iterable[int]
 
 
 def calls_of_rows(signature: Signature, rows: Iterable[int]) -> list[list[Any]]:
-    """One call for each number of rows, such as tokens: the last free symbol takes it, the others are at their least.
+    """One call for each number of rows, such as tokens: one free symbol takes it, the others are at their least.
 
-    Where these are more than 1 the last symbol takes the number divided by their product. Numbers beyond the model's
+    It is the last one of the first input that has any: the sequence of token ids, not the length of a cache behind
+    them. Where the others are more than 1 it takes the number divided by their product. Numbers beyond the model's
     ranges are moved to their ends, so that no call is asked for twice. A model without free sizes has one call.
     """
     free = free_symbols(signature)
     if not free:
         return _calls(signature, [{}])
-    *others, last = free
-    rest = {name: least(signature, name) for name in others}
+    last = _symbol_of_rows(signature) or free[-1]
+    rest = {name: least(signature, name) for name in free if name != last}
     low, high = least(signature, last), signature.symbols[last].high
     wanted = [max(low, count // math.prod(rest.values())) for count in _values("rows", rows)]
     values = dict.fromkeys(value if high is None else min(value, high) for value in wanted)
     return _calls(signature, [rest | {last: value} for value in values])
+
+
+def _symbol_of_rows(signature: Signature) -> str | None:
+    """The last free symbol of the first tensor that has one."""
+    for slot in signature.slots:
+        if isinstance(slot, TensorSlot) and (found := [name for size in slot.shape for name in sorted(symbols(size))]):
+            return found[-1]
+    return None
 
 
 def free_symbols(signature: Signature) -> list[str]:

@@ -60,6 +60,14 @@ def parse_literal(text: str) -> Argument:
     return value
 
 
+def parse_type(text: str) -> Type:
+    """The type that `text` spells, such as `f32[s0, 256]`; ParseError when it is none."""
+    parser = Parser(Source(text, "<type>"))
+    found = parser.type()
+    parser.expect_kind("end", "the end of the text")
+    return found
+
+
 class Parser:
     """Recursive descent, one token ahead."""
 

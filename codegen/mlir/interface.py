@@ -1,0 +1,87 @@
+"""What a function in MLIR takes and gives, in order, by the names and types that the graph has for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qcompiler.ir import Argument, Graph, Op, Type, Value
+from qcompiler.ir.graph import BUFFER, PARAM, UPDATE
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of the function.
+
+    Attributes:
+        name: That of the graph's input, or that under which the weights store has the tensor.
+        type: Its type in the graph, with symbolic sizes.
+        kind: "input", "weight", or "state" for a buffer that the model updates.
+    """
+
+    name: str
+    type: Type
+    kind: Literal["input", "weight", "state"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.type}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result of the function.
+
+    Attributes:
+        name: That of the value in the graph; for an update the name of the parameter whose new value it is.
+        type: Its type in the graph, with symbolic sizes.
+        kind: "output" or "update".
+    """
+
+    name: str
+    type: Type
+    kind: Literal["output", "update"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.type}"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The parameters and results of a graph's function: inputs first, then weights and state; outputs, then updates."""
+
+    parameters: tuple[Parameter, ...]
+    results: tuple[Result, ...]
+
+
+def interface_of(graph: Graph) -> Interface:
+    """The interface of the function that a graph becomes."""
+    inputs = [Parameter(value.name, value.type, "input") for value in graph.inputs]
+    updated = {op.tensor(0) for op in graph.ops(UPDATE)}
+    stored = [
+        Parameter(str(op.attrs["name"]), op.result.type, "state" if op.result in updated else "weight")
+        for op in stored_tensors(graph)
+    ]
+    outputs = [Result(value.name, value.type, "output") for value in output_values(graph)]
+    updates = [Result(_stored_name(op.tensor(0)), op.tensor(0).type, "update") for op in graph.ops(UPDATE)]
+    return Interface((*inputs, *stored), (*outputs, *updates))
+
+
+def stored_tensors(graph: Graph) -> list[Op]:
+    """The operations that read the weights store, one for each name."""
+    return list({str(op.attrs["name"]): op for op in graph.ops() if op.name in (PARAM, BUFFER)}.values())
+
+
+def output_values(graph: Graph) -> list[Value]:
+    """The values among what the graph returns; it may return literals, too."""
+    return [value for output in graph.outputs for value in _values(output)]
+
+
+def _values(argument: Argument) -> Iterator[Value]:
+    if isinstance(argument, Value):
+        yield argument
+    elif isinstance(argument, tuple):
+        for item in argument:
+            yield from _values(item)
+
+
+def _stored_name(target: Value) -> str:
+    return str(target.op.attrs["name"]) if target.op.name == BUFFER else target.name

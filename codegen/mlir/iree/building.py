@@ -1,0 +1,121 @@
+"""From a graph to a folder that IREE's runtime can run on a CPU."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from codegen.mlir import to_mlir
+from codegen.mlir.constants import bytes_of
+from codegen.mlir.extras import load
+from codegen.mlir.iree.manifest import MANIFEST, MODULE, WEIGHTS, Manifest
+from codegen.mlir.iree.manifest import read as read_manifest
+from codegen.mlir.module import MlirModule
+from qcompiler.errors import CodegenError, InputError
+from qcompiler.ir import Graph, Value
+
+
+def build(
+    graph: Graph,
+    folder: str | os.PathLike[str],
+    *,
+    store: Mapping[str, torch.Tensor] | None = None,
+    cpu: str = "generic",
+) -> Path:
+    """Compiles a graph for the CPU and writes a folder that `load` reads; gives its path.
+
+    Args:
+        graph: Any stage of any pipeline.
+        folder: Where to write; a folder that was built before is replaced.
+        store: Name -> tensor; left out, the graph's own weights.
+        cpu: Which processor IREE compiles for: "generic" runs on any of the kind, "host" is faster and runs on the
+            likes of this one.
+
+    Raises:
+        QCompilerError: torch-mlir or IREE is not installed.
+        InputError: The folder cannot be written, or a weight is missing.
+        CodegenError: The graph cannot be lowered, or IREE cannot compile it.
+    """
+    module = to_mlir(graph, "linalg", "arguments", safe_casts=True)
+    found = graph.weights if store is None else store
+    stored = [argument for argument in module.arguments if argument.kind != "input"]
+    for argument in stored:
+        bytes_of(argument, found)
+    binary = compile_module(module, cpu)
+    # Fresh memory for each: two of them may share theirs, which a file of tensors must not.
+    tensors = {argument.name: found[argument.name].detach().cpu().contiguous().clone() for argument in stored}
+    target = Path(folder)
+    _check_replaceable(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            new = Path(work) / "new"
+            new.mkdir()
+            (new / MODULE).write_bytes(binary)
+            save_file(tensors, new / WEIGHTS)
+            hashes = {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in (MODULE, WEIGHTS)}
+            _manifest(graph, module, hashes, cpu).write(new)
+            if target.exists():
+                os.replace(target, Path(work) / "old")
+            os.replace(new, target)
+    except OSError as error:
+        raise InputError("the compiled model cannot be written", got=f"{target}: {error}") from error
+    return target
+
+
+def compile_module(module: MlirModule, cpu: str = "generic") -> bytes:
+    """The binary that IREE's compiler makes of a module in linalg.
+
+    Raises:
+        QCompilerError: IREE's compiler is not installed.
+        CodegenError: It cannot compile the module.
+    """
+    compiler = load("iree.compiler", "iree")
+    flags = [f"--iree-llvmcpu-target-cpu={cpu}"]
+    try:
+        binary: bytes = compiler.compile_str(module.text, target_backends=["llvm-cpu"], extra_args=flags)
+    except compiler.CompilerToolError as error:
+        said = [line for line in str(error).splitlines() if "error:" in line]
+        raise CodegenError("IREE cannot compile the module", got="; ".join(said[:3]) or error) from error
+    return binary
+
+
+def _manifest(graph: Graph, module: MlirModule, hashes: Mapping[str, str], cpu: str) -> Manifest:
+    results = iter(range(len(module.results)))
+    outputs = [{"result": next(results)} if isinstance(each, Value) else {"literal": each} for each in graph.outputs]
+    if any(isinstance(output.get("literal"), tuple) for output in outputs):
+        raise CodegenError("an output of the graph is a list, which the compiled model has no place for")
+    return Manifest(
+        function=module.name,
+        inputs={argument.name: str(argument.type) for argument in module.arguments if argument.kind == "input"},
+        stored=tuple(argument.name for argument in module.arguments if argument.kind != "input"),
+        outputs=tuple(outputs),
+        updates=tuple(result.name for result in module.results if result.kind == "update"),
+        symbols={name: (bounds.low, bounds.high) for name, bounds in graph.symbols.items()},
+        hashes=hashes,
+        compiled={"iree": _version(), "cpu": cpu},
+    )
+
+
+def _version() -> str:
+    found: Any = load("iree.compiler.version", "iree").VERSION
+    return str(found)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuses to replace what is no compiled model."""
+    if not target.exists():
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        need = "a new folder, or one that was built before"
+        raise InputError("something else stands where the compiled model is to be written", got=target, need=need)
+    if any(target.iterdir()):
+        read_manifest(target)
+
+
+__all__ = ["build", "compile_module"]

@@ -1,0 +1,66 @@
+"""What `to_mlir` gives: the text of a module that MLIR has verified, and what its function takes and gives."""
+
+from dataclasses import dataclass
+from os import PathLike, replace
+from pathlib import Path
+from typing import Any
+
+from codegen.mlir.extras import load
+from codegen.mlir.importing import context_with_torch
+from codegen.mlir.interface import Parameter, Result
+from qcompiler.errors import CodegenError, InputError
+
+
+@dataclass(frozen=True)
+class MlirModule:
+    """A module of MLIR with one function.
+
+    Attributes:
+        text: The module.
+        name: The function's name.
+        dialect: "torch" or "linalg".
+        arguments: What the function takes, in order; weights are among it if they were asked for as arguments.
+        results: What it gives, in order.
+    """
+
+    text: str
+    name: str
+    dialect: str
+    arguments: tuple[Parameter, ...]
+    results: tuple[Result, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        kinds = [argument.kind for argument in self.arguments]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}s" for kind in dict.fromkeys(kinds))
+        return f"<MlirModule @{self.name} in {self.dialect}: {counts}; {len(self.results)} results>"
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes the text to a file, whole or not at all, and gives its path."""
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            part.write_text(self.text + "\n", encoding="utf-8")
+            replace(part, target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            need = "a path in a folder that exists"
+            raise InputError("the module cannot be written", got=f"{target}: {error}", need=need) from error
+        return target
+
+
+def verified_text(module: Any) -> str:
+    """The text of a module that MLIR's verifier accepts, and that its parser reads as the same module."""
+    ir = load("torch_mlir.ir", "mlir")
+    try:
+        module.operation.verify()
+        text = str(module).rstrip("\n")
+        # In a context of its own, as a reader has it: here the resources' names are taken.
+        again = str(ir.Module.parse(text, context_with_torch())).rstrip("\n")
+    except ir.MLIRError as error:
+        raise CodegenError("MLIR does not accept the module", got=str(error).partition("\n")[0]) from error
+    if again != text:
+        raise CodegenError("MLIR's parser reads the module as another one")
+    return text

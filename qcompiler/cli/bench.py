@@ -1,0 +1,158 @@
+"""`qcompiler bench`: how long calls of an artefact take, on the device that it is for."""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+import qcompiler
+from qcompiler.capture.signature import ConstantSlot
+from qcompiler.cli.inputs import Call, random_call
+from qcompiler.cli.models import load_model
+from qcompiler.cli.output import print_json, print_table
+from qcompiler.cli.progress import Progress
+from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.sizing import calls_of_rows
+from qcompiler.ir import TensorType
+
+USUAL_ROWS = (1, 16, 512)
+WARM_UP = 3
+"""Calls before the first that counts: they compile kernels and fill caches."""
+
+QUANTIZED, AGAINST = "artefact", "against"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, and prints a table."""
+    progress = Progress(shown=not options.quiet)
+    with progress.showing(), torch.inference_mode():
+        progress.stage("loading")
+        compiled = qcompiler.load(options.artefact, trust=options.trust)
+        device = compiled.signature.device or torch.device("cpu")
+        models: dict[str, Callable[..., Any]] = {QUANTIZED: compiled}
+        if options.against is not None:
+            against = load_model(options.against, str(device)).model
+            models[AGAINST] = against.module() if isinstance(against, ExportedProgram) else against
+        progress.stage("measuring")
+        rows = []
+        for call in _calls(compiled, options):
+            progress.tell(f"measuring {_shapes(call)}")
+            times = _milliseconds(models, call.on(device), options.repeats, device)
+            rows.append({"inputs": _types(call), "repeats": options.repeats, "milliseconds": times})
+    document = {"artefact": options.artefact, "against": options.against, "device": _device(device),
+                "versions": _versions(), "calls": rows}  # fmt: skip
+    print_json(document) if options.json else _print(document)
+    return 0
+
+
+# What is called
+
+
+def _calls(compiled: CompiledModel, options: argparse.Namespace) -> Iterator[Call]:
+    """The calls to time, of different sizes."""
+    if options.input:
+        yield random_call(options.input)
+        return
+    seen = set()
+    for count in options.rows or USUAL_ROWS:
+        call = _call_of_rows(compiled, count)
+        if (shapes := _shapes(call)) not in seen:  # a model may have an end to its sizes, or none that is open
+            seen.add(shapes)
+            yield call
+
+
+def _call_of_rows(compiled: CompiledModel, count: int) -> Call:
+    """A call with so many rows of normal numbers and, where integers are wanted, ones: valid as ids and as masks."""
+    signature, generator = compiled.signature, torch.Generator().manual_seed(0)
+    values = iter(calls_of_rows(signature, [count])[0])
+
+    def drawn(blank: Any) -> Any:
+        if not hasattr(blank, "shape"):
+            return blank
+        if blank.dtype.is_floating_point or blank.dtype.is_complex:
+            return torch.randn(blank.shape, generator=generator).to(blank.dtype)
+        return torch.ones(blank.shape, dtype=blank.dtype)
+
+    leaves = [slot.value if isinstance(slot, ConstantSlot) else drawn(next(values)) for slot in signature.slots]
+    args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
+    return Call(tuple(args), dict(kwargs))
+
+
+def _types(call: Call) -> dict[str, str]:
+    """The tensors of a call by argument, such as `f32[16, 256]`."""
+    found = {str(place): value for place, value in enumerate(call.args)} | call.kwargs
+    return {name: str(kind) for name, value in found.items() if (kind := TensorType.of(value)) is not None}
+
+
+def _shapes(call: Call) -> str:
+    return ", ".join(f"{name}: {kind}" for name, kind in _types(call).items())
+
+
+# How long it takes
+
+
+def _milliseconds(
+    models: Mapping[str, Callable[..., Any]], call: Call, repeats: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Median and least time of a call of each model, which take turns: a device may change its clock at any time."""
+    for model in models.values():
+        for _ in range(WARM_UP):
+            model(*call.args, **call.kwargs)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            _wait(device)
+            start = time.perf_counter()
+            model(*call.args, **call.kwargs)
+            _wait(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: {"median": statistics.median(each), "least": min(each)} for name, each in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# What is said of it
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {capability}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("qcompiler", "torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # triton is there on Linux only
+            continue
+    return found
+
+
+def _print(document: dict[str, Any]) -> None:
+    compared = document["against"] is not None
+    headings = ["inputs", "median ms ", "least ms ", *(["against, median ms ", "ratio "] if compared else [])]
+    rows = []
+    for call in document["calls"]:
+        own = call["milliseconds"][QUANTIZED]
+        cells = [", ".join(f"{name}: {kind}" for name, kind in call["inputs"].items())]
+        cells += [f"{own['median']:.3f}", f"{own['least']:.3f}"]
+        if compared:
+            other = call["milliseconds"][AGAINST]["median"]
+            cells += [f"{other:.3f}", f"{own['median'] / other:.2f}"]
+        rows.append(cells)
+    print_table(headings, rows)
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    print(f"{document['device']}; {versions}; {document['calls'][0]['repeats']} calls of each size")

@@ -1,0 +1,69 @@
+"""`qcompiler passes` and `qcompiler schemes`: everything there is, that of other distributions included."""
+
+import argparse
+import sys
+from typing import Any
+
+from qcompiler.cli.docstrings import first_line, options_of
+from qcompiler.cli.output import print_json
+from qcompiler.errors import PassError
+from qcompiler.pass_manager import GROUP, PASSES, offered, pass_class
+from qcompiler.pass_options import print_option
+from qcompiler.schemes import Scheme, all_schemes
+
+
+def run(options: argparse.Namespace) -> int:
+    """Lists passes or schemes; what is broken goes to standard error."""
+    listed, broken = _passes() if options.command == "passes" else _schemes()
+    if options.json:
+        print_json({options.command: listed, "broken": broken})
+        return 0
+    for entry in listed:
+        print("\n".join(_pass_lines(entry) if options.command == "passes" else _scheme_lines(entry)))
+    for name, why in broken.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    return 0
+
+
+def _passes() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    broken = {}
+    for name in offered(GROUP):
+        try:
+            pass_class(name)
+        except PassError as error:
+            broken[name] = str(error)
+    listed = [
+        {"name": name, "effect": kind.effect.value, "budget": kind.budget, "doc": first_line(kind),
+         "options": options_of(kind)}
+        for name, kind in sorted(PASSES.items())
+    ]  # fmt: skip
+    return listed, broken
+
+
+def _pass_lines(entry: dict[str, Any]) -> list[str]:
+    lines = [f"{entry['name']:24} {entry['effect']:9} {entry['doc']}"]
+    for option in entry["options"]:
+        default = "(required)" if option["default"] is None else f"= {option['default']}"
+        lines.append(f"{'':35}{option['name']} {default}")
+    return lines
+
+
+def _schemes() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    listed, broken = [], {}
+    for name, scheme in all_schemes().items():
+        if not isinstance(scheme, Scheme):
+            broken[name] = str(scheme)
+            continue
+        recipe = scheme.recipe
+        values = {} if recipe is None else {each: print_option(getattr(recipe, each)) for each in scheme.options}
+        listed.append({
+            "name": name, "doc": scheme.doc, "pipeline": scheme.pipeline, "options": values,
+        })  # fmt: skip
+    return listed, broken
+
+
+def _scheme_lines(entry: dict[str, Any]) -> list[str]:
+    lines = [entry["name"], f"    {entry['doc']}", f"    {entry['pipeline']}"]
+    if entry["options"]:
+        lines.append(f"    options: {', '.join(f'{name}={value}' for name, value in entry['options'].items())}")
+    return lines

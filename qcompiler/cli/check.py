@@ -1,0 +1,17 @@
+"""`qcompiler check`: whether an artefact is as it was saved, and can be read here."""
+
+import argparse
+
+from qcompiler.artefact.checking import check
+from qcompiler.cli.output import print_json
+
+
+def run(options: argparse.Namespace) -> int:
+    """Says what was found; 1 when something is wrong."""
+    found = check(options.artefact, trust=options.trust)
+    if options.json:
+        print_json({"artefact": str(found.path), "ok": found.ok, "problems": list(found.problems),
+                    "files": found.files, "extra": list(found.extra)})  # fmt: skip
+    else:
+        print(found)
+    return 0 if found.ok else 1

@@ -1,0 +1,109 @@
+"""`qcompiler compile`: from a model to a folder that holds what was made of it."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.export import ExportedProgram
+
+import qcompiler
+from qcompiler.artefact.folder import check_replaceable
+from qcompiler.checkpoints import write
+from qcompiler.checkpoints.folders import check_place
+from qcompiler.checkpoints.formats import format_called
+from qcompiler.cli.huggingface import text_calls
+from qcompiler.cli.inputs import SUFFIX, Call, calls_in
+from qcompiler.cli.models import Loaded, load_model
+from qcompiler.cli.output import print_json
+from qcompiler.cli.progress import Progress
+from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
+from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
+from qcompiler.errors import InputError
+from qcompiler.report import Report
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compiles, saves, and prints the report."""
+    scheme = options.scheme or (DEFAULT_SCHEME if options.pipeline is None else None)
+    overrides = overrides_of(options.override)
+    pipeline = pipeline_of(scheme, options.pipeline, overrides)
+    if needs_data(pipeline) and not options.calibration:
+        raise InputError("the passes need calibration data", got=str(pipeline), fix="Give some: --calibration FILE.")
+    output = Path(options.output)
+    check_replaceable(output.resolve())
+    checkpoints = [_checkpoint(text) for text in options.checkpoint]
+    asked = {"pipeline": pipeline} if scheme is None else {"scheme": scheme, "overrides": overrides}
+    progress = Progress(shown=not options.quiet, passes=len(pipeline))
+    with progress.showing():
+        progress.stage("loading")
+        loaded = load_model(options.model, options.device)
+        model = loaded.model if checkpoints else None  # held: it has what a checkpoint needs besides
+        compiled = _compiled(loaded, asked, options, progress)
+        progress.stage("saving")
+        compiled.save(output)
+        for kind, folder in checkpoints:
+            write(compiled, folder, kind, model=model)
+    if options.json:
+        print_json({"artefact": str(output), "scheme": scheme, "pipeline": str(pipeline),
+                    "seconds": progress.seconds, "report": report_document(compiled.report)})  # fmt: skip
+    else:
+        print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows what each pass did")
+    return 0
+
+
+def _checkpoint(text: str) -> tuple[str, str]:
+    """The format and the folder that `FORMAT=DIR` names; checked before any work is done."""
+    kind, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise InputError("a checkpoint is named wrongly", got=repr(text), need="FORMAT=DIR, such as fp8=out")
+    format_called(kind, "float")
+    check_place(Path(folder))
+    return kind, folder
+
+
+def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, progress: Progress) -> CompiledModel:
+    batches = list(_batches(loaded, options))
+    example = _example(loaded, options, known=bool(batches))
+    progress.stage("capture")
+    return qcompiler.compile(
+        loaded.release(),
+        **asked,
+        calibration=batches or None,
+        example_inputs=None if example is None else example.args,
+        example_kwargs=None if example is None else example.kwargs,
+        dynamic_shapes=None if options.fixed_sizes else "auto",
+        target=options.target,
+        strict=not options.allow_unquantized,
+        instruments=[progress],
+    )
+
+
+def _example(loaded: Loaded, options: argparse.Namespace, known: bool) -> Call | None:
+    """What to capture the model on; None leaves it to the calibration data, or to the exported program."""
+    given = options.input or options.example is not None
+    if not given and (known or isinstance(loaded.model, ExportedProgram)):
+        return None
+    example = loaded.example_for(options.input, options.example)
+    if example is None:
+        fix = 'Give some: --input "x=bf16[4,256]", --example FILE, or a factory that returns the model and its inputs.'
+        raise InputError("the model needs example inputs to be captured on", got="none", fix=fix)
+    return example
+
+
+def _batches(loaded: Loaded, options: argparse.Namespace) -> Iterator[Any]:
+    """The calls in all files of calibration data."""
+    for path in options.calibration:
+        calls = (
+            iter(calls_in(path))
+            if path.endswith(SUFFIX)
+            else text_calls(loaded.folder, path, options.batch_size, options.max_length)
+        )
+        for index, call in enumerate(calls):
+            yield call.on(loaded.device).as_batch(f"call {index} of {path}")
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """A report as JSON has it."""
+    return {"summary": report.summary(), **asdict(report)}

@@ -1,0 +1,36 @@
+"""`qcompiler completion`: a script for a shell, made from the parser itself."""
+
+import argparse
+from collections.abc import Iterator
+
+import shtab
+
+from qcompiler.cli.parser import build_parser
+from qcompiler.pass_manager import offered
+from qcompiler.runtime.device import AUTO, TARGETS
+from qcompiler.schemes import GROUP, SCHEMES
+
+FILES = ("FILE", "PATH", "MODEL", "GRAPH")
+FOLDERS = ("DIR",)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the script; names of schemes are those that are known now."""
+    parser = build_parser()
+    choices = {"scheme": sorted({*SCHEMES, *offered(GROUP)}), "target": [*TARGETS, AUTO], "device": ["cpu", "cuda"]}
+    for action in _actions(parser):
+        if action.dest in choices:
+            action.choices = choices[action.dest]
+        elif action.metavar in (*FILES, *FOLDERS):
+            action.complete = shtab.FILE if action.metavar in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell=options.shell))
+    return 0
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Every argument of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)

@@ -1,0 +1,46 @@
+"""What classes say of themselves, taken from their docstrings, so that no list of ours goes stale."""
+
+import inspect
+import re
+import sys
+from dataclasses import MISSING, fields
+from typing import Any
+
+from qcompiler.pass_manager import PASSES, Pass
+from qcompiler.pass_options import default_of, print_option
+
+_ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.M)
+
+
+def first_line(thing: Any) -> str:
+    """The first line of a docstring; for a pass, before -> after."""
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def sentence(kind: type[Pass]) -> str:
+    """What a pass does, in a sentence: the first line of its module, where that is about this pass alone."""
+    alone = sum(other.__module__ == kind.__module__ for other in PASSES.values()) == 1
+    module = sys.modules.get(kind.__module__)
+    return first_line(module) if alone and module is not None and module.__doc__ else ""
+
+
+def attributes(kind: type) -> dict[str, str]:
+    """Attribute -> what the "Attributes:" of the class, or of a class that it is based on, say of it."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        _, _, listed = (inspect.cleandoc(each.__doc__ or "")).partition("Attributes:\n")
+        found |= {name: " ".join(text.split()) for name, text in _ENTRY.findall(listed)}
+    return found
+
+
+def options_of(kind: type[Pass]) -> list[dict[str, str | None]]:
+    """Each option of a pass: its name, its default as text (None when it must be given), and what it is for."""
+    says = attributes(kind)
+    return [
+        {
+            "name": option.name,
+            "default": None if default_of(option) is MISSING else print_option(default_of(option)),
+            "doc": says.get(option.name, ""),
+        }
+        for option in fields(kind)
+    ]

@@ -1,0 +1,112 @@
+"""`qcompiler explain`: what a pipeline will do, in the words of its own passes and options."""
+
+import argparse
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from qcompiler.cli.docstrings import attributes, first_line, sentence
+from qcompiler.cli.output import print_json
+from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
+from qcompiler.pass_manager import Effect, Pass
+from qcompiler.pass_options import default_of, print_option
+from qcompiler.pipelines import Recipe
+from qcompiler.schemes import Scheme, find, recipe_of
+
+WIDTH = 100
+
+
+def run(options: argparse.Namespace) -> int:
+    """Explains a scheme or a pipeline."""
+    overrides = overrides_of(options.override)
+    pipeline = pipeline_of(options.scheme, options.pipeline, overrides)
+    scheme = find(options.scheme.partition("{")[0].strip()) if options.scheme is not None else None
+    recipe = recipe_of(options.scheme) if scheme is not None and scheme.recipe is not None else None
+    document = {
+        "scheme": options.scheme,
+        "doc": scheme.doc if scheme is not None else "",
+        "needs_calibration": needs_data(pipeline),
+        "options": _scheme_options(scheme, recipe),
+        "overrides": overrides or {},
+        "pipeline": str(pipeline),
+        "passes": [_explained(name, step) for name, step in zip(pipeline.names, pipeline, strict=True)],
+    }
+    if options.json:
+        print_json(document)
+    else:
+        print("\n".join(_in_words(document)))
+    return 0
+
+
+def _scheme_options(scheme: Scheme | None, recipe: Recipe | None) -> list[dict[str, Any]]:
+    if scheme is None or recipe is None:
+        return []
+    says = attributes(Recipe)
+    return [
+        {"name": name, "value": print_option(getattr(recipe, name)), "doc": says.get(name, "")}
+        for name in scheme.options
+    ]
+
+
+def _explained(stage: str, step: Pass) -> dict[str, Any]:
+    says = attributes(type(step))
+    changed = [
+        {"name": option.name, "value": print_option(value), "doc": says.get(option.name, "")}
+        for option in fields(step)
+        if (value := getattr(step, option.name)) != default_of(option) or _is_own(step, option.name)
+    ]
+    return {
+        "stage": stage, "spec": str(step), "effect": step.effect.value, "budget": step.budget,
+        "does": sentence(type(step)), "doc": first_line(type(step)), "options": changed,
+    }  # fmt: skip
+
+
+def _is_own(step: Pass, option: str) -> bool:
+    """Whether the pass itself declares an option, and not a class that it is based on."""
+    return option in type(step).__annotations__
+
+
+# In words
+
+
+def _in_words(document: dict[str, Any]) -> Iterator[str]:
+    if document["scheme"]:
+        yield from _wrapped(f"{document['scheme']}: {document['doc']}")
+    data = "needs calibration: give real inputs." if document["needs_calibration"] else "needs no calibration data."
+    yield f"It {data}"
+    for pattern, scheme in document["overrides"].items():
+        what = "left alone" if scheme is None else f"done by {scheme}"
+        yield f"Layers whose weights are called {pattern} are {what}."
+    if document["options"]:
+        yield "\nOptions of the scheme, and their values here:"
+        yield from _options(document["options"], "  ")
+    count = len(document["passes"])
+    yield f"\n{count} passes run, in this order:" if count != 1 else "\nOne pass runs:"
+    for number, step in enumerate(document["passes"], 1):
+        yield ""
+        yield from _wrapped(f"{number:2}. {step['stage']}: {step['does'] or step['doc']}", "    ")
+        if step["does"] and step["doc"]:
+            yield from _wrapped(f"    {step['doc']}", "    ")
+        yield from _wrapped(f"    {_promise(step['effect'], step['budget'])}", "    ")
+        yield from _options(step["options"], "      ")
+
+
+def _promise(effect: str, budget: float) -> str:
+    """What a pass declares about the numbers."""
+    more = f", and up to {budget:.3g} of relative error beyond rounding" if budget else ""
+    return {
+        Effect.EXACT: "Results stay the same in every bit.",
+        Effect.REORDERS: f"Results change by the order of floating-point operations{more}.",
+        Effect.LOSSY: f"Results change: it may add a relative error of up to {budget:.3g}.",
+    }[Effect(effect)]
+
+
+def _options(options: list[dict[str, Any]], indent: str) -> Iterator[str]:
+    for option in options:
+        says = f": {option['doc']}" if option["doc"] else ""
+        yield from _wrapped(f"{indent}{option['name']} = {option['value']}{says}", f"{indent}  ")
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)

@@ -1,0 +1,104 @@
+"""Hugging Face folders: config.json, .safetensors and a tokenizer, read from disk and nowhere else.
+
+transformers is optional, and imported only here, when such a folder is named.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from qcompiler.capture.quiet import third_party_silence
+from qcompiler.checkpoints import load_model
+from qcompiler.cli.inputs import Call, lines_of
+from qcompiler.errors import InputError, QCompilerError
+
+EXTRA = 'Install it: pip install "qcompiler[hf]".'
+SENTENCES = ("A short sentence.", "Another one, which is longer than the first, so that one of them is padded.")
+"""What a model is captured on when nothing else is given and there is a tokenizer."""
+
+LONGEST = 512
+
+
+def load_folder(folder: Path) -> Any:
+    """The model in a folder, quantized or not, of the class that its config.json names.
+
+    Raises:
+        QCompilerError: The folder is no checkpoint, or a broken one; or transformers is missing, or does not know it.
+    """
+    with _no_bars():
+        return _guarded("the model", folder, lambda: load_model(folder))
+
+
+def example_for(model: Any, folder: Path) -> Call | None:
+    """The arguments of one call: what the tokenizer makes of two sentences, or else the model's own stand-in."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    tokenizer = tokenizer_in(folder)
+    if tokenizer is None:
+        return Call(kwargs={"input_ids": model.dummy_inputs["input_ids"]})
+    pads = tokenizer.pad_token is not None
+    return _tokenized(tokenizer, SENTENCES if pads else SENTENCES[:1] * 2, LONGEST)
+
+
+def text_calls(folder: Path | None, path: str, batch_size: int, max_length: int) -> Iterator[Call]:
+    """The lines of a text file as calls of the model in `folder`, batch by batch; InputError without a tokenizer.
+
+    Where the tokenizer has no token to pad with, each line is a call of its own.
+    """
+    tokenizer = None if folder is None else tokenizer_in(folder)
+    if tokenizer is None:
+        need = "a Hugging Face folder with a tokenizer, or calibration data in .safetensors files"
+        raise InputError("calibration text needs a tokenizer", got=path, need=need)
+    lines, size = lines_of(path), 1 if tokenizer.pad_token is None else batch_size
+    for at in range(0, len(lines), size):
+        yield _tokenized(tokenizer, lines[at : at + size], max_length)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer in a folder; None when there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        return None
+    kind = _transformers().AutoTokenizer
+    with third_party_silence():
+        return _guarded("the tokenizer", folder, lambda: kind.from_pretrained(folder, local_files_only=True))
+
+
+def _tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> Call:
+    """The arguments for some texts, which are padded where they differ in length."""
+    padding = len(texts) > 1 and len(set(texts)) > 1
+    made = tokenizer([*texts], padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
+    return Call(kwargs=dict(made))
+
+
+def _guarded(what: str, folder: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except QCompilerError:
+        raise
+    except Exception as error:  # a damaged folder fails in any way
+        got = f"{type(error).__name__}: {error}"
+        raise InputError(f"{what} cannot be loaded", got=got, where=str(folder)) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers from showing bars: progress is shown already, or not wanted."""
+    logging = _transformers().utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _transformers() -> Any:
+    try:
+        with third_party_silence():
+            return import_module("transformers")
+    except ImportError as error:
+        problem = "Hugging Face models need transformers, which is not installed"
+        raise QCompilerError(problem, got=error, fix=EXTRA) from error

@@ -1,0 +1,144 @@
+"""`qcompiler inspect`: what each pass did to a graph, and to a single operation of it."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from qcompiler.cli.compile import report_document
+from qcompiler.cli.history import Chapter, history
+from qcompiler.cli.output import print_json, print_table
+from qcompiler.cli.records import Record, read_record
+from qcompiler.errors import InputError
+from qcompiler.ir import Graph, diff
+
+COUNTED = ("aten", "quant", "kernel")
+DROPPABLE = ("options", *reversed(COUNTED), "effect", "changed", "+/-")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Shows a run, or the part of it that is asked for."""
+    record = read_record(options.path)
+    if options.stage is not None:
+        _graph(record.stage(options.stage), options)
+    elif options.diff is not None:
+        _difference(record, options)
+    elif options.op is not None:
+        _history(history(record.stages, options.op), options)
+    elif options.source:
+        _source(record, options)
+    else:
+        _overview(record, options)
+    return 0
+
+
+def _graph(graph: Graph, options: argparse.Namespace) -> None:
+    text = graph.to_dot() if options.dot else graph.text(locations=not options.no_locations)
+    print_json({"stage": options.stage, "graph": text}) if options.json else print(text)
+
+
+def _difference(record: Record, options: argparse.Namespace) -> None:
+    before, after = options.diff
+    text = diff(record.stage(before), record.stage(after))
+    if options.json:
+        print_json({"before": before, "after": after, "diff": text})
+    else:
+        print(text or f"{before} and {after} are alike", file=sys.stdout if text else sys.stderr)
+
+
+def _source(record: Record, options: argparse.Namespace) -> None:
+    if record.source is None:
+        need = "an artefact, which `qcompiler compile` writes"
+        raise InputError("graphs alone have no host module", got=options.path, need=need)
+    print_json({"source": record.source}) if options.json else sys.stdout.write(record.source)
+
+
+# The pipeline
+
+
+def _overview(record: Record, options: argparse.Namespace) -> None:
+    stages = list(_stages(record))
+    if options.json:
+        report = None if record.report is None else report_document(record.report)
+        print_json({"artefact": _artefact(record), "stages": stages, "report": report})
+        return
+    timed = bool(record.steps)
+    headings = ["stage", *(["effect", "changed", "ms "] if timed else []), "operations ", "+/- "]
+    headings += [f"{dialect} " for dialect in COUNTED] + (["options"] if timed else [])
+    print_table(headings, [_row(stage, timed) for stage in stages], DROPPABLE)
+    if (artefact := _artefact(record)) is not None:
+        versions = ", ".join(f"{name} {number}" for name, number in artefact["made_by"].items() if number)
+        print(f"{artefact['scheme'] or 'a pipeline'} for {artefact['target']}, made by {versions}")
+    if record.report is not None:
+        print(record.report.summary())
+
+
+def _artefact(record: Record) -> dict[str, Any] | None:
+    """How an artefact was made; None for graphs alone."""
+    made = record.manifest
+    if made is None:
+        return None
+    return {"scheme": made.scheme, "overrides": made.overrides, "pipeline": made.pipeline, "target": made.target,
+            "device": made.device, "made_by": dict(made.made_by)}  # fmt: skip
+
+
+def _stages(record: Record) -> Iterator[dict[str, Any]]:
+    """One entry a stage, as JSON has it."""
+    before = None
+    for name, graph in record.stages.items():
+        counts = Counter(op.name.partition(".")[0] for op in graph.ops())
+        step = record.steps.get(name)
+        yield {
+            "stage": name,
+            "pass": None if step is None else step.spec,
+            "effect": None if step is None else step.effect,
+            "changed": None if step is None else step.changed,
+            "seconds": None if step is None else step.seconds,
+            "operations": sum(counts.values()),
+            "more": None if before is None else sum(counts.values()) - before,
+            "by_dialect": dict(sorted(counts.items())),
+        }
+        before = sum(counts.values())
+
+
+def _row(stage: dict[str, Any], timed: bool) -> list[object]:
+    known = stage["pass"] is not None
+    times: list[object] = (
+        [stage["effect"], "yes" if stage["changed"] else "-", f"{1e3 * stage['seconds']:.1f}"] if known else [""] * 3
+    )
+    more = f"{stage['more']:+}" if stage["more"] else ""
+    counts: list[object] = [
+        stage["operations"],
+        more,
+        *(stage["by_dialect"].get(dialect, 0) or "" for dialect in COUNTED),
+    ]
+    options = stage["pass"].partition("{")[2].removesuffix("}") if known else ""
+    return [stage["stage"], *(times if timed else []), *counts, *([options] if timed else [])]
+
+
+# One operation
+
+SAYS = {
+    "absent": "not there yet",
+    "appears": "appears",
+    "same": "the same",
+    "changed": "changed",
+    "fused": "fused into what reads it",
+    "replaced": "replaced",
+    "removed": "removed: nothing reads it any more",
+}
+
+
+def _history(chapters: list[Chapter], options: argparse.Namespace) -> None:
+    if options.json:
+        print_json({"operation": options.op.removeprefix("%"), "stages": [asdict(chapter) for chapter in chapters]})
+        return
+    wide = max(len(chapter.stage) for chapter in chapters)
+    for chapter in chapters:
+        print(f"{chapter.stage:{wide}}  {SAYS[chapter.fate]}")
+        if chapter.fate in ("appears", "changed", "fused", "replaced"):
+            for line in chapter.new:
+                print(f"{'':{wide}}    + {line}")
+            print(f"{'':{wide}}    {'  ' if chapter.new else ''}{chapter.line}")

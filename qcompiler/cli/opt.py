@@ -1,0 +1,51 @@
+"""`qcompiler opt`: passes over the text of a graph, text in and text out."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import qcompiler.dialects  # noqa: F401  (fills the table of operations)
+from qcompiler.errors import InputError
+from qcompiler.instruments import CheckChanged, Dump, Instrument, PrintAfter, TimePasses
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_runner import run_pipeline
+from qcompiler.schemes import pipeline
+
+
+def run(options: argparse.Namespace) -> int:
+    """Reads a graph, runs passes over it, and writes it."""
+    steps = Pipeline.parse(options.pipeline) if options.pipeline is not None else pipeline(options.scheme)
+    graph = read_graph(options.graph)
+    instruments: list[Instrument] = [PrintAfter(*options.print_after)] if options.print_after else []
+    instruments += [Dump(options.dump)] if options.dump else []
+    instruments += [CheckChanged()] if options.verify_each else []
+    instruments += [TimePasses(file=sys.stderr)] if options.time_passes else []
+    done = run_pipeline(steps, graph, instruments=instruments)
+    if options.explain:
+        for stage, reasons in done.left_alone.items():
+            for name, reason in reasons.items():
+                print(f"{stage} left %{name} alone: {reason}", file=sys.stderr)
+    _write(options.output, graph.text(locations=not options.no_locations) + "\n")
+    return 0
+
+
+def read_graph(name: str) -> Graph:
+    """The graph in a file, or in standard input for "-"; InputError when it cannot be read."""
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("the graph cannot be read", got=f"{name}: {error}", need="a text file") from error
+    return Graph.parse(text, "<stdin>" if name == "-" else name)
+
+
+def _write(name: str, text: str) -> None:
+    if name == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            "the graph cannot be written", got=f"{name}: {error}", need="a path in a folder that exists"
+        ) from error

@@ -1,0 +1,266 @@
+"""What can be asked on the command line: each command, its arguments, and the module that answers it.
+
+This module needs argparse and nothing else, so that help, usage errors and completion never wait for torch.
+"""
+
+import argparse
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {
+    name: f"qcompiler.cli.{module}"
+    for name, module in {
+        "compile": "compile", "inspect": "inspect", "report": "report", "check": "check", "bench": "bench",
+        "export": "export", "explain": "explain", "passes": "catalogue", "schemes": "catalogue", "opt": "opt",
+        "completion": "completion",
+    }.items()
+}  # fmt: skip
+"""Command -> the module that runs it."""
+
+MLIR = {"mlir-torch": "torch", "mlir-linalg": "linalg"}
+IREE = "iree"
+
+MODEL = (
+    "an exported program (.pt2), a Hugging Face model folder, or module:factory, a function without arguments that "
+    "gives a model, or a model and its example inputs; .pt2 files and factories run code: use only those you trust"
+)
+SCHEME = 'a scheme, with options in braces if need be: "fp8_tile{k_block=64}"'
+PIPELINE = 'passes in place of a scheme: "canonicalize; fp8-tile; dead-code"'
+OVERRIDE = (
+    'another scheme for the layers whose weights a pattern names, "*.down_proj=fp8_row", or none to leave them alone; '
+    "may be given several times, and the last one that fits counts"
+)
+INPUT = (
+    'random data for one argument: "x=bf16[4,256]", or "ids=i64[1,16] in 0..30521" with the range of integers (0 and 1 '
+    "when left out); once for each argument"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose commands all know `--debug`; options may not be abbreviated, since more may come."""
+
+    def __init__(self, **keywords: object) -> None:
+        super().__init__(allow_abbrev=False, **keywords)  # type: ignore[arg-type]  # argparse's own keywords
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; it sets `command` to the name of the one that was given."""
+    parser = Parser(prog="qcompiler", description="A quantization compiler for PyTorch models.")
+    parser.set_defaults(debug=False)
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (says, add) in _ARGUMENTS.items():
+        add(commands.add_parser(name, help=says, description=_sentence(says)))
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+class _Version(argparse.Action):
+    """Prints the version; it is looked up only when asked for."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        try:
+            print(f"qcompiler {version('qcompiler')}")
+        except PackageNotFoundError:
+            print("qcompiler 0+unknown")
+        parser.exit()
+
+
+# Arguments that several commands have
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", "-q", action="store_true", help="show no progress")
+
+
+def _artefact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artefact", metavar="DIR", help="a folder that `qcompiler compile` wrote")
+    _trust(parser)
+
+
+def _example(parser: argparse.ArgumentParser) -> None:
+    example = parser.add_mutually_exclusive_group()
+    example.add_argument("--input", action="append", default=[], metavar="NAME=TYPE", help=INPUT)
+    example.add_argument("--example", metavar="FILE", help="a .safetensors file with the arguments of one call: "
+                         "tensors by name, or by position (0, 1, ...)")  # fmt: skip
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="NAMESPACE",
+        help="operators beside torch's own that the graph may call; may be given several times",
+    )  # fmt: skip
+
+
+def _sizes(text: str) -> list[int]:
+    """`1,16,512`"""
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
+
+
+_sizes.__name__ = "list of sizes"  # argparse says this of a wrong value
+
+
+def _count(text: str) -> int:
+    """A whole number from 1."""
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
+_count.__name__ = "number from 1"
+
+
+# The commands, in the order in which help lists them
+
+
+def _compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--output",
+        "-o",
+        metavar="DIR",
+        required=True,
+        help="the folder to write: a new or empty one, or an artefact, which is replaced",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--scheme", "-s", help=f"{SCHEME} (default: fp8_tile)")
+    which.add_argument("--pipeline", "-p", help=PIPELINE)
+    parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME", help=OVERRIDE)
+    _example(parser)
+    parser.add_argument(
+        "--calibration", action="append", default=[], metavar="FILE",
+        help="data for schemes that need some: a .safetensors file with the arguments of one call, or of several as "
+        "0.name, 1.name, ...; or, for a Hugging Face folder with a tokenizer, a text file with one sample a line; may "
+        "be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=_count, default=8, metavar="N", help="lines of text in a batch (default: 8)"
+    )
+    parser.add_argument(
+        "--max-length", type=_count, default=512, metavar="N", help="tokens of a line, at most (default: 512)"
+    )
+    parser.add_argument("--target", default="auto", help='"cpu", "sm_90a", or "auto", by the device (the default)')
+    parser.add_argument("--device", help='where to compile: "cpu" or "cuda" (default: where the model is)')
+    parser.add_argument("--fixed-sizes", action="store_true", help="hold every size to that of the example")
+    parser.add_argument(
+        "--checkpoint", action="append", default=[], metavar="FORMAT=DIR",
+        help="also write a checkpoint for other engines: fp8 (Hugging Face's block FP8), compressed-tensors, or float "
+        "for a model that is only smoothed; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--allow-unquantized", action="store_true", help="be content when nothing could be quantized")
+    _quiet(parser)
+    _json(parser)
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="an artefact, a folder of dumped graphs, or a .qir file")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stage", metavar="NAME", help="print the graph as the pass of this name left it")
+    what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print how two stages differ")
+    what.add_argument("--op", metavar="NAME", help="print what became of one operation, pass by pass")
+    what.add_argument("--source", action="store_true", help="print the generated host module")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--no-locations", action="store_true", help="leave locations out of the graph of --stage")
+    text.add_argument("--dot", action="store_true", help="print the graph of --stage in the language of Graphviz")
+    _json(parser)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    _artefact(parser)
+    parser.add_argument("--html", metavar="FILE", help="write it as a page, with the graphs of all stages")
+    parser.add_argument("--against", metavar="MODEL", help=f"add the error of each layer on one call: {MODEL}")
+    _example(parser)
+    _json(parser)
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    _artefact(parser)
+    _json(parser)
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    _artefact(parser)
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--rows", type=_sizes, metavar="N,N,...", help="numbers of rows, such as tokens (default: 1,16,512)"
+    )
+    sizes.add_argument("--input", action="append", default=[], metavar="NAME=TYPE", help=INPUT)
+    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="calls of each size (default: 20)")
+    parser.add_argument("--against", metavar="MODEL", help=f"also time a model that is not quantized: {MODEL}")
+    _quiet(parser)
+    _json(parser)
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _artefact(parser)
+    parser.add_argument(
+        "--to", required=True, choices=(*MLIR, IREE),
+        help="a text of MLIR, in the torch dialect or in linalg; or a folder that IREE runs on the CPU",
+    )  # fmt: skip
+    parser.add_argument("--output", "-o", metavar="PATH", required=True, help="the file or folder to write")
+    parser.add_argument("--stage", metavar="NAME", help="the stage to write (default: the last)")
+
+
+def _explain(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("scheme", metavar="SCHEME", nargs="?", help=SCHEME)
+    which.add_argument("--pipeline", "-p", help=PIPELINE)
+    parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME", help=OVERRIDE)
+    _json(parser)
+
+
+def _opt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("graph", metavar="GRAPH", help="a .qir file, or - for standard input")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--pipeline", "-p", help='passes, such as "canonicalize; fp8-tile{profile=vllm}"')
+    which.add_argument("--scheme", "-s", help="the pipeline of a scheme")
+    parser.add_argument(
+        "--output", "-o", default="-", metavar="FILE", help="where the text goes (default: standard output)"
+    )
+    parser.add_argument(
+        "--print-after", action="append", default=[], metavar="PASS", help='a pass, or "all": print to standard error'
+    )
+    parser.add_argument("--dump", metavar="DIR", help="write the graph after each pass to numbered files")
+    parser.add_argument("--time-passes", action="store_true", help="print the time of each pass to standard error")
+    parser.add_argument(
+        "--verify-each", action="store_true", help="also hold each pass to whether it says that it changed the graph"
+    )
+    parser.add_argument("--explain", action="store_true", help="print to standard error why operations were left alone")
+    parser.add_argument("--no-locations", action="store_true", help="leave locations out of the text")
+
+
+def _completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to write the script for")
+
+
+_ARGUMENTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "compile": ("compile a model, and save what comes of it", _compile),
+    "inspect": ("show what each pass did", _inspect),
+    "report": ("show what was quantized, and why the rest was not", _report),
+    "check": ("verify an artefact", _check),
+    "bench": ("measure how long calls of an artefact take", _bench),
+    "export": ("write an artefact as MLIR, or compiled by IREE", _export),
+    "explain": ("say what a scheme will do, without a model", _explain),
+    "passes": ("list the passes", _json),
+    "schemes": ("list the schemes", _json),
+    "opt": ("run passes over the text of a graph", _opt),
+    "completion": ("print a script that completes commands in a shell", _completion),
+}
+"""Command -> what help says of it, and what adds its arguments."""

@@ -1,0 +1,70 @@
+"""What there is to inspect: the graphs of a run by stage, and what else is known of it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import qcompiler.dialects  # noqa: F401  (fills the table of operations)
+from qcompiler.artefact.loading import read_report, read_stages, reading
+from qcompiler.artefact.manifest import HOST, Manifest
+from qcompiler.artefact.manifest import NAME as MANIFEST
+from qcompiler.cli.opt import read_graph
+from qcompiler.errors import InputError, did_you_mean
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import numbered
+from qcompiler.pass_runner import Step
+from qcompiler.report import Report
+
+DUMPED = re.compile(r"\d\d+_([\w#-]+)")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a pipeline.
+
+    Attributes:
+        stages: Name -> the graph as captured, and as each pass left it, in order.
+        steps: What is known of the passes, by stage; nothing where only texts were kept.
+        report: What became of the readers of weights, where that is known.
+        source: The host module, where there is one.
+        manifest: What an artefact says of itself.
+    """
+
+    stages: Mapping[str, Graph]
+    steps: Mapping[str, Step]
+    report: Report | None = None
+    source: str | None = None
+    manifest: Manifest | None = None
+
+    def stage(self, name: str) -> Graph:
+        """The graph of a stage; InputError with did-you-mean when there is none."""
+        if name not in self.stages:
+            raise InputError("no such stage", got=repr(name), fix=did_you_mean(name, self.stages))
+        return self.stages[name]
+
+
+def read_record(name: str) -> Record:
+    """What an artefact, a folder of dumped graphs, or a single .qir file has to show; InputError for anything else."""
+    path = Path(name)
+    if not path.is_dir():
+        return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
+    if (path / MANIFEST).is_file():
+        return _artefact(path)
+    dumped: dict[str, Graph] = {}
+    for file in sorted(path.glob("*.qir")):
+        if (match := DUMPED.fullmatch(file.stem)) is not None:
+            dumped[numbered(match[1], dumped)] = read_graph(str(file))
+    if not dumped:
+        need = f"an artefact (with a {MANIFEST}), or graphs such as 00_captured.qir"
+        raise InputError("the folder holds nothing to inspect", got=name, need=need)
+    return Record(dumped, {})
+
+
+def _artefact(path: Path) -> Record:
+    """That of an artefact; it is not loaded, since it may be for a device that is not here."""
+    with reading(path.resolve()) as artefact:
+        stages, _ = read_stages(artefact)
+        report, steps = read_report(artefact)
+        known = {step.stage: step for step in steps}
+        return Record(stages, known, report, artefact.text(HOST), artefact.manifest)

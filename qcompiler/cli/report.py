@@ -1,0 +1,44 @@
+"""`qcompiler report`: what was quantized, and why the rest was not; as text, JSON, or a page."""
+
+import argparse
+import json
+from pathlib import Path
+
+import qcompiler
+from qcompiler.artefact.loading import read_report, reading
+from qcompiler.attribution import ErrorReport, attribute_error
+from qcompiler.cli.compile import report_document
+from qcompiler.cli.models import load_model
+from qcompiler.cli.output import print_json
+from qcompiler.compiler import CompiledModel
+from qcompiler.errors import InputError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the report of an artefact, or writes it as a page; with the errors of layers, if a model is given."""
+    with reading(Path(options.artefact).resolve()) as artefact:
+        report, _ = read_report(artefact)
+    errors = None
+    if options.html is not None or options.against is not None:
+        compiled = qcompiler.load(options.artefact, trust=options.trust)
+        errors = None if options.against is None else _errors(compiled, options)
+        if options.html is not None:
+            compiled.to_html(options.html, errors)
+    if options.json:
+        rows = {} if errors is None else {"errors": json.loads(errors.to_json())}
+        print_json({**report_document(report), **rows})
+    elif options.html is not None:
+        print(f"{report.summary()}\n{options.html} has the page")
+    else:
+        print(report if errors is None else f"{report}\n\n{errors}")
+    return 0
+
+
+def _errors(compiled: CompiledModel, options: argparse.Namespace) -> ErrorReport:
+    """The error of each layer against the model that is not quantized, on one call."""
+    loaded = load_model(options.against, str(compiled.signature.device or "cpu"))
+    call = loaded.example_for(options.input, options.example)
+    if call is None:
+        fix = 'Give some: --input "x=bf16[4,256]", or --example FILE.'
+        raise InputError("errors are measured on a call, and there are no inputs for one", got="none", fix=fix)
+    return attribute_error(compiled, call.as_batch("the call"), loaded.model)

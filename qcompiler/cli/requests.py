@@ -1,0 +1,41 @@
+"""Which passes a command line asks for: a scheme, a pipeline, other schemes for some layers."""
+
+from collections.abc import Mapping, Sequence
+
+from passes.calibrate import Calibrate
+from qcompiler.errors import PassError
+from qcompiler.pass_manager import Pipeline
+from qcompiler.schemes import pipeline as scheme_pipeline
+
+NOTHING = "none"
+"""What an override says to leave layers alone."""
+
+
+def pipeline_of(scheme: str | None, pipeline: str | None, overrides: Mapping[str, str | None] | None) -> Pipeline:
+    """The passes; one of `scheme` and `pipeline` is given."""
+    if scheme is not None:
+        return scheme_pipeline(scheme, overrides)
+    if overrides is not None:
+        fix = "Give a scheme, or put the layers into the pipeline's passes."
+        raise PassError(
+            "both overrides and a pipeline are given", got=", ".join(overrides), need="one of them", fix=fix
+        )
+    return Pipeline.parse(pipeline or "")
+
+
+def overrides_of(given: Sequence[str]) -> dict[str, str | None] | None:
+    """What `PATTERN=SCHEME` says, several times; None when nothing is given."""
+    found: dict[str, str | None] = {}
+    for text in given:
+        pattern, equals, scheme = (part.strip() for part in text.partition("="))
+        if not equals or not pattern or not scheme:
+            need = f'PATTERN=SCHEME, such as "*.down_proj=fp8_row" or "lm_head={NOTHING}"'
+            raise PassError("an override is malformed", got=repr(text), need=need)
+        found.pop(pattern, None)  # the last one that fits counts, also in place
+        found[pattern] = None if scheme == NOTHING else scheme
+    return found or None
+
+
+def needs_data(pipeline: Pipeline) -> bool:
+    """Whether real inputs must be seen."""
+    return any(isinstance(step, Calibrate) for step in pipeline)
