@@ -25,6 +25,7 @@ LINEARS = ("quant.linear", "kernel.scaled_linear", "quant.grouped_linear", "kern
 """Products of quantized operands: activation, its scale, weight, its scale."""
 
 STATIC = ("quant.quantize_static", "kernel.quantize_static")
+DYNAMIC = ("quant.quantize", "kernel.quantize")
 
 
 @dataclass
@@ -218,16 +219,24 @@ class _Tracer:
 def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
     """The quantized weight that an operation multiplies with, or dequantizes."""
     if op.name in LINEARS:
-        x = op.tensor(0).op
-        static = x.tensor(1) if x.name in STATIC else None
+        static = _static_scale(op.tensor(0))
         yield _Pair(op.tensor(2), op.tensor(3), block_of(op, "w_block"), block_of(op, "x_block"), static)
     elif op.name == "quant.dequantize" and graph.is_constant(op.result):
-        for x in {x.op for user in graph.users(op.result) for _, x in user.operands()} - {op}:
-            if x.name == "quant.dequantize":
-                static = x.tensor(0).op.tensor(1) if x.tensor(0).op.name in STATIC else None
+        for x in dict.fromkeys(x.op for user in graph.users(op.result) for _, x in user.operands()):
+            if x.name == "quant.dequantize" and x is not op:
+                static = _static_scale(x.tensor(0))
                 yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), block_of(x, "block"), static)
                 return
         yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), None, None)
+
+
+def _static_scale(codes: Value) -> Value | None:
+    """The scale of an activation, where calibration has fixed it; None where it is computed in each call."""
+    if codes.op.name in STATIC:
+        return codes.op.tensor(1)
+    if codes.op.name not in DYNAMIC:
+        raise QCompilerError("nothing says how an activation is quantized", got=codes.op.name, where=str(codes))
+    return None
 
 
 def _parts(value: Value) -> list[Value]:
