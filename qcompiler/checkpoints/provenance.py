@@ -35,14 +35,15 @@ class Provenance:
     Attributes:
         quantized: Those that the graph holds in 8 bits.
         changed: Those that the graph holds in another value, such as a norm that smoothing has scaled.
-        kept: Those that the graph reads as they are.
+        kept: Those that the graph reads as they are, with their numbers; None where it holds only what the model itself
+            computes from them.
         scales: Those that are scales of weights that the model itself has in 8 bits.
         refused: Those that cannot be given back -> why.
     """
 
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
-    kept: set[str] = field(default_factory=set)
+    kept: dict[str, Tensor | None] = field(default_factory=dict)
     scales: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -96,7 +97,7 @@ class _Tracer:
         for op in self.structure.ops(PARAM):
             if str(op.attrs["name"]) not in self.done:
                 self.plain(op)
-        for name in self.found.kept & {*self.found.quantized, *self.found.changed}:
+        for name in self.found.kept.keys() & {*self.found.quantized, *self.found.changed}:
             self.found.refuse(name, "the graph also reads it as it was")
         for name in self.found.changed.keys() & self.found.quantized.keys():
             self.found.refuse(name, "the graph also reads it in float, changed")
@@ -149,7 +150,7 @@ class _Tracer:
         """A parameter that is in no quantized form."""
         name = str(op.attrs["name"])
         if name in self.model_names:
-            self.found.kept.add(name)
+            self.found.kept[name] = self.compiled.weights[name]
             return
         if name not in self.compiled.recipes:
             readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
@@ -168,7 +169,7 @@ class _Tracer:
         """What a pass made of one weight of the model."""
         leaves = {str(param.attrs["name"]) for param in parameters_of(part)}
         if leaves <= self.model_names:  # the model's own arithmetic, computed once
-            self.found.kept |= leaves
+            self.found.kept |= dict.fromkeys(leaves, tensor if part.op.name == PARAM else None)
             return
         name = self.name_of(part)
         if name is None:

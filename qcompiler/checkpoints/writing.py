@@ -87,8 +87,8 @@ def _origin(compiled: "CompiledModel", model: nn.Module | None, found: Provenanc
     if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
         got = f"no weight '{missing[0]}' in {type(module).__name__}"
         raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
-    for name in found.kept & origin.tensors.keys() & compiled.graph.weights.keys():
-        if not equal_bits(origin.tensors[name], compiled.graph.weights[name]):
+    for name, tensor in found.kept.items():
+        if tensor is not None and name in origin.tensors and not equal_bits(origin.tensors[name], tensor):
             got = f"other numbers in '{name}'"
             raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
     found.spread(origin.ties)
