@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -166,7 +166,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(data=st.data())
 def test_whatever_a_configuration_says_the_error_is_ours(originals: list[Path], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(originals))
@@ -187,7 +187,7 @@ def test_whatever_a_configuration_says_the_error_is_ours(originals: list[Path], 
         file.write_text(before)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_happens_to_the_bytes_the_error_is_ours(originals: list[Path], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(originals))

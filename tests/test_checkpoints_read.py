@@ -17,20 +17,26 @@ from qcompiler import CaptureError, PassError, QCompilerError, numerics
 from qcompiler.capture.stored_weights import Stored, hold
 from qcompiler.checkpoints import load_model, read, write
 
+AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(18).reshape(2, 9)
 UE8M0 = torch.float8_e8m0fnu
 
 
-def deepseek(folder: Path, *, scale_dtype: torch.dtype = torch.float32, profile: str = "deepseek") -> Path:
-    """A folder such as DeepSeek publishes: each linear in blocks of 128, some of them ragged; experts one by one."""
+def deepseek(
+    folder: Path, *, layers: int = 2, scale_dtype: torch.dtype = torch.float32, profile: str = "deepseek"
+) -> Path:
+    """A folder such as DeepSeek publishes: each linear in blocks of 128, some of them ragged; experts one by one.
+
+    The first layer has none.
+    """
     config = DeepseekV3Config(
-        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2, vocab_size=300,
+        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=layers, vocab_size=300,
         first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128,
         qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
         topk_group=1, n_shared_experts=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AUTO.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name, weight in list(tensors.items()):
         if "_proj" in name and weight.dim() == 2:
@@ -74,7 +80,7 @@ def test_from_deepseek_to_compressed_tensors_and_back_every_byte_is_equal(tmp_pa
 
 
 def test_power_of_two_scales_keep_their_one_byte(tmp_path: Path) -> None:
-    first = deepseek(tmp_path / "deepseek", scale_dtype=UE8M0, profile="ue8m0")
+    first = deepseek(tmp_path / "deepseek", layers=1, scale_dtype=UE8M0, profile="ue8m0")
     compiled = qcompiler.compile(first, example_inputs=(IDS,), scheme="fp8_tile{scale=ue8m0}")
     write(compiled, tmp_path / "back", "fp8")
     assert_same_bytes(first, tmp_path / "back")
@@ -85,22 +91,23 @@ def test_power_of_two_scales_keep_their_one_byte(tmp_path: Path) -> None:
               first / "model.safetensors", {"format": "pt"})  # fmt: skip
     up = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(read(first).quantized(up).scale, tensors[f"{up}_scale_inv"].to(torch.float32))
-    weight = load_model(first).get_submodule(up.removesuffix(".weight")).weight
-    assert torch.equal(weight, read(tmp_path / "back").quantized(up).dequantized(torch.bfloat16))  # type: ignore[arg-type]
+    layer: Any = load_model(first).get_submodule(up.removesuffix(".weight"))
+    assert torch.equal(layer.weight, read(tmp_path / "back").quantized(up).dequantized(torch.bfloat16))
 
 
-def small(scale: str = "weight_scale_inv") -> torch.nn.Module:
+def small(scale: str = "weight_scale_inv") -> torch.nn.Sequential:
     """A model whose linears hold codes and scales."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128)).eval()
-    for layer in (model[0], model[2]):
+    layers: list[Any] = [model[0], model[2]]
+    for layer in layers:
         codes, scales = numerics.quantize(layer.weight.detach(), (128, 128))
         layer._parameters["weight"] = torch.nn.Parameter(codes, requires_grad=False)
         layer.register_parameter(scale, torch.nn.Parameter(scales, requires_grad=False))
     return model
 
 
-def held() -> torch.nn.Module:
+def held() -> torch.nn.Sequential:
     model = small()
     for layer in (model[0], model[2]):
         hold(layer, {"weight": Stored("weight_scale_inv", (128, 128), torch.float32)})
@@ -110,17 +117,16 @@ def held() -> torch.nn.Module:
 def test_codes_and_scales_are_taken_as_they_are() -> None:
     model, x = held(), torch.randn(4, 256)
     compiled = qcompiler.compile(model, example_inputs=(x,))
-    assert compiled.graph.weights["0.weight"].data_ptr() == model[0]._parameters["weight"].data_ptr()
+    mine = dict(model.named_parameters())
+    assert compiled.graph.weights["0.weight"].data_ptr() == mine["0.weight"].data_ptr()
     assert {row.remark for row in compiled.report.rows} == {"codes and scales as the model has them"}
     assert compiled.report.bytes_quantized == (256 + 128) * 256
-    want = numerics.scaled_linear(
-        *numerics.quantize(x), model[0]._parameters["weight"], model[0].weight_scale_inv, model[0].bias,
-        out_dtype=torch.float32,
-    )  # fmt: skip
-    want = numerics.scaled_linear(
-        *numerics.quantize(want.relu()), model[2]._parameters["weight"], model[2].weight_scale_inv, model[2].bias,
-        out_dtype=torch.float32,
-    )  # fmt: skip
+    want = x
+    for name, activation in (("0", torch.nn.functional.relu), ("2", torch.nn.Identity())):
+        want = activation(numerics.scaled_linear(
+            *numerics.quantize(want), mine[f"{name}.weight"], mine[f"{name}.weight_scale_inv"], mine[f"{name}.bias"],
+            out_dtype=torch.float32,
+        ))  # fmt: skip
     assert torch.equal(compiled(x), want)
     copied = model.state_dict()
     assert {*copied} == {"0.weight", "0.bias", "0.weight_scale_inv", "2.weight", "2.bias", "2.weight_scale_inv"}
@@ -146,7 +152,7 @@ def test_modules_of_transformers_with_fp8_weights_can_be_compiled(tmp_path: Path
         hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=64,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = AUTO.from_config(config, dtype=torch.bfloat16).eval()
     plain = {name: weight.detach() for name, weight in model.named_parameters()}
     said = FineGrainedFP8Config(modules_to_not_convert=["lm_head"])
     model = replace_with_fp8_linear(model, ["lm_head"], said, pre_quantized=True)
@@ -164,7 +170,8 @@ def test_modules_of_transformers_with_fp8_weights_can_be_compiled(tmp_path: Path
     up = "model.layers.0.mlp.up_proj"
     codes, scales = numerics.quantize(plain[f"{up}.weight"], (128, 128))
     want = numerics.dequantize(codes, scales, (128, 128), torch.bfloat16)
-    assert torch.equal(loaded.get_submodule(up).weight, want)  # type: ignore[arg-type]
+    layer: Any = loaded.get_submodule(up)
+    assert torch.equal(layer.weight, want)
 
 
 def test_an_fp8_weight_without_a_scale_is_an_error() -> None:
@@ -179,7 +186,7 @@ def test_a_plain_folder_is_loaded_too(tmp_path: Path) -> None:
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=64,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = AUTO.from_config(config, dtype=torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "plain")
     loaded = load_model(tmp_path / "plain")
     assert not loaded.training and torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -187,3 +194,19 @@ def test_a_plain_folder_is_loaded_too(tmp_path: Path) -> None:
     edit(tmp_path / "plain" / "config.json", lambda config: config.update(architectures=["OfSomebodyElse"]))
     with pytest.raises(QCompilerError, match="knows no such architecture"):
         load_model(tmp_path / "plain")
+
+
+def test_int8_weights_come_back_from_compressed_tensors(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    model = AUTO.from_config(config, dtype=torch.bfloat16).eval()
+    compiled = qcompiler.compile(model, scheme="int8_row", example_inputs=(IDS,))
+    write(compiled, tmp_path / "one", "compressed-tensors")
+    again = qcompiler.compile(tmp_path / "one", scheme="int8_row", example_inputs=(IDS,))
+    assert torch.equal(again(IDS).logits, compiled(IDS).logits)
+    write(again, tmp_path / "two", "compressed-tensors")
+    assert_same_bytes(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(QCompilerError, match="read from this very folder"):
+        write(again, tmp_path / "one", "compressed-tensors")

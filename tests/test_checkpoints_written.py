@@ -16,6 +16,7 @@ import qcompiler
 from qcompiler import CompiledModel, QCompilerError, numerics
 from qcompiler.checkpoints import write
 
+AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(18).reshape(2, 9)
 
 
@@ -52,7 +53,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Co
         vocab_size=300, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = AUTO.from_config(config, dtype=torch.bfloat16).eval()
     folder = tmp_path_factory.mktemp("llama") / "fp8"
     compiled = qcompiler.compile(model, example_inputs=(IDS,))
     compiled.save_checkpoint(folder, "fp8")
@@ -61,9 +62,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Co
 
 def test_transformers_loads_block_fp8_bit_for_bit(llama: tuple[torch.nn.Module, CompiledModel, Path]) -> None:
     model, _, folder = llama
-    loaded = AutoModelForCausalLM.from_pretrained(folder)  # without a GPU it dequantizes, to the model's bfloat16
+    loaded = AUTO.from_pretrained(folder)  # without a GPU it dequantizes, to the model's bfloat16
     for name, weight in model.named_parameters():
-        want = weight
+        want: torch.Tensor = weight
         if "proj" in name:
             want = quantized_by_hand(weight, (128, 128), torch.float8_e4m3fn).to(torch.bfloat16)
         assert torch.equal(loaded.get_parameter(name), want), name
@@ -125,7 +126,7 @@ def test_compressed_tensors_decompresses_bit_for_bit(
         mine = {"weight": tensors[f"{name}.weight"], "weight_scale": tensors[f"{name}.weight_scale"]}
         assert mine["weight"].dtype is dtype and mine["weight_scale"].shape == shape
         got = library.decompress(mine, group)["weight"]
-        assert torch.equal(got, quantized_by_hand(model.get_submodule(name).weight, w_block, dtype)), name
+        assert torch.equal(got, quantized_by_hand(model.get_parameter(f"{name}.weight"), w_block, dtype)), name
         assert (f"{name}.input_scale" in tensors) is static
     assert torch.equal(tensors["q.bias"], model.q.bias) and torch.equal(tensors["unread"], torch.ones(3))
 
@@ -162,9 +163,20 @@ def test_what_a_format_cannot_hold_is_refused_with_all_layers(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("pipeline", ["canonicalize; fp8-tile", "canonicalize; merge-linears; fp8-tile; fuse-linear"])
+def test_weights_that_no_pass_has_stored_are_computed_now(tmp_path: Path, pipeline: str) -> None:
+    model, compiled = block(pipeline=pipeline)
+    write(compiled, tmp_path / "out", "fp8")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("q", "k", "out"):
+        codes, scale = numerics.quantize(model.get_parameter(f"{name}.weight").detach(), (128, 128))
+        assert torch.equal(tensors[f"{name}.weight"].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(tensors[f"{name}.weight_scale_inv"], scale)
+
+
 def test_a_transposed_weight_is_refused(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=64)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AUTO.from_config(config).eval()
     compiled = qcompiler.compile(model, example_inputs=(IDS,))
     with pytest.raises(QCompilerError, match=r"c_attn\.weight: the model stores it transposed"):
         write(compiled, tmp_path / "out", "fp8")
@@ -183,8 +195,8 @@ def test_a_model_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(QCompilerError, match="not the model that was compiled"):
         write(compiled, tmp_path / "out", "fp8", model=torch.nn.Linear(2, 2))
     with torch.no_grad():
-        other.out.weight += 1  # this one is quantized: nobody can tell
-        other.q.bias += 1
+        other.out.weight.add_(1)  # this one is quantized: nobody can tell
+        other.q.bias.add_(1)
     with pytest.raises(QCompilerError, match=r"other numbers in 'q\.bias'"):
         write(compiled, tmp_path / "out", "fp8", model=other)
 

@@ -95,8 +95,10 @@ def stored_in(module: nn.Module, name: str, model: nn.Module) -> dict[str, Store
     """The FP8 weights of somebody else's module, and how they are to be read."""
     if held(module):
         return {}
-    weights = {key: tensor for key, tensor in module._parameters.items() if tensor is not None and tensor.dtype in FP8}
-    return {key: _described(module, key, f"{name}.{key}" if name else key, model) for key in weights}
+    weights = [key for key, tensor in module._parameters.items() if tensor is not None and tensor.dtype in FP8]
+    # Code of somebody's own may know what its weights mean; a linear only multiplies with them.
+    read = [key for key in weights if hasattr(module, key + SCALE) or isinstance(module, nn.Linear)]
+    return {key: _described(module, key, f"{name}.{key}" if name else key, model) for key in read}
 
 
 def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stored:

@@ -25,6 +25,7 @@ LINEARS = ("quant.linear", "kernel.scaled_linear", "quant.grouped_linear", "kern
 """Products of quantized operands: activation, its scale, weight, its scale."""
 
 STATIC = ("quant.quantize_static", "kernel.quantize_static")
+DYNAMIC = ("quant.quantize", "kernel.quantize")
 
 
 @dataclass
@@ -34,14 +35,15 @@ class Provenance:
     Attributes:
         quantized: Those that the graph holds in 8 bits.
         changed: Those that the graph holds in another value, such as a norm that smoothing has scaled.
-        kept: Those that the graph reads as they are.
+        kept: Those that the graph reads as they are, with their numbers; None where it holds only what the model itself
+            computes from them.
         scales: Those that are scales of weights that the model itself has in 8 bits.
         refused: Those that cannot be given back -> why.
     """
 
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
-    kept: set[str] = field(default_factory=set)
+    kept: dict[str, Tensor | None] = field(default_factory=dict)
     scales: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ class _Tracer:
         for op in self.structure.ops(PARAM):
             if str(op.attrs["name"]) not in self.done:
                 self.plain(op)
-        for name in self.found.kept & {*self.found.quantized, *self.found.changed}:
+        for name in self.found.kept.keys() & {*self.found.quantized, *self.found.changed}:
             self.found.refuse(name, "the graph also reads it as it was")
         for name in self.found.changed.keys() & self.found.quantized.keys():
             self.found.refuse(name, "the graph also reads it in float, changed")
@@ -148,7 +150,7 @@ class _Tracer:
         """A parameter that is in no quantized form."""
         name = str(op.attrs["name"])
         if name in self.model_names:
-            self.found.kept.add(name)
+            self.found.kept[name] = self.compiled.weights[name]
             return
         if name not in self.compiled.recipes:
             readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
@@ -167,7 +169,7 @@ class _Tracer:
         """What a pass made of one weight of the model."""
         leaves = {str(param.attrs["name"]) for param in parameters_of(part)}
         if leaves <= self.model_names:  # the model's own arithmetic, computed once
-            self.found.kept |= leaves
+            self.found.kept |= dict.fromkeys(leaves, tensor if part.op.name == PARAM else None)
             return
         name = self.name_of(part)
         if name is None:
@@ -218,16 +220,24 @@ class _Tracer:
 def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
     """The quantized weight that an operation multiplies with, or dequantizes."""
     if op.name in LINEARS:
-        x = op.tensor(0).op
-        static = x.tensor(1) if x.name in STATIC else None
+        static = _static_scale(op.tensor(0))
         yield _Pair(op.tensor(2), op.tensor(3), block_of(op, "w_block"), block_of(op, "x_block"), static)
     elif op.name == "quant.dequantize" and graph.is_constant(op.result):
-        for x in {x.op for user in graph.users(op.result) for _, x in user.operands()} - {op}:
-            if x.name == "quant.dequantize":
-                static = x.tensor(0).op.tensor(1) if x.tensor(0).op.name in STATIC else None
+        for x in dict.fromkeys(x.op for user in graph.users(op.result) for _, x in user.operands()):
+            if x.name == "quant.dequantize" and x is not op:
+                static = _static_scale(x.tensor(0))
                 yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), block_of(x, "block"), static)
                 return
         yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), None, None)
+
+
+def _static_scale(codes: Value) -> Value | None:
+    """The scale of an activation, where calibration has fixed it; None where it is computed in each call."""
+    if codes.op.name in STATIC:
+        return codes.op.tensor(1)
+    if codes.op.name not in DYNAMIC:
+        raise QCompilerError("nothing says how an activation is quantized", got=codes.op.name, where=str(codes))
+    return None
 
 
 def _parts(value: Value) -> list[Value]:

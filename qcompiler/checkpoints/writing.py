@@ -79,14 +79,16 @@ def _origin(compiled: "CompiledModel", model: nn.Module | None, found: Provenanc
     """The model that was compiled, as far as its names say."""
     module = compiled.origin if model is None else model
     if not isinstance(module, nn.Module):
-        fix = "Pass the model, or one with the same weights: model=..."
-        raise QCompilerError("nobody holds the model any more that was compiled", got=repr(module), fix=fix)
+        problem = "nobody holds the model any more that was compiled"
+        if module is not None:
+            problem = f"a checkpoint has the names of a module, and this was compiled from a {type(module).__name__}"
+        raise QCompilerError(problem, fix="Pass the module, or one with the same weights: model=...")
     origin = origin_of_module(module)
     if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
         got = f"no weight '{missing[0]}' in {type(module).__name__}"
         raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
-    for name in found.kept & origin.tensors.keys() & compiled.graph.weights.keys():
-        if not equal_bits(origin.tensors[name], compiled.graph.weights[name]):
+    for name, tensor in found.kept.items():
+        if tensor is not None and name in origin.tensors and not equal_bits(origin.tensors[name], tensor):
             got = f"other numbers in '{name}'"
             raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
     found.spread(origin.ties)
