@@ -99,6 +99,6 @@ $(DEMO_READY): pyproject.toml
 $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
-	@$(PIP_INSTALL); install -e ".[hf,study,dev]"
+	@$(PIP_INSTALL); install -e ".[hf,study,mlir,iree,dev]"
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)
