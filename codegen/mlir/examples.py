@@ -38,12 +38,13 @@ class Examples:
         self._sizes = {name: self._size(name, limits[name], 5 + 2 * n) for n, name in enumerate(limits)}
 
     def of(self, kind: Type) -> Any:
-        """A tensor without data, a size (an integer where it is known), or None; the same for equal types."""
+        """A tensor without data, a size (an integer where it is known), or None; the same object for equal types."""
         if kind not in self._known:
-            self._known[kind] = self._make(kind)
+            self._known[kind] = self.fresh(kind)
         return self._known[kind]
 
-    def _make(self, kind: Type) -> Any:
+    def fresh(self, kind: Type) -> Any:
+        """As `of`, but a tensor that is no other: a trace tells its operands apart by identity."""
         match kind:
             case TensorType():
                 with self.mode:

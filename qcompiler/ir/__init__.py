@@ -12,6 +12,6 @@ from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Ty
 __all__ = [
     "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range",
     "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules", "ceildiv",
-    "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "parse_type", "print_argument", "print_op",
-    "symbol",
+    "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "parse_type", "print_argument",
+    "print_op", "symbol",
 ]  # fmt: skip
