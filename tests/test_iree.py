@@ -38,7 +38,8 @@ class Perceptron(nn.Module):
         self.up, self.down = nn.Linear(256, 384), nn.Linear(384, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        y: torch.Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return x + y
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +109,10 @@ def test_a_llama_block(stage: str | None, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 100}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 100}
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **sizes)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()  # type: ignore[no-untyped-call]
     compiled = qcompiler.compile(model, scheme="fp8_tile", example_kwargs={"input_ids": torch.randint(0, 100, (2, 9))})
     graph = compiled.graph if stage is None else compiled.stages[stage]
     built = compiled.to_iree(tmp_path / "model", stage)

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ from qcompiler.dialects.grouped import grouped_linear as grouped_linear_meaning
 from qcompiler.errors import CodegenError, InputError, QCompilerError
 from qcompiler.ir import Graph, Value
 
-needs_torch_mlir = pytest.mark.skipif(
-    "not __import__('importlib.util').util.find_spec('torch_mlir')", reason="needs the extra mlir"
-)
+needs_torch_mlir = pytest.mark.skipif(find_spec("torch_mlir") is None, reason="needs the extra mlir")
 
 
 class Perceptron(nn.Module):
@@ -35,7 +34,8 @@ class Perceptron(nn.Module):
         self.up, self.down = nn.Linear(256, 384), nn.Linear(384, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        y: torch.Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return x + y
 
 
 class Unusual(nn.Module):
@@ -46,7 +46,7 @@ class Unusual(nn.Module):
         self.linear = nn.Linear(256, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
+        y: torch.Tensor = self.linear(x)
         return torch.special.i0(y) + torch.special.i0(y + 1) + torch.igamma(y.abs(), y.abs())
 
 
@@ -111,8 +111,8 @@ def test_weights_as_resources_and_left_out(model: Perceptron, compiled: Compiled
     assert model.up.bias.detach().numpy().tobytes().hex().upper() in early
 
 
+@needs_torch_mlir
 def test_a_weight_that_is_gone_is_named(compiled: CompiledModel) -> None:
-    pytest.importorskip("torch_mlir", reason="needs the extra mlir")
     with pytest.raises(InputError, match=r"got down\.weight\. Hold the model"):
         to_mlir(compiled.stages["captured"], weights="resource", store=compiled.graph.weights)
 

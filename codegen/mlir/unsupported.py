@@ -61,7 +61,7 @@ def find(graph: FxGraph, attempt: Callable[[FxGraph], object], refusals: Refusal
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem or OPERATION not in node.meta:
             continue
-        key = f"{node.target} {map_arg((node.args, node.kwargs), lambda arg: _Shown(arg.meta.get('val')))}"
+        key = f"{node.target} {map_arg((node.args, node.kwargs), lambda arg: _shown(arg.meta.get('val')))}"
         if key not in known:
             known[key] = _why_not(alone(node), attempt)
         if (why := known[key]) is not None:
@@ -115,13 +115,6 @@ def _why_not(graph: FxGraph, attempt: Callable[[FxGraph], object]) -> str | None
     return None
 
 
-class _Shown:
-    """An argument, for a key: what is printed of it is its type."""
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __repr__(self) -> str:
-        if isinstance(self._value, torch.Tensor):
-            return f"{self._value.dtype}{list(self._value.shape)}"
-        return str(self._value)
+def _shown(value: object) -> str:
+    """An argument, for a key: of a tensor its type."""
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
