@@ -105,7 +105,7 @@ $(DEMO_READY): pyproject.toml
 $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
-	@$(PIP_INSTALL); install -e ".[hf,study,checkpoints,dev]"
+	@$(PIP_INSTALL); install -e ".[hf,study,checkpoints,mlir,iree,dev]"
 	@$(APT_INSTALL)
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)

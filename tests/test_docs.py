@@ -9,6 +9,7 @@ import io
 import linecache
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,9 @@ from qcompiler.pass_manager import PASSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+EXTRAS = {"mlir.md": ("torch_mlir", "iree")}
+"""Page -> packages that are optional and that it is about."""
+
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?P<gap>\n*)(?P<shown>^```text\n(?P<output>.*?)^```\n)?", re.M | re.S
 )
@@ -50,6 +54,8 @@ def rerun(page: str, name: str) -> str:
 
 @pytest.mark.parametrize("path", PAGES, ids=[path.name for path in PAGES])
 def test_the_code_on_a_page_runs_and_prints_what_the_page_says(path: Path) -> None:
+    if missing := [name for name in EXTRAS.get(path.name, ()) if find_spec(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}: pip install -e '.[mlir,iree]'")
     page = path.read_text(encoding="utf-8")
     today = rerun(page, path.name)
     if knobs.current().update:

@@ -12,24 +12,19 @@ from typing import Any
 
 import torch
 
-from codegen.mlir.casts import exact
 from codegen.mlir.constants import embed
-from codegen.mlir.extras import load
+from codegen.mlir.decompositions import table
 from codegen.mlir.importing import import_graph, label
 from codegen.mlir.interface import Interface, Parameter, Result
 from codegen.mlir.lowering import TO_LINALG, run
 from codegen.mlir.module import MlirModule, verified_text
-from codegen.mlir.tracing import Table, Traced, trace
+from codegen.mlir.tracing import Traced, trace
 from codegen.mlir.unsupported import Refusals, find
 from qcompiler.errors import CodegenError, InputError, did_you_mean
 from qcompiler.ir import Graph
 
 DIALECTS = ("torch", "linalg")
 WEIGHTS = ("arguments", "resource", "elide")
-
-aten = torch.ops.aten
-WHOLE = (aten.nan_to_num.default, aten.full.default, aten.clamp_min.default)
-"""Operators that torch-mlir lowers as they are, so that they need not be taken apart."""
 
 
 def to_mlir(
@@ -57,7 +52,7 @@ def to_mlir(
     for name, known in ((dialect, DIALECTS), (weights, WEIGHTS)):
         if name not in known:
             raise InputError("to_mlir knows no such word", got=repr(name), fix=did_you_mean(str(name), known))
-    traced = trace(graph, _table(safe_casts))
+    traced = trace(graph, table(safe_casts))
     parameters = traced.interface.parameters
     found = graph.weights if store is None else store
 
@@ -89,16 +84,6 @@ def _explained(build: Callable[..., Any], traced: Traced, dialect: str) -> Any:
         if isinstance(error, CodegenError):
             raise
         raise CodegenError(f"the graph cannot be lowered to {dialect}: {type(error).__name__}: {error}") from error
-
-
-def _table(safe_casts: bool) -> Table:
-    """What torch's operators are taken apart into: torch-mlir's own table, but for what it lowers whole."""
-    table = dict(load("torch_mlir.extras.fx_decomp_util", "mlir").get_decomposition_table())
-    for operator in WHOLE:
-        table.pop(operator, None)
-    if safe_casts:
-        table[aten._to_copy.default] = exact(table[aten._to_copy.default])
-    return table
 
 
 __all__ = ["DIALECTS", "WEIGHTS", "MlirModule", "Parameter", "Result", "to_mlir"]

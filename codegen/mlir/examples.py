@@ -32,12 +32,19 @@ class Examples:
     def __init__(self, graph: Graph) -> None:
         self._environment = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self._environment)
+        self._known: dict[Type, Any] = {}
         used = {name for op in graph for value in op.results for name in value.type.symbols}
         limits = {name: graph.symbols.get(name, Range()) for name in sorted(used | graph.symbols.keys())}
         self._sizes = {name: self._size(name, limits[name], 5 + 2 * n) for n, name in enumerate(limits)}
 
     def of(self, kind: Type) -> Any:
-        """A tensor without data, a size (an integer where it is known), or None."""
+        """A tensor without data, a size (an integer where it is known), or None; the same object for equal types."""
+        if kind not in self._known:
+            self._known[kind] = self.fresh(kind)
+        return self._known[kind]
+
+    def fresh(self, kind: Type) -> Any:
+        """As `of`, but a tensor that is no other: a trace tells its operands apart by identity."""
         match kind:
             case TensorType():
                 with self.mode:

@@ -27,7 +27,7 @@ def import_graph(graph: torch.fx.Graph, name: str) -> Any:
     made.import_stateless_graph(graph, func_name=name)
     for operation in body(made.module).operations:
         if operation.operation.name == "torch.operator":
-            raise Unknown("the torch dialect has no such operation", got=operation.attributes["name"])
+            raise Unknown("the torch dialect has no such operation")
     return made.module
 
 

@@ -1,5 +1,6 @@
 """torch-mlir's own pipelines, run on a module, with what they say in place of what they print."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ def heard(context: Any) -> Iterator[Sequence[str]]:
     said: list[str] = []
 
     def listen(diagnostic: Any) -> bool:
-        said.append(str(diagnostic.message).partition("\n")[0])
+        said.append(re.split(r"\n|: %", str(diagnostic.message))[0])  # without the operation itself
         return True
 
     context.emit_error_diagnostics = True  # a pass that complains without failing would end the process otherwise

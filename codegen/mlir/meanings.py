@@ -1,7 +1,8 @@
 """What some operations mean without a look at the data, which is what tracing needs.
 
 The product of groups of rows reads the bounds of the groups on the host. Here each group's matrix multiplies all rows,
-and each row takes its own group's result: the same numbers, for as many times the work as there are groups.
+and each row takes its own group's result: the same numbers, for as many times the work as there are groups. A
+histogram compares each number with each bin.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,10 +52,20 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **options: Any)
     return made.to(options.get("out_dtype") or x.dtype)
 
 
+def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """The meaning of `aten.histc` between limits that are given."""
+    if min >= max:
+        raise ValueError("the limits of the histogram are those of its data")
+    place = ((x - min) * bins / (max - min)).floor()
+    place = torch.where(x == max, bins - 1, place)
+    return (place.reshape(-1, 1) == torch.arange(bins, device=x.device)).sum(0).to(x.dtype)
+
+
 MEANINGS: Mapping[str, Callable[..., Any]] = {
     "quant.grouped_linear": grouped_linear,
     "kernel.grouped_linear": grouped_linear,
     "aten._grouped_mm": grouped_mm,
+    "aten.histc": histc,
     "transformers.grouped_mm_fallback": grouped_mm,
 }
 """Operation -> what is traced for it."""

@@ -57,7 +57,7 @@ def _spelled(graph: torch.fx.Graph, node: torch.fx.Node, parts: list[tuple[slice
         if before.stop - before.start > 1:
             value = _call(graph, node, aten.flatten.using_ints, value, axis, axis + before.stop - before.start - 1)
         if after.stop - after.start > 1:
-            value = _call(graph, node, aten.unflatten.int, value, axis, list(sizes[after]))  # type: ignore[index]
+            value = _call(graph, node, aten.unflatten.int, value, axis, list(sizes[after]))  # type: ignore[index,arg-type]
         axis += after.stop - after.start
     return value  # type: ignore[return-value]  # the first argument of a view is a node
 

@@ -177,7 +177,7 @@ class _Builder:
             several = isinstance(out, tuple | list)
             return tuple(out) if several else (out,)
 
-        examples = [self.examples.of(value.type) for value in operands]
+        examples = [self.examples.fresh(value.type) for value in operands]
         with self.examples.mode, enable_python_dispatcher():
             module = make_fx(dispatch_functionalize(run), decomposition_table=self.table)(*examples)
             module.graph.eliminate_dead_code()

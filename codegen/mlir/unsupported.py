@@ -1,12 +1,11 @@
 """One error for everything in a graph that has no form in MLIR: each operation, how often, where, and why."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch.fx import Graph as FxGraph
 from torch.fx import Node, map_arg
-import operator
-import torch
 
 from qcompiler.errors import CodegenError, QCompilerError
 from qcompiler.ir import Op
@@ -41,9 +40,16 @@ class Refusals:
         count = len({name for name, _ in self._found})
         rows = [f"\n  {name}{_places(ops)}: {why}" for (name, why), ops in self._found.items()]
         raise CodegenError(
-            f"{count} operation{'s' * (count > 1)} of the graph {self._problem}:{''.join(rows)}\n",
-            fix="Choose another stage, or write those parts of the model with other operations",
+            f"{count} operation{'s' * (count > 1)} of the graph {self._problem}:{''.join(rows)}",
+            fix="\nChoose another stage, or write those parts of the model with other operations.",
         )
+
+
+def _places(ops: Sequence[Op]) -> str:
+    """How often an operation is there, and where it comes from."""
+    lines = dict.fromkeys(f"{op.loc.file}:{op.loc.line}" for op in ops if op.loc.file)
+    shown = ", ".join([*list(lines)[:3], *(["…"] if len(lines) > 3 else [])])
+    return f" (x{len(ops)}{f', {shown}' if shown else ''})"
 
 
 def find(graph: FxGraph, attempt: Callable[[FxGraph], object], refusals: Refusals) -> None:
@@ -55,11 +61,11 @@ def find(graph: FxGraph, attempt: Callable[[FxGraph], object], refusals: Refusal
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem or OPERATION not in node.meta:
             continue
-        key = f"{node.target} {map_arg((node.args, node.kwargs), lambda arg: _Shown(arg.meta.get('val')))}"
+        key = f"{node.target} {map_arg((node.args, node.kwargs), lambda arg: _shown(arg.meta.get('val')))}"
         if key not in known:
             known[key] = _why_not(alone(node), attempt)
         if (why := known[key]) is not None:
-            refusals.add(node.meta[OPERATION], f"{node.target} has no form there ({why})")
+            refusals.add(node.meta[OPERATION], f"{why}, for {node.target}")
 
 
 def alone(node: Node) -> FxGraph:
@@ -109,13 +115,6 @@ def _why_not(graph: FxGraph, attempt: Callable[[FxGraph], object]) -> str | None
     return None
 
 
-class _Shown:
-    """An argument, for a key: what is printed of it is its type."""
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __repr__(self) -> str:
-        if isinstance(self._value, torch.Tensor):
-            return f"{self._value.dtype}{list(self._value.shape)}"
-        return str(self._value)
+def _shown(value: object) -> str:
+    """An argument, for a key: of a tensor its type."""
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)

@@ -13,6 +13,5 @@ __all__ = [
     "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range",
     "Recipe", "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules",
     "ceildiv", "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "parse_type", "print_argument",
-    "print_op",
-    "symbol",
+    "print_op", "symbol",
 ]  # fmt: skip
