@@ -37,6 +37,12 @@ def no_hopper() -> str | None:
     return None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much `tests/fuzz` does."""
+    parser.addoption("--inputs", type=int, default=1000, help="mutated inputs for each target of tests/fuzz")
+    parser.addoption("--first", type=int, default=0, help="the seed of the first of them")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips, with the reason, what is marked `gpu` on a machine without a Hopper GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,0 +1,118 @@
+"""Whatever is read from elsewhere, mutated: each input is taken, or refused with QCompilerError, in good time.
+
+    make fuzz INPUTS=100000                                             all targets, that many inputs each
+    python -m pytest tests/fuzz -k pipeline --inputs 5000 --first 40    one of them, from another seed on
+
+The same seeds give the same inputs on every machine. What is found comes with the smallest input that shows it.
+"""
+
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from mutation import mutated
+from targets import TARGETS, Target
+
+from qcompiler.errors import QCompilerError
+
+SECONDS = 2.0
+"""For one input, which is some kilobytes."""
+
+MEMORY = 2 << 30
+"""What reading may take above what the process has."""
+
+AT_ONCE = 5000
+"""Inputs drawn from one seed: hypothesis remembers all of them, and in turn never draws one twice."""
+
+
+class TooSlow(BaseException):
+    """The time for one input is over; no handler for errors takes it for one."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Time and memory for one input."""
+
+    def stop(*_: object) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    except TooSlow:
+        raise AssertionError(f"it takes more than {SECONDS} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_memory() -> Iterator[None]:
+    """What asks for very much memory gets a MemoryError, in place of the machine's last byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def outcome(target: Target, data: bytes) -> str:
+    """How reading ends: `taken`, or the name of the error that refuses it; anything else is raised."""
+    with limited():
+        try:
+            target.read(data)
+        except QCompilerError as error:
+            str(error)
+            return type(error).__name__
+    return "taken"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_mutated_input_is_taken_or_refused(
+    name: str, inputs: int, first: int, record_property: Callable[[str, object], None]
+) -> None:
+    target, seen, start = TARGETS[name], Counter[str](), time.perf_counter()
+    while (left := inputs - seen.total()) > 0:
+
+        @seed(first)
+        @settings(
+            max_examples=min(left, AT_ONCE), deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck), derandomize=False,
+        )
+        @given(mutated(target.seeds, target.words))
+        def read(data: bytes) -> None:
+            try:
+                seen[outcome(target, data)] += 1
+            except BaseException as error:
+                error.add_note(f"the input: {data!r}")
+                raise
+
+        read()
+        first += 1
+    taken = f"{name}: {seen.total()} inputs in {time.perf_counter() - start:.1f} s"
+    record_property("fuzzed", f"{taken}: {', '.join(f'{count} {what}' for what, count in seen.most_common())}")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_mutated_is_taken_as_it_was(name: str) -> None:
+    for data in TARGETS[name].seeds:
+        assert outcome(TARGETS[name], data) == "taken"
+
+
+@pytest.fixture(scope="module")
+def inputs(request: pytest.FixtureRequest) -> int:
+    """How many inputs each target gets."""
+    return int(request.config.getoption("--inputs"))
+
+
+@pytest.fixture(scope="module")
+def first(request: pytest.FixtureRequest) -> int:
+    """The seed to begin with."""
+    return int(request.config.getoption("--first"))
