@@ -29,6 +29,7 @@ FLOORS = {
     "qcompiler.capture": 3,
     "qcompiler.instruments": 3,
     "qcompiler.interpreter": 3,
+    "qcompiler.ir_reference": 3,
     "qcompiler.pass_manager": 3,
     "qcompiler.pass_options": 3,
     "qcompiler.pass_runner": 3,

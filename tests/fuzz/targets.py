@@ -176,7 +176,16 @@ def _bodies() -> Iterator[str]:
     yield from re.findall(r'body = "([^"]+)"', "".join(_goldens()))
 
 
-SIZES = ("s0", "2*s0 + 1", "s0*s1", "floordiv(s0 + 127, 128)", "max(s0, s1, 4)", "mod(-s0, 3)", "pow(s0, 2)", "pow(2, s0) - 3*s1*s2")
+SIZES = (
+    "s0",
+    "2*s0 + 1",
+    "s0*s1",
+    "floordiv(s0 + 127, 128)",
+    "max(s0, s1, 4)",
+    "mod(-s0, 3)",
+    "pow(s0, 2)",
+    "pow(2, s0) - 3*s1*s2",
+)
 LITERAL_TEXTS = ("None", "-2", "1e-05", "[1, [2, -1], true]", '"a\\n\\u00e9"', "bf16", "#contiguous_format", "inf")
 PATTERNS = ("*.down_proj=fp8_row", "lm_head=", "layers.[0-9].*=fp8_tile{k_block=64}")
 ENVIRONMENT = (

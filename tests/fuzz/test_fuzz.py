@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from mutation import mutated
 from targets import TARGETS, Target
 
+from qcompiler import pass_manager
 from qcompiler.errors import QCompilerError
 
 SECONDS = 2.0
-"""For one input, which is some kilobytes."""
+"""Of processor time, for one input, which is some kilobytes."""
 
 MEMORY = 2 << 30
 """What reading may take above what the process has."""
@@ -42,15 +44,27 @@ def limited() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TooSlow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     except TooSlow:
         raise AssertionError(f"it takes more than {SECONDS} seconds") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@pytest.fixture(scope="module")
+def inputs(request: pytest.FixtureRequest) -> int:
+    """How many inputs each target gets."""
+    return int(request.config.getoption("--inputs"))
+
+
+@pytest.fixture(scope="module")
+def first(request: pytest.FixtureRequest) -> int:
+    """The seed to begin with."""
+    return int(request.config.getoption("--first"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,6 +75,14 @@ def _little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _installed_once() -> Iterator[None]:
+    """What is installed stays as it is meanwhile; to look again for each unknown name would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pass_manager, "entry_points", cache(pass_manager.entry_points))
+        yield
 
 
 def outcome(target: Target, data: bytes) -> str:
@@ -83,8 +105,12 @@ def test_every_mutated_input_is_taken_or_refused(
 
         @seed(first)
         @settings(
-            max_examples=min(left, AT_ONCE), deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck), derandomize=False,
+            max_examples=min(left, AT_ONCE),
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            derandomize=False,
         )
         @given(mutated(target.seeds, target.words))
         def read(data: bytes) -> None:
@@ -104,15 +130,3 @@ def test_every_mutated_input_is_taken_or_refused(
 def test_what_is_mutated_is_taken_as_it_was(name: str) -> None:
     for data in TARGETS[name].seeds:
         assert outcome(TARGETS[name], data) == "taken"
-
-
-@pytest.fixture(scope="module")
-def inputs(request: pytest.FixtureRequest) -> int:
-    """How many inputs each target gets."""
-    return int(request.config.getoption("--inputs"))
-
-
-@pytest.fixture(scope="module")
-def first(request: pytest.FixtureRequest) -> int:
-    """The seed to begin with."""
-    return int(request.config.getoption("--first"))
