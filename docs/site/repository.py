@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results"
 SHOWN = (".md", ".png", ".csv", ".json")
 
-MARK = re.compile(r"^```python (?:gpu|no-run)$", re.MULTILINE)
+MARK = re.compile(r"^```(python|sh) (?:gpu|no-run)$", re.MULTILINE)
 """What the tests of the pages are told about a block of code."""
 
 
@@ -38,8 +38,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A block of Python, whatever the tests do with it."""
-    return MARK.sub("```python", markdown)
+    """Blocks without what is only for the tests."""
+    return MARK.sub(r"```\1", markdown)
 
 
 def _shown(config: MkDocsConfig) -> Iterator[Path]:

@@ -153,8 +153,10 @@ def _arguments(function: str, size: Size) -> tuple[Size, ...]:
 
 
 def _power(base: Size, exponent: int) -> Size:
-    if not 0 <= exponent <= HIGHEST_POWER:
-        raise ValueError(f"{base} has the exponent {exponent}, which is not in 0..{HIGHEST_POWER}")
+    if exponent < 0:
+        raise ValueError(f"{base} has the negative exponent {exponent}")
+    if exponent > HIGHEST_POWER:
+        raise ValueError(f"{base} has the exponent {exponent}, which is more than {HIGHEST_POWER}")
     written_out = isinstance(base, Expr) and exponent <= 8 and len(base.terms) ** exponent <= MOST_PRODUCTS
     return product((base,) * exponent) if written_out else _atom("pow", base, exponent)
 
