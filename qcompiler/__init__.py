@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompiler import instruments
+    from qcompiler.artefact.loading import load
     from qcompiler.attribution import ErrorReport, attribute_error
     from qcompiler.calibration import Calibration
     from qcompiler.compiler import CompiledModel, compile
     from qcompiler.errors import (
+        ArtefactError,
         CaptureError,
         CodegenError,
         InputError,
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
     from qcompiler.schemes import Scheme, pipeline
 
 _HOME = {
+    "qcompiler.artefact.loading": ("load",),
     "qcompiler.attribution": ("ErrorReport", "attribute_error"),
     "qcompiler.calibration": ("Calibration",),
     "qcompiler.compiler": ("CompiledModel", "compile"),
     "qcompiler.errors": (
-        "CaptureError", "CodegenError", "InputError", "ParseError", "PassError", "QCompilerError", "VerifyError",
+        "ArtefactError", "CaptureError", "CodegenError", "InputError", "ParseError", "PassError", "QCompilerError",
+        "VerifyError",
     ),
     "qcompiler.interpreter": ("interpret",),
     "qcompiler.ir": ("DType", "Graph", "Match", "Missed", "Op", "Rewriter", "Rule", "TensorType", "Value", "diff"),
@@ -49,10 +53,10 @@ _MODULES = {name: module for module, names in _HOME.items() for name in names}
 _SIBLINGS = ("passes", "codegen")
 
 __all__ = [
-    "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport", "Graph",
-    "InputError", "Match", "Missed", "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError", "Report",
-    "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "compile", "diff",
-    "instruments", "interpret", "pipeline",
+    "ArtefactError", "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport",
+    "Graph", "InputError", "Match", "Missed", "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError",
+    "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "compile", "diff",
+    "instruments", "interpret", "load", "pipeline",
 ]  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def _float_graph(compiled: CompiledModel, batch: Any, model: Any) -> Graph:
     args, kwargs = as_call(batch, 0)
     captured = capture_model(origin, args, kwargs, settings)
     captured.graph.calibration = compiled.calibration
-    steps = list(takewhile(lambda step: step.effect is not Effect.LOSSY, settings.pipeline))
+    steps = list(takewhile(lambda step: step.effect is not Effect.LOSSY, settings.passes))
     # What was seen is known already, and what is seen of smoothed values only matters to what quantizes.
     run_pipeline(Pipeline(tuple(step for step in steps if not isinstance(step, Calibrate))), captured.graph)
     return captured.graph

@@ -59,6 +59,10 @@ class InputError(QCompilerError):
     """A compiled model was called with arguments that it was not captured for."""
 
 
+class ArtefactError(QCompilerError):
+    """A saved model cannot be written or read: a file is missing, damaged, edited, foreign or newer."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The sentence that helps after a misspelt name: the nearest known one, then all of them."""
     names = sorted(known)

@@ -31,18 +31,25 @@ class Stages(Mapping[str, Graph]):
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[str, Graph | Callable[[], Graph]] = {}
 
     def add(self, name: str, graph: Graph) -> None:
         """Keeps a copy of the structure of `graph`."""
         self._graphs[numbered(name, self._graphs)] = graph.clone(weights=False)
+
+    def add_later(self, name: str, make: Callable[[], Graph]) -> None:
+        """Keeps a function that makes the graph when somebody first asks for it."""
+        self._graphs[name] = make
 
     def __getitem__(self, name: str) -> Graph:
         if name not in self._graphs:
             guess = did_you_mean(str(name), self._graphs).partition(" Known")[0]
             fix = f"{guess} " if guess.endswith("?") else ""
             raise NoStage("no such stage", got=repr(name), fix=f"{fix}Known: {', '.join(self._graphs)}.")
-        return self._graphs[name]
+        graph = self._graphs[name]
+        if not isinstance(graph, Graph):
+            graph = self._graphs[name] = graph()
+        return graph
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._graphs)

@@ -337,7 +337,7 @@ def test_element_types_are_fixed(fast: CompiledModel, change: Callable[[nn.Modul
 
 
 def test_pickling_is_refused(fast: CompiledModel) -> None:
-    with pytest.raises(QCompilerError, match=r"a compiled model cannot be pickled\. Keep its state_dict\(\)"):
+    with pytest.raises(QCompilerError, match=r"a compiled model cannot be pickled\. Save it: compiled\.save\(folder\)"):
         pickle.dumps(fast)
 
 

@@ -4,7 +4,7 @@
 check against the model runs under it too; `tracing_patches` only replaces code that cannot be traced.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
@@ -15,6 +15,8 @@ from qcompiler.capture.quiet import third_party_silence
 
 CACHE_ARGUMENTS = ("use_cache", "past_key_values", "past_key_value", "cache_params")
 EXPORTABLE_EXPERTS = "grouped_mm"
+PLAIN_CONTAINERS = ("builtins:tuple", "builtins:list", "builtins:set", "builtins:frozenset", "collections:OrderedDict")
+TORCH_NAMES = (torch.dtype, torch.layout)
 
 
 def pretrained_model(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -63,6 +65,37 @@ def register_caches(model: torch.nn.Module) -> None:
     except ImportError:  # an older transformers; its caches register themselves, or cannot be captured
         return
     dynamo.register_cache_pytrees_for_model(inner)
+
+
+def register_cache(kind: type) -> None:
+    """Makes one class of transformers' caches known to pytree; nothing, when it is none."""
+    try:
+        dynamo = _exporter("exporter_dynamo")
+    except ImportError:  # see above
+        return
+    if dynamo.is_cache_class(kind):
+        dynamo.register_pytree_node(kind)
+
+
+def is_cache_context(context: Any, may_be_named: Callable[[str], bool]) -> bool:
+    """Whether pytree's context of a cache is harmless: transformers makes an object of each class that it names.
+
+    Args:
+        context: As `to_dumpable_context` gave it, or as read from a text.
+        may_be_named: Whether `module:Class` is such a class.
+    """
+    if isinstance(context, list | tuple):
+        return all(is_cache_context(item, may_be_named) for item in context)
+    if not isinstance(context, dict):
+        return True
+    kind, path = context.get("_t"), context.get("p")
+    if kind in ("obj", "type") and not (isinstance(path, str) and may_be_named(path)):
+        return False
+    if kind in ("map", "seq") and path not in PLAIN_CONTAINERS:
+        return False
+    if kind in ("dtype", "layout") and not isinstance(getattr(torch, str(context.get("n")), None), TORCH_NAMES):
+        return False
+    return all(is_cache_context(item, may_be_named) for item in context.values())
 
 
 def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:

@@ -78,7 +78,8 @@ def compile(
     watching = (*_checked_instruments(instruments), *_instruments_from_environment())
     steps, known = _pipeline(scheme, overrides, pipeline), _calibration(calibration)
     _check_calibration(steps, known, f"the scheme '{scheme}'" if pipeline is None else "the pipeline")
-    settings = Settings(steps, target, _checked_shapes(dynamic_shapes), strict, watching, known)
+    named = (scheme, None if overrides is None else dict(overrides)) if pipeline is None else (None, None)
+    settings = Settings(steps, target, _checked_shapes(dynamic_shapes), strict, watching, known, *named)
     args, kwargs = _checked_example(example_inputs, example_kwargs)
     given = example_inputs is not None or example_kwargs is not None
     if not given and isinstance(known, Batches) and not isinstance(model, Graph | ExportedProgram):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,6 +13,9 @@ import torch
 
 from codegen.gemm import tuner
 from codegen.launching import warmup as warming
+from qcompiler.artefact.saving import write_artefact
+from qcompiler.artefact.signature_text import Forward
+from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
 from qcompiler.compiler.batches import as_call
@@ -98,12 +102,13 @@ class CompiledModel(torch.nn.Module):
     @property
     def calibration(self) -> Calibration | None:
         """What was seen of the captured graph's values on real calls, to look at, save, and give to `compile` again."""
-        return self._done.calibration
+        known = self._done.calibration
+        return known() if callable(known) else known
 
     @property
     def pipeline(self) -> Pipeline:
-        """The passes that ran, or will run."""
-        return self._settings.pipeline
+        """The passes that ran, or will run; PassError when one of a loaded model's is not installed here."""
+        return self._settings.passes
 
     @property
     def settings(self) -> Settings:
@@ -170,6 +175,23 @@ class CompiledModel(torch.nn.Module):
         found, note = warming.products_of(partial(program.run, self.weights), wanted, program.device)
         result = tuner.tune(found, program.device, progress)
         return result if note is None else replace(result, note=note)
+
+    def save(self, folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Writes the model to a folder that `qcompiler.load` reads: texts, weights in safetensors, no pickle.
+
+        A model that was saved there before is replaced, all of it or not at all. Buffers are saved with the state that
+        calls have left them in.
+
+        Args:
+            folder: Its name is free, or that of an artefact.
+            shard_bytes: Weights beyond so many bytes go into several files.
+
+        Raises:
+            ArtefactError: The folder is something else, cannot be written, or the model has something that cannot be
+                saved, such as results of a class without a name.
+            CaptureError: The model is not captured yet.
+        """
+        write_artefact(folder, self._done, self._settings, forward_of(type(self)), shard_bytes)
 
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """The program; the first of `calls` captures it, if that is still to do."""
@@ -246,16 +268,13 @@ class CompiledModel(torch.nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses to be pickled."""
-        raise QCompilerError(
-            "a compiled model cannot be pickled",
-            fix="Keep its state_dict(), compile the model again there and load it; or save it by torch.export.",
-        )
+        raise QCompilerError("a compiled model cannot be pickled", fix="Save it: compiled.save(folder).")
 
     def extra_repr(self) -> str:
         """One line."""
         if self._program is None:
-            return f"pipeline='{self.pipeline}', not captured yet"
-        return f"pipeline='{self.pipeline}', {self.report.summary()}"
+            return f"pipeline='{self._settings.pipeline}', not captured yet"
+        return f"pipeline='{self._settings.pipeline}', {self.report.summary()}"
 
 
 def describe_forward(model: object) -> tuple[inspect.Signature | None, str | None]:
@@ -270,6 +289,13 @@ def describe_forward(model: object) -> tuple[inspect.Signature | None, str | Non
     except (TypeError, ValueError):  # a forward written in C, a name that is no identifier
         pass
     return None, None
+
+
+def forward_of(kind: "type[CompiledModel]") -> Forward:
+    """What `class_with` was given to make a class."""
+    return Forward(
+        *((None, None) if kind is CompiledModel else (inspect.signature(kind.forward), kind.forward.__doc__))
+    )
 
 
 def class_with(signature: inspect.Signature | None, doc: str | None) -> "type[CompiledModel]":

@@ -4,7 +4,7 @@ import gc
 import linecache
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -41,14 +41,27 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compile: everything but the model and its inputs."""
+    """How to compile: everything but the model and its inputs.
 
-    pipeline: Pipeline
+    Attributes:
+        pipeline: The passes; their text for a model that was loaded, whose passes need not be installed.
+        scheme: What the passes were made from, with its options; None for passes that were given as such.
+        overrides: Schemes for some layers.
+    """
+
+    pipeline: Pipeline | str
     target: str = "auto"
     dynamic_shapes: Any = "auto"
     strict: bool = True
     instruments: tuple[Instrument, ...] = ()
     calibration: "Batches | Calibration | None" = None
+    scheme: str | None = None
+    overrides: Mapping[str, str | None] | None = None
+
+    @property
+    def passes(self) -> Pipeline:
+        """The passes as values; PassError when one of a loaded model's is not installed here."""
+        return Pipeline.parse(self.pipeline) if isinstance(self.pipeline, str) else self.pipeline
 
     def calibration_for(self, signature: Signature) -> Calibration | None:
         """What is known, or can be found out, of the values of a graph with this signature."""
@@ -59,15 +72,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Program:
-    """What compilation yields: the stages, the report, and the host module with its loaded function."""
+    """What compilation yields: the stages, the report, and the host module with its loaded function.
+
+    Attributes:
+        calibration: What was seen; a function without arguments that reads it, where it is on the disk.
+        target: The name of what the host module is written for.
+    """
 
     graph: Graph
     stages: Stages
     steps: tuple[Step, ...]
     report: Report
-    calibration: Calibration | None
+    calibration: Calibration | Callable[[], Calibration | None] | None
     host: HostModule
     signature: Signature
+    target: str
     device: torch.device
     run: Callable[..., tuple[Any, ...]]
 
@@ -121,11 +140,11 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     graph, signature = captured.graph, captured.signature
     device = signature.device or CPU
     target = target_for(settings.target, device)
-    check_kernels(settings.pipeline, target)
+    check_kernels(settings.passes, target)
     graph.calibration = calibration = settings.calibration_for(signature)
     gc.collect()  # tracing leaves cycles behind, which may hold the model: its weights could not be let go one by one
     with _plain_torch():
-        done = run_pipeline(settings.pipeline, graph, instruments=settings.instruments, inputs=inputs)
+        done = run_pipeline(settings.passes, graph, instruments=settings.instruments, inputs=inputs)
         for op in graph.ops(BUFFER):  # the model keeps its own state
             name = str(op.attrs["name"])
             graph.weights[name] = graph.weights[name].clone()
@@ -137,11 +156,11 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
             need="at least one matmul with a constant operand that a pass quantizes",
             fix=f"Pass strict=False to accept that. What was left alone, and why:\n{report}",
         )
-    host, run = _generate(graph, target.name)
+    host, run = generate(graph, target.name)
     graph.calibration = None
     if calibration is not None and calibration is not settings.calibration:
         calibration.batches = None  # the statistics stay, the user's data need not
-    return Program(graph, done.stages, done.steps, report, calibration, host, signature, device, run)
+    return Program(graph, done.stages, done.steps, report, calibration, host, signature, target.name, device, run)
 
 
 def check_kernels(pipeline: Pipeline, target: Target) -> None:
@@ -157,7 +176,7 @@ def check_kernels(pipeline: Pipeline, target: Target) -> None:
             )  # fmt: skip
 
 
-def _generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple[Any, ...]]]:
+def generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple[Any, ...]]]:
     """The host module, loaded, with its text where tracebacks and debuggers look for it."""
     filename = f"<qcompiler host module {next(_numbers)}: {graph.name}>"
     try:

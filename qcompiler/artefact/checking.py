@@ -1,0 +1,117 @@
+"""Looks at all of an artefact, and says what was found: the work of `qcompiler check`."""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from qcompiler.artefact.folder import Folder, extra_files
+from qcompiler.artefact.loading import (
+    check_against,
+    check_host,
+    read_calibration,
+    read_report,
+    read_signature,
+    read_stages,
+    read_weights,
+    reading,
+)
+from qcompiler.artefact.manifest import NAME, Manifest
+from qcompiler.errors import ArtefactError, QCompilerError
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What an artefact is, and what is wrong with it.
+
+    Attributes:
+        path: Where it is.
+        manifest: What it says of itself; None when that cannot be read.
+        files: Name -> what is wrong with the file, or None.
+        problems: What is wrong, one sentence each; none when the artefact is as it was saved.
+        extra: Files beside it that it does not list.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    files: dict[str, str | None]
+    problems: tuple[str, ...]
+    extra: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is as it was saved, and this qcompiler reads it."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        if self.manifest is None:
+            return "\n".join(self.problems)
+        manifest = self.manifest
+        what = manifest.scheme if manifest.scheme is not None else f"the pipeline '{manifest.pipeline}'"
+        made_by = ", ".join(f"{name} {version}" for name, version in manifest.made_by.items() if version)
+        lines = [
+            f"{self.path}: {what} for {manifest.target}, by {made_by}",
+            f"{len(self.files)} files, {manifest.nbytes} bytes, {len(manifest.stages)} stages",
+            *(f"wrong: {problem}" for problem in self.problems),
+            *(f"not a part of it: {name}" for name in self.extra),
+        ]
+        return "\n".join([*lines, *(["everything is as it was saved"] if self.ok else [])])
+
+
+def check(folder: str | os.PathLike[str], *, trust: Collection[str] = ()) -> Checked:
+    """Reads every byte of an artefact and holds it to the manifest; parses all stages, and generates the host module.
+
+    Args:
+        folder: What `save` was given.
+        trust: As for `load`.
+
+    Raises:
+        ArtefactError: There is no such folder; what is wrong inside it is returned.
+    """
+    path = Path(folder).resolve()
+    if path.is_dir():
+        try:
+            with reading(path) as opened:
+                return check_folder(opened, trust)
+        except ArtefactError as error:
+            return Checked(path, None, {NAME: str(error)}, (str(error),), ())
+    with reading(path) as opened:
+        return check_folder(opened, trust)
+
+
+def check_folder(folder: Folder, trust: Collection[str] = ()) -> Checked:
+    """`check`, of a folder that is open."""
+    files = {NAME: None, **{name: _problem(partial(folder.verify, name)) for name in folder.manifest.files}}
+    problems = tuple(problem for problem in files.values() if problem is not None)
+    if not problems:
+        problems = tuple(_contents(folder, trust))
+    return Checked(folder.path, folder.manifest, files, problems, tuple(extra_files(folder)))
+
+
+def _contents(folder: Folder, trust: Collection[str]) -> Iterator[str]:
+    """What is wrong though every file is as it was listed."""
+
+    def everything() -> None:
+        signature, _ = read_signature(folder)
+        stages, graph = read_stages(folder)
+        for name in stages:
+            stages[name].verify()
+        check_against(folder, graph, signature, trust)
+        check_host(folder, graph, regenerate=False)
+        read_weights(folder, graph)
+        read_report(folder)
+        read_calibration(folder)
+
+    if (problem := _problem(everything)) is not None:
+        yield problem
+
+
+def _problem(step: Callable[[], object]) -> str | None:
+    try:
+        step()
+    except QCompilerError as error:
+        return str(error)
+    except Exception as error:  # whatever the files hold, the answer is one sentence
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,120 @@
+"""The files of an artefact: what is there, read by name and held to the manifest."""
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcompiler.artefact.manifest import NAME, Manifest, read_manifest
+from qcompiler.artefact.strict_json import AGAIN, LONGEST
+from qcompiler.artefact.weight_files import hash_file
+from qcompiler.errors import ArtefactError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with a manifest that is in order; its files are looked at when they are asked for.
+
+    Attributes:
+        path: Where it is.
+        manifest: What it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def text(self, name: str) -> str:
+        """A text whose size and hash are as listed; ArtefactError names the file otherwise."""
+        path = self.checked(name)
+        data = read_bytes(path)
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise edited(path)
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise ArtefactError("a file of the artefact is no text", got=error, where=str(path), fix=AGAIN) from None
+
+    def checked(self, name: str) -> Path:
+        """The path of a listed file that is there, with the size that is listed."""
+        path = self.path / name
+        size, listed = _size(path), self.manifest.files[name].size
+        if size != listed:
+            problem = "a file of the artefact is cut off" if size < listed else "a file of the artefact has grown"
+            raise ArtefactError(problem, got=f"{size} bytes", need=listed, where=str(path), fix=AGAIN)
+        return path
+
+    def verify(self, name: str) -> None:
+        """Reads all of a file; ArtefactError unless it is what the manifest lists."""
+        path = self.checked(name)
+        try:
+            same = hash_file(path) == self.manifest.files[name]
+        except OSError as error:
+            raise ArtefactError("a file of the artefact cannot be read", got=error, where=str(path)) from error
+        if not same:
+            raise edited(path)
+
+
+def open_folder(path: Path) -> Folder:
+    """The folder at `path`; ArtefactError when there is none, or it is no artefact."""
+    if not path.is_dir():
+        raise ArtefactError("there is no artefact", got=path, need="a folder that compiled.save has written")
+    file = path / NAME
+    if not file.exists():
+        raise ArtefactError("the folder is no artefact of qcompiler: it has no manifest", got=path, need=str(file))
+    return Folder(path, read_manifest(read_bytes(file), file))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file that is not too long to be a text; ArtefactError otherwise."""
+    if (size := _size(path)) > LONGEST:
+        raise ArtefactError("a file of the artefact is too long", got=f"{size} bytes", need=LONGEST, where=str(path))
+    try:
+        with path.open("rb") as file:
+            return file.read(LONGEST)
+    except OSError as error:
+        raise ArtefactError("a file of the artefact cannot be read", got=error, where=str(path)) from error
+
+
+def extra_files(folder: Folder) -> list[str]:
+    """What is there beside what the manifest lists."""
+    listed = {NAME, *folder.manifest.files}
+    found = (path.relative_to(folder.path).as_posix() for path in sorted(folder.path.rglob("*")) if not path.is_dir())
+    return [name for name in found if name not in listed]
+
+
+def check_replaceable(target: Path) -> None:
+    """ArtefactError unless `target` is free, an empty folder, or an artefact with nothing else in it."""
+    if not target.exists() and not target.is_symlink():
+        return
+    fix = "Save to a folder that is new, empty, or an artefact."
+    if not target.is_dir():
+        raise ArtefactError("the artefact would replace a file", got=target, fix=fix)
+    if not any(target.iterdir()):
+        return
+    try:
+        folder = open_folder(target)
+    except ArtefactError as error:
+        raise ArtefactError(
+            "the artefact would replace something else", got=error, where=str(target), fix=fix
+        ) from None
+    if extra := extra_files(folder):
+        raise ArtefactError("the artefact would replace files that are no part of one", got=", ".join(extra[:5]),
+                            where=str(target), fix=fix)  # fmt: skip
+
+
+def edited(path: Path) -> ArtefactError:
+    """The error for a file whose hash is not the listed one."""
+    return ArtefactError("a file of the artefact was edited or damaged", got="another SHA-256 than the manifest lists",
+                         where=str(path), fix=AGAIN)  # fmt: skip
+
+
+def _size(path: Path) -> int:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ArtefactError("a file of the artefact is missing", got=error.strerror, where=str(path),
+                            fix=AGAIN) from None  # fmt: skip
+    if not stat.S_ISREG(found.st_mode):
+        raise ArtefactError("a file of the artefact is no regular file", where=str(path), fix=AGAIN)
+    return found.st_size

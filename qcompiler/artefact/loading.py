@@ -1,0 +1,246 @@
+"""A folder -> a compiled model. Nothing that the folder holds is executed.
+
+manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
+             weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
+                                                                   ▼
+                                                              CompiledModel
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from codegen.host import HostModule, emit_host_module
+from qcompiler.artefact.folder import Folder, open_folder, read_bytes
+from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, REPORT, SIGNATURE, read_manifest
+from qcompiler.artefact.operators import check_device, check_operators
+from qcompiler.artefact.replacing import locked, recover
+from qcompiler.artefact.report_text import report_from_json
+from qcompiler.artefact.signature_text import Forward, moved, signature_from_json
+from qcompiler.artefact.strict_json import AGAIN, Node, parse
+from qcompiler.artefact.weight_files import WeightFiles, open_weights
+from qcompiler.calibration import Calibration
+from qcompiler.capture.signature import Signature
+from qcompiler.compiler.model import CompiledModel, class_with
+from qcompiler.compiler.program import Program, Settings, generate
+from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.ir import Graph
+from qcompiler.ir.graph import BUFFER, PARAM
+from qcompiler.pass_runner import Stages, Step
+from qcompiler.report import Report
+from qcompiler.runtime.device import AUTO, Target, target_for
+from qcompiler.runtime.weights import Weights
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: "torch.device | str | None" = None,
+    verify: bool = False,
+    regenerate: bool = False,
+    trust: Collection[str] = (),
+) -> CompiledModel:
+    """The compiled model that `CompiledModel.save` wrote, with equal bits.
+
+    All texts are held to their hashes, files of weights to their sizes and headers. On the CPU, weights are read when
+    they are first needed: the files must stay as they are until then.
+
+    Args:
+        folder: What `save` was given.
+        device: Where the model goes; left out, the kind of device that it was compiled on.
+        verify: Whether to read all weights now, and hold them to their hashes.
+        regenerate: Whether to accept that this qcompiler writes another host module for the graph than the one that
+            saved it, as another version may. It runs its own.
+        trust: Namespaces of operators, beside torch's own, that the graph may call.
+
+    Raises:
+        ArtefactError: A file is missing, damaged, edited, foreign or newer; or the model cannot run here.
+    """
+    path = Path(folder).resolve()
+    try:
+        with reading(path) as opened:
+            return load_folder(opened, device=device, verify=verify, regenerate=regenerate, trust=trust)
+    except QCompilerError:
+        raise
+    except Exception as error:  # whatever the files hold, the answer is one sentence
+        raise ArtefactError(
+            "the artefact cannot be loaded", got=f"{type(error).__name__}: {error}", where=str(path),
+            fix=f"{AGAIN} If it was not edited, please report this.",
+        ) from error  # fmt: skip
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Folder]:
+    """The folder, while nobody replaces it; puts it back first where replacing it was interrupted."""
+    if not path.parent.is_dir():
+        raise ArtefactError("there is no artefact", got=path, need="a folder that compiled.save has written")
+    if not path.exists():
+        with locked(path.parent):
+            recover(path)
+    with locked(path.parent, shared=True):
+        folder = open_folder(path)
+        yield folder
+        if read_manifest(read_bytes(path / NAME), path / NAME) != folder.manifest:
+            raise ArtefactError("the artefact was replaced while it was read", got=path, fix="Load it again.")
+
+
+def load_folder(
+    folder: Folder,
+    *,
+    device: "torch.device | str | None" = None,
+    verify: bool = False,
+    regenerate: bool = False,
+    trust: Collection[str] = (),
+) -> CompiledModel:
+    """`load`, from a folder that is open."""
+    if verify:
+        for name in folder.manifest.files:
+            folder.verify(name)
+    signature, forward = read_signature(folder)
+    where = _device(folder, device)
+    target = _target(folder, where)
+    stages, graph = read_stages(folder)
+    check_against(folder, graph, signature, trust)
+    check_host(folder, graph, regenerate)
+    if target.name != folder.manifest.target:
+        check_device(graph, where, str(folder.path))
+    weights = read_weights(folder, graph)
+    names = [str(op.attrs["name"]) for kind in (PARAM, BUFFER) for op in graph.ops(kind)]
+    graph.weights = Weights(weights.loaders(names, where), weights.ties())
+    host, run = generate(graph, target.name)
+    report, steps = read_report(folder)
+    program = Program(
+        graph, stages, steps, report, _later(folder), host, moved(signature, where), target.name, where, run
+    )
+    return _assembled(folder, program, forward)
+
+
+def _assembled(folder: Folder, program: Program, forward: Forward) -> CompiledModel:
+    manifest = folder.manifest
+    settings = Settings(
+        manifest.pipeline, program.target, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
+    )
+    compiled = class_with(*forward)(settings)
+    compiled.accept(program)
+    return compiled
+
+
+# Parts
+
+
+def read_signature(folder: Folder) -> tuple[Signature, Forward]:
+    """How the model is called."""
+    return signature_from_json(_json(folder, SIGNATURE))
+
+
+def read_stages(folder: Folder) -> tuple[Stages, Graph]:
+    """Every stage, hashed now and parsed when it is asked for; and the graph of the last one."""
+    stages, texts = Stages(), {name: folder.text(file) for name, file in folder.manifest.stages.items()}
+    for name, file in folder.manifest.stages.items():
+        stages.add_later(name, partial(Graph.parse, texts[name], str(folder.path / file)))
+    graph = stages[list(stages)[-1]].clone()
+    graph.verify()
+    return stages, graph
+
+
+def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
+    """The files of weights, opened; ArtefactError when they do not have what the graph reads."""
+    manifest = folder.manifest
+    paths = [folder.checked(name) for name in manifest.weights]
+    files = open_weights(paths, manifest.aliases, manifest.layouts, folder.path / NAME)
+    for op in (*graph.ops(PARAM), *graph.ops(BUFFER)):
+        name, need = str(op.attrs["name"]), op.result.type
+        if (got := files.type_of(name)) != need:
+            raise ArtefactError(
+                "a weight is missing" if got is None else "a weight is of another type than the graph says",
+                got=f"{name}: {got}", need=need, where=", ".join(map(str, paths)), fix=AGAIN,
+            )  # fmt: skip
+    return files
+
+
+def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Collection[str]) -> None:
+    """ArtefactError when the graph is not what the signature calls, or calls what it must not."""
+    last = str(folder.path / list(folder.manifest.stages.values())[-1])
+    check_operators(graph, trust, last)
+    inputs = tuple(value.name for value in graph.inputs)
+    if inputs != signature.input_names or len(graph.outputs) != signature.out_spec.num_leaves:
+        raise ArtefactError(
+            "the graph is not the one that the signature calls",
+            got=f"inputs {', '.join(inputs)} and {len(graph.outputs)} outputs",
+            need=f"inputs {', '.join(signature.input_names)} and {signature.out_spec.num_leaves} outputs",
+            where=last, fix=AGAIN,
+        )  # fmt: skip
+
+
+def check_host(folder: Folder, graph: Graph, regenerate: bool) -> HostModule:
+    """The host module that the graph gives; ArtefactError when it is not the one in the artefact."""
+    text, host = folder.text(HOST), emit_host_module(graph, folder.manifest.target)
+    if text != host.source and not regenerate:
+        made_by = folder.manifest.made_by.get("qcompiler")
+        raise ArtefactError(
+            "the host module is not what this qcompiler generates from the graph",
+            got=f"one that qcompiler {made_by} wrote", where=str(folder.path / HOST),
+            fix="Load it with that version; or let this one write its own: load(folder, regenerate=True).",
+        )  # fmt: skip
+    return host
+
+
+def _json(folder: Folder, name: str) -> Node:
+    return parse(folder.text(name).encode(), folder.path / name)
+
+
+def read_report(folder: Folder) -> tuple[Report, tuple[Step, ...]]:
+    """What became of the readers of weights, and the passes that ran."""
+    return report_from_json(_json(folder, REPORT))
+
+
+def read_calibration(folder: Folder) -> Calibration | None:
+    """What was seen when the model was compiled; None where the scheme needed no calibration."""
+    if folder.manifest.calibration is None:
+        return None
+    found = Calibration.load(folder.checked(CALIBRATION))
+    if found.digest != folder.manifest.calibration:
+        raise ArtefactError("the calibration is not the one of the manifest", where=str(folder.path / CALIBRATION),
+                            fix=AGAIN)  # fmt: skip
+    return found
+
+
+def _later(folder: Folder) -> Callable[[], Calibration | None] | None:
+    """The calibration, read when it is first asked for."""
+    if folder.manifest.calibration is None:
+        return None
+    folder.checked(CALIBRATION)
+    return cache(partial(read_calibration, folder))
+
+
+# Where it runs
+
+
+def _device(folder: Folder, given: "torch.device | str | None") -> torch.device:
+    try:
+        device = torch.device(folder.manifest.device if given is None else given)
+    except (RuntimeError, TypeError) as error:
+        raise ArtefactError("there is no such device", got=given or folder.manifest.device, need="cpu or cuda",
+                            where=str(folder.path)) from error  # fmt: skip
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ArtefactError(
+                f"the artefact is for {device}, and torch finds no such device here", where=str(folder.path),
+                fix='Load it on the CPU, where the kernels are simulated: load(folder, device="cpu").',
+            )  # fmt: skip
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        elif device.index >= torch.cuda.device_count():
+            raise ArtefactError("there is no such device", got=device, need=f"one of {torch.cuda.device_count()}",
+                                where=str(folder.path), fix='Choose one: load(folder, device="cuda:0").')  # fmt: skip
+    return device
+
+
+def _target(folder: Folder, device: torch.device) -> Target:
+    """The target of the artefact where the device is of its kind; else that of the device."""
+    kept = torch.device(folder.manifest.device).type == device.type
+    return target_for(folder.manifest.target if kept else AUTO, device)

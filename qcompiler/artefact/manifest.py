@@ -1,0 +1,171 @@
+"""The manifest: what an artefact is, what made it, and every other file with its size and hash."""
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompiler.artefact.strict_json import AGAIN, Node, canonical, parse, render
+from qcompiler.artefact.weight_files import Written
+from qcompiler.errors import ArtefactError
+
+NAME = "manifest.json"
+FORMAT = "qcompiler artefact"
+VERSION = 1
+"""Of the format; a larger one comes from a newer qcompiler."""
+
+SIGNATURE, REPORT, HOST, CALIBRATION = "signature.json", "report.json", "host.py", "calibration.safetensors"
+FILE = re.compile(r"(signature|report)\.json|host\.py|stages/\d{2,}_[A-Za-z0-9#-]+\.qir|"
+                  r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
+"""The files that there can be: no other name is ever opened."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact says of itself.
+
+    Attributes:
+        made_by: Versions of qcompiler, torch, triton and Python.
+        scheme: The scheme as it was given; None where there was a pipeline.
+        overrides: Schemes for some layers.
+        pipeline: The passes that ran, as text.
+        numerics: The profiles of the quantizations in the graph.
+        target: What the host module is written for.
+        device: Where the model lay, and where its inputs were.
+        source: SHA-256 of the host module.
+        calibration: Digest of the calibration's statistics; None where there was none.
+        stages: Name -> file, in order; the last one is what runs.
+        weights: The files of weights.
+        aliases: See `weight_files.Plan`.
+        layouts: See `weight_files.Plan`.
+        files: Every file but the manifest.
+    """
+
+    made_by: Mapping[str, str | None]
+    scheme: str | None
+    overrides: Mapping[str, str | None] | None
+    pipeline: str
+    numerics: tuple[str, ...]
+    target: str
+    device: str
+    source: str
+    calibration: str | None
+    stages: Mapping[str, str]
+    weights: tuple[str, ...]
+    aliases: Mapping[str, str]
+    layouts: Mapping[str, list[int]]
+    files: Mapping[str, Written]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(file.size for file in self.files.values())
+
+
+def versions() -> dict[str, str | None]:
+    """Of what makes an artefact here; None for what is not installed."""
+    found: dict[str, str | None] = {"qcompiler": None, "torch": torch.__version__, "triton": None}
+    for name in ("qcompiler", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**found, "python": platform.python_version()}
+
+
+def write_manifest(manifest: Manifest) -> str:
+    """The text of a manifest, with the hash of its own contents at the end."""
+    value: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_by": dict(manifest.made_by),
+        "scheme": manifest.scheme,
+        "overrides": None if manifest.overrides is None else dict(manifest.overrides),
+        "pipeline": manifest.pipeline,
+        "numerics": list(manifest.numerics),
+        "target": manifest.target,
+        "device": manifest.device,
+        "source": manifest.source,
+        "calibration": manifest.calibration,
+        "stages": [{"name": name, "file": file} for name, file in manifest.stages.items()],
+        "weights": {
+            "files": list(manifest.weights), "aliases": dict(manifest.aliases), "layouts": dict(manifest.layouts),
+        },
+        "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
+    }  # fmt: skip
+    return render(sealed(value))
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of a manifest with the hash of them, which tells an edited one."""
+    contents = {key: item for key, item in value.items() if key != "digest"}
+    return {**contents, "digest": hashlib.sha256(canonical(contents)).hexdigest()}
+
+
+def read_manifest(text: bytes, path: Path) -> Manifest:
+    """The manifest that a text spells; ArtefactError when it is foreign, newer, edited or damaged."""
+    node = parse(text, path)
+    if not isinstance(node.value, dict) or node.value.get("format") != FORMAT:
+        raise ArtefactError("this is no manifest of an artefact of qcompiler", got=path,
+                            need=f'an object with "format": "{FORMAT}"')  # fmt: skip
+    if (found := node["version"].count()) > VERSION:
+        made_by = node.value.get("made_by")
+        raise ArtefactError(
+            "the artefact is newer than this qcompiler", got=f"format version {found}, made by {made_by}",
+            need=f"version {VERSION}", where=str(path), fix="Load it with the qcompiler that has saved it, or newer.",
+        )  # fmt: skip
+    try:
+        genuine = sealed(node.value)["digest"] == node["digest"].value
+    except (ValueError, RecursionError):
+        genuine = False
+    if not genuine:
+        raise ArtefactError("the manifest was edited: it has another digest than it says", got=path, fix=AGAIN)
+    return _manifest(node)
+
+
+def _manifest(node: Node) -> Manifest:
+    files = {name: _file(name, entry) for name, entry in node["files"].members()}
+    stages = {item["name"].text(): _listed(item["file"], files) for item in node["stages"].items()}
+    overrides = node["overrides"]
+    manifest = Manifest(
+        made_by={name: _optional(value) for name, value in node["made_by"].members()},
+        scheme=_optional(node["scheme"]),
+        overrides=None if overrides.missing else {name: _optional(value) for name, value in overrides.members()},
+        pipeline=node["pipeline"].text(),
+        numerics=tuple(name.text() for name in node["numerics"].items()),
+        target=node["target"].text(),
+        device=node["device"].text(),
+        source=node["source"].text(),
+        calibration=_optional(node["calibration"]),
+        stages=stages,
+        weights=tuple(_listed(name, files) for name in node["weights"]["files"].items()),
+        aliases={name: stored.text() for name, stored in node["weights"]["aliases"].members()},
+        layouts={
+            name: [axis.count() for axis in order.items()] for name, order in node["weights"]["layouts"].members()
+        },
+        files=files,
+    )
+    wanted = [SIGNATURE, REPORT, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
+    if not stages or not set(wanted) <= files.keys():
+        node["files"].wrong(f"stages and {', '.join(wanted)}")
+    return manifest
+
+
+def _file(name: str, node: Node) -> Written:
+    if FILE.fullmatch(name) is None:
+        node.wrong("the name of a file that an artefact has")
+    return Written(node["size"].count(), node["sha256"].text())
+
+
+def _listed(node: Node, files: Mapping[str, Written]) -> str:
+    return node.text() if node.text() in files else node.wrong("one of the files that are listed")
+
+
+def _optional(node: Node) -> str | None:
+    return None if node.missing else node.text()

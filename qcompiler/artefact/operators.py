@@ -1,0 +1,61 @@
+"""Which operators the graph of an artefact may call, and whether a device has them."""
+
+from collections.abc import Collection
+
+import torch
+
+from codegen.support import why_not
+from qcompiler.dialects.aten import overload_of, torch_dtype
+from qcompiler.errors import ArtefactError
+from qcompiler.ir import DType, Graph, Op, TensorType
+from qcompiler.ir.op_table import lookup
+
+NAMESPACES = ("aten", "prims")
+"""Those of torch that compute tensors from tensors. Others also send, load and run things."""
+
+TOUCH_FILES = ("aten.from_file", "aten.save")
+
+KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def check_operators(graph: Graph, trust: Collection[str], where: str) -> None:
+    """ArtefactError for an operator that does more than compute, or may do so."""
+    for op in graph:
+        namespace = op.name.partition(".")[0]
+        if op.name.startswith(TOUCH_FILES):
+            raise ArtefactError("the graph calls an operator that reads or writes files", got=op.name, where=where)
+        if lookup(op.name) is None and namespace not in (*NAMESPACES, *trust):
+            raise ArtefactError(
+                "the graph calls an operator that is neither torch's nor qcompiler's", got=op.name,
+                need=f"operators of {', '.join(NAMESPACES)}", where=where,
+                fix=f'If you know it, and whom the artefact is from: load(folder, trust=["{namespace}"]).',
+            )  # fmt: skip
+
+
+def check_device(graph: Graph, device: torch.device, where: str) -> None:
+    """ArtefactError when the device has no kernel for an operator of the graph."""
+    key = KEYS.get(device.type, device.type.upper())
+    for op in graph.ops():
+        if lookup(op.name) is None:
+            name = overload_of(op.name).name()
+            if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
+                raise _impossible(op, device, f"torch has no kernel of {op.name} for it", where)
+        elif device.type != "cpu" and op.name in ("kernel.scaled_linear", "kernel.fused_linear"):
+            formats = [torch_dtype(_dtype(op, index)) for index in (0, 2)]
+            if (why := why_not(_block(op, "x_block"), _block(op, "w_block"), *formats)) is not None:
+                raise _impossible(op, device, why, where)
+
+
+def _impossible(op: Op, device: torch.device, why: str, where: str) -> ArtefactError:
+    return ArtefactError(f"the model cannot run on {device}", got=why, where=f"{where}, %{op.results[0].name}",
+                         fix="Load it on the device that it was compiled for, or compile it again.")  # fmt: skip
+
+
+def _block(op: Op, key: str) -> tuple[int, ...]:
+    block = op.attrs[key]
+    return block if isinstance(block, tuple) else ()  # type: ignore[return-value]  # the verifier has seen to it
+
+
+def _dtype(op: Op, index: int) -> DType:
+    kind = op.tensor(index).type
+    return kind.dtype if isinstance(kind, TensorType) else DType.f32

@@ -1,0 +1,139 @@
+"""A folder that takes another one's place whole: whoever looks sees the old one or the new one, never half of one.
+
+    .model.1f….qcompiler-new   the new one, until all of it is on the disk
+    .model.qcompiler-old       the old one, from the moment it steps aside until the new one has its place
+
+A process that dies leaves one of three things: the old folder and a half new one; the new folder and the old one aside;
+or, between two renames, the old one aside and a whole new one. Whoever saves or loads next puts the old one back, or
+removes what is left over. Locks on the parent folder keep two of them from doing so at once.
+"""
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qcompiler.errors import ArtefactError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new, empty folder, which takes the place of `target` when the block ends well, and is gone when it does not.
+
+    Raises:
+        ArtefactError: A folder cannot be made or renamed; `target` is as it was.
+    """
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.qcompiler-new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as maker:
+            with locked(target.parent):
+                recover(target)
+                _sweep(target)
+                make_folder(work)
+                maker.enter_context(locked(work))  # as long as its maker lives
+            try:
+                yield work
+                sync_tree(work)
+                with locked(target.parent):
+                    _take_place(work, target)
+            except BaseException:
+                remove_tree(work)
+                raise
+    except OSError as error:
+        raise ArtefactError("the artefact cannot be saved", got=error, where=str(target)) from error
+
+
+def recover(target: Path) -> None:
+    """Puts back a folder whose replacement was interrupted between two renames; the parent is to be locked."""
+    old = _aside(target)
+    if old.is_dir() and not target.exists():
+        rename(old, target)
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Waits until no other process has the folder locked; where the file system has no locks, goes on without."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take_place(work: Path, target: Path) -> None:
+    old = _aside(target)
+    had_one = target.exists() and any(target.iterdir())
+    if had_one:
+        rename(target, old)
+    try:
+        rename(work, target)
+    except OSError:
+        if had_one:
+            rename(old, target)
+        raise
+    sync(target.parent)
+    if had_one:
+        remove_tree(old)
+
+
+def _sweep(target: Path) -> None:
+    """Removes what processes that died have left over beside a folder that is whole."""
+    if target.exists():
+        remove_tree(_aside(target))
+    for work in target.parent.glob(f".{_escaped(target.name)}.*.qcompiler-new"):
+        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its maker is at work, or there are no locks here
+            continue
+        finally:
+            os.close(handle)
+        remove_tree(work)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.qcompiler-old")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "[*?" else letter for letter in name)
+
+
+# Single steps on the disk
+
+
+def make_folder(path: Path) -> None:
+    """A new folder."""
+    path.mkdir()
+
+
+def rename(path: Path, target: Path) -> None:
+    """Gives a folder another name, which an empty folder may have."""
+    path.rename(target)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder with all that is in it, as far as that can be done."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """The same for all that is in a folder, and the folder itself."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)

@@ -1,0 +1,129 @@
+"""A compiled model -> a folder, whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codegen.host import emit_host_module
+from qcompiler.artefact.folder import check_replaceable
+from qcompiler.artefact.manifest import (
+    CALIBRATION,
+    HOST,
+    NAME,
+    REPORT,
+    SIGNATURE,
+    Manifest,
+    versions,
+    write_manifest,
+)
+from qcompiler.artefact.replacing import replacing
+from qcompiler.artefact.report_text import report_to_json
+from qcompiler.artefact.signature_text import Forward, signature_to_json
+from qcompiler.artefact.strict_json import render
+from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, plan_shards, shard_name, write_shard
+from qcompiler.calibration import Calibration
+from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.ir import Graph
+
+if TYPE_CHECKING:
+    from qcompiler.compiler.program import Program, Settings
+
+
+def write_artefact(
+    folder: str | os.PathLike[str], program: "Program", settings: "Settings", forward: Forward, shard_bytes: int
+) -> None:
+    """Writes a program to a folder, in place of an artefact that is there; `CompiledModel.save` has the arguments."""
+    if shard_bytes < 1:
+        raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
+    target = Path(folder).resolve()
+    check_replaceable(target)
+    texts = _texts(program, forward)
+    plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
+    known = program.calibration
+    calibration = known() if callable(known) else known
+    with replacing(target) as work:
+        files = {name: _write_text(work / name, text) for name, text in texts.items()}
+        files |= _write_weights(work, plan)
+        if calibration is not None:
+            calibration.save(work / CALIBRATION)
+            files[CALIBRATION] = hash_file(work / CALIBRATION)
+        manifest = _manifest(program, settings, calibration, plan, files)
+        _write_text(work / NAME, write_manifest(manifest))
+        check_replaceable(target)
+
+
+def stage_files(program: "Program") -> dict[str, str]:
+    """Stage -> the file that its text goes to."""
+    return {name: f"stages/{index:02d}_{name}.qir" for index, name in enumerate(program.stages)}
+
+
+def numerics_of(graph: Graph) -> tuple[str, ...]:
+    """The profiles of all quantizations in a graph."""
+    return tuple(sorted({str(op.attrs["profile"]) for op in graph if "profile" in op.attrs}))
+
+
+def _texts(program: "Program", forward: Forward) -> dict[str, str]:
+    """Every file but the weights, the calibration and the manifest."""
+    stages = {file: f"{program.stages[name]}\n" for name, file in stage_files(program).items()}
+    _check_round_trip(program, list(stages.values())[-1])
+    return {
+        SIGNATURE: render(signature_to_json(program.signature, forward)),
+        REPORT: render(report_to_json(program.report, program.steps)),
+        HOST: program.host.source,
+        **stages,
+    }
+
+
+def _check_round_trip(program: "Program", text: str) -> None:
+    """The last stage must give the program back: it is all that will be read of it."""
+    if text != f"{program.graph}\n":
+        raise ArtefactError(
+            "the graph was changed since it was compiled", need="the graph as the last pass left it",
+            fix="Compile the changed graph: qcompiler.compile(graph, pipeline=...).",
+        )  # fmt: skip
+    try:
+        again = emit_host_module(Graph.parse(text), program.target)
+    except QCompilerError as error:
+        raise ArtefactError("the text of the graph cannot be read again", got=error, fix=REPORT_IT) from error
+    if again != program.host:
+        raise ArtefactError("the text of the graph gives another host module", fix=REPORT_IT)
+
+
+REPORT_IT = "Please report it, with str(compiled.graph)."
+
+
+def _write_text(path: Path, text: str) -> Written:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        writer = Hashing(file)
+        writer.write(text.encode())
+    return writer.written
+
+
+def _write_weights(work: Path, plan: Plan) -> dict[str, Written]:
+    count = len(plan.shards)
+    return {
+        (name := shard_name(number, count)): write_shard(work / name, tensors)
+        for number, tensors in enumerate(plan.shards, 1)
+    }
+
+
+def _manifest(
+    program: "Program", settings: "Settings", calibration: Calibration | None, plan: Plan, files: dict[str, Written]
+) -> Manifest:
+    return Manifest(
+        made_by=versions(),
+        scheme=settings.scheme,
+        overrides=settings.overrides,
+        pipeline=str(settings.pipeline),
+        numerics=numerics_of(program.graph),
+        target=program.target,
+        device=str(program.device),
+        source=files[HOST].sha256,
+        calibration=None if calibration is None else calibration.digest,
+        stages=stage_files(program),
+        weights=tuple(name for name in files if name.startswith("weights")),
+        aliases=plan.aliases,
+        layouts=plan.layouts,
+        files=files,
+    )

@@ -1,0 +1,269 @@
+"""Weights in safetensors files: written one tensor at a time, read through a mapping of the file when first touched.
+
+A file is as the safetensors library writes it, so that it reads them: the length of a header, the header as JSON, the
+tensors without gaps. Written here, because then no second copy of the weights is ever in memory, and because tensors
+whose size allows it begin at multiples of 64 bytes, as in memory: products may differ in bits where they do not.
+
+A tensor is stored once, whatever the number of names that it has, and in the order in which it lies in memory: a
+transposed one has its axes permuted in the file, and comes back transposed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qcompiler.artefact.strict_json import AGAIN
+from qcompiler.dialects.aten import IR_DTYPES
+from qcompiler.errors import ArtefactError
+from qcompiler.ir import TensorType
+
+ALIGNMENT = 64
+"""Bytes; what torch's own allocator aligns to."""
+
+SHARD_BYTES = 4_000_000_000
+"""Of tensors, in one file."""
+
+FORMATS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.complex64: "C64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in FORMATS.items()}
+
+SINGLE = "weights.safetensors"
+CHUNK = 16 << 20
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of a file, by its number among so many."""
+    return SINGLE if count == 1 else f"weights-{number:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written where.
+
+    Attributes:
+        shards: The tensors of each file, by the name that they are stored under.
+        aliases: Other names of a stored tensor -> that one's name.
+        layouts: Stored name -> the order of the axes in the file, where it is not the tensor's own.
+    """
+
+    shards: list[dict[str, Tensor]]
+    aliases: dict[str, str]
+    layouts: dict[str, list[int]]
+
+
+def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Plan:
+    """Which tensors are stored in which file; ArtefactError for one that cannot be."""
+    stored: dict[tuple[Any, ...], str] = {}
+    plan = Plan([{}], {}, {})
+    size = 0
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+        first = stored.setdefault(_identity(tensor), name)
+        if first != name:
+            plan.aliases[name] = first
+            continue
+        if size and size + tensor.nbytes > shard_bytes:
+            plan.shards.append({})
+            size = 0
+        size += tensor.nbytes
+        plan.shards[-1][name] = tensor
+        if (order := _order(tensor)) != sorted(order):
+            plan.layouts[name] = order
+    return plan
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FORMATS:
+        raise ArtefactError("a weight is of an element type that safetensors does not have", got=tensor.dtype,
+                            need=", ".join(FORMATS.values()), where=name)  # fmt: skip
+    if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise ArtefactError("a weight has no data that can be saved", got=f"{type(tensor).__name__} on "
+                            f"{tensor.device}", need="a plain tensor with data", where=name)  # fmt: skip
+    if name == "__metadata__":
+        raise ArtefactError("safetensors keeps this name for itself", got=name, need="another name of the weight")
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two names of the same numbers in the same memory; empty tensors have no memory."""
+    if not tensor.numel():
+        return (id(tensor),)
+    signs = tensor.is_conj(), tensor.is_neg()
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), signs)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The axes from the outermost in memory to the innermost."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written: its bytes, and their SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
+    """Writes one file; OSError when that cannot be."""
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].element_size()))
+    header, offset = dict[str, Any](), 0
+    for name, tensor in ordered:
+        shape = [tensor.shape[axis] for axis in _order(tensor)]
+        header[name] = {
+            "dtype": FORMATS[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    with path.open("wb") as file:
+        writer = Hashing(file)
+        writer.write(len(text).to_bytes(8, "little"))
+        writer.write(text)
+        for _, tensor in ordered:
+            for part in _bytes_of(tensor):
+                writer.write(part)
+    return writer.written
+
+
+class Hashing:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size, self.hash = file, 0, hashlib.sha256()
+
+    def write(self, data: "bytes | memoryview") -> None:
+        """Appends to the file."""
+        self.file.write(data)
+        self.hash.update(data)
+        self.size += len(data)
+
+    @property
+    def written(self) -> Written:
+        """What the file is by now."""
+        return Written(self.size, self.hash.hexdigest())
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
+    """The elements in the order of memory, without gaps; from another device piece by piece."""
+    flat = tensor.detach().permute(_order(tensor)).resolve_conj().resolve_neg().reshape(-1)
+    for piece in flat.split(CHUNK):
+        yield memoryview(piece.contiguous().cpu().view(torch.uint8).numpy())
+
+
+# Reading
+
+
+@dataclass
+class WeightFiles:
+    """The files of an artefact, opened; their tensors are read when they are asked for.
+
+    Attributes:
+        found: Stored name -> its type and the file that has it.
+        aliases: As in `Plan`.
+        layouts: As in `Plan`.
+    """
+
+    aliases: dict[str, str]
+    layouts: dict[str, list[int]]
+    found: dict[str, "tuple[TensorType, Path, Any]"] = field(default_factory=dict)
+
+    def loaders(self, names: Iterable[str], device: torch.device) -> "dict[str, Callable[[], Tensor]]":
+        """A function for each name that gives its tensor; names of one tensor have one function."""
+        read = cache(partial(self._read, device=device))
+        return {name: partial(read, self.aliases.get(name, name)) for name in names}
+
+    def type_of(self, name: str) -> TensorType | None:
+        """The type of a weight as the model has it; None when there is none of that name."""
+        stored = self.aliases.get(name, name)
+        if stored not in self.found:
+            return None
+        kind, order = self.found[stored][0], self.layouts.get(stored)
+        if order is None:
+            return kind
+        return TensorType(kind.dtype, tuple(kind.shape[place] for place in _inverse(order)))
+
+    def ties(self) -> dict[str, tuple[str, ...]]:
+        """Name -> all names of the same tensor, for those that have several."""
+        groups: dict[str, list[str]] = {}
+        for name, stored in self.aliases.items():
+            groups.setdefault(stored, [stored]).append(name)
+        return {name: tuple(group) for group in groups.values() for name in group}
+
+    def _read(self, stored: str, device: torch.device) -> Tensor:
+        _, path, file = self.found[stored]
+        try:
+            tensor: Tensor = file.get_tensor(stored)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ArtefactError("a weight cannot be read", got=error, where=f"{path}, {stored}") from error
+        if device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor = tensor.clone()  # a small one, or a file that somebody else has written
+        order = self.layouts.get(stored)
+        return tensor.to(device) if order is None else tensor.to(device).permute(_inverse(order))
+
+
+def open_weights(
+    paths: Iterable[Path], aliases: Mapping[str, str], layouts: Mapping[str, list[int]], manifest: Path
+) -> WeightFiles:
+    """Opens the files and reads their headers; ArtefactError names a file that is damaged, or contradicts others."""
+    files = WeightFiles(dict(aliases), dict(layouts))
+    for path in paths:
+        for name, kind, handle in _header(path):
+            if name in files.found:
+                raise ArtefactError("a weight is stored twice", got=name, where=str(path), fix=AGAIN)
+            files.found[name] = (kind, path, handle)
+    for name, stored in aliases.items():
+        if stored not in files.found or name in files.found:
+            raise ArtefactError("an alias of a weight is wrong", got=f"{name} for {stored}",
+                                need="another name of a stored weight", where=str(manifest), fix=AGAIN)  # fmt: skip
+    for name, order in layouts.items():
+        rank = len(files.found[name][0].shape) if name in files.found else -1
+        if sorted(order) != list(range(rank)):
+            raise ArtefactError("the layout of a weight is wrong", got=f"{name}: {order}",
+                                need="an order of the axes of a weight", where=str(manifest), fix=AGAIN)  # fmt: skip
+    return files
+
+
+def _header(path: Path) -> Iterator[tuple[str, TensorType, Any]]:
+    """Name, type and handle of each tensor in a file."""
+    try:
+        handle: Any = safe_open(path, framework="pt")
+        for name in handle.keys():  # noqa: SIM118  (it is no mapping)
+            view = handle.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise ArtefactError("a weight is of an unknown element type", got=view.get_dtype(), where=str(path))
+            yield name, TensorType(IR_DTYPES[DTYPES[view.get_dtype()]], tuple(view.get_shape())), handle
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError("a file of weights is damaged", got=error, where=str(path), fix=AGAIN) from error
+
+
+def hash_file(path: Path) -> Written:
+    """The bytes of a file and their hash."""
+    hashed, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            hashed.update(chunk)
+            size += len(chunk)
+    return Written(size, hashed.hexdigest())
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
