@@ -111,7 +111,7 @@ def read_knobs(given: bytes) -> None:
 
 def read_calibration(given: bytes) -> None:
     """A calibration file."""
-    path = _folder() / "calibration.safetensors"
+    path = folder() / "calibration.safetensors"
     path.write_bytes(given)
     Calibration.load(path)
 
@@ -126,7 +126,7 @@ def read_calibration_head(given: bytes) -> None:
 
 
 @cache
-def _folder() -> Path:
+def folder() -> Path:
     """A folder for the file that is being read, in memory where the system has such a place; gone when Python ends."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="qcompiler-fuzz-", dir=memory if memory.is_dir() else None))
@@ -139,8 +139,8 @@ def _calibration_file() -> bytes:
     graph = Graph.parse("func @m(%x: f32[s0, 2]) -> (f32[s0, 2]) {\n  %y = aten.relu(%x) : f32[s0, 2]\n  return %y\n}")
     calibration = Calibration([[torch.linspace(-1, 3, 8).reshape(4, 2)]])
     calibration.observe(graph, ["x", "y"], rows=2, progress=False)
-    calibration.save(_folder() / "seed.safetensors")
-    return (_folder() / "seed.safetensors").read_bytes()
+    calibration.save(folder() / "seed.safetensors")
+    return (folder() / "seed.safetensors").read_bytes()
 
 
 def _calibration_text() -> bytes:
@@ -194,8 +194,13 @@ ENVIRONMENT = (
 )
 
 
+def in_order(seeds: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Each seed once, the shortest first."""
+    return tuple(sorted(set(seeds), key=lambda seed: (len(seed), seed)))
+
+
 def _seeds(texts: Iterable[str]) -> tuple[bytes, ...]:
-    return tuple(sorted({text.encode("utf-8", "surrogatepass") for text in texts}, key=lambda seed: (len(seed), seed)))
+    return in_order(text.encode("utf-8", "surrogatepass") for text in texts)
 
 
 def _words(*texts: str) -> tuple[bytes, ...]:
@@ -205,7 +210,7 @@ def _words(*texts: str) -> tuple[bytes, ...]:
 OPTIONS = _words(*sorted({option.name for kind in PASSES.values() for option in fields(kind)}), *PASSES, "deepgemm")
 JSON_WORDS = _words('"version"', '"values"', "true", "NaN", "1e999", '"name"', "0.absmax", "-1", '"F64"', '"BF16"')
 
-TARGETS = {
+TEXT_TARGETS = {
     "graph": Target(
         read_graph, _seeds(_graphs()),
         _words("core.param", "core.update", "quant.linear", "aten.add.Tensor", "int(s0)", "s0", "u0", "loc(", "%x"),

@@ -16,12 +16,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from folder_targets import FOLDER_TARGETS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from mutation import mutated
-from targets import TARGETS, Target
+from targets import TEXT_TARGETS, Target
 
 from qcompiler import pass_manager
 from qcompiler.errors import QCompilerError
+
+TARGETS = {**TEXT_TARGETS, **FOLDER_TARGETS}
 
 SECONDS = 2.0
 """Of processor time, for one input, which is some kilobytes."""
