@@ -92,11 +92,9 @@ def _splice(text: bytes, at: Numbers, seeds: Sequence[bytes], words: Sequence[by
 def _nest(text: bytes, at: Numbers, seeds: Sequence[bytes], words: Sequence[bytes]) -> bytes:
     opening, closing = BRACKETS[at[1] % len(BRACKETS)]
     depth = DEPTHS[at[2] % len(DEPTHS)]
-    found = [*TOKEN.finditer(text)] or [re.match(b"", text)]
-    token = found[at[0] % len(found)]
-    assert token is not None
-    inner = opening * depth + token[0] + closing * depth
-    return text[: token.start()] + inner + text[token.end() :]
+    spans = [match.span() for match in TOKEN.finditer(text)] or [(0, 0)]
+    start, end = spans[at[0] % len(spans)]
+    return text[:start] + opening * depth + text[start:end] + closing * depth + text[end:]
 
 
 def _word(at: Numbers, words: Sequence[bytes]) -> bytes:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def _little_memory() -> Iterator[None]:
 def _installed_once() -> Iterator[None]:
     """What is installed stays as it is meanwhile; to look again for each unknown name would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pass_manager, "entry_points", cache(pass_manager.entry_points))
+        patch.setattr(pass_manager, "entry_points", cache(entry_points))
         yield
 
 
