@@ -91,9 +91,8 @@ def _why_no_linear(op: Op, graph: Graph, constant: list[Value]) -> Missed:
 def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
     """Whether the operands are an activation, a constant matrix and a vector, of types that can be quantized."""
     x, w, bias = op.tensor(0), op.tensor(1), bias_of(op)
-    done = [value for value in (x, w) if value.op.name == "quant.dequantize"]
-    if done:
-        return ALREADY if len(done) == 2 else Missed("one of its operands is quantized already", done[0])
+    if x.op.name == "quant.dequantize":
+        return ALREADY if is_stored_quantized(w) else Missed("one of its operands is quantized already", x)
     if not graph.is_constant(w):
         return Missed("its weight is computed from the inputs", w)
     if graph.is_constant(x):
@@ -137,7 +136,14 @@ def _is_elementwise(op: Op) -> bool:
     return op.name.split(".")[1] in ELEMENTWISE
 
 
+def is_stored_quantized(w: Value) -> bool:
+    """Whether a weight is there as codes and scales, such as those of a checkpoint; they are taken as they are."""
+    return w.op.name == "quant.dequantize"
+
+
 def _vocabulary(w: Value, graph: Graph) -> Missed | None:
+    if is_stored_quantized(w):
+        return None  # whoever quantized it has decided that
     for param in parameters_of(w):
         if param.attrs.get("role") == "output_embeddings":
             return Missed("it is the vocabulary projection: the model names its weight as its output embeddings", w)

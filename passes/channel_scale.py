@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from passes.candidates import is_stored_quantized
 from passes.channel_labels import ALL, PART, Fork, Labels, Refused, Site, Slot, argument_of, last_axis
 from passes.channel_rules import RULES, SHAPE_ONLY
 from qcompiler.ir import DType, Graph, Missed, Op, TensorType, Value
@@ -239,6 +240,8 @@ class _State:
             raise Refused(f"{op.name} takes in a scale along the last axis of its result only", value)
         if any(len(arg.tensor.shape) != 1 + (op.name == LINEAR and not at) for at, arg in enumerate(given)):
             raise Refused(f"{op.name} has parameters of other shapes than a matrix and a vector", value)
+        if stored := [arg for arg in given if is_stored_quantized(arg)]:
+            raise Refused(f"{op.name} takes in no scale, because {stored[0]} is stored quantized", value)
         if odd := [arg for arg in given if arg.tensor.dtype not in FLOATS]:
             raise Refused(f"{op.name} takes in no scale, because {odd[0]} is {odd[0].tensor.dtype}", value)
 
@@ -257,6 +260,8 @@ class _State:
         weight = argument_of(op, "weight")
         if not isinstance(weight, Value) or not self.graph.is_constant(weight) or len(weight.tensor.shape) != 2:
             raise Refused(f"{op.name} ({op.result}) reads it with a weight that is no constant matrix", value)
+        if is_stored_quantized(weight):
+            raise Refused(f"{op.name} ({op.result}) reads it with a weight that is stored quantized", value)
         if not isinstance(value.tensor.shape[-1], int):
             raise Refused(f"{op.name} ({op.result}) sums over an axis of symbolic size", value)
         if weight.tensor.dtype not in FLOATS:

@@ -8,7 +8,9 @@
 
     %g = aten.mul.Tensor(%norm.weight, %smooth) : f32[256]      ->     %g = core.param() {name = "norm.weight_folded"}
 
-One weight is in memory at a time. A dequantize is never folded: that would undo the quantization.
+How a stored weight came about is kept as its recipe (`graph.recipes`): who writes a checkpoint must know which of the
+model's own weights it holds. One weight is in memory at a time. A dequantize is never folded: that would undo the
+quantization.
 A graph without weights (from text) is rewritten in the same way; only the numbers are missing.
 """
 
@@ -19,8 +21,8 @@ from typing import ClassVar
 from passes.constants import free_name
 from passes.memory import leaves_the_graph
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
-from qcompiler.ir.dataflow import ancestors, parameters_of
+from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Rule
+from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
 from qcompiler.pass_manager import Effect, Pass
 
 
@@ -81,6 +83,8 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     names = [free_name(graph, f"{stem}{suffix}") for suffix in suffixes]
     if graph.weights:
         graph.weights.update(zip(names, evaluate(op, graph), strict=True))
+    recipe = part_of(op)
+    graph.recipes.update({name: Recipe(recipe, index) for index, name in enumerate(names)})
     params = [
         rewriter.insert("core.param", attrs={"name": name}, types=[value.type], names=[name]).result
         for name, value in zip(names, op.results, strict=True)

@@ -13,9 +13,10 @@ Fused at once: torch has no grouped product in FP32 that all devices run, so the
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes.candidates import GROUPED, QUANTIZABLE
+from passes.candidates import GROUPED, QUANTIZABLE, is_stored_quantized
 from passes.layers import why_not_selected
 from passes.scheme_options import SchemeOptions
+from qcompiler.dialects.quant import block_of
 from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 
 X_BLOCK, W_BLOCK, FORMAT = (1, 128), (128, 128), DType.f8e4m3fn
@@ -36,7 +37,7 @@ class QuantizeGrouped(Rule):
         offsets = _argument(op, 2, "offs")
         if reason := _why_not_operands(op, offsets, graph) or _why_not_sizes(op) or self.why_not_scheme():
             return reason
-        if reason := why_not_selected(self.options.layers, op, graph):
+        if reason := why_not_selected(self.options.layers, op, graph) or _why_not_stored(op.tensor(1)):
             return reason
         return {"x": op.tensor(0), "w": op.tensor(1), "offsets": offsets}
 
@@ -50,18 +51,47 @@ class QuantizeGrouped(Rule):
         return Missed(f"a grouped product is quantized to {wanted} only, this is {got}")
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, offsets: Value, **_: Any) -> None:
+        operands = (*self.quantized(rewriter, x, X_BLOCK), *self.weight(rewriter, w), offsets)
+        attrs: dict[str, Argument] = {"out_dtype": op.result.tensor.dtype, "w_block": W_BLOCK, "x_block": X_BLOCK}
+        rewriter.replace(op, rewriter.insert("quant.grouped_linear", *operands, attrs=attrs).result)
+        rewriter.erase_unread(w.op)
+
+    def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
+        """Codes and scales of `[experts, N, K]`; those that the weights are stored as, when they are."""
+        if (stored := _stored(w)) is not None:
+            rewriter.graph.remark(rewriter.anchor.results[0], "weights as they are stored")
+            return stored.tensor(0), stored.tensor(1)
         groups, k, n = w.tensor.shape
         kind = TensorType(w.tensor.dtype, (groups, n, k))
         turned = rewriter.insert("aten.transpose.int", w, -2, -1, types=[kind], names=[f"{w.name}_t"]).result
-        operands = (*self.quantized(rewriter, x, X_BLOCK), *self.quantized(rewriter, turned, W_BLOCK), offsets)
-        attrs: dict[str, Argument] = {"out_dtype": op.result.tensor.dtype, "w_block": W_BLOCK, "x_block": X_BLOCK}
-        rewriter.replace(op, rewriter.insert("quant.grouped_linear", *operands, attrs=attrs).result)
+        return self.quantized(rewriter, turned, W_BLOCK)
 
     def quantized(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
         """Codes and scales of `value`."""
         attrs: dict[str, Argument] = {"block": block, "dtype": FORMAT, "profile": self.options.profile}
         names = [f"{value.name}_q", f"{value.name}_s"]
         return rewriter.insert("quant.quantize", value, attrs=attrs, names=names).results
+
+
+def _stored(w: Value) -> Op | None:
+    """The dequantize of `[experts, N, K]` codes that `[experts, K, N]` weights are the transpose of."""
+    turned = w.op.name == "aten.transpose.int" and {axis % 3 for axis in w.op.args[1:] if isinstance(axis, int)} == {
+        1,
+        2,
+    }
+    return w.op.tensor(0).op if turned and is_stored_quantized(w.op.tensor(0)) else None
+
+
+def _why_not_stored(w: Value) -> Missed | None:
+    """Why weights that are there as codes and scales cannot be multiplied as they are."""
+    if is_stored_quantized(w):
+        return Missed("its weights are stored quantized with N last, which is not how tensor cores read them", w)
+    if (stored := _stored(w)) is None:
+        return None
+    codes, block = stored.tensor(0), block_of(stored, "block")
+    if codes.tensor.dtype is FORMAT and block == W_BLOCK:
+        return None
+    return Missed(f"its weights are stored as {codes.tensor.dtype} with a scale for each {list(block)}", codes)
 
 
 def _argument(op: Op, place: int, name: str) -> Any:

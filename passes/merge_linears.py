@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.candidates import MATMULS, bias_of, why_not_quantized
+from passes.candidates import MATMULS, bias_of, is_stored_quantized, why_not_quantized
 from passes.layers import EVERYTHING, check_patterns, why_not_selected
 from passes.memory import is_view, leaves_the_graph
+from qcompiler.dialects.quant import block_of
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Missed, Op, Rewriter, TensorType, Value
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
@@ -137,6 +138,8 @@ class MergeLinears(Pass):
             return Missed(f"it has {columns} columns, fewer than {self.min_columns}")
         if (bias := bias_of(op)) is not None and not graph.is_constant(bias):
             return Missed("its bias is computed from the inputs", bias)
+        if is_stored_quantized(w := op.tensor(1)) and block_of(w.op, "block") != self.w_block:
+            return Missed(f"its weight is stored with a scale for each {list(block_of(w.op, 'block'))}", w)
         if _read_elsewhere(op, graph):
             return Missed("its weight is read elsewhere, so that there would be two", op.tensor(1))
         if leaves_the_graph(graph, op.result):
@@ -149,11 +152,11 @@ class MergeLinears(Pass):
     def why_apart(self, before: Op, op: Op, ended: bool) -> str | None:
         """Why one linear cannot stand behind another in a larger one; None if it can."""
         pair, rows = f"{before.result} and {op.result}", before.tensor(1).tensor.shape[0]
-        types = [linear.tensor(1).tensor.dtype for linear in (before, op)]
+        types = [_weight_type(linear.tensor(1)) for linear in (before, op)]
         biases = [bias and bias.tensor.dtype for bias in map(bias_of, (before, op))]
         if ended:
             return f"between {pair} stands a matmul of another input"
-        if types[0] is not types[1]:
+        if types[0] != types[1]:
             return f"the weights of {pair} are {types[0]} and {types[1]}"
         if None in biases and biases != [None, None]:
             return f"one of {pair} has a bias, and the other has none"
@@ -229,11 +232,21 @@ def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:
 
 
 def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
-    """Constants one behind the other along their first axis."""
+    """Constants one behind the other along their first axis; of what is stored quantized, codes and scales."""
+    if all(map(is_stored_quantized, values)):
+        codes, scales = (_joined(rewriter, [value.op.tensor(index) for value in values]) for index in (0, 1))
+        attrs, names = values[0].op.attrs, [f"{values[0].name}_merged"]
+        return rewriter.insert("quant.dequantize", codes, scales, attrs=attrs, names=names).result
     kind = values[0].tensor
     rows = sum(map(_rows, values))
     types, names = [TensorType(kind.dtype, (rows, *kind.shape[1:]))], [f"{values[0].name}_merged"]
     return rewriter.insert("aten.cat", tuple(values), types=types, names=names).result
+
+
+def _weight_type(weight: Value) -> str:
+    """What the parts of a merged weight must have in common."""
+    dtype = weight.tensor.dtype
+    return f"{weight.op.tensor(0).tensor.dtype} of {dtype}" if is_stored_quantized(weight) else str(dtype)
 
 
 def _rows(value: Value) -> int:

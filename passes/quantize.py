@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from passes.calibrate import saw_no_token, statistics_of
-from passes.candidates import GROUPED, MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of
+from passes.candidates import GROUPED, MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of, is_stored_quantized
 from passes.constants import cast, is_weight, new_parameter
 from passes.grouped import QuantizeGrouped
 from passes.scheme_options import SchemeOptions
@@ -54,7 +54,7 @@ class QuantizeLinear(Rule):
         quantized = self.by_given_scale(rewriter, x) if static else self.by_own_scale(rewriter, x, options.x_block)
         args = [
             self.dequantized(rewriter, x, quantized, options.x_block),
-            self.dequantized(rewriter, w, self.by_own_scale(rewriter, w, options.w_block), options.w_block),
+            self.dequantized(rewriter, w, self.weight(rewriter, w), options.w_block),
         ]
         if bias is not None:
             args.append(cast(rewriter, bias, DType.f32, f"{bias.name}_f32"))
@@ -63,6 +63,14 @@ class QuantizeLinear(Rule):
             "aten.linear", *args, types=[TensorType(DType.f32, kind.shape)], names=[f"{op.result.name}_f32"]
         )
         rewriter.replace(op, cast(rewriter, linear.result, kind.dtype, op.result.name))
+        rewriter.erase_unread(w.op)
+
+    def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
+        """The codes and scales of a weight; those that it is stored as, when it is."""
+        if not is_stored_quantized(w):
+            return self.by_own_scale(rewriter, w, self.options.w_block)
+        rewriter.graph.remark(rewriter.anchor.results[0], "weight as it is stored")
+        return w.op.tensor(0), w.op.tensor(1)
 
     def by_own_scale(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
         """`value` quantized by the scales that it asks for: codes and scales."""

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from passes.candidates import why_not_quantized
+from passes.candidates import is_stored_quantized, why_not_quantized
 from passes.layers import EVERYTHING, check_patterns, why_not_selected
 from qcompiler import numerics
-from qcompiler.dialects.quant import EIGHT_BITS
+from qcompiler.dialects.quant import EIGHT_BITS, block_of
 from qcompiler.errors import PassError
-from qcompiler.ir import DType, Graph, Missed, Op
+from qcompiler.ir import DType, Graph, Missed, Op, Value
 from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Pass
 
@@ -63,4 +63,18 @@ class SchemeOptions(Pass):
 
     def why_not(self, op: Op, graph: Graph) -> Missed | None:
         """Why this scheme leaves a reader of weights alone; None when it quantizes it."""
-        return why_not_quantized(op, graph) or why_not_selected(self.layers, op, graph)
+        if why := why_not_quantized(op, graph) or why_not_selected(self.layers, op, graph):
+            return why
+        return self.why_not_stored(op.tensor(1))
+
+    def why_not_stored(self, w: Value) -> Missed | None:
+        """Why a weight that is there as codes and scales cannot be multiplied as they are; None for any other."""
+        if not is_stored_quantized(w):
+            return None
+        codes, block = w.op.tensor(0), block_of(w.op, "block")
+        if codes.tensor.dtype is self.dtype and block == self.w_block:
+            return None
+        wanted = f"this scheme has {self.dtype} and {list(self.w_block)}"
+        return Missed(
+            f"its weight is stored as {codes.tensor.dtype} with a scale for each {list(block)}, {wanted}", codes
+        )

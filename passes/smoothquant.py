@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from passes.calibrate import calibration_of, statistics_of
-from passes.candidates import NOT_CANDIDATES
+from passes.candidates import NOT_CANDIDATES, is_stored_quantized
 from passes.channel_labels import last_axis
 from passes.channel_scale import Region, solve
 from passes.constants import new_parameter, times
@@ -90,6 +90,12 @@ class SmoothQuant(SchemeOptions):
             raise PassError("option 'alpha' of pass 'smoothquant' is out of range", got=self.alpha, need="0 to 1")
         if self.pow2:
             object.__setattr__(self, "effect", Effect.EXACT)
+
+    def why_not_stored(self, w: Value) -> Missed | None:
+        """A weight that is there as codes and scales takes in no factor."""
+        if is_stored_quantized(w):
+            return Missed("its weight is stored quantized, and smoothing would quantize it anew", w)
+        return None
 
     def run(self, graph: Graph) -> bool:
         """Group by group, from top to bottom."""

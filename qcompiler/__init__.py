@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompiler import instruments
+    from qcompiler import checkpoints, instruments
     from qcompiler.artefact.loading import load
     from qcompiler.attribution import ErrorReport, attribute_error
     from qcompiler.calibration import Calibration
@@ -55,8 +55,8 @@ _SIBLINGS = ("passes", "codegen")
 __all__ = [
     "ArtefactError", "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport",
     "Graph", "InputError", "Match", "Missed", "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError",
-    "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "compile", "diff",
-    "instruments", "interpret", "load", "pipeline",
+    "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "checkpoints",
+    "compile", "diff", "instruments", "interpret", "load", "pipeline",
 ]  # fmt: skip
 
 
@@ -68,10 +68,12 @@ def __getattr__(name: str) -> Any:
             return "0+unknown"
     if name == "instruments":
         return import_module("qcompiler.instruments")
-    if name not in _MODULES:
+    if name not in _MODULES and name != "checkpoints":
         raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
     _check_siblings()
     import_module("qcompiler.dialects")  # fills the table of operations
+    if name == "checkpoints":
+        return import_module("qcompiler.checkpoints")
     value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

@@ -200,11 +200,11 @@ def _is_quantized(op: Op) -> bool:
         op = op.tensor(0).op
     if op.name.startswith(("quant.", "kernel.")):
         return op.name not in (*QUANTIZE, *OTHER_QUANTIZE, DEQUANTIZE)
-    return op.name in MATMULS and any(value.op.name == DEQUANTIZE for _, value in op.operands())
+    return op.name in MATMULS and sum(value.op.name == DEQUANTIZE for _, value in op.operands()) > 1
 
 
 def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
-    """The weights that some pass quantized, and that nobody reads in their original form."""
+    """The weights that some pass quantized and that nobody reads in their original form, or that came quantized."""
     quantized = {
         str(param.attrs["name"])
         for graph in graphs
@@ -220,7 +220,13 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
         ends = [op for op in readers_through(compiled, param.result, constant) if not constant(op)]
         if any(op.name not in QUANTIZE for op in ends):
             quantized.discard(str(param.attrs["name"]))
-    return quantized
+    return quantized | _stored(graphs[0])
+
+
+def _stored(captured: Graph) -> set[str]:
+    """The codes of weights that the model itself holds quantized."""
+    constant = (op for op in captured.ops(DEQUANTIZE) if captured.is_constant(op.result))
+    return {str(param.attrs["name"]) for op in constant for param in parameters_of(op.tensor(0))}
 
 
 def _why_not(op: Op) -> str:

@@ -40,6 +40,7 @@ FLOORS = {
     "qcompiler": 5,
     "qcompiler.artefact": 5,
     "qcompiler.attribution": 5,
+    "qcompiler.checkpoints": 5,
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
     "qcompiler.pipelines": 5,

@@ -26,6 +26,7 @@ from qcompiler.capture.importer import device_of_program, guards_of_program, imp
 from qcompiler.capture.preflight import check_inputs, check_model
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.signature import MISSING, ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
+from qcompiler.capture.stored_weights import readable
 from qcompiler.capture.symbols import Symbols
 from qcompiler.errors import CaptureError
 from qcompiler.interpreter import interpret
@@ -85,6 +86,12 @@ def capture(
         return _from_exported(model, call if args or kwargs else model.example_inputs, check)
     check_model(model, allow_meta=allow_meta)
     check_inputs(model, *call)
+    with readable(model):
+        return _of_module(model, call, dynamic_shapes, check)
+
+
+def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: bool) -> Captured:
+    """A model that has passed the checks, by the first variant of the examples that works."""
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
         raise CaptureError(
             "dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None"

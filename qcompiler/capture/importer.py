@@ -20,6 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec,
 
 from qcompiler.capture.decompositions import is_assertion
 from qcompiler.capture.locations import is_model_code, location_of
+from qcompiler.capture.stored_weights import STORED_WEIGHT
 from qcompiler.capture.symbols import Symbols
 from qcompiler.dialects.aten import IR_DTYPES, TAGS, ir_dtype, op_name
 from qcompiler.dialects.core import SCALAR_FUNCTIONS
@@ -163,6 +164,10 @@ class _Importer:
         source = self.made.get(node.args[0]) if node.args and isinstance(node.args[0], torch.fx.Node) else None
         if isinstance(source, Value) and self._is_identity(name, attrs, node, source):
             self.made[node] = source
+            return
+        if name == STORED_WEIGHT:
+            codes, scale, block, dtype = args
+            self._append(node, "quant.dequantize", [codes, scale], {"block": block, "out_dtype": dtype})
             return
         self._append(node, name, args, attrs)
 

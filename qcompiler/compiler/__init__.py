@@ -5,7 +5,10 @@ model -> capture -> Graph -> passes -> Graph -> host module -> CompiledModel
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from passes.calibrate import Calibrate
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.checkpoints.loading import load_model
 from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.model import CompiledModel, class_with, describe_forward
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model
@@ -31,7 +35,7 @@ DEFAULT_SCHEME = "fp8_tile"
 
 
 def compile(
-    model: "torch.nn.Module | ExportedProgram | Graph",
+    model: "torch.nn.Module | ExportedProgram | Graph | str | PathLike[str]",
     *,
     scheme: str = DEFAULT_SCHEME,
     overrides: Mapping[str, str | None] | None = None,
@@ -50,7 +54,8 @@ def compile(
     when nobody else holds the model, no more than one of them is in memory beside its quantized form.
 
     Args:
-        model: A module in evaluation mode, an exported program, or a graph with its weights.
+        model: A module in evaluation mode, an exported program, a graph with its weights, or the folder of a
+            checkpoint (see `qcompiler.checkpoints.load_model`). Weights that are FP8 already are taken as they are.
         scheme: The name of a recipe, with options in braces if need be: `fp8_tile{k_block=64}`; `qcompiler schemes`
             lists them.
         overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
@@ -70,6 +75,7 @@ def compile(
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
+        QCompilerError: The folder holds no checkpoint, or a broken one.
         PassError: A scheme, pass or option is unknown, calibration data is missing, or a pass failed.
         InputError: The calibration data does not fit the model.
         CodegenError: The target is unknown or cannot run the graph.
@@ -84,13 +90,17 @@ def compile(
     given = example_inputs is not None or example_kwargs is not None
     if not given and isinstance(known, Batches) and not isinstance(model, Graph | ExportedProgram):
         (args, kwargs), given = known.first(), True
+    again: Callable[[], Any] | None = None
+    if isinstance(model, str | PathLike):
+        again = partial(load_model, Path(model))
+        model = again()
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
     describe = describe_forward(model)
     if not given and not isinstance(model, Graph | ExportedProgram):
-        return class_with(*describe)(settings, pending=model)
+        return class_with(*describe)(settings, pending=model, origin=again)
     captured = capture_model(model, args, kwargs, settings)
-    origin = weakref.ref(model)
+    origin = again or weakref.ref(model)
     del model  # whoever else holds it may let it go now: the graph has the weights
     program = build_program(captured, settings, captured.signature.flatten(args, kwargs) if given else None)
     compiled = class_with(*describe)(settings, origin=origin)

@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from qcompiler.artefact.signature_text import Forward
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
 from qcompiler.compiler.sizing import calls_to_plan
@@ -46,7 +47,7 @@ class CompiledModel(torch.nn.Module):
     """
 
     def __init__(
-        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: "weakref.ref[Any] | None" = None
+        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: Callable[[], Any] | None = None
     ) -> None:
         """Use `qcompiler.compile`."""
         super().__init__()
@@ -117,7 +118,7 @@ class CompiledModel(torch.nn.Module):
 
     @property
     def origin(self) -> Any:
-        """The model that was compiled; None when nobody else holds it any more, since this one does not."""
+        """The model that was compiled, read again where it came from a folder; None when nobody holds it any more."""
         return self._pending[0] or (self._origin() if self._origin is not None else None)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -193,6 +194,14 @@ class CompiledModel(torch.nn.Module):
         """
         write_artefact(folder, self._done, self._settings, forward_of(type(self)), shard_bytes)
 
+    def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
+        """Writes a checkpoint of the ecosystem: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
+
+        Raises:
+            QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
+        """
+        write(self, folder, format, **options)
+
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """The program; the first of `calls` captures it, if that is still to do."""
         if self._program is None and calls:
@@ -233,7 +242,7 @@ class CompiledModel(torch.nn.Module):
             captured = capture_model(model, args, kwargs, self._settings)
             # While the passes run nobody but the user holds the model, so that its weights can go one by one.
             back = weakref.ref(model)
-            self._pending, self._origin = (None,), back
+            self._pending, self._origin = (None,), self._origin or back
             del model
             try:
                 program = build_program(captured, self._settings, captured.signature.flatten(args, kwargs))

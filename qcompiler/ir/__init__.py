@@ -1,7 +1,7 @@
 """The graph IR: types, operations, graphs, their text, their rules, and rewriting. No torch in here."""
 
 from qcompiler.ir.diff import diff
-from qcompiler.ir.graph import Graph, Range, Use
+from qcompiler.ir.graph import Graph, Range, Recipe, Use
 from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree
 from qcompiler.ir.parser import parse_literal
 from qcompiler.ir.printer import print_argument, print_op
@@ -11,6 +11,7 @@ from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Ty
 
 __all__ = [
     "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range",
-    "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules", "ceildiv",
-    "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "print_argument", "print_op", "symbol",
+    "Recipe", "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules",
+    "ceildiv", "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "print_argument", "print_op",
+    "symbol",
 ]  # fmt: skip

@@ -47,6 +47,13 @@ class Range:
         return self.low <= value and (self.high is None or value <= self.high)
 
 
+class Recipe(NamedTuple):
+    """How a weight that a pass has made is computed from others: a graph without inputs, and which output it is."""
+
+    graph: "Graph"
+    output: int
+
+
 class Graph:
     """One function. Build it with `add_input`, `append` and `set_outputs`; change it with `insert`, `replace`, `erase`.
 
@@ -54,6 +61,7 @@ class Graph:
         name: Printed after `@`.
         symbols: The range of each symbolic size that has one.
         weights: Name -> tensor for the parameters and buffers; empty in a graph that is structure only.
+        recipes: How the weights that passes have made are computed from the model's, by name.
         remarks: What a pass has to say of values, by their names; whoever runs a pipeline takes them away at its end.
         calibration: What was observed of its values on real inputs, see `qcompiler.calibration`; None until somebody
             calibrates.
@@ -63,6 +71,7 @@ class Graph:
         self.name = name
         self.symbols: dict[str, Range] = {}
         self.weights: MutableMapping[str, Any] = {}
+        self.recipes: dict[str, Recipe] = {}
         self.remarks: dict[str, str] = {}
         self.calibration: Any = None
         self._net = nx.MultiDiGraph()
@@ -241,12 +250,13 @@ class Graph:
     # Forms
 
     def clone(self, *, weights: bool = True) -> "Graph":
-        """An independent copy of the structure; with `weights`, over the same tensors and the same calibration."""
+        """An independent copy of the structure; with `weights`, over the same tensors, recipes and calibration."""
         copy = Graph(self.name)
         copy.symbols = dict(self.symbols)
         if weights:
             copy.weights = self.weights.copy() if hasattr(self.weights, "copy") else dict(self.weights)
             copy.calibration = self.calibration
+            copy.recipes = dict(self.recipes)
         twin: dict[Value, Value] = {}
         made: dict[Op, Op] = {self._return: copy._return}
         for op in self:

@@ -1,0 +1,157 @@
+"""Weights that a model holds in 8 bits, as codes and scales: in a captured graph they are `quant.dequantize` of both.
+
+    linear.weight: F8_E4M3, linear.weight_scale_inv: F32
+  ->
+    %w = quant.dequantize(%linear.weight, %linear.weight_scale_inv) {block = [128, 128], out_dtype = bf16}
+    %y = aten.linear(%x, %w)
+
+`hold` makes a module's attribute mean the numbers, while codes and scales stay its parameters, under their own names:
+any code that reads the attribute runs, eagerly and traced, and nothing is dequantized for good. `readable` does that to
+modules of others, such as those into which transformers loads FP8 checkpoints, for the duration of a capture.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompiler import numerics
+from qcompiler.errors import CaptureError
+from qcompiler.numerics import ALL
+
+STORED_WEIGHT = "qcompiler.stored_weight"
+"""The operator of torch that a trace has for one."""
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE = "_scale_inv"
+"""What transformers' modules put behind the name of a weight for that of its scale."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one attribute of a module is held.
+
+    Attributes:
+        scale: The name of its scale in the same module.
+        block: Rows and columns that share a scale; -1 is the whole of an axis.
+        dtype: What the module computes in.
+    """
+
+    scale: str
+    block: tuple[int, int]
+    dtype: torch.dtype
+
+
+@torch.library.custom_op("qcompiler::stored_weight", mutates_args=())
+def stored_weight(codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+    """The numbers that codes and scales stand for: `numerics.dequantize`."""
+    return numerics.dequantize(codes, scale, block, dtype)
+
+
+@stored_weight.register_fake
+def _(codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+def hold(module: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Makes attributes of a module mean what their codes and scales stand for."""
+    kind = type(module)
+    properties: dict[str, Any] = {name: property(_reader(name, how)) for name, how in stored.items()}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    module.__class__ = type(
+        kind.__name__, (kind,), {**names, "stored_weights": {**held(module), **stored}, **properties}
+    )
+
+
+def held(module: nn.Module) -> Mapping[str, Stored]:
+    """What `hold` was told of a module; nothing for any other."""
+    found: Mapping[str, Stored] = getattr(type(module), "stored_weights", {})
+    return found
+
+
+@contextmanager
+def readable(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the FP8 weights of a model can be read as numbers.
+
+    Raises:
+        CaptureError: An FP8 weight has no scale, or one that does not say what it is for.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for name, module in model.named_modules():
+            if found := stored_in(module, name, model):
+                changed.append((module, type(module)))
+                hold(module, found)
+        yield
+    finally:
+        for module, kind in changed:
+            module.__class__ = kind
+
+
+def stored_in(module: nn.Module, name: str, model: nn.Module) -> dict[str, Stored]:
+    """The FP8 weights of somebody else's module, and how they are to be read."""
+    if held(module):
+        return {}
+    weights = {key: tensor for key, tensor in module._parameters.items() if tensor is not None and tensor.dtype in FP8}
+    return {key: _described(module, key, f"{name}.{key}" if name else key, model) for key in weights}
+
+
+def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stored:
+    scale = getattr(module, key + SCALE, None)
+    if not isinstance(scale, Tensor):
+        raise CaptureError(
+            f"the weight {name!r} is FP8 and has no scale, so that nobody knows its numbers",
+            need=f"a scale beside it, called '{key}{SCALE}'",
+            fix="Read the checkpoint with qcompiler.checkpoints.load_model(folder).",
+        )
+    return Stored(key + SCALE, _block(module, scale, name), _dtype(model))
+
+
+def _block(module: nn.Module, scale: Tensor, name: str) -> tuple[int, int]:
+    """What a scale is for, as the module says; one number can only be for the whole."""
+    said = getattr(module, "block_size", None)
+    if said is not None:
+        return int(said[0]), int(said[1])
+    if scale.numel() == 1:
+        return ALL, ALL
+    raise CaptureError(
+        f"the weight {name!r} does not say which of its elements share a scale",
+        got=f"scales {list(scale.shape)}", need=f"'block_size' in its {type(module).__name__}",
+    )  # fmt: skip
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in: as its configuration says, or as its first other weight is."""
+    said = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    usual = (torch.bfloat16, torch.float16, torch.float32)
+    names = (name for name, _ in model.named_parameters() if SCALE not in name)
+    return next((dtype for name in names if (dtype := model.get_parameter(name).dtype) in usual), torch.bfloat16)
+
+
+def _reader(name: str, how: Stored) -> Any:
+    def read(module: nn.Module) -> Tensor:
+        codes, scale = module._parameters[name], getattr(module, how.scale)
+        if codes is None or codes.itemsize > 1:  # cast by somebody: then it is what it looks like
+            return codes  # type: ignore[return-value]
+        shape = numerics.scale_shape(codes.shape, how.block)
+        numbers: Tensor = torch.ops.qcompiler.stored_weight(codes, widened(scale, shape), list(how.block), how.dtype)
+        return numbers
+
+    return read
+
+
+def widened(scale: Tensor, shape: list[int]) -> Tensor:
+    """A scale as checkpoints have it, in FP32 and in the shape that blocks ask for; exact.
+
+    Args:
+        scale: FP32, FP16, BF16, or one byte that is the exponent of a power of two, as such or as a plain byte.
+        shape: With as many elements.
+    """
+    scale = scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale
+    scale = scale if scale.dtype is torch.float32 else scale.to(torch.float32)
+    return scale if list(scale.shape) == shape else scale.reshape(shape)

@@ -1,0 +1,13 @@
+"""Checkpoints of the ecosystem: compiled models written as them, and models read from them.
+
+write(compiled, "out", "fp8")                   Hugging Face's block FP8
+write(compiled, "out", "compressed-tensors")    FP8 or INT8
+load_model("out")                               a model whose quantized weights stay codes and scales
+"""
+
+from qcompiler.checkpoints.loading import load_model
+from qcompiler.checkpoints.reading import Checkpoint, read
+from qcompiler.checkpoints.smoothing import smoothing
+from qcompiler.checkpoints.writing import write
+
+__all__ = ["Checkpoint", "load_model", "read", "smoothing", "write"]

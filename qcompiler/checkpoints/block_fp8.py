@@ -1,0 +1,113 @@
+"""The block-FP8 format of Hugging Face and DeepSeek: `quant_method: fp8`.
+
+    model.layers.0.mlp.up_proj.weight              F8_E4M3 [N, K]
+    model.layers.0.mlp.up_proj.weight_scale_inv    F32 [ceil(N / 128), ceil(K / 128)]
+
+    "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], ...}
+
+In spite of its name the scale is what codes are multiplied by. Activations are quantized in each call, by whoever runs
+the model.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, StoredAs, powers_of_two
+from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.numerics import ALL
+
+METHOD = "fp8"
+
+SCALE = "_scale_inv"
+"""What a scale's name has behind that of its weight."""
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+SCALE_FORMATS = {"float": torch.float32, "ue8m0": UE8M0}
+"""`scale_fmt` -> the type that scales are stored in."""
+
+
+@dataclass(frozen=True)
+class BlockFp8:
+    """FP8 e4m3 with one scale for each block of a weight.
+
+    Attributes:
+        scale_format: How scales are stored: one of `SCALE_FORMATS`.
+    """
+
+    scale_format: str = "float"
+    fix: ClassVar[str] = 'Use format="compressed-tensors", or the scheme "fp8_tile" for these layers.'
+
+    def __post_init__(self) -> None:
+        """QCompilerError for a format of scales that there is not."""
+        if self.scale_format not in SCALE_FORMATS:
+            fix = did_you_mean(str(self.scale_format), SCALE_FORMATS)
+            raise QCompilerError("no such format of scales", got=repr(self.scale_format), fix=fix)
+
+    def why_not(self, weight: QuantizedWeight) -> str | None:
+        """Why it cannot hold a quantized weight; None when it can."""
+        if weight.codes.dtype is not torch.float8_e4m3fn:
+            return f"its codes are {str(weight.codes.dtype).removeprefix('torch.')}, not float8_e4m3fn"
+        if min(weight.block) < 1:
+            return f"its scales are for {list(weight.block)}, not for blocks such as [128, 128]"
+        if weight.x_scale is not None:
+            return "the scale of its activations is fixed, not computed in each call"
+        if self.scale_format == "ue8m0" and not powers_of_two(weight.scale):
+            return "its scales are no powers of two, as ue8m0 is, and the scheme fp8_tile{scale=ue8m0} makes them"
+        return None
+
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Codes and scales, by their names in the file."""
+        return {name: weight.codes, name + SCALE: weight.scale.to(SCALE_FORMATS[self.scale_format])}
+
+    def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
+        """The `quantization_config`; QCompilerError when there are blocks of several sizes."""
+        blocks = {weight.block: name for name, weight in weights.items()}
+        if len(blocks) > 1:
+            got = ", ".join(f"{list(block)} in '{name}'" for block, name in blocks.items())
+            raise QCompilerError("the format 'fp8' has blocks of one size", got=got, fix=self.fix)
+        said = {
+            "quant_method": METHOD,
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": list(next(iter(blocks))),
+            "modules_to_not_convert": sorted(unconverted),
+        }
+        return said if self.scale_format == "float" else {**said, "scale_fmt": self.scale_format}
+
+
+def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
+    """The quantized weights of a folder: each FP8 weight, with the scale beside it.
+
+    Args:
+        said: The `quantization_config`.
+        tensors: Those of the folder.
+
+    Raises:
+        QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
+    """
+    if (scheme := said.get("activation_scheme", "dynamic")) != "dynamic":
+        fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
+        raise QCompilerError("activations with fixed scales", got=repr(scheme), need="'dynamic'", fix=fix)
+    block = _block(said.get("weight_block_size"))
+    for name in tensors:
+        weight = name.removesuffix(SCALE)
+        if name.endswith("weight" + SCALE) and (weight not in tensors or tensors.dtype(weight) not in FP8):
+            found = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
+            raise QCompilerError(f"a scale belongs to no FP8 weight: '{name}'", got=found, need=f"FP8 in '{weight}'")
+    return {name: StoredAs(name + SCALE, block) for name in tensors if tensors.dtype(name) in FP8}
+
+
+def _block(said: Any) -> tuple[int, int]:
+    """The size of a block; a weight without blocks has one scale."""
+    if said is None:
+        return ALL, ALL
+    sizes = [size for size in said if type(size) is int and size > 0] if isinstance(said, list) else []
+    if len(sizes) != 2 or len(said) != 2:
+        raise QCompilerError("'weight_block_size' is malformed", got=said, need="two positive numbers, or null")
+    return sizes[0], sizes[1]

@@ -1,0 +1,124 @@
+"""Reads the configuration of a compressed-tensors checkpoint: which weights are quantized, and how finely.
+
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "block", ...}, ...}}
+
+A group is for modules by name, by `re:` and a regular expression, or by class. A folder does not know classes, so a
+group that names one is for every quantized weight that no other group names.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.quantized_weight import StoredAs
+from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.numerics import ALL
+
+FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "mixed-precision")
+WEIGHT, SCALE = "weight", "weight_scale"
+CODES = {"float": torch.float8_e4m3fn, "int": torch.int8}
+BLOCKS = {"tensor": (ALL, ALL), "channel": (1, ALL)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group: what it is for, and how its weights are stored."""
+
+    name: str
+    targets: tuple[str, ...]
+    codes: torch.dtype
+    block: tuple[int, int]
+
+    def names(self, module: str) -> bool:
+        """Whether it is for a module by name or by a regular expression."""
+        return any(_matches(target, module) for target in self.targets)
+
+
+def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
+    """The quantized weights of a folder: each weight with a `weight_scale` beside it.
+
+    Args:
+        said: The `quantization_config`.
+        tensors: Those of the folder.
+
+    Raises:
+        QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
+    """
+    if (format := said.get("format")) not in FORMATS:
+        raise QCompilerError("an unknown format", got=repr(format), fix=did_you_mean(str(format), FORMATS))
+    groups = _groups(said.get("config_groups"))
+    found: dict[str, StoredAs] = {}
+    for name in tensors:
+        if name.rpartition(".")[2] != SCALE:
+            continue
+        weight = name.removesuffix(SCALE) + WEIGHT
+        group = _group_of(weight.rpartition(".")[0], groups)
+        if weight not in tensors or tensors.dtype(weight) is not group.codes:
+            got = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
+            need = f"{str(group.codes).removeprefix('torch.')} in '{weight}', as {group.name} says"
+            raise QCompilerError(f"a scale belongs to no such weight: '{name}'", got=got, need=need)
+        found[weight] = StoredAs(name, group.block)
+    return found
+
+
+def _groups(said: Any) -> list[Group]:
+    if not isinstance(said, dict) or not said:
+        raise QCompilerError("'config_groups' is no JSON object with groups", got=repr(said))
+    return [_group(name, group) for name, group in said.items()]
+
+
+def _group(name: str, said: Any) -> Group:
+    weights = said.get("weights") if isinstance(said, dict) else None
+    targets = said.get("targets") if isinstance(said, dict) else None
+    if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise QCompilerError(f"the group '{name}' is malformed", need="'targets', a list, and 'weights', an object")
+    kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
+    if bits != 8 or kind not in CODES:
+        raise QCompilerError(f"the group '{name}' has weights of another kind", got=f"{kind!r} of {bits!r} bits",
+                             need="'float' or 'int' of 8 bits")  # fmt: skip
+    if weights.get("symmetric", True) is not True or weights.get("dynamic", False) is not False:
+        raise QCompilerError(f"the weights of group '{name}' have zero points, or scales of each call")
+    activations = said.get("input_activations")
+    if isinstance(activations, dict) and activations.get("dynamic") is not True:
+        fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
+        raise QCompilerError(f"the activations of group '{name}' have fixed scales", need="dynamic", fix=fix)
+    return Group(name, tuple(targets), CODES[kind], _block(name, weights))
+
+
+def _block(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:
+    strategy, sizes = weights.get("strategy"), weights.get("block_structure")
+    if strategy == "block":
+        if isinstance(sizes, str):  # older files have "128x128"
+            sizes = [int(size) for size in sizes.split("x") if size.isdecimal() and len(size) < 9]
+        if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):
+            return sizes[0], sizes[1]
+        raise QCompilerError(
+            f"'block_structure' of group '{name}' is malformed", got=sizes, need="two positive numbers"
+        )
+    if strategy not in BLOCKS:
+        got, need = repr(strategy), "block, channel or tensor"
+        raise QCompilerError(f"the weights of group '{name}' have an unknown strategy", got=got, need=need)
+    return BLOCKS[strategy]
+
+
+def _group_of(module: str, groups: list[Group]) -> Group:
+    named = [group for group in groups if group.names(module)]
+    by_class = [group for group in groups if any("." not in t and not t.startswith("re:") for t in group.targets)]
+    found = named or by_class
+    if len(found) != 1:
+        got = ", ".join(group.name for group in found) or "none"
+        raise QCompilerError(f"it is not clear which group '{module}' belongs to", got=got, need="one group")
+    return found[0]
+
+
+def _matches(target: str, module: str) -> bool:
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target.removeprefix("re:"), module) is not None
+    except re.error as error:
+        raise QCompilerError("a target is no regular expression", got=f"{target!r}: {error}") from error

@@ -1,0 +1,103 @@
+"""The format of the library compressed-tensors, for 8 bits: `quant_method: compressed-tensors`.
+
+    model.layers.0.mlp.up_proj.weight          F8_E4M3 or I8 [N, K]
+    model.layers.0.mlp.up_proj.weight_scale    F32 [ceil(N / 128), ceil(K / 128)], [N, 1] or [1]
+    model.layers.0.mlp.up_proj.input_scale     F32 [1], where the activation has a fixed scale
+
+Weights that are quantized alike make a group of the configuration. The layers of a group are named in full, unless
+there is one group: then it is for every linear that is not ignored.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight
+from qcompiler.numerics import ALL
+
+METHOD = "compressed-tensors"
+SCALE, INPUT_SCALE = "weight_scale", "input_scale"
+KINDS = {torch.float8_e4m3fn: ("float", "float-quantized"), torch.int8: ("int", "int-quantized")}
+"""Codes -> what the configuration calls them, and the storage format."""
+
+CHANNEL, TENSOR = (1, ALL), (ALL, ALL)
+
+
+class CompressedTensors:
+    """FP8 in blocks, by channel or by tensor; INT8 by channel or by tensor."""
+
+    fix = "Choose another scheme for these layers, or leave them in float: overrides={pattern: None}."
+
+    def why_not(self, weight: QuantizedWeight) -> str | None:
+        """Why it cannot hold a quantized weight; None when it can."""
+        if weight.codes.dtype not in KINDS:
+            return f"its codes are {str(weight.codes.dtype).removeprefix('torch.')}, not float8_e4m3fn or int8"
+        if weight.block in (CHANNEL, TENSOR):
+            tiled = weight.x_block is not None and weight.x_block[0] == 1 and weight.x_block[1] != ALL
+            if tiled and weight.codes.dtype is torch.int8:
+                return "its activations are INT8 in tiles, and the format has tokens and tensors"
+        elif min(weight.block) < 1 or weight.codes.dtype is torch.int8:
+            return f"its scales are for {list(weight.block)} of {str(weight.codes.dtype).removeprefix('torch.')}"
+        if weight.x_block is not None and weight.x_block[0] != 1 and weight.x_block != TENSOR:
+            return "its activations have a scale for each channel over all tokens"
+        return None
+
+    def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Codes and scales, by their names in the file."""
+        stem = name.removesuffix("weight")
+        scale = weight.scale.reshape(1) if weight.block == TENSOR else weight.scale
+        found = {name: weight.codes, stem + SCALE: scale}
+        return found if weight.x_scale is None else {**found, stem + INPUT_SCALE: weight.x_scale.reshape(1)}
+
+    def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
+        """The `quantization_config`."""
+        groups: list[tuple[dict[str, Any], list[str]]] = []
+        for name, weight in weights.items():
+            said = _scheme(weight)
+            members = next((members for scheme, members in groups if scheme == said), None)
+            if members is None:
+                groups.append((said, members := []))
+            members.append(name.removesuffix(".weight"))
+        single = len(groups) == 1
+        formats = {scheme["format"] for scheme, _ in groups}
+        return {
+            "quant_method": METHOD,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": {
+                f"group_{index}": {"targets": ["Linear"] if single else sorted(members), **scheme}
+                for index, (scheme, members) in enumerate(groups)
+            },
+            "ignore": sorted(unconverted),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+
+def _scheme(weight: QuantizedWeight) -> dict[str, Any]:
+    """The configuration of one group, without its targets."""
+    kind, stored = KINDS[weight.codes.dtype]
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    return {
+        "format": stored,
+        "weights": {**common, "dynamic": False, **_strategy(weight.block, "channel")},
+        "input_activations": {**common, "dynamic": weight.x_scale is None, **_activations(weight)},
+        "output_activations": None,
+    }
+
+
+def _strategy(block: tuple[int, int], row: str) -> dict[str, Any]:
+    if block == TENSOR:
+        return {"strategy": "tensor"}
+    return {"strategy": row} if block == CHANNEL else {"strategy": "block", "block_structure": list(block)}
+
+
+def _activations(weight: QuantizedWeight) -> dict[str, Any]:
+    """The strategy for activations; where the graph does not say, the one that goes with the weight's."""
+    usual = CHANNEL if weight.block in (CHANNEL, TENSOR) else (1, weight.block[1])
+    block = weight.x_block or usual
+    if block[0] == 1 and block[1] != ALL:
+        return {"strategy": "group", "group_size": block[1]}
+    return _strategy(block, "token")

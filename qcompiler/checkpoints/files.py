@@ -1,0 +1,134 @@
+"""The tensors of a checkpoint's folder: where each is, what it is, and itself when it is asked for.
+
+    model.safetensors                      or    model.safetensors.index.json and the files that it names
+
+Nothing is believed: a name that leads out of the folder, a file that is cut off, an index that lists what is not there
+are errors that name the file and the tensor.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
+from qcompiler.errors import QCompilerError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""What safetensors calls an element type."""
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of a folder, read one by one; a tensor that nobody asks for costs nothing.
+
+    Args:
+        folder: Of a checkpoint.
+
+    Raises:
+        QCompilerError: A file is missing or broken, or the index does not fit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._types: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._files: dict[str, Any] = {}
+        for file, expected in _listed(folder).items():
+            self._open(file, expected)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise QCompilerError("a tensor cannot be read", got=error, where=f"{self.folder}: {name}") from error
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._types  # the inherited test would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._types)
+
+    def __len__(self) -> int:
+        return len(self._types)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The element type of a tensor, without reading it."""
+        return self._types[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._types[name][1]
+
+    def _open(self, file: str, expected: set[str] | None) -> None:
+        """Takes in the tensors of one file: those that the index expects there, all of them without an index."""
+        path = self.folder / file
+        if not path.is_file():
+            raise QCompilerError("a file of the checkpoint is missing", got=str(path), need="each file of the index")
+        try:
+            opened = safe_open(path, "pt")
+            found = {*opened.keys()}
+            if lost := sorted((expected or set()) - found):
+                raise QCompilerError("the index expects a tensor that is not in its file", got=lost[0], where=str(path))
+            for name in sorted(found if expected is None else expected):
+                part = opened.get_slice(name)
+                self._types[name] = (_dtype(part.get_dtype(), path, name), tuple(part.get_shape()))
+                self._files[name] = opened
+        except (SafetensorError, OSError) as error:
+            fix = "It may be cut off: copy it again."
+            raise QCompilerError("a file is no safetensors file", got=error, where=str(path), fix=fix) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; QCompilerError for anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise QCompilerError("a file cannot be read as JSON", got=error, where=str(path)) from error
+    if not isinstance(document, dict):
+        raise QCompilerError("a file holds no JSON object", got=type(document).__name__, where=str(path))
+    return document
+
+
+def _listed(folder: Path) -> dict[str, set[str] | None]:
+    """The files of a folder -> the tensors that the index expects in them, or None without an index."""
+    if not folder.is_dir():
+        raise QCompilerError("there is no such folder", got=str(folder))
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            got = f"{folder}, which has neither"
+            raise QCompilerError("the folder holds no checkpoint", got=got, need=f"{SINGLE} or {INDEX}, and {CONFIG}")
+        return {SINGLE: None}
+    path = folder / INDEX
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict):
+        raise QCompilerError(
+            "the index has no map of tensors", got=type(places).__name__, need="weight_map", where=str(path)
+        )
+    files: dict[str, set[str]] = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or not _is_plain(file):
+            got = f"{file!r} for {name!r}"
+            raise QCompilerError("the index leads out of the folder", got=got, need="file names", where=str(path))
+        files.setdefault(file, set()).add(name)
+    return {**files}
+
+
+def _is_plain(file: str) -> bool:
+    """Whether a name is that of a file in the folder itself, on any system."""
+    plain = PurePosixPath(file).name == file == PureWindowsPath(file).name
+    return plain and file not in ("", ".", "..") and "\0" not in file
+
+
+def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
+    if name not in DTYPES:
+        need = ", ".join(DTYPES)
+        raise QCompilerError("a tensor has an unknown element type", got=name, need=need, where=f"{path}: {tensor}")
+    return DTYPES[name]

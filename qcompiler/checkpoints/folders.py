@@ -1,0 +1,121 @@
+"""A checkpoint's folder: written beside its place and then moved there, in shards with an index.
+
+config.json    model-00001-of-00002.safetensors    model-00002-of-00002.safetensors    model.safetensors.index.json
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qcompiler.errors import QCompilerError
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+    "*.tiktoken", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*",
+)  # fmt: skip
+"""Files that belong to a model and are copied as they are."""
+
+KNOWN = (CONFIG, INDEX, "*.safetensors", *COMPANIONS)
+"""What a folder may hold that is written over."""
+
+
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], documents: Mapping[str, Any], companions: Path | None, shard_bytes: int
+) -> None:
+    """Writes a checkpoint: the folder is complete, or it is not there.
+
+    Args:
+        folder: Where; what is there already must be a checkpoint, or empty.
+        tensors: All of them, by name.
+        documents: File name -> what it says, as JSON.
+        companions: A folder whose tokenizer and the like are copied.
+        shard_bytes: A file gets no more tensors than that, but for a single one that is larger.
+
+    Raises:
+        QCompilerError: There is something else at that place.
+    """
+    check_place(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for source in _companions(companions):
+            shutil.copyfile(source, made / source.name)
+        _write_tensors(made, tensors, shard_bytes)
+        for name, document in documents.items():
+            (made / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        made.chmod(0o755)
+        _move(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def check_place(folder: Path) -> None:
+    """QCompilerError when there is something that must not be written over."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise QCompilerError("a checkpoint is a folder, and there is something else", got=str(folder))
+    strange = [path.name for path in folder.iterdir() if not path.is_file() or not _is_known(path.name)]
+    if strange:
+        got = f"'{sorted(strange)[0]}' in {folder}"
+        fix = "Write to another folder, or empty that one yourself."
+        raise QCompilerError("the folder holds what is no part of a checkpoint", got=got, fix=fix)
+
+
+def _is_known(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in KNOWN)
+
+
+def _companions(folder: Path | None) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()) if folder is not None else ():
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS):
+            yield path
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    shards = _shards(tensors, shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in
+                                               range(1, len(shards) + 1)]  # fmt: skip
+    for name, shard in zip(names, shards, strict=True):
+        save_file({key: tensors[key].detach().contiguous() for key in shard}, folder / name, {"format": "pt"})
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Puts a folder in its place; what was there goes only when the new one can take over."""
+    if not folder.exists():
+        os.rename(made, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.rename(folder, old)
+    try:
+        os.rename(made, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,80 @@
+"""From a constant back to the weight of the model that it was made of: what undoes the operations in between.
+
+    mul(w, 1/s)              ->    w' = the product: the weight takes the factor in
+    mul(add(w, 1), 1/s)      ->    w' = the product - 1, so that the model, which adds 1, computes the product
+    t(w)                     ->    w' = its transpose
+
+A factor is computed from what a pass has added, and from no weight of the model. Any other operation cannot be undone,
+and is named.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qcompiler.dialects.aten import torch_dtype
+from qcompiler.ir import Op, Value
+from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.graph import PARAM
+
+CASTS = ("aten._to_copy", "aten.to.dtype")
+TRANSPOSES = ("aten.t", "aten.transpose.int")
+SUMS = ("aten.add.Tensor", "aten.add.Scalar")
+
+
+def why_not_rows(part: Value, model_names: set[str]) -> str | None:
+    """Why the rows of a constant are not those of its weight; None when they are."""
+    turned = False
+    for op in _chain(part, model_names):
+        if op.name in TRANSPOSES:
+            turned = not turned
+        elif op.name not in (PARAM, *CASTS) and not _takes_factor(op, model_names):
+            return f"{op.name} computes what is quantized from it"
+    if turned:
+        return "the model stores it transposed, [K, N], and the format has [N, K]"
+    return None
+
+
+def restored(part: Value, tensor: Tensor, model_names: set[str]) -> Tensor | str:
+    """The weight with which the model's own operations give `tensor`; or why there is none."""
+    for op in _chain(part, model_names):
+        if op.name == PARAM:
+            return tensor.to(torch_dtype(op.result.tensor.dtype)).contiguous()
+        if op.name in TRANSPOSES and tensor.dim() == 2:
+            tensor = tensor.t()
+        elif op.name in SUMS and (number := _number(op)) is not None:
+            tensor = tensor - number
+        elif op.name not in CASTS and not _takes_factor(op, model_names):
+            return f"{op.name} computes what was changed from it, and cannot be undone"
+        if op.name in CASTS:
+            wider = torch_dtype(op.tensor(0).tensor.dtype)
+            tensor = tensor.to(torch.promote_types(tensor.dtype, wider))
+    return f"it is not found in what computes {part}"
+
+
+def _chain(part: Value, model_names: set[str]) -> Iterator[Op]:
+    """The operations from a constant to the weight of the model in it."""
+    op = part.op
+    while True:
+        yield op
+        inner = [value for _, value in op.operands() if _names(value) & model_names]
+        if len(inner) != 1:
+            return
+        op = inner[0].op
+
+
+def _takes_factor(op: Op, model_names: set[str]) -> bool:
+    """Whether an operation multiplies by something that a pass has added."""
+    factors = [value for _, value in op.operands() if (names := _names(value)) and not names & model_names]
+    return op.name == "aten.mul.Tensor" and len(factors) == 1 and not op.attrs
+
+
+def _number(op: Op) -> float | None:
+    """What is added, when that is a literal."""
+    number = op.args[1] if len(op.args) > 1 and not op.attrs else None
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
+
+
+def _names(value: Value) -> set[str]:
+    return {str(param.attrs["name"]) for param in parameters_of(value)}

@@ -1,0 +1,83 @@
+"""The model that a checkpoint is written for: what it is made of, and under which names."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompiler import numerics
+from qcompiler.capture.stored_weights import held, stored_in, widened
+from qcompiler.checkpoints.folders import CONFIG
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight, StoredAs
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model, as far as a checkpoint needs it.
+
+    Attributes:
+        module: The module; its weights may be on the meta device.
+        tensors: Name -> tensor, as a checkpoint in float would have them.
+        documents: JSON files beside the tensors: the configuration, where the model has one.
+        folder: Where its tokenizer is found, if anywhere.
+    """
+
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+    documents: Mapping[str, Any]
+    folder: Path | None
+
+    def linears(self) -> Iterator[str]:
+        """The names of the modules that are linears."""
+        return (name for name, module in self.module.named_modules() if isinstance(module, nn.Linear))
+
+    def stored(self) -> dict[str, StoredAs]:
+        """The weights that the model holds as codes and scales."""
+        found: dict[str, StoredAs] = {}
+        for name, module in self.module.named_modules():
+            stem = f"{name}." if name else ""
+            for key, how in (held(module) or stored_in(module, name, self.module)).items():
+                found[stem + key] = StoredAs(stem + how.scale, how.block)
+        return found
+
+    def quantized(self, name: str, how: StoredAs) -> QuantizedWeight:
+        """One of those."""
+        codes = self.tensors[name]
+        scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.block))
+        return QuantizedWeight(codes, scale, how.block)
+
+
+def origin_of_module(module: nn.Module) -> Origin:
+    """A model in memory."""
+    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    twins = {name for name, source in tied.items() if state.get(name) is state.get(source) is not None}
+    tensors = {name: tensor.detach() for name, tensor in state.items() if name not in twins}
+    return Origin(module, tensors, _documents(module), _folder(module))
+
+
+def _documents(module: nn.Module) -> dict[str, Any]:
+    """The configuration files that `save_pretrained` would write."""
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    written = json.loads(config.to_json_string())
+    written.pop("quantization_config", None)
+    dtypes = (tensor.dtype for tensor in module.parameters() if tensor.is_floating_point() and tensor.itemsize > 1)
+    dtype = getattr(config, "dtype", None) or next(dtypes, torch.float32)
+    documents = {
+        CONFIG: {**written, "architectures": [type(module).__name__], "dtype": str(dtype).removeprefix("torch.")}
+    }
+    if hasattr(generation := getattr(module, "generation_config", None), "to_json_string"):
+        documents["generation_config.json"] = json.loads(generation.to_json_string())
+    return documents
+
+
+def _folder(module: nn.Module) -> Path | None:
+    """The folder that transformers has loaded it from."""
+    path = getattr(getattr(module, "config", None), "name_or_path", "")
+    return Path(path) if path and Path(path, CONFIG).is_file() else None

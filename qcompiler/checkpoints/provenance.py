@@ -1,0 +1,246 @@
+"""Which weights of the model a compiled graph holds, and in which form, by how each stored constant was computed.
+
+    q.weight_merged_q = quantize(cat([q.weight, k.weight]))   ->   q.weight and k.weight: their rows of codes and scales
+    norm.weight_folded = cast(norm.weight × 1/s)              ->   norm.weight, changed
+
+The passes leave a recipe for each weight that they make (`graph.recipes`); names of parameters are never guessed at.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qcompiler import numerics
+from qcompiler.checkpoints.layouts import restored, why_not_rows
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits, same
+from qcompiler.dialects.quant import block_of
+from qcompiler.errors import QCompilerError
+from qcompiler.interpreter import evaluate
+from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.graph import PARAM
+
+LINEARS = ("quant.linear", "kernel.scaled_linear", "quant.grouped_linear", "kernel.grouped_linear")
+"""Products of quantized operands: activation, its scale, weight, its scale."""
+
+STATIC = ("quant.quantize_static", "kernel.quantize_static")
+
+
+@dataclass
+class Provenance:
+    """What became of the model's weights, by their names in the model.
+
+    Attributes:
+        quantized: Those that the graph holds in 8 bits.
+        changed: Those that the graph holds in another value, such as a norm that smoothing has scaled.
+        kept: Those that the graph reads as they are.
+        scales: Those that are scales of weights that the model itself has in 8 bits.
+        refused: Those that cannot be given back -> why.
+    """
+
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    scales: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def refuse(self, name: str, why: str) -> None:
+        """Notes why a weight cannot be given back; the first reason counts."""
+        self.refused.setdefault(name, why)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Where a graph multiplies with a quantized weight."""
+
+    codes: Value
+    scale: Value
+    block: tuple[int, int]
+    x_block: tuple[int, int] | None
+    x_scale: Value | None
+
+
+def trace(structure: Graph, compiled: Graph, model_names: set[str]) -> Provenance:
+    """What became of the model's weights.
+
+    Args:
+        structure: The last stage in which each layer has an operation of its own.
+        compiled: The graph after the last pass, with weights and recipes.
+        model_names: The weights that the graph read when it was captured.
+    """
+    return _Tracer(structure, compiled, model_names).run()
+
+
+class _Tracer:
+    """The state of one trace."""
+
+    def __init__(self, structure: Graph, compiled: Graph, model_names: set[str]) -> None:
+        self.structure, self.compiled, self.model_names = structure, compiled, model_names
+        self.found = Provenance()
+        self.done: set[str] = set()
+
+    def run(self) -> Provenance:
+        """Quantized weights first; what is left are weights in float."""
+        for op in self.structure.ops():
+            for pair in _pairs(op, self.structure):
+                self.quantized(pair)
+        for op in self.structure.ops(PARAM):
+            if str(op.attrs["name"]) not in self.done:
+                self.plain(op)
+        for name in self.found.kept & {*self.found.quantized, *self.found.changed}:
+            self.found.refuse(name, "the graph also reads it as it was")
+        for name in self.found.changed.keys() & self.found.quantized.keys():
+            self.found.refuse(name, "the graph also reads it in float, changed")
+        return self.found
+
+    def quantized(self, pair: _Pair) -> None:
+        """One quantized weight, or several that were merged."""
+        self.done.update(str(param.attrs["name"]) for v in (pair.codes, pair.scale) for param in parameters_of(v))
+        if pair.x_scale is not None:
+            self.done.update(str(param.attrs["name"]) for param in parameters_of(pair.x_scale))
+        source, origin = self.expanded(pair.codes), self.expanded(pair.scale)
+        if source.op.name == "quant.quantize":
+            if source.op is not origin.op:
+                raise QCompilerError("the scale of a weight is not that of its codes", got=str(pair.scale))
+            parts = _parts(source.op.tensor(0))
+        else:
+            self.found.scales |= self.names(origin)
+            parts = _parts(source)
+        codes, scale = self.tensor(pair.codes), self.tensor(pair.scale)
+        static = None if pair.x_scale is None else self.tensor(pair.x_scale)
+        start = 0
+        for part in parts:
+            end = start + _rows(part)
+            name = self.name_of(part)
+            if name is not None and (why := why_not_rows(part, self.model_names) or self.why_not_cut(pair, start)):
+                self.found.refuse(name, why)
+            elif name is not None:
+                down = pair.block[0]
+                rows = scale if down == numerics.ALL or len(parts) == 1 else scale[start // down : -(-end // down)]
+                weight = QuantizedWeight(codes[start:end], rows, pair.block, pair.x_block, static)
+                self.add(name, weight)
+            start = end
+
+    def why_not_cut(self, pair: _Pair, start: int) -> str | None:
+        """Whether a merged weight begins inside of a block: its scale would not be its own."""
+        rows = pair.block[0]
+        if start and (rows == numerics.ALL or start % rows):
+            return f"it was merged into a block of {rows} rows that it does not begin"
+        return None
+
+    def add(self, name: str, weight: QuantizedWeight) -> None:
+        """A quantized weight of that name, unless there is another one already."""
+        known = self.found.quantized.setdefault(name, weight)
+        if not same(known, weight):
+            self.found.refuse(name, "the graph holds it in two quantized forms")
+        elif known.x_block is None or (known.x_scale is None) != (weight.x_scale is None):
+            self.found.quantized[name] = weight
+
+    def plain(self, op: Op) -> None:
+        """A parameter that is in no quantized form."""
+        name = str(op.attrs["name"])
+        if name in self.model_names:
+            self.found.kept.add(name)
+            return
+        if name not in self.compiled.recipes:
+            readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
+            self.found.refuse(
+                name, f"no weight of the model can take it in: {readers or 'an operation'} reads it in each call"
+            )
+            return
+        parts, start = _parts(self.expanded(op.result)), 0
+        for part in parts:
+            end = start + _rows(part)
+            tensor = self.compiled.weights[name]
+            self.changed(part, tensor if len(parts) == 1 else tensor[start:end])
+            start = end
+
+    def changed(self, part: Value, tensor: Tensor) -> None:
+        """What a pass made of one weight of the model."""
+        leaves = {str(param.attrs["name"]) for param in parameters_of(part)}
+        if leaves <= self.model_names:  # the model's own arithmetic, computed once
+            self.found.kept |= leaves
+            return
+        name = self.name_of(part)
+        if name is None:
+            return
+        value = restored(part, tensor, self.model_names)
+        if isinstance(value, str):
+            self.found.refuse(name, value)
+        elif not equal_bits(self.found.changed.setdefault(name, value), value):
+            self.found.refuse(name, "the graph holds it in two changed forms")
+
+    # Names and numbers
+
+    def expanded(self, value: Value) -> Value:
+        """What a stored weight was computed by; the value itself for a weight of the model."""
+        while value.op.name == PARAM and (recipe := self.compiled.recipes.get(str(value.op.attrs["name"]))):
+            if not isinstance(made := recipe.graph.outputs[recipe.output], Value):
+                raise QCompilerError("a recipe gives no tensor", got=repr(made), where=str(value))
+            value = made
+        return value
+
+    def names(self, value: Value) -> set[str]:
+        """The weights of the model that a value is made of, through all recipes."""
+        found = set()
+        for param in parameters_of(value):
+            source = self.expanded(param.result)
+            found |= {str(param.attrs["name"])} if source is param.result else self.names(source)
+        return found & self.model_names
+
+    def name_of(self, part: Value) -> str | None:
+        """The only weight of the model in a constant; None, and a refusal, where there is another number of them."""
+        names = sorted(self.names(part))
+        if len(names) == 1:
+            return names[0]
+        for name in names or [part.name]:
+            self.found.refuse(
+                name, f"it is one of {len(names)} weights of the model that one constant is computed from"
+            )
+        return None
+
+    def tensor(self, value: Value) -> Tensor:
+        """The numbers of a constant."""
+        if value.op.name == PARAM:
+            stored: Tensor = self.compiled.weights[str(value.op.attrs["name"])]
+            return stored
+        made: Tensor = evaluate(value.op, _with_weights(self.structure, self.compiled))[value.index]
+        return made
+
+
+def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
+    """The quantized weight that an operation multiplies with, or dequantizes."""
+    if op.name in LINEARS:
+        x = op.tensor(0).op
+        static = x.tensor(1) if x.name in STATIC else None
+        yield _Pair(op.tensor(2), op.tensor(3), block_of(op, "w_block"), block_of(op, "x_block"), static)
+    elif op.name == "quant.dequantize" and graph.is_constant(op.result):
+        for x in {x.op for user in graph.users(op.result) for _, x in user.operands()} - {op}:
+            if x.name == "quant.dequantize":
+                static = x.tensor(0).op.tensor(1) if x.tensor(0).op.name in STATIC else None
+                yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), block_of(x, "block"), static)
+                return
+        yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), None, None)
+
+
+def _parts(value: Value) -> list[Value]:
+    """What a constant is put together of, row by row; itself when it is not."""
+    op = value.op
+    if op.name == "aten.cat" and isinstance(op.args[0], tuple) and op.args[1:] in ((), (0,)) and not op.attrs:
+        return [part for item in op.args[0] if isinstance(item, Value) for part in _parts(item)]
+    return [value]
+
+
+def _rows(value: Value) -> int:
+    rows = value.tensor.shape[0] if value.tensor.shape else 1
+    if not isinstance(rows, int):
+        raise QCompilerError("a weight has no fixed size", got=repr(value))
+    return rows
+
+
+def _with_weights(structure: Graph, compiled: Graph) -> Graph:
+    """A stage with the weights of the compiled graph."""
+    graph = structure.clone()
+    graph.weights = compiled.weights
+    return graph

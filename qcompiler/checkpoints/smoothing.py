@@ -1,0 +1,32 @@
+"""The part of a scheme that smooths, without what quantizes: for models that are written in high precision."""
+
+from dataclasses import replace
+
+from passes.fold_constants import FoldConstants
+from passes.smoothquant import SmoothQuant
+from qcompiler.errors import PassError
+from qcompiler.pass_manager import Pipeline
+from qcompiler.schemes import pipeline
+
+
+def smoothing(scheme: str = "smoothquant_o3") -> Pipeline:
+    """The passes of a scheme up to the smoothing, then those that store the smoothed weights.
+
+        compiled = qcompiler.compile(model, pipeline=smoothing("smoothquant_o1"), calibration=batches, strict=False)
+
+    Only what can be folded into weights is smoothed: a model in high precision has no place for other factors.
+
+    Raises:
+        PassError: The scheme does not smooth.
+    """
+    whole = pipeline(scheme)
+    last = max((at for at, step in enumerate(whole) if isinstance(step, SmoothQuant)), default=None)
+    if last is None:
+        raise PassError("the scheme does not smooth", got=repr(scheme), need="one such as 'smoothquant_o3'")
+    steps = [_folding(step) if isinstance(step, SmoothQuant) else step for step in whole.passes[: last + 1]]
+    return Pipeline((*steps, FoldConstants(), *(step for step in whole.passes[:last] if step.name == "dead-code")))
+
+
+def _folding(step: SmoothQuant) -> SmoothQuant:
+    """The same pass without factors that are multiplied in each call."""
+    return replace(step, prescale=False)

@@ -1,0 +1,139 @@
+"""Writes a compiled model as a checkpoint of the ecosystem, with the original model's names and configuration."""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qcompiler.checkpoints.conversion import to_files, unstacked
+from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
+from qcompiler.checkpoints.formats import Format, format_called
+from qcompiler.checkpoints.origin import Origin, origin_of_module
+from qcompiler.checkpoints.provenance import Provenance, trace
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight
+from qcompiler.errors import QCompilerError
+from qcompiler.ir.graph import PARAM
+from qcompiler.report import unfused
+
+if TYPE_CHECKING:
+    from qcompiler.compiler import CompiledModel
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write(
+    compiled: "CompiledModel",
+    folder: "str | PathLike[str]",
+    format: str,
+    *,
+    model: nn.Module | None = None,
+    scale_format: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a compiled model as a checkpoint, under the names that the model's own weights have.
+
+    What is quantized is written with the very codes and scales of the compiled graph; what is not, as the model has it.
+
+    Args:
+        compiled: What `qcompiler.compile` gave.
+        folder: Where; a checkpoint that is there already is replaced, anything else is left alone.
+        format: "fp8" (Hugging Face's block FP8), "compressed-tensors", or "float" for a model in which nothing is
+            quantized, such as one that is only smoothed.
+        model: The model that was compiled, where nobody else holds it any more.
+        scale_format: How "fp8" stores scales: "float", or "ue8m0", one byte, for those that are powers of two. As the
+            model has them already when it is not given, or else as floats.
+        shard_bytes: How large a file may be before another one is begun.
+
+    Raises:
+        QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
+    """
+    target = Path(folder)
+    format_called(format, scale_format or "float")
+    check_place(target)
+    found = _provenance(compiled)
+    origin = _origin(compiled, model, found)
+    if origin.folder is not None and target.exists() and target.samefile(origin.folder):
+        raise QCompilerError("the model is read from this very folder", got=str(target), fix="Write to another one.")
+    chosen = format_called(format, scale_format or _scale_format(origin, found))
+    weights = _weights(origin, found)
+    _check(format, chosen, weights, found)
+    plain = {name: found.changed.get(name, tensor) for name, tensor in origin.tensors.items()}
+    left = {name: tensor for name, tensor in plain.items() if name not in found.scales | found.quantized.keys()}
+    tensors = to_files(origin.module, left)
+    for name, weight in weights.items():
+        tensors |= chosen.tensors(name, weight)
+    documents = dict(origin.documents)
+    if config := chosen.config(weights, _unconverted(origin, weights, compiled)):
+        documents[CONFIG] = {**documents.get(CONFIG, {}), "quantization_config": config}
+    write_folder(target, tensors, documents, origin.folder, shard_bytes)
+
+
+def _provenance(compiled: "CompiledModel") -> Provenance:
+    stages = compiled.stages
+    names = {str(op.attrs["name"]) for op in stages["captured"].ops(PARAM)}
+    return trace(unfused(stages.values())[-1], compiled.graph, names)
+
+
+def _origin(compiled: "CompiledModel", model: nn.Module | None, found: Provenance) -> Origin:
+    """The model that was compiled, as far as its names say."""
+    module = compiled.origin if model is None else model
+    if not isinstance(module, nn.Module):
+        fix = "Pass the model, or one with the same weights: model=..."
+        raise QCompilerError("nobody holds the model any more that was compiled", got=repr(module), fix=fix)
+    origin = origin_of_module(module)
+    if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
+        got = f"no weight '{missing[0]}' in {type(module).__name__}"
+        raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
+    for name, how in origin.stored().items():
+        found.scales.add(how.scale)
+        if name not in found.quantized:  # the graph does not read it
+            found.quantized[name] = origin.quantized(name, how)
+    return origin
+
+
+def _scale_format(origin: Origin, found: Provenance) -> str:
+    """That of the scales which the model has itself."""
+    bytes_each = {origin.tensors[name].itemsize for name in found.scales if name in origin.tensors}
+    return "ue8m0" if bytes_each == {1} else "float"
+
+
+def _weights(origin: Origin, found: Provenance) -> dict[str, QuantizedWeight]:
+    """The quantized weights under their names in the files; what cannot be given back is noted."""
+    weights: dict[str, QuantizedWeight] = {}
+    linears = {*origin.linears()}
+    for name, weight in found.quantized.items():
+        if weight.codes.dim() == 2 and not (name.endswith("weight") and _module(name) in linears):
+            found.refuse(name, "it is not the weight of a linear module, which is what readers of the format look for")
+            continue
+        try:
+            weights |= unstacked(origin.module, name, weight)
+        except QCompilerError as error:
+            found.refuse(name, str(error))
+    return weights
+
+
+def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found: Provenance) -> None:
+    """QCompilerError that lists every weight which the format cannot hold, and why."""
+    refused = dict(found.refused)
+    for weight_name, weight in weights.items():
+        if why := chosen.why_not(weight):
+            refused.setdefault(weight_name, why)
+    if refused:
+        rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
+        problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}\n"
+        raise QCompilerError(problem, fix=chosen.fix)
+    if name != "float" and not weights:
+        raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
+
+
+def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], compiled: "CompiledModel") -> set[str]:
+    """The linears that a reader must leave in float, and other matmuls, which some readers make linears of."""
+    alone = {name for row in compiled.report.left_alone for name in row.weights if name in origin.tensors}
+    files = to_files(origin.module, {name: origin.tensors[name] for name in alone})
+    names = {*origin.linears(), *map(_module, alone), *map(_module, files)}
+    return {name for name in names if name} - {_module(name) for name in weights}
+
+
+def _module(weight: str) -> str:
+    return weight.rpartition(".")[0]
