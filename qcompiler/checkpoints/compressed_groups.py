@@ -77,7 +77,7 @@ def _group(name: str, said: Any) -> Group:
     if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise QCompilerError(f"the group '{name}' is malformed", need="'targets', a list, and 'weights', an object")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
-    if bits != 8 or kind not in CODES:
+    if bits != 8 or not isinstance(kind, str) or kind not in CODES:
         raise QCompilerError(f"the group '{name}' has weights of another kind", got=f"{kind!r} of {bits!r} bits",
                              need="'float' or 'int' of 8 bits")  # fmt: skip
     if weights.get("symmetric", True) is not True or weights.get("dynamic", False) is not False:
@@ -99,7 +99,7 @@ def _block(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:
         raise QCompilerError(
             f"'block_structure' of group '{name}' is malformed", got=sizes, need="two positive numbers"
         )
-    if strategy not in BLOCKS:
+    if not isinstance(strategy, str) or strategy not in BLOCKS:
         got, need = repr(strategy), "block, channel or tensor"
         raise QCompilerError(f"the weights of group '{name}' have an unknown strategy", got=got, need=need)
     return BLOCKS[strategy]
@@ -120,5 +120,5 @@ def _matches(target: str, module: str) -> bool:
         return target == module
     try:
         return re.match(target.removeprefix("re:"), module) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise QCompilerError("a target is no regular expression", got=f"{target!r}: {error}") from error

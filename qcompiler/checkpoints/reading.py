@@ -86,7 +86,7 @@ def _stored(config: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapp
     if not isinstance(said, dict):
         raise QCompilerError("'quantization_config' is no JSON object", got=type(said).__name__, where=where)
     method = said.get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise QCompilerError("an unknown kind of quantization", got=f"quant_method {method!r}", where=where,
                              fix=did_you_mean(str(method), READERS))  # fmt: skip
     try:

@@ -118,11 +118,19 @@ def read_calibration(given: bytes) -> None:
 
 def read_calibration_head(given: bytes) -> None:
     """A calibration file whose tensors are sound, and whose description is not."""
-    length = int.from_bytes(_calibration_file()[:8], "little")
-    header, tensors = json.loads(_calibration_file()[8 : 8 + length]), _calibration_file()[8 + length :]
+    header = json.loads(header_of(_calibration_file()))
     header["__metadata__"][KEY] = text_of(given)
-    written = json.dumps(header).encode("utf-8")
-    read_calibration(len(written).to_bytes(8, "little") + written + tensors)
+    read_calibration(with_header(_calibration_file(), json.dumps(header).encode("utf-8")))
+
+
+def header_of(data: bytes) -> bytes:
+    """What describes the tensors of a safetensors file."""
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def with_header(data: bytes, header: bytes) -> bytes:
+    """A safetensors file with another description."""
+    return len(header).to_bytes(8, "little") + header + data[8 + len(header_of(data)) :]
 
 
 @cache
@@ -144,8 +152,7 @@ def _calibration_file() -> bytes:
 
 
 def _calibration_text() -> bytes:
-    header = _calibration_file()[8 : 8 + int.from_bytes(_calibration_file()[:8], "little")]
-    return str(json.loads(header)["__metadata__"][KEY]).encode("utf-8")
+    return str(json.loads(header_of(_calibration_file()))["__metadata__"][KEY]).encode("utf-8")
 
 
 def _goldens() -> Iterator[str]:
