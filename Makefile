@@ -56,7 +56,7 @@ docs: $(TEST_READY) ## build the documentation site in build/site; dead links ar
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 fuzz: $(TEST_READY) ## hold everything that reads texts or files to INPUTS mutated inputs each (100000)
-	@$(RUN) -m pytest tests/fuzz --timeout 0 --inputs $(INPUTS)
+	@$(RUN) -m pytest tests/fuzz -n $(JOBS) --timeout 0 --fuzz-inputs $(INPUTS)
 
 study: $(TEST_READY) ## measure every granularity on two trained models again, for docs/granularity.md
 	@$(RUN) examples/granularity_study.py

@@ -39,8 +39,8 @@ def no_hopper() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much `tests/fuzz` does."""
-    parser.addoption("--inputs", type=int, default=1000, help="mutated inputs for each target of tests/fuzz")
-    parser.addoption("--first", type=int, default=0, help="the seed of the first of them")
+    parser.addoption("--fuzz-inputs", type=int, default=1000, help="mutated inputs for each target of tests/fuzz")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the seed of the first of them")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

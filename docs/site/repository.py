@@ -18,12 +18,13 @@ RESULTS = "benchmarks/results"
 SHOWN = (".md", ".png", ".csv", ".json")
 
 MARK = re.compile(r"^```(python|sh) (?:gpu|no-run)$", re.MULTILINE)
-"""What the tests of the pages are told about a block of code."""
+UNSEEN = re.compile(r"^<!-- python\n.*?^-->\n", re.MULTILINE | re.DOTALL)
+"""What a page says to its test alone, see tests/test_docs.py."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lists the results of benchmarks."""
-    results = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / RESULTS).glob("*.md"))]
+    results = [{path.stem: path.relative_to(ROOT).as_posix()} for path in sorted((ROOT / RESULTS).glob("*.md"))]
     config.nav = [*(config.nav or []), {"Measurements": results}]
     return config
 
@@ -39,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Blocks without what is only for the tests."""
-    return MARK.sub(r"```\1", markdown)
+    return MARK.sub(r"```\1", UNSEEN.sub("", markdown))
 
 
 def _shown(config: MkDocsConfig) -> Iterator[Path]:

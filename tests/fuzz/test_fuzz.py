@@ -1,7 +1,7 @@
 """Whatever is read from elsewhere, mutated: each input is taken, or refused with QCompilerError, in good time.
 
     make fuzz INPUTS=100000                                             all targets, that many inputs each
-    python -m pytest tests/fuzz -k pipeline --inputs 5000 --first 40    one of them, from another seed on
+    python -m pytest tests/fuzz -k pipeline --fuzz-inputs 5000 --fuzz-seed 40    one of them, from another seed on
 
 The same seeds give the same inputs on every machine. What is found comes with the smallest input that shows it.
 """
@@ -62,13 +62,13 @@ def limited() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def inputs(request: pytest.FixtureRequest) -> int:
     """How many inputs each target gets."""
-    return int(request.config.getoption("--inputs"))
+    return int(request.config.getoption("--fuzz-inputs"))
 
 
 @pytest.fixture(scope="module")
 def first(request: pytest.FixtureRequest) -> int:
     """The seed to begin with."""
-    return int(request.config.getoption("--first"))
+    return int(request.config.getoption("--fuzz-seed"))
 
 
 @pytest.fixture(scope="module", autouse=True)
