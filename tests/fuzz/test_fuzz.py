@@ -8,12 +8,15 @@ The same seeds give the same inputs on every machine. What is found comes with t
 
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -134,3 +137,11 @@ def test_every_mutated_input_is_taken_or_refused(
 def test_what_is_mutated_is_taken_as_it_was(name: str) -> None:
     for data in TARGETS[name].seeds:
         assert outcome(TARGETS[name], data) == "taken"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("atheris") is None, reason="needs atheris: pip install -e '.[fuzz]'")
+def test_the_guided_run_reads_the_same_targets(root: Path) -> None:
+    command = [sys.executable, str(root / "tests/fuzz/guided.py"), "size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "DONE" in done.stderr, done.stderr
