@@ -1,9 +1,12 @@
-"""A folder -> a compiled model. Nothing that the folder holds is executed.
+"""A folder -> a compiled model.
 
-manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
-             weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
-                                                                   ▼
-                                                              CompiledModel
+    manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
+                 weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
+                                                                       ▼
+                                                                  CompiledModel
+
+Nothing that the folder holds is executed, and nothing is imported because the folder names it, but where
+`qcompiler.artefact.structures` has a rule for it.
 """
 
 import os
@@ -16,7 +19,7 @@ import torch
 
 from codegen.host import HostModule, emit_host_module
 from qcompiler.artefact.folder import Folder, open_folder, read_bytes
-from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, REPORT, SIGNATURE, read_manifest
+from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, REPORT, SIGNATURE, Manifest, read_manifest
 from qcompiler.artefact.operators import check_device, check_operators
 from qcompiler.artefact.replacing import locked, recover
 from qcompiler.artefact.report_text import report_from_json
@@ -26,8 +29,8 @@ from qcompiler.artefact.weight_files import WeightFiles, open_weights
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler.model import CompiledModel, class_with
-from qcompiler.compiler.program import Program, Settings, generate
-from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.compiler.program import Program, Settings, generate, plain_torch
+from qcompiler.errors import ArtefactError, ParseError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
@@ -51,7 +54,7 @@ def load(
 
     Args:
         folder: What `save` was given.
-        device: Where the model goes; left out, the kind of device that it was compiled on.
+        device: Where the model goes; left out, where it was compiled.
         verify: Whether to read all weights now, and hold them to their hashes.
         regenerate: Whether to accept that this qcompiler writes another host module for the graph than the one that
             saved it, as another version may. It runs its own.
@@ -62,8 +65,10 @@ def load(
     """
     path = Path(folder).resolve()
     try:
-        with reading(path) as opened:
-            return load_folder(opened, device=device, verify=verify, regenerate=regenerate, trust=trust)
+        with plain_torch():
+            with reading(path) as opened:
+                program, forward = read_program(opened, device, verify, regenerate, trust)
+            return _assembled(opened.manifest, program, forward)
     except QCompilerError:
         raise
     except Exception as error:  # whatever the files hold, the answer is one sentence
@@ -88,15 +93,10 @@ def reading(path: Path) -> Iterator[Folder]:
             raise ArtefactError("the artefact was replaced while it was read", got=path, fix="Load it again.")
 
 
-def load_folder(
-    folder: Folder,
-    *,
-    device: "torch.device | str | None" = None,
-    verify: bool = False,
-    regenerate: bool = False,
-    trust: Collection[str] = (),
-) -> CompiledModel:
-    """`load`, from a folder that is open."""
+def read_program(
+    folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str]
+) -> tuple[Program, Forward]:
+    """All of a folder, verified; `load` has the arguments. The files of weights are open, and not read yet."""
     if verify:
         for name in folder.manifest.files:
             folder.verify(name)
@@ -113,14 +113,12 @@ def load_folder(
     graph.weights = Weights(weights.loaders(names, where), weights.ties())
     host, run = generate(graph, target.name)
     report, steps = read_report(folder)
-    program = Program(
-        graph, stages, steps, report, _later(folder), host, moved(signature, where), target.name, where, run
-    )
-    return _assembled(folder, program, forward)
+    signature, calibration = moved(signature, where), _later(folder)
+    program = Program(graph, stages, steps, report, calibration, host, signature, target.name, where, run)
+    return program, forward
 
 
-def _assembled(folder: Folder, program: Program, forward: Forward) -> CompiledModel:
-    manifest = folder.manifest
+def _assembled(manifest: Manifest, program: Program, forward: Forward) -> CompiledModel:
     settings = Settings(
         manifest.pipeline, program.target, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
     )
@@ -142,9 +140,11 @@ def read_stages(folder: Folder) -> tuple[Stages, Graph]:
     stages, texts = Stages(), {name: folder.text(file) for name, file in folder.manifest.stages.items()}
     for name, file in folder.manifest.stages.items():
         stages.add_later(name, partial(Graph.parse, texts[name], str(folder.path / file)))
-    graph = stages[list(stages)[-1]].clone()
-    graph.verify()
-    return stages, graph
+    try:
+        return stages, stages[list(stages)[-1]].clone()
+    except ParseError as error:
+        fix = "If an operation is unknown, import the library that defines it before the artefact is loaded."
+        raise ArtefactError("the graph of the artefact cannot be read", got=error, fix=fix) from None
 
 
 def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
@@ -163,9 +163,10 @@ def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
 
 
 def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Collection[str]) -> None:
-    """ArtefactError when the graph is not what the signature calls, or calls what it must not."""
+    """ArtefactError when the graph is illegal, not what the signature calls, or calls what it must not."""
     last = str(folder.path / list(folder.manifest.stages.values())[-1])
     check_operators(graph, trust, last)
+    graph.verify()
     inputs = tuple(value.name for value in graph.inputs)
     if inputs != signature.input_names or len(graph.outputs) != signature.out_spec.num_leaves:
         raise ArtefactError(

@@ -21,7 +21,7 @@ VERSION = 1
 """Of the format; a larger one comes from a newer qcompiler."""
 
 SIGNATURE, REPORT, HOST, CALIBRATION = "signature.json", "report.json", "host.py", "calibration.safetensors"
-FILE = re.compile(r"(signature|report)\.json|host\.py|stages/\d{2,}_[A-Za-z0-9#-]+\.qir|"
+FILE = re.compile(r"(signature|report)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
 """The files that there can be: no other name is ever opened."""
 
@@ -154,6 +154,8 @@ def _manifest(node: Node) -> Manifest:
     wanted = [SIGNATURE, REPORT, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
     if not stages or not set(wanted) <= files.keys():
         node["files"].wrong(f"stages and {', '.join(wanted)}")
+    if manifest.source != files[HOST].sha256:
+        node["source"].wrong(f"the hash of {HOST}")
     return manifest
 
 

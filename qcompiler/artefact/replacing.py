@@ -56,14 +56,13 @@ def recover(target: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Waits until no other process has the folder locked; where the file system has no locks, goes on without."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    """Waits until no other process has the folder locked; where it cannot be locked, goes on without."""
+    with ExitStack() as stack:
         with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def _take_place(work: Path, target: Path) -> None:

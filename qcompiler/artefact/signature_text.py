@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from qcompiler.artefact.literals import Shown, device_from, dtype_from, from_json, to_json
 from qcompiler.artefact.strict_json import Node
-from qcompiler.artefact.structures import structure_from_json, structure_to_json
+from qcompiler.artefact.structures import moved_structure, structure_from_json, structure_to_json
 from qcompiler.capture.signature import (
     MISSING,
     RELATIONS,
@@ -73,16 +74,15 @@ def signature_from_json(node: Node) -> tuple[Signature, Forward]:
 
 def moved(signature: Signature, device: torch.device) -> Signature:
     """The same for inputs on another device; those that lay elsewhere than the model stay where they are."""
+    old = signature.device
+    if old is None or old == device:
+        return signature
     slots = tuple(
-        TensorSlot(slot.path, slot.name, slot.dtype, device, slot.shape)
-        if isinstance(slot, TensorSlot) and slot.device == signature.device
-        else slot
+        replace(slot, device=device) if isinstance(slot, TensorSlot) and slot.device == old else slot
         for slot in signature.slots
     )
-    return Signature(
-        signature.in_spec, signature.out_spec, slots, signature.symbols, signature.parameters, device,
-        signature.conditions,
-    )  # fmt: skip
+    arguments, results = (moved_structure(spec, old, device) for spec in (signature.in_spec, signature.out_spec))
+    return replace(signature, in_spec=arguments, out_spec=results, slots=slots, device=device)
 
 
 # Slots

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from qcompiler.artefact.literals import from_json, is_exact, to_json
 from qcompiler.artefact.strict_json import Node
-from qcompiler.capture.huggingface import is_cache_context, register_cache
+from qcompiler.capture.huggingface import cache_context_on, is_cache_context, register_cache
 from qcompiler.errors import ArtefactError
 
 LEAF = "*"
@@ -73,6 +74,16 @@ def structure_from_json(node: Node) -> pytree.TreeSpec:
         node.wrong(f"a structure: {LEAF!r} or an object with one of {', '.join(KINDS)}")
     kind, inner = members[0]
     return KINDS[kind](inner)
+
+
+def moved_structure(spec: pytree.TreeSpec, device: torch.device, new: torch.device) -> pytree.TreeSpec:
+    """The same for tensors on another device, which a cache of transformers says in its context."""
+    if spec.is_leaf():
+        return spec
+    context = spec.context
+    if getattr(spec.type, "__module__", "").startswith("transformers."):
+        context = cache_context_on(context, device, new)
+    return pytree.TreeSpec(spec.type, context, [moved_structure(child, device, new) for child in spec.children()])
 
 
 def path_of(kind: type) -> str:
@@ -157,8 +168,8 @@ def _class(node: Node) -> pytree.TreeSpec:
     definition = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
     load = definition.from_dumpable_context if definition is not None else None
     context = from_json(node["context"])
-    if kind.__module__.startswith("transformers.") and not is_cache_context(context, _may_be_named):
-        node["context"].wrong("the state of a cache of transformers")
+    if load is None and not is_cache_context(context, _may_be_named):
+        node["context"].wrong("a context that names no class but those of transformers")
     children = [structure_from_json(item) for item in node["children"].items()]
     return pytree.TreeSpec(kind, load(context) if load is not None else context, children)
 
@@ -184,7 +195,7 @@ def _imported(path: str) -> type | None:
 def _may_be_named(path: str) -> bool:
     """Whether the state of a cache may name a class."""
     module, _, name = path.partition(":")
-    return IMPORTABLE.fullmatch(module) is not None and name.isidentifier()
+    return (IMPORTABLE.fullmatch(module) is not None and name.isidentifier()) or _known(path) is not None
 
 
 def _not_found(path: str, need: str, node: Node) -> ArtefactError:

@@ -98,6 +98,17 @@ def is_cache_context(context: Any, may_be_named: Callable[[str], bool]) -> bool:
     return all(is_cache_context(item, may_be_named) for item in context.values())
 
 
+def cache_context_on(context: Any, device: torch.device, new: torch.device) -> Any:
+    """Pytree's context of a cache that lay on `device`, for one that lies on another: it says where its tensors are."""
+    if isinstance(context, list):
+        return [cache_context_on(item, device, new) for item in context]
+    if not isinstance(context, dict):
+        return context
+    if context == {"_t": "device", "s": str(device)}:
+        return {"_t": "device", "s": str(new)}
+    return {key: cache_context_on(item, device, new) for key, item in context.items()}
+
+
 def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:
     """The weight of the head that makes logits, when the model names one."""
     get = getattr(model, "get_output_embeddings", None)

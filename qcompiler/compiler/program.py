@@ -92,7 +92,7 @@ class Program:
 
 
 @contextmanager
-def _plain_torch() -> Iterator[None]:
+def plain_torch() -> Iterator[None]:
     """Neither the caller's autocast nor his inference mode: a graph and its weights outlive both."""
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -103,7 +103,7 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
     if isinstance(model, Graph):
         return graph_as_captured(model)
     try:
-        with capturing, _plain_torch():
+        with capturing, plain_torch():
             return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
     except QCompilerError:
         raise
@@ -143,7 +143,7 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     check_kernels(settings.passes, target)
     graph.calibration = calibration = settings.calibration_for(signature)
     gc.collect()  # tracing leaves cycles behind, which may hold the model: its weights could not be let go one by one
-    with _plain_torch():
+    with plain_torch():
         done = run_pipeline(settings.passes, graph, instruments=settings.instruments, inputs=inputs)
         for op in graph.ops(BUFFER):  # the model keeps its own state
             name = str(op.attrs["name"])
