@@ -106,6 +106,6 @@ $(DEMO_READY): pyproject.toml
 $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
-	@$(PIP_INSTALL); install -e ".[hf,study,docs,dev]"
+	@$(PIP_INSTALL); install -e ".[hf,study,checkpoints,docs,dev]"
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)

@@ -59,7 +59,6 @@ class QuantizeGrouped(Rule):
     def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
         """Codes and scales of `[experts, N, K]`; those that the weights are stored as, when they are."""
         if (stored := _stored(w)) is not None:
-            rewriter.graph.remark(rewriter.anchor.results[0], "weights as they are stored")
             return stored.tensor(0), stored.tensor(1)
         groups, k, n = w.tensor.shape
         kind = TensorType(w.tensor.dtype, (groups, n, k))

@@ -199,6 +199,8 @@ def merge(group: Sequence[Op], graph: Graph, made_by: str) -> None:
         here = Rewriter(graph, op, made_by)
         part = here.insert("aten.slice.Tensor", merged, -1, start, end, types=[op.result.type]).result
         here.replace(op, part)
+        if is_stored_quantized(op.tensor(1)):
+            here.erase_unread(op.tensor(1).op)  # or its codes would seem to be read twice
         _allow_strides(graph, part, made_by)
         start = end
 

@@ -69,7 +69,6 @@ class QuantizeLinear(Rule):
         """The codes and scales of a weight; those that it is stored as, when it is."""
         if not is_stored_quantized(w):
             return self.by_own_scale(rewriter, w, self.options.w_block)
-        rewriter.graph.remark(rewriter.anchor.results[0], "weight as it is stored")
         return w.op.tensor(0), w.op.tensor(1)
 
     def by_own_scale(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:

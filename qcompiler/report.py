@@ -11,7 +11,7 @@ from rich.table import Table
 from passes.candidates import MATMULS, OTHER_READERS, why_no_matmul
 from qcompiler.dialects.kernel import FUSED
 from qcompiler.ir import Graph, Op, TensorType
-from qcompiler.ir.dataflow import parameters_of, readers_through
+from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
@@ -19,6 +19,7 @@ OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
 PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
+AS_STORED = "codes and scales as the model has them"
 DEAD = "it was removed, since nothing needs what it computes"
 
 
@@ -149,8 +150,9 @@ def build_report(
         quantized = bool(names) and _is_quantized(last[names[-1]].op)
         known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
         reason = "" if quantized else known if names else DEAD
-        noted = "; ".join(remarks[each] for each in names or [name] if each in remarks) if remarks else ""
-        rows.append(replace(_row(op, params, quantized, reason), remark=noted))
+        notes = [remarks[each] for each in names or [name] if each in remarks] if remarks else []
+        notes += [AS_STORED] if quantized and _reads_stored(op, captured) else []
+        rows.append(replace(_row(op, params, quantized, reason), remark="; ".join(notes)))
     params = captured.ops(PARAM)
     quantized_names = _quantized_params(graphs, compiled)
     return Report(
@@ -221,6 +223,12 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
         if any(op.name not in QUANTIZE for op in ends):
             quantized.discard(str(param.attrs["name"]))
     return quantized | _stored(graphs[0])
+
+
+def _reads_stored(op: Op, captured: Graph) -> bool:
+    """Whether an operation multiplies with a weight that the model itself holds quantized."""
+    constant = [value for _, value in op.operands() if captured.is_constant(value)]
+    return any(inner.name == DEQUANTIZE for value in constant for inner in ancestors(value))
 
 
 def _stored(captured: Graph) -> set[str]:

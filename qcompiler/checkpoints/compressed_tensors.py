@@ -32,16 +32,19 @@ class CompressedTensors:
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
         """Why it cannot hold a quantized weight; None when it can."""
+        kind = str(weight.codes.dtype).removeprefix("torch.")
         if weight.codes.dtype not in KINDS:
-            return f"its codes are {str(weight.codes.dtype).removeprefix('torch.')}, not float8_e4m3fn or int8"
-        if weight.block in (CHANNEL, TENSOR):
-            tiled = weight.x_block is not None and weight.x_block[0] == 1 and weight.x_block[1] != ALL
-            if tiled and weight.codes.dtype is torch.int8:
-                return "its activations are INT8 in tiles, and the format has tokens and tensors"
-        elif min(weight.block) < 1 or weight.codes.dtype is torch.int8:
-            return f"its scales are for {list(weight.block)} of {str(weight.codes.dtype).removeprefix('torch.')}"
-        if weight.x_block is not None and weight.x_block[0] != 1 and weight.x_block != TENSOR:
+            return f"its codes are {kind}, not float8_e4m3fn or int8"
+        integers = weight.codes.dtype is torch.int8
+        if weight.block not in (CHANNEL, TENSOR) and (integers or min(weight.block) < 1):
+            return f"its codes are {kind} with a scale for each {list(weight.block)}"
+        x_block = weight.x_block or CHANNEL
+        if x_block[0] != 1 and x_block != TENSOR:
             return "its activations have a scale for each channel over all tokens"
+        if integers and x_block == TENSOR and weight.x_scale is None:
+            return "its activations are int8 with one scale for all tokens, computed in each call"
+        if integers and x_block not in (CHANNEL, TENSOR):
+            return f"its activations are int8 in tiles of {list(x_block)}"
         return None
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:

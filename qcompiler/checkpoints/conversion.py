@@ -1,4 +1,4 @@
-"""Between the names of a checkpoint's files and those of a model of transformers, which may stack what files have apart.
+"""Between the names of a checkpoint's files and those of a transformers model, which may stack what files have apart.
 
     mlp.experts.0.gate_proj.weight, mlp.experts.0.up_proj.weight, …    <->    mlp.experts.gate_up_proj [E, 2 I, K]
 
@@ -60,9 +60,17 @@ def to_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
 
 def unstacked(model: nn.Module, name: str, weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
     """One quantized weight of the model -> those that files have in its place."""
-    codes, scales = (to_files(model, {name: tensor}) for tensor in (weight.codes, weight.scale))
-    if weight.codes.dim() > 2 and is_converted(model):
+    if is_converted(model):
         _check_exact(_operations_on(model, name), name)
+    codes = to_files(model, {name: weight.codes})
+    try:
+        scales = to_files(model, {name: weight.scale})
+    except Exception as error:  # transformers' own, of whatever kind, for halves of what cannot be halved
+        raise _shared(
+            name, weight.block, f"scales {list(weight.scale.shape)}", f"as many as for {sorted(codes)}"
+        ) from error
+    if codes.keys() != scales.keys():
+        raise _shared(name, weight.block, sorted(scales), sorted(codes))
     return {
         file: QuantizedWeight(
             part, _checked(scales[file], part, weight.block, file), weight.block, weight.x_block, weight.x_scale
@@ -85,18 +93,26 @@ def stacked(
 def _checked(scale: Tensor, codes: Tensor, block: tuple[int, int], name: str) -> Tensor:
     need = scale_shape(codes.shape, block)
     if list(scale.shape) != need and not (block == (ALL, ALL) and scale.numel() == 1):
-        got = f"scales {list(scale.shape)} for {list(codes.shape)}"
-        problem = f"'{name}' cannot be put together or taken apart: its parts share blocks of {list(block)}"
-        raise QCompilerError(problem, got=got, need=need)
+        raise _shared(name, block, f"scales {list(scale.shape)} for {list(codes.shape)}", need)
     return scale
 
 
+def _shared(name: str, block: tuple[int, int], got: object, need: object) -> QCompilerError:
+    problem = f"'{name}' cannot be put together or taken apart: its parts share blocks of {list(block)}"
+    return QCompilerError(problem, got=got, need=need)
+
+
 def _operations_on(model: nn.Module, name: str) -> Iterable[Any]:
-    """What transformers does to a weight of the model when it is loaded."""
-    table = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    for entry in table:
-        if any(pattern.replace("\\", "") in name for pattern in entry.target_patterns):
-            yield from getattr(entry, "operations", ())
+    """What transformers does to a weight of the model when it is written."""
+    loading = import_module("transformers.core_model_loading")
+    table = getattr(model, "_weight_conversions", None)
+    if table is None:
+        mapping = import_module("transformers.conversion_mapping")
+        table = mapping.get_model_conversion_mapping(model, add_legacy=False)
+    back = [entry.reverse_transform() for entry in reversed(table) if isinstance(entry, loading.WeightConverter)]
+    _, pattern = loading.apply_converters(name, back)
+    found: Iterable[Any] = next((entry.operations for entry in back if pattern in entry.source_patterns), ())
+    return found
 
 
 def _check_exact(operations: Iterable[Any], name: str) -> None:

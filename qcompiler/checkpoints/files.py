@@ -75,7 +75,7 @@ class TensorFiles(Mapping[str, Tensor]):
                 raise QCompilerError(
                     "a file of the checkpoint is missing", got=str(path), need="each file of the index"
                 )
-            opened = safe_open(path, "pt")
+            opened: Any = safe_open(path, "pt")
             found = {*opened.keys()}
             if lost := sorted((expected or set()) - found):
                 raise QCompilerError("the index expects a tensor that is not in its file", got=lost[0], where=str(path))

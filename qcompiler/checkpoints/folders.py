@@ -87,11 +87,22 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in
                                                range(1, len(shards) + 1)]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
-        save_file({key: tensors[key].detach().contiguous() for key in shard}, folder / name, {"format": "pt"})
+        save_file(_apart({key: tensors[key] for key in shard}), folder / name, {"format": "pt"})
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with memory of their own, where two have the same: a file has it twice then."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:

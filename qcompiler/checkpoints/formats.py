@@ -14,8 +14,9 @@ from qcompiler.errors import QCompilerError, did_you_mean
 class Format(Protocol):
     """How quantized weights are stored, and what the configuration says of them."""
 
-    fix: str
-    """What to do about weights that it cannot hold."""
+    @property
+    def fix(self) -> str:
+        """What to do about weights that it cannot hold."""
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
         """Why it cannot hold a quantized weight; None when it can."""

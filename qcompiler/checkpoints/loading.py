@@ -4,7 +4,7 @@ Quantized weights stay codes and scales: modules hold them under the names of th
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -36,11 +36,8 @@ def load_model(folder: "str | PathLike[str]") -> nn.Module:
     kind = _architecture(transformers, config, checkpoint)
     with third_party_silence():
         if not checkpoint.stored:
-            model: nn.Module = kind.from_pretrained(
-                checkpoint.folder, config=config, dtype="auto", local_files_only=True
-            )
-            return model.eval()
-        model = _skeleton(transformers, kind, config)
+            return _plain(kind, config, checkpoint.folder).eval()
+        model = _skeleton(kind, config)
     _fill(model, checkpoint)
     return model.eval()
 
@@ -59,32 +56,44 @@ def _config(transformers: Any, folder: Path) -> Any:
         with third_party_silence():
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture checks its own configuration, in its own way
-        got = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise QCompilerError("transformers cannot read the configuration", got=got, where=str(folder)) from error
+        problem = "transformers cannot read the configuration"
+        raise QCompilerError(problem, got=_short(error), where=str(folder)) from error
 
 
 def _architecture(transformers: Any, config: Any, checkpoint: Checkpoint) -> Any:
     """The class of the model; only those of transformers itself, since code of the folder is never run."""
     names = config.architectures or []
     kind = getattr(transformers, str(names[0]), None) if names else transformers.AutoModel
-    if not isinstance(kind, type):
+    models = (transformers.PreTrainedModel, transformers.AutoModel)
+    if not isinstance(kind, type) or not issubclass(kind, models):
         got, where = repr(names[0]), str(checkpoint.folder)
         fix = "Make the model yourself and compile that; code inside of a checkpoint is never run."
         raise QCompilerError("transformers knows no such architecture", got=got, where=where, fix=fix)
     return kind
 
 
-def _skeleton(transformers: Any, kind: Any, config: Any) -> nn.Module:
+def _plain(kind: Any, config: Any, folder: Path) -> nn.Module:
+    """A model in which nothing is quantized, as transformers loads it; but it must be complete."""
+    try:
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever transformers finds wrong
+        raise QCompilerError("transformers cannot load the model", got=_short(error), where=str(folder)) from error
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        problem = "the model has weights that are in no file, or there in another shape"
+        raise QCompilerError(problem, got=_listed(lost), where=str(folder))
+    loaded: nn.Module = model
+    return loaded
+
+
+def _skeleton(kind: Any, config: Any) -> nn.Module:
     """The model without numbers in its weights. What is no weight, such as frequencies of rotations, is computed."""
-    config.quantization_config = None
     del config.quantization_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    make = getattr(kind, "from_config", None) or kind._from_config  # an automatic class has the one, a model the other
     with import_module("transformers.initialization").no_init_weights():
-        model: nn.Module = (
-            kind.from_config(config, dtype=dtype)
-            if kind is transformers.AutoModel
-            else kind._from_config(config, dtype=dtype)
-        )
+        model: nn.Module = make(config, dtype=dtype)
     return model
 
 
@@ -105,8 +114,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         _hold(model, name, *held[name], suffix)
     for name in sorted(wanted & {*plain}):
         _assign(model, name, plain[name], wide)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    if callable(tie := getattr(model, "tie_weights", None)):
+        tie()
     if (config := getattr(model, "config", None)) is not None:
         config._name_or_path = str(checkpoint.folder)
 
@@ -121,9 +130,7 @@ def _check_names(model: nn.Module, found: set[str], checkpoint: Checkpoint) -> N
         ("files have tensors that are not of the model", strange),
     ):
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            got = ", ".join(sorted(names)[:SHOWN]) + more
-            raise QCompilerError(problem, got=got, where=str(checkpoint.folder))
+            raise QCompilerError(problem, got=_listed(sorted(names)), where=str(checkpoint.folder))
 
 
 def _hold(model: nn.Module, name: str, codes: Tensor, scale: Tensor, block: tuple[int, int], suffix: str) -> None:
@@ -162,3 +169,14 @@ def _kept_wide(model: nn.Module) -> "re.Pattern[str] | None":
     lists = (getattr(model, key, None) or () for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     words = sorted({word for words in lists for word in words})
     return re.compile("|".join(rf"(?:^|\.){re.escape(word)}(?:\.|$)" for word in words)) if words else None
+
+
+def _short(error: Exception) -> str:
+    """The first line of somebody else's error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -13,6 +13,7 @@ from qcompiler import numerics
 from qcompiler.capture.stored_weights import held, stored_in, widened
 from qcompiler.checkpoints.folders import CONFIG
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, StoredAs
+from qcompiler.runtime.weights import tied_names
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Origin:
     Attributes:
         module: The module; its weights may be on the meta device.
         tensors: Name -> tensor, as a checkpoint in float would have them.
+        ties: Name -> all names of the same parameter, where it has several.
         documents: JSON files beside the tensors: the configuration, where the model has one.
         folder: Where its tokenizer is found, if anywhere.
     """
 
     module: nn.Module
     tensors: Mapping[str, Tensor]
+    ties: Mapping[str, tuple[str, ...]]
     documents: Mapping[str, Any]
     folder: Path | None
 
@@ -56,13 +59,14 @@ def origin_of_module(module: nn.Module) -> Origin:
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
     twins = {name for name, source in tied.items() if state.get(name) is state.get(source) is not None}
-    tensors = {name: tensor.detach() for name, tensor in state.items() if name not in twins}
-    return Origin(module, tensors, _documents(module), _folder(module))
+    kept = {name: tensor for name, tensor in state.items() if name not in twins}
+    tensors = {name: tensor.detach() for name, tensor in kept.items()}
+    return Origin(module, tensors, tied_names(kept), _documents(module), _folder(module))
 
 
 def _documents(module: nn.Module) -> dict[str, Any]:
     """The configuration files that `save_pretrained` would write."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_json_string"):
         return {}
     written = json.loads(config.to_json_string())
@@ -72,7 +76,8 @@ def _documents(module: nn.Module) -> dict[str, Any]:
     documents = {
         CONFIG: {**written, "architectures": [type(module).__name__], "dtype": str(dtype).removeprefix("torch.")}
     }
-    if hasattr(generation := getattr(module, "generation_config", None), "to_json_string"):
+    generation: Any = getattr(module, "generation_config", None)
+    if hasattr(generation, "to_json_string"):
         documents["generation_config.json"] = json.loads(generation.to_json_string())
     return documents
 

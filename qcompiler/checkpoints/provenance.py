@@ -6,7 +6,7 @@
 The passes leave a recipe for each weight that they make (`graph.recipes`); names of parameters are never guessed at.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -48,6 +48,13 @@ class Provenance:
     def refuse(self, name: str, why: str) -> None:
         """Notes why a weight cannot be given back; the first reason counts."""
         self.refused.setdefault(name, why)
+
+    def spread(self, ties: Mapping[str, tuple[str, ...]]) -> None:
+        """Says of each name of a parameter what is known of one of them."""
+        for name, weight in list(self.quantized.items()):
+            self.quantized.update(dict.fromkeys(ties.get(name, ()), weight))
+        for name, tensor in list(self.changed.items()):
+            self.changed.update(dict.fromkeys(ties.get(name, ()), tensor))
 
 
 @dataclass(frozen=True)
@@ -194,10 +201,9 @@ class _Tracer:
         names = sorted(self.names(part))
         if len(names) == 1:
             return names[0]
+        why = f"one constant is computed from it and {len(names) - 1} other weights of the model"
         for name in names or [part.name]:
-            self.found.refuse(
-                name, f"it is one of {len(names)} weights of the model that one constant is computed from"
-            )
+            self.found.refuse(name, why if names else "nothing says which weight of the model it was computed from")
         return None
 
     def tensor(self, value: Value) -> Tensor:

@@ -69,12 +69,9 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
     stored = _stored(config, tensors, str(path / CONFIG))
     for name, how in stored.items():
         _check(name, how, tensors)
-    scaled = {*stored}
     for name in tensors:
-        if name not in scaled and tensors.dtype(name) in FP8:
-            fix = "Without its scale nobody knows what numbers it stands for."
-            got = f"{str(tensors.dtype(name)).removeprefix('torch.')}{list(tensors.shape(name))}"
-            raise QCompilerError(f"an FP8 weight has no scale: '{name}'", got=got, where=str(path), fix=fix)
+        if name not in stored and tensors.dtype(name) in FP8:
+            raise _without_scale(name, tensors)
     said = config.get("quantization_config")
     return Checkpoint(path, config, tensors, stored, said["quant_method"] if said is not None else None)
 
@@ -100,17 +97,23 @@ def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
     """Holds a scale to its type and its shape."""
     where = f"{tensors.folder}: {how.scale}"
     if how.scale not in tensors:
-        fix = "Without its scale nobody knows what numbers it stands for."
-        raise QCompilerError(
-            f"a quantized weight has no scale: '{name}'", need=how.scale, where=str(tensors.folder), fix=fix
-        )
+        raise _without_scale(name, tensors, how.scale)
     if tensors.dtype(how.scale) not in SCALE_DTYPES:
-        need = ", ".join(str(dtype).removeprefix("torch.") for dtype in SCALE_DTYPES)
-        raise QCompilerError("a scale has a wrong element type", got=tensors.dtype(how.scale), need=need, where=where)
-    shape, got = tensors.shape(name), tensors.shape(how.scale)
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SCALE_DTYPES)
+        raise QCompilerError("a scale has a wrong element type", got=tensors.dtype(how.scale), need=known, where=where)
+    shape, got = tensors.shape(name), list(tensors.shape(how.scale))
     if len(shape) != 2:
         raise QCompilerError(f"the quantized weight '{name}' is no matrix", got=list(shape), where=str(tensors.folder))
     need = numerics.scale_shape(shape, how.block)
-    if [size for size in got if size != 1] != [size for size in need if size != 1] or len(got) > 2:
+    alike = [need, *([need[:1]] if need[1] == 1 else []), *([[]] if need == [1, 1] else [])]
+    if got not in alike:
         problem = f"the scale does not fit its weight {list(shape)} with a scale for each {list(how.block)}"
-        raise QCompilerError(problem, got=list(got), need=need, where=where)
+        raise QCompilerError(problem, got=got, need=need, where=where)
+
+
+def _without_scale(name: str, tensors: TensorFiles, scale: str | None = None) -> QCompilerError:
+    got = f"{str(tensors.dtype(name)).removeprefix('torch.')}{list(tensors.shape(name))}"
+    fix = "Without its scale nobody knows what numbers it stands for."
+    return QCompilerError(
+        f"a quantized weight has no scale: '{name}'", got=got, need=scale, where=str(tensors.folder), fix=fix
+    )

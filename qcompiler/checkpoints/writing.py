@@ -11,7 +11,7 @@ from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
 from qcompiler.checkpoints.formats import Format, format_called
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
-from qcompiler.checkpoints.quantized_weight import QuantizedWeight
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.graph import PARAM
 from qcompiler.report import unfused
@@ -85,6 +85,11 @@ def _origin(compiled: "CompiledModel", model: nn.Module | None, found: Provenanc
     if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
         got = f"no weight '{missing[0]}' in {type(module).__name__}"
         raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
+    for name in found.kept & origin.tensors.keys() & compiled.graph.weights.keys():
+        if not equal_bits(origin.tensors[name], compiled.graph.weights[name]):
+            got = f"other numbers in '{name}'"
+            raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
+    found.spread(origin.ties)
     for name, how in origin.stored().items():
         found.scales.add(how.scale)
         if name not in found.quantized:  # the graph does not read it
@@ -121,7 +126,7 @@ def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found
             refused.setdefault(weight_name, why)
     if refused:
         rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
-        problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}\n"
+        problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}"
         raise QCompilerError(problem, fix=chosen.fix)
     if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
