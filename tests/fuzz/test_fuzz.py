@@ -6,6 +6,7 @@
 The same seeds give the same inputs on every machine. What is found comes with the smallest input that shows it.
 """
 
+import ast
 import resource
 import signal
 import subprocess
@@ -103,11 +104,9 @@ def outcome(target: Target, data: bytes) -> str:
     return "taken"
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_every_mutated_input_is_taken_or_refused(
-    name: str, inputs: int, first: int, record_property: Callable[[str, object], None]
-) -> None:
-    target, seen, start = TARGETS[name], Counter[str](), time.perf_counter()
+def fuzz(target: Target, inputs: int, first: int) -> Counter[str]:
+    """How reading so many inputs ends; an exception with the smallest input of each finding when it ends wrongly."""
+    seen = Counter[str]()
     while (left := inputs - seen.total()) > 0:
 
         @seed(first)
@@ -129,14 +128,49 @@ def test_every_mutated_input_is_taken_or_refused(
 
         read()
         first += 1
-    taken = f"{name}: {seen.total()} inputs in {time.perf_counter() - start:.1f} s"
-    record_property("fuzzed", f"{taken}: {', '.join(f'{count} {what}' for what, count in seen.most_common())}")
+    return seen
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_mutated_input_is_taken_or_refused(
+    name: str, inputs: int, first: int, record_property: Callable[[str, object], None]
+) -> None:
+    start = time.perf_counter()
+    seen = fuzz(TARGETS[name], inputs, first)
+    took = f"{name}: {seen.total()} inputs in {time.perf_counter() - start:.1f} s"
+    record_property("fuzzed", f"{took}: {', '.join(f'{count} {what}' for what, count in seen.most_common())}")
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_is_mutated_is_taken_as_it_was(name: str) -> None:
     for data in TARGETS[name].seeds:
         assert outcome(TARGETS[name], data) == "taken"
+
+
+def test_a_finding_comes_with_its_smallest_input() -> None:
+    def reads(data: bytes) -> None:
+        if b"canonicalize" not in data:
+            raise KeyError("canonicalize")
+
+    with pytest.raises(KeyError) as caught:
+        fuzz(Target(reads, (b"canonicalize; fp8-tile",)), 200, 0)
+    (note,) = [note for note in caught.value.__notes__ if note.startswith("the input: ")]
+    assert b"canonicalize" not in ast.literal_eval(note.removeprefix("the input: "))
+    again = fuzz(Target(lambda _: None, (b"x",)), 50, 0)
+    assert again == {"taken": 50}
+
+
+def test_what_never_ends_or_takes_all_memory_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.05)
+
+    def never_ends(_: bytes) -> None:
+        while True:
+            pass
+
+    with pytest.raises(AssertionError, match=r"it takes more than 0\.05 seconds"):
+        outcome(Target(never_ends, ()), b"")
+    with pytest.raises(MemoryError):
+        outcome(Target(lambda _: bytearray(2 * MEMORY), ()), b"")
 
 
 @pytest.mark.slow
