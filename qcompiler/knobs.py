@@ -41,7 +41,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    if "\0" in text:
+        raise ValueError("a path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a path, whose ~ stands for a folder that exists") from None
 
 
 def _knob(read: Callable[[str], object], says: str) -> dict[str, Any]:

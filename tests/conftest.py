@@ -37,6 +37,12 @@ def no_hopper() -> str | None:
     return None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much `tests/fuzz` does."""
+    parser.addoption("--fuzz-inputs", type=int, default=1000, help="mutated inputs for each target of tests/fuzz")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the seed of the first of them")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips, with the reason, what is marked `gpu` on a machine without a Hopper GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -46,12 +52,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the table of what the kernels take, when their tests have run, whichever worker ran them."""
+    """Prints what tests have measured, when they have run, whichever worker ran them."""
     reports = (report for group in terminalreporter.stats.values() for report in group)
-    properties = (pair for report in reports for pair in getattr(report, "user_properties", ()))
-    lines = {tuple(value) for key, value in properties if key == "budget"}  # a test reports each of its phases
-    if not lines:
-        return
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    if budgets := {tuple(value) for key, value in properties if key == "budget"}:  # from each phase of a test
+        _write_budgets(terminalreporter, budgets)
+    if fuzzed := sorted({str(value) for key, value in properties if key == "fuzzed"}):
+        terminalreporter.section("mutated inputs")
+        for line in fuzzed:
+            terminalreporter.write_line(line)
+
+
+def _write_budgets(terminalreporter: pytest.TerminalReporter, lines: set[tuple[str, ...]]) -> None:
+    """The table of what the kernels take."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("kernel", no_wrap=True)
     for heading in ("registers", "warps", "shared memory", "blocks", "tensor core", "copy engine", "spills"):

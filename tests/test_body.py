@@ -2,6 +2,7 @@
 
 import ast
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -237,6 +238,14 @@ def test_nothing_but_arithmetic_can_be_said() -> None:
     for text in ("__import__('os')", "x0.data", "[x0]", "x0[0]", "lambda: x0", "'x0'", "x0 @ x1", "(h := x0)"):
         with pytest.raises(ParseError):
             parse(text)
+
+
+def test_python_does_not_comment_on_a_body() -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(ParseError):
+            parse("1or x0")
+    assert not warned
 
 
 def test_the_largest_number_is_that_of_fp32() -> None:

@@ -130,6 +130,8 @@ def test_more_spellings_of_numbers() -> None:
         ("fp8", 1, "unknown dtype 'fp8'. Known: b8, bf16, "),
         ('"a', 1, "this string does not end on its line"),
         ("end", 1, "unknown dtype 'end'"),
+        ("[" * 9999, 66, "brackets are nested more than 64 deep"),
+        ("1" * 9999, 1, "this integer has 9999 digits, which is too many"),
     ],
 )
 def test_malformed_literals(text: str, column: int, message: str) -> None:

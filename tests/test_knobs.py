@@ -46,6 +46,8 @@ def test_an_unknown_variable_is_an_error_that_names_the_nearest() -> None:
 def test_a_wrong_value_is_an_error_that_says_what_is_needed() -> None:
     with pytest.raises(QCompilerError, match=r"QCOMPILER_UPDATE has a wrong value: got 'maybe'; need one of 1, true"):
         Knobs.from_environment({"QCOMPILER_UPDATE": "maybe"})
+    with pytest.raises(QCompilerError, match=r"need a path, whose ~ stands for a folder that exists"):
+        Knobs.from_environment({"QCOMPILER_DUMP_DIR": "~nobody-of-this-name/graphs"})
 
 
 @pytest.mark.parametrize(

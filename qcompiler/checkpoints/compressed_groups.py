@@ -120,5 +120,5 @@ def _matches(target: str, module: str) -> bool:
         return target == module
     try:
         return re.match(target.removeprefix("re:"), module) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise QCompilerError("a target is no regular expression", got=f"{target!r}: {error}") from error

@@ -70,9 +70,11 @@ class TensorFiles(Mapping[str, Tensor]):
     def _open(self, file: str, expected: set[str] | None) -> None:
         """Takes in the tensors of one file: those that the index expects there, all of them without an index."""
         path = self.folder / file
-        if not path.is_file():
-            raise QCompilerError("a file of the checkpoint is missing", got=str(path), need="each file of the index")
         try:
+            if not path.is_file():
+                raise QCompilerError(
+                    "a file of the checkpoint is missing", got=str(path), need="each file of the index"
+                )
             opened: Any = safe_open(path, "pt")
             found = {*opened.keys()}
             if lost := sorted((expected or set()) - found):
@@ -90,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; QCompilerError for anything else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QCompilerError("a file cannot be read as JSON", got=error, where=str(path)) from error
     if not isinstance(document, dict):
         raise QCompilerError("a file holds no JSON object", got=type(document).__name__, where=str(path))

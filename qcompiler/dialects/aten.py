@@ -4,7 +4,6 @@ Operations here are not declared one by one: every functional overload that torc
 own, and its types are what capture recorded. `aten.linear` is the default overload, `aten.add.Tensor` a named one.
 """
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -89,10 +88,11 @@ def _knows(name: str) -> bool:
     return True
 
 
-def _names() -> Iterable[str]:
+@cache
+def _names() -> tuple[str, ...]:
     schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::"))
     names = {f"{schema.name.replace('::', '.')}.{schema.overload_name}".rstrip(".") for schema in schemas}
-    return (name for name in names if not name.startswith("aten._") and not name.endswith("out"))
+    return tuple(name for name in names if not name.startswith("aten._") and not name.endswith("out"))
 
 
 @cache

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WORDS: dict[str, Argument] = {"None": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
 SIZE_MARKS = ("(", ")", ",", "+", "-", "*", "/")
+DEEPEST = 64
+"""Brackets inside brackets: far more than any graph has, and few enough for every function that walks the tree."""
 IN_HEAD = {
     "core.input": "an input stands in the head of the function, not in its body",
     "core.return": "the return is spelled 'return' and stands last",
@@ -75,6 +77,7 @@ class Parser:
         self.source = source
         self.tokens = source.tokens()
         self.now = next(self.tokens)
+        self.depth = 0
 
     # Tokens
 
@@ -111,12 +114,23 @@ class Parser:
 
     def list_of(self, item: Callable[[], T], close: str) -> list[T]:
         """Items with commas between, up to and past `close`."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self.fail(f"brackets are nested more than {DEEPEST} deep", self.now)
         items: list[T] = []
         while not self.accept(close):
             if items:
                 self.expect(",", close)
             items.append(item())
+        self.depth -= 1
         return items
+
+    def integer(self, token: Token) -> int:
+        """The integer that a token spells."""
+        try:
+            return int(token.text)
+        except ValueError:  # Python's own limit, without which the time would grow with the square of the length
+            raise self.fail(f"this integer has {len(token.text)} digits, which is too many", token) from None
 
     # Functions and operations
 
@@ -168,9 +182,9 @@ class Parser:
             if name.text in graph.symbols:
                 raise self.fail(f"the range of {name.text} is given twice", name)
             self.expect("in")
-            low = int(self.expect_kind("int", "an integer").text)
+            low = self.integer(self.expect_kind("int", "an integer"))
             self.expect("..")
-            graph.symbols[name.text] = make_range(low, int(self.take().text) if self.now.kind == "int" else None)
+            graph.symbols[name.text] = make_range(low, self.integer(self.take()) if self.now.kind == "int" else None)
             if not self.accept(","):
                 return
 
@@ -229,6 +243,8 @@ class Parser:
             return self.value(graph, token)
         if token.text == "[":
             return tuple(self.list_of(lambda: self.argument(graph), "]"))
+        if token.kind == "int":
+            return self.integer(token)
         if token.kind in LITERALS:
             return LITERALS[token.kind](token.text)
         if token.text in WORDS:
@@ -303,7 +319,7 @@ class Parser:
         if self.now.kind == "string":
             file = json.loads(self.take().text)
             self.expect(":")
-            line = int(self.expect_kind("int", "a line number").text)
+            line = self.integer(self.expect_kind("int", "a line number"))
         module = json.loads(self.expect_kind("string", "a string").text) if self.accept("in") else ""
         made_by = json.loads(self.expect_kind("string", "a string").text) if self.accept("by") else ""
         self.expect(")")
@@ -312,7 +328,6 @@ class Parser:
 
 LITERALS: dict[str, Callable[[str], Argument]] = {
     "string": json.loads,
-    "int": int,
     "float": float,
     "tag": lambda text: Tag(text[1:]),
 }

@@ -74,6 +74,12 @@ class Expr:
 
 Size = int | Expr
 
+# What a text may spell: beyond what any tensor has, and little enough to be computed with at once.
+LARGEST = 2**64
+DEEPEST = 64
+HIGHEST_POWER = 64
+MOST_PRODUCTS = 1024
+
 
 def symbol(name: str) -> Expr:
     """The size that a symbol stands for."""
@@ -149,7 +155,10 @@ def _arguments(function: str, size: Size) -> tuple[Size, ...]:
 def _power(base: Size, exponent: int) -> Size:
     if exponent < 0:
         raise ValueError(f"{base} has the negative exponent {exponent}")
-    return product((base,) * exponent) if isinstance(base, Expr) and exponent <= 8 else _atom("pow", base, exponent)
+    if exponent > HIGHEST_POWER:
+        raise ValueError(f"{base} has the exponent {exponent}, which is more than {HIGHEST_POWER}")
+    written_out = isinstance(base, Expr) and exponent <= 8 and len(base.terms) ** exponent <= MOST_PRODUCTS
+    return product((base,) * exponent) if written_out else _atom("pow", base, exponent)
 
 
 def _atom(function: str, *args: Size) -> Size:
@@ -239,6 +248,7 @@ class _Parser:
         self.text = text
         self.tokens = re.findall(r"\s*(\d+|[A-Za-z_]\w*|//|[-+*(),]|\S)", text)
         self.at = 0
+        self.depth = 0
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
@@ -251,20 +261,34 @@ class _Parser:
         return token
 
     def sum(self) -> Size:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ValueError(f"a size is nested more than {DEEPEST} deep")
         total = -self.term() if self.peek() == "-" and self.take() else self.term()
         while self.peek() in ("+", "-"):
             total = total + self.term() if self.take() == "+" else total - self.term()
-        return total
+        self.depth -= 1
+        return self.held(total)
 
     def term(self) -> Size:
         value = self.factor()
         while self.peek() in ("*", "//"):
-            value = value * self.factor() if self.take() == "*" else floordiv(value, self.factor())
+            operator, other = self.take(), self.factor()
+            if len(_terms(value)) * len(_terms(other)) > MOST_PRODUCTS:
+                raise ValueError(f"a size is the sum of more than {MOST_PRODUCTS} products")
+            value = self.held(value * other if operator == "*" else floordiv(value, other))
         return value
+
+    def held(self, size: Size) -> Size:
+        if any(abs(factor) >= LARGEST for _, factor in _terms(size)):
+            raise ValueError("a number in a size is beyond 64 bits")
+        return size
 
     def factor(self) -> Size:
         token = self.take()
-        if token.isdigit():
+        if token.isdecimal():
+            if len(token) > len(str(LARGEST)):
+                raise ValueError("a number in a size is beyond 64 bits")
             return int(token)
         if token == "(":
             value = self.sum()

@@ -1,0 +1,197 @@
+"""Folders that come from elsewhere, one file of which is mutated: artefacts of `compiled.save`, and checkpoints.
+
+An input is the name of a file, a newline, and what the file holds instead; `x.safetensors#header` is only the
+description in front of the tensors. An artefact lists the hash of each of its files, so a change is found out at once;
+`artefact-sealed` corrects the hashes, so that the readers behind them are reached, as somebody would who means harm.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from targets import Target, folder, header_of, in_order, with_header
+from torch import nn
+
+import qcompiler
+from qcompiler.artefact.manifest import NAME, sealed
+from qcompiler.artefact.strict_json import render
+from qcompiler.checkpoints import read
+from qcompiler.errors import ArtefactError
+
+HEADER = "#header"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as it should be.
+
+    Attributes:
+        path: Where it is.
+        files: Name -> what the file holds.
+    """
+
+    path: Path
+    files: Mapping[str, bytes]
+
+    @classmethod
+    def at(cls, path: Path) -> "Folder":
+        """The folder as it is now."""
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+        return cls(path, {file.relative_to(path).as_posix(): file.read_bytes() for file in files})
+
+    def seeds(self) -> Iterable[bytes]:
+        """Each file, and each header, as an input."""
+        for name, data in self.files.items():
+            yield name.encode() + b"\n" + data
+            if name.endswith(".safetensors"):
+                yield (name + HEADER).encode() + b"\n" + header_of(data)
+
+    def change(self, given: bytes, otherwise: str) -> tuple[str, bytes]:
+        """The file that an input is about, and what it holds then."""
+        line, _, data = given.partition(b"\n")
+        name, mark, _ = line.decode("utf-8", "replace").partition(HEADER)
+        if name not in self.files:
+            return otherwise, given
+        return name, with_header(self.files[name], data) if mark else data
+
+    @contextmanager
+    def holding(self, changes: Mapping[str, bytes]) -> Iterator[None]:
+        """With other files in it."""
+        for name, data in changes.items():
+            (self.path / name).write_bytes(data)
+        try:
+            yield
+        finally:
+            for name in changes:
+                (self.path / name).write_bytes(self.files[name])
+
+
+# Artefacts
+
+PASSES = (
+    "calibrate; quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true}; fuse-linear; fold-constants; "
+    "dead-code; to-kernels"
+)
+
+
+@cache
+def _artefact() -> Folder:
+    """A small artefact that has every kind of file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU()).eval()
+    path = folder() / "artefacts" / "model"
+    path.parent.mkdir()
+    qcompiler.compile(model, pipeline=PASSES, calibration=[torch.randn(4, 16)]).save(path)
+    return Folder.at(path)
+
+
+def _load(changes: Mapping[str, bytes]) -> None:
+    """Loads the artefact with other files in it, and looks at all that is read when it is asked for."""
+    with _artefact().holding(changes):
+        try:
+            loaded = qcompiler.load(_artefact().path, verify=True)
+            if any(name.startswith("stages/") for name in changes):
+                [str(loaded.stages[stage]) for stage in loaded.stages]
+            str(loaded.calibration), str(loaded.report), loaded.source
+            [loaded.graph.weights[name].sum() for name in loaded.graph.weights]
+        except ArtefactError as error:
+            if error.problem == "the artefact cannot be loaded" and error.__cause__ is not None:
+                raise error.__cause__ from None  # nobody foresaw it: the message asks to report it
+            raise
+
+
+def read_artefact(given: bytes) -> None:
+    """An artefact with a file that is not what the manifest lists."""
+    name, data = _artefact().change(given, NAME)
+    _load({name: data})
+
+
+def read_sealed_artefact(given: bytes) -> None:
+    """An artefact with a changed file and a manifest that agrees."""
+    name, data = _artefact().change(given, NAME)
+    if name != NAME:
+        manifest = json.loads(_artefact().files[NAME])
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _load({name: data, NAME: render(sealed(manifest)).encode()})
+        return
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # of what is no manifest at all
+        data = render(sealed(json.loads(data))).encode()
+    _load({name: data})
+
+
+# Checkpoints
+
+BLOCK_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear", "re:.*up"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
+
+@cache
+def _checkpoints() -> Mapping[str, Folder]:
+    """One of each kind: block FP8, compressed-tensors, and one in several files."""
+    codes = torch.linspace(-4, 4, 16 * 8).reshape(16, 8).to(torch.float8_e4m3fn)
+    plain = {"norm.weight": torch.ones(8), "lm_head.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
+    block = {"up.weight": codes, "up.weight_scale_inv": torch.ones(1, 1)}
+    channel = {"up.weight": codes, "up.weight_scale": torch.ones(16, 1)}
+    made = {
+        "fp8": ({"model.safetensors": plain | block}, BLOCK_FP8),
+        "compressed": ({"model.safetensors": plain | channel}, COMPRESSED),
+        "sharded": ({"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block}, BLOCK_FP8),
+    }
+    for kind, (files, said) in made.items():
+        path = folder() / "checkpoints" / kind
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": said}))
+        for name, tensors in files.items():
+            save_file(tensors, path / name, metadata={"format": "pt"})
+        if len(files) > 1:
+            places = {tensor: name for name, tensors in files.items() for tensor in tensors}
+            index = {"metadata": {"total_size": 1000}, "weight_map": places}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return {kind: Folder.at(folder() / "checkpoints" / kind) for kind in made}
+
+
+def read_checkpoint(given: bytes) -> None:
+    """The reader of checkpoints, and every tensor."""
+    line, _, _ = given.partition(b"/")
+    kind = line.decode("utf-8", "replace")
+    checkpoint = _checkpoints().get(kind, _checkpoints()["fp8"])
+    name, data = checkpoint.change(given.removeprefix(line + b"/"), "config.json")
+    with checkpoint.holding({name: data}):
+        found = read(checkpoint.path)
+        for tensor in found.tensors:
+            found.quantized(tensor) if tensor in found.stored else found.tensors[tensor]
+
+
+def _checkpoint_seeds() -> Iterator[bytes]:
+    for kind, checkpoint in _checkpoints().items():
+        yield from (kind.encode() + b"/" + seed for seed in checkpoint.seeds())
+
+
+WORDS = (
+    b'"stages/00_captured.qir"', b'"host.py"', b'"../host.py"', b'"format"', b'"files"', b'"leaf"', b'"tuple"', b"null",
+    b'{"float": "nan"}', b'{"dtype": "bf16"}', b'"cpu"', b'"cuda:7"', b"%x", b"aten.", b"true", b"-1", b"1e999",
+    b'"F8_E4M3"', b'"BF16"', b'"U64"', b'"shape"', b"[0,0]", b'"re:("', b'"block"', b'"8x8"', b'"up.weight"', b"[]",
+)  # fmt: skip
+
+FOLDER_TARGETS = {
+    "artefact": Target(read_artefact, in_order(_artefact().seeds()), WORDS),
+    "artefact-sealed": Target(read_sealed_artefact, in_order(_artefact().seeds()), WORDS),
+    "checkpoint": Target(read_checkpoint, in_order(_checkpoint_seeds()), WORDS),
+}

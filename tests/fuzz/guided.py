@@ -1,0 +1,65 @@
+"""The targets of this folder again, by inputs that reach new lines of code: atheris, which is libFuzzer for Python.
+
+    python tests/fuzz/guided.py graph 600           ten minutes on one target; ends at the first finding
+
+It is many times as fast and goes deeper, but finds one thing at a time, does not repeat itself, and is there for Linux
+alone: hence `make test` and `make fuzz` draw their inputs with hypothesis. A finding is written to crash-… here, and
+`python tests/fuzz/guided.py graph crash-…` shows it again. Needs `pip install -e ".[fuzz]"`.
+"""
+
+import os
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+READERS = [
+    f"qcompiler.{name}"
+    for name in ("artefact", "body", "calibration.store", "checkpoints", "ir", "knobs", "pass_manager", "pass_options")
+]  # fmt: skip
+with atheris.instrument_imports(include=READERS):
+    from folder_targets import FOLDER_TARGETS
+    from targets import TEXT_TARGETS, Target, folder
+
+    from qcompiler import pass_manager
+    from qcompiler.errors import QCompilerError
+
+LIMITS = ["-max_len=16384", "-timeout=20", "-rss_limit_mb=4096"]
+
+
+def main(name: str, how_long: str) -> int:
+    """Runs one target for so many seconds, or on the one input in a file; the exit status of libFuzzer."""
+    target = {**TEXT_TARGETS, **FOLDER_TARGETS}[name]
+    pass_manager.entry_points = cache(entry_points)  # type: ignore[assignment, attr-defined]  # as in test_fuzz.py
+    options = [how_long] if Path(how_long).is_file() else [*corpus(target), f"-max_total_time={how_long}"]
+    child = os.fork()
+    if child == 0:  # libFuzzer ends its process, and would leave the folder behind
+        atheris.Setup([sys.argv[0], *LIMITS, *options], lambda data: read(target, data))
+        atheris.Fuzz()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def corpus(target: Target) -> list[str]:
+    """Options for libFuzzer: where the seeds are, and the words."""
+    seeds, words = folder() / "corpus", folder() / "words"
+    seeds.mkdir()
+    for index, seed in enumerate(target.seeds):
+        (seeds / str(index)).write_bytes(seed)
+    spelled = ("".join(f"\\x{byte:02x}" for byte in word) for word in target.words if word)
+    words.write_text("".join(f'"{word}"\n' for word in spelled))
+    return [f"-dict={words}", str(seeds)]
+
+
+def read(target: Target, data: bytes) -> None:
+    """One input: taken, or refused with QCompilerError."""
+    try:
+        target.read(data)
+    except QCompilerError as error:
+        str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))

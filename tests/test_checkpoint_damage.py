@@ -1,0 +1,61 @@
+"""What a checkpoint's folder may not hold is refused with a sentence that names the file, and nothing else happens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qcompiler.checkpoints import read
+from qcompiler.errors import QCompilerError
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+
+
+def compressed(**changes: Any) -> dict[str, Any]:
+    group = {**GROUP, "weights": {**GROUP["weights"], **changes.pop("weights", {})}, **changes}  # type: ignore[dict-item]
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"g": group}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    weights = {"up.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), "up.weight_scale": torch.ones(4, 1)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": compressed()}))
+    return tmp_path
+
+
+def test_it_is_read_as_it_is(folder: Path) -> None:
+    assert list(read(folder).stored) == ["up.weight"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"quant_method": ["fp8"]}, r"an unknown kind of quantization: got quant_method \['fp8'\]"),
+        (compressed(weights={"type": ["float"]}), "the group 'g' has weights of another kind"),
+        (compressed(weights={"strategy": {}}), "the weights of group 'g' have an unknown strategy: got {}"),
+        (compressed(targets=["re:("]), r"a target is no regular expression: got 're:\(': missing \)"),
+        (compressed(targets=["re:a{99999999999}"]), "a target is no regular expression: .* too large"),
+    ],
+)
+def test_a_wrong_kind_of_value_in_the_configuration(folder: Path, said: dict[str, Any], message: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
+    with pytest.raises(QCompilerError, match=message):
+        read(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 99999, '{"a": ' + "1" * 9999 + "}", "[]", '"\xff'])
+def test_a_configuration_that_is_none(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(QCompilerError, match=r"a file (cannot be read as JSON|holds no JSON object): .*config\.json"):
+        read(folder)
+
+
+def test_an_index_with_a_name_that_no_file_can_have(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"up.weight": "x" * 300}}))
+    with pytest.raises(QCompilerError, match="File name too long"):
+        read(folder)
