@@ -177,7 +177,7 @@ def width_figure(folder: Path) -> Figure:
     factors = [column.removeprefix("increase_") for column in columns]
     sizes = list(dict.fromkeys(row["k_block"] for row in rows))
     figure = Figure(figsize=(9.6, 3.9))
-    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.5})
+    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.6})
     for scheme, (name, color) in TILES.items():
         found = [row for row in rows if row["scheme"] == scheme]
         left.plot([float(row["cosine_error"]) for row in found], "o-", color=color, label=name)
@@ -197,7 +197,7 @@ def width_figure(folder: Path) -> Figure:
         axes.set_xlabel("columns of an activation's tile (k_block)")
     figure.text(0.5, -0.06, caption(left, sizes, folder / THROUGHPUT), ha="center", fontsize=8, color=DARK)
     figure.canvas.draw()
-    label_ends(left, 0.06, place=1.16 if len(figure.axes) > 2 else 1.06)
+    label_ends(left, 0.06, place=1.25 if len(figure.axes) > 2 else 1.06)
     label_ends(right, 0.06, place=1.06)
     return figure
 
