@@ -29,6 +29,12 @@ def run(module: Any, pipeline: str) -> None:
             raise CodegenError("the module cannot be lowered", got="; ".join(said) or error) from error
 
 
+def load_dialects(context: Any) -> None:
+    """Makes a context know what lowering may leave in a module: `tm_tensor` is registered in no other way."""
+    ir = load("torch_mlir.ir", "mlir")
+    run(ir.Module.create(ir.Location.unknown(context)), "builtin.module(func.func(convert-torch-to-tmtensor))")
+
+
 @contextmanager
 def heard(context: Any) -> Iterator[Sequence[str]]:
     """The first lines of what is diagnosed under a context, which is then printed no more."""

@@ -8,6 +8,7 @@ from typing import Any
 from codegen.mlir.extras import load
 from codegen.mlir.importing import context_with_torch
 from codegen.mlir.interface import Parameter, Result
+from codegen.mlir.lowering import load_dialects
 from qcompiler.errors import CodegenError, InputError
 
 
@@ -57,8 +58,9 @@ def verified_text(module: Any) -> str:
     try:
         module.operation.verify()
         text = str(module).rstrip("\n")
-        # In a context of its own, as a reader has it: here the resources' names are taken.
-        again = str(ir.Module.parse(text, context_with_torch())).rstrip("\n")
+        context = context_with_torch()  # of its own, as a reader has it: in this one the resources' names are taken
+        load_dialects(context)
+        again = str(ir.Module.parse(text, context)).rstrip("\n")
     except ir.MLIRError as error:
         raise CodegenError("MLIR does not accept the module", got=str(error).partition("\n")[0]) from error
     if again != text:

@@ -124,6 +124,8 @@ def load(folder: str | os.PathLike[str]) -> IreeModel:
 @cache
 def _config() -> Any:
     """One device, with its threads, for all models of the process."""
+    # Models may live until Python ends, which the bindings would report as a leak.
+    load_package("iree.runtime._binding", "iree").disable_leak_checker()
     return load_package("iree.runtime", "iree").Config("local-task")
 
 
