@@ -12,8 +12,9 @@ WEIGHTS = ("core.param", "core.buffer")
 
 
 def free_name(graph: Graph, name: str) -> str:
-    """`name`, or `name_1`, `name_2` … when the graph reads or holds a weight of that name."""
-    taken = {str(op.attrs["name"]) for op in graph.ops() if op.name in WEIGHTS} | set(graph.weights)
+    """`name`, or `name_1`, `name_2` … when the graph reads, holds, or has made a weight of that name."""
+    taken = {str(op.attrs["name"]) for op in graph.ops() if op.name in WEIGHTS}
+    taken |= graph.weights.keys() | graph.recipes.keys()
     candidate, count = name, 0
     while candidate in taken:
         count += 1

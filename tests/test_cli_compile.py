@@ -263,3 +263,12 @@ def test_a_checkpoint_is_written_beside_an_artefact(here: Path, capsys: Any) -> 
     for given, message in (("fp9=x", "no such checkpoint format: got 'fp9'"), ("fp8", "a checkpoint is named wrongly")):
         assert main([*command, given]) == 1
         assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_what_is_missing_for_iree_is_said_before_any_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_mlir.ir", None)  # as where it is not installed
+    assert main(["compile", "cli_factories:failing", "--target", "iree-cpu", "-o", "out"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: torch-mlir cannot be imported") and 'pip install "qcompiler[mlir]"' in err

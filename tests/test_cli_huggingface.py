@@ -22,7 +22,10 @@ from transformers import (
 )
 
 import qcompiler
+from qcompiler.checkpoints.formats import format_called
 from qcompiler.cli import main
+from qcompiler.cli.parser import CHECKPOINTS
+from qcompiler.errors import QCompilerError
 
 WORDS = ("[PAD]", "[UNK]", "a", "short", "sentence", "another", "one", "which", "is", "longer")
 
@@ -43,6 +46,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, pad in (("bert", {"pad_token": "[PAD]"}), ("llama", {})):
         make(tokenizer_object=words, unk_token="[UNK]", **pad).save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="module")
+def artefact(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The language model, compiled."""
+    out = tmp_path_factory.mktemp("artefact") / "llama"
+    assert main(["compile", str(folders / "llama"), "-o", str(out), "--quiet"]) == 0
+    return out
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -115,3 +126,53 @@ def test_a_trained_model(tmp_path: Path, capsys: Any) -> None:
     assert main(["compile", str(folder), "-o", str(tmp_path / "out"), "--json"]) == 0
     assert report(capsys)["report"]["summary"].startswith("37 of 37 matmuls with a constant operand are quantized")
     assert main(["check", str(tmp_path / "out")]) == 0
+
+
+def test_an_artefact_is_exported_as_a_checkpoint(folders: Path, tmp_path: Path, capsys: Any) -> None:
+    """The same as `compile --checkpoint` writes, tokenizer included."""
+    model, out = str(folders / "llama"), str(tmp_path / "out")
+    kinds = ("fp8", "compressed-tensors")
+    beside = [part for kind in kinds for part in ("--checkpoint", f"{kind}={tmp_path / kind}")]
+    assert main(["compile", model, "-o", out, *beside]) == 0
+    for kind in kinds:
+        later = tmp_path / f"{kind}-later"
+        assert main(["export", out, "--to", kind, "--model", model, "-o", str(later)]) == 0
+        assert {path.name: path.read_bytes() for path in later.iterdir()} == {
+            path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()
+        }
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in later.iterdir()}
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--to", "fp8"],
+            "a checkpoint has parts of the model that an artefact lacks: got no --model. Name the folder",
+        ),
+        (["--to", "fp8", "--model", "x", "--stage", "captured"], "a checkpoint has no stages: got --stage captured"),
+        (
+            ["--to", "mlir-torch", "--model", "x"],
+            "only a checkpoint is written with the help of the model: got --to mlir",
+        ),
+        (["--to", "fp8", "--model", "BERT"], "this is not the model that was compiled: got no weight 'model.layers"),
+        (["--to", "float", "--model", "LLAMA"], "the format 'float' cannot hold 7 of the weights:"),
+    ],
+)
+def test_what_export_refuses(
+    arguments: list[str], says: str, folders: Path, artefact: Path, tmp_path: Path, capsys: Any
+) -> None:
+    given = [{"BERT": str(folders / "bert"), "LLAMA": str(folders / "llama")}.get(each, each) for each in arguments]
+    assert main(["export", str(artefact), *given, "-o", str(tmp_path / "checkpoint")]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_formats_are_those_of_checkpoints() -> None:
+    """The parser has names of its own, so that help needs no torch."""
+    assert {type(format_called(name, "float")).__name__ for name in CHECKPOINTS} == {
+        "BlockFp8", "CompressedTensors", "Float",
+    }  # fmt: skip
+    with pytest.raises(QCompilerError, match=f"Known: {', '.join(sorted(CHECKPOINTS))}"):
+        format_called("none-of-these-names", "float")

@@ -8,6 +8,7 @@ to layer until they are as large as those of the quantization itself. So the tra
 operation, each on the interpreter's own operands, and as a whole as it was captured.
 """
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -118,6 +119,24 @@ def test_a_llama_block(tmp_path: Path) -> None:
         ids = torch.randint(0, 100, shape)
         (want,) = interpret(compiled.graph, [ids])
         assert difference(built(ids), want) < QUANTIZED, shape
+
+
+@pytest.mark.slow
+def test_a_llama_in_bfloat16(tmp_path: Path) -> None:
+    """Each operation is rounded to 8 bits, so two orders of additions differ; neither is nearer to the exact result."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 100}
+    model: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    model.eval().bfloat16()
+    ids = torch.arange(18).reshape(2, 9)
+    compiled = qcompiler.compile(model, scheme="fp8_tile", example_inputs=(ids,))
+    got = compiled.to_iree(tmp_path / "model")(ids)
+    assert got.dtype is torch.bfloat16
+    with torch.no_grad():
+        plain, exact = compiled(ids).logits, copy.deepcopy(model).double()(ids).logits
+    assert difference(got.double(), exact) < 1.1 * difference(plain.double(), exact)
 
 
 def trained() -> tuple[nn.Module, dict[str, torch.Tensor]]:

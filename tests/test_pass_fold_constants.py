@@ -9,7 +9,7 @@ import torch
 from passes.fold_constants import FoldConstants, WeightArithmetic
 from qcompiler import numerics
 from qcompiler.interpreter import interpret
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.dataflow import part_of
 from qcompiler.pass_manager import Pipeline
 from qcompiler.testing import random_inputs
@@ -34,6 +34,16 @@ def prepared(text: str) -> tuple[Graph, list[torch.Tensor], tuple[torch.Tensor, 
     for step in TO_FUSED:
         step.run(graph)
     return graph, inputs, interpret(graph, inputs)
+
+
+def test_a_name_that_was_made_before_is_not_made_again() -> None:
+    """A weight whose recipe is kept may be gone from the graph: the next one must not take its recipe's place."""
+    graph, _, _ = prepared(CHAIN)
+    (first, _), _ = (op.results for op in graph.ops("quant.quantize") if graph.is_constant(op.tensor(0)))
+    kept = Recipe(part_of(first.op), 0)
+    graph.recipes["blocks.0.w_q"] = kept
+    FoldConstants().run(graph)
+    assert graph.recipes["blocks.0.w_q"] is kept and "blocks.0.w_q_1" in graph.weights
 
 
 def test_equal_bits_and_the_originals_are_gone() -> None:

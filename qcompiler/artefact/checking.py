@@ -11,6 +11,7 @@ from qcompiler.artefact.loading import (
     check_against,
     check_host,
     read_calibration,
+    read_recipes,
     read_report,
     read_signature,
     read_stages,
@@ -94,10 +95,11 @@ def _contents(folder: Folder, trust: Collection[str]) -> Iterator[str]:
 
     def everything() -> None:
         signature, _ = read_signature(folder)
-        stages, graph = read_stages(folder)
+        stages, graph = read_stages(folder, trust)
         for name in stages:
             stages[name].verify()
         check_against(folder, graph, signature, trust)
+        read_recipes(folder, graph, trust)
         check_host(folder, graph, regenerate=False)
         read_weights(folder, graph)
         read_report(folder)

@@ -19,10 +19,11 @@ import torch
 
 from codegen.host import HostModule, emit_host_module
 from qcompiler.artefact.folder import Folder, open_folder, read_bytes
-from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, REPORT, SIGNATURE, Manifest, read_manifest
+from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, RECIPES, REPORT, SIGNATURE, Manifest, read_manifest
 from qcompiler.artefact.operators import check_device, check_operators
+from qcompiler.artefact.recipes_text import recipes_from_json
 from qcompiler.artefact.replacing import locked, recover
-from qcompiler.artefact.report_text import report_from_json
+from qcompiler.artefact.report_text import LeftAlone, report_from_json
 from qcompiler.artefact.signature_text import Forward, moved, signature_from_json
 from qcompiler.artefact.strict_json import AGAIN, Node, parse
 from qcompiler.artefact.weight_files import WeightFiles, open_weights
@@ -31,7 +32,7 @@ from qcompiler.capture.signature import Signature
 from qcompiler.compiler.model import CompiledModel, class_with
 from qcompiler.compiler.program import Program, Settings, generate, plain_torch
 from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
@@ -103,8 +104,9 @@ def read_program(
     signature, forward = read_signature(folder)
     where = _device(folder, device)
     target = _target(folder, where)
-    stages, graph = read_stages(folder)
+    stages, graph = read_stages(folder, trust)
     check_against(folder, graph, signature, trust)
+    graph.recipes = read_recipes(folder, graph, trust)
     check_host(folder, graph, regenerate)
     if target.name != folder.manifest.target:
         check_device(graph, where, str(folder.path))
@@ -112,9 +114,9 @@ def read_program(
     names = [str(op.attrs["name"]) for kind in (PARAM, BUFFER) for op in graph.ops(kind)]
     graph.weights = Weights(weights.loaders(names, where), weights.ties())
     host, run = generate(graph, target.name)
-    report, steps = read_report(folder)
+    report, steps, left_alone = read_report(folder)
     signature, calibration = moved(signature, where), _later(folder)
-    program = Program(graph, stages, steps, report, calibration, host, signature, target.name, where, run)
+    program = Program(graph, stages, steps, report, calibration, host, signature, target.name, where, run, left_alone)
     return program, forward
 
 
@@ -135,16 +137,32 @@ def read_signature(folder: Folder) -> tuple[Signature, Forward]:
     return signature_from_json(_json(folder, SIGNATURE))
 
 
-def read_stages(folder: Folder) -> tuple[Stages, Graph]:
-    """Every stage, hashed now and parsed when it is asked for; and the graph of the last one."""
+def read_stages(folder: Folder, trust: Collection[str] | None) -> tuple[Stages, Graph]:
+    """Every stage, hashed now and parsed when it is asked for; and the graph of the last one.
+
+    Any stage may be run, or a part of it, so each is held to the operators that it may call; with None for `trust` they
+    are not, and are only to be looked at.
+    """
     stages, texts = Stages(), {name: folder.text(file) for name, file in folder.manifest.stages.items()}
     for name, file in folder.manifest.stages.items():
-        stages.add_later(name, partial(Graph.parse, texts[name], str(folder.path / file)))
+        stages.add_later(name, partial(_stage, texts[name], str(folder.path / file), trust))
     try:
         return stages, stages[list(stages)[-1]].clone()
     except ParseError as error:
         fix = "If an operation is unknown, import the library that defines it before the artefact is loaded."
         raise ArtefactError("the graph of the artefact cannot be read", got=error, fix=fix) from None
+
+
+def _stage(text: str, where: str, trust: Collection[str] | None) -> Graph:
+    graph = Graph.parse(text, where)
+    if trust is not None:
+        check_operators(graph, trust, where)
+    return graph
+
+
+def read_recipes(folder: Folder, graph: Graph, trust: Collection[str]) -> dict[str, Recipe]:
+    """How the weights that passes have made are computed from the model's."""
+    return recipes_from_json(_json(folder, RECIPES), graph, trust)
 
 
 def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
@@ -198,8 +216,8 @@ def _json(folder: Folder, name: str) -> Node:
     return parse(folder.text(name).encode(), folder.path / name)
 
 
-def read_report(folder: Folder) -> tuple[Report, tuple[Step, ...]]:
-    """What became of the readers of weights, and the passes that ran."""
+def read_report(folder: Folder) -> tuple[Report, tuple[Step, ...], LeftAlone]:
+    """What became of the readers of weights; the passes that ran; and what each left alone, and why."""
     return report_from_json(_json(folder, REPORT))
 
 

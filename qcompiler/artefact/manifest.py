@@ -20,8 +20,9 @@ FORMAT = "qcompiler artefact"
 VERSION = 1
 """Of the format; a larger one comes from a newer qcompiler."""
 
-SIGNATURE, REPORT, HOST, CALIBRATION = "signature.json", "report.json", "host.py", "calibration.safetensors"
-FILE = re.compile(r"(signature|report)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
+SIGNATURE, REPORT, RECIPES, HOST = "signature.json", "report.json", "recipes.json", "host.py"
+CALIBRATION = "calibration.safetensors"
+FILE = re.compile(r"(signature|report|recipes)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
 """The files that there can be: no other name is ever opened."""
 
@@ -151,7 +152,7 @@ def _manifest(node: Node) -> Manifest:
         },
         files=files,
     )
-    wanted = [SIGNATURE, REPORT, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
+    wanted = [SIGNATURE, REPORT, RECIPES, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
     if not stages or not set(wanted) <= files.keys():
         node["files"].wrong(f"stages and {', '.join(wanted)}")
     if manifest.source != files[HOST].sha256:

@@ -1,5 +1,6 @@
-"""The report on a compilation and its steps, as JSON and back."""
+"""The report on a compilation, its steps, and what each of them left alone, as JSON and back."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -7,17 +8,22 @@ from qcompiler.artefact.strict_json import Node
 from qcompiler.pass_runner import Step
 from qcompiler.report import Report, Row
 
-
-def report_to_json(report: Report, steps: tuple[Step, ...]) -> dict[str, Any]:
-    """Both in one object."""
-    return {**asdict(report), "steps": [asdict(step) for step in steps]}
+LeftAlone = Mapping[str, Mapping[str, str]]
+"""Stage -> name of a value -> why the pass left what computes it alone."""
 
 
-def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...]]:
+def report_to_json(report: Report, steps: tuple[Step, ...], left_alone: LeftAlone) -> dict[str, Any]:
+    """All in one object. A reason stands there once for all values that a pass has it for."""
+    alone = {stage: _by_reason(reasons) for stage, reasons in left_alone.items()}
+    return {**asdict(report), "steps": [asdict(step) for step in steps], "left_alone": alone}
+
+
+def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], LeftAlone]:
     """What `report_to_json` gave; ArtefactError for anything else."""
     rows = tuple(_row(item) for item in node["rows"].items())
     sizes = (node[key].count() for key in ("bytes", "bytes_quantized", "bytes_after"))
-    return Report(rows, *sizes), tuple(_step(item) for item in node["steps"].items())
+    steps = tuple(_step(item) for item in node["steps"].items())
+    return Report(rows, *sizes), steps, {stage: _by_value(item) for stage, item in node["left_alone"].members()}
 
 
 def _row(node: Node) -> Row:
@@ -29,3 +35,14 @@ def _row(node: Node) -> Row:
 def _step(node: Node) -> Step:
     texts = {key: node[key].text() for key in ("stage", "spec", "effect")}
     return Step(**texts, changed=node["changed"].flag(), seconds=node["seconds"].number())
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for value, reason in reasons.items():
+        found.setdefault(reason, []).append(value)
+    return found
+
+
+def _by_value(node: Node) -> dict[str, str]:
+    return {value.text(): reason for reason, values in node.members() for value in values.items()}

@@ -10,12 +10,14 @@ from qcompiler.artefact.manifest import (
     CALIBRATION,
     HOST,
     NAME,
+    RECIPES,
     REPORT,
     SIGNATURE,
     Manifest,
     versions,
     write_manifest,
 )
+from qcompiler.artefact.recipes_text import recipes_to_json
 from qcompiler.artefact.replacing import replacing
 from qcompiler.artefact.report_text import report_to_json
 from qcompiler.artefact.signature_text import Forward, signature_to_json
@@ -68,7 +70,8 @@ def _texts(program: "Program", forward: Forward) -> dict[str, str]:
     _check_round_trip(program, list(stages.values())[-1])
     return {
         SIGNATURE: render(signature_to_json(program.signature, forward)),
-        REPORT: render(report_to_json(program.report, program.steps)),
+        REPORT: render(report_to_json(program.report, program.steps, program.left_alone)),
+        RECIPES: render(recipes_to_json(program.graph.recipes)),
         HOST: program.host.source,
         **stages,
     }

@@ -9,6 +9,7 @@ from torch import nn
 from qcompiler.checkpoints.conversion import to_files, unstacked
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
 from qcompiler.checkpoints.formats import Format, format_called
+from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
@@ -27,7 +28,7 @@ def write(
     folder: "str | PathLike[str]",
     format: str,
     *,
-    model: nn.Module | None = None,
+    model: "nn.Module | str | PathLike[str] | None" = None,
     scale_format: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -40,7 +41,8 @@ def write(
         folder: Where; a checkpoint that is there already is replaced, anything else is left alone.
         format: "fp8" (Hugging Face's block FP8), "compressed-tensors", or "float" for a model in which nothing is
             quantized, such as one that is only smoothed.
-        model: The model that was compiled, where nobody else holds it any more.
+        model: The model that was compiled, or its folder, where nobody else holds it any more; always for a model that
+            `qcompiler.load` gave.
         scale_format: How "fp8" stores scales: "float", or "ue8m0", one byte, for those that are powers of two. As the
             model has them already when it is not given, or else as floats.
         shard_bytes: How large a file may be before another one is begun.
@@ -75,14 +77,15 @@ def _provenance(compiled: "CompiledModel") -> Provenance:
     return trace(unfused(stages.values())[-1], compiled.graph, names)
 
 
-def _origin(compiled: "CompiledModel", model: nn.Module | None, found: Provenance) -> Origin:
+def _origin(compiled: "CompiledModel", model: "nn.Module | str | PathLike[str] | None", found: Provenance) -> Origin:
     """The model that was compiled, as far as its names say."""
-    module = compiled.origin if model is None else model
+    given = compiled.origin if model is None else model
+    module = load_model(given) if isinstance(given, str | PathLike) else given
     if not isinstance(module, nn.Module):
         problem = "nobody holds the model any more that was compiled"
         if module is not None:
             problem = f"a checkpoint has the names of a module, and this was compiled from a {type(module).__name__}"
-        raise QCompilerError(problem, fix="Pass the module, or one with the same weights: model=...")
+        raise QCompilerError(problem, fix="Pass the module or its folder, or one with the same weights: model=...")
     origin = origin_of_module(module)
     if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
         got = f"no weight '{missing[0]}' in {type(module).__name__}"

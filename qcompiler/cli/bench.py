@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import qcompiler
-from qcompiler.capture.signature import ConstantSlot
+from codegen.mlir.iree import load as load_iree
+from qcompiler.capture.signature import ConstantSlot, Signature
+from qcompiler.cli import iree_folder
 from qcompiler.cli.inputs import Call, random_call
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.cli.progress import Progress
-from qcompiler.compiler import CompiledModel
 from qcompiler.compiler.sizing import calls_of_rows
 from qcompiler.ir import TensorType
 
@@ -34,15 +36,15 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress(shown=not options.quiet)
     with progress.showing(), torch.inference_mode():
         progress.stage("loading")
-        compiled = qcompiler.load(options.artefact, trust=options.trust)
-        device = compiled.signature.device or torch.device("cpu")
-        models: dict[str, Callable[..., Any]] = {QUANTIZED: compiled}
+        compiled, signature = _subject(options)
+        device = signature.device or torch.device("cpu")
+        models = {QUANTIZED: compiled}
         if options.against is not None:
             against = load_model(options.against, str(device)).model
             models[AGAINST] = against.module() if isinstance(against, ExportedProgram) else against
         progress.stage("measuring")
         rows = []
-        for call in _calls(compiled, options):
+        for call in _calls(signature, options):
             progress.tell(f"measuring {_shapes(call)}")
             times = _milliseconds(models, call.on(device), options.repeats, device)
             rows.append({"inputs": _types(call), "repeats": options.repeats, "milliseconds": times})
@@ -55,22 +57,32 @@ def run(options: argparse.Namespace) -> int:
 # What is called
 
 
-def _calls(compiled: CompiledModel, options: argparse.Namespace) -> Iterator[Call]:
+def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature]:
+    """What is timed, and how it is called: an artefact, or a folder that IREE runs."""
+    folder = Path(options.artefact)
+    if iree_folder.is_built(folder):
+        built = load_iree(folder)
+        return built, iree_folder.signature_of(built.manifest)
+    compiled = qcompiler.load(folder, trust=options.trust)
+    return compiled, compiled.signature
+
+
+def _calls(signature: Signature, options: argparse.Namespace) -> Iterator[Call]:
     """The calls to time, of different sizes."""
     if options.input:
         yield random_call(options.input)
         return
     seen = set()
     for count in options.rows or USUAL_ROWS:
-        call = _call_of_rows(compiled, count)
+        call = _call_of_rows(signature, count)
         if (shapes := _shapes(call)) not in seen:  # a model may have an end to its sizes, or none that is open
             seen.add(shapes)
             yield call
 
 
-def _call_of_rows(compiled: CompiledModel, count: int) -> Call:
+def _call_of_rows(signature: Signature, count: int) -> Call:
     """A call with so many rows of normal numbers and, where integers are wanted, ones: valid as ids and as masks."""
-    signature, generator = compiled.signature, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     values = iter(calls_of_rows(signature, [count])[0])
 
     def drawn(blank: Any) -> Any:
@@ -133,10 +145,10 @@ def _device(device: torch.device) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("qcompiler", "torch", "triton"):
+    for name in ("qcompiler", "torch", "triton", "iree-base-runtime"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # triton is there on Linux only
+        except PackageNotFoundError:  # triton is there on Linux only, and IREE is optional
             continue
     return found
 

@@ -1,13 +1,17 @@
 """`qcompiler check`: whether an artefact is as it was saved, and can be read here."""
 
 import argparse
+from pathlib import Path
 
 from qcompiler.artefact.checking import check
+from qcompiler.cli import iree_folder
 from qcompiler.cli.output import print_json
 
 
 def run(options: argparse.Namespace) -> int:
     """Says what was found; 1 when something is wrong."""
+    if iree_folder.is_built(Path(options.artefact)):
+        return iree_folder.check(options)
     found = check(options.artefact, trust=options.trust)
     if options.json:
         print_json({"artefact": str(found.path), "ok": found.ok, "problems": list(found.problems),

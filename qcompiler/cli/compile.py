@@ -9,6 +9,8 @@ from typing import Any
 from torch.export import ExportedProgram
 
 import qcompiler
+from codegen.mlir import extras
+from codegen.mlir.iree import building
 from qcompiler.artefact.folder import check_replaceable
 from qcompiler.checkpoints import write
 from qcompiler.checkpoints.folders import check_place
@@ -17,6 +19,7 @@ from qcompiler.cli.huggingface import text_calls
 from qcompiler.cli.inputs import SUFFIX, Call, calls_in
 from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
+from qcompiler.cli.parser import IREE_CPU
 from qcompiler.cli.progress import Progress
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
@@ -32,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     if needs_data(pipeline) and not options.calibration:
         raise InputError("the passes need calibration data", got=str(pipeline), fix="Give some: --calibration FILE.")
     output = Path(options.output)
-    check_replaceable(output.resolve())
+    _check_output(output, options.target)
     checkpoints = [_checkpoint(text) for text in options.checkpoint]
     asked = {"pipeline": pipeline} if scheme is None else {"scheme": scheme, "overrides": overrides}
     progress = Progress(shown=not options.quiet, passes=len(pipeline))
@@ -42,15 +45,26 @@ def run(options: argparse.Namespace) -> int:
         model = loaded.model if checkpoints else None  # held: it has what a checkpoint needs besides
         compiled = _compiled(loaded, asked, options, progress)
         progress.stage("saving")
-        compiled.save(output)
+        compiled.to_iree(output) if options.target == IREE_CPU else compiled.save(output)
         for kind, folder in checkpoints:
             write(compiled, folder, kind, model=model)
     if options.json:
         print_json({"artefact": str(output), "scheme": scheme, "pipeline": str(pipeline),
                     "seconds": progress.seconds, "report": report_document(compiled.report)})  # fmt: skip
     else:
-        print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows what each pass did")
+        shown = "how it is called" if options.target == IREE_CPU else "what each pass did"
+        print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
     return 0
+
+
+def _check_output(output: Path, target: str) -> None:
+    """Finds out before any work is done whether it can be written, and by what."""
+    if target == IREE_CPU:
+        for module, extra in (("torch_mlir.ir", "mlir"), ("iree.compiler", "iree"), ("iree.runtime", "iree")):
+            extras.load(module, extra)
+        building.check_replaceable(output)
+    else:
+        check_replaceable(output.resolve())
 
 
 def _checkpoint(text: str) -> tuple[str, str]:
@@ -74,7 +88,7 @@ def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace
         example_inputs=None if example is None else example.args,
         example_kwargs=None if example is None else example.kwargs,
         dynamic_shapes=None if options.fixed_sizes else "auto",
-        target=options.target,
+        target="cpu" if options.target == IREE_CPU else options.target,
         strict=not options.allow_unquantized,
         instruments=[progress],
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import shtab
 
-from qcompiler.cli.parser import build_parser
+from qcompiler.cli.parser import IREE_CPU, build_parser
 from qcompiler.pass_manager import offered
 from qcompiler.runtime.device import AUTO, TARGETS
 from qcompiler.schemes import GROUP, SCHEMES
@@ -17,7 +17,11 @@ FOLDERS = ("DIR",)
 def run(options: argparse.Namespace) -> int:
     """Prints the script; names of schemes are those that are known now."""
     parser = build_parser()
-    choices = {"scheme": sorted({*SCHEMES, *offered(GROUP)}), "target": [*TARGETS, AUTO], "device": ["cpu", "cuda"]}
+    choices = {
+        "scheme": sorted({*SCHEMES, *offered(GROUP)}),
+        "target": [*TARGETS, AUTO, IREE_CPU],
+        "device": ["cpu", "cuda"],
+    }
     for action in _actions(parser):
         if action.dest in choices:
             action.choices = choices[action.dest]

@@ -5,8 +5,10 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from qcompiler.cli import iree_folder
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.history import Chapter, history
 from qcompiler.cli.output import print_json, print_table
@@ -20,6 +22,8 @@ DROPPABLE = ("options", *reversed(COUNTED), "effect", "changed", "+/-")
 
 def run(options: argparse.Namespace) -> int:
     """Shows a run, or the part of it that is asked for."""
+    if iree_folder.is_built(Path(options.path)):
+        return iree_folder.inspect(options)
     record = read_record(options.path)
     if options.stage is not None:
         _graph(record.stage(options.stage), options)

@@ -18,7 +18,10 @@ COMMANDS = {
 """Command -> the module that runs it."""
 
 MLIR = {"mlir-torch": "torch", "mlir-linalg": "linalg"}
-IREE = "iree"
+IREE, IREE_CPU = "iree", "iree-cpu"
+"""What `export` and `compile --target` call it."""
+
+CHECKPOINTS = ("fp8", "compressed-tensors", "float")
 
 MODEL = (
     "an exported program (.pt2), a Hugging Face model folder, or module:factory, a function without arguments that "
@@ -156,7 +159,10 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=_count, default=512, metavar="N", help="tokens of a line, at most (default: 512)"
     )
-    parser.add_argument("--target", default="auto", help='"cpu", "sm_90a", or "auto", by the device (the default)')
+    parser.add_argument(
+        "--target", default="auto",
+        help='"cpu", "sm_90a", "auto", by the device (the default), or "iree-cpu", for a folder that IREE runs',
+    )  # fmt: skip
     parser.add_argument("--device", help='where to compile: "cpu" or "cuda" (default: where the model is)')
     parser.add_argument("--fixed-sizes", action="store_true", help="hold every size to that of the example")
     parser.add_argument(
@@ -211,11 +217,14 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
     parser.add_argument(
-        "--to", required=True, choices=(*MLIR, IREE),
-        help="a text of MLIR, in the torch dialect or in linalg; or a folder that IREE runs on the CPU",
+        "--to", required=True, choices=(*MLIR, IREE, *CHECKPOINTS),
+        help="a text of MLIR, in the torch dialect or in linalg; a folder that IREE runs on the CPU; or a checkpoint "
+        "for other engines: fp8 (Hugging Face's block FP8), compressed-tensors, or float for a model that is only "
+        "smoothed",
     )  # fmt: skip
     parser.add_argument("--output", "-o", metavar="PATH", required=True, help="the file or folder to write")
-    parser.add_argument("--stage", metavar="NAME", help="the stage to write (default: the last)")
+    parser.add_argument("--stage", metavar="NAME", help="the stage to write as MLIR or for IREE (default: the last)")
+    parser.add_argument("--model", metavar="MODEL", help=f"for a checkpoint, the model that was compiled: {MODEL}")
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:
@@ -256,7 +265,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "report": ("show what was quantized, and why the rest was not", _report),
     "check": ("verify an artefact", _check),
     "bench": ("measure how long calls of an artefact take", _bench),
-    "export": ("write an artefact as MLIR, or compiled by IREE", _export),
+    "export": ("write an artefact as MLIR, compiled by IREE, or as a checkpoint", _export),
     "explain": ("say what a scheme will do, without a model", _explain),
     "passes": ("list the passes", _json),
     "schemes": ("list the schemes", _json),

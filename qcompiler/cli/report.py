@@ -17,7 +17,7 @@ from qcompiler.errors import InputError
 def run(options: argparse.Namespace) -> int:
     """Prints the report of an artefact, or writes it as a page; with the errors of layers, if a model is given."""
     with reading(Path(options.artefact).resolve()) as artefact:
-        report, _ = read_report(artefact)
+        report, *_ = read_report(artefact)
     errors = None
     if options.html is not None or options.against is not None:
         compiled = qcompiler.load(options.artefact, trust=options.trust)

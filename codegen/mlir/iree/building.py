@@ -50,7 +50,7 @@ def build(
     # Fresh memory for each: two of them may share theirs, which a file of tensors must not.
     tensors = {argument.name: found[argument.name].detach().cpu().contiguous().clone() for argument in stored}
     target = Path(folder)
-    _check_replaceable(target)
+    check_replaceable(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
@@ -107,8 +107,8 @@ def _version() -> str:
     return str(found)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuses to replace what is no compiled model."""
+def check_replaceable(target: Path) -> None:
+    """InputError unless a folder is new, empty, or was built before."""
     if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
@@ -118,4 +118,4 @@ def _check_replaceable(target: Path) -> None:
         read_manifest(target)
 
 
-__all__ = ["build", "compile_module"]
+__all__ = ["build", "check_replaceable", "compile_module"]

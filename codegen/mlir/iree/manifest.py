@@ -43,6 +43,15 @@ class Manifest:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def is_built(folder: Path) -> bool:
+    """Whether a folder says of itself that IREE runs it, in this version of the format or another."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of a folder; InputError when there is none that this version understands."""
     path = folder / MANIFEST
