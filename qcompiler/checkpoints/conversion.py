@@ -110,7 +110,9 @@ def _operations_on(model: nn.Module, name: str) -> Iterable[Any]:
         mapping = import_module("transformers.conversion_mapping")
         table = mapping.get_model_conversion_mapping(model, add_legacy=False)
     back = [entry.reverse_transform() for entry in reversed(table) if isinstance(entry, loading.WeightConverter)]
-    found: Iterable[Any] = next((entry.operations for entry in back if entry.rename_source_key(name)[1] is not None), ())
+    found: Iterable[Any] = next(
+        (entry.operations for entry in back if entry.rename_source_key(name)[1] is not None), ()
+    )
     return found
 
 
