@@ -1,9 +1,7 @@
 """What may be watched around passes, never inside them: time, text, dumps, and the truth of what they declare."""
 
-import os
 import re
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from qcompiler.errors import PassError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.pass_manager import Effect, Pass, pass_class
+from qcompiler.runtime.replacing import replacing_file
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,10 @@ class Dump(Instrument):
 
     def _write(self, name: str, graph: Graph) -> None:
         path = self.folder / f"{self._count:02}_{name}.qir"
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            partial.write_text(f"{graph}\n", encoding="utf-8")
-            os.replace(partial, path)  # a reader sees the old file or the new one, never half of one
+            with replacing_file(path) as partial:
+                partial.write_text(f"{graph}\n", encoding="utf-8")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise self._failed(error) from error
         self._count += 1
 

@@ -9,8 +9,6 @@ left alone with a warning.
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -26,6 +24,7 @@ from codegen.gemm.tiling import all_configs, choose
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching import replay
 from qcompiler import knobs
+from qcompiler.runtime.replacing import replacing_file
 
 FORMAT = 1
 """Of the file."""
@@ -111,14 +110,8 @@ def _write(path: Path, header: Mapping[str, Any], table: Mapping[GemmProblem, Ge
     """Writes the file in one step, so that no reader sees half of it."""
     entries = [{"problem": dataclasses.asdict(p), "config": dataclasses.asdict(c)} for p, c in table.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"header": dict(header), "products": entries}, file, indent=1)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing_file(path) as partial:
+        partial.write_text(json.dumps({"header": dict(header), "products": entries}, indent=1), encoding="utf-8")
 
 
 @cache

@@ -1,7 +1,7 @@
 """What `to_mlir` gives: the text of a module that MLIR has verified, and what its function takes and gives."""
 
 from dataclasses import dataclass
-from os import PathLike, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from codegen.mlir.importing import context_with_torch
 from codegen.mlir.interface import Parameter, Result
 from codegen.mlir.lowering import load_dialects
 from qcompiler.errors import CodegenError, InputError
+from qcompiler.runtime.replacing import replacing_file
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,10 @@ class MlirModule:
     def save(self, path: str | PathLike[str]) -> Path:
         """Writes the text to a file, whole or not at all, and gives its path."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.part")
         try:
-            part.write_text(self.text + "\n", encoding="utf-8")
-            replace(part, target)
+            with replacing_file(target) as part:
+                part.write_text(self.text + "\n", encoding="utf-8")
         except OSError as error:
-            part.unlink(missing_ok=True)
             need = "a path in a folder that exists"
             raise InputError("the module cannot be written", got=f"{target}: {error}", need=need) from error
         return target

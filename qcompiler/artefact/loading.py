@@ -22,7 +22,6 @@ from qcompiler.artefact.folder import Folder, open_folder, read_bytes
 from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, RECIPES, REPORT, SIGNATURE, Manifest, read_manifest
 from qcompiler.artefact.operators import check_device, check_operators
 from qcompiler.artefact.recipes_text import recipes_from_json
-from qcompiler.artefact.replacing import locked, recover
 from qcompiler.artefact.report_text import LeftAlone, report_from_json
 from qcompiler.artefact.signature_text import Forward, moved, signature_from_json
 from qcompiler.artefact.strict_json import AGAIN, Node, parse
@@ -37,6 +36,7 @@ from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
 from qcompiler.runtime.device import AUTO, Target, target_for
+from qcompiler.runtime.replacing import locked, recover
 from qcompiler.runtime.weights import Weights
 
 

@@ -18,7 +18,6 @@ from qcompiler.artefact.manifest import (
     write_manifest,
 )
 from qcompiler.artefact.recipes_text import recipes_to_json
-from qcompiler.artefact.replacing import replacing
 from qcompiler.artefact.report_text import report_to_json
 from qcompiler.artefact.signature_text import Forward, signature_to_json
 from qcompiler.artefact.strict_json import render
@@ -26,6 +25,7 @@ from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, p
 from qcompiler.calibration import Calibration
 from qcompiler.errors import ArtefactError, QCompilerError
 from qcompiler.ir import Graph
+from qcompiler.runtime.replacing import replacing
 
 if TYPE_CHECKING:
     from qcompiler.compiler.program import Program, Settings
@@ -43,7 +43,7 @@ def write_artefact(
     plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
     known = program.calibration
     calibration = known() if callable(known) else known
-    with replacing(target) as work:
+    with replacing(target, failed) as work:
         files = {name: _write_text(work / name, text) for name, text in texts.items()}
         files |= _write_weights(work, plan)
         if calibration is not None:
@@ -52,6 +52,11 @@ def write_artefact(
         manifest = _manifest(program, settings, calibration, plan, files)
         _write_text(work / NAME, write_manifest(manifest))
         check_replaceable(target)
+
+
+def failed(error: OSError) -> ArtefactError:
+    """What is said when a disk is full, say."""
+    return ArtefactError("the artefact cannot be saved", got=error)
 
 
 def stage_files(program: "Program") -> dict[str, str]:

@@ -8,7 +8,6 @@ The JSON has the format's version, the values with their names and modules, and 
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from qcompiler.calibration.histogram import CHANNEL_BITS, HIGHEST, LOWEST, TENSO
 from qcompiler.calibration.sample import Sample
 from qcompiler.calibration.statistics import Statistics
 from qcompiler.errors import InputError
+from qcompiler.runtime.replacing import replacing_file
 
 VERSION = 1
 """Of the format; a file with a larger one comes from a newer qcompiler."""
@@ -49,14 +49,12 @@ class Observed:
 def write(path: str | os.PathLike[str], values: Mapping[str, Observed]) -> None:
     """Writes a file; a reader sees the old one or the new one, never half of one. InputError when it cannot be."""
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     tensors = {key: tensor.contiguous() for key, tensor in _tensors(values).items()}
     head = {**_head(values), "digest": digest(values)}
     try:
-        save_file(tensors, partial, metadata={KEY: json.dumps(head)})
-        os.replace(partial, target)
+        with replacing_file(target) as partial:
+            save_file(tensors, partial, metadata={KEY: json.dumps(head)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         need = f"a folder at {target.parent} that can be written"
         raise InputError("the calibration cannot be saved", got=f"{target}: {error}", need=need) from error
 

@@ -4,9 +4,7 @@ config.json    model-00001-of-00002.safetensors    model-00002-of-00002.safetens
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qcompiler.errors import QCompilerError
+from qcompiler.runtime.replacing import replacing
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -42,21 +41,16 @@ def write_folder(
         shard_bytes: A file gets no more tensors than that, but for a single one that is larger.
 
     Raises:
-        QCompilerError: There is something else at that place.
+        QCompilerError: There is something else at that place, or it cannot be written.
     """
     check_place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with replacing(folder, lambda error: QCompilerError("the checkpoint cannot be written", got=error)) as made:
         for source in _companions(companions):
             shutil.copyfile(source, made / source.name)
         _write_tensors(made, tensors, shard_bytes)
         for name, document in documents.items():
             (made / name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        made.chmod(0o755)
-        _move(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        check_place(folder)
 
 
 def check_place(folder: Path) -> None:
@@ -115,18 +109,3 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-def _move(made: Path, folder: Path) -> None:
-    """Puts a folder in its place; what was there goes only when the new one can take over."""
-    if not folder.exists():
-        os.rename(made, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    os.rename(folder, old)
-    try:
-        os.rename(made, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old)

@@ -10,12 +10,12 @@ import html
 import json
 import os
 import re
-import uuid
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError
+from qcompiler.runtime.replacing import replacing_file
 
 LIBRARY, LIBRARY_NAME = "vendor/dagre.min.js", "dagre 3.1.3"
 """Places the nodes of a graph: https://github.com/dagrejs/dagre."""
@@ -58,12 +58,10 @@ def write_page(path: "str | os.PathLike[str]", page: str) -> None:
         InputError: The file cannot be written.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        partial.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(partial, target)
+        with replacing_file(target) as partial:
+            partial.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         need = f"a folder at {target.parent} that can be written"
         raise InputError("the report cannot be written", got=f"{target}: {error}", need=need) from error
 

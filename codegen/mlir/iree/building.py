@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from codegen.mlir.iree.manifest import read as read_manifest
 from codegen.mlir.module import MlirModule
 from qcompiler.errors import CodegenError, InputError
 from qcompiler.ir import Graph, Value
+from qcompiler.runtime.replacing import replacing
 
 
 def build(
@@ -51,20 +51,12 @@ def build(
     tensors = {argument.name: found[argument.name].detach().cpu().contiguous().clone() for argument in stored}
     target = Path(folder)
     check_replaceable(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-            new = Path(work) / "new"
-            new.mkdir()
-            (new / MODULE).write_bytes(binary)
-            save_file(tensors, new / WEIGHTS)
-            hashes = {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in (MODULE, WEIGHTS)}
-            _manifest(graph, module, hashes, cpu).write(new)
-            if target.exists():
-                os.replace(target, Path(work) / "old")
-            os.replace(new, target)
-    except OSError as error:
-        raise InputError("the compiled model cannot be written", got=f"{target}: {error}") from error
+    with replacing(target, lambda error: InputError("the compiled model cannot be written", got=error)) as new:
+        (new / MODULE).write_bytes(binary)
+        save_file(tensors, new / WEIGHTS)
+        hashes = {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in (MODULE, WEIGHTS)}
+        _manifest(graph, module, hashes, cpu).write(new)
+        check_replaceable(target)
     return target
 
 

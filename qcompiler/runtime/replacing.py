@@ -1,4 +1,6 @@
-"""A folder that takes another one's place whole: whoever looks sees the old one or the new one, never half of one.
+"""A file or a folder that takes another one's place whole: whoever looks sees the old or the new, never half of it.
+
+Of a folder `model` a process makes these, beside it:
 
     .model.1f….qcompiler-new   the new one, until all of it is on the disk
     .model.qcompiler-old       the old one, from the moment it steps aside until the new one has its place
@@ -12,19 +14,32 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from qcompiler.errors import ArtefactError
+from qcompiler.errors import QCompilerError
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing_file(target: Path) -> Iterator[Path]:
+    """A path beside `target`, whose file takes its place when the block ends well, and is gone when it does not."""
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(target: Path, failed: Callable[[OSError], QCompilerError]) -> Iterator[Path]:
     """A new, empty folder, which takes the place of `target` when the block ends well, and is gone when it does not.
 
-    Raises:
-        ArtefactError: A folder cannot be made or renamed; `target` is as it was.
+    Args:
+        target: Its name is free, or that of a folder that may be replaced; who calls this has looked.
+        failed: Makes the error, to which the place is added, that is raised when a file or folder cannot be written or
+            renamed, and `target` is as it was.
     """
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.qcompiler-new")
     try:
@@ -44,7 +59,9 @@ def replacing(target: Path) -> Iterator[Path]:
                 remove_tree(work)
                 raise
     except OSError as error:
-        raise ArtefactError("the artefact cannot be saved", got=error, where=str(target)) from error
+        said = failed(error)
+        said.where = str(target)
+        raise said from error
 
 
 def recover(target: Path) -> None:

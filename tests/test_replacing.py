@@ -14,7 +14,8 @@ from torch import nn
 import qcompiler
 from qcompiler import ArtefactError, CompiledModel
 from qcompiler.artefact.checking import check
-from qcompiler.artefact.replacing import locked, replacing
+from qcompiler.artefact.saving import failed
+from qcompiler.runtime.replacing import locked, replacing
 
 X = torch.ones(3, 128)
 
@@ -135,7 +136,7 @@ def test_a_failure_leaves_the_old_one_and_nothing_beside_it(
 
 
 def test_the_work_of_another_process_is_not_swept(tmp_path: Path) -> None:
-    with replacing(tmp_path / "model") as first, replacing(tmp_path / "model") as second:
+    with replacing(tmp_path / "model", failed) as first, replacing(tmp_path / "model", failed) as second:
         (first / "a").write_text("1")
         (second / "a").write_text("2")
     assert (tmp_path / "model" / "a").read_text() == "1", "who ends last wins"
