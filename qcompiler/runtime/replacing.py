@@ -103,7 +103,10 @@ def _sweep(target: Path) -> None:
     if target.exists():
         remove_tree(_aside(target))
     for work in target.parent.glob(f".{_escaped(target.name)}.*.qcompiler-new"):
-        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # its maker has just failed and removed it, or it is no folder and nobody's work
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # its maker is at work, or there are no locks here
