@@ -1,5 +1,6 @@
 """Writes a compiled model as a checkpoint of the ecosystem, with the original model's names and configuration."""
 
+import os
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from qcompiler.compiler import CompiledModel
 
 SHARD_BYTES = 5 * 10**9
+
+LEAVE = "Leave these in float when you compile: overrides={name: None}; compiled.save keeps any model."
+"""What to do about weights that no format can hold."""
 
 
 def write(
@@ -50,7 +54,7 @@ def write(
     Raises:
         QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
     """
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))  # "." has a name then, and a link stays one
     format_called(format, scale_format or "float")
     check_place(target)
     found = _provenance(compiled)
@@ -132,7 +136,7 @@ def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found
     if refused:
         rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
         problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}"
-        raise QCompilerError(problem, fix=chosen.fix)
+        raise QCompilerError(problem, fix=LEAVE if found.refused else chosen.fix)
     if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
 
