@@ -1,6 +1,5 @@
 """Writes a compiled model as a checkpoint of the ecosystem, with the original model's names and configuration."""
 
-import os
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +53,7 @@ def write(
     Raises:
         QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
     """
-    target = Path(os.path.abspath(folder))  # "." has a name then, and a link stays one
+    target = Path(folder)
     format_called(format, scale_format or "float")
     check_place(target)
     found = _provenance(compiled)

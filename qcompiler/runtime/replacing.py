@@ -41,6 +41,7 @@ def replacing(target: Path, failed: Callable[[OSError], QCompilerError]) -> Iter
         failed: Makes the error, to which the place is added, that is raised when a file or folder cannot be written or
             renamed, and `target` is as it was.
     """
+    target = Path(os.path.abspath(target))  # "." has a name then, and a link stays one
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.qcompiler-new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
