@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qcompiler.dialects.aten import ir_dtype
-from qcompiler.ir import DType, Graph, Rewriter, TensorType, Value
+from qcompiler.ir import DType, Graph, Rewriter, TensorType, Value, legal_name
 
 WEIGHTS = ("core.param", "core.buffer")
 
@@ -34,7 +34,7 @@ def new_parameter(rewriter: Rewriter, name: str, tensor: Any, value_name: str | 
     if graph.weights or not graph.ops("core.param"):
         graph.weights[free] = tensor
     kind = TensorType(ir_dtype(tensor.dtype), tuple(tensor.shape))
-    op = rewriter.insert("core.param", attrs={"name": free}, types=[kind], names=[value_name or free])
+    op = rewriter.insert("core.param", attrs={"name": free}, types=[kind], names=[legal_name(value_name or free)])
     return op.result
 
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 from passes.constants import free_name
 from passes.memory import leaves_the_graph
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Rule
+from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Rule, legal_name
 from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
 from qcompiler.pass_manager import Effect, Pass
 
@@ -86,7 +86,7 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     recipe = part_of(op)
     graph.recipes.update({name: Recipe(recipe, index) for index, name in enumerate(names)})
     params = [
-        rewriter.insert("core.param", attrs={"name": name}, types=[value.type], names=[name]).result
+        rewriter.insert("core.param", attrs={"name": name}, types=[value.type]).result
         for name, value in zip(names, op.results, strict=True)
     ]
     operands = [value.op for _, value in op.operands()]
@@ -94,7 +94,7 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     for operand in operands:
         rewriter.erase_unread(operand)
     for param, name in zip(params, names, strict=True):
-        graph.rename(param, name)  # what was folded may have had that name until now
+        graph.rename(param, legal_name(name))  # what was folded may have had that name until now
     for source in sources:
         if source not in graph and source.attrs["name"] in graph.weights:
             del graph.weights[str(source.attrs["name"])]  # pop would load it

@@ -66,6 +66,21 @@ def test_a_whole_one_is_read(tmp_path: Path, said: dict[str, Any], sharded: bool
     assert found.tensors.shape("norm.weight") == (4,) and len(found.tensors) == 3
 
 
+def test_a_target_may_be_the_name_of_one_module_beside_a_class(tmp_path: Path) -> None:
+    tensor = {**GROUP, "weights": {**GROUP["weights"], "strategy": "tensor"}, "targets": ["norm"]}
+    said = {**COMPRESSED, "config_groups": {"group_0": tensor, "group_1": GROUP}}
+    assert read(folder(tmp_path, said)).stored["up.weight"].block == (1, -1)
+
+
+def test_a_pattern_that_would_take_years_is_an_error(tmp_path: Path) -> None:
+    said = {**COMPRESSED, "config_groups": {"g": {**GROUP, "targets": ["re:(?:a|aa)+$"]}}}
+    path = folder(tmp_path, said)
+    change_tensors(path, lambda found: [found.update({f"{'a' * 90}b.{key[3:]}": found.pop(key)}) for key in [*found]
+                                        if key.startswith("up.")])  # fmt: skip
+    with pytest.raises(QCompilerError, match="takes too long to match a name"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

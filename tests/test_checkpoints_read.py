@@ -196,6 +196,20 @@ def test_a_plain_folder_is_loaded_too(tmp_path: Path) -> None:
         load_model(tmp_path / "plain")
 
 
+def test_two_weights_that_differ_in_the_files_are_not_tied(tmp_path: Path) -> None:
+    """The configuration says tied, and the files have both: transformers takes what the files say."""
+    folder = deepseek(tmp_path / "one")
+    edit(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    tensors = load_file(folder / "model.safetensors")
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    apart: Any = load_model(folder)
+    assert torch.equal(apart.lm_head.weight, tensors["lm_head.weight"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tied: Any = load_model(folder)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
 def test_int8_weights_come_back_from_compressed_tensors(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,

@@ -178,8 +178,17 @@ def test_a_transposed_weight_is_refused(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=64)
     model = AUTO.from_config(config).eval()
     compiled = qcompiler.compile(model, example_inputs=(IDS,))
-    with pytest.raises(QCompilerError, match=r"c_attn\.weight: the model stores it transposed"):
+    with pytest.raises(
+        QCompilerError, match=r"(?s)c_attn\.weight: the model stores it transposed.*Leave these in float"
+    ):
         write(compiled, tmp_path / "out", "fp8")
+
+
+def test_the_current_folder_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _model, compiled = block()
+    monkeypatch.chdir(tmp_path)
+    write(compiled, ".", "fp8")
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_model_that_is_gone_is_asked_for(tmp_path: Path) -> None:
@@ -255,6 +264,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("no space left on device")
 
     monkeypatch.setattr("qcompiler.checkpoints.folders.save_file", full)
-    with pytest.raises(QCompilerError, match="the checkpoint cannot be written: got no space left on device .*out"):
+    with pytest.raises(QCompilerError, match=r"the checkpoint cannot be written: got no space left on device .*out"):
         write(compiled, tmp_path / "out", "fp8")
     assert not [*tmp_path.iterdir()]

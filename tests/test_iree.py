@@ -278,3 +278,7 @@ def test_only_what_was_built_is_replaced(compiled: CompiledModel, folder: Path, 
     build(compiled.graph, folder)
     assert (folder / "manifest.json").stat().st_mtime_ns > before
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.vmfb", "weights.safetensors"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"no part of a compiled model: got 'notes\.txt'"):
+        build(compiled.graph, folder)
+    (folder / "notes.txt").unlink()

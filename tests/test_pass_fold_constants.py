@@ -46,6 +46,19 @@ def test_a_name_that_was_made_before_is_not_made_again() -> None:
     assert graph.recipes["blocks.0.w_q"] is kept and "blocks.0.w_q_1" in graph.weights
 
 
+def test_a_weight_may_have_any_name() -> None:
+    """torch allows all of them; the value gets one that the text form can spell, the weight keeps its own."""
+    text = CHAIN.replace('"blocks.0.w"', '"my weight"').replace('"blocks.1.w"', '"my@weight"')
+    graph, inputs, before = prepared(text)
+    FoldConstants().run(graph)
+    graph.verify()
+    assert all(map(torch.equal, interpret(graph, inputs), before))
+    assert sorted(graph.weights) == ["my weight_q", "my weight_s", "my@weight_q", "my@weight_s"]
+    made = {str(op.attrs["name"]): op.result.name for op in graph.ops("core.param")}
+    assert (made["my weight_q"], made["my@weight_q"]) == ("my_weight_q", "my_weight_q_1")
+    assert str(Graph.parse(str(graph))) == str(graph)
+
+
 def test_equal_bits_and_the_originals_are_gone() -> None:
     graph, inputs, before = prepared(CHAIN)
     original = graph.weights["blocks.1.w"]

@@ -143,6 +143,14 @@ def test_the_work_of_another_process_is_not_swept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_only_looks_like_the_work_of_a_dead_process_is_left_alone(tmp_path: Path) -> None:
+    (file := tmp_path / ".m.1.qcompiler-new").write_text("a file")
+    (link := tmp_path / ".m.2.qcompiler-new").symlink_to(tmp_path / "gone")
+    with replacing(tmp_path / "m", failed) as work:
+        (work / "new").touch()
+    assert (tmp_path / "m" / "new").exists() and file.exists() and link.is_symlink()
+
+
 def test_a_folder_is_read_while_nobody_replaces_it(tmp_path: Path) -> None:
     with locked(tmp_path, shared=True), locked(tmp_path, shared=True):
         pass  # two readers do not wait for one another

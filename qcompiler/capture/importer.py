@@ -8,7 +8,6 @@ output        -> core.update for each mutated buffer and input, then the return
 """
 
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from qcompiler.dialects.aten import IR_DTYPES, TAGS, ir_dtype, op_name
 from qcompiler.dialects.core import SCALAR_FUNCTIONS
 from qcompiler.errors import CaptureError
 from qcompiler.ir.graph import BUFFER, PARAM, UPDATE, Graph
+from qcompiler.ir.lexer import legal_name
 from qcompiler.ir.op import Argument, Literal, Tag, Value
 from qcompiler.ir.types import NONE, ScalarType, TensorType, Type
 from qcompiler.runtime.weights import Weights
@@ -86,7 +86,7 @@ class _Importer:
 
     def __init__(self, program: ExportedProgram, weights: Weights, name: str, roles: Mapping[str, str]) -> None:
         self.program, self.weights, self.roles = program, weights, roles
-        self.graph = Graph(_legal(name))
+        self.graph = Graph(legal_name(name))
         self.symbols = Symbols()
         self.device = device_of_program(program)
         self.made: dict[torch.fx.Node, Argument] = {}
@@ -120,7 +120,7 @@ class _Importer:
         if isinstance(spec.arg, ConstantArgument):
             self.made[node] = self._literal(spec.arg.value, node) if node.users else None
             return
-        value = self.graph.add_input(_legal(node.name), self._type(node.meta["val"], node))
+        value = self.graph.add_input(legal_name(node.name), self._type(node.meta["val"], node))
         self.made[node] = self.targets[node.name] = value
 
     def _weight(self, node: torch.fx.Node, target: str, written: bool) -> None:
@@ -128,7 +128,7 @@ class _Importer:
         if not written and target in self.roles:
             attrs["role"] = self.roles[target]
         kind = self._type(node.meta["val"], node)
-        op = self.graph.append(BUFFER if written else PARAM, attrs=attrs, types=[kind], names=[_legal(target)])
+        op = self.graph.append(BUFFER if written else PARAM, attrs=attrs, types=[kind], names=[legal_name(target)])
         self.made[node] = self.targets[target] = op.result
 
     # What happens
@@ -208,7 +208,7 @@ class _Importer:
             *args,
             attrs=attrs,
             types=[self._type(part, node) for part in parts],
-            names=map(_legal, names),
+            names=map(legal_name, names),
             loc=location_of(node),
         )
         self.made[node] = op.results if several or not parts else op.result
@@ -310,8 +310,3 @@ def _node(arg: Any) -> torch.fx.Node:
 
 def _where(node: torch.fx.Node) -> str | None:
     return str(location_of(node)) or None
-
-
-def _legal(name: str) -> str:
-    """A name of torch's with what the text form does not allow replaced."""
-    return re.sub(r"[^\w.$-]", "_", name)

@@ -6,9 +6,9 @@ A group is for modules by name, by `re:` and a regular expression, or by class. 
 group that names one is for every quantized weight that no other group names.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from qcompiler.numerics import ALL
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "mixed-precision")
 WEIGHT, SCALE = "weight", "weight_scale"
 CODES = {"float": torch.float8_e4m3fn, "int": torch.int8}
+LONGEST_MATCH = 1.0
+"""Seconds: a pattern such as `(a+)+b` could take years."""
+
 BLOCKS = {"tensor": (ALL, ALL), "channel": (1, ALL)}
 
 
@@ -51,12 +54,13 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
     if (format := said.get("format")) not in FORMATS:
         raise QCompilerError("an unknown format", got=repr(format), fix=did_you_mean(str(format), FORMATS))
     groups = _groups(said.get("config_groups"))
+    modules = {name.rpartition(".")[0] for name in tensors}
     found: dict[str, StoredAs] = {}
     for name in tensors:
         if name.rpartition(".")[2] != SCALE:
             continue
         weight = name.removesuffix(SCALE) + WEIGHT
-        group = _group_of(weight.rpartition(".")[0], groups)
+        group = _group_of(weight.rpartition(".")[0], groups, modules)
         if weight not in tensors or tensors.dtype(weight) is not group.codes:
             got = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
             need = f"{str(group.codes).removeprefix('torch.')} in '{weight}', as {group.name} says"
@@ -105,10 +109,13 @@ def _block(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:
     return BLOCKS[strategy]
 
 
-def _group_of(module: str, groups: list[Group]) -> Group:
-    named = [group for group in groups if group.names(module)]
-    by_class = [group for group in groups if any("." not in t and not t.startswith("re:") for t in group.targets)]
-    found = named or by_class
+def _group_of(module: str, groups: list[Group], modules: Collection[str]) -> Group:
+    """The group of one module; what is the name of another one, such as `lm_head`, is no class."""
+    found = [group for group in groups if group.names(module)] or [
+        group
+        for group in groups
+        if any("." not in t and not t.startswith("re:") and t not in modules for t in group.targets)
+    ]
     if len(found) != 1:
         got = ", ".join(group.name for group in found) or "none"
         raise QCompilerError(f"it is not clear which group '{module}' belongs to", got=got, need="one group")
@@ -119,6 +126,14 @@ def _matches(target: str, module: str) -> bool:
     if not target.startswith("re:"):
         return target == module
     try:
-        return re.match(target.removeprefix("re:"), module) is not None
-    except (re.error, OverflowError, RecursionError) as error:
+        regex = import_module("regex")  # unlike Python's own, it can be told to stop
+    except ImportError as error:
+        fix = "Install it: pip install 'qcompiler[hf]'."
+        raise QCompilerError("a target is a regular expression, and 'regex' is missing", got=target, fix=fix) from error
+    try:
+        return regex.match(target.removeprefix("re:"), module, timeout=LONGEST_MATCH) is not None
+    except TimeoutError as error:
+        raise QCompilerError("a target takes too long to match a name", got=f"{target!r} and {module!r}",
+                             need=f"{LONGEST_MATCH} s or less") from error  # fmt: skip
+    except (regex.error, ValueError, OverflowError, RecursionError) as error:
         raise QCompilerError("a target is no regular expression", got=f"{target!r}: {error}") from error

@@ -4,7 +4,7 @@ Quantized weights stay codes and scales: modules hold them under the names of th
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.stored_weights import Stored, hold
 from qcompiler.checkpoints.conversion import stacked, to_model
+from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.errors import QCompilerError
 
@@ -114,10 +115,21 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
         _hold(model, name, *held[name], suffix)
     for name in sorted(wanted & {*plain}):
         _assign(model, name, plain[name], wide)
-    if callable(tie := getattr(model, "tie_weights", None)):
-        tie()
+    _tie(model, plain, held)
     if (config := getattr(model, "config", None)) is not None:
         config._name_or_path = str(checkpoint.folder)
+
+
+def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Collection[str]) -> None:
+    """Makes one of what the model ties, but for two weights that differ in the files: transformers keeps those too."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in list(tied.items()):
+        pair = {name, source}
+        alike = pair <= plain.keys() and equal_bits(plain[name], plain[source])
+        if pair <= {*plain, *held} and not alike:
+            del tied[name]
+    if callable(tie := getattr(model, "tie_weights", None)):
+        tie(recompute_mapping=False)  # or what was taken out would be in again
 
 
 def _check_names(model: nn.Module, found: set[str], checkpoint: Checkpoint) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 * 10**9
 
+LEAVE = "Leave these in float when you compile: overrides={name: None}; compiled.save keeps any model."
+"""What to do about weights that no format can hold."""
+
 
 def write(
     compiled: "CompiledModel",
@@ -132,7 +135,7 @@ def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found
     if refused:
         rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
         problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}"
-        raise QCompilerError(problem, fix=chosen.fix)
+        raise QCompilerError(problem, fix=LEAVE if found.refused else chosen.fix)
     if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
 

@@ -2,6 +2,7 @@
 
 from qcompiler.ir.diff import diff
 from qcompiler.ir.graph import Graph, Range, Recipe, Use
+from qcompiler.ir.lexer import legal_name
 from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree
 from qcompiler.ir.parser import parse_literal, parse_type
 from qcompiler.ir.printer import print_argument, print_op
@@ -12,6 +13,6 @@ from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Ty
 __all__ = [
     "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range",
     "Recipe", "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules",
-    "ceildiv", "diff", "evaluate", "explain", "map_tree", "parse_literal", "parse_size", "parse_type", "print_argument",
-    "print_op", "symbol",
+    "ceildiv", "diff", "evaluate", "explain", "legal_name", "map_tree", "parse_literal", "parse_size", "parse_type",
+    "print_argument", "print_op", "symbol",
 ]  # fmt: skip

@@ -22,6 +22,11 @@ NAME = re.compile(r"[\w.$-]+")
 """What may follow the `%` of a value and the `@` of a function."""
 
 
+def legal_name(name: str) -> str:
+    """A name of torch's, such as a weight's, as the text form can spell it."""
+    return re.sub(r"[^\w.$-]", "_", name) or "_"
+
+
 class Token(NamedTuple):
     """A piece of text: its kind (a group of TOKEN, or `end`), the text, and its offset."""
 

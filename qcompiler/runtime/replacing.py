@@ -41,6 +41,7 @@ def replacing(target: Path, failed: Callable[[OSError], QCompilerError]) -> Iter
         failed: Makes the error, to which the place is added, that is raised when a file or folder cannot be written or
             renamed, and `target` is as it was.
     """
+    target = Path(os.path.abspath(target))  # "." has a name then, and a link stays one
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.qcompiler-new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,10 @@ def _sweep(target: Path) -> None:
     if target.exists():
         remove_tree(_aside(target))
     for work in target.parent.glob(f".{_escaped(target.name)}.*.qcompiler-new"):
-        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # its maker has just failed and removed it, or it is no folder and nobody's work
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # its maker is at work, or there are no locks here

@@ -41,6 +41,8 @@ def build(
         InputError: The folder cannot be written, or a weight is missing.
         CodegenError: The graph cannot be lowered, or IREE cannot compile it.
     """
+    target = Path(folder)
+    check_replaceable(target)
     module = to_mlir(graph, "linalg", "arguments", safe_casts=True)
     found = graph.weights if store is None else store
     stored = [argument for argument in module.arguments if argument.kind != "input"]
@@ -49,9 +51,9 @@ def build(
     binary = compile_module(module, cpu)
     # Fresh memory for each: two of them may share theirs, which a file of tensors must not.
     tensors = {argument.name: found[argument.name].detach().cpu().contiguous().clone() for argument in stored}
-    target = Path(folder)
-    check_replaceable(target)
-    with replacing(target, lambda error: InputError("the compiled model cannot be written", got=error)) as new:
+    with replacing(
+        target.resolve(), lambda error: InputError("the compiled model cannot be written", got=error)
+    ) as new:
         (new / MODULE).write_bytes(binary)
         save_file(tensors, new / WEIGHTS)
         hashes = {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in (MODULE, WEIGHTS)}
@@ -100,14 +102,18 @@ def _version() -> str:
 
 
 def check_replaceable(target: Path) -> None:
-    """InputError unless a folder is new, empty, or was built before."""
+    """InputError unless a folder is new, empty, or was built before and holds nothing else."""
     if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
         need = "a new folder, or one that was built before"
         raise InputError("something else stands where the compiled model is to be written", got=target, need=need)
-    if any(target.iterdir()):
+    found = {path.name for path in target.iterdir()}
+    if found:
         read_manifest(target)
+    if extra := sorted(found - {MANIFEST, MODULE, WEIGHTS}):
+        raise InputError("the folder holds what is no part of a compiled model", got=f"'{extra[0]}' in {target}",
+                         fix="Write to another folder, or move it away.")  # fmt: skip
 
 
 __all__ = ["build", "check_replaceable", "compile_module"]
