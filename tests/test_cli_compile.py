@@ -255,7 +255,14 @@ def test_a_report_is_printed_and_written(artefact: Path, here: Path, answer: Ans
     assert main(["report", str(artefact), "--html", str(page)]) == 0
     assert "<html" in page.read_text() and "fp8-tile" in page.read_text()
     assert main(["report", str(artefact), "--html", str(here / "no" / "page.html")]) == 1
-    assert "error: the report cannot be written: got " in capsys.readouterr().err
+    assert (
+        f"error: the report cannot be written: got {here / 'no' / 'page.html'}: there is no such folder; need"
+        in capsys.readouterr().err
+    )
+    assert main(["report", str(artefact), "--html", str(here)]) == 1
+    err = capsys.readouterr().err
+    assert f"got {here}: Is a directory; need the path of a file, in a folder that can be written" in err
+    assert not [*here.glob(".*")] and not [*here.parent.glob(f".{here.name}.*")]
 
 
 def test_an_artefact_is_checked(artefact: Path, here: Path, answer: Answer, capsys: Any) -> None:
