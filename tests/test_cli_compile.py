@@ -291,6 +291,30 @@ def test_calls_are_timed(artefact: Path, here: Path, answer: Answer, capsys: Any
     assert capsys.readouterr().err.startswith("error: dimension 1 of ")
 
 
+def test_a_model_that_takes_other_calls_is_no_internal_error(artefact: Path, here: Path, capsys: Any) -> None:
+    (here / "cli_factories.py").write_text(FACTORIES + "\n\ndef narrow():\n    return torch.nn.Linear(64, 64)\n")
+    assert main(["bench", str(artefact), "--rows", "1", "--against", "cli_factories:narrow"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: the model to time beside it cannot be called so: got cli_factories:narrow: RuntimeErr"
+    )
+
+
+@pytest.mark.parametrize("to", ["fp8", "iree"])
+def test_damaged_weights_are_not_handed_on(to: str, here: Path, capsys: Any) -> None:
+    command = ["compile", "cli_factories:with_inputs", "-o", "out"]
+    assert main(command) == 0
+    weights = here / "out" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    model = ["--model", "cli_factories:network"] if to == "fp8" else []
+    capsys.readouterr()
+    assert main(["export", "out", "--to", to, "-o", "exported", *model]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: a file of the artefact was edited or damaged: got another SHA-256"
+    )
+    assert not (here / "exported").exists()
+
+
 def test_an_artefact_is_exported(artefact: Path, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("torch_mlir")
     assert main(["export", str(artefact), "--to", "mlir-torch", "-o", str(tmp_path / "model.mlir")]) == 0
