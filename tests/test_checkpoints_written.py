@@ -255,6 +255,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("no space left on device")
 
     monkeypatch.setattr("qcompiler.checkpoints.folders.save_file", full)
-    with pytest.raises(QCompilerError, match="the checkpoint cannot be written: got no space left on device .*out"):
+    with pytest.raises(QCompilerError, match=r"the checkpoint cannot be written: got no space left on device .*out"):
         write(compiled, tmp_path / "out", "fp8")
     assert not [*tmp_path.iterdir()]

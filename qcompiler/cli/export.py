@@ -6,6 +6,7 @@ from pathlib import Path
 import qcompiler
 from qcompiler.checkpoints import write
 from qcompiler.checkpoints.folders import check_place
+from qcompiler.cli import iree_folder
 from qcompiler.cli.models import load_model
 from qcompiler.cli.parser import CHECKPOINTS, IREE, MLIR
 from qcompiler.errors import InputError
@@ -13,6 +14,7 @@ from qcompiler.errors import InputError
 
 def run(options: argparse.Namespace) -> int:
     """Writes it, and says where it is."""
+    iree_folder.refuse(options.artefact)
     if options.to in CHECKPOINTS:
         _checkpoint(options)
     else:
