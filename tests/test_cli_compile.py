@@ -1,6 +1,7 @@
 """`qcompiler compile`, and what can be done with what it writes: inspect, report, check, bench."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,10 +173,21 @@ def test_overrides_and_pipelines(here: Path, answer: Answer) -> None:
         (["cli_factories:network"], "the model needs example inputs to be captured on: got none. Give some: --input "),
         (["cli_factories:of_nothing"], "nothing was quantized: got the pipeline "),
         (["cli_factories:with_inputs", "-s", "fp9"], "no such scheme: got 'fp9'"),
-        (["cli_factories:with_inputs", "-s", "smoothquant_o3"], "the passes need calibration data: got canonicalize; "),
+        (
+            ["cli_factories:with_inputs", "-s", "smoothquant_o3"],
+            "the passes need calibration data: got smoothquant_o3. ",
+        ),
+        (["cli_factories:with_inputs", "-s", ""], "<scheme>:1:1: a scheme is malformed"),
+        (
+            ["cli_factories:network", "--input", "x=f32[4,256]"],
+            "the example inputs are not what the model's forward takes: got 'x': missing a required argument: 'input'",
+        ),
         (["cli_factories:with_inputs", "--override", "x"], "an override is malformed: got 'x'; need PATTERN=SCHEME"),
         (["cli_factories:with_inputs", "-p", "dead-code", "--override", "x=none"], "both overrides and a pipeline are"),
-        (["cli_factories:with_inputs", "--target", "gpu"], "no such target: got 'gpu'"),
+        (
+            ["cli_factories:failing", "--target", "gpu"],
+            "no such target: got 'gpu'. Did you mean 'cpu'? Known: auto, cpu, iree-cpu, sm_90a.",
+        ),
         (["cli_factories:with_inputs", "--device", "tpu"], "there is no such device: got 'tpu'"),
         (["cli_factories:with_inputs", "-o", "cli_factories.py"], "the artefact would replace a file: got "),
     ],
@@ -188,6 +200,32 @@ def test_what_cannot_be_compiled(
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {message}")
     assert "Traceback" not in err and not (here / "out").exists()
+
+
+def test_a_damaged_program_is_one_sentence_and_no_log(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (here / "empty.pt2").touch()
+    logger = logging.getLogger("torch.export")  # it hands nothing on to the root
+    logger.addHandler(caplog.handler)
+    try:
+        assert main(["compile", "-o", "out", "empty.pt2"]) == 1
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records and not logger.disabled
+
+
+def test_the_way_out_of_nothing_quantized_is_an_argument(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compile", "cli_factories:of_nothing", "-o", "out"]
+    assert main(command) == 1 and "--allow-unquantized on the command line" in capsys.readouterr().err
+    assert main([*command, "--allow-unquantized"]) == 0
+
+
+def test_what_is_no_artefact_is_named_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "notes.txt").write_text("mine")
+    assert main(["compile", "cli_factories:with_inputs", "-o", "out"]) == 1
+    err = capsys.readouterr().err
+    assert err.count(str(here / "out")) == 1 and err.count("got") == 1
+    assert (here / "out" / "notes.txt").read_text() == "mine"
 
 
 # Artefacts
@@ -217,7 +255,14 @@ def test_a_report_is_printed_and_written(artefact: Path, here: Path, answer: Ans
     assert main(["report", str(artefact), "--html", str(page)]) == 0
     assert "<html" in page.read_text() and "fp8-tile" in page.read_text()
     assert main(["report", str(artefact), "--html", str(here / "no" / "page.html")]) == 1
-    assert "error: the report cannot be written: got " in capsys.readouterr().err
+    assert (
+        f"error: the report cannot be written: got {here / 'no' / 'page.html'}: there is no such folder; need"
+        in capsys.readouterr().err
+    )
+    assert main(["report", str(artefact), "--html", str(here)]) == 1
+    err = capsys.readouterr().err
+    assert f"got {here}: Is a directory; need the path of a file, in a folder that can be written" in err
+    assert not [*here.glob(".*")] and not [*here.parent.glob(f".{here.name}.*")]
 
 
 def test_an_artefact_is_checked(artefact: Path, here: Path, answer: Answer, capsys: Any) -> None:
@@ -244,6 +289,30 @@ def test_calls_are_timed(artefact: Path, here: Path, answer: Answer, capsys: Any
     assert "0: f32[2, 256]" in capsys.readouterr().out
     assert main(["bench", str(artefact), "--input", "0=f32[2,255]"]) == 1
     assert capsys.readouterr().err.startswith("error: dimension 1 of ")
+
+
+def test_a_model_that_takes_other_calls_is_no_internal_error(artefact: Path, here: Path, capsys: Any) -> None:
+    (here / "cli_factories.py").write_text(FACTORIES + "\n\ndef narrow():\n    return torch.nn.Linear(64, 64)\n")
+    assert main(["bench", str(artefact), "--rows", "1", "--against", "cli_factories:narrow"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: the model to time beside it cannot be called so: got cli_factories:narrow: RuntimeErr"
+    )
+
+
+@pytest.mark.parametrize("to", ["fp8", "iree"])
+def test_damaged_weights_are_not_handed_on(to: str, here: Path, capsys: Any) -> None:
+    command = ["compile", "cli_factories:with_inputs", "-o", "out"]
+    assert main(command) == 0
+    weights = here / "out" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    model = ["--model", "cli_factories:network"] if to == "fp8" else []
+    capsys.readouterr()
+    assert main(["export", "out", "--to", to, "-o", "exported", *model]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: a file of the artefact was edited or damaged: got another SHA-256"
+    )
+    assert not (here / "exported").exists()
 
 
 def test_an_artefact_is_exported(artefact: Path, tmp_path: Path, capsys: Any) -> None:

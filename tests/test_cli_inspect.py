@@ -168,6 +168,8 @@ def test_the_history_as_text(dump: str, capsys: pytest.CaptureFixture[str]) -> N
             ["--op", "nothing_alike"],
             "error: no stage has such an operation: got %nothing_alike. `qcompiler inspect PATH",
         ),
+        (["--dot"], "error: no graph is asked for that could be printed so: got --dot; need --stage NAME beside it\n"),
+        (["--op", "b", "--no-locations"], "error: no graph is asked for that could be printed so: got --no-locations;"),
         (["--source"], "error: graphs alone have no host module: got "),
     ],
 )
@@ -182,3 +184,7 @@ def test_a_single_file_and_a_folder_of_nothing(tmp_path: Path, capsys: pytest.Ca
     assert [stage["stage"] for stage in document(capsys, str(tmp_path / "graph.qir"))["stages"]] == ["graph"]
     assert main(["inspect", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: the folder holds nothing to inspect: got ")
+    assert main(["inspect", "nowhere"]) == 1
+    assert capsys.readouterr().err == (
+        "error: there is nothing to inspect: got nowhere; need an artefact, a folder of dumped graphs, or a .qir file\n"
+    )

@@ -118,6 +118,13 @@ def test_bench_times_calls_through_iree(
     assert "input 'input' has another shape" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["report"], ["export", "--to", "fp8", "-o", "out", "--model", "x:y"]])
+def test_what_needs_an_artefact_says_so(built: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, str(built)]) == 1
+    message = f"error: a folder that IREE runs holds no graphs and no report: got {built}; need an artefact. Keep an "
+    assert capsys.readouterr().err.startswith(message)
+
+
 def test_neither_kind_of_folder_replaces_the_other(
     built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ def check_replaceable(target: Path) -> None:
         folder = open_folder(target)
     except ArtefactError as error:
         raise ArtefactError(
-            "the artefact would replace something else", got=error, where=str(target), fix=fix
+            "the artefact would replace something else", got=error.problem, where=str(target), fix=fix
         ) from None
     if extra := extra_files(folder):
         raise ArtefactError("the artefact would replace files that are no part of one", got=", ".join(extra[:5]),

@@ -55,7 +55,7 @@ def write(path: str | os.PathLike[str], values: Mapping[str, Observed]) -> None:
         with replacing_file(target) as partial:
             save_file(tensors, partial, metadata={KEY: json.dumps(head)})
     except (OSError, SafetensorError) as error:
-        need = f"a folder at {target.parent} that can be written"
+        need = "the path of a file, in a folder that can be written"
         raise InputError("the calibration cannot be saved", got=f"{target}: {error}", need=need) from error
 
 

@@ -1,6 +1,7 @@
 """What is wrong with a model before it is traced: one sentence each, instead of an error from deep inside torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
 
 
 def check_inputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises CaptureError when an example input lies on another device than the model's weights."""
+    """Raises CaptureError when the model takes no such arguments, or one lies on another device than the weights."""
+    _check_arguments(model, args, kwargs)
     home = device_of(model)
     if home is None:
         return
@@ -53,6 +55,22 @@ def check_inputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
                 need=home,
                 fix="Move the input, or the model, with .to(device).",
             )
+
+
+def _check_arguments(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        takes = signature(model.forward)
+    except (TypeError, ValueError):  # a forward from outside Python shows none
+        return
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([f"{len(args)} by position"] * bool(args) + [repr(name) for name in kwargs]) or "none"
+        raise CaptureError(
+            "the example inputs are not what the model's forward takes",
+            got=f"{given}: {error}",
+            need=", ".join(map(str, takes.parameters.values())) or "none",
+        ) from error
 
 
 def device_of(model: torch.nn.Module) -> torch.device | None:

@@ -13,8 +13,13 @@ MODULES = r"(torch|copyreg|transformers|sympy)(\.|$)"
 ABOUT_TORCH = r"The tensor attributes? self\."
 """How a warning begins that export raises in the name of contextlib: recurrent layers look their weights up anew."""
 
-CHATTY = ("torch.export._trace", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-"""Loggers that report a failing trace before it raises."""
+CHATTY = (
+    "torch.export",
+    "torch.export._trace",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
+"""Loggers that report a trace or a loading that fails before it raises."""
 
 
 @contextmanager
@@ -29,9 +34,9 @@ def third_party_silence() -> Iterator[None]:
 
 @contextmanager
 def quiet_failure() -> Iterator[None]:
-    """Lets a trace fail without torch logging and printing half a graph first; its exception says it all.
+    """Lets a trace, or the loading of one, fail without torch logging and printing first; its exception says it all.
 
-    What is printed to stderr by a trace that succeeds is kept.
+    What is printed to stderr when it succeeds is kept.
     """
     loggers = [logging.getLogger(name) for name in CHATTY]
     before = [logger.disabled for logger in loggers]

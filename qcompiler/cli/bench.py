@@ -22,6 +22,7 @@ from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.cli.progress import Progress
 from qcompiler.compiler.sizing import calls_of_rows
+from qcompiler.errors import InputError
 from qcompiler.ir import TensorType
 
 USUAL_ROWS = (1, 16, 512)
@@ -40,8 +41,7 @@ def run(options: argparse.Namespace) -> int:
         device = signature.device or torch.device("cpu")
         models = {QUANTIZED: compiled}
         if options.against is not None:
-            against = load_model(options.against, str(device)).model
-            models[AGAINST] = against.module() if isinstance(against, ExportedProgram) else against
+            models[AGAINST] = _other(options.against, device)
         progress.stage("measuring")
         rows = []
         for call in _calls(signature, options):
@@ -65,6 +65,22 @@ def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature
         return built, iree_folder.signature_of(built.manifest)
     compiled = qcompiler.load(folder, trust=options.trust)
     return compiled, compiled.signature
+
+
+def _other(name: str, device: torch.device) -> Callable[..., Any]:
+    """The model to compare with; InputError when it cannot be called as the artefact is."""
+    found = load_model(name, str(device)).model
+    model = found.module() if isinstance(found, ExportedProgram) else found
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:  # another model's code may fail in any way
+            got = f"{name}: {type(error).__name__}: {error}"
+            need = "the model that was compiled, or one that takes the same calls"
+            raise InputError("the model to time beside it cannot be called so", got=got, need=need) from error
+
+    return call
 
 
 def _calls(signature: Signature, options: argparse.Namespace) -> Iterator[Call]:

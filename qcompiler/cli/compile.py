@@ -23,17 +23,21 @@ from qcompiler.cli.parser import IREE_CPU
 from qcompiler.cli.progress import Progress
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, did_you_mean
 from qcompiler.report import Report
+from qcompiler.runtime.device import AUTO, TARGETS
 
 
 def run(options: argparse.Namespace) -> int:
     """Compiles, saves, and prints the report."""
-    scheme = options.scheme or (DEFAULT_SCHEME if options.pipeline is None else None)
+    scheme = DEFAULT_SCHEME if options.scheme is None and options.pipeline is None else options.scheme
+    _check_target(options.target)
     overrides = overrides_of(options.override)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)
     if needs_data(pipeline) and not options.calibration:
-        raise InputError("the passes need calibration data", got=str(pipeline), fix="Give some: --calibration FILE.")
+        raise InputError(
+            "the passes need calibration data", got=scheme or pipeline, fix="Give some: --calibration FILE."
+        )
     output = Path(options.output)
     _check_output(output, options.target)
     checkpoints = [_checkpoint(text) for text in options.checkpoint]
@@ -55,6 +59,12 @@ def run(options: argparse.Namespace) -> int:
         shown = "how it is called" if options.target == IREE_CPU else "what each pass did"
         print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
     return 0
+
+
+def _check_target(name: str) -> None:
+    known = [*TARGETS, AUTO, IREE_CPU]
+    if name not in known:
+        raise InputError("no such target", got=repr(name), fix=did_you_mean(name, known))
 
 
 def _check_output(output: Path, target: str) -> None:

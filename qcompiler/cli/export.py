@@ -6,6 +6,7 @@ from pathlib import Path
 import qcompiler
 from qcompiler.checkpoints import write
 from qcompiler.checkpoints.folders import check_place
+from qcompiler.cli import iree_folder
 from qcompiler.cli.models import load_model
 from qcompiler.cli.parser import CHECKPOINTS, IREE, MLIR
 from qcompiler.errors import InputError
@@ -13,6 +14,7 @@ from qcompiler.errors import InputError
 
 def run(options: argparse.Namespace) -> int:
     """Writes it, and says where it is."""
+    iree_folder.refuse(options.artefact)
     if options.to in CHECKPOINTS:
         _checkpoint(options)
     else:
@@ -29,7 +31,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
         fix = "Name the folder, or the module:factory, that was given to `qcompiler compile`: --model MODEL."
         raise InputError("a checkpoint has parts of the model that an artefact lacks", got="no --model", fix=fix)
     check_place(Path(options.output))
-    compiled = qcompiler.load(options.artefact, device="cpu", trust=options.trust)
+    compiled = qcompiler.load(options.artefact, device="cpu", verify=True, trust=options.trust)  # all is copied
     write(compiled, options.output, options.to, model=load_model(options.model, "cpu").model)
 
 
@@ -37,7 +39,7 @@ def _stage(options: argparse.Namespace) -> None:
     if options.model is not None:
         need = f"--to {', '.join(CHECKPOINTS)}"
         raise InputError("only a checkpoint is written with the help of the model", got=f"--to {options.to}", need=need)
-    compiled = qcompiler.load(options.artefact, trust=options.trust)
+    compiled = qcompiler.load(options.artefact, verify=options.to == IREE, trust=options.trust)  # which copies weights
     if options.to == IREE:
         compiled.to_iree(options.output, options.stage)
     else:

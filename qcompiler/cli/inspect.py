@@ -22,6 +22,9 @@ DROPPABLE = ("options", *reversed(COUNTED), "effect", "changed", "+/-")
 
 def run(options: argparse.Namespace) -> int:
     """Shows a run, or the part of it that is asked for."""
+    if options.stage is None and (options.dot or options.no_locations):
+        got = "--dot" if options.dot else "--no-locations"
+        raise InputError("no graph is asked for that could be printed so", got=got, need="--stage NAME beside it")
     if iree_folder.is_built(Path(options.path)):
         return iree_folder.inspect(options)
     record = read_record(options.path)

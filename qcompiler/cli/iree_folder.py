@@ -13,16 +13,16 @@ from qcompiler.compiler.program import graph_as_captured
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Range, parse_type
 
-__all__ = ["check", "inspect", "is_built", "signature_of"]
+__all__ = ["check", "inspect", "is_built", "refuse", "signature_of"]
 
+KEEP = "Keep an artefact: compile without --target iree-cpu, and make such a folder of it by export --to iree."
 GRAPHS = ("stage", "diff", "op", "source")
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Says how it is called; InputError when graphs are asked for."""
     if asked := [name for name in GRAPHS if getattr(options, name)]:
-        fix = "Keep an artefact: compile without --target iree-cpu, and make such a folder of it by export --to iree."
-        raise InputError("a folder that IREE runs holds no graphs", got=f"--{asked[0]}", fix=fix)
+        raise InputError("a folder that IREE runs holds no graphs", got=f"--{asked[0]}", fix=KEEP)
     manifest = read(Path(options.path))
     if options.json:
         print_json({"iree": asdict(manifest)})
@@ -34,6 +34,14 @@ def inspect(options: argparse.Namespace) -> int:
           f"{_counted(len(manifest.updates), 'update')}")  # fmt: skip
     print(f"{_title(options.path, manifest)}: codegen.mlir.iree.load runs it")
     return 0
+
+
+def refuse(folder: str) -> None:
+    """InputError for such a folder where an artefact is needed."""
+    if is_built(Path(folder)):
+        raise InputError(
+            "a folder that IREE runs holds no graphs and no report", got=folder, need="an artefact", fix=KEEP
+        )
 
 
 def check(options: argparse.Namespace) -> int:

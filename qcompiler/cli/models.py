@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from qcompiler.capture.quiet import third_party_silence
+from qcompiler.capture.quiet import quiet_failure, third_party_silence
 from qcompiler.cli import huggingface
 from qcompiler.cli.inputs import Call, example_in, random_call
 from qcompiler.errors import InputError
@@ -94,7 +94,7 @@ def _exported(path: Path, device: str | None) -> Loaded:
         fix = "Export the model on that device."
         raise InputError("an exported program stays on its device", got=f"--device {device}", fix=fix)
     try:
-        with third_party_silence():
+        with third_party_silence(), quiet_failure():
             program = torch.export.load(path)
     except Exception as error:  # a damaged archive fails in any way
         got = f"{path}: {type(error).__name__}: {error}"

@@ -110,24 +110,17 @@ def _trust(parser: argparse.ArgumentParser) -> None:
 
 def _sizes(text: str) -> list[int]:
     """`1,16,512`"""
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 1:
-        raise ValueError
-    return sizes
-
-
-_sizes.__name__ = "list of sizes"  # argparse says this of a wrong value
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}; need numbers from 1, such as 1,16,512")
+    return [int(part) for part in parts]
 
 
 def _count(text: str) -> int:
     """A whole number from 1."""
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
-
-
-_count.__name__ = "number from 1"
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a whole number from 1")
+    return int(text)
 
 
 # The commands, in the order in which help lists them

@@ -47,6 +47,9 @@ class Record:
 def read_record(name: str) -> Record:
     """What an artefact, a folder of dumped graphs, or a single .qir file has to show; InputError for anything else."""
     path = Path(name)
+    if name != "-" and not path.exists():
+        need = "an artefact, a folder of dumped graphs, or a .qir file"
+        raise InputError("there is nothing to inspect", got=name, need=need)
     if not path.is_dir():
         return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
     if (path / MANIFEST).is_file():

@@ -155,7 +155,8 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
             "nothing was quantized",
             got=f"the pipeline '{settings.pipeline}'",
             need="at least one matmul with a constant operand that a pass quantizes",
-            fix=f"Pass strict=False to accept that. What was left alone, and why:\n{report}",
+            fix="Pass strict=False, or --allow-unquantized on the command line, to accept that. "
+            f"What was left alone, and why:\n{report}",
         )
     host, run = generate(graph, target.name)
     graph.calibration = None

@@ -62,8 +62,10 @@ def write_page(path: "str | os.PathLike[str]", page: str) -> None:
         with replacing_file(target) as partial:
             partial.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
-        need = f"a folder at {target.parent} that can be written"
-        raise InputError("the report cannot be written", got=f"{target}: {error}", need=need) from error
+        need = "the path of a file, in a folder that can be written"
+        raise InputError(
+            "the report cannot be written", got=f"{target}: {error.strerror or error}", need=need
+        ) from error
 
 
 def as_script_data(data: dict[str, Any]) -> str:

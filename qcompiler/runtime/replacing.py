@@ -10,6 +10,7 @@ or, between two renames, the old one aside and a whole new one. Whoever saves or
 removes what is left over. Locks on the parent folder keep two of them from doing so at once.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -23,7 +24,15 @@ from qcompiler.errors import QCompilerError
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """A path beside `target`, whose file takes its place when the block ends well, and is gone when it does not."""
+    """A path beside `target`, whose file takes its place when the block ends well, and is gone when it does not.
+
+    Raises:
+        OSError: A folder is at `target`, or none around it; before the block begins, and in the user's words for it.
+    """
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         yield partial
