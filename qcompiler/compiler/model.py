@@ -5,7 +5,7 @@ import inspect
 import os
 import weakref
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -249,8 +249,8 @@ class CompiledModel(torch.nn.Module):
             InputError: There is no such dialect, or a weight of the stage is not there any more.
             CodegenError: Some operations have no form there; the message lists all of them.
         """
-        graph = self.graph if stage is None else self.stages[stage]
-        return to_mlir(graph, dialect, weights, store=self._tensors())
+        graph, store = self._stage(stage)
+        return to_mlir(graph, dialect, weights, store=store)
 
     def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> IreeModel:
         """A stage compiled by IREE, the extra `iree`, for the CPU: in a folder, and loaded from there.
@@ -265,14 +265,16 @@ class CompiledModel(torch.nn.Module):
             InputError: The folder cannot be written, or a weight of the stage is not there any more.
             CodegenError: The stage cannot be lowered, or IREE cannot compile it.
         """
-        graph = self.graph if stage is None else self.stages[stage]
-        return load_iree(build_iree(graph, folder, store=self._tensors(), cpu=cpu))
+        graph, store = self._stage(stage)
+        return load_iree(build_iree(graph, folder, store=store, cpu=cpu))
 
-    def _tensors(self) -> Mapping[str, torch.Tensor]:
-        """What the graph has, and behind it what only earlier stages read, as long as the model is there."""
-        origin = self.origin
-        before = Weights.from_module(origin) if isinstance(origin, torch.nn.Module) else {}
-        return ChainMap(self.graph.weights, before)
+    def _stage(self, stage: str | None) -> tuple[Graph, MutableMapping[str, torch.Tensor]]:
+        """A stage, or the last, and its weights: what only earlier ones read is the model's, as long as it is there."""
+        if stage is None:
+            return self.graph, self.graph.weights
+        origin = self.origin  # which may have to be read again
+        before = Weights.from_module(origin) if isinstance(origin, torch.nn.Module) else Weights()
+        return self.stages[stage], ChainMap(self.graph.weights, before)
 
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """The program; the first of `calls` captures it, if that is still to do."""
