@@ -32,7 +32,7 @@ def load_model(folder: "str | PathLike[str]") -> nn.Module:
             architecture; names in the files are not those of the model.
     """
     checkpoint = read(folder)
-    transformers = _transformers()
+    transformers = transformers_library()
     config = _config(transformers, checkpoint.folder)
     kind = _architecture(transformers, config, checkpoint)
     with third_party_silence():
@@ -43,7 +43,8 @@ def load_model(folder: "str | PathLike[str]") -> nn.Module:
     return model.eval()
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
+    """transformers; QCompilerError when it is not installed."""
     try:
         with third_party_silence():
             return import_module("transformers")

@@ -5,16 +5,15 @@ transformers is optional, and imported only here, when such a folder is named.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.checkpoints import load_model
+from qcompiler.checkpoints.loading import transformers_library
 from qcompiler.cli.inputs import Call, lines_of
 from qcompiler.errors import InputError, QCompilerError
 
-EXTRA = 'Install it: pip install "qcompiler[hf]".'
 SENTENCES = ("A short sentence.", "Another one, which is longer than the first, so that one of them is padded.")
 """What a model is captured on when nothing else is given and there is a tokenizer."""
 
@@ -60,7 +59,7 @@ def tokenizer_in(folder: Path) -> Any:
     """The tokenizer in a folder; None when there is none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    kind = _transformers().AutoTokenizer
+    kind = transformers_library().AutoTokenizer
     with third_party_silence():
         return _guarded("the tokenizer", folder, lambda: kind.from_pretrained(folder, local_files_only=True))
 
@@ -85,7 +84,7 @@ def _guarded(what: str, folder: Path, load: Callable[[], Any]) -> Any:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """Keeps transformers from showing bars: progress is shown already, or not wanted."""
-    logging = _transformers().utils.logging
+    logging = transformers_library().utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -93,12 +92,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _transformers() -> Any:
-    try:
-        with third_party_silence():
-            return import_module("transformers")
-    except ImportError as error:
-        problem = "Hugging Face models need transformers, which is not installed"
-        raise QCompilerError(problem, got=error, fix=EXTRA) from error
