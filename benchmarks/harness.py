@@ -6,11 +6,9 @@ Operands are random (zeros run faster than data) and stay in place, so what fits
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import triton
 
 from codegen.launching.timing import in_turns
+from qcompiler.runtime.replacing import replacing_file
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -112,8 +111,5 @@ def arguments() -> argparse.Namespace:
 
 def write(path: Path, text: str) -> None:
     """A text file, all of it or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    with replacing_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

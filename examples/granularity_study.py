@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ import torch
 from study_subjects import QUICK, LanguageModel, SentenceModel, Settings, language_model, sentence_model
 
 import qcompiler
+from qcompiler.runtime.replacing import replacing_file
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "granularity"
 PAGE = OUTPUT.with_suffix(".md")
@@ -103,9 +103,8 @@ def save(path: Path, rows: Sequence[measures.Row]) -> None:
 
 def write(path: Path, text: str) -> None:
     """A text file, all of it or nothing."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with replacing_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

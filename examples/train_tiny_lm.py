@@ -9,9 +9,7 @@ minutes of a Hopper GPU are enough; a CPU does the same steps some hundred times
 import argparse
 import functools
 import math
-import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
+
+from qcompiler.runtime.replacing import replacing_file
 
 WARM_UP = 0.03
 """The share of the time in which the learning rate rises."""
@@ -141,15 +141,8 @@ def write(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
     """Writes the weights: a reader sees the old file or the new one, never half of one."""
     data = save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with replacing_file(path) as partial:
+        partial.write_bytes(data)
 
 
 if __name__ == "__main__":

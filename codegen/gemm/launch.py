@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codegen.gemm.config import GemmConfig
+from codegen.gemm.config import WARP, GemmConfig
 from codegen.gemm.tiling import ceil_div, split_depth, tiles_of
 from codegen.kernels.narrow_gemm import SCALE_BOX, narrow_gemm, sum_splits
 from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
@@ -52,7 +52,7 @@ def launch_gemm(
         bias: `[n]`, contiguous, or None.
         x_block: Columns of x that share a scale, or `ALL`.
     """
-    if config.variant in ("warp", "split"):
+    if config.variant in WARP:
         _launch_warp(config, x, w, out, x_scale, w_scale, bias, x_block)
     elif config.variant == "narrow":
         _launch_narrow(config, x, w, out, x_scale, w_scale, bias, x_block)
