@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompiler import checkpoints, instruments
+    from qcompiler import calibration, checkpoints, html, instruments, numerics, schemes, testing
     from qcompiler.artefact.loading import load
     from qcompiler.attribution import ErrorReport, attribute_error
     from qcompiler.calibration import Calibration
@@ -50,13 +50,20 @@ _HOME = {
     "qcompiler.schemes": ("Scheme", "pipeline"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
+_SUBMODULES = ("calibration", "checkpoints", "html", "instruments", "numerics", "schemes", "testing")
+"""Public submodules: an attribute access imports them, so `import qcompiler` is enough to use any of them."""
+
+_LIGHT = ("instruments",)
+"""Submodules that need no table of operations."""
+
 _SIBLINGS = ("passes", "codegen")
 
 __all__ = [
     "ArtefactError", "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport",
     "Graph", "InputError", "Match", "Missed", "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError",
-    "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "checkpoints",
-    "compile", "diff", "instruments", "interpret", "load", "pipeline",
+    "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "calibration",
+    "checkpoints", "compile", "diff", "html", "instruments", "interpret", "load", "numerics", "pipeline", "schemes",
+    "testing",
 ]  # fmt: skip
 
 
@@ -66,21 +73,21 @@ def __getattr__(name: str) -> Any:
             return version("qcompiler")
         except PackageNotFoundError:
             return "0+unknown"
-    if name == "instruments":
-        return import_module("qcompiler.instruments")
-    if name not in _MODULES and name != "checkpoints":
+    if name in _LIGHT:
+        return import_module(f"{__name__}.{name}")
+    if name not in _MODULES and name not in _SUBMODULES:
         raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
     _check_siblings()
     import_module("qcompiler.dialects")  # fills the table of operations
-    if name == "checkpoints":
-        return import_module("qcompiler.checkpoints")
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
     value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*__all__, "__version__"})
 
 
 def _check_siblings() -> None:

@@ -42,6 +42,8 @@ def test_outputs_come_back_as_their_class(make: Callable[[], Any], tmp_path: Pat
     fast = qcompiler.compile(make(), example_kwargs={"input_ids": IDS})
     fast.save(tmp_path / "model")
     loaded = qcompiler.load(tmp_path / "model", verify=True)
+    assert type(loaded.config) is type(fast.config) and loaded.config.to_dict() == fast.config.to_dict()
+    assert (loaded.dtype, loaded.device) == (fast.dtype, fast.device) == (torch.float32, torch.device("cpu"))
     got, want = loaded(input_ids=IDS[:1]), fast(input_ids=IDS[:1])
     assert type(got) is type(want) and torch.equal(got.logits, want.logits)
     assert loaded(IDS).keys() == want.keys()

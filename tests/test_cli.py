@@ -141,7 +141,7 @@ def test_usage() -> None:
 
 
 def test_as_a_program(file: str, root: Path) -> None:
-    command = [sys.executable, "-m", "qcompiler.cli", "opt", "-p", "canonicalize", file]
+    command = [sys.executable, "-m", "qcompiler", "opt", "-p", "canonicalize", file]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "aten.linear(%n, %w_t)" in done.stdout

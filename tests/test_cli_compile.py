@@ -186,7 +186,8 @@ def test_overrides_and_pipelines(here: Path, answer: Answer) -> None:
         (["cli_factories:with_inputs", "-p", "dead-code", "--override", "x=none"], "both overrides and a pipeline are"),
         (
             ["cli_factories:failing", "--target", "gpu"],
-            "no such target: got 'gpu'. Did you mean 'cpu'? Known: auto, cpu, iree-cpu, sm_90a.",
+            "no such target: got 'gpu'. Use target='cuda' for the GPU that the model is on, or 'sm_90a' for NVIDIA "
+            "Hopper. Known: auto, cpu, cuda, iree-cpu, sm_90a.",
         ),
         (["cli_factories:with_inputs", "--device", "tpu"], "there is no such device: got 'tpu'"),
         (["cli_factories:with_inputs", "-o", "cli_factories.py"], "the artefact would replace a file: got "),

@@ -72,7 +72,7 @@ def test_a_wrong_command_line_ends_with_2(arguments: list[str], capsys: pytest.C
 
 
 def program(root: Path, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "qcompiler.cli", *arguments]
+    command = [sys.executable, "-m", "qcompiler", *arguments]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, **options)
 
 
@@ -88,7 +88,7 @@ def test_help_and_usage_errors_need_no_torch(root: Path) -> None:
 
 
 def test_a_reader_that_stops_is_no_error(root: Path) -> None:
-    command = f"{sys.executable} -m qcompiler.cli passes | true; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m qcompiler passes | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("0", "141")  # 0 when all of it fits into the pipe before the reader is gone
     assert done.stderr == ""
@@ -104,7 +104,7 @@ def test_progress_is_shown_on_a_terminal(root: Path, tmp_path: Path) -> None:
     (tmp_path / "cli_terminal.py").write_text(
         "import torch\n\n\ndef make():\n    return torch.nn.Linear(128, 128), torch.randn(2, 128)\n"
     )
-    command = [sys.executable, "-m", "qcompiler.cli", "compile", "cli_terminal:make", "-o", "out"]
+    command = [sys.executable, "-m", "qcompiler", "compile", "cli_terminal:make", "-o", "out"]
     environment = {**os.environ, "PYTHONPATH": str(root), "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}
     reading, writing = pty.openpty()
     done = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=writing, env=environment)

@@ -86,6 +86,18 @@ def test_the_first_call_captures(mlp: Mlp) -> None:
     assert torch.equal(compiled(X[:2]), qcompiler.compile(mlp, example_inputs=(X,))(X[:2]))
 
 
+def test_device_and_dtype_are_those_of_the_model(mlp: Mlp, fast: CompiledModel) -> None:
+    assert (fast.device, fast.dtype) == (torch.device("cpu"), torch.float32)
+    half = qcompiler.compile(mlp.bfloat16(), example_inputs=(X.bfloat16(),))
+    assert half.dtype is torch.bfloat16
+    with pytest.raises(CaptureError, match="not captured yet"):
+        print(qcompiler.compile(mlp).dtype)
+
+
+def test_a_model_without_a_configuration_gives_none_away(fast: CompiledModel) -> None:
+    assert not hasattr(fast, "config")
+
+
 def test_each_pass_leaves_a_record(fast: CompiledModel) -> None:
     assert [step.stage for step in fast.steps] == list(fast.stages)[1:]
     assert [step.spec for step in fast.steps] == [str(step) for step in fast.pipeline]

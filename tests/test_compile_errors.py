@@ -1,5 +1,6 @@
 """Every error of `qcompiler.compile`, and of calling what it returns, with its message."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,11 @@ WRONG_COMPILES: list[tuple[dict[str, Any], type[QCompilerError], str]] = [
     ({"pipeline": "fp8-tile{"}, QCompilerError, "'{'"),
     ({"pipeline": ["fp8-tile"]}, PassError, "the pipeline is of a wrong type: got list; need a Pipeline, or its text"),
     ({"scheme": "other", "pipeline": "fp8-tile"}, PassError, "both a scheme and a pipeline are given"),
-    ({"target": "sm90"}, CodegenError, "no such target: got 'sm90'. Did you mean 'sm_90a'? Known: auto, cpu, sm_90a."),
+    *(
+        ({"target": word}, CodegenError, f"no such target: got '{word}'. Use target='cuda' for the GPU that the model")
+        for word in ("gpu", "cuda:0", "H100", "hopper", "sm90", "triton")
+    ),
+    ({"target": "cpuu"}, CodegenError, "no such target: got 'cpuu'. Did you mean 'cpu'? Known: auto, cpu, cuda, sm_"),
     ({"target": None}, CodegenError, "no such target: got None"),
     ({"dynamic_shapes": "atuo"}, CaptureError, "dynamic_shapes is wrong: got 'atuo'"),
     ({"example_inputs": X}, CaptureError, "example_inputs is of a wrong type: got Tensor; need a tuple of arguments."),
@@ -113,9 +118,20 @@ def test_what_cannot_be_compiled(mlp: Mlp) -> None:
     with pytest.raises(CaptureError, match=r"the model is in training mode: .* Call model\.eval\(\) first"):
         qcompiler.compile(mlp.train())
     with pytest.raises(
-        CodegenError, match=r"the target sm_90a runs on cuda, but the model is elsewhere: got cpu; need cuda"
+        CodegenError, match=r"the target sm_90a runs on cuda, but the model is on another device: got cpu; need cuda"
     ):
         qcompiler.compile(mlp.eval(), target="sm_90a", example_inputs=(X,))
+
+
+def test_a_compiled_model_is_not_compiled_again(mlp: Mlp) -> None:
+    message = r"is compiled already: need a model in floating point. Compile the original model"
+    fast = qcompiler.compile(mlp, example_inputs=(X,))
+    for again in (fast, fast.eval(), qcompiler.compile(mlp), copy.deepcopy(fast)):
+        with pytest.raises(CaptureError, match=f"model {message}"):
+            qcompiler.compile(again, example_inputs=(X,))
+    with pytest.raises(CaptureError, match=rf"model\.1 {message}"):
+        qcompiler.compile(nn.Sequential(nn.Linear(200, 200), fast).eval(), example_inputs=(X,))
+    assert not any(module.training for module in fast.modules())
 
 
 class Branches(nn.Module):

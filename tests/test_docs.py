@@ -51,7 +51,7 @@ class Page:
         self.module = ModuleType("a_page_of_the_docs")
         program = folder / ".bin" / "qcompiler"
         program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qcompiler.cli "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m qcompiler "$@"\n')
         program.chmod(0o755)
 
     def rerun(self, text: str) -> str:

@@ -38,6 +38,7 @@ FLOORS = {
     "passes": 4,
     "codegen": 4,
     "qcompiler": 5,
+    "qcompiler.__main__": 5,
     "qcompiler.artefact": 5,
     "qcompiler.attribution": 5,
     "qcompiler.checkpoints": 5,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import qcompiler
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("qcompiler", "passes", "codegen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -84,6 +86,28 @@ for name in sys.argv[1:]:
         failed.append(name)
 print(*failed)
 """
+
+
+@pytest.mark.parametrize(
+    "name", ["calibration", "checkpoints", "html", "instruments", "numerics", "schemes", "testing"]
+)
+def test_public_submodules_need_no_import_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had imported the submodule yet, which would make it an attribute of the package."""
+    monkeypatch.delattr(qcompiler, name, raising=False)
+    assert getattr(qcompiler, name).__name__ == f"qcompiler.{name}"
+
+
+def test_dir_shows_public_names_only() -> None:
+    assert dir(qcompiler) == sorted({*qcompiler.__all__, "__version__"})
+    assert all(getattr(qcompiler, name) is not None for name in dir(qcompiler))
+    assert not [name for name in dir(qcompiler) if name.startswith("_") and name != "__version__"]
+
+
+def test_the_command_line_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qcompiler", "--version"]
+    environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("qcompiler ")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -11,6 +11,7 @@ from qcompiler.artefact.loading import (
     check_against,
     check_host,
     read_calibration,
+    read_config,
     read_recipes,
     read_report,
     read_signature,
@@ -103,6 +104,7 @@ def _contents(folder: Folder, trust: Collection[str]) -> Iterator[str]:
         check_host(folder, graph, regenerate=False)
         read_weights(folder, graph)
         read_report(folder)
+        read_config(folder)
         read_calibration(folder)
 
     if (problem := _problem(everything)) is not None:

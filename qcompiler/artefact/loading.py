@@ -10,16 +10,28 @@ Nothing that the folder holds is executed, and nothing is imported because the f
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from codegen.host import HostModule, emit_host_module
 from qcompiler.artefact.folder import Folder, open_folder, read_bytes
-from qcompiler.artefact.manifest import CALIBRATION, HOST, NAME, RECIPES, REPORT, SIGNATURE, Manifest, read_manifest
+from qcompiler.artefact.manifest import (
+    CALIBRATION,
+    CONFIG,
+    HOST,
+    NAME,
+    RECIPES,
+    REPORT,
+    SIGNATURE,
+    Manifest,
+    read_manifest,
+)
+from qcompiler.artefact.model_config import config_from_entries
 from qcompiler.artefact.operators import check_device, check_operators
 from qcompiler.artefact.recipes_text import recipes_from_json
 from qcompiler.artefact.report_text import LeftAlone, report_from_json
@@ -28,7 +40,8 @@ from qcompiler.artefact.strict_json import AGAIN, Node, parse
 from qcompiler.artefact.weight_files import WeightFiles, open_weights
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler.model import CompiledModel, class_with
+from qcompiler.compiler.forward import class_with
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.program import Program, Settings, generate, plain_torch
 from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
 from qcompiler.ir import Graph, Recipe
@@ -69,7 +82,8 @@ def load(
         with plain_torch():
             with reading(path) as opened:
                 program, forward = read_program(opened, device, verify, regenerate, trust)
-            return _assembled(opened.manifest, program, forward)
+                config = read_config(opened)
+            return _assembled(opened.manifest, program, forward, config)
     except QCompilerError:
         raise
     except Exception as error:  # whatever the files hold, the answer is one sentence
@@ -120,11 +134,14 @@ def read_program(
     return program, forward
 
 
-def _assembled(manifest: Manifest, program: Program, forward: Forward) -> CompiledModel:
+def _assembled(
+    manifest: Manifest, program: Program, forward: Forward, config: Mapping[str, Any] | None
+) -> CompiledModel:
     settings = Settings(
         manifest.pipeline, program.target, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
     )
-    compiled = class_with(*forward)(settings)
+    later = None if config is None else partial(config_from_entries, config)
+    compiled = class_with(CompiledModel, forward)(settings, config=later)
     compiled.accept(program)
     return compiled
 
@@ -135,6 +152,13 @@ def _assembled(manifest: Manifest, program: Program, forward: Forward) -> Compil
 def read_signature(folder: Folder) -> tuple[Signature, Forward]:
     """How the model is called."""
     return signature_from_json(_json(folder, SIGNATURE))
+
+
+def read_config(folder: Folder) -> Mapping[str, Any] | None:
+    """The entries of the original model's configuration; None if it had none."""
+    if CONFIG not in folder.manifest.files:
+        return None
+    return {name: entry.value for name, entry in _json(folder, CONFIG).members()}
 
 
 def read_stages(folder: Folder, trust: Collection[str] | None) -> tuple[Stages, Graph]:

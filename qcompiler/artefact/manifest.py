@@ -21,8 +21,9 @@ VERSION = 1
 """Of the format; a larger one comes from a newer qcompiler."""
 
 SIGNATURE, REPORT, RECIPES, HOST = "signature.json", "report.json", "recipes.json", "host.py"
+CONFIG = "config.json"
 CALIBRATION = "calibration.safetensors"
-FILE = re.compile(r"(signature|report|recipes)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
+FILE = re.compile(r"(signature|report|recipes|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
 """The files that there can be: no other name is ever opened."""
 

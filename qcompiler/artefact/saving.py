@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codegen.host import emit_host_module
 from qcompiler.artefact.folder import check_replaceable
 from qcompiler.artefact.manifest import (
     CALIBRATION,
+    CONFIG,
     HOST,
     NAME,
     RECIPES,
@@ -17,6 +18,7 @@ from qcompiler.artefact.manifest import (
     versions,
     write_manifest,
 )
+from qcompiler.artefact.model_config import config_to_text
 from qcompiler.artefact.recipes_text import recipes_to_json
 from qcompiler.artefact.report_text import report_to_json
 from qcompiler.artefact.signature_text import Forward, signature_to_json
@@ -32,14 +34,17 @@ if TYPE_CHECKING:
 
 
 def write_artefact(
-    folder: str | os.PathLike[str], program: "Program", settings: "Settings", forward: Forward, shard_bytes: int
-) -> None:
+    folder: str | os.PathLike[str], program: "Program", settings: "Settings", forward: Forward, config: Any,
+    shard_bytes: int,
+) -> None:  # fmt: skip
     """Writes a program to a folder, in place of an artefact that is there; `CompiledModel.save` has the arguments."""
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
     target = Path(folder).resolve()
     check_replaceable(target)
     texts = _texts(program, forward)
+    if (described := config_to_text(config)) is not None:
+        texts[CONFIG] = described
     plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
     known = program.calibration
     calibration = known() if callable(known) else known

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompiler.errors import CaptureError
+from qcompiler.runtime.executable import CompiledModule
 from qcompiler.runtime.weights import named_tensors
 
 HOOKS = {
@@ -29,11 +30,11 @@ def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
         allow_meta: Whether weights may lie on the meta device (a structure without data).
 
     Raises:
-        CaptureError: It is no eager nn.Module, is in training mode, has hooks, has weights without data, on several
-            devices, or in a tensor subclass.
+        CaptureError: It is not an eager nn.Module, is compiled already, is in training mode, has hooks, or has weights
+            without data, on several devices, or in a tensor subclass.
     """
     module = _check_kind(model)
-    for check in (_check_mode, _check_lazy, _check_hooks, _check_subclasses):
+    for check in (_check_compiled, _check_mode, _check_lazy, _check_hooks, _check_subclasses):
         check(module)
     if not allow_meta:
         _check_data(module)
@@ -98,6 +99,17 @@ def _check_kind(model: object) -> torch.nn.Module:
             fix="Pass the model itself; torch.compile may wrap the result.",
         )
     return model
+
+
+def _check_compiled(model: torch.nn.Module) -> None:
+    """A compiled model has no layers left to quantize: rejects one, and a model with one inside."""
+    found = next((name for name, module in model.named_modules() if isinstance(module, CompiledModule)), None)
+    if found is not None:
+        raise CaptureError(
+            f"{_called(found)} is compiled already",
+            need="a model in floating point",
+            fix="Compile the original model: compiled.origin, as long as it is in memory or came from a folder.",
+        )
 
 
 def _check_mode(model: torch.nn.Module) -> None:

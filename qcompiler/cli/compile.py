@@ -23,15 +23,15 @@ from qcompiler.cli.parser import IREE_CPU
 from qcompiler.cli.progress import Progress
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
-from qcompiler.errors import InputError, did_you_mean
+from qcompiler.errors import InputError
 from qcompiler.report import Report
-from qcompiler.runtime.device import AUTO, TARGETS
+from qcompiler.runtime.device import TARGET_NAMES, check_target
 
 
 def run(options: argparse.Namespace) -> int:
     """Compiles, saves, and prints the report."""
     scheme = DEFAULT_SCHEME if options.scheme is None and options.pipeline is None else options.scheme
-    _check_target(options.target)
+    check_target(options.target, (*TARGET_NAMES, IREE_CPU))
     overrides = overrides_of(options.override)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)
     if needs_data(pipeline) and not options.calibration:
@@ -59,12 +59,6 @@ def run(options: argparse.Namespace) -> int:
         shown = "how it is called" if options.target == IREE_CPU else "what each pass did"
         print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
     return 0
-
-
-def _check_target(name: str) -> None:
-    known = [*TARGETS, AUTO, IREE_CPU]
-    if name not in known:
-        raise InputError("no such target", got=repr(name), fix=did_you_mean(name, known))
 
 
 def _check_output(output: Path, target: str) -> None:

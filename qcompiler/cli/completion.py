@@ -7,7 +7,7 @@ import shtab
 
 from qcompiler.cli.parser import IREE_CPU, build_parser
 from qcompiler.pass_manager import offered
-from qcompiler.runtime.device import AUTO, TARGETS
+from qcompiler.runtime.device import TARGET_NAMES
 from qcompiler.schemes import GROUP, SCHEMES
 
 FILES = ("FILE", "PATH", "MODEL", "GRAPH")
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     parser = build_parser()
     choices = {
         "scheme": sorted({*SCHEMES, *offered(GROUP)}),
-        "target": [*TARGETS, AUTO, IREE_CPU],
+        "target": [*TARGET_NAMES, IREE_CPU],
         "device": ["cpu", "cuda"],
     }
     for action in _actions(parser):

@@ -154,7 +154,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--target", default="auto",
-        help='"cpu", "sm_90a", "auto", by the device (the default), or "iree-cpu", for a folder that IREE runs',
+        help='"cpu", "sm_90a", "cuda", "auto", by the device (the default), or "iree-cpu", a folder that IREE runs',
     )  # fmt: skip
     parser.add_argument("--device", help='where to compile: "cpu" or "cuda" (default: where the model is)')
     parser.add_argument("--fixed-sizes", action="store_true", help="hold every size to that of the example")

@@ -20,7 +20,8 @@ from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.compiler.batches import Batches
-from qcompiler.compiler.model import CompiledModel, class_with, describe_forward
+from qcompiler.compiler.forward import class_with, describe_forward
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model
 from qcompiler.errors import CaptureError, PassError
 from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
@@ -69,7 +70,7 @@ def compile(
         example_kwargs: Keyword arguments of that call.
         dynamic_shapes: "auto" leaves every size open that the model leaves open, batch and sequence above all; None
             fixes all sizes to those of the example; anything else goes to `torch.export`.
-        target: "auto" (by the model's device), "cpu" or "sm_90a".
+        target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda", the target of the GPU at hand.
         strict: Whether it is an error when nothing at all could be quantized.
         instruments: Called around each pass; see `qcompiler.instruments`.
 
@@ -96,14 +97,14 @@ def compile(
         model = again()
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
-    describe = describe_forward(model)
+    make = partial(class_with(CompiledModel, describe_forward(model)), settings, config=getattr(model, "config", None))
     if not given and not isinstance(model, Graph | ExportedProgram):
-        return class_with(*describe)(settings, pending=model, origin=again)
+        return make(pending=model, origin=again)
     captured = capture_model(model, args, kwargs, settings)
     origin = again or weakref.ref(model)
     del model  # whoever else holds it may let it go now: the graph has the weights
     program = build_program(captured, settings, captured.signature.flatten(args, kwargs) if given else None)
-    compiled = class_with(*describe)(settings, origin=origin)
+    compiled = make(origin=origin)
     compiled.accept(program)
     return compiled
 

@@ -1,7 +1,6 @@
 """The callable that `qcompiler.compile` returns."""
 
 import copy
-import inspect
 import os
 import weakref
 from collections import ChainMap
@@ -19,22 +18,23 @@ from codegen.mlir.iree import IreeModel
 from codegen.mlir.iree import build as build_iree
 from codegen.mlir.iree import load as load_iree
 from qcompiler.artefact.saving import write_artefact
-from qcompiler.artefact.signature_text import Forward
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
 from qcompiler.capture.signature import Signature
 from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.batches import as_call
+from qcompiler.compiler.forward import forward_of
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model, capturing
 from qcompiler.compiler.sizing import calls_to_plan
+from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import CaptureError, QCompilerError
 from qcompiler.html import html_report, write_page
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, TensorType, Value
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step
 from qcompiler.report import Report
-from qcompiler.runtime.executable import HostWeights, check_device, run_host
+from qcompiler.runtime.executable import CompiledModule, HostWeights, check_device, run_host
 from qcompiler.runtime.weights import Weights
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 
 NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 
-SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
 
-
-class CompiledModel(torch.nn.Module):
+class CompiledModel(CompiledModule):
     """A quantized model; called as the model it came from, for inference only.
 
     Attributes:
@@ -58,13 +56,15 @@ class CompiledModel(torch.nn.Module):
     """
 
     def __init__(
-        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: Callable[[], Any] | None = None
-    ) -> None:
+        self, settings: Settings, *, pending: torch.nn.Module | None = None, origin: Callable[[], Any] | None = None,
+        config: Any = None,
+    ) -> None:  # fmt: skip
         """Use `qcompiler.compile`."""
         super().__init__()
         self._origin = origin
         self._pending = (pending,)  # in a tuple, so as not to become a sub-module
         self._settings = settings
+        self._config = config  # for a loaded model, a function that makes it: transformers takes a second to import
         self._program: Program | None = None
         self.training = False
 
@@ -136,6 +136,27 @@ class CompiledModel(torch.nn.Module):
     def origin(self) -> Any:
         """The model that was compiled, read again where it came from a folder; None when nobody holds it any more."""
         return self._pending[0] or (self._origin() if self._origin is not None else None)
+
+    @property
+    def config(self) -> Any:
+        """The original model's configuration, as transformers' models have one; AttributeError without one."""
+        if isinstance(self._config, partial):
+            self._config = self._config()
+        if self._config is None:
+            raise AttributeError("the model that was compiled has no config")
+        return self._config
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it was compiled for and runs on."""
+        return self._done.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that the model computes in: that of its first floating-point result."""
+        kinds = (value.type for value in self._done.graph.outputs if isinstance(value, Value))
+        dtypes = (torch_dtype(kind.dtype) for kind in kinds if isinstance(kind, TensorType))
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
     @property
     def signature(self) -> Signature:
@@ -226,7 +247,8 @@ class CompiledModel(torch.nn.Module):
                 saved, such as results of a class without a name.
             CaptureError: The model is not captured yet.
         """
-        write_artefact(folder, self._done, self._settings, forward_of(type(self)), shard_bytes)
+        config = getattr(self, "config", None)
+        write_artefact(folder, self._done, self._settings, forward_of(type(self)), config, shard_bytes)
 
     def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
         """Writes a checkpoint of the ecosystem: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
@@ -332,7 +354,7 @@ class CompiledModel(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         """A copy with tensors of its own; stages and report are shared."""
-        twin = memo[id(self)] = type(self)(self._settings, origin=self._origin)
+        twin = memo[id(self)] = type(self)(self._settings, origin=self._origin, config=self._config)
         if self._program is None:
             twin._pending = copy.deepcopy(self._pending, memo)
         else:
@@ -358,38 +380,3 @@ class CompiledModel(torch.nn.Module):
         if self._program is None:
             return f"pipeline='{self._settings.pipeline}', not captured yet"
         return f"pipeline='{self._settings.pipeline}', {self.report.summary()}"
-
-
-def describe_forward(model: object) -> tuple[inspect.Signature | None, str | None]:
-    """The signature and the documentation of a model's forward, for the compiled model's; None where there is none."""
-    try:
-        if isinstance(model, Graph):
-            either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            return inspect.Signature([SELF, *(inspect.Parameter(value.name, either) for value in model.inputs)]), None
-        if isinstance(model, torch.nn.Module):
-            found = inspect.signature(model.forward)
-            return found.replace(parameters=[SELF, *found.parameters.values()]), model.forward.__doc__
-    except (TypeError, ValueError):  # a forward written in C, a name that is no identifier
-        pass
-    return None, None
-
-
-def forward_of(kind: "type[CompiledModel]") -> Forward:
-    """What `class_with` was given to make a class."""
-    return Forward(
-        *((None, None) if kind is CompiledModel else (inspect.signature(kind.forward), kind.forward.__doc__))
-    )
-
-
-def class_with(signature: inspect.Signature | None, doc: str | None) -> "type[CompiledModel]":
-    """A class like CompiledModel whose forward shows a signature: that of a method belongs to its class."""
-    if signature is None:
-        return CompiledModel
-
-    def forward(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
-        return self._call(args, kwargs)
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = doc or CompiledModel.forward.__doc__
-    names = {"__module__": __name__, "__qualname__": CompiledModel.__qualname__, "__doc__": CompiledModel.__doc__}
-    return type(CompiledModel.__name__, (CompiledModel,), {"forward": forward, **names})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qcompiler.html.kernels import describe_kernels
 from qcompiler.html.page import render_page, write_page
 from qcompiler.html.stages import describe_stages
-from qcompiler.runtime.device import AUTO, TARGETS
+from qcompiler.runtime.device import TARGETS
 
 if TYPE_CHECKING:
     from qcompiler.attribution import ErrorReport
@@ -54,9 +54,9 @@ def describe(compiled: "CompiledModel", attribution: "ErrorReport | None") -> di
 def _target(compiled: "CompiledModel") -> str:
     """The target by its own name, where the model's device chose it."""
     given, device = compiled.settings.target, compiled.weights.device.type
-    return (
-        next((name for name, target in TARGETS.items() if target.device == device), given) if given == AUTO else given
-    )
+    if given in TARGETS:
+        return given
+    return next((name for name, target in TARGETS.items() if target.device == device), given)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,10 @@ from torch import Tensor
 from qcompiler.errors import InputError, QCompilerError
 
 
+class CompiledModule(torch.nn.Module):
+    """The base of compiled models, by which lower layers recognize one."""
+
+
 class HostWeights(torch.nn.Module):
     """The tensors that a host module reads, as buffers, so that they move and save with the compiled model.
 
@@ -22,6 +26,7 @@ class HostWeights(torch.nn.Module):
         super().__init__()
         self._names, self._store = dict(names), store
         self.device = device
+        self.training = False
         for attribute, name in names.items():
             self.register_buffer(attribute, store[name].detach())
 

@@ -1,4 +1,4 @@
-"""`python -m qcompiler.cli`."""
+"""`python -m qcompiler`: the command line."""
 
 import sys
 
