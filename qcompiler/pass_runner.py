@@ -7,6 +7,7 @@ message names.
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,9 +113,7 @@ class _Record:
         self.stages.add(step.name, graph)
         name = list(self.stages)[-1]
         self.steps.append(Step(name, str(step), step.effect.value, outcome.changed, outcome.seconds))
-        reasons = _guarded(
-            f"pass '{step}' failed unexpectedly while it was asked to explain", step, graph, step.explain
-        )
+        reasons = _guarded(f"pass '{step}' failed while it was asked to explain", step, graph, step.explain)
         self.left_alone[name] = reasons
 
     def finish(self, pipeline: Pipeline, remarks: Mapping[str, str]) -> Run:
@@ -167,7 +166,7 @@ def _run_pass(step: Pass, graph: Graph, stages: Stages) -> Outcome:
     before = stages[list(stages)[-1]]
     start = time.perf_counter()
     try:
-        changed = _guarded(f"pass '{step}' failed unexpectedly", step, before, lambda _: step.run(graph))
+        changed = _guarded(f"pass '{step}' failed", step, before, lambda _: step.run(graph))
     except QCompilerError as error:
         # What a pass raises on purpose need not name the pass.
         if f"pass '{step.name}" not in str(error):
@@ -183,11 +182,27 @@ def _guarded(problem: str, step: Pass, graph: Graph, function: Callable[[Graph],
     except QCompilerError:
         raise
     except Exception as error:
-        raise PassError(
-            f"{problem}: {type(error).__name__}: {error}",
-            where="; ".join(getattr(error, "__notes__", ())) or None,  # the rule and the operation, from `apply_rules`
-            fix=f"The graph that it was given is in {keep_text(graph, step.name)}; please report it with this message.",
-        ) from error
+        what, kept = f"{type(error).__name__}: {error}", keep_text(graph, step.name)
+        notes = [note.removeprefix("in ") for note in getattr(error, "__notes__", ())]  # rule and op, by `apply_rules`
+        if _is_ours(type(step).__module__):
+            fix = f"The graph that it was given is in {kept}; please report it with this message."
+            raise PassError(f"{problem}: {what}", where="; ".join(notes) or None, fix=fix) from error
+        notes += [f"{frame.filename}:{frame.lineno}" for frame in _last_frame_of_others(error)]
+        fix = f"The graph that it was given is in {kept}."
+        raise PassError(f"{problem}: {what}", where="; ".join(notes) or None, fix=fix) from error
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("qcompiler", "passes", "codegen")
+
+
+def _last_frame_of_others(error: Exception) -> list[traceback.FrameSummary]:
+    """The innermost frame of an error that is not in qcompiler's own code, such as a line of a user's rule."""
+    frames = [
+        (frame, number) for frame, number in traceback.walk_tb(error.__traceback__)
+        if not _is_ours(str(frame.f_globals.get("__name__")))
+    ]  # fmt: skip
+    return list(traceback.StackSummary.extract(iter(frames[-1:]), lookup_lines=False))
 
 
 def _verify(step: Pass, graph: Graph) -> None:

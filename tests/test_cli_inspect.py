@@ -103,7 +103,7 @@ def stages() -> Any:
 
 
 def test_an_operation_is_followed_into_what_it_is_fused_with(stages: Any) -> None:
-    chapters = {chapter.stage: chapter for chapter in history(stages, "%y")}
+    chapters = {chapter.stage: chapter for chapter in history(stages, "y")}
     assert fates(stages, "y") == {
         "captured": "appears", "canonicalize": "changed", "fp8-tile": "changed", "fuse-linear": "changed",
         "fold-constants": "changed", "to-kernels": "changed", "fuse-epilogue": "fused",
@@ -152,6 +152,27 @@ def test_the_history_as_text(dump: str, capsys: pytest.CaptureFixture[str]) -> N
     assert found["operation"] == "y" and found["stages"][-1]["fate"] == "fused"
 
 
+def test_a_module_stands_for_what_it_computes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """func @m(%x: f32[4]) -> (f32[4]) {
+      %w = core.param() {name = "layer.0.w"} : f32[4] loc(in "layer.0")
+      %a = aten.abs(%x) : f32[4] loc("m.py":1 in "layer.0")
+      %b = aten.add.Tensor(%a, %w) : f32[4] loc("m.py":2 in "layer.0")
+      %c = aten.neg(%b) : f32[4] loc("m.py":3 in "layer.1")
+      return %c
+    }"""
+    file = tmp_path / "graph.qir"
+    file.write_text(text)
+    assert main(["inspect", str(file), "--op", "layer.0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("appears") == 2 and shown.startswith("%a\n") and "\n\n%b\n" in shown and "%c" not in shown
+    found = document(capsys, str(file), "--op", "layer.0")
+    assert found["module"] == "layer.0" and [each["operation"] for each in found["operations"]] == ["a", "b"]
+    (only,) = document(capsys, str(file), "--op", "layer.1")["operations"]
+    assert only["operation"] == "c" and only["stages"][0]["fate"] == "appears"
+    assert main(["inspect", str(file), "--op", "layer.2"]) == 1
+    assert "Did you mean 'layer." in capsys.readouterr().err
+
+
 # What is wrong
 
 
@@ -163,10 +184,10 @@ def test_the_history_as_text(dump: str, capsys: pytest.CaptureFixture[str]) -> N
             "error: no such stage: got 'fp8-tyle'. Did you mean 'fp8-tile'? Known: canonicalize, ",
         ),
         (["--diff", "captured", "x"], "error: no such stage: got 'x'. Known: "),
-        (["--op", "w_tt"], "error: no stage has such an operation: got %w_tt. Did you mean 'w_t'?\n"),
+        (["--op", "w_tt"], "error: no stage has such an operation or module: got w_tt. Did you mean 'w_t'?\n"),
         (
             ["--op", "nothing_alike"],
-            "error: no stage has such an operation: got %nothing_alike. `qcompiler inspect PATH",
+            "error: no stage has such an operation or module: got nothing_alike. `qcompiler inspect PATH",
         ),
         (["--dot"], "error: no graph is asked for that could be printed so: got --dot; need --stage NAME beside it\n"),
         (["--op", "b", "--no-locations"], "error: no graph is asked for that could be printed so: got --no-locations;"),

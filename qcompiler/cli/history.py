@@ -32,16 +32,25 @@ class Chapter:
     new: tuple[str, ...] = ()
 
 
-def history(stages: Mapping[str, Graph], name: str) -> list[Chapter]:
-    """One chapter a stage for the value called `name`, with or without its `%`.
+def values_named(stages: Mapping[str, Graph], name: str) -> list[str]:
+    """The values that `name` means: a value, with or without its `%`, or all that a module of the model computes.
 
     Raises:
-        InputError: No stage has such a value.
+        InputError: No stage has such a value or module.
     """
     name = name.removeprefix("%")
     known = set().union(*map(values_of, stages.values()))
-    if name not in known:
-        raise InputError("no stage has such an operation", got=f"%{name}", fix=_nearest(name, known))
+    if name in known:
+        return [name]
+    computed = [op for op in next(iter(stages.values())).ops() if op.results and op.loc.module]
+    if found := [op.results[0].name for op in computed if op.loc.module == name and op.name != PARAM]:
+        return found
+    known |= {op.loc.module for op in computed}
+    raise InputError("no stage has such an operation or module", got=name, fix=_nearest(name, known))
+
+
+def history(stages: Mapping[str, Graph], name: str) -> list[Chapter]:
+    """One chapter a stage for the value called `name`, which some stage has."""
     names = list(stages)
     chapters = [_first(stages[names[0]], names[0], name)]
     for before, after in pairwise(names):

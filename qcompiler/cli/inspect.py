@@ -10,7 +10,7 @@ from typing import Any
 
 from qcompiler.cli import iree_folder
 from qcompiler.cli.compile import report_document
-from qcompiler.cli.history import Chapter, history
+from qcompiler.cli.history import Chapter, history, values_named
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.cli.records import Record, read_record
 from qcompiler.errors import InputError
@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.diff is not None:
         _difference(record, options)
     elif options.op is not None:
-        _history(history(record.stages, options.op), options)
+        found = {name: history(record.stages, name) for name in values_named(record.stages, options.op)}
+        _histories(found, options)
     elif options.source:
         _source(record, options)
     else:
@@ -125,7 +126,7 @@ def _row(stage: dict[str, Any], timed: bool) -> list[object]:
     return [stage["stage"], *(times if timed else []), *counts, *([options] if timed else [])]
 
 
-# One operation
+# One operation, or those of one module
 
 SAYS = {
     "absent": "not there yet",
@@ -138,10 +139,22 @@ SAYS = {
 }
 
 
-def _history(chapters: list[Chapter], options: argparse.Namespace) -> None:
+def _histories(found: dict[str, list[Chapter]], options: argparse.Namespace) -> None:
+    """One operation, or each one of a module under a heading."""
+    asked = options.op.removeprefix("%")
     if options.json:
-        print_json({"operation": options.op.removeprefix("%"), "stages": [asdict(chapter) for chapter in chapters]})
+        documents = [
+            {"operation": name, "stages": [asdict(chapter) for chapter in chapters]} for name, chapters in found.items()
+        ]
+        print_json(documents[0] if [*found] == [asked] else {"module": asked, "operations": documents})
         return
+    for number, (name, chapters) in enumerate(found.items()):
+        if [*found] != [asked]:
+            print(f"{'' if number == 0 else chr(10)}%{name}")
+        _print_history(chapters)
+
+
+def _print_history(chapters: list[Chapter]) -> None:
     wide = max(len(chapter.stage) for chapter in chapters)
     for chapter in chapters:
         print(f"{chapter.stage:{wide}}  {SAYS[chapter.fate]}")

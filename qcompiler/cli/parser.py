@@ -173,7 +173,9 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stage", metavar="NAME", help="print the graph as the pass of this name left it")
     what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print how two stages differ")
-    what.add_argument("--op", metavar="NAME", help="print what became of one operation, pass by pass")
+    what.add_argument(
+        "--op", metavar="NAME", help="print what became of one operation, or of all in a module, pass by pass"
+    )
     what.add_argument("--source", action="store_true", help="print the generated host module")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--no-locations", action="store_true", help="leave locations out of the graph of --stage")

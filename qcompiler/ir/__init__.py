@@ -3,9 +3,8 @@
 from qcompiler.ir.diff import diff
 from qcompiler.ir.graph import Graph, Range, Recipe, Use
 from qcompiler.ir.lexer import legal_name
-from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree
+from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree, print_argument, print_op
 from qcompiler.ir.parser import parse_literal, parse_type
-from qcompiler.ir.printer import print_argument, print_op
 from qcompiler.ir.rewrite import Match, Missed, Rewriter, Rule, apply_rules, explain
 from qcompiler.ir.sizes import Expr, Size, ceildiv, evaluate, parse_size, symbol
 from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Type

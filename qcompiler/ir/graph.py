@@ -15,11 +15,11 @@ from qcompiler.errors import QCompilerError
 from qcompiler.ir.constants import Constants
 from qcompiler.ir.dot import dot_of
 from qcompiler.ir.names import Names
-from qcompiler.ir.op import Argument, Location, Op, Path, Value, map_tree
+from qcompiler.ir.op import Argument, Location, Op, Path, Value, map_tree, print_op
 from qcompiler.ir.op_table import infer_types
 from qcompiler.ir.order import Order
 from qcompiler.ir.parser import parse_graph
-from qcompiler.ir.printer import print_graph, print_op
+from qcompiler.ir.printer import print_graph
 from qcompiler.ir.types import Type
 from qcompiler.ir.verifier import verify_graph
 

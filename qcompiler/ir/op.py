@@ -74,6 +74,10 @@ class Op:
     loc: Location
     results: tuple[Value, ...] = field(default=(), repr=False)
 
+    def __str__(self) -> str:
+        """The operation as a line of the graph's text."""
+        return print_op(self)
+
     @property
     def result(self) -> Value:
         """The only result."""
@@ -113,3 +117,27 @@ def map_tree(function: Callable[[Any], Any], arg: Any) -> Any:
     if isinstance(arg, tuple):
         return tuple(map_tree(function, item) for item in arg)
     return function(arg)
+
+
+def print_op(op: Op, *, locations: bool = True) -> str:
+    """One operation on one line."""
+    args = ", ".join(map(print_argument, op.args))
+    if op.name == "core.return":
+        return f"return {args}".rstrip()
+    head = f"{', '.join(map(str, op.results))} = " if op.results else ""
+    attrs = ", ".join(f"{key} = {print_argument(op.attrs[key])}" for key in sorted(op.attrs))
+    text = f"{head}{op.name}({args})"
+    text += f" {{{attrs}}}" if attrs else ""
+    text += f" : {', '.join(str(value.type) for value in op.results)}" if op.results else ""
+    return f"{text} {op.loc}" if locations and str(op.loc) else text
+
+
+def print_argument(arg: Argument) -> str:
+    """A value, a literal, or a list of them."""
+    if isinstance(arg, tuple):
+        return f"[{', '.join(map(print_argument, arg))}]"
+    if arg is None or isinstance(arg, bool):
+        return {None: "None", True: "true", False: "false"}[arg]
+    if isinstance(arg, str):
+        return quote(arg)
+    return repr(arg) if isinstance(arg, int | float) else str(arg)

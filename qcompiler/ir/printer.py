@@ -11,7 +11,7 @@ One grammar for all operations; types only where a value is bound; printing a pa
 
 from typing import TYPE_CHECKING
 
-from qcompiler.ir.op import Argument, Op, Value, quote
+from qcompiler.ir.op import Argument, Op, Value, print_argument, print_op
 
 if TYPE_CHECKING:
     from qcompiler.ir.graph import Graph
@@ -38,27 +38,3 @@ def print_claim(output: Argument) -> str:
 def print_binding(value: Value, op: Op | None = None) -> str:
     """`%x: bf16[s0, 256]`, with the location of `op` when it is given and has one."""
     return " ".join(filter(None, [f"{value}: {value.type}", str(op.loc) if op else ""]))
-
-
-def print_op(op: Op, *, locations: bool = True) -> str:
-    """One operation on one line."""
-    args = ", ".join(map(print_argument, op.args))
-    if op.name == "core.return":
-        return f"return {args}".rstrip()
-    head = f"{', '.join(map(str, op.results))} = " if op.results else ""
-    attrs = ", ".join(f"{key} = {print_argument(op.attrs[key])}" for key in sorted(op.attrs))
-    text = f"{head}{op.name}({args})"
-    text += f" {{{attrs}}}" if attrs else ""
-    text += f" : {', '.join(str(value.type) for value in op.results)}" if op.results else ""
-    return f"{text} {op.loc}" if locations and str(op.loc) else text
-
-
-def print_argument(arg: Argument) -> str:
-    """A value, a literal, or a list of them."""
-    if isinstance(arg, tuple):
-        return f"[{', '.join(map(print_argument, arg))}]"
-    if arg is None or isinstance(arg, bool):
-        return {None: "None", True: "true", False: "false"}[arg]
-    if isinstance(arg, str):
-        return quote(arg)
-    return repr(arg) if isinstance(arg, int | float) else str(arg)

@@ -29,9 +29,8 @@ import networkx as nx
 
 from qcompiler.errors import QCompilerError, VerifyError
 from qcompiler.ir.lexer import NAME
-from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, quote
+from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, print_argument, print_op, quote
 from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
-from qcompiler.ir.printer import print_argument, print_op
 from qcompiler.ir.types import TensorType
 
 if TYPE_CHECKING:
