@@ -61,6 +61,9 @@ class Knobs:
         default=(), metadata=_knob(_names, f'print the graph after these passes: names and commas, or "{ALL}"')
     )
     time_passes: bool = field(default=False, metadata=_knob(_flag, "print how long each pass took"))
+    progress: bool = field(
+        default=True, metadata=_knob(_flag, "show the stage of compile() on standard error, if a terminal")
+    )
     dump_dir: Path | None = field(
         default=None, metadata=_knob(_path, "write the graph after each pass into this folder")
     )

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +61,14 @@ class Stages(Mapping[str, Graph]):
 
     def __repr__(self) -> str:
         return f"<Stages: {' -> '.join(self._graphs)}>"
+
+    def _repr_html_(self) -> str:
+        """One line a stage with the number of its operations, which opens to the graph, as notebooks show it."""
+        rows = (
+            f"<details><summary><code>{escape(name)}</code>: {len(graph)} operations</summary>{graph._repr_html_()}"
+            "</details>" for name, graph in self.items()
+        )  # fmt: skip
+        return "".join(rows)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import qcompiler
 import qcompiler.cli
 from qcompiler.cli import EXIT_CODES, main
 from qcompiler.errors import PassError
@@ -114,6 +116,35 @@ def test_progress_is_shown_on_a_terminal(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     last = shown.splitlines()[-1]
     assert all(stage in last for stage in ("loading ", "; capture ", "; passes ", "; code generation ", "; saving "))
+
+
+PROGRAM = """
+import torch, qcompiler
+fast = qcompiler.compile(torch.nn.Linear(128, 128).eval(), example_inputs=(torch.randn(2, 128),){argument})
+print(fast.report.summary())
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "environment", "shown"),
+    [("", {}, True), (", progress=False", {}, False), ("", {"QCOMPILER_PROGRESS": "0"}, False)],
+)
+def test_compile_shows_its_stage_on_a_terminal_only(
+    argument: str, environment: dict[str, str], shown: bool, root: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", PROGRAM.format(argument=argument)]
+    variables = {**os.environ, "PYTHONPATH": str(root), "NO_COLOR": "1", "TERM": "xterm", **environment}
+    reading, writing = pty.openpty()
+    done = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=writing, env=variables)
+    os.close(writing)
+    told = everything(reading)
+    assert done.communicate()[0].startswith(b"1 of 1 matmuls") and done.returncode == 0
+    assert ("capture" in told) if shown else told == ""
+
+
+def test_compile_is_silent_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
+    qcompiler.compile(torch.nn.Linear(128, 128).eval(), example_inputs=(torch.randn(2, 128),))
+    assert capfd.readouterr() == ("", "")
 
 
 def everything(descriptor: int) -> str:

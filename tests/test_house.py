@@ -48,6 +48,7 @@ FLOORS = {
     "qcompiler.html": 5,
     "qcompiler.lineage": 5,
     "qcompiler.pipelines": 5,
+    "qcompiler.progress": 5,
     "qcompiler.report": 5,
     "qcompiler.schemes": 5,
 }

@@ -281,3 +281,13 @@ def test_any_cut_or_swapped_text_raises_a_parse_error_and_nothing_else() -> None
                     Graph.parse(broken)
                 except ParseError as error:
                     assert str(error).startswith("<text>:")  # noqa: PT017  # legal by chance, or this error
+
+
+def test_an_operation_prints_as_its_line() -> None:
+    text = """func @m(%x: f32[4]) -> (f32[4]) {
+      %y = aten.add.Tensor(%x, 2.0) {alpha = 2} : f32[4] loc("m.py":1)
+      return %y
+    }"""
+    graph = Graph.parse(text)
+    assert str(graph["y"].op) == '%y = aten.add.Tensor(%x, 2.0) {alpha = 2} : f32[4] loc("m.py":1)'
+    assert str(graph["y"].op) in str(graph)

@@ -99,6 +99,7 @@ def test_the_table_shows_every_knob(root: Path) -> None:
         "VARIABLE               VALUE               WHAT IT DOES\n"
         'QCOMPILER_PRINT_AFTER  fp8-tile,dead-code  print the graph after these passes: names and commas, or "all"\n'
         "QCOMPILER_TIME_PASSES  False               print how long each pass took\n"
+        "QCOMPILER_PROGRESS     True                show the stage of compile() on standard error, if a terminal\n"
         "QCOMPILER_DUMP_DIR     -                   write the graph after each pass into this folder\n"
         "QCOMPILER_CACHE_DIR    -                   where compiled kernels are kept, in place of Triton's own folder\n"
         "QCOMPILER_TUNED        False               use what compiled.tune() measured on this machine before\n"

@@ -104,6 +104,14 @@ def test_stages_are_a_mapping_with_a_helpful_error() -> None:
     assert str(error.value) == "no such stage: got 'fp8-tyle'. Did you mean 'fp8-tile'? Known: fp8-tile."
 
 
+def test_notebooks_show_stages_that_open_to_their_graph() -> None:
+    stages = run_pipeline(Pipeline.parse("canonicalize; dead-code"), Graph.parse(TEXT)).stages
+    shown = stages._repr_html_()
+    assert shown.count("<details>") == len(stages) == 3
+    assert "<code>dead-code</code>" in shown and "%y = aten.linear(%x, %w_t) : f32[4, 8]\n" in shown
+    assert "loc(" not in shown and "(f32[4, 8]) {" in shown and "-&gt; (" in shown
+
+
 def test_an_unexpected_failure_keeps_the_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(PassError) as error:

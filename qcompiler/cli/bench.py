@@ -20,10 +20,10 @@ from qcompiler.cli import iree_folder
 from qcompiler.cli.inputs import Call, random_call
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
-from qcompiler.cli.progress import Progress
 from qcompiler.compiler.sizing import calls_of_rows
 from qcompiler.errors import InputError
 from qcompiler.ir import TensorType
+from qcompiler.progress import Progress
 
 USUAL_ROWS = (1, 16, 512)
 WARM_UP = 3

@@ -20,10 +20,10 @@ from qcompiler.cli.inputs import SUFFIX, Call, calls_in
 from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
 from qcompiler.cli.parser import IREE_CPU
-from qcompiler.cli.progress import Progress
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
 from qcompiler.errors import InputError
+from qcompiler.progress import Progress
 from qcompiler.report import Report
 from qcompiler.runtime.device import TARGET_NAMES, check_target
 
@@ -95,6 +95,7 @@ def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace
         target="cpu" if options.target == IREE_CPU else options.target,
         strict=not options.allow_unquantized,
         instruments=[progress],
+        progress=False,  # the command shows its own, with the stages before and after
     )
 
 

@@ -27,6 +27,7 @@ from qcompiler.errors import CaptureError, PassError
 from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
+from qcompiler.progress import Progress
 from qcompiler.runtime.device import check_target
 from qcompiler.schemes import pipeline as scheme_pipeline
 
@@ -48,6 +49,7 @@ def compile(
     target: str = "auto",
     strict: bool = True,
     instruments: Sequence[Instrument] = (),
+    progress: bool = True,
 ) -> "CompiledModel":
     """A quantized model that is called as the model is.
 
@@ -73,6 +75,8 @@ def compile(
         target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda", the target of the GPU at hand.
         strict: Whether it is an error when nothing at all could be quantized.
         instruments: Called around each pass; see `qcompiler.instruments`.
+        progress: Whether to show the current stage on standard error, if that is a terminal; QCOMPILER_PROGRESS=0 turns
+            it off everywhere.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
@@ -85,26 +89,32 @@ def compile(
     watching = (*_checked_instruments(instruments), *_instruments_from_environment())
     steps, known = _pipeline(scheme, overrides, pipeline), _calibration(calibration)
     _check_calibration(steps, known, f"the scheme '{scheme}'" if pipeline is None else "the pipeline")
-    named = (scheme, None if overrides is None else dict(overrides)) if pipeline is None else (None, None)
-    settings = Settings(steps, target, _checked_shapes(dynamic_shapes), strict, watching, known, *named)
+    shown = Progress(progress and knobs.current().progress, len(steps), summary=False)
+    settings = Settings(
+        steps, target, _checked_shapes(dynamic_shapes), strict, watching, known, progress=shown,
+        scheme=scheme if pipeline is None else None,
+        overrides=dict(overrides) if pipeline is None and overrides is not None else None,
+    )  # fmt: skip
     args, kwargs = _checked_example(example_inputs, example_kwargs)
     given = example_inputs is not None or example_kwargs is not None
     if not given and isinstance(known, Batches) and not isinstance(model, Graph | ExportedProgram):
         (args, kwargs), given = known.first(), True
     again: Callable[[], Any] | None = None
-    if isinstance(model, str | PathLike):
-        again = partial(load_model, Path(model))
-        model = again()
-    if not isinstance(model, Graph | ExportedProgram):
-        check_model(model)
-    make = partial(class_with(CompiledModel, describe_forward(model)), settings, config=getattr(model, "config", None))
-    if not given and not isinstance(model, Graph | ExportedProgram):
-        return make(pending=model, origin=again)
-    captured = capture_model(model, args, kwargs, settings)
-    origin = again or weakref.ref(model)
-    del model  # whoever else holds it may let it go now: the graph has the weights
-    program = build_program(captured, settings, captured.signature.flatten(args, kwargs) if given else None)
-    compiled = make(origin=origin)
+    with shown.showing():
+        if isinstance(model, str | PathLike):
+            shown.stage("loading")
+            again = partial(load_model, Path(model))
+            model = again()
+        if not isinstance(model, Graph | ExportedProgram):
+            check_model(model)
+        kind, config = class_with(CompiledModel, describe_forward(model)), getattr(model, "config", None)
+        if not given and not isinstance(model, Graph | ExportedProgram):
+            return kind(settings, pending=model, origin=again, config=config)
+        captured = capture_model(model, args, kwargs, settings)
+        origin = again or weakref.ref(model)
+        del model  # whoever else holds it may let it go now: the graph has the weights
+        program = build_program(captured, settings, captured.signature.flatten(args, kwargs) if given else None)
+    compiled = kind(settings, origin=origin, config=config)
     compiled.accept(program)
     return compiled
 

@@ -335,16 +335,17 @@ class CompiledModel(CompiledModule):
                     fix="Call compile() again with the model.",
                 )
             check_model(model)
-            captured = capture_model(model, args, kwargs, self._settings)
-            # While the passes run nobody but the user holds the model, so that its weights can go one by one.
-            back = weakref.ref(model)
-            self._pending, self._origin = (None,), self._origin or back
-            del model
-            try:
-                program = build_program(captured, self._settings, captured.signature.flatten(args, kwargs))
-            except BaseException:
-                self._pending = (back(),)
-                raise
+            with self._settings.progress.showing():
+                captured = capture_model(model, args, kwargs, self._settings)
+                # While the passes run only the user holds the model, so that its weights can be freed one by one.
+                back = weakref.ref(model)
+                self._pending, self._origin = (None,), self._origin or back
+                del model
+                try:
+                    program = build_program(captured, self._settings, captured.signature.flatten(args, kwargs))
+                except BaseException:
+                    self._pending = (back(),)
+                    raise
             self.accept(program)
             return program
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -28,6 +29,7 @@ from qcompiler.ir import Graph, ScalarType, TensorType, Value
 from qcompiler.ir.graph import BUFFER
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step, keep_text, run_pipeline
+from qcompiler.progress import Progress
 from qcompiler.report import Report, build_report
 from qcompiler.runtime.device import Target, target_for
 
@@ -47,6 +49,7 @@ class Settings:
         pipeline: The passes; their text for a model that was loaded, whose passes need not be installed.
         scheme: What the passes were made from, with its options; None for passes that were given as such.
         overrides: Schemes for some layers.
+        progress: Shows what is going on.
     """
 
     pipeline: Pipeline | str
@@ -57,6 +60,7 @@ class Settings:
     calibration: "Batches | Calibration | None" = None
     scheme: str | None = None
     overrides: Mapping[str, str | None] | None = None
+    progress: Progress = field(default_factory=partial(Progress, shown=False))
 
     @property
     def passes(self) -> Pipeline:
@@ -105,6 +109,7 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
         return graph_as_captured(model)
     try:
         with capturing, plain_torch():
+            settings.progress.stage("capture")
             return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
     except QCompilerError:
         raise
@@ -145,7 +150,9 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     graph.calibration = calibration = settings.calibration_for(signature)
     gc.collect()  # tracing leaves cycles behind, which may hold the model: its weights could not be let go one by one
     with plain_torch():
-        done = run_pipeline(settings.passes, graph, instruments=settings.instruments, inputs=inputs)
+        done = run_pipeline(
+            settings.passes, graph, instruments=(*settings.instruments, settings.progress), inputs=inputs
+        )
         for op in graph.ops(BUFFER):  # the model keeps its own state
             name = str(op.attrs["name"])
             graph.weights[name] = graph.weights[name].clone()

@@ -7,6 +7,7 @@ Nodes are operations; an edge runs from the operation that defines a value to ea
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -288,6 +289,10 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"<Graph @{self.name}: {len(self)} operations>"
+
+    def _repr_html_(self) -> str:
+        """The text without locations, as notebooks show it: wide lines scroll."""
+        return f'<pre style="white-space: pre; overflow-x: auto">{escape(self.text(locations=False))}</pre>'
 
     def verify(self, after: str = "") -> None:
         """Holds the graph to the rules of `qcompiler.ir.verifier`; VerifyError names the rule, and the pass `after`."""

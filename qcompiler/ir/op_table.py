@@ -10,8 +10,7 @@ from typing import Any
 
 from qcompiler.errors import QCompilerError, did_you_mean
 from qcompiler.ir.names import nearest
-from qcompiler.ir.op import Argument, Op, Tag, Value
-from qcompiler.ir.printer import print_argument
+from qcompiler.ir.op import Argument, Op, Tag, Value, print_argument
 from qcompiler.ir.types import DType, Type
 
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qcompiler.errors import ParseError, QCompilerError, did_you_mean
 from qcompiler.ir.lexer import Source, Token
-from qcompiler.ir.op import Argument, Location, Op, Tag, Value
+from qcompiler.ir.op import Argument, Location, Op, Tag, Value, print_argument
 from qcompiler.ir.op_table import is_known, unknown_op
-from qcompiler.ir.printer import print_argument, print_claim
+from qcompiler.ir.printer import print_claim
 from qcompiler.ir.sizes import Size, parse_size
 from qcompiler.ir.types import NONE, DType, ScalarType, TensorType, Type
 

@@ -1,4 +1,4 @@
-"""What is going on, on standard error while it is a terminal: one line that changes, then one line of times."""
+"""What is going on, on standard error if it is a terminal: one line that changes, then one line of times."""
 
 import sys
 import time
@@ -19,29 +19,32 @@ class Progress(Instrument):
     """Shows the stages of a command, and pass by pass where it is among the instruments of `compile`.
 
     Args:
-        shown: Whether to show anything; nothing is where standard error is no terminal.
+        shown: Whether to show anything; if standard error is not a terminal, nothing is shown.
         passes: How many passes there will be.
+        summary: Whether to print what each stage took at the end.
 
     Attributes:
         seconds: What each stage took, by its name, in order.
     """
 
-    def __init__(self, shown: bool, passes: int = 0) -> None:
+    def __init__(self, shown: bool, passes: int = 0, summary: bool = True) -> None:
         self.seconds: dict[str, float] = {}
         self._console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         self._status: Status | None = None
-        self._shown = shown and sys.stderr.isatty()
+        self._shown, self._summary = shown and sys.stderr.isatty(), summary
         self._passes, self._done = passes, 0
         self._name, self._since = "", 0.0
 
     @contextmanager
     def showing(self) -> Iterator["Progress"]:
         """Shows progress until the block ends; then the times, if it ended well."""
-        with self._console.status("") if self._shown else nullcontext() as self._status:
-            yield self
-        self._status = None
-        self._over()
-        if self._shown:
+        try:
+            with self._console.status("") if self._shown else nullcontext() as self._status:
+                yield self
+        finally:
+            self._status = None
+            self._over()
+        if self._shown and self._summary:
             self._console.print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
 
     def stage(self, name: str) -> None:
