@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from codegen.fused_gemm.product import fused_linear_on_gpu
+from codegen.gemm.on_cpu import scaled_linear_on_cpu
 from codegen.gemm.product import scaled_linear_on_gpu
 from codegen.grouped_gemm.product import (
     grouped_linear_fake,
@@ -82,15 +83,6 @@ def _scaled_linear_fake(
     return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=out_dtype)
 
 
-def _scaled_linear_reference(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
-    x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return numerics.scaled_linear(
-        x_q, x_s, w_q, w_s, bias, x_block=x_block, w_block=w_block, out_dtype=out_dtype
-    )  # fmt: skip
-
-
 def _fused_quantize_fake(
     operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
     scale_layout: str,
@@ -129,7 +121,7 @@ def _fused_linear_reference(
 ) -> list[Tensor]:  # fmt: skip
     run = partial(
         fused_linear, x_q, x_s, w_q, w_s, bias, *others, body=body, parts=parts, x_block=x_block, w_block=w_block,
-        x_scale_layout="row_major",
+        x_scale_layout="row_major", multiply=scaled_linear_on_cpu,
     )  # fmt: skip
     if block is None or dtype is None or profile is None or scale_layout is None:
         return list(run())
@@ -152,7 +144,7 @@ _OPERATORS = (
     (
         "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "
         "ScalarType out_dtype) -> Tensor",
-        (_scaled_linear_reference, scaled_linear_on_gpu, _scaled_linear_fake),
+        (scaled_linear_on_cpu, scaled_linear_on_gpu, _scaled_linear_fake),
     ),
     (
         "fused_quantize(Tensor[] operands, str body, str[] keep, int[] block, ScalarType dtype, str profile, "

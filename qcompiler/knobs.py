@@ -40,6 +40,12 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("a whole number, 0 or more")
+    return int(text)
+
+
 def _path(text: str) -> Path:
     if "\0" in text:
         raise ValueError("a path")
@@ -73,6 +79,9 @@ class Knobs:
     tuned: bool = field(
         default=False,
         metadata=_knob(_flag, "use what compiled.tune() measured on this machine before"),
+    )
+    cpu_cache: int = field(
+        default=2000, metadata=_knob(_count, "megabytes of dequantized weights that target cpu keeps")
     )
     update: bool = field(
         default=False, metadata=_knob(_flag, "tests rewrite their golden texts in place of comparing them")

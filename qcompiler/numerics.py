@@ -220,12 +220,17 @@ def scaled_linear(
     Raises:
         QCompilerError: `w_q` is no matrix, the depths differ, or a scale does not fit its tensor.
     """
-    if w_q.dim() != 2 or x_q.dim() == 0 or x_q.shape[-1] != w_q.shape[1]:
-        got = f"{_describe(x_q)} and {_describe(w_q)}"
-        raise QCompilerError("the operands of a scaled linear do not fit", got=got, need="x [..., K] and w [N, K]")
+    check_linear(x_q, w_q)
     x = dequantize(x_q, x_s, x_block)
     w = dequantize(w_q, w_s, w_block)
     return functional.linear(x, w, None if bias is None else bias.to(torch.float32)).to(out_dtype)
+
+
+def check_linear(x_q: Tensor, w_q: Tensor) -> None:
+    """Raises QCompilerError unless `x_q` is `[..., K]` and `w_q` is `[N, K]`."""
+    if w_q.dim() != 2 or x_q.dim() == 0 or x_q.shape[-1] != w_q.shape[1]:
+        got = f"{_describe(x_q)} and {_describe(w_q)}"
+        raise QCompilerError("the operands of a scaled linear do not fit", got=got, need="x [..., K] and w [N, K]")
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, profile: str = DEFAULT_PROFILE) -> Tensor:

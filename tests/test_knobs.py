@@ -103,6 +103,7 @@ def test_the_table_shows_every_knob(root: Path) -> None:
         "QCOMPILER_DUMP_DIR     -                   write the graph after each pass into this folder\n"
         "QCOMPILER_CACHE_DIR    -                   where compiled kernels are kept, in place of Triton's own folder\n"
         "QCOMPILER_TUNED        False               use what compiled.tune() measured on this machine before\n"
+        "QCOMPILER_CPU_CACHE    2000                megabytes of dequantized weights that target cpu keeps\n"
         "QCOMPILER_UPDATE       False               tests rewrite their golden texts in place of comparing them\n"
     )
 

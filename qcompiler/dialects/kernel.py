@@ -4,7 +4,7 @@
 of blocks do, which is the order that a matrix kernel reads them in). It says nothing about shapes and values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -145,12 +145,11 @@ def fused_quantize(
 def fused_linear(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None,
     *others: torch.Tensor, body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int],
-    x_scale_layout: str, scale_layout: str | None = None, **options: Any,
+    x_scale_layout: str, scale_layout: str | None = None,
+    multiply: Callable[..., torch.Tensor] = numerics.scaled_linear, **options: Any,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The meaning of `kernel.fused_linear`."""
-    sums = numerics.scaled_linear(
-        x, x_scale, w, w_scale, bias, x_block=x_block, w_block=w_block, out_dtype=torch.float32
-    )  # fmt: skip
+    """The meaning of `kernel.fused_linear`; `multiply` is what to call for `numerics.scaled_linear`."""
+    sums = multiply(x, x_scale, w, w_scale, bias, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
     named = {f"y{place}": y for place, y in enumerate(sums.chunk(parts, -1))}
     (result,) = parse(body).run(named | {f"x{place}": x for place, x in enumerate(others)})
     return numerics.quantize(result, **options) if options else (result,)

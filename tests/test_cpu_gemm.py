@@ -1,0 +1,85 @@
+"""The scaled matmul of the target cpu: the reference to the bit, with dequantized weights kept while they are valid."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from codegen.gemm import on_cpu
+from codegen.gemm.on_cpu import scaled_linear_on_cpu
+from qcompiler import QCompilerError, knobs, numerics
+from qcompiler.numerics import ALL
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+
+BLOCKS = [((1, 128), (128, 128)), ((1, ALL), (1, ALL)), ((ALL, ALL), (ALL, ALL)), ((1, 64), (128, 128))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    on_cpu._weights.clear()
+    yield
+    on_cpu._weights.clear()
+
+
+def operands(block: tuple[int, int] = (1, 128), w_block: tuple[int, int] = (128, 128), k: int = 200) -> Operands:
+    x, w = torch.randn(5, k), torch.randn(136, k)
+    return (*numerics.quantize(x, block), *numerics.quantize(w, w_block))
+
+
+def kept_bytes() -> int:
+    return sum(kept.numbers.nbytes for kept in on_cpu._weights.values())
+
+
+@pytest.mark.parametrize(("x_block", "w_block"), BLOCKS)
+@pytest.mark.parametrize("bias", [None, torch.randn(136)])
+def test_it_equals_the_reference_in_every_call(
+    x_block: tuple[int, int], w_block: tuple[int, int], bias: Tensor | None
+) -> None:
+    given = operands(x_block, w_block)
+    want = numerics.scaled_linear(*given, bias, x_block=x_block, w_block=w_block, out_dtype=torch.bfloat16)
+    for _ in range(2):
+        assert torch.equal(scaled_linear_on_cpu(*given, bias, x_block, w_block, torch.bfloat16), want)
+    assert kept_bytes() == 4 * 136 * 200
+
+
+def test_a_weight_or_scale_that_changes_is_dequantized_again() -> None:
+    x_q, x_s, w_q, w_s = operands()
+    blocks = (1, 128), (128, 128), torch.float32
+    before = scaled_linear_on_cpu(x_q, x_s, w_q, w_s, None, *blocks)
+    w_s.mul_(2)
+    assert torch.equal(scaled_linear_on_cpu(x_q, x_s, w_q, w_s, None, *blocks), 2 * before)
+    w_q.copy_((-w_q.float()).to(w_q.dtype))
+    assert torch.equal(scaled_linear_on_cpu(x_q, x_s, w_q, w_s, None, *blocks), -2 * before)
+    assert torch.equal(scaled_linear_on_cpu(x_q, x_s, w_q, 4 * w_s, None, *blocks), -8 * before)
+
+
+def test_nothing_is_kept_of_a_weight_that_is_gone_or_cannot_change_visibly() -> None:
+    given = operands()
+    scaled_linear_on_cpu(*given, None, (1, 128), (128, 128), torch.float32)
+    del given
+    gc.collect()
+    assert kept_bytes() == 0
+    with torch.inference_mode():
+        scaled_linear_on_cpu(*operands(), None, (1, 128), (128, 128), torch.float32)
+    assert kept_bytes() == 0
+
+
+def test_the_limit_holds_and_what_came_first_stays() -> None:
+    first, second = operands(k=1000), operands(k=1000)
+    with knobs.scope(cpu_cache=1):
+        for given in (first, second, first):
+            scaled_linear_on_cpu(*given, None, (1, 128), (128, 128), torch.float32)
+        assert kept_bytes() == 4 * 136 * 1000 and first[2] in on_cpu._weights
+    on_cpu._weights.clear()
+    with knobs.scope(cpu_cache=0):
+        scaled_linear_on_cpu(*first, None, (1, 128), (128, 128), torch.float32)
+        assert kept_bytes() == 0
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    x_q, x_s, w_q, w_s = operands()
+    with pytest.raises(QCompilerError, match="the operands of a scaled linear do not fit"):
+        scaled_linear_on_cpu(x_q[:, :100], x_s, w_q, w_s, None, (1, 128), (128, 128), torch.float32)
