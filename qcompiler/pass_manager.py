@@ -84,8 +84,8 @@ class Pass(ABC):
         """A pass; PassError for a class that forgot its name or its decorator."""
         if not hasattr(cls, "name"):
             raise PassError(f"pass class {cls.__qualname__} has no name", fix='Give it one: name: ClassVar[str] = "…".')
-        options = [key for key, hint in get_annotations(cls).items() if "ClassVar" not in str(hint)]
-        if options and "__dataclass_fields__" not in cls.__dict__:
+        # Annotations last: from Python 3.14 on, reading them looks their names up, some of which only type checkers see.
+        if "__dataclass_fields__" not in cls.__dict__ and (options := _options(cls)):
             problem = f"pass class {cls.__qualname__} has options, but is no dataclass"
             raise PassError(problem, got=", ".join(options), fix="Put @dataclass(frozen=True) above it.")
         return super().__new__(cls)
@@ -130,6 +130,11 @@ class Pass(ABC):
     def parse(cls, spec: str) -> "Pass":
         """The pass that `name{option=value, …}` spells; ParseError when malformed, PassError for what is unknown."""
         return _parse_pass(Source(spec, "<pass>"), 0, len(spec))
+
+
+def _options(cls: type[Pass]) -> list[str]:
+    """The options that a class declares itself."""
+    return [key for key, hint in get_annotations(cls).items() if "ClassVar" not in str(hint)]
 
 
 def pass_class(name: str) -> type[Pass]:

@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 import torch
 
-from codegen.aot.fused_gemm import compile_fused
+from codegen.aot.fused_gemm import compile_body, compile_fused
 from codegen.aot.fused_quantize import compile_fused_quantize
-from codegen.aot.gemm import compile_gemm, compile_row_gemm, compile_sum_splits
+from codegen.aot.gemm import compile_gemm, compile_row_gemm, compile_sum_row_splits, compile_sum_splits
 from codegen.aot.grouped_gemm import compile_grouped
 from codegen.aot.quantize import compile_amax, compile_known, compile_quantize, compile_tokens
 from codegen.fused_gemm.tiling import FusedGemmConfig, all_fused_configs
@@ -49,11 +49,19 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
+    "sum of 4 splits, rows": partial(compile_sum_row_splits, 4, bias_dtype=B16),
+    "body alone": partial(compile_body, RESIDUAL),
     **{f"{kind}, {config}": partial(compile_row_gemm, config, kind) for kind in ROWS for config in all_configs(kind)},
     **{f"fused, {config}": partial(fused, config) for config in all_fused_configs()},
     **{f"grouped, {config}": partial(grouped, config) for config in CONFIGS},
 }  # fmt: skip
 """What it is called -> the code that is chosen for many rows in bf16."""
+
+
+def numbers(code: MachineCode) -> tuple[int, ...]:
+    """Registers, warps, bytes of shared memory, blocks, tensor core and copy engine instructions, and spills."""
+    used = (code.registers, code.warps, code.shared_memory, code.blocks)
+    return (*used, code.qgmma + code.igmma, code.tma_loads + code.tma_stores, code.local_loads + code.local_stores)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -62,9 +70,7 @@ def test_budget(name: str, record_property: Callable[[str, object], None]) -> No
     assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
     assert code.blocks >= 1 and code.shared_memory <= SHARED_MEMORY_LIMIT, "no multiprocessor can hold a block"
     assert 32 * code.warps * code.registers <= 65536 and 0 < code.registers <= 255
-    spilled = code.local_loads + code.local_stores
-    numbers = (code.registers, code.warps, code.shared_memory, code.blocks)
-    record_property("budget", [name, *numbers, code.qgmma + code.igmma, code.tma_loads + code.tma_stores, spilled])
+    record_property("budget", [name, *numbers(code)])
 
 
 def test_blocks_of_a_multiprocessor() -> None:

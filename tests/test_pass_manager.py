@@ -185,6 +185,15 @@ def test_definitions_that_cannot_work() -> None:
     PASSES.pop("test-undecorated", None)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="before Python 3.14 the class statement itself fails")
+def test_annotations_may_name_what_only_type_checkers_know() -> None:
+    scope: dict[str, Any] = {"Pass": Pass, "dataclass": dataclass}
+    text = '@dataclass(frozen=True)\nclass Mine(Pass):\n    name = "test-lazy"\n    width: Unknown = 1'
+    exec(f"{text}\n    def rules(self): return ()", scope)
+    assert str(scope["Mine"](width=3)) == "test-lazy{width=3}"
+    PASSES.pop("test-lazy")
+
+
 class OnlyFirst(Rule):
     """relu(x)  ->  x, for an input x"""
 

@@ -13,12 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from codegen.kernels.encoding import amax_of_keys, codes, finite_keys, quotients, scale_of
+from codegen.kernels.gluon_versions import async_load, computed_here, reinterpret
 from codegen.kernels.warp_pipeline import give_turn, tile_of, wait_for_turn
 
 
@@ -41,11 +41,11 @@ def _produce(  # type: ignore[no-untyped-def]
             mbarrier.expect(bar, (BOXES * ROWS + PARTS * 128) * 128 + BOXES * ROWS * 4)
             for box in gl.static_range(BOXES):
                 row, place = (tile_m * BOXES + box) * ROWS, stage * BOXES + box
-                tma.async_copy_global_to_shared(a_scale, [block, row], bar, s_ring.index(place))
-                tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
+                async_load(a_scale, [block, row], bar, s_ring.index(place))
+                async_load(a, [row, block * 128], bar, a_ring.index(place))
             for part in gl.static_range(PARTS):
                 place = stage * PARTS + part
-                tma.async_copy_global_to_shared(w, [part * n + tile_n * 128, block * 128], bar, w_ring.index(place))
+                async_load(w, [part * n + tile_n * 128, block * 128], bar, w_ring.index(place))
             turn += 1
 
 
@@ -80,7 +80,7 @@ def _consume(  # type: ignore[no-untyped-def]
     ROW1: gl.constexpr = LAST // PARTS * 64
     NEXT: gl.constexpr = 1 - WHO
     TURNS: gl.constexpr = WAVES == 2
-    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES, ROWS], FLAT)
+    scales = reinterpret(s_ring, gl.float32, [STAGES * BOXES, ROWS], FLAT)
     blocks = gl.cdiv(k, 128)
     part_stride = 0
     if PARTS == 2:
@@ -178,13 +178,14 @@ def _finish(  # type: ignore[no-untyped-def]
     STEP: gl.constexpr = LENGTH  # rows at a time, of which the pattern in shared memory has 8
     SLICES: gl.constexpr = 64 // STEP
     STEPS: gl.constexpr = UNITS // PARTS * SLICES
-    taking = hand._reinterpret(hand.dtype, [UNITS * SLICES, STEP, 128], hand.layout)
-    line = gl.arange(0, STEP, gl.SliceLayout(1, LANES))
+    taking = reinterpret(hand, hand.dtype, [UNITS * SLICES, STEP, 128], hand.layout)
+    own_line = gl.arange(0, STEP, gl.SliceLayout(1, LANES))
     lane = gl.arange(0, 128, gl.SliceLayout(0, LANES))
     even = 0
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
         columns = tile_n * 128 + lane
+        line = computed_here(own_line)
         first = tile_m * (UNITS // PARTS * 64)
         there = (columns < n)[None, :]
         end = gl.minimum(first + UNITS // PARTS * 64, m)

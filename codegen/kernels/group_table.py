@@ -7,6 +7,7 @@ warps part, and then finds one tile after the other: a few instructions beside t
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from codegen.kernels.gluon_versions import reinterpret
 from codegen.kernels.warp_pipeline import tile_of
 
 
@@ -51,7 +52,7 @@ def entry(table, which: gl.constexpr, group):  # type: ignore[no-untyped-def]
     GROUPS: gl.constexpr = table.shape[1]
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    entries = table._reinterpret(gl.int32, [3 * GROUPS, 1], FLAT)
+    entries = reinterpret(table, gl.int32, [3 * GROUPS, 1], FLAT)
     return gl.max(entries.index(which * GROUPS + group).load(ONE), axis=0)
 
 

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from codegen.kernels.gluon_versions import async_load, reinterpret
 from codegen.kernels.group_table import entry, find_tile, list_groups, tiles_in
 from codegen.kernels.warp_pipeline import store
 
@@ -48,12 +49,12 @@ def _produce(  # type: ignore[no-untyped-def]
             bar = full.index(stage)
             for count in gl.static_range(1, BOXES + 1):
                 mbarrier.expect(bar, 128 * 128 + count * (ROWS * 128 + SCALES * 4), pred=boxes == count)
-            tma.async_copy_global_to_shared(w, [column, block * 128], bar, w_ring.index(stage))
+            async_load(w, [column, block * 128], bar, w_ring.index(stage))
             for box in gl.static_range(BOXES):
                 place, there = stage * BOXES + box, box < boxes
                 source = row + box * ROWS
-                tma.async_copy_global_to_shared(x_scale, [block, source], bar, s_ring.index(place), pred=there)
-                tma.async_copy_global_to_shared(x, [source, block * 128], bar, x_ring.index(place), pred=there)
+                async_load(x_scale, [block, source], bar, s_ring.index(place), pred=there)
+                async_load(x, [source, block * 128], bar, x_ring.index(place), pred=there)
             turn += 1
 
 
@@ -84,7 +85,7 @@ def _wide_consumer(  # type: ignore[no-untyped-def]
     # Where this consumer's rows are: in which box of a stage, and from which row of it.
     BOX: gl.constexpr = WHO * 64 // ROWS
     ROW: gl.constexpr = WHO * 64 % ROWS
-    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES, ROWS], FLAT)
+    scales = reinterpret(s_ring, gl.float32, [STAGES * BOXES, ROWS], FLAT)
     buffer = out_ring.index(WHO)
     blocks = gl.cdiv(k, 128)
     turn = 0
@@ -149,7 +150,7 @@ def _narrow_consumer(  # type: ignore[no-untyped-def]
     SCALES: gl.constexpr = s_ring.shape[2]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 32])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    scales = s_ring._reinterpret(gl.float32, [STAGES, SCALES], FLAT)
+    scales = reinterpret(s_ring, gl.float32, [STAGES, SCALES], FLAT)
     blocks = gl.cdiv(k, 128)
     turn = 0
     for tile in range(gl.program_id(0), tiles_in(table, width), gl.num_programs(0)):

@@ -18,15 +18,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from codegen.kernels.gluon_versions import async_load, barrier, reinterpret
+
 SCALE_BOX = 32
 """Scales of a stage at least, because the copy engine writes to multiples of 128 bytes."""
-
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7, and before
 
 
 @gluon.jit
@@ -44,11 +43,11 @@ def fill(  # type: ignore[no-untyped-def]
     stage = step % STAGES
     bar = full.index(stage)
     mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SUBS * SCALES * 4, pred=there)
-    tma.async_copy_global_to_shared(w, [column, block * 128], bar, w_ring.index(stage), pred=there)
-    tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(stage), pred=there)
+    async_load(w, [column, block * 128], bar, w_ring.index(stage), pred=there)
+    async_load(a, [row, block * 128], bar, a_ring.index(stage), pred=there)
     for sub in gl.static_range(SUBS):
         line = (block * SUBS + sub) // SPAN
-        tma.async_copy_global_to_shared(a_scale, [line, row], bar, s_ring.index(stage * SUBS + sub), pred=there)
+        async_load(a_scale, [line, row], bar, s_ring.index(stage * SUBS + sub), pred=there)
 
 
 @gluon.jit(do_not_specialize=["m", "depth"])
@@ -87,7 +86,7 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
     for each in gl.static_range(STAGES):
         mbarrier.init(full.index(each), count=1)
     fence_async_shared()
-    scales = s_ring._reinterpret(gl.float32, [STAGES * SUBS, SCALES], FLAT)
+    scales = reinterpret(s_ring, gl.float32, [STAGES * SUBS, SCALES], FLAT)
     DEPTH: gl.constexpr = 128 // SUBS
 
     height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
@@ -115,7 +114,7 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
             scale = scales.index(stage * SUBS + sub).slice(0, BLOCK_M).load(gl.SliceLayout(0, SUMS)) * w_now
             part = warpgroup_mma_wait(0, deps=(part,))
             if sub == SUBS - 1:
-                _barrier()  # all warps have read the stage
+                barrier()  # all warps have read the stage
                 later, there = step + STAGES, step + STAGES < steps
                 fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
             total += part * scale[None, :]

@@ -18,9 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from codegen.kernels.gluon_versions import barrier
 from codegen.kernels.narrow_gemm import fill
-
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name from Triton 3.7, and before
 
 
 @gluon.jit(do_not_specialize=["m", "a_scale_stride", "w_scale_stride", "depth"])
@@ -76,7 +75,7 @@ def narrow_row_gemm(  # type: ignore[no-untyped-def]
         else:
             total = warpgroup_mma(w_ring.index(stage), right, total, is_async=True)
             total = warpgroup_mma_wait(0, deps=(total,))
-        _barrier()  # all warps have read the stage
+        barrier()  # all warps have read the stage
         later, there = step + STAGES, step + STAGES < steps
         fill(a, w, None, a_ring, w_ring, None, full, later, first + later, row, column, there, 1)
         if PROMOTE:

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from codegen.kernels.gluon_versions import reinterpret
 from codegen.kernels.warp_pipeline import blocks_of, give_turn, produce, splits_of, store, tile_of, wait_for_turn
 
 
@@ -45,7 +46,7 @@ def _consume(  # type: ignore[no-untyped-def]
     DEPTH: gl.constexpr = 128 // SUBS
     BUFFERS: gl.constexpr = out_ring.shape[0] // CONSUMERS
     TURNS: gl.constexpr = CONSUMERS * WAVES > 2 and SUBS == 1
-    scales = s_ring._reinterpret(gl.float32, [STAGES * BOXES * SUBS, ROWS], FLAT)
+    scales = reinterpret(s_ring, gl.float32, [STAGES * BOXES * SUBS, ROWS], FLAT)
     tiles = height * width
     turn = 0
     if TURNS and WHO == CONSUMERS - 1:

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
+from codegen.kernels.gluon_versions import async_load, async_store
+
 
 @gluon.jit
 def tile_of(tile, height, width, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
@@ -98,9 +100,9 @@ def produce(  # type: ignore[no-untyped-def]
                 place = stage * BOXES + box
                 for sub in gl.static_range(SUBS):
                     line = (block * SUBS + sub) // SPAN
-                    tma.async_copy_global_to_shared(a_scale, [line, row], bar, s_ring.index(place * SUBS + sub))
-                tma.async_copy_global_to_shared(a, [row, block * 128], bar, a_ring.index(place))
-            tma.async_copy_global_to_shared(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
+                    async_load(a_scale, [line, row], bar, s_ring.index(place * SUBS + sub))
+                async_load(a, [row, block * 128], bar, a_ring.index(place))
+            async_load(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
             turn += 1
 
 
@@ -116,4 +118,4 @@ def store(out, buffer, total, row, column, bias, n, PENDING: gl.constexpr = 0): 
     tma.store_wait(PENDING)  # the rows before these have left the buffer
     buffer.store(total.to(out.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [row, column], buffer)
+    async_store(out, [row, column], buffer)

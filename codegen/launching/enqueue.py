@@ -4,9 +4,10 @@ Triton's own way to that function looks up hooks and metadata, encodes each tens
 about each pointer; that takes longer than many kernels run. Here pointers are plain integers, and what a descriptor
 encodes to is remembered by its address, sizes, strides and encoding.
 
-The function's arguments are not part of Triton's interface. They are known for the versions in `CONVENTIONS`, tried
-once for each kernel with an empty grid, and otherwise Triton's own way is taken: see `Kernel.path`. So it is while
-somebody, such as a profiler, has hooked Triton's launches.
+The function's arguments are not part of Triton's interface. Two forms are known, and what a launcher has tells them
+apart: with `kernel_signature` (Triton 3.7 to 3.9) kernel arguments follow in a list, without it (3.6) one by one. Each
+kernel tries the function once with an empty grid; if that fails, and while a profiler has hooked Triton's launches,
+Triton's own way is taken: see `Kernel.path`.
 """
 
 import inspect
@@ -18,9 +19,6 @@ import triton
 from torch import Tensor
 
 from codegen.launching.recent import Recent
-
-CONVENTIONS: dict[str, Literal["flat", "listed"]] = {"3.6": "flat", "3.7": "listed", "3.8": "listed"}
-"""By version of Triton: kernel arguments follow the others one by one, or in a list behind their description."""
 
 MAPS: Recent[Any] = Recent(8192)
 """(description, address) -> the encoded descriptor; 128 bytes, and no hold on the memory it describes."""
@@ -145,12 +143,11 @@ class Kernel:
 
     def _connect(self, arguments: Sequence[Any]) -> bool:
         """Finds the C function and tries it on an empty grid; whether it took these arguments."""
-        convention = CONVENTIONS.get(".".join(triton.__version__.split(".")[:2]))
         run = self.compiled.run
-        if convention is None or not _needs_no_memory(run):
+        if not _needs_no_memory(run):
             return False
         function, metadata = self.compiled.function, self.compiled.packed_metadata
-        self.listed = convention == "listed"
+        self.listed = hasattr(run, "kernel_signature")
         try:
             switches = (run.launch_cooperative_grid, run.launch_pdl)
             if self.listed:

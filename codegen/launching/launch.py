@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codegen.compile_options import compile_options
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching.enqueue import Kernel, is_descriptor
 from codegen.launching.recent import Recent
@@ -67,7 +68,7 @@ def launch(
         programs: Size of the grid.
         arguments: All other arguments: tensors, tensor descriptors, integers below 2^31, None.
         constants: Arguments that the compiler knows.
-        options: `num_warps`, `num_stages`.
+        options: `num_warps`, `num_stages`; others as in `codegen.compile_options`.
         pointers: Those tensors that are passed as pointers, and None for those that are left out.
         what: Tells apart the constants, the options, the device, the types of descriptors, and the integers that the
             kernel is specialised on.
@@ -86,7 +87,7 @@ def launch(
         ready(programs, arguments)
     else:
         _check_capture(kernel, arguments)
-        compiled = kernel[(programs,)](*arguments, **constants, **options)
+        compiled = kernel[(programs,)](*arguments, **constants, **compile_options(options))
         if compiled is None:  # the interpreter compiles nothing
             return
         ready = keep_compiled(key, compiled, arguments, constants)

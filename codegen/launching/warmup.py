@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from codegen.compile_options import compile_options
 from codegen.gemm.config import GemmProblem
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching.enqueue import is_descriptor, without_memory
@@ -139,7 +140,7 @@ class _Planner:
             return
         self._seen.add(key)
         self._pool.last = (lambda: None, [0.0])
-        compiled = kernel.warmup(*arguments, grid=(1,), **constants, **options)
+        compiled = kernel.warmup(*arguments, grid=(1,), **constants, **compile_options(options))
         values = {**constants, **options}.items()
         known = [f"{name}={getattr(value, '__name__', value)}" for name, value in values]
         name = f"{kernel.__name__}({', '.join(filter(None, map(_kind, arguments)))}) {' '.join(known)}"

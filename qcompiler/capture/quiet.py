@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
-MODULES = r"(torch|copyreg|transformers|sympy)(\.|$)"
-"""Whose warnings are silenced. copyreg stands for torch: it shows up when export deep-copies its own tree specs."""
+MODULES = r"(torch|copyreg|transformers|torchao|sympy)(\.|$)"
+"""Whose warnings are silenced. copyreg stands for torch: it shows up when export deep-copies its own tree specs.
+transformers imports torchao where it is installed, and torchao's import warns about its own names."""
 
 ABOUT_TORCH = r"The tensor attributes? self\."
 """How a warning begins that export raises in the name of contextlib: recurrent layers look their weights up anew."""

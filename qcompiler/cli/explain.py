@@ -3,7 +3,7 @@
 import argparse
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from qcompiler.cli.docstrings import attributes, first_line, sentence
@@ -54,7 +54,7 @@ def _explained(stage: str, step: Pass) -> dict[str, Any]:
     changed = [
         {"name": option.name, "value": print_option(value), "doc": says.get(option.name, "")}
         for option in fields(step)
-        if (value := getattr(step, option.name)) != default_of(option) or _is_own(step, option.name)
+        if (value := getattr(step, option.name)) != default_of(option) or _is_own(step, option)
     ]
     return {
         "stage": stage, "spec": str(step), "effect": step.effect.value, "budget": step.budget,
@@ -62,9 +62,10 @@ def _explained(stage: str, step: Pass) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_own(step: Pass, option: str) -> bool:
-    """Whether the pass itself declares an option, and not a class that it is based on."""
-    return option in type(step).__annotations__
+def _is_own(step: Pass, option: "Field[Any]") -> bool:
+    """Whether the pass itself declares an option; an inherited one is the same field as in the base class."""
+    bases = (base for base in type(step).__mro__[1:] if is_dataclass(base))
+    return not any(option is inherited for base in bases for inherited in fields(base))
 
 
 # In words

@@ -1,0 +1,11 @@
+"""Options that every kernel is compiled with, for a launch as ahead of time, unless the caller sets them."""
+
+from typing import Any
+
+# Sums rely on fused multiply-adds. Without the option Triton reads TRITON_DEFAULT_FP_FUSION, and 3.10 turns it off.
+_DEFAULTS = {"enable_fp_fusion": True}
+
+
+def compile_options(options: dict[str, int]) -> dict[str, Any]:
+    """Triton's compile options for a kernel with these `num_warps`, `num_stages` and others."""
+    return {**_DEFAULTS, **options}

@@ -1,0 +1,32 @@
+"""Warnings of other packages about their own code are silenced; everything else still is an error in the tests."""
+
+import warnings
+
+import pytest
+
+from qcompiler.capture.quiet import third_party_silence
+
+
+def warn(module: str, category: type[Warning] = DeprecationWarning) -> None:
+    """A warning as a module of that name raises it."""
+    warnings.warn_explicit("a name is deprecated", category, f"{module}.py", 1, module)
+
+
+@pytest.mark.parametrize("module", ["torch.jit", "transformers.utils", "torchao.dtypes.uintx", "torchao"])
+def test_other_packages_are_silenced(module: str) -> None:
+    with third_party_silence():
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warn(module, category)
+
+
+@pytest.mark.parametrize("module", ["torchaoo", "my_model", "qcompiler.api"])
+def test_a_model_s_own_warnings_pass(module: str) -> None:
+    with third_party_silence(), pytest.raises(DeprecationWarning):
+        warn(module)
+
+
+def test_only_the_import_of_torchao_is_silenced_in_the_tests() -> None:
+    warn("torchao.dtypes")
+    for module, category in (("torchao", FutureWarning), ("torchaoo", DeprecationWarning), ("torch", UserWarning)):
+        with pytest.raises(category):
+            warn(module, category)

@@ -1,0 +1,77 @@
+"""One configuration of every kernel, compiled with the oldest and the newest Triton that is supported.
+
+`make test` puts these versions beside the environment, as `.venv/triton-3.6` and so on, without the torch that belongs
+to them: a child process that finds one of them before the installed Triton compiles for Hopper with it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VERSIONS = ("3.6", "3.9")
+
+# The first entry of KERNELS for each kernel is compiled, and the others stop before they are.
+CHILD = """
+import json, sys
+import triton
+import test_interfaces, test_kernel_budgets
+from triton.runtime.jit import JITFunction
+
+modules = [module for name, module in sys.modules.items() if name.startswith("codegen.aot.")]
+kernels = {each.__name__ for module in modules for each in vars(module).values() if isinstance(each, JITFunction)}
+done, rows = set(), []
+
+class Again(Exception):
+    pass
+
+def compile_first(kernel, *arguments, real=modules[0].compile_kernel):
+    if kernel.__name__ in done:
+        raise Again
+    done.add(kernel.__name__)
+    return real(kernel, *arguments)
+
+for module in modules:
+    module.compile_kernel = compile_first
+for name, build in test_kernel_budgets.KERNELS.items():
+    try:
+        code = build()
+    except Again:
+        continue
+    rows.append((name, *test_kernel_budgets.numbers(code)))
+missed = sorted(kernels - done)
+print(json.dumps(dict(version=triton.__version__, rows=rows, missed=missed, gone=test_interfaces.gone(["triton"]))))
+"""
+
+
+def compiled_with(folder: Path) -> dict[str, Any]:
+    """What the child process found with the Triton in this folder."""
+    path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CHILD],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_kernel_compiles_without_spills(version: str, record_property: Callable[[str, object], None]) -> None:
+    folder = Path(sys.prefix, f"triton-{version}")
+    if not folder.exists():
+        pytest.skip(f"Triton {version} is not beside this environment: pip could not fetch it when `make test` began")
+    found = compiled_with(folder)
+    assert found["version"].startswith(f"{version}.")
+    assert not found["gone"], "names of Triton that the packages use and this version lacks"
+    assert not found["missed"], "kernels that no entry of KERNELS in test_kernel_budgets.py compiles"
+    assert len(found["rows"]) >= 15
+    for name, *numbers in found["rows"]:
+        assert numbers[-1] == 0, f"{name} spills registers"
+        record_property("budget", [f"Triton {version}: {name}", *numbers])
