@@ -1,17 +1,18 @@
 """How a model is called, as JSON and back: structures, slots, sizes, conditions, and what `forward` looks like."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from qcompiler.artefact.leeway_text import leeway_from_json, leeway_to_json, size_from_json, size_to_json
 from qcompiler.artefact.literals import Shown, device_from, dtype_from, from_json, to_json
 from qcompiler.artefact.strict_json import Node
 from qcompiler.artefact.structures import moved_structure, structure_from_json, structure_to_json
+from qcompiler.capture.arguments import MISSING
 from qcompiler.capture.signature import (
-    MISSING,
     RELATIONS,
     Condition,
     ConstantSlot,
@@ -19,9 +20,9 @@ from qcompiler.capture.signature import (
     Signature,
     Slot,
     TensorSlot,
+    linear,
 )
 from qcompiler.ir.graph import Range
-from qcompiler.ir.sizes import Size, parse_size
 
 KINDS = (
     inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,
@@ -46,9 +47,10 @@ def signature_to_json(signature: Signature, forward: Forward) -> dict[str, Any]:
         "parameters": [[name, _default_to_json(value)] for name, value in signature.parameters],
         "device": None if signature.device is None else str(signature.device),
         "conditions": [
-            [condition.relation, _size_to_json(condition.left), _size_to_json(condition.right)]
+            [condition.relation, size_to_json(condition.left), size_to_json(condition.right)]
             for condition in signature.conditions
         ],
+        "leeway": leeway_to_json(signature.leeway),
         "forward": _forward_to_json(forward),
     }
 
@@ -69,6 +71,9 @@ def signature_from_json(node: Node) -> tuple[Signature, Forward]:
         node["slots"].wrong(f"{signature.in_spec.num_leaves} slots, one for each argument")
     if signature.in_spec.type is not tuple or signature.in_spec.num_children != 2:
         node["arguments"].wrong("a tuple of the arguments by position and those by name")
+    if "leeway" in node.value:  # older artefacts have none
+        bound = {name for slot in signature.slots for name in _symbols(slot)}
+        signature = replace(signature, leeway=leeway_from_json(node["leeway"], bound))
     return signature, _forward_from_json(node["forward"])
 
 
@@ -92,10 +97,10 @@ def _slot_to_json(slot: Slot) -> dict[str, Any]:
     if isinstance(slot, TensorSlot):
         return {
             "kind": "tensor", "path": slot.path, "name": slot.name, **to_json(slot.dtype), **to_json(slot.device),
-            "shape": [_size_to_json(size) for size in slot.shape],
+            "shape": [size_to_json(size) for size in slot.shape],
         }  # fmt: skip
     if isinstance(slot, NumberSlot):
-        value = None if slot.value is None else _size_to_json(slot.value)
+        value = None if slot.value is None else size_to_json(slot.value)
         return {"kind": "number", "path": slot.path, "name": slot.name, "value": value}
     return {"kind": "constant", "path": slot.path, "value": to_json(slot.value)}
 
@@ -103,27 +108,21 @@ def _slot_to_json(slot: Slot) -> dict[str, Any]:
 def _slot_from_json(node: Node) -> Slot:
     kind, path = node["kind"].text(), node["path"].text()
     if kind == "tensor":
-        shape = tuple(_size_from_json(size) for size in node["shape"].items())
+        shape = tuple(size_from_json(size) for size in node["shape"].items())
         return TensorSlot(path, node["name"].text(), dtype_from(node["dtype"]), device_from(node["device"]), shape)
     if kind == "number":
         value = node["value"]
-        return NumberSlot(path, node["name"].text(), None if value.missing else _size_from_json(value))
+        return NumberSlot(path, node["name"].text(), None if value.missing else size_from_json(value))
     if kind == "constant":
         return ConstantSlot(path, from_json(node["value"]))
     node["kind"].wrong("tensor, number or constant")
 
 
-def _size_to_json(size: Size) -> int | str:
-    return size if isinstance(size, int) else str(size)
-
-
-def _size_from_json(node: Node) -> Size:
-    if isinstance(node.value, int):
-        return node.count()
-    try:
-        return parse_size(node.text())
-    except ValueError as error:
-        node.wrong(f"a size: {error}")
+def _symbols(slot: Slot) -> Iterator[str]:
+    """The symbols that an input decides."""
+    for size in slot.shape if isinstance(slot, TensorSlot) else ():
+        if (form := linear(size)) is not None:
+            yield form[0]
 
 
 def _range_from_json(node: Node) -> Range:
@@ -135,7 +134,7 @@ def _condition_from_json(node: Node) -> Condition:
     parts = node.items()
     if len(parts) != 3 or parts[0].text() not in RELATIONS:
         node.wrong("a relation and two sizes")
-    return Condition(parts[0].text(), _size_from_json(parts[1]), _size_from_json(parts[2]))
+    return Condition(parts[0].text(), size_from_json(parts[1]), size_from_json(parts[2]))
 
 
 def _pair(node: Node) -> tuple[Node, Node]:

@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from qcompiler.capture.check import ModelRefused, check_graph
+from qcompiler.capture.arguments import MISSING
+from qcompiler.capture.check import check_graph
 from qcompiler.capture.decompositions import decompose
 from qcompiler.capture.examples import Call, enlarged
 from qcompiler.capture.exporting import DataDependent, export_program
@@ -25,9 +26,11 @@ from qcompiler.capture.huggingface import output_embeddings
 from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
 from qcompiler.capture.preflight import check_inputs, check_model
 from qcompiler.capture.quiet import third_party_silence
-from qcompiler.capture.signature import MISSING, ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
+from qcompiler.capture.runs import ModelRefused
+from qcompiler.capture.signature import ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
 from qcompiler.capture.stored_weights import readable
 from qcompiler.capture.symbols import Symbols
+from qcompiler.capture.trials import with_leeway
 from qcompiler.errors import CaptureError
 from qcompiler.interpreter import interpret
 from qcompiler.ir.graph import Graph
@@ -50,7 +53,8 @@ class Captured:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives for a call of the model, interpreted op by op; buffers stay as they are."""
-        return self.signature.unflatten(interpret(self.graph, self.signature.flatten(args, kwargs)))
+        inputs, without = self.signature.bind(args, kwargs)
+        return self.signature.unflatten(interpret(self.graph, inputs), without)
 
 
 def capture(
@@ -142,7 +146,7 @@ def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Cal
         signature = check_graph(captured.graph, captured.signature, model, call, traced)
     except ModelRefused as error:
         raise CaptureError("the model does not run on the example inputs", got=error) from error
-    signature = fixed(captured.graph, signature)
+    signature = with_leeway(captured.graph, fixed(captured.graph, signature), model, call)
     captured.graph.symbols = dict(signature.symbols)
     return Captured(captured.graph, signature)
 

@@ -4,31 +4,17 @@ torch.export assumes that no dynamic size is 0 or 1. The graph is tried there as
 the range of the symbol is widened; where it does not, the range says so and a call of that size is refused.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from qcompiler.capture.bounds import BoundsCheck
-from qcompiler.capture.examples import Call, map_tensors, sizes_of, with_sizes
-from qcompiler.capture.huggingface import tracing_settings
-from qcompiler.capture.quiet import third_party_silence
-from qcompiler.capture.signature import Signature, TensorSlot
-from qcompiler.errors import CaptureError, QCompilerError
-from qcompiler.interpreter import interpret
-from qcompiler.ir.graph import BUFFER, UPDATE, Graph, Range
-
-TOLERANCE: Mapping[torch.dtype, float] = {
-    torch.float64: 1e-11,
-    torch.float32: 2e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 2e-2,
-}
-"""Largest difference, relative to the largest entry. The same operators run on both sides, so that most outputs are
-equal bit for bit; what remains is memory formats and another implementation of experts, which sum in another order."""
+from qcompiler.capture.comparison import compare
+from qcompiler.capture.examples import Call, sizes_of, with_sizes
+from qcompiler.capture.runs import GraphRefused, ModelRefused, Runs
+from qcompiler.capture.signature import Signature
+from qcompiler.errors import CaptureError
+from qcompiler.ir.graph import Graph, Range
 
 ASSUMED_LOW = 2
 """The least size that torch.export reckons with."""
@@ -39,14 +25,6 @@ STEPS = (-1, 2, -3, 4, 8, 16)
 
 MOST_ALONE = 8
 """With more symbols than this (a cache has one a layer), they are tried at 1 in groups of equal size only."""
-
-
-class ModelRefused(Exception):
-    """The model itself does not run at these sizes."""
-
-
-class GraphRefused(CaptureError):
-    """The graph does not run at sizes where the model does: wrong, but never silently so."""
 
 
 def check_graph(graph: Graph, signature: Signature, model: torch.nn.Module, call: Call, traced: Call) -> Signature:
@@ -146,10 +124,7 @@ class _Judge:
     """Runs graph and model on the same inputs and compares all that comes out."""
 
     def __init__(self, graph: Graph, signature: Signature, model: torch.nn.Module) -> None:
-        self.graph, self.signature, self.model = graph, signature, model
-        self.buffers = [str(op.attrs["name"]) for op in graph.ops(BUFFER)]
-        self.targets = [op.tensor(0) for op in graph.ops(UPDATE)]
-        self.paths = signature.output_paths()
+        self.signature, self.runs = signature, Runs(graph, signature, model)
         self.agreed: list[dict[str, int]] = []
 
     def try_compare(self, call: Call, sizes: Mapping[str, int]) -> bool:
@@ -165,96 +140,5 @@ class _Judge:
 
     def compare(self, call: Call) -> None:
         """Raises CaptureError when graph and model differ on a call, ModelRefused when the model does not run."""
-        cuda = _cuda_devices(self.signature)
-        bounds = BoundsCheck() if cuda else nullcontext()
-        with torch.no_grad(), third_party_silence(), torch.random.fork_rng(devices=cuda), bounds:
-            seed = torch.initial_seed()
-            torch.manual_seed(seed)
-            want = self._run_model(map_tensors(torch.clone, call))
-            torch.manual_seed(seed)
-            got = self._run_graph(map_tensors(torch.clone, call))
-        shapes = ", ".join(f"{slot.name}{list(leaf.shape)}" for slot, leaf in self._tensors(call))
-        for what, value in want.items():
-            _compare(what, got.get(what), value, shapes)
+        compare(self.runs, call)
         self.agreed.append(sizes_of(self.signature, call))
-
-    def _run_graph(self, call: Call) -> dict[str, Any]:
-        leaves = pytree.tree_leaves(call)
-        inputs = [leaf for slot, leaf in zip(self.signature.slots, leaves, strict=True) if hasattr(slot, "name")]
-        updates: dict[str, torch.Tensor] = {}
-        try:
-            outputs = interpret(self.graph, inputs, updates=updates)
-        except QCompilerError as error:
-            raise GraphRefused("the captured graph does not run", got=error) from error
-        return {
-            **dict(zip(self.paths, outputs, strict=True)),
-            **{f"the new {name}": new for name, new in updates.items()},
-        }
-
-    def _run_model(self, call: Call) -> dict[str, Any]:
-        args, kwargs = call
-        passed = {slot.name: leaf for slot, leaf in self._tensors(call)}  # the model changes its inputs in place
-        with _restored(self.model, self.buffers), tracing_settings(self.model, kwargs):
-            try:
-                out = self.model(*args, **kwargs)
-            except Exception as error:  # anything a model may raise at sizes that it does not take
-                raise ModelRefused(str(error)) from error
-            buffers = dict(self.model.named_buffers())
-            found = dict(zip(self.paths, pytree.tree_leaves(out), strict=True))
-            for target in self.targets:
-                name = target.op.attrs.get("name")
-                new = passed[target.name] if name is None else buffers[str(name)].clone()
-                found[f"the new {target.name}"] = new
-        return found
-
-    def _tensors(self, call: Call) -> Iterator[tuple[TensorSlot, torch.Tensor]]:
-        for slot, leaf in zip(self.signature.slots, pytree.tree_leaves(call), strict=True):
-            if isinstance(slot, TensorSlot):
-                yield slot, leaf
-
-
-def _compare(what: str, got: Any, want: Any, shapes: str) -> None:
-    problem = f"the captured graph does not compute what the model computes: {what} differs"
-    if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
-        if got != want and not (isinstance(want, float) and want != want):
-            raise CaptureError(problem, got=got, need=want, where=shapes)
-        return
-    if got.shape != want.shape or got.dtype != want.dtype:
-        kinds = [f"{t.dtype} of shape {tuple(t.shape)}" for t in (got, want)]
-        raise CaptureError(problem, got=kinds[0], need=kinds[1], where=shapes)
-    same = (got == want) | (got != got) & (want != want)
-    if bool(same.all()):
-        return
-    difference = (got[~same].double() - want[~same].double()).abs().max().item()
-    largest = want[torch.isfinite(want)].abs().max().item() if bool(torch.isfinite(want).any()) else 0.0
-    limit = TOLERANCE.get(want.dtype, 0.0) * largest
-    if not difference <= limit:
-        raise CaptureError(
-            problem,
-            got=f"a largest difference of {difference:.3g}",
-            need=f"at most {limit:.3g}",
-            where=shapes,
-            fix="A Python branch on a size, or state outside of buffers, may have been traced for one case only; "
-            "dynamic_shapes=None captures the given sizes alone.",
-        )
-
-
-@contextmanager
-def _restored(model: torch.nn.Module, names: list[str]) -> Iterator[None]:
-    """Puts back the buffers that a run of the model writes, whether in place or by another tensor."""
-    before = []
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        buffer = getattr(module, leaf)
-        before.append((module, leaf, buffer, buffer.clone()))
-    try:
-        yield
-    finally:
-        for module, leaf, buffer, copy in before:
-            buffer.copy_(copy)
-            setattr(module, leaf, buffer)
-
-
-def _cuda_devices(signature: Signature) -> list[torch.device]:
-    return [signature.device] if signature.device is not None and signature.device.type == "cuda" else []

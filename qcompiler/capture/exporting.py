@@ -55,7 +55,7 @@ def export_program(
         CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
     """
     register_caches(model)
-    args, kwargs = pytree.tree_map(_owner, (tuple(args), dict(kwargs)))
+    args, kwargs = pytree.tree_map(partial(_own_tensor, _tensor_ids(model)), (tuple(args), dict(kwargs)))
     shapes: Any = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
     errors: list[Exception] = []
     named = named_keywords(model, kwargs) if isinstance(dynamic_shapes, str) else nullcontext()
@@ -69,9 +69,22 @@ def export_program(
     raise explain(errors[0]) from errors[0]
 
 
-def _owner(leaf: Any) -> Any:
-    """A copy of a tensor that is a view of another: torch 2.11 would guard on the sizes of that other one, too."""
-    return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf._is_view() else leaf
+def _tensor_ids(model: torch.nn.Module) -> set[int]:
+    return {id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+
+
+def _own_tensor(seen: set[int], leaf: Any) -> Any:
+    """A copy of a tensor that is a weight or another argument as well, or a view; any other leaf as it is.
+
+    torch.export tells tensors apart by identity: of `model(input_ids=ids, labels=ids)` the graph would read the labels
+    for both. For a view, torch 2.11 would guard on the sizes of the tensor that it is a view of.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if id(leaf) in seen or leaf._is_view():
+        return leaf.clone()
+    seen.add(id(leaf))
+    return leaf
 
 
 def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCollection:

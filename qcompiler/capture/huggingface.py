@@ -14,6 +14,7 @@ import torch
 from qcompiler.capture.quiet import third_party_silence
 
 CACHE_ARGUMENTS = ("use_cache", "past_key_values", "past_key_value", "cache_params")
+CONFIGURED = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits")
 EXPORTABLE_EXPERTS = "grouped_mm"
 PLAIN_CONTAINERS = ("builtins:tuple", "builtins:list", "builtins:set", "builtins:frozenset", "collections:OrderedDict")
 TORCH_NAMES = (torch.dtype, torch.layout)
@@ -34,10 +35,28 @@ def tracing_settings(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Itera
     inner = pretrained_model(model)
     with ExitStack() as stack:
         if inner is not None:
-            if not any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
+            if not _passes_cache(kwargs):
                 stack.enter_context(_without_cache(inner))
             stack.enter_context(_exportable_experts(inner))
         yield
+
+
+def implied_arguments(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a transformers model that are no tensors -> the value that it takes for None in such a call."""
+    if not _is_pretrained(model):
+        return {}
+    config: Any = model.config
+    values: dict[str, Any] = dict.fromkeys(CACHE_ARGUMENTS)
+    values |= {name: getattr(config, name) for name in CONFIGURED if isinstance(getattr(config, name, None), bool)}
+    if not _passes_cache(kwargs):
+        values["use_cache"] = False
+    return values
+
+
+def pad_token(model: torch.nn.Module) -> int | None:
+    """The id of the token that pads sequences, where a transformers model names one."""
+    found = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return found if isinstance(found, int) and found >= 0 else None
 
 
 @contextmanager
@@ -121,6 +140,10 @@ def _exporter(name: str) -> Any:
     """A module of transformers' exporters; to import it imports every model that it patches, and their deprecations."""
     with third_party_silence():
         return import_module(f"transformers.exporters.{name}")
+
+
+def _passes_cache(kwargs: Mapping[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
 
 
 def _is_pretrained(module: torch.nn.Module) -> bool:

@@ -2,20 +2,19 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from qcompiler.errors import InputError, did_you_mean
+from qcompiler.capture.arguments import COMPILE_WITHOUT, Added, how_to_convert, leaves_by_name
+from qcompiler.capture.leeway import ANYTHING, Leeway, OptionalTensor, without_outputs
+from qcompiler.errors import InputError
 from qcompiler.ir.graph import Range
 from qcompiler.ir.sizes import Size, evaluate, symbols
 
 AGAIN = "Capture the model again with an example of this size."
-
-MISSING: Any = object()
-"""A parameter of forward without a default value."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class Signature:
         parameters: The names of forward's parameters that can be given by position, with their default values.
         device: Where the model and its inputs lie; None when the model has no tensor at all.
         conditions: What the sizes must fulfil besides their ranges.
+        leeway: What a call may leave out or add.
     """
 
     in_spec: pytree.TreeSpec
@@ -106,6 +106,7 @@ class Signature:
     parameters: tuple[tuple[str, Any], ...]
     device: torch.device | None
     conditions: tuple[Condition, ...] = ()
+    leeway: Leeway = field(default_factory=Leeway)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -113,40 +114,56 @@ class Signature:
         return tuple(slot.name for slot in self.slots if not isinstance(slot, ConstantSlot))
 
     def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """The graph's inputs, in order, out of a call's arguments.
+        """The graph's inputs, in order, out of a call's arguments; see `bind`."""
+        return self.bind(args, kwargs)[0]
 
-        An argument may be given by name where it was captured by position, and the other way round.
+    def bind(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[Any], tuple[str, ...]]:
+        """The graph's inputs, in order, and the paths of outputs that the call does not have.
+
+        An argument may be given by name where it was captured by position, and the other way round; what `leeway`
+        allows may be left out or added.
 
         Raises:
             InputError: The structure, a dtype, a device, a rank, a size or a burned-in value is not what was captured.
         """
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-        if spec != self.in_spec:
-            leaves = self._rearranged(tuple(args), dict(kwargs or {}))
+        leaves, added = self._leaves(tuple(args), dict(kwargs or {}))
         inputs: list[Any] = []
         bindings: dict[str, int] = {}
+        absent: list[tuple[int, TensorSlot, OptionalTensor]] = []
         for slot, leaf in zip(self.slots, leaves, strict=True):
             if isinstance(slot, ConstantSlot):
-                _check_constant(slot, leaf)
+                _check_constant(slot, leaf, self.leeway)
                 continue
-            inputs.append(leaf)
-            if isinstance(slot, TensorSlot):
-                _check_tensor(slot, leaf)
+            if isinstance(slot, TensorSlot) and (stand_in := self._stand_in(slot, leaf)) is not None:
+                absent.append((len(inputs), slot, stand_in))
+            elif isinstance(slot, TensorSlot):
+                leaf = _checked_tensor(slot, leaf, slot.name in self.leeway.widened)
                 for axis, size in enumerate(slot.shape):
                     self._bind(slot, axis, size, leaf.shape[axis], bindings)
             elif slot.value is not None:
                 self._bind(slot, None, slot.value, leaf, bindings)
+            inputs.append(leaf)
+        for index, slot, optional in absent:
+            inputs[index] = optional.make(bindings, slot.dtype, slot.device)
         self._check_rest(inputs, bindings)
-        for condition in self.conditions:
-            if not condition.holds(bindings):
-                sizes = ", ".join(f"{symbol} = {bindings[symbol]}" for symbol in sorted(condition.symbols))
-                problem = "the model would take another course for these sizes"
-                raise InputError(problem, got=sizes, need=str(condition), fix=AGAIN)
-        return inputs
+        for optional, given in added:
+            optional.check(given, bindings)
+        return inputs, tuple(path for _, _, optional in absent for path in optional.without)
 
-    def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """What the model would return, out of the graph's outputs."""
-        return pytree.tree_unflatten(list(outputs), self.out_spec)
+    def unflatten(self, outputs: Sequence[Any], without: Sequence[str] = ()) -> Any:
+        """What the model would return, out of the graph's outputs.
+
+        Args:
+            outputs: All of the graph's.
+            without: The paths of those that the call does not have, as `bind` gives them.
+        """
+        if not without:
+            return pytree.tree_unflatten(list(outputs), self.out_spec)
+        paths, dropped = self.output_paths(), frozenset(without)
+        kept = [value for path, value in zip(paths, outputs, strict=True) if path not in dropped]
+        return pytree.tree_unflatten(kept, without_outputs(self.out_spec, paths, dropped))
 
     def output_paths(self) -> list[str]:
         """Where each flat output stands in what the model returns, such as `['logits']`."""
@@ -182,7 +199,7 @@ class Signature:
             )
 
     def _check_rest(self, inputs: Sequence[Any], bindings: Mapping[str, int]) -> None:
-        """The sizes that are no linear expression of one symbol, once all symbols have values."""
+        """The sizes that are no linear expression of one symbol, once all symbols have values; and the conditions."""
         slots = [slot for slot in self.slots if not isinstance(slot, ConstantSlot)]
         for slot, leaf in zip(slots, inputs, strict=True):
             for axis, size in enumerate(slot.shape if isinstance(slot, TensorSlot) else ()):
@@ -194,42 +211,24 @@ class Signature:
                         got=leaf.shape[axis],
                         need=f"{size} = {need}",
                     )
+        for condition in self.conditions:
+            if not condition.holds(bindings):
+                sizes = ", ".join(f"{symbol} = {bindings[symbol]}" for symbol in sorted(condition.symbols))
+                problem = "the model would take another course for these sizes"
+                raise InputError(problem, got=sizes, need=str(condition), fix=AGAIN)
 
-    def _rearranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of a call whose arguments are spelled otherwise than at capture: by name, in another order."""
-        given = self._by_name(args, kwargs)
-        wanted_args, wanted_kwargs = self.in_spec.children()
-        names = self._positional(wanted_args.num_children)
-        wanted = dict(zip(names, wanted_args.children(), strict=True))
-        wanted.update(zip(wanted_kwargs.context or [], wanted_kwargs.children(), strict=True))
-        defaults = dict(self.parameters)
-        for name, value in list(given.items()):
-            if name not in wanted and value is defaults.get(name, MISSING):
-                del given[name]
-            elif name not in wanted:
-                raise InputError(f"the argument {name!r} was not given at capture", fix=did_you_mean(name, wanted))
-        leaves: list[Any] = []
-        for name, spec in wanted.items():
-            value = given.get(name, defaults.get(name, MISSING))
-            if value is MISSING:
-                raise InputError(f"the argument {name!r} is missing", need=", ".join(wanted))
-            part, got = pytree.tree_flatten(value)
-            if got != spec:
-                raise InputError(
-                    f"the argument {name!r} has another structure than at capture", got=_brief(got), need=_brief(spec)
-                )
-            leaves += part
-        return leaves
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Added]:
+        """One leaf for each slot, None for a tensor that is left out; and what was added and must be looked at."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec == self.in_spec:
+            return leaves, []
+        return leaves_by_name(self.in_spec, self.parameters, self.leeway, (args, kwargs))
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        given = dict(zip(self._positional(len(args)), args, strict=True))
-        if twice := sorted(given.keys() & kwargs.keys()):
-            raise InputError(f"the argument {twice[0]!r} is given twice")
-        return {**given, **kwargs}
-
-    def _positional(self, count: int) -> list[str]:
-        names = [name for name, _ in self.parameters][:count]
-        return names + [f"args[{index}]" for index in range(len(names), count)]
+    def _stand_in(self, slot: TensorSlot, leaf: Any) -> OptionalTensor | None:
+        """What takes the place of an argument that is left out, or whose entries nothing reads."""
+        if slot.name in self.leeway.ignored and isinstance(leaf, torch.Tensor):
+            return OptionalTensor(slot.path, ANYTHING, slot.shape)
+        return self.leeway.find(slot.path) if leaf is None else None
 
 
 def _named(slot: Slot, axis: int | None) -> str:
@@ -272,24 +271,42 @@ def leaf_paths(spec: pytree.TreeSpec) -> list[str]:
     return [f"[{name}]{rest}" for name, child in zip(names, spec.children(), strict=True) for rest in leaf_paths(child)]
 
 
-def _check_constant(slot: ConstantSlot, leaf: Any) -> None:
-    if type(leaf) is not type(slot.value) or leaf != slot.value:
-        got = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-        raise InputError(
-            f"{slot.path} is part of the captured graph and cannot change",
-            got=got,
-            need=repr(slot.value),
-            fix="Capture the model again for the other value.",
-        )
+def _check_constant(slot: ConstantSlot, leaf: Any, leeway: Leeway) -> None:
+    if leeway.same_constant(slot.path, leaf, slot.value):
+        return
+    got = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+    raise InputError(
+        f"{slot.path} is part of the captured graph and cannot change",
+        got=got,
+        need=repr(slot.value),
+        fix="Capture the model again for the other value.",
+    )
 
 
-def _check_tensor(slot: TensorSlot, leaf: Any) -> None:
+def _checked_tensor(slot: TensorSlot, leaf: Any, widen: bool) -> torch.Tensor:
+    """The tensor of a slot, in the captured dtype.
+
+    Args:
+        slot: What was captured.
+        leaf: What was given.
+        widen: Whether integers of a narrower dtype are converted.
+    """
+    if leaf is None:
+        problem = f"the argument {slot.path!r} was given at capture, and the graph does not compute without it"
+        raise InputError(problem, need=f"{slot.dtype} of rank {len(slot.shape)}", fix=COMPILE_WITHOUT)
     if not isinstance(leaf, torch.Tensor):
+        fix = how_to_convert(leaf)
+        got = type(leaf).__name__ if fix else repr(leaf)
         raise InputError(
-            f"{slot.path} must be a tensor", got=repr(leaf), need=f"{slot.dtype} of rank {len(slot.shape)}"
+            f"{slot.path} must be a tensor", got=got, need=f"{slot.dtype} of rank {len(slot.shape)}", fix=fix
         )
     if leaf.dtype != slot.dtype:
-        raise InputError(f"{slot.path} has another dtype than at capture", got=leaf.dtype, need=slot.dtype)
+        integers = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex or leaf.dtype == torch.bool)
+        if not (widen and integers and torch.promote_types(leaf.dtype, slot.dtype) == slot.dtype):
+            fix = f"Convert it with .to({slot.dtype})." if integers else None
+            problem = f"{slot.path} has another dtype than at capture"
+            raise InputError(problem, got=leaf.dtype, need=slot.dtype, fix=fix)
+        leaf = leaf.to(slot.dtype)
     if leaf.device != slot.device:
         raise InputError(f"{slot.path} lies on another device than at capture", got=leaf.device, need=slot.device)
     if leaf.ndim != len(slot.shape):
@@ -298,13 +315,4 @@ def _check_tensor(slot: TensorSlot, leaf: Any) -> None:
             got=tuple(leaf.shape),
             need=f"[{', '.join(map(str, slot.shape))}]",
         )
-
-
-def _brief(spec: pytree.TreeSpec) -> str:
-    """A structure on one line: `dict with keys a, b`, `list of 2`, `a leaf`."""
-    if spec.is_leaf():
-        return "one value"
-    name = getattr(spec.type, "__name__", str(spec.type))
-    if isinstance(spec.context, list) and all(isinstance(key, str) for key in spec.context):
-        return f"{name} with {', '.join(spec.context) or 'nothing'}"
-    return f"{name} of {spec.num_children}"
+    return leaf

@@ -153,7 +153,8 @@ def _check_calibration(steps: Pipeline, known: "Batches | Calibration | None", w
 
 def _checked_example(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args is not None and not isinstance(args, tuple | list):
-        fix = "For a single argument, write example_inputs=(x,)."
+        named = isinstance(args, Mapping)
+        fix = "Write example_kwargs=batch." if named else "For a single argument, write example_inputs=(x,)."
         raise CaptureError(
             "example_inputs is of a wrong type", got=type(args).__name__, need="a tuple of arguments", fix=fix
         )

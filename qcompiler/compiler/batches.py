@@ -10,6 +10,9 @@ from qcompiler.capture.signature import Signature
 from qcompiler.errors import InputError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+TARGETS = frozenset({"labels"})
+"""Arguments that a dataset has for training, and of which a model computes nothing but a loss."""
+
 NEED = "an iterable of calls of the model: a tensor, a tuple of arguments, or a dict of arguments by name each"
 
 
@@ -55,11 +58,17 @@ class _Flattened:
         for index, batch in enumerate(self.source):
             args, kwargs = as_call(batch, index)
             try:
-                inputs = self.signature.flatten(args, kwargs)
+                inputs = self.signature.flatten(args, self.without_targets(kwargs))
             except InputError as error:
                 error.where = f"batches[{index}] of the calibration" + (f", {error.where}" if error.where else "")
                 raise
             yield list(inputs)
+
+    def without_targets(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same without labels that the graph does not take: they make a loss, and no statistic needs one."""
+        paths = {slot.path for slot in self.signature.slots}
+        optional = {name for name, default in self.signature.parameters if default is None}
+        return {name: value for name, value in kwargs.items() if name in paths or name not in optional & TARGETS}
 
 
 class _SizedFlattened(_Flattened):

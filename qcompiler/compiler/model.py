@@ -83,8 +83,8 @@ class CompiledModel(CompiledModule):
         if program is None:
             program = self._compile_now(args, kwargs)
         check_device(self.weights, program.device)
-        inputs = program.signature.flatten(args, kwargs)
-        return program.signature.unflatten(run_host(program.run, self.weights, inputs))
+        inputs, without = program.signature.bind(args, kwargs)
+        return program.signature.unflatten(run_host(program.run, self.weights, inputs), without)
 
     @property
     def graph(self) -> Graph:

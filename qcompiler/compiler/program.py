@@ -20,7 +20,8 @@ from codegen.support import why_not
 from passes.scheme_options import SchemeOptions
 from qcompiler.calibration import Calibration
 from qcompiler.capture import Captured, capture
-from qcompiler.capture.signature import MISSING, NumberSlot, Signature, TensorSlot
+from qcompiler.capture.arguments import MISSING
+from qcompiler.capture.signature import NumberSlot, Signature, TensorSlot
 from qcompiler.compiler.batches import Batches
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import CaptureError, CodegenError, PassError, QCompilerError

@@ -1,0 +1,102 @@
+"""A call whose arguments are spelled otherwise than at capture: by name, in another order, more of them or fewer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.leeway import Leeway, OptionalTensor
+from qcompiler.errors import InputError, did_you_mean
+
+MISSING: Any = object()
+"""A parameter of forward without a default value."""
+
+COMPILE_WITH = "Leave it out here, or compile with it among the example inputs."
+COMPILE_WITHOUT = "To call without it, compile with example inputs that leave it out."
+
+Added = list[tuple[OptionalTensor, Any]]
+"""Tensors that were not captured, and what they must be equal to in order to change nothing."""
+
+
+def leaves_by_name(
+    spec: pytree.TreeSpec, parameters: Sequence[tuple[str, Any]], leeway: Leeway, call: tuple[Any, Any]
+) -> tuple[list[Any], Added]:
+    """The leaves of a call in the captured order, None for a tensor that is left out; and what was added.
+
+    Args:
+        spec: The captured structure of (args, kwargs).
+        parameters: Names and default values of forward's parameters.
+        leeway: What may be left out or added.
+        call: The (args, kwargs) that were given.
+
+    Raises:
+        InputError: An argument is missing, of another structure, or was not captured and changes the meaning.
+    """
+    args, kwargs = call
+    positional, named = spec.children()
+    given = dict(zip(_names(parameters, len(args)), args, strict=True))
+    if twice := sorted(given.keys() & kwargs.keys()):
+        raise InputError(f"the argument {twice[0]!r} is given twice")
+    given.update(kwargs)
+    wanted = dict(zip(_names(parameters, positional.num_children), positional.children(), strict=True))
+    wanted.update(zip(named.context or [], named.children(), strict=True))
+    added = _added(given, list(wanted), dict(parameters), leeway)
+    defaults = {**dict.fromkeys(leeway.implied), **dict(parameters)}
+    leaves: list[Any] = []
+    for name, part in wanted.items():
+        value = given.get(name, defaults.get(name, MISSING))
+        if value is MISSING:
+            raise InputError(f"the argument {name!r} is missing", need=", ".join(wanted))
+        leaves += _leaves(name, value, part)
+    return leaves, added
+
+
+def _added(given: Mapping[str, Any], wanted: Sequence[str], defaults: Mapping[str, Any], leeway: Leeway) -> Added:
+    """The arguments that were not captured, where their entries decide whether they change anything."""
+    found: Added = []
+    for name, value in given.items():
+        if name in wanted or leeway.may_add(name, value, defaults.get(name, MISSING)):
+            continue
+        if (optional := leeway.find(name)) is not None:
+            found.append((optional, value))
+            continue
+        problem = f"the argument {name!r} was not given at capture"
+        if name not in defaults and name not in leeway.implied:
+            raise InputError(problem, fix=did_you_mean(name, wanted))
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise InputError(problem, got=got, need=", ".join(wanted), fix=COMPILE_WITH)
+    return found
+
+
+def _leaves(name: str, value: Any, spec: pytree.TreeSpec) -> list[Any]:
+    """The leaves of one argument, which has the captured structure."""
+    leaves, got = pytree.tree_flatten(value)
+    if got != spec:
+        problem = f"the argument {name!r} has another structure than at capture"
+        raise InputError(problem, got=_brief(got, value), need=_brief(spec, spec), fix=how_to_convert(value))
+    return leaves
+
+
+def how_to_convert(value: Any) -> str | None:
+    """What to do with a value that is no tensor but could be made one."""
+    if isinstance(value, Mapping):
+        return "Pass its entries by name: model(**batch)."
+    numbers = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | int | float)
+    return "Convert it with torch.as_tensor." if numbers or hasattr(value, "__array__") else None
+
+
+def _names(parameters: Sequence[tuple[str, Any]], count: int) -> list[str]:
+    """The names of the first arguments by position."""
+    names = [name for name, _ in parameters][:count]
+    return names + [f"args[{index}]" for index in range(len(names), count)]
+
+
+def _brief(spec: pytree.TreeSpec, value: Any = None) -> str:
+    """A structure on one line: `dict with a, b`, `list of 2`, or, for a single value, what it is."""
+    if spec.is_leaf():
+        return "one value" if value is spec or isinstance(value, torch.Tensor) else type(value).__name__
+    name = getattr(spec.type, "__name__", str(spec.type))
+    if isinstance(spec.context, list) and all(isinstance(key, str) for key in spec.context):
+        return f"{name} with {', '.join(spec.context) or 'nothing'}"
+    return f"{name} of {spec.num_children}"

@@ -1,0 +1,139 @@
+"""Runs of a model and of its graph on the same call, with everything that comes out by name."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.bounds import BoundsCheck
+from qcompiler.capture.examples import Call, map_tensors
+from qcompiler.capture.huggingface import tracing_settings
+from qcompiler.capture.quiet import third_party_silence
+from qcompiler.capture.signature import Signature, TensorSlot
+from qcompiler.errors import CaptureError, QCompilerError
+from qcompiler.interpreter import interpret
+from qcompiler.ir.graph import BUFFER, UPDATE, Graph
+
+
+class ModelRefused(Exception):
+    """The model itself does not run at these sizes."""
+
+
+class GraphRefused(CaptureError):
+    """The graph does not run at sizes where the model does: wrong, but never silently so."""
+
+
+class Runs:
+    """A model and its graph, to be run side by side.
+
+    Args:
+        graph: The captured graph.
+        signature: How it is called.
+        model: The captured model. Buffers that it writes are restored after each run.
+    """
+
+    def __init__(self, graph: Graph, signature: Signature, model: torch.nn.Module) -> None:
+        self.graph, self.signature, self.model = graph, signature, model
+        self.buffers = [str(op.attrs["name"]) for op in graph.ops(BUFFER)]
+        self.targets = [op.tensor(0) for op in graph.ops(UPDATE)]
+        self.paths = signature.output_paths()
+
+    def of_model(
+        self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
+    ) -> dict[str, Any]:
+        """Outputs, and new values of buffers and inputs, of a run of the model.
+
+        Args:
+            call: Its arguments, which stay as they are.
+            mode: A dispatch mode to run in.
+            enter: Applied to each input tensor and to each buffer that the model writes; gives a new tensor.
+
+        Raises:
+            ModelRefused: The model does not run on this call.
+        """
+        with self._surroundings(mode):
+            args, kwargs = map_tensors(enter, call)
+            passed = dict(self.named_tensors((args, kwargs)))  # the model changes its inputs in place
+            with _restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
+                try:
+                    out = self.model(*args, **kwargs)
+                except Exception as error:  # anything a model may raise at sizes that it does not take
+                    raise ModelRefused(str(error)) from error
+                buffers = dict(self.model.named_buffers())
+                found = dict(zip(self.paths, pytree.tree_leaves(out), strict=True))
+                for target in self.targets:
+                    name = target.op.attrs.get("name")
+                    new = passed[target.name] if name is None else buffers[str(name)].clone()
+                    found[f"the new {target.name}"] = new
+            return found
+
+    def returned(
+        self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
+    ) -> Any:
+        """What the model returns for a call of any structure; ModelRefused when it does not run on it."""
+        with self._surroundings(mode):
+            args, kwargs = map_tensors(enter, call)
+            with _restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
+                try:
+                    return self.model(*args, **kwargs)
+                except Exception as error:  # anything a model may raise for arguments that it does not take
+                    raise ModelRefused(str(error)) from error
+
+    def of_graph(
+        self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
+    ) -> dict[str, Any]:
+        """The same of a run of the graph; GraphRefused when it does not run."""
+        with self._surroundings(mode):
+            leaves = pytree.tree_leaves(map_tensors(enter, call))
+            inputs = [leaf for slot, leaf in zip(self.signature.slots, leaves, strict=True) if hasattr(slot, "name")]
+            updates: dict[str, torch.Tensor] = {}
+            try:
+                outputs = interpret(self.graph, inputs, updates=updates)
+            except QCompilerError as error:
+                raise GraphRefused("the captured graph does not run", got=error) from error
+            return {
+                **dict(zip(self.paths, outputs, strict=True)),
+                **{f"the new {name}": new for name, new in updates.items()},
+            }
+
+    def named_tensors(self, call: Call) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a call, by the names of the graph's inputs."""
+        for slot, leaf in zip(self.signature.slots, pytree.tree_leaves(call), strict=True):
+            if isinstance(slot, TensorSlot):
+                yield slot.name, leaf
+
+    @contextmanager
+    def _surroundings(self, mode: AbstractContextManager[Any] | None) -> Iterator[None]:
+        """The same random numbers in every run, and the user's generators as they were."""
+        device = self.signature.device
+        cuda = [device] if device is not None and device.type == "cuda" else []
+        bounds = BoundsCheck() if cuda else nullcontext()
+        with torch.no_grad(), third_party_silence(), torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(torch.initial_seed())
+            with mode or nullcontext(), bounds:
+                yield
+
+
+Entrance = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def _restored(model: torch.nn.Module, names: Sequence[str], enter: Entrance) -> Iterator[None]:
+    """Puts back the buffers that a run of the model writes, whether in place or by another tensor."""
+    before = []
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        buffer = getattr(module, leaf)
+        before.append((module, leaf, buffer, buffer.clone()))
+    try:
+        if enter is not torch.clone:
+            for module, leaf, buffer, _ in before:
+                setattr(module, leaf, enter(buffer))
+        yield
+    finally:
+        for module, leaf, buffer, copy in before:
+            buffer.copy_(copy)
+            setattr(module, leaf, buffer)
