@@ -18,12 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from passes.constants import free_name
 from passes.memory import leaves_the_graph
 from qcompiler.interpreter import evaluate
 from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Rule, legal_name
 from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
 from qcompiler.pass_manager import Effect, Pass
+
+DEQUANTIZE = "quant.dequantize"
+PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
+"""How the results of merged layers are taken apart."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class WeightArithmetic(Rule):
         if leaves_the_graph(graph, op.result):
             return Missed("it leaves the graph, and a weight must not")
         part = set(ancestors(op.result))
-        if any(inner.name == "quant.dequantize" for inner in part):
+        if any(inner.name == DEQUANTIZE for inner in part):
             return Missed("it would undo a quantization")
         sources = parameters_of(op.result)
         if not sources:
@@ -82,7 +89,10 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     stem = _named_after(op, sources)
     names = [free_name(graph, f"{stem}{suffix}") for suffix in suffixes]
     if graph.weights:
-        graph.weights.update(zip(names, evaluate(op, graph), strict=True))
+        computed = evaluate(op, graph)
+        if op.name == "quant.quantize" and is_poisoned(*computed):
+            remark_not_finite(op, sources, graph)
+        graph.weights.update(zip(names, computed, strict=True))
     recipe = part_of(op)
     graph.recipes.update({name: Recipe(recipe, index) for index, name in enumerate(names)})
     params = [
@@ -98,6 +108,31 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     for source in sources:
         if source not in graph and source.attrs["name"] in graph.weights:
             del graph.weights[str(source.attrs["name"])]  # pop would load it
+
+
+def is_poisoned(codes: Tensor, scale: Tensor) -> bool:
+    """Whether quantization has met a NaN or an infinity, which leaves NaN in the codes or in the scale."""
+    if scale.isnan().any():
+        return True
+    largest = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7C}.get(codes.dtype)  # NaN codes come after these
+    return largest is not None and bool((codes.view(torch.int8).bitwise_and(0x7F) > largest).any())
+
+
+def remark_not_finite(op: Op, sources: Sequence[Op], graph: Graph) -> None:
+    """Notes on the readers of a quantized weight that it makes their results NaN, and which of the model's weights."""
+    found = []
+    for name in (str(source.attrs["name"]) for source in sources):
+        weight = graph.weights[name].to(torch.float32)
+        nan, finite = int(weight.isnan().sum()), int(weight.isfinite().sum())
+        if finite < weight.numel():
+            found.append(f"{name} has {nan} NaN and {weight.numel() - finite - nan} Inf")
+    text = f"{', '.join(found) or 'the weight is not finite once it is smoothed'}, so results are NaN"
+    readers = list(graph.users(op.results[0]))
+    for reader in readers:
+        for value in reader.results:
+            graph.remark(value, text)
+            # The report knows the parts of merged layers, and products of operands that are dequantized first.
+            readers += [user for user in graph.users(value) if reader.name == DEQUANTIZE or user.name in PARTS]
 
 
 def _named_after(op: Op, sources: Sequence[Op]) -> str:

@@ -23,7 +23,7 @@ from qcompiler.numerics import ALL
 Alpha = float | Literal["search", "learn"]
 
 BOUNDS = (1e-4, 1e4)
-"""A scale beyond these would leave the range of the weights' element types."""
+"""A scale beyond these would leave the range of the weights' element types. They are relative: see `_bounded`."""
 
 ALPHAS = tuple(step / 20 for step in range(21))
 """What a search tries, besides not smoothing at all."""
@@ -60,6 +60,12 @@ class Reader:
         found: Tensor = self.sample @ self.weight.T
         return found
 
+    @cached_property
+    def unit(self) -> Tensor:
+        """A power of two of the size of the largest output, since squares of small outputs would vanish in FP32."""
+        _, exponent = torch.frexp(self.exact.abs().amax())
+        return torch.exp2(exponent.to(torch.float32) - 1)
+
     @property
     def sample(self) -> Tensor:
         """The rows; PassError where there are none."""
@@ -87,10 +93,21 @@ def largest(values: Sequence[Tensor], labels: Sequence[Tensor], classes: Tensor)
 def by_formula(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
     """The scale of each channel; 1 where the activation or the weight is zero. FP32, finite, within `BOUNDS`."""
     known = (x_max > 0) & (w_max > 0)
-    one = torch.ones_like(x_max)
-    x_max, w_max = torch.where(known, x_max, one), torch.where(known, w_max, one)
-    scale: Tensor = x_max.pow(alpha) / w_max.pow(1 - alpha)
-    return torch.where(known, scale.clamp(*BOUNDS), one)
+    scale = torch.ones_like(x_max)
+    scale[known] = _bounded(x_max[known].pow(alpha) / w_max[known].pow(1 - alpha))
+    return scale
+
+
+def _bounded(scale: Tensor) -> Tensor:
+    """Scales within `BOUNDS`; if some are not, all are divided by one power of two before they are clamped.
+
+    This makes the median about 1. A factor that all channels share changes nothing that quantization loses, and without
+    it very small or large activations would all get the same scale, a bound.
+    """
+    if not scale.numel() or bool(((scale >= BOUNDS[0]) & (scale <= BOUNDS[1])).all()):
+        return scale
+    exponent = scale.clamp(2.0**-126, 2.0**126).log2().median().round()
+    return (scale / exponent.exp2()).clamp(*BOUNDS)
 
 
 def to_powers_of_two(scale: Tensor) -> Tensor:
@@ -138,8 +155,8 @@ def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
     # What one scale for the tensor must cover is not in the sample, but in all that was seen.
     top = (reader.absmax / own).amax() if options.x_block == (ALL, ALL) else None
     x, w = _quantized(rows / own, options.x_block, options, top), _quantized(weight * own, options.w_block, options)
-    signal = reader.exact.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return (x @ w.T - reader.exact).square().sum() / signal
+    signal = (reader.exact / reader.unit).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((x @ w.T - reader.exact) / reader.unit).square().sum() / signal
 
 
 def _quantized(x: Tensor, block: tuple[int, int], options: SchemeOptions, top: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from qcompiler.interpreter import interpret
     from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value, diff
+    from qcompiler.nonfinite import NonFinite, find_nonfinite
     from qcompiler.pass_manager import Effect, Pass, Pipeline
     from qcompiler.report import Report
     from qcompiler.schemes import Scheme, pipeline
@@ -45,6 +46,7 @@ _HOME = {
     ),
     "qcompiler.interpreter": ("interpret",),
     "qcompiler.ir": ("DType", "Graph", "Match", "Missed", "Op", "Rewriter", "Rule", "TensorType", "Value", "diff"),
+    "qcompiler.nonfinite": ("NonFinite", "find_nonfinite"),
     "qcompiler.pass_manager": ("Effect", "Pass", "Pipeline"),
     "qcompiler.report": ("Report",),
     "qcompiler.schemes": ("Scheme", "pipeline"),
@@ -60,10 +62,10 @@ _SIBLINGS = ("passes", "codegen")
 
 __all__ = [
     "ArtefactError", "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport",
-    "Graph", "InputError", "Match", "Missed", "Op", "ParseError", "Pass", "PassError", "Pipeline", "QCompilerError",
-    "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error", "calibration",
-    "checkpoints", "compile", "diff", "html", "instruments", "interpret", "load", "numerics", "pipeline", "schemes",
-    "testing",
+    "Graph", "InputError", "Match", "Missed", "NonFinite", "Op", "ParseError", "Pass", "PassError", "Pipeline",
+    "QCompilerError", "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error",
+    "calibration", "checkpoints", "compile", "diff", "find_nonfinite", "html", "instruments", "interpret", "load",
+    "numerics", "pipeline", "schemes", "testing",
 ]  # fmt: skip
 
 

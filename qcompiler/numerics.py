@@ -1,9 +1,9 @@
 """What quantize, dequantize and the scaled product mean, in plain torch: the truth that every kernel is held to.
 
-A tensor is cut into blocks over its last two dimensions. Each block has one FP32 scale, so that the largest finite
-element of the block lands on the largest value of the 8-bit format:
+A tensor is cut into blocks over its last two dimensions. Each block has one FP32 scale, so that the largest element of
+the block lands on the largest value of the 8-bit format:
 
-    amax  = max |x| over the finite elements of the block, in FP32
+    amax  = max |x| over the block, in FP32
     scale = max(amax, floor) / FORMAT_MAX[dtype]          (profile "ue8m0": rounded up to a power of two)
     q     = round-to-nearest-even(clamp(x / scale))        (profile "deepgemm": x * (1 / scale))
     x'    = q * scale
@@ -17,10 +17,21 @@ A size of a block that is `ALL` takes the whole of its axis, so the granularitie
 The formats are symmetric: e4m3, e5m2, and INT8 from -127 to 127. A static scale is given instead of computed. A
 prescale multiplies each channel, in FP32, before anything else happens to it.
 
-The rule for what is not finite: NaN stays NaN in its own element (its sign and payload are not specified) and affects
-no neighbour; an infinity saturates to the largest value of its sign; the scale comes from the finite elements alone.
-INT8 has no NaN, and gets a zero.
-A block without a finite non-zero element gets zeros and the positive scale floor / FORMAT_MAX.
+The floor keeps a block of zeros from dividing by zero: it gets zeros and the positive scale floor / FORMAT_MAX. For FP8
+it is the one that the source of the profile uses. FP8 codes have an exponent, so they lose nothing until an amax is far
+below the floor. INT8 codes have none and lose bits from the floor on, so the floor of INT8 is not a size of data: it is
+as small as exact division allows.
+
+A NaN or an infinity reaches everything that is computed from its row:
+
+    a computed scale of one row               the scale of the block is NaN
+    a computed scale of several rows, FP8     the code of the element is NaN; the scale is that of the finite elements
+    a computed scale of several rows, INT8    the scale of the block is NaN, which poisons all of its rows
+    a static scale, FP8                       the code of the element is NaN
+    a static scale, INT8                      nothing can say it: NaN becomes 0, and infinities saturate
+
+The sign and payload of a NaN are not specified. A code whose scale is NaN is NaN in FP8 and 0 in INT8. A finite number
+never becomes NaN: beyond the range of a static scale it saturates.
 
 The rounding of 1/s and of x/s differ by an ulp here and there, which flips about one code in two thousand; hence
 the conventions of the field are named profiles and are never mixed. Divisions are IEEE divisions on every device.
@@ -46,6 +57,9 @@ ALL = -1
 MOST_AT_ONCE = 2**26
 """Elements of a stack of matrices that are quantized together; more go matrix by matrix, with less memory."""
 
+INT8_AMAX_FLOOR = 127 * 2.0**-100
+"""About 1e-28, a scale of 2^-100: the kernels, which do without a division instruction, are exact down to 2^-101."""
+
 DEFAULT_PROFILE = "deepseek"
 
 
@@ -55,15 +69,19 @@ class Profile:
 
     Attributes:
         name: How the profile is chosen and recorded.
-        amax_floor: The smallest amax from which a scale is made, in units of the input.
+        fp8_amax_floor: The smallest amax from which an FP8 scale is made, in units of the input.
         division: `"divide"` is x / s, `"reciprocal"` is x * (1 / s); both steps are rounded to FP32.
         scale_format: `"f32"`, or `"ue8m0"`: a power of two, never below the FP32 scale.
     """
 
     name: str
-    amax_floor: float
+    fp8_amax_floor: float
     division: Literal["divide", "reciprocal"]
     scale_format: Literal["f32", "ue8m0"]
+
+    def amax_floor(self, dtype: torch.dtype) -> float:
+        """The smallest amax from which a scale of that format is made."""
+        return INT8_AMAX_FLOOR if dtype is torch.int8 else self.fp8_amax_floor
 
 
 PROFILES: dict[str, Profile] = {
@@ -102,7 +120,8 @@ def quantize(
         prescale: `[K]`, floating point: what each channel is multiplied by first, in FP32.
 
     Returns:
-        `q` of `dtype` with the shape of `x`, and the FP32 scale in the shape of `scale_shape`, both contiguous.
+        `q` of `dtype` with the shape of `x`, and the FP32 scale in the shape of `scale_shape`, both contiguous. NaN and
+        infinities become NaN codes or a NaN scale, as the table at the top of this module says.
 
     Raises:
         QCompilerError: An unknown profile or format, a malformed block, an `x` that is a scalar or not floating, or a
@@ -113,7 +132,12 @@ def quantize(
     if type(x) is Tensor and x.dim() > 2 and block[0] != ALL and x.numel() > MOST_AT_ONCE:
         return _quantize_one_by_one(x, block, dtype, profile, prescale)
     blocks = _into_blocks(_prescaled(x, prescale), block)
-    scale = scale_of(_amax(blocks), dtype, profile)
+    if block[0] == 1 or dtype is torch.int8:
+        amax = blocks.abs().amax((-3, -1), keepdim=True)
+    else:
+        blocks = _nan_for_infinity(blocks)
+        amax = blocks.abs().nan_to_num_(nan=0.0).amax((-3, -1), keepdim=True)
+    scale = scale_of(amax, dtype, profile)
     codes = _out_of_blocks(_encode(blocks, scale, _named(profile), dtype), x)
     return codes, scale.reshape(scale_shape(x.shape, block))
 
@@ -137,7 +161,7 @@ def quantize_static(
     profile: str = DEFAULT_PROFILE,
     prescale: Tensor | None = None,
 ) -> Tensor:
-    """Quantizes with scales that are known already; what lies beyond their range saturates.
+    """Quantizes with scales that are known already; finite numbers beyond their range saturate.
 
     Args:
         x: As in `quantize`.
@@ -157,7 +181,10 @@ def quantize_static(
     _format_max(dtype)
     wide = _prescaled(x, prescale)
     _check_scale(x, scale, block)
-    return _out_of_blocks(_encode(_into_blocks(wide, block), _spread(scale, x), _named(profile), dtype), x)
+    blocks = _into_blocks(wide, block)
+    if dtype is not torch.int8:
+        blocks = _nan_for_infinity(blocks)
+    return _out_of_blocks(_encode(blocks, _spread(scale, x), _named(profile), dtype), x)
 
 
 def scale_shape(shape: Sequence[int], block: Sequence[int]) -> list[int]:
@@ -237,7 +264,7 @@ def scale_of(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, profile: st
     """The FP32 scale for each largest magnitude: that of a block, or one that calibration has found.
 
     Args:
-        amax: FP32, not negative, any shape; unchanged.
+        amax: FP32, not negative, any shape; unchanged. The scale of an infinity or NaN is NaN.
         dtype: One of `FORMAT_MAX`.
         profile: A key of `PROFILES`.
 
@@ -247,17 +274,17 @@ def scale_of(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, profile: st
     rule = _named(profile)
     # A tensor divisor, because CUDA turns division by a Python number into a multiplication by its reciprocal.
     top = torch.full((), _format_max(dtype), dtype=torch.float32, device=amax.device)
-    scale = amax.clamp_min(rule.amax_floor) / top
-    if rule.scale_format == "f32":
-        return scale
-    # ceil(log2) on the bits: any mantissa bit carries into the exponent, and is then cleared.
-    return scale.view(torch.int32).add(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+    scale = amax.clamp_min(rule.amax_floor(dtype)) / top
+    if rule.scale_format == "ue8m0":
+        # ceil(log2) on the bits: any mantissa bit carries into the exponent, and is then cleared.
+        scale = scale.view(torch.int32).add(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+    return scale + amax * 0  # NaN where the amax is not finite
 
 
-def _amax(blocks: Tensor) -> Tensor:
-    """The largest finite magnitude of each block, with its rows and columns kept as ones."""
-    # In place and without a mask: comparing and selecting costs ten times as much on a CPU.
-    return blocks.abs().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).amax((-3, -1), keepdim=True)
+def _nan_for_infinity(x: Tensor) -> Tensor:
+    """`x` with NaN in place of infinities."""
+    # Without a mask: comparing and selecting costs ten times as much on a CPU.
+    return x * 0 + x
 
 
 def _encode(blocks: Tensor, scale: Tensor, rule: Profile, dtype: torch.dtype) -> Tensor:

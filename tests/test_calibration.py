@@ -1,7 +1,7 @@
 """Statistics of values: streamed, merged and one-shot are the same, and each is what torch computes of all the data."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcompiler import numerics
 from qcompiler.calibration import OBSERVERS, Statistics
-from qcompiler.calibration.histogram import CHANNEL_BITS, RATIOS, TENSOR_BITS, bin_count, bin_of, edges
+from qcompiler.calibration.histogram import CHANNEL_BITS, RATIOS, TENSOR_BITS, bin_count, bin_of, edges, low_for
 from qcompiler.calibration.sample import row_keys
 from qcompiler.errors import QCompilerError
 
@@ -251,10 +251,57 @@ def test_mse_cuts_where_that_pays_and_only_there() -> None:
     # (8 - clip)² + n · (clip / 127)² / 12 is least at this clip.
     want = 8 / (1 + len(outlier) / (12 * 127**2))
     assert abs(float(seen([outlier], histogram=True).amax("mse", "tensor")) - want) < 0.15
-    tiny = seen(
-        [outlier * 1e-20], histogram=True
-    )  # its squares leave FP32; the floor of the profile decides, not noise
-    assert torch.equal(tiny.amax("mse", "tensor"), tiny.absmax.max())
+    tiny = seen([outlier * 2.0**-66], histogram=True)  # the squares of these leave FP32
+    assert abs(float(tiny.amax("mse", "tensor")) * 2.0**66 - want) < 0.15
+
+
+@pytest.mark.parametrize("exponent", [-85, -60, -30, 40, 100])
+def test_the_size_of_the_values_does_not_change_where_they_are_clipped(exponent: int) -> None:
+    data = torch.randn(4000, 3, generator=torch.Generator().manual_seed(2))
+    data[17] *= 40
+    usual, other = seen([data], histogram=True), seen([data * 2.0**exponent], histogram=True)
+    for observer in ("percentile", "mse"):
+        for per in ("tensor", "channel"):
+            want, got = (each.amax(observer, per, percentile=99.9) for each in (usual, other))
+            torch.testing.assert_close(got * 2.0**-exponent, want, rtol=1e-4, atol=0)
+
+
+def test_histograms_of_values_that_grow_add_up_in_any_order() -> None:
+    data = [
+        torch.randn(50, 3, generator=torch.Generator().manual_seed(i)) * 2.0**e for i, e in enumerate((-70, -20, 30))
+    ]
+    data.append(torch.zeros(2, 3))
+    whole = seen([torch.cat(data)], histogram=True)
+    for order in permutations(data):
+        streamed, merged = seen(list(order), histogram=True), seen([order[0]], histogram=True)
+        for batch in order[1:]:
+            merged.merge(seen([batch], histogram=True))
+        for got in (streamed, merged):
+            assert got.histogram is not None and whole.histogram is not None
+            assert got.histogram.low == whole.histogram.low == low_for(float(whole.absmax.max()))
+            assert torch.equal(got.histogram.tensor, whole.histogram.tensor)
+            assert torch.equal(got.histogram.channel, whole.histogram.channel)
+
+
+@pytest.mark.parametrize(
+    ("largest", "low"),
+    [
+        (0.0, None),
+        (1e-45, -126),
+        (2.0**-110, -125),
+        (2.0**-20, -35),
+        (2.0**-9, -24),
+        (1.0, -24),
+        (2.0**23, -24),
+        (3e38, 80),
+    ],
+)
+def test_the_lowest_exponent_follows_the_largest_magnitude(largest: float, low: int | None) -> None:
+    assert low_for(largest) == low
+    lower, upper = edges(TENSOR_BITS, low)
+    assert bool((lower[1:] == upper[:-1]).all()) and upper[-1] == math.inf and lower[-1] <= 2.0**128
+    at = int(bin_of(torch.tensor(largest), TENSOR_BITS, low))
+    assert lower[at] <= torch.tensor(largest).double() <= upper[at]
 
 
 # Samples

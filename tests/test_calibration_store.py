@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qcompiler.calibration import Calibration, Statistics
+from qcompiler.calibration.store import _low_of
 from qcompiler.errors import InputError, QCompilerError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op
@@ -249,6 +250,26 @@ def observed() -> Calibration:
     calibration.observe(graph, ["x"], rows=50)
     calibration.statistics["ü 重み/.."] = Statistics.empty(0, histogram=True)
     return calibration
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0**-90, 2.0**100])
+def test_histograms_of_small_and_large_values_come_back(tmp_path: Path, size: float) -> None:
+    calibration = Calibration()
+    calibration.statistics["v"] = Statistics.empty(3, histogram=True)
+    calibration.statistics["v"].update(torch.randn(50, 3) * size)
+    calibration.save(tmp_path / "m.safetensors")
+    loaded = Calibration.load(tmp_path / "m.safetensors").statistics["v"]
+    known = calibration.statistics["v"]
+    assert equal(Calibration.load(tmp_path / "m.safetensors"), calibration)
+    assert loaded.histogram is not None and known.histogram is not None and loaded.histogram.low == known.histogram.low
+    for observer in ("percentile", "mse"):
+        assert torch.equal(loaded.amax(observer, "channel"), known.amax(observer, "channel"))
+
+
+@pytest.mark.parametrize("bins", [[], "abc", {}, [0, 48, 5], [-127, -79, 5, 3], [1e400, 1, 5, 3], [0, 24, 5, 3]])
+def test_bins_of_another_kind_are_no_bins(bins: Any) -> None:
+    with pytest.raises(ValueError, match="its histograms have bins"):
+        _low_of(bins)
 
 
 def test_a_file_gives_the_same_bits(tmp_path: Path) -> None:

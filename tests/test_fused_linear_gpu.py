@@ -150,22 +150,28 @@ def test_sums_that_no_body_rounds(parts: int) -> None:
 
 
 @forms
-def test_what_is_not_finite_stays_where_it_is(config: FusedGemmConfig) -> None:
-    """NaN and infinities of one operand are in their own codes, and their row's scale is made without them."""
+@pytest.mark.parametrize("dtype", [E4M3, torch.int8])
+def test_what_is_not_finite_poisons_its_tile_of_the_result(config: FusedGemmConfig, dtype: torch.dtype) -> None:
+    """A NaN code and a NaN scale of a row make its results NaN; one column that is not finite, one tile of each row."""
     m, n, k = 70, 256, 256
     x, xs, w, ws = operands(m, n * config.parts, k)
     body = SWIGLU if config.parts == 2 else GELU
     bias = torch.zeros(n * config.parts, device="cuda")
-    bias[3], bias[140], bias[-1] = math.nan, math.inf, -math.inf
-    result = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-    launch_fused(config, body, x, w, xs, ws, bias, [], result)
-    codes, scale = torch.empty(m, n, dtype=E4M3, device="cuda"), torch.empty(m, n // 128, device="cuda")
-    launch_fused(config, body, x, w, xs, ws, bias, [], codes, scale)
-    want, want_scale = numerics.quantize(result, (1, 128), E4M3)
-    assert bool(result.isnan().any()) and bool(scale.isfinite().all())
-    assert torch.equal(scale, want_scale)
-    assert torch.equal(codes.float().isnan(), want.float().isnan())
-    assert torch.equal(codes.float().nan_to_num(), want.float().nan_to_num())
+    for columns in (False, True):
+        x.view(torch.uint8)[5, 200], xs[9, 0] = 0x7F, math.nan
+        if columns:
+            bias[3] = math.inf
+        result = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+        launch_fused(config, body, x, w, xs, ws, bias, [], result)
+        codes, scale = torch.empty(m, n, dtype=dtype, device="cuda"), torch.empty(m, n // 128, device="cuda")
+        launch_fused(config, body, x, w, xs, ws, bias, [], codes, scale)
+        want, want_scale = numerics.quantize(result, (1, 128), dtype)
+        assert result.isnan().all(1).nonzero().flatten().tolist() == [5, 9]
+        poisoned = scale.isnan()
+        assert poisoned.all(1).nonzero().flatten().tolist() == [5, 9] and bool(poisoned[:, 0].all()) == columns
+        torch.testing.assert_close(scale, want_scale, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(codes.float().isnan(), want.float().isnan())
+        assert torch.equal(codes.float().nan_to_num(), want.float().nan_to_num())
 
 
 CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {

@@ -4,6 +4,7 @@ The interpreter is chosen when Triton is imported, hence one process of its own 
 functions and rounds to FP8 and to bfloat16 wrongly; so bodies round to float16 here, and codes are INT8.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -21,13 +22,16 @@ LAYER_NORM = "r = standardize(x0, 1e-05) * x1 + 0.5; r"
 FAR = "r = relu(1 - x0) + 3; r"  # on the zeros beyond the last column it is 4
 
 
-def _case(body: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, layout: str, spare: int = 0) -> None:
+def _case(
+    body: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, layout: str, spare: int = 0, odd: float = 0.0
+) -> None:  # fmt: skip
     made = parse(body)
     operands = []
     for place in range(len(made.operands)):
         dtype = (torch.float32, torch.float16)[place % 2]
         shape = (k,) if place in vectors else (m, k + spare)
         operands.append(torch.randn(shape).mul(1 + place).to(dtype)[..., :k])
+    operands[0][m // 2, k - 1] = odd
     keep = tuple(name for name in ("h", "r") if name in dict(made.definitions))
     rule = numerics.profile("deepseek")
     kept = [torch.full((m + 1, k), 7.0, dtype=made.dtype(name)) for name in keep]
@@ -35,8 +39,8 @@ def _case(body: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, lay
     scale = quantization.scale_like(operands[0], block_k, layout).fill_(-1.0)
     tile = fused_config(m, k, block_k, whole_rows=made.across, operand_bytes=4, kept=len(keep))
     constants = {
-        "K": k, "BODY": triton_function(body, keep), "AMAX_FLOOR": rule.amax_floor, "TOP": 127.0, "RECIPROCAL": False,
-        "UE8M0": False,
+        "K": k, "BODY": triton_function(body, keep), "AMAX_FLOOR": rule.amax_floor(q.dtype), "TOP": 127.0,
+        "RECIPROCAL": False, "UE8M0": False,
     }  # fmt: skip
     fused_quantization._launch(
         operands, [each[:m] for each in kept], q[:m], scale, constants, tile, (m, k), (body, keep)
@@ -46,10 +50,12 @@ def _case(body: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, lay
     for got, each in zip(kept, wanted, strict=True):
         assert bool((got[m:] == 7.0).all()), (label, "wrote beyond the last row")
         tolerance = (2e-3, 1e-3) if made.across and each.dtype == torch.float16 else (1e-5, 1e-5)
-        assert torch.allclose(got[:m].float(), each.float(), *(tolerance if made.across else (0, 0))), label
+        rtol, atol = tolerance if made.across else (0, 0)
+        assert torch.allclose(got[:m].float(), each.float(), rtol, atol, equal_nan=True), label
     result = kept[-1][:m] if keep and keep[-1] == "r" else want
     want_q, want_scale = numerics.quantize(result, (1, block_k), torch.int8, "deepseek")
-    assert torch.equal(scale, want_scale), label
+    assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), label
+    assert want_scale.isnan().any(1).nonzero().flatten().tolist() == ([] if math.isfinite(odd) else [m // 2]), label
     assert torch.equal(q[:m], want_q), label
     assert bool((q[m:] == 7).all()), (label, "wrote beyond the last row")
 
@@ -76,6 +82,10 @@ def _run_all() -> None:
     _case(SUM, (1,), 2, 5000, 128, "col_major")
     _case(NORM, (2,), 2, 5000, 128, "col_major")
     _case("m = mean(x0); r = (x0 - m) * mean(m) + x1; r", (1,), 3, 100, 32, "row_major")
+    for odd in (math.nan, math.inf, -math.inf):
+        _case(SUM, (), 5, 300, 64, "row_major", odd=odd)
+        _case(NORM, (2,), 3, 300, 128, "col_major", odd=odd)
+        _case(GATED, (), 3, 77, -1, "row_major", odd=odd)
     print("all cases ran")
 
 

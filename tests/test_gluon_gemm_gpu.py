@@ -87,6 +87,21 @@ def test_any_number_of_rows(config: GemmConfig) -> None:
         assert relative_error(out, exact(x, xs, w, ws)) <= 2.2e-3, m
 
 
+@configs
+def test_nan_codes_and_scales_poison_their_row_and_no_other(config: GemmConfig) -> None:
+    # Of a weight: the outputs of the code's row, and those of the scale's block.
+    m, n, k = 12, 264, 640
+    x, xs, w, ws = operands(m, n, k)
+    clean, out = torch.empty(2, m, n, dtype=torch.bfloat16, device="cuda")
+    launch_gemm(config, x, w, clean, xs, ws, None)
+    x.view(torch.uint8)[2, 639], x.view(torch.uint8)[4, 0], xs[9, 4] = 0x7F, 0xFF, math.nan
+    w.view(torch.uint8)[7, 130], ws[1, 2] = 0x7F, math.nan
+    launch_gemm(config, x, w, out, xs, ws, None)
+    want = torch.zeros(m, n, dtype=torch.bool, device="cuda")
+    want[[2, 4, 9]], want[:, 7], want[:, 128:256] = True, True, True
+    assert torch.equal(out.isnan(), want) and torch.equal(out[~want], clean[~want])
+
+
 def gluon_configs(x_blocks: Sequence[int]) -> list[tuple[int, GemmConfig]]:
     return [(x_block, c) for x_block in x_blocks for c in all_configs("tiles", x_block) if c.variant in GLUON]
 

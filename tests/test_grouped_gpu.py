@@ -110,6 +110,19 @@ def test_masked_groups_leave_the_other_rows_as_they_are(config: GroupedConfig) -
 
 
 @configs
+def test_nan_codes_and_scales_poison_their_row_and_no_other(config: GroupedConfig) -> None:
+    counts = [5, 0, 130, 1, 64]
+    x, xs, w, ws = operands(sum(counts), len(counts), 272, 400)
+    clean, out = torch.empty(2, len(x), 272, dtype=torch.bfloat16, device="cuda")
+    launch_grouped(config, x, w, clean, xs, ws, ends_of(counts))
+    x.view(torch.uint8)[4, 399], xs[100, 3] = NAN, math.nan
+    launch_grouped(config, x, w, out, xs, ws, ends_of(counts))
+    assert out.isnan().any(1).nonzero().flatten().tolist() == [4, 100] and bool(out[[4, 100]].isnan().all())
+    alone = ~out.isnan()
+    assert torch.equal(out[alone], clean[alone])
+
+
+@configs
 @pytest.mark.parametrize("groups", [256, 1000])
 def test_many_groups(config: GroupedConfig, groups: int) -> None:
     counts = torch.randint(0, 12, (groups,), generator=torch.Generator().manual_seed(groups)).tolist()

@@ -47,6 +47,7 @@ FLOORS = {
     "qcompiler.explorer": 5,
     "qcompiler.html": 5,
     "qcompiler.lineage": 5,
+    "qcompiler.nonfinite": 5,
     "qcompiler.pipelines": 5,
     "qcompiler.progress": 5,
     "qcompiler.report": 5,

@@ -91,17 +91,22 @@ def test_a_quantized_perceptron_for_any_number_of_rows(compiled: CompiledModel, 
 def test_what_is_not_finite_comes_out_as_the_interpreter_has_it(compiled: CompiledModel, folder: Path) -> None:
     graph = Graph("codes")
     x = graph.add_input("x", TensorType(DType.f32, (symbol("s0"), 256)))
-    attrs: dict[str, Argument] = {"block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
-    quantized = graph.append("quant.quantize", x, attrs=attrs).results
-    attrs = {"block": (1, 128), "out_dtype": DType.f32}
-    graph.set_outputs(graph.append("quant.dequantize", *quantized, attrs=attrs).results)
+    values: list[Value] = []
+    for block, dtype in (((1, 128), DType.f8e4m3fn), ((-1, -1), DType.f8e4m3fn), ((1, -1), DType.i8)):
+        attrs: dict[str, Argument] = {"block": block, "dtype": dtype, "profile": "deepseek"}
+        quantized = graph.append("quant.quantize", x, attrs=attrs).results
+        attrs = {"block": block, "out_dtype": DType.f32}
+        values += graph.append("quant.dequantize", *quantized, attrs=attrs).results
+    graph.set_outputs(values)
     # Every power of two and what is around it, so that some values round up to the smallest normal code.
     given = torch.exp2(torch.linspace(-16, 8, 5 * 256)).reshape(5, 256) * torch.tensor([1.0, -1.0]).repeat(128)
-    given[0, :4] = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf])
+    given = torch.cat([given, given[:1]])
+    given[5, :4] = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf])
     built = load(build(graph, folder.parent / "codes"))
-    (want,) = interpret(graph, [given])
-    assert want.isnan().sum() == 2
-    torch.testing.assert_close(built(given), want, rtol=0, atol=0, equal_nan=True)
+    wanted = interpret(graph, [given])
+    assert [int(want.isnan().sum()) for want in wanted] == [128, 4, 256]
+    for got, want in zip(built(given), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -52,15 +52,16 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     scale = quantization.scale_like(x, block_k, layout).fill_(-1.0)
     tile = quantize_tiling.quantize_config(m, block_k)
     quantize_tiles[(-(-m // tile.block_m) * -(-k // block_k),)](
-        x, q, scale, None, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor, TOP=448.0,
+        x, q, scale, None, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor(q.dtype), TOP=448.0,
         RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0", BLOCK_M=tile.block_m,
         BLOCK_K=block_k, num_warps=tile.warps,
     )  # fmt: skip
     want_q, want_scale = numerics.quantize(x, (1, block_k), profile=name)
-    assert torch.equal(scale, want_scale), (m, k, name, layout)
+    assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), (m, k, name, layout)
+    assert bool(want_scale[0, -1].isnan()) and bool(want_scale[1:2, 0].isnan().all())
     assert bool((q[m:].float() == 7.0).all()), "wrote beyond the last row"
-    finite = x.isfinite() & (x.abs() != 0)
-    got, want = q[:m].float()[finite], want_q.float()[finite]
+    kept = want_q.float().isfinite() & (x != 0)  # the interpreter makes other codes of NaN
+    got, want = q[:m].float()[kept], want_q.float()[kept]
     assert torch.allclose(got, want, rtol=0.07), (m, k, name, layout)
 
 
@@ -76,11 +77,11 @@ def _row_gemm(config: "GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int
     assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
 
 
-def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool) -> None:
-    # Profiles that multiply: the interpreter does not fuse the multiply-adds by which the others divide.
+def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool, odd: float = math.nan) -> None:
     rule = numerics.profile(name)
-    x = torch.randn(m, k + 5)[:, :k] * torch.rand(m, 1).mul(4).exp()
-    x[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])[: min(k, 3)]
+    x = torch.randn(m, k + 5)[:, :k] * torch.rand(m, 1).mul(4).exp() * 2.0**-80
+    x[0, k // 2] = odd
+    x[-1, 0] = 0.0
     prescale = torch.rand(k) + 0.5 if prescaled else None
     want_q, want_scale = numerics.quantize(x, block, torch.int8, name, prescale)
     q = torch.full((m + 2, k), 7, dtype=torch.int8)
@@ -91,13 +92,23 @@ def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool) ->
         quantization._quantize_tokens(x, q[:m], scale, prescale, rule)
     else:
         quantization._quantize_tiles(x, q[:m], scale, prescale, rule, block[1])
-    assert torch.equal(scale, want_scale), (block, m, k, name)
+    assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), (block, m, k, name, odd)
+    assert bool(want_scale.isnan().any()) == (not math.isfinite(odd))
     assert bool((q[m:] == 7).all()), "wrote beyond the last row"
-    if block[0] != -1 or name == "deepgemm":
-        assert torch.equal(q[:m], want_q), (block, m, k, name)
-    again = torch.empty_like(q[:m])
-    quantization._quantize_known(x, again, scale, prescale, numerics.profile("deepgemm"), block)
-    assert torch.equal(again, numerics.quantize_static(x, scale, block, torch.int8, "deepgemm", prescale))
+    assert torch.equal(q[:m], want_q), (block, m, k, name, odd)
+    for known in (scale, torch.full_like(scale, 2.0**-84)):
+        again = torch.empty_like(q[:m])
+        quantization._quantize_known(x, again, known, prescale, rule, block)
+        want = numerics.quantize_static(x, known, block, torch.int8, name, prescale)
+        assert torch.equal(again, want), (block, m, k, name, odd)
+
+
+def _amax_of_finite(m: int, k: int) -> None:
+    x = torch.randn(m, k)
+    x[m // 2, :3], x[0, 0] = torch.tensor([math.nan, math.inf, -math.inf]), -9.0
+    q, scale = torch.empty(m, k).to(torch.float8_e4m3fn), torch.empty(1, 1)
+    quantization._quantize_tensor(x, q, scale, None, numerics.profile("deepseek"))
+    assert torch.equal(scale, numerics.quantize(x, (-1, -1))[1]), (m, k)
 
 
 def _portable(x_block: int) -> "list[GemmConfig]":
@@ -113,10 +124,13 @@ def _fma(_builder: object, x: "TensorHandle", y: "TensorHandle", z: "TensorHandl
 
 def _run_all() -> None:
     for block in ((1, -1), (-1, -1), (1, 64)):
-        _int8(block, 5, 300, "deepgemm", prescaled=True)
+        for name, odd in zip(numerics.PROFILES, (math.nan, math.inf, -math.inf, 0.5), strict=True):
+            _int8(block, 5, 300, name, True, odd)
         _int8(block, 1, 16, "ue8m0", prescaled=False)
         _int8(block, 520, 33, "deepgemm", prescaled=False)
     _int8((1, -1), 2, 20000, "deepgemm", prescaled=True)
+    for m, k in ((1, 16), (520, 33)):
+        _amax_of_finite(m, k)
     elements: dict[Kind, torch.dtype] = {"rows_f8": torch.float8_e4m3fn, "rows_i8": torch.int8}
     for kind, element in elements.items():
         for config in [config for config in tiling.all_configs(kind) if config.variant not in GLUON]:

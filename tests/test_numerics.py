@@ -65,14 +65,17 @@ def naive(x: np.ndarray[Any, Any], rows: int, columns: int, dtype: torch.dtype, 
             block = x[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
             amax = max([abs(float(v)) for v in block.flat if np.isfinite(v)] + [float(F32(floor))])
             scale = F32(amax) / F32(TABLES[dtype][-1])
-            if ue8m0:
+            if rows == 1 and not np.isfinite(block).all():
+                scale = F32(np.nan)
+            elif ue8m0:
                 fraction, exponent = math.frexp(float(scale))
                 scale = F32(math.ldexp(1.0, exponent - 1 if fraction == 0.5 else exponent))
             scales[i, j] = scale
             for r, c in np.ndindex(*block.shape):
                 with np.errstate(all="ignore"):
                     scaled = block[r, c] * (F32(1) / scale) if reciprocal else block[r, c] / scale
-                codes[i * rows + r, j * columns + c] = rounded_code(float(scaled), dtype)
+                value = float(scaled) if np.isfinite(block[r, c]) else math.nan
+                codes[i * rows + r, j * columns + c] = rounded_code(value, dtype)
     return codes, scales
 
 
@@ -140,21 +143,33 @@ def test_a_zero_block_gives_zeros_and_a_positive_scale() -> None:
         q, scale = numerics.quantize(torch.zeros(2, 128), profile=name)
         assert bool((q.view(torch.uint8) == 0).all()) and bool((scale > 0).all())
         if rule.scale_format == "f32":
-            assert scale[0, 0].item() == float(F32(rule.amax_floor) / F32(448))
+            assert scale[0, 0].item() == float(F32(rule.amax_floor(E4M3)) / F32(448))
 
 
-def test_nan_and_infinity_stay_with_their_element() -> None:
-    x = torch.ones(3, 256)
-    x[0, 3], x[1, 5], x[1, 6], x[2, :128] = math.nan, math.inf, -math.inf, math.nan
-    q, scale = numerics.quantize(x)
-    clean_q, clean_scale = numerics.quantize(torch.ones(3, 256))
-    same = torch.ones(3, 256, dtype=torch.bool)
-    same[0, 3] = same[1, 5] = same[1, 6] = False
-    same[2, :128] = False
-    assert torch.equal(q.view(torch.uint8)[same], clean_q.view(torch.uint8)[same])
-    assert torch.equal(scale[:2], clean_scale[:2]) and scale.isfinite().all()
-    assert bool(q[0, 3].float().isnan()) and bool(q[2, :128].float().isnan().all())
-    assert (q[1, 5].item(), q[1, 6].item()) == (448.0, -448.0)
+@pytest.mark.parametrize("name", sorted(numerics.PROFILES))
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_a_tile_with_nan_or_infinity_is_nan_and_no_other_is(odd: float, name: str) -> None:
+    x = torch.randn(3, 256)
+    clean_q, clean_scale = numerics.quantize(x, profile=name)
+    x[1, 133] = odd
+    q, scale = numerics.quantize(x, profile=name)
+    assert scale.isnan().tolist() == [[False, False], [False, True], [False, False]]
+    assert bool(q[1, 128:].float().isnan().all()) and bool(numerics.dequantize(q, scale)[1, 128:].isnan().all())
+    q[1, 128:], scale[1, 1] = clean_q[1, 128:], clean_scale[1, 1]
+    assert torch.equal(q.view(torch.uint8), clean_q.view(torch.uint8)) and torch.equal(scale, clean_scale)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_a_block_of_several_rows_has_nan_where_it_is_not_finite(odd: float) -> None:
+    x = torch.randn(128, 128).clamp(-2, 2)
+    x[3, 7] = 2.0
+    clean_q, clean_scale = numerics.quantize(x, (128, 128))
+    x[5, 9] = odd
+    q, scale = numerics.quantize(x, (128, 128))
+    assert torch.equal(scale, clean_scale)
+    assert q.float().isnan().nonzero().tolist() == [[5, 9]]
+    q[5, 9] = clean_q[5, 9]
+    assert torch.equal(q.view(torch.uint8), clean_q.view(torch.uint8))
 
 
 def test_ue8m0_rounds_the_scale_up_and_quantizes_with_it() -> None:

@@ -7,6 +7,7 @@ error of 2^-22 of an ulp. A code is decided by comparing the quotient with a tie
 from fractions import Fraction
 from math import floor, log2
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,15 +52,17 @@ def float32(value: Fraction) -> Fraction:
     return round(value / ulp) * ulp  # round() of a Fraction is to even
 
 
-def test_the_division_rounds_to_the_right_integer() -> None:
+@pytest.mark.parametrize(("scale", "smallest"), [(1.0, 1.0), (2.0**-123, 2.0**-8)])
+def test_the_division_rounds_to_the_right_integer(scale: float, smallest: float) -> None:
     # As above for INT8, whose ties have 8 significant bits: T is an integer in [128, 256) times a power of two, and S
     # must be within 8 of a multiple of 2^17. These cases are two million, hence float64 in place of fractions: products
     # of two FP32 numbers and their sums with a close third are exact in it; the last sum is rounded to odd.
+    # The second case has the smallest scales, from 2^-100 on, and the ties from 1/2 on: FP32 remainders are subnormal.
     s = (torch.arange(64, 129).view(-1, 1) * 2**17 + torch.arange(-17, 18)).view(-1)
-    s = s[(s >= 2**23) & (s < 2**24)].double().view(-1, 1, 1, 1)
+    s = s[(s >= 2**23) & (s < 2**24)].double().view(-1, 1, 1, 1) * scale
     reciprocal = rounded(1 / s)
-    tie = torch.arange(128, 257).double().view(-1, 1, 1)
-    half_ulp = torch.tensor([2.0**-17, -(2.0**-17), -(2.0**-18)], dtype=torch.float64).view(-1, 1)
+    tie = torch.arange(128, 257).double().view(-1, 1, 1) * smallest
+    half_ulp = torch.tensor([2.0**-17, -(2.0**-17), -(2.0**-18)], dtype=torch.float64).view(-1, 1) * smallest
     middle = rounded(s * (tie + half_ulp))
     ulp = torch.exp2(torch.floor(torch.log2(middle)) - 23)
     x = middle + ulp * torch.tensor([-1, 0, 1])

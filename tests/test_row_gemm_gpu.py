@@ -85,6 +85,23 @@ def test_every_configuration_on_a_large_and_on_a_ragged_shape(kind: Rows, config
                 assert torch.equal(out, again), "a repeated run gave other bits: a race"
 
 
+@pytest.mark.parametrize(("kind", "config"), CONFIGS, ids=str)
+def test_nan_scales_and_codes_poison_their_row_and_no_other(kind: Rows, config: GemmConfig) -> None:
+    m, n, k = 12, 272, 640
+    x, xs, w, ws = operands(m, n, k, kind)
+    clean, out = torch.empty(2, m, n, dtype=torch.bfloat16, device="cuda")
+    launch_row_gemm(config, x, w, clean, xs, ws, None)
+    want = torch.zeros(m, n, dtype=torch.bool, device="cuda")
+    # As quantization leaves a row that is not finite: INT8 codes are zero then.
+    x[9], xs[9], w[7], ws[7] = 0, math.nan, 0, math.nan
+    want[9], want[:, 7] = True, True
+    if kind == "rows_f8":
+        x.view(torch.uint8)[2, 639], w.view(torch.uint8)[30, 0] = 0x7F, 0xFF
+        want[2], want[:, 30] = True, True
+    launch_row_gemm(config, x, w, out, xs, ws, None)
+    assert torch.equal(out.isnan(), want) and torch.equal(out[~want], clean[~want])
+
+
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("x_block", [TOKEN, TENSOR])
 @pytest.mark.parametrize("w_block", [TOKEN, TENSOR])

@@ -86,6 +86,25 @@ def test_scales_are_finite_and_bounded_whatever_was_seen(x: list[float], w: list
             assert scale[channel] == 1
 
 
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60])
+def test_the_size_of_the_activations_changes_no_ratio_of_scales(size: float) -> None:
+    x_max, w_max = outliers().abs().amax(0), weights().abs().amax(0)
+    for alpha in (0.25, 0.5, 1.0):
+        want, got = by_formula(x_max, w_max, alpha), by_formula(x_max * size, w_max, alpha)
+        torch.testing.assert_close(got / got[0], want / want[0], rtol=1e-5, atol=0)
+    assert torch.equal(by_formula(x_max, w_max, 0.5), x_max.pow(0.5) / w_max.pow(0.5))  # no division within the bounds
+
+
+@pytest.mark.parametrize("size", [2.0**-70, 2.0**-50, 2.0**50])
+def test_the_size_of_the_activations_changes_no_error(size: float) -> None:
+    x, w = outliers(), weights()
+    for options in (TENSOR, TOKEN):
+        for scale in (torch.ones(128), by_formula(x.abs().amax(0), w.abs().amax(0), 0.5)):
+            want = output_error(scale, [reader(x, w)], options)
+            assert output_error(scale, [reader(x * size, w)], options) == want > 0
+    assert output_error(torch.ones(128), [reader(x * 0, w)], TENSOR) == 0
+
+
 def test_tied_channels_share_their_largest_magnitude() -> None:
     values = [torch.tensor([1.0, 5.0, 2.0]), torch.tensor([9.0, 4.0])]
     labels = [torch.tensor([0, 1, 2]), torch.tensor([-1, 3])]  # the first input of the second reader is not scaled
@@ -103,8 +122,7 @@ def test_powers_of_two_are_the_nearest_by_logarithm() -> None:
 
 def fake(x: Tensor, per_row: bool) -> Tensor:
     """INT8 by hand: one scale for each row, or for all."""
-    top = x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()
-    scale = top.clamp_min(1e-4) / 127
+    scale = (x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()) / 127
     return torch.round(x / scale).clamp(-127, 127) * scale
 
 

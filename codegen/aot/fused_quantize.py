@@ -52,7 +52,7 @@ def compile_fused_quantize(
     types = {"q": f"*{TRITON_TYPES[out_dtype]}", "scale": "*fp32"}
     constants: dict[str, Any] = {
         "K": k, "BODY": triton_function(body, keep),
-        "AMAX_FLOOR": rule.amax_floor, "TOP": numerics.FORMAT_MAX[out_dtype],
+        "AMAX_FLOOR": rule.amax_floor(out_dtype), "TOP": numerics.FORMAT_MAX[out_dtype],
         "RECIPROCAL": rule.division == "reciprocal", "UE8M0": rule.scale_format == "ue8m0", "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k, "GROUP": tile.group, "VECTOR": tile.vector,
     }  # fmt: skip

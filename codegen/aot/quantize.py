@@ -78,18 +78,24 @@ def compile_known(
     return _compile_quantize(quantize_known, dtype, out_dtype, prescale, constants, tile)
 
 
-def compile_amax(dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, prescale: bool = False) -> MachineCode:
+def compile_amax(
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    m: int = MANY_ROWS,
+    out_dtype: torch.dtype = torch.float8_e4m3fn,
+    prescale: bool = False,
+) -> MachineCode:
     """Compiles the amax of a tensor of `m` rows."""
     tile = tensor_config(m)
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    return _compile_quantize(partial_amax, dtype, torch.int8, prescale, constants, tile)
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "FINITE": out_dtype != torch.int8}
+    return _compile_quantize(partial_amax, dtype, out_dtype, prescale, constants, tile)
 
 
 def _rule(profile: str, out_dtype: torch.dtype) -> dict[str, Any]:
     """The constants that a profile and a format come down to."""
     rule = numerics.profile(profile)
     return {
-        "AMAX_FLOOR": rule.amax_floor,
+        "AMAX_FLOOR": rule.amax_floor(out_dtype),
         "TOP": numerics.FORMAT_MAX[out_dtype],
         "RECIPROCAL": rule.division == "reciprocal",
         "UE8M0": rule.scale_format == "ue8m0",

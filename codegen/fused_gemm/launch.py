@@ -77,7 +77,7 @@ def fused_constants(
         "STAGES": config.stages,
         "GROUP": config.group,
         "WHOLE": columns % 128 == 0,
-        "AMAX_FLOOR": rule.amax_floor,
+        "AMAX_FLOOR": rule.amax_floor(dtype),
         "TOP": float(numerics.FORMAT_MAX.get(dtype, 0)),
         "RECIPROCAL": rule.division == "reciprocal",
         "UE8M0": rule.scale_format == "ue8m0",

@@ -1,4 +1,4 @@
-"""What the quantization kernels share: the amax of what is finite, the scale made from it, and the 8-bit codes.
+"""What the quantization kernels share: the amax of a block, the scale made from it, and the 8-bit codes.
 
 A divide instruction for each element would cost as much time as the memory; hence the care for the division.
 """
@@ -9,64 +9,70 @@ import triton.language as tl
 
 @triton.jit
 def divide(x, by, reciprocal, BOUND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / by to the accuracy that the 8-bit code needs, from the correctly rounded 1 / by, in four instructions.
+    """x / by to the accuracy that the 8-bit code needs, from the correctly rounded 1 / by.
 
     One Markstein step (P. Markstein, IA-64 and Elementary Functions, 2000, chapter 8): the quotient's remainder, exact
     in a fused multiply-add, corrects it. What is left of the error, 2^-22 of an ulp, could move a code only where
     x / by is that close to where a tie between two codes begins; this happens next to nine values of the significand
     of `by` for the formats with 4 significant bits and to 65 for INT8, and there the tests go through all cases.
-    Where a remainder underflows, the quotient is far below the smallest 8-bit subnormal: `by` is 2^-60 at least.
+
+    A remainder that underflows must not move a code either. Its last bit is ulp(x / by) * ulp(by), which is 2^-149 or
+    more wherever a tie is near: for INT8, whose smallest tie is 1/2, if `by` is at least 2^-101; for e5m2, whose
+    smallest tie is 2^-17, if `by` is at least 2^-85.
 
     The remainder is quotient * by - x and is subtracted, so that a zero keeps its sign. Negations are products with -1,
-    which become operand modifiers; 0 - x would be an instruction and lose the sign of a zero. The bound keeps an
-    infinity's remainder from becoming NaN: the quotient becomes infinite again, which the conversion saturates.
+    which become operand modifiers; 0 - x would be an instruction and lose the sign of a zero.
+
+    BOUND limits the quotient, and keeps the remainder of a quotient that overflows from becoming NaN: such a quotient
+    becomes infinite again, which the conversion saturates. It is None where no quotient overflows.
     """
-    quotient = tl.clamp(x * reciprocal, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
+    quotient = x * reciprocal
+    if BOUND is not None:
+        quotient = tl.clamp(quotient, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
     return tl.fma(tl.fma(quotient, by, x * -1.0), reciprocal * -1.0, quotient)
 
 
 @triton.jit
-def finite_keys(values):  # type: ignore[no-untyped-def]
-    """Signed integers in the order of the magnitudes of FP32 values, where what is not finite comes below zero's key.
+def magnitude_keys(values):  # type: ignore[no-untyped-def]
+    """Integers in the order of the magnitudes of FP32 values: finite numbers, then infinity, then NaN.
 
-    On the bits: the sign is dropped, and adding one to the exponent makes infinities and NaN negative. A shift in place
-    of the mask would save nothing, and ptxas 12.8 turns a product of floats that is shifted into a product of integers.
+    They are the bits without the sign. A floating-point maximum drops NaN, and one that keeps it takes more
+    instructions in FP32.
     """
-    ONE: tl.constexpr = 1 << 23
-    return (values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + ONE
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def amax_of_keys(largest):  # type: ignore[no-untyped-def]
-    """The magnitude behind the largest key; 0 if nothing was finite."""
-    ONE: tl.constexpr = 1 << 23
-    return (tl.maximum(largest, ONE) - ONE).to(tl.float32, bitcast=True)
+    """The magnitude with this key, which may be infinity or NaN."""
+    return largest.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def finite_magnitudes(values):  # type: ignore[no-untyped-def]
-    """The magnitudes of FP32 values, where what is not finite becomes NaN, which a maximum passes over."""
-    return tl.abs(tl.fma(values, 0.0, values))
+def nan_for_infinity(values):  # type: ignore[no-untyped-def]
+    """FP32 values with NaN in place of infinities; a zero keeps its sign."""
+    return tl.fma(values, 0.0, values)
 
 
 @triton.jit
 def scale_of(amax, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, UE8M0: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The scale of a block of that amax, NaN for none: FP32, or the power of two that is not below it.
+    """The scale of a block with that amax: FP32, or the next power of two; NaN if the amax is infinity or NaN.
 
     The division is corrected by its exact remainder as in `divide`; with the nearest number to 1 / TOP the result is
-    the correctly rounded quotient (Markstein, theorem 8.2).
+    the correctly rounded quotient (Markstein, theorem 8.2). The remainder of an infinity is NaN.
     """
-    held = tl.maximum(amax, AMAX_FLOOR)
+    held = tl.maximum(amax, AMAX_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     quotient = held * (1.0 / TOP)
     s = tl.fma(tl.fma(quotient, TOP, held * -1.0), -1.0 / TOP, quotient)
     if UE8M0:
-        s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        rounded = (s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        s = tl.fma(s, 0.0, rounded.to(tl.float32, bitcast=True))  # the bits of NaN would become a number
     return s
 
 
 @triton.jit
 def reciprocal_of(s):  # type: ignore[no-untyped-def]
-    """1 / s, correctly rounded, of scales between 2^-60 and 2^125: an estimate and two steps towards it.
+    """1 / s, correctly rounded, of scales between 2^-100 and 2^125: an estimate and two steps towards it.
 
     After the first step it is within an ulp, from where the second is exact but for a significand of ones (Markstein,
     theorem 8.1), whose case the tests show.
@@ -77,10 +83,13 @@ def reciprocal_of(s):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quotients(values, s, TOP: tl.constexpr, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """values / s, or values * (1 / s), of scales between 2^-60 and 2^125, as accurate as codes need."""
+def quotients(values, s, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """values / s, or values * (1 / s), as accurate as codes need, where s is the scale made from the amax of values.
+
+    Such a scale is NaN, or between 2^-60 (FP8) or 2^-100 (INT8) and 2^125, and no quotient overflows.
+    """
     reciprocal = reciprocal_of(s)
-    return values * reciprocal if RECIPROCAL else divide(values, s, reciprocal, 2 * TOP)
+    return values * reciprocal if RECIPROCAL else divide(values, s, reciprocal, None)
 
 
 @triton.jit

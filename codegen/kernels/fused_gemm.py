@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from codegen.kernels.encoding import amax_of_keys, codes, finite_keys, quotients, scale_of
+from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotients, scale_of
 from codegen.kernels.gluon_versions import async_load, computed_here, reinterpret
 from codegen.kernels.warp_pipeline import give_turn, tile_of, wait_for_turn
 
@@ -223,8 +223,8 @@ def _finish(  # type: ignore[no-untyped-def]
             else:
                 if not WHOLE:
                     result = gl.where(there, result, 0.0)
-                s = scale_of(amax_of_keys(gl.max(finite_keys(result), axis=1)), AMAX_FLOOR, TOP, UE8M0)
-                scaled = quotients(result, s[:, None], TOP, RECIPROCAL or UE8M0)
+                s = scale_of(amax_of_keys(gl.max(magnitude_keys(result), axis=1)), AMAX_FLOOR, TOP, UE8M0)
+                scaled = quotients(result, s[:, None], RECIPROCAL or UE8M0)
                 gl.store(places, codes(scaled, TOP, out.dtype.element_ty), mask=inside)
                 lines = out_scale + rows.to(gl.int64) * scale_stride_m + tile_n.to(gl.int64) * scale_stride_k
                 gl.store(lines, s, mask=rows < m)

@@ -7,7 +7,7 @@ result, bit for bit.
 import triton
 import triton.language as tl
 
-from codegen.kernels.encoding import codes, finite_magnitudes, quotients, scale_of
+from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotients, scale_of
 
 
 @triton.jit
@@ -86,9 +86,9 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     if not EVEN:
         values = tl.where(inside, values, 0.0)
     groups = tl.reshape(values, (BLOCK_M, GROUPS, GROUP))
-    s = scale_of(tl.max(finite_magnitudes(groups), axis=2), AMAX_FLOOR, TOP, UE8M0)
+    s = scale_of(amax_of_keys(tl.max(magnitude_keys(groups), axis=2)), AMAX_FLOOR, TOP, UE8M0)
     # Dividing by a power of two is multiplying by its exact reciprocal.
-    scaled = quotients(groups, s[:, :, None], TOP, RECIPROCAL or UE8M0)
+    scaled = quotients(groups, s[:, :, None], RECIPROCAL or UE8M0)
     tl.store(q + places, tl.reshape(codes(scaled, TOP, q.dtype.element_ty), (BLOCK_M, BLOCK_K)), mask=mask)
     blocks = start // GROUP + tl.arange(0, GROUPS)
     scales = scale + rows[:, None] * scale_stride_m + blocks[None, :].to(tl.int64) * scale_stride_k

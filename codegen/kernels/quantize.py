@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from codegen.kernels.encoding import (
+    amax_of_keys,
     codes,
-    finite_magnitudes,
     load_values,
+    magnitude_keys,
     quotients,
     scale_of,
     store_codes,
@@ -47,9 +48,9 @@ def quantize_tiles(  # type: ignore[no-untyped-def]
     rows = (tile // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     values = load_values(x, prescale, rows, columns, m, k, x_stride)
-    s = scale_of(tl.max(finite_magnitudes(values), axis=1), AMAX_FLOOR, TOP, UE8M0)
+    s = scale_of(amax_of_keys(tl.max(magnitude_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)
     # Dividing by a power of two is multiplying by its exact reciprocal.
-    scaled = quotients(values, s[:, None], TOP, RECIPROCAL or UE8M0)
+    scaled = quotients(values, s[:, None], RECIPROCAL or UE8M0)
     store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)
     tl.store(scale + rows * scale_stride_m + block.to(tl.int64) * scale_stride_k, s, mask=rows < m)
 
@@ -76,17 +77,17 @@ def quantize_tokens(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_K)
     if ONE_STEP:
         values = load_values(x, prescale, rows, columns, m, k, x_stride)
-        s = scale_of(tl.max(finite_magnitudes(values), axis=1), AMAX_FLOOR, TOP, UE8M0)
-        scaled = quotients(values, s[:, None], TOP, RECIPROCAL or UE8M0)
+        s = scale_of(amax_of_keys(tl.max(magnitude_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)
+        scaled = quotients(values, s[:, None], RECIPROCAL or UE8M0)
         store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)
     else:
-        largest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        keys = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
         for start in range(0, k, BLOCK_K):
             values = load_values(x, prescale, rows, start + columns, m, k, x_stride)
-            largest = tl.maximum(largest, finite_magnitudes(values))
-        s = scale_of(tl.max(largest, axis=1), AMAX_FLOOR, TOP, UE8M0)
+            keys = tl.maximum(keys, magnitude_keys(values))
+        s = scale_of(amax_of_keys(tl.max(keys, axis=1)), AMAX_FLOOR, TOP, UE8M0)
         for start in range(0, k, BLOCK_K):
             values = load_values(x, prescale, rows, start + columns, m, k, x_stride)
-            scaled = quotients(values, s[:, None], TOP, RECIPROCAL or UE8M0)
+            scaled = quotients(values, s[:, None], RECIPROCAL or UE8M0)
             store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, start + columns, m, k)
     tl.store(scale + rows * scale_stride_m, s, mask=rows < m)

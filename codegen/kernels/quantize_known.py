@@ -8,14 +8,24 @@ a static scale the last one is alone. The host never waits for a scale.
 import triton
 import triton.language as tl
 
-from codegen.kernels.encoding import amax_of_keys, codes, finite_keys, load_values, quotients, scale_of, store_codes
+from codegen.kernels.encoding import (
+    amax_of_keys,
+    codes,
+    divide,
+    load_values,
+    magnitude_keys,
+    nan_for_infinity,
+    reciprocal_of,
+    scale_of,
+    store_codes,
+)
 
 
 @triton.jit(do_not_specialize=["m"])
 def partial_amax(  # type: ignore[no-untyped-def]
-    x, partial, prescale, m, k, x_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    x, partial, prescale, m, k, x_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, FINITE: tl.constexpr
 ):  # fmt: skip
-    """partial[p] = the largest finite magnitude of x[m, k] in every tile t with t % programs == p; 0 without any.
+    """partial[p] = the largest magnitude of x[m, k] in every tile t with t % programs == p; 0 without any.
 
     Args:
         x: bfloat16, float16 or float32, rows `x_stride` elements apart, columns contiguous.
@@ -23,14 +33,23 @@ def partial_amax(  # type: ignore[no-untyped-def]
         prescale: [k] in any floating dtype, contiguous, or None.
         BLOCK_M: Rows of a tile, a power of two.
         BLOCK_K: Columns of a tile, a power of two.
+        FINITE: Leave out infinities and NaN, for formats that have a code for NaN; otherwise the result is one of them.
     """
+    EXPONENT: tl.constexpr = 1 << 23
     across = tl.cdiv(k, BLOCK_K)
     keys = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
     for tile in range(tl.program_id(0), tl.cdiv(m, BLOCK_M) * across, tl.num_programs(0)):
         rows = (tile // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile % across * BLOCK_K + tl.arange(0, BLOCK_K)
-        keys = tl.maximum(keys, finite_keys(load_values(x, prescale, rows, columns, m, k, x_stride)))
-    tl.store(partial + tl.program_id(0), amax_of_keys(tl.max(tl.max(keys, axis=1), axis=0)))
+        found = magnitude_keys(load_values(x, prescale, rows, columns, m, k, x_stride))
+        if FINITE:
+            # Another exponent makes the keys of infinities and NaN negative.
+            found += EXPONENT
+        keys = tl.maximum(keys, found)
+    largest = tl.max(tl.max(keys, axis=1), axis=0)
+    if FINITE:
+        largest = tl.maximum(largest, EXPONENT) - EXPONENT
+    tl.store(partial + tl.program_id(0), amax_of_keys(largest))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -40,8 +59,8 @@ def scale_of_tensor(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """scale[0] of the `count` partial amaxes, which are `BLOCK`, a power of two, at most."""
     places = tl.arange(0, BLOCK)
-    amax = tl.max(tl.load(partial + places, mask=places < count, other=0.0), axis=0)
-    tl.store(scale, scale_of(amax, AMAX_FLOOR, TOP, UE8M0))
+    keys = magnitude_keys(tl.load(partial + places, mask=places < count, other=0.0))
+    tl.store(scale, scale_of(amax_of_keys(tl.max(keys, axis=0)), AMAX_FLOOR, TOP, UE8M0))
 
 
 @triton.jit(do_not_specialize=["m", "scale_stride_k"])
@@ -68,6 +87,8 @@ def quantize_known(  # type: ignore[no-untyped-def]
     rows = (tile // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     values = load_values(x, prescale, rows, columns, m, k, x_stride)
+    if q.dtype.element_ty != tl.int8:
+        values = nan_for_infinity(values)  # the scale does not say that something is not finite: the code must
     if ONE_SCALE:
         s = tl.load(scale)
         smallest, largest = s, s
@@ -81,7 +102,7 @@ def quantize_known(  # type: ignore[no-untyped-def]
     else:
         # A scale that was given may be any number; the cheap division was proven for these. NaN is none of them.
         if (smallest >= 2.0**-60) & (largest <= 2.0**100):
-            scaled = quotients(values, s, TOP, False)
+            scaled = divide(values, s, reciprocal_of(s), 2 * TOP)
         else:
             scaled = tl.div_rn(values, tl.broadcast_to(s, values.shape))
     store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)

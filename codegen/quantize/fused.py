@@ -73,7 +73,7 @@ def _run(
     tile = fused_config(m, k, block[1], whole_rows=made.across, operand_bytes=held, kept=len(keep))
     constants = {
         "K": k, "BODY": triton_function(body, keep),
-        "AMAX_FLOOR": rule.amax_floor, "TOP": top,
+        "AMAX_FLOOR": rule.amax_floor(dtype), "TOP": top,
         "RECIPROCAL": rule.division == "reciprocal", "UE8M0": rule.scale_format == "ue8m0",
     }  # fmt: skip
     with on(x.device):

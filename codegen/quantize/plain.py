@@ -159,7 +159,7 @@ def _quantize_tensor(rows: Tensor, q: Tensor, scale: Tensor, prescale: Tensor | 
     tile = tensor_config(m)
     programs = max(min(ceil_div(m, tile.block_m) * ceil_div(k, tile.block_k), AMAX_PROGRAMS), 1)
     partial = empty((programs,), torch.float32, rows.device)
-    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "FINITE": q.dtype != torch.int8}
     _launch(partial_amax, programs, (rows, partial, prescale), (m, k, rows.stride(0)), constants, tile.warps)
     constants = _rule(rule, q)
     del constants["RECIPROCAL"]
@@ -191,7 +191,7 @@ def _quantize_known(
 def _rule(rule: numerics.Profile, q: Tensor) -> dict[str, Any]:
     """What the compiler knows of the arithmetic, in the order in which kernels take it."""
     return {
-        "AMAX_FLOOR": rule.amax_floor, "TOP": numerics.FORMAT_MAX[q.dtype],
+        "AMAX_FLOOR": rule.amax_floor(q.dtype), "TOP": numerics.FORMAT_MAX[q.dtype],
         "RECIPROCAL": rule.division == "reciprocal", "UE8M0": rule.scale_format == "ue8m0",
     }  # fmt: skip
 

@@ -1,11 +1,16 @@
 """Histograms of magnitudes whose bins need no range first: they are read off the bits of the FP32 magnitude.
 
-    bin = exponent and top mantissa bits         0 is the bin of the zeros; exponents are clipped to [-24, 24)
+    bin = exponent and top mantissa bits         0 is the bin of the zeros; exponents are clipped to [low, low + 48)
 
 A bin is therefore 2^-5 (per tensor) or 2^-3 (per channel) of its power of two wide, every batch falls into the same
 bins, and histograms of parts add up to the histogram of the whole, in any order.
+
+`low` is -24 unless the largest magnitude is below 2^-8 or from 2^24 on; then it follows that magnitude, so that very
+small or large values are resolved as well. When a larger magnitude comes, bins that fall below the new `low` are added
+to the lowest one.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +18,12 @@ from torch import Tensor
 
 from qcompiler import numerics
 
-LOWEST, HIGHEST = -24, 24
-"""The exponents that have bins of their own; what is smaller or larger falls into the first or the last of them."""
+LOWEST, EXPONENTS = -24, 48
+"""The lowest exponent with bins of its own for ordinary values, and how many have them; smaller and larger values fall
+into the first or the last bin."""
+
+BELOW = 16
+"""How many exponents below that of the largest magnitude have bins of their own, at least."""
 
 TENSOR_BITS, CHANNEL_BITS = 5, 3
 """Mantissa bits of a bin."""
@@ -40,10 +49,12 @@ class Histogram:
     Attributes:
         tensor: i64[bins], all channels together.
         channel: i32[C, bins], by channel; holds for up to 2^31 rows.
+        low: The lowest exponent with bins of its own; None before a number other than zero was seen.
     """
 
     tensor: Tensor
     channel: Tensor
+    low: int | None = None
 
     @classmethod
     def empty(cls, channels: int) -> "Histogram":
@@ -57,9 +68,10 @@ class Histogram:
         first = torch.arange(channels, device=x.device) * bins
         for part in x.split(max(1, CHUNK // max(1, channels))):
             magnitude = part.to(torch.float32).abs()
-            fine = bin_of(magnitude, TENSOR_BITS)
-            coarse = (fine + 3 >> TENSOR_BITS - CHANNEL_BITS) + first  # four fine bins are one coarse bin
             keep = magnitude.isfinite()
+            self._raise_to(low_for(float(magnitude[keep].amax() if keep.any() else 0)))
+            fine = bin_of(magnitude, TENSOR_BITS, self.low)
+            coarse = (fine + 3 >> TENSOR_BITS - CHANNEL_BITS) + first  # four fine bins are one coarse bin
             if not keep.all():
                 fine, coarse = fine[keep], coarse[keep]
             self.tensor += torch.bincount(fine.flatten(), minlength=self.tensor.numel()).cpu()
@@ -68,24 +80,60 @@ class Histogram:
 
     def merge(self, other: "Histogram") -> None:
         """Adds what `other` has counted."""
+        self._raise_to(other.low)
+        other = Histogram(other.tensor.clone(), other.channel.clone(), other.low)
+        other._raise_to(self.low)
         self.tensor += other.tensor
         self.channel += other.channel
+
+    def _raise_to(self, low: int | None) -> None:
+        """Makes `low` the lowest exponent, if it is not below it yet."""
+        if low is None or (self.low is not None and low <= self.low):
+            return
+        if self.low is not None:
+            self.tensor = _moved_down(self.tensor, low - self.low << TENSOR_BITS)
+            self.channel = _moved_down(self.channel, low - self.low << CHANNEL_BITS)
+        self.low = low
+
+
+def low_for(largest: float) -> int | None:
+    """The lowest exponent with bins of its own, by the largest magnitude; None for zero."""
+    if not largest:
+        return None
+    exponent = math.frexp(largest)[1]  # the magnitude is below 2 to this power
+    return max(min(LOWEST, exponent - BELOW), exponent - EXPONENTS, 1 - BIAS)
+
+
+def _moved_down(counts: Tensor, by: int) -> Tensor:
+    """Counts `[..., bins]` that many bins lower; those that would be below the lowest bin are added to it."""
+    zeros, others = counts[..., :1], counts[..., 1:]
+    by = min(by, others.shape[-1] - 1)
+    lowest = others[..., : by + 1].sum(-1, keepdim=True, dtype=counts.dtype)
+    return torch.cat([zeros, lowest, others[..., by + 1 :], torch.zeros_like(others[..., :by])], -1)
 
 
 def bin_count(bits: int) -> int:
     """The number of bins with `bits` mantissa bits, the one of the zeros included."""
-    return 1 + (HIGHEST - LOWEST << bits)
+    return 1 + (EXPONENTS << bits)
 
 
-def bin_of(magnitude: Tensor, bits: int) -> Tensor:
-    """The bin of each FP32 magnitude, i64 in the shape of `magnitude`; without meaning where that is not finite."""
-    code = (magnitude.contiguous().view(torch.int32) >> MANTISSA - bits) - (LOWEST + BIAS << bits)
+def bin_of(magnitude: Tensor, bits: int, low: int | None = None) -> Tensor:
+    """The bin of each FP32 magnitude, i64 in the shape of `magnitude`; without meaning where that is not finite.
+
+    Args:
+        magnitude: FP32, not negative.
+        bits: Mantissa bits of a bin.
+        low: The lowest exponent with bins of its own; None for `LOWEST`.
+    """
+    first = (LOWEST if low is None else low) + BIAS << bits
+    code = (magnitude.contiguous().view(torch.int32) >> MANTISSA - bits) - first
     return torch.where(magnitude == 0, 0, code.clamp_(0, bin_count(bits) - 2) + 1).to(torch.int64)
 
 
-def edges(bits: int) -> tuple[Tensor, Tensor]:
-    """The lower and upper edge of each bin, f64[bins]; the last one is open above."""
-    codes = torch.arange(bin_count(bits), dtype=torch.int32) + (LOWEST + BIAS << bits)
+def edges(bits: int, low: int | None = None) -> tuple[Tensor, Tensor]:
+    """The lower and upper edge of each bin, f64[bins]; the last one is open above. Arguments as in `bin_of`."""
+    first = (LOWEST if low is None else low) + BIAS << bits
+    codes = torch.arange(bin_count(bits), dtype=torch.int32) + first
     upper = (codes << MANTISSA - bits).view(torch.float32).to(torch.float64)
     lower = upper.roll(1)
     lower[:2] = 0  # the first bin behind the zeros takes everything that is smaller, too
@@ -93,7 +141,7 @@ def edges(bits: int) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
-def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float) -> Tensor:
+def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float, low: int | None = None) -> Tensor:
     """The magnitude that `percent` of the elements do not exceed.
 
     Ranks are those of `torch.quantile`, linear between elements; elements lie evenly in their bin.
@@ -103,6 +151,7 @@ def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float) -> Tenso
         bits: Mantissa bits of a bin.
         absmax: The largest magnitude, f32[C]; the result is never above it, and equal to it at 100.
         percent: Above 0, up to 100.
+        low: As in `bin_of`.
 
     Returns:
         f32[C]; 0 where nothing was counted.
@@ -110,13 +159,18 @@ def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float) -> Tenso
     below = counts.to(torch.int64).cumsum(1)
     last = (below[:, -1:] - 1).clamp_min(0)
     rank = last.to(torch.float64) * (percent / 100)
-    low, high = (_at_rank(counts, below, bits, absmax, k.to(torch.int64), last) for k in (rank.floor(), rank.ceil()))
-    return torch.lerp(low, high, rank - rank.floor()).to(torch.float32).squeeze(1).minimum(absmax)
+    limits = edges(bits, low)
+    under, over = (
+        _at_rank(counts, below, limits, absmax, k.to(torch.int64), last) for k in (rank.floor(), rank.ceil())
+    )
+    return torch.lerp(under, over, rank - rank.floor()).to(torch.float32).squeeze(1).minimum(absmax)
 
 
-def _at_rank(counts: Tensor, below: Tensor, bits: int, absmax: Tensor, rank: Tensor, last: Tensor) -> Tensor:
+def _at_rank(
+    counts: Tensor, below: Tensor, limits: tuple[Tensor, Tensor], absmax: Tensor, rank: Tensor, last: Tensor
+) -> Tensor:
     """The magnitude of the element of that rank, f64[C, 1]; exact for the last."""
-    lower, upper = edges(bits)
+    lower, upper = limits
     top = absmax.to(torch.float64).unsqueeze(1)
     at = torch.searchsorted(below, rank + 1).clamp_max_(counts.shape[1] - 1)
     count = counts.gather(1, at)
@@ -125,7 +179,9 @@ def _at_rank(counts: Tensor, below: Tensor, bits: int, absmax: Tensor, rank: Ten
     return torch.where(rank == last, top, low + place * (high - low))
 
 
-def best_clip(counts: Tensor, bits: int, absmax: Tensor, dtype: torch.dtype, profile: str) -> Tensor:
+def best_clip(
+    counts: Tensor, bits: int, absmax: Tensor, dtype: torch.dtype, profile: str, low: int | None = None
+) -> Tensor:
     """The clip, among `RATIOS` of absmax, whose 8-bit codes have the least squared error; the largest of equals.
 
     The error is that of `qcompiler.numerics` with the scale of the clip, at absmax itself and at `POINTS` magnitudes a
@@ -137,16 +193,17 @@ def best_clip(counts: Tensor, bits: int, absmax: Tensor, dtype: torch.dtype, pro
         absmax: The largest magnitude, f32[C].
         dtype: A format of `numerics.FORMAT_MAX`.
         profile: The numerics profile that makes a scale of a clip.
+        low: As in `bin_of`.
 
     Returns:
         f32[C].
     """
     counts = counts.to(torch.float64)
-    counts.scatter_add_(1, bin_of(absmax, bits).unsqueeze(1), counts.new_full((len(absmax), 1), -1))
+    counts.scatter_add_(1, bin_of(absmax, bits, low).unsqueeze(1), counts.new_full((len(absmax), 1), -1))
     used = counts.any(0).nonzero().squeeze(1)
     used = used[used > 0]  # a zero is quantized to zero by every scale
     weights = counts[:, used].repeat_interleave(POINTS, 1) / POINTS
-    lower, upper = (edge[used].unsqueeze(1) for edge in edges(bits))
+    lower, upper = (edge[used].unsqueeze(1) for edge in edges(bits, low))
     place = (torch.arange(POINTS) + 0.5) / POINTS
     size = max(1, CHUNK // max(1, used.numel() * POINTS))
     clips = []

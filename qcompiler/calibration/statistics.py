@@ -223,8 +223,8 @@ class Statistics:
             counts, bits = self.histogram.tensor.unsqueeze(0), TENSOR_BITS
         absmax = self._from_ranges("absmax", per).reshape(counts.shape[0])
         if observer == "mse":
-            return best_clip(counts, bits, absmax, dtype, profile)
-        return quantile(counts, bits, absmax, percent)
+            return best_clip(counts, bits, absmax, dtype, profile, self.histogram.low)
+        return quantile(counts, bits, absmax, percent, self.histogram.low)
 
 
 def _brief(factor: Tensor) -> str:

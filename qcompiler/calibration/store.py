@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qcompiler.calibration.histogram import CHANNEL_BITS, HIGHEST, LOWEST, TENSOR_BITS, Histogram, bin_count
+from qcompiler.calibration.histogram import BIAS, CHANNEL_BITS, EXPONENTS, LOWEST, TENSOR_BITS, Histogram, bin_count
 from qcompiler.calibration.sample import Sample
 from qcompiler.calibration.statistics import Statistics
 from qcompiler.errors import InputError
@@ -30,7 +30,6 @@ VERSION = 1
 KEY = "qcompiler.calibration"
 RANGES = ("absmax", "minimum", "maximum", "average", "first")
 NUMBERS = ("channels", "rows", "batches", "filled", "nan", "inf", "nonfinite_batch")
-BINS = [LOWEST, HIGHEST, TENSOR_BITS, CHANNEL_BITS]
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,26 @@ def _head(values: Mapping[str, Observed]) -> dict[str, Any]:
             "name": name,
             "module": value.module,
             **{key: getattr(value.statistics, key) for key in NUMBERS},
-            "histogram": BINS if value.statistics.histogram is not None else None,
+            "histogram": value.statistics.histogram and _bins(value.statistics.histogram.low),
             "capacity": value.statistics.sample.capacity if value.statistics.sample is not None else None,
         }
         for name, value in values.items()
     ]
     return {"version": VERSION, "values": listed}
+
+
+def _bins(low: int | None) -> list[int]:
+    """The exponents that have bins of their own, and the mantissa bits of bins."""
+    low = LOWEST if low is None else low
+    return [low, low + EXPONENTS, TENSOR_BITS, CHANNEL_BITS]
+
+
+def _low_of(bins: Any) -> int:
+    """The inverse of `_bins`; ValueError for any other bins."""
+    for low in range(1 - BIAS, BIAS + 2 - EXPONENTS):
+        if bins == _bins(low):
+            return low
+    raise ValueError(f"its histograms have bins {bins}, not such as {_bins(LOWEST)}")
 
 
 def _tensors(values: Mapping[str, Observed]) -> dict[str, Tensor]:
@@ -137,13 +150,11 @@ def _restored(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         fields |= {key: _expected(tensors, f"{index}.{key}", entry["channels"]) for key in RANGES}
         statistics = Statistics(**fields)
         if entry["histogram"] is not None:
-            if entry["histogram"] != BINS:
-                raise ValueError(f"its histograms have bins {entry['histogram']}, not {BINS}")
+            low = _low_of(entry["histogram"])
             fine, coarse = bin_count(TENSOR_BITS), bin_count(CHANNEL_BITS)
-            statistics.histogram = Histogram(
-                _expected(tensors, f"{index}.histogram.tensor", fine, dtype=torch.int64),
-                _expected(tensors, f"{index}.histogram.channel", entry["channels"], coarse, dtype=torch.int32),
-            )
+            tensor = _expected(tensors, f"{index}.histogram.tensor", fine, dtype=torch.int64)
+            channel = _expected(tensors, f"{index}.histogram.channel", entry["channels"], coarse, dtype=torch.int32)
+            statistics.histogram = Histogram(tensor, channel, low if tensor[1:].any() else None)
         if entry["capacity"] is not None:
             keys = tensors[f"{index}.sample.keys"]
             rows = _expected(tensors, f"{index}.sample.rows", keys.numel(), entry["channels"])
