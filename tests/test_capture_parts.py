@@ -5,10 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from qcompiler.capture.bounds import BoundsCheck
+from qcompiler.capture.decompositions import _is_taken_apart, _table, decompose, is_assertion
+from qcompiler.capture.exporting import export_program
+from qcompiler.capture.inlining import inline
 from qcompiler.capture.locations import short_path
+from qcompiler.capture.quiet import third_party_silence
+from qcompiler.testing import Function
 
 
 def test_indices_out_of_range_raise_before_they_reach_a_device() -> None:
@@ -38,3 +44,60 @@ def test_indices_out_of_range_raise_before_they_reach_a_device() -> None:
 def test_locations_show_no_machine_paths() -> None:
     assert short_path("/usr/lib/python3.11/site-packages/transformers/models/a.py") == "transformers/models/a.py"
     assert short_path("/somewhere/else/model.py") == "model.py"
+
+
+class Layout(torch.nn.Module):
+    """Every way in which a composite that is taken apart in place meets sizes, strides, dtypes and constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 8)
+
+    def forward(self, input: Tensor, mask: Tensor) -> Any:
+        heads = self.fc(input).view(input.shape[0], -1, 2, 4).transpose(1, 2)
+        back = heads.transpose(1, 2).reshape(*input.shape[:-1], -1).to(torch.bfloat16)
+        flat = functional.dropout(back, 0.5, self.training).float().flatten(0, 1).contiguous()
+        wide = mask[:, None].expand(-1, input.shape[1]).reshape(-1) & torch.tensor(True)
+        return flat.reshape(input.shape[0] * input.shape[1], 8), wide, heads.narrow(1, 0, 1).type_as(mask), heads.mT
+
+
+def test_composites_taken_apart_in_place_are_what_torch_makes_of_them() -> None:
+    model = Layout().eval()
+    program = export_program(model, (torch.randn(3, 5, 8), torch.ones(3, dtype=torch.bool)), {})
+    with third_party_silence():
+        again = program.run_decompositions(_table())
+    graph = inline(program, _is_taken_apart, is_assertion)
+    assert graph is not None
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    assert placeholders == [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    (ours,), (theirs,) = graph.output_node().args, again.graph.output_node().args
+    assert list(map(spelled, ours)) == list(map(spelled, theirs))
+
+
+def spelled(node: Any) -> Any:
+    """What a node computes, as a tree down to the inputs, with sizes by their expressions."""
+    if not isinstance(node, torch.fx.Node):
+        return [spelled(item) for item in node] if isinstance(node, list | tuple) else node
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return str(value.node.expr)
+    if node.op == "placeholder":
+        return node.name
+    if node.target in (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default) and not node.kwargs:
+        return spelled(node.args[0])  # the importer leaves copies out
+    return str(node.target), spelled(node.args), [(key, spelled(arg)) for key, arg in node.kwargs.items()]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.clone().add_(1),
+        lambda x: functional.conv1d(x[None], torch.ones(4, 3, 3), padding="same"),
+        lambda x: torch.where(x > 0)[0].reshape(-1, 1),
+    ],
+    ids=["in place", "contains what is kept", "data decide a size"],
+)
+def test_other_programs_are_traced_again(function: Callable[[Tensor], Tensor]) -> None:
+    program = export_program(Function(function), (torch.randn(3, 5),), {})
+    assert inline(program, _is_taken_apart, is_assertion) is None
+    assert len(decompose(program).graph.nodes) > 2

@@ -8,6 +8,7 @@ preflight -> torch.export -> functional ATen -> Graph -> compared with the model
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,22 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from qcompiler.capture.arguments import MISSING
+from qcompiler.capture.caches import has_cache, prepare_caches
 from qcompiler.capture.check import check_graph
-from qcompiler.capture.decompositions import decompose
+from qcompiler.capture.decompositions import Functional, decompose
 from qcompiler.capture.examples import Call, enlarged
 from qcompiler.capture.exporting import DataDependent, export_program
-from qcompiler.capture.fixing import fixed
-from qcompiler.capture.huggingface import output_embeddings
+from qcompiler.capture.fixing import fixed, related
+from qcompiler.capture.huggingface import output_embeddings, register_caches
 from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
 from qcompiler.capture.preflight import check_inputs, check_model
 from qcompiler.capture.quiet import third_party_silence
-from qcompiler.capture.runs import ModelRefused
+from qcompiler.capture.runs import ModelRefused, does_run
 from qcompiler.capture.signature import ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
 from qcompiler.capture.stored_weights import readable
 from qcompiler.capture.symbols import Symbols
 from qcompiler.capture.trials import with_leeway
-from qcompiler.errors import CaptureError
+from qcompiler.errors import CaptureError, InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir.graph import Graph
 from qcompiler.runtime.weights import Weights, named_tensors
@@ -89,8 +91,10 @@ def capture(
     if isinstance(model, ExportedProgram):
         return _from_exported(model, call if args or kwargs else model.example_inputs, check)
     check_model(model, allow_meta=allow_meta)
+    register_caches(model)
     check_inputs(model, *call)
     with readable(model):
+        _prepare(model, call)
         return _of_module(model, call, dynamic_shapes, check)
 
 
@@ -101,7 +105,7 @@ def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: b
             "dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None"
         )
     check = check and not _without_data(model, call)
-    variants = list(enlarged(call)) if isinstance(dynamic_shapes, str) else [call]
+    variants = enlarged(call, partial(does_run, model), has_cache(call)) if isinstance(dynamic_shapes, str) else [call]
     errors: list[CaptureError] = []
     for traced in variants:
         try:
@@ -111,6 +115,16 @@ def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: b
         except CaptureError as error:
             errors.append(error)
     raise errors[-1]
+
+
+def _prepare(model: torch.nn.Module, call: Call) -> None:
+    """Gives memory to static caches; a model that does not run is left to the trace, which says more."""
+    try:
+        prepare_caches(model, call)
+    except CaptureError:
+        raise
+    except Exception:  # whatever the model raises
+        return
 
 
 def _captured(model: torch.nn.Module, call: Call, traced: Call, dynamic_shapes: Any, check: bool) -> Captured:
@@ -146,9 +160,19 @@ def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Cal
         signature = check_graph(captured.graph, captured.signature, model, call, traced)
     except ModelRefused as error:
         raise CaptureError("the model does not run on the example inputs", got=error) from error
-    signature = with_leeway(captured.graph, fixed(captured.graph, signature), model, call)
     captured.graph.symbols = dict(signature.symbols)
-    return Captured(captured.graph, signature)
+    signature = fixed(captured.graph, signature)
+    if call is not traced:
+        _check_fit(signature, call)
+    return Captured(captured.graph, with_leeway(captured.graph, signature, model, call))
+
+
+def _check_fit(signature: Signature, call: Call) -> None:
+    """Refuses a graph that was traced at larger sizes and is fixed to them, so that it does not take the example."""
+    try:
+        signature.flatten(*call)
+    except InputError as error:
+        raise CaptureError("the graph does not take the example inputs that it was captured for", got=error) from error
 
 
 def _imported(
@@ -159,14 +183,15 @@ def _imported(
     parameters: tuple[tuple[str, Any], ...],
 ) -> Captured:
     """An exported program, decomposed and imported."""
-    program = decompose(program)
-    graph, symbols = import_program(program, weights, name=name, roles=roles)
+    functional = decompose(program)
+    graph, symbols = import_program(functional, weights, name=name, roles=roles)
+    signature = related(graph, _signature(functional, graph, symbols, parameters))
     graph.verify()
-    return Captured(graph, _signature(program, graph, symbols, parameters))
+    return Captured(graph, signature)
 
 
 def _signature(
-    program: ExportedProgram, graph: Graph, symbols: Symbols, parameters: tuple[tuple[str, Any], ...]
+    program: Functional, graph: Graph, symbols: Symbols, parameters: tuple[tuple[str, Any], ...]
 ) -> Signature:
     """The calling convention that export recorded."""
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec

@@ -1,16 +1,20 @@
 """From torch's training IR to functional ATen, with the operators that passes look for kept whole.
 
-`run_decompositions` makes in-place operators functional and inlines autocast and no-grad regions. Of the composite
-operators it takes apart those that are not in KEEP, each exactly as eager torch would run it, so that bits stay equal.
-Primitive operators (silu, gelu, embedding, addmm, …) always stay.
+Of the composite operators those that are not in KEEP are taken apart, each exactly as eager torch would run it, so that
+bits stay equal. Primitive operators (silu, gelu, embedding, addmm, …) always stay. `run_decompositions` does it, makes
+in-place operators functional, and inlines autocast and no-grad regions; most models need none of that, see `inlining`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 
+from qcompiler.capture.inlining import inline
 from qcompiler.capture.locations import location_of
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.errors import CaptureError
@@ -53,15 +57,28 @@ ASSERTIONS = frozenset(
 """Operators that only check; what they check about sizes is in the ranges of the symbols."""
 
 
-def decompose(program: ExportedProgram) -> ExportedProgram:
-    """The same program in functional ATen, with KEEP whole.
+@dataclass(frozen=True)
+class Functional:
+    """The parts of an ExportedProgram that the importer reads; the graph is functional ATen."""
+
+    graph: torch.fx.Graph
+    graph_signature: ExportGraphSignature
+    range_constraints: Mapping[sympy.Symbol, Any]
+    call_spec: Any
+
+
+def decompose(program: ExportedProgram) -> Functional:
+    """A program in functional ATen, with KEEP whole; `program` stays as it is.
 
     Raises:
         CaptureError: Control flow, or another operator over sub-graphs, is left; the message has the user's line.
     """
     with third_party_silence():
-        program = program.run_decompositions(_table())
-    for node in program.graph.nodes:
+        graph = inline(program, _is_taken_apart, is_assertion)
+        if graph is None:
+            program = program.run_decompositions(_table())
+            graph = program.graph
+    for node in graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 "control flow over sub-graphs cannot be part of a graph yet",
@@ -69,7 +86,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
                 where=str(location_of(node)) or None,
                 fix="Write it without torch.cond, while_loop or map, for instance with torch.where.",
             )
-    return program
+    return Functional(graph, program.graph_signature, program.range_constraints, program.call_spec)
 
 
 def is_assertion(node: torch.fx.Node) -> bool:
@@ -80,13 +97,16 @@ def is_assertion(node: torch.fx.Node) -> bool:
     return getattr(target, "__name__", "") in ("sym_constrain_range", "sym_constrain_range_for_size", "_check")
 
 
+def _is_taken_apart(op: Any) -> bool:
+    """Whether an operator is a composite that is not kept whole."""
+    return (
+        isinstance(op, torch._ops.OpOverload)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+        and op.name().removesuffix(".default") not in KEEP
+    )
+
+
 def _table() -> dict[Any, Callable[..., Any]]:
     """How torch takes apart the composite operators that are not kept; primitives are not in it."""
     whole = torch.export.default_decompositions()
-    return {
-        op: whole[op]
-        for op in whole
-        if isinstance(op, torch._ops.OpOverload)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-        and op.name().removesuffix(".default") not in KEEP
-    }
+    return {op: whole[op] for op in whole if _is_taken_apart(op)}

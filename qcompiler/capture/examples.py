@@ -16,32 +16,64 @@ from qcompiler.ir.sizes import evaluate
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """A call's (args, kwargs)."""
 
+Shapes = list[tuple[int, ...]]
+"""One shape per flat argument; () where it is not a tensor."""
 
-def enlarged(call: Call) -> Iterator[Call]:
+
+def enlarged(call: Call, runs: Callable[[Call], bool], has_cache: bool = False) -> Iterator[Call]:
     """Ways to trace with other sizes than 1, most general first; the call as it is comes last.
 
     torch.export takes a dimension of size 1 for a constant. A batch or sequence of 1 is therefore traced as 2: first
     both leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has a head dimension there),
-    then the first dimension alone.
+    then the first dimension alone. Where a mask is as long as a cache and one new token together, it grows with the
+    tokens, if the model takes that.
+
+    Args:
+        call: The user's example.
+        runs: Whether the model runs on a call.
+        has_cache: Whether the call has a key-value cache, of rank 4; its length, and that of queries in a mask of rank
+            4, are the last axis but one.
     """
     choices: list[Callable[[torch.Tensor, int], bool]] = [
+        *[lambda tensor, axis: axis == 0 or axis == (1 if tensor.ndim < 4 else tensor.ndim - 2)] * has_cache,
         lambda tensor, axis: axis < 2,
         lambda tensor, axis: (axis < 2 and tensor.ndim <= 3) or axis == 0,
         lambda tensor, axis: axis == 0,
         lambda tensor, axis: False,
     ]
-    seen: list[list[tuple[int, ...]]] = []
+    leaves, spec = pytree.tree_flatten(call)
+    before = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else () for leaf in leaves]
+    seen = []
     for wanted in choices:
-
-        def grow(tensor: torch.Tensor, wanted: Callable[[torch.Tensor, int], bool] = wanted) -> torch.Tensor:
-            shape = tuple(2 if n == 1 and wanted(tensor, axis) else n for axis, n in enumerate(tensor.shape))
-            return resized(tensor, shape)
-
-        variant = map_tensors(grow, call)
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(variant) if isinstance(leaf, torch.Tensor)]
-        if shapes not in seen:
+        grown = [
+            tuple(2 if n == 1 and wanted(leaf, axis) else n for axis, n in enumerate(shape))
+            for leaf, shape in zip(leaves, before, strict=True)
+        ]
+        for shapes in (_with_sums(before, grown), grown):
+            if shapes in seen:
+                continue
             seen.append(shapes)
-            yield variant
+            variant = pytree.tree_unflatten(list(map(_resized, leaves, shapes)), spec)
+            if shapes == grown or runs(variant):
+                yield variant
+
+
+def _with_sums(before: Shapes, grown: Shapes) -> Shapes:
+    """The grown shapes, where a last axis that was the sum of two others stays so if a sequence of 1 grew."""
+    pairs = [list(zip(shape, new, strict=True)) for shape, new in zip(before, grown, strict=True)]
+    longer = {axis for sizes in pairs for axis, (old, new) in enumerate(sizes) if axis and old != new}
+    if not longer:
+        return grown
+    sums = {old + 1: old + 2 for sizes in pairs for old, new in sizes if old == new > 1}
+    sums[2] = 4 if len(longer) > 1 else 3  # of past and new tokens, both 1 before
+    return [
+        (*new[:-1], sums.get(new[-1], new[-1])) if new and new[-1] == old[-1] > 1 else new
+        for old, new in zip(before, grown, strict=True)
+    ]
+
+
+def _resized(leaf: Any, shape: tuple[int, ...]) -> Any:
+    return resized(leaf, shape) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -78,7 +110,7 @@ def with_sizes(signature: Signature, call: Call, sizes: Mapping[str, int]) -> Ca
             continue
         try:
             shape = [evaluate(size, sizes) for size in slot.shape]
-        except KeyError:
+        except (KeyError, ZeroDivisionError):
             return None
         if any(n and not old for n, old in zip(shape, leaves[index].shape, strict=True)):
             return None

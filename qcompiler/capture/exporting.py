@@ -14,7 +14,7 @@ import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from qcompiler.capture.huggingface import pretrained_model, register_caches, tracing_patches, tracing_settings
+from qcompiler.capture.huggingface import pretrained_model, tracing_patches, tracing_settings
 from qcompiler.capture.locations import user_line
 from qcompiler.capture.quiet import quiet_failure, third_party_silence
 from qcompiler.errors import CaptureError
@@ -54,7 +54,6 @@ def export_program(
     Raises:
         CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
     """
-    register_caches(model)
     args, kwargs = pytree.tree_map(partial(_own_tensor, _tensor_ids(model)), (tuple(args), dict(kwargs)))
     shapes: Any = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
     errors: list[Exception] = []

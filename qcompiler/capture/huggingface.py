@@ -96,6 +96,14 @@ def register_cache(kind: type) -> None:
         dynamo.register_pytree_node(kind)
 
 
+def cache_layers(value: object) -> list[Any]:
+    """The layers of one of transformers' caches, of both halves where it has two; none of anything else."""
+    if not any(c.__name__ == "Cache" and c.__module__ == "transformers.cache_utils" for c in type(value).__mro__):
+        return []
+    halves = [getattr(value, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return [layer for part in (value, *halves) for layer in getattr(part, "layers", None) or ()]
+
+
 def is_cache_context(context: Any, may_be_named: Callable[[str], bool]) -> bool:
     """Whether pytree's context of a cache is harmless: transformers makes an object of each class that it names.
 

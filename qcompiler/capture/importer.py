@@ -14,10 +14,9 @@ from typing import Any
 import sympy
 import torch
 from torch._subclasses import FakeTensor
-from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 
-from qcompiler.capture.decompositions import is_assertion
+from qcompiler.capture.decompositions import Functional, is_assertion
 from qcompiler.capture.locations import is_model_code, location_of
 from qcompiler.capture.stored_weights import STORED_WEIGHT
 from qcompiler.capture.symbols import Symbols
@@ -38,7 +37,7 @@ IDENTITIES = frozenset({"aten.alias", "aten.detach", "aten.lift_fresh", "aten.li
 
 
 def import_program(
-    program: ExportedProgram, weights: Weights, *, name: str = "main", roles: Mapping[str, str] | None = None
+    program: Functional, weights: Weights, *, name: str = "main", roles: Mapping[str, str] | None = None
 ) -> tuple[Graph, Symbols]:
     """The graph of a decomposed program.
 
@@ -64,14 +63,14 @@ def import_program(
     return importer.graph, importer.symbols
 
 
-def device_of_program(program: ExportedProgram) -> torch.device | None:
+def device_of_program(program: Functional) -> torch.device | None:
     """Where a program's weights lie, or else its inputs; None when it has no tensor."""
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return next((t.device for t in tensors if t.ndim), tensors[0].device if tensors else None)
 
 
-def guards_of_program(program: ExportedProgram) -> list[sympy.Basic]:
+def guards_of_program(program: Functional) -> list[sympy.Basic]:
     """The relations between sizes that the model's own Python code has asked about, in torch's terms.
 
     Those that torch's shape rules asked about on the way choose strides, or say what the operators themselves demand.
@@ -84,7 +83,7 @@ def guards_of_program(program: ExportedProgram) -> list[sympy.Basic]:
 class _Importer:
     """The state of one import: the graph as far as it is built, and what each fx node has become."""
 
-    def __init__(self, program: ExportedProgram, weights: Weights, name: str, roles: Mapping[str, str]) -> None:
+    def __init__(self, program: Functional, weights: Weights, name: str, roles: Mapping[str, str]) -> None:
         self.program, self.weights, self.roles = program, weights, roles
         self.graph = Graph(legal_name(name))
         self.symbols = Symbols()

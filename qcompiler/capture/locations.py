@@ -68,11 +68,13 @@ def short_path(file: str) -> str:
 def is_model_code(frame: FrameSummary | str | None) -> bool:
     """Whether Python code that decides what a model computes runs in a frame.
 
-    That is the user's, torch.nn's, and what dynamo interprets; not torch's rules for shapes and strides.
+    That is the user's, torch.nn's, and what dynamo interprets; not ours, nor torch's rules for shapes and strides.
     """
     if not isinstance(frame, FrameSummary):
         return True
     file = Path(frame.filename)
+    if file.is_relative_to(OURS):
+        return False
     return not file.is_relative_to(TORCH) or file.relative_to(TORCH).parts[0] in ("nn", "_dynamo", "functional.py")
 
 

@@ -1,6 +1,6 @@
 """Runs of a model and of its graph on the same call, with everything that comes out by name."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -56,18 +56,28 @@ class Runs:
         with self._surroundings(mode):
             args, kwargs = map_tensors(enter, call)
             passed = dict(self.named_tensors((args, kwargs)))  # the model changes its inputs in place
-            with _restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
+            with restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
                 try:
                     out = self.model(*args, **kwargs)
                 except Exception as error:  # anything a model may raise at sizes that it does not take
                     raise ModelRefused(str(error)) from error
                 buffers = dict(self.model.named_buffers())
-                found = dict(zip(self.paths, pytree.tree_leaves(out), strict=True))
+                found = self._named_outputs(pytree.tree_leaves(out))
                 for target in self.targets:
                     name = target.op.attrs.get("name")
                     new = passed[target.name] if name is None else buffers[str(name)].clone()
                     found[f"the new {target.name}"] = new
             return found
+
+    def _named_outputs(self, leaves: list[Any]) -> dict[str, Any]:
+        if len(leaves) != len(self.paths):
+            raise CaptureError(
+                "the model returns another structure than it was traced with",
+                got=f"{len(leaves)} tensors and numbers",
+                need=f"{len(self.paths)}, as in the trace",
+                fix="State in a Python object, such as a cache that counts its tokens, cannot be part of a graph.",
+            )
+        return dict(zip(self.paths, leaves, strict=True))
 
     def returned(
         self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
@@ -75,7 +85,7 @@ class Runs:
         """What the model returns for a call of any structure; ModelRefused when it does not run on it."""
         with self._surroundings(mode):
             args, kwargs = map_tensors(enter, call)
-            with _restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
+            with restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
                 try:
                     return self.model(*args, **kwargs)
                 except Exception as error:  # anything a model may raise for arguments that it does not take
@@ -120,7 +130,7 @@ Entrance = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def _restored(model: torch.nn.Module, names: Sequence[str], enter: Entrance) -> Iterator[None]:
+def restored(model: torch.nn.Module, names: Iterable[str], enter: Entrance = torch.clone) -> Iterator[None]:
     """Puts back the buffers that a run of the model writes, whether in place or by another tensor."""
     before = []
     for name in names:
@@ -137,3 +147,23 @@ def _restored(model: torch.nn.Module, names: Sequence[str], enter: Entrance) -> 
         for module, leaf, buffer, copy in before:
             buffer.copy_(copy)
             setattr(module, leaf, buffer)
+
+
+def run_aside(model: torch.nn.Module, call: Call) -> None:
+    """Runs a model on a call for what it does to the call's arguments.
+
+    Raises:
+        Exception: Whatever the model raises.
+    """
+    names = [name for name, _ in model.named_buffers()]
+    with torch.no_grad(), third_party_silence(), restored(model, names), tracing_settings(model, call[1]):
+        model(*call[0], **call[1])
+
+
+def does_run(model: torch.nn.Module, call: Call) -> bool:
+    """Whether a model runs on a call; the call's tensors stay as they are."""
+    try:
+        run_aside(model, map_tensors(torch.clone, call))
+    except Exception:  # anything a model may raise at sizes that it does not take
+        return False
+    return True

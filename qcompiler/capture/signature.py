@@ -73,10 +73,14 @@ class Condition:
         return symbols(self.left) | symbols(self.right)
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the relation is true; also when a symbol has no value."""
+        """Whether the relation is true; also when a side has no value: an unknown symbol, or a division by size 0."""
         if not self.symbols <= sizes.keys():
             return True
-        return RELATIONS[self.relation](evaluate(self.left, sizes), evaluate(self.right, sizes))
+        try:
+            left, right = evaluate(self.left, sizes), evaluate(self.right, sizes)
+        except ZeroDivisionError:
+            return True
+        return RELATIONS[self.relation](left, right)
 
 
 RELATIONS: Mapping[str, Callable[[int, int], bool]] = {

@@ -215,8 +215,8 @@ def evaluate(size: Size, bindings: Mapping[str, int]) -> int:
     return total
 
 
-def substitute(size: Size, bindings: Mapping[str, int]) -> Size:
-    """`size` with the symbols in `bindings` replaced by their values."""
+def substitute(size: Size, bindings: Mapping[str, Size]) -> Size:
+    """`size` with the symbols in `bindings` replaced by their values, which may be sizes again."""
     if isinstance(size, int) or not symbols(size) & bindings.keys():
         return size
     total: Size = 0

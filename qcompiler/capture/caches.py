@@ -1,0 +1,65 @@
+"""transformers' key-value caches as example inputs: those that have no memory yet, and those that no graph can hold.
+
+A `StaticCache` allocates its tensors in its first call, and only tensors can be inputs. Capture makes the model
+allocate them, in a run on a copy.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.examples import Call
+from qcompiler.capture.huggingface import cache_layers
+from qcompiler.capture.runs import run_aside
+from qcompiler.errors import CaptureError
+
+
+def prepare_caches(model: torch.nn.Module, call: Call) -> None:
+    """Gives memory to the static caches of a call, in place; their contents stay empty.
+
+    Raises:
+        CaptureError: A cache counts its tokens in Python, which a graph would take for a constant.
+    """
+    for path, layer in _layers(call):
+        _check_counter(path, layer)
+    if not any(_lacks_memory(layer) for _, layer in _layers(call)):
+        return
+    filled = copy.deepcopy(call)
+    run_aside(model, filled)
+    for (_, layer), (_, used) in zip(_layers(call), _layers(filled), strict=True):
+        if _lacks_memory(layer) and used.is_initialized:
+            layer.lazy_initialization(used.keys[:, :, :0], used.values[:, :, :0])
+
+
+def has_cache(call: Call) -> bool:
+    """Whether a cache is among the arguments of a call."""
+    return any(True for _ in _layers(call))
+
+
+def _layers(call: Call) -> Iterator[tuple[str, Any]]:
+    """Each layer of each cache among the arguments, with the name of its argument."""
+    args, kwargs = call
+    named = [*((f"args[{index}]", value) for index, value in enumerate(args)), *kwargs.items()]
+    for name, value in named:
+        for leaf in pytree.tree_leaves(value, is_leaf=lambda x: bool(cache_layers(x))):
+            for layer in cache_layers(leaf):
+                yield name, layer
+
+
+def _lacks_memory(layer: Any) -> bool:
+    return hasattr(layer, "max_cache_len") and not layer.is_initialized
+
+
+def _check_counter(path: str, layer: Any) -> None:
+    static = hasattr(layer, "max_cache_len")
+    if not getattr(layer, "is_sliding", False) or not (static or layer.is_initialized):
+        return
+    raise CaptureError(
+        f"a cache with a sliding window counts its tokens in Python, so that a graph would fit one step only: {path}",
+        got=type(layer).__name__,
+        need="layers that keep all tokens",
+        fix="Make it with transformers.DynamicCache(), without the config: the model's mask applies the window.",
+    )
