@@ -263,7 +263,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("qcompiler.checkpoints.folders.save_file", full)
+    monkeypatch.setattr("qcompiler.checkpoints.folders.write_tensors", full)
     with pytest.raises(QCompilerError, match=r"the checkpoint cannot be written: got no space left on device .*out"):
         write(compiled, tmp_path / "out", "fp8")
     assert not [*tmp_path.iterdir()]

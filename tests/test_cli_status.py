@@ -36,6 +36,7 @@ def ends_by(error: BaseException | None, monkeypatch: pytest.MonkeyPatch, *argum
         (PassError("it is wrong", got="this"), 1, "error: it is wrong: got this\n"),
         (KeyError("x"), 70, "internal error: KeyError: 'x'; run again with --debug to see where\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(28, "No room"), 1, "error: the disk is full: [Errno 28] No room. Make room and run again.\n"),
     ],
 )
 def test_how_a_command_ends(

@@ -45,6 +45,7 @@ FLOORS = {
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
     "qcompiler.explorer": 5,
+    "qcompiler.folder_kinds": 5,
     "qcompiler.html": 5,
     "qcompiler.lineage": 5,
     "qcompiler.nonfinite": 5,

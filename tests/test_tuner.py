@@ -13,7 +13,7 @@ from codegen.gemm import tuned, tuner
 from codegen.gemm.config import GemmConfig, GemmProblem, refusal
 from codegen.gemm.tiling import all_configs, choose, estimated_time
 from codegen.gemm.tuner import Measured, Tuning, candidates
-from qcompiler import knobs
+from qcompiler import CodegenError, knobs
 
 PROBLEMS = [
     GemmProblem(16, 4096, 7168), GemmProblem(64, 4096, 4096), GemmProblem(4096, 4096, 4096),
@@ -60,6 +60,19 @@ def test_the_estimate_is_kept_unless_it_is_beaten_clearly() -> None:
     assert beaten.best == other and beaten.ratio == 0.8 and "0.80 of the estimated choice, 10.0 us" in str(beaten)
     text = str(Tuning((close, beaten), "the file"))
     assert text.startswith("2 products measured, 1 with a better") and text.endswith("kept in the file")
+
+
+def test_a_full_disk_keeps_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tuned.learn(0, {PROBLEM: another(PROBLEM)})
+    before = path.read_bytes()
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuned, "replacing_file", full)
+    with pytest.raises(CodegenError, match=r"the tuned configurations cannot be saved: got .*No space.*need room for"):
+        tuned.learn(0, {PROBLEMS[2]: another(PROBLEMS[2])})
+    assert path.read_bytes() == before
 
 
 def test_what_was_learned_is_used_by_this_process_and_by_others_that_ask() -> None:

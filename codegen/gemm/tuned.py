@@ -24,7 +24,8 @@ from codegen.gemm.tiling import all_configs, choose
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching import replay
 from qcompiler import knobs
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.errors import CodegenError
+from qcompiler.runtime.replacing import not_replaced, replacing_file
 
 FORMAT = 1
 """Of the file."""
@@ -109,9 +110,14 @@ def _entry(entry: Mapping[str, Any]) -> tuple[GemmProblem, GemmConfig]:
 def _write(path: Path, header: Mapping[str, Any], table: Mapping[GemmProblem, GemmConfig]) -> None:
     """Writes the file in one step, so that no reader sees half of it."""
     entries = [{"problem": dataclasses.asdict(p), "config": dataclasses.asdict(c)} for p, c in table.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_file(path) as partial:
-        partial.write_text(json.dumps({"header": dict(header), "products": entries}, indent=1), encoding="utf-8")
+    text = json.dumps({"header": dict(header), "products": entries}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise not_replaced(CodegenError("the tuned configurations cannot be saved", got=error), error, path,
+                           len(text)) from error  # fmt: skip
 
 
 @cache

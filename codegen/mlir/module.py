@@ -10,7 +10,7 @@ from codegen.mlir.importing import context_with_torch
 from codegen.mlir.interface import Parameter, Result
 from codegen.mlir.lowering import load_dialects
 from qcompiler.errors import CodegenError, InputError
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.runtime.replacing import not_replaced, replacing_file
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class MlirModule:
                 part.write_text(self.text + "\n", encoding="utf-8")
         except OSError as error:
             need = "a path in a folder that exists"
-            raise InputError("the module cannot be written", got=f"{target}: {error}", need=need) from error
+            said = InputError("the module cannot be written", got=f"{target}: {error}", need=need)
+            raise not_replaced(said, error, target, len(self.text)) from error
         return target
 
 

@@ -10,6 +10,7 @@ from qcompiler.artefact.manifest import NAME, Manifest, read_manifest
 from qcompiler.artefact.strict_json import AGAIN, LONGEST
 from qcompiler.artefact.weight_files import hash_file
 from qcompiler.errors import ArtefactError
+from qcompiler.folder_kinds import advice
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,17 @@ class Folder:
 def open_folder(path: Path) -> Folder:
     """The folder at `path`; ArtefactError when there is none, or it is no artefact."""
     if not path.is_dir():
-        raise ArtefactError("there is no artefact", got=path, need="a folder that compiled.save has written")
+        need = "a folder that compiled.save has written"
+        raise ArtefactError("there is no artefact", got=path, need=need, fix=advice(path))
     file = path / NAME
     if not file.exists():
-        raise ArtefactError("the folder is no artefact of qcompiler: it has no manifest", got=path, need=str(file))
-    return Folder(path, read_manifest(read_bytes(file), file))
+        problem = "the folder is no artefact of qcompiler: it has no manifest"
+        raise ArtefactError(problem, got=path, need=str(file), fix=advice(path))
+    try:
+        return Folder(path, read_manifest(read_bytes(file), file))
+    except ArtefactError as error:
+        error.fix = error.fix or advice(path)
+        raise
 
 
 def read_bytes(path: Path) -> bytes:

@@ -44,6 +44,7 @@ from qcompiler.compiler.forward import class_with
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.program import Program, Settings, generate, plain_torch
 from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
+from qcompiler.folder_kinds import advice
 from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
@@ -84,7 +85,9 @@ def load(
                 program, forward = read_program(opened, device, verify, regenerate, trust)
                 config = read_config(opened)
             return _assembled(opened.manifest, program, forward, config)
-    except QCompilerError:
+    except QCompilerError as error:
+        if not path.exists():
+            error.fix = error.fix or advice(Path(folder))
         raise
     except Exception as error:  # whatever the files hold, the answer is one sentence
         raise ArtefactError(

@@ -48,11 +48,12 @@ def write_artefact(
     plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
     known = program.calibration
     calibration = known() if callable(known) else known
-    with replacing(target, failed) as work:
+    size = sum(map(len, texts.values())) + sum(each.nbytes for shard in plan.shards for each in shard.values())
+    with replacing(target, failed, size) as work:
         files = {name: _write_text(work / name, text) for name, text in texts.items()}
         files |= _write_weights(work, plan)
         if calibration is not None:
-            calibration.save(work / CALIBRATION)
+            calibration.write_file(work / CALIBRATION)
             files[CALIBRATION] = hash_file(work / CALIBRATION)
         manifest = _manifest(program, settings, calibration, plan, files)
         _write_text(work / NAME, write_manifest(manifest))

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rich.progress import Progress
 
 from qcompiler.calibration.coverage import Coverage, CoverageRow
 from qcompiler.calibration.statistics import OBSERVERS, Statistics
-from qcompiler.calibration.store import Observed, digest, read, write
+from qcompiler.calibration.store import Observed, digest, read, write, write_file
 from qcompiler.errors import InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op, TensorType, Value
@@ -134,6 +135,10 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the statistics to a safetensors file, all of it or nothing; InputError when that cannot be."""
         write(path, self._observed())
+
+    def write_file(self, path: Path) -> None:
+        """Writes the statistics to a new file of a folder that is itself replaced whole; OSError if it cannot."""
+        write_file(path, self._observed())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Calibration":

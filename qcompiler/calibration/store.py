@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qcompiler.calibration.histogram import BIAS, CHANNEL_BITS, EXPONENTS, LOWEST, TENSOR_BITS, Histogram, bin_count
 from qcompiler.calibration.sample import Sample
 from qcompiler.calibration.statistics import Statistics
 from qcompiler.errors import InputError
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.runtime.replacing import not_replaced, replacing_file
+from qcompiler.runtime.tensor_files import write_tensors
 
 VERSION = 1
 """Of the format; a file with a larger one comes from a newer qcompiler."""
@@ -48,14 +48,19 @@ class Observed:
 def write(path: str | os.PathLike[str], values: Mapping[str, Observed]) -> None:
     """Writes a file; a reader sees the old one or the new one, never half of one. InputError when it cannot be."""
     target = Path(path)
-    tensors = {key: tensor.contiguous() for key, tensor in _tensors(values).items()}
-    head = {**_head(values), "digest": digest(values)}
     try:
         with replacing_file(target) as partial:
-            save_file(tensors, partial, metadata={KEY: json.dumps(head)})
-    except (OSError, SafetensorError) as error:
+            write_file(partial, values)
+    except OSError as error:
         need = "the path of a file, in a folder that can be written"
-        raise InputError("the calibration cannot be saved", got=f"{target}: {error}", need=need) from error
+        said = InputError("the calibration cannot be saved", got=f"{target}: {error}", need=need)
+        raise not_replaced(said, error, target, sum(each.nbytes for each in _tensors(values).values())) from error
+
+
+def write_file(path: Path, values: Mapping[str, Observed]) -> None:
+    """Writes a new file; OSError if it cannot be written."""
+    tensors = {key: tensor.contiguous() for key, tensor in _tensors(values).items()}
+    write_tensors(tensors, path, {KEY: json.dumps({**_head(values), "digest": digest(values)})})
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Observed]:

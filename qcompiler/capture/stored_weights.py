@@ -26,6 +26,7 @@ STORED_WEIGHT = "qcompiler.stored_weight"
 """The operator of torch that a trace has for one."""
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+USABLE = "finite numbers that are not negative"  # what scales must be, for messages
 SCALE = "_scale_inv"
 """What transformers' modules put behind the name of a weight for that of its scale."""
 
@@ -77,7 +78,7 @@ def readable(model: nn.Module) -> Iterator[None]:
     """While it lasts, the FP8 weights of a model can be read as numbers.
 
     Raises:
-        CaptureError: An FP8 weight has no scale, or one that does not say what it is for.
+        CaptureError: An FP8 weight has no scale, or one that does not say what it is for, is not finite, or negative.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
@@ -109,6 +110,8 @@ def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stor
             need=f"a scale beside it, called '{key}{SCALE}'",
             fix="Read the checkpoint with qcompiler.checkpoints.load_model(folder).",
         )
+    if not scale.is_meta and (why := unusable(scale)) is not None:
+        raise CaptureError(f"the scale of {name!r} is not a scale", got=why, need=USABLE, where=f"{name}{SCALE}")
     return Stored(key + SCALE, _block(module, scale, name), _dtype(model))
 
 
@@ -157,3 +160,19 @@ def widened(scale: Tensor, shape: list[int]) -> Tensor:
     scale = scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale
     scale = scale if scale.dtype is torch.float32 else scale.to(torch.float32)
     return scale if list(scale.shape) == shape else scale.reshape(shape)
+
+
+def unusable(scale: Tensor) -> str | None:
+    """Why a scale as checkpoints have it cannot be one: its first NaN, infinite or negative element, with its index.
+
+    None if all elements are right; zero is.
+    """
+    numbers = widened(scale.detach(), list(scale.shape))
+    if not numbers.numel():
+        return None
+    low, high = numbers.aminmax()  # NaN if there is one
+    if low >= 0 and high < float("inf"):
+        return None
+    wrong = ~(numbers.isfinite() & (numbers >= 0))
+    at = wrong.nonzero()[0].tolist()
+    return f"{numbers[tuple(at)].item():g} at {at}" if at else f"{numbers.item():g}"

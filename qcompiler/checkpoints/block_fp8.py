@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qcompiler.checkpoints.config_keys import ANY, check_keys, one_of
 from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, StoredAs, powers_of_two
 from qcompiler.errors import QCompilerError, did_you_mean
@@ -30,6 +31,16 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 SCALE_FORMATS = {"float": torch.float32, "ue8m0": UE8M0}
 """`scale_fmt` -> the type that scales are stored in."""
+
+KEYS = {
+    "quant_method": ANY, "activation_scheme": ANY, "weight_block_size": ANY,  # read below
+    "fmt": one_of("e4m3", "e4m3fn", "float8_e4m3fn", "e5m2", "float8_e5m2"), "scale_fmt": one_of("float", "ue8m0"),
+    "expert_dtype": one_of("fp8"), "modules_to_not_convert": ANY, "modules_to_convert": ANY, "ignored_layers": ANY,
+    "ignore": ANY, "exclude_modules": ANY, "dequantize": ANY, "kv_cache_scheme": ANY, "packed_modules_mapping": ANY,
+    "quantization_version": ANY, "version": ANY, "producer": ANY, "is_checkpoint_fp8_serialized": ANY,
+}  # fmt: skip
+"""Which keys DeepSeek, Qwen, MiniMax, AutoFP8 and transformers write. The tensors tell what is converted, and the types
+of codes and scales; KV caches stay in float."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
     Raises:
         QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
     """
+    check_keys(said, KEYS, "the quantization configuration")
     if (scheme := said.get("activation_scheme", "dynamic")) != "dynamic":
         fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
         raise QCompilerError("activations with fixed scales", got=repr(scheme), need="'dynamic'", fix=fix)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qcompiler.checkpoints.config_keys import ANY, check_keys, nothing, one_of
 from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.quantized_weight import StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
@@ -25,6 +26,39 @@ LONGEST_MATCH = 1.0
 """Seconds: a pattern such as `(a+)+b` could take years."""
 
 BLOCKS = {"tensor": (ALL, ALL), "channel": (1, ALL)}
+
+
+def _dense(value: Any) -> str | None:
+    """A sparsity configuration that changes no weight."""
+    fine = isinstance(value, dict) and value.get("format") in (None, "dense")
+    return None if fine else "null, or the format 'dense'"
+
+
+def _no_groups(value: Any) -> str | None:
+    """A transform configuration without transforms."""
+    return None if value == {"config_groups": {}} else "null: the weights must not be transformed"
+
+
+KEYS = {
+    "quant_method": ANY, "format": ANY, "config_groups": ANY,  # read below
+    "sparsity_config": _dense, "transform_config": _no_groups, "moe_sparsity_config": nothing,
+    "ignore": ANY, "kv_cache_scheme": ANY, "quantization_status": ANY, "global_compression_ratio": ANY, "version": ANY,
+    "run_compressed": ANY, "dequantize": ANY, "use_optimized_inference": ANY,
+}  # fmt: skip
+"""Which keys compressed-tensors and transformers write. The tensors tell what is ignored; caches stay in float."""
+
+GROUP_KEYS = {
+    "targets": ANY, "weights": ANY, "input_activations": ANY, "output_activations": nothing, "format": one_of(*FORMATS),
+}  # fmt: skip
+
+NUMBERS = {"num_bits": ANY, "type": ANY, "strategy": ANY, "dynamic": ANY, "block_structure": ANY, "symmetric": ANY,
+           "scale_dtype": ANY, "zp_dtype": ANY, "observer": ANY, "observer_kwargs": ANY}  # fmt: skip
+WEIGHT_KEYS = {**NUMBERS, "group_size": one_of(-1), "actorder": one_of(False, "weight", "static")}
+"""A `group_size` of -1 is the channel; these orders of GPTQ leave the columns where they are."""
+
+ACTIVATION_KEYS = {**NUMBERS, "group_size": ANY, "num_bits": one_of(8), "symmetric": one_of(True),
+                   "actorder": one_of(False)}  # fmt: skip
+"""The scheme that compiles the model chooses the granularity of activations, which have no zero points here."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +85,7 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
     Raises:
         QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
     """
+    check_keys(said, KEYS, "the quantization configuration")
     if (format := said.get("format")) not in FORMATS:
         raise QCompilerError("an unknown format", got=repr(format), fix=did_you_mean(str(format), FORMATS))
     groups = _groups(said.get("config_groups"))
@@ -80,17 +115,22 @@ def _group(name: str, said: Any) -> Group:
     targets = said.get("targets") if isinstance(said, dict) else None
     if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise QCompilerError(f"the group '{name}' is malformed", need="'targets', a list, and 'weights', an object")
+    check_keys(said, GROUP_KEYS, f"the group '{name}'")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if bits != 8 or not isinstance(kind, str) or kind not in CODES:
         raise QCompilerError(f"the group '{name}' has weights of another kind", got=f"{kind!r} of {bits!r} bits",
                              need="'float' or 'int' of 8 bits")  # fmt: skip
     if weights.get("symmetric", True) is not True or weights.get("dynamic", False) is not False:
         raise QCompilerError(f"the weights of group '{name}' have zero points, or scales of each call")
+    block = _block(name, weights)
+    check_keys(weights, WEIGHT_KEYS, f"the weights of group '{name}'")
     activations = said.get("input_activations")
     if isinstance(activations, dict) and activations.get("dynamic") is not True:
         fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
         raise QCompilerError(f"the activations of group '{name}' have fixed scales", need="dynamic", fix=fix)
-    return Group(name, tuple(targets), CODES[kind], _block(name, weights))
+    if isinstance(activations, dict):
+        check_keys(activations, ACTIVATION_KEYS, f"the activations of group '{name}'")
+    return Group(name, tuple(targets), CODES[kind], block)
 
 
 def _block(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:

@@ -33,21 +33,37 @@ def to_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
     if not is_converted(model):
         return dict(tensors)
     loading = import_module("transformers.core_model_loading")
-    table = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    renamings = [entry for entry in table if isinstance(entry, loading.WeightRenaming)]
-    converters = [entry for entry in table if isinstance(entry, loading.WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     plans: dict[str, Any] = {}
-    prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
-    for name in sorted(tensors, key=loading.dot_natural_key):
-        target, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
-        made = loading.WeightRenaming(name, target) if pattern is None else deepcopy(by_pattern[pattern])
+    for name, (target, pattern, converter) in _renamed(model, tensors).items():
+        made = loading.WeightRenaming(name, target) if converter is None else deepcopy(converter)
         plans.setdefault(target, made).add_tensor(target, name, pattern or name, tensors[name])
     found: Tensors = {}
     for target, plan in plans.items():
         _check_exact(getattr(plan, "operations", ()), target)
         found |= plan.convert(target, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+
+def names_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors in files -> those of the weights of the model that they are, or are parts of."""
+    if not is_converted(model):
+        return {name: name for name in names}
+    return {name: target for name, (target, _, _) in _renamed(model, names).items()}
+
+
+def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str | None, Any]]:
+    """Name in the files -> that in the model, and the pattern and the conversion of transformers, if there is one."""
+    loading = import_module("transformers.core_model_loading")
+    table = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    renamings = [entry for entry in table if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, loading.WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
+    found = {}
+    for name in sorted(names, key=loading.dot_natural_key):
+        target, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
+        found[name] = (target, pattern, None if pattern is None else by_pattern[pattern])
+    return found
 
 
 def to_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:

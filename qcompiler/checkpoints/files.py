@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.errors import QCompilerError
+from qcompiler.folder_kinds import advice
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -40,8 +41,14 @@ class TensorFiles(Mapping[str, Tensor]):
         self.folder = folder
         self._types: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._files: dict[str, Any] = {}
-        for file, expected in _listed(folder).items():
-            self._open(file, expected)
+        files = _listed(folder)
+        listed = {name for expected in files.values() for name in expected or ()}
+        for file, expected in files.items():
+            self._open(file, expected, listed)
+        if (folder / SINGLE).exists() and SINGLE not in files:
+            got = f"{SINGLE} and {INDEX}, which does not list it"
+            fix = "Remove the one that is not meant: other readers take either."
+            raise QCompilerError("the folder holds two checkpoints", got=got, where=str(folder), fix=fix)
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -67,8 +74,11 @@ class TensorFiles(Mapping[str, Tensor]):
         """The shape of a tensor, without reading it."""
         return self._types[name][1]
 
-    def _open(self, file: str, expected: set[str] | None) -> None:
-        """Takes in the tensors of one file: those that the index expects there, all of them without an index."""
+    def _open(self, file: str, expected: set[str] | None, listed: set[str]) -> None:
+        """Takes in the tensors of one file: those that the index expects there, all of them without an index.
+
+        A tensor that is not listed for any file is an error.
+        """
         path = self.folder / file
         try:
             if not path.is_file():
@@ -79,6 +89,10 @@ class TensorFiles(Mapping[str, Tensor]):
             found = {*opened.keys()}
             if lost := sorted((expected or set()) - found):
                 raise QCompilerError("the index expects a tensor that is not in its file", got=lost[0], where=str(path))
+            if unlisted := sorted(found - listed if listed else ()):
+                fix = "Other readers load it. Remove it from the file, or list it."
+                raise QCompilerError("a file has a tensor that the index does not list", got=unlisted[0],
+                                     where=str(path), fix=fix)  # fmt: skip
             for name in sorted(found if expected is None else expected):
                 part = opened.get_slice(name)
                 self._types[name] = (_dtype(part.get_dtype(), path, name), tuple(part.get_shape()))
@@ -102,11 +116,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def _listed(folder: Path) -> dict[str, set[str] | None]:
     """The files of a folder -> the tensors that the index expects in them, or None without an index."""
     if not folder.is_dir():
-        raise QCompilerError("there is no such folder", got=str(folder))
+        problem = "a checkpoint is a folder, and this is a file" if folder.exists() else "there is no such folder"
+        raise QCompilerError(problem, got=str(folder), fix=advice(folder))
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
-            got = f"{folder}, which has neither"
-            raise QCompilerError("the folder holds no checkpoint", got=got, need=f"{SINGLE} or {INDEX}, and {CONFIG}")
+            got, need = f"{folder}, which has neither", f"{SINGLE} or {INDEX}, and {CONFIG}"
+            raise QCompilerError("the folder holds no checkpoint", got=got, need=need, fix=advice(folder))
         return {SINGLE: None}
     path = folder / INDEX
     places = read_json(path).get("weight_map")

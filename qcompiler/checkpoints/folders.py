@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qcompiler.errors import QCompilerError
 from qcompiler.runtime.replacing import replacing
+from qcompiler.runtime.tensor_files import write_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -44,7 +44,8 @@ def write_folder(
         QCompilerError: There is something else at that place, or it cannot be written.
     """
     check_place(folder)
-    with replacing(folder, lambda error: QCompilerError("the checkpoint cannot be written", got=error)) as made:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with replacing(folder, lambda error: QCompilerError("the checkpoint cannot be written", got=error), size) as made:
         for source in _companions(companions):
             shutil.copyfile(source, made / source.name)
         _write_tensors(made, tensors, shard_bytes)
@@ -81,7 +82,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in
                                                range(1, len(shards) + 1)]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
-        save_file(_apart({key: tensors[key] for key in shard}), folder / name, {"format": "pt"})
+        write_tensors(_apart({key: tensors[key] for key in shard}), folder / name, {"format": "pt"})
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}

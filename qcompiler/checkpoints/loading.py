@@ -4,7 +4,8 @@ Quantized weights stay codes and scales: modules hold them under the names of th
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.stored_weights import Stored, hold
 from qcompiler.checkpoints.conversion import stacked, to_model
+from qcompiler.checkpoints.declarations import undeclare
+from qcompiler.checkpoints.fitting import check_complete, check_element_types, check_names, check_shape
 from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.errors import QCompilerError
+from qcompiler.numerics import scale_shape
 
-SHOWN = 5
-"""So many names a message lists."""
+Held = tuple[nn.Parameter, nn.Parameter, tuple[int, int]]
+"""Codes, scales and the size of a block."""
 
 
 def load_model(folder: "str | PathLike[str]") -> nn.Module:
@@ -29,17 +33,22 @@ def load_model(folder: "str | PathLike[str]") -> nn.Module:
 
     Raises:
         QCompilerError: The folder is no checkpoint, or a broken one; transformers is missing, or does not know the
-            architecture; names in the files are not those of the model.
+            architecture, or cannot make the model; the files have other tensors than the model, or integers for weights
+            in floating point.
     """
     checkpoint = read(folder)
     transformers = transformers_library()
     config = _config(transformers, checkpoint.folder)
     kind = _architecture(transformers, config, checkpoint)
     with third_party_silence():
-        if not checkpoint.stored:
-            return _plain(kind, config, checkpoint.folder).eval()
-        model = _skeleton(kind, config)
-    _fill(model, checkpoint)
+        if checkpoint.stored:
+            with _one_sentence("transformers cannot make the model", checkpoint.folder):
+                model = _skeleton(kind, config, checkpoint)
+                _fill(model, checkpoint)
+        else:
+            with _one_sentence("transformers cannot load the model", checkpoint.folder):
+                model = _in_float(kind, config, checkpoint)
+        _finish(transformers, model, checkpoint.folder)
     return model.eval()
 
 
@@ -54,49 +63,57 @@ def transformers_library() -> Any:
 
 
 def _config(transformers: Any, folder: Path) -> Any:
-    try:
-        with third_party_silence():
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each architecture checks its own configuration, in its own way
-        problem = "transformers cannot read the configuration"
-        raise QCompilerError(problem, got=_short(error), where=str(folder)) from error
+    """The configuration of the model, in which nothing is quantized: transformers would quantize by itself."""
+    with _one_sentence("transformers cannot read the configuration", folder), third_party_silence():
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    undeclare(config)
+    return config
 
 
 def _architecture(transformers: Any, config: Any, checkpoint: Checkpoint) -> Any:
     """The class of the model; only those of transformers itself, since code of the folder is never run."""
-    names = config.architectures or []
-    kind = getattr(transformers, str(names[0]), None) if names else transformers.AutoModel
-    models = (transformers.PreTrainedModel, transformers.AutoModel)
-    if not isinstance(kind, type) or not issubclass(kind, models):
-        got, where = repr(names[0]), str(checkpoint.folder)
-        fix = "Make the model yourself and compile that; code inside of a checkpoint is never run."
-        raise QCompilerError("transformers knows no such architecture", got=got, where=where, fix=fix)
-    return kind
+    names, where = config.architectures or [None], str(checkpoint.folder)
+    with _one_sentence("transformers cannot load the architecture", checkpoint.folder):
+        if names[0] is None:  # the base model; a few configurations have several
+            kind = transformers.MODEL_MAPPING[type(config)]
+            return kind[0] if isinstance(kind, list | tuple) else kind
+        kind = getattr(transformers, str(names[0]), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    fix = "Make the model yourself and compile that; code inside of a checkpoint is never run."
+    raise QCompilerError("transformers knows no such architecture", got=repr(names[0]), where=where, fix=fix)
 
 
-def _plain(kind: Any, config: Any, folder: Path) -> nn.Module:
-    """A model in which nothing is quantized, as transformers loads it; but it must be complete."""
-    try:
-        model, info = kind.from_pretrained(
-            folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # whatever transformers finds wrong
-        raise QCompilerError("transformers cannot load the model", got=_short(error), where=str(folder)) from error
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        problem = "the model has weights that are in no file, or there in another shape"
-        raise QCompilerError(problem, got=_listed(lost), where=str(folder))
-    loaded: nn.Module = model
-    return loaded
-
-
-def _skeleton(kind: Any, config: Any) -> nn.Module:
-    """The model without numbers in its weights. What is no weight, such as frequencies of rotations, is computed."""
-    del config.quantization_config
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    make = getattr(kind, "from_config", None) or kind._from_config  # an automatic class has the one, a model the other
-    with import_module("transformers.initialization").no_init_weights():
-        model: nn.Module = make(config, dtype=dtype)
+def _in_float(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
+    """A model in which nothing is quantized, loaded by transformers from the tensors that were read."""
+    if checkpoint.method is not None:
+        fix = "If its weights are in floating point, remove 'quantization_config' from config.json."
+        got, where = f"quant_method {checkpoint.method!r}", str(checkpoint.folder)
+        raise QCompilerError("none of the weights is quantized as the checkpoint says", got=got, where=where, fix=fix)
+    model: nn.Module
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=dict(checkpoint.tensors), dtype="auto", output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    other = [f"{name} {list(got)}, not {list(need)}" for name, got, need in info["mismatched_keys"]]
+    check_complete(model, info["missing_keys"], info["unexpected_keys"], checkpoint, other)
+    check_element_types(model, checkpoint)
     return model
+
+
+def _skeleton(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
+    """The model without numbers in its weights. What is no weight, such as frequencies of rotations, is computed."""
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _usual_dtype(checkpoint)
+    with import_module("transformers.initialization").no_init_weights():
+        model: nn.Module = kind._from_config(config, dtype=dtype)
+    return model
+
+
+def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The first 16-bit type of a weight that is not quantized; scales may have another one."""
+    scales = {how.scale for how in checkpoint.stored.values()}
+    dtypes = (checkpoint.tensors.dtype(name) for name in checkpoint.tensors if name not in scales)
+    return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -104,77 +121,86 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     tensors, stored = checkpoint.tensors, checkpoint.stored
     scales = {how.scale for how in stored.values()}
     plain = to_model(model, {name: tensors[name] for name in tensors if name not in scales and name not in stored})
-    held: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+    held: dict[str, Held] = {}
     for block in {how.block for how in stored.values()}:
         names = [name for name, how in stored.items() if how.block == block]
-        pairs = stacked(model, names, tensors.__getitem__, lambda name: tensors[stored[name].scale], block)
-        held |= {name: (codes, scale, block) for name, (codes, scale) in pairs.items()}
-    _check_names(model, {*plain, *held}, checkpoint)
+        pairs = stacked(model, names, tensors.__getitem__, lambda name: _scale_in_shape(checkpoint, name), block)
+        held |= {name: (_fixed(codes), _fixed(scale), block) for name, (codes, scale) in pairs.items()}
+    check_names(model, {*plain, *held}, checkpoint)
+    check_element_types(model, checkpoint)
     wanted, wide = {*model.state_dict()}, _kept_wide(model)
     suffix = "_scale_inv" if checkpoint.method == "fp8" else "_scale"
     for name in sorted(wanted & {*held}):
-        _hold(model, name, *held[name], suffix)
+        _hold(model, name, held[name], suffix)
     for name in sorted(wanted & {*plain}):
         _assign(model, name, plain[name], wide)
-    _tie(model, plain, held)
+    _tie(model, plain, held, suffix)
+
+
+def _scale_in_shape(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The scale of a weight as it is stored, with the axes that files may leave out: [N] is [N, 1]."""
+    how = checkpoint.stored[name]
+    return checkpoint.tensors[how.scale].reshape(scale_shape(checkpoint.tensors.shape(name), how.block))
+
+
+def _finish(transformers: Any, model: nn.Module, folder: Path) -> None:
+    """What else the folder says of the model: where it is from, and how it generates."""
     if (config := getattr(model, "config", None)) is not None:
-        config._name_or_path = str(checkpoint.folder)
+        config._name_or_path = str(folder)
+    if hasattr(model, "generation_config") and (folder / "generation_config.json").is_file():
+        with _one_sentence("transformers cannot read the generation configuration", folder):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
-def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Collection[str]) -> None:
+def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Mapping[str, Held], suffix: str) -> None:
     """Makes one of what the model ties, but for two weights that differ in the files: transformers keeps those too."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found = {*plain, *held}
+    quantized: dict[str, str] = {}
     for name, source in list(tied.items()):
         pair = {name, source}
-        alike = pair <= plain.keys() and equal_bits(plain[name], plain[source])
-        if pair <= {*plain, *held} and not alike:
+        if pair <= found and not (pair <= plain.keys() and equal_bits(plain[name], plain[source])):
             del tied[name]
+        elif pair & held.keys():
+            quantized[name] = tied.pop(name)
     if callable(tie := getattr(model, "tie_weights", None)):
-        tie(recompute_mapping=False)  # or what was taken out would be in again
+        # By this mapping, or what was taken out would be in again; the source may be the one that is in no file.
+        tie(missing_keys={*model.state_dict()} - found, recompute_mapping=False)
+    for name in sorted(quantized, key=lambda name: name not in held):
+        given, taking = (name, quantized[name]) if name in held else (quantized[name], name)
+        held = {**held, taking: held[given]}
+        _hold(model, taking, held[given], suffix)
+    tied |= quantized
 
 
-def _check_names(model: nn.Module, found: set[str], checkpoint: Checkpoint) -> None:
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    state = {*model.state_dict()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    strange = {name for name in found - state if not any(re.search(pattern, name) for pattern in ignored)}
-    for problem, names in (
-        ("the model has weights that are in no file", state - {*tied} - found),
-        ("files have tensors that are not of the model", strange),
-    ):
-        if names:
-            raise QCompilerError(problem, got=_listed(sorted(names)), where=str(checkpoint.folder))
-
-
-def _hold(model: nn.Module, name: str, codes: Tensor, scale: Tensor, block: tuple[int, int], suffix: str) -> None:
+def _hold(model: nn.Module, name: str, stored: Held, suffix: str) -> None:
     """Gives a module codes and scales in the place of a weight."""
+    codes, scale, block = stored
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     weight = module._parameters[key]
-    _check_shape(name, weight, codes)
+    check_shape(name, weight, codes)
     dtype = weight.dtype if weight is not None else torch.bfloat16
-    module._parameters[key] = nn.Parameter(codes, requires_grad=False)
-    module.register_parameter(key + suffix, nn.Parameter(scale, requires_grad=False))
+    module._parameters[key] = codes
+    module.register_parameter(key + suffix, scale)
     hold(module, {key: Stored(key + suffix, block, dtype)})
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, wide: "re.Pattern[str] | None") -> None:
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters[key] if key in module._parameters else module._buffers[key]
-    _check_shape(name, old, tensor)
+    check_shape(name, old, tensor)
     if old is not None and tensor.is_floating_point() and not (wide and wide.search(name)):
         tensor = tensor.to(old.dtype)
     if key in module._parameters:
         module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[key] = tensor
-
-
-def _check_shape(name: str, wanted: Tensor | None, tensor: Tensor) -> None:
-    if wanted is None or wanted.shape != tensor.shape:
-        need = "nothing" if wanted is None else list(wanted.shape)
-        raise QCompilerError(f"'{name}' has another shape than in the model", got=list(tensor.shape), need=need)
 
 
 def _kept_wide(model: nn.Module) -> "re.Pattern[str] | None":
@@ -184,12 +210,14 @@ def _kept_wide(model: nn.Module) -> "re.Pattern[str] | None":
     return re.compile("|".join(rf"(?:^|\.){re.escape(word)}(?:\.|$)" for word in words)) if words else None
 
 
-def _short(error: Exception) -> str:
-    """The first line of somebody else's error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+@contextmanager
+def _one_sentence(problem: str, folder: Path) -> Iterator[None]:
+    """Turns an error of transformers, which may be of any kind, into one of ours with its first line."""
+    try:
+        yield
+    except QCompilerError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        got = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise QCompilerError(problem, got=got, where=str(folder)) from error

@@ -24,6 +24,7 @@ class Origin:
         module: The module; its weights may be on the meta device.
         tensors: Name -> tensor, as a checkpoint in float would have them.
         ties: Name -> all names of the same parameter, where it has several.
+        twins: Name that files leave out -> that of the weight it is tied to.
         documents: JSON files beside the tensors: the configuration, where the model has one.
         folder: Where its tokenizer is found, if anywhere.
     """
@@ -31,6 +32,7 @@ class Origin:
     module: nn.Module
     tensors: Mapping[str, Tensor]
     ties: Mapping[str, tuple[str, ...]]
+    twins: Mapping[str, str]
     documents: Mapping[str, Any]
     folder: Path | None
 
@@ -58,10 +60,10 @@ def origin_of_module(module: nn.Module) -> Origin:
     """A model in memory."""
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    twins = {name for name, source in tied.items() if state.get(name) is state.get(source) is not None}
+    twins = {name: source for name, source in tied.items() if state.get(name) is state.get(source) is not None}
     kept = {name: tensor for name, tensor in state.items() if name not in twins}
     tensors = {name: tensor.detach() for name, tensor in kept.items()}
-    return Origin(module, tensors, tied_names(kept), _documents(module), _folder(module))
+    return Origin(module, tensors, tied_names(kept), twins, _documents(module), _folder(module))
 
 
 def _documents(module: nn.Module) -> dict[str, Any]:

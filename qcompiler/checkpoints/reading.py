@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.capture.stored_weights import widened
+from qcompiler.capture.stored_weights import USABLE, unusable, widened
 from qcompiler.checkpoints import block_fp8, compressed_groups, compressed_tensors
+from qcompiler.checkpoints.declarations import declared, unread
 from qcompiler.checkpoints.files import TensorFiles, read_json
-from qcompiler.checkpoints.folders import CONFIG
+from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
 
@@ -25,6 +26,7 @@ READERS = {block_fp8.METHOD: block_fp8.stored_weights, compressed_tensors.METHOD
 """`quant_method` -> what finds the quantized weights of a folder."""
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SHOWN = 5  # names that a message lists
 
 
 @dataclass(frozen=True)
@@ -60,28 +62,26 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
     """A checkpoint in safetensors, quantized or not.
 
     Raises:
-        QCompilerError: A file is missing or broken; the quantization is of a kind that is not known; a quantized weight
-            has no scale, or one that does not fit.
+        QCompilerError: A file is missing or broken; the quantization is of a kind that is not known, or has a key that
+            is not; a quantized weight has no scale, or one that does not fit, or is not finite, or is negative.
     """
     path = Path(folder)
     tensors = TensorFiles(path)
     config = read_json(path / CONFIG)
-    stored = _stored(config, tensors, str(path / CONFIG))
+    if (other := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
+        raise QCompilerError("the configuration names other files of weights", got=repr(other), need=SINGLE,
+                             where=str(path / CONFIG))  # fmt: skip
+    said = declared(config, str(path / CONFIG))
+    stored = {} if said is None else _stored(said, tensors, str(path / CONFIG))
     for name, how in stored.items():
         _check(name, how, tensors)
     for name in tensors:
         if name not in stored and tensors.dtype(name) in FP8:
-            raise _without_scale(name, tensors)
-    said = config.get("quantization_config")
+            raise _without_scale(name, tensors, fix=unread(path, config) if said is None else None)
     return Checkpoint(path, config, tensors, stored, said["quant_method"] if said is not None else None)
 
 
-def _stored(config: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapping[str, StoredAs]:
-    said = config.get("quantization_config")
-    if said is None:
-        return {}
-    if not isinstance(said, dict):
-        raise QCompilerError("'quantization_config' is no JSON object", got=type(said).__name__, where=where)
+def _stored(said: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapping[str, StoredAs]:
     method = said.get("quant_method")
     if not isinstance(method, str) or method not in READERS:
         raise QCompilerError("an unknown kind of quantization", got=f"quant_method {method!r}", where=where,
@@ -94,7 +94,7 @@ def _stored(config: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapp
 
 
 def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
-    """Holds a scale to its type and its shape."""
+    """Holds a scale to its type, its shape and its values: scales are small enough to be read here."""
     where = f"{tensors.folder}: {how.scale}"
     if how.scale not in tensors:
         raise _without_scale(name, tensors, how.scale)
@@ -109,11 +109,19 @@ def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
     if got not in alike:
         problem = f"the scale does not fit its weight {list(shape)} with a scale for each {list(how.block)}"
         raise QCompilerError(problem, got=got, need=need, where=where)
+    if (why := unusable(tensors[how.scale])) is not None:
+        raise QCompilerError(f"the scale of '{name}' is not a scale", got=why, need=USABLE, where=where)
 
 
-def _without_scale(name: str, tensors: TensorFiles, scale: str | None = None) -> QCompilerError:
+def _without_scale(name: str, tensors: TensorFiles, scale: str | None = None, fix: str | None = None) -> QCompilerError:
     got = f"{str(tensors.dtype(name)).removeprefix('torch.')}{list(tensors.shape(name))}"
-    fix = "Without its scale nobody knows what numbers it stands for."
-    return QCompilerError(
-        f"a quantized weight has no scale: '{name}'", got=got, need=scale, where=str(tensors.folder), fix=fix
-    )
+    need = f"'{scale}'" if scale else f"a 'quantization_config' in {CONFIG} that says where its scale is"
+    module = name.rpartition(".")[0] + "."
+    beside = [other for other in tensors if other.startswith(module) and "scale" in other[len(module) :]]
+    advice = [fix] if fix else []
+    if beside:
+        advice.append(f"Beside it is {', '.join(map(repr, beside[:SHOWN]))}, a name that is not read as its scale.")
+    elif scale:
+        advice.append("Without a scale its numbers are not known.")
+    return QCompilerError(f"a quantized weight has no scale: '{name}'", got=got, need=need, where=str(tensors.folder),
+                          fix=" ".join(advice) or None)  # fmt: skip

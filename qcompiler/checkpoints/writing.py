@@ -90,6 +90,8 @@ def _origin(compiled: "CompiledModel", model: "nn.Module | str | PathLike[str] |
             problem = f"a checkpoint has the names of a module, and this was compiled from a {type(module).__name__}"
         raise QCompilerError(problem, fix="Pass the module or its folder, or one with the same weights: model=...")
     origin = origin_of_module(module)
+    for twin in origin.twins.keys() & found.quantized.keys():
+        found.quantized[origin.twins[twin]] = found.quantized.pop(twin)
     if missing := sorted({*found.quantized, *found.changed} - {*origin.tensors}):
         got = f"no weight '{missing[0]}' in {type(module).__name__}"
         raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
@@ -100,7 +102,7 @@ def _origin(compiled: "CompiledModel", model: "nn.Module | str | PathLike[str] |
     found.spread(origin.ties)
     for name, how in origin.stored().items():
         found.scales.add(how.scale)
-        if name not in found.quantized:  # the graph does not read it
+        if name not in found.quantized and name not in origin.twins:  # the graph does not read it
             found.quantized[name] = origin.quantized(name, how)
     return origin
 

@@ -17,6 +17,7 @@ from importlib import import_module
 
 from qcompiler.cli.parser import COMMANDS, build_parser
 from qcompiler.errors import QCompilerError
+from qcompiler.runtime.replacing import FULL
 
 GOOD, NO, USAGE, INTERNAL, INTERRUPTED, NO_READER = 0, 1, 2, 70, 130, 141
 EXIT_CODES = {
@@ -48,9 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _explain("interrupted", options.debug)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _explain(f"error: the disk is full: {error}. Make room and run again.", options.debug)
+            _flush_or_drop()
+            return NO
         again = "" if options.debug else "; run again with --debug to see where"
         _explain(f"internal error: {type(error).__name__}: {error}{again}", options.debug)
         return INTERNAL
+
+
+def _flush_or_drop() -> None:
+    """Keeps Python from failing again at exit over output that has no room."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as above)
 
 
 def _explain(message: str, debug: bool) -> None:

@@ -19,6 +19,7 @@ from qcompiler.capture.quiet import quiet_failure, third_party_silence
 from qcompiler.cli import huggingface
 from qcompiler.cli.inputs import Call, example_in, random_call
 from qcompiler.errors import InputError
+from qcompiler.folder_kinds import advice
 
 NEED = "a .pt2 file, a folder with a config.json, or module:factory"
 
@@ -70,7 +71,7 @@ def load_model(name: str, device: str | None = None) -> Loaded:
     elif ":" in name:
         loaded = _made(name)
     else:
-        raise InputError("there is no such model", got=repr(name), need=NEED)
+        raise InputError("there is no such model", got=repr(name), need=NEED, fix=advice(path))
     if isinstance(loaded.model, torch.nn.Module):
         loaded.model = loaded.model.eval().to(device)
     return loaded

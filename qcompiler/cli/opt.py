@@ -10,6 +10,7 @@ from qcompiler.instruments import CheckChanged, Dump, Instrument, PrintAfter, Ti
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import run_pipeline
+from qcompiler.runtime.replacing import not_replaced, replacing_file
 from qcompiler.schemes import pipeline
 
 
@@ -43,9 +44,13 @@ def _write(name: str, text: str) -> None:
     if name == "-":
         sys.stdout.write(text)
         return
+    path = Path(name)
     try:
-        Path(name).write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # a device such as /dev/stdout cannot be replaced
+            path.write_text(text, encoding="utf-8")
+            return
+        with replacing_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(
-            "the graph cannot be written", got=f"{name}: {error}", need="a path in a folder that exists"
-        ) from error
+        said = InputError("the graph cannot be written", got=f"{name}: {error}", need="a path in a folder that exists")
+        raise not_replaced(said, error, path, len(text)) from error

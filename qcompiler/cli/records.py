@@ -11,6 +11,7 @@ from qcompiler.artefact.manifest import HOST, Manifest
 from qcompiler.artefact.manifest import NAME as MANIFEST
 from qcompiler.cli.opt import read_graph
 from qcompiler.errors import InputError, did_you_mean
+from qcompiler.folder_kinds import advice
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import numbered
 from qcompiler.pass_runner import Step
@@ -49,7 +50,7 @@ def read_record(name: str) -> Record:
     path = Path(name)
     if name != "-" and not path.exists():
         need = "an artefact, a folder of dumped graphs, or a .qir file"
-        raise InputError("there is nothing to inspect", got=name, need=need)
+        raise InputError("there is nothing to inspect", got=name, need=need, fix=advice(path))
     if not path.is_dir():
         return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
     if (path / MANIFEST).is_file():
@@ -60,7 +61,7 @@ def read_record(name: str) -> Record:
             dumped[numbered(match[1], dumped)] = read_graph(str(file))
     if not dumped:
         need = f"an artefact (with a {MANIFEST}), or graphs such as 00_captured.qir"
-        raise InputError("the folder holds nothing to inspect", got=name, need=need)
+        raise InputError("the folder holds nothing to inspect", got=name, need=need, fix=advice(path))
     return Record(dumped, {})
 
 

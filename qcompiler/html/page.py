@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.runtime.replacing import not_replaced, replacing_file
 
 LIBRARY, LIBRARY_NAME = "vendor/dagre.min.js", "dagre 3.1.3"
 """Places the nodes of a graph: https://github.com/dagrejs/dagre."""
@@ -63,9 +63,8 @@ def write_page(path: "str | os.PathLike[str]", page: str) -> None:
             partial.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         need = "the path of a file, in a folder that can be written"
-        raise InputError(
-            "the report cannot be written", got=f"{target}: {error.strerror or error}", need=need
-        ) from error
+        said = InputError("the report cannot be written", got=f"{target}: {error.strerror or error}", need=need)
+        raise not_replaced(said, error, target, len(page.encode())) from error
 
 
 def as_script_data(data: dict[str, Any]) -> str:

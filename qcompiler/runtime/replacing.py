@@ -18,8 +18,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from qcompiler.errors import QCompilerError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used up quota, a limit on the size of files
+
+E = TypeVar("E", bound=QCompilerError)
 
 
 @contextmanager
@@ -42,13 +47,14 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(target: Path, failed: Callable[[OSError], QCompilerError]) -> Iterator[Path]:
+def replacing(target: Path, failed: Callable[[OSError], QCompilerError], size: int | None = None) -> Iterator[Path]:
     """A new, empty folder, which takes the place of `target` when the block ends well, and is gone when it does not.
 
     Args:
         target: Its name is free, or that of a folder that may be replaced; who calls this has looked.
         failed: Makes the error, to which the place is added, that is raised when a file or folder cannot be written or
             renamed, and `target` is as it was.
+        size: How many bytes will be written, if that is known; for the message of a full disk.
     """
     target = Path(os.path.abspath(target))  # "." has a name then, and a link stays one
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.qcompiler-new")
@@ -69,9 +75,28 @@ def replacing(target: Path, failed: Callable[[OSError], QCompilerError]) -> Iter
                 remove_tree(work)
                 raise
     except OSError as error:
-        said = failed(error)
-        said.where = str(target)
-        raise said from error
+        raise not_replaced(failed(error), error, target, size) from error
+
+
+def not_replaced(said: E, error: OSError, target: Path, size: int | None = None) -> E:
+    """Adds to an error of writing: the place, the room that is needed if the disk is full, and that nothing changed.
+
+    Args:
+        said: The error to raise.
+        error: The error of the system.
+        target: The file or folder that was to be written.
+        size: How many bytes were to be written, if that is known.
+    """
+    said.where = str(target)
+    if error.errno == errno.EFBIG:
+        said.need = "a higher limit on the size of files (ulimit -f)"
+    elif error.errno in FULL:
+        said.need = "more room" if size is None else f"room for {size:,} bytes"
+        with suppress(OSError):
+            folder = next(path for path in Path(os.path.abspath(target)).parents if path.is_dir())
+            said.need = f"{said.need} ({shutil.disk_usage(folder).free:,} bytes are free)"
+    said.fix = " ".join(filter(None, [said.fix, "Nothing was replaced."]))
+    return said
 
 
 def recover(target: Path) -> None:

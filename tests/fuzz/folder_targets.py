@@ -22,7 +22,9 @@ import qcompiler
 from qcompiler.artefact.manifest import NAME, sealed
 from qcompiler.artefact.strict_json import render
 from qcompiler.checkpoints import read
+from qcompiler.checkpoints.declarations import unread
 from qcompiler.errors import ArtefactError
+from qcompiler.folder_kinds import advice
 
 HEADER = "#header"
 
@@ -134,30 +136,41 @@ COMPRESSED = {
     "config_groups": {
         "group_0": {
             "targets": ["Linear", "re:.*up"],
-            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False,
+                        "group_size": -1, "actorder": "static", "observer": "minmax", "observer_kwargs": {}},
             "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
         }
     },
     "ignore": ["lm_head"],
-}
+    "sparsity_config": {"format": "dense"},
+    "transform_config": {"config_groups": {}},
+}  # fmt: skip
 
 
 @cache
 def _checkpoints() -> Mapping[str, Folder]:
-    """One of each kind: block FP8, compressed-tensors, and one in several files."""
+    """One of each kind: block FP8, compressed-tensors, one in several files, and one that is declared elsewhere."""
     codes = torch.linspace(-4, 4, 16 * 8).reshape(16, 8).to(torch.float8_e4m3fn)
     plain = {"norm.weight": torch.ones(8), "lm_head.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
     block = {"up.weight": codes, "up.weight_scale_inv": torch.ones(1, 1)}
     channel = {"up.weight": codes, "up.weight_scale": torch.ones(16, 1)}
-    made = {
-        "fp8": ({"model.safetensors": plain | block}, BLOCK_FP8),
-        "compressed": ({"model.safetensors": plain | channel}, COMPRESSED),
-        "sharded": ({"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block}, BLOCK_FP8),
-    }
+    exponents = {"up.weight": codes, "up.weight_scale_inv": torch.full((1, 1), 127, dtype=torch.uint8)}
+    top = "quantization_config"
+    made: dict[str, tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]] = {
+        "fp8": ({"model.safetensors": plain | block}, {top: BLOCK_FP8}),
+        "compressed": ({"model.safetensors": plain | channel}, {top: COMPRESSED}),
+        "sharded": (
+            {"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block}, {top: BLOCK_FP8}
+        ),
+        "elsewhere": (
+            {"model.safetensors": exponents},
+            {"text_config": {top: BLOCK_FP8}, "quantize": "w8a8", "transformers_weights": None, "rotation": None},
+        ),
+    }  # fmt: skip
     for kind, (files, said) in made.items():
         path = folder() / "checkpoints" / kind
         path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": said}))
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", **said}))
         for name, tensors in files.items():
             save_file(tensors, path / name, metadata={"format": "pt"})
         if len(files) > 1:
@@ -174,7 +187,9 @@ def read_checkpoint(given: bytes) -> None:
     checkpoint = _checkpoints().get(kind, _checkpoints()["fp8"])
     name, data = checkpoint.change(given.removeprefix(line + b"/"), "config.json")
     with checkpoint.holding({name: data}):
+        advice(checkpoint.path)
         found = read(checkpoint.path)
+        unread(found.folder, found.config)
         for tensor in found.tensors:
             found.quantized(tensor) if tensor in found.stored else found.tensors[tensor]
 
@@ -188,6 +203,7 @@ WORDS = (
     b'"stages/00_captured.qir"', b'"host.py"', b'"../host.py"', b'"format"', b'"files"', b'"leaf"', b'"tuple"', b"null",
     b'{"float": "nan"}', b'{"dtype": "bf16"}', b'"cpu"', b'"cuda:7"', b"%x", b"aten.", b"true", b"-1", b"1e999",
     b'"F8_E4M3"', b'"BF16"', b'"U64"', b'"shape"', b"[0,0]", b'"re:("', b'"block"', b'"8x8"', b'"up.weight"', b"[]",
+    b'"compression_config"', b'"quantization_config"', b'"actorder"', b'"rotation"', b'"qcompiler artefact"',
 )  # fmt: skip
 
 FOLDER_TARGETS = {

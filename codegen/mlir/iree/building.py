@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from codegen.mlir import to_mlir
 from codegen.mlir.constants import bytes_of
@@ -18,6 +17,7 @@ from codegen.mlir.module import MlirModule
 from qcompiler.errors import CodegenError, InputError
 from qcompiler.ir import Graph, Value
 from qcompiler.runtime.replacing import replacing
+from qcompiler.runtime.tensor_files import write_tensors
 
 
 def build(
@@ -51,11 +51,12 @@ def build(
     binary = compile_module(module, cpu)
     # Fresh memory for each: two of them may share theirs, which a file of tensors must not.
     tensors = {argument.name: found[argument.name].detach().cpu().contiguous().clone() for argument in stored}
+    size = len(binary) + sum(tensor.nbytes for tensor in tensors.values())
     with replacing(
-        target.resolve(), lambda error: InputError("the compiled model cannot be written", got=error)
+        target.resolve(), lambda error: InputError("the compiled model cannot be written", got=error), size
     ) as new:
         (new / MODULE).write_bytes(binary)
-        save_file(tensors, new / WEIGHTS)
+        write_tensors(tensors, new / WEIGHTS)
         hashes = {name: hashlib.sha256((new / name).read_bytes()).hexdigest() for name in (MODULE, WEIGHTS)}
         _manifest(graph, module, hashes, cpu).write(new)
         check_replaceable(target)

@@ -1,0 +1,31 @@
+"""Writes tensors to a safetensors file, with the errors that any other file has."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file.
+
+    Args:
+        tensors: By name; contiguous, and no two in the same memory.
+        path: The file, which is replaced if it exists.
+        metadata: Texts in the header of the file.
+
+    Raises:
+        OSError: The disk is full, the folder does not exist, and the like. safetensors itself raises an error of its
+            own, with the number of the system in its text only.
+    """
+    try:
+        save_file({**tensors}, path, None if metadata is None else {**metadata})
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
