@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.candidates import TOP_1, TOP_K, why_not_quantized
-from passes.layers import EVERYTHING, why_not_selected
+from passes.layers import EVERYTHING, naming_pattern, why_not_selected
 from qcompiler.calibration import Calibration, Statistics
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Op, TensorType, Value
@@ -93,7 +93,9 @@ class Calibrate(Pass):
 def activations(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator[Value]:
     """What goes into each linear that may be quantized and that the patterns select."""
     for op in graph.ops("aten.linear"):
-        if why_not_quantized(op, graph) is None and why_not_selected(layers, op, graph) is None:
+        if why_not_quantized(op, graph, named=True) is not None or why_not_selected(layers, op, graph) is not None:
+            continue
+        if why_not_quantized(op, graph) is None or naming_pattern(layers, op, graph) is not None:
             yield op.tensor(0)
 
 

@@ -54,6 +54,10 @@ NOT_CANDIDATES = (str(ALREADY), str(NO_WEIGHTS))
 
 QUANTIZABLE = (DType.f32, DType.f16, DType.bf16)
 
+SMALLEST = 16
+"""Rows and columns that a weight needs to be worth quantizing: FP8 and INT8 GEMMs, here and in other engines, work on
+multiples of 16, and a smaller layer costs more to quantize in each call than it saves."""
+
 
 def bias_of(op: Op) -> Value | None:
     """The bias of an `aten.linear`."""
@@ -61,14 +65,42 @@ def bias_of(op: Op) -> Value | None:
     return bias if isinstance(bias, Value) else None
 
 
-def why_not_quantized(op: Op, graph: Graph) -> Missed | None:
-    """Why a reader of weights must be left alone; None when it is a matmul that may be quantized."""
+def why_not_quantized(op: Op, graph: Graph, named: bool = False) -> Missed | None:
+    """Why a user of weights is not quantized; None for a matmul that is quantized.
+
+    Args:
+        op: Any operation.
+        graph: The graph that has it.
+        named: Whether the user names the layer (see `passes.layers`): the heuristics of `why_skipped` do not apply.
+    """
     constant = [v for _, v in op.operands() if isinstance(v.type, TensorType) and graph.is_constant(v)]
     if op.name in OTHER_READERS:
         return Missed(why_no_matmul(op)) if constant else NO_WEIGHTS
     if op.name != "aten.linear":
         return _why_no_linear(op, graph, constant)
-    return _why_not_this_kind(op, graph) or _vocabulary(op.tensor(1), graph) or _router(op, graph)
+    return _why_not_this_kind(op, graph) or (None if named else why_skipped(op, graph))
+
+
+def why_skipped(op: Op, graph: Graph) -> Missed | None:
+    """Why a linear that can be quantized is skipped unless the user names it; None for an ordinary layer."""
+    return _vocabulary(op.tensor(1), graph) or _router(op, graph) or why_tiny(op.tensor(1))
+
+
+def why_tiny(w: Value) -> Missed | None:
+    """Whether a weight has too few rows or columns to be worth quantizing, such as a rank-8 adapter."""
+    if is_stored_quantized(w) or all(isinstance(size, int) and size >= SMALLEST for size in w.tensor.shape[-2:]):
+        return None
+    return Missed(f"its weight has fewer than {SMALLEST} rows or columns: {list(w.tensor.shape[-2:])}", w)
+
+
+def has_lookup(w: Value, graph: Graph) -> bool:
+    """Whether an embedding reads a parameter that a weight is made of."""
+    return any(_is_looked_up(param.result, graph) for param in parameters_of(w))
+
+
+def _is_looked_up(param: Value, graph: Graph) -> bool:
+    readers = readers_through(graph, param, lambda op: all(map(graph.is_constant, op.results)))
+    return any(reader.name in LOOKUPS and not all(map(graph.is_constant, reader.results)) for reader in readers)
 
 
 def why_no_matmul(op: Op) -> str:
@@ -147,7 +179,6 @@ def _vocabulary(w: Value, graph: Graph) -> Missed | None:
     for param in parameters_of(w):
         if param.attrs.get("role") == "output_embeddings":
             return Missed("it is the vocabulary projection: the model names its weight as its output embeddings", w)
-        readers = readers_through(graph, param.result, lambda op: all(map(graph.is_constant, op.results)))
-        if any(reader.name in LOOKUPS and not all(map(graph.is_constant, reader.results)) for reader in readers):
+        if _is_looked_up(param.result, graph):
             return Missed("it is the vocabulary projection: an embedding has the same weight", w)
     return None

@@ -13,7 +13,7 @@ Fused at once: torch has no grouped product in FP32 that all devices run, so the
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes.candidates import GROUPED, QUANTIZABLE, is_stored_quantized
+from passes.candidates import GROUPED, QUANTIZABLE, is_stored_quantized, why_tiny
 from passes.layers import why_not_selected
 from passes.scheme_options import SchemeOptions
 from qcompiler.dialects.quant import block_of
@@ -35,11 +35,17 @@ class QuantizeGrouped(Rule):
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         offsets = _argument(op, 2, "offs")
-        if reason := _why_not_operands(op, offsets, graph) or _why_not_sizes(op) or self.why_not_scheme():
+        if reason := _why_not_operands(op, offsets, graph) or self.why_not(op, graph):
+            return reason
+        return {"x": op.tensor(0), "w": op.tensor(1), "offsets": offsets}
+
+    def why_not(self, op: Op, graph: Graph) -> Missed | None:
+        """Why the matmul of each group is not quantized: types, sizes, the scheme, or the layer."""
+        if reason := _why_not_types(op) or _why_not_sizes(op) or self.why_not_scheme():
             return reason
         if reason := why_not_selected(self.options.layers, op, graph) or _why_not_stored(op.tensor(1)):
             return reason
-        return {"x": op.tensor(0), "w": op.tensor(1), "offsets": offsets}
+        return None if self.options.naming_pattern(op, graph) else why_tiny(op.tensor(1))
 
     def why_not_scheme(self) -> Missed | None:
         """Why the options are none of a grouped product's."""
@@ -51,10 +57,14 @@ class QuantizeGrouped(Rule):
         return Missed(f"a grouped product is quantized to {wanted} only, this is {got}")
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, offsets: Value, **_: Any) -> None:
-        operands = (*self.quantized(rewriter, x, X_BLOCK), *self.weight(rewriter, w), offsets)
-        attrs: dict[str, Argument] = {"out_dtype": op.result.tensor.dtype, "w_block": W_BLOCK, "x_block": X_BLOCK}
-        rewriter.replace(op, rewriter.insert("quant.grouped_linear", *operands, attrs=attrs).result)
+        rewriter.replace(op, self.grouped_linear(rewriter, x, w, offsets, op.result.tensor.dtype))
         rewriter.erase_unread(w.op)
+
+    def grouped_linear(self, rewriter: Rewriter, x: Value, w: Value, offsets: Value, out: DType) -> Value:
+        """The quantized matmul of groups of rows of `x`, `[T, K]`, with `w`, `[E, K, N]`."""
+        operands = (*self.quantized(rewriter, x, X_BLOCK), *self.weight(rewriter, w), offsets)
+        attrs: dict[str, Argument] = {"out_dtype": out, "w_block": W_BLOCK, "x_block": X_BLOCK}
+        return rewriter.insert("quant.grouped_linear", *operands, attrs=attrs).result
 
     def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
         """Codes and scales of `[experts, N, K]`; those that the weights are stored as, when they are."""
@@ -111,6 +121,11 @@ def _why_not_operands(op: Op, offsets: Any, graph: Graph) -> Missed | None:
         return Missed("its offsets are not one i32 for each matrix", offsets)
     if _argument(op, 3, "bias") is not None:
         return Missed("it adds a bias by itself")
+    return None
+
+
+def _why_not_types(op: Op) -> Missed | None:
+    x, w = op.tensor(0), op.tensor(1)
     dtypes = (x.tensor.dtype, w.tensor.dtype, op.result.tensor.dtype)
     if any(dtype not in QUANTIZABLE for dtype in dtypes):
         return Missed(f"it computes {dtypes[2]} of {dtypes[0]} and {dtypes[1]}, not f32, f16 or bf16")
@@ -121,7 +136,7 @@ def _why_not_sizes(op: Op) -> Missed | None:
     """Whether the grouped kernels can address the operands."""
     x, w = op.tensor(0), op.tensor(1)
     _, k, n = w.tensor.shape
-    if not isinstance(k, int) or not isinstance(n, int) or w.tensor.elements == 0 or x.tensor.shape[1] != k:
+    if not isinstance(k, int) or not isinstance(n, int) or w.tensor.elements == 0 or x.tensor.shape[-1] != k:
         return Missed("its weights have no fixed size", w)
     out = op.result.tensor.dtype
     if k % ROW_BYTES != 0:

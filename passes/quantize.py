@@ -14,7 +14,7 @@ With a static scale, which calibration has found, the activation's part is
     %x_s = core.param() {name = "x.scale"} : f32[1, 1]
     %x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], …}
 
-Products of groups of rows, such as those of a mixture of experts, are the matter of `grouped`.
+`grouped` and `batched` have the matmuls of groups of rows, such as those of a mixture of experts.
 
 The graph still runs in plain torch and has the numbers of the quantized model; fuse-linear then makes it fast.
 """
@@ -25,15 +25,30 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from passes.batched import BATCHED, QuantizeBatched
 from passes.calibrate import saw_no_token, statistics_of
-from passes.candidates import GROUPED, MATMULS, NOT_CANDIDATES, OTHER_READERS, bias_of, is_stored_quantized
+from passes.candidates import (
+    GROUPED,
+    MATMULS,
+    NOT_CANDIDATES,
+    OTHER_READERS,
+    bias_of,
+    has_lookup,
+    is_stored_quantized,
+    why_skipped,
+)  # fmt: skip
 from passes.constants import cast, is_weight, new_parameter
 from passes.grouped import QuantizeGrouped
+from passes.layers import naming_pattern, requested_layers
 from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
 from qcompiler.dialects.aten import torch_dtype
+from qcompiler.errors import PassError
 from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager import Effect
+
+SHOWN = 3
+"""Layers that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +56,26 @@ class QuantizeLinear(Rule):
     """linear(x, w, b)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w)), b), in FP32"""
 
     options: SchemeOptions
-    root: ClassVar[tuple[str, ...]] = tuple(name for name in (*MATMULS, *OTHER_READERS) if name not in GROUPED)
+    root: ClassVar[tuple[str, ...]] = tuple(
+        name for name in (*MATMULS, *OTHER_READERS) if name not in (*GROUPED, *BATCHED)
+    )
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if reason := self.options.why_not(op, graph):
             return reason
-        return {"x": op.tensor(0), "w": op.tensor(1), "bias": bias_of(op)}
+        return {"x": op.tensor(0), "w": op.tensor(1), "bias": bias_of(op), "note": self.note(op, graph)}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, **_: Any) -> None:
+    def note(self, op: Op, graph: Graph) -> str:
+        """What the report says of a layer that is quantized because a pattern names it; empty for any other."""
+        if (skipped := why_skipped(op, graph)) is None:
+            return ""
+        kept = "; the embedding keeps its weight in float" if has_lookup(op.tensor(1), graph) else ""
+        return f"named by '{self.options.naming_pattern(op, graph)}', although {skipped.why}{kept}"
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, note: str, **_: Any) -> None:
         options = self.options
+        if note:
+            rewriter.graph.remark(op.result, note)
         static = options.static and not saw_no_token(rewriter.graph, x)
         quantized = self.by_given_scale(rewriter, x) if static else self.by_own_scale(rewriter, x, options.x_block)
         args = [
@@ -122,12 +148,31 @@ class Quantize(SchemeOptions):
 
     def rules(self) -> Sequence[Rule]:
         """One rule for each kind of product; they also say why a reader of weights is left alone."""
-        return QuantizeLinear(self), QuantizeGrouped(self)
+        return QuantizeLinear(self), QuantizeGrouped(self), QuantizeBatched(self)
 
     def run(self, graph: Graph) -> bool:
-        """The rule, once each pattern of `layers` is known to mean something."""
+        """The rules, once each pattern of `layers` is known to match and to have the effect that it asks for."""
         self.check_layers(graph)
+        self.check_requests(graph)
         return super().run(graph)
+
+    def check_requests(self, graph: Graph) -> None:
+        """PassError for a named layer that cannot be quantized, or a pattern all of whose layers cannot be."""
+        for pattern, ops in requested_layers(self.layers, graph).items():
+            reasons = {op: why for op in ops if (why := self.why_refused(op, graph))}
+            named = [op for op in reasons if naming_pattern(self.layers, op, graph)]
+            refused = named or ([*reasons] if len(reasons) == len(ops) else [])
+            if refused:
+                more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
+                got = "; ".join(f"%{op.result.name}: {reasons[op]}" for op in refused[:SHOWN]) + more
+                fix = "Choose another scheme for these layers, or None to leave them in float."
+                raise PassError(f"layers that '{pattern}' asks to quantize cannot be quantized", got=got, fix=fix)
+
+    def why_refused(self, op: Op, graph: Graph) -> str:
+        """Why no rule quantizes a matmul; empty if one does, or if it is quantized already."""
+        answers = [rule.match(op, graph) for rule in self.rules() if op.name in rule.root]
+        misses = [str(answer) for answer in answers if isinstance(answer, Missed)]
+        return "; ".join(misses) if len(misses) == len(answers) and not {*misses} & {*NOT_CANDIDATES} else ""
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """What is quantized already, or reads no weights, needs no reason."""

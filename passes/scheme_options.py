@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from passes.candidates import is_stored_quantized, why_not_quantized
-from passes.layers import EVERYTHING, check_patterns, why_not_selected
+from passes.layers import EVERYTHING, check_patterns, naming_pattern, why_not_selected
 from qcompiler import numerics
 from qcompiler.dialects.quant import EIGHT_BITS, block_of
 from qcompiler.errors import PassError
@@ -28,7 +28,7 @@ class SchemeOptions(Pass):
         static: Whether the activation has one scale, which calibration has found, in place of one in each call.
         observer: How calibration makes a static scale.
         percentile: For the observer of that name: how many percent of the magnitudes are not clipped.
-        layers: Patterns for names of weights: which linears it is about (see `passes.layers`).
+        layers: Patterns for names of weights: which linears it is about, and which are named (see `passes.layers`).
     """
 
     x_block: tuple[int, int] = (1, ALL)
@@ -51,6 +51,9 @@ class SchemeOptions(Pass):
             if any(size < 1 and size != ALL for size in block):
                 need = f"two positive sizes, or {ALL} for the whole axis"
                 raise PassError(f"a block of pass '{self.name}' is empty", got=list(block), need=need)
+            if any(size > 0 and size & (size - 1) for size in block):
+                need = f"powers of two, or {ALL} for the whole axis"
+                raise PassError(f"a block of pass '{self.name}' has an unsupported size", got=list(block), need=need)
         if self.static and self.x_block != (ALL, ALL):
             need = f"x_block=[{ALL}, {ALL}], the granularity of a tensor"
             raise PassError("only a scale for the whole tensor can be static", got=list(self.x_block), need=need)
@@ -63,9 +66,16 @@ class SchemeOptions(Pass):
 
     def why_not(self, op: Op, graph: Graph) -> Missed | None:
         """Why this scheme leaves a reader of weights alone; None when it quantizes it."""
-        if why := why_not_quantized(op, graph) or why_not_selected(self.layers, op, graph):
-            return why
-        return self.why_not_stored(op.tensor(1))
+        why = why_not_quantized(op, graph)
+        if why is None:
+            why = why_not_selected(self.layers, op, graph)
+        elif self.naming_pattern(op, graph) is not None:
+            why = why_not_quantized(op, graph, named=True)
+        return why or self.why_not_stored(op.tensor(1))
+
+    def naming_pattern(self, op: Op, graph: Graph) -> str | None:
+        """The pattern of `layers` that names the layer of a matmul; None if there is none."""
+        return naming_pattern(self.layers, op, graph)
 
     def why_not_stored(self, w: Value) -> Missed | None:
         """Why a weight that is there as codes and scales cannot be multiplied as they are; None for any other."""

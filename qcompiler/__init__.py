@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qcompiler.errors import (
         ArtefactError,
         CaptureError,
+        CheckpointWarning,
         CodegenError,
         InputError,
         ParseError,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from qcompiler.nonfinite import NonFinite, find_nonfinite
     from qcompiler.pass_manager import Effect, Pass, Pipeline
     from qcompiler.report import Report
-    from qcompiler.schemes import Scheme, pipeline
+    from qcompiler.schemes import Scheme, list_schemes, pipeline
 
 _HOME = {
     "qcompiler.artefact.loading": ("load",),
@@ -41,15 +42,15 @@ _HOME = {
     "qcompiler.calibration": ("Calibration",),
     "qcompiler.compiler": ("CompiledModel", "compile"),
     "qcompiler.errors": (
-        "ArtefactError", "CaptureError", "CodegenError", "InputError", "ParseError", "PassError", "QCompilerError",
-        "VerifyError",
+        "ArtefactError", "CaptureError", "CheckpointWarning", "CodegenError", "InputError", "ParseError", "PassError",
+        "QCompilerError", "VerifyError",
     ),
     "qcompiler.interpreter": ("interpret",),
     "qcompiler.ir": ("DType", "Graph", "Match", "Missed", "Op", "Rewriter", "Rule", "TensorType", "Value", "diff"),
     "qcompiler.nonfinite": ("NonFinite", "find_nonfinite"),
     "qcompiler.pass_manager": ("Effect", "Pass", "Pipeline"),
     "qcompiler.report": ("Report",),
-    "qcompiler.schemes": ("Scheme", "pipeline"),
+    "qcompiler.schemes": ("Scheme", "list_schemes", "pipeline"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 _SUBMODULES = ("calibration", "checkpoints", "html", "instruments", "numerics", "schemes", "testing")
@@ -61,11 +62,11 @@ _LIGHT = ("instruments",)
 _SIBLINGS = ("passes", "codegen")
 
 __all__ = [
-    "ArtefactError", "Calibration", "CaptureError", "CodegenError", "CompiledModel", "DType", "Effect", "ErrorReport",
-    "Graph", "InputError", "Match", "Missed", "NonFinite", "Op", "ParseError", "Pass", "PassError", "Pipeline",
-    "QCompilerError", "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value", "VerifyError", "attribute_error",
-    "calibration", "checkpoints", "compile", "diff", "find_nonfinite", "html", "instruments", "interpret", "load",
-    "numerics", "pipeline", "schemes", "testing",
+    "ArtefactError", "Calibration", "CaptureError", "CheckpointWarning", "CodegenError", "CompiledModel", "DType",
+    "Effect", "ErrorReport", "Graph", "InputError", "Match", "Missed", "NonFinite", "Op", "ParseError", "Pass",
+    "PassError", "Pipeline", "QCompilerError", "Report", "Rewriter", "Rule", "Scheme", "TensorType", "Value",
+    "VerifyError", "attribute_error", "calibration", "checkpoints", "compile", "diff", "find_nonfinite", "html",
+    "instruments", "interpret", "list_schemes", "load", "numerics", "pipeline", "schemes", "testing",
 ]  # fmt: skip
 
 

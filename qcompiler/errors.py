@@ -63,6 +63,10 @@ class ArtefactError(QCompilerError):
     """A saved model cannot be written or read: a file is missing, damaged, edited, foreign or newer."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint was written that transformers or vLLM cannot read, although the format allows it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The sentence that helps after a misspelt name: the nearest known one, then all of them."""
     names = sorted(known)

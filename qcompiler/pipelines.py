@@ -143,8 +143,9 @@ def _calibration(recipes: Mapping[Recipe, Sequence[str]], smoothing: Sequence[Pa
     seen = {recipe: layers for recipe, layers in recipes.items() if recipe.needs_calibration}
     if not seen:
         return []
-    # Several recipes see what any of them needs: their patterns cannot be written as one list.
-    layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else EVERYTHING
+    # Several recipes observe every layer, since one list cannot hold their patterns, and the layers that any names.
+    positive = (p for patterns in seen.values() for p in patterns if not p.startswith("!"))
+    layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else tuple(dict.fromkeys((*EVERYTHING, *positive)))
     sampled = any(recipe.smooth == "measured" or isinstance(recipe.alpha, str) for recipe in seen)
     histograms = [recipe for recipe in seen if recipe.static and recipe.observer in HISTOGRAMS]
     first = any(recipe.smooth == "never" for recipe in histograms)

@@ -14,6 +14,8 @@ from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.lineage import lineages
+from qcompiler.quantized_formats import format_of
+from qcompiler.report_groups import collapsed
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
 OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
@@ -38,6 +40,7 @@ class Row:
         quantized: Whether it is.
         reason: Why not; empty when it is.
         remark: What else a pass noted on it, such as how its input was smoothed, or why it was not.
+        format: How it is quantized, spelled as the scheme that does so, such as "fp8_tile"; empty when it is not.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Row:
     quantized: bool
     reason: str
     remark: str = ""
+    format: str = ""
 
     @property
     def is_matmul(self) -> bool:
@@ -58,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """One row for each operation that reads weights; printing it gives a table.
+    """One row for each operation that reads weights; printing it gives a table, with equal layers in one line.
 
     Attributes:
         rows: In the order of the graph.
@@ -106,7 +110,7 @@ class Report:
                 row.module,
                 row.shape,
                 _size(row.bytes),
-                "yes" if row.quantized else "no",
+                row.format or ("yes" if row.quantized else "no"),
                 row.reason,
                 row.remark,
             )[: len(headings)]
@@ -118,8 +122,8 @@ class Report:
         return "\n".join([*lines, self.summary()])
 
     def _grouped(self) -> Iterator[Row]:
-        """Every matmul, then one row for each kind of other reader."""
-        yield from (row for row in self.rows if row.is_matmul)
+        """Every matmul, equal ones of a stack of layers in one row, then one row for each kind of other reader."""
+        yield from collapsed([row for row in self.rows if row.is_matmul])
         others: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if not row.is_matmul:
@@ -153,7 +157,8 @@ def build_report(
         reason = "" if quantized else known if names else DEAD
         notes = [remarks[each] for each in names or [name] if each in remarks] if remarks else []
         notes += [AS_STORED] if quantized and _reads_stored(op, captured) else []
-        rows.append(replace(_row(op, params, quantized, reason), remark="; ".join(notes)))
+        format = format_of(_matmul(last[names[-1]].op)) if quantized else ""
+        rows.append(replace(_row(op, params, quantized, reason), remark="; ".join(notes), format=format))
     params = captured.ops(PARAM)
     quantized_names = _quantized_params(graphs, compiled)
     return Report(
@@ -170,9 +175,12 @@ def unfused(graphs: Iterable[Graph]) -> list[Graph]:
 
 
 def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
-    """Each operation that is computed from inputs and weights both, with the weights; and matmuls of weights alone."""
+    """Each operation that is computed from inputs and weights both, with the weights.
+
+    A matmul of weights alone, such as the two factors of a merged adapter, is a part of the weight that it computes.
+    """
     for op in graph.ops():
-        if not op.results or (graph.is_constant(op.results[0]) and op.name not in MATMULS):
+        if not op.results or graph.is_constant(op.results[0]):
             continue
         constant = dict.fromkeys(value for _, value in op.operands() if graph.is_constant(value))
         if params := dict.fromkeys(param for value in constant for param in parameters_of(value)):
@@ -181,11 +189,15 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
 
 def _is_quantized(op: Op) -> bool:
     """Whether an operation multiplies quantized operands, fused with what dequantizes them or not."""
-    if op.name in ("aten._to_copy", *PARTS):
-        op = op.tensor(0).op
+    op = _matmul(op)
     if op.name.startswith(("quant.", "kernel.")):
         return op.name not in (*QUANTIZE, *OTHER_QUANTIZE, DEQUANTIZE)
     return op.name in MATMULS and sum(value.op.name == DEQUANTIZE for _, value in op.operands()) > 1
+
+
+def _matmul(op: Op) -> Op:
+    """The matmul whose result an operation casts, cuts or reshapes; itself for any other."""
+    return op.tensor(0).op if op.name in ("aten._to_copy", "aten.reshape", *PARTS) else op
 
 
 def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:

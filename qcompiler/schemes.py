@@ -2,14 +2,15 @@
 
     find("fp8_tile")                                          the recipe and its text
     pipeline("fp8_tile{k_block=64}")                          its passes, with an option
-    pipeline("fp8_tile", {"*.down_proj": "fp8_row", "lm_head": None})     differently for some layers
+    pipeline("fp8_tile", {"*.down_proj": "fp8_row"}, ignore=["lm_head"])  differently for some layers
+    list_schemes()                                            each name with one sentence
 
 Other distributions add theirs through the entry point `qcompiler.schemes`, whose name is the scheme's; it is loaded
 when that name is asked for.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,16 @@ from passes.layers import EVERYTHING
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import DType
 from qcompiler.ir.lexer import Source
+from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Pipeline, load, offered, shown
 from qcompiler.pass_options import read_options
 from qcompiler.pipelines import Recipe, assemble
+from qcompiler.scheme_hints import hint, plainly
 
 GROUP = "qcompiler.schemes"
+
+K_BLOCKS = (16, 32, 64, 128, 256, 512, ALL)
+"""Columns that a tile of an activation may have; 16 is simulated on the CPU only (see `codegen.support`)."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +108,25 @@ for _name, _doc, _recipe, _options in (
     register(Scheme(_name, _doc, recipe=_recipe, options=_options))
 
 
-def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None) -> Pipeline:
+def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ignore: Sequence[str] = ()) -> Pipeline:
     """The pipeline of a scheme, to run or to edit.
 
     Args:
         scheme: A name, with options in braces if need be: `fp8_tile{k_block=64, numerics=deepgemm}`.
         overrides: For some layers another scheme, or None to leave them alone; by patterns for the names of their
-            weights (see `passes.layers`), of which the last one that matches counts.
+            weights (see `passes.layers`), of which the last one that matches counts. A pattern that names a layer
+            has it quantized even if it is a router, a vocabulary projection or tiny.
+        ignore: Patterns for layers to leave in float; they count after all overrides.
 
     Raises:
         PassError: There is no such scheme or option, or the scheme cannot be combined with another.
     """
+    overrides = with_ignored(overrides, ignore)
     if overrides is None:
         name, _, (start, end) = _split(scheme)
         if start == end and (found := find(name)).recipe is None:
             return Pipeline.parse(found.pipeline)
         return assemble({recipe_of(scheme): EVERYTHING})
-    if not isinstance(overrides, Mapping):
-        need = 'a dict such as {"*.down_proj": "fp8_row", "lm_head": None}'
-        raise PassError("overrides is of a wrong type", got=type(overrides).__name__, need=need)
     chosen = {pattern: None if target is None else recipe_of(target) for pattern, target in overrides.items()}
     layers: dict[Recipe, list[str]] = {recipe_of(scheme): [*EVERYTHING]}
     layers |= {recipe: [] for recipe in chosen.values() if recipe is not None and recipe not in layers}
@@ -133,6 +139,27 @@ def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None) -> 
             elif patterns:
                 patterns.append(f"!{pattern}")
     return assemble({recipe: tuple(patterns) for recipe, patterns in layers.items()})
+
+
+def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[str]) -> Mapping[str, str | None] | None:
+    """The overrides with the patterns to ignore at their end; None when there is neither.
+
+    Raises:
+        PassError: One of them is of a wrong type, or a pattern has an override and is to be ignored as well.
+    """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        need = 'a dict such as {"*.down_proj": "fp8_row", "lm_head": None}'
+        raise PassError("overrides is of a wrong type", got=type(overrides).__name__, need=need)
+    if not isinstance(ignore, list | tuple | set | frozenset):
+        fix = "For a single pattern, write ignore=[pattern]."
+        raise PassError("ignore is of a wrong type", got=repr(ignore), need='a list such as ["lm_head"]', fix=fix)
+    if not ignore:
+        return overrides
+    for pattern in ignore:
+        if (overrides or {}).get(pattern) is not None:
+            raise PassError("a pattern is both ignored and overridden", got=repr(pattern), need="one of them")
+    kept = {pattern: scheme for pattern, scheme in (overrides or {}).items() if pattern not in ignore}
+    return {**kept, **dict.fromkeys(ignore)}
 
 
 def recipe_of(text: str) -> Recipe:
@@ -148,7 +175,10 @@ def recipe_of(text: str) -> Recipe:
 
 
 def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """A scheme's name says whether it is FP8 or INT8."""
+    """A scheme's name says whether it is FP8 or INT8; tiles have the sizes that are documented."""
+    if given.get("k_block", ALL) not in K_BLOCKS:
+        need = ", ".join(map(str, K_BLOCKS[:-1])) + f", or {ALL} for the whole row"
+        raise PassError(f"option 'k_block' of scheme '{name}' has a wrong value", got=given["k_block"], need=need)
     dtype = given.get("dtype", recipe.dtype)
     if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.dtype):
         raise PassError(f"option 'dtype' of scheme '{name}' has a wrong value", got=dtype, need="f8e4m3fn or f8e5m2")
@@ -159,7 +189,7 @@ def _split(text: str) -> tuple[str, Source, tuple[int, int]]:
     if not isinstance(text, str):
         raise PassError("a scheme is named by a string", got=repr(text), need='such as "fp8_tile"')
     source = Source(text, "<scheme>")
-    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{(.*)\})?\s*", text, re.DOTALL)
+    match = re.fullmatch(r"\s*([\w.-]+(?:\(\))?)\s*(?:\{(.*)\})?\s*", text, re.DOTALL)
     if match is None:
         raise source.error("a scheme is malformed; it is spelled name{option=value, option=value}", 0, len(text))
     return match[1], source, match.span(2) if match[2] is not None else (0, 0)
@@ -174,8 +204,24 @@ def find(name: str) -> Scheme:
             raise PassError("an entry point gives no scheme of its name", got=shown(entry), need=need)
         register(found)
     if name not in SCHEMES:
-        raise PassError("no such scheme", got=repr(name), fix=did_you_mean(name, {*SCHEMES, *offered(GROUP)}))
+        raise PassError("no such scheme", got=repr(name), fix=_suggestion(name, {*SCHEMES, *offered(GROUP)}))
     return SCHEMES[name]
+
+
+def _suggestion(name: str, known: set[str]) -> str:
+    """What to write in place of a name that is not known: another spelling, or what another tool's name is here."""
+    respelled = [each for each in known if plainly(each) == plainly(name)]
+    if not respelled and (sentence := hint(name)):
+        return f"{sentence} Known: {', '.join(sorted(known))}."
+    return did_you_mean(respelled[0] if respelled else name, known)
+
+
+def list_schemes() -> dict[str, str]:
+    """Every scheme by name, with one sentence: ours first, then those of other distributions.
+
+    A scheme of another distribution that cannot be loaded has the error as its sentence.
+    """
+    return {name: found.doc if isinstance(found, Scheme) else str(found) for name, found in all_schemes().items()}
 
 
 def all_schemes() -> Mapping[str, Scheme | PassError]:

@@ -226,15 +226,15 @@ def test_weights_with_names_of_module_attributes() -> None:
         def __init__(self) -> None:
             super().__init__()
             for name in ("device", "_store", "weights"):
-                self.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
-            self.to_ = nn.ModuleDict({"device": nn.Linear(8, 8)})
+                self.register_parameter(name, nn.Parameter(torch.randn(16, 16)))
+            self.to_ = nn.ModuleDict({"device": nn.Linear(16, 16)})
 
         def forward(self, x: Tensor) -> Tensor:
             matrices = dict(self.named_parameters(recurse=False))
             y: Tensor = self.to_["device"](x @ matrices["device"] @ matrices["_store"] @ matrices["weights"])
             return y
 
-    model, x = Names().eval(), torch.randn(3, 8)
+    model, x = Names().eval(), torch.randn(3, 16)
     assert close(qcompiler.compile(model, example_inputs=(x,))(x), model(x), 0.2)
 
 
@@ -253,18 +253,18 @@ def test_state_persists_and_is_the_compiled_models_own() -> None:
 
 def test_a_graph_with_weights() -> None:
     text = """
-    func @g(%x: f32[s0, 32], %class: f32[s0, 8]) -> (f32[s0, 8], f32[s0, 8]) {
-      %w = core.param() {name = "w"} : f32[8, 32]
-      %linear = aten.linear(%x, %w) : f32[s0, 8]
-      %sum = aten.add.Tensor(%linear, %class) : f32[s0, 8]
+    func @g(%x: f32[s0, 32], %class: f32[s0, 16]) -> (f32[s0, 16], f32[s0, 16]) {
+      %w = core.param() {name = "w"} : f32[16, 32]
+      %linear = aten.linear(%x, %w) : f32[s0, 16]
+      %sum = aten.add.Tensor(%linear, %class) : f32[s0, 16]
       return %sum, %linear
     }
     """
     graph = qcompiler.Graph.parse(text)
-    graph.weights = {"w": torch.randn(8, 32)}
+    graph.weights = {"w": torch.randn(16, 32)}
     before = str(graph)
-    fast = qcompiler.compile(graph, example_inputs=(torch.randn(2, 32), torch.randn(2, 8)))
-    x, y = torch.randn(3, 32), torch.randn(3, 8)
+    fast = qcompiler.compile(graph, example_inputs=(torch.randn(2, 32), torch.randn(2, 16)))
+    x, y = torch.randn(3, 32), torch.randn(3, 16)
     got = fast(x, y)
     assert close(got[1], x @ graph.weights["w"].T) and torch.allclose(got[0], got[1] + y)
     assert str(graph) == before and list(graph.weights) == ["w"]

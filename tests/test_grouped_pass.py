@@ -1,10 +1,14 @@
 """Mixtures of experts through the compiler: which grouped products are quantized, how, and why the others are not."""
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import qcompiler
+from codegen.host import emit_host_module
 from passes.fold_constants import FoldConstants
 from passes.fp8_tile import Fp8Tile
 from passes.quantize import Quantize
@@ -178,3 +182,78 @@ def test_the_experts_of_hugging_face_models_are_quantized(
         with torch.no_grad():
             want = model(input_ids=ids, use_cache=False).logits.float()
         assert float((fast(input_ids=ids).logits.float() - want).norm() / want.norm()) < 0.2
+
+
+BATCH = """
+func @m(%x: {x}[4, {t}, 144], %y: {x}[4, 8, 144]) -> ({x}[4, {t}, 32]){where} {{
+  %w = core.param() {{name = "experts.w"}} : {x}[4, 144, 32]
+  %z = {op}({args}) : {x}[4, {t}, 32]
+  return %z
+}}
+"""
+
+
+def batch(op: str = "aten.bmm", t: str = "s0", args: str = "%x, %w", x: str = "bf16") -> Graph:
+    where = " where s0 in 0.." if t == "s0" else ""
+    graph = Graph.parse(BATCH.format(op=op, t=t, args=args, x=x, where=where))
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}[x]
+    graph.weights = {"experts.w": torch.randn(4, 144, 32, generator=torch.Generator().manual_seed(1)).to(dtype)}
+    return graph
+
+
+@pytest.mark.parametrize("op", ["aten.bmm", "aten.matmul"])
+@pytest.mark.parametrize(("t", "rows"), [("s0", 5), ("s0", 1), ("s0", 0), ("3", 3)])
+def test_batched_matmuls_are_groups_of_equally_many_rows(op: str, t: str, rows: int) -> None:
+    graph = batch(op, t)
+    w, x = graph.weights["experts.w"], torch.randn(4, rows, 144).to(torch.bfloat16)
+    other = torch.zeros(4, 8, 144, dtype=torch.bfloat16)
+    steps: tuple[Pass, ...] = (Fp8Tile(), ShareQuantize(), FoldConstants(), ToKernels())
+    run_pipeline(Pipeline(steps), graph, instruments=[CheckChanged()], inputs=[x, other])
+    assert [op.name for op in graph.ops() if op.name.startswith("kernel")] == [
+        "kernel.quantize",
+        "kernel.grouped_linear",
+    ]
+    assert graph.weights["experts.w_q"].shape == (4, 32, 144)
+    (got,) = interpret(graph, [x, other])
+    x_q, w_q = numerics.quantize(x, (1, 128)), numerics.quantize(w.transpose(1, 2), (128, 128))
+    for group in range(4):
+        operands = (x_q[0][group], x_q[1][group], w_q[0][group], w_q[1][group])
+        want = numerics.scaled_linear(*operands, x_block=(1, 128), w_block=(128, 128), out_dtype=torch.bfloat16)
+        assert torch.equal(got[group], want)
+
+
+@pytest.mark.parametrize(
+    ("graph", "step", "reason"),
+    [
+        (batch(), Quantize(), "a grouped product is quantized to f8e4m3fn with [1, 128] tiles and [128, 128] blocks"),
+        (batch(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' leaves it out"),
+        (batch(x="f64"), Fp8Tile(), "it computes f64 of f64 and f64, not f32, f16 or bf16"),
+        (batch(t="144", args="%w, %y"), Fp8Tile(), "it multiplies by a batch of matrices (a weight of 3 dimensions)"),
+    ],
+)
+def test_why_a_batched_matmul_is_not_quantized(graph: Graph, step: Pass, reason: str) -> None:
+    before = str(graph)
+    assert not step.run(graph) and str(graph) == before
+    assert step.explain(graph)["z"].startswith(reason)
+
+
+@pytest.mark.slow
+def test_the_experts_of_llama_4_are_quantized() -> None:
+    config = transformers.Llama4TextConfig(
+        hidden_size=128, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=96, num_local_experts=4, num_experts_per_tok=1, pad_token_id=0,
+        interleave_moe_layer_step=1, attention_chunk_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.Llama4ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    fast = qcompiler.compile(model, example_inputs=(torch.arange(3, 15).reshape(2, 6),))
+    experts = [row for row in fast.report.rows if row.module.endswith("experts") and row.is_matmul]
+    assert [row.format for row in experts] == ["fp8_tile", "fp8_tile"]
+    assert emit_host_module(fast.graph, "sm_90a").source.count("kernels.grouped_linear(") == 2
+    ids = torch.arange(4, 18).reshape(1, 14)
+    with torch.no_grad():
+        exact, got = model(ids, use_cache=False).logits.float(), fast(ids).logits.float()
+    assert float((got - exact).norm() / exact.norm()) < 0.12

@@ -51,7 +51,10 @@ FLOORS = {
     "qcompiler.nonfinite": 5,
     "qcompiler.pipelines": 5,
     "qcompiler.progress": 5,
+    "qcompiler.quantized_formats": 5,
     "qcompiler.report": 5,
+    "qcompiler.report_groups": 5,
+    "qcompiler.scheme_hints": 5,
     "qcompiler.schemes": 5,
 }
 

@@ -18,13 +18,13 @@ from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
 
 TEXT = """
-func @m(%x: f32[s0, 8], %k: f32[s0, 8]) -> (f32[s0, s0]) where s0 in 0.. {
-  %w1 = core.param() {name = "w1"} : f32[6, 8]
-  %w2 = core.param() {name = "w2"} : f32[4, 6]
-  %h = aten.linear(%x, %w1) : f32[s0, 6] loc("m.py":3 in "up")
-  %g = aten.linear(%x, %w1) : f32[s0, 6] loc("m.py":4 in "gate")
-  %a = aten.relu(%h) : f32[s0, 6] loc("m.py":5 in "act")
-  %y = aten.linear(%a, %w2) : f32[s0, 4] loc("m.py":6 in "down")
+func @m(%x: f32[s0, 16], %k: f32[s0, 16]) -> (f32[s0, s0]) where s0 in 0.. {
+  %w1 = core.param() {name = "w1"} : f32[24, 16]
+  %w2 = core.param() {name = "w2"} : f32[20, 24]
+  %h = aten.linear(%x, %w1) : f32[s0, 24] loc("m.py":3 in "up")
+  %g = aten.linear(%x, %w1) : f32[s0, 24] loc("m.py":4 in "gate")
+  %a = aten.relu(%h) : f32[s0, 24] loc("m.py":5 in "act")
+  %y = aten.linear(%a, %w2) : f32[s0, 20] loc("m.py":6 in "down")
   %q = aten.linear(%x, %k) : f32[s0, s0]
   return %q
 }
@@ -34,14 +34,14 @@ func @m(%x: f32[s0, 8], %k: f32[s0, 8]) -> (f32[s0, s0]) where s0 in 0.. {
 def model(calibration: Any = None) -> Graph:
     graph = Graph.parse(TEXT)
     rng = torch.Generator().manual_seed(0)
-    graph.weights = {"w1": torch.randn(6, 8, generator=rng), "w2": torch.randn(4, 6, generator=rng)}
+    graph.weights = {"w1": torch.randn(24, 16, generator=rng), "w2": torch.randn(20, 24, generator=rng)}
     graph.calibration = calibration
     return graph
 
 
 def data(*rows: int) -> list[list[Tensor]]:
     rng = torch.Generator().manual_seed(1)
-    return [[torch.randn(n, 8, generator=rng) for _ in range(2)] for n in rows]
+    return [[torch.randn(n, 16, generator=rng) for _ in range(2)] for n in rows]
 
 
 def test_it_observes_what_may_be_quantized_and_changes_nothing() -> None:
@@ -119,13 +119,13 @@ def test_nothing_to_observe_needs_no_data() -> None:
         ),
         (Calibration([]), "there is no calibration data: got no batch at all; need one batch or more"),
         (
-            Calibration([[torch.zeros(2, 8), torch.ones(2, 8)]]),
+            Calibration([[torch.zeros(2, 16), torch.ones(2, 16)]]),
             "calibration saw nothing of %x: got 2 rows of zeros in 1 batch; need one element or more that is not zero",
         ),
         (Calibration(data(0, 0)), "calibration saw nothing of %x: got no row in 2 batches; need one element or more"),
         (
-            Calibration([[torch.ones(1, 8), torch.ones(1, 8)], [torch.full((2, 8), torch.inf), torch.ones(2, 8)]]),
-            "calibration met numbers in %x that are not finite: got 0 NaN and 16 Inf in batches[1]; need finite "
+            Calibration([[torch.ones(1, 16), torch.ones(1, 16)], [torch.full((2, 16), torch.inf), torch.ones(2, 16)]]),
+            "calibration met numbers in %x that are not finite: got 0 NaN and 32 Inf in batches[1]; need finite "
             "numbers (in pass 'calibrate', core.input)",
         ),
     ],
@@ -143,7 +143,7 @@ def test_statistics_of_another_model() -> None:
     with pytest.raises(PassError) as error:
         Calibrate().run(model(calibration))
     assert str(error.value) == (
-        "the calibration is of another model: got 7 channels of %a; need 6. Calibrate this one: "
+        "the calibration is of another model: got 7 channels of %a; need 24. Calibrate this one: "
         "compile(..., calibration=batches)."
     )
     assert list(calibration.statistics) == ["a"]
@@ -187,7 +187,7 @@ class Experts(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.gate, self.out = nn.Linear(16, 4, bias=False), nn.Linear(16, 8)
+        self.gate, self.out = nn.Linear(16, 4, bias=False), nn.Linear(16, 16)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(16, 24, bias=False), nn.SiLU(), nn.Linear(24, 16, bias=False)) for _ in range(4)
         )
@@ -273,13 +273,13 @@ def test_only_the_layers_that_are_asked_for_are_observed() -> None:
     class Two(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+            self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = self.first(x) + self.second(x / 0)
             return y
 
-    batches = [torch.ones(2, 8)]
+    batches = [torch.ones(2, 16)]
     with pytest.raises(InputError, match="not finite"):
         qcompiler.compile(Two().eval(), scheme="int8_tensor_static", calibration=batches)
     fast = qcompiler.compile(Two().eval(), scheme="int8_tensor_static", calibration=batches, overrides={"second": None})

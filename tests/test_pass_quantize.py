@@ -104,14 +104,14 @@ def test_a_static_scale_is_what_the_observer_makes_of_calibration(dtype: DType, 
 
 
 QKV = """
-func @m(%x: f32[s0, 16]) -> (f32[s0, 8], f32[s0, 8], f32[s0, 4]) where s0 in 0.. {
-  %wq = core.param() {name = "layers.0.q_proj.weight"} : f32[8, 16]
-  %wk = core.param() {name = "layers.0.k_proj.weight"} : f32[8, 16]
-  %wo = core.param() {name = "layers.0.o_proj.weight"} : f32[4, 8]
-  %q = aten.linear(%x, %wq) : f32[s0, 8]
-  %k = aten.linear(%x, %wk) : f32[s0, 8]
-  %a = aten.relu(%q) : f32[s0, 8]
-  %o = aten.linear(%a, %wo) : f32[s0, 4]
+func @m(%x: f32[s0, 16]) -> (f32[s0, 16], f32[s0, 16], f32[s0, 16]) where s0 in 0.. {
+  %wq = core.param() {name = "layers.0.q_proj.weight"} : f32[16, 16]
+  %wk = core.param() {name = "layers.0.k_proj.weight"} : f32[16, 16]
+  %wo = core.param() {name = "layers.0.o_proj.weight"} : f32[16, 16]
+  %q = aten.linear(%x, %wq) : f32[s0, 16]
+  %k = aten.linear(%x, %wk) : f32[s0, 16]
+  %a = aten.relu(%q) : f32[s0, 16]
+  %o = aten.linear(%a, %wo) : f32[s0, 16]
   return %q, %k, %o
 }
 """
@@ -148,7 +148,7 @@ def test_two_passes_share_a_scale_whichever_reader_comes_first(first: str) -> No
         assert step.run(graph)
         graph.verify()
     assert [op.tensor(1).name for op in graph.ops("quant.quantize_static")] == ["x_s", "x_s", "a_s"]
-    assert sorted(str(graph[f"{w}_s"].type) for w in ("wq", "wk")) == ["f32[1, 1]", "f32[8, 1]"]
+    assert sorted(str(graph[f"{w}_s"].type) for w in ("wq", "wk")) == ["f32[1, 1]", "f32[16, 1]"]
 
 
 @pytest.mark.parametrize("first", ["*q_proj", "*k_proj"])
@@ -214,6 +214,7 @@ def test_reasons() -> None:
         ({"dtype": DType.bf16}, "pass 'quantize' quantizes to 8-bit formats: got bf16; need f8e4m3fn or f8e5m2 or i8"),
         ({"x_block": (0, 1)}, "a block of pass 'quantize' is empty: got [0, 1]; need two positive sizes, or -1 for"),
         ({"w_block": (1, -2)}, "a block of pass 'quantize' is empty: got [1, -2]; need two positive sizes, or -1 for"),
+        ({"w_block": (1, 7)}, "a block of pass 'quantize' has an unsupported size: got [1, 7]; need powers of"),
         ({"static": True}, "only a scale for the whole tensor can be static: got [1, -1]; need x_block=[-1, -1]"),
         ({"percentile": 0.0}, "a percentile lies above 0 and up to 100: got 0.0"),
         ({"percentile": 101}, "a percentile lies above 0 and up to 100: got 101.0"),

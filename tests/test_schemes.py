@@ -12,7 +12,7 @@ from qcompiler.ir import DType, Graph
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.pipelines import Recipe
-from qcompiler.schemes import SCHEMES, Scheme, all_schemes, find, pipeline, recipe_of, register
+from qcompiler.schemes import SCHEMES, Scheme, all_schemes, find, list_schemes, pipeline, recipe_of, register
 
 CALIBRATED = ["fp8_tensor_static", "int8_tensor_static", "smoothquant_o1", "smoothquant_o2", "smoothquant_o3",
               "smoothquant_fp8", "fp8_tile_smooth"]  # fmt: skip
@@ -101,8 +101,7 @@ def test_did_you_mean(name: str) -> None:
     with pytest.raises(PassError) as error:
         pipeline(name)
     known = f"Known: {', '.join(sorted(SCHEMES))}."
-    guess = "" if name.isupper() else "Did you mean 'fp8_tile'? "
-    assert str(error.value) == f"no such scheme: got '{name}'. {guess}{known}"
+    assert str(error.value) == f"no such scheme: got '{name}'. Did you mean 'fp8_tile'? {known}"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +113,12 @@ def test_did_you_mean(name: str) -> None:
         ("fp8_tensor{observer=mse}", PassError, "scheme 'fp8_tensor' has no such option: got 'observer'."),
         ("fp8_tile{x=token}", PassError, "scheme 'fp8_tile' has no such option: got 'x'."),
         ("fp8_tile{k_block=1.5}", PassError, "option 'k_block' of scheme 'fp8_tile' has a wrong value: got 1.5; need "),
-        ("fp8_tile{k_block=0}", PassError, "a block of pass 'fp8-tile' is empty: got [1, 0]"),
-        ("fp8_tile{k_block=-2}", PassError, "a block of pass 'fp8-tile' is empty: got [1, -2]"),
+        ("fp8_tile{k_block=0}", PassError, "option 'k_block' of scheme 'fp8_tile' has a wrong value: got 0; need 16, "),
+        ("fp8_tile{k_block=-2}", PassError, "option 'k_block' of scheme 'fp8_tile' has a wrong value: got -2; need 16"),
+        ("fp8_tile{k_block=7}", PassError, "option 'k_block' of scheme 'fp8_tile' has a wrong value: got 7; need 16, "
+         "32, 64, 128, 256, 512, or -1 for the whole row"),
+        ("W8A8", PassError, "no such scheme: got 'W8A8'. W8A8 is 'int8_row' in INT8 and 'fp8_row' in FP8. Known: "),
+        ("llm.int8()", PassError, "no such scheme: got 'llm.int8()'. LLM.int8, which keeps outlier columns in float"),
         ("fp8_tile{dtype=i8}", PassError, "option 'dtype' of scheme 'fp8_tile' has a wrong value: got i8; need f8e4m3"),
         ("fp8_row{dtype=bf16}", PassError, "option 'dtype' of scheme 'fp8_row' has a wrong value: got bf16; need f8e4"),
         ("fp8_tile{scale=ue8m0, numerics=deepgemm}", PassError, "no numerics profile of this kind has power-of-two "
@@ -201,8 +204,35 @@ def test_overrides_share_what_stands_around() -> None:
         "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2",
         "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
     )  # fmt: skip
-    assert str(found["calibrate"]) == str(found["calibrate#2"]) == "calibrate{histogram=true}"
+    assert str(found["calibrate"]) == str(found["calibrate#2"]) == 'calibrate{histogram=true, layers=["*", "a", "b"]}'
     assert getattr(found["smoothquant"], "layers") == ("a", "!b")  # noqa: B009
+
+
+def test_ignored_layers_are_overrides_without_a_scheme() -> None:
+    assert pipeline("fp8_tile", ignore=["a", "*.b"]) == pipeline("fp8_tile", {"a": None, "*.b": None})
+    assert pipeline("fp8_tile", {"*": "fp8_row", "a": None}, ["a"]) == pipeline("fp8_tile", {"*": "fp8_row", "a": None})
+    both = pipeline("fp8_tile", {"a": None, "*": "fp8_row"}, ignore=("a",))
+    assert both == pipeline("fp8_tile", {"*": "fp8_row", "a": None})  # after all overrides
+    assert pipeline("fp8_tile", ignore=()) == pipeline("fp8_tile")
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        ("lm_head", "ignore is of a wrong type: got 'lm_head'; need a list such as [\"lm_head\"]. For a single"),
+        (None, "ignore is of a wrong type: got None"),
+        (["a"], "a pattern is both ignored and overridden: got 'a'; need one of them"),
+        (["!a"], "a pattern of overrides is wrong: got '!a'"),
+    ],
+)
+def test_wrong_patterns_to_ignore(ignore: Any, message: str) -> None:
+    with pytest.raises(PassError) as error:
+        pipeline("fp8_tile", {"a": "fp8_row"}, ignore)
+    assert str(error.value).startswith(message)
+
+
+def test_the_list_of_schemes() -> None:
+    assert list_schemes() == {name: scheme.doc for name, scheme in SCHEMES.items()}
 
 
 def test_overrides_without_any_are_the_scheme() -> None:

@@ -301,7 +301,7 @@ def test_an_expert_that_saw_no_token_keeps_a_neutral_scale() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.router, self.first, self.second = nn.Linear(8, 2), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.router, self.first, self.second = nn.Linear(16, 2), nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
             chosen = self.router(x).topk(1).indices
@@ -312,7 +312,7 @@ def test_an_expert_that_saw_no_token_keeps_a_neutral_scale() -> None:
     with torch.no_grad():
         model.router.weight.zero_()
         model.router.bias.copy_(torch.tensor([1.0, -1.0]))  # all tokens go to the first
-    batch = torch.randn(4, 8)
+    batch = torch.randn(4, 16)
     fast = qcompiler.compile(model, scheme="smoothquant_o3", calibration=[batch])
     remarks = {row.module: row.remark for row in fast.report.quantized}
     assert remarks["second"] == "not smoothed: no token came by in calibration, so its scale is neutral"

@@ -83,7 +83,7 @@ class Rotary(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(48, 64, batch_first=True), nn.Linear(64, 3)
+        self.lstm, self.head = nn.LSTM(48, 64, batch_first=True), nn.Linear(64, 24)
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.lstm(x)[0][:, -1])
@@ -115,7 +115,7 @@ MODELS: dict[str, Case] = {
     "rotary": (Rotary, hidden, SIZES),
     "lstm": (Recurrent, lambda rows, length: {"x": torch.randn(rows, length, 48)}, [(2, 7), (1, 7)]),
     "conv": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 24)),
         lambda rows, length: {"input": torch.randn(rows, 3, 8, 8)},
         [(2, 0), (1, 0)],
     ),

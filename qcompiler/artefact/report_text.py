@@ -29,6 +29,8 @@ def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], LeftAlone]:
 def _row(node: Node) -> Row:
     weights = tuple(name.text() for name in node["weights"].items())
     texts = {key: node[key].text() for key in ("name", "op", "module", "shape", "reason", "remark")}
+    if "format" in node.value:  # artefacts of qcompiler 0.1 do not have it
+        texts["format"] = node["format"].text()
     return Row(**texts, weights=weights, bytes=node["bytes"].count(), quantized=node["quantized"].flag())
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from passes.candidates import why_skipped
 from qcompiler.checkpoints.conversion import to_files, unstacked
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
 from qcompiler.checkpoints.formats import Format, format_called
@@ -13,7 +14,9 @@ from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
+from qcompiler.checkpoints.readers import warn
 from qcompiler.errors import QCompilerError
+from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
 from qcompiler.report import unfused
 
@@ -36,6 +39,8 @@ def write(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a compiled model as a checkpoint, under the names that the model's own weights have.
+
+    Warns (`CheckpointWarning`) of layers that the format holds, but transformers or vLLM cannot read.
 
     What is quantized is written with the very codes and scales of the compiled graph; what is not, as the model has it.
 
@@ -63,6 +68,7 @@ def write(
     chosen = format_called(format, scale_format or _scale_format(origin, found))
     weights = _weights(origin, found)
     _check(format, chosen, weights, found)
+    warn(format, weights, _named_layers(compiled), stacklevel=3)
     plain = {name: found.changed.get(name, tensor) for name, tensor in origin.tensors.items()}
     left = {name: tensor for name, tensor in plain.items() if name not in found.scales | found.quantized.keys()}
     tensors = to_files(origin.module, left)
@@ -140,6 +146,14 @@ def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found
         raise QCompilerError(problem, fix=LEAVE if found.refused else chosen.fix)
     if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
+
+
+def _named_layers(compiled: "CompiledModel") -> set[str]:
+    """The weights of layers that are not quantized unless they are named."""
+    stages = compiled.stages
+    graph = stages["canonicalize" if "canonicalize" in stages else "captured"]
+    skipped = (op for op in graph.ops("aten.linear") if graph.is_constant(op.tensor(1)) and why_skipped(op, graph))
+    return {str(param.attrs["name"]) for op in skipped for param in parameters_of(op.tensor(1))}
 
 
 def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], compiled: "CompiledModel") -> set[str]:

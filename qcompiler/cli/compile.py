@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """Compiles, saves, and prints the report."""
     scheme = DEFAULT_SCHEME if options.scheme is None and options.pipeline is None else options.scheme
     check_target(options.target, (*TARGET_NAMES, IREE_CPU))
-    overrides = overrides_of(options.override)
+    overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)
     if needs_data(pipeline) and not options.calibration:
         raise InputError(

@@ -19,7 +19,7 @@ WIDTH = 100
 
 def run(options: argparse.Namespace) -> int:
     """Explains a scheme or a pipeline."""
-    overrides = overrides_of(options.override)
+    overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(options.scheme, options.pipeline, overrides)
     scheme = find(options.scheme.partition("{")[0].strip()) if options.scheme is not None else None
     recipe = recipe_of(options.scheme) if scheme is not None and scheme.recipe is not None else None
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         "doc": scheme.doc if scheme is not None else "",
         "needs_calibration": needs_data(pipeline),
         "options": _scheme_options(scheme, recipe),
-        "overrides": overrides or {},
+        "overrides": dict(overrides or {}),
         "pipeline": str(pipeline),
         "passes": [_explained(name, step) for name, step in zip(pipeline.names, pipeline, strict=True)],
     }

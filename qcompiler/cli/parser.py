@@ -33,6 +33,7 @@ OVERRIDE = (
     'another scheme for the layers whose weights a pattern names, "*.down_proj=fp8_row", or none to leave them alone; '
     "may be given several times, and the last one that fits counts"
 )
+IGNORE = "leave the layers whose weights a pattern names in float, lm_head; may be given several times"
 INPUT = (
     'random data for one argument: "x=bf16[4,256]", or "ids=i64[1,16] in 0..30521" with the range of integers (0 and 1 '
     "when left out); once for each argument"
@@ -139,6 +140,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--scheme", "-s", help=f"{SCHEME} (default: fp8_tile)")
     which.add_argument("--pipeline", "-p", help=PIPELINE)
     parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME", help=OVERRIDE)
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help=IGNORE)
     _example(parser)
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="FILE",
@@ -227,6 +229,7 @@ def _explain(parser: argparse.ArgumentParser) -> None:
     which.add_argument("scheme", metavar="SCHEME", nargs="?", help=SCHEME)
     which.add_argument("--pipeline", "-p", help=PIPELINE)
     parser.add_argument("--override", action="append", default=[], metavar="PATTERN=SCHEME", help=OVERRIDE)
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help=IGNORE)
     _json(parser)
 
 

@@ -6,6 +6,7 @@ from passes.calibrate import Calibrate
 from qcompiler.errors import PassError
 from qcompiler.pass_manager import Pipeline
 from qcompiler.schemes import pipeline as scheme_pipeline
+from qcompiler.schemes import with_ignored
 
 NOTHING = "none"
 """What an override says to leave layers alone."""
@@ -23,8 +24,8 @@ def pipeline_of(scheme: str | None, pipeline: str | None, overrides: Mapping[str
     return Pipeline.parse(pipeline or "")
 
 
-def overrides_of(given: Sequence[str]) -> dict[str, str | None] | None:
-    """What `PATTERN=SCHEME` says, several times; None when nothing is given."""
+def overrides_of(given: Sequence[str], ignored: Sequence[str] = ()) -> Mapping[str, str | None] | None:
+    """What `--override PATTERN=SCHEME` and `--ignore PATTERN` ask for; None when neither is given."""
     found: dict[str, str | None] = {}
     for text in given:
         pattern, equals, scheme = (part.strip() for part in text.partition("="))
@@ -33,7 +34,7 @@ def overrides_of(given: Sequence[str]) -> dict[str, str | None] | None:
             raise PassError("an override is malformed", got=repr(text), need=need)
         found.pop(pattern, None)  # the last one that fits counts, also in place
         found[pattern] = None if scheme == NOTHING else scheme
-    return found or None
+    return with_ignored(found or None, ignored)
 
 
 def needs_data(pipeline: Pipeline) -> bool:

@@ -21,6 +21,7 @@ from qcompiler.capture.preflight import check_model
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.forward import class_with, describe_forward
+from qcompiler.compiler.layer_names import check_layer_names
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model
 from qcompiler.errors import CaptureError, PassError
@@ -30,6 +31,7 @@ from qcompiler.pass_manager import Pipeline
 from qcompiler.progress import Progress
 from qcompiler.runtime.device import check_target
 from qcompiler.schemes import pipeline as scheme_pipeline
+from qcompiler.schemes import with_ignored
 
 __all__ = ["CompiledModel", "Program", "Settings", "compile"]
 
@@ -41,6 +43,7 @@ def compile(
     *,
     scheme: str = DEFAULT_SCHEME,
     overrides: Mapping[str, str | None] | None = None,
+    ignore: Sequence[str] = (),
     calibration: "Iterable[Any] | Calibration | None" = None,
     pipeline: "Pipeline | str | None" = None,
     example_inputs: Sequence[Any] | None = None,
@@ -63,7 +66,9 @@ def compile(
             lists them.
         overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
             None}`. Patterns for the names of weights, of which the last one that matches counts; one that matches
-            nothing is an error.
+            nothing is an error. A pattern that names a layer has it quantized even if it is a router, a vocabulary
+            projection or tiny (see `passes.layers`), and it is an error if it cannot be.
+        ignore: Patterns for layers to leave in float, such as `["lm_head"]`; they count after all overrides.
         calibration: Real calls of the model, for schemes with static scales or smoothing: an iterable of tensors,
             tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier time. Without
             `example_inputs` the model is captured on the first of the calls.
@@ -86,6 +91,7 @@ def compile(
         CodegenError: The target is unknown or cannot run the graph.
     """
     check_target(target)
+    overrides = with_ignored(overrides, ignore)
     watching = (*_checked_instruments(instruments), *_instruments_from_environment())
     steps, known = _pipeline(scheme, overrides, pipeline), _calibration(calibration)
     _check_calibration(steps, known, f"the scheme '{scheme}'" if pipeline is None else "the pipeline")
@@ -107,6 +113,7 @@ def compile(
             model = again()
         if not isinstance(model, Graph | ExportedProgram):
             check_model(model)
+            check_layer_names(steps, model)
         kind, config = class_with(CompiledModel, describe_forward(model)), getattr(model, "config", None)
         if not given and not isinstance(model, Graph | ExportedProgram):
             return kind(settings, pending=model, origin=again, config=config)

@@ -86,7 +86,7 @@ PASSES = (
 def _artefact() -> Folder:
     """A small artefact that has every kind of file."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU()).eval()
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
     path = folder() / "artefacts" / "model"
     path.parent.mkdir()
     qcompiler.compile(model, pipeline=PASSES, calibration=[torch.randn(4, 16)]).save(path)

@@ -12,6 +12,7 @@ function drawDecisions(view, select) {
     { name: "weight", value: (row) => row.shape, kind: "code type" },
     { name: "size", value: (row) => row.bytes, cell: (row) => size(row.bytes), number: true },
     { name: "quantized", value: (row) => (row.quantized ? "yes" : "no"), cell: (row) => el("span", { class: `verdict ${row.quantized ? "yes" : "no"}` }, row.quantized ? "yes" : "no") },
+    { name: "format", value: (row) => row.format, kind: "code" },
     { name: "why not", value: (row) => row.reason },
   ];
   if (data.decisions.some((row) => row.remark)) columns.push({ name: "remarks", value: (row) => row.remark });

@@ -1,0 +1,106 @@
+"""What other readers of a checkpoint refuse or misread: transformers 5.24, as tested, and vLLM, from its sources.
+
+vLLM merges q, k and v, and gate and up, into one weight each, in which every part must begin at a block: it refuses
+other sizes, or reads rows with the scales of other rows. The same holds for what tensor parallelism splits.
+Without a GPU, transformers dequantizes block FP8 and derives the block size from the number of scales. For
+compressed-tensors it splits activations into groups, which must be whole.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight
+from qcompiler.errors import CheckpointWarning
+
+SHOWN = 8
+"""Kinds of layers that a warning names."""
+
+NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+VLLM = "vLLM refuses or misreads them where it merges layers, such as q, k and v, and where it splits them across GPUs"
+TRANSFORMERS = {
+    "fp8": "transformers without a GPU derives the block size from the shapes, and misreads or refuses them",
+    "compressed-tensors": "transformers cannot run those whose number of input channels is not a multiple of the block",
+}
+ROWS = 'compile with scheme="fp8_row" and write the format "compressed-tensors", which then has no blocks'
+
+
+def warn(format: str, weights: Mapping[str, QuantizedWeight], skipped: Collection[str], stacklevel: int) -> None:
+    """Warns of quantized layers that transformers or vLLM cannot read.
+
+    Args:
+        format: Of the checkpoint.
+        weights: The quantized weights by their names in the files.
+        skipped: Weights of routers, vocabulary projections and tiny layers, which are quantized only when named.
+        stacklevel: As for `warnings.warn`, counted from the caller.
+    """
+    ragged = {name: weight for name, weight in weights.items() if _is_ragged(weight)}
+    if ragged:
+        block = list(next(iter(ragged.values())).block)
+        sentences = [VLLM] + [TRANSFORMERS[format]] * any(_FAILS[format](weight) for weight in ragged.values())
+        warnings.warn(
+            f"{len(ragged)} of {len(weights)} quantized layers in this checkpoint have sizes that are not multiples of "
+            f"their block {block}: {_listed(ragged)}. {'. '.join(sentences)}. {_advice(ragged)}, or "
+            f"{ROWS}.",
+            CheckpointWarning,
+            stacklevel + 1,
+        )
+    if named := {name: weight for name, weight in weights.items() if name in skipped}:
+        warnings.warn(
+            f"{len(named)} of {len(weights)} quantized layers in this checkpoint are routers, vocabulary projections "
+            f"or tiny: {_listed(named)}. vLLM builds most such layers without quantization, and then has no place for "
+            f"their scales. {_advice(named)}.",
+            CheckpointWarning,
+            stacklevel + 1,
+        )
+
+
+def _is_ragged(weight: QuantizedWeight) -> bool:
+    """Whether a block of a weight is cut off at its end."""
+    return any(size % block for size, block in _axes(weight))
+
+
+def _fails_by_shape(weight: QuantizedWeight) -> bool:
+    """Whether the number of scales along an axis does not give the size of a block."""
+    return any(size > block and size % block for size, block in _axes(weight))
+
+
+def _fails_in_groups(weight: QuantizedWeight) -> bool:
+    """Whether the activations cannot be cut into whole groups."""
+    return any(size % block for size, block in _axes(weight)[1:])
+
+
+_FAILS: Mapping[str, Callable[[QuantizedWeight], bool]] = {
+    "fp8": _fails_by_shape,
+    "compressed-tensors": _fails_in_groups,
+}
+
+
+def _axes(weight: QuantizedWeight) -> list[tuple[int, int]]:
+    """Each axis of blocks that are not the whole axis: its size and the block's."""
+    if min(weight.block) < 1 or weight.block[0] == 1:
+        return []
+    return list(zip(weight.codes.shape[-2:], weight.block, strict=True))
+
+
+def _kinds(weights: Mapping[str, QuantizedWeight]) -> dict[str, list[Any]]:
+    """Layers by their names with `*` in place of numbers, as overrides take them, and the sizes that they have."""
+    kinds: dict[str, list[Any]] = {}
+    for name, weight in weights.items():
+        sizes = kinds.setdefault(NUMBER.sub("*", name.removesuffix(".weight")), [])
+        if (shape := list(weight.codes.shape[-2:])) not in sizes:
+            sizes.append(shape)
+    return kinds
+
+
+def _listed(weights: Mapping[str, QuantizedWeight]) -> str:
+    kinds = [f"{name} {', '.join(map(str, sizes))}" for name, sizes in _kinds(weights).items()]
+    return "; ".join(kinds[:SHOWN]) + (f"; and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else "")
+
+
+def _advice(weights: Mapping[str, QuantizedWeight]) -> str:
+    """The argument of `compile` that leaves them in float."""
+    first, *others = _kinds(weights)
+    return f'Leave them in float, overrides={{"{first}": None{", ..." if others else ""}}}'

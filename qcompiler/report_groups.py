@@ -1,0 +1,94 @@
+"""Rows of a report that are equal but for numbers in their names, as one row each: the layers of a stack.
+
+model.layers.0.mlp.up_proj, ..., model.layers.31.mlp.up_proj    ->    model.layers.0-31.mlp.up_proj x32
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qcompiler.report import Row
+
+NUMBERED = re.compile(r"(?<![^.])\d+(?=\.)")
+"""A part of a module's name that is a number and has a part after it: `0` in `layers.0.mlp`, not in `layers.0`."""
+
+VALUE = re.compile(r"%[\w.#]+")
+OF_VALUE = re.compile(r" \(%[^)]*\)")
+"""The value at fault, at the end of a reason."""
+
+
+def collapsed(rows: Sequence["Row"]) -> Iterator["Row"]:
+    """The rows in their order, each group of equal ones as one row in the place of its first."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_kind(row), []).append(row)
+    merged: dict[str, Row] = {}
+    for members in groups.values():
+        merged |= {block[0].name: _together(block) for block in _blocks(members)}
+    yield from (merged[row.name] for row in rows if row.name in merged)
+
+
+def _kind(row: "Row") -> tuple[object, ...]:
+    """What equal rows have in common."""
+    if not NUMBERED.search(row.module):
+        return (row.name,)
+    names = (NUMBERED.sub("#", name) for name in (row.module, *row.weights))
+    texts = (VALUE.sub("%", text) for text in (row.reason, row.remark))
+    return (*names, row.op, row.shape, row.quantized, row.format, *texts)
+
+
+def _blocks(rows: Sequence["Row"]) -> Iterator[list["Row"]]:
+    """The rows of one kind in blocks whose numbers are all combinations of a few."""
+    numbers = list(map(_numbers, rows))
+    distinct = [{*column} for column in zip(*numbers, strict=True)]
+    if len({*numbers}) == len(rows) == prod(map(len, distinct)):
+        yield list(rows)
+    elif len({*numbers}) == len(rows):
+        for _, part in groupby(rows, lambda row: _numbers(row)[0]):
+            block = list(part)
+            yield from _blocks(block) if len(block) < len(rows) else ([row] for row in block)
+    else:
+        yield from ([row] for row in rows)
+
+
+def _together(rows: Sequence["Row"]) -> "Row":
+    """One row for all of a block: the first one's name, the modules as ranges, the bytes of all."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    columns = iter(_ranges(sorted({*column})) for column in zip(*map(_numbers, rows), strict=True))
+    module = NUMBERED.sub(lambda _: next(columns), first.module)
+    return replace(
+        first,
+        name=f"{first.name} ...",
+        module=f"{module} x{len(rows)}",
+        bytes=sum({row.weights: row.bytes for row in rows}.values()),
+        reason=_common([row.reason for row in rows]),
+        remark=_common([row.remark for row in rows]),
+    )
+
+
+def _common(texts: Sequence[str]) -> str:
+    """One text for all rows: without names of values where those differ."""
+    if len({*texts}) == 1:
+        return texts[0]
+    return VALUE.sub("%...", OF_VALUE.sub("", texts[0]))
+
+
+def _numbers(row: "Row") -> tuple[int, ...]:
+    return tuple(map(int, NUMBERED.findall(row.module)))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,5` for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,101 @@
+"""The format of a quantized matmul: the scheme's own spelling, in each form that the matmul goes through."""
+
+import pytest
+
+from qcompiler.artefact.report_text import report_from_json, report_to_json
+from qcompiler.artefact.strict_json import parse, render
+from qcompiler.calibration import Calibration
+from qcompiler.ir import DType, Graph
+from qcompiler.numerics import ALL
+from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_runner import run_pipeline
+from qcompiler.quantized_formats import Format
+from qcompiler.report import Report, build_report
+from qcompiler.schemes import SCHEMES, pipeline
+from qcompiler.testing import random_inputs
+
+TEXT = """
+func @m(%x: f32[4, 256]) -> (f32[4, 64]) {
+  %w = core.param() {name = "w"} : f32[64, 256]
+  %y = aten.linear(%x, %w) : f32[4, 64] loc(in "fc")
+  return %y
+}
+"""
+PLAIN = [name for name, scheme in SCHEMES.items() if scheme.recipe is not None and scheme.recipe.smooth == "never"]
+
+
+def report_of(passes: Pipeline) -> Report:
+    graph = Graph.parse(TEXT)
+    inputs, graph.weights = random_inputs(graph, 3)
+    graph.calibration = Calibration([inputs])
+    done = run_pipeline(passes, graph)
+    return build_report(done.stages, graph, done.reasons, done.remarks)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *PLAIN, "fp8_tile{k_block=64}", "fp8_tile{k_block=-1}", "fp8_tile{numerics=vllm}", "fp8_row{dtype=f8e5m2}",
+        "int8_tensor{w=channel}", "fp8_tensor_static{w=channel}",
+    ],
+)  # fmt: skip
+def test_a_format_is_spelled_as_its_scheme(scheme: str) -> None:
+    (row,) = report_of(pipeline(scheme)).rows
+    assert row.quantized and row.format == scheme
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [
+        ("smoothquant_o1", "i8 [1, -1] x [-1, -1]"), ("smoothquant_o1{w=channel}", "int8_row"),
+        ("smoothquant_o2", "int8_tensor"),
+        ("smoothquant_o3", "int8_tensor_static"), ("fp8_tile{scale=ue8m0}", "fp8_tile{numerics=ue8m0}"),
+    ],
+)  # fmt: skip
+def test_smoothing_is_no_part_of_a_format(scheme: str, format: str) -> None:
+    (row,) = report_of(pipeline(scheme)).rows
+    assert row.format == format
+
+
+@pytest.mark.parametrize("passes", ["fp8-tile", "fp8-tile; fuse-linear", "fp8-tile; fuse-linear; to-kernels"])
+def test_in_each_form(passes: str) -> None:
+    assert [row.format for row in report_of(Pipeline.parse(passes)).rows] == ["fp8_tile"]
+
+
+def test_what_no_scheme_has_is_spelled_out() -> None:
+    assert str(Format(DType.f8e4m3fn, (1, 32), (1, ALL))) == "f8e4m3fn [1, 32] x [1, -1]"
+    assert str(Format(DType.i8, (ALL, ALL), (64, 64), static=True)) == "i8 [-1, -1] x [64, 64] static"
+
+
+def test_what_is_not_quantized_has_none() -> None:
+    (row,) = report_of(Pipeline.parse("canonicalize")).rows
+    assert not row.quantized and row.format == ""
+
+
+def test_products_of_constants_are_no_layers() -> None:
+    graph = Graph.parse("""
+        func @m(%x: f32[4, 64]) -> (f32[4, 64]) {
+          %w = core.param() {name = "w"} : f32[64, 64]
+          %a = core.param() {name = "a"} : f32[16, 64]
+          %b = core.param() {name = "b"} : f32[64, 16]
+          %ba = aten.mm(%b, %a) : f32[64, 64]
+          %sum = aten.add.Tensor(%w, %ba) : f32[64, 64]
+          %y = aten.linear(%x, %sum) : f32[4, 64]
+          return %y
+        }
+    """)
+    done = run_pipeline(pipeline("fp8_tile"), graph)
+    found = build_report(done.stages, graph, done.reasons)
+    assert [(row.name, row.weights, row.quantized) for row in found.rows] == [("y", ("a", "b", "w"), True)]
+    assert found.summary().startswith("1 of 1 matmuls")
+
+
+def test_reports_of_older_artefacts_have_no_format() -> None:
+    report = report_of(pipeline("fp8_tile"))
+    document = report_to_json(report, (), {})
+    from_text = lambda value: report_from_json(parse(render(value).encode(), "report.json"))[0]  # type: ignore[arg-type]  # noqa: E731
+    assert from_text(document) == report
+    for row in document["rows"]:
+        del row["format"]
+    (old,) = from_text(document).rows
+    assert old.quantized and old.format == "" and " yes" in str(from_text(document))
