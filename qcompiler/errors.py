@@ -67,6 +67,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint was written that transformers or vLLM cannot read, although the format allows it."""
 
 
+class CaptureWarning(UserWarning):
+    """A captured graph fixes sizes that the model leaves open."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The sentence that helps after a misspelt name: the nearest known one, then all of them."""
     names = sorted(known)

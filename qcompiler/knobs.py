@@ -55,6 +55,16 @@ def _path(text: str) -> Path:
         raise ValueError("a path, whose ~ stands for a folder that exists") from None
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError("a number of seconds above 0")
+    return seconds
+
+
 def _knob(read: Callable[[str], object], says: str) -> dict[str, Any]:
     return {"read": read, "says": says}
 
@@ -82,6 +92,10 @@ class Knobs:
     )
     cpu_cache: int = field(
         default=2000, metadata=_knob(_count, "megabytes of dequantized weights that target cpu keeps")
+    )
+    capture_seconds: float = field(
+        default=120.0,
+        metadata=_knob(_seconds, "CPU time that torch.export may take before capture leaves fewer sizes open"),
     )
     update: bool = field(
         default=False, metadata=_knob(_flag, "tests rewrite their golden texts in place of comparing them")

@@ -84,7 +84,7 @@ class Pass(ABC):
         """A pass; PassError for a class that forgot its name or its decorator."""
         if not hasattr(cls, "name"):
             raise PassError(f"pass class {cls.__qualname__} has no name", fix='Give it one: name: ClassVar[str] = "…".')
-        # Annotations last: from Python 3.14 on, reading them looks their names up, some of which only type checkers see.
+        # Annotations last: from Python 3.14 on, reading them looks up names that only type checkers may know.
         if "__dataclass_fields__" not in cls.__dict__ and (options := _options(cls)):
             problem = f"pass class {cls.__qualname__} has options, but is no dataclass"
             raise PassError(problem, got=", ".join(options), fix="Put @dataclass(frozen=True) above it.")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from qcompiler.capture import capture
-from qcompiler.errors import CaptureError, InputError
+from qcompiler.errors import CaptureError, CaptureWarning, InputError
 from qcompiler.ir import Graph
 from qcompiler.ir.graph import Range
 from qcompiler.testing import Function, verified
@@ -86,7 +86,8 @@ def test_operations_with_several_results_have_no_getitem() -> None:
         a, b = x.split(4, dim=-1)
         return torch.stack([*x.chunk(2, -1), a, b]), x.unbind(1)[0], torch.max(x, -1)
 
-    captured = capture(Function(function), (torch.randn(3, 2, 8),))
+    with pytest.warns(CaptureWarning, match=r"dimension 1 of args\[0\] is fixed to 2\."):  # unbind has as many results
+        captured = capture(Function(function), (torch.randn(3, 2, 8),))
     graph = verified(captured.graph)
     assert "core.getitem" not in names(graph)
     assert [str(v) for v in graph.ops("aten.split.Tensor")[0].results] == ["%split.0", "%split.1"]
@@ -227,7 +228,8 @@ def test_the_least_size_is_found_by_trying() -> None:
     def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x * (2 if x.shape[0] == 1 else 3) + y.sum()
 
-    captured = capture(Function(function), (torch.randn(4, 3), torch.randn(5)))
+    with pytest.warns(CaptureWarning, match=r"fixes sizes: dimension 0 of args\[0\] is at least 2\."):
+        captured = capture(Function(function), (torch.randn(4, 3), torch.randn(5)))
     assert captured.graph.symbols == {"s0": Range(2), "s1": Range(0), "s2": Range(0)}
     assert captured.signature.symbols == captured.graph.symbols
 
@@ -282,9 +284,14 @@ def test_sizes_that_only_fit_a_weight_are_numbers() -> None:
         captured.run(torch.randn(2, 3, 9, 8))
 
 
-def test_recurrent_layers_raise_no_warning() -> None:
+def test_recurrent_layers_warn_of_their_sequence_alone() -> None:
     model = nn.GRU(4, 6, batch_first=True).eval()
-    captured = capture(model, (torch.randn(2, 3, 4),))
+    with pytest.warns(CaptureWarning) as caught:
+        captured = capture(model, (torch.randn(2, 3, 4),))
+    assert [str(w.message).split(". ")[0] for w in caught] == [
+        "capture fixes sizes: dimension 1 of input is fixed to 3"
+    ]
+    assert captured.fixed == ("dimension 1 of input is fixed to 3",)
     x = torch.randn(5, 3, 4)
     torch.testing.assert_close(captured.run(x)[0], model(x)[0])
 
@@ -326,6 +333,26 @@ def test_a_graph_that_differs_from_the_model_is_refused() -> None:
             self.calls += 1
             return x * self.calls
 
-    with pytest.raises(CaptureError, match=r"the output differs: got a largest difference of .*x\[2, 3\]"):
+    with pytest.raises(
+        CaptureError, match=r"the output differs, in FP64 as well: got a largest difference of .*x\[2, 3\]"
+    ):
         capture(Growing(), (torch.randn(3, 4),))
     capture(Growing(), (torch.randn(3, 4),), check=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_torchs_transformer_takes_any_mask(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Transformer(16, 2, 1, 1, 24, batch_first=True).eval()
+
+    def call(rows: int, source: int, target: int, causal: bool) -> dict[str, torch.Tensor]:
+        mask = torch.ones(target, target).triu(1).bool() if causal else torch.rand(target, target) > 0.9
+        mask.fill_diagonal_(False)
+        given = mask if dtype == torch.bool else torch.zeros(target, target).masked_fill(mask, -torch.inf)
+        return {"src": torch.randn(rows, source, 16), "tgt": torch.randn(rows, target, 16), "tgt_mask": given}
+
+    captured = capture(model, kwargs=call(2, 7, 5, True))
+    for sizes in ((2, 7, 5, True), (3, 4, 6, True), (2, 7, 5, False), (1, 3, 8, False)):
+        inputs = call(*sizes)
+        with torch.no_grad():
+            torch.testing.assert_close(captured.run(**inputs), model(**inputs))

@@ -70,7 +70,8 @@ def test_composites_taken_apart_in_place_are_what_torch_makes_of_them() -> None:
     assert graph is not None
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
     assert placeholders == [node.name for node in program.graph.nodes if node.op == "placeholder"]
-    (ours,), (theirs,) = graph.output_node().args, again.graph.output_node().args
+    ours: Any = graph.output_node().args[0]
+    theirs: Any = again.graph.output_node().args[0]
     assert list(map(spelled, ours)) == list(map(spelled, theirs))
 
 

@@ -4,12 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from sympy import Integer
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional
 
+from qcompiler import knobs
 from qcompiler.capture import capture
+from qcompiler.capture.deadline import OutOfTime, time_limit
 from qcompiler.capture.signature import Condition
-from qcompiler.errors import InputError
+from qcompiler.errors import CaptureWarning, InputError
 from qcompiler.ir.graph import Range
 from qcompiler.ir.sizes import parse_size
 from qcompiler.testing import Function, verified
@@ -114,3 +118,73 @@ def test_a_bound_of_a_size_that_becomes_a_sum_is_kept() -> None:
     assert torch.equal(captured.run(torch.ones(1), torch.ones(1), torch.ones(2)), torch.ones(2))
     with pytest.raises(InputError, match=r"another course for these sizes: got s0 = 20, s1 = 9; need s0 \+ s1 <= 20"):
         captured.run(torch.ones(20), torch.ones(9), torch.ones(29))
+
+
+# What is said of sizes that are fixed
+
+
+def loop(x: Tensor) -> Tensor:
+    total = x[:, 0]
+    for index in range(1, x.shape[1]):
+        total = total + x[:, index]
+    return total
+
+
+def test_a_loop_over_a_size_is_said_with_its_line() -> None:
+    line = loop.__code__.co_firstlineno + 2
+    sentence = rf"dimension 1 of args\[0\] is fixed to 5 \(.*test_capture_sizes.py:{line}\)\. Capture"
+    with pytest.warns(CaptureWarning, match=sentence) as caught:
+        captured = capture(Function(loop), (torch.randn(3, 5),))
+    assert types(captured) == ["f32[s0, 5]"] and len(captured.fixed) == 1
+    assert caught[0].filename == __file__
+    assert capture(Function(loop), (torch.randn(3, 5),), dynamic_shapes=None).fixed == ()  # as the user asked
+
+
+def test_an_example_that_was_traced_larger_is_still_taken() -> None:
+    """Torch fixes the sequence to the 2 that was traced, so that the example's own 1 must be traced in its place."""
+    with pytest.warns(CaptureWarning, match="is fixed to 1"):
+        captured = capture(Function(loop), (torch.randn(3, 1),))
+    assert torch.equal(captured.run(torch.ones(4, 1)), torch.ones(4))
+
+
+def test_sizes_that_weights_demand_are_no_news() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 5)).eval()
+    assert capture(model, (torch.randn(2, 3, 8, 8),)).fixed == ()
+
+
+def test_fewer_sizes_are_open_when_time_runs_out() -> None:
+    """With no time at all, no open size can be proven anything of; what is fixed needs no proof."""
+    model = nn.Conv2d(3, 4, 3).eval()
+    sentence = r"all sizes are fixed to those of the example, because torch.export took more than 1e-06 s of CPU time"
+    with knobs.scope(capture_seconds=1e-6), pytest.warns(CaptureWarning, match=sentence):
+        captured = capture(model, (torch.randn(2, 3, 8, 8),))
+    assert types(captured) == ["f32[2, 3, 8, 8]"]
+    assert types(capture(model, (torch.randn(2, 3, 8, 8),))) == ["f32[s0, 3, s1, s2]"]  # torch is as it was before
+
+
+def test_a_limit_of_time_leaves_nothing_behind() -> None:
+    before = dict(vars(ShapeEnv))
+    with pytest.raises(OutOfTime), time_limit(1e-6):
+        ShapeEnv().simplify(Integer(1))
+    assert dict(vars(ShapeEnv)) == before
+    with time_limit(None):
+        assert dict(vars(ShapeEnv)) == before
+
+
+def test_sizes_are_fixed_where_torch_cannot_leave_them_open() -> None:
+    def function(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()  # no strict mode
+        if not isinstance(x.shape[0], int):
+            raise TypeError("the number of rows must be an int")
+        return x * 2
+
+    with pytest.warns(CaptureWarning, match=r"all sizes are fixed .*fails with open sizes \(TypeError: the"):
+        captured = capture(Function(function), (torch.randn(3, 4),))
+    assert types(captured) == ["f32[3, 4]"]
+
+
+def test_an_example_is_not_marked_for_later_exports() -> None:
+    x = torch.randn(3, 4)
+    state = dict(vars(x))
+    capture(Function(lambda x: x * 2), (x,))
+    assert vars(x) == state

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 import qcompiler
 from qcompiler.cli import main
+from qcompiler.cli.requests import overrides_of
+from qcompiler.errors import QCompilerError
 
 FACTORIES = '''"""Models of a test."""
 
@@ -342,3 +344,10 @@ def test_what_is_missing_for_iree_is_said_before_any_work(
     assert main(["compile", "cli_factories:failing", "--target", "iree-cpu", "-o", "out"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: torch-mlir cannot be imported") and 'pip install "qcompiler[mlir]"' in err
+
+
+def test_overrides_and_layers_to_ignore() -> None:
+    assert overrides_of([]) is None and overrides_of([], []) is None
+    assert overrides_of(["a=fp8_row", "b = none", "a=int8_row"], ["c", "b"]) == {"a": "int8_row", "c": None, "b": None}
+    with pytest.raises(QCompilerError, match="a pattern is both ignored and overridden: got 'a'"):
+        overrides_of(["a=fp8_row"], ["a"])

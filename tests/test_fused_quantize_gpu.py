@@ -81,8 +81,8 @@ def assert_same_codes(got: Tensor, want: Tensor) -> None:
     wrong = torch.where(nan | expected_nan, nan != expected_nan, codes != expected).nonzero()
     first = wrong[0].tolist() if len(wrong) else []
     assert not first, (
-        f"{len(wrong)} of {codes.numel()} codes differ; the first at {first}: got {got[tuple(first)].item()}, "
-        f"need {want[tuple(first)].item()}"
+        f"{len(wrong)} of {codes.numel()} codes differ; the first at {first}: got {float(got[tuple(first)])}, "
+        f"need {float(want[tuple(first)])}"
     )
 
 

@@ -250,3 +250,28 @@ def test_a_compiled_mixture_of_experts() -> None:
         with torch.no_grad():
             want = model(x).double()
         assert float((fast(x).double() - want).norm() / want.norm()) < 0.06
+
+
+class BatchedExperts(torch.nn.Module):
+    """All tokens through all experts, as batched matmuls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(8, 256, 512) / 16)
+        self.down = torch.nn.Parameter(torch.randn(8, 512, 256) / 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = x.repeat(8, 1).view(8, -1, 256)
+        return torch.bmm(torch.nn.functional.silu(torch.bmm(spread, self.up)), self.down).sum(0)
+
+
+def test_compiled_batched_experts() -> None:
+    torch.manual_seed(0)
+    model = BatchedExperts().to("cuda", torch.bfloat16).eval()
+    fast = qcompiler.compile(model, example_inputs=(torch.randn(64, 256, device="cuda", dtype=torch.bfloat16),))
+    assert fast.source.count("kernels.grouped_linear(") == 2
+    for tokens in (64, 1, 700):
+        x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            want = model(x).double()
+        assert float((fast(x).double() - want).norm() / want.norm()) < 0.06

@@ -245,7 +245,8 @@ def test_the_experts_of_llama_4_are_quantized() -> None:
         interleave_moe_layer_step=1, attention_chunk_size=64,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = transformers.Llama4ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    kind: Any = transformers.Llama4ForCausalLM  # without types
+    model = kind._from_config(config, dtype=torch.bfloat16).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -92,6 +92,29 @@ def test_fused_operations_keep_what_is_not_finite(scheme: str) -> None:
     assert got.isnan().any(1).nonzero().flatten().tolist() == ([0, 1, 2, 3, 4] if scheme == "int8_tensor" else [1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [Gated, lambda: nn.Linear(64, 48)])
+@pytest.mark.parametrize(
+    "scheme", ["fp8_tile", "fp8_row", "fp8_tensor", "fp8_tensor_static", "int8_row", "int8_tensor"]
+)
+def test_on_a_gpu_the_row_is_poisoned_by_the_kernels(scheme: str, make: Callable[[], nn.Module]) -> None:
+    model, x = seeded(make).bfloat16().cuda(), rows(150).bfloat16().cuda()
+    fast = qcompiler.compile(
+        model, scheme=scheme, example_inputs=(x,), calibration=[x] if scheme.endswith("static") else None
+    )
+    clean = fast(x)
+    for odd in ODD:
+        bad = x.clone()
+        bad[70, 17] = odd
+        got = fast(bad)
+        lost = list(range(150)) if scheme == "int8_tensor" else [70]
+        assert got.isnan().all(1).nonzero().flatten().tolist() == lost, odd
+        others = [row for row in range(150) if row not in lost]
+        assert bool(got[others].isfinite().all())
+        # One scale for the tensor may change with the row that it no longer covers.
+        assert scheme == "fp8_tensor" or torch.equal(got[others], clean[others]), "another row has changed"
+
+
 @pytest.mark.parametrize("scheme", ["fp8_tile", "int8_tensor_static"])
 def test_the_origin_is_the_operation_that_overflows(scheme: str) -> None:
     fast = compiled(scheme, Overflow)

@@ -1,5 +1,8 @@
 """The format of a quantized matmul: the scheme's own spelling, in each form that the matmul goes through."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from qcompiler.artefact.report_text import report_from_json, report_to_json
@@ -90,12 +93,16 @@ def test_products_of_constants_are_no_layers() -> None:
     assert found.summary().startswith("1 of 1 matmuls")
 
 
+def from_document(document: Any) -> Report:
+    report, *_ = report_from_json(parse(render(document).encode(), Path("report.json")))
+    return report
+
+
 def test_reports_of_older_artefacts_have_no_format() -> None:
     report = report_of(pipeline("fp8_tile"))
     document = report_to_json(report, (), {})
-    from_text = lambda value: report_from_json(parse(render(value).encode(), "report.json"))[0]  # type: ignore[arg-type]  # noqa: E731
-    assert from_text(document) == report
+    assert from_document(document) == report
     for row in document["rows"]:
         del row["format"]
-    (old,) = from_text(document).rows
-    assert old.quantized and old.format == "" and " yes" in str(from_text(document))
+    (old,) = from_document(document).rows
+    assert old.quantized and old.format == "" and " yes" in str(from_document(document))

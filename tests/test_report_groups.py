@@ -33,7 +33,7 @@ def test_what_is_not_equal_stays_apart() -> None:
     assert modules(*plain) == ["m.0-5.a x6"]
     for changes in ({"format": "int8_row"}, {"quantized": False, "reason": "it is a router"}, {"shape": "f32[1, 64]"},
                     {"remark": "smoothed"}):  # fmt: skip
-        changed = [*plain[:3], replace(plain[3], **changes), *plain[4:]]  # type: ignore[arg-type]
+        changed = [*plain[:3], replace(plain[3], **changes), *plain[4:]]
         assert modules(*changed) == ["m.0-2,4-5.a x5", "m.3.a"]
     assert modules(row("0"), row("2"), row("lm_head")) == ["0", "2", "lm_head"]  # a Sequential is no stack
 

@@ -93,7 +93,7 @@ def test_nan_scales_and_codes_poison_their_row_and_no_other(kind: Rows, config: 
     launch_row_gemm(config, x, w, clean, xs, ws, None)
     want = torch.zeros(m, n, dtype=torch.bool, device="cuda")
     # As quantization leaves a row that is not finite: INT8 codes are zero then.
-    x[9], xs[9], w[7], ws[7] = 0, math.nan, 0, math.nan
+    x.view(torch.uint8)[9], xs[9], w.view(torch.uint8)[7], ws[7] = 0, math.nan, 0, math.nan
     want[9], want[:, 7] = True, True
     if kind == "rows_f8":
         x.view(torch.uint8)[2, 639], w.view(torch.uint8)[30, 0] = 0x7F, 0xFF

@@ -89,6 +89,14 @@ def test_a_constant_that_is_written_over_is_constant_no_more() -> None:
         assert torch.equal(x @ copy, x @ x) and not tiles.reached
 
 
+def test_a_weight_that_a_matmul_expands_is_still_a_weight() -> None:
+    layer, x = nn.Linear(64, 64).requires_grad_(False), torch.randn(2, 5, 64)
+    for view in (x, x.transpose(0, 1)):
+        with Fp8Tiles(layer.parameters(), [layer.weight]) as tiles:
+            got = layer(view)
+        assert tiles.reached == {address(layer.weight)} and 0.01 < relative(got, layer(view)) < 0.1
+
+
 def test_learned_queries_of_a_batch_are_activations() -> None:
     torch.manual_seed(0)
     queries, layer = nn.Parameter(torch.randn(1, 3, 64)), nn.Linear(64, 64).requires_grad_(False)

@@ -5,6 +5,7 @@ Routers stay in float, but what they see is quantized: a token near a tie may go
 
 from typing import Any
 
+from benchmarks.zoo.encoder_decoders import translation
 from benchmarks.zoo.language import causal
 from benchmarks.zoo.subjects import TINY, Subject, add, masked, pretrained, subject, tokens
 
@@ -62,6 +63,4 @@ def switch() -> Subject:
         "vocab_size": TINY["vocab_size"], "expert_capacity": 16,
     }  # fmt: skip
     model = pretrained("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", **options)
-    return model, lambda rows, length: {
-        **tokens(rows, length), "decoder_input_ids": tokens(rows, length // 2)["input_ids"]
-    }  # fmt: skip
+    return model, translation

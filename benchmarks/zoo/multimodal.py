@@ -204,6 +204,34 @@ def qwen2_vl() -> Subject:
     return model, patches
 
 
+@subject(FAMILY, "qwen2-vl-vision")
+def qwen2_vl_vision() -> Subject:
+    """The vision tower alone, with what depends on the values of the grid computed before."""
+    tower: Any = qwen2_vl()[0].get_submodule("model.visual")
+
+    def call(rows: int, _: int) -> Call:
+        from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids
+
+        grid = torch.tensor([[1, 4, 4]] * rows)
+        bounds, longest = get_vision_attention_seqlens(grid, tower.config)
+        return {
+            "hidden_states": torch.randn(16 * rows, 2 * 3 * 8 * 8), "grid_thw": grid, "cu_seqlens": bounds,
+            "max_seqlen": longest, "position_ids": get_vision_position_ids(grid, 2),
+        }  # fmt: skip
+
+    return tower, call
+
+
+@subject(FAMILY, "qwen2-vl-text")
+def qwen2_vl_text() -> Subject:
+    """The decoder alone, over embeddings and positions along three axes."""
+    model = qwen2_vl()[0].get_submodule("model.language_model")
+    return model, lambda rows, length: {
+        "inputs_embeds": torch.randn(rows, length, 64), "attention_mask": torch.ones(rows, length, dtype=torch.int64),
+        "position_ids": torch.arange(length).expand(3, rows, -1).clone(),
+    }  # fmt: skip
+
+
 @subject(FAMILY, "qwen2.5-vl")
 def qwen25_vl() -> Subject:
     """The same with windows."""

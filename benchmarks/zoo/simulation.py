@@ -67,8 +67,8 @@ class Fp8Tiles(TorchDispatchMode):
             output = self._multiplied(func, position, args, kwargs)
         else:
             output = func(*args, **kwargs)
-        if func._schema.name in BATCHING and output.shape[:1] != args[0].shape[:1]:
-            return output.clone()  # memory of its own: what each row of a batch begins with is an activation
+        if func._schema.name in BATCHING and self._begins_rows(args[0], output):
+            return output.clone()  # memory of its own, which is not known as constant
         self._follow(output, (args, kwargs))
         return output
 
@@ -77,6 +77,11 @@ class Fp8Tiles(TorchDispatchMode):
         if address(left) in self._sources:
             return frozenset()
         return self._sources.get(address(right), frozenset()) & self.wanted
+
+    def _begins_rows(self, constant: Tensor, output: Tensor) -> bool:
+        """Whether each row of a batch begins with the same constant, which makes it an activation."""
+        weights = self._sources.get(address(constant), frozenset()) & self.wanted  # a matmul expands them, too
+        return not weights and output.shape[:1] != constant.shape[:1]
 
     def _multiplied(self, func: Any, position: int, args: Any, kwargs: Any) -> Tensor:
         dtype = args[position].dtype

@@ -6,8 +6,9 @@ preflight -> torch.export -> functional ATen -> Graph -> compared with the model
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from qcompiler.capture.arguments import MISSING
-from qcompiler.capture.caches import has_cache, prepare_caches
+from qcompiler.capture.attempts import with_fewer_sizes
+from qcompiler.capture.caches import has_cache, prepare_caches, static_caches
 from qcompiler.capture.check import check_graph
 from qcompiler.capture.decompositions import Functional, decompose
 from qcompiler.capture.examples import Call, enlarged
 from qcompiler.capture.exporting import DataDependent, export_program
+from qcompiler.capture.fixed_sizes import fixed_sizes, specialized_at
 from qcompiler.capture.fixing import fixed, related
 from qcompiler.capture.huggingface import output_embeddings, register_caches
 from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
@@ -33,12 +36,17 @@ from qcompiler.capture.signature import ConstantSlot, NumberSlot, Signature, Slo
 from qcompiler.capture.stored_weights import readable
 from qcompiler.capture.symbols import Symbols
 from qcompiler.capture.trials import with_leeway
-from qcompiler.errors import CaptureError, InputError
+from qcompiler.errors import CaptureError, CaptureWarning, InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir.graph import Graph
 from qcompiler.runtime.weights import Weights, named_tensors
 
 __all__ = ["Captured", "Signature", "capture"]
+
+REMEDY = (
+    "Capture again for other sizes. To keep a size open, avoid Python loops and branches over it; "
+    "to fix it without this warning, pass dynamic_shapes."
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,14 @@ class Captured:
     Attributes:
         graph: What the model computes, over `graph.weights`: views of the model's own tensors.
         signature: How a call's arguments become the graph's inputs, and its outputs what the model returns.
+        fixed: What the graph fixes and the model leaves open, as the warning says it.
+        lines: Where the model's code made torch fix a size: `dimension 1 of x` -> `model.py:10`.
     """
 
     graph: Graph
     signature: Signature
+    fixed: tuple[str, ...] = ()
+    lines: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives for a call of the model, interpreted op by op; buffers stay as they are."""
@@ -84,6 +96,10 @@ def capture(
             of 0 and 1 are refused wherever a dimension is dynamic, because nobody has tried them.
         allow_meta: Whether weights may be on the meta device; the graph is then structure only, and not checked.
 
+    Warns:
+        CaptureWarning: "auto" fixes sizes that the model leaves open, or QCOMPILER_CAPTURE_SECONDS were not enough for
+            all sizes.
+
     Raises:
         CaptureError: The model cannot be traced, or the graph does not compute the same.
     """
@@ -99,17 +115,30 @@ def capture(
 
 
 def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: bool) -> Captured:
-    """A model that has passed the checks, by the first variant of the examples that works."""
+    """A model that has passed the checks, with as many sizes open as work."""
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
         raise CaptureError(
             "dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None"
         )
     check = check and not _without_data(model, call)
-    variants = enlarged(call, partial(does_run, model), has_cache(call)) if isinstance(dynamic_shapes, str) else [call]
+    if not isinstance(dynamic_shapes, str):
+        return _captured(model, call, call, dynamic_shapes, check)
+    captured, given_up = with_fewer_sizes(call, lambda shapes: _enlarged(model, call, shapes, check))
+    fixed = [given_up] if given_up else []
+    if check and not given_up:
+        fixed += fixed_sizes(model, captured.signature, call, captured.lines, static_caches(call))
+    if fixed:
+        warnings.warn(CaptureWarning(f"capture fixes sizes: {'; '.join(fixed)}. {REMEDY}"), stacklevel=3)
+    return replace(captured, fixed=tuple(fixed))
+
+
+def _enlarged(model: torch.nn.Module, call: Call, shapes: str | None, check: bool) -> Captured:
+    """A model, by the first variant of the examples that works."""
+    variants = iter([call]) if shapes is None else enlarged(call, partial(does_run, model), has_cache(call))
     errors: list[CaptureError] = []
     for traced in variants:
         try:
-            return _captured(model, call, traced, dynamic_shapes, check)
+            return _captured(model, call, traced, shapes, check)
         except DataDependent:
             raise  # other sizes do not help
         except CaptureError as error:
@@ -134,6 +163,7 @@ def _captured(model: torch.nn.Module, call: Call, traced: Call, dynamic_shapes: 
     head = output_embeddings(model)
     roles = {name: "output_embeddings" for name, tensor in tensors.items() if tensor is head}
     captured = _imported(program, Weights.from_tensors(tensors), type(model).__name__, roles, _parameters(model))
+    captured = replace(captured, lines=specialized_at(program))
     return _checked(captured, model, call, traced) if check else captured
 
 
@@ -164,7 +194,7 @@ def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Cal
     signature = fixed(captured.graph, signature)
     if call is not traced:
         _check_fit(signature, call)
-    return Captured(captured.graph, with_leeway(captured.graph, signature, model, call))
+    return replace(captured, signature=with_leeway(captured.graph, signature, model, call))
 
 
 def _check_fit(signature: Signature, call: Call) -> None:

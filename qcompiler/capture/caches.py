@@ -39,6 +39,11 @@ def has_cache(call: Call) -> bool:
     return any(True for _ in _layers(call))
 
 
+def static_caches(call: Call) -> list[str]:
+    """The names of the arguments that are caches of a maximum length."""
+    return [path for path, layer in _layers(call) if hasattr(layer, "max_cache_len")]
+
+
 def _layers(call: Call) -> Iterator[tuple[str, Any]]:
     """Each layer of each cache among the arguments, with the name of its argument."""
     args, kwargs = call

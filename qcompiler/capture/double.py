@@ -45,19 +45,22 @@ class WideTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, value: torch.Tensor, dtype: torch.dtype) -> "WideTensor":  # noqa: D102
-        made: WideTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: WideTensor = torch.Tensor._make_wrapper_subclass(
             cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=dtype,
             device=value.device,
         )  # fmt: skip
+        torch._C._set_throw_on_mutable_data_ptr(made)  # a kernel outside of torch must not read through a null pointer
         made.value = value
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a function, and documents a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuses to run outside of the mode, where entries would be lost."""
         raise NotWidenable(f"{func} outside of the mode")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own idiom
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,7 +144,7 @@ def _labeled(found: Any, func: Any, args: Any, kwargs: Any) -> Any:
         return found
     dtypes = _dtypes(func, args, kwargs, len(leaves))
     return pytree.tree_unflatten([
-        WideTensor(leaf, dtype) if isinstance(leaf, torch.Tensor) and dtype in WIDER else leaf
+        WideTensor(leaf, dtype) if isinstance(leaf, torch.Tensor) and dtype is not None and dtype in WIDER else leaf
         for leaf, dtype in zip(leaves, dtypes, strict=True)
     ], spec)  # fmt: skip
 
@@ -197,7 +200,7 @@ def _attention(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
     """`mm` and `bmm`, which widen a large second operand a part at a time."""
-    left, right = args
+    left, right = value_of(args[0]), args[1]
     if isinstance(right, WideTensor) or right.numel() <= CHUNK:
         return _run(func, args, kwargs)
     axis = 1 if right.ndim == 2 else 0  # the columns of a matrix, the matrices of a batch

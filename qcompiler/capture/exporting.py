@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from qcompiler.capture.huggingface import pretrained_model, tracing_patches, tracing_settings
 from qcompiler.capture.locations import user_line
 from qcompiler.capture.quiet import quiet_failure, third_party_silence
+from qcompiler.capture.torch_layers import masks_as_given
 from qcompiler.errors import CaptureError
 
 DATA_DEPENDENT = frozenset(
@@ -26,6 +27,17 @@ DATA_DEPENDENT = frozenset(
     }
 )  # fmt: skip
 """Torch's errors for code whose course depends on the data; by name, because the classes move between versions."""
+
+
+ALL_OPEN = "auto"
+"""Leaves every size open, and lets the model fix those that it must."""
+
+FLAT_OPEN = "flat"
+"""The same without the heights, widths and depths of images."""
+
+
+class Untraceable(CaptureError):
+    """torch.export fails, perhaps because of sizes that are open."""
 
 
 class DataDependent(CaptureError):
@@ -48,17 +60,18 @@ def export_program(
         model: In evaluation mode; see `preflight.check_model`.
         args: Positional example inputs.
         kwargs: Example inputs by name.
-        dynamic_shapes: "auto" leaves every dimension open and lets the model fix those it must; None fixes all;
-            anything else is handed to torch.export as it is.
+        dynamic_shapes: ALL_OPEN or FLAT_OPEN; None fixes all sizes; anything else is handed to torch.export as it is.
 
     Raises:
         CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
     """
-    args, kwargs = pytree.tree_map(partial(_own_tensor, _tensor_ids(model)), (tuple(args), dict(kwargs)))
-    shapes: Any = automatic_shapes(args, kwargs) if isinstance(dynamic_shapes, str) else dynamic_shapes
+    ours = dynamic_shapes is None or isinstance(dynamic_shapes, str)
+    args, kwargs = pytree.tree_map(_copies(model, keep=not ours), (tuple(args), dict(kwargs)))
+    flat = dynamic_shapes == FLAT_OPEN
+    shapes: Any = automatic_shapes(args, kwargs, flat) if isinstance(dynamic_shapes, str) else dynamic_shapes
     errors: list[Exception] = []
     named = named_keywords(model, kwargs) if isinstance(dynamic_shapes, str) else nullcontext()
-    with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named:
+    with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named, masks_as_given():
         for context, strict in _attempts(model):
             try:
                 with context(), quiet_failure():
@@ -68,31 +81,53 @@ def export_program(
     raise explain(errors[0]) from errors[0]
 
 
-def _tensor_ids(model: torch.nn.Module) -> set[int]:
-    return {id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+def _copies(model: torch.nn.Module, keep: bool) -> Callable[[Any], Any]:
+    """Copies tensors before torch.export sees them; any other leaf stays as it is.
 
+    torch.export writes onto a tensor which of its sizes are open, and goes by that in the next export. It tells tensors
+    apart by identity: of `model(input_ids=ids, labels=ids)` the graph would read the labels for both. torch 2.11 also
+    guards on the sizes of the tensor that a view belongs to.
 
-def _own_tensor(seen: set[int], leaf: Any) -> Any:
-    """A copy of a tensor that is a weight or another argument as well, or a view; any other leaf as it is.
-
-    torch.export tells tensors apart by identity: of `model(input_ids=ids, labels=ids)` the graph would read the labels
-    for both. For a view, torch 2.11 would guard on the sizes of the tensor that it is a view of.
+    Args:
+        model: Whose parameters and buffers may be arguments, too.
+        keep: Whether to keep a tensor that needs no copy for the last two reasons: a user's own dynamic_shapes may name
+            it.
     """
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    if id(leaf) in seen or leaf._is_view():
+    seen = {id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if keep and id(leaf) not in seen and not leaf._is_view():
+            seen.add(id(leaf))
+            return leaf
         return leaf.clone()
-    seen.add(id(leaf))
-    return leaf
+
+    return copied
 
 
-def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ShapesCollection:
-    """Every dimension of every tensor open; fixed only at sizes 0 and 1, which torch takes for constants anyway."""
+def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any], flat: bool = False) -> ShapesCollection:
+    """Every dimension of every tensor open; fixed only at sizes 0 and 1, which torch takes for constants anyway.
+
+    Args:
+        args: Positional example inputs.
+        kwargs: Example inputs by name.
+        flat: Whether the `spatial_axes` of arguments are fixed, too.
+    """
     shapes = ShapesCollection()
+    direct = {id(x) for x in (*args, *kwargs.values())}  # not what is inside of a cache
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, torch.Tensor):
-            shapes[leaf] = {axis: Dim.AUTO if n > 1 else Dim.STATIC for axis, n in enumerate(leaf.shape)}
+            fixed = spatial_axes(leaf) if flat and id(leaf) in direct else ()
+            shapes[leaf] = {
+                axis: Dim.AUTO if n > 1 and axis not in fixed else Dim.STATIC for axis, n in enumerate(leaf.shape)
+            }
     return shapes
+
+
+def spatial_axes(tensor: torch.Tensor) -> range:
+    """The dimensions after batch and channels of what may be images."""
+    return range(2, tensor.ndim) if tensor.is_floating_point() and tensor.ndim >= 4 else range(0)
 
 
 @contextmanager
@@ -138,7 +173,7 @@ def explain(error: BaseException) -> CaptureError:
     if name := _opaque_output(root, message):
         fix = f"Call torch.export.register_dataclass({name.split('.')[-1]}) first, or return a tuple or a dict."
         return CaptureError("the model returns an object that hides its tensors", got=name, fix=fix)
-    return CaptureError("the model cannot be traced", got=f"{type(root).__name__}: {message}", where=where)
+    return Untraceable("the model cannot be traced", got=f"{type(root).__name__}: {message}", where=where)
 
 
 def _opaque_output(error: BaseException, message: str) -> str | None:

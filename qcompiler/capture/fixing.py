@@ -50,7 +50,7 @@ def _sums(signature: Signature) -> Iterator[tuple[str, Size]]:
     for difference, relations in known.items():
         if "==" not in relations and not {"<=", ">="} <= relations:
             continue
-        for name in reversed(signature.symbols):
+        for name in reversed(list(signature.symbols)):
             if (total := _solution(difference, name)) is not None:
                 yield name, total
 

@@ -42,13 +42,13 @@ def tracing_settings(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Itera
 
 
 def implied_arguments(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a transformers model that are no tensors -> the value that it takes for None in such a call."""
+    """Arguments of a transformers model that are no tensors -> the value that None stands for beside `kwargs`."""
     if not _is_pretrained(model):
         return {}
     config: Any = model.config
-    values: dict[str, Any] = dict.fromkeys(CACHE_ARGUMENTS)
+    values: dict[str, Any] = {name: None for name in CACHE_ARGUMENTS if kwargs.get(name) is None}
     values |= {name: getattr(config, name) for name in CONFIGURED if isinstance(getattr(config, name, None), bool)}
-    if not _passes_cache(kwargs):
+    if not _passes_cache({name: value for name, value in kwargs.items() if name != "use_cache"}):
         values["use_cache"] = False
     return values
 

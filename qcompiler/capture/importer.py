@@ -216,7 +216,7 @@ class _Importer:
 
     def output(self) -> None:
         """The updates, then the return."""
-        (values,) = self.program.graph.output_node().args
+        values: Any = self.program.graph.output_node().args[0]
         outputs = []
         for spec, item in zip(self.program.graph_signature.output_specs, values, strict=True):
             value = self._argument(item, self.program.graph.output_node())

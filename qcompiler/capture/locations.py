@@ -44,7 +44,7 @@ def user_line(trace: TracebackType | None) -> Line | None:
     found = None
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if _is_users(file):
+        if is_users(file):
             found = Line(file, trace.tb_lineno)
         trace = trace.tb_next
     return found
@@ -81,11 +81,12 @@ def is_model_code(frame: FrameSummary | str | None) -> bool:
 def _frames(trace: str) -> Iterator[Line]:
     """The user's frames in a printed stack, outermost first."""
     for match in FRAME.finditer(trace):
-        if _is_users(match["file"]):
+        if is_users(match["file"]):
             yield Line(match["file"], int(match["line"]))
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a source file is neither torch's, nor ours, nor Python's own."""
     # Generated code has names such as <eval_with_key>.3.
     if file.startswith(("<", TORCH, OURS, "torch/")):
         return False

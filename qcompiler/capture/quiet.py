@@ -14,6 +14,9 @@ transformers imports torchao where it is installed, and torchao's import warns a
 ABOUT_TORCH = r"The tensor attributes? self\."
 """How a warning begins that export raises in the name of contextlib: recurrent layers look their weights up anew."""
 
+ABOUT_PYTHON = r"Guards may run slower on Python 3\.13\.0"
+"""How a warning begins that torch raises while it traces, and that has nothing to do with a captured graph."""
+
 CHATTY = (
     "torch.export",
     "torch.export._trace",
@@ -30,6 +33,7 @@ def third_party_silence() -> Iterator[None]:
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=MODULES)
         warnings.filterwarnings("ignore", category=UserWarning, message=ABOUT_TORCH)
+        warnings.filterwarnings("ignore", category=RuntimeWarning, message=ABOUT_PYTHON)
         yield
 
 

@@ -136,16 +136,18 @@ def restored(model: torch.nn.Module, names: Iterable[str], enter: Entrance = tor
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        buffer = getattr(module, leaf)
-        before.append((module, leaf, buffer, buffer.clone()))
+        before.append((module, leaf, getattr(module, leaf)))
+    copies = [enter(buffer) for _, _, buffer in before]
+    in_place = enter is torch.clone  # otherwise the run sees the copies, which can hold more than the buffers
     try:
-        if enter is not torch.clone:
-            for module, leaf, buffer, _ in before:
-                setattr(module, leaf, enter(buffer))
+        for (module, leaf, _), copy in zip(before, copies, strict=True):
+            if not in_place:
+                setattr(module, leaf, copy)
         yield
     finally:
-        for module, leaf, buffer, copy in before:
-            buffer.copy_(copy)
+        for (module, leaf, buffer), copy in zip(before, copies, strict=True):
+            if in_place:
+                buffer.copy_(copy)
             setattr(module, leaf, buffer)
 
 

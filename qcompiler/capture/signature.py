@@ -231,7 +231,7 @@ class Signature:
     def _stand_in(self, slot: TensorSlot, leaf: Any) -> OptionalTensor | None:
         """What takes the place of an argument that is left out, or whose entries nothing reads."""
         if slot.name in self.leeway.ignored and isinstance(leaf, torch.Tensor):
-            return OptionalTensor(slot.path, ANYTHING, slot.shape)
+            return self.leeway.find(slot.path) or OptionalTensor(slot.path, ANYTHING, slot.shape)
         return self.leeway.find(slot.path) if leaf is None else None
 
 
@@ -287,7 +287,7 @@ def _check_constant(slot: ConstantSlot, leaf: Any, leeway: Leeway) -> None:
     )
 
 
-def _checked_tensor(slot: TensorSlot, leaf: Any, widen: bool) -> torch.Tensor:
+def _checked_tensor(slot: TensorSlot, leaf: Any, widen: bool) -> Any:
     """The tensor of a slot, in the captured dtype.
 
     Args:

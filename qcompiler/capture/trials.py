@@ -22,7 +22,7 @@ from qcompiler.capture.runs import ModelRefused, Runs
 from qcompiler.capture.signature import Signature, TensorSlot, linear
 from qcompiler.ir import Graph, Value
 from qcompiler.ir.graph import UPDATE
-from qcompiler.ir.sizes import Size, symbols
+from qcompiler.ir.sizes import Size, substitute, symbols
 
 NEUTRAL: Mapping[str, str] = {
     "attention_mask": "ones", "decoder_attention_mask": "ones", "token_type_ids": "zeros", "position_ids": "positions",
@@ -46,18 +46,17 @@ def with_leeway(graph: Graph, signature: Signature, model: torch.nn.Module, call
     named: Call = ((), {**dict(zip(names, args, strict=False)), **kwargs}) if len(args) <= len(names) else call
     trials = _Trials(graph, signature, model, named)
     written = {op.tensor(0).name for op in graph.ops(UPDATE)}
-    ignored = tuple(
-        value.name
-        for value in graph.inputs
-        if all(user.name == SIZE for user in graph.users(value)) and trials.is_bound(value.name)
-    )
     widened = tuple(
         slot.name for slot in signature.slots
         if isinstance(slot, TensorSlot) and slot.name not in written and _is_integer(slot.dtype)
     )  # fmt: skip
-    implied = {name: value for name, value in implied_arguments(model, kwargs).items() if kwargs.get(name) is None}
-    optional = tuple(trials.captured(written)) + tuple(trials.added())
-    return replace(signature, leeway=Leeway(implied, optional, ignored, widened))
+    optional = (*trials.captured(written), *trials.added())
+    spare = {item.name for item in optional if item.value == ANYTHING and not item.without}
+    unread = {value.name for value in graph.inputs if all(user.name == SIZE for user in graph.users(value))}
+    ignored = tuple(
+        slot.name for slot in trials.slots if slot.name in unread and (slot.path in spare or trials.is_bound(slot.name))
+    )
+    return replace(signature, leeway=Leeway(implied_arguments(model, named[1]), optional, ignored, widened))
 
 
 class _Trials:
@@ -82,15 +81,25 @@ class _Trials:
             name = slot.path
             if name not in self.kwargs or slot.name in written or self.defaults.get(name, self) is not None:
                 continue
-            shape = slot.shape if self.is_bound(slot.name) else self.shape_of_tokens(slot)
+            shape = self.shape_without(slot)
             if shape is not None and (found := self.may_leave_out(slot, NEUTRAL.get(name, ANYTHING))) is not None:
                 yield replace(found, shape=shape)
 
-    def shape_of_tokens(self, slot: TensorSlot) -> tuple[Size, ...] | None:
-        """The sizes of the token ids, where those of a tensor are equal in the example but have other symbols."""
+    def shape_without(self, slot: TensorSlot) -> tuple[Size, ...] | None:
+        """The sizes that a tensor has when it is left out; None where nothing else decides them."""
+        if self.is_bound(slot.name):
+            return slot.shape
         tokens = self.kwargs.get(self.tokens.path) if self.tokens is not None else None
-        same = isinstance(tokens, torch.Tensor) and tokens.shape == self.kwargs[slot.path].shape
-        return self.tokens.shape if self.tokens is not None and same else None
+        if (
+            self.tokens is not None
+            and isinstance(tokens, torch.Tensor)
+            and tokens.shape == self.kwargs[slot.path].shape
+        ):
+            return self.tokens.shape  # a mask may have symbols of its own
+        if any(self.graph.users(value) for value in self.graph.inputs if value.name == slot.name):
+            return None
+        least = {name: max(1, bounds.low) for name, bounds in self.signature.symbols.items()}
+        return tuple(substitute(size, least) for size in slot.shape)
 
     def added(self) -> Iterator[OptionalTensor]:
         """The tensors that were not captured, and that a call may add."""

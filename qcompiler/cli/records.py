@@ -50,7 +50,7 @@ def read_record(name: str) -> Record:
     path = Path(name)
     if name != "-" and not path.exists():
         need = "an artefact, a folder of dumped graphs, or a .qir file"
-        raise InputError("there is nothing to inspect", got=name, need=need, fix=advice(path))
+        raise InputError("there is nothing to inspect", got=name, need=need)
     if not path.is_dir():
         return Record({path.stem if name != "-" else "stdin": read_graph(name)}, {})
     if (path / MANIFEST).is_file():
