@@ -30,7 +30,7 @@ from qcompiler.capture.runs import Runs
 from qcompiler.errors import CaptureError
 from qcompiler.ir import Graph
 
-SEEDS = 5
+SEEDS = 6
 WIDTH: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 BLOCK: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32

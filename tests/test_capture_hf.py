@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qcompiler.capture import Captured, capture
+from qcompiler.errors import CaptureError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 
@@ -150,6 +151,55 @@ def test_a_cache_that_is_passed_is_an_input_and_an_output() -> None:
         want = model(**call)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
     assert got.past_key_values.get_seq_length() == 9
+
+
+def step(model: Any, cache: Any, batch: int, past: int, new: int) -> dict[str, Any]:
+    """A call as generate() makes it: a filled cache and a mask over past and new tokens."""
+    with torch.no_grad():
+        model(**ids(batch, past), past_key_values=cache, use_cache=True)
+    mask = torch.ones(batch, past + new, dtype=torch.int64)
+    return {**ids(batch, new), "past_key_values": cache, "use_cache": True, "attention_mask": mask}
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("example", [(1, 5, 1), (1, 1, 1), (2, 5, 3)])
+def test_a_decode_step_leaves_batch_and_past_and_new_tokens_open(example: tuple[int, int, int]) -> None:
+    model, _ = made("llama")
+    captured = capture(model, kwargs=step(model, transformers.DynamicCache(), *example))
+    inputs = [str(v.type) for v in captured.graph.inputs]
+    assert inputs[:2] == ["i64[s0, s1]", "f32[s0, 2, s2, 16]"] and inputs[-1].endswith(", s1 + s2]")
+    assert captured.fixed == ()
+    for sizes in ((1, 9, 1), (3, 4, 2)):
+        call = step(model, transformers.DynamicCache(), *sizes)
+        got = run(captured, call)
+        with torch.no_grad():
+            torch.testing.assert_close(got.logits, model(**call).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_static_cache_without_memory_gets_it() -> None:
+    model, _ = made("llama")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    captured = capture(model, kwargs={**ids(2, 5), "past_key_values": cache, "use_cache": True})
+    assert cache.is_initialized and not cache.get_seq_length() and captured.fixed == ()
+    assert str(captured.graph.inputs[1].type) == "f32[s0, 2, 12, 16]"
+    for length in (4, 1):
+        call = {**ids(2, length), "past_key_values": cache, "use_cache": True}
+        got = run(captured, call)
+        with torch.no_grad():
+            torch.testing.assert_close(got.logits, model(**call).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_that_counts_in_python_is_refused_with_the_one_that_does_not() -> None:
+    model = make("MistralForCausalLM", "MistralConfig", **GROUPED, sliding_window=4)
+    with pytest.raises(CaptureError, match=r"counts its tokens in Python.*past_key_values: got DynamicSlidingWindow"):
+        capture(model, kwargs=step(model, transformers.DynamicCache(config=model.config), 2, 5, 1))
+    captured = capture(model, kwargs=step(model, transformers.DynamicCache(), 2, 5, 1))
+    call = step(model, transformers.DynamicCache(), 1, 9, 1)
+    got = run(captured, call)
+    with torch.no_grad():
+        torch.testing.assert_close(got.logits, model(**call).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_that_loop_over_data_are_traced_in_another_implementation() -> None:

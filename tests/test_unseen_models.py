@@ -144,7 +144,11 @@ def floats(output: Any) -> list[Tensor]:
     return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+FIXED = pytest.mark.filterwarnings("ignore:capture fixes sizes. dimension 1 of x:qcompiler.errors.CaptureWarning")
+"""An LSTM is one operation, whose sequence torch fixes."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[FIXED] * (name == "lstm")) for name in MODELS])
 def test_model(name: str) -> None:
     build, call, sizes = MODELS[name]
     torch.manual_seed(0)

@@ -97,13 +97,14 @@ def test_a_weight_that_a_matmul_expands_is_still_a_weight() -> None:
         assert tiles.reached == {address(layer.weight)} and 0.01 < relative(got, layer(view)) < 0.1
 
 
-def test_learned_queries_of_a_batch_are_activations() -> None:
+@pytest.mark.parametrize("operation", ["expand", "repeat"])
+def test_learned_queries_of_a_batch_are_activations(operation: str) -> None:
     torch.manual_seed(0)
     queries, layer = nn.Parameter(torch.randn(1, 3, 64)), nn.Linear(64, 64).requires_grad_(False)
-    for batch in (lambda: queries.expand(2, -1, -1), lambda: queries.repeat(2, 1, 1)):
-        with torch.no_grad(), Fp8Tiles([queries, *layer.parameters()], [layer.weight]) as tiles:
-            got = layer(batch())
-        assert tiles.reached == {address(layer.weight)} and 0.01 < relative(got[1], layer(queries[0].detach())) < 0.1
+    with torch.no_grad(), Fp8Tiles([queries, *layer.parameters()], [layer.weight]) as tiles:
+        batch = queries.expand(2, -1, -1) if operation == "expand" else queries.repeat(2, 1, 1)
+        got = layer(batch)
+    assert tiles.reached == {address(layer.weight)} and 0.01 < relative(got[1], layer(queries[0].detach())) < 0.1
 
 
 def test_matrices_of_zeros_are_filled() -> None:

@@ -22,6 +22,9 @@ SIZES = ((2, 12), (3, 17))
 BOUND = 2.0
 """The largest error allowed, in units of the simulation's."""
 
+DESTROYED = 0.5
+"""An error that no model may have, whatever the simulation says, which does not judge the choice of layers."""
+
 CACHES = (".cache[", ".past_key_values[", ".cache_params[")
 """Outputs that a causal model is captured without unless a call passes a cache."""
 
@@ -33,9 +36,9 @@ class SimulationError(Exception):
 def measure(entry: Entry) -> dict[str, Any]:
     """One row of the table.
 
-    The status is "ok", "error" (larger than `BOUND` times the simulation's), "refused" (a `QCompilerError`), "crash"
-    (any other exception, while compiling or running), "absent" (a package is not installed), or "broken" (the fault is
-    the zoo's).
+    The status is "ok", "error" (larger than `BOUND` times the simulation's, or than `DESTROYED`), "refused" (a
+    `QCompilerError`), "crash" (any other exception, while compiling or running), "absent" (a package is not
+    installed), or "broken" (the fault is the zoo's).
     """
     cpu = time.process_time()
     row = {"family": entry.family, "name": entry.name, **judged(entry)}
@@ -101,6 +104,7 @@ def compared(compiled: Any, model: nn.Module, calls: list[Call]) -> dict[str, An
     alone = {name for row in compiled.report.left_alone for name in row.weights}
     wanted = [tensors[name] for name in sorted(names - alone) if name in tensors]
     found: dict[str, Any] = {"error": 0.0, "simulated": 0.0, "ratio": 0.0}
+    destroyed = False
     for index, call in enumerate(calls):
         try:
             got = outputs(compiled, call)
@@ -122,9 +126,11 @@ def compared(compiled: Any, model: nn.Module, calls: list[Call]) -> dict[str, An
             raise SimulationError(f"the simulation did not reach {missed}")
         error, bound = difference(got, want), difference({place: simulated[place] for place in got}, want)
         ratio = error / bound if bound else math.inf if error else 0.0
+        destroyed = destroyed or error > DESTROYED
         if ratio >= found["ratio"]:
             found |= {"error": error, "simulated": bound, "ratio": ratio}
-    return {"status": "ok" if found["ratio"] <= BOUND else "error", **found}
+    good = found["ratio"] <= BOUND and not destroyed
+    return {"status": "ok" if good else "error", **found}
 
 
 def outputs(model: Any, call: Call) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ DOUBLE_TOLERANCE = 1e-9
 
 RATIO = 4
 """How much larger the graph's rounding error may be than the model's. Two samples of one rounding noise differ by less:
-see benchmarks/results/capture-check-right.md."""
+benchmarks/capture_check.py measures it."""
 
 FLOOR = 4
 """Units in the last place, of the root mean square of an output, that are always allowed."""
