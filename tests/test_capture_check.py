@@ -211,6 +211,9 @@ def test_choices_that_rounding_decides_do_not_refuse_a_graph(runs: type[Runs]) -
 class Running(nn.Module):
     """Adds to a bf16 buffer in place, and counts."""
 
+    total: Tensor
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(64, 64)

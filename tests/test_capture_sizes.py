@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional
 
+import qcompiler
 from qcompiler import knobs
 from qcompiler.capture import capture
 from qcompiler.capture.deadline import OutOfTime, time_limit
@@ -188,3 +189,9 @@ def test_an_example_is_not_marked_for_later_exports() -> None:
     state = dict(vars(x))
     capture(Function(lambda x: x * 2), (x,))
     assert vars(x) == state
+
+
+def test_a_warning_that_is_an_error_stays_a_warning() -> None:
+    """Warnings are errors in these tests; `compile` does not call that an unexpected failure."""
+    with pytest.raises(CaptureWarning, match="dimension 1 of args"):
+        qcompiler.compile(Function(loop), example_inputs=(torch.randn(3, 5),))

@@ -104,9 +104,7 @@ def _runs_resized(model: torch.nn.Module, call: Call, axes: Sequence[Axis]) -> b
     """Whether the model runs with these dimensions, all of one size, at another."""
     leaves, spec = pytree.tree_flatten(call)
     size = int(leaves[axes[0][0]].shape[axes[0][1]])
-    for other in dict.fromkeys((max(1, size - 1), size + 1, 2 * size)):
-        if other == size or not size:
-            continue
+    for other in (size - 1, size + 1) if size > 1 else (2,) if size else ():
         varied: list[Any] = list(leaves)
         for index, dim in axes:
             shape = list(varied[index].shape)

@@ -24,7 +24,7 @@ from qcompiler.capture.arguments import MISSING
 from qcompiler.capture.signature import NumberSlot, Signature, TensorSlot
 from qcompiler.compiler.batches import Batches
 from qcompiler.dialects.aten import torch_dtype
-from qcompiler.errors import CaptureError, CodegenError, PassError, QCompilerError
+from qcompiler.errors import CaptureError, CaptureWarning, CodegenError, PassError, QCompilerError
 from qcompiler.instruments import Instrument
 from qcompiler.ir import Graph, ScalarType, TensorType, Value
 from qcompiler.ir.graph import BUFFER
@@ -112,7 +112,7 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
         with capturing, plain_torch():
             settings.progress.stage("capture")
             return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
-    except QCompilerError:
+    except (QCompilerError, CaptureWarning):  # a warning only where the user made it an error
         raise
     except Exception as error:
         problem = f"capturing the model failed unexpectedly: {type(error).__name__}: {error}"
