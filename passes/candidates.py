@@ -47,6 +47,9 @@ TOP_K = (
 TOP_1 = ("aten.argmax", "aten.max.dim", "aten.multinomial")
 """What picks one of many; the last result says which."""
 
+ANGLES = ("aten.sin", "aten.cos", "aten.tan")
+"""Periodic functions: their argument may be many turns, of which only the remainder counts."""
+
 ALREADY = Missed("it is quantized already")
 NO_WEIGHTS = Missed("it reads no weights")
 NOT_CANDIDATES = (str(ALREADY), str(NO_WEIGHTS))
@@ -83,7 +86,7 @@ def why_not_quantized(op: Op, graph: Graph, named: bool = False) -> Missed | Non
 
 def why_skipped(op: Op, graph: Graph) -> Missed | None:
     """Why a linear that can be quantized is skipped unless the user names it; None for an ordinary layer."""
-    return _vocabulary(op.tensor(1), graph) or _router(op, graph) or why_tiny(op.tensor(1))
+    return _vocabulary(op.tensor(1), graph) or _router(op, graph) or _angle(op, graph) or why_tiny(op.tensor(1))
 
 
 def why_tiny(w: Value) -> Missed | None:
@@ -145,6 +148,14 @@ def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
 def _router(op: Op, graph: Graph) -> Missed | None:
     if feeds_topk(op.result, graph):
         return Missed("it is a router: its product decides a top-k")
+    return None
+
+
+def _angle(op: Op, graph: Graph) -> Missed | None:
+    """Whether a product is an angle, whose relative error of a few percent may be more than a turn."""
+    for reader in readers_through(graph, op.result, _is_elementwise):
+        if reader.name in ANGLES:
+            return Missed(f"it computes an angle: {reader.name.removeprefix('aten.')} reads its product")
     return None
 
 

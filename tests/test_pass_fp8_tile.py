@@ -116,6 +116,11 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %v, %i = aten.kthvalue(%y, 3) : f32[4], i64[4]\n",
             "it is a router: its product decides a top-k",
         ),
+        (
+            W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %turns = aten.mul.Tensor(%y, 6.28) : f32[4, 64]\n"
+            "  %s = aten.cos(%turns) : f32[4, 64]\n",
+            "it computes an angle: cos reads its product",
+        ),
         (W + "  %y = aten.mm(%w, %w) : f32[64, 128]\n", "all of its operands are constant (%w)"),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n".replace("%x", "%free"),
