@@ -1,5 +1,6 @@
 """What is going on, on standard error if it is a terminal: one line that changes, then one line of times."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,22 @@ class Progress(Instrument):
         if self._status is not None:
             self._status.update(text)
 
+    @contextmanager
+    def telling(self, logger: str) -> Iterator[None]:
+        """Shows what a logger says at level INFO, such as which sizes capture tries, until the block ends."""
+        if self._status is None:
+            yield
+            return
+        source, handler = logging.getLogger(logger), _Teller(self)
+        before = source.level
+        source.addHandler(handler)
+        source.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            source.removeHandler(handler)
+            source.setLevel(before)
+
     def _over(self) -> None:
         if self._name:
             taken = time.perf_counter() - self._since
@@ -86,3 +103,14 @@ class Progress(Instrument):
     def end(self, graph: Graph) -> None:
         """The passes are done."""
         self.stage("code generation")
+
+
+class _Teller(logging.Handler):
+    """Shows log records as the current line."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.tell(f"capture: {record.getMessage()}")

@@ -140,7 +140,7 @@ def test_compile_shows_its_stage_on_a_terminal_only(
     os.close(writing)
     told = everything(reading)
     assert done.communicate()[0].startswith(b"1 of 1 matmuls") and done.returncode == 0
-    assert ("capture" in told) if shown else told == ""
+    assert ("capture: tracing: all sizes are open" in told) if shown else told == ""
 
 
 def test_compile_is_silent_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,8 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
     if isinstance(model, Graph):
         return graph_as_captured(model)
     try:
-        with capturing, plain_torch():
+        shown = next((one for one in settings.instruments if isinstance(one, Progress)), settings.progress)
+        with capturing, plain_torch(), shown.telling("qcompiler.capture"):
             settings.progress.stage("capture")
             return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
     except (QCompilerError, CaptureWarning):  # a warning only where the user made it an error
