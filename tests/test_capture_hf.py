@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qcompiler.capture import Captured, capture
-from qcompiler.errors import CaptureError
+from qcompiler.errors import CaptureError, InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 
@@ -188,6 +188,12 @@ def test_a_static_cache_without_memory_gets_it() -> None:
         got = run(captured, call)
         with torch.no_grad():
             torch.testing.assert_close(got.logits, model(**call).logits, rtol=1e-5, atol=1e-5)
+    new = transformers.StaticCache(config=model.config, max_cache_len=12)
+    with pytest.raises(InputError, match=r"got .*layers\[0\]\.is_initialized = False; need .*is_initialized = True"):
+        run(captured, {**ids(2, 4), "past_key_values": new, "use_cache": True})
+    new.early_initialization(3, 2, 16, torch.float32, "cpu")
+    with pytest.raises(InputError, match=r"got .*layers\[0\]\.batch_size = 3; need .*layers\[0\]\.batch_size = 2"):
+        run(captured, {**ids(3, 4), "past_key_values": new, "use_cache": True})
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

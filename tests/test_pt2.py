@@ -67,6 +67,7 @@ def test_export_save(program: tuple[torch.export.ExportedProgram, Path]) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, and there is no g++")
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="passes None to operators that are written in Python")
 def test_aotinductor(program: tuple[torch.export.ExportedProgram, Path]) -> None:
     exported, folder = program
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / "aoti.pt2"))

@@ -1,6 +1,6 @@
 """A call whose arguments are spelled otherwise than at capture: by name, in another order, more of them or fewer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,8 +74,30 @@ def _leaves(name: str, value: Any, spec: pytree.TreeSpec) -> list[Any]:
     leaves, got = pytree.tree_flatten(value)
     if got != spec:
         problem = f"the argument {name!r} has another structure than at capture"
-        raise InputError(problem, got=_brief(got, value), need=_brief(spec, spec), fix=how_to_convert(value))
+        found, wanted = _brief(got, value), _brief(spec, spec)
+        same_class = got.type is spec.type and isinstance(got.context, Mapping)
+        if same_class and (fields := list(_differences(got, spec, ""))):
+            path, mine, captured = next((each for each in fields if not isinstance(each[2], Mapping)), fields[0])
+            found, wanted = f"{path} = {mine!r}", f"{path} = {captured!r}"
+        raise InputError(problem, got=found, need=wanted, fix=how_to_convert(value))
     return leaves
+
+
+def _differences(got: Any, want: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Fields in which two structures differ, such as a cache's `layers[0].batch_size`, each with both values."""
+    if isinstance(got, pytree.TreeSpec) and isinstance(want, pytree.TreeSpec):
+        yield from _differences(got.context, want.context, path)
+        for index, pair in enumerate(zip(got.children(), want.children(), strict=False)):
+            yield from _differences(*pair, f"{path}[{index}]")
+    elif isinstance(got, Mapping) and isinstance(want, Mapping):
+        for key in (key for key in got if key in want):
+            below = path if key == "s" else f"{path}.{key}".lstrip(".")  # transformers' word for the state of an object
+            yield from _differences(got[key], want[key], below)
+    elif isinstance(got, list | tuple) and isinstance(want, list | tuple) and len(got) == len(want):
+        for index, pair in enumerate(zip(got, want, strict=True)):
+            yield from _differences(*pair, f"{path}[{index}]")
+    elif got != want and path:
+        yield path, got, want
 
 
 def how_to_convert(value: Any) -> str | None:

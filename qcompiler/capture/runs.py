@@ -158,7 +158,9 @@ def run_aside(model: torch.nn.Module, call: Call) -> None:
         Exception: Whatever the model raises.
     """
     names = [name for name, _ in model.named_buffers()]
-    with torch.no_grad(), third_party_silence(), restored(model, names), tracing_settings(model, call[1]):
+    cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(call))
+    bounds = BoundsCheck() if cuda else nullcontext()
+    with torch.no_grad(), third_party_silence(), restored(model, names), tracing_settings(model, call[1]), bounds:
         model(*call[0], **call[1])
 
 
