@@ -2,21 +2,27 @@
 
     linear(x, w)   ->   the same, and graph.calibration.statistics["x"]
 
-What is known already is not observed again; when all is known, nothing is run.
+What is known already is not observed again; when all is known, nothing is run. The input of a stored weight whose
+checkpoint has a static activation scale needs no calibration.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.candidates import TOP_1, TOP_K, why_not_quantized
+from passes.candidates import TOP_1, TOP_K, is_stored_quantized, why_not_quantized
 from passes.layers import EVERYTHING, naming_pattern, why_not_selected
 from qcompiler.calibration import Calibration, Statistics
+from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Op, TensorType, Value
+from qcompiler.ir.dataflow import parameters_of
 from qcompiler.pass_manager import Effect, Pass
 
 MORE_DATA = "compile(..., calibration=batches)"
+
+SHOWN = 5
+"""How many names a message lists."""
 
 SUMS = (
     "add", "sub", "rsub", "cat", "stack", "index_add", "index_put", "_index_put_impl", "scatter", "scatter_add",
@@ -52,12 +58,25 @@ class Calibrate(Pass):
         """Fills `graph.calibration`; the graph itself stays as it is."""
         values = list(dict.fromkeys(activations(graph, self.layers)))
         if values:
+            self.check_known(graph)
             calibration = calibration_of(graph)
             self.observe_missing(graph, values, calibration)
             routed = behind_top_k(graph)
             for value in values:
                 calibration.check_seen(graph, value.name, behind_top_k=value in routed)
         return False
+
+    def check_known(self, graph: Graph) -> None:
+        """PassError that names the layers without an activation scale, where others have one and there is no data."""
+        if graph.calibration is not None or all(x_scale_of(op.tensor(1)) is None for op in graph.ops("aten.linear")):
+            return
+        names = [_weight_name(op) for op in lacking_scales(graph, self.layers)]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise PassError(
+            "the checkpoint has static activation scales for some layers only, and there is no calibration data",
+            got=f"no scale for {', '.join(names[:SHOWN])}{more}",
+            fix=f"Give the data: {MORE_DATA}; or leave these layers in float: overrides={{name: None}}.",
+        )
 
     def observe_missing(self, graph: Graph, values: list[Value], calibration: Calibration) -> None:
         """Observes those of `values` of which too little is known."""
@@ -91,12 +110,26 @@ class Calibrate(Pass):
 
 
 def activations(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator[Value]:
-    """What goes into each linear that may be quantized and that the patterns select."""
+    """What goes into each linear that `lacking_scales` gives."""
+    for op in lacking_scales(graph, layers):
+        yield op.tensor(0)
+
+
+def lacking_scales(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator[Op]:
+    """The linears that may be quantized, that the patterns select, and whose checkpoint has no activation scale."""
     for op in graph.ops("aten.linear"):
         if why_not_quantized(op, graph, named=True) is not None or why_not_selected(layers, op, graph) is not None:
             continue
-        if why_not_quantized(op, graph) is None or naming_pattern(layers, op, graph) is not None:
-            yield op.tensor(0)
+        able = why_not_quantized(op, graph) is None or naming_pattern(layers, op, graph) is not None
+        if able and x_scale_of(op.tensor(1)) is None:
+            yield op
+
+
+def _weight_name(op: Op) -> str:
+    """The model's name for the weight of a linear."""
+    weight = op.tensor(1)
+    params = parameters_of(weight.op.tensor(0) if is_stored_quantized(weight) else weight)
+    return str(params[0].attrs["name"]) if params else op.result.name
 
 
 def calibration_of(graph: Graph) -> Calibration:

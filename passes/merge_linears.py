@@ -20,7 +20,7 @@ from typing import ClassVar
 from passes.candidates import MATMULS, bias_of, is_stored_quantized, why_not_quantized
 from passes.layers import EVERYTHING, check_patterns, why_not_selected
 from passes.memory import is_view, leaves_the_graph
-from qcompiler.dialects.quant import block_of
+from qcompiler.dialects.quant import block_of, x_scale_of
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Missed, Op, Rewriter, TensorType, Value
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
@@ -61,6 +61,8 @@ class MergeLinears(Pass):
         w_block: Rows and columns of a weight that share a scale, -1 for the whole axis; as in the pass that quantizes.
         layers: Patterns for names of weights: which linears it is about; as in the pass that quantizes.
         min_columns: Linears of fewer columns are left alone.
+        static: Whether the pass that quantizes uses the activation scales that stored weights come with. Then linears
+            with different ones stay apart; otherwise a merged weight has none.
     """
 
     name: ClassVar[str] = "merge-linears"
@@ -69,6 +71,7 @@ class MergeLinears(Pass):
     w_block: tuple[int, int] = (128, 128)
     layers: tuple[str, ...] = EVERYTHING
     min_columns: int = 128
+    static: bool = False
 
     def __post_init__(self) -> None:
         """PassError for a block or a number of columns that does not exist."""
@@ -162,6 +165,9 @@ class MergeLinears(Pass):
             return f"one of {pair} has a bias, and the other has none"
         if biases[0] is not biases[1]:
             return f"the biases of {pair} are {biases[0]} and {biases[1]}"
+        scales = [x_scale_of(linear.tensor(1)) for linear in (before, op)]
+        if self.static and scales[0] != scales[1]:
+            return f"the activation scales of {pair} are {scales[0]} and {scales[1]}"
         if isinstance(rows, int) and rows % self.w_block[0]:
             return (
                 f"{before.result} has {rows} columns, so that {op.result} would begin inside of a block of the weight"
@@ -237,7 +243,9 @@ def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
     """Constants one behind the other along their first axis; of what is stored quantized, codes and scales."""
     if all(map(is_stored_quantized, values)):
         codes, scales = (_joined(rewriter, [value.op.tensor(index) for value in values]) for index in (0, 1))
-        attrs, names = values[0].op.attrs, [f"{values[0].name}_merged"]
+        attrs, names = dict(values[0].op.attrs), [f"{values[0].name}_merged"]
+        if len({x_scale_of(value) for value in values}) > 1:
+            attrs.pop("x_scale", None)
         return rewriter.insert("quant.dequantize", codes, scales, attrs=attrs, names=names).result
     kind = values[0].tensor
     rows = sum(map(_rows, values))

@@ -10,7 +10,7 @@
     %y_f32 = aten.linear(%x_dq, %w_dq, %b_f32) : f32[s0, 512]
     %y = aten._to_copy(%y_f32) {dtype = bf16}
 
-With a static scale, which calibration has found, the activation's part is
+With a static scale, from calibration or stored beside the weight in its checkpoint, the activation's part is
     %x_s = core.param() {name = "x.scale"} : f32[1, 1]
     %x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], …}
 
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from passes.batched import BATCHED, QuantizeBatched
@@ -43,6 +44,7 @@ from passes.layers import naming_pattern, requested_layers
 from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
 from qcompiler.dialects.aten import torch_dtype
+from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
 from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager import Effect
@@ -76,8 +78,11 @@ class QuantizeLinear(Rule):
         options = self.options
         if note:
             rewriter.graph.remark(op.result, note)
-        static = options.static and not saw_no_token(rewriter.graph, x)
-        quantized = self.by_given_scale(rewriter, x) if static else self.by_own_scale(rewriter, x, options.x_block)
+        scale = self.static_scale(rewriter.graph, x, w) if options.static else None
+        if scale is None:
+            quantized = self.by_own_scale(rewriter, x, options.x_block)
+        else:
+            quantized = self.by_given_scale(rewriter, x, scale)
         args = [
             self.dequantized(rewriter, x, quantized, options.x_block),
             self.dequantized(rewriter, w, self.weight(rewriter, w), options.w_block),
@@ -102,10 +107,10 @@ class QuantizeLinear(Rule):
         names = [f"{value.name}_q", f"{value.name}_s"]
         return rewriter.insert("quant.quantize", value, attrs=self.attributes(block), names=names).results
 
-    def by_given_scale(self, rewriter: Rewriter, value: Value) -> tuple[Value, ...]:
-        """`value` quantized by the scale that calibration has found; readers that want the same one share it."""
+    def by_given_scale(self, rewriter: Rewriter, value: Value, wanted: Tensor) -> tuple[Value, ...]:
+        """`value` quantized by a static scale; readers that want the same one share it."""
         graph, attrs = rewriter.graph, self.attributes(self.options.x_block)
-        wanted, users = self.static_scale(graph, value), graph.users(value)
+        users = graph.users(value)
         twins = (op for op in users if op.name == "quant.quantize_static" and op.attrs == attrs)
         twin = next((op for op in twins if is_weight(graph, op.tensor(1), wanted)), None)
         if twin is None:
@@ -117,13 +122,21 @@ class QuantizeLinear(Rule):
         codes = rewriter.insert("quant.quantize_static", value, scale, attrs=attrs, names=[f"{value.name}_q"])
         return codes.result, scale
 
-    def static_scale(self, graph: Graph, value: Value) -> Tensor:
-        """One scale for all calls, in the shape that one block's has."""
+    def static_scale(self, graph: Graph, value: Value, weight: Value) -> Tensor | None:
+        """One scale for all calls, in the shape of one block's scale; None if calibration saw no token of `value`.
+
+        The scale that the checkpoint has for the input of `weight` is used unchanged; without one, calibration decides.
+        """
         options, dtype = self.options, torch_dtype(self.options.dtype)
-        amax = statistics_of(graph, value).amax(
-            options.observer, "tensor", percentile=options.percentile, dtype=dtype, profile=options.profile
-        )
-        scale = numerics.scale_of(amax, dtype, options.profile)
+        if (stored := x_scale_of(weight)) is not None:
+            scale = torch.tensor(stored, dtype=torch.float32)
+        elif saw_no_token(graph, value):
+            return None
+        else:
+            amax = statistics_of(graph, value).amax(
+                options.observer, "tensor", percentile=options.percentile, dtype=dtype, profile=options.profile
+            )
+            scale = numerics.scale_of(amax, dtype, options.profile)
         return scale.reshape(numerics.scale_shape([1] * len(value.tensor.shape), options.x_block))
 
     def dequantized(

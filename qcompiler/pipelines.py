@@ -95,7 +95,7 @@ class Recipe:
         """The pass that makes one linear of several, where a kernel runs it and no scale spans all of a weight."""
         if self.x == "channel" or self.w == "tensor":
             return []
-        return [MergeLinears(W_BLOCKS[self.w], tuple(layers))]
+        return [MergeLinears(W_BLOCKS[self.w], tuple(layers), static=self.static)]
 
     def _options(self, layers: tuple[str, ...]) -> dict[str, Any]:
         x_blocks = {"tile": (1, self.k_block), "token": (1, ALL), "tensor": (ALL, ALL), "channel": (ALL, 1)}

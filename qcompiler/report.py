@@ -10,6 +10,7 @@ from rich.table import Table
 
 from passes.candidates import MATMULS, OTHER_READERS, why_no_matmul
 from qcompiler.dialects.kernel import FUSED
+from qcompiler.dialects.quant import x_scale_of
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
@@ -23,6 +24,8 @@ PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
 AS_STORED = "codes and scales as the model has them"
+X_AS_STORED = "codes, scales and the static scale of the activation as the model has them"
+X_UNUSED = "the model's static activation scale is not used: this scheme scales the activation in each call"
 DEAD = "it was removed, since nothing needs what it computes"
 
 
@@ -69,12 +72,14 @@ class Report:
         bytes: Of all parameters, as captured.
         bytes_quantized: Of those that are in memory in quantized form only.
         bytes_after: Of all weights after compilation, scales included.
+        notes: What else there is to say of the model, such as what its checkpoint has and nothing uses.
     """
 
     rows: tuple[Row, ...]
     bytes: int
     bytes_quantized: int
     bytes_after: int
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -119,7 +124,7 @@ class Report:
         with console.capture() as capture:
             console.print(table, soft_wrap=False)
         lines = [line.rstrip() for line in capture.get().splitlines() if line.strip()] if self.rows else []
-        return "\n".join([*lines, self.summary()])
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), self.summary()])
 
     def _grouped(self) -> Iterator[Row]:
         """Every matmul, equal ones of a stack of layers in one row, then one row for each kind of other reader."""
@@ -156,7 +161,7 @@ def build_report(
         known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
         reason = "" if quantized else known if names else DEAD
         notes = [remarks[each] for each in names or [name] if each in remarks] if remarks else []
-        notes += [AS_STORED] if quantized and _reads_stored(op, captured) else []
+        notes += _of_stored(op, captured, last[names[-1]].op) if quantized else []
         format = format_of(_matmul(last[names[-1]].op)) if quantized else ""
         rows.append(replace(_row(op, params, quantized, reason), remark="; ".join(notes), format=format))
     params = captured.ops(PARAM)
@@ -220,10 +225,22 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
     return quantized | _stored(graphs[0])
 
 
-def _reads_stored(op: Op, captured: Graph) -> bool:
-    """Whether an operation multiplies with a weight that the model itself holds quantized."""
+def _of_stored(op: Op, captured: Graph, became: Op) -> list[str]:
+    """Remarks on a matmul with a weight that the model itself holds quantized."""
     constant = [value for _, value in op.operands() if captured.is_constant(value)]
-    return any(inner.name == DEQUANTIZE for value in constant for inner in ancestors(value))
+    stored = [inner for value in constant for inner in ancestors(value) if inner.name == DEQUANTIZE]
+    if all(x_scale_of(inner.result) is None for inner in stored):
+        return [AS_STORED] * bool(stored)
+    return [X_AS_STORED] if _is_static(became) else [AS_STORED, X_UNUSED]
+
+
+def _is_static(op: Op) -> bool:
+    """Whether the activation of a quantized matmul has a static scale."""
+    while op.name in ("aten._to_copy", *PARTS):
+        op = op.tensor(0).op
+    codes = op.tensor(0)
+    codes = codes.op.tensor(0) if codes.op.name == DEQUANTIZE else codes
+    return codes.op.name in OTHER_QUANTIZE
 
 
 def _stored(captured: Graph) -> set[str]:

@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qcompiler.checkpoints import read
-from qcompiler.checkpoints.compressed_groups import GROUP_KEYS, KEYS, WEIGHT_KEYS
+from qcompiler.checkpoints.compressed_groups import KEYS
 from qcompiler.checkpoints.config_keys import check_keys
+from qcompiler.checkpoints.group_keys import GROUP_KEYS, WEIGHT_KEYS
 from qcompiler.errors import QCompilerError
 
 BLOCKED = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+FIXED = {"num_bits": 8, "type": "float", "dynamic": False}
+MODELOPT: dict[str, Any] = {
+    "quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"input_activations": {**FIXED, "dynamic": True}, "weights": FIXED}},
+    "kv_cache_scheme": FIXED, "producer": {"name": "modelopt", "version": "0.29.0"}, "pre_quant_scale": False,
+}  # fmt: skip
 
 
 def compressed(**group: Any) -> dict[str, Any]:
@@ -25,6 +33,13 @@ def compressed(**group: Any) -> dict[str, Any]:
         "quant_method": "compressed-tensors", "format": "float-quantized",
         "config_groups": {"g": {"targets": ["Linear"], "weights": weights, **group}},
     }  # fmt: skip
+
+
+def with_empty_group(**group: Any) -> dict[str, Any]:
+    """A second group, which quantizes no weights."""
+    said = compressed()
+    said["config_groups"]["h"] = {"targets": ["up"], "weights": None, **group}
+    return said
 
 
 def folder(path: Path, said: dict[str, Any]) -> Path:
@@ -39,6 +54,9 @@ def folder(path: Path, said: dict[str, Any]) -> Path:
 FINE = [
     BLOCKED
     | {"modules_to_not_convert": ["lm_head"], "fmt": "float8_e4m3fn", "scale_fmt": "ue8m0", "dequantize": False},
+    FBGEMM,
+    MODELOPT,
+    MODELOPT | {"kv_cache_quant_algo": "FP8", "group_size": None, "exclude_modules": ["lm_head"]},
     BLOCKED | {"ignored_layers": ["lm_head"], "kv_cache_scheme": None, "quantization_version": 2, "unknown": None},
 ]
 
@@ -74,7 +92,19 @@ def test_keys_that_compressed_tensors_writes_are_known(tmp_path: Path) -> None:
         (compressed(weights={"actorder": True}), "'actorder' has a value that is not supported: got True"),
         (compressed(weights={"group_size": 32}), "'group_size' has a value that is not supported: got 32; need -1"),
         (compressed(weights={"permutation": [1]}), "the weights of group 'g': the key 'permutation' is not known"),
-        (compressed(output_activations={"num_bits": 8}), "the group 'g': 'output_activations' has a value"),
+        (compressed(output_activations={"rotation": 1}), "the outputs of group 'g': the key 'rotation' is not known"),
+        (compressed(input_activations=FIXED | {"transform": 1}), "the activations of group 'g': the key 'transform'"),
+        (compressed(other={"dynamic": True}), "the group 'g': the key 'other' is not known"),
+        (with_empty_group(clip=0.9), "the group 'h': the key 'clip' is not known: got 0.9"),
+        (FBGEMM | {"rotation": "quarot"}, "the key 'rotation' is not known: got 'quarot'"),
+        (MODELOPT | {"pre_quant_scale": True}, "'pre_quant_scale' has a value that is not supported: got True"),
+        (MODELOPT | {"has_zero_point": True}, "'has_zero_point' has a value that is not supported: got True"),
+        (MODELOPT | {"quantized_layers": {"up": {}}}, "the key 'quantized_layers' is not known"),
+        (
+            MODELOPT | {"config_groups": {"g": {"weights": {"group_size": 16}}}},
+            "the weights of group 'g': 'group_size'",
+        ),
+        (MODELOPT | {"config_groups": [1]}, "'config_groups' is not a JSON object with groups"),
         (compressed(format="pack-quantized"), "the group 'g': 'format' has a value"),
         (compressed(input_activations={"dynamic": True, "symmetric": False}), "the activations of group 'g': 'symm"),
         (compressed(input_activations={"dynamic": True, "num_bits": 4}), "'num_bits' has a value"),
@@ -96,3 +126,23 @@ def test_only_an_empty_value_of_an_unknown_key_is_passed_over(key: str, value: A
         return
     with pytest.raises(QCompilerError, match="is not known"):
         check_keys({key: value}, WEIGHT_KEYS, "it")
+
+
+def test_a_separate_file_of_modelopt(tmp_path: Path) -> None:
+    path, file = folder(tmp_path, MODELOPT), tmp_path / "hf_quant_config.json"
+    said: dict[str, Any] = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head"]}
+    file.write_text(json.dumps({"producer": {}, "quantization": said}))
+    assert [*read(path).stored] == ["up.weight"]
+    file.write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(QCompilerError, match=r"configurations differ: got .*'FP8' in hf_quant_config\.json"):
+        read(path)
+    (path / "config.json").write_text("{}")
+    for document, words in (
+        ({"quantization": said | {"rotation": 1}}, "the key 'rotation' is not known"),
+        ({"quantization": said, "transforms": 1}, "the key 'transforms' is not known"),
+        ({"quantization": "FP8"}, "'quantization' is not a JSON object"),
+    ):
+        file.write_text(json.dumps(document))
+        with pytest.raises(QCompilerError, match=words) as error:
+            read(path)
+        assert str(file) in str(error.value)

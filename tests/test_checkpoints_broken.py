@@ -105,7 +105,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Any], Any], w
     [
         (BLOCKED, {"quant_method": "fpp8"}, ["quant_method 'fpp8'", "Did you mean 'fp8'?"]),
         (BLOCKED, {"quant_method": None}, ["quant_method None"]),
-        (BLOCKED, {"activation_scheme": "static"}, ["fixed scales", "'static'"]),
+        (BLOCKED, {"activation_scheme": "fixed"}, ["unknown activation scheme", "'fixed'"]),
         (BLOCKED, {"weight_block_size": [128, 0]}, ["weight_block_size", "[128, 0]"]),
         (BLOCKED, {"weight_block_size": None}, ["need [1, 1]"]),
         (BLOCKED, {"weight_block_size": [64, 64]}, ["got [2, 2]; need [4, 4]"]),
@@ -117,7 +117,8 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Any], Any], w
         (COMPRESSED, {"config_groups": {"g": {**GROUP, "weights": {"strategy": "group", "type": "float"}}}},
          ["strategy", "'group'"]),
         (COMPRESSED, {"config_groups": {"g": {**GROUP, "weights": {**GROUP["weights"], "num_bits": 4}}}}, ["4 bits"]),
-        (COMPRESSED, {"config_groups": {"g": {**GROUP, "input_activations": {"dynamic": False}}}}, ["fixed scales"]),
+        (COMPRESSED, {"config_groups": {"g": {**GROUP, "input_activations": {"dynamic": False, "strategy": "token"}}}},
+         ["scales of another kind", "'token'"]),
     ],
 )  # fmt: skip
 def test_configurations_that_do_not_fit(

@@ -56,6 +56,7 @@ FLOORS = {
     "qcompiler.report_groups": 5,
     "qcompiler.scheme_hints": 5,
     "qcompiler.schemes": 5,
+    "qcompiler.stored_scheme": 5,
 }
 
 # (module, what it imports inside a function): the reason. Everything else is imported at the top.

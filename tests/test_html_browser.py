@@ -275,9 +275,9 @@ def test_names_that_look_like_markup_do_nothing(opened: Opened, tmp_path: Path) 
 
 def test_an_empty_table_and_a_graph_without_passes(opened: Opened, tmp_path: Path) -> None:
     data: dict[str, Any] = {
-        "name": "f", "pipeline": "", "target": "cpu", "summary": "nothing", "decisions": [], "errors": None,
-        "stages": [{"name": "captured", "ops": [], "leftAlone": {}}], "ops": [], "places": [], "sentences": [],
-        "kernels": {"rows": [], "kinds": []},
+        "name": "f", "pipeline": "", "target": "cpu", "summary": "nothing", "notes": [], "decisions": [],
+        "errors": None, "stages": [{"name": "captured", "ops": [], "leftAlone": {}}],
+        "ops": [], "places": [], "sentences": [], "kernels": {"rows": [], "kinds": []},
     }  # fmt: skip
     write_page(tmp_path / "page.html", render_page("f", data))
     page = opened.goto(tmp_path / "page.html")

@@ -25,7 +25,7 @@ BOUND = 2.0
 DESTROYED = 0.5
 """An error that no model may have, whatever the simulation says, which does not judge the choice of layers."""
 
-CACHES = (".cache[", ".past_key_values[", ".cache_params[")
+CACHES = (".cache[", ".past_key_values[", ".cache_params[", ".state[")
 """Outputs that a causal model is captured without unless a call passes a cache."""
 
 

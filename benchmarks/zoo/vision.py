@@ -12,7 +12,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 8, "initializer_range": 0.1, "mlp_ratio": 2.0, "num_labels": 10,
 }  # fmt: skip
-STAGES = {"hidden_sizes": [64, 96], "depths": [1, 1], "num_stages": 2}
+STAGES = {"hidden_sizes": [64, 96], "depths": [1, 1], "num_stages": 2, "layer_scale_init_value": 1.0}
 WINDOWS = {
     "embed_dim": 64,
     "depths": [1, 2],

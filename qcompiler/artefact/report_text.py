@@ -21,9 +21,11 @@ def report_to_json(report: Report, steps: tuple[Step, ...], left_alone: LeftAlon
 def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], LeftAlone]:
     """What `report_to_json` gave; ArtefactError for anything else."""
     rows = tuple(_row(item) for item in node["rows"].items())
-    sizes = (node[key].count() for key in ("bytes", "bytes_quantized", "bytes_after"))
+    sizes = {key: node[key].count() for key in ("bytes", "bytes_quantized", "bytes_after")}
     steps = tuple(_step(item) for item in node["steps"].items())
-    return Report(rows, *sizes), steps, {stage: _by_value(item) for stage, item in node["left_alone"].members()}
+    notes = tuple(note.text() for key, items in node.members() if key == "notes" for note in items.items())
+    left_alone = {stage: _by_value(item) for stage, item in node["left_alone"].members()}
+    return Report(rows, **sizes, notes=notes), steps, left_alone
 
 
 def _row(node: Node) -> Row:

@@ -33,7 +33,7 @@ from qcompiler.capture.preflight import check_inputs, check_model
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.runs import ModelRefused, does_run
 from qcompiler.capture.signature import ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
-from qcompiler.capture.stored_weights import readable
+from qcompiler.capture.stored_weights import notes_of, readable
 from qcompiler.capture.symbols import Symbols
 from qcompiler.capture.trials import with_leeway
 from qcompiler.errors import CaptureError, CaptureWarning, InputError
@@ -58,12 +58,14 @@ class Captured:
         signature: How a call's arguments become the graph's inputs, and its outputs what the model returns.
         fixed: What the graph fixes and the model leaves open, as the warning says it.
         lines: Where the model's code made torch fix a size: `dimension 1 of x` -> `model.py:10`.
+        notes: What the report says of sizes that the graph fixes, and of the checkpoint that the model was read from.
     """
 
     graph: Graph
     signature: Signature
     fixed: tuple[str, ...] = ()
     lines: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the graph gives for a call of the model, interpreted op by op; buffers stay as they are."""
@@ -111,7 +113,8 @@ def capture(
     check_inputs(model, *call)
     with readable(model):
         _prepare(model, call)
-        return _of_module(model, call, dynamic_shapes, check)
+        captured = _of_module(model, call, dynamic_shapes, check)
+        return replace(captured, notes=(*(f"fixed size: {each}" for each in captured.fixed), *notes_of(model)))
 
 
 def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: bool) -> Captured:

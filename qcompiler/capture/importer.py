@@ -165,8 +165,9 @@ class _Importer:
             self.made[node] = source
             return
         if name == STORED_WEIGHT:
-            codes, scale, block, dtype = args
-            self._append(node, "quant.dequantize", [codes, scale], {"block": block, "out_dtype": dtype})
+            codes, scale, block, dtype, *x_scale = args
+            known = {"x_scale": x_scale[0]} if x_scale and x_scale[0] is not None else {}
+            self._append(node, "quant.dequantize", [codes, scale], {"block": block, "out_dtype": dtype, **known})
             return
         self._append(node, name, args, attrs)
 

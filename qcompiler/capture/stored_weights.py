@@ -5,12 +5,15 @@
     %w = quant.dequantize(%linear.weight, %linear.weight_scale_inv) {block = [128, 128], out_dtype = bf16}
     %y = aten.linear(%x, %w)
 
+Beside them a checkpoint may have a static scale for the activation, which the operation carries as `x_scale`.
+
 `hold` makes a module's attribute mean the numbers, while codes and scales stay its parameters, under their own names:
 any code that reads the attribute runs, eagerly and traced, and nothing is dequantized for good. `readable` does that to
 modules of others, such as those into which transformers loads FP8 checkpoints, for the duration of a capture.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,10 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 USABLE = "finite numbers that are not negative"  # what scales must be, for messages
 SCALE = "_scale_inv"
 """What transformers' modules put behind the name of a weight for that of its scale."""
+X_SCALE = "activation_scale"
+"""The static scale of an activation in transformers' FP8Linear."""
+
+_NOTES = "_qcompiler_notes"
 
 
 @dataclass(frozen=True)
@@ -39,21 +46,27 @@ class Stored:
         scale: The name of its scale in the same module.
         block: Rows and columns that share a scale; -1 is the whole of an axis.
         dtype: What the module computes in.
+        x_scale: The static scale of the module's input, an FP32 number; None if the checkpoint has none.
+        whole: Whether the checkpoint has one scale for a matrix of a stack, here the scale of each of its blocks.
     """
 
     scale: str
     block: tuple[int, int]
     dtype: torch.dtype
+    x_scale: float | None = None
+    whole: bool = False
 
 
 @torch.library.custom_op("qcompiler::stored_weight", mutates_args=())
-def stored_weight(codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
-    """The numbers that codes and scales stand for: `numerics.dequantize`."""
+def stored_weight(
+    codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype, x_scale: float | None = None
+) -> Tensor:
+    """The numbers that codes and scales stand for: `numerics.dequantize`. `x_scale` is only recorded in the trace."""
     return numerics.dequantize(codes, scale, block, dtype)
 
 
 @stored_weight.register_fake
-def _(codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+def _(codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype, x_scale: float | None = None) -> Tensor:
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
 
@@ -112,7 +125,7 @@ def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stor
         )
     if not scale.is_meta and (why := unusable(scale)) is not None:
         raise CaptureError(f"the scale of {name!r} is not a scale", got=why, need=USABLE, where=f"{name}{SCALE}")
-    return Stored(key + SCALE, _block(module, scale, name), _dtype(model))
+    return Stored(key + SCALE, _block(module, scale, name), _dtype(model), _x_scale(module, key, name))
 
 
 def _block(module: nn.Module, scale: Tensor, name: str) -> tuple[int, int]:
@@ -126,6 +139,44 @@ def _block(module: nn.Module, scale: Tensor, name: str) -> tuple[int, int]:
         f"the weight {name!r} does not say which of its elements share a scale",
         got=f"scales {list(scale.shape)}", need=f"'block_size' in its {type(module).__name__}",
     )  # fmt: skip
+
+
+def _x_scale(module: nn.Module, key: str, name: str) -> float | None:
+    """The static scale of the activation beside a weight of transformers' FP8Linear."""
+    scale = getattr(module, X_SCALE, None) if key == "weight" else None
+    if not isinstance(scale, Tensor) or scale.is_meta:
+        return None
+    return one_number(scale, f"the activation scale beside {name!r}")
+
+
+def one_number(scale: Tensor, what: str) -> float:
+    """The only number in a scale, widened to FP32; CaptureError if there are several, or it is not positive."""
+    numbers = scale.detach().to(torch.float32).flatten().tolist()
+    if len(numbers) != 1 or not (math.isfinite(numbers[0]) and numbers[0] > 0):
+        got = numbers[0] if len(numbers) == 1 else f"{list(scale.shape)} numbers"
+        raise CaptureError(f"{what} is not a scale", got=got, need="one positive finite number")
+    return float(numbers[0])
+
+
+def knows_x_scales(model: nn.Module) -> bool:
+    """Whether a model has static activation scales beside weights that it holds in 8 bits."""
+    stored = (
+        how
+        for name, module in model.named_modules()
+        for how in (held(module) or stored_in(module, name, model)).values()
+    )
+    return any(how.x_scale is not None for how in stored)
+
+
+def add_notes(model: nn.Module, notes: Iterable[str]) -> None:
+    """Attaches sentences about a model's checkpoint to the model, for the report."""
+    model.__dict__[_NOTES] = (*notes_of(model), *notes)
+
+
+def notes_of(model: nn.Module) -> tuple[str, ...]:
+    """What `add_notes` left."""
+    found: tuple[str, ...] = model.__dict__.get(_NOTES, ())
+    return found
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -144,7 +195,8 @@ def _reader(name: str, how: Stored) -> Any:
         if codes is None or codes.itemsize > 1:  # cast by somebody: then it is what it looks like
             return codes  # type: ignore[return-value]
         shape = numerics.scale_shape(codes.shape, how.block)
-        numbers: Tensor = torch.ops.qcompiler.stored_weight(codes, widened(scale, shape), list(how.block), how.dtype)
+        wide, block = widened(scale, shape), list(how.block)
+        numbers: Tensor = torch.ops.qcompiler.stored_weight(codes, wide, block, how.dtype, how.x_scale)
         return numbers
 
     return read

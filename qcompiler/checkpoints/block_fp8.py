@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qcompiler.checkpoints.companions import FP8, fp8_weights, scale_beside, x_scale_beside, zero_points_beside
 from qcompiler.checkpoints.config_keys import ANY, check_keys, one_of
 from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, StoredAs, powers_of_two
@@ -27,7 +28,11 @@ METHOD = "fp8"
 SCALE = "_scale_inv"
 """What a scale's name has behind that of its weight."""
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (SCALE, "_scale")
+"""The same in what is read; AutoFP8 has the second."""
+
+SCHEMES = ("dynamic", "static")
+"""Whether activations are scaled in each call, or have a scale in the files."""
 
 SCALE_FORMATS = {"float": torch.float32, "ue8m0": UE8M0}
 """`scale_fmt` -> the type that scales are stored in."""
@@ -95,6 +100,9 @@ class BlockFp8:
 def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
     """The quantized weights of a folder: each FP8 weight, with the scale beside it.
 
+    Beside DeepSeek's layout this reads AutoFP8's, with `weight_scale` and `input_scale`, and Mistral's, with one number
+    in `weight_scale_inv` and in `activation_scale`.
+
     Args:
         said: The `quantization_config`.
         tensors: Those of the folder.
@@ -103,16 +111,23 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
         QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
     """
     check_keys(said, KEYS, "the quantization configuration")
-    if (scheme := said.get("activation_scheme", "dynamic")) != "dynamic":
-        fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
-        raise QCompilerError("activations with fixed scales", got=repr(scheme), need="'dynamic'", fix=fix)
+    if (scheme := said.get("activation_scheme", "dynamic")) not in SCHEMES:
+        raise QCompilerError("an unknown activation scheme", got=repr(scheme), need=" or ".join(map(repr, SCHEMES)))
     block = _block(said.get("weight_block_size"))
     for name in tensors:
         weight = name.removesuffix(SCALE)
         if name.endswith("weight" + SCALE) and (weight not in tensors or tensors.dtype(weight) not in FP8):
             found = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
             raise QCompilerError(f"a scale belongs to no FP8 weight: '{name}'", got=found, need=f"FP8 in '{weight}'")
-    return {name: StoredAs(name + SCALE, block) for name in tensors if tensors.dtype(name) in FP8}
+    return {
+        name: StoredAs(
+            scale_beside(name, tensors, SCALES),
+            block,
+            x_scale_beside(name, tensors) if scheme == "static" else None,
+            zero_points_beside(name, tensors),
+        )
+        for name in fp8_weights(tensors)
+    }
 
 
 def _block(said: Any) -> tuple[int, int]:

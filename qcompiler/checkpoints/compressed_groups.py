@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 
-from qcompiler.checkpoints.config_keys import ANY, check_keys, nothing, one_of
+from qcompiler.checkpoints.cache_scales import is_cache_scale
+from qcompiler.checkpoints.companions import stem, x_scale_beside, zero_points_beside
+from qcompiler.checkpoints.config_keys import ANY, check_keys, nothing
 from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.group_keys import FORMATS, check_group
 from qcompiler.checkpoints.quantized_weight import StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
 from qcompiler.numerics import ALL
 
-FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "mixed-precision")
-WEIGHT, SCALE = "weight", "weight_scale"
+WEIGHT, SCALE, OUTPUT_SCALE = "weight", "weight_scale", "output_scale"
 CODES = {"float": torch.float8_e4m3fn, "int": torch.int8}
+STACKED = tuple(CODES.values())
 LONGEST_MATCH = 1.0
 """Seconds: a pattern such as `(a+)+b` could take years."""
 
@@ -47,28 +50,28 @@ KEYS = {
 }  # fmt: skip
 """Which keys compressed-tensors and transformers write. The tensors tell what is ignored; caches stay in float."""
 
-GROUP_KEYS = {
-    "targets": ANY, "weights": ANY, "input_activations": ANY, "output_activations": nothing, "format": one_of(*FORMATS),
-}  # fmt: skip
-
-NUMBERS = {"num_bits": ANY, "type": ANY, "strategy": ANY, "dynamic": ANY, "block_structure": ANY, "symmetric": ANY,
-           "scale_dtype": ANY, "zp_dtype": ANY, "observer": ANY, "observer_kwargs": ANY}  # fmt: skip
-WEIGHT_KEYS = {**NUMBERS, "group_size": one_of(-1), "actorder": one_of(False, "weight", "static")}
-"""A `group_size` of -1 is the channel; these orders of GPTQ leave the columns where they are."""
-
-ACTIVATION_KEYS = {**NUMBERS, "group_size": ANY, "num_bits": one_of(8), "symmetric": one_of(True),
-                   "actorder": one_of(False)}  # fmt: skip
-"""The scheme that compiles the model chooses the granularity of activations, which have no zero points here."""
-
 
 @dataclass(frozen=True)
 class Group:
-    """One group: what it is for, and how its weights are stored."""
+    """One group: what it is for, and how its weights are stored.
+
+    Attributes:
+        name: In the configuration.
+        targets: Names of modules, `re:` and a regular expression, or classes.
+        codes: The element type of the weights.
+        block: Rows and columns of a weight that share a scale.
+        static: Whether activations have scales in the files.
+        zero_points: The names of zero points that must be beside a weight, since the group is asymmetric.
+        outputs: Whether the group also quantizes the outputs of its modules.
+    """
 
     name: str
     targets: tuple[str, ...]
     codes: torch.dtype
     block: tuple[int, int]
+    static: bool
+    zero_points: tuple[str, ...]
+    outputs: bool
 
     def names(self, module: str) -> bool:
         """Whether it is for a module by name or by a regular expression."""
@@ -88,26 +91,77 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
     check_keys(said, KEYS, "the quantization configuration")
     if (format := said.get("format")) not in FORMATS:
         raise QCompilerError("an unknown format", got=repr(format), fix=did_you_mean(str(format), FORMATS))
-    groups = _groups(said.get("config_groups"))
+    groups = _groups(said)
     modules = {name.rpartition(".")[0] for name in tensors}
     found: dict[str, StoredAs] = {}
     for name in tensors:
-        if name.rpartition(".")[2] != SCALE:
+        if (weight := _weight_of(name, tensors)) is None:
             continue
-        weight = name.removesuffix(SCALE) + WEIGHT
         group = _group_of(weight.rpartition(".")[0], groups, modules)
         if weight not in tensors or tensors.dtype(weight) is not group.codes:
             got = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
             need = f"{str(group.codes).removeprefix('torch.')} in '{weight}', as {group.name} says"
             raise QCompilerError(f"a scale belongs to no such weight: '{name}'", got=got, need=need)
-        found[weight] = StoredAs(name, group.block)
+        found[weight] = _stored_as(weight, name, group, tensors)
     return found
 
 
-def _groups(said: Any) -> list[Group]:
-    if not isinstance(said, dict) or not said:
-        raise QCompilerError("'config_groups' is no JSON object with groups", got=repr(said))
-    return [_group(name, group) for name, group in said.items()]
+def notes(said: Mapping[str, Any]) -> list[str]:
+    """What the report says of groups that do not quantize weights, and of outputs that others quantize."""
+    groups = said.get("config_groups")
+    named = groups.items() if isinstance(groups, dict) else ()
+    found = [f"the group '{name}' quantizes no weights and is skipped" for name, group in named if _is_empty(group)]
+    return found + [
+        f"the group '{name}' also quantizes the outputs of its modules, which is not done here"
+        for name, group in named
+        if not _is_empty(group) and isinstance(group, dict) and group.get("output_activations")
+    ]
+
+
+def _weight_of(name: str, tensors: TensorFiles) -> str | None:
+    """The weight that a tensor is the scale of, stacked experts included; None if it is not a scale of a weight."""
+    if name.rpartition(".")[2] == SCALE:
+        return name.removesuffix(SCALE) + WEIGHT
+    for suffix in (f"_{SCALE}", "_scale"):
+        stack = name.removesuffix(suffix)
+        if stack != name and stack in tensors and len(tensors.shape(stack)) == 3 and tensors.dtype(stack) in STACKED:
+            return stack
+    return None
+
+
+def _stored_as(weight: str, scale: str, group: Group, tensors: TensorFiles) -> StoredAs:
+    zero_points = zero_points_beside(weight, tensors)
+    for needed in group.zero_points:
+        if stem(weight) + needed not in zero_points:
+            problem = f"the group '{group.name}' is asymmetric, and '{weight}' has no '{needed}' beside it"
+            raise QCompilerError(problem, need="zero points that are all zero, or symmetric codes")
+    x_scale = x_scale_beside(weight, tensors) if group.static else None
+    output = stem(weight) + OUTPUT_SCALE
+    outputs = (output,) if group.outputs and output in tensors and not is_cache_scale(output) else ()
+    return StoredAs(scale, group.block, x_scale, (*zero_points, *outputs))
+
+
+def _is_empty(group: Any) -> bool:
+    """Whether a group says that it has no weights: it quantizes inputs or outputs alone."""
+    return isinstance(group, dict) and "weights" in group and group["weights"] is None
+
+
+def _groups(said: Mapping[str, Any]) -> list[Group]:
+    groups = said.get("config_groups")
+    if groups == {} and said.get("kv_cache_scheme"):
+        return []  # only the cache is quantized
+    if not isinstance(groups, dict) or not groups:
+        raise QCompilerError("'config_groups' is not a JSON object with groups", got=repr(groups))
+    for name, group in groups.items():
+        if _is_empty(group):
+            check_group(name, group)
+    return [_group(name, group) for name, group in groups.items() if not _is_empty(group)]
+
+
+def is_float(said: Mapping[str, Any]) -> bool:
+    """Whether a valid configuration quantizes no weights, only the cache or activations."""
+    groups: Mapping[str, Any] = said["config_groups"]
+    return all(map(_is_empty, groups.values()))
 
 
 def _group(name: str, said: Any) -> Group:
@@ -115,22 +169,39 @@ def _group(name: str, said: Any) -> Group:
     targets = said.get("targets") if isinstance(said, dict) else None
     if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise QCompilerError(f"the group '{name}' is malformed", need="'targets', a list, and 'weights', an object")
-    check_keys(said, GROUP_KEYS, f"the group '{name}'")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if bits != 8 or not isinstance(kind, str) or kind not in CODES:
         raise QCompilerError(f"the group '{name}' has weights of another kind", got=f"{kind!r} of {bits!r} bits",
                              need="'float' or 'int' of 8 bits")  # fmt: skip
-    if weights.get("symmetric", True) is not True or weights.get("dynamic", False) is not False:
-        raise QCompilerError(f"the weights of group '{name}' have zero points, or scales of each call")
-    block = _block(name, weights)
-    check_keys(weights, WEIGHT_KEYS, f"the weights of group '{name}'")
-    activations = said.get("input_activations")
-    if isinstance(activations, dict) and activations.get("dynamic") is not True:
-        fix = "Scales of activations are computed in each call here; a checkpoint's own are not read."
-        raise QCompilerError(f"the activations of group '{name}' have fixed scales", need="dynamic", fix=fix)
-    if isinstance(activations, dict):
-        check_keys(activations, ACTIVATION_KEYS, f"the activations of group '{name}'")
-    return Group(name, tuple(targets), CODES[kind], block)
+    if weights.get("dynamic", False) is not False:
+        raise QCompilerError(f"the weights of group '{name}' have scales of each call", need="'dynamic': false")
+    static, block = _is_static(name, said, kind), _block(name, weights)
+    check_group(name, said)
+    kinds = {"weight": weights, **({"input": said["input_activations"]} if static else {})}
+    zero_points = (f"{key}_zero_point" for key, each in kinds.items() if each.get("symmetric", True) is not True)
+    outputs = bool(said.get("output_activations"))
+    return Group(name, tuple(targets), CODES[kind], block, static, tuple(zero_points), outputs)
+
+
+def _is_static(name: str, group: Mapping[str, Any], kind: str) -> bool:
+    """Whether the activations of a group have one scale each, in the files.
+
+    Raises:
+        QCompilerError: They have static scales of another granularity or format than the kernels take.
+    """
+    activations = group.get("input_activations")
+    if not isinstance(activations, dict) or activations.get("dynamic", False) is True:
+        return False
+    dynamic, strategy = activations.get("dynamic", False), activations.get("strategy", "tensor")
+    if dynamic is not False or strategy not in ("tensor", None):
+        got = f"dynamic {dynamic!r} with strategy {strategy!r}"
+        need = "'dynamic': true, or one static scale: 'strategy': \"tensor\""
+        raise QCompilerError(f"the activations of group '{name}' have scales of another kind", got=got, need=need)
+    if (activations.get("type", kind), activations.get("num_bits", 8)) != (kind, 8):
+        got = f"{activations.get('type')!r} of {activations.get('num_bits')!r} bits"
+        raise QCompilerError(f"the activations of group '{name}' have another format than its weights", got=got,
+                             need=f"{kind!r} of 8 bits")  # fmt: skip
+    return True
 
 
 def _block(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.checkpoints.companions import stem
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.numerics import ALL
 
@@ -49,10 +50,10 @@ class CompressedTensors:
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Codes and scales, by their names in the file."""
-        stem = name.removesuffix("weight")
+        beside = stem(name)
         scale = weight.scale.reshape(1) if weight.block == TENSOR else weight.scale
-        found = {name: weight.codes, stem + SCALE: scale}
-        return found if weight.x_scale is None else {**found, stem + INPUT_SCALE: weight.x_scale.reshape(1)}
+        found = {name: weight.codes, beside + SCALE: scale}
+        return found if weight.x_scale is None else {**found, beside + INPUT_SCALE: weight.x_scale.reshape(1)}
 
     def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
         """The `quantization_config`."""

@@ -2,12 +2,13 @@
 
 config.json: {"quantization_config": {...}}                      read; also inside of `text_config` and the like
 config.json: {"compression_config": {...}}                       read: the older key for the same content
-config.json: {"quantize": "w8a8", ...}, hf_quant_config.json     not read, and named when the tensors do not fit
+hf_quant_config.json: {"quantization": {...}}                    read in `modelopt`
+config.json: {"quantize": "w8a8", ...}, and other files          not read, and named when the tensors do not fit
 config.json: {"transform_config": {...}}                         refused: the weights are not what they look like
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,17 @@ def declared(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     return next(iter(found.values()), None)
 
 
-def unread(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A sentence that names the keys and files that declare a quantization and are not read; None if there are none."""
+def unread(folder: Path, config: Mapping[str, Any], read: Collection[str] = ()) -> str | None:
+    """A sentence that names the keys and files that declare a quantization and are not read; None if there are none.
+
+    Args:
+        folder: The checkpoint.
+        config: The content of its `config.json`.
+        read: Names of other files that are read.
+    """
     keys = [path for path, value in _entries(config) if isinstance(value, str | dict) and _is_foreign(path)]
     files = [path.name for path in sorted(folder.glob("*")) if path.suffix in FILES and "quant" in path.name.lower()]
+    files = [name for name in files if name not in read]
     found = [*(f"the key '{path}' in config.json" for path in keys), *files]
     return f"The folder declares a quantization that is not read: {', '.join(found)}." if found else None
 

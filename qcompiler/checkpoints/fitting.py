@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from qcompiler.checkpoints import modelopt
 from qcompiler.checkpoints.conversion import names_in_model
 from qcompiler.checkpoints.declarations import unread
 from qcompiler.checkpoints.reading import Checkpoint
@@ -40,7 +41,7 @@ def check_complete(
         checkpoint: The folder.
         other: Weights whose tensor has another shape, each with both.
     """
-    advice = unread(checkpoint.folder, checkpoint.config)
+    advice = _unread(checkpoint)
     patterns = _ignored(model)
     surplus = [name for name in surplus if not any(re.search(pattern, name) for pattern in patterns)]
     for problem, names, fix in (
@@ -55,13 +56,13 @@ def check_complete(
 def check_element_types(model: nn.Module, checkpoint: Checkpoint) -> None:
     """QCompilerError if a tensor of integers that is not declared as quantized is for a weight in floating point."""
     tensors, state = checkpoint.tensors, model.state_dict()
-    known = {*checkpoint.stored, *(how.scale for how in checkpoint.stored.values())}
+    known = checkpoint.stored.keys() | checkpoint.beside
     integers = [name for name in tensors if name not in known and not tensors.dtype(name).is_floating_point]
     places = names_in_model(model, integers)
     wrong = [name for name in integers if places[name] in state and state[places[name]].is_floating_point()]
     if wrong:
         got = f"{str(tensors.dtype(wrong[0])).removeprefix('torch.')} in {listed(wrong)}"
-        fix = unread(checkpoint.folder, checkpoint.config)
+        fix = _unread(checkpoint)
         raise QCompilerError("weights of the model are integers in the files, and nothing declares how they are "
                              "quantized", got=got, where=str(checkpoint.folder), fix=fix)  # fmt: skip
 
@@ -108,3 +109,7 @@ def _about_surplus(names: Iterable[str], checkpoint: Checkpoint) -> str:
     if checkpoint.method is not None:
         return "They may change what the quantized weights mean, and are in no format that is read."
     return "If they are not needed, load the model with transformers and compile that."
+
+
+def _unread(checkpoint: Checkpoint) -> str | None:
+    return unread(checkpoint.folder, checkpoint.config, [modelopt.FILE] * (checkpoint.method == modelopt.METHOD))

@@ -4,8 +4,9 @@ Quantized weights stay codes and scales: modules hold them under the names of th
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -15,17 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler.capture.quiet import third_party_silence
-from qcompiler.capture.stored_weights import Stored, hold
-from qcompiler.checkpoints.conversion import stacked, to_model
+from qcompiler.capture.stored_weights import Stored, add_notes, hold
+from qcompiler.checkpoints.cache_scales import keep
+from qcompiler.checkpoints.conversion import to_model
 from qcompiler.checkpoints.declarations import undeclare
 from qcompiler.checkpoints.fitting import check_complete, check_element_types, check_names, check_shape
 from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.checkpoints.reading import Checkpoint, read
+from qcompiler.checkpoints.stacking import Part, stacked
 from qcompiler.errors import QCompilerError
-from qcompiler.numerics import scale_shape
 
-Held = tuple[nn.Parameter, nn.Parameter, tuple[int, int]]
-"""Codes, scales and the size of a block."""
+
+@dataclass(frozen=True)
+class Held:
+    """A quantized weight as a module holds it; modules that are tied share the parameters.
+
+    Attributes:
+        codes: `[N, K]`, or `[E, N, K]`.
+        scale: In the element type of the files.
+        part: How it is stored, and where it is from.
+        x_scale: The static scale of the activation that it is multiplied with; None for stacked experts.
+    """
+
+    codes: nn.Parameter
+    scale: nn.Parameter
+    part: Part
+    x_scale: float | None
 
 
 def load_model(folder: "str | PathLike[str]") -> nn.Module:
@@ -37,19 +53,28 @@ def load_model(folder: "str | PathLike[str]") -> nn.Module:
             in floating point.
     """
     checkpoint = read(folder)
+    _check_declared(checkpoint)
     transformers = transformers_library()
     config = _config(transformers, checkpoint.folder)
     kind = _architecture(transformers, config, checkpoint)
     with third_party_silence():
-        if checkpoint.stored:
+        if checkpoint.method is None:
+            with _one_sentence("transformers cannot load the model", checkpoint.folder):
+                model = _in_float(kind, config, checkpoint)
+        else:
             with _one_sentence("transformers cannot make the model", checkpoint.folder):
                 model = _skeleton(kind, config, checkpoint)
                 _fill(model, checkpoint)
-        else:
-            with _one_sentence("transformers cannot load the model", checkpoint.folder):
-                model = _in_float(kind, config, checkpoint)
-        _finish(transformers, model, checkpoint.folder)
+        _finish(transformers, model, checkpoint)
     return model.eval()
+
+
+def _check_declared(checkpoint: Checkpoint) -> None:
+    """QCompilerError if the configuration quantizes weights, and no weight is quantized."""
+    if checkpoint.method is not None and not checkpoint.stored and not checkpoint.is_float:
+        fix = "If its weights are in floating point, remove 'quantization_config' from config.json."
+        got, where = f"quant_method {checkpoint.method!r}", str(checkpoint.folder)
+        raise QCompilerError("none of the weights is quantized as the checkpoint says", got=got, where=where, fix=fix)
 
 
 def transformers_library() -> Any:
@@ -86,10 +111,6 @@ def _architecture(transformers: Any, config: Any, checkpoint: Checkpoint) -> Any
 
 def _in_float(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
     """A model in which nothing is quantized, loaded by transformers from the tensors that were read."""
-    if checkpoint.method is not None:
-        fix = "If its weights are in floating point, remove 'quantization_config' from config.json."
-        got, where = f"quant_method {checkpoint.method!r}", str(checkpoint.folder)
-        raise QCompilerError("none of the weights is quantized as the checkpoint says", got=got, where=where, fix=fix)
     model: nn.Module
     model, info = kind.from_pretrained(
         None, config=config, state_dict=dict(checkpoint.tensors), dtype="auto", output_loading_info=True,
@@ -111,21 +132,21 @@ def _skeleton(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
 
 def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The first 16-bit type of a weight that is not quantized; scales may have another one."""
-    scales = {how.scale for how in checkpoint.stored.values()}
-    dtypes = (checkpoint.tensors.dtype(name) for name in checkpoint.tensors if name not in scales)
+    beside = checkpoint.beside
+    dtypes = (checkpoint.tensors.dtype(name) for name in checkpoint.tensors if name not in beside)
     return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Puts the tensors of the files into the model; QCompilerError where their names differ from its own."""
     tensors, stored = checkpoint.tensors, checkpoint.stored
-    scales = {how.scale for how in stored.values()}
-    plain = to_model(model, {name: tensors[name] for name in tensors if name not in scales and name not in stored})
+    aside = checkpoint.beside | stored.keys() | (checkpoint.cache.tensors.keys() - model.state_dict().keys())
+    plain = to_model(model, {name: tensors[name] for name in tensors if name not in aside})
     held: dict[str, Held] = {}
     for block in {how.block for how in stored.values()}:
         names = [name for name, how in stored.items() if how.block == block]
-        pairs = stacked(model, names, tensors.__getitem__, lambda name: _scale_in_shape(checkpoint, name), block)
-        held |= {name: (_fixed(codes), _fixed(scale), block) for name, (codes, scale) in pairs.items()}
+        parts = stacked(model, names, tensors.__getitem__, checkpoint.stored_scale, block)
+        held |= {name: _held(part, checkpoint) for name, part in parts.items()}
     check_names(model, {*plain, *held}, checkpoint)
     check_element_types(model, checkpoint)
     wanted, wide = {*model.state_dict()}, _kept_wide(model)
@@ -135,21 +156,41 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name in sorted(wanted & {*plain}):
         _assign(model, name, plain[name], wide)
     _tie(model, plain, held, suffix)
+    add_notes(model, _unused_scales((each.part for each in held.values()), checkpoint))
 
 
-def _scale_in_shape(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The scale of a weight as it is stored, with the axes that files may leave out: [N] is [N, 1]."""
-    how = checkpoint.stored[name]
-    return checkpoint.tensors[how.scale].reshape(scale_shape(checkpoint.tensors.shape(name), how.block))
-
-
-def _finish(transformers: Any, model: nn.Module, folder: Path) -> None:
-    """What else the folder says of the model: where it is from, and how it generates."""
+def _finish(transformers: Any, model: nn.Module, checkpoint: Checkpoint) -> None:
+    """What else the folder says of the model: where it is from, how it generates, and what nothing uses."""
+    folder = checkpoint.folder
+    if checkpoint.cache:
+        keep(model, checkpoint.cache)
+    add_notes(model, checkpoint.notes)
     if (config := getattr(model, "config", None)) is not None:
         config._name_or_path = str(folder)
     if hasattr(model, "generation_config") and (folder / "generation_config.json").is_file():
         with _one_sentence("transformers cannot read the generation configuration", folder):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _held(part: Part, checkpoint: Checkpoint) -> Held:
+    x_scale = None if _is_stack(part) else checkpoint.x_scale(part.sources[0])
+    return Held(_fixed(part.codes), _fixed(part.scale), part, None if x_scale is None else float(x_scale))
+
+
+def _is_stack(part: Part) -> bool:
+    """Whether a weight is of several experts."""
+    return len(part.sources) > 1 or part.codes.dim() > 2
+
+
+def _unused_scales(parts: Iterable[Part], checkpoint: Checkpoint) -> Iterator[str]:
+    """Says that activation scales of experts are not kept."""
+    stacks = [part for part in parts if _is_stack(part)]
+    names = [name for part in stacks for name in part.sources if checkpoint.stored[name].x_scale is not None]
+    if names:
+        yield (
+            f"the checkpoint has static activation scales for {len(names)} weights of experts, such as '{names[0]}': "
+            "not used, since activations of experts are scaled in each call"
+        )
 
 
 def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Mapping[str, Held], suffix: str) -> None:
@@ -175,15 +216,14 @@ def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Mapping[str, Held]
 
 def _hold(model: nn.Module, name: str, stored: Held, suffix: str) -> None:
     """Gives a module codes and scales in the place of a weight."""
-    codes, scale, block = stored
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    weight = module._parameters[key]
-    check_shape(name, weight, codes)
+    weight, part = module._parameters[key], stored.part
+    check_shape(name, weight, stored.codes)
     dtype = weight.dtype if weight is not None else torch.bfloat16
-    module._parameters[key] = codes
-    module.register_parameter(key + suffix, scale)
-    hold(module, {key: Stored(key + suffix, block, dtype)})
+    module._parameters[key] = stored.codes
+    module.register_parameter(key + suffix, stored.scale)
+    hold(module, {key: Stored(key + suffix, part.block, dtype, stored.x_scale, part.whole)})
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

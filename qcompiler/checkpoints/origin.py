@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler import numerics
-from qcompiler.capture.stored_weights import held, stored_in, widened
+from qcompiler.capture.stored_weights import X_SCALE, Stored, held, one_number, stored_in, widened
 from qcompiler.checkpoints.folders import CONFIG
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, StoredAs
+from qcompiler.numerics import ALL
 from qcompiler.runtime.weights import tied_names
 
 
@@ -46,14 +47,33 @@ class Origin:
         for name, module in self.module.named_modules():
             stem = f"{name}." if name else ""
             for key, how in (held(module) or stored_in(module, name, self.module)).items():
-                found[stem + key] = StoredAs(stem + how.scale, how.block)
+                x_scale = stem + X_SCALE if key == "weight" and stem + X_SCALE in self.tensors else None
+                found[stem + key] = StoredAs(stem + how.scale, how.block, x_scale)
         return found
 
     def quantized(self, name: str, how: StoredAs) -> QuantizedWeight:
         """One of those."""
         codes = self.tensors[name]
         scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.block))
-        return QuantizedWeight(codes, scale, how.block)
+        if (x_scale := self._x_scale(name, how)) is None:
+            return QuantizedWeight(codes, scale, how.block)
+        return QuantizedWeight(codes, scale, how.block, (ALL, ALL), torch.tensor([[x_scale]], dtype=torch.float32))
+
+    def _x_scale(self, name: str, how: StoredAs) -> float | None:
+        """The static scale of the activation beside a weight."""
+        if how.x_scale is not None:
+            return one_number(self.tensors[how.x_scale], how.x_scale)
+        stored = self._held(name)
+        return None if stored is None else stored.x_scale
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the files of a stack have one scale for each of its matrices."""
+        stored = self._held(name)
+        return stored is not None and stored.whole
+
+    def _held(self, name: str) -> Stored | None:
+        path, _, key = name.rpartition(".")
+        return held(self.module.get_submodule(path)).get(key)
 
 
 def origin_of_module(module: nn.Module) -> Origin:

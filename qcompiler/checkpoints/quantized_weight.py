@@ -44,10 +44,19 @@ class StoredAs:
     Attributes:
         scale: The name of its scale.
         block: Rows and columns of a block; -1 is the whole of an axis.
+        x_scale: The name of the static scale of the activation; None where there is none.
+        unread: The names of tensors that nothing reads: zero points, which are all zero, and scales of outputs.
     """
 
     scale: str
     block: tuple[int, int]
+    x_scale: str | None = None
+    unread: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of all tensors that belong to the weight and are not its codes."""
+        return (self.scale, *((self.x_scale,) if self.x_scale is not None else ()), *self.unread)
 
 
 def powers_of_two(scale: Tensor) -> bool:
@@ -64,4 +73,4 @@ def equal_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bytes; NaN equals itself then."""
     if one.dtype is not other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -5,7 +5,7 @@ the file and the tensor.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,30 @@ from torch import Tensor
 
 from qcompiler import numerics
 from qcompiler.capture.stored_weights import USABLE, unusable, widened
-from qcompiler.checkpoints import block_fp8, compressed_groups, compressed_tensors
+from qcompiler.checkpoints import block_fp8, compressed_groups, compressed_tensors, fbgemm_fp8, modelopt
+from qcompiler.checkpoints.cache_scales import CacheScales, cache_scales_in
+from qcompiler.checkpoints.companions import FP8
 from qcompiler.checkpoints.declarations import declared, unread
 from qcompiler.checkpoints.files import TensorFiles, read_json
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.numerics import ALL
 
-READERS = {block_fp8.METHOD: block_fp8.stored_weights, compressed_tensors.METHOD: compressed_groups.stored_weights}
+READERS = {
+    block_fp8.METHOD: block_fp8.stored_weights,
+    compressed_tensors.METHOD: compressed_groups.stored_weights,
+    fbgemm_fp8.METHOD: fbgemm_fp8.stored_weights,
+    modelopt.METHOD: modelopt.stored_weights,
+}
 """`quant_method` -> what finds the quantized weights of a folder."""
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+NOTES = {compressed_tensors.METHOD: compressed_groups.notes, fbgemm_fp8.METHOD: fbgemm_fp8.notes}
+"""`quant_method` -> what the report says of the configuration."""
+
+FLOAT = {compressed_tensors.METHOD: compressed_groups.is_float, modelopt.METHOD: modelopt.is_float}
+"""`quant_method` -> whether a configuration quantizes no weights."""
+
 SHOWN = 5  # names that a message lists
 
 
@@ -39,6 +52,9 @@ class Checkpoint:
         tensors: All tensors, under their names in the files; each is read when it is asked for.
         stored: The quantized weights: where their scales are, and what for.
         method: The `quant_method`; None where nothing is quantized.
+        cache: The scales of the key-value cache.
+        notes: What else the report says about the checkpoint, one sentence each.
+        is_float: Whether the configuration quantizes no weights, only the key-value cache or activations.
     """
 
     folder: Path
@@ -46,11 +62,31 @@ class Checkpoint:
     tensors: TensorFiles
     stored: Mapping[str, StoredAs]
     method: str | None
+    cache: CacheScales = field(default_factory=CacheScales)
+    notes: tuple[str, ...] = ()
+    is_float: bool = False
+
+    @property
+    def beside(self) -> set[str]:
+        """The names of all tensors that belong to quantized weights and are not codes."""
+        return {name for how in self.stored.values() for name in how.beside}
 
     def quantized(self, name: str) -> QuantizedWeight:
         """One quantized weight, as codes and scales."""
         how, codes = self.stored[name], self.tensors[name]
-        return QuantizedWeight(codes, self.scale(name), how.block)
+        if how.x_scale is None:
+            return QuantizedWeight(codes, self.scale(name), how.block)
+        return QuantizedWeight(codes, self.scale(name), how.block, (ALL, ALL), self.x_scale(name))
+
+    def stored_scale(self, name: str) -> Tensor:
+        """The same in the element type of the file."""
+        how = self.stored[name]
+        return self.tensors[how.scale].reshape(numerics.scale_shape(self.tensors.shape(name), how.block))
+
+    def x_scale(self, name: str) -> Tensor | None:
+        """The static scale of the activation beside a quantized weight, FP32 `[1, 1]`; for experts `[E, 1]`."""
+        how = self.stored[name]
+        return None if how.x_scale is None else self.tensors[how.x_scale].to(torch.float32).reshape(-1, 1)
 
     def scale(self, name: str) -> Tensor:
         """The scales of a quantized weight, in FP32 and in the shape of `numerics.scale_shape`."""
@@ -71,14 +107,37 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
     if (other := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
         raise QCompilerError("the configuration names other files of weights", got=repr(other), need=SINGLE,
                              where=str(path / CONFIG))  # fmt: skip
-    said = declared(config, str(path / CONFIG))
-    stored = {} if said is None else _stored(said, tensors, str(path / CONFIG))
+    said, where = _said(config, path)
+    found = {} if said is None else _stored(said, tensors, where)
+    stored = {name: _by_expert(name, how, tensors) for name, how in found.items()}
     for name, how in stored.items():
         _check(name, how, tensors)
+    beside = {name for how in stored.values() for name in how.beside}
     for name in tensors:
-        if name not in stored and tensors.dtype(name) in FP8:
+        if name not in beside and name not in stored and tensors.dtype(name) in FP8:
             raise _without_scale(name, tensors, fix=unread(path, config) if said is None else None)
-    return Checkpoint(path, config, tensors, stored, said["quant_method"] if said is not None else None)
+    if said is None:
+        return Checkpoint(path, config, tensors, stored, None)
+    method = said["quant_method"]
+    cache = cache_scales_in(said, tensors, beside, where)
+    notes = (*(NOTES[method](said) if method in NOTES else ()), *([cache.note] if cache else ()))
+    is_float = method in FLOAT and FLOAT[method](said)
+    return Checkpoint(path, config, tensors, stored, method, cache, notes, is_float)
+
+
+def _said(config: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The quantization configuration, and the file that it is from; ModelOpt has a separate one, alone or as well."""
+    said, where = declared(config, str(folder / CONFIG)), str(folder / CONFIG)
+    if said is not None and said.get("quant_method") != modelopt.METHOD:
+        return said, where
+    separate = modelopt.separate_config(folder)
+    if said is None and separate is not None:
+        return separate, str(folder / modelopt.FILE)
+    if said is not None and separate is not None and said.get("quant_algo") != separate.get("quant_algo"):
+        got = f"quant_algo {said.get('quant_algo')!r}, and {separate.get('quant_algo')!r} in {modelopt.FILE}"
+        fix = "Remove the wrong one."
+        raise QCompilerError("two quantization configurations differ", got=got, where=where, fix=fix)
+    return said, where
 
 
 def _stored(said: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapping[str, StoredAs]:
@@ -93,6 +152,19 @@ def _stored(said: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mappin
         raise
 
 
+def _by_expert(name: str, how: StoredAs, tensors: TensorFiles) -> StoredAs:
+    """The same with the block that several stacked experts have: one scale each, or one for each last index."""
+    shape = tensors.shape(name)
+    if len(shape) != 3 or 0 in shape or how.scale not in tensors:
+        return how
+    scales = tensors.shape(how.scale)
+    if how.block == (ALL, ALL) and scales in (shape[:1], (shape[0], 1), (shape[0], 1, 1)):
+        return replace(how, block=(shape[1], ALL))
+    if how.block == (1, ALL) and scales == (shape[0], 1, shape[2]):  # the model has [E, K, N]
+        return replace(how, block=(shape[1], 1))
+    return how
+
+
 def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
     """Holds a scale to its type, its shape and its values: scales are small enough to be read here."""
     where = f"{tensors.folder}: {how.scale}"
@@ -102,10 +174,13 @@ def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SCALE_DTYPES)
         raise QCompilerError("a scale has a wrong element type", got=tensors.dtype(how.scale), need=known, where=where)
     shape, got = tensors.shape(name), list(tensors.shape(how.scale))
-    if len(shape) != 2:
-        raise QCompilerError(f"the quantized weight '{name}' is no matrix", got=list(shape), where=str(tensors.folder))
+    if len(shape) not in (2, 3):
+        problem = f"the quantized weight '{name}' is neither a matrix nor a stack of matrices"
+        raise QCompilerError(problem, got=list(shape), where=str(tensors.folder))
     need = numerics.scale_shape(shape, how.block)
-    alike = [need, *([need[:1]] if need[1] == 1 else []), *([[]] if need == [1, 1] else [])]
+    alike = [need, *([need[:-1]] if need[-1] == 1 else []), *([[]] if need == [1, 1] else [])]
+    alike += [[need[0], 1, need[1], 1]] if len(shape) == 2 else []  # ModelOpt's blocks
+    alike += [need[:1]] if need[1:] == [1, 1] else []
     if got not in alike:
         problem = f"the scale does not fit its weight {list(shape)} with a scale for each {list(how.block)}"
         raise QCompilerError(problem, got=got, need=need, where=where)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from passes.candidates import why_skipped
-from qcompiler.checkpoints.conversion import to_files, unstacked
+from qcompiler.checkpoints.cache_scales import SCHEME, kept
+from qcompiler.checkpoints.conversion import to_files
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
 from qcompiler.checkpoints.formats import Format, format_called
 from qcompiler.checkpoints.loading import load_model
@@ -15,6 +16,7 @@ from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
 from qcompiler.checkpoints.readers import warn
+from qcompiler.checkpoints.stacking import unstacked
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
@@ -76,6 +78,9 @@ def write(
         tensors |= chosen.tensors(name, weight)
     documents = dict(origin.documents)
     if config := chosen.config(weights, _unconverted(origin, weights, compiled)):
+        cache = kept(origin.module)
+        tensors |= cache.tensors
+        config |= {SCHEME: cache.scheme} if cache.scheme is not None else {}
         documents[CONFIG] = {**documents.get(CONFIG, {}), "quantization_config": config}
     write_folder(target, tensors, documents, origin.folder, shard_bytes)
 
@@ -107,7 +112,7 @@ def _origin(compiled: "CompiledModel", model: "nn.Module | str | PathLike[str] |
             raise QCompilerError("this is not the model that was compiled", got=got, need="one with the same weights")
     found.spread(origin.ties)
     for name, how in origin.stored().items():
-        found.scales.add(how.scale)
+        found.scales.update(how.beside)
         if name not in found.quantized and name not in origin.twins:  # the graph does not read it
             found.quantized[name] = origin.quantized(name, how)
     return origin
@@ -128,7 +133,7 @@ def _weights(origin: Origin, found: Provenance) -> dict[str, QuantizedWeight]:
             found.refuse(name, "it is not the weight of a linear module, which is what readers of the format look for")
             continue
         try:
-            weights |= unstacked(origin.module, name, weight)
+            weights |= unstacked(origin.module, name, weight, origin.is_whole(name))
         except QCompilerError as error:
             found.refuse(name, str(error))
     return weights

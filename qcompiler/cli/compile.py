@@ -21,7 +21,7 @@ from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
 from qcompiler.cli.parser import IREE_CPU
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
-from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel
+from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel, brings_scales
 from qcompiler.errors import InputError
 from qcompiler.progress import Progress
 from qcompiler.report import Report
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     check_target(options.target, (*TARGET_NAMES, IREE_CPU))
     overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)
-    if needs_data(pipeline) and not options.calibration:
+    if needs_data(pipeline) and not options.calibration and not _has_scales(options.model):
         raise InputError(
             "the passes need calibration data", got=scheme or pipeline, fix="Give some: --calibration FILE."
         )
@@ -59,6 +59,11 @@ def run(options: argparse.Namespace) -> int:
         shown = "how it is called" if options.target == IREE_CPU else "what each pass did"
         print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
     return 0
+
+
+def _has_scales(model: str) -> bool:
+    """Whether a folder has static activation scales, so that most of its layers need no calibration."""
+    return Path(model).is_dir() and brings_scales(Path(model))
 
 
 def _check_output(output: Path, target: str) -> None:

@@ -18,12 +18,15 @@ from passes.calibrate import Calibrate
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
+from qcompiler.capture.stored_weights import knows_x_scales
 from qcompiler.checkpoints.loading import load_model
+from qcompiler.checkpoints.reading import read as read_checkpoint
 from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.forward import class_with, describe_forward
 from qcompiler.compiler.layer_names import check_layer_names
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.program import Program, Settings, build_program, capture_model
+from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import CaptureError, PassError
 from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph
@@ -33,7 +36,7 @@ from qcompiler.runtime.device import check_target
 from qcompiler.schemes import pipeline as scheme_pipeline
 from qcompiler.schemes import with_ignored
 
-__all__ = ["CompiledModel", "Program", "Settings", "compile"]
+__all__ = ["CompiledModel", "Program", "Settings", "brings_scales", "compile"]
 
 DEFAULT_SCHEME = "fp8_tile"
 
@@ -71,7 +74,8 @@ def compile(
         ignore: Patterns for layers to leave in float, such as `["lm_head"]`; they count after all overrides.
         calibration: Real calls of the model, for schemes with static scales or smoothing: an iterable of tensors,
             tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier time. Without
-            `example_inputs` the model is captured on the first of the calls.
+            `example_inputs` the model is captured on the first of the calls. Not needed for layers whose checkpoint
+            has a static activation scale: that scale is used as it is.
         pipeline: Passes to run in place of the scheme's, as a value or as text.
         example_inputs: Positional arguments of one real call. Without them the model is captured at its first call.
         example_kwargs: Keyword arguments of that call.
@@ -94,7 +98,7 @@ def compile(
     overrides = with_ignored(overrides, ignore)
     watching = (*_checked_instruments(instruments), *_instruments_from_environment())
     steps, known = _pipeline(scheme, overrides, pipeline), _calibration(calibration)
-    _check_calibration(steps, known, f"the scheme '{scheme}'" if pipeline is None else "the pipeline")
+    _check_calibration(steps, known, model, f"the scheme '{scheme}'" if pipeline is None else "the pipeline")
     shown = Progress(progress and knobs.current().progress, len(steps), summary=False)
     settings = Settings(
         steps, target, _checked_shapes(dynamic_shapes), strict, watching, known, progress=shown,
@@ -151,11 +155,24 @@ def _calibration(given: Any) -> "Batches | Calibration | None":
     return given if given is None or isinstance(given, Calibration) else Batches(given)
 
 
-def _check_calibration(steps: Pipeline, known: "Batches | Calibration | None", who: str) -> None:
+def _check_calibration(steps: Pipeline, known: "Batches | Calibration | None", model: Any, who: str) -> None:
     """Says at once what the first of the passes would say after the capture."""
-    if known is None and any(isinstance(step, Calibrate) for step in steps):
+    if known is None and any(isinstance(step, Calibrate) for step in steps) and not brings_scales(model):
         fix = "Give some: compile(..., calibration=batches), a list of real calls of the model."
         raise PassError(f"{who} needs calibration data, and there is none", fix=fix)
+
+
+def brings_scales(model: Any) -> bool:
+    """Whether a model comes with static activation scales, as many checkpoints do."""
+    if isinstance(model, str | PathLike):
+        return any(how.x_scale is not None for how in read_checkpoint(model).stored.values())
+    if isinstance(model, torch.nn.Module):
+        return knows_x_scales(model)
+    if isinstance(model, ExportedProgram):
+        traced = (node for node in model.graph.nodes if node.target is torch.ops.qcompiler.stored_weight.default)
+        return any(len(node.args) > 4 and node.args[4] is not None for node in traced)
+    graph = model if isinstance(model, Graph) else None
+    return graph is not None and any(x_scale_of(op.result) is not None for op in graph.ops("quant.dequantize"))
 
 
 def _checked_example(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

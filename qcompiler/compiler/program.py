@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -33,6 +33,7 @@ from qcompiler.pass_runner import Stages, Step, keep_text, run_pipeline
 from qcompiler.progress import Progress
 from qcompiler.report import Report, build_report
 from qcompiler.runtime.device import Target, target_for
+from qcompiler.stored_scheme import stored_scheme
 
 CPU = torch.device("cpu")
 
@@ -158,21 +159,28 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
         for op in graph.ops(BUFFER):  # the model keeps its own state
             name = str(op.attrs["name"])
             graph.weights[name] = graph.weights[name].clone()
-    report = build_report(done.stages, graph, done.reasons, done.remarks)
+    report = replace(build_report(done.stages, graph, done.reasons, done.remarks), notes=captured.notes)
     if settings.strict and not report.quantized:
-        raise PassError(
-            "nothing was quantized",
-            got=f"the pipeline '{settings.pipeline}'",
-            need="at least one matmul with a constant operand that a pass quantizes",
-            fix="Pass strict=False, or --allow-unquantized on the command line, to accept that. "
-            f"What was left alone, and why:\n{report}",
-        )
+        raise _nothing_quantized(report, settings, done.stages["captured"])
     host, run = generate(graph, target.name)
     graph.calibration = None
     if calibration is not None and calibration is not settings.calibration:
         calibration.batches = None  # the statistics stay, the user's data need not
     return Program(
         graph, done.stages, done.steps, report, calibration, host, signature, target.name, device, run, done.left_alone
+    )
+
+
+def _nothing_quantized(report: Report, settings: Settings, captured: Graph) -> PassError:
+    """The error for a pipeline that quantized nothing, with the scheme that fits a stored model."""
+    fits = stored_scheme(captured)
+    advice = f'The model is stored quantized: compile it with scheme="{fits}". ' if fits else ""
+    return PassError(
+        "nothing was quantized",
+        got=f"the pipeline '{settings.pipeline}'",
+        need="at least one matmul with a constant operand that a pass quantizes",
+        fix=f"{advice}Pass strict=False, or --allow-unquantized on the command line, to accept that. "
+        f"What was left alone, and why:\n{report}",
     )
 
 

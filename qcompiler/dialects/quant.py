@@ -4,11 +4,16 @@
 %x_q, %x_s = quant.quantize(%x, %prescale) {block = [1, -1], dtype = i8, ...} : i8[s0, 256], f32[s0, 1]
 %x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], dtype = i8, ...} : i8[s0, 256]
 %x_dq = quant.dequantize(%x_q, %x_s) {block = [1, 128], out_dtype = f32} : f32[s0, 256]
+%w = quant.dequantize(%w_q, %w_s) {block = [-1, -1], out_dtype = bf16, x_scale = 0.02} : bf16[512, 256]
 %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %bias) {out_dtype = bf16, x_block = [1, 128], ...} : bf16[s0, 512]
 
 A -1 in a block is the whole of its axis: [1, -1] is a token, or an output channel of a weight; [-1, -1] is the tensor.
+
+`x_scale` on the dequantize of a stored weight is the static scale of the activation that the weight is multiplied with,
+as its checkpoint has it. It does not change the numbers: a pass that quantizes activations with static scales reads it.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +26,9 @@ PROFILE = one_of(*numerics.PROFILES)
 EIGHT_BITS = (DType.f8e4m3fn, DType.f8e5m2, DType.i8)
 """What a tensor can be quantized to."""
 FORMAT: tuple[AttributeCheck, str] = (lambda a: a in EIGHT_BITS, "f8e4m3fn, f8e5m2 or i8")
+POSITIVE: tuple[AttributeCheck, str] = (
+    lambda a: isinstance(a, float) and math.isfinite(a) and a > 0, "a positive finite number such as 0.02"
+)  # fmt: skip
 
 
 def scale_shape(shape: tuple[Size, ...], block: tuple[int, int]) -> tuple[Size, ...]:
@@ -42,6 +50,12 @@ def block_of(op: Op, name: str) -> tuple[int, int]:
 def dtype_of(op: Op, name: str) -> DType:
     """A dtype attribute, known to have been checked."""
     return op.attrs[name]  # type: ignore[return-value]  # the declaration's check has passed
+
+
+def x_scale_of(weight: Value) -> float | None:
+    """The static scale that a checkpoint has for the activation beside a stored weight; None if there is none."""
+    scale = weight.op.attrs.get("x_scale") if weight.op.name == "quant.dequantize" else None
+    return scale if isinstance(scale, float) else None
 
 
 def check_scale(op: Op, data: int, block_name: str) -> None:
@@ -121,6 +135,17 @@ def quantize_static(
     return numerics.quantize_static(x, scale, prescale=prescale, **options)
 
 
+def dequantize(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    block: tuple[int, int],
+    out_dtype: torch.dtype,
+    x_scale: float | None = None,  # for the passes alone
+) -> torch.Tensor:
+    """The meaning of `quant.dequantize`."""
+    return numerics.dequantize(data, scale, block, out_dtype)
+
+
 declare(
     OpDef(
         "quant.quantize",
@@ -147,8 +172,9 @@ declare(
         "Multiplies each block by its scale, in FP32.",
         ("data", "scale"),
         {"block": BLOCK, "out_dtype": DTYPE},
+        {"x_scale": POSITIVE},
         types=dequantize_types,
-        meaning=numerics.dequantize,
+        meaning=dequantize,
     )
 )
 declare(

@@ -44,6 +44,7 @@ def describe(compiled: "CompiledModel", attribution: "ErrorReport | None") -> di
         "pipeline": str(compiled.pipeline),
         "target": _target(compiled),
         "summary": report.summary(),
+        "notes": list(report.notes),
         **describe_stages(compiled.stages, compiled.steps, compiled.left_alone),
         "decisions": [{**asdict(row), "isMatmul": row.is_matmul} for row in report.rows],
         "errors": None if attribution is None else [_numbers(asdict(row)) for row in attribution.rows],

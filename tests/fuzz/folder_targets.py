@@ -146,19 +146,37 @@ COMPRESSED = {
     "transform_config": {"config_groups": {}},
 }  # fmt: skip
 
+FIXED = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+STATIC = {
+    **COMPRESSED,
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": FIXED, "input_activations": FIXED},
+        "group_1": {"targets": ["re:.*k_proj"], "weights": None, "output_activations": FIXED},
+    },
+    "kv_cache_scheme": FIXED,
+}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head"]}
+FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+
 
 @cache
 def _checkpoints() -> Mapping[str, Folder]:
-    """One of each kind: block FP8, compressed-tensors, one in several files, and one that is declared elsewhere."""
+    """One of each kind: those that are read, one in several files, and one that is declared elsewhere."""
     codes = torch.linspace(-4, 4, 16 * 8).reshape(16, 8).to(torch.float8_e4m3fn)
     plain = {"norm.weight": torch.ones(8), "lm_head.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
     block = {"up.weight": codes, "up.weight_scale_inv": torch.ones(1, 1)}
     channel = {"up.weight": codes, "up.weight_scale": torch.ones(16, 1)}
     exponents = {"up.weight": codes, "up.weight_scale_inv": torch.full((1, 1), 127, dtype=torch.uint8)}
+    one = {"up.weight": codes, "up.weight_scale": torch.ones(1), "up.input_scale": torch.ones(1)}
+    static = {**one, "up.weight_zero_point": torch.zeros(1, dtype=torch.int8), "attn.k_scale": torch.ones(1)}
+    stack = {"experts.up": codes.reshape(2, 8, 8).clone(), "experts.up_weight_scale": torch.ones(2)}
     top = "quantization_config"
     made: dict[str, tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]] = {
         "fp8": ({"model.safetensors": plain | block}, {top: BLOCK_FP8}),
         "compressed": ({"model.safetensors": plain | channel}, {top: COMPRESSED}),
+        "static": ({"model.safetensors": plain | static}, {top: STATIC}),
+        "modelopt": ({"model.safetensors": plain | one | stack}, {top: MODELOPT}),
+        "fbgemm": ({"model.safetensors": plain | channel}, {top: FBGEMM}),
         "sharded": (
             {"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block}, {top: BLOCK_FP8}
         ),

@@ -21,7 +21,8 @@ function drawDecisions(view, select) {
     { label: "left alone only", test: (row) => !row.quantized },
   ];
   const made = new Table(columns, data.decisions, { filters, act: (row) => select(row.name), empty: "no operation fits" });
-  show(view, el("h2", {}, "Decisions"), el("p", { class: "lead" }, `${data.summary}.`), made.element);
+  const lead = `${[...data.notes, data.summary].join(". ")}.`;
+  show(view, el("h2", {}, "Decisions"), el("p", { class: "lead" }, lead), made.element);
 }
 
 /** A number of the error report; "inf" is no error at all. */

@@ -1,0 +1,108 @@
+"""Scales of the key-value cache in a checkpoint: kept with the model, not used yet, and written back.
+
+    self_attn.k_scale           self_attn.k_proj.k_scale          self_attn.k_proj.output_scale
+    self_attn.v_scale           self_attn.v_proj.v_scale          self_attn.v_proj.output_scale
+    self_attn.kv_scale          self_attn.qkv_proj.k_scale        self_attn.q_scale
+
+They are for an inference engine that stores its cache in 8 bits. A compiled model returns keys and values in the dtype
+of the model, so nothing reads them here.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from qcompiler.capture.stored_weights import USABLE, unusable
+from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES
+from qcompiler.errors import QCompilerError
+
+NAMES = re.compile(
+    r"(?:^|\.)(?:[kvq]_scale|kv_scale|prob_scale|[kv]_zero_point|kv_cache_scaling_factor"
+    r"|(?:k|v|qkv|kv)_proj\.output_scale)$"
+)
+"""What inference engines look for."""
+
+SCHEME = "kv_cache_scheme"
+"""The key of the configuration that says how the cache is quantized."""
+
+_KEPT = "_qcompiler_cache_scales"
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """What a checkpoint says about its key-value cache.
+
+    Attributes:
+        tensors: By their names in the files.
+        scheme: The `kv_cache_scheme`; None if the configuration has none.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scheme: Mapping[str, Any] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to keep."""
+        return bool(self.tensors) or self.scheme is not None
+
+    @property
+    def note(self) -> str:
+        """One sentence for the report."""
+        count = len(self.tensors)
+        kept = f"{count} scale{'s' * (count > 1)}" if count else "a scheme without scales"
+        return f"the checkpoint has {kept} for an 8-bit key-value cache: kept and written back, but not used yet"
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor of a file is a scale of the key-value cache, by its name."""
+    return NAMES.search(name) is not None
+
+
+def cache_scales_in(said: Mapping[str, Any], tensors: TensorFiles, taken: Collection[str], where: str) -> CacheScales:
+    """The cache scales of a folder with quantized weights.
+
+    Args:
+        said: The `quantization_config`.
+        tensors: All tensors of the folder.
+        taken: Names that belong to quantized weights.
+        where: The file that the configuration is from.
+
+    Raises:
+        QCompilerError: `kv_cache_scheme` is neither an object nor null; a scale has a wrong element type, or is not
+            finite, or is negative.
+    """
+    scheme = said.get(SCHEME)
+    if scheme is not None and not isinstance(scheme, dict):
+        raise QCompilerError(f"'{SCHEME}' is malformed", got=repr(scheme), need="a JSON object, or null",
+                             where=where)  # fmt: skip
+    names = [name for name in tensors if is_cache_scale(name) and name not in taken]
+    for name in names:
+        if "scal" in name:
+            _check(name, tensors)
+    return CacheScales({name: tensors[name] for name in names}, scheme)
+
+
+def _check(name: str, tensors: TensorFiles) -> None:
+    """Holds a scale to its type and its values."""
+    where = str(tensors.folder)
+    if tensors.dtype(name) not in SCALE_DTYPES:
+        got = str(tensors.dtype(name)).removeprefix("torch.")
+        raise QCompilerError(f"a scale of the key-value cache has a wrong element type: '{name}'", got=got,
+                             need="a floating-point type", where=where)  # fmt: skip
+    if (why := unusable(tensors[name])) is not None:
+        raise QCompilerError(f"a scale of the key-value cache is not a scale: '{name}'", got=why, need=USABLE,
+                             where=where)  # fmt: skip
+
+
+def keep(model: nn.Module, scales: CacheScales) -> None:
+    """Keeps cache scales with a model, outside of its state."""
+    model.__dict__[_KEPT] = scales
+
+
+def kept(model: nn.Module) -> CacheScales:
+    """The cache scales of the checkpoint that a model was read from."""
+    found: CacheScales = model.__dict__.get(_KEPT, CacheScales())
+    return found

@@ -1,0 +1,99 @@
+"""The FP8 formats of NVIDIA's ModelOpt: `quant_method: modelopt`, in `config.json` or in `hf_quant_config.json`.
+
+model.layers.0.mlp.up_proj.weight          F8_E4M3 [N, K]
+model.layers.0.mlp.up_proj.weight_scale    F32 [], for FP8_PER_CHANNEL_PER_TOKEN [N]
+model.layers.0.mlp.up_proj.input_scale     F32 [], for FP8
+
+hf_quant_config.json    {"producer": {...}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"], ...}}
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcompiler.checkpoints.companions import fp8_weights, scale_beside, x_scale_beside, zero_points_beside
+from qcompiler.checkpoints.config_keys import ANY, check_keys, one_of
+from qcompiler.checkpoints.files import TensorFiles, read_json
+from qcompiler.checkpoints.group_keys import check_group
+from qcompiler.checkpoints.quantized_weight import StoredAs
+from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.numerics import ALL
+
+METHOD = "modelopt"
+FILE = "hf_quant_config.json"
+
+ALGORITHMS = {
+    "FP8": ((ALL, ALL), True),
+    "FP8_PER_CHANNEL_PER_TOKEN": ((1, ALL), False),
+    "FP8_PB_WO": ((128, 128), False),
+}
+"""`quant_algo` -> the block of a weight's scale, and whether activations have static scales."""
+
+CACHE_ALGORITHM = "kv_cache_quant_algo"
+
+KEYS = {
+    "quant_method": ANY, "quant_algo": ANY, "config_groups": ANY, "kv_cache_scheme": ANY, CACHE_ALGORITHM: ANY,  # read
+    "group_size": one_of(128), "has_zero_point": one_of(False), "pre_quant_scale": one_of(False),
+    "ignore": ANY, "exclude_modules": ANY, "producer": ANY, "quant_library": ANY, "packed_modules_mapping": ANY,
+}  # fmt: skip
+"""Which keys ModelOpt writes for FP8. A `pre_quant_scale` multiplies activations, as AWQ does."""
+
+FILE_KEYS = {"producer": ANY, "quantization": ANY}
+
+
+def separate_config(folder: Path) -> dict[str, Any] | None:
+    """What `hf_quant_config.json` says, with the keys of a `quantization_config`; None if it declares nothing.
+
+    Raises:
+        QCompilerError: The file is not the JSON that ModelOpt writes.
+    """
+    path = folder / FILE
+    if not path.is_file() or (said := (document := read_json(path)).get("quantization")) is None:
+        return None
+    check_keys(document, FILE_KEYS, str(path))
+    if not isinstance(said, dict):
+        raise QCompilerError("'quantization' is not a JSON object", got=type(said).__name__, where=str(path))
+    cache = said.get(CACHE_ALGORITHM)
+    return {"kv_cache_scheme": {CACHE_ALGORITHM: cache} if cache else None, **said, "quant_method": METHOD}
+
+
+def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
+    """The quantized weights of a folder: each FP8 weight, with the scales beside it.
+
+    Raises:
+        QCompilerError: The algorithm is not supported, or an activation scale or a zero point is wrong.
+    """
+    algorithm = said.get("quant_algo")
+    if algorithm is None and (said.get("kv_cache_scheme") or said.get(CACHE_ALGORITHM)):
+        _check_keys(said)
+        return {}  # only the cache is quantized
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        fix = did_you_mean(str(algorithm), ALGORITHMS)
+        raise QCompilerError("an unsupported quantization of ModelOpt", got=f"quant_algo {algorithm!r}",
+                             need=" or ".join(ALGORITHMS), fix=fix)  # fmt: skip
+    _check_keys(said)
+    block, static = ALGORITHMS[algorithm]
+    return {
+        name: StoredAs(
+            scale_beside(name, tensors, ("_scale",)),
+            block,
+            x_scale_beside(name, tensors) if static else None,
+            zero_points_beside(name, tensors),
+        )
+        for name in fp8_weights(tensors)
+    }
+
+
+def is_float(said: Mapping[str, Any]) -> bool:
+    """Whether a valid configuration quantizes no weights, only the cache."""
+    return said.get("quant_algo") is None
+
+
+def _check_keys(said: Mapping[str, Any]) -> None:
+    """QCompilerError for a key of the configuration or of its groups that is not known, or has a wrong value."""
+    check_keys(said, KEYS, "the quantization configuration")
+    groups = said.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise QCompilerError("'config_groups' is not a JSON object with groups", got=repr(groups))
+    for name, group in groups.items():
+        check_group(name, group)

@@ -1,0 +1,199 @@
+"""Quantized weights between the files of a checkpoint, which may have them apart, and a model, which may stack them.
+
+    experts.0.gate_proj.weight [I, K], experts.0.up_proj.weight [I, K], ...    <->    experts.gate_up_proj [E, 2 I, K]
+
+Codes and scales both go through transformers' own conversion, and so do the numbers of rows: they show where a part
+begins. If a part begins inside of a block, the blocks are cut into smaller ones that share a scale, which is exact.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qcompiler.checkpoints.conversion import Plan, check_exact, is_converted, operations_on, plans, to_files
+from qcompiler.checkpoints.quantized_weight import QuantizedWeight
+from qcompiler.errors import QCompilerError
+from qcompiler.numerics import ALL, scale_shape
+
+TRANSPOSE = "Transpose"
+USUAL = (128, 128)
+"""The blocks of grouped kernels."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A quantized weight under its name in the model.
+
+    Attributes:
+        codes: `[N, K]`, or `[E, N, K]`.
+        scale: In the shape of `numerics.scale_shape`.
+        block: Rows and columns of a block, which may be smaller than in the files.
+        sources: The names in the files.
+        whole: Whether the files have one scale for each matrix of a stack, here the scale of each of its blocks.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    block: tuple[int, int]
+    sources: tuple[str, ...]
+    whole: bool = False
+
+
+def stacked(
+    model: nn.Module, weights: Iterable[str], codes: Callable[[str], Tensor], scales: Callable[[str], Tensor],
+    block: tuple[int, int],
+) -> dict[str, Part]:  # fmt: skip
+    """Quantized weights of files, with one size of blocks -> the same under the names of the model.
+
+    Args:
+        model: Of transformers, or any other.
+        weights: Names in the files.
+        codes: Gives the codes of a weight.
+        scales: Gives its scales, in the shape of `numerics.scale_shape`.
+        block: Rows and columns of a block; -1 is the whole of an axis.
+
+    Raises:
+        QCompilerError: The model has the elements in another order.
+    """
+    found: dict[str, Part] = {}
+    for plan in plans(model, weights):
+        names = [name for name, _ in plan.sources]
+        parts, scale = {name: codes(name) for name in names}, {name: scales(name) for name in names}
+        if plan.operations == (TRANSPOSE,):
+            found |= _turned(model, plan, parts[names[0]], scale[names[0]], block)
+            continue
+        check_exact(plan.operations, plan.target)
+        if len(names) == 1 and not plan.operations:
+            made = plan.convert(model, parts)
+            found |= {name: Part(tensor, scale[names[0]], block, (names[0],)) for name, tensor in made.items()}
+        else:
+            found |= _joined(model, plan, parts, scale, block)
+    return {name: _for_grouped_kernels(part) for name, part in found.items()}
+
+
+def _for_grouped_kernels(part: Part) -> Part:
+    """Stacked matrices with one scale each, in the blocks that grouped kernels take, if those fit; exact."""
+    rows, columns = part.block
+    if part.codes.dim() != 3 or columns != ALL or rows == 1:
+        return part
+    size = part.codes.shape[-2]
+    rows = size if rows == ALL else rows
+    if rows % USUAL[0] and rows != size:
+        return part
+    groups, down, across = scale_shape(part.codes.shape, USUAL)
+    tall = part.scale.expand(groups, -1, -1).repeat_interleave(-(-rows // USUAL[0]), -2)
+    return replace(part, scale=tall.expand(groups, down, across).contiguous(), block=USUAL, whole=True)
+
+
+def _joined(
+    model: nn.Module, plan: Plan, codes: dict[str, Tensor], scale: dict[str, Tensor], block: tuple[int, int]
+) -> dict[str, Part]:
+    """The parts of one conversion, in blocks of which none reaches from one part into the next."""
+    places = plan.convert(model, {name: _row_numbers(part) for name, part in codes.items()})
+    sizes = {part.shape[-2] for part in codes.values()}
+    rows = math.gcd(*(sizes if block[0] == ALL else (block[0],)), *(_starts(place) for place in places.values()))
+    finer = {name: _refined(scale[name], part.shape[-2], block[0], rows) for name, part in codes.items()}
+    made, scales = plan.convert(model, codes), plan.convert(model, finer)
+    smaller = (rows, block[1])
+    for name, tensor in made.items():
+        if list(scales[name].shape) != scale_shape(tensor.shape, smaller):
+            raise _shared(name, block, f"scales {list(scales[name].shape)} for {list(tensor.shape)}",
+                          scale_shape(tensor.shape, smaller))  # fmt: skip
+    return {name: Part(tensor, scales[name], smaller, tuple(codes)) for name, tensor in made.items()}
+
+
+def _turned(model: nn.Module, plan: Plan, codes: Tensor, scale: Tensor, block: tuple[int, int]) -> dict[str, Part]:
+    """A stack that the files may have transposed."""
+    ((name, made),) = plan.convert(model, {plan.sources[0][0]: codes}).items()
+    sources = (plan.sources[0][0],)
+    if made.shape == codes.shape:
+        return {name: Part(made, scale, block, sources)}
+    if block[1] == ALL and scale.shape[-2] == 1:  # one scale for each expert, or for all of them
+        return {name: Part(made, scale, block if block[0] == ALL else (made.shape[-2], ALL), sources)}
+    if min(block) < 1:
+        raise _shared(name, block, "a transposed stack", "blocks such as [128, 128]")
+    turned = scale.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    return {name: Part(made, turned, (block[1], block[0]), sources)}
+
+
+def unstacked(model: nn.Module, name: str, weight: QuantizedWeight, whole: bool = False) -> dict[str, QuantizedWeight]:
+    """One quantized weight of the model -> those that files have in its place.
+
+    Args:
+        model: Of transformers, or any other.
+        name: The name of the weight in the model.
+        weight: Of that name.
+        whole: Whether a matrix whose blocks share one scale is written with that scale alone.
+
+    Raises:
+        QCompilerError: The files have the elements in another order, or parts that share a block.
+    """
+    if is_converted(model):
+        operations = operations_on(model, name)
+        check_exact(() if operations == (TRANSPOSE,) else operations, name)
+        if operations == (TRANSPOSE,):  # transformers writes such a stack as the model has it
+            return {name: weight}
+    codes = to_files(model, {name: weight.codes})
+    if [part.shape for part in codes.values()] == [weight.codes.shape]:
+        return {file: replace(weight, codes=part) for file, part in codes.items()}
+    places = to_files(model, {name: _row_numbers(weight.codes)})
+    block, scale = weight.block, weight.scale
+    if whole and bool((scale == scale[:, :1, :1]).all()):
+        block, scale = (weight.codes.shape[-2], ALL), scale[:, :1, :1]
+    if block[1] == ALL and block[0] > 1:  # may be cut anywhere: a part with one scale is usual
+        rows = math.gcd(block[0], *map(_starts, places.values()))
+        block, scale = (rows, ALL), _refined(scale, weight.codes.shape[-2], block[0], rows)
+    for file, place in places.items():
+        if block[0] == ALL or _starts(place) % block[0]:
+            raise _shared(name, block, f"'{file}' begins inside of a block", "whole blocks")
+    scales = to_files(model, {name: scale})
+    return {
+        file: coarsened(replace(weight, codes=part, scale=scales[file], block=block), whole)
+        for file, part in codes.items()
+    }
+
+
+def coarsened(weight: QuantizedWeight, whole: bool = False) -> QuantizedWeight:
+    """A matrix in the usual blocks, where smaller ones share their scales; otherwise as it is.
+
+    Args:
+        weight: In any blocks.
+        whole: Whether a matrix in the usual blocks becomes one with a single scale.
+    """
+    rows, columns = weight.block
+    if whole and bool((weight.scale == weight.scale[0, 0]).all()):
+        return QuantizedWeight(weight.codes, weight.scale[:1, :1], (ALL, ALL))
+    usual = (ALL, ALL) if columns == ALL else (columns, columns)
+    if rows in (1, ALL, usual[0]) or (usual[0] != ALL and usual[0] % rows):
+        return weight
+    count = len(weight.scale) if usual[0] == ALL else usual[0] // rows
+    scale = weight.scale[::count].contiguous()
+    if not torch.equal(scale.repeat_interleave(count, 0)[: len(weight.scale)], weight.scale):
+        return weight
+    return replace(weight, scale=scale, block=usual)
+
+
+def _row_numbers(codes: Tensor) -> Tensor:
+    """The number of each row, in the shape of a matrix, or of a stack of matrices, with one column."""
+    return torch.arange(codes.shape[-2]).unsqueeze(1).expand(*codes.shape[:-1], 1)
+
+
+def _starts(places: Tensor) -> int:
+    """The greatest common divisor of where parts begin: in what they come from, and in what they are put into."""
+    numbers: Sequence[int] = places.reshape(-1, places.shape[-2])[0].tolist()
+    begin = [at for at, row in enumerate(numbers) if at == 0 or row != numbers[at - 1] + 1]
+    return math.gcd(*begin, *(numbers[at] for at in begin))
+
+
+def _refined(scale: Tensor, size: int, block: int, rows: int) -> Tensor:
+    """The scales of `size` rows for blocks of `rows` rows in place of `block`; exact."""
+    times = (size if block == ALL else block) // rows
+    return scale.repeat_interleave(times, -2)[..., : -(-size // rows), :]
+
+
+def _shared(name: str, block: tuple[int, int], got: object, need: object) -> QCompilerError:
+    problem = f"'{name}' cannot be put together or taken apart: its parts share blocks of {list(block)}"
+    return QCompilerError(problem, got=got, need=need)
