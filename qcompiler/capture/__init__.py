@@ -114,7 +114,7 @@ def capture(
     with readable(model):
         _prepare(model, call)
         captured = _of_module(model, call, dynamic_shapes, check)
-        return replace(captured, notes=(*(f"fixed size: {each}" for each in captured.fixed), *notes_of(model)))
+        return replace(captured, notes=(*captured.fixed, *notes_of(model)))
 
 
 def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: bool) -> Captured:
