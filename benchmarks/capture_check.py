@@ -165,7 +165,7 @@ FAULTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "  %late = aten.add.Tensor(%index, 1) : i64[s0, 1, s1, 1]\n  \\1%late)",
         ),
         "one wrong element of a mask": (
-            r"  (%\w+ = aten\.expand\()(%bitwise_and_1)",
+            r"  (%\w+ = aten\.expand\()(%bitwise_and\w*_1)\b",
             "  %row = aten.eq.Scalar(%index, 7) : b8[s0, 1, s1, 1]\n"
             "  %column = aten.eq.Scalar(%index_1, 3) : b8[s0, 1, 1, s1]\n"
             "  %one = aten.bitwise_and.Tensor(%row, %column) : b8[s0, 1, s1, s1]\n"

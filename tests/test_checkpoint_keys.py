@@ -137,6 +137,8 @@ def test_a_separate_file_of_modelopt(tmp_path: Path) -> None:
     with pytest.raises(QCompilerError, match=r"configurations differ: got .*'FP8' in hf_quant_config\.json"):
         read(path)
     (path / "config.json").write_text("{}")
+    file.write_text(json.dumps({"quantization": said | {"kv_cache_quant_algo": "FP8"}}))
+    assert [*read(path).stored] == ["up.weight"] and read(path).cache.scheme == FIXED
     for document, words in (
         ({"quantization": said | {"rotation": 1}}, "the key 'rotation' is not known"),
         ({"quantization": said, "transforms": 1}, "the key 'transforms' is not known"),

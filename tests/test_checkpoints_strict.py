@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 64,
 }  # fmt: skip
 BLOCKED = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
 
@@ -144,10 +145,27 @@ def test_transformed_weights_are_refused(tmp_path: Path, base: Any, key: str) ->
         load_model(folder(tmp_path, quantized(tensors), config, quantization_config=said))
 
 
-def test_a_configuration_that_no_weight_follows(tmp_path: Path, base: Any) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        BLOCKED, {"quant_method": "fbgemm_fp8"}, {"quant_method": "modelopt", "quant_algo": "FP8"},
+        compressed() | {"kv_cache_scheme": CACHE},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": CACHE},
+    ],
+)  # fmt: skip
+def test_a_configuration_that_no_weight_follows(tmp_path: Path, base: Any, said: Any) -> None:
     tensors, config = base
-    with pytest.raises(QCompilerError, match=r"none of the weights is quantized as the checkpoint says: got .*'fp8'"):
-        load_model(folder(tmp_path, tensors, config, quantization_config=BLOCKED))
+    problem = "none of the weights is quantized as the checkpoint says: got quant_method '{}'"
+    with pytest.raises(QCompilerError, match=problem.format(said["quant_method"])):
+        load_model(folder(tmp_path, tensors, config, quantization_config=said))
+
+
+def test_a_configuration_without_groups_for_weights_is_of_a_model_in_float(tmp_path: Path, base: Any) -> None:
+    tensors, config = base
+    said = compressed()
+    said["config_groups"]["g"]["weights"] = None
+    loaded: Any = load_model(folder(tmp_path, tensors, config, quantization_config=said))
+    assert torch.equal(loaded.get_parameter(UP), tensors[UP])
 
 
 # Names, shapes and element types, the same on both ways

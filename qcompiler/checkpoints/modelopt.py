@@ -30,6 +30,11 @@ ALGORITHMS = {
 """`quant_algo` -> the block of a weight's scale, and whether activations have static scales."""
 
 CACHE_ALGORITHM = "kv_cache_quant_algo"
+CACHE_SCHEMES: dict[str, dict[str, Any]] = {
+    "FP8": {"num_bits": 8, "type": "float", "dynamic": False},
+    "INT8": {"num_bits": 8, "type": "int", "dynamic": False},
+}
+"""`kv_cache_quant_algo` -> the `kv_cache_scheme` that other readers take."""
 
 KEYS = {
     "quant_method": ANY, "quant_algo": ANY, "config_groups": ANY, "kv_cache_scheme": ANY, CACHE_ALGORITHM: ANY,  # read
@@ -54,7 +59,8 @@ def separate_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(said, dict):
         raise QCompilerError("'quantization' is not a JSON object", got=type(said).__name__, where=str(path))
     cache = said.get(CACHE_ALGORITHM)
-    return {"kv_cache_scheme": {CACHE_ALGORITHM: cache} if cache else None, **said, "quant_method": METHOD}
+    scheme = CACHE_SCHEMES.get(str(cache), {CACHE_ALGORITHM: cache}) if cache else None
+    return {"kv_cache_scheme": scheme, **said, "quant_method": METHOD}
 
 
 def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:

@@ -176,6 +176,7 @@ def _checkpoints() -> Mapping[str, Folder]:
         "compressed": ({"model.safetensors": plain | channel}, {top: COMPRESSED}),
         "static": ({"model.safetensors": plain | static}, {top: STATIC}),
         "modelopt": ({"model.safetensors": plain | one | stack}, {top: MODELOPT}),
+        "separate": ({"model.safetensors": plain | one}, {}),
         "fbgemm": ({"model.safetensors": plain | channel}, {top: FBGEMM}),
         "sharded": (
             {"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block}, {top: BLOCK_FP8}
@@ -195,6 +196,8 @@ def _checkpoints() -> Mapping[str, Folder]:
             places = {tensor: name for name, tensors in files.items() for tensor in tensors}
             index = {"metadata": {"total_size": 1000}, "weight_map": places}
             (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+    (folder() / "checkpoints" / "separate" / "hf_quant_config.json").write_text(json.dumps(said))
     return {kind: Folder.at(folder() / "checkpoints" / kind) for kind in made}
 
 
