@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import takewhile
 
 from rich.box import SIMPLE
@@ -104,27 +105,39 @@ class Report:
         )
 
     def __str__(self) -> str:
+        headings, rows = self._table()
         table = Table(box=SIMPLE, pad_edge=False)
-        remarked = any(row.remark for row in self.rows)
-        headings = ("operation", "module", "weight", "bytes", "quantized", "why not", *(["remarks"] * remarked))
         for heading in headings:
             table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
-        for row in self._grouped():
-            cells = (
-                f"%{row.name}",
-                row.module,
-                row.shape,
-                _size(row.bytes),
-                row.format or ("yes" if row.quantized else "no"),
-                row.reason,
-                row.remark,
-            )[: len(headings)]
+        for cells in rows:
             table.add_row(*(cell.replace("[", "\\[") for cell in cells))
         console = Console(width=160, no_color=True, force_terminal=False, legacy_windows=False)
         with console.capture() as capture:
             console.print(table, soft_wrap=False)
-        lines = [line.rstrip() for line in capture.get().splitlines() if line.strip()] if self.rows else []
+        lines = [line.rstrip() for line in capture.get().splitlines() if line.strip()] if rows else []
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), self.summary()])
+
+    def _repr_html_(self) -> str:
+        """The same table, as notebooks show it."""
+        headings, rows = self._table()
+        head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
+        return f"{table}{notes}<p>{escape(self.summary())}</p>"
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headings and rows, with a column of remarks if there are any."""
+        remarked = any(row.remark for row in self.rows)
+        headings = ("operation", "module", "weight", "bytes", "quantized", "why not", *(["remarks"] * remarked))
+        rows = [
+            (
+                f"%{row.name}", row.module, row.shape, _size(row.bytes),
+                row.format or ("yes" if row.quantized else "no"), row.reason, row.remark,
+            )[: len(headings)]
+            for row in self._grouped()
+        ]  # fmt: skip
+        return headings, rows
 
     def _grouped(self) -> Iterator[Row]:
         """Every matmul, equal ones of a stack of layers in one row, then one row for each kind of other reader."""

@@ -1,6 +1,6 @@
 """The report: a reason for everything that is not quantized, and bytes that add up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -103,6 +103,16 @@ def test_the_table() -> None:
         == "2 of 4 matmuls with a constant operand are quantized: 25.9% of 126.3 kB of parameters; 93.58 kB after"
     )
     assert all(len(line) <= 160 and line == line.rstrip() for line in lines)
+
+
+def test_notebooks_show_the_same_table() -> None:
+    found = report(MIXED, pipeline("fp8_tile"))
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 1 + len(list(found._grouped())) and shown.count("<th>") == 6
+    assert "<td>%y</td><td>block.fc</td><td>bf16[64, 128]</td><td>16.51 kB</td><td>fp8_tile</td><td></td>" in shown
+    assert shown.endswith(f"<p>{found.summary()}</p>")
+    odd = Report(tuple(replace(row, module="<b>&") for row in found.rows), 1, 1, 1, notes=("a < b",))
+    assert "<td>&lt;b&gt;&amp;</td>" in odd._repr_html_() and "<p>note: a &lt; b</p>" in odd._repr_html_()
 
 
 def test_batched_experts_are_quantized_and_convolutions_are_said_to_be_left_alone() -> None:
