@@ -84,7 +84,7 @@ def warm_up() -> None:
     """Does once what each child would do again: imports half of transformers, and fills the tables of torch.export."""
     for name in ("exporter_dynamo", "utils"):
         import_module(f"transformers.exporters.{name}")
-    qcompiler.compile(torch.nn.Linear(8, 8).eval(), target="cpu", example_inputs=(torch.zeros(2, 8),))
+    qcompiler.compile(torch.nn.Linear(32, 32).eval(), target="cpu", example_inputs=(torch.zeros(2, 32),))
 
 
 def isolated(entry: Entry, timeout: int) -> dict[str, Any]:
