@@ -84,7 +84,6 @@ MODELS: dict[Callable[[], nn.Module], Any] = {
     qwen2_moe: (
         [
             FIRST, SECOND.replace("; bf16(x2", "; h1 = bf16(x2") + "; h1", MERGED, "bf16(bf16(silu(x0)) * x1)",
-            "bf16(sigmoid(bf16(y0)))",
         ],
         6, 2,
     ),
@@ -153,7 +152,8 @@ def test_in_bf16(build: Callable[[], nn.Module]) -> None:
     assert Counter(found) == Counter(bodies)
     assert len(unfused(fast).ops("kernel.quantize")) == quantizations
     assert len(fast.graph.ops("kernel.quantize")) == left
-    assert {row.module for row in fast.report.left_alone} <= {"lm_head", "model.layers.0.mlp.gate"}
+    skipped = {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"}
+    assert {row.module for row in fast.report.left_alone} <= skipped
 
 
 @pytest.mark.parametrize("build", [gemma2, gpt2, bert], ids=lambda build: build.__name__)

@@ -15,18 +15,18 @@ from qcompiler.ir import DType, Graph, TensorType
 from qcompiler.pass_manager import Effect, Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
 
-TEXT = """func @m(%x: f32[4, 8]) -> (f32[4, 8]) {
-  %w = core.param() {name = "w"} : f32[8, 8]
-  %h = aten.linear(%x, %w) : f32[4, 8] loc("m.py":2)
-  %r = aten.relu(%h) : f32[4, 8] loc("m.py":3)
-  %y = aten.neg(%r) : f32[4, 8]
+TEXT = """func @m(%x: f32[4, 16]) -> (f32[4, 16]) {
+  %w = core.param() {name = "w"} : f32[16, 16]
+  %h = aten.linear(%x, %w) : f32[4, 16] loc("m.py":2)
+  %r = aten.relu(%h) : f32[4, 16] loc("m.py":3)
+  %y = aten.neg(%r) : f32[4, 16]
   return %y
 }"""
 
 
 def graph() -> Graph:
     made = Graph.parse(TEXT)
-    made.weights = {"w": torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
+    made.weights = {"w": torch.randn(16, 16, generator=torch.Generator().manual_seed(0))}
     return made
 
 
@@ -74,13 +74,13 @@ class Retyped(Scale):
     """f32  ->  f64"""
 
     def run(self, graph: Graph) -> bool:
-        kind = TensorType(DType.f64, (4, 8))
+        kind = TensorType(DType.f64, (4, 16))
         op = graph.append("aten._to_copy", graph["y"], attrs={"dtype": kind.dtype}, types=[kind])
         graph.set_outputs((op.result,))
         return True
 
 
-INPUTS = [torch.randn(4, 8, generator=torch.Generator().manual_seed(1))]
+INPUTS = [torch.randn(4, 16, generator=torch.Generator().manual_seed(1))]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ INPUTS = [torch.randn(4, 8, generator=torch.Generator().manual_seed(1))]
         ),
         (
             Retyped(),
-            "pass 'test-scale' does not keep its word: it declares 'exact': got f64[4, 8] in the place of f32[4, 8] in "
-            "output 0; need equal bits (in output 0, the first operation that differs)",
+            "pass 'test-scale' does not keep its word: it declares 'exact': got f64[4, 16] in the place of f32[4, 16] "
+            "in output 0; need equal bits (in output 0, the first operation that differs)",
         ),
     ],
     ids=["exact", "reorders", "lossy", "fewer outputs", "another type"],

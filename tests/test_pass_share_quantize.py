@@ -105,9 +105,9 @@ def test_static_quantizations_are_shared_where_scale_and_prescale_are_one_value(
 def test_what_two_passes_have_quantized_alike_is_shared_whichever_came_first() -> None:
     for first in ("a", "b"):
         graph = Graph.parse(
-            "func @m(%x: f32[4, 16]) -> (f32[4, 8], f32[4, 8]) {\n"
-            '  %a = core.param() {name = "a"} : f32[8, 16]\n  %b = core.param() {name = "b"} : f32[8, 16]\n'
-            "  %y = aten.linear(%x, %a) : f32[4, 8]\n  %z = aten.linear(%x, %b) : f32[4, 8]\n  return %y, %z\n}"
+            "func @m(%x: f32[4, 16]) -> (f32[4, 32], f32[4, 32]) {\n"
+            '  %a = core.param() {name = "a"} : f32[32, 16]\n  %b = core.param() {name = "b"} : f32[32, 16]\n'
+            "  %y = aten.linear(%x, %a) : f32[4, 32]\n  %z = aten.linear(%x, %b) : f32[4, 32]\n  return %y, %z\n}"
         )
         for step in Pipeline.parse(f'quantize{{layers=["{first}"]}}; quantize{{w_block=[-1, -1]}}; share-quantize'):
             assert step.run(graph)
