@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "convnext": {"model": "ConvNextModel", **STAGES, "patch_size": 4},
     "convnextv2": {"model": "ConvNextV2Model", **STAGES, "patch_size": 4},
     "resnet": {"model": "ResNetForImageClassification", "config": "ResNetConfig", "embedding_size": 32,
-               "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"},
+               "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic", "num_labels": 32},
     "dinov2": {"model": "Dinov2Model", "mlp_ratio": 2},
     "dinov3": {"model": "DINOv3ViTModel", "num_register_tokens": 2},
     "segformer": {"model": "SegformerForSemanticSegmentation", "config": "SegformerConfig",
