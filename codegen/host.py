@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qcompiler.dialects.aten import is_view, overload_of, to_torch
+from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
 from qcompiler.ir import Argument, Graph, Op, Value
@@ -243,8 +243,8 @@ def _returns_list(op: Op) -> bool:
 
 
 def _torch_path(name: str) -> str:
-    namespace, op, *overload = name.split(".")
     overload_of(name)
+    namespace, op, *overload = RUN_AS.get(name, name).split(".")
     path = f"torch.ops.{namespace}.{op}"
     last = overload[0] if overload else "default"
     return f'getattr({path}, "{last}")' if keyword.iskeyword(last) else f"{path}.{last}"

@@ -1,14 +1,16 @@
 """What capture makes of state and of weights."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompiler.capture import capture
+from qcompiler.errors import CaptureWarning
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 from qcompiler.testing import Function, verified
@@ -165,3 +167,32 @@ def test_a_model_on_the_meta_device_gives_the_structure_alone(rows: int) -> None
     real = MLP()
     (out,) = interpret(captured.graph, [torch.ones(3, 8)], real.state_dict())
     assert torch.equal(out, real(torch.ones(3, 8)))
+
+
+class Windows(nn.Module):
+    """Attention in windows that become as small as the smallest input so far, as those of Swin do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window, self.linear = 8, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= self.window:
+            self.window = x.shape[1]
+        y: Tensor = self.linear(x).unflatten(1, (-1, self.window)).mean(1)
+        return y
+
+
+def test_plain_attributes_that_a_run_or_a_trace_changes_are_restored() -> None:
+    model, x = Windows().eval(), torch.randn(3, 8, 16)
+    want = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)  # the number of windows is fixed
+        captured = capture(model, (x,))
+    assert model.window == 8 and type(model.window) is int
+    assert torch.equal(model(x), want) and torch.equal(captured.run(x), want)
+    model.window = 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        capture(model, (x,))
+    assert model.window == 16 and type(model.window) is int

@@ -175,6 +175,14 @@ def test_factories_are_told_the_device() -> None:
     assert torch.equal(run(graph, [torch.zeros(4)])[0], torch.arange(4.0))
 
 
+@pytest.mark.parametrize("strides", [(4, 1), (1, 2)])
+def test_a_view_takes_whatever_strides_a_call_has(strides: tuple[int, int]) -> None:
+    graph = parsed("  %y = aten.view(%x, [8]) : f32[8]\n  return %y\n", "%x: f32[2, 4]", "f32[8]")
+    x = torch.randn(2, 4).as_strided((2, 4), strides)
+    for got in (run(graph, [x]), interpret(graph, [x])):
+        assert torch.equal(got[0], x.reshape(8))
+
+
 SWAP = """
   %a = core.buffer() {name = "a"} : f32[4]
   %b = core.buffer() {name = "b"} : f32[4]

@@ -34,6 +34,11 @@ TAGS: dict[str, Any] = {
 """Memory formats and layouts: literals that are only names."""
 
 
+RUN_AS = {"aten.view": "aten.reshape"}
+"""What is called in place of an operation. A trace turns reshapes into views by the strides that it saw; a call may
+have others, for which the same values need a copy."""
+
+
 def torch_dtype(dtype: DType) -> torch.dtype:
     """Torch's name for an element type."""
     return TORCH_DTYPES[dtype]
@@ -60,7 +65,8 @@ def op_name(overload: torch._ops.OpOverload) -> str:
 
 @cache
 def overload_of(name: str) -> torch._ops.OpOverload:
-    """Torch's overload for `aten.add.Tensor`; KeyError when torch knows none."""
+    """Torch's overload for `aten.add.Tensor`, to be called; KeyError when torch knows none."""
+    name = RUN_AS.get(name, name)
     namespace, op, overload = (*name.split(".", 2), "default")[:3]
     try:
         found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
