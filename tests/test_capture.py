@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompiler.capture import capture
@@ -356,3 +356,22 @@ def test_torchs_transformer_takes_any_mask(dtype: torch.dtype) -> None:
         inputs = call(*sizes)
         with torch.no_grad():
             torch.testing.assert_close(captured.run(**inputs), model(**inputs))
+
+
+class Converts(nn.Module):
+    """Converts a layer in forward to the dtype that it already has, as the router of Switch Transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear = self.linear.to(x.dtype)
+        y: Tensor = self.linear(x)
+        return y
+
+
+def test_a_conversion_that_changes_nothing_is_traced() -> None:
+    model, x, before = Converts().eval(), torch.randn(3, 8), nn.Module.to
+    assert torch.equal(capture(model, (x,)).run(x), model(x))
+    assert nn.Module.to is before and model.linear.weight.dtype is torch.float32

@@ -57,6 +57,7 @@ def judged(entry: Entry) -> dict[str, Any]:
         return row | {"status": "broken", "message": traceback.format_exc()}
     model = filled(model.eval())
     calls = [inputs(*size) for size in SIZES]
+    settle(model, calls[0])
     try:
         compiled = qcompiler.compile(model, target="cpu", example_kwargs=copy.deepcopy(calls[0]))
     except QCompilerError as error:
@@ -78,6 +79,17 @@ def filled(model: nn.Module) -> nn.Module:
         if tensor.dim() > 1 and tensor.is_floating_point() and not tensor.any():
             nn.init.normal_(tensor, std=tensor.shape[-1] ** -0.5)
     return model.requires_grad_(False)
+
+
+def settle(model: nn.Module, call: Call) -> None:
+    """Gives batch norms the statistics of a call: with the initial ones, activations shrink from layer to layer."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # the mean over calls, of which there is one
+    if norms:
+        outputs(model, call)
+        model.eval()
 
 
 def described(compiled: Any) -> dict[str, Any]:

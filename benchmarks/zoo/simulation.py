@@ -25,9 +25,6 @@ OPERANDS = {
 }  # fmt: skip
 """Matmul -> the position of its left operand; the right one follows."""
 
-BATCHING = ("aten::expand", "aten::repeat")
-"""What gives a constant, such as learned queries, to each row of a batch."""
-
 
 def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
     """`x` `[..., M, K]` in FP32, after a round-trip through e4m3 with one scale for each block of the last two axes."""
@@ -42,7 +39,7 @@ def rounded(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Fp8Tiles(TorchDispatchMode):
-    """Rounds both operands of each matmul of an activation and one of `quantized`.
+    """Rounds both operands of each matmul with one of `quantized`.
 
     Args:
         constants: All parameters and buffers of the model that no call changes.
@@ -62,26 +59,17 @@ class Fp8Tiles(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         position = OPERANDS.get(func._schema.name)
-        if position is not None and (found := self._weights(args[position], args[position + 1])):
+        if position is not None and (found := self._weights(args[position + 1])):
             self.reached |= found
             output = self._multiplied(func, position, args, kwargs)
         else:
             output = func(*args, **kwargs)
-        if func._schema.name in BATCHING and self._begins_rows(args[0], output):
-            return output.clone()  # memory of its own, which is not known as constant
         self._follow(output, (args, kwargs))
         return output
 
-    def _weights(self, left: Tensor, right: Tensor) -> frozenset[int]:
-        """The quantized weights from which the right operand is made; none if the left one is constant, too."""
-        if address(left) in self._sources:
-            return frozenset()
+    def _weights(self, right: Tensor) -> frozenset[int]:
+        """The quantized weights from which the right operand is made."""
         return self._sources.get(address(right), frozenset()) & self.wanted
-
-    def _begins_rows(self, constant: Tensor, output: Tensor) -> bool:
-        """Whether each row of a batch begins with the same constant, which makes it an activation."""
-        weights = self._sources.get(address(constant), frozenset()) & self.wanted  # a matmul expands them, too
-        return not weights and output.shape[:1] != constant.shape[:1]
 
     def _multiplied(self, func: Any, position: int, args: Any, kwargs: Any) -> Tensor:
         dtype = args[position].dtype

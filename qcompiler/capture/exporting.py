@@ -18,7 +18,7 @@ from qcompiler.capture.huggingface import pretrained_model, tracing_patches, tra
 from qcompiler.capture.locations import user_line
 from qcompiler.capture.python_state import same_attributes
 from qcompiler.capture.quiet import quiet_failure, third_party_silence
-from qcompiler.capture.torch_layers import masks_as_given
+from qcompiler.capture.torch_layers import idle_conversions, masks_as_given
 from qcompiler.errors import CaptureError
 
 DATA_DEPENDENT = frozenset(
@@ -75,7 +75,7 @@ def export_program(
     with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named, masks_as_given():
         for context, strict in _attempts(model):
             try:
-                with context(), quiet_failure(), same_attributes(model):
+                with context(), quiet_failure(), same_attributes(model), idle_conversions():
                     return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
             except Exception as error:  # whatever torch or the model raises becomes one sentence below
                 errors.append(error)

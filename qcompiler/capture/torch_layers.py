@@ -1,9 +1,11 @@
-"""What torch's own transformer layers need to be traced."""
+"""What torch's own modules need to be traced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules import transformer
 
 
@@ -24,3 +26,26 @@ def masks_as_given() -> Iterator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = before
+
+
+@contextmanager
+def idle_conversions() -> Iterator[None]:
+    """Makes `module.to(...)` do nothing where nothing changes, for the duration.
+
+    Some models convert a layer to the dtype that it already has, in forward. Outside of a trace that leaves the
+    parameters alone; in a trace torch would swap them for converted ones, which fails.
+    """
+    before = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, order = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        placed = device is None or all(tensor.device == device for tensor in tensors)
+        typed = dtype is None or all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
+        return self if placed and typed and order is None else before(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = before  # type: ignore[method-assign]
