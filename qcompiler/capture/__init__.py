@@ -30,6 +30,7 @@ from qcompiler.capture.fixing import fixed, related
 from qcompiler.capture.huggingface import output_embeddings, register_caches
 from qcompiler.capture.importer import device_of_program, guards_of_program, import_program
 from qcompiler.capture.preflight import check_inputs, check_model
+from qcompiler.capture.python_state import same_attributes
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.runs import ModelRefused, does_run
 from qcompiler.capture.signature import ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
@@ -111,7 +112,7 @@ def capture(
     check_model(model, allow_meta=allow_meta)
     register_caches(model)
     check_inputs(model, *call)
-    with readable(model):
+    with readable(model), same_attributes(model):
         _prepare(model, call)
         captured = _of_module(model, call, dynamic_shapes, check)
         return replace(captured, notes=(*captured.fixed, *notes_of(model)))

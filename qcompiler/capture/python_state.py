@@ -1,7 +1,8 @@
-"""Plain attributes of modules, such as a window size, are after a run or a trace what they were before it.
+"""Plain attributes of modules, such as a window size, are after a capture what they were before it.
 
 Some models write them in forward. Swin makes its windows smaller when an image is, and keeps them so: a run at other
-sizes than the user's would change what the model computes, and a trace would leave symbols behind.
+sizes than the user's would change what the model computes, and a trace would leave symbols behind. Between the runs of
+one capture they change as the model wants: a model that counts its calls has no graph, and must be seen to differ.
 """
 
 from collections.abc import Iterator

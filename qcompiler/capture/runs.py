@@ -10,7 +10,6 @@ from torch.utils import _pytree as pytree
 from qcompiler.capture.bounds import BoundsCheck
 from qcompiler.capture.examples import Call, map_tensors
 from qcompiler.capture.huggingface import tracing_settings
-from qcompiler.capture.python_state import same_attributes
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.signature import Signature, TensorSlot
 from qcompiler.errors import CaptureError, QCompilerError
@@ -132,7 +131,7 @@ Entrance = Callable[[torch.Tensor], torch.Tensor]
 
 @contextmanager
 def restored(model: torch.nn.Module, names: Iterable[str], enter: Entrance = torch.clone) -> Iterator[None]:
-    """Puts back the buffers that a run of the model writes, whether in place or by another tensor; and attributes."""
+    """Puts back the buffers that a run of the model writes, whether in place or by another tensor."""
     before = []
     for name in names:
         owner, _, leaf = name.rpartition(".")
@@ -144,8 +143,7 @@ def restored(model: torch.nn.Module, names: Iterable[str], enter: Entrance = tor
         for (module, leaf, _), copy in zip(before, copies, strict=True):
             if not in_place:
                 setattr(module, leaf, copy)
-        with same_attributes(model):
-            yield
+        yield
     finally:
         for (module, leaf, buffer), copy in zip(before, copies, strict=True):
             if in_place:
