@@ -56,6 +56,14 @@ def test_a_weight_or_scale_that_changes_is_dequantized_again() -> None:
     assert torch.equal(scaled_linear_on_cpu(x_q, x_s, w_q, 4 * w_s, None, *blocks), -8 * before)
 
 
+def test_a_scale_in_the_memory_of_an_earlier_one_is_another_scale() -> None:
+    x_q, x_s, w_q, w_s = operands()
+    blocks = (1, 128), (128, 128), torch.float32
+    want = scaled_linear_on_cpu(x_q, x_s, w_q, w_s, None, *blocks)
+    for factor in (2, 4, 8, 16):  # each is freed before the next is made
+        assert torch.equal(scaled_linear_on_cpu(x_q, x_s, w_q, w_s * factor, None, *blocks), factor * want)
+
+
 def test_nothing_is_kept_of_a_weight_that_is_gone_or_cannot_change_visibly() -> None:
     given = operands()
     scaled_linear_on_cpu(*given, None, (1, 128), (128, 128), torch.float32)

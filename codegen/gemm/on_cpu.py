@@ -6,6 +6,7 @@ first come, first kept, since a model reads its weights in turns, which defeats 
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 class _Kept(NamedTuple):
     made_from: tuple[object, ...]
+    scale: "weakref.ref[Tensor]"  # by identity: another scale may come to lie where a freed one did
     numbers: Tensor
 
 
@@ -43,14 +45,14 @@ def _dequantized(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
     """The numbers of a weight, from an earlier call if neither the weight nor its scale has changed since."""
     if type(weight) not in PLAIN or weight.is_inference() or scale.is_inference():
         return numerics.dequantize(weight, scale, block)
-    made_from = (*block, weight._version, scale._version, scale.data_ptr())
+    made_from = (*block, weight._version, scale._version)
     with _lock:
         found: _Kept | None = _weights.get(weight)
-    if found is not None and found.made_from == made_from:
+    if found is not None and found.made_from == made_from and found.scale() is scale:
         return found.numbers
     numbers = numerics.dequantize(weight, scale, block)
     with _lock:
         others = sum(kept.numbers.nbytes for tensor, kept in _weights.items() if tensor is not weight)
         if others + numbers.nbytes <= knobs.current().cpu_cache * 1_000_000:
-            _weights[weight] = _Kept(made_from, numbers)
+            _weights[weight] = _Kept(made_from, weakref.ref(scale), numbers)
     return numbers
