@@ -1,3 +1,1 @@
 """Code generation: kernels, the choice of their configuration, torch operators over them, and the host module."""
-
-OWNER = "qcompiler"

@@ -29,16 +29,14 @@ from torch.nn import functional
 from passes.calibrate import Calibrate
 from passes.merge_linears import MergeLinears
 from qcompiler import numerics
-from qcompiler.compiler import CompiledModel
 from qcompiler.compiler.batches import as_call
-from qcompiler.compiler.program import capture_model
+from qcompiler.compiler.program import HasProgram, Program, capture_model
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import InputError, PassError
 from qcompiler.interpreter import evaluate, interpret
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pass_manager import Effect, Pipeline
 from qcompiler.pass_runner import run_pipeline
-from qcompiler.report import unfused
 
 LINEARS = ("kernel.scaled_linear", "quant.linear")
 STATIC = ("kernel.quantize_static", "quant.quantize_static")
@@ -90,7 +88,7 @@ class ErrorReport:
         return json.dumps(rows, indent=2, allow_nan=False)
 
 
-def attribute_error(compiled: CompiledModel, batch: Any, model: Any = None) -> ErrorReport:
+def attribute_error(compiled: HasProgram, batch: Any, model: Any = None) -> ErrorReport:
     """Three numbers for each quantized operation of a compiled model, on one real call.
 
     The float model is captured again, since a compiled model lets the float weights go.
@@ -104,10 +102,9 @@ def attribute_error(compiled: CompiledModel, batch: Any, model: Any = None) -> E
         InputError: The float model is gone, or the batch does not fit.
         PassError: The pipeline does not fuse quantized linears.
     """
-    float_graph = _float_graph(compiled, batch, model)
-    inputs = compiled.flatten(*as_call(batch, 0))
-    graph = unfused(compiled.stages.values())[-1].clone()
-    graph.weights = compiled.graph.weights
+    program, (args, kwargs) = compiled.program, as_call(batch, 0)
+    float_graph = _float_graph(program, args, kwargs, program.original.again() if model is None else model)
+    inputs, graph = program.signature.flatten(args, kwargs), program.unfused()
     ops = [op for op in graph.ops() if op.name in LINEARS]
     if not ops:
         need = "a pipeline with fuse-linear in it"
@@ -119,17 +116,14 @@ def attribute_error(compiled: CompiledModel, batch: Any, model: Any = None) -> E
     return ErrorReport(tuple(sorted(rows, key=lambda row: row.own)))
 
 
-def _float_graph(compiled: CompiledModel, batch: Any, model: Any) -> Graph:
+def _float_graph(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> Graph:
     """The graph of the float model as the first pass that quantizes gets it: smoothed, but not quantized."""
-    origin = model if model is not None else compiled.origin
-    if origin is None:
+    if model is None:
         fix = "Hold the model that was compiled, or pass it: attribute_error(compiled, batch, model)."
         raise InputError("the float model is gone", fix=fix)
-    settings = compiled.settings
-    args, kwargs = as_call(batch, 0)
-    captured = capture_model(origin, args, kwargs, settings)
-    captured.graph.calibration = compiled.calibration
-    steps = list(takewhile(lambda step: step.effect is not Effect.LOSSY, settings.passes))
+    captured = capture_model(model, args, kwargs, program.settings)
+    captured.graph.calibration = program.calibration()
+    steps = list(takewhile(lambda step: step.effect is not Effect.LOSSY, program.settings.passes))
     # What was seen is known already, and what is seen of smoothed values only matters to what quantizes.
     run_pipeline(Pipeline(tuple(step for step in steps if not isinstance(step, Calibrate))), captured.graph)
     return captured.graph

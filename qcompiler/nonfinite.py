@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.compiler import CompiledModel
 from qcompiler.compiler.batches import as_call
+from qcompiler.compiler.program import HasProgram
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.report import OTHER_QUANTIZE, QUANTIZE, unfused
+from qcompiler.report import OTHER_QUANTIZE, QUANTIZE
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class NonFinite:
         )
 
 
-def find_nonfinite(compiled: CompiledModel, batch: Any) -> NonFinite | None:
+def find_nonfinite(compiled: HasProgram, batch: Any) -> NonFinite | None:
     """The first NaN or infinity of one call that reaches a quantization or an output, and where it comes from.
 
     The reference computes the call, operation by operation, on the device of the model: slowly, and with the numbers of
@@ -71,9 +71,8 @@ def find_nonfinite(compiled: CompiledModel, batch: Any) -> NonFinite | None:
         InputError: The batch does not fit.
         CaptureError: The model is not captured yet.
     """
-    inputs = compiled.flatten(*as_call(batch, 0))
-    graph = unfused(compiled.stages.values())[-1].clone()
-    graph.weights = compiled.graph.weights
+    program = compiled.program
+    inputs, graph = program.signature.flatten(*as_call(batch, 0)), program.unfused()
     found = {value: _count(given) for value, given in zip(graph.inputs, inputs, strict=True)}
 
     def keep(op: Op, results: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.lineage import lineages
 from qcompiler.quantized_formats import format_of
-from qcompiler.report_groups import collapsed
+from qcompiler.report_rows import Row, collapsed
 
 QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
 OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
@@ -28,40 +28,6 @@ AS_STORED = "codes and scales as the model has them"
 X_AS_STORED = "codes, scales and the static scale of the activation as the model has them"
 X_UNUSED = "the model's static activation scale is not used: this scheme scales the activation in each call"
 DEAD = "it was removed, since nothing needs what it computes"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One reader of weights.
-
-    Attributes:
-        name: The value that it computes.
-        op: What it was when captured.
-        module: Where it stands in the model.
-        weights: The parameters that it reads.
-        shape: The type of the largest of them.
-        bytes: What they take as captured.
-        quantized: Whether it is.
-        reason: Why not; empty when it is.
-        remark: What else a pass noted on it, such as how its input was smoothed, or why it was not.
-        format: How it is quantized, spelled as the scheme that does so, such as "fp8_tile"; empty when it is not.
-    """
-
-    name: str
-    op: str
-    module: str
-    weights: tuple[str, ...]
-    shape: str
-    bytes: int
-    quantized: bool
-    reason: str
-    remark: str = ""
-    format: str = ""
-
-    @property
-    def is_matmul(self) -> bool:
-        """Whether it multiplies matrices."""
-        return self.op in MATMULS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import qcompiler
 from qcompiler import CaptureError, PassError, QCompilerError
 from qcompiler.checkpoints import load_model, read
 from qcompiler.cli import main
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 
 AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(18).reshape(2, 9)

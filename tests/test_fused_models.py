@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import qcompiler
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.dialects.kernel import FUSED
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph

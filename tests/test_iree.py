@@ -20,7 +20,7 @@ from torch import nn
 
 import qcompiler
 from codegen.mlir.iree import IreeModel, build, load
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Argument, DType, Graph, Op, TensorType, Value, map_tree, symbol

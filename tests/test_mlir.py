@@ -19,7 +19,7 @@ from codegen.mlir.casts import SMALLEST, prepared
 from codegen.mlir.meanings import grouped_linear, histc
 from codegen.mlir.reshaping import groups
 from qcompiler import numerics
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.dialects.grouped import grouped_linear as grouped_linear_meaning
 from qcompiler.errors import CodegenError, InputError, QCompilerError
 from qcompiler.ir import Graph, Value

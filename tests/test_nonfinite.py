@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import CaptureError
 from qcompiler.interpreter import interpret
 

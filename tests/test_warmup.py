@@ -29,7 +29,7 @@ from codegen.launching.warmup import Blank, Warmup, products_of, warm_up
 from codegen.quantize import plain as quantization
 from qcompiler import numerics
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.sizing import USUAL_ROWS, calls_to_plan
 from qcompiler.errors import CaptureError, CodegenError, InputError
 
@@ -57,8 +57,7 @@ def compiled() -> CompiledModel:
 
 @pytest.fixture(scope="module")
 def signature(compiled: CompiledModel) -> Signature:
-    assert compiled._program is not None
-    return compiled._program.signature
+    return compiled.signature
 
 
 # From sizes to calls
@@ -126,13 +125,11 @@ def test_bounds_and_relations_between_sizes_are_kept() -> None:
     model = qcompiler.compile(
         Bounded().eval(), example_inputs=pair, dynamic_shapes={"x": {0: n}, "y": {0: 2 * n}}
     )  # fmt: skip
-    assert model._program is not None
-    calls = calls_to_plan(model._program.signature, (), None, {})
+    calls = calls_to_plan(model.signature, (), None, {})
     assert [(x.shape[0], y.shape[0]) for x, y in calls] == [(4, 8), (8, 16), (16, 32), (32, 64), (64, 128)]
     assert all(blank.dtype == torch.float32 and blank.device == CPU for call in calls for blank in call)
     fixed = qcompiler.compile(Bounded().eval(), example_inputs=pair, dynamic_shapes=None)
-    assert fixed._program is not None
-    (call,) = calls_to_plan(fixed._program.signature, (), [1, 2, 3], {})
+    (call,) = calls_to_plan(fixed.signature, (), [1, 2, 3], {})
     assert [blank.shape for blank in call] == [(8, 128), (16, 128)]
 
 

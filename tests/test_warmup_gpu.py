@@ -19,7 +19,7 @@ from codegen.gemm.tiling import choose
 from codegen.gemm.tuner import candidates
 from codegen.launching import launch as launching
 from codegen.launching import replay
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

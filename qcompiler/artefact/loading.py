@@ -10,7 +10,7 @@ Nothing that the folder holds is executed, and nothing is imported because the f
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -28,20 +28,19 @@ from qcompiler.artefact.manifest import (
     RECIPES,
     REPORT,
     SIGNATURE,
-    Manifest,
     read_manifest,
 )
 from qcompiler.artefact.model_config import config_from_entries
 from qcompiler.artefact.operators import check_device, check_operators
 from qcompiler.artefact.recipes_text import recipes_from_json
 from qcompiler.artefact.report_text import LeftAlone, report_from_json
-from qcompiler.artefact.signature_text import Forward, moved, signature_from_json
+from qcompiler.artefact.signature_text import moved, signature_from_json
 from qcompiler.artefact.strict_json import AGAIN, Node, parse
 from qcompiler.artefact.weight_files import WeightFiles, open_weights
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler.forward import class_with
-from qcompiler.compiler.model import CompiledModel
+from qcompiler.compiler.model import CompiledModel, callable_of
+from qcompiler.compiler.original import Forward, Original
 from qcompiler.compiler.program import Program, Settings, generate, plain_torch
 from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
 from qcompiler.folder_kinds import advice
@@ -82,9 +81,8 @@ def load(
     try:
         with plain_torch():
             with reading(path) as opened:
-                program, forward = read_program(opened, device, verify, regenerate, trust)
-                config = read_config(opened)
-            return _assembled(opened.manifest, program, forward, config)
+                program = read_program(opened, device, verify, regenerate, trust)
+            return callable_of(program)
     except QCompilerError as error:
         if not path.exists():
             error.fix = error.fix or advice(Path(folder))
@@ -113,7 +111,7 @@ def reading(path: Path) -> Iterator[Folder]:
 
 def read_program(
     folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str]
-) -> tuple[Program, Forward]:
+) -> Program:
     """All of a folder, verified; `load` has the arguments. The files of weights are open, and not read yet."""
     if verify:
         for name in folder.manifest.files:
@@ -132,21 +130,14 @@ def read_program(
     graph.weights = Weights(weights.loaders(names, where), weights.ties())
     host, run = generate(graph, target.name)
     report, steps, left_alone = read_report(folder)
-    signature, calibration = moved(signature, where), _later(folder)
-    program = Program(graph, stages, steps, report, calibration, host, signature, target.name, where, run, left_alone)
-    return program, forward
-
-
-def _assembled(
-    manifest: Manifest, program: Program, forward: Forward, config: Mapping[str, Any] | None
-) -> CompiledModel:
+    manifest = folder.manifest
     settings = Settings(
-        manifest.pipeline, program.target, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
+        manifest.pipeline, target.name, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
     )
-    later = None if config is None else partial(config_from_entries, config)
-    compiled = class_with(CompiledModel, forward)(settings, config=later)
-    compiled.accept(program)
-    return compiled
+    return Program(
+        graph, stages, steps, report, host, moved(signature, where), target.name, where, run, settings,
+        Original(forward, read_config(folder)), _later(folder), left_alone,
+    )  # fmt: skip
 
 
 # Parts
@@ -157,11 +148,12 @@ def read_signature(folder: Folder) -> tuple[Signature, Forward]:
     return signature_from_json(_json(folder, SIGNATURE))
 
 
-def read_config(folder: Folder) -> Mapping[str, Any] | None:
-    """The entries of the original model's configuration; None if it had none."""
+def read_config(folder: Folder) -> Callable[[], Any]:
+    """The original model's configuration, made when it is first asked for: importing transformers takes a second."""
     if CONFIG not in folder.manifest.files:
-        return None
-    return {name: entry.value for name, entry in _json(folder, CONFIG).members()}
+        return lambda: None
+    entries = {name: entry.value for name, entry in _json(folder, CONFIG).members()}
+    return cache(partial(config_from_entries, entries))
 
 
 def read_stages(folder: Folder, trust: Collection[str] | None) -> tuple[Stages, Graph]:
@@ -259,11 +251,10 @@ def read_calibration(folder: Folder) -> Calibration | None:
     return found
 
 
-def _later(folder: Folder) -> Callable[[], Calibration | None] | None:
+def _later(folder: Folder) -> Callable[[], Calibration | None]:
     """The calibration, read when it is first asked for."""
-    if folder.manifest.calibration is None:
-        return None
-    folder.checked(CALIBRATION)
+    if folder.manifest.calibration is not None:
+        folder.checked(CALIBRATION)
     return cache(partial(read_calibration, folder))
 
 

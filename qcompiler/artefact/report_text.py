@@ -6,7 +6,8 @@ from typing import Any
 
 from qcompiler.artefact.strict_json import Node
 from qcompiler.pass_runner import Step
-from qcompiler.report import Report, Row
+from qcompiler.report import Report
+from qcompiler.report_rows import Row
 
 LeftAlone = Mapping[str, Mapping[str, str]]
 """Stage -> name of a value -> why the pass left what computes it alone."""

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from codegen.host import emit_host_module
 from qcompiler.artefact.folder import check_replaceable
@@ -21,33 +20,27 @@ from qcompiler.artefact.manifest import (
 from qcompiler.artefact.model_config import config_to_text
 from qcompiler.artefact.recipes_text import recipes_to_json
 from qcompiler.artefact.report_text import report_to_json
-from qcompiler.artefact.signature_text import Forward, signature_to_json
+from qcompiler.artefact.signature_text import signature_to_json
 from qcompiler.artefact.strict_json import render
 from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, plan_shards, shard_name, write_shard
 from qcompiler.calibration import Calibration
+from qcompiler.compiler.program import Program
 from qcompiler.errors import ArtefactError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.runtime.replacing import replacing
 
-if TYPE_CHECKING:
-    from qcompiler.compiler.program import Program, Settings
 
-
-def write_artefact(
-    folder: str | os.PathLike[str], program: "Program", settings: "Settings", forward: Forward, config: Any,
-    shard_bytes: int,
-) -> None:  # fmt: skip
+def write_artefact(folder: str | os.PathLike[str], program: Program, shard_bytes: int) -> None:
     """Writes a program to a folder, in place of an artefact that is there; `CompiledModel.save` has the arguments."""
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
     target = Path(folder).resolve()
     check_replaceable(target)
-    texts = _texts(program, forward)
-    if (described := config_to_text(config)) is not None:
+    texts = _texts(program)
+    if (described := config_to_text(program.original.config())) is not None:
         texts[CONFIG] = described
     plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
-    known = program.calibration
-    calibration = known() if callable(known) else known
+    calibration = program.calibration()
     size = sum(map(len, texts.values())) + sum(each.nbytes for shard in plan.shards for each in shard.values())
     with replacing(target, failed, size) as work:
         files = {name: _write_text(work / name, text) for name, text in texts.items()}
@@ -55,7 +48,7 @@ def write_artefact(
         if calibration is not None:
             calibration.write_file(work / CALIBRATION)
             files[CALIBRATION] = hash_file(work / CALIBRATION)
-        manifest = _manifest(program, settings, calibration, plan, files)
+        manifest = _manifest(program, calibration, plan, files)
         _write_text(work / NAME, write_manifest(manifest))
         check_replaceable(target)
 
@@ -65,7 +58,7 @@ def failed(error: OSError) -> ArtefactError:
     return ArtefactError("the artefact cannot be saved", got=error)
 
 
-def stage_files(program: "Program") -> dict[str, str]:
+def stage_files(program: Program) -> dict[str, str]:
     """Stage -> the file that its text goes to."""
     return {name: f"stages/{index:02d}_{name}.qir" for index, name in enumerate(program.stages)}
 
@@ -75,12 +68,12 @@ def numerics_of(graph: Graph) -> tuple[str, ...]:
     return tuple(sorted({str(op.attrs["profile"]) for op in graph if "profile" in op.attrs}))
 
 
-def _texts(program: "Program", forward: Forward) -> dict[str, str]:
+def _texts(program: Program) -> dict[str, str]:
     """Every file but the weights, the calibration and the manifest."""
     stages = {file: f"{program.stages[name]}\n" for name, file in stage_files(program).items()}
     _check_round_trip(program, list(stages.values())[-1])
     return {
-        SIGNATURE: render(signature_to_json(program.signature, forward)),
+        SIGNATURE: render(signature_to_json(program.signature, program.original.forward)),
         REPORT: render(report_to_json(program.report, program.steps, program.left_alone)),
         RECIPES: render(recipes_to_json(program.graph.recipes)),
         HOST: program.host.source,
@@ -88,7 +81,7 @@ def _texts(program: "Program", forward: Forward) -> dict[str, str]:
     }
 
 
-def _check_round_trip(program: "Program", text: str) -> None:
+def _check_round_trip(program: Program, text: str) -> None:
     """The last stage must give the program back: it is all that will be read of it."""
     if text != f"{program.graph}\n":
         raise ArtefactError(
@@ -122,9 +115,8 @@ def _write_weights(work: Path, plan: Plan) -> dict[str, Written]:
     }
 
 
-def _manifest(
-    program: "Program", settings: "Settings", calibration: Calibration | None, plan: Plan, files: dict[str, Written]
-) -> Manifest:
+def _manifest(program: Program, calibration: Calibration | None, plan: Plan, files: dict[str, Written]) -> Manifest:
+    settings = program.settings
     return Manifest(
         made_by=versions(),
         scheme=settings.scheme,

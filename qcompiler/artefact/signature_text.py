@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,19 +22,13 @@ from qcompiler.capture.signature import (
     TensorSlot,
     linear,
 )
+from qcompiler.compiler.original import Forward
 from qcompiler.ir.graph import Range
 
 KINDS = (
     inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,
     inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD,
 )  # fmt: skip
-
-
-class Forward(NamedTuple):
-    """What a user sees of `forward`."""
-
-    signature: inspect.Signature | None
-    doc: str | None
 
 
 def signature_to_json(signature: Signature, forward: Forward) -> dict[str, Any]:

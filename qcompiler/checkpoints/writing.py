@@ -2,7 +2,6 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,13 +16,11 @@ from qcompiler.checkpoints.provenance import Provenance, trace
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
 from qcompiler.checkpoints.readers import warn
 from qcompiler.checkpoints.stacking import unstacked
+from qcompiler.compiler.program import HasProgram, Program
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
 from qcompiler.report import unfused
-
-if TYPE_CHECKING:
-    from qcompiler.compiler import CompiledModel
 
 SHARD_BYTES = 5 * 10**9
 
@@ -32,7 +29,7 @@ LEAVE = "Leave these in float when you compile: overrides={name: None}; compiled
 
 
 def write(
-    compiled: "CompiledModel",
+    compiled: HasProgram,
     folder: "str | PathLike[str]",
     format: str,
     *,
@@ -63,21 +60,22 @@ def write(
     target = Path(folder)
     format_called(format, scale_format or "float")
     check_place(target)
-    found = _provenance(compiled)
-    origin = _origin(compiled, model, found)
+    program = compiled.program
+    found = trace(unfused(program.stages.values())[-1], program.graph, _parameters(program))
+    origin = _origin(program.original.again() if model is None else model, found)
     if origin.folder is not None and target.exists() and target.samefile(origin.folder):
         raise QCompilerError("the model is read from this very folder", got=str(target), fix="Write to another one.")
     chosen = format_called(format, scale_format or _scale_format(origin, found))
     weights = _weights(origin, found)
     _check(format, chosen, weights, found)
-    warn(format, weights, _named_layers(compiled), stacklevel=3)
+    warn(format, weights, _named_layers(program), stacklevel=3)
     plain = {name: found.changed.get(name, tensor) for name, tensor in origin.tensors.items()}
     left = {name: tensor for name, tensor in plain.items() if name not in found.scales | found.quantized.keys()}
     tensors = to_files(origin.module, left)
     for name, weight in weights.items():
         tensors |= chosen.tensors(name, weight)
     documents = dict(origin.documents)
-    if config := chosen.config(weights, _unconverted(origin, weights, compiled)):
+    if config := chosen.config(weights, _unconverted(origin, weights, program)):
         cache = kept(origin.module)
         tensors |= cache.tensors
         config |= {SCHEME: cache.scheme} if cache.scheme is not None else {}
@@ -85,15 +83,12 @@ def write(
     write_folder(target, tensors, documents, origin.folder, shard_bytes)
 
 
-def _provenance(compiled: "CompiledModel") -> Provenance:
-    stages = compiled.stages
-    names = {str(op.attrs["name"]) for op in stages["captured"].ops(PARAM)}
-    return trace(unfused(stages.values())[-1], compiled.graph, names)
+def _parameters(program: Program) -> set[str]:
+    return {str(op.attrs["name"]) for op in program.stages["captured"].ops(PARAM)}
 
 
-def _origin(compiled: "CompiledModel", model: "nn.Module | str | PathLike[str] | None", found: Provenance) -> Origin:
+def _origin(given: object, found: Provenance) -> Origin:
     """The model that was compiled, as far as its names say."""
-    given = compiled.origin if model is None else model
     module = load_model(given) if isinstance(given, str | PathLike) else given
     if not isinstance(module, nn.Module):
         problem = "nobody holds the model any more that was compiled"
@@ -153,17 +148,17 @@ def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
 
 
-def _named_layers(compiled: "CompiledModel") -> set[str]:
+def _named_layers(program: Program) -> set[str]:
     """The weights of layers that are not quantized unless they are named."""
-    stages = compiled.stages
+    stages = program.stages
     graph = stages["canonicalize" if "canonicalize" in stages else "captured"]
     skipped = (op for op in graph.ops("aten.linear") if graph.is_constant(op.tensor(1)) and why_skipped(op, graph))
     return {str(param.attrs["name"]) for op in skipped for param in parameters_of(op.tensor(1))}
 
 
-def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], compiled: "CompiledModel") -> set[str]:
+def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], program: Program) -> set[str]:
     """The linears that a reader must leave in float, and other matmuls, which some readers make linears of."""
-    alone = {name for row in compiled.report.left_alone for name in row.weights if name in origin.tensors}
+    alone = {name for row in program.report.left_alone for name in row.weights if name in origin.tensors}
     files = to_files(origin.module, {name: origin.tensors[name] for name in alone})
     names = {*origin.linears(), *map(_module, alone), *map(_module, files)}
     return {name for name in names if name} - {_module(name) for name in weights}

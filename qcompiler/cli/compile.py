@@ -21,7 +21,8 @@ from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
 from qcompiler.cli.parser import IREE_CPU
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
-from qcompiler.compiler import DEFAULT_SCHEME, CompiledModel, brings_scales
+from qcompiler.compiler.arguments import DEFAULT_SCHEME, brings_scales
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
 from qcompiler.progress import Progress
 from qcompiler.report import Report

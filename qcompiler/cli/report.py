@@ -11,7 +11,7 @@ from qcompiler.cli import iree_folder
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
-from qcompiler.compiler import CompiledModel
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
 
 

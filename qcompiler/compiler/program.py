@@ -1,15 +1,17 @@
 """From a model to a program: captured, rewritten by the pipeline, and generated as a host module."""
 
+import copy
 import gc
 import linecache
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -23,6 +25,7 @@ from qcompiler.capture import Captured, capture
 from qcompiler.capture.arguments import MISSING
 from qcompiler.capture.signature import NumberSlot, Signature, TensorSlot
 from qcompiler.compiler.batches import Batches
+from qcompiler.compiler.original import Original
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import CaptureError, CaptureWarning, CodegenError, PassError, QCompilerError
 from qcompiler.instruments import Instrument
@@ -31,8 +34,9 @@ from qcompiler.ir.graph import BUFFER
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step, keep_text, run_pipeline
 from qcompiler.progress import Progress
-from qcompiler.report import Report, build_report
+from qcompiler.report import Report, build_report, unfused
 from qcompiler.runtime.device import Target, target_for
+from qcompiler.runtime.weights import Weights
 from qcompiler.stored_scheme import stored_scheme
 
 CPU = torch.device("cpu")
@@ -81,21 +85,70 @@ class Program:
     """What compilation yields: the stages, the report, and the host module with its loaded function.
 
     Attributes:
-        calibration: What was seen; a function without arguments that reads it, where it is on the disk.
+        graph: The graph after the last pass, with the weights.
+        stages: "captured", then the graph after each pass, by the pass's name. Structure only.
+        steps: The passes that ran: how long each took, and whether it changed the graph.
+        report: One row for each operation that reads weights: quantized, or why not.
+        host: The generated host module.
+        signature: How a call's arguments become the graph's inputs.
         target: The name of what the host module is written for.
+        device: Where its weights are, and where it runs.
+        run: The host module's function.
+        settings: How it was compiled, without the instruments and the calibration data.
+        original: The model that was compiled.
+        calibration: Gives what was seen of the captured graph's values; None where no pass needs calibration.
+        left_alone: Stage -> name of a value -> why that pass did not change the operation that computes it.
     """
 
     graph: Graph
     stages: Stages
     steps: tuple[Step, ...]
     report: Report
-    calibration: Calibration | Callable[[], Calibration | None] | None
     host: HostModule
     signature: Signature
     target: str
     device: torch.device
     run: Callable[..., tuple[Any, ...]]
+    settings: Settings
+    original: Original = field(default_factory=Original)
+    calibration: Callable[[], Calibration | None] = lambda: None
     left_alone: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point result; torch's default if there is none."""
+        kinds = (value.type for value in self.graph.outputs if isinstance(value, Value))
+        dtypes = (torch_dtype(kind.dtype) for kind in kinds if isinstance(kind, TensorType))
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
+
+    def unfused(self) -> Graph:
+        """The last stage in which every layer has its own operation, with the weights."""
+        graph = unfused(self.stages.values())[-1].clone()
+        graph.weights = self.graph.weights
+        return graph
+
+    def with_weights(self, stage: str | None) -> tuple[Graph, MutableMapping[str, torch.Tensor]]:
+        """A stage by name, or the last one, and its weights, some of which only the original model may have."""
+        if stage is None:
+            return self.graph, self.graph.weights
+        model = self.original.again()
+        before = Weights.from_module(model) if isinstance(model, torch.nn.Module) else Weights()
+        return self.stages[stage], ChainMap(self.graph.weights, before)
+
+    def with_own_weights(self, memo: dict[int, Any]) -> "Program":
+        """The same with copies of all tensors."""
+        graph = self.graph.clone()
+        for name, tensor in graph.weights.items():
+            graph.weights[name] = copy.deepcopy(tensor, memo)
+        return replace(self, graph=graph)
+
+
+class HasProgram(Protocol):
+    """A compiled model, as the report, checkpoints and error analysis see it."""
+
+    @property
+    def program(self) -> Program:
+        """What was compiled; CaptureError for a model that is still to be captured."""
 
 
 @contextmanager
@@ -167,8 +220,10 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     if calibration is not None and calibration is not settings.calibration:
         calibration.batches = None  # the statistics stay, the user's data need not
     return Program(
-        graph, done.stages, done.steps, report, calibration, host, signature, target.name, device, run, done.left_alone
-    )
+        graph, done.stages, done.steps, report, host, signature, target.name, device, run,
+        settings=replace(settings, instruments=(), calibration=None),  # which may hold a lot
+        calibration=lambda: calibration, left_alone=done.left_alone,
+    )  # fmt: skip
 
 
 def _nothing_quantized(report: Report, settings: Settings, captured: Graph) -> PassError:

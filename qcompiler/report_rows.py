@@ -1,17 +1,15 @@
-"""Rows of a report that are equal but for numbers in their names, as one row each: the layers of a stack.
+"""The rows of a report; and as one row, those that are equal but for numbers in their names: the layers of a stack.
 
 model.layers.0.mlp.up_proj, ..., model.layers.31.mlp.up_proj    ->    model.layers.0-31.mlp.up_proj x32
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from qcompiler.report import Row
+from passes.candidates import MATMULS
 
 NUMBERED = re.compile(r"(?<![^.])\d+(?=\.)")
 """A part of a module's name that is a number and has a part after it: `0` in `layers.0.mlp`, not in `layers.0`."""
@@ -21,7 +19,41 @@ OF_VALUE = re.compile(r" \(%[^)]*\)")
 """The value at fault, at the end of a reason."""
 
 
-def collapsed(rows: Sequence["Row"]) -> Iterator["Row"]:
+@dataclass(frozen=True)
+class Row:
+    """One reader of weights.
+
+    Attributes:
+        name: The value that it computes.
+        op: What it was when captured.
+        module: Where it stands in the model.
+        weights: The parameters that it reads.
+        shape: The type of the largest of them.
+        bytes: What they take as captured.
+        quantized: Whether it is.
+        reason: Why not; empty when it is.
+        remark: What else a pass noted on it, such as how its input was smoothed, or why it was not.
+        format: How it is quantized, spelled as the scheme that does so, such as "fp8_tile"; empty when it is not.
+    """
+
+    name: str
+    op: str
+    module: str
+    weights: tuple[str, ...]
+    shape: str
+    bytes: int
+    quantized: bool
+    reason: str
+    remark: str = ""
+    format: str = ""
+
+    @property
+    def is_matmul(self) -> bool:
+        """Whether it multiplies matrices."""
+        return self.op in MATMULS
+
+
+def collapsed(rows: Sequence[Row]) -> Iterator[Row]:
     """The rows in their order, each group of equal ones as one row in the place of its first."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
@@ -32,7 +64,7 @@ def collapsed(rows: Sequence["Row"]) -> Iterator["Row"]:
     yield from (merged[row.name] for row in rows if row.name in merged)
 
 
-def _kind(row: "Row") -> tuple[object, ...]:
+def _kind(row: Row) -> tuple[object, ...]:
     """What equal rows have in common."""
     if not NUMBERED.search(row.module):
         return (row.name,)
@@ -41,7 +73,7 @@ def _kind(row: "Row") -> tuple[object, ...]:
     return (*names, row.op, row.shape, row.quantized, row.format, *texts)
 
 
-def _blocks(rows: Sequence["Row"]) -> Iterator[list["Row"]]:
+def _blocks(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """The rows of one kind in blocks whose numbers are all combinations of a few."""
     numbers = list(map(_numbers, rows))
     distinct = [{*column} for column in zip(*numbers, strict=True)]
@@ -55,7 +87,7 @@ def _blocks(rows: Sequence["Row"]) -> Iterator[list["Row"]]:
         yield from ([row] for row in rows)
 
 
-def _together(rows: Sequence["Row"]) -> "Row":
+def _together(rows: Sequence[Row]) -> Row:
     """One row for all of a block: the first one's name, the modules as ranges, the bytes of all."""
     first = rows[0]
     if len(rows) == 1:
@@ -79,7 +111,7 @@ def _common(texts: Sequence[str]) -> str:
     return VALUE.sub("%...", OF_VALUE.sub("", texts[0]))
 
 
-def _numbers(row: "Row") -> tuple[int, ...]:
+def _numbers(row: Row) -> tuple[int, ...]:
     return tuple(map(int, NUMBERED.findall(row.module)))
 
 

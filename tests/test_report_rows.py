@@ -6,8 +6,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompiler.report import Report, Row
-from qcompiler.report_groups import collapsed
+from qcompiler.report import Report
+from qcompiler.report_rows import Row, collapsed
 
 
 def row(module: str, name: str = "", **changes: object) -> Row:

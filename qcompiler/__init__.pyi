@@ -1,0 +1,47 @@
+"""The public names and where they come from: what type checkers read, and what is loaded on first use."""
+
+from qcompiler import calibration as calibration
+from qcompiler import checkpoints as checkpoints
+from qcompiler import html as html
+from qcompiler import instruments as instruments
+from qcompiler import numerics as numerics
+from qcompiler import schemes as schemes
+from qcompiler import testing as testing
+from qcompiler.artefact.loading import load as load
+from qcompiler.attribution import ErrorReport as ErrorReport
+from qcompiler.attribution import attribute_error as attribute_error
+from qcompiler.calibration import Calibration as Calibration
+from qcompiler.compiler.compiling import compile as compile
+from qcompiler.compiler.model import CompiledModel as CompiledModel
+from qcompiler.errors import ArtefactError as ArtefactError
+from qcompiler.errors import CaptureError as CaptureError
+from qcompiler.errors import CheckpointWarning as CheckpointWarning
+from qcompiler.errors import CodegenError as CodegenError
+from qcompiler.errors import InputError as InputError
+from qcompiler.errors import ParseError as ParseError
+from qcompiler.errors import PassError as PassError
+from qcompiler.errors import QCompilerError as QCompilerError
+from qcompiler.errors import VerifyError as VerifyError
+from qcompiler.interpreter import interpret as interpret
+from qcompiler.ir import DType as DType
+from qcompiler.ir import Graph as Graph
+from qcompiler.ir import Match as Match
+from qcompiler.ir import Missed as Missed
+from qcompiler.ir import Op as Op
+from qcompiler.ir import Rewriter as Rewriter
+from qcompiler.ir import Rule as Rule
+from qcompiler.ir import TensorType as TensorType
+from qcompiler.ir import Value as Value
+from qcompiler.ir import diff as diff
+from qcompiler.nonfinite import NonFinite as NonFinite
+from qcompiler.nonfinite import find_nonfinite as find_nonfinite
+from qcompiler.pass_manager import Effect as Effect
+from qcompiler.pass_manager import Pass as Pass
+from qcompiler.pass_manager import Pipeline as Pipeline
+from qcompiler.report import Report as Report
+from qcompiler.schemes import Scheme as Scheme
+from qcompiler.schemes import list_schemes as list_schemes
+from qcompiler.schemes import pipeline as pipeline
+
+__all__: list[str]
+__version__: str

@@ -1,0 +1,106 @@
+"""Checks of what the caller of `compile` gave, before any work is done."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from passes.calibrate import Calibrate
+from qcompiler import knobs
+from qcompiler.calibration import Calibration
+from qcompiler.capture.stored_weights import knows_x_scales
+from qcompiler.checkpoints.reading import read as read_checkpoint
+from qcompiler.compiler.batches import Batches, Call
+from qcompiler.dialects.quant import x_scale_of
+from qcompiler.errors import CaptureError, PassError
+from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.schemes import pipeline as scheme_pipeline
+
+DEFAULT_SCHEME = "fp8_tile"
+
+
+def checked_pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | None") -> Pipeline:
+    """The passes to run: the given ones, or the scheme's."""
+    if pipeline is None:
+        return scheme_pipeline(scheme, overrides)
+    if overrides is not None:
+        fix = f'Put them into the pipeline: qcompiler.pipeline("{scheme}", overrides).'
+        raise PassError("both overrides and a pipeline are given", got=overrides, need="one of them", fix=fix)
+    if scheme != DEFAULT_SCHEME:
+        fix = f'Edit the scheme\'s own: qcompiler.pipeline("{scheme}").insert_after(...).'
+        raise PassError(
+            "both a scheme and a pipeline are given", got=f"{scheme!r} and '{pipeline}'", need="one of them", fix=fix
+        )
+    if isinstance(pipeline, str):
+        return Pipeline.parse(pipeline)
+    if not isinstance(pipeline, Pipeline):
+        raise PassError("the pipeline is of a wrong type", got=type(pipeline).__name__, need="a Pipeline, or its text")
+    return pipeline
+
+
+def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "Batches | Calibration | None":
+    """The calibration data; PassError if there is none, although a pass needs some and the model has no scales."""
+    if given is None and any(isinstance(step, Calibrate) for step in steps) and not brings_scales(model):
+        fix = "Give some: compile(..., calibration=batches), a list of real calls of the model."
+        raise PassError(f"{who} needs calibration data, and there is none", fix=fix)
+    return given if given is None or isinstance(given, Calibration) else Batches(given)
+
+
+def brings_scales(model: Any) -> bool:
+    """Whether a model comes with static activation scales, as many checkpoints do."""
+    if isinstance(model, str | PathLike):
+        return any(how.x_scale is not None for how in read_checkpoint(model).stored.values())
+    if isinstance(model, torch.nn.Module):
+        return knows_x_scales(model)
+    if isinstance(model, ExportedProgram):
+        traced = (node for node in model.graph.nodes if node.target is torch.ops.qcompiler.stored_weight.default)
+        return any(len(node.args) > 4 and node.args[4] is not None for node in traced)
+    graph = model if isinstance(model, Graph) else None
+    return graph is not None and any(x_scale_of(op.result) is not None for op in graph.ops("quant.dequantize"))
+
+
+def checked_example(args: Any, kwargs: Any) -> Call | None:
+    """The arguments of one call; None if neither is given."""
+    if args is not None and not isinstance(args, tuple | list):
+        named = isinstance(args, Mapping)
+        fix = "Write example_kwargs=batch." if named else "For a single argument, write example_inputs=(x,)."
+        raise CaptureError(
+            "example_inputs is of a wrong type", got=type(args).__name__, need="a tuple of arguments", fix=fix
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise CaptureError(
+            "example_kwargs is of a wrong type", got=type(kwargs).__name__, need="a dict of arguments by name"
+        )
+    return None if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+
+
+def checked_shapes(dynamic_shapes: Any) -> Any:
+    """`dynamic_shapes`, unless it is a word other than "auto"."""
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise CaptureError(
+            "dynamic_shapes is wrong", got=repr(dynamic_shapes), need='"auto", None, or what torch.export takes'
+        )
+    return dynamic_shapes
+
+
+def checked_instruments(instruments: Any) -> tuple[Instrument, ...]:
+    """The given instruments, then those that environment variables ask for."""
+    found = tuple(instruments) if isinstance(instruments, tuple | list) else (instruments,)
+    if wrong := [item for item in found if not isinstance(item, Instrument)]:
+        raise PassError("this is no instrument", got=repr(wrong[0]), need="objects of qcompiler.instruments")
+    return (*found, *_instruments_from_environment())
+
+
+def _instruments_from_environment() -> Iterator[Instrument]:
+    now = knobs.current()
+    if now.print_after:
+        yield PrintAfter(*now.print_after)
+    if now.dump_dir:
+        yield Dump(now.dump_dir)
+    if now.time_passes:
+        yield TimePasses(file=sys.stderr)

@@ -1,0 +1,126 @@
+"""`compile`: capture, run the pipeline, generate the host module; and the callable that comes of it.
+
+model -> capture -> Graph -> passes -> Graph -> host module -> CompiledModel
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompiler import knobs
+from qcompiler.calibration import Calibration
+from qcompiler.capture.preflight import check_model
+from qcompiler.checkpoints.loading import load_model
+from qcompiler.compiler.arguments import (
+    DEFAULT_SCHEME,
+    checked_calibration,
+    checked_example,
+    checked_instruments,
+    checked_pipeline,
+    checked_shapes,
+)
+from qcompiler.compiler.batches import Batches
+from qcompiler.compiler.layer_names import check_layer_names
+from qcompiler.compiler.model import CompiledModel, callable_of
+from qcompiler.compiler.original import describe
+from qcompiler.compiler.pending import PendingModel
+from qcompiler.compiler.program import Settings
+from qcompiler.instruments import Instrument
+from qcompiler.ir import Graph
+from qcompiler.pass_manager import Pipeline
+from qcompiler.progress import Progress
+from qcompiler.runtime.device import check_target
+from qcompiler.schemes import with_ignored
+
+
+def compile(
+    model: "torch.nn.Module | ExportedProgram | Graph | str | PathLike[str]",
+    *,
+    scheme: str = DEFAULT_SCHEME,
+    overrides: Mapping[str, str | None] | None = None,
+    ignore: Sequence[str] = (),
+    calibration: "Iterable[Any] | Calibration | None" = None,
+    pipeline: "Pipeline | str | None" = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
+    target: str = "auto",
+    strict: bool = True,
+    instruments: Sequence[Instrument] = (),
+    progress: bool = True,
+) -> CompiledModel:
+    """A quantized model that is called as the model is.
+
+    The model is not changed. Its weights are not copied either: those that are quantized are let go one by one, so
+    when nobody else holds the model, no more than one of them is in memory beside its quantized form.
+
+    Args:
+        model: A module in evaluation mode, an exported program, a graph with its weights, or the folder of a
+            checkpoint (see `qcompiler.checkpoints.load_model`). Weights that are FP8 already are taken as they are.
+        scheme: The name of a recipe, with options in braces if need be: `fp8_tile{k_block=64}`; `qcompiler schemes`
+            lists them.
+        overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
+            None}`. Patterns for the names of weights, of which the last one that matches counts; one that matches
+            nothing is an error. A pattern that names a layer has it quantized even if it is a router, a vocabulary
+            projection or tiny (see `passes.layers`), and it is an error if it cannot be.
+        ignore: Patterns for layers to leave in float, such as `["lm_head"]`; they count after all overrides.
+        calibration: Real calls of the model, for schemes with static scales or smoothing: an iterable of tensors,
+            tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier time. Without
+            `example_inputs` the model is captured on the first of the calls. Not needed for layers whose checkpoint
+            has a static activation scale: that scale is used as it is.
+        pipeline: Passes to run in place of the scheme's, as a value or as text.
+        example_inputs: Positional arguments of one real call. Without them the model is captured at its first call.
+        example_kwargs: Keyword arguments of that call.
+        dynamic_shapes: "auto" leaves every size open that the model leaves open, batch and sequence above all; None
+            fixes all sizes to those of the example; anything else goes to `torch.export`.
+        target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda", the target of the GPU at hand.
+        strict: Whether it is an error when nothing at all could be quantized.
+        instruments: Called around each pass; see `qcompiler.instruments`.
+        progress: Whether to show the current stage on standard error, if that is a terminal; QCOMPILER_PROGRESS=0 turns
+            it off everywhere.
+
+    Raises:
+        CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
+        QCompilerError: The folder holds no checkpoint, or a broken one.
+        PassError: A scheme, pass or option is unknown, calibration data is missing, or a pass failed.
+        InputError: The calibration data does not fit the model.
+        CodegenError: The target is unknown or cannot run the graph.
+    """
+    check_target(target)
+    overrides = with_ignored(overrides, ignore)
+    watching = checked_instruments(instruments)
+    steps = checked_pipeline(scheme, overrides, pipeline)
+    who = f"the scheme '{scheme}'" if pipeline is None else "the pipeline"
+    known = checked_calibration(calibration, steps, model, who)
+    shown = Progress(progress and knobs.current().progress, len(steps), summary=False)
+    settings = Settings(
+        steps, target, checked_shapes(dynamic_shapes), strict, watching, known, progress=shown,
+        scheme=scheme if pipeline is None else None,
+        overrides=dict(overrides) if pipeline is None and overrides is not None else None,
+    )  # fmt: skip
+    call, is_traced = checked_example(example_inputs, example_kwargs), isinstance(model, Graph | ExportedProgram)
+    if call is None and not is_traced and isinstance(known, Batches):
+        call = known.first()
+    with shown.showing():
+        pending = _pending(model, settings)
+        del model  # whoever else holds it may let it go now: the graph has the weights
+        return callable_of(pending.compile(call) if call or is_traced else pending)
+
+
+def _pending(model: Any, settings: Settings) -> PendingModel:
+    """The model, loaded from its folder if it is one, and checked as far as that needs no capture."""
+    again = None
+    if isinstance(model, str | PathLike):
+        settings.progress.stage("loading")
+        again = partial(load_model, Path(model))
+        model = again()
+    if not isinstance(model, Graph | ExportedProgram):
+        check_model(model)
+        check_layer_names(settings.passes, model)
+    return PendingModel(model, settings, describe(model, again or weakref.ref(model)))

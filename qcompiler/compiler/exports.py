@@ -1,0 +1,90 @@
+"""What a compiled model is written as: a page, an artefact, a checkpoint, MLIR, or a folder that IREE runs."""
+
+import os
+from typing import Any
+
+from codegen.mlir import MlirModule, to_mlir
+from codegen.mlir.iree import IreeModel
+from codegen.mlir.iree import build as build_iree
+from codegen.mlir.iree import load as load_iree
+from qcompiler.artefact.saving import write_artefact
+from qcompiler.artefact.weight_files import SHARD_BYTES
+from qcompiler.attribution import ErrorReport
+from qcompiler.checkpoints.writing import write
+from qcompiler.compiler.views import ProgramViews
+from qcompiler.html.page import write_page
+from qcompiler.html.report_page import html_report
+
+
+class Exports(ProgramViews):
+    """Writing a compiled model; CaptureError while it is not captured yet."""
+
+    def to_html(self, path: "str | os.PathLike[str]", attribution: "ErrorReport | None" = None) -> None:
+        """Writes the report as one HTML file that needs nothing else: see `qcompiler.html`.
+
+        Args:
+            path: Written whole or not at all.
+            attribution: What `qcompiler.attribute_error` found, to be shown, too.
+
+        Raises:
+            CaptureError: The model is not captured yet.
+            InputError: The file cannot be written.
+        """
+        write_page(path, html_report(self, attribution))
+
+    def save(self, folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Writes the model to a folder that `qcompiler.load` reads: texts, weights in safetensors, no pickle.
+
+        A model that was saved there before is replaced, all of it or not at all. Buffers are saved with the state that
+        calls have left them in.
+
+        Args:
+            folder: Its name is free, or that of an artefact.
+            shard_bytes: Weights beyond so many bytes go into several files.
+
+        Raises:
+            ArtefactError: The folder is something else, cannot be written, or the model has something that cannot be
+                saved, such as results of a class without a name.
+            CaptureError: The model is not captured yet.
+        """
+        write_artefact(folder, self.program, shard_bytes)
+
+    def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
+        """Writes a checkpoint of the ecosystem: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
+
+        Raises:
+            QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
+        """
+        write(self, folder, format, **options)
+
+    def to_mlir(self, stage: str | None = None, dialect: str = "torch", weights: str = "arguments") -> MlirModule:
+        """A stage as a module of MLIR, through torch-mlir, the extra `mlir`.
+
+        Args:
+            stage: A name in `stages`; left out, the last.
+            dialect: "torch", or "linalg" for linalg on tensors.
+            weights: "arguments" of the function, behind the inputs; "resource", in the text; or "elide", left out.
+
+        Raises:
+            QCompilerError: torch-mlir is not installed.
+            InputError: There is no such dialect, or a weight of the stage is not there any more.
+            CodegenError: Some operations have no form there; the message lists all of them.
+        """
+        graph, store = self.program.with_weights(stage)
+        return to_mlir(graph, dialect, weights, store=store)
+
+    def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> IreeModel:
+        """A stage compiled by IREE, the extra `iree`, for the CPU: in a folder, and loaded from there.
+
+        Args:
+            folder: Where to write; one that was built before is replaced. `codegen.mlir.iree.load` reads it.
+            stage: A name in `stages`; left out, the last.
+            cpu: "generic" runs on any processor of the kind, "host" is faster and for the likes of this one.
+
+        Raises:
+            QCompilerError: torch-mlir or IREE is not installed.
+            InputError: The folder cannot be written, or a weight of the stage is not there any more.
+            CodegenError: The stage cannot be lowered, or IREE cannot compile it.
+        """
+        graph, store = self.program.with_weights(stage)
+        return load_iree(build_iree(graph, folder, store=store, cpu=cpu))

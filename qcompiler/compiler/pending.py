@@ -1,0 +1,59 @@
+"""A model that is still to be captured, at its first call."""
+
+import copy
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qcompiler.compiler.batches import Call
+from qcompiler.compiler.original import Original
+from qcompiler.compiler.program import Program, Settings, build_program, capture_model
+from qcompiler.errors import CaptureError
+
+
+@dataclass
+class PendingModel:
+    """A model and how to compile it.
+
+    Attributes:
+        model: Held until it is captured. While the passes run only the user holds it, so that its weights can be freed
+            one by one.
+        settings: How to compile.
+        original: What is known of the model afterwards.
+    """
+
+    model: Any
+    settings: Settings
+    original: Original
+
+    def compile(self, call: Call | None) -> Program:
+        """Captures the model and runs the pipeline.
+
+        Args:
+            call: The arguments of one real call; None for a graph or an exported program, which needs none.
+
+        Raises:
+            CaptureError: The model cannot be captured, or is gone after an earlier attempt failed.
+            QCompilerError: The pipeline or code generation failed.
+        """
+        if self.model is None:
+            raise CaptureError(
+                "compiling failed before, and nobody holds the model any more",
+                fix="Call compile() again with the model.",
+            )
+        args, kwargs = call or ((), {})
+        captured = capture_model(self.model, args, kwargs, self.settings)
+        back, self.model = weakref.ref(self.model), None
+        try:
+            program = build_program(captured, self.settings, captured.signature.flatten(args, kwargs) if call else None)
+        except BaseException:
+            self.model = back()
+            raise
+        return replace(program, original=self.original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PendingModel":
+        """The same with a copy of the model."""
+        twin = replace(self, model=copy.deepcopy(self.model, memo))
+        if isinstance(self.original.again, weakref.ref) and twin.model is not None:
+            twin.original = replace(self.original, again=weakref.ref(twin.model))
+        return twin
