@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qcompiler
-import qcompiler.cli
+import qcompiler.cli.command_line
 from qcompiler.cli import EXIT_CODES, main
 from qcompiler.errors import PassError
 
@@ -25,7 +25,7 @@ def ends_by(error: BaseException | None, monkeypatch: pytest.MonkeyPatch, *argum
             raise error
         return 0
 
-    monkeypatch.setattr(qcompiler.cli, "import_module", lambda _: SimpleNamespace(run=run))
+    monkeypatch.setattr(qcompiler.cli.command_line, "import_module", lambda _: SimpleNamespace(run=run))
     return main(["passes", *arguments])
 
 

@@ -160,7 +160,9 @@ def test_the_wheel_has_three_top_level_names(contents: zipfile.ZipFile) -> None:
 def test_the_wheel_has_all_modules_and_types(contents: zipfile.ZipFile) -> None:
     shipped = sorted(name for name in contents.namelist() if ".dist-info/" not in name)
     assets = [path.relative_to(ROOT).as_posix() for path in (ROOT / ASSETS).rglob("*") if path.is_file()]
-    assert shipped == sorted([*sources(), *assets, *(f"{package}/py.typed" for package in PACKAGES)])
+    assert shipped == sorted(
+        [*sources(), "qcompiler/__init__.pyi", *assets, *(f"{package}/py.typed" for package in PACKAGES)]
+    )
 
 
 def test_the_wheel_says_what_it_is(contents: zipfile.ZipFile) -> None:

@@ -1,0 +1,97 @@
+"""The command line.
+
+    qcompiler compile my_package.models:make -o artefact      a model in, an artefact out
+    qcompiler inspect artefact                                what each pass did
+    qcompiler opt -p "canonicalize; fp8-tile" graph.qir       text in, text out
+
+What was asked for goes to standard output; progress, remarks and errors go to standard error. Each command is a module
+of its name with a function `run`, imported when it is asked for: help needs no torch.
+"""
+
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from qcompiler.cli.parser import COMMANDS, build_parser
+from qcompiler.errors import CheckpointWarning, QCompilerError
+from qcompiler.runtime.replacing import FULL
+
+GOOD, NO, USAGE, INTERNAL, INTERRUPTED, NO_READER = 0, 1, 2, 70, 130, 141
+EXIT_CODES = {
+    GOOD: "done",
+    NO: "the answer is no (`check` found a fault), or an error that the message explains",
+    USAGE: "the command line is wrong",
+    INTERNAL: "an internal error: a bug, please report it with what `--debug` shows",
+    INTERRUPTED: "interrupted, by Ctrl-C",
+    NO_READER: "whoever read the output has stopped reading, as `head` does",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status, one of EXIT_CODES."""
+    options = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with _warnings_as_lines():
+            status: int = import_module(COMMANDS[options.command]).run(options)
+        sys.stdout.flush()
+        return status
+    except QCompilerError as error:
+        _explain(f"error: {error}", options.debug)
+        return NO
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (Python flushes it at exit)
+        return NO_READER
+    except KeyboardInterrupt:
+        _explain("interrupted", options.debug)
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _explain(f"error: the disk is full: {error}. Make room and run again.", options.debug)
+            _flush_or_drop()
+            return NO
+        again = "" if options.debug else "; run again with --debug to see where"
+        _explain(f"internal error: {type(error).__name__}: {error}{again}", options.debug)
+        return INTERNAL
+
+
+def _flush_or_drop() -> None:
+    """Keeps Python from failing again at exit over output that has no room."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as above)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Prints our own warnings as lines on standard error, after all other output of a command."""
+    lines: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *others: Any, **keywords: Any) -> None:
+        if issubclass(category, CheckpointWarning):
+            lines.append(f"warning: {message}")
+        else:
+            usual(message, category, *others, **keywords)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        usual, warnings.showwarning = warnings.showwarning, show
+        try:
+            yield
+        finally:
+            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+
+
+def _explain(message: str, debug: bool) -> None:
+    """Tells what went wrong, on standard error; with the traceback in front of it, if that is wanted."""
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
