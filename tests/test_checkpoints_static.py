@@ -13,7 +13,8 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 import qcompiler
 from qcompiler import CaptureError, PassError, QCompilerError
-from qcompiler.checkpoints import load_model, read
+from qcompiler.checkpoints import load_model, read, reading
+from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.cli import main
 from qcompiler.compiler.model import CompiledModel
 
@@ -282,12 +283,18 @@ def test_an_exported_program_keeps_the_scales(llm_compressor: tuple[Path, Compil
 
 
 def test_the_command_line_needs_no_calibration_either(
-    tmp_path: Path, llm_compressor: tuple[Path, CompiledModel], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llm_compressor: tuple[Path, CompiledModel],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, compiled = llm_compressor
+    opened: list[Path] = []
+    monkeypatch.setattr(reading, "TensorFiles", lambda path: (opened.append(path), TensorFiles(path))[1])
     call = ["compile", str(folder), "-s", "fp8_tensor_static", "-o", str(tmp_path / "out"), "--fixed-sizes"]
     assert main([*call, "--input", "input_ids=i64[2,9]", "--quiet"]) == 0
     assert compiled.report.summary() in capsys.readouterr().out
+    assert opened == [folder]  # headers are read once
     loaded = qcompiler.load(tmp_path / "out")
     assert torch.equal(loaded(IDS).logits, compiled(IDS).logits)
 

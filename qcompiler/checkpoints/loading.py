@@ -44,15 +44,18 @@ class Held:
     x_scale: float | None
 
 
-def load_model(folder: "str | PathLike[str]") -> nn.Module:
+def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
     """The model of a folder with `config.json` and safetensors, on the CPU, in evaluation mode; without any network.
+
+    Args:
+        folder: Its path, or what `read` gave for it.
 
     Raises:
         QCompilerError: The folder is no checkpoint, or a broken one; transformers is missing, or does not know the
             architecture, or cannot make the model; the files have other tensors than the model, or integers for weights
             in floating point.
     """
-    checkpoint = read(folder)
+    checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
     _check_declared(checkpoint)
     transformers = transformers_library()
     config = _config(transformers, checkpoint.folder)

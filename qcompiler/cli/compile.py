@@ -12,7 +12,7 @@ import qcompiler
 from codegen.mlir import extras
 from codegen.mlir.iree import building
 from qcompiler.artefact.folder import check_replaceable
-from qcompiler.checkpoints import write
+from qcompiler.checkpoints import read, write
 from qcompiler.checkpoints.folders import check_place
 from qcompiler.checkpoints.formats import format_called
 from qcompiler.cli.huggingface import text_calls
@@ -35,10 +35,12 @@ def run(options: argparse.Namespace) -> int:
     check_target(options.target, (*TARGET_NAMES, IREE_CPU))
     overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)
-    if needs_data(pipeline) and not options.calibration and not _has_scales(options.model):
-        raise InputError(
-            "the passes need calibration data", got=scheme or pipeline, fix="Give some: --calibration FILE."
-        )
+    checkpoint = None
+    if needs_data(pipeline) and not options.calibration:
+        checkpoint = read(options.model) if Path(options.model).is_dir() else None
+        if checkpoint is None or not brings_scales(checkpoint):
+            fix = "Give some: --calibration FILE."
+            raise InputError("the passes need calibration data", got=scheme or pipeline, fix=fix)
     output = Path(options.output)
     _check_output(output, options.target)
     checkpoints = [_checkpoint(text) for text in options.checkpoint]
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress(shown=not options.quiet, passes=len(pipeline))
     with progress.showing():
         progress.stage("loading")
-        loaded = load_model(options.model, options.device)
+        loaded = load_model(options.model, options.device, checkpoint)
         model = loaded.model if checkpoints else None  # held: it has what a checkpoint needs besides
         compiled = _compiled(loaded, asked, options, progress)
         progress.stage("saving")
@@ -60,11 +62,6 @@ def run(options: argparse.Namespace) -> int:
         shown = "how it is called" if options.target == IREE_CPU else "what each pass did"
         print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
     return 0
-
-
-def _has_scales(model: str) -> bool:
-    """Whether a folder has static activation scales, so that most of its layers need no calibration."""
-    return Path(model).is_dir() and brings_scales(Path(model))
 
 
 def _check_output(output: Path, target: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.capture.quiet import third_party_silence
-from qcompiler.checkpoints import load_model
+from qcompiler.checkpoints import Checkpoint, load_model
 from qcompiler.checkpoints.loading import transformers_library
 from qcompiler.cli.inputs import Call, lines_of
 from qcompiler.errors import InputError, QCompilerError
@@ -20,14 +20,14 @@ SENTENCES = ("A short sentence.", "Another one, which is longer than the first, 
 LONGEST = 512
 
 
-def load_folder(folder: Path) -> Any:
+def load_folder(folder: Path, checkpoint: Checkpoint | None = None) -> Any:
     """The model in a folder, quantized or not, of the class that its config.json names.
 
     Raises:
         QCompilerError: The folder is no checkpoint, or a broken one; or transformers is missing, or does not know it.
     """
     with _no_bars():
-        return _guarded("the model", folder, lambda: load_model(folder))
+        return _guarded("the model", folder, lambda: load_model(checkpoint or folder))
 
 
 def example_for(model: Any, folder: Path) -> Call | None:

@@ -16,6 +16,7 @@ import torch
 from torch.export import ExportedProgram
 
 from qcompiler.capture.quiet import quiet_failure, third_party_silence
+from qcompiler.checkpoints import Checkpoint
 from qcompiler.cli import huggingface
 from qcompiler.cli.inputs import Call, example_in, random_call
 from qcompiler.errors import InputError
@@ -55,8 +56,13 @@ class Loaded:
         return model
 
 
-def load_model(name: str, device: str | None = None) -> Loaded:
+def load_model(name: str, device: str | None = None, checkpoint: Checkpoint | None = None) -> Loaded:
     """The model that `name` spells, in evaluation mode and on `device`, if one is given.
+
+    Args:
+        name: As the command line has it.
+        device: "cpu" or "cuda"; None leaves the model where it is.
+        checkpoint: What has been read of a folder already.
 
     Raises:
         InputError: There is no such model, or it cannot be loaded.
@@ -66,7 +72,7 @@ def load_model(name: str, device: str | None = None) -> Loaded:
     if name.endswith(".pt2"):
         loaded = _exported(path, device)
     elif path.is_dir():
-        loaded = Loaded(huggingface.load_folder(path), folder=path)
+        loaded = Loaded(huggingface.load_folder(path, checkpoint), folder=path)
         loaded.example = huggingface.example_for(loaded.model, path)
     elif ":" in name:
         loaded = _made(name)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from passes.calibrate import Calibrate
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.stored_weights import knows_x_scales
-from qcompiler.checkpoints.reading import read as read_checkpoint
+from qcompiler.checkpoints.reading import Checkpoint
 from qcompiler.compiler.batches import Batches, Call
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import CaptureError, PassError
@@ -53,8 +52,8 @@ def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "B
 
 def brings_scales(model: Any) -> bool:
     """Whether a model comes with static activation scales, as many checkpoints do."""
-    if isinstance(model, str | PathLike):
-        return any(how.x_scale is not None for how in read_checkpoint(model).stored.values())
+    if isinstance(model, Checkpoint):
+        return any(how.x_scale is not None for how in model.stored.values())
     if isinstance(model, torch.nn.Module):
         return knows_x_scales(model)
     if isinstance(model, ExportedProgram):

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
 from qcompiler.checkpoints.loading import load_model
+from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.compiler.arguments import (
     DEFAULT_SCHEME,
     checked_calibration,
@@ -96,30 +96,31 @@ def compile(
     overrides = with_ignored(overrides, ignore)
     watching = checked_instruments(instruments)
     steps = checked_pipeline(scheme, overrides, pipeline)
+    given: Any = read(model) if isinstance(model, str | PathLike) else model
+    del model  # whoever else holds it may let it go: the graph will have the weights
     who = f"the scheme '{scheme}'" if pipeline is None else "the pipeline"
-    known = checked_calibration(calibration, steps, model, who)
+    known = checked_calibration(calibration, steps, given, who)
     shown = Progress(progress and knobs.current().progress, len(steps), summary=False)
     settings = Settings(
         steps, target, checked_shapes(dynamic_shapes), strict, watching, known, progress=shown,
         scheme=scheme if pipeline is None else None,
         overrides=dict(overrides) if pipeline is None and overrides is not None else None,
     )  # fmt: skip
-    call, is_traced = checked_example(example_inputs, example_kwargs), isinstance(model, Graph | ExportedProgram)
+    call, is_traced = checked_example(example_inputs, example_kwargs), isinstance(given, Graph | ExportedProgram)
     if call is None and not is_traced and isinstance(known, Batches):
         call = known.first()
     with shown.showing():
-        pending = _pending(model, settings)
-        del model  # whoever else holds it may let it go now: the graph has the weights
+        pending = _pending(given, settings)
+        del given
         return callable_of(pending.compile(call) if call or is_traced else pending)
 
 
 def _pending(model: Any, settings: Settings) -> PendingModel:
     """The model, loaded from its folder if it is one, and checked as far as that needs no capture."""
     again = None
-    if isinstance(model, str | PathLike):
+    if isinstance(model, Checkpoint):
         settings.progress.stage("loading")
-        again = partial(load_model, Path(model))
-        model = again()
+        again, model = partial(load_model, model.folder), load_model(model)
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
         check_layer_names(settings.passes, model)
