@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from qcompiler.artefact.manifest import FORMAT, NAME
+from qcompiler.exporters import exported_at
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-IREE = "qcompiler-iree"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -62,10 +62,10 @@ def _of_file(path: Path) -> str:
 
 def _of_folder(path: Path) -> str | None:
     files = sorted(file.name for file in path.iterdir() if file.is_file())
-    if NAME in files and (format := _format(path / NAME)) in (FORMAT, IREE):
-        artefact = "The folder is an artefact of qcompiler: load it with qcompiler.load(folder)."
-        iree = "The folder holds a model for IREE: load it with codegen.mlir.iree.load(folder)."
-        return artefact if format == FORMAT else iree
+    if NAME in files and _format(path / NAME) == FORMAT:
+        return "The folder is an artefact of qcompiler: load it with qcompiler.load(folder)."
+    if (written := exported_at(path)) is not None:
+        return f"This is {written[1].kind}: load it with {written[1].runs}(folder)."
     tensors = [name for name in files if name.endswith(".safetensors")]
     if "adapter_config.json" in files and {*tensors} <= {"adapter_model.safetensors"}:
         return "The folder holds an adapter. Merge it into its base model with peft, save that, and give its folder."

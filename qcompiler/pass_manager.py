@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from inspect import get_annotations
 from typing import Any, ClassVar, Self
 
+from qcompiler.entry_points import load, offered, shown
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import Graph, Missed, Rule, apply_rules
 from qcompiler.ir.lexer import Source
@@ -150,28 +150,6 @@ def pass_class(name: str) -> type[Pass]:
     if name not in PASSES:
         raise PassError("no such pass", got=repr(name), fix=did_you_mean(name, {*PASSES, *offered(GROUP)}))
     return PASSES[name]
-
-
-def offered(group: str) -> dict[str, EntryPoint]:
-    """What installed distributions offer under an entry point, by name; the first of a name counts."""
-    return {entry.name: entry for entry in reversed([*entry_points(group=group)])}
-
-
-def load(entry: EntryPoint) -> Any:
-    """What an entry point stands for; PassError names the distribution when it cannot be imported."""
-    try:
-        return entry.load()
-    except PassError:
-        raise
-    except Exception as error:  # somebody else's module may fail in any way
-        got = f"{shown(entry)}: {type(error).__name__}: {error}"
-        raise PassError("an installed extension cannot be loaded", got=got, fix="Repair or uninstall it.") from error
-
-
-def shown(entry: EntryPoint) -> str:
-    """An entry point in a message."""
-    source = f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
-    return f"'{entry.name} = {entry.value}'{source}"
 
 
 # Text -> passes

@@ -16,11 +16,12 @@ from typing import Any
 
 import passes  # noqa: F401  (to define a pass is to make it known)
 from passes.layers import EVERYTHING
+from qcompiler.entry_points import load, offered, shown
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import DType
 from qcompiler.ir.lexer import Source
 from qcompiler.numerics import ALL
-from qcompiler.pass_manager import Pipeline, load, offered, shown
+from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_options import read_options
 from qcompiler.pipelines import Recipe, assemble
 from qcompiler.scheme_hints import hint, plainly

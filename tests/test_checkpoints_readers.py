@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qcompiler
-from qcompiler import CheckpointWarning, cli, numerics
+from qcompiler import CheckpointWarning, numerics
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.checkpoints.readers import warn
+from qcompiler.cli import command_line
 
 AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(12).reshape(1, 12)
@@ -112,12 +113,12 @@ def test_a_named_head_is_written_and_read_by_transformers(tmp_path: Path) -> Non
 
 
 def test_the_command_line_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._warnings_as_lines():
+    with command_line._warnings_as_lines():
         warn("fp8", {"a.weight": weight(192, 128)}, set(), stacklevel=1)
         print("out has it")
     captured = capsys.readouterr()
     assert captured.out == "out has it\n"
     assert captured.err.startswith("warning: 1 of 1 quantized layers in this checkpoint have sizes that are not")
-    with cli._warnings_as_lines(), pytest.warns(DeprecationWarning, match="another's"):
+    with command_line._warnings_as_lines(), pytest.warns(DeprecationWarning, match="another's"):
         warnings.warn("another's", DeprecationWarning, stacklevel=1)
     assert capsys.readouterr().err == ""

@@ -290,7 +290,12 @@ def test_the_command_line_needs_no_calibration_either(
 ) -> None:
     folder, compiled = llm_compressor
     opened: list[Path] = []
-    monkeypatch.setattr(reading, "TensorFiles", lambda path: (opened.append(path), TensorFiles(path))[1])
+
+    def open_files(path: Path) -> TensorFiles:
+        opened.append(path)
+        return TensorFiles(path)
+
+    monkeypatch.setattr(reading, "TensorFiles", open_files)
     call = ["compile", str(folder), "-s", "fp8_tensor_static", "-o", str(tmp_path / "out"), "--fixed-sizes"]
     assert main([*call, "--input", "input_ids=i64[2,9]", "--quiet"]) == 0
     assert compiled.report.summary() in capsys.readouterr().out

@@ -1,20 +1,25 @@
-"""Passes and schemes of other distributions, through the metadata of a distribution that is made up here."""
+"""Passes, schemes and exporters of other distributions, through the metadata of a distribution that is made up here."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import qcompiler
 from qcompiler.cli import main
-from qcompiler.errors import PassError
-from qcompiler.pass_manager import PASSES, Pipeline, offered
+from qcompiler.entry_points import offered
+from qcompiler.errors import InputError, PassError
+from qcompiler.pass_manager import PASSES, Pipeline
 from qcompiler.schemes import SCHEMES, all_schemes, pipeline
 
 MODULE = '''
 from dataclasses import dataclass
 from typing import ClassVar
 from qcompiler import Pass, Scheme
+from qcompiler.exporters import Exporter
 
 @dataclass(frozen=True)
 class Theirs(Pass):
@@ -25,6 +30,13 @@ class Theirs(Pass):
 
 THEIRS = Scheme("their_scheme", "Theirs.", "canonicalize; their-pass{width=4}")
 WRONG = "no scheme"
+
+class TheirExporter(Exporter):
+    target = "their-cpu"
+
+    def write(self, program, output, stage=None, suffix=""):
+        output.write_text(f"{program.stages[stage or 'captured']}{suffix}")
+        return output
 '''
 ENTRY_POINTS = """
 [qcompiler.passes]
@@ -35,6 +47,10 @@ their-broken-pass = made_up_broken:Nothing
 [qcompiler.schemes]
 their_scheme = made_up_passes:THEIRS
 their_wrong_scheme = made_up_passes:WRONG
+
+[qcompiler.exporters]
+theirs = made_up_passes:TheirExporter
+not-theirs = made_up_passes:WRONG
 """
 
 
@@ -111,3 +127,23 @@ def test_one_broken_extension_hides_no_other(capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert "their_scheme\n    Theirs.\n    canonicalize; their-pass{width=4}\n" in out
     assert "their_wrong_scheme: an entry point gives no scheme of its name" in err
+
+
+def test_an_exporter_is_found_by_its_name(tmp_path: Path) -> None:
+    fast = qcompiler.compile(nn.Linear(64, 64).eval(), example_inputs=(torch.randn(4, 64),))
+    written = fast.export("theirs", tmp_path / "text", "fp8-tile", suffix="!")
+    assert written.read_text() == f"{fast.stages['fp8-tile']}!"
+    for name, message in {
+        "their": "no such exporter is installed: got 'their'. Did you mean 'theirs'?",
+        "not-theirs": "an entry point gives no exporter: got 'not-theirs = made_up_passes:WRONG' of made-up 1.2",
+    }.items():
+        with pytest.raises(InputError) as error:
+            fast.export(name, tmp_path / "other")
+        assert str(error.value).startswith(message)
+
+
+def test_the_command_line_lists_exporters(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "folder", "--to", "x", "-o", "out"])
+    assert "need one of mlir-torch, mlir-linalg, fp8, compressed-tensors, float, " in (err := capsys.readouterr().err)
+    assert "theirs" in err

@@ -1,11 +1,13 @@
 """Graphs for Model Explorer: its JSON, and what it makes of our files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-import qcompiler.dialects  # noqa: F401
+import qcompiler
 from qcompiler.errors import InputError, ParseError
 from qcompiler.explorer import graph_collection
 from qcompiler.instruments import Dump
@@ -63,6 +65,18 @@ def test_changes_are_marked_as_the_diff_has_them() -> None:
     assert changes["y"] == "changed"
     assert changes["x"] is changes["w"] is None
     assert not any(attrs_of(node).get("change") for node in graphs["captured"]["nodes"])
+
+
+def test_a_compiled_model_is_exported(tmp_path: Path) -> None:
+    graph = Graph.parse(TEXT)
+    graph.weights["w"] = torch.ones(128, 256, dtype=torch.bfloat16)
+    fast = qcompiler.compile(graph)
+    fast.export("model-explorer", tmp_path / "all.json")
+    assert json.loads((tmp_path / "all.json").read_text()) == graph_collection(fast.graph.name, fast.stages)
+    fast.export("model-explorer", tmp_path / "one.json", "captured")
+    assert len(json.loads((tmp_path / "one.json").read_text())["graphs"]) == 1
+    with pytest.raises(InputError, match="the graphs cannot be written"):
+        fast.export("model-explorer", tmp_path / "missing" / "all.json")
 
 
 def test_model_explorer_opens_text_and_all_stages_of_a_dump(tmp_path: Path) -> None:

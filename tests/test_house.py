@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ LONGEST_FILE = 400
 # A module stands on the floor of its longest prefix here. `qcompiler` alone is `qcompiler/__init__.py`, the front door.
 FLOORS = {
     "qcompiler.errors": 0,
+    "qcompiler.entry_points": 0,
     "qcompiler.front_door": 0,
     "qcompiler.knobs": 0,
     "qcompiler.body": 1,
@@ -46,11 +48,13 @@ FLOORS = {
     "qcompiler.cli": 5,
     "qcompiler.compiler": 5,
     "qcompiler.explorer": 5,
+    "qcompiler.exporters": 5,
     "qcompiler.folder_kinds": 5,
     "qcompiler.html": 5,
     "qcompiler.lineage": 5,
     "qcompiler.nonfinite": 5,
     "qcompiler.pipelines": 5,
+    "qcompiler.plugins": 5,
     "qcompiler.progress": 5,
     "qcompiler.quantized_formats": 5,
     "qcompiler.report": 5,
@@ -243,6 +247,25 @@ def test_knobs_alone_read_the_environment() -> None:
         or (isinstance(node, ast.ImportFrom) and any(alias.name in ("environ", "getenv") for alias in node.names))
     }
     assert readers - READS_ENVIRONMENT.keys() == set()
+
+
+def test_nothing_imports_a_plug_in() -> None:
+    """Plug-ins, that is the objects of our own entry points and what only they need, are found by name."""
+    offered = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    plugins = {value.rpartition(".")[0] for group in offered.values() for value in group.values()} | {
+        "codegen.mlir.iree"
+    }
+
+    def inside(name: str) -> bool:
+        return any(name == plugin or name.startswith(f"{plugin}.") for plugin in plugins)
+
+    assert plugins == {"qcompiler.plugins", "qcompiler.explorer", "codegen.mlir.iree"}
+    assert not [
+        f"{module}:{wanted.line} imports {wanted.target}"
+        for module in modules().values()
+        for wanted in imports(module)
+        if inside(wanted.target) and not inside(module.name)
+    ]
 
 
 def test_every_module_has_a_docstring() -> None:

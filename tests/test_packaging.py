@@ -170,12 +170,11 @@ def test_the_wheel_says_what_it_is(contents: zipfile.ZipFile) -> None:
     metadata = Parser().parsestr(contents.read(f"{info}/METADATA").decode())
     assert (metadata["Name"], metadata["License-Expression"]) == ("qcompiler", "Apache-2.0")
     assert "Private :: Do Not Upload" in (metadata.get_all("Classifier") or [])
-    assert contents.read(f"{info}/entry_points.txt").decode().split() == [
-        "[console_scripts]",
-        "qcompiler",
-        "=",
-        "qcompiler.cli:main",
-    ]
+    assert contents.read(f"{info}/entry_points.txt").decode().split("\n") == [
+        "[console_scripts]", "qcompiler = qcompiler.cli:main", "",
+        "[qcompiler.exporters]", "iree = qcompiler.plugins.iree:IreeExporter",
+        "model-explorer = qcompiler.explorer.exporter:ModelExplorer", "",
+    ]  # fmt: skip
 
 
 def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:

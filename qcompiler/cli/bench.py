@@ -14,14 +14,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import qcompiler
-from codegen.mlir.iree import load as load_iree
 from qcompiler.capture.signature import ConstantSlot, Signature
-from qcompiler.cli import iree_folder
 from qcompiler.cli.inputs import Call, random_call
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.compiler.sizing import calls_of_rows
 from qcompiler.errors import InputError
+from qcompiler.exporters import exported_at
 from qcompiler.ir import TensorType
 from qcompiler.progress import Progress
 
@@ -58,11 +57,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature]:
-    """What is timed, and how it is called: an artefact, or a folder that IREE runs."""
+    """What is timed, and how it is called: an artefact, or a folder that an exporter wrote."""
     folder = Path(options.artefact)
-    if iree_folder.is_built(folder):
-        built = load_iree(folder)
-        return built, iree_folder.signature_of(built.manifest)
+    if (written := exported_at(folder)) is not None:
+        return written[1].load(), written[1].signature()
     compiled = qcompiler.load(folder, trust=options.trust)
     return compiled, compiled.signature
 

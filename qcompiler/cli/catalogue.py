@@ -6,8 +6,9 @@ from typing import Any
 
 from qcompiler.cli.docstrings import first_line, options_of
 from qcompiler.cli.output import print_json
+from qcompiler.entry_points import offered
 from qcompiler.errors import PassError
-from qcompiler.pass_manager import GROUP, PASSES, offered, pass_class
+from qcompiler.pass_manager import GROUP, PASSES, pass_class
 from qcompiler.pass_options import print_option
 from qcompiler.schemes import Scheme, all_schemes
 

@@ -4,14 +4,15 @@ import argparse
 from pathlib import Path
 
 from qcompiler.artefact.checking import check
-from qcompiler.cli import iree_folder
+from qcompiler.cli import exported
 from qcompiler.cli.output import print_json
+from qcompiler.exporters import exported_at
 
 
 def run(options: argparse.Namespace) -> int:
     """Says what was found; 1 when something is wrong."""
-    if iree_folder.is_built(Path(options.artefact)):
-        return iree_folder.check(options)
+    if (written := exported_at(Path(options.artefact))) is not None:
+        return exported.check(written[1], options.json)
     found = check(options.artefact, trust=options.trust)
     if options.json:
         print_json({"artefact": str(found.path), "ok": found.ok, "problems": list(found.problems),

@@ -9,8 +9,6 @@ from typing import Any
 from torch.export import ExportedProgram
 
 import qcompiler
-from codegen.mlir import extras
-from codegen.mlir.iree import building
 from qcompiler.artefact.folder import check_replaceable
 from qcompiler.checkpoints import read, write
 from qcompiler.checkpoints.folders import check_place
@@ -19,11 +17,11 @@ from qcompiler.cli.huggingface import text_calls
 from qcompiler.cli.inputs import SUFFIX, Call, calls_in
 from qcompiler.cli.models import Loaded, load_model
 from qcompiler.cli.output import print_json
-from qcompiler.cli.parser import IREE_CPU
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler.arguments import DEFAULT_SCHEME, brings_scales
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
+from qcompiler.exporters import exporter_targets
 from qcompiler.progress import Progress
 from qcompiler.report import Report
 from qcompiler.runtime.device import TARGET_NAMES, check_target
@@ -32,7 +30,9 @@ from qcompiler.runtime.device import TARGET_NAMES, check_target
 def run(options: argparse.Namespace) -> int:
     """Compiles, saves, and prints the report."""
     scheme = DEFAULT_SCHEME if options.scheme is None and options.pipeline is None else options.scheme
-    check_target(options.target, (*TARGET_NAMES, IREE_CPU))
+    exporters = {} if options.target in TARGET_NAMES else exporter_targets()
+    check_target(options.target, (*TARGET_NAMES, *exporters))
+    exporter = exporters.get(options.target)
     overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)
     checkpoint = None
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             fix = "Give some: --calibration FILE."
             raise InputError("the passes need calibration data", got=scheme or pipeline, fix=fix)
     output = Path(options.output)
-    _check_output(output, options.target)
+    exporter.check(output) if exporter else check_replaceable(output.resolve())  # before any work is done
     checkpoints = [_checkpoint(text) for text in options.checkpoint]
     asked = {"pipeline": pipeline} if scheme is None else {"scheme": scheme, "overrides": overrides}
     progress = Progress(shown=not options.quiet, passes=len(pipeline))
@@ -50,28 +50,18 @@ def run(options: argparse.Namespace) -> int:
         progress.stage("loading")
         loaded = load_model(options.model, options.device, checkpoint)
         model = loaded.model if checkpoints else None  # held: it has what a checkpoint needs besides
-        compiled = _compiled(loaded, asked, options, progress)
+        compiled = _compiled(loaded, asked, options, "cpu" if exporter else options.target, progress)
         progress.stage("saving")
-        compiled.to_iree(output) if options.target == IREE_CPU else compiled.save(output)
+        exporter.write(compiled.program, output) if exporter else compiled.save(output)
         for kind, folder in checkpoints:
             write(compiled, folder, kind, model=model)
     if options.json:
         print_json({"artefact": str(output), "scheme": scheme, "pipeline": str(pipeline),
                     "seconds": progress.seconds, "report": report_document(compiled.report)})  # fmt: skip
     else:
-        shown = "how it is called" if options.target == IREE_CPU else "what each pass did"
+        shown = "how it is called" if exporter else "what each pass did"
         print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
     return 0
-
-
-def _check_output(output: Path, target: str) -> None:
-    """Finds out before any work is done whether it can be written, and by what."""
-    if target == IREE_CPU:
-        for module, extra in (("torch_mlir.ir", "mlir"), ("iree.compiler", "iree"), ("iree.runtime", "iree")):
-            extras.load(module, extra)
-        building.check_replaceable(output)
-    else:
-        check_replaceable(output.resolve())
 
 
 def _checkpoint(text: str) -> tuple[str, str]:
@@ -84,7 +74,9 @@ def _checkpoint(text: str) -> tuple[str, str]:
     return kind, folder
 
 
-def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, progress: Progress) -> CompiledModel:
+def _compiled(
+    loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, target: str, progress: Progress
+) -> CompiledModel:
     batches = list(_batches(loaded, options))
     example = _example(loaded, options, known=bool(batches))
     progress.stage("capture")
@@ -95,7 +87,7 @@ def _compiled(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace
         example_inputs=None if example is None else example.args,
         example_kwargs=None if example is None else example.kwargs,
         dynamic_shapes=None if options.fixed_sizes else "auto",
-        target="cpu" if options.target == IREE_CPU else options.target,
+        target=target,
         strict=not options.allow_unquantized,
         instruments=[progress],
         progress=False,  # the command shows its own, with the stages before and after

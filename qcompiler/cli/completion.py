@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import shtab
 
-from qcompiler.cli.parser import IREE_CPU, build_parser
-from qcompiler.pass_manager import offered
+from qcompiler.cli.parser import CHECKPOINTS, MLIR, build_parser
+from qcompiler.entry_points import offered
+from qcompiler.exporters import exporter_names, exporter_targets
 from qcompiler.runtime.device import TARGET_NAMES
 from qcompiler.schemes import GROUP, SCHEMES
 
@@ -19,8 +20,9 @@ def run(options: argparse.Namespace) -> int:
     parser = build_parser()
     choices = {
         "scheme": sorted({*SCHEMES, *offered(GROUP)}),
-        "target": [*TARGET_NAMES, IREE_CPU],
+        "target": [*TARGET_NAMES, *exporter_targets()],
         "device": ["cpu", "cuda"],
+        "to": [*MLIR, *exporter_names(), *CHECKPOINTS],
     }
     for action in _actions(parser):
         if action.dest in choices:

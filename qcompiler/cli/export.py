@@ -6,15 +6,15 @@ from pathlib import Path
 import qcompiler
 from qcompiler.checkpoints import write
 from qcompiler.checkpoints.folders import check_place
-from qcompiler.cli import iree_folder
+from qcompiler.cli import exported
 from qcompiler.cli.models import load_model
-from qcompiler.cli.parser import CHECKPOINTS, IREE, MLIR
+from qcompiler.cli.parser import CHECKPOINTS, MLIR
 from qcompiler.errors import InputError
 
 
 def run(options: argparse.Namespace) -> int:
     """Writes it, and says where it is."""
-    iree_folder.refuse(options.artefact)
+    exported.refuse(options.artefact)
     if options.to in CHECKPOINTS:
         _checkpoint(options)
     else:
@@ -39,8 +39,10 @@ def _stage(options: argparse.Namespace) -> None:
     if options.model is not None:
         need = f"--to {', '.join(CHECKPOINTS)}"
         raise InputError("only a checkpoint is written with the help of the model", got=f"--to {options.to}", need=need)
-    compiled = qcompiler.load(options.artefact, verify=options.to == IREE, trust=options.trust)  # which copies weights
-    if options.to == IREE:
-        compiled.to_iree(options.output, options.stage)
-    else:
+    compiled = qcompiler.load(
+        options.artefact, verify=options.to not in MLIR, trust=options.trust
+    )  # which copies weights
+    if options.to in MLIR:
         compiled.to_mlir(options.stage, MLIR[options.to]).save(options.output)
+    else:
+        compiled.export(options.to, options.output, options.stage)

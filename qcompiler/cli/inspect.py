@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qcompiler.cli import iree_folder
+from qcompiler.cli import exported
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.history import Chapter, history, values_named
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.cli.records import Record, read_record
 from qcompiler.errors import InputError
+from qcompiler.exporters import exported_at
 from qcompiler.ir import Graph, diff
 
 COUNTED = ("aten", "quant", "kernel")
@@ -25,8 +26,8 @@ def run(options: argparse.Namespace) -> int:
     if options.stage is None and (options.dot or options.no_locations):
         got = "--dot" if options.dot else "--no-locations"
         raise InputError("no graph is asked for that could be printed so", got=got, need="--stage NAME beside it")
-    if iree_folder.is_built(Path(options.path)):
-        return iree_folder.inspect(options)
+    if (written := exported_at(Path(options.path))) is not None:
+        return exported.inspect(*written, options)
     record = read_record(options.path)
     if options.stage is not None:
         _graph(record.stage(options.stage), options)

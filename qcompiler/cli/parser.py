@@ -1,11 +1,13 @@
 """What can be asked on the command line: each command, its arguments, and the module that answers it.
 
-This module needs argparse and nothing else, so that help, usage errors and completion never wait for torch.
+This module imports little more than argparse, so that help, usage errors and completion never wait for torch.
 """
 
 import argparse
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+
+from qcompiler.entry_points import EXPORTERS, offered
 
 COMMANDS = {
     name: f"qcompiler.cli.{module}"
@@ -18,9 +20,6 @@ COMMANDS = {
 """Command -> the module that runs it."""
 
 MLIR = {"mlir-torch": "torch", "mlir-linalg": "linalg"}
-IREE, IREE_CPU = "iree", "iree-cpu"
-"""What `export` and `compile --target` call it."""
-
 CHECKPOINTS = ("fp8", "compressed-tensors", "float")
 
 MODEL = (
@@ -115,6 +114,14 @@ def _sizes(text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}; need numbers from 1, such as 1,16,512")
     return [int(part) for part in parts]
+
+
+def _form(text: str) -> str:
+    """A form that `export` writes."""
+    known = (*MLIR, *CHECKPOINTS, *sorted(offered(EXPORTERS)))
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need one of {', '.join(known)}")
+    return text
 
 
 def _count(text: str) -> int:
@@ -214,13 +221,15 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
     parser.add_argument(
-        "--to", required=True, choices=(*MLIR, IREE, *CHECKPOINTS),
-        help="a text of MLIR, in the torch dialect or in linalg; a folder that IREE runs on the CPU; or a checkpoint "
-        "for other engines: fp8 (Hugging Face's block FP8), compressed-tensors, or float for a model that is only "
-        "smoothed",
+        "--to", required=True, type=_form, metavar="FORM",
+        help="a text of MLIR, mlir-torch or mlir-linalg; a checkpoint for other engines: fp8 (Hugging Face's block "
+        "FP8), compressed-tensors, or float for a model that is only smoothed; or an installed exporter: iree, a "
+        "folder that IREE runs on the CPU, or model-explorer, a file with the graphs of all stages",
     )  # fmt: skip
     parser.add_argument("--output", "-o", metavar="PATH", required=True, help="the file or folder to write")
-    parser.add_argument("--stage", metavar="NAME", help="the stage to write as MLIR or for IREE (default: the last)")
+    parser.add_argument(
+        "--stage", metavar="NAME", help="the stage to write as MLIR or by an exporter (default: the last, or all)"
+    )
     parser.add_argument("--model", metavar="MODEL", help=f"for a checkpoint, the model that was compiled: {MODEL}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import qcompiler
 from qcompiler.artefact.loading import read_report, reading
 from qcompiler.attribution import ErrorReport, attribute_error
-from qcompiler.cli import iree_folder
+from qcompiler.cli import exported
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
@@ -17,7 +17,7 @@ from qcompiler.errors import InputError
 
 def run(options: argparse.Namespace) -> int:
     """Prints the report of an artefact, or writes it as a page; with the errors of layers, if a model is given."""
-    iree_folder.refuse(options.artefact)
+    exported.refuse(options.artefact)
     with reading(Path(options.artefact).resolve()) as artefact:
         report, *_ = read_report(artefact)
     errors = None

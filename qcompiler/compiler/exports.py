@@ -1,17 +1,16 @@
-"""What a compiled model is written as: a page, an artefact, a checkpoint, MLIR, or a folder that IREE runs."""
+"""What a compiled model is written as: a page, an artefact, a checkpoint, MLIR, or the form of an exporter."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from codegen.mlir import MlirModule, to_mlir
-from codegen.mlir.iree import IreeModel
-from codegen.mlir.iree import build as build_iree
-from codegen.mlir.iree import load as load_iree
 from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.attribution import ErrorReport
 from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.views import ProgramViews
+from qcompiler.exporters import exporter_called
 from qcompiler.html.page import write_page
 from qcompiler.html.report_page import html_report
 
@@ -73,18 +72,32 @@ class Exports(ProgramViews):
         graph, store = self.program.with_weights(stage)
         return to_mlir(graph, dialect, weights, store=store)
 
-    def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> IreeModel:
+    def export(self, exporter: str, output: str | os.PathLike[str], stage: str | None = None, **options: Any) -> Any:
+        """Writes a stage in the form of an installed exporter, and returns what runs it, if anything does.
+
+        Args:
+            exporter: Its name: "iree", "model-explorer", or one that another distribution offers.
+            output: The file or folder to write.
+            stage: A name in `stages`; without it, the last stage, or all for an exporter that shows them.
+            options: Options of the exporter.
+
+        Raises:
+            InputError: There is no such exporter, or it cannot write there.
+            CodegenError: The stage cannot be written in this form.
+        """
+        return exporter_called(exporter).write(self.program, Path(output), stage, **options)
+
+    def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> Any:
         """A stage compiled by IREE, the extra `iree`, for the CPU: in a folder, and loaded from there.
 
         Args:
             folder: Where to write; one that was built before is replaced. `codegen.mlir.iree.load` reads it.
             stage: A name in `stages`; left out, the last.
-            cpu: "generic" runs on any processor of the kind, "host" is faster and for the likes of this one.
+            cpu: "generic" runs on any CPU of this kind, "host" targets this CPU.
 
         Raises:
             QCompilerError: torch-mlir or IREE is not installed.
             InputError: The folder cannot be written, or a weight of the stage is not there any more.
             CodegenError: The stage cannot be lowered, or IREE cannot compile it.
         """
-        graph, store = self.program.with_weights(stage)
-        return load_iree(build_iree(graph, folder, store=store, cpu=cpu))
+        return self.export("iree", folder, stage, cpu=cpu)

@@ -13,7 +13,7 @@ from model_explorer.graph_builder import GraphCollection
 
 import qcompiler.dialects  # noqa: F401  (fills the table of operations)
 from qcompiler.errors import InputError
-from qcompiler.explorer import graph_collection
+from qcompiler.explorer.graphs import graph_collection
 from qcompiler.ir import Graph
 from qcompiler.pass_manager import numbered
 

@@ -10,7 +10,7 @@ alone: hence `make test` and `make fuzz` draw their inputs with hypothesis. A fi
 import os
 import sys
 from functools import cache
-from importlib.metadata import entry_points
+from importlib import metadata
 from pathlib import Path
 
 import atheris
@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=READERS):
     from folder_targets import FOLDER_TARGETS
     from targets import TEXT_TARGETS, Target, folder
 
-    from qcompiler import pass_manager
+    from qcompiler import entry_points
     from qcompiler.errors import QCompilerError
 
 LIMITS = ["-max_len=16384", "-timeout=20", "-rss_limit_mb=4096"]
@@ -33,7 +33,7 @@ LIMITS = ["-max_len=16384", "-timeout=20", "-rss_limit_mb=4096"]
 def main(name: str, how_long: str) -> int:
     """Runs one target for so many seconds, or on the one input in a file; the exit status of libFuzzer."""
     target = {**TEXT_TARGETS, **FOLDER_TARGETS}[name]
-    pass_manager.entry_points = cache(entry_points)  # type: ignore[assignment, attr-defined]  # as in test_fuzz.py
+    entry_points.entry_points = cache(metadata.entry_points)  # type: ignore[assignment, attr-defined]  # as in test_fuzz.py
     options = [how_long] if Path(how_long).is_file() else [*corpus(target), f"-max_total_time={how_long}"]
     child = os.fork()
     if child == 0:  # libFuzzer ends its process, and would leave the folder behind

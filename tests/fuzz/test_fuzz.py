@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import entry_points
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from mutation import mutated
 from targets import TEXT_TARGETS, Target
 
-from qcompiler import pass_manager
+from qcompiler import entry_points
 from qcompiler.errors import QCompilerError
 
 TARGETS = {**TEXT_TARGETS, **FOLDER_TARGETS}
@@ -89,7 +89,7 @@ def _little_memory() -> Iterator[None]:
 def _installed_once() -> Iterator[None]:
     """What is installed stays as it is meanwhile; to look again for each unknown name would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pass_manager, "entry_points", cache(entry_points))
+        patch.setattr(entry_points, "entry_points", cache(metadata.entry_points))
         yield
 
 
