@@ -21,6 +21,7 @@ from passes.candidates import ALREADY, MATMULS, why_not_quantized
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Missed, Op
 from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.graph import PARAM
 
 EVERYTHING = ("*",)
 
@@ -99,13 +100,20 @@ def _is_layer(op: Op, graph: Graph) -> bool:
 
 
 def check_patterns(patterns: Sequence[str], graph: Graph) -> None:
-    """PassError for a pattern that matches the name of no matmul's weight: it is spelled wrong, or out of date."""
+    """PassError for a pattern that matches the name of no matmul's weight: it is spelled wrong, or out of date.
+
+    A pattern that only takes layers away may match any weight: an embedding or a convolution stays in float anyway.
+    """
     wanted = _without_marks(patterns)
     if not wanted:
         return
     matmuls = [op for op in graph.ops() if op.name in MATMULS]
     names = sorted({name for op in matmuls for name in names_of(op, graph)})
-    if missing := unmatched(wanted, names):
+    others = {*graph.weights, *(str(op.attrs["name"]) for op in graph.ops(PARAM))}
+    others |= {name.rpartition(".")[0] for name in others}
+    missing = unmatched(wanted, names)
+    missing = [pattern for pattern in missing if pattern in patterns or unmatched([pattern], others)]
+    if missing:
         raise PassError("a pattern matches no matmul's weight", got=repr(missing[0]), fix=similar(missing[0], names))
 
 

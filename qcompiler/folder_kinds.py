@@ -8,15 +8,20 @@
 Only names of files are looked at, and the `format` of a manifest.
 """
 
+import errno
 import json
+import os
 import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 
 from qcompiler.artefact.manifest import FORMAT, NAME
+from qcompiler.errors import QCompilerError
 from qcompiler.exporters import exported_at
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+LONGEST = 200  # characters of a path in a message
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -33,6 +38,34 @@ FOREIGN = {
     **dict.fromkeys((".h5", ".msgpack"), "TensorFlow and Flax weights are not read. Convert them to safetensors."),
 }
 """Suffix of a file with weights -> what to do with it."""
+
+
+def checked_path(path: object, error: type[QCompilerError] = QCompilerError) -> Path:
+    """A path of a folder, which may not exist.
+
+    Args:
+        path: As the user gave it.
+        error: The class of error to raise.
+
+    Raises:
+        QCompilerError: It is not a path, the system does not accept its name, or the user may not read what is there.
+    """
+    try:
+        found = Path(path)  # type: ignore[arg-type]
+        if stat.S_ISDIR(os.stat(found).st_mode) and not os.access(found, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as reason:
+        raise error("a folder cannot be read", got=reason.strerror, where=_short(str(path))) from reason
+    except (TypeError, ValueError) as reason:
+        got = _short(repr(path)) if isinstance(path, str | bytes | os.PathLike) else type(path).__name__
+        raise error("this is not a path", got=got, need="the path of a folder") from reason
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def advice(path: Path) -> str | None:

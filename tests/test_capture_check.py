@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompiler.capture import Captured, capture
-from qcompiler.capture.comparison import compare, same_values
+from qcompiler.capture.comparison import _equal, compare, same_values
 from qcompiler.capture.distance import Distance
 from qcompiler.capture.double import DoublePrecision, WideTensor, value_of, widened
 from qcompiler.capture.examples import Call
@@ -353,3 +353,11 @@ def test_a_deep_model_on_a_gpu_is_captured(seed: int) -> None:
     assert str(wrong) != str(captured.graph)
     with pytest.raises(CaptureError, match="in FP64 as well"):
         compare(Runs(wrong, captured.signature, model), ((), {"input_ids": ids}))
+
+
+def test_a_number_that_is_nan_equals_nan_only() -> None:
+    nan = float("nan")
+    assert _equal("a number", nan, nan, "") and _equal("a number", 1.5, 1.5, "")
+    for got, want in ((1.5, nan), (nan, 1.5), (1.5, 2.5)):
+        with pytest.raises(CaptureError, match="a number differs"):
+            _equal("a number", got, want, "")

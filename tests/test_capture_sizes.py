@@ -13,6 +13,7 @@ import qcompiler
 from qcompiler import knobs
 from qcompiler.capture import capture
 from qcompiler.capture.deadline import OutOfTime, time_limit
+from qcompiler.capture.open_sizes import _with_sums
 from qcompiler.capture.signature import Condition
 from qcompiler.errors import CaptureWarning, InputError
 from qcompiler.ir.graph import Range
@@ -195,3 +196,10 @@ def test_a_warning_that_is_an_error_stays_a_warning() -> None:
     """Warnings are errors in these tests; `compile` does not call that an unexpected failure."""
     with pytest.raises(CaptureWarning, match="dimension 1 of args"):
         qcompiler.compile(Function(loop), example_inputs=(torch.randn(3, 5),))
+
+
+def test_sums_are_found_in_a_cache_of_many_layers() -> None:
+    layers = [f"s{index}" for index in range(400)]
+    sizes = {**dict.fromkeys(layers, 5), "new": 3, "mask": 8}
+    alone, summed = _with_sums(tuple(layers), sizes)  # to try every triple of sizes takes half a minute
+    assert alone.sums == () and summed.sums == (("mask", ("s0", "new")),)

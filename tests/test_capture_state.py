@@ -196,3 +196,26 @@ def test_plain_attributes_that_a_run_or_a_trace_changes_are_restored() -> None:
         warnings.simplefilter("ignore", CaptureWarning)
         capture(model, (x,))
     assert model.window == 16 and type(model.window) is int
+
+
+class Lazy(MLP):
+    """Computes a mask and a layer at the first call, and keeps them."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if not hasattr(self, "mask"):
+            self.mask = torch.full((8,), 2.0)
+            self.last = nn.Linear(8, 8, bias=False).requires_grad_(False)
+            nn.init.ones_(self.last.weight)
+        self.rows = x.shape[0]
+        return super().forward(x) * self.mask + self.last(x)
+
+
+def test_what_a_trace_leaves_on_a_model_is_removed() -> None:
+    model, x = Lazy(), torch.randn(3, 8)
+    captured = capture(model, (x,))
+    assert type(model.rows) is int and type(model.mask) is Tensor
+    assert torch.equal(captured.run(x), model(x))
+    fresh = Lazy()
+    capture(fresh, (x,), check=False)  # without a run of the model itself
+    assert not {"mask", "rows"} & vars(fresh).keys() and "last" not in fresh._modules
+    assert fresh(x).shape == (3, 8)

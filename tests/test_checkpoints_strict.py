@@ -357,3 +357,16 @@ def test_a_model_does_not_compute_in_the_type_of_its_codes(tmp_path: Path, way: 
     tensors, config = way
     loaded: Any = load_model(folder(tmp_path, tensors, config, dtype=dtype))
     assert loaded(IDS).logits.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", {"a": 1}])
+def test_architectures_that_are_no_list(tmp_path: Path, base: Any, names: Any) -> None:
+    tensors, config = base
+    with pytest.raises(QCompilerError, match=r"'architectures' in config\.json is not a list: got"):
+        load_model(folder(tmp_path, tensors, config, architectures=names))
+
+
+def test_an_error_of_transformers_keeps_its_reason(tmp_path: Path, base: Any) -> None:
+    tensors, config = base
+    with pytest.raises(QCompilerError, match=r"Validation error for field 'hidden_size': .*expected int, got str"):
+        load_model(folder(tmp_path, tensors, config, hidden_size="64"))

@@ -1,7 +1,11 @@
 """A path that is not what a reader expects: the error says what it is and what to do."""
 
 import json
+import os
+import sys
 from pathlib import Path
+from subprocess import run
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +121,45 @@ def test_a_name_on_the_hub_is_not_downloaded(
 def test_other_paths_that_do_not_exist_get_no_advice(tmp_path: Path) -> None:
     assert advice(tmp_path / "none") is None and advice(Path("a/b/c")) is None and advice(Path("../up")) is None
     assert advice(Path("none.gguf")) is None and advice(Path("x" * 9999)) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("x" * 300, "a folder cannot be read: got File name too long"), ("a\0b", "this is not a path: got 'a"),
+        (3, "this is not a path: got int"), (None, "got NoneType"), (b"folder", "got b'folder'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_path_is_an_error(path: Any, words: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16)).eval()
+    compiled = qcompiler.compile(model, example_inputs=(torch.randn(2, 16),))
+    for call in (compiled.save, lambda path: compiled.save_checkpoint(path, "fp8"), qcompiler.load, load_model):
+        with pytest.raises(QCompilerError, match=words):
+            call(path)
+
+
+def test_a_name_that_is_too_long_is_no_internal_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["check"], ["inspect"], ["report"], ["compile", "-o", "out"]):
+        assert main([*arguments, "x" * 300]) == 1
+        assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_folder_that_may_not_be_read_is_an_error_that_says_so(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model")
+    (path / "model.safetensors").chmod(0)
+    closed = checkpoint(tmp_path / "closed")
+    closed.chmod(0)
+    for parent in (tmp_path, *tmp_path.parents):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    program = (
+        "import os, sys; from qcompiler.checkpoints import read; from qcompiler import QCompilerError\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read(path)\n"
+        "    except QCompilerError as error: print(error)\n"
+    )
+    said = run([sys.executable, "-c", program, str(path), str(closed)], capture_output=True, text=True, check=True)
+    file, folder = said.stdout.splitlines()
+    assert file == f"a file of the checkpoint cannot be read: got Permission denied (in {path / 'model.safetensors'})"
+    assert folder == f"a folder cannot be read: got Permission denied (in {closed})"

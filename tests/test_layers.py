@@ -72,7 +72,9 @@ def test_the_last_pattern_that_matches_counts(patterns: tuple[str, ...], reason:
     assert (None if missed is None else str(missed)) == reason
 
 
-@pytest.mark.parametrize("patterns", [EVERYTHING, ("*", "!head"), ("layers.0.up", "!*"), (), ("*.smooth",)])
+@pytest.mark.parametrize(
+    "patterns", [EVERYTHING, ("*", "!head"), ("layers.0.up", "!*"), (), ("*.smooth",), ("*", "!norm")]
+)
 def test_patterns_that_mean_something(patterns: tuple[str, ...]) -> None:
     check_patterns(patterns, graph())
 

@@ -43,7 +43,7 @@ from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.compiler.original import Forward, Original
 from qcompiler.compiler.program import Program, Settings, generate, plain_torch
 from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
-from qcompiler.folder_kinds import advice
+from qcompiler.folder_kinds import advice, checked_path
 from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
@@ -77,7 +77,7 @@ def load(
     Raises:
         ArtefactError: A file is missing, damaged, edited, foreign or newer; or the model cannot run here.
     """
-    path = Path(folder).resolve()
+    path = checked_path(folder, ArtefactError).resolve()
     try:
         with plain_torch():
             with reading(path) as opened:

@@ -26,6 +26,7 @@ from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, p
 from qcompiler.calibration import Calibration
 from qcompiler.compiler.program import Program
 from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.folder_kinds import checked_path
 from qcompiler.ir import Graph
 from qcompiler.runtime.replacing import replacing
 
@@ -34,7 +35,7 @@ def write_artefact(folder: str | os.PathLike[str], program: Program, shard_bytes
     """Writes a program to a folder, in place of an artefact that is there; `CompiledModel.save` has the arguments."""
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
-    target = Path(folder).resolve()
+    target = checked_path(folder, ArtefactError).resolve()
     check_replaceable(target)
     texts = _texts(program)
     if (described := config_to_text(program.original.config())) is not None:

@@ -91,7 +91,7 @@ def same_values(first: Callable[..., Found], second: Callable[..., Found], names
 def _equal(what: str, got: Any, want: Any, shapes: str) -> bool:
     """Whether two values are equal, bit for bit; CaptureError when no rounding explains how they differ."""
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
-        if got != want and not (isinstance(want, float) and want != want):
+        if got != want and (got == got or want == want):  # NaN is not equal to itself
             raise CaptureError(f"{PROBLEM}{what} differs", got=got, need=want, where=shapes)
         return True
     if got.shape != want.shape or got.dtype != want.dtype:

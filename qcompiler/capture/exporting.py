@@ -75,7 +75,7 @@ def export_program(
     with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named, masks_as_given():
         for context, strict in _attempts(model):
             try:
-                with context(), quiet_failure(), same_attributes(model), idle_conversions():
+                with context(), quiet_failure(), same_attributes(model, remove_new=True), idle_conversions():
                     return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
             except Exception as error:  # whatever torch or the model raises becomes one sentence below
                 errors.append(error)

@@ -10,7 +10,6 @@ those of equal size, or one alone, each also with the sums that hold in the exam
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import product
 from typing import Protocol
 
 from qcompiler.capture.examples import Call
@@ -118,13 +117,17 @@ def _together(free: list[str], sizes: Mapping[str, int]) -> list[tuple[str, ...]
 def _with_sums(symbols: tuple[str, ...], sizes: Mapping[str, int]) -> Iterator[Group]:
     """The symbols by themselves; then with each size that is, in the example, the sum of one of them and another."""
     yield Group(symbols)
+    of_size: dict[int, list[str]] = {}
+    for name, size in sizes.items():
+        of_size.setdefault(size, []).append(name)
     sums: dict[str, tuple[str, str]] = {}
-    for total, first, second in product(sizes, symbols, sizes):
-        parts = {first, second}
-        if total in parts or total in sums or parts & sums.keys() or any(total in pair for pair in sums.values()):
-            continue
-        if sizes[total] == sizes[first] + sizes[second]:
-            sums[total] = (first, second)
+    parts: set[str] = set()
+    for total in sizes:
+        pairs = ((first, second) for first in symbols for second in of_size.get(sizes[total] - sizes[first], ()))
+        free = (pair for pair in pairs if total not in pair and not sums.keys() & pair)
+        if total not in parts and (pair := next(free, None)) is not None:
+            sums[total] = pair
+            parts.update(pair)
     if sums:
         yield Group(tuple(symbol for symbol in symbols if symbol not in sums), tuple(sums.items()))
 

@@ -17,13 +17,25 @@ PLAIN = (bool, int, float, str, NoneType, tuple, torch.dtype)
 MISSING = object()
 
 
+TABLES = ("_buffers", "_parameters", "_modules")
+"""Where a module keeps the attributes that are not plain entries of its `vars`."""
+
+
 @contextmanager
-def same_attributes(model: torch.nn.Module) -> Iterator[None]:
-    """Restores the plain attributes of all modules when the block ends; attributes that are new stay."""
+def same_attributes(model: torch.nn.Module, remove_new: bool = False) -> Iterator[None]:
+    """Restores the plain attributes of all modules when the block ends.
+
+    Args:
+        model: The model.
+        remove_new: Whether attributes that are new are removed, too. A trace leaves tensors without data in them, which
+            a model that computes a mask once and keeps it would use from then on.
+    """
     before = [
         (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, PLAIN)})
         for module in model.modules()
     ]
+    tables = [table for attributes, _ in before for table in (attributes, *(attributes[key] for key in TABLES))]
+    names = [set(table) for table in tables] if remove_new else []
     try:
         yield
     finally:
@@ -31,3 +43,6 @@ def same_attributes(model: torch.nn.Module) -> Iterator[None]:
             for name, value in known.items():
                 if attributes.get(name, MISSING) is not value:
                     attributes[name] = value
+        for table, old in zip(tables, names, strict=False):
+            for name in table.keys() - old:
+                del table[name]

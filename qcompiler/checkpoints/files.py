@@ -6,7 +6,9 @@ Nothing is believed: a name that leads out of the folder, a file that is cut off
 are errors that name the file and the tensor.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -85,6 +87,9 @@ class TensorFiles(Mapping[str, Tensor]):
                 raise QCompilerError(
                     "a file of the checkpoint is missing", got=str(path), need="each file of the index"
                 )
+            if not os.access(path, os.R_OK):
+                got = os.strerror(errno.EACCES)
+                raise QCompilerError("a file of the checkpoint cannot be read", got=got, where=str(path))
             opened: Any = safe_open(path, "pt")
             found = {*opened.keys()}
             if lost := sorted((expected or set()) - found):

@@ -101,6 +101,8 @@ def _config(transformers: Any, folder: Path) -> Any:
 def _architecture(transformers: Any, config: Any, checkpoint: Checkpoint) -> Any:
     """The class of the model; only those of transformers itself, since code of the folder is never run."""
     names, where = config.architectures or [None], str(checkpoint.folder)
+    if not isinstance(names, list):
+        raise QCompilerError("'architectures' in config.json is not a list", got=repr(names), where=where)
     with _one_sentence("transformers cannot load the architecture", checkpoint.folder):
         if names[0] is None:  # the base model; a few configurations have several
             kind = transformers.MODEL_MAPPING[type(config)]
@@ -261,6 +263,7 @@ def _one_sentence(problem: str, folder: Path) -> Iterator[None]:
     except QCompilerError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        got = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        first = f"{first} {rest[0]}" if first.endswith(":") and rest else first
+        got = f"{type(error).__name__}: {first}" if first else type(error).__name__
         raise QCompilerError(problem, got=got, where=str(folder)) from error

@@ -23,6 +23,7 @@ from qcompiler.checkpoints.files import TensorFiles, read_json
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.folder_kinds import checked_path
 from qcompiler.numerics import ALL
 
 READERS = {
@@ -101,7 +102,7 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
         QCompilerError: A file is missing or broken; the quantization is of a kind that is not known, or has a key that
             is not; a quantized weight has no scale, or one that does not fit, or is not finite, or is negative.
     """
-    path = Path(folder)
+    path = checked_path(folder)
     tensors = TensorFiles(path)
     config = read_json(path / CONFIG)
     if (other := config.get("transformers_weights")) not in (None, SINGLE, INDEX):

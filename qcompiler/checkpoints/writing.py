@@ -1,7 +1,6 @@
 """Writes a compiled model as a checkpoint of the ecosystem, with the original model's names and configuration."""
 
 from os import PathLike
-from pathlib import Path
 
 from torch import nn
 
@@ -18,6 +17,7 @@ from qcompiler.checkpoints.readers import warn
 from qcompiler.checkpoints.stacking import unstacked
 from qcompiler.compiler.program import HasProgram, Program
 from qcompiler.errors import QCompilerError
+from qcompiler.folder_kinds import checked_path
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
 from qcompiler.report import unfused
@@ -57,7 +57,7 @@ def write(
     Raises:
         QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
     """
-    target = Path(folder)
+    target = checked_path(folder)
     format_called(format, scale_format or "float")
     check_place(target)
     program = compiled.program

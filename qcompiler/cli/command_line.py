@@ -8,6 +8,7 @@ What was asked for goes to standard output; progress, remarks and errors go to s
 of its name with a function `run`, imported when it is asked for: help needs no torch.
 """
 
+import errno
 import io
 import os
 import sys
@@ -31,6 +32,8 @@ EXIT_CODES = {
     INTERRUPTED: "interrupted, by Ctrl-C",
     NO_READER: "whoever read the output has stopped reading, as `head` does",
 }
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""Errors of the system about a path that the user gave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in FULL:
             _explain(f"error: the disk is full: {error}. Make room and run again.", options.debug)
             _flush_or_drop()
+            return NO
+        if isinstance(error, OSError) and error.errno in UNUSABLE:
+            _explain(f"error: {error}", options.debug)
             return NO
         again = "" if options.debug else "; run again with --debug to see where"
         _explain(f"internal error: {type(error).__name__}: {error}{again}", options.debug)

@@ -50,6 +50,13 @@ def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "B
     return given if given is None or isinstance(given, Calibration) else Batches(given)
 
 
+def static_scheme(scheme: str, overrides: "Mapping[str, str | None] | None") -> str:
+    """The first of the schemes that needs calibration data, for a message."""
+    schemes = [scheme, *(each for each in (overrides or {}).values() if each is not None)]
+    static = (each for each in schemes if any(isinstance(step, Calibrate) for step in scheme_pipeline(each)))
+    return f"the scheme '{next(static, scheme)}'"
+
+
 def brings_scales(model: Any) -> bool:
     """Whether a model comes with static activation scales, as many checkpoints do."""
     if isinstance(model, Checkpoint):

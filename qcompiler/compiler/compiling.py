@@ -24,6 +24,7 @@ from qcompiler.compiler.arguments import (
     checked_instruments,
     checked_pipeline,
     checked_shapes,
+    static_scheme,
 )
 from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.layer_names import check_layer_names
@@ -98,7 +99,7 @@ def compile(
     steps = checked_pipeline(scheme, overrides, pipeline)
     given: Any = read(model) if isinstance(model, str | PathLike) else model
     del model  # whoever else holds it may let it go: the graph will have the weights
-    who = f"the scheme '{scheme}'" if pipeline is None else "the pipeline"
+    who = static_scheme(scheme, overrides) if pipeline is None else "the pipeline"
     known = checked_calibration(calibration, steps, given, who)
     shown = Progress(progress and knobs.current().progress, len(steps), summary=False)
     settings = Settings(
