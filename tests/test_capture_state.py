@@ -198,6 +198,35 @@ def test_plain_attributes_that_a_run_or_a_trace_changes_are_restored() -> None:
     assert model.window == 16 and type(model.window) is int
 
 
+class Notes(MLP):
+    """Keeps what it has seen, and a mask, in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[Any] = ["none"]
+        self.kinds = {"none"}
+        self.masks: dict[Any, Any] = {"none": None}
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.shapes.append(x.shape)
+        self.kinds.add(str(x.dtype))
+        if "two" not in self.masks:
+            self.masks["two"] = torch.full((8,), 2.0)
+        return super().forward(x) * self.masks["two"]
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_containers_that_a_run_or_a_trace_changes_are_restored(called: bool) -> None:
+    model, x = Notes(), torch.randn(3, 8)
+    want = model(x) if called else None
+    kept = model.shapes, model.kinds, model.masks
+    contents = [container.copy() for container in kept]  # type: ignore[attr-defined]
+    captured = capture(model, (x,))
+    assert all(now is then for now, then in zip((model.shapes, model.kinds, model.masks), kept, strict=True))
+    assert [*kept] == contents
+    assert torch.equal(captured.run(x), model(x)) and (want is None or torch.equal(want, model(x)))
+
+
 class Lazy(MLP):
     """Computes a mask and a layer at the first call, and keeps them."""
 

@@ -1,4 +1,4 @@
-"""Plain attributes of modules, such as a window size, are after a capture what they were before it.
+"""Python attributes of modules, such as a window size, are after a capture what they were before it.
 
 Some models write them in forward. Swin makes its windows smaller when an image is, and keeps them so: a run at other
 sizes than the user's would change what the model computes, and a trace would leave symbols behind. Between the runs of
@@ -8,22 +8,28 @@ one capture they change as the model wants: a model that counts its calls has no
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import NoneType
+from typing import Any
 
 import torch
 
 PLAIN = (bool, int, float, str, NoneType, tuple, torch.dtype)
-"""Types of attributes that are restored; sizes are among them. Containers that can change in place are not."""
+"""Types of attributes that are restored; sizes are among them."""
+
+CONTAINERS = (list, dict, set)
+"""Types of attributes whose contents are restored as well, but not the contents of what is in them."""
 
 MISSING = object()
-
 
 TABLES = ("_buffers", "_parameters", "_modules")
 """Where a module keeps the attributes that are not plain entries of its `vars`."""
 
+OWN = frozenset(vars(torch.nn.Module()))
+"""What torch itself keeps in every module: hooks, and the tables above."""
+
 
 @contextmanager
 def same_attributes(model: torch.nn.Module, remove_new: bool = False) -> Iterator[None]:
-    """Restores the plain attributes of all modules when the block ends.
+    """Restores the plain attributes and the containers of all modules when the block ends.
 
     Args:
         model: The model.
@@ -31,9 +37,10 @@ def same_attributes(model: torch.nn.Module, remove_new: bool = False) -> Iterato
             a model that computes a mask once and keeps it would use from then on.
     """
     before = [
-        (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, PLAIN)})
+        (vars(module), {name: value for name, value in vars(module).items() if _is_restored(name, value)})
         for module in model.modules()
     ]
+    contents = [(value, value.copy()) for _, known in before for value in known.values() if type(value) in CONTAINERS]
     tables = [table for attributes, _ in before for table in (attributes, *(attributes[key] for key in TABLES))]
     names = [set(table) for table in tables] if remove_new else []
     try:
@@ -43,6 +50,24 @@ def same_attributes(model: torch.nn.Module, remove_new: bool = False) -> Iterato
             for name, value in known.items():
                 if attributes.get(name, MISSING) is not value:
                     attributes[name] = value
+        for container, content in contents:
+            _put_back(container, content)
         for table, old in zip(tables, names, strict=False):
             for name in table.keys() - old:
                 del table[name]
+
+
+def _is_restored(name: str, value: object) -> bool:
+    return isinstance(value, PLAIN) or (type(value) in CONTAINERS and name not in OWN)
+
+
+def _put_back(container: Any, content: Any) -> None:
+    """Gives a list, dict or set its old content, unless it still has that; elements are compared by identity."""
+    if _identities(container) == _identities(content):
+        return
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _identities(container: Any) -> list[int]:
+    return [*map(id, container), *(map(id, container.values()) if isinstance(container, dict) else ())]
