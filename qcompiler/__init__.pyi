@@ -7,11 +7,11 @@ from qcompiler import instruments as instruments
 from qcompiler import numerics as numerics
 from qcompiler import schemes as schemes
 from qcompiler import testing as testing
-from qcompiler.artefact.loading import load as load
 from qcompiler.attribution import ErrorReport as ErrorReport
 from qcompiler.attribution import attribute_error as attribute_error
 from qcompiler.calibration import Calibration as Calibration
 from qcompiler.compiler.compiling import compile as compile
+from qcompiler.compiler.loading import load as load
 from qcompiler.compiler.model import CompiledModel as CompiledModel
 from qcompiler.errors import ArtefactError as ArtefactError
 from qcompiler.errors import CaptureError as CaptureError

@@ -16,10 +16,10 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from qcompiler.artefact.manifest import FORMAT, NAME
 from qcompiler.errors import QCompilerError
-from qcompiler.exporters import exported_at
+from qcompiler.exporters import MANIFEST, exported_at
 
+ARTEFACT = "qcompiler artefact"  # format that the manifest of an artefact names
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LONGEST = 200  # characters of a path in a message
 
@@ -95,7 +95,7 @@ def _of_file(path: Path) -> str:
 
 def _of_folder(path: Path) -> str | None:
     files = sorted(file.name for file in path.iterdir() if file.is_file())
-    if NAME in files and _format(path / NAME) == FORMAT:
+    if MANIFEST in files and _format(path / MANIFEST) == ARTEFACT:
         return "The folder is an artefact of qcompiler: load it with qcompiler.load(folder)."
     if (written := exported_at(path)) is not None:
         return f"This is {written[1].kind}: load it with {written[1].runs}(folder)."

@@ -1,15 +1,14 @@
-"""A folder -> a compiled model.
+"""A folder -> a program.
 
     manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
                  weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
                                                                        ▼
-                                                                  CompiledModel
+                                                                    Program
 
 Nothing that the folder holds is executed, and nothing is imported because the folder names it, but where
 `qcompiler.artefact.structures` has a rule for it.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -39,11 +38,9 @@ from qcompiler.artefact.strict_json import AGAIN, Node, parse
 from qcompiler.artefact.weight_files import WeightFiles, open_weights
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.compiler.original import Forward, Original
-from qcompiler.compiler.program import Program, Settings, generate, plain_torch
-from qcompiler.errors import ArtefactError, ParseError, QCompilerError, VerifyError
-from qcompiler.folder_kinds import advice, checked_path
+from qcompiler.compiler.program import Program, Settings, generate
+from qcompiler.errors import ArtefactError, ParseError, VerifyError
 from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_runner import Stages, Step
@@ -51,47 +48,6 @@ from qcompiler.report import Report
 from qcompiler.runtime.device import AUTO, Target, target_for
 from qcompiler.runtime.replacing import locked, recover
 from qcompiler.runtime.weights import Weights
-
-
-def load(
-    folder: str | os.PathLike[str],
-    *,
-    device: "torch.device | str | None" = None,
-    verify: bool = False,
-    regenerate: bool = False,
-    trust: Collection[str] = (),
-) -> CompiledModel:
-    """The compiled model that `CompiledModel.save` wrote, with equal bits.
-
-    All texts are held to their hashes, files of weights to their sizes and headers. On the CPU, weights are read when
-    they are first needed: the files must stay as they are until then.
-
-    Args:
-        folder: What `save` was given.
-        device: Where the model goes; left out, where it was compiled.
-        verify: Whether to read all weights now, and hold them to their hashes.
-        regenerate: Whether to accept that this qcompiler writes another host module for the graph than the one that
-            saved it, as another version may. It runs its own.
-        trust: Namespaces of operators, beside torch's own, that the graph may call.
-
-    Raises:
-        ArtefactError: A file is missing, damaged, edited, foreign or newer; or the model cannot run here.
-    """
-    path = checked_path(folder, ArtefactError).resolve()
-    try:
-        with plain_torch():
-            with reading(path) as opened:
-                program = read_program(opened, device, verify, regenerate, trust)
-            return callable_of(program)
-    except QCompilerError as error:
-        if not path.exists():
-            error.fix = error.fix or advice(Path(folder))
-        raise
-    except Exception as error:  # whatever the files hold, the answer is one sentence
-        raise ArtefactError(
-            "the artefact cannot be loaded", got=f"{type(error).__name__}: {error}", where=str(path),
-            fix=f"{AGAIN} If it was not edited, please report this.",
-        ) from error  # fmt: skip
 
 
 @contextmanager
@@ -112,7 +68,7 @@ def reading(path: Path) -> Iterator[Folder]:
 def read_program(
     folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str]
 ) -> Program:
-    """All of a folder, verified; `load` has the arguments. The files of weights are open, and not read yet."""
+    """All of a folder, verified; `qcompiler.load` has the arguments. Weights are not read yet."""
     if verify:
         for name in folder.manifest.files:
             folder.verify(name)

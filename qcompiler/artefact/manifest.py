@@ -14,9 +14,9 @@ import torch
 from qcompiler.artefact.strict_json import AGAIN, Node, canonical, parse, render
 from qcompiler.artefact.weight_files import Written
 from qcompiler.errors import ArtefactError
+from qcompiler.folder_kinds import ARTEFACT
 
 NAME = "manifest.json"
-FORMAT = "qcompiler artefact"
 VERSION = 1
 """Of the format; a larger one comes from a newer qcompiler."""
 
@@ -84,7 +84,7 @@ def versions() -> dict[str, str | None]:
 def write_manifest(manifest: Manifest) -> str:
     """The text of a manifest, with the hash of its own contents at the end."""
     value: dict[str, Any] = {
-        "format": FORMAT,
+        "format": ARTEFACT,
         "version": VERSION,
         "made_by": dict(manifest.made_by),
         "scheme": manifest.scheme,
@@ -113,9 +113,9 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(text: bytes, path: Path) -> Manifest:
     """The manifest that a text spells; ArtefactError when it is foreign, newer, edited or damaged."""
     node = parse(text, path)
-    if not isinstance(node.value, dict) or node.value.get("format") != FORMAT:
+    if not isinstance(node.value, dict) or node.value.get("format") != ARTEFACT:
         raise ArtefactError("this is no manifest of an artefact of qcompiler", got=path,
-                            need=f'an object with "format": "{FORMAT}"')  # fmt: skip
+                            need=f'an object with "format": "{ARTEFACT}"')  # fmt: skip
     if (found := node["version"].count()) > VERSION:
         made_by = node.value.get("made_by")
         raise ArtefactError(

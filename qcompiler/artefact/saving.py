@@ -1,6 +1,5 @@
 """A compiled model -> a folder, whole or not at all."""
 
-import os
 from pathlib import Path
 
 from codegen.host import emit_host_module
@@ -26,16 +25,15 @@ from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, p
 from qcompiler.calibration import Calibration
 from qcompiler.compiler.program import Program
 from qcompiler.errors import ArtefactError, QCompilerError
-from qcompiler.folder_kinds import checked_path
 from qcompiler.ir import Graph
 from qcompiler.runtime.replacing import replacing
 
 
-def write_artefact(folder: str | os.PathLike[str], program: Program, shard_bytes: int) -> None:
+def write_artefact(folder: Path, program: Program, shard_bytes: int) -> None:
     """Writes a program to a folder, in place of an artefact that is there; `CompiledModel.save` has the arguments."""
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
-    target = checked_path(folder, ArtefactError).resolve()
+    target = folder.resolve()
     check_replaceable(target)
     texts = _texts(program)
     if (described := config_to_text(program.original.config())) is not None:

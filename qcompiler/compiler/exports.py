@@ -10,7 +10,9 @@ from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.attribution import ErrorReport
 from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.views import ProgramViews
+from qcompiler.errors import ArtefactError
 from qcompiler.exporters import exporter_called
+from qcompiler.folder_kinds import checked_path
 from qcompiler.html.page import write_page
 from qcompiler.html.report_page import html_report
 
@@ -46,7 +48,7 @@ class Exports(ProgramViews):
                 saved, such as results of a class without a name.
             CaptureError: The model is not captured yet.
         """
-        write_artefact(folder, self.program, shard_bytes)
+        write_artefact(checked_path(folder, ArtefactError), self.program, shard_bytes)
 
     def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
         """Writes a checkpoint of the ecosystem: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.

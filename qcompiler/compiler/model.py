@@ -24,15 +24,7 @@ NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 class CompiledModel(Exports, CompiledModule):
     """A quantized model; called as the model it came from, for inference only.
 
-    Its state is a `PendingModel` until the first call, or a `Program` from the beginning if there were example inputs.
-
-    Attributes:
-        graph: The graph after the last pass, with the weights.
-        stages: "captured", then the graph after each pass, by the pass's name. Structure only.
-        steps: The passes that ran: how long each took, and whether it changed the graph.
-        report: One row for each reader of weights: quantized, or why not.
-        source: The generated host module.
-        calibration: What was seen of the captured graph's values; None where the scheme needs no calibration.
+    Its state is a `Program`; without example inputs, a `PendingModel` until the first call.
     """
 
     def __init__(self, state: PendingModel | Program) -> None:
