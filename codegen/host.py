@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+import codegen.torch_ops  # noqa: F401  (registers the operators whose schemas are read)
 from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
-from qcompiler.ir import Argument, Graph, Op, Value
+from qcompiler.ir import Argument, Graph, Op, Role, Value
+from qcompiler.ir.graph import INPUT, UPDATE
 from qcompiler.ir.op_table import lookup
 
 HEAD = '''\
@@ -32,6 +34,7 @@ HEAD = '''\
 
 PRELUDES = {
     "scalars[": "from qcompiler.dialects.core import SCALAR_FUNCTIONS as scalars",
+    "expect(": "from qcompiler.dialects.core import expect",
     "lookup(": "from qcompiler.ir.op_table import lookup",
     "kernels.": "kernels = torch.ops.qcompiler",
 }
@@ -40,15 +43,7 @@ PRELUDES = {
 GPU_PRELUDES = PRELUDES | {"kernels.": "from codegen.direct import kernels"}
 """The same on a GPU, where torch's dispatcher takes as much time as a launch."""
 
-WEIGHTS, UPDATE = ("core.param", "core.buffer"), "core.update"
-KEPT = ("core.input", *WEIGHTS)
-"""What a caller or the store keeps alive anyhow."""
-
-QUANTIZE_ARGUMENTS = ("block", "dtype", "profile", "scale_layout")
-STATIC_ARGUMENTS = ("block", "dtype", "profile")
-LINEAR_ARGUMENTS = ("x_block", "w_block", "out_dtype")
-
-RESERVED = {"torch", "scalars", "kernels", "lookup", "weights", "device", "float", "getattr", *keyword.kwlist}
+RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "weights", "device", "float", "getattr", *keyword.kwlist}
 RESERVED |= set(dir(torch.nn.Module()))
 """Names that a value must not take: those of the module itself, and those that a weight's owner has already."""
 
@@ -157,7 +152,7 @@ class _Emitter:
 
     def emit(self, op: Op) -> None:
         """One operation: a line, or, for a weight, just a name."""
-        if op.name in WEIGHTS:
+        if op.role is Role.STATE:
             attribute = self.fresh(str(op.attrs["name"]))
             self.weights[attribute] = str(op.attrs["name"])
             self.names[op.result] = f"weights.{attribute}"
@@ -170,14 +165,15 @@ class _Emitter:
 
     def call(self, op: Op) -> str:
         """The expression that runs an operation."""
+        if (schema := _kernel_schema(op)) is not None:
+            return self.kernel_call(op, schema)
         args = [self.argument(arg) for arg in op.args]
-        emitter = SPECIAL.get(op.name)
-        if emitter is not None:
-            return emitter(self, op, args)
         attrs = {key: self.argument(arg) for key, arg in op.attrs.items()}
         definition = lookup(op.name)
         if definition is not None and definition.meaning is None:
             raise CodegenError("nothing can run this operation", got=op.name, where=str(op.loc) or None)
+        if op.name == "core.expect":
+            return f"expect({args[0]}, {attrs['message']})"
         if op.name.startswith("core."):
             return f'scalars["{op.name.removeprefix("core.")}"]({", ".join(args)})'
         if definition is not None:
@@ -186,12 +182,30 @@ class _Emitter:
             attrs.setdefault("device", "device")
         return f"{_torch_path(op.name)}({self.arguments(args, attrs)})"
 
+    def kernel_call(self, op: Op, schema: torch._C.FunctionSchema) -> str:
+        """The call of a kernel's operator: it takes the operands in order, and the attributes by name."""
+        operands, args = iter(op.args), list[str]()
+        for parameter in schema.arguments:
+            kind = str(parameter.type)
+            if kind == "List[Tensor]":
+                args.append(self.argument(tuple(operands)))
+            elif kind in ("Tensor", "Optional[Tensor]"):
+                args.append(self.argument(next(operands, None)))
+            else:
+                args.append(self.argument(op.attrs.get(parameter.name)))
+        optional = sum(parameter.has_default_value() for parameter in schema.arguments)
+        while optional and args[-1] == "None":
+            args.pop()
+            optional -= 1
+        return f"kernels.{schema.name.removeprefix('qcompiler::')}({', '.join(args)})"
+
     def release(self, op: Op, readers: Counter[Value]) -> None:
         """Lets go of the operands, and of results, that nobody reads any more."""
         operands = [value for _, value in op.operands()]
         readers.subtract(operands)
         done = dict.fromkeys(value for value in (*operands, *op.results) if not readers[value])
-        dead = [self.names[value] for value in done if value.op.name not in KEPT]
+        # A caller keeps the inputs alive, and the store the weights.
+        dead = [self.names[v] for v in done if v.op.name != INPUT and v.op.role is not Role.STATE]
         if dead:
             self.lines.append(f"del {', '.join(dead)}")
 
@@ -207,10 +221,10 @@ class _Emitter:
         All new values, and all outputs, are those from before the first write: what shares memory with something that
         is written is copied first.
         """
-        targets = {op.tensor(0) for op in updates}
-        values = [self.detached(op.args[1], targets) for op in updates]
+        targets = {op["target"] for op in updates}
+        values = [self.detached(op["value"], targets) for op in updates]
         outputs = [self.detached(value, targets) for value in self.graph.outputs]
-        self.lines += [f"{self.argument(op.args[0])}.copy_({value})" for op, value in zip(updates, values, strict=True)]
+        self.lines += [f"{self.names[op['target']]}.copy_({value})" for op, value in zip(updates, values, strict=True)]
         return outputs
 
     def detached(self, arg: Argument, targets: set[Value]) -> str:
@@ -236,10 +250,18 @@ def _memory_of(value: Value) -> set[Value]:
 
 def _returns_list(op: Op) -> bool:
     """Whether torch returns a list, also for one tensor."""
-    if lookup(op.name) is not None:
-        return op.name == "kernel.fused_linear"
-    returns = overload_of(op.name)._schema.returns
+    schema = _kernel_schema(op)
+    if schema is None and lookup(op.name) is not None:
+        return False
+    returns = (schema or overload_of(op.name)._schema).returns
     return len(returns) == 1 and isinstance(returns[0].type, torch.ListType)
+
+
+def _kernel_schema(op: Op) -> torch._C.FunctionSchema | None:
+    """The schema of the operator that runs an operation of the `kernel` dialect, if there is one."""
+    dialect, name = op.name.split(".", 1)
+    operator = getattr(torch.ops.qcompiler, name, None) if dialect == "kernel" else None
+    return None if operator is None else operator.default._schema
 
 
 def _torch_path(name: str) -> str:
@@ -248,46 +270,3 @@ def _torch_path(name: str) -> str:
     path = f"torch.ops.{namespace}.{op}"
     last = overload[0] if overload else "default"
     return f'getattr({path}, "{last}")' if keyword.iskeyword(last) else f"{path}.{last}"
-
-
-def _fused_quantize(emitter: "_Emitter", op: Op, args: list[str]) -> str:
-    """The operands of the body as a list."""
-    attrs = [emitter.argument(op.attrs[key]) for key in ("body", "keep", *QUANTIZE_ARGUMENTS)]
-    return f"kernels.fused_quantize([{', '.join(args)}], {', '.join(attrs)})"
-
-
-def _fused_linear(emitter: "_Emitter", op: Op, args: list[str]) -> str:
-    """As the operator takes them: four tensors, the bias or None, the operands of the body as a list, attributes."""
-    quantized = QUANTIZE_ARGUMENTS if "block" in op.attrs else ()
-    attrs = [emitter.argument(op.attrs[key]) for key in ("body", "parts", "x_block", "w_block", *quantized)]
-    bias, others = args[4] if len(args) > 4 else "None", f"[{', '.join(args[5:])}]"
-    return f"kernels.fused_linear({', '.join([*args[:4], bias, others, *attrs])})"
-
-
-def _kernel(name: str, tensors: int, attributes: tuple[str, ...], last: bool) -> Callable[..., str]:
-    """How a call of a kernel is written: `tensors` of the operands, the attributes, and an optional tensor.
-
-    The operators take the optional one before the attributes, where it may be None, or as the `last` argument, where
-    it is left out.
-    """
-
-    def write(emitter: _Emitter, op: Op, args: list[str]) -> str:
-        attrs = [emitter.argument(op.attrs[key]) for key in attributes]
-        optional = args[tensors:] or ["None"]
-        if last:
-            parts = [*args[:tensors], *attrs, *(optional if optional != ["None"] else [])]
-        else:
-            parts = [*args[:tensors], *optional, *attrs]
-        return f"kernels.{name}({', '.join(parts)})"
-
-    return write
-
-
-SPECIAL: dict[str, Callable[[_Emitter, Op, list[str]], str]] = {
-    "kernel.quantize": _kernel("quantize", 1, QUANTIZE_ARGUMENTS, last=True),
-    "kernel.quantize_static": _kernel("quantize_static", 2, STATIC_ARGUMENTS, last=True),
-    "kernel.scaled_linear": _kernel("scaled_linear", 4, LINEAR_ARGUMENTS, last=False),
-    "kernel.grouped_linear": _kernel("grouped_linear", 5, LINEAR_ARGUMENTS, last=True),
-    "kernel.fused_quantize": _fused_quantize,
-    "kernel.fused_linear": _fused_linear,
-}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompiler.dialects.aten import torch_dtype
-from qcompiler.ir import Argument, DType, Op, TensorType, Value
+from qcompiler.ir import Argument, DType, Op, Role, TensorType, Value
 
 FLOATS = (DType.bf16, DType.f16, DType.f32)
 """What a body reads and gives."""
@@ -27,7 +27,6 @@ FUNCTIONS = {
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 SUMS = ("add", "sub", "rsub")
 POWERS = {2: "x0 * x0", 0.5: "sqrt(x0)", -0.5: "rsqrt(x0)", -1: "1.0 / x0"}
-CASTS = ("aten._to_copy", "aten.to.dtype")
 VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape")
 
 LARGEST = torch.finfo(torch.float32).max
@@ -63,9 +62,9 @@ def term_of(op: Op) -> Term | None:
 
 def same_numbers(op: Op) -> Value | None:
     """The operand, where an operation does nothing to it but arrange its rows anew, or widen it; else None."""
-    if len(op.results) != 1 or not op.args or not isinstance(op.args[0], Value) or not _is_float(op.result):
+    if op.role not in (Role.VIEW, Role.CAST) or len(op.results) != 1 or not _is_float(op.result):
         return None
-    x, y = op.tensor(0), op.result
+    x, y = op["x"], op.result
     if not _is_float(x) or not x.tensor.shape or not y.tensor.shape:
         return None
     if op.name in VIEWS:
@@ -83,7 +82,7 @@ def is_row_view(op: Op) -> bool:
 def _spelled(op: Op) -> Term | None:
     """The term, with operands of whatever shape and element type."""
     if op.name in FUNCTIONS:
-        return None if op.attrs or len(op.args) != 1 else Term(FUNCTIONS[op.name], (op.tensor(0),))
+        return None if op.attrs or len(op.args) != 1 else Term(FUNCTIONS[op.name], (op["self"],))
     special = SPECIAL.get(op.name)
     if special is not None:
         return special(op)
@@ -95,10 +94,11 @@ def _binary(op: Op, name: str) -> Term | None:
     """add, sub, rsub, mul and div of tensors or numbers, without any other option than a sign."""
     if op.name.partition(f".{name}.")[2] not in ("Tensor", "Scalar"):
         return None
-    alpha = _argument(op, 2, "alpha", 1)
+    alpha = op.argument("alpha") if name in SUMS else 1
     if not set(op.attrs) <= {"alpha"} or len(op.args) > 3 or alpha not in (1, -1) or isinstance(alpha, bool):
         return None
-    left, right = (op.args[1], op.args[0]) if name == "rsub" else op.args[:2]
+    sides = op.argument("self"), op.argument("other")
+    left, right = reversed(sides) if name == "rsub" else sides
     sign = BINARY.get(name, "-")
     if alpha == -1:
         # alpha belongs to the second argument, which is the left one of rsub
@@ -119,7 +119,7 @@ def _binary(op: Op, name: str) -> Term | None:
 
 
 def _power(op: Op) -> Term | None:
-    x, exponent = op.tensor(0), op.args[1]
+    x, exponent = op["self"], op.argument("exponent")
     if exponent == 3 and op.result.type == x.type:
         # Torch rounds the square as well in bf16, and in f16 on a GPU only.
         squares = {DType.f32: "x0 * x0 * x0", DType.bf16: "bf16(x0 * x0) * x0"}
@@ -131,34 +131,34 @@ def _power(op: Op) -> Term | None:
 
 def _gelu(op: Op) -> Term | None:
     functions = {"none": "gelu(x0)", "tanh": "gelu_tanh(x0)"}
-    text = functions.get(str(_argument(op, 1, "approximate", "none")))
-    return Term(text, (op.tensor(0),)) if text else None
+    text = functions.get(str(op.argument("approximate")))
+    return Term(text, (op["self"],)) if text else None
 
 
 def _cast(op: Op) -> Term | None:
-    return Term("x0", (op.tensor(0),)) if _is_cast(op) else None
+    return Term("x0", (op["x"],)) if _is_cast(op) else None
 
 
 def _mean(op: Op) -> Term | None:
     """The mean of each row, in FP32."""
-    x, axes = op.tensor(0), _argument(op, 1, "dim", None)
+    x, axes = op["self"], op.argument("dim")
     last = len(x.tensor.shape) - 1 if isinstance(x.type, TensorType) else 0
-    kept = _argument(op, 2, "keepdim", False) is True
+    kept = op.argument("keepdim") is True
     if axes not in ((-1,), (last,)) or not kept or op.result.tensor.dtype is not DType.f32:
         return None
     return Term("mean(x0)", (x,))
 
 
 def _layer_norm(op: Op) -> Term | None:
-    x, gain, bias = op.tensor(0), _argument(op, 2, "weight", None), _argument(op, 3, "bias", None)
+    x, gain, bias = op["input"], op.get("weight"), op.get("bias")
     if not _over_rows(op):
         return None
-    eps = _argument(op, 4, "eps", 1e-5)
+    eps = op.argument("eps")
     return _with_affine(f"standardize(x0, {eps!r})", x, gain, bias) if _is_number(eps) else None
 
 
 def _rms_norm(op: Op) -> Term | None:
-    x, gain, eps = op.tensor(0), _argument(op, 2, "weight", None), _argument(op, 3, "eps", None)
+    x, gain, eps = op["input"], op.get("weight"), op.argument("eps")
     eps = FLOAT_EPSILON if eps is None else eps
     if not _over_rows(op) or not _is_number(eps):
         return None
@@ -167,18 +167,16 @@ def _rms_norm(op: Op) -> Term | None:
 
 def _over_rows(op: Op) -> bool:
     """Whether a norm normalizes the last dimension alone."""
-    shape = op.tensor(0).tensor.shape
-    return bool(shape) and _argument(op, 1, "normalized_shape", None) == shape[-1:]
+    shape = op["input"].tensor.shape
+    return bool(shape) and op.argument("normalized_shape") == shape[-1:]
 
 
-def _with_affine(text: str, x: Value, gain: Argument, bias: Argument) -> Term | None:
+def _with_affine(text: str, x: Value, gain: Value | None, bias: Value | None) -> Term:
     inputs = [x]
     for sign, factor in (("*", gain), ("+", bias)):
-        if isinstance(factor, Value):
+        if factor is not None:
             text += f" {sign} x{len(inputs)}"
             inputs.append(factor)
-        elif factor is not None:
-            return None
     return Term(text, tuple(inputs))
 
 
@@ -188,13 +186,9 @@ SPECIAL: dict[str, Callable[[Op], Term | None]] = {
 }  # fmt: skip
 
 
-def _argument(op: Op, place: int, name: str, default: Argument) -> Argument:
-    return op.args[place] if len(op.args) > place else op.attrs.get(name, default)
-
-
 def _is_cast(op: Op) -> bool:
     """Whether an operation converts the element type, and has no other effect."""
-    return op.name in CASTS and (
+    return op.role is Role.CAST and (
         (set(op.attrs) == {"dtype"} and len(op.args) == 1) or (not op.attrs and len(op.args) == 2)
     )
 

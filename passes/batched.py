@@ -31,7 +31,7 @@ class QuantizeBatched(Rule):
     root: ClassVar[tuple[str, ...]] = BATCHED
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        x, w = op.tensor(0), op.tensor(1)
+        x, w = op["x"], op["w"]
         if not graph.is_constant(w) or graph.is_constant(x) or not _is_batched(x, w) or op.attrs:
             return why_not_quantized(op, graph) or Missed("it is not a matmul of an activation and a constant matrix")
         return QuantizeGrouped(self.options).why_not(op, graph) or {"x": x, "w": w}

@@ -68,7 +68,7 @@ class Calibrate(Pass):
 
     def check_known(self, graph: Graph) -> None:
         """PassError that names the layers without an activation scale, where others have one and there is no data."""
-        if graph.calibration is not None or all(x_scale_of(op.tensor(1)) is None for op in graph.ops("aten.linear")):
+        if graph.calibration is not None or all(x_scale_of(op["weight"]) is None for op in graph.ops("aten.linear")):
             return
         names = [_weight_name(op) for op in lacking_scales(graph, self.layers)]
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -112,7 +112,7 @@ class Calibrate(Pass):
 def activations(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator[Value]:
     """What goes into each linear that `lacking_scales` gives."""
     for op in lacking_scales(graph, layers):
-        yield op.tensor(0)
+        yield op["input"]
 
 
 def lacking_scales(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator[Op]:
@@ -121,14 +121,14 @@ def lacking_scales(graph: Graph, layers: Sequence[str] = EVERYTHING) -> Iterator
         if why_not_quantized(op, graph, named=True) is not None or why_not_selected(layers, op, graph) is not None:
             continue
         able = why_not_quantized(op, graph) is None or naming_pattern(layers, op, graph) is not None
-        if able and x_scale_of(op.tensor(1)) is None:
+        if able and x_scale_of(op["weight"]) is None:
             yield op
 
 
 def _weight_name(op: Op) -> str:
     """The model's name for the weight of a linear."""
-    weight = op.tensor(1)
-    params = parameters_of(weight.op.tensor(0) if is_stored_quantized(weight) else weight)
+    weight = op["weight"]
+    params = parameters_of(weight.op["data"] if is_stored_quantized(weight) else weight)
     return str(params[0].attrs["name"]) if params else op.result.name
 
 

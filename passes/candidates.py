@@ -1,16 +1,7 @@
 """Which operations read weights, and for each that is not quantized, why: by dataflow, never by a module's name."""
 
-from qcompiler.ir import DType, Graph, Missed, Op, TensorType, Value
+from qcompiler.ir import DType, Graph, Missed, Op, Role, TensorType, Value
 from qcompiler.ir.dataflow import parameters_of, readers_through
-
-GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
-"""Matrix products of groups of rows, each with a matrix of its own; the groups are given by offsets."""
-
-MATMULS = (
-    "aten.linear", "aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.einsum", "aten.inner",
-    "aten.mv", "aten.addmv", "aten.dot", *GROUPED,
-)  # fmt: skip
-"""Matrix products, as capture may spell them."""
 
 OTHER_READERS = (
     "aten.embedding", "aten.embedding_bag", "aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm",
@@ -62,12 +53,6 @@ SMALLEST = 16
 multiples of 16, and a smaller layer costs more to quantize in each call than it saves."""
 
 
-def bias_of(op: Op) -> Value | None:
-    """The bias of an `aten.linear`."""
-    bias = op.args[2] if len(op.args) > 2 else op.attrs.get("bias")
-    return bias if isinstance(bias, Value) else None
-
-
 def why_not_quantized(op: Op, graph: Graph, named: bool = False) -> Missed | None:
     """Why a user of weights is not quantized; None for a matmul that is quantized.
 
@@ -86,7 +71,7 @@ def why_not_quantized(op: Op, graph: Graph, named: bool = False) -> Missed | Non
 
 def why_skipped(op: Op, graph: Graph) -> Missed | None:
     """Why a linear that can be quantized is skipped unless the user names it; None for an ordinary layer."""
-    return _vocabulary(op.tensor(1), graph) or _router(op, graph) or _angle(op, graph) or why_tiny(op.tensor(1))
+    return _vocabulary(op["weight"], graph) or _router(op, graph) or _angle(op, graph) or why_tiny(op["weight"])
 
 
 def why_tiny(w: Value) -> Missed | None:
@@ -125,8 +110,8 @@ def _why_no_linear(op: Op, graph: Graph, constant: list[Value]) -> Missed:
 
 def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
     """Whether the operands are an activation, a constant matrix and a vector, of types that can be quantized."""
-    x, w, bias = op.tensor(0), op.tensor(1), bias_of(op)
-    if x.op.name == "quant.dequantize":
+    x, w, bias = op["input"], op["weight"], op.get("bias")
+    if x.op.role is Role.DEQUANTIZE:
         return ALREADY if is_stored_quantized(w) else Missed("one of its operands is quantized already", x)
     if not graph.is_constant(w):
         return Missed("its weight is computed from the inputs", w)
@@ -181,7 +166,7 @@ def _is_elementwise(op: Op) -> bool:
 
 def is_stored_quantized(w: Value) -> bool:
     """Whether a weight is there as codes and scales, such as those of a checkpoint; they are taken as they are."""
-    return w.op.name == "quant.dequantize"
+    return w.op.role is Role.DEQUANTIZE
 
 
 def _vocabulary(w: Value, graph: Graph) -> Missed | None:

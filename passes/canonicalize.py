@@ -25,8 +25,8 @@ class MatmulToLinear(Rule):
     root = ("aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.inner")
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        bias = op.tensor(0) if op.name == "aten.addmm" else None
-        x, w = op.tensor(-2), op.tensor(-1)
+        bias = op["self"] if op.name == "aten.addmm" else None
+        x, w = op["x"], op["w"]
         lead, matrix, dimensions = w.tensor.shape[:-2], w.tensor.shape[-2:], len(w.tensor.shape)
         if not graph.is_constant(w):
             return Missed("its right operand is computed from the inputs", w)
@@ -63,23 +63,23 @@ class TransposeTwice(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if not swaps_both(op):
             return Missed("it does not swap the two dimensions of a matrix")
-        inner = op.tensor(0).op
+        inner = op["self"].op
         if inner.name not in self.root or not swaps_both(inner):
-            return Missed("its input is no transposed matrix", op.tensor(0))
+            return Missed("its input is no transposed matrix", op["self"])
         return {"inner": inner}
 
     def rewrite(self, op: Op, rewriter: Rewriter, inner: Op, **_: Any) -> None:
-        rewriter.replace(op, inner.tensor(0))
+        rewriter.replace(op, inner["self"])
         rewriter.erase_unread(inner)
 
 
 def swaps_both(op: Op) -> bool:
     """Whether `op`, one of the ways to permute dimensions, transposes a matrix."""
-    if len(op.tensor(0).tensor.shape) != 2:
+    if len(op["self"].tensor.shape) != 2:
         return False
     if op.name == "aten.t":
         return True
-    axes = op.args[1] if op.name == "aten.permute" and len(op.args) > 1 else op.args[1:]
+    axes = op.argument("dims") if op.name == "aten.permute" else (op.argument("dim0"), op.argument("dim1"))
     order = [axis % 2 for axis in axes if isinstance(axis, int)] if isinstance(axes, tuple) else []
     return order == [1, 0] or (order == [0, 1] and op.name == "aten.transpose.int")
 
@@ -93,10 +93,10 @@ class DropNoOp(Rule):
     )  # fmt: skip
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        x = op.tensor(0)
+        x = op["input" if op.name == "aten.dropout" else "self"]
         if x.type != op.result.type:
             return Missed(f"it changes {x.type} to {op.result.type}")
-        if op.name == "aten.dropout" and False not in (*op.args[2:3], op.attrs.get("train")):
+        if op.name == "aten.dropout" and op.argument("train") is not False:
             return Missed("it drops elements")
         strange = sorted(set(op.attrs) - {"dtype", "train"})
         if strange or (op.name == "aten.to.dtype" and len(op.args) > 2):
@@ -121,4 +121,4 @@ class Canonicalize(Pass):
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Only matmuls are worth a reason: that a view is not a no-op surprises nobody."""
-        return {name: why for name, why in super().explain(graph).items() if graph[name].op.name in MatmulToLinear.root}
+        return {name: why for name, why in super().explain(graph).items() if MatmulToLinear().starts_at(graph[name].op)}

@@ -11,18 +11,16 @@ the source each element of its image is, and labels then go both ways.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from math import prod
 from operator import mul
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.dialects.aten import overload_of
 from qcompiler.ir import Argument, Op, Size, TensorType, Value
 from qcompiler.ir.op import Path
+from qcompiler.ir.traits import traits_of
 
 Labels = npt.NDArray[np.intp]
 Slot = Path | int
@@ -50,7 +48,6 @@ class Site(ABC):
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self.names = _parameters(op.name)
         self.chosen: Path | None = None
         """Which option of a Fork is to be taken."""
 
@@ -64,15 +61,18 @@ class Site(ABC):
 
     def path(self, name: str) -> Path:
         """Where the argument that torch's schema calls `name` stands."""
-        return path_of(self.op, name)
+        return self.op.path(name)
 
     def argument(self, name: str) -> Argument:
         """The argument that torch's schema calls `name`, or its default."""
-        return argument_of(self.op, name)
+        return self.op.argument(name)
 
     def name_at(self, path: Path) -> str:
         """What torch's schema calls the argument at `path`."""
-        return list(self.names)[path[0]] if isinstance(path[0], int) else path[0]
+        if isinstance(path[0], str):
+            return path[0]
+        positions = traits_of(self.op.name).positions
+        return next(name for name, index in positions.items() if index == path[0])
 
     def value(self, slot: Slot) -> Value | None:
         """The tensor at a slot; None for a literal or a number."""
@@ -157,24 +157,6 @@ class Site(ABC):
             flat = np.where(flat >= 0, flat, new)  # where both say something, `assign` ties them
         self.assign(source, flat.reshape(shape))
         self.assign(image, flat[positions])
-
-
-def path_of(op: Op, name: str) -> Path:
-    """Where the argument of `op` that torch's schema calls `name` stands."""
-    index = list(_parameters(op.name)).index(name)
-    return (index,) if index < len(op.args) else (name,)
-
-
-def argument_of(op: Op, name: str) -> Argument:
-    """The argument of `op` that torch's schema calls `name`, or its default."""
-    (key,) = path_of(op, name)
-    return op.args[key] if isinstance(key, int) else op.attrs.get(name, _parameters(op.name)[name])
-
-
-@cache
-def _parameters(name: str) -> dict[str, Any]:
-    """The names of an operation's parameters in torch's schema, in order, with their defaults."""
-    return {argument.name: argument.default_value for argument in overload_of(name)._schema.arguments}
 
 
 @dataclass(frozen=True)

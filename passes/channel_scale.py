@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from passes.candidates import is_stored_quantized
-from passes.channel_labels import ALL, PART, Fork, Labels, Refused, Site, Slot, argument_of, last_axis
+from passes.channel_labels import ALL, PART, Fork, Labels, Refused, Site, Slot, last_axis
 from passes.channel_rules import RULES, SHAPE_ONLY
 from qcompiler.ir import DType, Graph, Missed, Op, TensorType, Value
 from qcompiler.ir.op import Path
@@ -229,11 +229,11 @@ class _State:
 
     def absorbed(self, op: Op, value: Value) -> None:
         """Holds a linear or a norm to parameters that are constant, and a factor that varies along the last axis."""
-        given = [arg for name in PARAMETERS[op.name] if isinstance(arg := argument_of(op, name), Value)]
-        shape = argument_of(op, "normalized_shape") if op.name in NORMS else (None,)
+        given = [arg for name in PARAMETERS[op.name] if (arg := op.get(name)) is not None]
+        shape = op.argument("normalized_shape") if op.name in NORMS else (None,)
         if changing := [arg for arg in given if not self.graph.is_constant(arg)]:
             raise Refused(f"{op.name} takes in no scale, because {changing[0]} is computed from the inputs", value)
-        if op.name in NORMS and not isinstance(argument_of(op, "weight"), Value):
+        if op.name in NORMS and op.get("weight") is None:
             raise Refused(f"{op.name} has no gain that could take in the scale", value)
         whole = isinstance(shape, tuple) and len(shape) == 1 and isinstance(value.tensor.shape[-1], int)
         if value.index or not whole or _varies_elsewhere(self.labels[value]):
@@ -255,10 +255,10 @@ class _State:
             return None
         if op.name != LINEAR:
             return self.related(op)
-        if path not in ((0,), ("input",)):
+        if path != op.path("input"):
             raise Refused(f"{op.name} reads it, but not as its input", value)
-        weight = argument_of(op, "weight")
-        if not isinstance(weight, Value) or not self.graph.is_constant(weight) or len(weight.tensor.shape) != 2:
+        weight = op.get("weight")
+        if weight is None or not self.graph.is_constant(weight) or len(weight.tensor.shape) != 2:
             raise Refused(f"{op.name} ({op.result}) reads it with a weight that is no constant matrix", value)
         if is_stored_quantized(weight):
             raise Refused(f"{op.name} ({op.result}) reads it with a weight that is stored quantized", value)

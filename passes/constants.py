@@ -6,14 +6,12 @@ from typing import Any
 import torch
 
 from qcompiler.dialects.aten import ir_dtype
-from qcompiler.ir import DType, Graph, Rewriter, TensorType, Value, legal_name
-
-WEIGHTS = ("core.param", "core.buffer")
+from qcompiler.ir import DType, Graph, Rewriter, Role, TensorType, Value, legal_name
 
 
 def free_name(graph: Graph, name: str) -> str:
     """`name`, or `name_1`, `name_2` … when the graph reads, holds, or has made a weight of that name."""
-    taken = {str(op.attrs["name"]) for op in graph.ops() if op.name in WEIGHTS}
+    taken = {str(op.attrs["name"]) for op in graph.ops() if op.role is Role.STATE}
     taken |= graph.weights.keys() | graph.recipes.keys()
     candidate, count = name, 0
     while candidate in taken:

@@ -2,14 +2,13 @@
 
     %unused = aten.relu(%x)   ->   (nothing)
 
-What writes, checks or draws random numbers stays.
+Operations that write, communicate, check or draw random numbers stay.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcompiler.ir import Graph
-from qcompiler.ir.op_table import has_effect
+from qcompiler.ir import Graph, Role
 from qcompiler.pass_manager import Effect, Pass
 
 
@@ -24,10 +23,10 @@ class DeadCode(Pass):
         """One sweep from the bottom: a reader goes before what it reads."""
         changed = False
         for op in reversed(graph.ops()):
-            if not has_effect(op.name) and not any(graph.uses(value) for value in op.results):
+            if not op.effects.ordered and not any(graph.uses(value) for value in op.results):
                 graph.erase(op)
                 changed = True
-        read = {op.attrs["name"] for op in graph.ops() if op.name in ("core.param", "core.buffer")}
+        read = {op.attrs["name"] for op in graph.ops() if op.role is Role.STATE}
         for name in [name for name in graph.weights if name not in read]:
             del graph.weights[name]
         return changed

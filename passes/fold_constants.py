@@ -24,13 +24,9 @@ from torch import Tensor
 from passes.constants import free_name
 from passes.memory import leaves_the_graph
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Rule, legal_name
+from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Role, Rule, legal_name
 from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
 from qcompiler.pass_manager import Effect, Pass
-
-DEQUANTIZE = "quant.dequantize"
-PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
-"""How the results of merged layers are taken apart."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,10 @@ class QuantizedWeight(Rule):
     root: ClassVar[tuple[str, ...]] = ("quant.quantize",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if not graph.is_constant(op.tensor(0)):
-            return Missed("it quantizes an activation", op.tensor(0))
-        if not parameters_of(op.tensor(0)) and not graph.weights:
-            return Missed("it quantizes literals, and the graph has no weights store", op.tensor(0))
+        if not graph.is_constant(op["x"]):
+            return Missed("it quantizes an activation", op["x"])
+        if not parameters_of(op["x"]) and not graph.weights:
+            return Missed("it quantizes literals, and the graph has no weights store", op["x"])
         return {}
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: object) -> None:
@@ -66,7 +62,7 @@ class WeightArithmetic(Rule):
         if leaves_the_graph(graph, op.result):
             return Missed("it leaves the graph, and a weight must not")
         part = set(ancestors(op.result))
-        if any(inner.name == DEQUANTIZE for inner in part):
+        if any(inner.role is Role.DEQUANTIZE for inner in part):
             return Missed("it would undo a quantization")
         sources = parameters_of(op.result)
         if not sources:
@@ -90,7 +86,7 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     names = [free_name(graph, f"{stem}{suffix}") for suffix in suffixes]
     if graph.weights:
         computed = evaluate(op, graph)
-        if op.name == "quant.quantize" and is_poisoned(*computed):
+        if op.role is Role.QUANTIZE and is_poisoned(*computed):
             remark_not_finite(op, sources, graph)
         graph.weights.update(zip(names, computed, strict=True))
     recipe = part_of(op)
@@ -132,7 +128,7 @@ def remark_not_finite(op: Op, sources: Sequence[Op], graph: Graph) -> None:
         for value in reader.results:
             graph.remark(value, text)
             # The report knows the parts of merged layers, and products of operands that are dequantized first.
-            readers += [user for user in graph.users(value) if reader.name == DEQUANTIZE or user.name in PARTS]
+            readers += [user for user in graph.users(value) if reader.role is Role.DEQUANTIZE or user.role is Role.VIEW]
 
 
 def _named_after(op: Op, sources: Sequence[Op]) -> str:
@@ -141,7 +137,7 @@ def _named_after(op: Op, sources: Sequence[Op]) -> str:
     With a word behind it where others stand beside that one. Without any, the name of the operand.
     """
     if not sources:
-        return op.tensor(0).name
+        return op["x"].name
     joined = len(sources) > 1 and any(inner.name == "aten.cat" for inner in ancestors(op.results[0]))
     return str(max(reversed(sources), key=_elements).attrs["name"]) + "_merged" * joined
 

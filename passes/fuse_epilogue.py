@@ -21,7 +21,7 @@ from passes.region_bodies import body_of, in_order, rounded, substituted
 from passes.regions import Limits, Region, grow
 from qcompiler.body import Body, Expression, Name, parse
 from qcompiler.dialects.kernel import QUANTIZED
-from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, Value
+from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.pass_manager import Effect, Pass
 
 OTHERS = 2
@@ -30,7 +30,6 @@ OTHERS = 2
 TILE, BLOCK = (1, 128), (128, 128)
 """The blocks of activations and weights whose kernel takes a body."""
 
-QUANTIZE = ("kernel.quantize", "kernel.fused_quantize")
 PLAIN = {1: "x0", 2: "x0 * x1"}
 """The body of a kernel.quantize, by the number of its operands."""
 
@@ -61,21 +60,22 @@ class ProductThenBody(Rule):
     root = ("kernel.scaled_linear",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if (op.attrs["x_block"], op.attrs["w_block"], op.tensor(0).tensor.dtype) != (TILE, BLOCK, DType.f8e4m3fn):
+        if (op.attrs["x_block"], op.attrs["w_block"], op["x"].tensor.dtype) != (TILE, BLOCK, DType.f8e4m3fn):
             return Missed(f"only FP8 products of {list(TILE)} tiles and {list(BLOCK)} blocks take a body")
         parts = parts_of(op.result, graph)
         if isinstance(parts, Missed):
             return parts
         readers = list(dict.fromkeys(user for part in parts for user in graph.users(part)))
-        if len(readers) == 1 and readers[0].name in QUANTIZE:
+        if len(readers) == 1 and readers[0].role is Role.QUANTIZE and "scale_layout" in readers[0].attrs:
             epilogue = quantization(readers[0], parts)
         else:
             epilogue = arithmetic(readers, parts, graph)
         return epilogue if isinstance(epilogue, Missed) else {"epilogue": epilogue, "parts": len(parts)}
 
     def rewrite(self, op: Op, rewriter: Rewriter, epilogue: Epilogue, parts: int, **_: Any) -> None:
-        bias = op.args[4] if len(op.args) > 4 else None
-        args = [*op.args[:4], *([bias, *epilogue.others] if bias is not None or epilogue.others else [])]
+        bias = op.get("bias")
+        args: list[Argument] = [op["x"], op["x_scale"], op["w"], op["w_scale"]]
+        args += [bias, *epilogue.others] if bias is not None or epilogue.others else []
         attrs = {key: op.attrs[key] for key in ("w_block", "x_block", "x_scale_layout")}
         attrs |= {"body": str(epilogue.body), "parts": parts, **epilogue.quantized}
         made = rewriter.insert("kernel.fused_linear", *args, attrs=attrs)
@@ -105,12 +105,12 @@ def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
     """The parts of the columns of a product that an operation gives: each with its first column and the one behind."""
     shape = product.tensor.shape
     last = len(shape) - 1
-    if op.name == "aten.slice.Tensor" and op.args[1] in (-1, last) and op.args[4:] in ((), (1,)):
-        start = op.args[2] if len(op.args) > 2 else 0
+    if op.name == "aten.slice.Tensor" and op.argument("dim") in (-1, last) and op.argument("step") == 1:
+        start = op.argument("start")
         size = op.result.tensor.shape[-1]
         if isinstance(start, int) and isinstance(size, int) and start >= 0:
             yield op.result, start, start + size
-    elif op.name in SPLITS and [*op.args[2:3], op.attrs.get("dim", 0)][0] in (-1, last):
+    elif op.name in SPLITS and op.argument("dim") in (-1, last):
         sizes = [part.tensor.shape[-1] for part in op.results]
         if all(isinstance(size, int) for size in sizes):
             ends = [*accumulate(sizes)]
@@ -119,7 +119,8 @@ def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
 
 def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
     """A quantization, and the body in front of it if it has one."""
-    body = parse(str(op.attrs.get("body", PLAIN[min(len(op.args), 2)])))
+    operands = [value for _, value in op.operands()]
+    body = parse(str(op.attrs.get("body", PLAIN[min(len(operands), 2)])))
     if op.attrs.get("keep"):
         return Missed("the arithmetic behind it has a second result", op.results[2])
     if body.across:
@@ -128,7 +129,7 @@ def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
         return Missed(f"it is not quantized to FP8 in tiles {list(TILE)} again", op.results[0])
     if op.results[0].tensor.shape != parts[0].tensor.shape:
         return Missed("it is quantized with its rows arranged otherwise", op.results[0])
-    named = {f"x{place}": op.tensor(place) for place in range(len(op.args))}
+    named = {f"x{place}": value for place, value in enumerate(operands)}
     spelled = {name: spelling(parts, value) for name, value in named.items() if value in parts}
     body = with_operands(body, spelled)
     return finished(op, body, named, {key: op.attrs[key] for key in QUANTIZED})

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes.candidates import bias_of
-from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, Value
+from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.pass_manager import Effect, Pass
 
 NOT_QUANTIZED = Missed("none of its operands is quantized")
@@ -29,11 +28,11 @@ class DequantizeThenLinear(Rule):
     root = ("aten.linear",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        x, w, bias = op.tensor(0).op, op.tensor(1).op, bias_of(op)
-        plain = [value for value in (op.tensor(0), op.tensor(1)) if value.op.name != "quant.dequantize"]
+        x, w, bias = op["input"].op, op["weight"].op, op.get("bias")
+        plain = [value for value in (op["input"], op["weight"]) if value.op.role is not Role.DEQUANTIZE]
         if plain:
             return NOT_QUANTIZED if len(plain) == 2 else Missed("one of its operands is not quantized", plain[0])
-        for value in (op.tensor(0), op.tensor(1), op.result):
+        for value in (op["input"], op["weight"], op.result):
             if value.tensor.dtype is not DType.f32:
                 return Missed(f"it multiplies in {value.tensor.dtype}, not in f32", value)
         if len(w.result.tensor.shape) != 2:
@@ -44,7 +43,7 @@ class DequantizeThenLinear(Rule):
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Op, w: Op, bias: Value | None, last: Op, **_: Any) -> None:
         attrs = {"out_dtype": last.result.tensor.dtype, "x_block": x.attrs["block"], "w_block": w.attrs["block"]}
-        args = [*x.args, *w.args, *([] if bias is None else [bias])]
+        args = [x["data"], x["scale"], w["data"], w["scale"], *([] if bias is None else [bias])]
         fused = rewriter.insert("quant.linear", *args, attrs=attrs)
         read = [op, *(value.op for _, value in op.operands())]
         rewriter.replace(last, fused.result)
@@ -55,7 +54,7 @@ class DequantizeThenLinear(Rule):
 def _before_cast(bias: Value | None) -> Value | None:
     """The bias in its own element type: the fused operation widens it to FP32 by itself."""
     if bias is not None and bias.op.name == "aten._to_copy" and bias.op.attrs == {"dtype": DType.f32}:
-        source = bias.op.tensor(0)
+        source = bias.op["self"]
         return source if source.tensor.dtype in OUTPUTS else bias
     return bias
 

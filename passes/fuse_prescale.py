@@ -17,27 +17,25 @@ from typing import Any, ClassVar
 from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, Value
 from qcompiler.pass_manager import Effect, Pass
 
-PRESCALE = {"quant.quantize": 1, "quant.quantize_static": 2}
-"""The quantizations, and where they take a prescale."""
-
 
 class MulThenQuantize(Rule):
     """quantize(mul(x, factors))  ->  quantize(x, factors), with the cast between them, if any"""
 
-    root = tuple(PRESCALE)
+    root = ("quant.quantize", "quant.quantize_static")
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if len(op.args) > PRESCALE[op.name]:
+        if op.get("prescale") is not None:
             return Missed("it has a prescale already")
-        product = op.tensor(0).op
+        product = op["x"].op
         if product.name == "aten._to_copy" and set(product.attrs) == {"dtype"}:
-            product = product.tensor(0).op
-        if product.name != "aten.mul.Tensor" or not all(isinstance(arg, Value) for arg in product.args):
-            return Missed("what it quantizes is no product", op.tensor(0))
-        for x, factors in (product.args, product.args[::-1]):
-            if isinstance(x, Value) and isinstance(factors, Value) and self.scales_channels(x, factors, graph):
+            product = product["self"].op
+        left, right = (product.get("self"), product.get("other")) if product.name == "aten.mul.Tensor" else (None, None)
+        if left is None or right is None:
+            return Missed("what it quantizes is no product", op["x"])
+        for x, factors in ((left, right), (right, left)):
+            if self.scales_channels(x, factors, graph):
                 return {"x": x, "factors": factors}
-        return Missed("what it quantizes is no product of an activation and a constant FP32 vector", op.tensor(0))
+        return Missed("what it quantizes is no product of an activation and a constant FP32 vector", op["x"])
 
     def scales_channels(self, x: Value, factors: Value, graph: Graph) -> bool:
         """Whether `factors` is a constant number for each channel of an activation, multiplied in FP32."""
@@ -46,8 +44,9 @@ class MulThenQuantize(Rule):
         return x.tensor.dtype.bytes <= 4 and x.tensor.dtype.is_float and factors.tensor.shape == x.tensor.shape[-1:]
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, factors: Value, **_: Any) -> None:
-        product = op.tensor(0).op
-        args = (x, *op.args[1:], factors)
+        product = op["x"].op
+        scale = op.get("scale")
+        args = (x, *([] if scale is None else [scale]), factors)
         rewriter.replace(op, *rewriter.insert(op.name, *args, attrs=op.attrs).results)
         rewriter.erase_unread(product)
 

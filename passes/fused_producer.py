@@ -41,19 +41,19 @@ class ArithmeticThenQuantize(Rule):
     root: ClassVar[tuple[str, ...]] = ("kernel.quantize",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        x, prescale = op.tensor(0), op.args[1] if len(op.args) > 1 else None
+        x, prescale = op["x"], op.get("prescale")
         if block_of(op, "block")[0] != 1:
             return Missed("one scale is for several rows", op.results[1])
-        limits = Limits(operands=OPERANDS - isinstance(prescale, Value), across=self.across)
+        limits = Limits(operands=OPERANDS - (prescale is not None), across=self.across)
         region = grow(graph, x, limits, reader=op)
         if isinstance(region, Missed):
             return region
         if self.across and not region.across:
             return NO_REDUCTION
-        return {"region": region, "prescale": prescale if isinstance(prescale, Value) else None}
+        return {"region": region, "prescale": prescale}
 
     def rewrite(self, op: Op, rewriter: Rewriter, region: Region, prescale: Value | None, **_: Any) -> None:
-        graph, shape = rewriter.graph, op.tensor(0).tensor.shape
+        graph, shape = rewriter.graph, op["x"].tensor.shape
         for late in region.late:
             graph.move(late, before=region.place)
         operands = [*region.operands, *([] if prescale is None else [prescale])]

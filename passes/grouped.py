@@ -13,9 +13,10 @@ Fused at once: torch has no grouped product in FP32 that all devices run, so the
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes.candidates import GROUPED, QUANTIZABLE, is_stored_quantized, why_tiny
+from passes.candidates import QUANTIZABLE, is_stored_quantized, why_tiny
 from passes.layers import why_not_selected
 from passes.scheme_options import SchemeOptions
+from qcompiler.dialects.aten import GROUPED
 from qcompiler.dialects.quant import block_of
 from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 
@@ -34,18 +35,18 @@ class QuantizeGrouped(Rule):
     root: ClassVar[tuple[str, ...]] = GROUPED
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        offsets = _argument(op, 2, "offs")
+        offsets = op.get("offs")
         if reason := _why_not_operands(op, offsets, graph) or self.why_not(op, graph):
             return reason
-        return {"x": op.tensor(0), "w": op.tensor(1), "offsets": offsets}
+        return {"x": op["x"], "w": op["w"], "offsets": offsets}
 
     def why_not(self, op: Op, graph: Graph) -> Missed | None:
         """Why the matmul of each group is not quantized: types, sizes, the scheme, or the layer."""
         if reason := _why_not_types(op) or _why_not_sizes(op) or self.why_not_scheme():
             return reason
-        if reason := why_not_selected(self.options.layers, op, graph) or _why_not_stored(op.tensor(1)):
+        if reason := why_not_selected(self.options.layers, op, graph) or _why_not_stored(op["w"]):
             return reason
-        return None if self.options.naming_pattern(op, graph) else why_tiny(op.tensor(1))
+        return None if self.options.naming_pattern(op, graph) else why_tiny(op["w"])
 
     def why_not_scheme(self) -> Missed | None:
         """Why the options are none of a grouped product's."""
@@ -69,7 +70,7 @@ class QuantizeGrouped(Rule):
     def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
         """Codes and scales of `[experts, N, K]`; those that the weights are stored as, when they are."""
         if (stored := _stored(w)) is not None:
-            return stored.tensor(0), stored.tensor(1)
+            return stored["data"], stored["scale"]
         groups, k, n = w.tensor.shape
         kind = TensorType(w.tensor.dtype, (groups, n, k))
         turned = rewriter.insert("aten.transpose.int", w, -2, -1, types=[kind], names=[f"{w.name}_t"]).result
@@ -84,11 +85,10 @@ class QuantizeGrouped(Rule):
 
 def _stored(w: Value) -> Op | None:
     """The dequantize of `[experts, N, K]` codes that `[experts, K, N]` weights are the transpose of."""
-    turned = w.op.name == "aten.transpose.int" and {axis % 3 for axis in w.op.args[1:] if isinstance(axis, int)} == {
-        1,
-        2,
-    }
-    return w.op.tensor(0).op if turned and is_stored_quantized(w.op.tensor(0)) else None
+    if w.op.name != "aten.transpose.int" or not is_stored_quantized(w.op["self"]):
+        return None
+    axes = (w.op.argument("dim0"), w.op.argument("dim1"))
+    return w.op["self"].op if {axis % 3 for axis in axes if isinstance(axis, int)} == {1, 2} else None
 
 
 def _why_not_stored(w: Value) -> Missed | None:
@@ -97,35 +97,31 @@ def _why_not_stored(w: Value) -> Missed | None:
         return Missed("its weights are stored quantized with N last, which is not how tensor cores read them", w)
     if (stored := _stored(w)) is None:
         return None
-    codes, block = stored.tensor(0), block_of(stored, "block")
+    codes, block = stored["data"], block_of(stored, "block")
     if codes.tensor.dtype is FORMAT and block == W_BLOCK:
         return None
     return Missed(f"its weights are stored as {codes.tensor.dtype} with a scale for each {list(block)}", codes)
 
 
-def _argument(op: Op, place: int, name: str) -> Any:
-    return op.args[place] if len(op.args) > place else op.attrs.get(name)
-
-
-def _why_not_operands(op: Op, offsets: Any, graph: Graph) -> Missed | None:
+def _why_not_operands(op: Op, offsets: Value | None, graph: Graph) -> Missed | None:
     """Whether the operands are an activation, constant matrices and offsets, of types that can be quantized."""
-    x, w = op.tensor(0), op.tensor(1)
+    x, w = op["x"], op["w"]
     if not graph.is_constant(w):
         both = "both of its operands are computed from the inputs"
         return Missed("its weights are computed from the inputs", w) if graph.is_constant(x) else Missed(both)
     if graph.is_constant(x):
         return Missed("both of its operands are constant", x)
-    if not isinstance(offsets, Value) or len(x.tensor.shape) != 2 or len(w.tensor.shape) != 3:
+    if offsets is None or len(x.tensor.shape) != 2 or len(w.tensor.shape) != 3:
         return Missed("its groups are not groups of rows of one activation", x)
     if offsets.type != TensorType(DType.i32, w.tensor.shape[:1]):
         return Missed("its offsets are not one i32 for each matrix", offsets)
-    if _argument(op, 3, "bias") is not None:
+    if op.name == "aten._grouped_mm" and op.argument("bias") is not None:
         return Missed("it adds a bias by itself")
     return None
 
 
 def _why_not_types(op: Op) -> Missed | None:
-    x, w = op.tensor(0), op.tensor(1)
+    x, w = op["x"], op["w"]
     dtypes = (x.tensor.dtype, w.tensor.dtype, op.result.tensor.dtype)
     if any(dtype not in QUANTIZABLE for dtype in dtypes):
         return Missed(f"it computes {dtypes[2]} of {dtypes[0]} and {dtypes[1]}, not f32, f16 or bf16")
@@ -134,7 +130,7 @@ def _why_not_types(op: Op) -> Missed | None:
 
 def _why_not_sizes(op: Op) -> Missed | None:
     """Whether the grouped kernels can address the operands."""
-    x, w = op.tensor(0), op.tensor(1)
+    x, w = op["x"], op["w"]
     _, k, n = w.tensor.shape
     if not isinstance(k, int) or not isinstance(n, int) or w.tensor.elements == 0 or x.tensor.shape[-1] != k:
         return Missed("its weights have no fixed size", w)

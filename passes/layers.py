@@ -17,18 +17,15 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from passes.candidates import ALREADY, MATMULS, why_not_quantized
+from passes.candidates import ALREADY, why_not_quantized
 from qcompiler.errors import PassError
-from qcompiler.ir import Graph, Missed, Op
+from qcompiler.ir import Graph, Missed, Op, Role
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
 
 EVERYTHING = ("*",)
 
 WILDCARDS = frozenset("*?[")
-
-QUANTIZED = ("quant.linear", "quant.grouped_linear", "kernel.scaled_linear", "kernel.grouped_linear")
-"""Matmuls that a pass has quantized and fused already."""
 
 EXAMPLES = 3
 """Names that an error shows of those that there are."""
@@ -90,13 +87,13 @@ def _selects_only_skipped(pattern: str, patterns: Sequence[str], graph: Graph) -
         return op.name == "aten.linear" and why_not_quantized(op, graph) not in (None, ALREADY)
 
     # What this very pass has quantized already counts, or the answer would change while the pass runs.
-    candidates = (op for op in graph.ops() if op.name in QUANTIZED or _is_layer(op, graph))
+    candidates = (op for op in graph.ops() if op.role is Role.QUANTIZED_MATMUL or _is_layer(op, graph))
     return all(skipped(op) for op in candidates if deciding_pattern(patterns, op, graph) == pattern)
 
 
 def _is_layer(op: Op, graph: Graph) -> bool:
     """Whether an operation is a matmul that is not computed from weights alone."""
-    return op.name in MATMULS and not graph.is_constant(op.results[0])
+    return op.role is Role.MATMUL and not graph.is_constant(op.results[0])
 
 
 def check_patterns(patterns: Sequence[str], graph: Graph) -> None:
@@ -107,7 +104,7 @@ def check_patterns(patterns: Sequence[str], graph: Graph) -> None:
     wanted = _without_marks(patterns)
     if not wanted:
         return
-    matmuls = [op for op in graph.ops() if op.name in MATMULS]
+    matmuls = [op for op in graph.ops() if op.role is Role.MATMUL]
     names = sorted({name for op in matmuls for name in names_of(op, graph)})
     others = {*graph.weights, *(str(op.attrs["name"]) for op in graph.ops(PARAM))}
     others |= {name.rpartition(".")[0] for name in others}

@@ -1,11 +1,9 @@
 """Which values may share memory, and so when one value may stand in for a copy of it."""
 
 from qcompiler.dialects import aten
-from qcompiler.ir import Graph, Missed, Op, Value
+from qcompiler.ir import Graph, Missed, Op, Role, Value
+from qcompiler.ir.graph import INPUT
 from qcompiler.ir.op_table import lookup
-
-GIVEN = ("core.input", "core.buffer", "core.param")
-"""What comes from outside: its memory belongs to somebody else, and its strides are not known."""
 
 OVERLAPPING = ("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided", "aten.unfold")
 """Views in which several elements may lie at one address; a copy of such a view is laid out anew."""
@@ -14,17 +12,21 @@ NEED_STRIDES = ("aten.view", "aten._unsafe_view", "aten.view.dtype", "aten.as_st
 """Operations that only work for some strides."""
 
 
+def viewed(op: Op) -> Value | None:
+    """The first argument of `op`, if the results may share its memory."""
+    first = op.args[0] if op.args and lookup(op.name) is None else None
+    return first if isinstance(first, Value) and aten.is_view(op.name) else None
+
+
 def is_view(op: Op) -> bool:
     """Whether the results of `op` may share the memory of its first argument."""
-    if lookup(op.name) is not None or not op.args or not isinstance(op.args[0], Value):
-        return False
-    return aten.is_view(op.name)
+    return viewed(op) is not None
 
 
 def origin(value: Value) -> Value:
     """The value that `value` is a view of, or itself."""
-    while is_view(value.op):
-        value = value.op.tensor(0)
+    while (source := viewed(value.op)) is not None:
+        value = source
     return value
 
 
@@ -37,14 +39,14 @@ def why_not_replaced(graph: Graph, copy: Value, source: Value) -> Missed | None:
     """Why the readers of `copy`, which has memory of its own, must not read the equal `source`; None if they may."""
     root = origin(source)
     if leaves_the_graph(graph, copy):
-        if root.op.name in GIVEN:
+        if root.op.role is Role.STATE or root.op.name == INPUT:
             return Missed("what leaves the graph must not share memory with what comes in", root)
         if leaves_the_graph(graph, root):
             return Missed("two outputs would be one tensor", source)
     if any(user.name in NEED_STRIDES for user in _readers(graph, copy)):
         chain = [source.op]
-        while is_view(chain[-1]):
-            chain.append(chain[-1].tensor(0).op)
+        while (before := viewed(chain[-1])) is not None:
+            chain.append(before.op)
         if any(op.name in (*OVERLAPPING, "core.input", "core.buffer") for op in chain):
             return Missed("a view behind it needs the strides of the copy", source)
     return None

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.candidates import MATMULS, bias_of, is_stored_quantized, why_not_quantized
+from passes.candidates import is_stored_quantized, why_not_quantized
 from passes.layers import EVERYTHING, check_patterns, why_not_selected
 from passes.memory import is_view, leaves_the_graph
 from qcompiler.dialects.quant import block_of, x_scale_of
 from qcompiler.errors import PassError
-from qcompiler.ir import Graph, Missed, Op, Rewriter, TensorType, Value
+from qcompiler.ir import Graph, Missed, Op, Rewriter, Role, TensorType, Value
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.sizes import product
 from qcompiler.numerics import ALL
@@ -105,7 +105,7 @@ class MergeLinears(Pass):
         """Inputs behind whose latest group stands a matmul of another input."""
         shared = sharing_an_input(graph)
         for op in graph.ops():
-            if op.name not in MATMULS or graph.is_constant(op.results[0]):
+            if op.role is not Role.MATMUL or graph.is_constant(op.results[0]):
                 continue
             ended |= latest.keys() - {value for _, value in op.operands()}
             if op not in shared:
@@ -113,7 +113,7 @@ class MergeLinears(Pass):
             if missed := self.why_alone(op, graph):
                 reasons[op] = str(missed)
                 continue
-            x = op.tensor(0)
+            x = op["input"]
             group = latest.get(x, [])
             why = self.why_apart(group[-1], op, x in ended) if group else None
             if group and why is None:
@@ -132,19 +132,19 @@ class MergeLinears(Pass):
 
     def why_alone(self, op: Op, graph: Graph) -> Missed | None:
         """Why a linear that can be quantized is merged with no other; None if it may be."""
-        columns = op.tensor(1).tensor.shape[0]
+        columns = op["weight"].tensor.shape[0]
         if missed := why_not_selected(self.layers, op, graph):
             return missed
         if self.w_block[0] == ALL:
             return Missed("its weight has one scale, which would become that of all that it is merged with")
         if isinstance(columns, int) and columns < self.min_columns:
             return Missed(f"it has {columns} columns, fewer than {self.min_columns}")
-        if (bias := bias_of(op)) is not None and not graph.is_constant(bias):
+        if (bias := op.get("bias")) is not None and not graph.is_constant(bias):
             return Missed("its bias is computed from the inputs", bias)
-        if is_stored_quantized(w := op.tensor(1)) and block_of(w.op, "block") != self.w_block:
+        if is_stored_quantized(w := op["weight"]) and block_of(w.op, "block") != self.w_block:
             return Missed(f"its weight is stored with a scale for each {list(block_of(w.op, 'block'))}", w)
         if _read_elsewhere(op, graph):
-            return Missed("its weight is read elsewhere, so that there would be two", op.tensor(1))
+            return Missed("its weight is read elsewhere, so that there would be two", op["weight"])
         if leaves_the_graph(graph, op.result):
             return Missed("it leaves the graph, and must not be a part of a larger tensor")
         for reader in readers_through(graph, op.result, is_view):
@@ -154,9 +154,9 @@ class MergeLinears(Pass):
 
     def why_apart(self, before: Op, op: Op, ended: bool) -> str | None:
         """Why one linear cannot stand behind another in a larger one; None if it can."""
-        pair, rows = f"{before.result} and {op.result}", before.tensor(1).tensor.shape[0]
-        types = [_weight_type(linear.tensor(1)) for linear in (before, op)]
-        biases = [bias and bias.tensor.dtype for bias in map(bias_of, (before, op))]
+        pair, rows = f"{before.result} and {op.result}", before["weight"].tensor.shape[0]
+        types = [_weight_type(linear["weight"]) for linear in (before, op)]
+        biases = [bias and bias.tensor.dtype for bias in (before.get("bias"), op.get("bias"))]
         if ended:
             return f"between {pair} stands a matmul of another input"
         if types[0] != types[1]:
@@ -165,7 +165,7 @@ class MergeLinears(Pass):
             return f"one of {pair} has a bias, and the other has none"
         if biases[0] is not biases[1]:
             return f"the biases of {pair} are {biases[0]} and {biases[1]}"
-        scales = [x_scale_of(linear.tensor(1)) for linear in (before, op)]
+        scales = [x_scale_of(linear["weight"]) for linear in (before, op)]
         if self.static and scales[0] != scales[1]:
             return f"the activation scales of {pair} are {scales[0]} and {scales[1]}"
         if isinstance(rows, int) and rows % self.w_block[0]:
@@ -179,7 +179,7 @@ def sharing_an_input(graph: Graph) -> dict[Op, None]:
     """The linears that can be quantized and whose input another such linear reads, in order."""
     readers: dict[Value, list[Op]] = {}
     for op in graph.ops("aten.linear"):
-        readers.setdefault(op.tensor(0), []).append(op)
+        readers.setdefault(op["input"], []).append(op)
     shared = {
         op: None
         for group in readers.values()
@@ -193,20 +193,20 @@ def merge(group: Sequence[Op], graph: Graph, made_by: str) -> None:
     """Puts one linear in front of the first of a group, and in the place of each its part of the result."""
     first = group[0]
     rewriter = Rewriter(graph, first, made_by)
-    weights, biases = [op.tensor(1) for op in group], [bias for op in group if (bias := bias_of(op)) is not None]
+    weights, biases = [op["weight"] for op in group], [bias for op in group if (bias := op.get("bias")) is not None]
     _raise(graph, [*weights, *biases], first)
-    args = [first.tensor(0), *(_joined(rewriter, values) for values in (weights, biases) if values)]
+    args = [first["input"], *(_joined(rewriter, values) for values in (weights, biases) if values)]
     kind = TensorType(first.result.tensor.dtype, (*first.result.tensor.shape[:-1], args[1].tensor.shape[0]))
     name = f"{first.result.name}_merged"
     merged = rewriter.insert("aten.linear", *args, types=[kind], names=[name]).result
     start = 0
     for op in group:
-        end = start + _rows(op.tensor(1))
+        end = start + _rows(op["weight"])
         here = Rewriter(graph, op, made_by)
         part = here.insert("aten.slice.Tensor", merged, -1, start, end, types=[op.result.type]).result
         here.replace(op, part)
-        if is_stored_quantized(op.tensor(1)):
-            here.erase_unread(op.tensor(1).op)  # or its codes would seem to be read twice
+        if is_stored_quantized(op["weight"]):
+            here.erase_unread(op["weight"].op)  # or its codes would seem to be read twice
         _allow_strides(graph, part, made_by)
         start = end
 
@@ -218,7 +218,7 @@ def _read_elsewhere(op: Op, graph: Graph) -> bool:
         return bool(reader.results) and graph.is_constant(reader.results[0])
 
     ties = getattr(graph.weights, "ties", {})
-    matrices = [param for param in parameters_of(op.tensor(1)) if len(param.result.tensor.shape) > 1]
+    matrices = [param for param in parameters_of(op["weight"]) if len(param.result.tensor.shape) > 1]
     names = {alias for param in matrices for alias in ties.get(param.attrs["name"], (param.attrs["name"],))}
     others = {param for param in graph.ops("core.param") if param.attrs["name"] in names}
     readers = (reader for param in others for reader in readers_through(graph, param.result, constant))
@@ -242,7 +242,7 @@ def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:
 def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
     """Constants one behind the other along their first axis; of what is stored quantized, codes and scales."""
     if all(map(is_stored_quantized, values)):
-        codes, scales = (_joined(rewriter, [value.op.tensor(index) for value in values]) for index in (0, 1))
+        codes, scales = (_joined(rewriter, [value.op[name] for value in values]) for name in ("data", "scale"))
         attrs, names = dict(values[0].op.attrs), [f"{values[0].name}_merged"]
         if len({x_scale_of(value) for value in values}) > 1:
             attrs.pop("x_scale", None)
@@ -256,7 +256,7 @@ def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
 def _weight_type(weight: Value) -> str:
     """What the parts of a merged weight must have in common."""
     dtype = weight.tensor.dtype
-    return f"{weight.op.tensor(0).tensor.dtype} of {dtype}" if is_stored_quantized(weight) else str(dtype)
+    return f"{weight.op['data'].tensor.dtype} of {dtype}" if is_stored_quantized(weight) else str(dtype)
 
 
 def _rows(value: Value) -> int:
@@ -273,7 +273,7 @@ def _allow_strides(graph: Graph, part: Value, made_by: str) -> None:
         if op.name not in VIEWS:
             continue
         shape, columns = op.result.tensor.shape, part.tensor.shape[-1]
-        if op.args[0] is part and any(product(shape[at:]) == columns for at in range(len(shape))):
+        if op["x"] is part and any(product(shape[at:]) == columns for at in range(len(shape))):
             continue
         rewriter = Rewriter(graph, op, made_by)
         rewriter.replace(op, rewriter.insert("aten.reshape", *op.args, attrs=op.attrs, types=[op.result.type]).result)

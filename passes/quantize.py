@@ -29,11 +29,8 @@ from torch import Tensor
 from passes.batched import BATCHED, QuantizeBatched
 from passes.calibrate import saw_no_token, statistics_of
 from passes.candidates import (
-    GROUPED,
-    MATMULS,
     NOT_CANDIDATES,
     OTHER_READERS,
-    bias_of,
     has_lookup,
     is_stored_quantized,
     why_skipped,
@@ -43,7 +40,7 @@ from passes.grouped import QuantizeGrouped
 from passes.layers import naming_pattern, requested_layers
 from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
-from qcompiler.dialects.aten import torch_dtype
+from qcompiler.dialects.aten import GROUPED, MATMULS, torch_dtype
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
 from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
@@ -65,13 +62,13 @@ class QuantizeLinear(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if reason := self.options.why_not(op, graph):
             return reason
-        return {"x": op.tensor(0), "w": op.tensor(1), "bias": bias_of(op), "note": self.note(op, graph)}
+        return {"x": op["input"], "w": op["weight"], "bias": op.get("bias"), "note": self.note(op, graph)}
 
     def note(self, op: Op, graph: Graph) -> str:
         """What the report says of a layer that is quantized because a pattern names it; empty for any other."""
         if (skipped := why_skipped(op, graph)) is None:
             return ""
-        kept = "; the embedding keeps its weight in float" if has_lookup(op.tensor(1), graph) else ""
+        kept = "; the embedding keeps its weight in float" if has_lookup(op["weight"], graph) else ""
         return f"named by '{self.options.naming_pattern(op, graph)}', although {skipped.why}{kept}"
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, note: str, **_: Any) -> None:
@@ -100,7 +97,7 @@ class QuantizeLinear(Rule):
         """The codes and scales of a weight; those that it is stored as, when it is."""
         if not is_stored_quantized(w):
             return self.by_own_scale(rewriter, w, self.options.w_block)
-        return w.op.tensor(0), w.op.tensor(1)
+        return w.op["data"], w.op["scale"]
 
     def by_own_scale(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
         """`value` quantized by the scales that it asks for: codes and scales."""
@@ -112,11 +109,11 @@ class QuantizeLinear(Rule):
         graph, attrs = rewriter.graph, self.attributes(self.options.x_block)
         users = graph.users(value)
         twins = (op for op in users if op.name == "quant.quantize_static" and op.attrs == attrs)
-        twin = next((op for op in twins if is_weight(graph, op.tensor(1), wanted)), None)
+        twin = next((op for op in twins if is_weight(graph, op["scale"], wanted)), None)
         if twin is None:
             scale = new_parameter(rewriter, f"{value.name}.scale", wanted, f"{value.name}_s")
         else:
-            scale = twin.tensor(1)
+            scale = twin["scale"]
             if users.index(rewriter.anchor) < users.index(twin):  # another pass came by there first
                 graph.move(scale.op, before=rewriter.anchor)
         codes = rewriter.insert("quant.quantize_static", value, scale, attrs=attrs, names=[f"{value.name}_q"])
@@ -183,7 +180,7 @@ class Quantize(SchemeOptions):
 
     def why_refused(self, op: Op, graph: Graph) -> str:
         """Why no rule quantizes a matmul; empty if one does, or if it is quantized already."""
-        answers = [rule.match(op, graph) for rule in self.rules() if op.name in rule.root]
+        answers = [rule.match(op, graph) for rule in self.rules() if rule.starts_at(op)]
         misses = [str(answer) for answer in answers if isinstance(answer, Missed)]
         return "; ".join(misses) if len(misses) == len(answers) and not {*misses} & {*NOT_CANDIDATES} else ""
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from passes.arithmetic import is_row_view, same_numbers, term_of
 from qcompiler.body import parse
 from qcompiler.ir import Graph, Missed, Op, Size, Value
-from qcompiler.ir.op_table import has_effect
 
 LONGEST_ROW = 16384
 """Columns that one program of a kernel can reduce."""
@@ -249,7 +248,7 @@ class _Attempt:
         for op in late:
             if cycle := next((value for _, value in op.operands() if value in kept), None):
                 return cycle, Missed("it would need something that is computed from it", cycle)
-            if has_effect(op.name):
+            if op.effects.ordered:
                 return early, Missed(f"{op.name} stands between, which must not be moved", op.results[0])
         return Region(
             self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), kept,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from passes.channel_labels import UNSCALED, Labels, argument_of, last_axis, path_of
+from passes.channel_labels import UNSCALED, Labels, last_axis
 from passes.channel_scale import LINEAR, PARAMETERS, Absorber, Region
 from passes.constants import new_parameter, times
 from qcompiler.errors import PassError
@@ -129,10 +129,10 @@ def _rewrite(op: Op, edit: _Edit, factors: _Factors, rewriter: Rewriter) -> None
             continue
         rows = factors.divide(last_axis(absorber.labels, op.results[0].tensor.shape[-1]), rewriter)
         for name in PARAMETERS[op.name]:
-            if argument_of(op, name) is not None:
-                wanted[path_of(op, name)] = [_column(rewriter, rows) if (op.name, name) == MATRIX else rows]
+            if op.argument(name) is not None:
+                wanted[op.path(name)] = [_column(rewriter, rows) if (op.name, name) == MATRIX else rows]
     if edit.columns is not None:
-        wanted.setdefault(path_of(op, "weight"), []).append(factors.multiply(edit.columns, rewriter))
+        wanted.setdefault(op.path("weight"), []).append(factors.multiply(edit.columns, rewriter))
     args, attrs = op.args, dict(op.attrs)
     for path, by in wanted.items():
         old = _at(op, path)

@@ -71,7 +71,7 @@ class SchemeOptions(Pass):
             why = why_not_selected(self.layers, op, graph)
         elif self.naming_pattern(op, graph) is not None:
             why = why_not_quantized(op, graph, named=True)
-        return why or self.why_not_stored(op.tensor(1))
+        return why or self.why_not_stored(op["weight"])
 
     def naming_pattern(self, op: Op, graph: Graph) -> str | None:
         """The pattern of `layers` that names the layer of a matmul; None if there is none."""
@@ -81,7 +81,7 @@ class SchemeOptions(Pass):
         """Why a weight that is there as codes and scales cannot be multiplied as they are; None for any other."""
         if not is_stored_quantized(w):
             return None
-        codes, block = w.op.tensor(0), block_of(w.op, "block")
+        codes, block = w.op["data"], block_of(w.op, "block")
         if codes.tensor.dtype is self.dtype and block == self.w_block:
             return None
         wanted = f"this scheme has {self.dtype} and {list(self.w_block)}"

@@ -12,23 +12,25 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from passes.memory import leaves_the_graph
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule
 from qcompiler.pass_manager import Effect, Pass
 
-QUANTIZERS = ("quant.quantize", "quant.quantize_static", "quant.dequantize")
-SHAPERS = ("aten.t", "aten.transpose.int", "aten.permute", "aten.reshape", "aten._to_copy")
-"""What may stand between a weight and its quantize."""
+SHAPERS = (Role.VIEW, Role.CAST)
+"""Roles of operations between a weight and its quantize."""
 
 
 class ShareTwin(Rule):
     """op(x) {a}; op(x) {a}  ->  op(x) {a}, for what quantizes or dequantizes, and for what prepares a weight"""
 
-    root = (*QUANTIZERS, *SHAPERS)
+    root = (Role.QUANTIZE, Role.DEQUANTIZE, *SHAPERS)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if op.name in SHAPERS and not graph.is_constant(op.result):
-            return Missed("it prepares no weight", op.tensor(0))
-        for other in graph.users(op.tensor(0)):
+        source = op["data" if op.role is Role.DEQUANTIZE else "x"]
+        if not op.effects.repeatable:
+            return Missed("two of it may give different results")
+        if op.role in SHAPERS and not graph.is_constant(op.results[0]):
+            return Missed("it prepares no weight", source)
+        for other in graph.users(source):
             if other is op:
                 return Missed("it is the first of its kind")
             if (other.name, other.args, other.attrs) == (op.name, op.args, op.attrs):

@@ -117,7 +117,7 @@ class SmoothQuant(SchemeOptions):
 
     def group_of(self, op: Op, graph: Graph) -> Group:
         """All that is scaled with the input of `op`."""
-        value = op.tensor(0)
+        value = op["input"]
         region = solve(graph, value)
         if isinstance(region, Region):
             readers = {reader.op: torch.tensor(reader.labels) for reader in region.readers}
@@ -125,7 +125,7 @@ class SmoothQuant(SchemeOptions):
             others = {op: labels for op, labels in readers.items() if op not in quantized}
             return Group(value, region, quantized, others)
         channels = torch.arange(int(value.tensor.shape[-1]))  # type: ignore[arg-type]  # a candidate's is fixed
-        same = [user for user in graph.users(value) if user.name == "aten.linear" and user.args[0] is value]
+        same = [user for user in graph.users(value) if user.name == "aten.linear" and user["input"] is value]
         return Group(value, region, {op: channels for op in same if self.why_not(op, graph) is None}, {})
 
     def smooth(self, group: Group, graph: Graph) -> bool:
@@ -133,7 +133,7 @@ class SmoothQuant(SchemeOptions):
         folded = isinstance(group.region, Region)
         if not folded and not self.prescale:
             return self.remark(graph, group, f"not smoothed: {group.region}; and no prescale is wanted")
-        if all(statistics_of(graph, op.tensor(0)).unseen for op in group.quantized):
+        if all(statistics_of(graph, op["input"]).unseen for op in group.quantized):
             return self.remark(graph, group, "not smoothed: no token came by in calibration, so its scale is neutral")
         scale, why = self.choose(group, graph)
         if scale is None:
@@ -157,7 +157,7 @@ class SmoothQuant(SchemeOptions):
         tied = group.region.classes if isinstance(group.region, Region) else range(size)
         classes = torch.tensor(list(tied), device=device)
         labels = {op: found.to(device) for op, found in (*group.quantized.items(), *group.others.items())}
-        seen = {op: statistics_of(graph, op.tensor(0)) for op in group.quantized}
+        seen = {op: statistics_of(graph, op["input"]) for op in group.quantized}
         x_max = largest([seen[op].absmax for op in seen], [labels[op] for op in seen], classes)
         w_max = largest([weights[op].abs().amax(0) for op in weights], [labels[op] for op in weights], classes)
         readers = [
@@ -212,9 +212,10 @@ class SmoothQuant(SchemeOptions):
         smooth = times(rewriter, x, [down], f"{x.name}_smooth")
         up = new_parameter(rewriter, stem, scale)
         for op in group.quantized:
-            weight = op.tensor(1)
+            weight = op["weight"]
             scaled = times(Rewriter(graph, op, self.name), weight, [up], f"{weight.name}_scaled")
-            graph.set_args(op, (smooth, scaled, *op.args[2:]))
+            graph.replace_in(op, op["input"], smooth)
+            graph.replace_in(op, weight, scaled)
         known = calibration_of(graph)
         graph.calibration = known.updated({smooth.name: known.statistics[x.name].scaled(1 / scale.cpu())})
 
@@ -227,7 +228,7 @@ class SmoothQuant(SchemeOptions):
 
 def _weight(op: Op, graph: Graph) -> Tensor:
     """The weight of a linear as it is now, FP32."""
-    weight = op.tensor(1)
+    weight = op["weight"]
     found: Tensor = evaluate(weight.op, graph)[weight.index]
     return found.detach().to(torch.float32)
 

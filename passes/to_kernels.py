@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from qcompiler.dialects.quant import block_of
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule
 from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Effect, Pass
 
 KERNELS = {"quant.linear": "kernel.scaled_linear", "quant.grouped_linear": "kernel.grouped_linear"}
-MATMULS = (*KERNELS, *KERNELS.values())
-X_SCALE = (1,)
-"""Where those read the scales of the activation."""
 SIMULATED = "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
 
 
@@ -38,9 +35,9 @@ class QuantizeToKernel(Rule):
         if columns == 1:
             return Missed(SIMULATED)
         for use in graph.uses(scale):
-            if use.op.name not in MATMULS:
+            if use.op.role is not Role.QUANTIZED_MATMUL:
                 return Missed(f"its scales are also read by {use.op.name}, which knows one layout only", scale)
-            if use.path != X_SCALE:
+            if use.path != use.op.path("x_scale"):
                 return Missed("its scales are read as those of a weight, which have one layout only", scale)
         return {"layout": self.layout if rows == 1 and columns != ALL else "row_major"}
 
@@ -70,9 +67,7 @@ class LinearToKernel(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if block_of(op, "x_block")[1] == 1:
             return Missed(SIMULATED)
-        producer = op.tensor(1).op
-        layout = producer.attrs["scale_layout"] if producer.name == "kernel.quantize" else "row_major"
-        return {"layout": layout}
+        return {"layout": op["x_scale"].op.attrs.get("scale_layout", "row_major")}
 
     def rewrite(self, op: Op, rewriter: Rewriter, layout: str, **_: Any) -> None:
         made = rewriter.insert(KERNELS[op.name], *op.args, attrs={**op.attrs, "x_scale_layout": layout})

@@ -32,14 +32,12 @@ from qcompiler import numerics
 from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import HasProgram, Program, capture_model
 from qcompiler.dialects.aten import torch_dtype
+from qcompiler.dialects.quant import dtype_of, is_static
 from qcompiler.errors import InputError, PassError
 from qcompiler.interpreter import evaluate, interpret
-from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir import Graph, Op, Role, Value
 from qcompiler.pass_manager import Effect, Pipeline
 from qcompiler.pass_runner import run_pipeline
-
-LINEARS = ("kernel.scaled_linear", "quant.linear")
-STATIC = ("kernel.quantize_static", "quant.quantize_static")
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def attribute_error(compiled: HasProgram, batch: Any, model: Any = None) -> Erro
     program, (args, kwargs) = compiled.program, as_call(batch, 0)
     float_graph = _float_graph(program, args, kwargs, program.original.again() if model is None else model)
     inputs, graph = program.signature.flatten(args, kwargs), program.unfused()
-    ops = [op for op in graph.ops() if op.name in LINEARS]
+    ops = [op for op in graph.ops() if op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None]
     if not ops:
         need = "a pipeline with fuse-linear in it"
         raise PassError("no quantized linear is fused, so there is nothing to attribute errors to", need=need)
@@ -132,19 +130,19 @@ def _float_graph(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _float_values(graph: Graph, inputs: Sequence[Any], names: Sequence[str]) -> dict[Value, Tensor]:
     """The inputs and outputs of the linears called `names`."""
     wanted = {graph[name] for name in names}
-    wanted |= {_linear(value).tensor(0) for value in wanted}
+    wanted |= {_linear(value)["input"] for value in wanted}
     return _observed(graph, inputs, wanted)
 
 
 def _linear(value: Value) -> Op:
     """The linear of the float model that computes `value`, through the cast that a quantized one takes in."""
-    return value.op.tensor(0).op if value.op.name == "aten._to_copy" else value.op
+    return value.op["x"].op if value.op.role is Role.CAST else value.op
 
 
 def _operands(graph: Graph, inputs: Sequence[Any], ops: Sequence[Op]) -> dict[Value, Tensor]:
     """What goes into quantized linears, before and after quantization, as the reference computes it."""
     wanted = {value for op in ops for _, value in op.operands()}
-    wanted |= {value for op in ops for _, value in op.tensor(0).op.operands()}
+    wanted |= {value for op in ops for _, value in op["x"].op.operands()}
     return _observed(graph, inputs, wanted)
 
 
@@ -168,47 +166,52 @@ class _Quantized:
     @property
     def quantize(self) -> Op:
         """What quantizes its input."""
-        return self.op.tensor(0).op
+        return self.op["x"].op
 
-    def given(self, op: Op, first: int) -> list[Tensor | None]:
-        """The operands of `op` from `first` on."""
-        return [self.operands[arg] if isinstance(arg, Value) else None for arg in op.args[first:]]
+    @property
+    def weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The weight's codes and scales, and the bias."""
+        bias = self.op.get("bias")
+        return (
+            self.operands[self.op["w"]],
+            self.operands[self.op["w_scale"]],
+            None if bias is None else self.operands[bias],
+        )
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The codes and scales of another input, which has gone through the prescale already, if there is one."""
         quantize = self.quantize
         options: dict[str, Any] = {
             "block": quantize.attrs["block"], "profile": quantize.attrs["profile"],
-            "dtype": torch_dtype(quantize.attrs["dtype"]),  # type: ignore[arg-type]  # the verifier holds it to that
+            "dtype": torch_dtype(dtype_of(quantize, "dtype")),
         }  # fmt: skip
-        if quantize.name in STATIC:
-            scale = self.operands[self.op.tensor(1)]
+        if is_static(quantize):
+            scale = self.operands[self.op["x_scale"]]
             return numerics.quantize_static(x, scale, **options), scale
         return numerics.quantize(x, **options)
 
     def product(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The reference's output for some codes."""
-        return numerics.scaled_linear(codes, scale, *self.given(self.op, 2), **self.blocks)  # type: ignore[arg-type]
+        return numerics.scaled_linear(codes, scale, *self.weight, **self.blocks)
 
     @property
     def blocks(self) -> dict[str, Any]:
         """The attributes that `numerics` and the kernels want."""
         attrs = self.op.attrs
-        dtype = torch_dtype(attrs["out_dtype"])  # type: ignore[arg-type]  # the verifier holds it to that
+        dtype = torch_dtype(dtype_of(self.op, "out_dtype"))
         return {"x_block": attrs["x_block"], "w_block": attrs["w_block"], "out_dtype": dtype}
 
     @property
     def met(self) -> Tensor:
         """The input in the quantized model, FP32, after the prescale."""
-        x = self.operands[self.quantize.tensor(0)].to(torch.float32)
-        prescale = next(iter(self.given(self.quantize, 2 if self.quantize.name in STATIC else 1)), None)
-        return x if prescale is None else x * prescale.to(torch.float32)
+        x = self.operands[self.quantize["x"]].to(torch.float32)
+        prescale = self.quantize.get("prescale")
+        return x if prescale is None else x * self.operands[prescale].to(torch.float32)
 
     def by_kernel(self) -> Tensor:
         """What the operators that the host module calls make of the reference's codes."""
-        operands = [self.operands[self.op.tensor(0)], self.operands[self.op.tensor(1)], *self.given(self.op, 2)]
-        bias = [None] if len(operands) == 4 else []
-        found: Tensor = torch.ops.qcompiler.scaled_linear(*operands, *bias, *self.blocks.values())
+        codes, scale = self.operands[self.op["x"]], self.operands[self.op["x_scale"]]
+        found: Tensor = torch.ops.qcompiler.scaled_linear(codes, scale, *self.weight, *self.blocks.values())
         return found
 
 
@@ -217,14 +220,18 @@ def _rows(quantized: _Quantized, graph: Graph, float_graph: Graph, exact: Mappin
     op = quantized.op
     output = float_graph[op.result.name]
     linear = _linear(output)
-    x, y = exact[linear.tensor(0)], exact[output]
-    constants = [_constant(arg, float_graph) if isinstance(arg, Value) else None for arg in linear.args[1:]]
-    own, inherited = quantized.product(*quantized.codes(x)), functional.linear(quantized.met, *constants).to(y.dtype)  # type: ignore[arg-type]
-    reference = quantized.product(quantized.operands[op.tensor(0)], quantized.operands[op.tensor(1)])
+    x, y = exact[linear["input"]], exact[output]
+    weight, bias = _constant(linear["weight"], float_graph), linear.get("bias")
+    offset = None if bias is None else _constant(bias, float_graph)
+    own, inherited = (
+        quantized.product(*quantized.codes(x)),
+        functional.linear(quantized.met, weight, offset).to(y.dtype),
+    )
+    reference = quantized.product(quantized.operands[op["x"]], quantized.operands[op["x_scale"]])
     kernel = quantized.by_kernel()
     merged = [user for user in graph.users(op.result) if user.loc.made_by == MergeLinears.name]
     for part in merged or [op]:
-        columns = slice(*part.args[2:4]) if merged else slice(None)
+        columns = slice(part.argument("start"), part.argument("end")) if merged else slice(None)
         pairs = ((y, own), (y, inherited), (reference, kernel))
         numbers = (sqnr(want[..., columns], got[..., columns]) for want, got in pairs)
         yield ErrorRow(part.result.name, part.loc.module, *numbers)

@@ -13,7 +13,7 @@ import torch
 
 from qcompiler.dialects.aten import overload_of, to_torch
 from qcompiler.errors import InputError, QCompilerError
-from qcompiler.ir import Argument, Graph, Op, Value, map_tree
+from qcompiler.ir import Argument, Graph, Op, Role, Value, map_tree
 from qcompiler.ir.dataflow import parameters_of, part_of
 from qcompiler.ir.op_table import lookup
 
@@ -101,10 +101,10 @@ class _Machine:
 
     def run(self, op: Op) -> tuple[Any, ...]:
         """The results of one operation."""
-        if op.name in ("core.param", "core.buffer"):
+        if op.role is Role.STATE:
             return (self.weight(op),)
         if op.name == "core.update":
-            self.updates[op.tensor(0).name] = self.read(op.args[1])
+            self.updates[op["target"].name] = self.read(op["value"])
             return ()
         definition = lookup(op.name)
         function = definition.meaning if definition else overload_of(op.name)

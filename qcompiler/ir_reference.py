@@ -85,8 +85,10 @@ def _operation(definition: OpDef) -> Iterator[str]:
         facts.append(f"- Types: {types}")
     if definition.meaning is not None and "._" not in _name(definition.meaning):
         facts.append(f"- Meaning: `{_name(definition.meaning)}`")
-    if definition.effect:
-        facts.append("- Stays although nobody reads it.")
+    if definition.role is not None:
+        facts.append(f"- Role: {definition.role.name}")
+    if definition.effects:
+        facts.append(f"- Effects: {definition.effects.name}")
     if facts:
         yield "\n".join(facts) + "\n"
     rows = [(f"`{key}`", words, "") for key, (_, words) in definition.attributes.items()]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import HasProgram
+from qcompiler.dialects.kernel import is_fused
 from qcompiler.interpreter import interpret
-from qcompiler.ir import Graph, Op, Value
-from qcompiler.report import OTHER_QUANTIZE, QUANTIZE
+from qcompiler.ir import Graph, Op, Role, Value
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def _count(value: Any) -> _Count:
 def _checked(graph: Graph) -> list[tuple[Value, str]]:
     """What is quantized, and the outputs, in order; with what reads them."""
     read = [
-        (op.tensor(0), f"%{op.results[0].name} = {op.name}")
+        (op["x"], f"%{op.results[0].name} = {op.name}")
         for op in graph.ops()
-        if op.name in (*QUANTIZE, *OTHER_QUANTIZE)
+        if op.role is Role.QUANTIZE and not is_fused(op)
     ]
     outputs = (value for value in graph.outputs if isinstance(value, Value))
     return read + [(value, f"output {index}") for index, value in enumerate(outputs)]

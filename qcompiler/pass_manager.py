@@ -115,7 +115,7 @@ class Pass(ABC):
         reasons: dict[str, str] = {}
         rules = self.rules()
         for op in graph.ops():
-            tried = [rule.match(op, graph) for rule in rules if op.name in rule.root]
+            tried = [rule.match(op, graph) for rule in rules if rule.starts_at(op)]
             misses = [str(missed) for missed in tried if isinstance(missed, Missed)]
             if misses and len(misses) == len(tried) and op.results:
                 reasons[op.results[0].name] = "; ".join(dict.fromkeys(misses))

@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from passes.candidates import MATMULS
-from qcompiler.dialects.quant import block_of
-from qcompiler.ir import DType, Op, Value
+from qcompiler.dialects.quant import block_of, is_static
+from qcompiler.ir import DType, Op, Role, Value
 from qcompiler.numerics import DEFAULT_PROFILE
 from qcompiler.pipelines import W_BLOCKS
 from qcompiler.schemes import SCHEMES, Scheme
-
-STATIC = ("quant.quantize_static", "kernel.quantize_static")
-DEQUANTIZE = "quant.dequantize"
 
 
 @dataclass(frozen=True)
@@ -48,21 +44,21 @@ class Format:
 
 def format_of(op: Op) -> str:
     """The format of a matmul of quantized operands, fused or not; empty for anything else."""
-    if op.name in MATMULS:
+    if op.role is Role.MATMUL:
         x, w = (value.op for _, value in list(op.operands())[:2])
-        if (x.name, w.name) != (DEQUANTIZE, DEQUANTIZE):
+        if (x.role, w.role) != (Role.DEQUANTIZE, Role.DEQUANTIZE):
             return ""
-        return _format(x.tensor(0), w.tensor(0), block_of(x, "block"), block_of(w, "block"))
-    if "x_block" not in op.attrs or "w_block" not in op.attrs:
+        return _format(x["data"], w["data"], block_of(x, "block"), block_of(w, "block"))
+    if op.role is not Role.QUANTIZED_MATMUL:
         return ""
-    return _format(op.tensor(0), op.tensor(2), block_of(op, "x_block"), block_of(op, "w_block"))
+    return _format(op["x"], op["w"], block_of(op, "x_block"), block_of(op, "w_block"))
 
 
 def _format(x: Value, w: Value, x_block: tuple[int, int], w_block: tuple[int, int]) -> str:
     profile = str(x.op.attrs.get("profile", DEFAULT_PROFILE))
     if x.tensor.dtype is not w.tensor.dtype:
         return f"{x.tensor.dtype} {list(x_block)} x {w.tensor.dtype} {list(w_block)}"
-    return str(Format(x.tensor.dtype, x_block, w_block, x.op.name in STATIC, profile))
+    return str(Format(x.tensor.dtype, x_block, w_block, is_static(x.op), profile))
 
 
 def _spelled(scheme: Scheme, wanted: Format) -> Iterator[str]:

@@ -9,19 +9,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from passes.candidates import MATMULS, OTHER_READERS, why_no_matmul
-from qcompiler.dialects.kernel import FUSED
-from qcompiler.dialects.quant import x_scale_of
-from qcompiler.ir import Graph, Op, TensorType
+from passes.candidates import OTHER_READERS, why_no_matmul
+from qcompiler.dialects.kernel import is_fused
+from qcompiler.dialects.quant import is_static, x_scale_of
+from qcompiler.ir import Graph, Op, Role, TensorType
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.lineage import lineages
 from qcompiler.quantized_formats import format_of
 from qcompiler.report_rows import Row, collapsed
 
-QUANTIZE, DEQUANTIZE = ("quant.quantize", "kernel.quantize"), "quant.dequantize"
-OTHER_QUANTIZE = ("quant.quantize_static", "kernel.quantize_static")
-PARTS = ("aten.split_with_sizes", "aten.slice.Tensor")
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"
 AS_STORED = "codes and scales as the model has them"
@@ -155,7 +152,7 @@ def build_report(
 
 def unfused(graphs: Iterable[Graph]) -> list[Graph]:
     """The stages up to the last in which every layer has an operation of its own: behind it, kernels are fused."""
-    return list(takewhile(lambda graph: not any(op.name in FUSED for op in graph), graphs))
+    return list(takewhile(lambda graph: not any(map(is_fused, graph)), graphs))
 
 
 def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
@@ -174,14 +171,14 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
 def _is_quantized(op: Op) -> bool:
     """Whether an operation multiplies quantized operands, fused with what dequantizes them or not."""
     op = _matmul(op)
-    if op.name.startswith(("quant.", "kernel.")):
-        return op.name not in (*QUANTIZE, *OTHER_QUANTIZE, DEQUANTIZE)
-    return op.name in MATMULS and sum(value.op.name == DEQUANTIZE for _, value in op.operands()) > 1
+    if op.role is Role.QUANTIZED_MATMUL:
+        return True
+    return op.role is Role.MATMUL and sum(value.op.role is Role.DEQUANTIZE for _, value in op.operands()) > 1
 
 
 def _matmul(op: Op) -> Op:
     """The matmul whose result an operation casts, cuts or reshapes; itself for any other."""
-    return op.tensor(0).op if op.name in ("aten._to_copy", "aten.reshape", *PARTS) else op
+    return op["x"].op if op.role in (Role.VIEW, Role.CAST) else op
 
 
 def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
@@ -190,16 +187,16 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
         str(param.attrs["name"])
         for graph in graphs
         for op in graph.ops()
-        if op.name in QUANTIZE and graph.is_constant(op.tensor(0))
-        for param in parameters_of(op.tensor(0))
+        if op.role is Role.QUANTIZE and graph.is_constant(op["x"])
+        for param in parameters_of(op["x"])
     }
 
     def constant(op: Op) -> bool:
-        return op.name not in QUANTIZE and bool(op.results) and compiled.is_constant(op.results[0])
+        return op.role is not Role.QUANTIZE and bool(op.results) and compiled.is_constant(op.results[0])
 
     for param in compiled.ops(PARAM):
         ends = [op for op in readers_through(compiled, param.result, constant) if not constant(op)]
-        if any(op.name not in QUANTIZE for op in ends):
+        if any(op.role is not Role.QUANTIZE for op in ends):
             quantized.discard(str(param.attrs["name"]))
     return quantized | _stored(graphs[0])
 
@@ -207,7 +204,7 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
 def _of_stored(op: Op, captured: Graph, became: Op) -> list[str]:
     """Remarks on a matmul with a weight that the model itself holds quantized."""
     constant = [value for _, value in op.operands() if captured.is_constant(value)]
-    stored = [inner for value in constant for inner in ancestors(value) if inner.name == DEQUANTIZE]
+    stored = [inner for value in constant for inner in ancestors(value) if inner.role is Role.DEQUANTIZE]
     if all(x_scale_of(inner.result) is None for inner in stored):
         return [AS_STORED] * bool(stored)
     return [X_AS_STORED] if _is_static(became) else [AS_STORED, X_UNUSED]
@@ -215,23 +212,22 @@ def _of_stored(op: Op, captured: Graph, became: Op) -> list[str]:
 
 def _is_static(op: Op) -> bool:
     """Whether the activation of a quantized matmul has a static scale."""
-    while op.name in ("aten._to_copy", *PARTS):
-        op = op.tensor(0).op
-    codes = op.tensor(0)
-    codes = codes.op.tensor(0) if codes.op.name == DEQUANTIZE else codes
-    return codes.op.name in OTHER_QUANTIZE
+    while op.role in (Role.VIEW, Role.CAST):
+        op = op["x"].op
+    codes = op["x"]
+    return is_static((codes.op["data"] if codes.op.role is Role.DEQUANTIZE else codes).op)
 
 
 def _stored(captured: Graph) -> set[str]:
     """The codes of weights that the model itself holds quantized."""
-    constant = (op for op in captured.ops(DEQUANTIZE) if captured.is_constant(op.result))
-    return {str(param.attrs["name"]) for op in constant for param in parameters_of(op.tensor(0))}
+    constant = (op for op in captured if op.role is Role.DEQUANTIZE and captured.is_constant(op.result))
+    return {str(param.attrs["name"]) for op in constant for param in parameters_of(op["data"])}
 
 
 def _why_not(op: Op) -> str:
     if op.name in OTHER_READERS:
         return why_no_matmul(op)
-    return NO_REASON if op.name in MATMULS else NO_MATMUL
+    return NO_REASON if op.role is Role.MATMUL else NO_MATMUL
 
 
 def _row(op: Op, params: list[Op], quantized: bool, reason: str) -> Row:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 
-from passes.candidates import MATMULS
+from qcompiler.ir import Role
+from qcompiler.ir.traits import traits_of
 
 NUMBERED = re.compile(r"(?<![^.])\d+(?=\.)")
 """A part of a module's name that is a number and has a part after it: `0` in `layers.0.mlp`, not in `layers.0`."""
@@ -50,7 +51,7 @@ class Row:
     @property
     def is_matmul(self) -> bool:
         """Whether it multiplies matrices."""
-        return self.op in MATMULS
+        return traits_of(self.op).role is Role.MATMUL
 
 
 def collapsed(rows: Sequence[Row]) -> Iterator[Row]:

@@ -22,7 +22,7 @@ def stored_scheme(graph: Graph) -> str | None:
     names: Counter[str] = Counter()
     for op in graph.ops("quant.dequantize"):
         rests = DYNAMIC if x_scale_of(op.result) is None else {**DYNAMIC, **STATIC}
-        kind, rest = FORMATS.get(op.tensor(0).tensor.dtype), rests.get(block_of(op, "block"))
+        kind, rest = FORMATS.get(op["data"].tensor.dtype), rests.get(block_of(op, "block"))
         if graph.is_constant(op.result) and kind and rest and (kind, rest) != ("int8", "tile"):
             names[f"{kind}_{rest}"] += 1
     return names.most_common(1)[0][0] if names else None

@@ -278,7 +278,7 @@ def test_sizes_that_only_fit_a_weight_are_numbers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 5)).eval()
     captured = capture(model, (torch.randn(2, 3, 8, 8),))
     assert str(captured.graph.inputs[0].type) == "f32[s0, 3, 8, 8]" and set(captured.graph.symbols) == {"s0"}
-    assert str(captured.graph.ops("aten.linear")[0].tensor(0).type) == "f32[s0, 72]"
+    assert str(captured.graph.ops("aten.linear")[0]["input"].type) == "f32[s0, 72]"
     verified(captured.graph)
     with pytest.raises(InputError, match=r"dimension 2 of input .*got 9; need 8. Capture the model again"):
         captured.run(torch.randn(2, 3, 9, 8))

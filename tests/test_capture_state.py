@@ -220,7 +220,7 @@ def test_containers_that_a_run_or_a_trace_changes_are_restored(called: bool) -> 
     model, x = Notes(), torch.randn(3, 8)
     want = model(x) if called else None
     kept = model.shapes, model.kinds, model.masks
-    contents = [container.copy() for container in kept]  # type: ignore[attr-defined]
+    contents = [copy.copy(container) for container in kept]
     captured = capture(model, (x,))
     assert all(now is then for now, then in zip((model.shapes, model.kinds, model.masks), kept, strict=True))
     assert [*kept] == contents

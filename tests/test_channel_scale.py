@@ -332,7 +332,7 @@ func @m(%x: f32[s0, 8], %gate: f32[s0, 8], %mask: b8[s0, 8], %rows: f32[s0, s0])
     graph = Graph.parse(text + f"  %y = aten.linear(%v{count}, %last) : f32[s0, 5]\n  return %y\n}}")
     inputs, graph.weights = random_inputs(graph, seed, {"s0": 3})
     (want,) = interpret(graph, inputs)
-    value = rng.choice(graph.ops("aten.linear")).tensor(0)
+    value = rng.choice(graph.ops("aten.linear"))["input"]
     region = solve(graph, value)
     if isinstance(region, Missed):
         assert " with a scale" in str(region) or "would be scaled" in str(region)

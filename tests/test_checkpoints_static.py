@@ -116,7 +116,7 @@ def x_scales(compiled: CompiledModel) -> list[torch.Tensor]:
     """The static scales of the compiled graph, in the order of its linears."""
     graph = compiled.graph
     ops = graph.ops("kernel.scaled_linear")
-    return [graph.weights[str(op.tensor(1).op.attrs["name"])] for op in ops]
+    return [graph.weights[str(op["x_scale"].op.attrs["name"])] for op in ops]
 
 
 @pytest.fixture(scope="module")

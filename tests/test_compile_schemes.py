@@ -187,7 +187,7 @@ def kinds(fast: CompiledModel) -> dict[str, str]:
     """Module -> the format and the granularity of its weight."""
     rows = {}
     for op in fast.graph.ops("kernel.scaled_linear"):
-        rows[op.loc.module] = f"{op.tensor(2).tensor.dtype} {op.attrs['x_block']} {op.attrs['w_block']}"
+        rows[op.loc.module] = f"{op['w'].tensor.dtype} {op.attrs['x_block']} {op.attrs['w_block']}"
     return rows
 
 

@@ -13,8 +13,8 @@ import codegen.torch_ops  # noqa: F401  (registers the operators that host modul
 from codegen.host import emit_host_module, load_host_module
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import interpret
-from qcompiler.ir import Graph
-from qcompiler.ir.op_table import OpDef, declare
+from qcompiler.ir import Graph, op_table, traits
+from qcompiler.ir.op_table import INTEGER, OpDef, declare
 from qcompiler.testing import random_graph, random_inputs
 
 GOLDEN = '''\
@@ -42,6 +42,13 @@ class Owner:
     """What a host module calls `weights`."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test declares is forgotten after it."""
+    for module, name in ((op_table, "_TABLE"), (op_table, "_DIALECTS"), (traits, "_KNOWN")):
+        monkeypatch.setattr(module, name, getattr(module, name).copy())
 
 
 def run(graph: Graph, inputs: list[Any], weights: Mapping[str, Tensor] | None = None) -> tuple[Any, ...]:
@@ -217,6 +224,7 @@ def test_an_update_may_be_the_only_reader_of_its_value() -> None:
     assert torch.equal(graph.weights["a"], -torch.ones(4))
 
 
+@pytest.mark.usefixtures("own_table")
 def test_what_nothing_can_run() -> None:
     declare(OpDef("strange.thing", "Has no meaning.", ("x",)))
     graph = Graph.parse(
@@ -226,3 +234,29 @@ def test_what_nothing_can_run() -> None:
         CodegenError, match=r'nothing can run this operation: got strange\.thing \(in loc\("model\.py":7\)\)'
     ):
         emit_host_module(graph, "cpu")
+
+
+@pytest.mark.usefixtures("own_table")
+def test_a_kernel_from_outside_is_called_as_its_operator_says() -> None:
+    """Its meaning runs until there is an operator; then the operator's schema tells how to call it."""
+
+    def meaning(x: Tensor, factors: Tensor | None = None, *, by: int) -> Tensor:
+        return x * by if factors is None else x * factors * by
+
+    operands = ("x", "factors?")
+    declare(
+        OpDef(
+            "kernel.test_scaled", "Test.", operands, {"by": INTEGER}, types=lambda op: (op["x"].type,), meaning=meaning
+        )
+    )
+    graph = parsed(
+        "%y = kernel.test_scaled(%x) {by = 2} : f32[4]\n%z = kernel.test_scaled(%y, %x) {by = 3} : f32[4]\nreturn %z"
+    )
+    x = torch.randn(4)
+    assert 'y = lookup("kernel.test_scaled").meaning(x, by=2)' in emit_host_module(graph, "cpu").source
+    library = torch.library.Library("qcompiler", "FRAGMENT")
+    library.define("test_scaled(Tensor x, int by, Tensor? factors=None) -> Tensor")
+    library.impl("test_scaled", lambda x, by, factors=None: meaning(x, factors, by=by), "CPU")
+    source = emit_host_module(graph, "cpu").source
+    assert "y = kernels.test_scaled(x, 2)\n" in source and "z = kernels.test_scaled(y, 3, x)\n" in source
+    assert torch.equal(run(graph, [x])[0], x * 2 * x * 3)

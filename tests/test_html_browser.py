@@ -168,7 +168,7 @@ def test_every_reading_is_one_edge(opened: Opened, report: Path, compiled: Any) 
 def codes_of(fast: Any, module: str) -> str:
     """The name of the quantized activation that the linear of a module multiplies."""
     (op,) = [op for op in fast.stages["fuse-linear"].ops("quant.linear") if op.loc.module == module]
-    name: str = op.tensor(0).name
+    name: str = op["x"].name
     return name
 
 

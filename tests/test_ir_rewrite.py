@@ -16,11 +16,11 @@ class DoubleNegation(Rule):
     root = ("aten.neg",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        inner = op.tensor(0).op
-        return {"x": inner.tensor(0)} if inner.name == "aten.neg" else Missed("its input is no neg", op.tensor(0))
+        inner = op["self"].op
+        return {"x": inner["self"]} if inner.name == "aten.neg" else Missed("its input is no neg", op["self"])
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
-        inner = op.tensor(0).op
+        inner = op["self"].op
         rewriter.replace(op, x)
         rewriter.erase_unread(inner)
 
@@ -31,7 +31,7 @@ class SiluByHand(Rule):
     root = ("aten.silu",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        return {"x": op.tensor(0)}
+        return {"x": op["self"]}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
         gate = rewriter.insert("aten.sigmoid", x, types=[x.type], names=["gate"]).result
@@ -47,7 +47,7 @@ class Forever(Rule):
         return {}
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
-        rewriter.replace(op, rewriter.insert("aten.relu", op.tensor(0), types=[op.result.type]).result)
+        rewriter.replace(op, rewriter.insert("aten.relu", op["self"], types=[op.result.type]).result)
 
 
 class Idle(Rule):

@@ -68,7 +68,7 @@ def groups(fast: CompiledModel) -> list[str]:
     found: dict[str, list[str]] = {}
     for op in fast.stages["merge-linears"].ops("aten.slice.Tensor"):
         if op.loc.made_by == "merge-linears":
-            found.setdefault(op.tensor(0).name, []).append(op.loc.module.rpartition(".")[2])
+            found.setdefault(op["x"].name, []).append(op.loc.module.rpartition(".")[2])
     return [" ".join(names) for names in found.values()]
 
 

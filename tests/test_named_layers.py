@@ -39,7 +39,7 @@ def quantized(*layers: str) -> set[str]:
     graph = Graph.parse(TEXT)
     Quantize(layers=layers).run(graph)
     graph.verify(after="quantize")
-    done = (op for op in graph.ops("aten.linear") if op.tensor(0).op.name == "quant.dequantize")
+    done = (op for op in graph.ops("aten.linear") if op["input"].op.name == "quant.dequantize")
     return {op.result.name.removesuffix("_f32") for op in done}
 
 

@@ -39,7 +39,7 @@ def prepared(text: str) -> tuple[Graph, list[torch.Tensor], tuple[torch.Tensor, 
 def test_a_name_that_was_made_before_is_not_made_again() -> None:
     """A weight whose recipe is kept may be gone from the graph: the next one must not take its recipe's place."""
     graph, _, _ = prepared(CHAIN)
-    (first, _), _ = (op.results for op in graph.ops("quant.quantize") if graph.is_constant(op.tensor(0)))
+    (first, _), _ = (op.results for op in graph.ops("quant.quantize") if graph.is_constant(op["x"]))
     kept = Recipe(part_of(first.op), 0)
     graph.recipes["blocks.0.w_q"] = kept
     FoldConstants().run(graph)
@@ -236,7 +236,7 @@ def test_a_chain_is_folded_at_its_end() -> None:
         "bf16[3, 32]",
     )
     assert params(graph) == ["norm.weight", "table", "fc.weight_folded"]
-    assert graph["y"].op.args[1] is graph["fc.weight_folded"]
+    assert graph["y"].op["weight"] is graph["fc.weight_folded"]
 
 
 def test_factors_that_several_weights_share() -> None:

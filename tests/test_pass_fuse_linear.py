@@ -42,7 +42,7 @@ def test_what_fp8_tile_makes_is_fused_whole(dtype: str) -> None:
     Fp8Tile().run(graph)
     check_equal_bits(graph)
     assert [op.name for op in graph.ops()] == ["core.param"] * 2 + ["quant.quantize"] * 2 + ["quant.linear"]
-    assert graph["y"].op.args[4] is graph["b"]
+    assert graph["y"].op["bias"] is graph["b"]
     assert str(graph["y"].op.loc) == 'loc("m.py":4 in "fc" by "fuse-linear")'
 
 
@@ -93,7 +93,7 @@ def test_a_bias_that_was_rounded_on_purpose_stays_rounded() -> None:
         "f32[3, 70]",
     )
     check_equal_bits(graph)
-    assert graph["y"].op.args[4] is graph["b_half"]
+    assert graph["y"].op["bias"] is graph["b_half"]
 
 
 @pytest.mark.parametrize(

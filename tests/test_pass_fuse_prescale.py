@@ -85,7 +85,7 @@ def test_a_product_that_others_read_stays_for_them() -> None:
     before = interpret(graph, inputs())
     assert FusePrescale().run(graph)
     graph.verify()
-    assert graph["q"].op.args[1] is graph["r"].op.args[2] is graph["f"]
+    assert graph["q"].op["prescale"] is graph["r"].op["prescale"] is graph["f"]
     assert graph["p"] in graph.outputs
     assert all(map(torch.equal, interpret(graph, inputs()), before))
 

@@ -167,7 +167,7 @@ def test_rows_that_are_arranged_otherwise_are_arranged_for_it() -> None:
     graph = model(lines, "%y_q, %h3")
     (op,) = fused(graph, ACTIVATION)
     assert op.attrs["body"] == "h0 = bf16(x0 + x0); bf16(bf16(relu(h0)) + x1)"
-    assert op.tensor(0).op.name == "aten.reshape" and op.tensor(0).op.tensor(0) is graph["x3"]
+    assert op["x"].op.name == "aten.reshape" and op["x"].op["x"] is graph["x3"]
     assert graph["h3"].op.name == "aten.view_as" and graph["h3"].op.args == (op.results[2], graph["x3"])
 
 
@@ -290,10 +290,11 @@ def test_what_depends_on_a_value_that_it_would_keep() -> None:
     assert shown(op) == "%h, %i -> - | bf16(relu(bf16(x0 * x1)))"
 
 
-def test_what_draws_random_numbers_is_not_moved() -> None:
+@pytest.mark.parametrize("ordered", ["aten.dropout(%r, 0.5, true)", '_c10d_functional.all_reduce(%r, "sum", "0")'])
+def test_what_must_happen_in_order_is_not_moved(ordered: str) -> None:
     lines = f"""{SUM}
       %early = aten.tanh(%h) : {FLAT}
-      %d = aten.dropout(%r, 0.5, true) : {FLAT}
+      %d = {ordered} : {FLAT}
       %y = aten.mul.Tensor(%h, %d) : {FLAT}"""
     graph = model(lines, "%y_q, %early")
     assert ACTIVATION.run(graph)

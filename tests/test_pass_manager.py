@@ -200,10 +200,10 @@ class OnlyFirst(Rule):
     root = ("aten.relu",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        return {} if op.tensor(0).op.name == "core.input" else Missed("it reads no input", op.tensor(0))
+        return {} if op["self"].op.name == "core.input" else Missed("it reads no input", op["self"])
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
-        rewriter.replace(op, op.tensor(0))
+        rewriter.replace(op, op["self"])
 
 
 class Never(OnlyFirst):

@@ -40,7 +40,7 @@ def merged(graph: Graph) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for op in graph.ops("aten.slice.Tensor"):
         if op.loc.made_by == "merge-linears":
-            found.setdefault(op.tensor(0).name, []).append(op.result.name)
+            found.setdefault(op["self"].name, []).append(op.result.name)
     return list(found.values())
 
 
@@ -68,8 +68,8 @@ def test_codes_and_scales_are_those_of_the_parts(
     run_pipeline(Pipeline((quantize, *rest)), parts)
     assert merged(whole) == [[f"y{index}" for index in range(len(columns))]]
     (product,) = whole.ops("quant.linear")
-    codes, scale = (whole.weights[str(product.tensor(at).op.attrs["name"])] for at in (2, 3))
-    separate = [(op.tensor(2), op.tensor(3)) for op in parts.ops("quant.linear")]
+    codes, scale = (whole.weights[str(product[name].op.attrs["name"])] for name in ("w", "w_scale"))
+    separate = [(op["w"], op["w_scale"]) for op in parts.ops("quant.linear")]
     for at, got in enumerate((codes, scale)):
         want = [parts.weights[str(pair[at].op.attrs["name"])] for pair in separate]
         assert torch.equal(got.float(), torch.cat(want).float())

@@ -134,7 +134,7 @@ def test_readers_of_one_value_share_one_static_scale() -> None:
     run_pipeline(
         Pipeline((Quantize(**STATIC),)), graph, instruments=[Validate(), CheckChanged()], inputs=[torch.randn(4, 16)]
     )
-    assert [op.tensor(1).name for op in graph.ops("quant.quantize_static")] == ["x_s", "x_s", "a_s"]
+    assert [op["scale"].name for op in graph.ops("quant.quantize_static")] == ["x_s", "x_s", "a_s"]
     assert sorted(name for name in graph.weights if "scale" in name) == ["a.scale", "x.scale"]
     Pass.parse("share-quantize").run(graph)
     graph.verify()
@@ -147,7 +147,7 @@ def test_two_passes_share_a_scale_whichever_reader_comes_first(first: str) -> No
     for step in (Quantize(**STATIC, layers=(first,)), Quantize(**{**STATIC, "w_block": (1, ALL)})):
         assert step.run(graph)
         graph.verify()
-    assert [op.tensor(1).name for op in graph.ops("quant.quantize_static")] == ["x_s", "x_s", "a_s"]
+    assert [op["scale"].name for op in graph.ops("quant.quantize_static")] == ["x_s", "x_s", "a_s"]
     assert sorted(str(graph[f"{w}_s"].type) for w in ("wq", "wk")) == ["f32[1, 1]", "f32[16, 1]"]
 
 
@@ -160,7 +160,7 @@ def test_readers_that_want_another_observer_get_another_scale(first: str) -> Non
         graph.verify()
     clipped, whole = (float(graph.weights[name]) for name in ("x.scale", "x.scale_1"))
     assert clipped < 0.7 * whole
-    scales = {op.tensor(0).name: op.tensor(1).op.attrs["name"] for op in graph.ops("quant.quantize_static")}
+    scales = {op["x"].name: op["scale"].op.attrs["name"] for op in graph.ops("quant.quantize_static")}
     assert scales == {"x": "x.scale_1" if first == "*q_proj" else "x.scale", "a": "a.scale"}
 
 
@@ -188,9 +188,7 @@ def test_layers() -> None:
     def quantized(*layers: str) -> str:
         graph = qkv()
         Quantize(layers=layers).run(graph)
-        return "".join(
-            name for name in "qko" if graph[f"w{name}"] in [op.args[0] for op in graph.ops("quant.quantize")]
-        )
+        return "".join(name for name in "qko" if graph[f"w{name}"] in [op["x"] for op in graph.ops("quant.quantize")])
 
     assert quantized("*") == "qko"
     assert quantized("*.q_proj.weight", "*o_proj") == "qo"

@@ -68,7 +68,7 @@ def captured(name: str, dtype: torch.dtype) -> Graph:
 
 
 def linear_inputs(graph: Graph) -> list[Value]:
-    return list(dict.fromkeys(op.tensor(0) for op in graph.ops("aten.linear")))
+    return list(dict.fromkeys(op["input"] for op in graph.ops("aten.linear")))
 
 
 def scale(region: Region, seed: int, *, exact: bool) -> torch.Tensor:
@@ -208,7 +208,7 @@ def test_weights_that_others_read_stay_what_they_are() -> None:
     fold(graph, region, torch.tensor([8.0, 2.0, 4.0, 0.5]), "smooth", "norm.smooth")
     assert all(torch.equal(a, b) for a, b in zip(interpret(graph, [x, ids]), want, strict=True))
     assert all(torch.equal(graph.weights[name], tensor) for name, tensor in stored.items())
-    assert graph["z"].op.tensor(1) is graph["w"] and graph["y"].op.tensor(1) is not graph["w"]
+    assert graph["z"].op["weight"] is graph["w"] and graph["y"].op["weight"] is not graph["w"]
 
 
 RESIDUAL = """
@@ -308,7 +308,7 @@ def test_the_scaled_weights_are_folded_when_they_are_quantized() -> None:
     graph, region, _ = small(NORM)
     fold(graph, region, torch.full((4,), 2.0), "smooth", "norm.smooth")
     assert graph.is_constant(graph["w_scaled"])
-    weight = graph["y"].op.tensor(1)
+    weight = graph["y"].op["weight"]
     attrs: dict[str, Any] = {"block": (128, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
     op = graph.insert(graph["y"].op, "quant.quantize", weight, attrs=attrs)
     back = graph.insert(

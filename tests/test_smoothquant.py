@@ -122,7 +122,7 @@ def prepared(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> t
 
 def outcomes(graph: Graph) -> dict[str, int]:
     """How many different groups were folded, multiplied in front, or left alone."""
-    seen = {(graph[name].op.tensor(0).name, text) for name, text in graph.remarks.items()}
+    seen = {(graph[name].op["input"].name, text) for name, text in graph.remarks.items()}
     words = {"folded": "is folded into", "in front": "multiplied in front", "alone": "not smoothed"}
     return {key: sum(word in text for _, text in seen) for key, word in words.items()}
 
@@ -183,7 +183,7 @@ def test_experts_and_their_router_are_compensated() -> None:
     done = run_pipeline(Pipeline((Calibrate(), SmoothQuant(**TENSOR))), graph, instruments=[check], inputs=flat)
     assert 0 < check.errors["smoothquant"] < 2e-6
     router = next(op for op in graph.ops("aten.linear") if op.loc.module == "router")
-    assert router.tensor(1).op.name == "aten.mul.Tensor"
+    assert router["weight"].op.name == "aten.mul.Tensor"
     assert router.result.name not in done.remarks  # it is not quantized, only compensated
     assert len(done.remarks) == 5 and all("is folded into %layer_norm" in text for text in done.remarks.values())
 
@@ -194,7 +194,7 @@ def test_an_excluded_layer_is_compensated_too() -> None:
     SmoothQuant(**TENSOR, layers=("*", "!*.k_proj")).run(graph)
     assert relative_error(before, interpret(graph, flat)[0]) < 2e-5
     keys = [op for op in graph.ops("aten.linear") if op.loc.module.endswith("k_proj")]
-    assert all(op.tensor(1).op.name == "aten.mul.Tensor" and op.result.name not in graph.remarks for op in keys)
+    assert all(op["weight"].op.name == "aten.mul.Tensor" and op.result.name not in graph.remarks for op in keys)
     assert "leaves it out" in SmoothQuant(layers=("*", "!*.k_proj")).explain(graph)[keys[0].result.name]
 
 
@@ -209,9 +209,9 @@ def test_gemmas_gain_is_folded_as_it_acts() -> None:
     """(1 + w) / s, rounded once; w' = (1 + w) / s - 1 would lose small gains, and be added to 1 again."""
     graph, _ = prepared("gemma")
     norm = next(op for op in graph.ops("aten.linear") if op.loc.module.endswith("layers.0.self_attn.q_proj"))
-    gain = next(arg for arg in norm.tensor(0).op.args if isinstance(arg, qcompiler.Value) and graph.is_constant(arg))
+    gain = next(arg for arg in norm["input"].op.args if isinstance(arg, qcompiler.Value) and graph.is_constant(arg))
     assert gain.op.name.startswith("aten.add")  # 1 + w
-    x = norm.tensor(0)
+    x = norm["input"]
     SmoothQuant(**TENSOR).run(graph)
     scaled = next(arg for arg in graph[x.name].op.args if isinstance(arg, qcompiler.Value) and graph.is_constant(arg))
     assert scaled.op.name == "aten.mul.Tensor" and gain in [arg for arg in scaled.op.args]
@@ -232,7 +232,7 @@ def test_calibration_knows_the_smoothed_values(alpha: Any) -> None:
     SmoothQuant(**TENSOR, alpha=alpha).run(graph)
     known, again = graph.calibration, Calibration([flat])
     assert known is not original
-    values = {op.tensor(0).name for op in graph.ops("aten.linear") if op.result.name in graph.remarks}
+    values = {op["input"].name for op in graph.ops("aten.linear") if op.result.name in graph.remarks}
     again.observe(graph, values)
     for name in values:
         torch.testing.assert_close(known.statistics[name].absmax, again.statistics[name].absmax, rtol=1e-4, atol=1e-6)

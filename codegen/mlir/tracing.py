@@ -26,7 +26,7 @@ from codegen.mlir.unsupported import OPERATION, Refusals
 from qcompiler.dialects.aten import overload_of, to_torch
 from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import makes_tensors
-from qcompiler.ir import Argument, Graph, Op, Value, map_tree
+from qcompiler.ir import Argument, Graph, Op, Role, Value, map_tree
 from qcompiler.ir.graph import UPDATE
 from qcompiler.ir.op_table import lookup
 
@@ -98,14 +98,14 @@ class _Builder:
             self.made[value] = node
         by_name = {str(op.attrs["name"]): self.made[op.result] for op in stored}
         for op in self.source.ops():
-            if op.name in ("core.param", "core.buffer"):
+            if op.role is Role.STATE:
                 self.made[op.result] = by_name[str(op.attrs["name"])]
             elif op.name == UPDATE:
-                self.updates[op.tensor(0)] = self.made[op.tensor(1)]
+                self.updates[op["target"]] = self.made[op["value"]]
             else:
                 self.add(op)
         outputs = [self.made[value] for value in output_values(self.source)]
-        self.graph.output((*outputs, *(self.updates[op.tensor(0)] for op in self.source.ops(UPDATE))))
+        self.graph.output((*outputs, *(self.updates[op["target"]] for op in self.source.ops(UPDATE))))
         self.graph.eliminate_dead_code()
         return self.graph
 

@@ -6,8 +6,9 @@ import torch
 
 from codegen.support import why_not
 from qcompiler.dialects.aten import overload_of, torch_dtype
+from qcompiler.dialects.quant import block_of
 from qcompiler.errors import ArtefactError
-from qcompiler.ir import DType, Graph, Op, TensorType
+from qcompiler.ir import Graph, Op, Role
 from qcompiler.ir.op_table import lookup
 
 NAMESPACES = ("aten", "prims")
@@ -40,22 +41,12 @@ def check_device(graph: Graph, device: torch.device, where: str) -> None:
             name = overload_of(op.name).name()
             if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
                 raise _impossible(op, device, f"torch has no kernel of {op.name} for it", where)
-        elif device.type != "cpu" and op.name in ("kernel.scaled_linear", "kernel.fused_linear"):
-            formats = [torch_dtype(_dtype(op, index)) for index in (0, 2)]
-            if (why := why_not(_block(op, "x_block"), _block(op, "w_block"), *formats)) is not None:
+        elif device.type != "cpu" and op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None:
+            formats = [torch_dtype(op[name].tensor.dtype) for name in ("x", "w")]
+            if (why := why_not(block_of(op, "x_block"), block_of(op, "w_block"), *formats)) is not None:
                 raise _impossible(op, device, why, where)
 
 
 def _impossible(op: Op, device: torch.device, why: str, where: str) -> ArtefactError:
     return ArtefactError(f"the model cannot run on {device}", got=why, where=f"{where}, %{op.results[0].name}",
                          fix="Load it on the device that it was compiled for, or compile it again.")  # fmt: skip
-
-
-def _block(op: Op, key: str) -> tuple[int, ...]:
-    block = op.attrs[key]
-    return block if isinstance(block, tuple) else ()  # type: ignore[return-value]  # the verifier has seen to it
-
-
-def _dtype(op: Op, index: int) -> DType:
-    kind = op.tensor(index).type
-    return kind.dtype if isinstance(kind, TensorType) else DType.f32

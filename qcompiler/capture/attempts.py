@@ -8,9 +8,10 @@ from typing import TypeVar
 import torch
 
 from qcompiler import knobs
+from qcompiler.capture.answers import DataDependent
 from qcompiler.capture.deadline import OutOfTime, time_limit
 from qcompiler.capture.examples import Call
-from qcompiler.capture.exporting import ALL_OPEN, FLAT_OPEN, Untraceable, spatial_axes
+from qcompiler.capture.exporting import ALL_OPEN, ANSWERED, FLAT_OPEN, Untraceable, spatial_axes
 from qcompiler.errors import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ class TooSlow(CaptureError):
     """An attempt took longer than QCOMPILER_CAPTURE_SECONDS."""
 
 
-def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T]) -> tuple[T, str]:
+def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T], sizes: str | None = ALL_OPEN) -> tuple[T, str]:
     """The first result of `attempt`, which is called with fewer and fewer open sizes; and what was fixed for that.
 
     Args:
         call: The user's example.
         attempt: Captures with the sizes open that a word says.
+        sizes: What the first attempt leaves open: ALL_OPEN, or None for no size.
 
     Returns:
         The result, and a sentence for the user, which is empty when all sizes were left open.
@@ -49,7 +51,9 @@ def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T]) -> tuple[T,
         CaptureError: What the first attempt raised, when none works; or a difference between graph and model at once.
     """
     first: CaptureError | None = None
-    for openness in _ladder(call):
+    for openness in _ladder(call, sizes):
+        if (openness.shapes == ANSWERED) != isinstance(first, DataDependent):
+            continue  # answers help with nothing else, and nothing else helps with questions
         seconds = None if openness.shapes is None else knobs.current().capture_seconds
         limit = "no limit of time" if seconds is None else f"{seconds:g} s of CPU time at most"
         logger.info("tracing: %s; %s", openness.words or "all sizes are open", limit)
@@ -61,7 +65,7 @@ def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T]) -> tuple[T,
             error: CaptureError = TooSlow(
                 f"torch.export took more than {seconds:g} s of CPU time, the limit that {knob} sets"
             )
-        except Untraceable as failure:
+        except (DataDependent, Untraceable) as failure:
             error = failure
         else:
             return result, f"{openness.words}, because {_reason(first)}" if first is not None else ""
@@ -70,14 +74,19 @@ def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T]) -> tuple[T,
     raise first or CaptureError("there is nothing to capture")
 
 
-def _ladder(call: Call) -> Iterator[Openness]:
-    yield Openness(ALL_OPEN, "")
-    if any(isinstance(x, torch.Tensor) and spatial_axes(x) for x in (*call[0], *call[1].values())):
-        yield Openness(FLAT_OPEN, "heights and widths are fixed to those of the example")
-    yield Openness(None, "all sizes are fixed to those of the example")
+def _ladder(call: Call, sizes: str | None) -> Iterator[Openness]:
+    fixed = "all sizes are fixed to those of the example"
+    if sizes is not None:
+        yield Openness(ALL_OPEN, "")
+        if any(isinstance(x, torch.Tensor) and spatial_axes(x) for x in (*call[0], *call[1].values())):
+            yield Openness(FLAT_OPEN, "heights and widths are fixed to those of the example")
+    yield Openness(None, "" if sizes is None else fixed)
+    yield Openness(ANSWERED, fixed)
 
 
 def _reason(error: CaptureError) -> str:
     if isinstance(error, TooSlow):
         return str(error)
+    if isinstance(error, DataDependent):
+        return f"the model's code asks for values of tensors (first at {error.where})"
     return f"torch.export fails with open sizes ({str(error.got).removesuffix('.')})"

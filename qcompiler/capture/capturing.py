@@ -8,6 +8,7 @@ preflight -> torch.export -> functional ATen -> Graph -> compared with the model
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,13 +19,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.answers import DataDependent, settle, values_of_example
 from qcompiler.capture.arguments import MISSING
 from qcompiler.capture.attempts import with_fewer_sizes
 from qcompiler.capture.caches import has_cache, prepare_caches, static_caches
 from qcompiler.capture.check import check_graph
 from qcompiler.capture.decompositions import Functional, decompose
 from qcompiler.capture.examples import Call, enlarged
-from qcompiler.capture.exporting import DataDependent, export_program
+from qcompiler.capture.exporting import ALL_OPEN, ANSWERED, export_program
 from qcompiler.capture.fixed_sizes import fixed_sizes, specialized_at
 from qcompiler.capture.fixing import fixed, related
 from qcompiler.capture.huggingface import output_embeddings, register_caches
@@ -43,7 +45,7 @@ from qcompiler.ir.graph import Graph
 from qcompiler.runtime.weights import Weights, named_tensors
 
 REMEDY = (
-    "Capture again for other sizes. To keep a size open, avoid Python loops and branches over it; "
+    "Capture again for others. To keep a size open, avoid Python loops and branches over it; "
     "to fix it without this warning, pass dynamic_shapes."
 )
 
@@ -123,20 +125,23 @@ def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: b
             "dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None"
         )
     check = check and not _without_data(model, call)
-    if not isinstance(dynamic_shapes, str):
+    if not isinstance(dynamic_shapes, str | None):
         return _captured(model, call, call, dynamic_shapes, check)
-    captured, given_up = with_fewer_sizes(call, lambda shapes: _enlarged(model, call, shapes, check))
+    sizes = ALL_OPEN if dynamic_shapes else None
+    captured, given_up = with_fewer_sizes(call, lambda shapes: _enlarged(model, call, shapes, check), sizes)
     fixed = [given_up] if given_up else []
-    if check and not given_up:
+    fixed += captured.fixed
+    if check and not given_up and sizes is not None:
         fixed += fixed_sizes(model, captured.signature, call, captured.lines, static_caches(call))
     if fixed:
-        warnings.warn(CaptureWarning(f"capture fixes sizes: {'; '.join(fixed)}. {REMEDY}"), stacklevel=3)
+        what = "sizes and values" if captured.fixed else "sizes"
+        warnings.warn(CaptureWarning(f"capture fixes {what}: {'; '.join(fixed)}. {REMEDY}"), stacklevel=3)
     return replace(captured, fixed=tuple(fixed))
 
 
 def _enlarged(model: torch.nn.Module, call: Call, shapes: str | None, check: bool) -> Captured:
     """A model, by the first variant of the examples that works."""
-    variants = iter([call]) if shapes is None else enlarged(call, partial(does_run, model), has_cache(call))
+    variants = iter([call]) if shapes in (None, ANSWERED) else enlarged(call, partial(does_run, model), has_cache(call))
     errors: list[CaptureError] = []
     for traced in variants:
         try:
@@ -164,7 +169,9 @@ def _captured(model: torch.nn.Module, call: Call, traced: Call, dynamic_shapes: 
     tensors = {**named_tensors(model), **{k: t for k, t in program.constants.items() if isinstance(t, torch.Tensor)}}
     head = output_embeddings(model)
     roles = {name: "output_embeddings" for name, tensor in tensors.items() if tensor is head}
-    captured = _imported(program, Weights.from_tensors(tensors), type(model).__name__, roles, _parameters(model))
+    answered = dynamic_shapes == ANSWERED
+    weights, name = Weights.from_tensors(tensors), type(model).__name__
+    captured = _imported(program, weights, name, roles, _parameters(model), answered)
     captured = replace(captured, lines=specialized_at(program))
     return _checked(captured, model, call, traced) if check else captured
 
@@ -213,13 +220,15 @@ def _imported(
     name: str,
     roles: Mapping[str, str],
     parameters: tuple[tuple[str, Any], ...],
+    answered: bool = False,
 ) -> Captured:
     """An exported program, decomposed and imported."""
-    functional = decompose(program)
+    with values_of_example() if answered else nullcontext():
+        functional = decompose(program, answered)
     graph, symbols = import_program(functional, weights, name=name, roles=roles)
     signature = related(graph, _signature(functional, graph, symbols, parameters))
     graph.verify()
-    return Captured(graph, signature)
+    return Captured(graph, signature, tuple(settle(graph, program.graph_signature.parameters)))
 
 
 def _signature(

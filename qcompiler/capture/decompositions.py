@@ -65,10 +65,16 @@ class Functional:
     graph_signature: ExportGraphSignature
     range_constraints: Mapping[sympy.Symbol, Any]
     call_spec: Any
+    checks: bool = False
+    """Whether the graph's assertions are part of what it means; otherwise they only repeat the ranges of symbols."""
 
 
-def decompose(program: ExportedProgram) -> Functional:
+def decompose(program: ExportedProgram, checks: bool = False) -> Functional:
     """A program in functional ATen, with KEEP whole; `program` stays as it is.
+
+    Args:
+        program: As torch.export gave it.
+        checks: As in `Functional`.
 
     Raises:
         CaptureError: Control flow, or another operator over sub-graphs, is left; the message has the user's line.
@@ -86,7 +92,7 @@ def decompose(program: ExportedProgram) -> Functional:
                 where=str(location_of(node)) or None,
                 fix="Write it without torch.cond, while_loop or map, for instance with torch.where.",
             )
-    return Functional(graph, program.graph_signature, program.range_constraints, program.call_spec)
+    return Functional(graph, program.graph_signature, program.range_constraints, program.call_spec, checks)
 
 
 def is_assertion(node: torch.fx.Node) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.answers import DataDependent, answers_of_example
 from qcompiler.capture.huggingface import pretrained_model, tracing_patches, tracing_settings
 from qcompiler.capture.locations import user_line
 from qcompiler.capture.python_state import same_attributes
@@ -36,13 +37,12 @@ ALL_OPEN = "auto"
 FLAT_OPEN = "flat"
 """The same without the heights, widths and depths of images."""
 
+ANSWERED = "answered"
+"""Fixes every size, and what the model's code asks of its data: `answers`."""
+
 
 class Untraceable(CaptureError):
     """torch.export fails, perhaps because of sizes that are open."""
-
-
-class DataDependent(CaptureError):
-    """The model's Python code branches on the values of a tensor."""
 
 
 Attempt = tuple[Callable[[], AbstractContextManager[None]], bool]
@@ -61,21 +61,28 @@ def export_program(
         model: In evaluation mode; see `preflight.check_model`.
         args: Positional example inputs.
         kwargs: Example inputs by name.
-        dynamic_shapes: ALL_OPEN or FLAT_OPEN; None fixes all sizes; anything else is handed to torch.export as it is.
+        dynamic_shapes: ALL_OPEN, FLAT_OPEN or ANSWERED; None fixes all sizes; anything else is handed to torch.export
+            as it is.
 
     Raises:
         CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
     """
     ours = dynamic_shapes is None or isinstance(dynamic_shapes, str)
     args, kwargs = pytree.tree_map(_copies(model, keep=not ours), (tuple(args), dict(kwargs)))
-    flat = dynamic_shapes == FLAT_OPEN
-    shapes: Any = automatic_shapes(args, kwargs, flat) if isinstance(dynamic_shapes, str) else dynamic_shapes
+    answered = dynamic_shapes == ANSWERED
+    shapes: Any = None if answered else dynamic_shapes
+    if isinstance(shapes, str):
+        shapes = automatic_shapes(args, kwargs, shapes == FLAT_OPEN)
     errors: list[Exception] = []
     named = named_keywords(model, kwargs) if isinstance(dynamic_shapes, str) else nullcontext()
     with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named, masks_as_given():
         for context, strict in _attempts(model):
+            if answered and strict:
+                break  # dynamo asks nothing of tensors; it takes the model's code apart
+            answers = answers_of_example() if answered else nullcontext()
             try:
-                with context(), quiet_failure(), same_attributes(model, remove_new=True), idle_conversions():
+                kept = same_attributes(model, remove_new=True)
+                with context(), quiet_failure(), kept, idle_conversions(), answers:
                     return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
             except Exception as error:  # whatever torch or the model raises becomes one sentence below
                 errors.append(error)
@@ -158,6 +165,8 @@ def named_keywords(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterato
 def explain(error: BaseException) -> CaptureError:
     """What went wrong in a trace, in one sentence with the user's line."""
     chain = list(_chain(error))
+    if isinstance(error, CaptureError):
+        return error
     line = next((found for link in reversed(chain) if (found := user_line(link.__traceback__))), None)
     where = None
     if line is not None:

@@ -8,7 +8,7 @@ output        -> core.update for each mutated buffer and input, then the return
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -16,6 +16,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 
+from qcompiler.capture.answers import EXPECTED
 from qcompiler.capture.decompositions import Functional, is_assertion
 from qcompiler.capture.locations import is_model_code, location_of
 from qcompiler.capture.stored_weights import STORED_WEIGHT
@@ -26,6 +27,7 @@ from qcompiler.errors import CaptureError
 from qcompiler.ir.graph import BUFFER, PARAM, UPDATE, Graph
 from qcompiler.ir.lexer import legal_name
 from qcompiler.ir.op import Argument, Literal, Tag, Value
+from qcompiler.ir.traits import Effects, traits_of
 from qcompiler.ir.types import NONE, ScalarType, TensorType, Type
 from qcompiler.runtime.weights import Weights
 
@@ -90,7 +92,14 @@ class _Importer:
         self.device = device_of_program(program)
         self.made: dict[torch.fx.Node, Argument] = {}
         self.targets: dict[str, Value] = {}
-        self.live = _live(program.graph)
+        self.live = _live(program.graph, self._is_check)
+
+    def _is_check(self, node: torch.fx.Node) -> bool:
+        """Whether a node asserts something that no range of a symbol says."""
+        if not self.program.checks or node.op != "call_function":
+            return False
+        name = str(node.target)
+        return "assert_scalar" in name or ("assert_async" in name and str(node.args[1]).startswith(EXPECTED))
 
     # What comes in
 
@@ -149,6 +158,9 @@ class _Importer:
             raise CaptureError("a graph has no such operation", got=str(node.target), where=_where(node))
 
     def _operation(self, node: torch.fx.Node, overload: torch._ops.OpOverload) -> None:
+        if self._is_check(node):
+            self._check(node)
+            return
         name = op_name(overload)
         schema = overload._schema.arguments
         args = []
@@ -170,6 +182,17 @@ class _Importer:
             self._append(node, "quant.dequantize", [codes, scale], {"block": block, "out_dtype": dtype, **known})
             return
         self._append(node, name, args, attrs)
+
+    def _check(self, node: torch.fx.Node) -> None:
+        """An assertion of torch's as `core.expect`."""
+        condition, message = node.args[:2]
+        if isinstance(condition, torch.fx.Node):  # torch has settled all others
+            known = str(message).startswith(EXPECTED)
+            text = str(message) if known else f"{EXPECTED}a size that follows from the values of a tensor is another"
+            loc = location_of(node)
+            self.graph.append(
+                "core.expect", self._argument(condition, node), attrs={"message": text}, types=[], loc=loc
+            )
 
     def _keywords(self, node: torch.fx.Node) -> dict[str, Any]:
         """The keyword arguments without those that only repeat a default, or the model's own device."""
@@ -288,18 +311,20 @@ class _Importer:
         )
 
 
-def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+def _live(graph: torch.fx.Graph, is_check: Callable[[torch.fx.Node], bool]) -> set[torch.fx.Node]:
     """The nodes that an output depends on; the others only measured something for an assertion."""
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or node in live or _has_effect(node):
+        if node.op == "output" or node in live or _has_effect(node) or is_check(node):
             live.add(node)
             live.update(node.all_input_nodes)
     return live
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not is_assertion(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or is_assertion(node):
+        return False
+    return bool(traits_of(op_name(node.target)).effects & (Effects.WRITES | Effects.COMMUNICATES))
 
 
 def _node(arg: Any) -> torch.fx.Node:

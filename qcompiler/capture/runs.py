@@ -37,7 +37,7 @@ class Runs:
     def __init__(self, graph: Graph, signature: Signature, model: torch.nn.Module) -> None:
         self.graph, self.signature, self.model = graph, signature, model
         self.buffers = [str(op.attrs["name"]) for op in graph.ops(BUFFER)]
-        self.targets = [op.tensor(0) for op in graph.ops(UPDATE)]
+        self.targets = [op["target"] for op in graph.ops(UPDATE)]
         self.paths = signature.output_paths()
 
     def of_model(

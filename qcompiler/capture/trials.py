@@ -45,7 +45,7 @@ def with_leeway(graph: Graph, signature: Signature, model: torch.nn.Module, call
     names = [name for name, _ in signature.parameters]
     named: Call = ((), {**dict(zip(names, args, strict=False)), **kwargs}) if len(args) <= len(names) else call
     trials = _Trials(graph, signature, model, named)
-    written = {op.tensor(0).name for op in graph.ops(UPDATE)}
+    written = {op["target"].name for op in graph.ops(UPDATE)}
     widened = tuple(
         slot.name for slot in signature.slots
         if isinstance(slot, TensorSlot) and slot.name not in written and _is_integer(slot.dtype)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from qcompiler.dialects.aten import torch_dtype
-from qcompiler.ir import Op, Value
+from qcompiler.ir import Op, Role, Value
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
 
-CASTS = ("aten._to_copy", "aten.to.dtype")
 TRANSPOSES = ("aten.t", "aten.transpose.int")
 SUMS = ("aten.add.Tensor", "aten.add.Scalar")
 
@@ -29,7 +28,7 @@ def why_not_rows(part: Value, model_names: set[str]) -> str | None:
     for op in _chain(part, model_names):
         if op.name in TRANSPOSES:
             turned = not turned
-        elif op.name not in (PARAM, *CASTS) and not _takes_factor(op, model_names):
+        elif op.name != PARAM and op.role is not Role.CAST and not _takes_factor(op, model_names):
             return f"{op.name} computes what is quantized from it"
     if turned:
         return "the model stores it transposed, [K, N], and the format has [N, K]"
@@ -45,10 +44,10 @@ def restored(part: Value, tensor: Tensor, model_names: set[str]) -> Tensor | str
             tensor = tensor.t()
         elif op.name in SUMS and (number := _number(op)) is not None:
             tensor = tensor - number
-        elif op.name not in CASTS and not _takes_factor(op, model_names):
+        elif op.role is not Role.CAST and not _takes_factor(op, model_names):
             return f"{op.name} computes what was changed from it, and cannot be undone"
-        if op.name in CASTS:
-            wider = torch_dtype(op.tensor(0).tensor.dtype)
+        if op.role is Role.CAST:
+            wider = torch_dtype(op["x"].tensor.dtype)
             tensor = tensor.to(torch.promote_types(tensor.dtype, wider))
     return f"it is not found in what computes {part}"
 
@@ -72,7 +71,7 @@ def _takes_factor(op: Op, model_names: set[str]) -> bool:
 
 def _number(op: Op) -> float | None:
     """What is added, when that is a literal."""
-    number = op.args[1] if len(op.args) > 1 and not op.attrs else None
+    number = None if op.attrs else op.argument("other")
     return number if isinstance(number, int | float) and not isinstance(number, bool) else None
 
 

@@ -17,15 +17,9 @@ from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits, 
 from qcompiler.dialects.quant import block_of
 from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir import Graph, Op, Role, Value
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
-
-LINEARS = ("quant.linear", "kernel.scaled_linear", "quant.grouped_linear", "kernel.grouped_linear")
-"""Products of quantized operands: activation, its scale, weight, its scale."""
-
-STATIC = ("quant.quantize_static", "kernel.quantize_static")
-DYNAMIC = ("quant.quantize", "kernel.quantize")
 
 
 @dataclass
@@ -109,10 +103,10 @@ class _Tracer:
         if pair.x_scale is not None:
             self.done.update(str(param.attrs["name"]) for param in parameters_of(pair.x_scale))
         source, origin = self.expanded(pair.codes), self.expanded(pair.scale)
-        if source.op.name == "quant.quantize":
+        if source.op.role is Role.QUANTIZE:
             if source.op is not origin.op:
                 raise QCompilerError("the scale of a weight is not that of its codes", got=str(pair.scale))
-            parts = _parts(source.op.tensor(0))
+            parts = _parts(source.op["x"])
         else:
             self.found.scales |= self.names(origin)
             parts = _parts(source)
@@ -219,33 +213,34 @@ class _Tracer:
 
 def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
     """The quantized weight that an operation multiplies with, or dequantizes."""
-    if op.name in LINEARS:
-        static = _static_scale(op.tensor(0))
-        yield _Pair(op.tensor(2), op.tensor(3), block_of(op, "w_block"), block_of(op, "x_block"), static)
-    elif op.name == "quant.dequantize" and graph.is_constant(op.result):
+    if op.role is Role.QUANTIZED_MATMUL:
+        static = _static_scale(op["x"])
+        yield _Pair(op["w"], op["w_scale"], block_of(op, "w_block"), block_of(op, "x_block"), static)
+    elif op.role is Role.DEQUANTIZE and graph.is_constant(op.result):
         for x in dict.fromkeys(x.op for user in graph.users(op.result) for _, x in user.operands()):
-            if x.name == "quant.dequantize" and x is not op:
-                static = _static_scale(x.tensor(0))
-                yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), block_of(x, "block"), static)
+            if x.role is Role.DEQUANTIZE and x is not op:
+                static = _static_scale(x["data"])
+                yield _Pair(op["data"], op["scale"], block_of(op, "block"), block_of(x, "block"), static)
                 return
-        yield _Pair(op.tensor(0), op.tensor(1), block_of(op, "block"), None, None)
+        yield _Pair(op["data"], op["scale"], block_of(op, "block"), None, None)
 
 
 def _static_scale(codes: Value) -> Value | None:
     """The scale of an activation, where calibration has fixed it; None where it is computed in each call."""
-    if codes.op.name in STATIC:
-        return codes.op.tensor(1)
-    if codes.op.name not in DYNAMIC:
+    if codes.op.role is not Role.QUANTIZE:
         raise QCompilerError("nothing says how an activation is quantized", got=codes.op.name, where=str(codes))
-    return None
+    return codes.op.get("scale")
 
 
 def _parts(value: Value) -> list[Value]:
     """What a constant is put together of, row by row; itself when it is not."""
     op = value.op
-    if op.name == "aten.cat" and isinstance(op.args[0], tuple) and op.args[1:] in ((), (0,)) and not op.attrs:
-        return [part for item in op.args[0] if isinstance(item, Value) for part in _parts(item)]
-    return [value]
+    joined = op.argument("tensors") if op.name == "aten.cat" and op.argument("dim") == 0 else None
+    return (
+        [part for item in joined if isinstance(item, Value) for part in _parts(item)]
+        if isinstance(joined, tuple)
+        else [value]
+    )
 
 
 def _rows(value: Value) -> int:

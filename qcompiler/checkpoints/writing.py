@@ -152,8 +152,8 @@ def _named_layers(program: Program) -> set[str]:
     """The weights of layers that are not quantized unless they are named."""
     stages = program.stages
     graph = stages["canonicalize" if "canonicalize" in stages else "captured"]
-    skipped = (op for op in graph.ops("aten.linear") if graph.is_constant(op.tensor(1)) and why_skipped(op, graph))
-    return {str(param.attrs["name"]) for op in skipped for param in parameters_of(op.tensor(1))}
+    skipped = (op for op in graph.ops("aten.linear") if graph.is_constant(op["weight"]) and why_skipped(op, graph))
+    return {str(param.attrs["name"]) for op in skipped for param in parameters_of(op["weight"])}
 
 
 def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], program: Program) -> set[str]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from qcompiler.errors import QCompilerError
-from qcompiler.ir.op import Argument, Tag
+from qcompiler.ir import Argument, Effects, Role, Tag
 from qcompiler.ir.op_table import OpenNamespaces, declare_open_namespaces
+from qcompiler.ir.traits import Traits
 from qcompiler.ir.types import DType
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -39,6 +40,23 @@ RUN_AS = {"aten.view": "aten.reshape"}
 have others, for which the same values need a copy."""
 
 
+MATMULS = {
+    "aten.linear": 0, "aten.mm": 0, "aten.matmul": 0, "aten.bmm": 0, "aten.inner": 0, "aten.mv": 0, "aten.dot": 0,
+    "aten._grouped_mm": 0, "transformers.grouped_mm_fallback": 0, "aten.addmm": 1, "aten.baddbmm": 1, "aten.addmv": 1,
+    "aten.einsum": None,
+}  # fmt: skip
+"""Matmuls, as capture may spell them -> the place of the first of the two operands that are multiplied."""
+
+GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+"""Matmuls of groups of rows, each with a matrix of its own; offsets give the groups."""
+
+ROLES = {"aten._to_copy": Role.CAST, "aten.to.dtype": Role.CAST, "aten._unsafe_view": Role.VIEW}
+"""Roles that do not follow from a schema."""
+
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem", "_dtensor")
+"""Namespaces whose operations exchange data with other processes."""
+
+
 def torch_dtype(dtype: DType) -> torch.dtype:
     """Torch's name for an element type."""
     return TORCH_DTYPES[dtype]
@@ -63,10 +81,13 @@ def op_name(overload: torch._ops.OpOverload) -> str:
     return str(overload.name()).replace("::", ".").removesuffix(".default")
 
 
-@cache
 def overload_of(name: str) -> torch._ops.OpOverload:
     """Torch's overload for `aten.add.Tensor`, to be called; KeyError when torch knows none."""
-    name = RUN_AS.get(name, name)
+    return _overload(RUN_AS.get(name, name))
+
+
+@cache
+def _overload(name: str) -> torch._ops.OpOverload:
     namespace, op, overload = (*name.split(".", 2), "default")[:3]
     try:
         found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
@@ -86,14 +107,6 @@ def is_view(name: str) -> bool:
     return any(result.alias_info is not None for result in overload_of(name)._schema.returns)
 
 
-def _knows(name: str) -> bool:
-    try:
-        overload_of(name)
-    except (KeyError, IndexError, ValueError):
-        return False
-    return True
-
-
 @cache
 def _names() -> tuple[str, ...]:
     schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::"))
@@ -101,15 +114,47 @@ def _names() -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith("aten._") and not name.endswith("out"))
 
 
-@cache
-def _is_function(name: str) -> bool:
-    return not _has_effect(name) and "empty" not in name.split(".")[1]  # what is empty holds anything
+def _traits(name: str) -> Traits | None:
+    try:
+        schema = _overload(name)._schema
+    except (KeyError, IndexError, ValueError):
+        return None
+    names = [arg.name for arg in schema.arguments]
+    positions = {arg.name: index for index, arg in enumerate(schema.arguments) if not arg.kwarg_only}
+    defaults = {arg.name: _literal(arg.default_value) for arg in schema.arguments}
+    effects = _effects(name)
+    if name in MATMULS:
+        first = MATMULS[name]
+        aliases = {} if first is None else {"x": names[first], "w": names[first + 1]}
+        return Traits(positions, defaults, aliases, role=Role.MATMUL, effects=effects)
+    role = ROLES.get(name) or (Role.VIEW if effects is Effects.PURE and _is_alias(schema) else None)
+    return Traits(positions, defaults, {"x": names[0]} if role else {}, role=role, effects=effects)
 
 
-@cache
-def _has_effect(name: str) -> bool:
-    schema = overload_of(name)._schema
-    return schema.is_mutable or not schema.returns or torch.Tag.nondeterministic_seeded in overload_of(name).tags
+def _is_alias(schema: torch._C.FunctionSchema) -> bool:
+    """Whether every result may share the memory of the first argument, which is a tensor."""
+    tensors = bool(schema.returns) and isinstance(schema.arguments[0].type, torch.TensorType)
+    return tensors and all(result.alias_info is not None for result in schema.returns)
 
 
-declare_open_namespaces(OpenNamespaces(_knows, _names, _is_function, _has_effect))
+def _literal(default: Any) -> Any:
+    return tuple(default) if isinstance(default, list) else default
+
+
+def _effects(name: str) -> Effects:
+    overload = _overload(name)
+    effects = Effects.PURE
+    if name.split(".")[0] in COLLECTIVES:
+        effects |= Effects.COMMUNICATES
+    if overload._schema.is_mutable:
+        effects |= Effects.WRITES
+    elif not overload._schema.returns:
+        effects |= Effects.CONTROLS  # it is there to raise an error
+    if torch.Tag.nondeterministic_seeded in overload.tags:
+        effects |= Effects.RANDOM
+    if "empty" in name.split(".")[1]:
+        effects |= Effects.UNDEFINED
+    return effects
+
+
+declare_open_namespaces(OpenNamespaces(_traits, _names))

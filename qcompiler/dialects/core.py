@@ -6,20 +6,69 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
+from qcompiler.errors import InputError
+from qcompiler.ir import Effects, Role
 from qcompiler.ir.op_table import TEXT, OpDef, declare
 
-declare(OpDef("core.input", "An argument of the function.", effect=True))
-declare(OpDef("core.return", "The end of the function: its operands are the outputs.", ("*",), effect=True))
-declare(OpDef("core.param", "A weight that never changes.", attributes={"name": TEXT}, optional={"role": TEXT}))
-declare(OpDef("core.buffer", "The state that a buffer has when the call begins.", attributes={"name": TEXT}))
+
+def expect(condition: Any, message: str) -> None:
+    """The meaning of `core.expect`.
+
+    Args:
+        condition: A bool, or a tensor with one element. If it is on a GPU, the call waits for it.
+        message: The error if it is false.
+
+    Raises:
+        InputError: The condition is false.
+    """
+    if isinstance(condition, FakeTensor):
+        torch._assert_async(condition, message)  # keeps the check in a trace of the compiled model
+    elif not bool(condition):
+        raise InputError(message, fix="Compile the model again with these inputs as the example.")
+
+
+declare(OpDef("core.input", "An argument of the function.", effects=Effects.CONTROLS))
+declare(
+    OpDef("core.return", "The end of the function: its operands are the outputs.", ("*",), effects=Effects.CONTROLS)
+)
+declare(
+    OpDef(
+        "core.param",
+        "A weight that never changes.",
+        attributes={"name": TEXT},
+        optional={"role": TEXT},
+        role=Role.STATE,
+    )
+)
+declare(
+    OpDef(
+        "core.buffer",
+        "The state that a buffer has when the call begins.",
+        attributes={"name": TEXT},
+        role=Role.STATE,
+        effects=Effects.READS,
+    )
+)
 declare(
     OpDef(
         "core.update",
         "Writes a new value to a buffer or an input when the call ends.",
         ("target", "value"),
         types=lambda _: (),
-        effect=True,
+        effects=Effects.WRITES,
+    )
+)
+declare(
+    OpDef(
+        "core.expect",
+        "Raises an error if a condition that held at capture is false.",
+        ("condition",),
+        {"message": TEXT},
+        types=lambda _: (),
+        meaning=expect,
+        effects=Effects.CONTROLS,
     )
 )
 

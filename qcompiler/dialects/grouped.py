@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.dialects.kernel import PRODUCERS, SCALE_LAYOUT
+from qcompiler.dialects.kernel import SCALE_LAYOUT, check_layout
 from qcompiler.dialects.quant import block_of, check_scale, dtype_of
 from qcompiler.errors import QCompilerError
-from qcompiler.ir import DType, Op, TensorType, Type
+from qcompiler.ir import DType, Op, Role, TensorType, Type
 from qcompiler.ir.op_table import BLOCK, DTYPE, OpDef, OpError, declare
 
 OPERANDS = ("x", "x_scale", "w", "w_scale", "offsets")
@@ -28,26 +28,23 @@ ROWS_OF_BLOCKS = "blocks of 1 row of x, and not of all rows of w"
 
 def grouped_linear_types(op: Op) -> tuple[Type, ...]:
     """(x f8[T, K], x_scale, w f8[E, N, K], w_scale, offsets i32[E]) -> out_dtype[T, N]"""
-    x, w, offsets = op.tensor(0).tensor, op.tensor(2).tensor, op.tensor(4).tensor
-    check_scale(op, 0, "x_block")
-    check_scale(op, 2, "w_block")
+    x, w, offsets = op["x"].tensor, op["w"].tensor, op["offsets"].tensor
+    check_scale(op, "x", "x_scale", "x_block")
+    check_scale(op, "w", "w_scale", "w_block")
     if len(x.shape) != 2:
-        raise OpError(f"the activation is {x}, but its rows are in one order: it needs 2 dimensions", 0)
+        raise OpError(f"the activation is {x}, but its rows are in one order: it needs 2 dimensions", "x")
     if len(w.shape) != 3 or x.shape[1] != w.shape[2]:
-        raise OpError(f"the weights are {w}, but the activation {x} needs [groups, N, {x.shape[1]}]", 2)
+        raise OpError(f"the weights are {w}, but the activation {x} needs [groups, N, {x.shape[1]}]", "w")
     if block_of(op, "x_block")[0] != 1 or block_of(op, "w_block")[0] == numerics.ALL:
         raise OpError(f"its scales would span groups; it needs {ROWS_OF_BLOCKS}")
     if offsets != TensorType(DType.i32, w.shape[:1]):
-        raise OpError(f"the offsets are {offsets}, but the weights {w} need i32[{w.shape[0]}]", 4)
+        raise OpError(f"the offsets are {offsets}, but the weights {w} need i32[{w.shape[0]}]", "offsets")
     return (TensorType(dtype_of(op, "out_dtype"), (x.shape[0], w.shape[1])),)
 
 
 def kernel_types(op: Op) -> tuple[Type, ...]:
     """As `quant.grouped_linear`; the producer of the activation's scales must write the layout that is read."""
-    producer = op.tensor(1).op
-    written, read = producer.attrs.get("scale_layout"), op.attrs["x_scale_layout"]
-    if producer.name in PRODUCERS and written != read:
-        raise OpError(f"{op.args[1]} is written {written}, but read {read}", 1)
+    check_layout(op)
     return grouped_linear_types(op)
 
 
@@ -119,6 +116,7 @@ declare(
         ATTRIBUTES,
         types=grouped_linear_types,
         meaning=grouped_linear,
+        role=Role.QUANTIZED_MATMUL,
     )
 )
 declare(
@@ -129,5 +127,6 @@ declare(
         {**ATTRIBUTES, "x_scale_layout": SCALE_LAYOUT},
         types=kernel_types,
         meaning=_reference,
+        role=Role.QUANTIZED_MATMUL,
     )
 )

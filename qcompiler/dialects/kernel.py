@@ -26,7 +26,7 @@ from qcompiler.dialects.quant import (
     scale_shape,
 )
 from qcompiler.errors import ParseError
-from qcompiler.ir import DType, Op, Size, TensorType, Type, Value
+from qcompiler.ir import DType, Op, Role, Size, TensorType, Type, Value
 from qcompiler.ir.op_table import BLOCK, DTYPE, TEXT, AttributeCheck, OpDef, OpError, declare, one_of
 
 SCALE_LAYOUT = one_of("row_major", "col_major")
@@ -36,27 +36,26 @@ NAMES: tuple[AttributeCheck, str] = (
 )
 PARTS: tuple[AttributeCheck, str] = (lambda a: a in (1, 2) and not isinstance(a, bool), "1 or 2")
 
-PRODUCERS = ("kernel.quantize", "kernel.fused_quantize", "kernel.fused_linear")
-"""What writes the scales of an activation."""
-
-FUSED = ("kernel.fused_quantize", "kernel.fused_linear")
-"""What carries a body."""
-
 QUANTIZED = ("block", "dtype", "profile", "scale_layout")
 """The attributes of what is quantized on the way out."""
 
 
 def scaled_linear_types(op: Op) -> tuple[Type, ...]:
     """As `quant.linear`; the producer of the activation's scales must write the layout that is read."""
-    _check_layout(op)
+    check_layout(op)
     return linear_types(op)
 
 
-def _check_layout(op: Op) -> None:
-    producer = op.tensor(1).op
-    written, read = producer.attrs.get("scale_layout"), op.attrs["x_scale_layout"]
-    if producer.name in PRODUCERS and written != read:
-        raise OpError(f"{op.args[1]} is written {written}, but read {read}", 1)
+def check_layout(op: Op) -> None:
+    """Holds the activation's scales to the layout in which their producer, if it has one, writes them."""
+    scale, read = op["x_scale"], op.attrs["x_scale_layout"]
+    if (written := scale.op.attrs.get("scale_layout", read)) != read:
+        raise OpError(f"{scale} is written {written}, but read {read}", "x_scale")
+
+
+def is_fused(op: Op) -> bool:
+    """Whether an operation has a body."""
+    return op.name.startswith("kernel.") and "body" in op.attrs
 
 
 def fused_quantize_types(op: Op) -> tuple[Type, ...]:
@@ -64,8 +63,8 @@ def fused_quantize_types(op: Op) -> tuple[Type, ...]:
     made = _parsed(op)
     if not op.args:
         raise OpError("it has no operand")
-    _check_operands(op, op.args, 0, made)
-    shape = op.tensor(0).tensor.shape
+    _check_operands(op.args, 0, made)
+    shape = op["x"].tensor.shape
     defined = {name for name, _ in made.definitions}
     kept: tuple[str, ...] = op.attrs["keep"]  # type: ignore[assignment]  # the declaration's check has passed
     for name in kept:
@@ -76,17 +75,17 @@ def fused_quantize_types(op: Op) -> tuple[Type, ...]:
 
 def fused_linear_types(op: Op) -> tuple[Type, ...]:
     """As `quant.linear`, then the body on the sums: float[..., N / parts], or codes and scales of that"""
-    _check_layout(op)
+    check_layout(op)
     *rows, columns = linear_shape(op)
     made, parts = _parsed(op), parts_of(op)
     if not isinstance(columns, int) or columns % parts:
-        raise OpError(f"{columns} columns have no {parts} equal parts", 2)
+        raise OpError(f"{columns} columns have no {parts} equal parts", "w")
     shape: tuple[Size, ...] = (*rows, columns // parts)
     if wrong := [name for name in made.operands if name[0] == "y" and int(name[1:]) >= parts]:
         raise OpError(f"its body reads {wrong[0]}, but the sum has {parts} parts")
     if made.across:
         raise OpError("its body needs whole rows, of which a tile of the product has a part")
-    _check_operands(op, op.args[5:], 5, made, shape)
+    _check_operands(op.rest, len(op.args) - len(op.rest), made, shape)
     given = [name for name in QUANTIZED if name in op.attrs]
     if given and len(given) < len(QUANTIZED):
         raise OpError(f"attributes {', '.join(QUANTIZED)} are given together, or none of them")
@@ -105,9 +104,7 @@ def _parsed(op: Op) -> Body:
         raise OpError(str(error)) from None
 
 
-def _check_operands(
-    op: Op, args: tuple[Any, ...], first: int, made: Body, shape: tuple[Size, ...] | None = None
-) -> None:
+def _check_operands(args: tuple[Any, ...], first: int, made: Body, shape: tuple[Size, ...] | None = None) -> None:
     """Holds the operands of a body, which begin at argument `first`, to a shape: that of the first, if not given."""
     for place, arg in enumerate(args):
         if not isinstance(arg, Value) or not arg.tensor.dtype.is_float or arg.tensor.dtype.bytes not in (2, 4):
@@ -163,6 +160,7 @@ declare(
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
         types=quantize_types,
         meaning=_quantize,
+        role=Role.QUANTIZE,
     )
 )
 declare(
@@ -173,6 +171,7 @@ declare(
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
         types=quantize_static_types,
         meaning=quantize_static,
+        role=Role.QUANTIZE,
     )
 )
 declare(
@@ -183,6 +182,7 @@ declare(
         {"out_dtype": DTYPE, "w_block": BLOCK, "x_block": BLOCK, "x_scale_layout": SCALE_LAYOUT},
         types=scaled_linear_types,
         meaning=_scaled_linear,
+        role=Role.QUANTIZED_MATMUL,
     )
 )
 declare(
@@ -200,6 +200,7 @@ declare(
         },
         types=fused_quantize_types,
         meaning=fused_quantize,
+        role=Role.QUANTIZE,
     )
 )
 declare(
@@ -211,5 +212,6 @@ declare(
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
         types=fused_linear_types,
         meaning=fused_linear,
+        role=Role.QUANTIZED_MATMUL,
     )
 )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qcompiler import numerics
-from qcompiler.ir import DType, Op, Size, TensorType, Type, Value, ceildiv
+from qcompiler.ir import DType, Op, Role, Size, TensorType, Type, Value, ceildiv
 from qcompiler.ir.op_table import BLOCK, DTYPE, AttributeCheck, OpDef, OpError, declare, one_of
 
 PROFILE = one_of(*numerics.PROFILES)
@@ -58,49 +58,52 @@ def x_scale_of(weight: Value) -> float | None:
     return scale if isinstance(scale, float) else None
 
 
-def check_scale(op: Op, data: int, block_name: str) -> None:
-    """Holds the scale behind operand `data` to the shape that the block needs; OpError otherwise."""
-    quantized, scale = op.tensor(data).tensor, op.tensor(data + 1).tensor
+def is_static(op: Op) -> bool:
+    """Whether an operation quantizes by a scale that is given."""
+    return op.role is Role.QUANTIZE and op.get("scale") is not None
+
+
+def check_scale(op: Op, data: str, scale_name: str, block_name: str) -> None:
+    """Holds the scale of operand `data` to the shape that the block needs; OpError otherwise."""
+    quantized, scale = op[data].tensor, op[scale_name].tensor
     if quantized.dtype not in EIGHT_BITS:
         raise OpError(f"it is {quantized}, which is not quantized", data)
     block = block_of(op, block_name)
     want = TensorType(DType.f32, scale_shape(quantized.shape, block))
     if scale != want:
-        raise OpError(f"the scale is {scale}, but {block_name} {list(block)} over {quantized} needs {want}", data + 1)
+        raise OpError(f"the scale is {scale}, but {block_name} {list(block)} over {quantized} needs {want}", scale_name)
 
 
 def quantize_types(op: Op) -> tuple[Type, ...]:
     """(x float[..., M, K], prescale float[K]?) -> dtype[..., M, K], f32[..., ceil(M / bm), ceil(K / bk)]"""
-    _check_source(op, prescale=1)
-    x = op.tensor(0).tensor
+    x = _checked_source(op)
     scale = TensorType(DType.f32, scale_shape(x.shape, block_of(op, "block")))
     return TensorType(dtype_of(op, "dtype"), x.shape), scale
 
 
 def quantize_static_types(op: Op) -> tuple[Type, ...]:
     """(x float[..., M, K], scale f32[...], prescale float[K]?) -> dtype[..., M, K]"""
-    _check_source(op, prescale=2)
-    x, block = op.tensor(0).tensor, block_of(op, "block")
+    x, block = _checked_source(op), block_of(op, "block")
     want = TensorType(DType.f32, scale_shape(x.shape, block))
-    if op.tensor(1).tensor != want:
-        raise OpError(f"the scale is {op.tensor(1).type}, but block {list(block)} over {x} needs {want}", 1)
+    if op["scale"].type != want:
+        raise OpError(f"the scale is {op['scale'].type}, but block {list(block)} over {x} needs {want}", "scale")
     return (TensorType(dtype_of(op, "dtype"), x.shape),)
 
 
-def _check_source(op: Op, prescale: int) -> None:
-    """Holds what is quantized, and the prescale at that argument, if it is there, to their types."""
-    x = op.tensor(0).tensor
+def _checked_source(op: Op) -> TensorType:
+    """The type of what is quantized; OpError if it, or the prescale if there is one, has a wrong type."""
+    x, factors = op["x"].tensor, op.get("prescale")
     if not x.dtype.is_float or x.dtype.bytes == 1 or not x.shape:
-        raise OpError(f"only a floating-point tensor with a dimension can be quantized, not {x}", 0)
-    factors = op.args[prescale] if len(op.args) > prescale else None
-    if isinstance(factors, Value) and not (factors.tensor.dtype.is_float and factors.tensor.shape == x.shape[-1:]):
-        raise OpError(f"the prescale is {factors.type}, but {x} needs one number for each channel", prescale)
+        raise OpError(f"only a floating-point tensor with a dimension can be quantized, not {x}", "x")
+    if factors is not None and not (factors.tensor.dtype.is_float and factors.tensor.shape == x.shape[-1:]):
+        raise OpError(f"the prescale is {factors.type}, but {x} needs one number for each channel", "prescale")
+    return x
 
 
 def dequantize_types(op: Op) -> tuple[Type, ...]:
     """(data f8[..., M, K], scale f32[...]) -> out_dtype[..., M, K]"""
-    check_scale(op, 0, "block")
-    return (TensorType(dtype_of(op, "out_dtype"), op.tensor(0).tensor.shape),)
+    check_scale(op, "data", "scale", "block")
+    return (TensorType(dtype_of(op, "out_dtype"), op["data"].tensor.shape),)
 
 
 def linear_types(op: Op) -> tuple[Type, ...]:
@@ -109,15 +112,14 @@ def linear_types(op: Op) -> tuple[Type, ...]:
 
 
 def linear_shape(op: Op) -> tuple[Size, ...]:
-    """The shape of the product of the first four operands, which are checked, and so is a bias behind them."""
-    x, w = op.tensor(0).tensor, op.tensor(2).tensor
-    check_scale(op, 0, "x_block")
-    check_scale(op, 2, "w_block")
+    """The shape of the product; OpError if an operand, or the bias if there is one, does not fit."""
+    x, w, bias = op["x"].tensor, op["w"].tensor, op.get("bias")
+    check_scale(op, "x", "x_scale", "x_block")
+    check_scale(op, "w", "w_scale", "w_block")
     if len(w.shape) != 2 or x.shape[-1] != w.shape[1]:
-        raise OpError(f"the weight is {w}, but the activation {x} needs [N, {x.shape[-1]}]", 2)
-    bias = op.args[4] if len(op.args) > 4 else None
-    if isinstance(bias, Value) and bias.tensor.shape != w.shape[:1]:
-        raise OpError(f"the bias is {bias.type}, but the weight {w} needs {w.shape[0]} of them", 4)
+        raise OpError(f"the weight is {w}, but the activation {x} needs [N, {x.shape[-1]}]", "w")
+    if bias is not None and bias.tensor.shape != w.shape[:1]:
+        raise OpError(f"the bias is {bias.type}, but the weight {w} needs {w.shape[0]} of them", "bias")
     return (*x.shape[:-1], w.shape[0])
 
 
@@ -154,6 +156,7 @@ declare(
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
         types=quantize_types,
         meaning=quantize,
+        role=Role.QUANTIZE,
     )
 )
 declare(
@@ -164,6 +167,7 @@ declare(
         {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
         types=quantize_static_types,
         meaning=quantize_static,
+        role=Role.QUANTIZE,
     )
 )
 declare(
@@ -175,6 +179,7 @@ declare(
         {"x_scale": POSITIVE},
         types=dequantize_types,
         meaning=dequantize,
+        role=Role.DEQUANTIZE,
     )
 )
 declare(
@@ -185,5 +190,6 @@ declare(
         {"out_dtype": DTYPE, "w_block": BLOCK, "x_block": BLOCK},
         types=linear_types,
         meaning=numerics.scaled_linear,
+        role=Role.QUANTIZED_MATMUL,
     )
 )

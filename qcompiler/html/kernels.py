@@ -12,13 +12,14 @@ from codegen.gemm.tiling import choose
 from codegen.support import is_tiled, why_not
 from qcompiler.body import parse
 from qcompiler.dialects.aten import torch_dtype
+from qcompiler.dialects.kernel import is_fused, parts_of
+from qcompiler.dialects.quant import block_of
 from qcompiler.errors import CodegenError
-from qcompiler.ir import DType, Graph, Op, Value, print_argument
+from qcompiler.ir import DType, Graph, Op, Role, Value, print_argument
 
 ROWS = (1, 16, 128, 1024, 8192)
 """The numbers of rows for which configurations are shown: decoding, small batches, prefill."""
 
-PRODUCTS = ("kernel.scaled_linear", "kernel.fused_linear")
 FUSED_BLOCKS = ((1, 128), (128, 128))
 """Blocks of activations and weights that the fused kernel multiplies."""
 
@@ -45,24 +46,26 @@ def _type(arg: Any) -> str:
 
 def _choices(op: Op) -> list[str]:
     """The configuration for each of `ROWS`, or why there is none; nothing for what is no product."""
-    return [_choice(op, rows) for rows in ROWS] if op.name in PRODUCTS else []
+    return (
+        [_choice(op, rows) for rows in ROWS] if op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None else []
+    )
 
 
 def _choice(op: Op, rows: int) -> str:
-    why = why_not(*_blocks(op), torch_dtype(op.tensor(0).tensor.dtype), torch_dtype(op.tensor(2).tensor.dtype))
+    why = why_not(*_blocks(op), torch_dtype(op["x"].tensor.dtype), torch_dtype(op["w"].tensor.dtype))
     if why is not None:
         return f"no kernel: {why}"
     try:
-        return _fused(op, rows) if op.name == "kernel.fused_linear" else str(choose(_problem(op, rows, _out_bytes(op))))
+        return _fused(op, rows) if is_fused(op) else str(choose(_problem(op, rows, _out_bytes(op))))
     except CodegenError as error:
         return f"no kernel: {error}"
 
 
 def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
     """The product alone, on a device of 132 multiprocessors, with operands that are aligned."""
-    n, k = (int(str(size)) for size in op.tensor(2).tensor.shape)
+    n, k = (int(str(size)) for size in op["w"].tensor.shape)
     x_block, w_block = _blocks(op)
-    int8 = op.tensor(2).tensor.dtype is DType.i8
+    int8 = op["w"].tensor.dtype is DType.i8
     kind: Kind = "tiles" if is_tiled(w_block) else "rows_i8" if int8 else "rows_f8"
     columns = op.attrs["x_scale_layout"] == "col_major"
     return GemmProblem(rows, n, k, out_bytes=out_bytes, kind=kind, x_block=x_block[1], scale_columns=columns)
@@ -73,20 +76,18 @@ def _fused(op: Op, rows: int) -> str:
     body = str(op.attrs["body"])
     handed, _ = handed_over(body)
     product = _problem(op, rows, handed.itemsize)
-    if _blocks(op) != FUSED_BLOCKS or op.tensor(2).tensor.dtype is not DType.f8e4m3fn:
+    if _blocks(op) != FUSED_BLOCKS or op["w"].tensor.dtype is not DType.f8e4m3fn:
         return f"{choose(product)}, then the body: the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
-    parts, block = int(str(op.attrs["parts"])), op.attrs.get("block")
-    bias = len(op.args) > 4 and op.args[4] is not None
+    parts, block = parts_of(op), block_of(op, "block") if "block" in op.attrs else None
     sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
-    others = len(op.args[5:])
     found = choose_fused(
-        FusedGemmProblem(*sizes, others, bias, block, scale_columns=product.scale_columns)  # type: ignore[arg-type]  # the verifier has checked `block`
+        FusedGemmProblem(*sizes, len(op.rest), op.get("bias") is not None, block, scale_columns=product.scale_columns)
     )
     return f"{choose(product)}, then the body: {found}" if isinstance(found, str) else f"fused: {found}"
 
 
 def _blocks(op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
-    return op.attrs["x_block"], op.attrs["w_block"]  # type: ignore[return-value]  # the verifier has checked them
+    return block_of(op, "x_block"), block_of(op, "w_block")
 
 
 def _out_bytes(op: Op) -> int:

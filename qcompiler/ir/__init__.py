@@ -7,11 +7,12 @@ from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tre
 from qcompiler.ir.parser import parse_literal, parse_type
 from qcompiler.ir.rewrite import Match, Missed, Rewriter, Rule, apply_rules, explain
 from qcompiler.ir.sizes import Expr, Size, ceildiv, evaluate, parse_size, symbol
+from qcompiler.ir.traits import Effects, Role
 from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Type
 
 __all__ = [
-    "NONE", "Argument", "DType", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op", "Range",
-    "Recipe", "Rewriter", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value", "apply_rules",
-    "ceildiv", "diff", "evaluate", "explain", "legal_name", "map_tree", "parse_literal", "parse_size", "parse_type",
-    "print_argument", "print_op", "symbol",
+    "NONE", "Argument", "DType", "Effects", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op",
+    "Range", "Recipe", "Rewriter", "Role", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value",
+    "apply_rules", "ceildiv", "diff", "evaluate", "explain", "legal_name", "map_tree", "parse_literal", "parse_size",
+    "parse_type", "print_argument", "print_op", "symbol",
 ]  # fmt: skip

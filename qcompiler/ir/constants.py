@@ -3,9 +3,6 @@
 import networkx as nx
 
 from qcompiler.ir.op import Op
-from qcompiler.ir.op_table import is_function
-
-PARAM = "core.param"
 
 
 class Constants:
@@ -23,9 +20,7 @@ class Constants:
         stack = [op]
         while stack:
             op = stack.pop()
-            constant = op.name == PARAM or (
-                is_function(op.name) and all(v.op in self._constant for _, v in op.operands())
-            )
+            constant = op.effects.repeatable and all(v.op in self._constant for _, v in op.operands())
             if constant != (op in self._constant):
                 (self._constant.add if constant else self._constant.remove)(op)
                 stack += self._net.successors(op)

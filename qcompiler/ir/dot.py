@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcompiler.ir.op import Op
+from qcompiler.ir.traits import Role
 
 if TYPE_CHECKING:
     from qcompiler.ir.graph import Graph
 
-WEIGHTS = ("core.param", "core.buffer")
 ENDS = ("core.input", "core.return")
 COLOURS = {"quant": "#ede7f9", "kernel": "#dff2f6"}
 """Fill of the operations of a dialect; the others are white."""
@@ -40,7 +40,7 @@ def dot_of(graph: "Graph", *, weights: bool = True) -> str:
         graph: What is drawn.
         weights: Whether parameters and buffers are nodes, too.
     """
-    drawn = [op for op in graph if weights or op.name not in WEIGHTS]
+    drawn = [op for op in graph if weights or op.role is not Role.STATE]
     names = {op: f"n{number}" for number, op in enumerate(drawn)}
     root = _Cluster()
     for op in drawn:
@@ -67,7 +67,7 @@ def _looks(op: Op) -> dict[str, str]:
     """The attributes of a node: its operation over what it computes."""
     label = "\n".join([op.name, *(f"{value}: {value.type}" for value in op.results)])
     looks = {"label": _quoted(label)}
-    if op.name in (*ENDS, *WEIGHTS):
+    if op.name in ENDS or op.role is Role.STATE:
         looks |= {"shape": "ellipse", "fillcolor": _quoted("#f2f3f4")}
     elif (colour := COLOURS.get(op.name.partition(".")[0])) is not None:
         looks["fillcolor"] = _quoted(colour)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qcompiler.errors import did_you_mean
+from qcompiler.ir.traits import Effects, Role, traits_of
 from qcompiler.ir.types import DType, TensorType, Type
 
 Path = tuple[int | str, ...]
@@ -66,7 +68,10 @@ LITERAL_TYPES = (type(None), bool, int, float, str, DType, Tag)
 
 @dataclass(eq=False)
 class Op:
-    """One operation: `results = name(args) {attrs}`. Arguments and attributes are trees of values and literals."""
+    """One operation: `results = name(args) {attrs}`. Arguments and attributes are trees of values and literals.
+
+    Arguments have the names of the operation's declaration, or of torch's schema: `op["weight"]`, `op.get("bias")`.
+    """
 
     name: str
     args: tuple[Argument, ...]
@@ -91,12 +96,59 @@ class Op:
         for key in sorted(self.attrs):
             yield from _values(self.attrs[key], (key,))
 
-    def tensor(self, index: int) -> Value:
-        """Argument `index`, known to be a value; TypeError otherwise."""
-        arg = self.args[index]
+    def __getitem__(self, name: str) -> Value:
+        """The operand called `name`; KeyError if there is no such parameter, TypeError if it is not a value."""
+        arg = self.argument(name)
         if not isinstance(arg, Value):
-            raise TypeError(f"argument {index} of {self.name} is {arg!r}, not a value")
+            raise TypeError(f"operand '{name}' of {self.name} is {arg!r}, not a value")
         return arg
+
+    def get(self, name: str) -> Value | None:
+        """The operand called `name`; None if the operation has no such parameter, or if it is not a value."""
+        arg = self._find(name)
+        return arg if isinstance(arg, Value) else None
+
+    def argument(self, name: str) -> Argument:
+        """The argument or attribute called `name`, or its default; KeyError if there is no such parameter."""
+        self.path(name)
+        return self._find(name)
+
+    def path(self, name: str) -> Path:
+        """Where the argument called `name` is, or would be as an attribute; KeyError if there is no such parameter."""
+        traits = traits_of(self.name)
+        name = traits.aliases.get(name, name)
+        index = traits.positions.get(name)
+        if index is not None and index < len(self.args):
+            return (index,)
+        if index is None and name not in traits.defaults and name not in self.attrs:
+            known = (*traits.positions, *traits.defaults, *self.attrs)
+            raise KeyError(f"{self.name} has no parameter '{name}'. {did_you_mean(name, known)}")
+        return (name,)
+
+    def _find(self, name: str) -> Argument:
+        traits = traits_of(self.name)
+        name = traits.aliases.get(name, name)
+        index = traits.positions.get(name, len(self.args))
+        if index < len(self.args):
+            return self.args[index]
+        default: Argument = traits.defaults.get(name)
+        return self.attrs.get(name, default)
+
+    @property
+    def rest(self) -> tuple[Argument, ...]:
+        """The arguments after those that have names."""
+        start = traits_of(self.name).rest
+        return () if start is None else self.args[start:]
+
+    @property
+    def role(self) -> Role | None:
+        """What the operation is to a pass."""
+        return traits_of(self.name).role
+
+    @property
+    def effects(self) -> Effects:
+        """What the operation does beyond computing results."""
+        return traits_of(self.name).effects
 
 
 def _values(arg: Argument, path: Path) -> Iterator[tuple[Path, Value]]:

@@ -11,13 +11,14 @@ from typing import Any
 from qcompiler.errors import QCompilerError, did_you_mean
 from qcompiler.ir.names import nearest
 from qcompiler.ir.op import Argument, Op, Tag, Value, print_argument
+from qcompiler.ir.traits import UNKNOWN, Effects, Role, Traits, add_resolver, set_traits, traits_of
 from qcompiler.ir.types import DType, Type
 
 
 class OpError(QCompilerError):
-    """An operation breaks its own declaration; `operand` is the index of the guilty argument, where there is one."""
+    """An operation breaks its own declaration; `operand` is the name or index of the guilty argument, if any."""
 
-    def __init__(self, problem: str, operand: int | None = None) -> None:
+    def __init__(self, problem: str, operand: int | str | None = None) -> None:
         super().__init__(problem)
         self.operand = operand
 
@@ -39,7 +40,8 @@ class OpDef:
         optional: The same for attributes that may be left out.
         types: Result types from the operands and attributes; None where the declared types are taken as they are.
         meaning: The operation in plain torch: operands in order, attributes as keyword arguments.
-        effect: Whether the operation must stay although nobody reads it.
+        role: What the operation is to a pass; None for anything that no pass treats specially.
+        effects: What it does beyond computing results.
     """
 
     name: str
@@ -49,7 +51,21 @@ class OpDef:
     optional: Mapping[str, tuple[AttributeCheck, str]] = field(default_factory=dict)
     types: TypeRule | None = None
     meaning: Meaning | None = None
-    effect: bool = False
+    role: Role | None = None
+    effects: Effects = Effects.PURE
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The operands that have names."""
+        return tuple(name.removesuffix("?") for name in self.operands if name != "*")
+
+    @property
+    def traits(self) -> Traits:
+        """What is known of the operation by its name."""
+        rest = len(self.named) if "*" in self.operands else None
+        positions = {name: index for index, name in enumerate(self.named)}
+        defaults = dict.fromkeys((*self.attributes, *self.optional))
+        return Traits(positions, defaults, rest=rest, role=self.role, effects=self.effects)
 
 
 _TABLE: dict[str, OpDef] = {}
@@ -62,16 +78,12 @@ class OpenNamespaces:
     """What somebody else knows about operations outside of the table.
 
     Attributes:
-        knows: Whether an operation is legal.
+        traits: The traits of an operation; None if it is not legal.
         names: Candidates for did-you-mean.
-        is_function: Whether equal operands of a known operation always give equal results: no state, no chance.
-        has_effect: Whether a known operation does more than give results: it writes, checks, or draws random numbers.
     """
 
-    knows: Callable[[str], bool]
+    traits: Callable[[str], Traits | None]
     names: Callable[[], Iterable[str]]
-    is_function: Callable[[str], bool]
-    has_effect: Callable[[str], bool]
 
 
 def declare(definition: OpDef) -> OpDef:
@@ -79,12 +91,14 @@ def declare(definition: OpDef) -> OpDef:
     if _TABLE.setdefault(definition.name, definition) is not definition:
         raise QCompilerError("an operation is declared twice", got=definition.name, need="a name that is free")
     _DIALECTS.add(definition.name.split(".")[0])
+    set_traits(definition.name, definition.traits)
     return definition
 
 
 def declare_open_namespaces(namespaces: OpenNamespaces) -> None:
     """Makes operations outside of the table legal."""
     _OPEN.append(namespaces)
+    add_resolver(namespaces.traits)
 
 
 def lookup(name: str) -> OpDef | None:
@@ -92,33 +106,14 @@ def lookup(name: str) -> OpDef | None:
     return _TABLE.get(name)
 
 
-def declared() -> list[OpDef]:
-    """Every declaration, sorted by name."""
-    return [_TABLE[name] for name in sorted(_TABLE)]
+def declared(role: Role | None = None) -> list[OpDef]:
+    """Every declaration, or those with a role, sorted by name."""
+    return [_TABLE[name] for name in sorted(_TABLE) if role is None or _TABLE[name].role is role]
 
 
 def is_known(name: str) -> bool:
     """Whether an operation is declared or belongs to an open namespace."""
-    if name in _TABLE:
-        return True
-    return name.split(".")[0] not in _DIALECTS and any(space.knows(name) for space in _OPEN)
-
-
-def is_function(name: str) -> bool:
-    """Whether equal operands of an operation always give equal results: neither state nor chance is involved."""
-    if name in _TABLE:
-        return _TABLE[name].meaning is not None
-    return any(space.knows(name) and space.is_function(name) for space in _OPEN)
-
-
-def has_effect(name: str) -> bool:
-    """Whether an operation must stay although nobody reads it: it writes, checks, or draws random numbers.
-
-    To leave out a draw would give other numbers to all that draw later.
-    """
-    if name in _TABLE:
-        return _TABLE[name].effect
-    return any(space.knows(name) and space.has_effect(name) for space in _OPEN)
+    return name in _TABLE or (name.split(".")[0] not in _DIALECTS and traits_of(name) is not UNKNOWN)
 
 
 def unknown_op(name: str) -> str:
@@ -188,6 +183,6 @@ def one_of(*names: str) -> tuple[AttributeCheck, str]:
 
 __all__ = [
     "BLOCK", "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "OpenNamespaces", "Tag", "check_signature",
-    "declare", "declare_open_namespaces", "declared", "dialects", "has_effect", "infer_types", "is_function",
-    "is_known", "lookup", "one_of", "unknown_op",
+    "declare", "declare_open_namespaces", "declared", "dialects", "infer_types", "is_known", "lookup", "one_of",
+    "unknown_op",
 ]  # fmt: skip

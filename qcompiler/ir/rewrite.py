@@ -6,8 +6,8 @@
         root = ("aten.neg",)
 
         def match(self, op, graph):
-            inner = op.tensor(0).op
-            return {"x": inner.tensor(0)} if inner.name == "aten.neg" else Missed("its input is no neg", op.tensor(0))
+            inner = op["self"].op
+            return {"x": inner["self"]} if inner.name == "aten.neg" else Missed("its input is no neg", op["self"])
 
         def rewrite(self, op, rewriter, x):
             rewriter.replace(op, x)
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from qcompiler.errors import PassError
 from qcompiler.ir.graph import PARAM, Graph
 from qcompiler.ir.op import Argument, Op, Value
-from qcompiler.ir.op_table import has_effect
+from qcompiler.ir.traits import Role
 from qcompiler.ir.types import Type
 
 SWEEPS = 100
@@ -45,9 +45,9 @@ Match = Mapping[str, Any]
 
 
 class Rule(ABC):
-    """One local rewrite. `root` names the operations it starts at; the docstring shows `before -> after`."""
+    """One local rewrite; its docstring shows `before -> after`. `root`: names or roles of operations to start at."""
 
-    root: ClassVar[tuple[str, ...]]
+    root: ClassVar[tuple[str | Role, ...]]
 
     @abstractmethod
     def match(self, op: Op, graph: Graph) -> Match | Missed:
@@ -56,6 +56,10 @@ class Rule(ABC):
     @abstractmethod
     def rewrite(self, op: Op, rewriter: "Rewriter", /, *_: Any, **match: Any) -> None:
         """Changes the graph through the rewriter, starting from what `match` found."""
+
+    def starts_at(self, op: Op) -> bool:
+        """Whether `root` has the name or the role of an operation."""
+        return op.name in self.root or op.role in self.root
 
     @property
     def name(self) -> str:
@@ -108,7 +112,7 @@ class Rewriter:
         stack = [op]
         while stack:
             op = stack.pop()
-            if op not in self.graph or has_effect(op.name) or any(map(self.graph.uses, op.results)):
+            if op not in self.graph or op.effects.ordered or any(map(self.graph.uses, op.results)):
                 continue
             stack += [value.op for _, value in op.operands()]
             self.graph.erase(op)
@@ -132,7 +136,7 @@ def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
     busy = []
     for op in graph.ops():
         for rule in rules:
-            if op.name not in rule.root or op not in graph:
+            if not rule.starts_at(op) or op not in graph:
                 continue
             rewriter = Rewriter(graph, op, made_by)
             try:
@@ -151,6 +155,6 @@ def explain(graph: Graph, rules: Sequence[Rule]) -> list[tuple[Op, Rule, Missed]
     left_alone = []
     for op in graph.ops():
         for rule in rules:
-            if op.name in rule.root and isinstance(missed := rule.match(op, graph), Missed):
+            if rule.starts_at(op) and isinstance(missed := rule.match(op, graph), Missed):
                 left_alone.append((op, rule, missed))
     return left_alone

@@ -31,6 +31,7 @@ from qcompiler.errors import QCompilerError, VerifyError
 from qcompiler.ir.lexer import NAME
 from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, print_argument, print_op, quote
 from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
+from qcompiler.ir.traits import Role
 from qcompiler.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -165,11 +166,11 @@ def _signatures(graph: "Graph") -> Broken | None:
         try:
             check_signature(op, definition)
         except QCompilerError as error:
-            return Broken(6, op, str(error), _operand(error))
+            return Broken(6, op, str(error), _operand(op, error))
         try:
             types = definition.types(op) if definition.types else None
         except QCompilerError as error:
-            return Broken(7, op, str(error), _operand(error))
+            return Broken(7, op, str(error), _operand(op, error))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             return Broken(7, op, f"the type rule does not hold for these operands: {error}")
         if types is not None and types != tuple(value.type for value in op.results):
@@ -179,9 +180,9 @@ def _signatures(graph: "Graph") -> Broken | None:
     return None
 
 
-def _operand(error: QCompilerError) -> int | str:
-    index = error.operand if isinstance(error, OpError) else None
-    return "" if index is None else index
+def _operand(op: Op, error: QCompilerError) -> int | str:
+    operand = error.operand if isinstance(error, OpError) else None
+    return "" if operand is None else op.path(operand)[0] if isinstance(operand, str) else operand
 
 
 def _edges(graph: "Graph") -> Broken | None:
@@ -217,7 +218,7 @@ def _ends(graph: "Graph") -> Broken | None:
 def _weights(graph: "Graph") -> Broken | None:
     seen: dict[str, Op] = {}
     for op in graph:
-        if op.name not in ("core.param", "core.buffer"):
+        if op.role is not Role.STATE:
             continue
         if len(op.results) != 1:
             return Broken(11, op, f"a parameter or buffer gives one value, not {len(op.results)}")
@@ -233,7 +234,7 @@ def _stored(graph: "Graph") -> Broken | None:
     # A store may say what it holds, so that nothing is loaded only to be looked at; None means that it cannot tell.
     type_of = getattr(graph.weights, "type_of", None) or (lambda name: TensorType.of(graph.weights[name]))
     for op in graph:
-        if not graph.weights or op.name not in ("core.param", "core.buffer"):
+        if not graph.weights or op.role is not Role.STATE:
             continue
         name = str(op.attrs["name"])
         if name not in graph.weights:
@@ -249,7 +250,7 @@ def _updates(graph: "Graph") -> Broken | None:
     for op in graph:
         if op.name != "core.update":
             continue
-        target, new = op.tensor(0), op.tensor(1)
+        target, new = op["target"], op["value"]
         if target.op.name not in ("core.buffer", "core.input"):
             return Broken(12, op, f"{target} comes from {target.op.name}, not from a buffer or an input", 0)
         if target.type != new.type:

@@ -1,0 +1,155 @@
+"""What a model's Python code asks of its data: answered from the example in the trace, and checked in each later call.
+
+    if mask.any():            ->   core.expect(any == False) {message = "... if mask.any(): (model.py:10) is False"}
+    for n in sizes.tolist():  ->   core.expect(sizes[0] == 4) {message = "..."}, and so on
+
+The graph is right for all inputs that lead to the same answers. This is useful if they follow from a mask or from the
+sizes of images, and useless if they follow from activations: the choices of a router differ in each call. So an answer
+may depend on integer and boolean inputs, but not on floating-point inputs or parameters.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from traceback import extract_stack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from qcompiler.capture.locations import is_users, short_path
+from qcompiler.errors import CaptureError
+from qcompiler.ir.dataflow import ancestors
+from qcompiler.ir.graph import PARAM, Graph
+from qcompiler.ir.op import Op
+from qcompiler.ir.types import TensorType
+
+EXPECTED = "these inputs lead the model's code to another result than the example did: at capture, "
+"""How the message of a check begins."""
+
+MOST_NAMED = 3
+"""Lines of code that the warning names."""
+
+QUESTIONS: dict[Any, type] = {
+    Tensor.__bool__: bool, Tensor.__int__: int, Tensor.__index__: int, Tensor.__float__: float, Tensor.item: object,
+}  # fmt: skip
+"""What turns a tensor of one element into a Python value, and that value's type."""
+
+MOST_ANSWERS = 1000
+"""A model that asks more often than this decides element by element."""
+
+
+class DataDependent(CaptureError):
+    """The model's Python code branches on the values of a tensor."""
+
+
+@contextmanager
+def answers_of_example() -> Iterator[None]:
+    """Makes torch.export compute with the example's values and answer questions about data from them.
+
+    Raises:
+        DataDependent: Within, when the model asks more than MOST_ANSWERS times.
+    """
+    with values_of_example(), _Answers():
+        yield
+
+
+def values_of_example() -> AbstractContextManager[Any]:
+    """Makes traced tensors carry the example's values; a traced program is to be decomposed under it, too."""
+    patched: AbstractContextManager[Any] = config.patch(
+        fake_tensor_propagate_real_tensors=True,
+        generate_fake_kernels_from_real_mismatches=True,  # torch's rule for sums of int32 says another dtype
+    )
+    return patched
+
+
+def settle(graph: Graph, learned: Collection[str]) -> list[str]:
+    """Removes the checks of answers that no input can change; returns a clause on the others for the user, if any.
+
+    Args:
+        graph: As imported; changed in place.
+        learned: The names of the weights that are parameters of the model.
+
+    Raises:
+        DataDependent: An answer depends on a parameter or a floating-point input.
+    """
+    lines: dict[str, None] = {}
+    for op in graph.ops("core.expect"):
+        asked = op.get("condition")
+        sources = [] if asked is None else ancestors(asked)
+        if not any(source.name == "core.input" for source in sources):
+            graph.erase(op)
+        elif any(_varies(source, learned) for source in sources):
+            raise DataDependent("the model's course depends on activations", where=str(op.loc) or None)
+        else:
+            lines[f"{op.loc.file}:{op.loc.line}" if op.loc.file else "an unknown place"] = None
+    if not lines:
+        return []
+    more = f" and {len(lines) - MOST_NAMED} more places" if len(lines) > MOST_NAMED else ""
+    named = ", ".join([*lines][:MOST_NAMED])
+    return [f"the values of tensors that the model's code asks for are fixed to those of the example ({named}{more})"]
+
+
+def _varies(source: Op, learned: Collection[str]) -> bool:
+    """Whether a value is a parameter or a floating-point input."""
+    if source.name == "core.input":
+        return isinstance(source.result.type, TensorType) and source.result.type.dtype.is_float
+    return source.name == PARAM and source.attrs["name"] in learned
+
+
+class _Answers(TorchFunctionMode):
+    """Answers from the example, and puts an assertion of each answer into the trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`, unless it asks for data of a tensor in the trace."""
+        if func in QUESTIONS and _example(args[0]) is not None:
+            answer = self._answer(args[0])
+            return answer if QUESTIONS[func] is object else QUESTIONS[func](answer)
+        if func is torch.tensor:  # a list may have tensors of the trace in it, whose values torch would take
+            args = pytree.tree_map(self._answer, args)
+        out = func(*args, **(kwargs or {}))
+        for result in pytree.tree_leaves(out):
+            if isinstance(result, Tensor) and (known := _example(result)) is not None:
+                self._fix_sizes(result, known)
+        return out
+
+    def _answer(self, asked: Any) -> Any:
+        """The value of a traced tensor in the example; anything else as it is."""
+        known = _example(asked) if isinstance(asked, Tensor) else None
+        if known is None:
+            return asked
+        answer = known.item()
+        torch._assert_async(asked == answer, self._message(answer))
+        return answer
+
+    def _fix_sizes(self, result: Tensor, known: Tensor) -> None:
+        """Fixes the sizes that only data decide, such as those of `nonzero`; torch asserts them in the trace."""
+        for size, example in zip(result.shape, known.shape, strict=True):
+            if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
+                self._message(example)
+                torch._check(size == example)
+
+    def _message(self, answer: object) -> str:
+        self.count += 1
+        if self.count > MOST_ANSWERS:
+            raise DataDependent(f"the model's code asks for values of tensors more than {MOST_ANSWERS} times")
+        frame = next((f for f in reversed(extract_stack(limit=40)) if is_users(f.filename)), None)
+        place = "" if frame is None else f" ({short_path(frame.filename)}:{frame.lineno})"
+        return f"{EXPECTED}{(frame and frame.line) or 'a value'}{place} is {answer}"
+
+
+def _example(tensor: Tensor) -> Tensor | None:
+    """The example's value of a tensor in the trace; None for one outside of it."""
+    inner: Any = tensor
+    while isinstance(inner, FunctionalTensor):
+        inner = torch._from_functional_tensor(inner.elem)
+    return getattr(inner, "real_tensor", None) if isinstance(inner, FakeTensor) else None

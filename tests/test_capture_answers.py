@@ -1,0 +1,154 @@
+"""What a model's Python code asks of its data: answered from the example, checked in each call."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompiler
+from qcompiler.capture import answers, capture
+from qcompiler.errors import CaptureError, CaptureWarning, InputError
+from qcompiler.ir import Graph
+
+LIKE_EXAMPLE = "these inputs lead the model's code to another result than the example did"
+
+
+class Branching(nn.Module):
+    """Adds a term where the mask hides something, as Longformer and LED do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+        self.register_buffer("mode", torch.tensor([1, 0]))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.mode[0]:  # no input changes that
+            x = x * 2
+        if (mask == 0).any():
+            x = x * mask[..., None]
+        return self.linear(x)
+
+
+class Splitting(nn.Module):
+    """Splits rows by sizes that an input holds, as Qwen2-VL does with its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        parts = [part if part.shape[0] > 1 else part * 2 for part in torch.split(x, sizes.tolist())]
+        ends = torch.tensor([int(sizes.max()), sizes.min()])
+        return self.linear(torch.cat([part.mean(0, keepdim=True) for part in parts])) * ends.sum()
+
+
+class Selecting(nn.Module):
+    """Takes the rows that a mask names: their number follows from data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        (rows,) = torch.nonzero(mask, as_tuple=True)
+        assert rows.shape[0] > 1
+        return self.linear(x[rows])
+
+
+def example(model: nn.Module) -> tuple[Tensor, ...]:
+    rows = torch.randn(6, 64)
+    if isinstance(model, Splitting):
+        return rows, torch.tensor([1, 2, 3])
+    return rows, torch.tensor([1, 0, 1, 1, 0, 1])
+
+
+def warned(model: nn.Module, *inputs: Tensor) -> Any:
+    with pytest.warns(CaptureWarning, match="capture fixes sizes and values: all sizes are fixed"):
+        return capture(model.eval(), inputs)
+
+
+@pytest.mark.parametrize("kind", [Branching, Splitting, Selecting])
+def test_other_values_with_the_same_answers_give_what_the_model_gives(kind: Callable[[], nn.Module]) -> None:
+    model = kind()
+    x, data = example(model)
+    captured = warned(model, x, data)
+    others = [data] if isinstance(model, Splitting) else [data, data.flip(0)]
+    for other in others:
+        x = torch.randn(6, 64)
+        assert torch.equal(captured.run(x, other), model(x, other))
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "said"),
+    [
+        (Branching, [1, 1, 1, 1, 1, 1], r"if \(mask == 0\).any\(\): \(.*test_capture_answers.py:\d+\) is True"),
+        (Splitting, [2, 2, 2], r"parts = .*sizes.tolist\(\)\)\] \(.*test_capture_answers.py:\d+\) is 1"),
+        (Selecting, [1, 1, 1, 1, 0, 1], r"a size that follows from the values of a tensor is another"),
+    ],
+)
+def test_other_answers_are_an_error(kind: Callable[[], nn.Module], other: list[int], said: str) -> None:
+    model = kind()
+    x, data = example(model)
+    with pytest.warns(CaptureWarning):
+        compiled = qcompiler.compile(model.eval(), scheme="fp8_tile", target="cpu", example_inputs=(x, data))
+    assert compiled(x, data).shape == model(x, data).shape
+    with pytest.raises(InputError, match=rf"{LIKE_EXAMPLE}: at capture, {said}.*Compile the model again"):
+        compiled(x, torch.tensor(other))
+
+
+def test_only_what_an_input_can_change_is_checked() -> None:
+    captured = warned(model := Branching(), *example(model))
+    messages = [str(op.attrs["message"]) for op in captured.graph.ops("core.expect")]
+    assert len(messages) == 1
+    assert "(mask == 0).any()" in messages[0]
+    assert captured.notes == captured.fixed
+    assert "asks for are fixed to those of the example (" in captured.fixed[-1]
+
+
+def test_the_checks_survive_passes_text_and_artefacts(tmp_path: Path) -> None:
+    model = Branching().eval()
+    x, mask = example(model)
+    with pytest.warns(CaptureWarning):
+        compiled = qcompiler.compile(model, scheme="fp8_tile", target="cpu", example_inputs=(x, mask))
+    last = compiled.graph
+    assert len(last.ops("core.expect")) == 1
+    assert str(Graph.parse(str(last))) == str(last)
+    compiled.save(tmp_path / "artefact")
+    loaded = qcompiler.load(tmp_path / "artefact")
+    assert torch.equal(loaded(x, mask), compiled(x, mask))
+    with pytest.raises(InputError, match=LIKE_EXAMPLE):
+        loaded(x, torch.ones_like(mask))
+
+
+def test_closed_sizes_may_be_asked_for_together_with_answers() -> None:
+    model = Branching().eval()
+    with pytest.warns(CaptureWarning, match="sizes and values"):
+        captured = capture(model, example(model), dynamic_shapes=None)
+    assert len(captured.graph.ops("core.expect")) == 1
+
+
+class Routed(nn.Module):
+    """Branches on what it computes: on an activation, or on a parameter and an integer input."""
+
+    def __init__(self, on_weights: bool) -> None:
+        super().__init__()
+        self.linear, self.on_weights = nn.Linear(64, 4), on_weights
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        scores = self.linear.weight[0, rows] if self.on_weights else x
+        return self.linear(x) if scores.sum() > 0 else self.linear(-x)
+
+
+@pytest.mark.parametrize("on_weights", [True, False])
+def test_a_course_that_depends_on_activations_is_refused(on_weights: bool) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)depends on the values of a tensor.*if scores.sum\(\) > 0"):
+        capture(Routed(on_weights).eval(), (torch.randn(3, 64), torch.tensor([0, 5])))
+
+
+def test_a_model_that_asks_for_each_element_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 2)
+    with pytest.raises(CaptureError, match="depends on the values of a tensor"):
+        capture(Splitting().eval(), example(Splitting()))
