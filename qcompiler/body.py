@@ -163,10 +163,13 @@ class Body:
             keep: Names of definitions.
         """
         values = {name: operands[name].float() for name in self.operands}
-        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
+        shape = max((value.shape for value in values.values()), key=len)
         for name, what in self.definitions:
             values[name] = _run(what, values)
-        made = [_run(self.result, values).to(self.dtype()), *(values[name].to(self.dtype(name)) for name in keep)]
+        result = self.result
+        if isinstance(result, Call) and result.function in ROUNDED:
+            (result,) = result.args  # `to` rounds, without the way back to FP32
+        made = [_run(result, values).to(self.dtype()), *(values[name].to(self.dtype(name)) for name in keep)]
         return tuple(value.expand(shape).contiguous() for value in made)
 
 

@@ -46,7 +46,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qcompiler.decode import PLAIN, decode
 from qcompiler.errors import QCompilerError, did_you_mean
+from qcompiler.integer_matmul import integer_matmul
 
 FORMAT_MAX: dict[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 """The largest finite value of each 8-bit format."""
@@ -216,7 +218,7 @@ def dequantize(
     _checked_block(block)
     _check_scale(q, scale, block)
     # In place: on a CPU fresh memory costs more than the arithmetic.
-    return _out_of_blocks(_into_blocks(_decode(q), block).mul_(_spread(scale, q)), q).to(out_dtype)
+    return _out_of_blocks(_into_blocks(decode(q), block).mul_(_spread(scale, q)), q).to(out_dtype)
 
 
 def scaled_linear(
@@ -232,6 +234,8 @@ def scaled_linear(
 ) -> Tensor:
     """`x @ w.T + bias` of two quantized operands: dequantized to FP32, multiplied and added in FP32, rounded once.
 
+    INT8 operands with one scale for all of K are summed exactly, as by the kernels: `sum * (x_s * w_s) + bias`.
+
     Args:
         x_q: `[..., K]`, any number of leading dimensions.
         x_s: The scale of `x_q` for `x_block`.
@@ -246,9 +250,19 @@ def scaled_linear(
         QCompilerError: `w_q` is no matrix, the depths differ, or a scale does not fit its tensor.
     """
     check_linear(x_q, w_q)
-    x = dequantize(x_q, x_s, x_block)
-    w = dequantize(w_q, w_s, w_block)
+    if sums_integers(x_q, w_q, x_block, w_block):
+        _check_scale(x_q, x_s, x_block)
+        _check_scale(w_q, w_s, w_block)
+        sums = integer_matmul(x_q.reshape(-1, x_q.shape[-1]), w_q).mul_(x_s.reshape(-1, 1) * w_s.T)
+        return (sums if bias is None else sums.add_(bias)).view(*x_q.shape[:-1], w_q.shape[0]).to(out_dtype)
+    x, w = dequantize(x_q, x_s, x_block), dequantize(w_q, w_s, w_block)
     return functional.linear(x, w, None if bias is None else bias.to(torch.float32)).to(out_dtype)
+
+
+def sums_integers(x_q: Tensor, w_q: Tensor, x_block: Sequence[int], w_block: Sequence[int]) -> bool:
+    """Whether the codes are INT8 with one scale for all of K; what is traced shows FP32 arithmetic instead."""
+    one_scale = x_block[1] == w_block[1] == ALL and {x_block[0], w_block[0]} <= {1, ALL}
+    return one_scale and x_q.dtype == w_q.dtype == torch.int8 and type(x_q) in PLAIN
 
 
 def check_linear(x_q: Tensor, w_q: Tensor) -> None:
@@ -304,19 +318,6 @@ def _prescaled(x: Tensor, prescale: Tensor | None) -> Tensor:
             got=_describe(prescale), need=f"float[{x.shape[-1]}]",
         )  # fmt: skip
     return wide * prescale.to(torch.float32)
-
-
-def _decode(q: Tensor) -> Tensor:
-    """The exact FP32 values of 8-bit codes."""
-    traced = type(q) not in (Tensor, torch.nn.Parameter)  # what is traced is to show a cast
-    if traced or q.device.type != "cpu" or q.dtype != torch.float8_e4m3fn:
-        return q.to(torch.float32)
-    # A quarter of the time of torch's own cast: shifted, sign and fields are those of a bfloat16 whose exponent is
-    # too small by 127 - 7; subnormals come out right as well. NaN, magnitude 127, is the only one to wrap at + 1.
-    code = q.view(torch.int8)
-    nan = code.bitwise_and(0x7F).add_(1).bitwise_right_shift_(7)
-    bits = code.to(torch.int16).mul_(16).bitwise_and_(0x07F0 - 0x8000).bitwise_or_(nan)
-    return bits.view(torch.bfloat16).to(torch.float32).mul_(2.0**120)
 
 
 def _into_blocks(x: Tensor, block: Sequence[int]) -> Tensor:

@@ -325,6 +325,19 @@ def test_calls_from_threads(mlp: Mlp) -> None:
     assert len(got) == 3 and all(torch.equal(one, fast(X)) for one in got)
 
 
+def test_a_model_becomes_compiled_in_place() -> None:
+    model = Mlp().eval()
+    lazy = qcompiler.compile(model)
+    twin, handle = copy.deepcopy(lazy), copy.copy(lazy)
+    assert lazy.origin is model and handle.origin is model and isinstance(twin.origin, Mlp) and twin.origin is not model
+    with pytest.raises(CaptureError, match="the model is not captured yet"):
+        _ = lazy.program
+    lazy(X)
+    assert lazy.program.graph is lazy.graph and lazy.origin is model
+    assert torch.equal(handle(X), lazy(X)) and handle.graph is not lazy.graph
+    assert torch.equal(twin(X), lazy(X)) and twin.origin is None  # its copy of the model is gone
+
+
 def test_moving_away_and_back(fast: CompiledModel) -> None:
     twin = copy.deepcopy(fast)
     twin.to("cpu")

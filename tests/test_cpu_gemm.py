@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codegen.gemm import on_cpu
 from codegen.gemm.on_cpu import scaled_linear_on_cpu
-from qcompiler import QCompilerError, knobs, numerics
+from qcompiler import QCompilerError, integer_matmul, knobs, numerics
 from qcompiler.numerics import ALL
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -91,3 +91,31 @@ def test_operands_that_do_not_fit_are_named() -> None:
     x_q, x_s, w_q, w_s = operands()
     with pytest.raises(QCompilerError, match="the operands of a scaled linear do not fit"):
         scaled_linear_on_cpu(x_q[:, :100], x_s, w_q, w_s, None, (1, 128), (128, 128), torch.float32)
+
+
+@pytest.mark.parametrize(("k", "code"), [(45, None), (1536, None), (integer_matmul.DEEPEST, -128), (140_000, 127)])
+def test_sums_of_int8_products_are_exact_with_and_without_integer_units(
+    k: int, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = torch.randint(-127, 128, (3, k), dtype=torch.int8), torch.randint(-127, 128, (5, k), dtype=torch.int8)
+    if code is not None:
+        x, w = torch.full_like(x, code), torch.full_like(w, code)
+    want = (x.double() @ w.double().T).float()
+    for integer_units in (integer_matmul.has_integer_units(), False):
+        monkeypatch.setattr(integer_matmul, "has_integer_units", lambda found=integer_units: found)
+        assert torch.equal(integer_matmul.integer_matmul(x, w), want)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 0), (2, 3)])
+@pytest.mark.parametrize(("x_block", "w_block"), [((1, ALL), (1, ALL)), ((ALL, ALL), (1, ALL)), ((1, ALL), (ALL, ALL))])
+@pytest.mark.parametrize("bias", [None, torch.randn(136).bfloat16()])
+def test_int8_is_scaled_once_and_keeps_no_weights(
+    lead: tuple[int, ...], x_block: tuple[int, int], w_block: tuple[int, int], bias: Tensor | None
+) -> None:
+    x_q, x_s = numerics.quantize(torch.randn(*lead, 200), x_block, torch.int8)
+    w_q, w_s = numerics.quantize(torch.randn(136, 200), w_block, torch.int8)
+    got = scaled_linear_on_cpu(x_q, x_s, w_q, w_s, bias, x_block, w_block, torch.float32)
+    want = (x_q.double() @ w_q.double().T).float() * (x_s * w_s.T)
+    assert got.shape == (*lead, 136)
+    assert torch.equal(got, (want if bias is None else want + bias).reshape(got.shape))
+    assert kept_bytes() == 0

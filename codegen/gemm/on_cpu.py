@@ -1,7 +1,8 @@
 """The scaled matmul on a CPU: equal bits to `numerics.scaled_linear`, with dequantized weights kept between calls.
 
-torch has no FP8 GEMM for CPUs, so weights are dequantized to FP32. That takes ten times as long as the GEMM itself at
-16 rows, and gives the same numbers in every call. They are kept, up to `QCOMPILER_CPU_CACHE` megabytes in a process:
+INT8 codes with one scale for all of K are multiplied as they are, by `qcompiler.integer_matmul`. torch has no FP8 GEMM
+for CPUs, so other weights are dequantized to FP32. That takes ten times as long as the GEMM itself at 16 rows, and
+gives the same numbers in every call. They are kept, up to `QCOMPILER_CPU_CACHE` megabytes in a process:
 first come, first kept, since a model reads its weights in turns, which defeats every policy that replaces them.
 """
 
@@ -16,9 +17,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompiler import knobs, numerics
-
-PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-"""Types of weights that are not being traced."""
+from qcompiler.decode import PLAIN
 
 
 class _Kept(NamedTuple):
@@ -37,6 +36,10 @@ def scaled_linear_on_cpu(
 ) -> Tensor:  # fmt: skip
     """`numerics.scaled_linear`, which has its arguments and errors."""
     numerics.check_linear(x_q, w_q)
+    if numerics.sums_integers(x_q, w_q, x_block, w_block):
+        return numerics.scaled_linear(
+            x_q, x_s, w_q, w_s, bias, x_block=x_block, w_block=w_block, out_dtype=out_dtype
+        )  # fmt: skip
     x, w = numerics.dequantize(x_q, x_s, x_block), _dequantized(w_q, w_s, w_block)
     return functional.linear(x, w, None if bias is None else bias.to(torch.float32)).to(out_dtype)
 
