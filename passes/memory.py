@@ -2,8 +2,8 @@
 
 from qcompiler.dialects import aten
 from qcompiler.ir import Graph, Missed, Op, Role, Value
-from qcompiler.ir.graph import INPUT
 from qcompiler.ir.op_table import lookup
+from qcompiler.ir.structure import INPUT
 
 OVERLAPPING = ("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided", "aten.unfold")
 """Views in which several elements may lie at one address; a copy of such a view is laid out anew."""

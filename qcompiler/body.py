@@ -10,9 +10,8 @@ columns. In the body of a matmul `y0` is the sum, or `y0` and `y1` are its left 
 Here a body is text, a tree, and its meaning in torch; code generation makes kernels of the tree.
 """
 
-import ast
 import re
-import warnings
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qcompiler.errors import ParseError, did_you_mean
+from qcompiler.errors import did_you_mean
+from qcompiler.text import Reader, Source, Token
 
 OPERAND = re.compile(r"[xy](0|[1-9][0-9]*)")
 LARGEST = torch.finfo(torch.float32).max
+MOST_CALLS = 256
+"""Operations of one expression: few enough for every function that walks the tree."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,6 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "*": lambda a, b: a * b,
     "/": _divide,
 }
-_SPELLED: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 ROUNDED: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -197,74 +198,95 @@ def _text(what: Expression, strength: int = 0) -> str:
 
 @cache
 def parse(text: str) -> Body:
-    """The body that `text` spells; ParseError when it is none."""
-    try:
-        return _parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _error(text, f"it is malformed: {error}") from None
+    """The body that `text` spells; ParseError if it is malformed."""
+    reader = _BodyReader(Source(text, "<body>"))
+    while reader.now.kind != "end":
+        if not reader.accept(";"):
+            reader.statement()
+            if not reader.on_new_row():
+                reader.expect(";", "")
+    if reader.result is None:
+        raise reader.fail("the body has no result", reader.now)
+    return Body(tuple(reader.definitions.items()), reader.result)
 
 
-def _parse(text: str) -> Body:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of "1or x0", which is none of ours anyway
-        statements = ast.parse(text).body
-    if not statements or not isinstance(last := statements[-1], ast.Expr):
-        raise _error(text, "it has no result")
-    definitions: list[tuple[str, Expression]] = []
-    known: set[str] = set()
-    for statement in statements[:-1]:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                if name in known or OPERAND.fullmatch(name) or name in FUNCTIONS:
-                    raise _error(text, f"'{name}' has a meaning already")
-                if isinstance(read := _read(value, known, text), Number):
-                    raise _error(text, f"'{name}' is a number, which stands where it is used")
-                definitions.append((name, read))
-                known.add(name)
-            case _:
-                raise _error(text, f"'{ast.unparse(statement)}' defines nothing")
-    if isinstance(result := _read(last.value, known, text), Number):
-        raise _error(text, "its result is a number")
-    return Body(tuple(definitions), result)
+class _BodyReader(Reader):
+    """Reads definitions, and the result into `result`."""
 
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.definitions: dict[str, Expression] = {}
+        self.result: Expression | None = None
+        self.calls = 0
 
-def _read(node: ast.expr, known: set[str], text: str) -> Expression:
-    match node:
-        case ast.Constant(value=float() | int() as value) if not isinstance(value, bool):
-            return _number(value, text)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=float() | int() as value)) if not isinstance(
-            value, bool
-        ):
-            return Number(-_number(value, text).value)
-        case ast.Name(id=name):
-            if name not in known and not OPERAND.fullmatch(name):
-                raise _error(text, f"'{name}' is not defined before it is used")
-            return Name(name)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _SPELLED:
-            return _call(_SPELLED[type(op)], (left, right), known, text)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
-            if name not in FUNCTIONS:
-                raise _error(text, f"there is no function '{name}'", did_you_mean(name, FUNCTIONS))
-            if len(args) != FUNCTIONS[name].arity:
-                raise _error(text, f"{name} takes {FUNCTIONS[name].arity} arguments, but got {len(args)}")
-            return _call(name, args, known, text)
-    raise _error(text, f"'{ast.unparse(node)}' is none of a name, a number, a call, and + - * /")
+    def on_new_row(self) -> bool:
+        """Whether the next token is the first of its row."""
+        return self.source.text[: self.now.at].rstrip(" \t").endswith("\n")
 
+    def statement(self) -> None:
+        """`name = expression`, or the result, which is the last statement."""
+        start = self.now
+        if self.result is not None:
+            raise self.fail("the result must be the last expression, but this one follows", start)
+        self.calls = 0
+        if self.take().kind == "name" and self.accept("="):
+            if start.text in self.definitions or OPERAND.fullmatch(start.text) or start.text in FUNCTIONS:
+                raise self.fail(f"'{start.text}' has a meaning already", start)
+            if not start.text.isidentifier() or unicodedata.normalize("NFKC", start.text) != start.text:
+                raise self.fail(f"'{start.text}' cannot be the name of a definition", start)
+            read = self.expression()
+            if isinstance(read, Number):
+                raise self.fail(f"'{start.text}' is a number, which stands where it is used", start)
+            self.definitions[start.text] = read
+        else:
+            self.go_to(start.at)
+            self.result = self.expression()
+            if isinstance(self.result, Number):
+                raise self.fail("the result is a number", start)
 
-def _call(function: str, nodes: Sequence[ast.expr], known: set[str], text: str) -> Call:
-    call = Call(function, tuple(_read(node, known, text) for node in nodes))
-    if all(isinstance(arg, Number) for arg in call.args):
-        raise _error(text, f"'{_text(call)}' is a number, which is written as one")
-    if function == "standardize" and not isinstance(call.args[1], Number):
-        raise _error(text, f"the eps of standardize is '{_text(call.args[1])}', not a number")
-    return call
+    def expression(self) -> Expression:
+        """Arithmetic over operands."""
+        return self.arithmetic(self.operand(), self.operand, self.call, _STRENGTH)
 
+    def operand(self) -> Expression:
+        """A name, a number, a call, or an expression in brackets."""
+        token = self.take()
+        if token.kind in ("int", "float") and token.text[0] != "+":
+            return self.number(token)
+        if token.text == "-" and self.now.kind in ("int", "float") and self.now.text[0].isdecimal():
+            return Number(-self.number(self.take()).value)
+        if token.text == "(":
+            return self.bracketed(self.expression, ")")
+        if token.kind != "name":
+            raise self.fail(f"expected a name, a number or a call, but got {token}", token)
+        if self.accept("("):
+            args = self.list_of(self.expression, ")")
+            if token.text not in FUNCTIONS:
+                problem = f"there is no function '{token.text}'. {did_you_mean(token.text, FUNCTIONS)}"
+                raise self.fail(problem, token)
+            if len(args) != FUNCTIONS[token.text].arity:
+                problem = f"{token.text} takes {FUNCTIONS[token.text].arity} arguments, but got {len(args)}"
+                raise self.fail(problem, token)
+            return self.call(token, *args)
+        if token.text not in self.definitions and not OPERAND.fullmatch(token.text):
+            raise self.fail(f"'{token.text}' is not defined before it is used", token)
+        return Name(token.text)
 
-def _number(value: float, text: str) -> Number:
-    if not abs(value) <= LARGEST:
-        raise _error(text, "a number in it is beyond the range of FP32")
-    return Number(float(value))
+    def call(self, function: Token, *args: Expression) -> Call:
+        """A function or an operator with its arguments."""
+        self.calls += 1
+        if self.calls > MOST_CALLS:
+            raise self.fail(f"an expression has more than {MOST_CALLS} operations", function)
+        call = Call(function.text, args)
+        if all(isinstance(arg, Number) for arg in args):
+            raise self.fail(f"'{_text(call)}' is a number, which is written as one", function)
+        if function.text == "standardize" and not isinstance(args[1], Number):
+            raise self.fail(f"the eps of standardize is '{_text(args[1])}', not a number", function)
+        return call
 
-
-def _error(text: str, why: str, fix: str | None = None) -> ParseError:
-    return ParseError(f"the body of a fused operation is wrong: {why}", got=repr(text), fix=fix)
+    def number(self, token: Token) -> Number:
+        """The number that a token spells."""
+        value = float(token.text)
+        if not abs(value) <= LARGEST:
+            raise self.fail("a number is beyond the range of FP32", token)
+        return Number(value)

@@ -13,7 +13,12 @@ class QCompilerError(Exception):
         need: What would have been accepted.
         where: Pass, op, source line or text position.
         fix: What to do about it.
+
+    Attributes:
+        excerpt: The row of a text that the error is about, with a caret below, and where it is; empty without a text.
     """
+
+    excerpt = ""
 
     def __init__(
         self,
@@ -32,11 +37,12 @@ class QCompilerError(Exception):
         facts += [f"need {self.need}"] if self.need is not None else []
         text = self.problem + (": " + "; ".join(facts) if facts else "")
         text += f" (in {self.where})" if self.where else ""
-        return f"{text}. {self.fix}" if self.fix else text
+        text = f"{text}. {self.fix}" if self.fix else text
+        return f"{text}\n{self.excerpt}" if self.excerpt else text
 
 
 class ParseError(QCompilerError):
-    """Malformed graph text; the message starts with file:line:column and shows the row with a caret."""
+    """Malformed text; the message starts with file:line:column and shows the row with a caret."""
 
 
 class VerifyError(QCompilerError):

@@ -11,12 +11,14 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from qcompiler import body
+from qcompiler import body, pass_options
 from qcompiler.dialects import core
 from qcompiler.dialects.aten import torch_dtype
-from qcompiler.ir import DType, op_table, parser, verifier
+from qcompiler.ir import DType, literals, op_table, parser, verifier
 from qcompiler.ir.op_table import OpDef
 from qcompiler.ir.sizes import FUNCTIONS
+from qcompiler.text import values
+from qcompiler.text.reader import DEEPEST
 
 HEAD = """\
 # IR reference
@@ -48,10 +50,12 @@ def ir_reference() -> str:
 
 def _grammar() -> Iterator[str]:
     yield "## Grammar\n"
-    yield f"```\n{_indented(parser.__doc__)}```\n"
+    grammars = [_indented(module.__doc__) for module in (parser, literals, values, pass_options)]
+    yield f"```\n{''.join(grammars)}```\n"
     functions = ", ".join(f"`{name}`" for name in FUNCTIONS)
-    yield f"Comments begin with `//`. Brackets nest {parser.DEEPEST} deep at most. A size is a polynomial over symbols,"
-    yield f"numbers below 2^64, and functions of sizes: {functions}.\n"
+    yield "A scheme is spelled as a pass. In a graph, `//` begins a comment, so sizes there are divided by `floordiv`."
+    yield f"Brackets nest {DEEPEST} deep. A size is a polynomial over symbols, numbers below 2^64, and functions"
+    yield f"of sizes: {functions}.\n"
 
 
 def _types() -> Iterator[str]:

@@ -8,7 +8,6 @@ distributions through the entry point `qcompiler.passes`, whose name is the name
 a name asks for it.
 """
 
-import re
 from abc import ABC
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -20,8 +19,8 @@ from typing import Any, ClassVar, Self
 from qcompiler.entry_points import load, offered, shown
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import Graph, Missed, Rule, apply_rules
-from qcompiler.ir.lexer import Source
-from qcompiler.pass_options import WORD, converted, default_of, hint_of, parts, print_option, read_options, wrong_value
+from qcompiler.pass_options import DASHED, WORD, OptionReader, converted, default_of, hint_of, print_option, wrong_value
+from qcompiler.text import Source
 
 HOMES = ("passes",)
 """Packages that define passes when they are imported; only named here, since they stand on a higher floor."""
@@ -129,7 +128,10 @@ class Pass(ABC):
     @classmethod
     def parse(cls, spec: str) -> "Pass":
         """The pass that `name{option=value, …}` spells; ParseError when malformed, PassError for what is unknown."""
-        return _parse_pass(Source(spec, "<pass>"), 0, len(spec))
+        reader = OptionReader(Source(spec, "<pass>"))
+        step = _read_pass(reader)
+        reader.expect_end()
+        return step
 
 
 def _options(cls: type[Pass]) -> list[str]:
@@ -155,23 +157,19 @@ def pass_class(name: str) -> type[Pass]:
 # Text -> passes
 
 
-def _parse_pass(source: Source, start: int, end: int) -> Pass:
-    """The pass in a stretch of text that holds nothing else."""
-    text = source.text[start:end]
-    match = re.fullmatch(r"\s*([\w-]+)\s*(\{.*\})?\s*", text, re.DOTALL)
-    if match is None:
-        lead = len(text) - len(text.lstrip())
-        problem = "a pass is malformed; it is spelled name{option=value, option=value}, and passes are separated by ';'"
-        raise source.error(problem, start + lead, len(text.strip()))
-    kind = pass_class(match[1])
-    known = {option.name: option for option in fields(kind)}
-    inside = (start + match.start(2) + 1, start + match.end(2) - 1) if match[2] else (start, start)
-    given = read_options(kind, f"pass '{kind.name}'", known, source, *inside)
-    if missing := [
-        option.name for option in known.values() if option.name not in given and default_of(option) is MISSING
-    ]:
-        raise PassError(f"pass '{kind.name}' needs an option", got=repr(text.strip()), need=f"{missing[0]}=…")
-    return kind(**given)
+def _read_pass(reader: OptionReader) -> Pass:
+    """The next pass: `name{option=value, …}`."""
+    name = reader.word(DASHED, "the name of a pass")
+    with reader.blaming(name):
+        kind = pass_class(name.text)
+    known = fields(kind)
+    given = reader.options(kind, f"pass '{kind.name}'", [option.name for option in known])
+    spec = reader.since(name)
+    with reader.blaming(spec):
+        missing = [o.name for o in known if o.name not in given and default_of(o) is MISSING]
+        if missing:
+            raise PassError(f"pass '{kind.name}' needs an option", got=repr(spec.text), need=f"{missing[0]}=…")
+        return kind(**given)
 
 
 def numbered(name: str, taken: Iterable[str]) -> str:
@@ -202,8 +200,8 @@ class Pipeline:
     @classmethod
     def parse(cls, text: str) -> "Pipeline":
         """The pipeline that `pass; pass{option=value}; …` spells; ParseError when malformed, PassError when unknown."""
-        source = Source(text, "<pipeline>")
-        return cls(tuple(_parse_pass(source, first, last) for first, last in parts(source, 0, len(text), ";")))
+        reader = OptionReader(Source(text, "<pipeline>"))
+        return cls(tuple(reader.separated(lambda: _read_pass(reader), ";")))
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.passes))

@@ -1,23 +1,29 @@
 """The options of a pass: fields of a dataclass, held to their type hints, in Python and in text.
 
-    {profile=deepgemm, x_block=[1, 64]}
+    pipeline := [pass] {';' [pass]}
+    pass     := word ['{' [option] {',' [option]} '}']
+    option   := word '=' (value | word)
 
-A value is a literal of the graph IR, or a bare word where a string is wanted.
+A word is a name with dashes, such as `fp8-tile`; as a value it is a string, where the option wants one. A scheme is
+spelled as a pass.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qcompiler.errors import ParseError, PassError, did_you_mean
-from qcompiler.ir import DType, parse_literal, print_argument
-from qcompiler.ir.lexer import Source
+from qcompiler.errors import PassError, did_you_mean
+from qcompiler.ir import Argument, DType, print_argument
+from qcompiler.ir.literals import LiteralReader
+from qcompiler.text import WORDS, Token
 
 WORD = re.compile(r"[A-Za-z][\w-]*")
-STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-CLOSING = {"{": "}", "[": "]", "(": ")"}
+"""The strings that need no quotes, and the names that passes may have."""
+
+DASHED = re.compile(r"[\w-]+")
+DOTTED = re.compile(r"[\w.-]+")
 
 
 def default_of(option: "Field[Any]") -> Any:
@@ -27,54 +33,68 @@ def default_of(option: "Field[Any]") -> Any:
 
 def print_option(value: Any) -> str:
     """An option's value as text: a string goes without quotes where it cannot be taken for a literal."""
-    return (
-        value
-        if isinstance(value, str) and WORD.fullmatch(value) and _literal(value) is MISSING
-        else print_argument(value)
-    )
+    bare = isinstance(value, str) and WORD.fullmatch(value) and _meaning(value) is MISSING
+    return value if bare else print_argument(value)
 
 
-def _literal(text: str) -> Any:
-    """The literal that `text` spells, or MISSING."""
-    try:
-        return parse_literal(text)
-    except ParseError:
-        return MISSING
+def _meaning(name: str) -> Any:
+    """The literal that a name spells, or MISSING."""
+    return WORDS[name] if name in WORDS else DType.__members__.get(name, MISSING)
 
 
-def read_options(kind: Any, owner: str, names: Iterable[str], source: Source, start: int, end: int) -> dict[str, Any]:
-    """The values in a stretch of text, `option=value, option=value`, by option.
+class OptionReader(LiteralReader):
+    """Reads `name{option=value, option=value}`, with dashes in names."""
 
-    Args:
-        kind: The dataclass whose fields the options are.
-        owner: What has them, for messages: "pass 'fp8-tile'".
-        names: The fields that may be given.
-        source: The text.
-        start: Where the options begin in it.
-        end: Where they end.
+    def named(self, token: Token) -> Argument:
+        """The dtype that a name inside a list spells."""
+        if token.text not in DType.__members__:
+            raise self.fail(f"'{token.text}' is not a literal; a string inside a list needs quotes", token)
+        return DType[token.text]
 
-    Raises:
-        ParseError: The text is malformed.
-        PassError: An option is unknown, or its value is wrong.
-    """
-    known = {option.name: option for option in fields(kind) if option.name in set(names)}
-    given: dict[str, Any] = {}
-    for first, last in parts(source, start, end, ","):
-        key, equals, value = (part.strip() for part in source.text[first:last].partition("="))
-        option = known.get(key.replace("-", "_"))
-        if option is None:
-            fix = did_you_mean(key, known) if known else "It has none."
-            raise PassError(f"{owner} has no such option", got=repr(key), fix=fix)
-        if not equals or not value or option.name in given:
-            problem = f"option '{key}' is given twice" if option.name in given else f"option '{key}' has no value"
-            raise source.error(problem, first, last - first)
-        given[option.name] = read_option(kind, owner, option, value)
-    return given
+    def options(self, kind: Any, owner: str, names: Iterable[str]) -> dict[str, Any]:
+        """The options in braces, by field; none if there is no brace.
+
+        Args:
+            kind: The dataclass whose fields the options are.
+            owner: What has them, for messages: "pass 'fp8-tile'".
+            names: The fields that may be given.
+
+        Raises:
+            ParseError: The text is malformed.
+            PassError: An option is unknown, or its value is wrong.
+        """
+        given: dict[str, Any] = {}
+        if self.accept("{"):
+            known = {option.name: option for option in fields(kind) if option.name in set(names)}
+            self.separated(lambda: self._option(kind, owner, known, given), ",", "}")
+        elif self.now.kind == "name":
+            raise self.fail("options are spelled in braces: {option=value, option=value}", self.now)
+        return given
+
+    def _option(self, kind: Any, owner: str, known: "Mapping[str, Field[Any]]", given: dict[str, Any]) -> None:
+        key = self.word(DASHED, "the name of an option")
+        option = known.get(key.text.replace("-", "_"))
+        with self.blaming(key):
+            if option is None:
+                fix = did_you_mean(key.text, known) if known else "It has none."
+                raise PassError(f"{owner} has no such option", got=repr(key.text), fix=fix)
+        if option.name in given:
+            raise self.fail(f"option '{key.text}' is given twice", key)
+        if not self.accept("=") or self.now.text in (",", "}"):
+            raise self.fail(f"option '{key.text}' has no value", key)
+        start = self.now
+        if start.kind == "name":
+            text = self.word(DOTTED, "a value").text
+            meanings = (_meaning(text), text if WORD.fullmatch(text) else MISSING)
+        else:
+            meanings = (self.value(), MISSING)
+        with self.blaming(self.since(start)):
+            given[option.name] = _fitting(meanings, kind, owner, option, self.since(start).text)
 
 
-def read_option(kind: Any, owner: str, option: "Field[Any]", text: str) -> Any:
-    """The value that `text` spells: a literal if that fits, else a bare word."""
-    for value in (_literal(text), text if WORD.fullmatch(text) else MISSING):
+def _fitting(meanings: Iterable[Any], kind: Any, owner: str, option: "Field[Any]", text: str) -> Any:
+    """The first meaning of a text that an option's type hint allows; PassError if there is none."""
+    for value in meanings:
         try:
             if value is not MISSING:
                 return converted(value, hint_of(kind, option.name))
@@ -137,31 +157,3 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_in_words, get_args(hint)))
     return words.get(hint, str(hint))
-
-
-def parts(source: Source, start: int, end: int, mark: str) -> Iterator[tuple[int, int]]:
-    """The stretches between marks that stand outside of brackets and strings, without space around them."""
-    text, opened, begin, at = source.text, list[int](), start, start
-    cuts = []
-    while at < end:
-        character = text[at]
-        if character == '"':
-            if (string := STRING.match(text, at, end)) is None:
-                raise source.error("this string does not end", at)
-            at = string.end()
-            continue
-        if character in CLOSING:
-            opened.append(at)
-        elif character in CLOSING.values():
-            if not opened or CLOSING[text[opened.pop()]] != character:
-                raise source.error(f"'{character}' closes no bracket", at)
-        elif character == mark and not opened:
-            cuts.append((begin, at))
-            begin = at + 1
-        at += 1
-    if opened:
-        raise source.error(f"'{text[opened[-1]]}' is not closed", opened[-1])
-    for first, last in [*cuts, (begin, end)]:
-        inner = text[first:last]
-        if inner.strip():
-            yield first + len(inner) - len(inner.lstrip()), first + len(inner.rstrip())

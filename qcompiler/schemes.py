@@ -19,14 +19,17 @@ from passes.layers import EVERYTHING
 from qcompiler.entry_points import load, offered, shown
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import DType
-from qcompiler.ir.lexer import Source
 from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_options import read_options
+from qcompiler.pass_options import OptionReader
 from qcompiler.pipelines import Recipe, assemble
 from qcompiler.scheme_hints import hint, plainly
+from qcompiler.text import Source
 
 GROUP = "qcompiler.schemes"
+
+NAME = re.compile(r"[\w.-]+(?:\(\))?")
+"""Wide enough for what other tools call their formats, such as `LLM.int8()`, to be answered with a hint."""
 
 K_BLOCKS = (16, 32, 64, 128, 256, 512, ALL)
 """Columns that a tile of an activation may have; 16 is simulated on the CPU only (see `codegen.support`)."""
@@ -124,10 +127,8 @@ def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ign
     """
     overrides = with_ignored(overrides, ignore)
     if overrides is None:
-        name, _, (start, end) = _split(scheme)
-        if start == end and (found := find(name)).recipe is None:
-            return Pipeline.parse(found.pipeline)
-        return assemble({recipe_of(scheme): EVERYTHING})
+        found, recipe = read_scheme(scheme)
+        return Pipeline.parse(found.pipeline) if recipe is None else assemble({recipe: EVERYTHING})
     chosen = {pattern: None if target is None else recipe_of(target) for pattern, target in overrides.items()}
     layers: dict[Recipe, list[str]] = {recipe_of(scheme): [*EVERYTHING]}
     layers |= {recipe: [] for recipe in chosen.values() if recipe is not None and recipe not in layers}
@@ -165,14 +166,43 @@ def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[st
 
 def recipe_of(text: str) -> Recipe:
     """The recipe that `name{option=value, …}` spells; PassError for what is unknown, or has no recipe."""
-    name, source, inside = _split(text)
-    scheme = find(name)
+    scheme, recipe = read_scheme(text)
+    if recipe is None:
+        raise _no_recipe(scheme)
+    return recipe
+
+
+def read_scheme(text: str) -> tuple[Scheme, Recipe | None]:
+    """The scheme that `name{option=value, …}` names, and its recipe with these options, if it has one.
+
+    Raises:
+        ParseError: The text is malformed.
+        PassError: There is no such scheme or option, or an option has a wrong value.
+    """
+    if not isinstance(text, str):
+        raise PassError("a scheme is named by a string", got=repr(text), need='such as "fp8_tile"')
+    reader = OptionReader(Source(text, "<scheme>"))
+    name = reader.word(NAME, "the name of a scheme")
+    with reader.blaming(name):
+        scheme = find(name.text)
+    braces = reader.now
     if scheme.recipe is None:
-        fix = "Write its pipeline out, and edit that."
-        raise PassError("a scheme that is only a pipeline has no options and fits all layers", got=repr(name), fix=fix)
-    given = read_options(Recipe, f"scheme '{name}'", scheme.options, source, *inside)
-    _check_format(name, scheme.recipe, given)
-    return replace(scheme.recipe, **given)
+        if reader.accept("{") and not reader.accept("}"):
+            raise _no_recipe(scheme)
+        reader.expect_end()
+        return scheme, None
+    given = reader.options(Recipe, f"scheme '{name.text}'", scheme.options)
+    reader.expect_end()
+    with reader.blaming(reader.since(braces)):
+        _check_format(scheme.name, scheme.recipe, given)
+        return scheme, replace(scheme.recipe, **given)
+
+
+def _no_recipe(scheme: Scheme) -> PassError:
+    fix = "Write its pipeline out, and edit that."
+    return PassError(
+        "a scheme that is only a pipeline has no options and fits all layers", got=repr(scheme.name), fix=fix
+    )
 
 
 def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
@@ -183,17 +213,6 @@ def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
     dtype = given.get("dtype", recipe.dtype)
     if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.dtype):
         raise PassError(f"option 'dtype' of scheme '{name}' has a wrong value", got=dtype, need="f8e4m3fn or f8e5m2")
-
-
-def _split(text: str) -> tuple[str, Source, tuple[int, int]]:
-    """The name in `name{options}`, and where the options are."""
-    if not isinstance(text, str):
-        raise PassError("a scheme is named by a string", got=repr(text), need='such as "fp8_tile"')
-    source = Source(text, "<scheme>")
-    match = re.fullmatch(r"\s*([\w.-]+(?:\(\))?)\s*(?:\{(.*)\})?\s*", text, re.DOTALL)
-    if match is None:
-        raise source.error("a scheme is malformed; it is spelled name{option=value, option=value}", 0, len(text))
-    return match[1], source, match.span(2) if match[2] is not None else (0, 0)
 
 
 def find(name: str) -> Scheme:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from qcompiler.capture import capture
 from qcompiler.errors import CaptureError, CaptureWarning, InputError
 from qcompiler.ir import Graph
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 from qcompiler.testing import Function, verified
 
 

@@ -16,7 +16,7 @@ from qcompiler.capture.deadline import OutOfTime, time_limit
 from qcompiler.capture.open_sizes import _with_sums
 from qcompiler.capture.signature import Condition
 from qcompiler.errors import CaptureWarning, InputError
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 from qcompiler.ir.sizes import parse_size
 from qcompiler.testing import Function, verified
 

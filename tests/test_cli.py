@@ -81,7 +81,10 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         (["-p", "fp8-tyle"], "error: no such pass: got 'fp8-tyle'. Did you mean 'fp8-tile'?"),
-        (["-p", "fp8-tile{x_block=[1"], "error: <pipeline>:1:18: '[' is not closed"),
+        (
+            ["-p", "fp8-tile{x_block=[1"],
+            "error: <pipeline>:1:20: expected ',' or ']', but got the end of the text",
+        ),
         (["-s", "fp9"], "error: no such scheme: got 'fp9'. Known: fp8_channel_reference, fp8_row, "),
         (["-p", "dead-code", "--print-after", "al"], "error: no such pass: got 'al'."),
         (

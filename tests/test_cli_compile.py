@@ -179,7 +179,7 @@ def test_overrides_and_pipelines(here: Path, answer: Answer) -> None:
             ["cli_factories:with_inputs", "-s", "smoothquant_o3"],
             "the passes need calibration data: got smoothquant_o3. ",
         ),
-        (["cli_factories:with_inputs", "-s", ""], "<scheme>:1:1: a scheme is malformed"),
+        (["cli_factories:with_inputs", "-s", ""], "<scheme>:1:1: expected the name of a scheme"),
         (
             ["cli_factories:network", "--input", "x=f32[4,256]"],
             "the example inputs are not what the model's forward takes: got 'x': missing a required argument: 'input'",

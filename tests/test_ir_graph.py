@@ -235,6 +235,15 @@ def test_many_insertions_at_one_place_keep_their_order(graph: Graph) -> None:
 # Names
 
 
+def test_names_and_network_are_read_only(graph: Graph) -> None:
+    value = graph.inputs[0]
+    assert graph.names[value.name] is value and value.op in graph.network
+    with pytest.raises(TypeError):
+        graph.names["mine"] = value  # type: ignore[index]  # what nobody should do
+    with pytest.raises(nx.NetworkXError):
+        graph.network.remove_node(value.op)
+
+
 def test_fresh_names(graph: Graph) -> None:
     def take(name: str) -> str:
         return graph.append("aten.neg", graph["x"], types=[F32], names=[name]).result.name

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompiler.errors import ParseError
 from qcompiler.ir.sizes import (
     Expr,
     Size,
@@ -163,6 +164,8 @@ def test_the_normal_form(size: Size, text: str) -> None:
     [
         ("s0+s1", "s1 + s0"), ("2*(s0 + 1)", "2*s0 + 2"), ("s0//128", "floordiv(s0, 128)"), ("-s0", "0 - s0"),
         (" 7 ", "7"), ("(3)", "3"), ("max(4, s0, 2)", "max(4, s0)"), ("6 // 4", "1"),
+        ("s0-1", "s0 - 1"), ("s0 -1", "s0 - 1"), ("-3*s0-2*s1", "0 - 3*s0 - 2*s1"),
+        ("8 - 4 - 2", "2"), ("-7 // 2", "-3"),
     ],
 )  # fmt: skip
 def test_other_spellings(text: str, same: str) -> None:
@@ -172,33 +175,34 @@ def test_other_spellings(text: str, same: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected a number or a symbol but got 'the end' in size ''"),
-        ("2 3", "unexpected '3' in size '2 3'"),
-        ("s0 +", "expected a number or a symbol but got 'the end' in size 's0 +'"),
-        ("s0.x", "unexpected '.' in size 's0.x'"),
-        ("(s0", "expected ) but got 'the end' in size '(s0'"),
-        ("max(s0", "expected , or ) but got 'the end' in size 'max(s0'"),
-        ("max()", "expected a number or a symbol but got ')' in size 'max()'"),
+        ("", "<size>:1:1: expected a number or a symbol, but got the end of the text"),
+        ("2 3", "<size>:1:3: expected the end of the text, but got '3'\n2 3\n  ^"),
+        ("s0 +", "<size>:1:5: expected a number or a symbol, but got the end of the text"),
+        ("s0.x", "<size>:1:1: expected a number or a symbol, but got 's0.x'"),
+        ("(s0", "<size>:1:4: expected ')', but got the end of the text; '(' is not closed"),
+        ("max(s0", "<size>:1:7: expected ',' or ')', but got the end of the text; '(' is not closed"),
+        ("max()", "<size>:1:1: max takes at least 1 size, not 0"),
+        ("f()", "<size>:1:1: f takes at least 1 size, not 0"),
         ("floordiv(s0)", "floordiv takes 2 sizes, not 1"),
         ("mod(s0, 1, 2)", "mod takes 2 sizes, not 3"),
         ("floordiv(s0, 0)", "s0 is divided by zero"),
-        ("(" * 9999, "a size is nested more than 64 deep"),
+        ("(" * 9999, "brackets are nested more than 64 deep"),
         ("9" * 9999, "a number in a size is beyond 64 bits"),
         ("*".join(["9999999999"] * 2), "a number in a size is beyond 64 bits"),
         ("pow(9, 999999999)", "9 has the exponent 999999999, which is more than 64"),
         ("*".join(["(a+b+c+d+e+f+g+h)"] * 9), "a size is the sum of more than 1024 products"),
-        ("²", "expected a number or a symbol but got '²'"),
+        ("²", "unexpected character '²'"),
         ("5 // 0", "5 is divided by zero"),
         ("mod(5, 0)", "5 is divided by zero"),
         ("pow(s0, -1)", "s0 has the negative exponent -1"),
-        ("s0 - -1", "expected a number or a symbol but got '-'"),
+        ("s0 - -1", "<size>:1:6: expected a number or a symbol, but got '-1'"),
         ("pow(s0, 1 - 2)", "s0 has the negative exponent -1"),
-        ("s0 / 2", "unexpected '/'"),
-        ("s0 ** 2", "expected a number or a symbol but got '*'"),
+        ("s0 / 2", "<size>:1:4: expected the end of the text, but got '/'"),
+        ("s0 ** 2", "<size>:1:5: expected a number or a symbol, but got '*'"),
     ],
 )
 def test_malformed_sizes_say_why(text: str, message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is held to below
+    with pytest.raises(ParseError) as caught:
         parse_size(text)
     assert message in str(caught.value)
 

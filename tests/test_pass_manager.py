@@ -106,11 +106,24 @@ def test_other_spellings(spec: str, step: Pass) -> None:
         ("test-options", "pass 'test-options' needs an option: got 'test-options'; need needed=…"),
         (
             "canonicalize, dead-code",
-            "<pipeline>:1:1: a pass is malformed; it is spelled name{option=value, option=value}, and",
+            "<pipeline>:1:13: expected ';' or the end of the text, but got ','\ncanonicalize, dead-code\n            ^",
         ),
-        ("fp8-tile{x_block=[1, 64}", "<pipeline>:1:24: '}' closes no bracket"),
-        ("dead-code;\n fp8-tile{x_block=[1, 64]", "<pipeline>:2:10: '{' is not closed\n fp8-tile{x_block=[1, 64]\n"),
-        ("dead-code}", "<pipeline>:1:10: '}' closes no bracket"),
+        (
+            "fp8-tile profile=vllm",
+            "<pipeline>:1:10: options are spelled in braces: {option=value, option=value}\nfp8-tile profile=vllm\n"
+            "         ^^^^^^^",
+        ),
+        ("fp8-tile{x_block=[1, 64}", "<pipeline>:1:24: expected ',' or ']', but got '}'"),
+        (
+            "dead-code;\n fp8-tile{x_block=[1, 64]",
+            "<pipeline>:2:26: expected ',' or '}', but got the end of the text; '{' is not closed\n"
+            " fp8-tile{x_block=[1, 64]\n                         ^",
+        ),
+        ("dead-code}", "<pipeline>:1:10: expected ';' or the end of the text, but got '}'"),
+        (
+            "fp8-tile{layers=[lm_head]}",
+            "<pipeline>:1:18: 'lm_head' is not a literal; a string inside a list needs quotes",
+        ),
         ('fp8-tile{profile="vllm}', "<pipeline>:1:18: this string does not end"),
         ("fp8-tile{profile}", "<pipeline>:1:10: option 'profile' has no value\nfp8-tile{profile}\n         ^^^^^^^"),
         ("fp8-tile{profile=vllm, profile=vllm}", "<pipeline>:1:24: option 'profile' is given twice"),
@@ -122,6 +135,28 @@ def test_messages(text: str, message: str) -> None:
         Pipeline.parse(text)
     assert str(error.value).startswith(message)
     assert isinstance(error.value, ParseError) == message.startswith("<pipeline>")
+
+
+@pytest.mark.parametrize(
+    ("text", "excerpt"),
+    [
+        ("dead-code; fp8-tyle", "<pipeline>:1:12:\ndead-code; fp8-tyle\n           ^^^^^^^^"),
+        ("dead-code;\nfp8-tile{blok=1}", "<pipeline>:2:10:\nfp8-tile{blok=1}\n         ^^^^"),
+        ("fp8-tile{x_block=[1, a.b]}", "fp8-tile{x_block=[1, a.b]}\n                     ^^^"),
+        ("fp8-tile{x-block = 128 }", "<pipeline>:1:20:\nfp8-tile{x-block = 128 }\n                   ^^^"),
+        ("dead-code; test-options{}", "<pipeline>:1:12:\ndead-code; test-options{}\n           ^^^^^^^^^^^^^^"),
+    ],
+)
+def test_messages_about_the_meaning_show_the_place_too(text: str, excerpt: str) -> None:
+    with pytest.raises(QCompilerError) as error:
+        Pipeline.parse(text)
+    assert str(error.value).endswith(excerpt)
+
+
+def test_no_place_is_shown_when_the_text_is_the_culprit() -> None:
+    with pytest.raises(PassError) as error:
+        Pipeline.parse(" fp8-tyle ")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Graph, TensorType
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 from qcompiler.ir.sizes import evaluate
 from qcompiler.ir.types import NoneType, ScalarType, Type
 

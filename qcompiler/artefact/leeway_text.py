@@ -6,6 +6,7 @@ from typing import Any
 from qcompiler.artefact.literals import from_json, to_json
 from qcompiler.artefact.strict_json import Node
 from qcompiler.capture.leeway import VALUES, Leeway, OptionalTensor
+from qcompiler.errors import ParseError
 from qcompiler.ir.sizes import Size, parse_size, symbols
 
 
@@ -45,7 +46,7 @@ def size_from_json(node: Node) -> Size:
         return node.count()
     try:
         return parse_size(node.text())
-    except ValueError as error:
+    except ParseError as error:
         node.wrong(f"a size: {error}")
 
 

@@ -23,7 +23,7 @@ from qcompiler.capture.signature import (
     linear,
 )
 from qcompiler.compiler.original import Forward
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 
 KINDS = (
     inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,

@@ -14,7 +14,8 @@ from qcompiler.capture.examples import Call, sizes_of, with_sizes
 from qcompiler.capture.open_sizes import agreeing, unmovable
 from qcompiler.capture.runs import ModelRefused, Runs
 from qcompiler.capture.signature import Signature
-from qcompiler.ir.graph import Graph, Range
+from qcompiler.ir.graph import Graph
+from qcompiler.ir.ranges import Range
 
 
 def check_graph(graph: Graph, signature: Signature, model: torch.nn.Module, call: Call, traced: Call) -> Signature:

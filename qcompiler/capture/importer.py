@@ -25,11 +25,11 @@ from qcompiler.dialects.aten import IR_DTYPES, TAGS, ir_dtype, op_name
 from qcompiler.dialects.core import SCALAR_FUNCTIONS
 from qcompiler.errors import CaptureError
 from qcompiler.ir.graph import BUFFER, PARAM, UPDATE, Graph
-from qcompiler.ir.lexer import legal_name
 from qcompiler.ir.op import Argument, Literal, Tag, Value
 from qcompiler.ir.traits import Effects, traits_of
 from qcompiler.ir.types import NONE, ScalarType, TensorType, Type
 from qcompiler.runtime.weights import Weights
+from qcompiler.text import legal_name
 
 TAG_NAMES = {tag: name for name, tag in TAGS.items()}
 SCALAR_NAMES = {function: f"core.{name}" for name, function in SCALAR_FUNCTIONS.items()}

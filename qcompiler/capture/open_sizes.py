@@ -16,7 +16,7 @@ from qcompiler.capture.examples import Call
 from qcompiler.capture.runs import GraphRefused
 from qcompiler.capture.signature import Signature
 from qcompiler.errors import CaptureError
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 
 ASSUMED_LOW = 2
 """The least size that torch.export assumes for a dynamic dimension."""

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from qcompiler.capture.arguments import COMPILE_WITHOUT, Added, how_to_convert, leaves_by_name
 from qcompiler.capture.leeway import ANYTHING, Leeway, OptionalTensor, without_outputs
 from qcompiler.errors import InputError
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 from qcompiler.ir.sizes import Size, evaluate, symbols
 
 AGAIN = "Capture the model again with an example of this size."

@@ -10,7 +10,7 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 
 from qcompiler.capture.signature import Condition
-from qcompiler.ir.graph import Range
+from qcompiler.ir.ranges import Range
 from qcompiler.ir.sizes import Size, call, floordiv, product, symbol
 
 HUGE = 2**62

@@ -12,7 +12,7 @@ from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.pass_manager import Effect, Pass
 from qcompiler.pass_options import default_of, print_option
 from qcompiler.pipelines import Recipe
-from qcompiler.schemes import Scheme, find, recipe_of
+from qcompiler.schemes import Scheme, read_scheme
 
 WIDTH = 100
 
@@ -21,8 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """Explains a scheme or a pipeline."""
     overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(options.scheme, options.pipeline, overrides)
-    scheme = find(options.scheme.partition("{")[0].strip()) if options.scheme is not None else None
-    recipe = recipe_of(options.scheme) if scheme is not None and scheme.recipe is not None else None
+    scheme, recipe = read_scheme(options.scheme) if options.scheme is not None else (None, None)
     document = {
         "scheme": options.scheme,
         "doc": scheme.doc if scheme is not None else "",

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qcompiler.ir import Graph, Location, Op, TensorType, print_argument, print_op
-from qcompiler.ir.graph import BUFFER, INPUT, PARAM
+from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.ir.printer import print_binding
+from qcompiler.ir.structure import INPUT
 from qcompiler.pass_runner import Step
 
 

@@ -1,14 +1,16 @@
 """The graph IR: types, operations, graphs, their text, their rules, and rewriting. No torch in here."""
 
 from qcompiler.ir.diff import diff
-from qcompiler.ir.graph import Graph, Range, Recipe, Use
-from qcompiler.ir.lexer import legal_name
+from qcompiler.ir.graph import Graph, Recipe
+from qcompiler.ir.literals import parse_literal, parse_type
 from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree, print_argument, print_op
-from qcompiler.ir.parser import parse_literal, parse_type
+from qcompiler.ir.ranges import Range
 from qcompiler.ir.rewrite import Match, Missed, Rewriter, Rule, apply_rules, explain
 from qcompiler.ir.sizes import Expr, Size, ceildiv, evaluate, parse_size, symbol
+from qcompiler.ir.structure import Use
 from qcompiler.ir.traits import Effects, Role
 from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Type
+from qcompiler.text import legal_name
 
 __all__ = [
     "NONE", "Argument", "DType", "Effects", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op",

@@ -5,13 +5,10 @@ Path("graph.dot").write_text(graph.to_dot())            dot -Tsvg graph.dot -o g
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from qcompiler.ir.op import Op
+from qcompiler.ir.structure import Structure
 from qcompiler.ir.traits import Role
-
-if TYPE_CHECKING:
-    from qcompiler.ir.graph import Graph
 
 ENDS = ("core.input", "core.return")
 COLOURS = {"quant": "#ede7f9", "kernel": "#dff2f6"}
@@ -33,7 +30,7 @@ class _Cluster:
     inside: dict[str, "_Cluster"] = field(default_factory=dict)
 
 
-def dot_of(graph: "Graph", *, weights: bool = True) -> str:
+def dot_of(graph: Structure, *, weights: bool = True) -> str:
     """The DOT text of a graph, ending without a newline.
 
     Args:

@@ -9,15 +9,11 @@
 One grammar for all operations; types only where a value is bound; printing a parsed text gives it back.
 """
 
-from typing import TYPE_CHECKING
-
 from qcompiler.ir.op import Argument, Op, Value, print_argument, print_op
-
-if TYPE_CHECKING:
-    from qcompiler.ir.graph import Graph
+from qcompiler.ir.structure import Structure
 
 
-def print_graph(graph: "Graph", *, locations: bool = True) -> str:
+def print_graph(graph: Structure, *, locations: bool = True) -> str:
     """The text of a graph, ending without a newline."""
     ops = list(graph)
     inputs = ", ".join(print_binding(op.result, op if locations else None) for op in ops if op.name == "core.input")

@@ -6,11 +6,13 @@ A polynomial is kept in one normal form, so that equal sizes are equal objects a
 polynomial (floor division, modulo, minimum, maximum, or a function this module does not know) is an atom inside it.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import gcd
+from operator import add, mul, sub
+
+from qcompiler.text import Reader, Source, Token
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ Size = int | Expr
 
 # What a text may spell: beyond what any tensor has, and little enough to be computed with at once.
 LARGEST = 2**64
-DEEPEST = 64
 HIGHEST_POWER = 64
 MOST_PRODUCTS = 1024
 
 
+@lru_cache(maxsize=1024)
 def symbol(name: str) -> Expr:
     """The size that a symbol stands for."""
     return Expr((((name,), 1),))
@@ -88,6 +90,8 @@ def symbol(name: str) -> Expr:
 
 def call(function: str, *args: Size) -> Size:
     """A function of sizes: evaluated or simplified where that is exact; ValueError when it has no value."""
+    if not args:
+        raise ValueError(f"{function} takes at least 1 size, not 0")
     if function in ("max", "min"):
         return _extreme(function, args)
     if function in FUNCTIONS and len(args) != 2:
@@ -136,8 +140,6 @@ def mod(a: Size, b: Size) -> Size:
 
 def _extreme(function: str, args: tuple[Size, ...]) -> Size:
     """max or min: of one integer at most, and never of another max or min of the same kind."""
-    if not args:
-        raise ValueError(f"{function} takes at least 1 size, not 0")
     flat = {inner for arg in args for inner in _arguments(function, arg)}
     integers = [arg for arg in flat if isinstance(arg, int)]
     kept: list[Size] = [arg for arg in flat if isinstance(arg, Expr)]
@@ -172,6 +174,8 @@ def ceildiv(a: Size, b: int) -> Size:
     return -(-a // b) if isinstance(a, int) else floordiv(a + (b - 1), b)
 
 
+STRENGTHS = {"+": 1, "-": 1, "*": 2, "//": 2}
+OPERATORS: Mapping[str, Callable[[Size, Size], Size]] = {"+": add, "-": sub, "*": mul, "//": floordiv}
 FUNCTIONS: Mapping[str, Callable[..., int]] = {
     "floordiv": lambda a, b: a // b,
     "mod": lambda a, b: a % b,
@@ -231,78 +235,50 @@ def substitute(size: Size, bindings: Mapping[str, Size]) -> Size:
     return total
 
 
-@lru_cache(maxsize=4096)
 def parse_size(text: str) -> Size:
-    """The size that `text` spells; ValueError says where it is malformed."""
-    parser = _Parser(text)
-    size = parser.sum()
-    if parser.peek():
-        raise ValueError(f"unexpected {parser.peek()!r} in size {text!r}")
+    """The size that `text` spells; ParseError if it is malformed."""
+    reader = Reader(Source(text, "<size>"))
+    size = read_size(reader)
+    reader.expect_end()
     return size
 
 
-class _Parser:
-    """Recursive descent over `+ - * // ( ) ,`, integers, symbols and calls."""
+def read_size(reader: Reader) -> Size:
+    """The next size: `+ - * //` over integers, symbols, calls and brackets; a minus may only be its first token."""
+    left: Size = 0 if reader.operator() == "-" else _read_operand(reader)
+    if reader.operator() not in STRENGTHS:
+        return left
+    return reader.arithmetic(left, partial(_read_operand, reader), partial(_join, reader), STRENGTHS)
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.tokens = re.findall(r"\s*(\d+|[A-Za-z_]\w*|//|[-+*(),]|\S)", text)
-        self.at = 0
-        self.depth = 0
 
-    def peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+def _join(reader: Reader, operator: Token, a: Size, b: Size) -> Size:
+    if STRENGTHS[operator.text] > 1 and len(_terms(a)) * len(_terms(b)) > MOST_PRODUCTS:
+        raise reader.fail(f"a size is the sum of more than {MOST_PRODUCTS} products", operator)
+    try:
+        size = OPERATORS[operator.text](a, b)
+    except ValueError as error:
+        raise reader.fail(str(error), operator) from None
+    if any(abs(factor) >= LARGEST for _, factor in _terms(size)):
+        raise reader.fail("a number in a size is beyond 64 bits", operator)
+    return size
 
-    def take(self, *wanted: str) -> str:
-        token = self.peek()
-        if wanted and token not in wanted:
-            raise ValueError(f"expected {' or '.join(wanted)} but got {token or 'the end'!r} in size {self.text!r}")
-        self.at += 1
-        return token
 
-    def sum(self) -> Size:
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise ValueError(f"a size is nested more than {DEEPEST} deep")
-        total = -self.term() if self.peek() == "-" and self.take() else self.term()
-        while self.peek() in ("+", "-"):
-            total = total + self.term() if self.take() == "+" else total - self.term()
-        self.depth -= 1
-        return self.held(total)
-
-    def term(self) -> Size:
-        value = self.factor()
-        while self.peek() in ("*", "//"):
-            operator, other = self.take(), self.factor()
-            if len(_terms(value)) * len(_terms(other)) > MOST_PRODUCTS:
-                raise ValueError(f"a size is the sum of more than {MOST_PRODUCTS} products")
-            value = self.held(value * other if operator == "*" else floordiv(value, other))
-        return value
-
-    def held(self, size: Size) -> Size:
-        if any(abs(factor) >= LARGEST for _, factor in _terms(size)):
-            raise ValueError("a number in a size is beyond 64 bits")
-        return size
-
-    def factor(self) -> Size:
-        token = self.take()
-        if token.isdecimal():
-            if len(token) > len(str(LARGEST)):
-                raise ValueError("a number in a size is beyond 64 bits")
-            return int(token)
-        if token == "(":
-            value = self.sum()
-            self.take(")")
-            return value
-        if not re.fullmatch(r"[A-Za-z_]\w*", token):
-            raise ValueError(f"expected a number or a symbol but got {token or 'the end'!r} in size {self.text!r}")
-        if self.peek() != "(":
-            return symbol(token)
-        self.take("(")
-        args = [self.sum()]
-        while self.take(",", ")") == ",":
-            args.append(self.sum())
-        return call(token, *args)
+def _read_operand(reader: Reader) -> Size:
+    token = reader.take()
+    if token.kind == "int" and token.text[0] != "-":
+        if len(token.text) > len(str(LARGEST)):
+            raise reader.fail("a number in a size is beyond 64 bits", token)
+        return int(token.text)
+    if token.text == "(":
+        return reader.bracketed(lambda: read_size(reader), ")")
+    if token.kind != "name" or "." in token.text:
+        raise reader.fail(f"expected a number or a symbol, but got {token}", token)
+    if not reader.accept("("):
+        return symbol(token.text)
+    try:
+        return call(token.text, *reader.list_of(lambda: read_size(reader), ")"))
+    except ValueError as error:
+        raise reader.fail(str(error), token) from None
 
 
 def _terms(size: Size) -> tuple[tuple[Monomial, int], ...]:

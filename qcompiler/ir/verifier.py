@@ -22,20 +22,18 @@ under the culprit, and the source line.
 
 import re
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import networkx as nx
 
 from qcompiler.errors import QCompilerError, VerifyError
-from qcompiler.ir.lexer import NAME
 from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, print_argument, print_op, quote
 from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
+from qcompiler.ir.structure import Structure
 from qcompiler.ir.traits import Role
 from qcompiler.ir.types import TensorType
-
-if TYPE_CHECKING:
-    from qcompiler.ir.graph import Graph
+from qcompiler.text import NAME
 
 WINDOW = 2
 """Operations shown above and below the guilty one."""
@@ -61,14 +59,20 @@ class Broken(NamedTuple):
     culprit: int | str = ""
 
 
-def verify_graph(graph: "Graph", after: str = "") -> None:
-    """Raises VerifyError for the first broken rule; `after` is the name of the pass that ran last."""
-    for check in CHECKS:
-        if (broken := check(graph)) is not None:
-            raise VerifyError(describe(graph, broken, after))
+def verify_graph(graph: Structure, weights: Mapping[str, Any], after: str = "") -> None:
+    """Raises VerifyError for the first broken rule.
+
+    Args:
+        graph: The structure that is held to the rules.
+        weights: Its stored weights by name; empty for structure alone, to which rule V15 does not apply.
+        after: The name of the pass that ran last.
+    """
+    broken = next(filter(None, (check(graph) for check in CHECKS)), None) or _stored(graph, weights)
+    if broken is not None:
+        raise VerifyError(describe(graph, broken, after))
 
 
-def describe(graph: "Graph", broken: Broken, after: str) -> str:
+def describe(graph: Structure, broken: Broken, after: str) -> str:
     """The message: a sentence, the neighbouring lines with a caret, and the source line."""
     head = f"after pass '{after}', " if after else ""
     lines = [f"{head}in @{graph.name}: rule V{broken.rule}: {broken.op.name}: {broken.sentence}"]
@@ -95,24 +99,24 @@ def _caret(row: str, broken: Broken) -> tuple[int, int]:
     return (matches[-1].start(), len(str(culprit))) if matches else (4, max(1, len(row) - 4))
 
 
-def _names(graph: "Graph") -> Broken | None:
+def _names(graph: Structure) -> Broken | None:
     if not NAME.fullmatch(graph.name):
         return Broken(1, graph.return_op, f"{graph.name!r} is no name of a function; {SPELLING}")
     values = [value for op in graph for value in op.results]
-    count = Counter(value.name for value in values)
+    count, names = Counter(value.name for value in values), graph.names
     for value in values:
         if count[value.name] > 1:
             return Broken(1, value.op, f"the name {value} is bound {count[value.name]} times", str(value))
-        if graph._names.get(value.name) is not value:
+        if names.get(value.name) is not value:
             return Broken(1, value.op, f"{value} is not what the graph's table of names calls {value.name}", str(value))
         if not NAME.fullmatch(value.name):
             return Broken(1, value.op, f"{value.name!r} is no name of a value; {SPELLING}", str(value))
-    if stale := sorted(set(graph._names) - set(count)):
+    if stale := sorted(set(names) - set(count)):
         return Broken(1, graph.return_op, f"the graph's table of names has %{stale[0]}, which no operation defines")
     return None
 
 
-def _literals(graph: "Graph") -> Broken | None:
+def _literals(graph: Structure) -> Broken | None:
     for op in graph:
         places: list[tuple[int | str, Argument]] = [*enumerate(op.args), *op.attrs.items()]
         for key, arg in places:
@@ -131,7 +135,7 @@ def _strange(arg: object) -> str | None:
     return None if isinstance(arg, Value) or type(arg) in LITERAL_TYPES else type(arg).__name__
 
 
-def _definitions(graph: "Graph") -> Broken | None:
+def _definitions(graph: Structure) -> Broken | None:
     position = {op: at for at, op in enumerate(graph)}
     for op in graph:
         for path, value in op.operands():
@@ -143,23 +147,24 @@ def _definitions(graph: "Graph") -> Broken | None:
     return None
 
 
-def _acyclic(graph: "Graph") -> Broken | None:
-    if nx.is_directed_acyclic_graph(graph._net):
+def _acyclic(graph: Structure) -> Broken | None:
+    network = graph.network
+    if nx.is_directed_acyclic_graph(network):
         return None
-    ring = nx.find_cycle(graph._net)
-    values = [str(definer.results[graph._net.edges[definer, reader, key]["result"]]) for definer, reader, key in ring]
+    ring = nx.find_cycle(network)
+    values = [str(definer.results[network.edges[definer, reader, key]["result"]]) for definer, reader, key in ring]
     shown = values[:RING] + ["…"] * (len(values) > RING) + values[:1]
     return Broken(4, ring[0][0], f"it depends on its own result, through {' -> '.join(shown)}", values[-1])
 
 
-def _known(graph: "Graph") -> Broken | None:
+def _known(graph: Structure) -> Broken | None:
     for op in graph:
         if not is_known(op.name):
             return Broken(5, op, unknown_op(op.name), op.name)
     return None
 
 
-def _signatures(graph: "Graph") -> Broken | None:
+def _signatures(graph: Structure) -> Broken | None:
     for op in graph:
         if (definition := lookup(op.name)) is None:
             continue
@@ -185,10 +190,11 @@ def _operand(op: Op, error: QCompilerError) -> int | str:
     return "" if operand is None else op.path(operand)[0] if isinstance(operand, str) else operand
 
 
-def _edges(graph: "Graph") -> Broken | None:
+def _edges(graph: Structure) -> Broken | None:
+    network = graph.network
     for op in graph:
         wanted = Counter((id(value.op), value.index, path) for path, value in op.operands())
-        edges = graph._net.in_edges(op, data=True) if op in graph else []
+        edges = network.in_edges(op, data=True) if op in graph else []
         if wanted != Counter((id(definer), data["result"], data["path"]) for definer, _, data in edges):
             return Broken(8, op, "the network does not agree with its arguments; were they changed without set_args?")
     if len(graph) != (count := len(list(graph))):
@@ -196,7 +202,7 @@ def _edges(graph: "Graph") -> Broken | None:
     return None
 
 
-def _ends(graph: "Graph") -> Broken | None:
+def _ends(graph: Structure) -> Broken | None:
     body_began = False
     for op in graph:
         if not isinstance(op.args, tuple):
@@ -215,7 +221,7 @@ def _ends(graph: "Graph") -> Broken | None:
     return None
 
 
-def _weights(graph: "Graph") -> Broken | None:
+def _weights(graph: Structure) -> Broken | None:
     seen: dict[str, Op] = {}
     for op in graph:
         if op.role is not Role.STATE:
@@ -230,14 +236,14 @@ def _weights(graph: "Graph") -> Broken | None:
     return None
 
 
-def _stored(graph: "Graph") -> Broken | None:
+def _stored(graph: Structure, weights: Mapping[str, Any]) -> Broken | None:
     # A store may say what it holds, so that nothing is loaded only to be looked at; None means that it cannot tell.
-    type_of = getattr(graph.weights, "type_of", None) or (lambda name: TensorType.of(graph.weights[name]))
+    type_of = getattr(weights, "type_of", None) or (lambda name: TensorType.of(weights[name]))
     for op in graph:
-        if not graph.weights or op.role is not Role.STATE:
+        if not weights or op.role is not Role.STATE:
             continue
         name = str(op.attrs["name"])
-        if name not in graph.weights:
+        if name not in weights:
             return Broken(15, op, f"the weights store has no {quote(name)}", quote(name))
         if (stored := type_of(name)) not in (None, op.result.type):
             wanted = str(op.result.type)
@@ -245,7 +251,7 @@ def _stored(graph: "Graph") -> Broken | None:
     return None
 
 
-def _updates(graph: "Graph") -> Broken | None:
+def _updates(graph: Structure) -> Broken | None:
     written: set[Value] = set()
     for op in graph:
         if op.name != "core.update":
@@ -261,7 +267,7 @@ def _updates(graph: "Graph") -> Broken | None:
     return None
 
 
-def _symbols(graph: "Graph") -> Broken | None:
+def _symbols(graph: Structure) -> Broken | None:
     for name, bounds in graph.symbols.items():
         if bounds.low < 0 or (bounds.high is not None and bounds.high < bounds.low):
             return Broken(13, graph.return_op, f"the range of {name} is {bounds}: empty, or with negative sizes")
@@ -278,7 +284,7 @@ def _symbols(graph: "Graph") -> Broken | None:
     return None
 
 
-CHECKS: tuple[Callable[["Graph"], Broken | None], ...] = (
+CHECKS: tuple[Callable[[Structure], Broken | None], ...] = (
     _names, _ends, _literals, _known, _acyclic, _definitions, _edges,
-    _signatures, _weights, _stored, _updates, _symbols,
+    _signatures, _weights, _updates, _symbols,
 )  # fmt: skip

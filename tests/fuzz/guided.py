@@ -18,7 +18,8 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[2]))
 READERS = [
     f"qcompiler.{name}"
-    for name in ("artefact", "body", "calibration.store", "checkpoints", "ir", "knobs", "pass_manager", "pass_options")
+    for name in ("artefact", "body", "calibration.store", "checkpoints", "ir", "knobs", "pass_manager", "pass_options",
+                 "text")
 ]  # fmt: skip
 with atheris.instrument_imports(include=READERS):
     from folder_targets import FOLDER_TARGETS

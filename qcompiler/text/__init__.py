@@ -1,0 +1,7 @@
+"""The one text grammar of graphs, types, sizes, pipelines, options, schemes and bodies: tokens, lists and values."""
+
+from qcompiler.text.lexer import NAME, Source, Token, legal_name
+from qcompiler.text.reader import Reader
+from qcompiler.text.values import WORDS, ValueReader
+
+__all__ = ["NAME", "WORDS", "Reader", "Source", "Token", "ValueReader", "legal_name"]
