@@ -18,19 +18,11 @@ from torch.nn import functional
 
 from codegen.fused_gemm import product as fused_product
 from codegen.fused_gemm.epilogue import handed_over
-from codegen.fused_gemm.launch import launch_fused
-from codegen.fused_gemm.tiling import (
-    FusedGemmConfig,
-    FusedGemmProblem,
-    all_fused_configs,
-    choose_fused,
-    fused_time,
-    refusal,
-    separate_time,
-)
-from codegen.gemm.tiling import bucket
 from codegen.launching.timing import in_turns
 from codegen.quantize.plain import quantize_on_gpu, scale_like
+from codegen.targets.hopper import HOPPER
+from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.gemm import GemmOperands, bucket
 from qcompiler import numerics
 
 E4M3 = torch.float8_e4m3fn
@@ -78,14 +70,15 @@ class _Operands:
         self.scale = scale_like(self.out, 128, "col_major") if case.quantized else None
 
     def fused(self, config: FusedGemmConfig) -> None:
-        operands = (self.x, self.w, self.xs, self.ws, None, self.others)
-        launch_fused(config, self.case.body, *operands, self.out, self.scale)
+        product = GemmOperands(self.x, self.w, self.out, self.xs, self.ws)
+        HOPPER.fused_gemm.launch(config, FusedOperands(self.case.body, product, self.others, self.scale))
 
     def separate(self) -> list[Tensor]:
         operands = (self.x, self.xs, self.w, self.ws, None, self.others)
         blocks = ((1, 128), (128, 128))
         quantized = QUANTIZED if self.case.quantized else None
-        return fused_product._separate(*operands, self.case.body, self.case.parts, *blocks, quantized)
+        given = fused_product.FusedLinear(*operands, self.case.body, self.case.parts, *blocks, quantized)
+        return fused_product.separate(given)
 
     def torch(self) -> Any:
         """A product for each part, and torch's own operators."""
@@ -110,35 +103,37 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
     block = (1, 128) if case.quantized else None
     handed = handed_over(case.body)[0].itemsize
     problem = FusedGemmProblem(bucket(m), n, k, case.parts, handed, 2, case.others, block=block)
-    possible = [config for config in all_fused_configs() if refusal(config, problem) is None]
+    family = HOPPER.fused_gemm
+    forms = (config for config in family.configs(problem) if isinstance(config, FusedGemmConfig))
+    possible = [config for config in forms if family.why_not(config, problem) is None]
     count = COLD_BYTES // (n * case.parts * k)
     sets = [_Operands(case, m, n, k) for _ in range(1 + count)]
     warm: dict[str, list[Callable[[], object]]] = {"separate": [sets[0].separate], "torch": [sets[0].torch]}
     warm |= {str(config): [partial(sets[0].fused, config)] for config in possible}
     times = in_turns(warm)
-    forms = {str(config): times[str(config)] for config in possible}
-    best = min(possible, key=lambda config: forms[str(config)])
+    measured = {str(config): times[str(config)] for config in possible}
+    best = min(possible, key=lambda config: measured[str(config)])
     cold = dict(times)
     if count:
         cold = in_turns(
             {"separate": [each.separate for each in sets], "one": [partial(each.fused, best) for each in sets]}
         )
-    cold.setdefault("one", forms[str(best)])
-    chosen = choose_fused(problem)
-    taken = times["separate"] if isinstance(chosen, str) else forms[str(chosen)]
+    cold.setdefault("one", measured[str(best)])
+    chosen = family.choose(problem)
+    taken = times["separate"] if isinstance(chosen, Separate) else measured[str(chosen)]
     return {
         "body": name,
         "M, N, K": f"{m}, {n}, {k}",
         "torch": times["torch"],
         "two kernels": times["separate"],
-        "one kernel": forms[str(best)],
-        "two / one": times["separate"] / forms[str(best)],
+        "one kernel": measured[str(best)],
+        "two / one": times["separate"] / measured[str(best)],
         "cold: two / one": cold["separate"] / cold["one"],
         "torch / chosen": times["torch"] / taken,
-        "best / chosen": min(times["separate"], forms[str(best)]) / taken,
-        "chosen": "two" if isinstance(chosen, str) else str(chosen),
-        "estimates": f"{separate_time(problem):.0f} " + " ".join(f"{fused_time(c, problem):.0f}" for c in possible),
-        "forms": " ".join(f"{form:.1f}" for form in forms.values()),
+        "best / chosen": min(times["separate"], measured[str(best)]) / taken,
+        "chosen": "two" if isinstance(chosen, Separate) else str(chosen),
+        "estimates": " ".join(f"{family.time(config, problem):.0f}" for config in (Separate(), *possible)),
+        "forms": " ".join(f"{form:.1f}" for form in measured.values()),
     }
 
 

@@ -19,10 +19,9 @@ import torch
 from torch.nn import functional
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm.config import GemmProblem
-from codegen.gemm.launch import launch_gemm
-from codegen.gemm.tiling import bucket, choose
 from codegen.launching.timing import in_turns
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GemmOperands, GemmProblem, bucket
 from qcompiler import numerics
 
 SHAPES = (
@@ -104,7 +103,7 @@ class _Operands:
         self.w, self.ws = torch.ops.qcompiler.quantize(self.right, [128, 128], e4m3, "deepseek", "row_major")
         self.one = torch.ones((), device="cuda")
         self.out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        self.config = choose(GemmProblem(bucket(m), n, k))
+        self.config = HOPPER.gemm.choose(GemmProblem(bucket(m), n, k))
 
     def launches(self) -> dict[str, Callable[[], torch.Tensor]]:
         """What is compared, by name."""
@@ -117,7 +116,7 @@ class _Operands:
         return torch.mm(self.left, self.right.T)
 
     def ours(self) -> torch.Tensor:
-        launch_gemm(self.config, self.x, self.w, self.out, self.xs, self.ws, None)
+        HOPPER.gemm.launch(self.config, GemmOperands(self.x, self.w, self.out, self.xs, self.ws))
         return self.out
 
     def vendor(self) -> torch.Tensor:

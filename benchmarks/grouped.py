@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.grouped_gemm.launch import choose_grouped
 from codegen.launching.timing import in_turns
+from codegen.targets.hopper import HOPPER
+from codegen.templates.grouped import GroupedProblem
 
 try:
     import deep_gemm
@@ -161,7 +162,7 @@ def measure(shape: Projection, weights: Weights, tokens: int, exponent: float) -
         "TFLOP/s": 2 * rows * shape.n * shape.k / ours / 1e6,
         "TB/s of weights": len(given.parts) * shape.n * shape.k / ours / 1e6,
         "error": error,
-        "configuration": str(choose_grouped(rows / shape.experts)),
+        "configuration": str(HOPPER.grouped_gemm.choose(GroupedProblem(rows / shape.experts, shape.experts))),
     }
 
 

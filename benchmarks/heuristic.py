@@ -1,11 +1,12 @@
-"""What `codegen.gemm.tiling.choose` picks, beside the best of all configurations: every configuration is timed.
+"""What `HOPPER.gemm.choose` picks, beside the best of all configurations: every configuration is timed.
 
     python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures; a kind is one of those below
     python benchmarks/heuristic.py --table DEVICE [--out FOLDER]    only the table, from the times of an earlier run
 
 A row of the table is a shape: what was chosen, what was fastest, and their ratio, 1 at best. Few rows are timed twice,
 warm (one set of operands) and cold (a turn through so many weights that the cache holds none). Configurations take
-turns. The choice is made anew whenever the table is, so the paces in `codegen.gemm.tiling` can be fitted without a GPU.
+turns. The choice is made anew whenever the table is, so the paces in `codegen.targets.hopper_paces` can be fitted
+without a GPU.
 """
 
 import argparse
@@ -19,10 +20,9 @@ import harness
 import torch
 from torch import Tensor
 
-from codegen.gemm.config import GemmConfig, GemmProblem, Kind, refusal
-from codegen.gemm.launch import launch_gemm, launch_row_gemm
-from codegen.gemm.tiling import all_configs, bucket, choose
 from codegen.launching.timing import in_turns
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Kind, bucket
 
 NAME = "heuristic"
 TITLE = "The choice of a configuration beside the best: microseconds by CUDA-graph replay, in turns"
@@ -52,17 +52,22 @@ def shapes(name: str) -> list[tuple[int, int, int]]:
     return [(m, n, k) for m in rows for n, k in layers]
 
 
+def all_configs(name: str) -> tuple[GemmConfig, ...]:
+    kind, x_block = KINDS[name]
+    return HOPPER.gemm.configs(GemmProblem(1, 1, 1, kind=kind, x_block=x_block))
+
+
 def worth_a_try(config: GemmConfig, problem: GemmProblem) -> bool:
     """Without those that cannot win where there are many rows: tiles for few, or of 64 columns of more than 1024."""
     few = config.variant in ("narrow", "split") or (config.block_n < 128 and problem.n > 1024)
-    return refusal(config, problem) is None and not (problem.m >= 1024 and few)
+    return HOPPER.gemm.why_not(config, problem) is None and not (problem.m >= 1024 and few)
 
 
 def measure(name: str, m: int, n: int, k: int) -> Iterator[Row]:
     """One row for each state of the cache: microseconds of each configuration, None for those not worth a try."""
     kind, x_block = KINDS[name]
     problem = GemmProblem(m, n, k, kind=kind, x_block=x_block)
-    every = all_configs(kind, x_block)
+    every = HOPPER.gemm.configs(problem)
     tried = [config for config in every if worth_a_try(config, problem)]
     for cold in (False, True) if m <= COLD_ROWS else (False,):
         sets = [_Operands(name, m, n, k) for _ in range(COLD_BYTES // (n * k) + 1 if cold else 1)]
@@ -85,9 +90,9 @@ class _Operands:
             self.xs, self.ws = torch.rand(m, 1, device="cuda"), torch.rand(n, 1, device="cuda")
 
     def launch(self, config: GemmConfig) -> Callable[[], None]:
-        if self.kind == "tiles":
-            return lambda: launch_gemm(config, self.x, self.w, self.out, self.xs, self.ws, None, self.x_block)
-        return lambda: launch_row_gemm(config, self.x, self.w, self.out, self.xs, self.ws, None)
+        x_block = self.x_block if self.kind == "tiles" else None
+        operands = GemmOperands(self.x, self.w, self.out, self.xs, self.ws, x_block=x_block)
+        return lambda: HOPPER.gemm.launch(config, operands)
 
 
 def _codes(rows: int, k: int, integers: bool) -> Tensor:
@@ -115,7 +120,7 @@ def compared(stored: dict[str, Any]) -> list[Row]:
     table = []
     for (name, m, n, k), states in times.items():
         kind, x_block = KINDS[name]
-        chosen = str(choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
+        chosen = str(HOPPER.gemm.choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
         line: Row = {"kind": name, "M, N, K": f"{m}, {n}, {k}", "chosen": chosen}
         for cold, title in ((False, "warm"), (True, "cold")):
             found = states.get(cold, {})
@@ -135,7 +140,9 @@ def write_table(stored: dict[str, Any], path: Path) -> None:
         ratios = [line[f"{title} ratio"] for line in table if line[f"{title} ratio"] is not None]
         good = f"{sum(ratio >= 0.9 for ratio in ratios)} of {len(ratios)}"
         lines.append(f"{title.capitalize()}: {good} choices reach 0.9 of the best; the least is {min(ratios):.2f}.")
-    lines.append("The paces in `codegen.gemm.tiling`, from which the choice is made, are fitted to these very times.")
+    lines.append(
+        "The choice is made from the paces in `codegen.targets.hopper_paces`, which are fitted to these very times."
+    )
     harness.write(path.with_suffix(".md"), "\n".join([*lines, "", harness.table(table), ""]))
     print("\n".join(lines))
 
@@ -161,7 +168,7 @@ def main() -> None:
         for name in (options.only,) if options.only else KINDS:
             kept = [row for row in stored["rows"] if row["kind"] != name]
             stored["rows"] = kept + [row for shape in shapes(name) for row in measure(name, *shape)]
-            stored["configs"][name] = [str(config) for config in all_configs(*KINDS[name])]
+            stored["configs"][name] = [str(config) for config in all_configs(name)]
             stored["machine"] = harness.machine()
             harness.write(path, _text(stored))
             print(name, file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@
 
     k_block,size,tflops         -1 is the whole of K; a size is that of M, N and K
 
-FP8, weights in blocks of 128 x 128, bfloat16 out, each width by the kernel that `codegen.gemm.tiling.choose` picks.
+FP8, weights in blocks of 128 x 128, bfloat16 out, each width by the kernel that `HOPPER.gemm.choose` picks.
 Widths take turns at replaying a CUDA graph, so that they share the device's power limit. The file is drawn beside the
 error at each width by `examples/granularity_study.py`.
 """
@@ -17,10 +17,9 @@ import harness
 import torch
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm.config import GemmProblem
-from codegen.gemm.launch import launch_gemm
-from codegen.gemm.tiling import choose
 from codegen.launching.timing import in_turns
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GemmOperands, GemmProblem
 from qcompiler import numerics
 
 K_BLOCKS = (32, 64, 128, 256, 512, numerics.ALL)
@@ -43,15 +42,16 @@ def _launch(size: int, k_block: int) -> Callable[[], object]:
     x, xs = torch.ops.qcompiler.quantize(left, [1, k_block], e4m3, "deepseek", "col_major")
     w, ws = torch.ops.qcompiler.quantize(right, [128, 128], e4m3, "deepseek", "row_major")
     out = torch.empty(size, size, device="cuda", dtype=torch.bfloat16)
-    config = choose(GemmProblem(size, size, size, x_block=k_block))
-    launch_gemm(config, x, w, out, xs, ws, None, k_block)
+    config = HOPPER.gemm.choose(GemmProblem(size, size, size, x_block=k_block))
+    operands = GemmOperands(x, w, out, xs, ws, x_block=k_block)
+    HOPPER.gemm.launch(config, operands)
     some = slice(0, 256)
     want = numerics.scaled_linear(
         x[some], xs[some], w, ws, x_block=(1, k_block), w_block=(128, 128), out_dtype=torch.float32
     )
     error = harness.relative_error(out[some], want)
     print(f"{size}, k_block {k_block}: {config}, error {error:.2e}", flush=True)
-    return lambda: launch_gemm(config, x, w, out, xs, ws, None, k_block)
+    return lambda: HOPPER.gemm.launch(config, operands)
 
 
 def main() -> None:

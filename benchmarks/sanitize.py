@@ -30,13 +30,11 @@ import torch
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.fused_gemm.launch import launch_fused
-from codegen.fused_gemm.tiling import all_fused_configs
-from codegen.gemm.config import GemmProblem, Kind, refusal
-from codegen.gemm.launch import launch_gemm, launch_row_gemm
-from codegen.gemm.tiling import all_configs
 from codegen.kernel_cache import use_cache_folder
 from codegen.machine_code import disassembly
+from codegen.targets.hopper import HOPPER
+from codegen.templates.fused import FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.gemm import GemmOperands, GemmProblem, Kind
 from qcompiler import numerics
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -106,10 +104,11 @@ def products() -> Iterator[str]:
         bias = draw(N, 1)[:, 0].contiguous().cuda()
         parts = [t.cpu() for t in (x, xs, w, ws, bias)]
         want = numerics.scaled_linear(*parts, x_block=(1, x_block), w_block=(128, 128), out_dtype=BF16)
-        for config in all_configs("tiles", x_block):
-            if refusal(config, GemmProblem(M, N, K, x_block=x_block)) is None:
+        problem = GemmProblem(M, N, K, x_block=x_block)
+        for config in HOPPER.gemm.configs(problem):
+            if HOPPER.gemm.why_not(config, problem) is None:
                 out = torch.full((M, N), math.nan, dtype=BF16).cuda()
-                launch_gemm(config, x, w, out, xs, ws, bias, x_block)
+                HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, bias, x_block))
                 close(out, want)
                 yield f"x_block {x_block}: {config}"
 
@@ -133,10 +132,11 @@ def row_products() -> Iterator[str]:
         want = numerics.scaled_linear(
             *(t.cpu() for t in (x, xs, w, ws)), None, x_block=(1, -1), w_block=(1, -1), out_dtype=BF16
         )
-        for config in all_configs(kind):
-            if refusal(config, GemmProblem(M, N, K, kind=kind)) is None:
+        problem = GemmProblem(M, N, K, kind=kind)
+        for config in HOPPER.gemm.configs(problem):
+            if HOPPER.gemm.why_not(config, problem) is None:
                 out = torch.full((M, N), math.nan, dtype=BF16).cuda()
-                launch_row_gemm(config, x, w, out, xs, ws, None)
+                HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, x_block=None))
                 close(out, want)
                 yield f"{kind}: {config}"
 
@@ -169,9 +169,12 @@ def fused_products() -> Iterator[str]:
                 want = ops.fused_linear(*(t.cpu() for t in operands), None, [t.cpu() for t in others], *options)
                 close(ops.fused_linear(*operands, None, others, *options)[-1].float(), want[-1].float())
                 yield f"{body}, quantized: {bool(quantize)}"
-                for config in (config for config in all_fused_configs() if config.parts == parts):
+                for config in HOPPER.fused_gemm.configs(FusedGemmProblem(M, N, K, parts)):
+                    if isinstance(config, Separate) or config.parts != parts:
+                        continue
                     out, *scale = (torch.empty_like(t, device="cuda") for t in want)
-                    launch_fused(config, body, x, w, xs, ws, None, others, out, *scale)
+                    product = GemmOperands(x, w, out, xs, ws)
+                    HOPPER.fused_gemm.launch(config, FusedOperands(body, product, others, *scale))
                     close((scale or [out])[0].float(), want[-1].float())
                     yield f"{config}: {body}, quantized: {bool(quantize)}"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
@@ -21,9 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from codegen.compile_options import compile_options
 from codegen.kernel_cache import use_cache_folder
+from codegen.launching.launch import KernelCall
+from codegen.templates.hopper import REGISTERS, SHARED_MEMORY_LIMIT
 from qcompiler.errors import CodegenError
-
-HOPPER = GPUTarget("cuda", 90, 32)
 
 TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
@@ -74,47 +75,64 @@ class MachineCode:
     def blocks(self) -> int:
         """How many blocks a Hopper multiprocessor holds at one time.
 
-        It has 65536 registers, given to a warp by the 256, room for 64 warps and 32 blocks, and 228 KB of shared
-        memory, of which a block takes 1 KB more than it asks for.
+        It gives registers to a warp by the 256, and has room for 64 warps and 32 blocks; a block takes 1 KB more shared
+        memory than it asks for.
         """
-        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * self.warps)
-        return min(32, 64 // self.warps, by_registers, 228 * 1024 // (self.shared_memory + 1024))
+        by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256 * self.warps)
+        return min(32, 64 // self.warps, by_registers, (SHARED_MEMORY_LIMIT + 1024) // (self.shared_memory + 1024))
 
 
-def compile_kernel(
-    kernel: JITFunction[Any],
-    types: dict[str, str],
-    constants: dict[str, Any],
-    divisible: tuple[str, ...],
-    options: dict[str, int],
-) -> MachineCode:
-    """Compiles a kernel for sm_90a.
+def compile_call(call: KernelCall, gpu: GPUTarget, target: str) -> MachineCode:
+    """Compiles the kernel of a call as its launch does: for the types, the alignment, and the divisibility by 16.
 
     Args:
-        kernel: A function of `codegen.kernels`, in Triton or Gluon.
-        types: Triton's types of its arguments; those without one are 32-bit integers.
-        constants: Arguments that the compiler knows.
-        divisible: Arguments that are multiples of 16.
-        options: `num_warps`, `num_stages`; what of them the language has.
+        call: Its operands may be without data, on the device "meta".
+        gpu: What Triton compiles for.
+        target: What messages call it.
 
     Raises:
         CodegenError: Triton rejects the kernel.
     """
+    kernel: JITFunction[Any] = call.kernel
     names = list(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    signature: dict[str, str] = {}
+    constants = dict(zip(names[len(call.arguments) :], call.constants.values(), strict=True))
+    divisible = []
+    for parameter, value in zip(kernel.params, call.arguments, strict=False):
+        kind, by_16 = _specialized(value, not parameter.do_not_specialize)
+        if kind is None:
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = kind
+        if by_16:
+            divisible.append(parameter.name)
     language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = language(
         kernel,
-        signature,
+        {name: signature.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     try:
         use_cache_folder()
-        built = triton.compile(source, target=HOPPER, options=compile_options(options))
+        built = triton.compile(source, target=gpu, options=compile_options(call.options))
     except Exception as error:  # Triton's own errors have no common base
-        raise CodegenError(f"Triton cannot compile {kernel.__name__} for sm_90a", got=error) from error
+        raise CodegenError(f"Triton cannot compile {kernel.__name__} for {target}", got=error) from error
     return _inspect(built.asm["cubin"], built.metadata.shared, built.metadata.num_warps)
+
+
+def _specialized(value: Any, specialized: bool) -> tuple[str | None, bool]:
+    """Triton's type of an argument, None where the value itself is compiled in, and whether it is a multiple of 16."""
+    if value is None:
+        return None, False
+    if isinstance(value, int):
+        if specialized and value == 1:
+            return None, False
+        return "i32", specialized and value % 16 == 0
+    if isinstance(value, Tensor):
+        return f"*{TRITON_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+    layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+    return f"tensordesc<{TRITON_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>", False
 
 
 def _inspect(cubin: bytes, shared_memory: int, warps: int) -> MachineCode:

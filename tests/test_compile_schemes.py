@@ -12,7 +12,7 @@ import qcompiler
 from qcompiler import Calibration, CodegenError, CompiledModel, Graph, InputError, PassError, QCompilerError
 from qcompiler.capture import capture
 from qcompiler.compiler.program import check_kernels
-from qcompiler.runtime.device import TARGETS
+from qcompiler.runtime.device import target_named
 from qcompiler.schemes import SCHEMES, pipeline
 
 
@@ -247,13 +247,13 @@ def test_what_is_refused(graph: Graph, keywords: dict[str, Any], message: str) -
 
 # What a GPU can run, asked without one
 
-GPU = TARGETS["sm_90a"]
+GPU = target_named("sm_90a")
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_which_schemes_have_kernels(name: str) -> None:
     steps = pipeline(name)
-    check_kernels(steps, TARGETS["cpu"])
+    check_kernels(steps, target_named("cpu"))
     if "channel_reference" not in name:
         check_kernels(steps, GPU)
         return

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from hopper_kernels import all_fused_configs, compile_body, compile_fused
 
-from codegen.aot.fused_gemm import compile_body, compile_fused
-from codegen.fused_gemm.tiling import FusedGemmConfig, all_fused_configs
-from codegen.gemm.config import SHARED_MEMORY_LIMIT
+from codegen.templates.fused import FusedGemmConfig
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 E4M3 = torch.float8_e4m3fn
 SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"

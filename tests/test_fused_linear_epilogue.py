@@ -6,23 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_kernels import all_fused_configs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from codegen.fused_gemm import product as fused_product
 from codegen.fused_gemm.epilogue import handed_over, on_tensors
-from codegen.fused_gemm.tiling import (
-    FusedGemmConfig,
-    FusedGemmProblem,
-    all_fused_configs,
-    choose_fused,
-    fused_time,
-    refusal,
-    separate_time,
-)
-from codegen.gemm.config import SHARED_MEMORY_LIMIT
+from codegen.launching.launch import KernelCall
 from codegen.quantize.plain import scale_like
+from codegen.targets.hopper import HOPPER
+from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, Separate, why_separate
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 from qcompiler import numerics
 from qcompiler.body import parse
 from qcompiler.dialects.kernel import fused_linear
@@ -118,9 +113,9 @@ GATED = FusedGemmConfig(2, 2, 3)
     ],
 )
 def test_refusals_say_why(config: FusedGemmConfig, problem: FusedGemmProblem, sentence: str) -> None:
-    why = refusal(config, problem)
+    why = HOPPER.fused_gemm.why_not(config, problem)
     assert why is not None and sentence in why and not why.endswith(".")
-    assert refusal(config, FINE) is None
+    assert HOPPER.fused_gemm.why_not(config, FINE) is None
 
 
 def test_every_form_fits_and_names_itself() -> None:
@@ -135,19 +130,22 @@ def test_every_form_fits_and_names_itself() -> None:
 @given(st.integers(1, 20000), st.integers(1, 300), st.integers(1, 2000), st.integers(1, 2), st.booleans())
 def test_the_choice_is_possible_and_faster_by_the_estimate(m: int, n: int, k: int, parts: int, quantized: bool) -> None:
     problem = FusedGemmProblem(m, 128 * n, 16 * k, parts, block=(1, 128) if quantized else None)
-    chosen = choose_fused(problem)
-    if isinstance(chosen, str):
-        assert "separate kernels are estimated to take" in chosen
+    chosen = HOPPER.fused_gemm.choose(problem)
+    if isinstance(chosen, Separate):
+        assert "separate kernels are estimated to take" in why_separate(HOPPER.fused_gemm, problem)
     else:
-        assert refusal(chosen, problem) is None
-        assert fused_time(chosen, problem) < separate_time(problem)
+        assert HOPPER.fused_gemm.why_not(chosen, problem) is None
+        assert HOPPER.fused_gemm.time(chosen, problem) < HOPPER.fused_gemm.time(Separate(), problem)
 
 
 def test_a_refused_problem_gets_the_sentence_of_a_form_of_its_parts() -> None:
-    assert choose_fused(replace(FINE, k=4100)) == "the copy engine needs K to be a multiple of 16, it is 4100"
-    assert (
-        choose_fused(replace(FINE, parts=1, others=3)) == "a body may read 2 operands beside the sums, this one reads 3"
-    )
+    reasons = {
+        replace(FINE, k=4100): "the copy engine needs K to be a multiple of 16, it is 4100",
+        replace(FINE, parts=1, others=3): "a body may read 2 operands beside the sums, this one reads 3",
+    }
+    for problem, reason in reasons.items():
+        assert HOPPER.fused_gemm.choose(problem) == Separate()
+        assert why_separate(HOPPER.fused_gemm, problem) == reason
 
 
 @pytest.fixture
@@ -167,18 +165,20 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         q, scale = numerics.quantize(result, block, dtype, profile)
         return [q, scale_like(q, block[1], layout).copy_(scale)]
 
-    def alone(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> None:
+    def alone(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> KernelCall:
         calls.append(f"body {body}")
         named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
         assert all(each.dim() == 1 or each.stride(-1) == 1 for each in named.values())
         out.copy_(parse(body).run(named)[0])
+        return KernelCall(None, 1, (out,), {}, {})
 
     monkeypatch.setattr(fused_product, "check_device", lambda device: None)
     monkeypatch.setattr(fused_product, "scaled_linear_on_gpu", product)
     monkeypatch.setattr(fused_product, "fused_quantize_on_gpu", quantize)
-    monkeypatch.setattr(fused_product, "launch_body", alone)
+    monkeypatch.setattr(fused_product, "body_call", alone)
+    monkeypatch.setattr(fused_product, "launch", lambda call: None)
     monkeypatch.setattr(fused_product, "replayed", lambda run, what, operands, *arguments: run(*arguments))
-    monkeypatch.setattr(fused_product, "_config", lambda *facts: "separate kernels are under test")
+    monkeypatch.setattr(fused_product, "_config", lambda *facts: fused_product.SEPARATE)
     monkeypatch.setattr(fused_product, "on", lambda device: torch.no_grad())
     return calls
 
@@ -249,5 +249,5 @@ def test_separate_kernels_of_many_operands_and_of_no_rows(on_cpu: list[str]) -> 
 def test_what_one_kernel_takes(change: dict[str, Any], fits: bool) -> None:
     x, xs = numerics.quantize(torch.randn(6, 256), [1, 128], E4M3)
     w, ws = numerics.quantize(torch.randn(128, 256), [128, 128], E4M3)
-    given: dict[str, Any] = {"bias": None, "others": [], "parts": 2, "x_block": [1, 128], "w_block": [128, 128]}
-    assert fused_product._fits(x, xs, w, ws, *(given | change).values()) == fits
+    given = fused_product.FusedLinear(x, xs, w, ws, None, [], SWIGLU, 2, [1, 128], [128, 128])
+    assert fused_product.fits(given._replace(**change)) == fits

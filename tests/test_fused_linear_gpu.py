@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_kernels import all_fused_configs, launch_fused
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.fused_gemm import product as fused_product
-from codegen.fused_gemm.launch import launch_body, launch_fused
-from codegen.fused_gemm.tiling import FusedGemmConfig, FusedGemmProblem, all_fused_configs, refusal
-from codegen.gemm.tiling import ceil_div
+from codegen.launching.launch import launch
 from codegen.quantize.plain import scale_like
+from codegen.targets.hopper import HOPPER
+from codegen.templates.body import body_call
+from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem
+from codegen.templates.template import ceil_div
 from qcompiler import numerics
 from qcompiler.body import parse
 
@@ -141,7 +144,7 @@ def test_columns_that_fill_no_tile(config: FusedGemmConfig, n: int) -> None:
 def test_sums_that_no_body_rounds(parts: int) -> None:
     config = next(form for form in FORMS if form.parts == parts and form.waves == 1)
     body = "y0 * 2" if parts == 1 else "y0 - y1 * 0.5"
-    assert refusal(config, FusedGemmProblem(200, 256, 512, parts, handed_bytes=4, block=None)) is None
+    assert HOPPER.fused_gemm.why_not(config, FusedGemmProblem(200, 256, 512, parts, handed_bytes=4, block=None)) is None
     x, xs, w, ws = operands(200, 256 * parts, 512)
     out = torch.full((200, 256), math.nan, device="cuda")
     launch_fused(config, body, x, w, xs, ws, None, [], out)
@@ -201,7 +204,7 @@ def test_the_operator_whichever_way_it_takes(case: str, rows: tuple[int, ...], m
     results = {"chosen": torch.ops.qcompiler.fused_linear(*arguments, **options)}
     again = torch.ops.qcompiler.fused_linear(*arguments, **options)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(results["chosen"], again, strict=True))
-    monkeypatch.setattr(fused_product, "_config", lambda *facts: "separate kernels are under test")
+    monkeypatch.setattr(fused_product, "_config", lambda *facts: fused_product.SEPARATE)
     results["separate"] = torch.ops.qcompiler.fused_linear(*arguments, **options)
     waves = 1 if body == "bf16(gelu(y0))" else 2
     form = next(form for form in FORMS if (form.parts, form.waves) == (parts, waves))
@@ -226,7 +229,7 @@ def test_a_body_alone(body: str, m: int) -> None:
     sums = list(both.chunk(2, -1)) if "y1" in made.operands else [both[:, :n]]
     others = others_of(sum(name[0] == "x" for name in made.operands), m, n)
     whole = torch.full((m + 2, n), 7.0, dtype=made.dtype(), device="cuda")
-    launch_body(body, sums, others, whole[:m])
+    launch(body_call(body, sums, others, whole[:m]))
     named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
     (want,) = made.run(named)
     if made.dtype() == torch.float32 or "silu" not in body:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from hopper_kernels import compile_fused_quantize
 
-from codegen.aot.fused_quantize import compile_fused_quantize
 from codegen.bodies import source, triton_function
 from codegen.machine_code import MachineCode
 from qcompiler import numerics

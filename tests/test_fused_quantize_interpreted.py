@@ -33,18 +33,13 @@ def _case(
         operands.append(torch.randn(shape).mul(1 + place).to(dtype)[..., :k])
     operands[0][m // 2, k - 1] = odd
     keep = tuple(name for name in ("h", "r") if name in dict(made.definitions))
-    rule = numerics.profile("deepseek")
     kept = [torch.full((m + 1, k), 7.0, dtype=made.dtype(name)) for name in keep]
     q = torch.full((m + 1, k), 7, dtype=torch.int8)
     scale = quantization.scale_like(operands[0], block_k, layout).fill_(-1.0)
-    tile = fused_config(m, k, block_k, whole_rows=made.across, operand_bytes=4, kept=len(keep))
-    constants = {
-        "K": k, "BODY": triton_function(body, keep), "AMAX_FLOOR": rule.amax_floor(q.dtype), "TOP": 127.0,
-        "RECIPROCAL": False, "UE8M0": False,
-    }  # fmt: skip
-    fused_quantization._launch(
-        operands, [each[:m] for each in kept], q[:m], scale, constants, tile, (m, k), (body, keep)
-    )
+    problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), 4, len(keep))
+    tile = HOPPER.fused_quantize.choose(problem)
+    given = FusedQuantizeOperands(body, keep, operands, [each[:m] for each in kept], q[:m], scale)
+    HOPPER.fused_quantize.launch(tile, given)
     want, *wanted = made.run({f"x{place}": x for place, x in enumerate(operands)}, keep)
     label = (body, m, k, block_k, layout, tile)
     for got, each in zip(kept, wanted, strict=True):
@@ -111,10 +106,9 @@ if __name__ == "__main__":
     import torch
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from codegen.bodies import triton_function
-    from codegen.quantize import fused as fused_quantization
     from codegen.quantize import plain as quantization
-    from codegen.quantize.tiling import fused_config
+    from codegen.targets.hopper import HOPPER
+    from codegen.templates.fused_quantize import FusedQuantizeOperands, FusedQuantizeProblem
     from qcompiler import numerics
     from qcompiler.body import parse
 

@@ -2,14 +2,23 @@
 
 import pytest
 
-from codegen.gemm.tiling import ceil_div
-from codegen.quantize.tiling import LONGEST_ROW, fused_config
 from codegen.support import TILE_COLUMNS
+from codegen.templates.fused_quantize import FusedQuantizeConfig, FusedQuantizeProblem, fused_quantize_configs
+from codegen.templates.quantize import LONGEST_ROW
+from codegen.templates.template import ceil_div
 from qcompiler.numerics import ALL
 
 MULTIPROCESSORS = 132
 ROWS = (1, 3, 64, 512, 513, 8192, 1 << 20)
 COLUMNS = (1, 31, 128, 1000, 4096, 5120, 7168, 11008, LONGEST_ROW)
+
+
+def fused_config(
+    m: int, k: int, block_k: int, *, whole_rows: bool, operand_bytes: int, kept: int
+) -> FusedQuantizeConfig:
+    problem = FusedQuantizeProblem(m, k, (1, block_k), whole_rows, 1, operand_bytes, kept)
+    (config,) = fused_quantize_configs(problem)
+    return config
 
 
 @pytest.mark.parametrize("block_k", [*TILE_COLUMNS, ALL])

@@ -4,15 +4,16 @@ import re
 
 import pytest
 import torch
+from hopper_kernels import GLUON, all_configs, compile_gemm, compile_sum_splits, shared_memory
+from hopper_kernels import WARP as WARPS
 
-from codegen.aot.gemm import compile_gemm, compile_sum_splits
-from codegen.gemm import config as gemm_config
-from codegen.gemm.config import GLUON, SHARED_MEMORY_LIMIT, GemmConfig
-from codegen.gemm.tiling import MOST_SPLITS, all_configs
 from codegen.machine_code import MachineCode
+from codegen.templates.gemm import GemmConfig
+from codegen.templates.gemm_template import MOST_SPLITS
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 CONFIGS = [config for config in all_configs() if config.variant in GLUON]
-WARP = [config for config in CONFIGS if config.variant in gemm_config.WARP]
+WARP = [config for config in CONFIGS if config.variant in WARPS]
 NARROW = [config for config in CONFIGS if config.variant == "narrow"]
 
 
@@ -21,7 +22,7 @@ def assert_no_spills(code: MachineCode) -> None:
 
 
 def fits(config: GemmConfig, out_dtype: torch.dtype) -> bool:
-    return config.shared_memory(out_dtype.itemsize) <= SHARED_MEMORY_LIMIT
+    return shared_memory(config, out_dtype.itemsize) <= SHARED_MEMORY_LIMIT
 
 
 @pytest.mark.parametrize("config", WARP, ids=str)
@@ -37,7 +38,7 @@ def test_warp_specialized(config: GemmConfig) -> None:
         assert code.qgmma == 4 * waves * config.consumers
         assert f"QGMMA.64x{config.block_n}x32.F32.E4M3.E4M3" in code.sass
         assert (code.tma_loads, code.tma_stores) == (2 * boxes + 1, waves * config.consumers)
-        assert code.shared_memory <= config.shared_memory(out_dtype.itemsize), "the estimate is not an upper bound"
+        assert code.shared_memory <= shared_memory(config, out_dtype.itemsize), "the estimate is not an upper bound"
         # What a thread has at the start, when all warpgroups share alike; then the consumers take from the producer.
         assert code.registers == {1: 255, 2: 168, 3: 128}[config.consumers]
         shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code.sass)}
@@ -67,7 +68,7 @@ def test_narrow(config: GemmConfig, out_dtype: torch.dtype) -> None:
         assert code.qgmma == 4 * 128 // 64 and f"QGMMA.64x{config.block_m}x32.F32.E4M3.E4M3" in code.sass
         # Three copies a stage before the loop, and three in it.
         assert (code.tma_loads, code.tma_stores) == (3 * (config.stages + 1), 0)
-        assert code.shared_memory <= config.shared_memory(out_dtype.itemsize)
+        assert code.shared_memory <= shared_memory(config, out_dtype.itemsize)
 
 
 @pytest.mark.parametrize("config", [WARP[0], NARROW[0]], ids=str)
@@ -84,9 +85,9 @@ def test_narrower_tiles_of_the_activation(x_block: int) -> None:
     for config in [config for config in all_configs("tiles", x_block) if config.variant in GLUON]:
         code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block)
         assert_no_spills(code)
-        assert code.shared_memory <= config.shared_memory(2, steps)
+        assert code.shared_memory <= shared_memory(config, 2, steps)
         # As many tensor core instructions as with [1, 128], but their sums are promoted in each step of a stage.
-        if config.variant in gemm_config.WARP:
+        if config.variant in WARPS:
             waves, boxes = config.block_m // 64, config.block_m // config.box
             assert (code.qgmma, code.tma_loads) == (4 * waves, boxes * (1 + steps) + 1)
             assert code.float_adds >= steps * config.block_m * config.block_n // 128

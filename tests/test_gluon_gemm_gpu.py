@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hopper_kernels import GLUON, all_configs, choose, gemm_template, launch_gemm, refusal
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm.config import GLUON, GemmConfig, GemmProblem, refusal
-from codegen.gemm.launch import has_scale_columns, launch_gemm
-from codegen.gemm.tiling import all_configs, ceil_div, choose, split_depth
+from codegen.templates.gemm import GemmConfig, GemmProblem
+from codegen.templates.hopper import has_scale_columns
+from codegen.templates.template import ceil_div
 from qcompiler.numerics import ALL
 
 pytestmark = pytest.mark.gpu
@@ -193,5 +194,5 @@ def test_splits_of_k_are_added_whatever_their_number(variant: str) -> None:
         out = torch.full((9, 136), math.nan, device="cuda")
         launch_gemm(config, x, w, out, xs, ws, bias)
         assert relative_error(out, exact(x, xs, w, ws, bias=bias)) <= 4e-4
-        seen.add(ceil_div(ceil_div(k, 128), split_depth(config, 9, 136, k, 132)))
+        seen.add(ceil_div(ceil_div(k, 128), gemm_template(config).split_depth(config, 9, 136, k, 132)))
     assert min(seen) == 1 and len(seen) > 4

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from hopper_kernels import GROUPED_CONFIGS as CONFIGS
+from hopper_kernels import TALL, choose_grouped, compile_grouped, grouped_memory
 
-from codegen.aot.grouped_gemm import compile_grouped
-from codegen.gemm.config import SHARED_MEMORY_LIMIT
-from codegen.grouped_gemm.launch import CONFIGS, MOST_GROUPS, TALL, GroupedConfig, choose_grouped, table_size
+from codegen.templates.grouped import MOST_GROUPS, GroupedConfig, table_size
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
 
@@ -17,21 +18,22 @@ def test_machine_code(config: GroupedConfig, groups: int, masked: bool) -> None:
     code = compile_grouped(config, out_dtype=out_dtype, groups=groups, masked=masked)
     assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
     # Each consumer has four instructions of K = 32 in code of its own, for 64 rows of the left operand.
-    wide, consumers = config.variant == "wide", config.consumers
+    wide = config.variant == "wide"
+    consumers = config.block_m // 64 if wide else 2
     columns = 128 if wide else config.block_m
     assert code.qgmma == 4 * consumers and f"QGMMA.64x{columns}x32.F32.E4M3.E4M3" in code.sass
     # A copy of the weights, and one of rows and one of scales for each box; 64 rows of the output leave at a time.
     assert (code.tma_loads, code.tma_stores) == ((1 + 2 * consumers, consumers) if wide else (3, 0))
-    assert code.shared_memory <= config.shared_memory(out_dtype.itemsize, groups), "the estimate is no upper bound"
+    assert code.shared_memory <= grouped_memory(config, out_dtype.itemsize, groups), "the estimate is no upper bound"
     # What a thread has at the start; then the consumers take from the producer.
-    assert code.registers == {2: 168, 3: 128}[config.consumers]
+    assert code.registers == {2: 168, 3: 128}[consumers]
 
 
 @pytest.mark.parametrize("out_bytes", [2, 4])
 def test_whatever_is_chosen_fits_shared_memory_and_each_is_chosen(out_bytes: int) -> None:
     chosen = {choose_grouped(mean, out_bytes) for mean in range(400)}
     assert chosen == set(CONFIGS) - ({TALL} if out_bytes == 4 else set())
-    assert all(config.shared_memory(out_bytes, MOST_GROUPS) <= SHARED_MEMORY_LIMIT for config in chosen)
+    assert all(grouped_memory(config, out_bytes, MOST_GROUPS) <= SHARED_MEMORY_LIMIT for config in chosen)
 
 
 def test_the_table_has_a_power_of_two_of_entries() -> None:

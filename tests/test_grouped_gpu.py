@@ -5,12 +5,14 @@ from itertools import accumulate
 
 import pytest
 import torch
+from hopper_kernels import GROUPED_CONFIGS as CONFIGS
+from hopper_kernels import TALL, launch_grouped
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 import qcompiler
-from codegen.gemm.tiling import ceil_div
-from codegen.grouped_gemm.launch import CONFIGS, TALL, GroupedConfig, launch_grouped
+from codegen.templates.grouped import GroupedConfig
+from codegen.templates.template import ceil_div
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

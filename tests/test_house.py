@@ -196,7 +196,7 @@ def test_imports_point_down() -> None:
         ("qcompiler.ir.graph", "from qcompiler.compiler import compile", True),
         ("qcompiler.ir.graph", "def f():\n    import qcompiler", True),
         ("qcompiler.ir.graph", "from qcompiler import errors", False),
-        ("passes.to_kernels", "import codegen.gemm.tiling", True),
+        ("passes.to_kernels", "import codegen.templates.gemm", True),
         ("codegen.host", "import passes", True),
         ("qcompiler.compiler", "import codegen.host, passes.fp8_tile, torch", False),
     ],

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_kernels import choose
 from torch import nn
 
 import qcompiler
-from codegen.gemm.config import GemmProblem
-from codegen.gemm.tiling import choose
+from codegen.templates.gemm import GemmProblem
 from qcompiler.errors import CaptureError, InputError
 from qcompiler.html import html_report
 from qcompiler.html.kernels import ROWS

@@ -10,17 +10,29 @@ from functools import partial
 
 import pytest
 import torch
+from hopper_kernels import (
+    GROUPED_CONFIGS,
+    all_configs,
+    all_fused_configs,
+    compile_amax,
+    compile_body,
+    compile_fused,
+    compile_fused_quantize,
+    compile_gemm,
+    compile_grouped,
+    compile_known,
+    compile_quantize,
+    compile_row_gemm,
+    compile_scale,
+    compile_sum_splits,
+    compile_tokens,
+)
 
-from codegen.aot.fused_gemm import compile_body, compile_fused
-from codegen.aot.fused_quantize import compile_fused_quantize
-from codegen.aot.gemm import compile_gemm, compile_row_gemm, compile_sum_row_splits, compile_sum_splits
-from codegen.aot.grouped_gemm import compile_grouped
-from codegen.aot.quantize import compile_amax, compile_known, compile_quantize, compile_tokens
-from codegen.fused_gemm.tiling import FusedGemmConfig, all_fused_configs
-from codegen.gemm.config import SHARED_MEMORY_LIMIT, Kind
-from codegen.gemm.tiling import all_configs
-from codegen.grouped_gemm.launch import CONFIGS, MOST_GROUPS, GroupedConfig
 from codegen.machine_code import MachineCode
+from codegen.templates.fused import FusedGemmConfig
+from codegen.templates.gemm import Kind
+from codegen.templates.grouped import MOST_GROUPS, GroupedConfig
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 B16, F32 = torch.bfloat16, torch.float32
 NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
@@ -43,17 +55,18 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "quantize, rows of 4096": partial(compile_tokens, 4096),
     "quantize, known scale": compile_known,
     "amax of a tensor": compile_amax,
+    "scale of a tensor": compile_scale,
     "fused quantize, norm of 4096": partial(
         compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)
     ),
     "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
-    "sum of 4 splits, rows": partial(compile_sum_row_splits, 4, bias_dtype=B16),
+    "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
     "body alone": partial(compile_body, RESIDUAL),
     **{f"{kind}, {config}": partial(compile_row_gemm, config, kind) for kind in ROWS for config in all_configs(kind)},
     **{f"fused, {config}": partial(fused, config) for config in all_fused_configs()},
-    **{f"grouped, {config}": partial(grouped, config) for config in CONFIGS},
+    **{f"grouped, {config}": partial(grouped, config) for config in GROUPED_CONFIGS},
 }  # fmt: skip
 """What it is called -> the code that is chosen for many rows in bf16."""
 

@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 COMPILE = """
-from codegen.aot.quantize import compile_quantize
+from hopper_kernels import compile_quantize
 print(compile_quantize().registers)
 """
 
 
 def compiled_in(folder: Path) -> tuple[str, dict[str, int]]:
     """What a fresh process prints, and the time stamps of the machine code that the folder holds afterwards."""
-    environment = {**os.environ, "QCOMPILER_CACHE_DIR": str(folder)}
+    tests = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (tests.parent, tests)))
+    environment = {**os.environ, "QCOMPILER_CACHE_DIR": str(folder), "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
     return done.stdout, {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.cubin")}
 

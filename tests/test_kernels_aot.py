@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from hopper_kernels import GLUON, all_configs, compile_gemm, shared_memory
 
-from codegen.aot.gemm import compile_gemm
-from codegen.gemm.config import GLUON, GemmConfig
-from codegen.gemm.tiling import all_configs
 from codegen.machine_code import MachineCode
+from codegen.templates.gemm import GemmConfig
 from qcompiler.errors import CodegenError
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +33,7 @@ def test_every_gemm_that_can_be_chosen(config: GemmConfig, out_dtype: torch.dtyp
     # One tl.dot is four instructions of K = 32 for each 64 rows of a warpgroup, into fresh registers.
     assert code.qgmma == 4 * config.block_m // (config.warps // 4 * 64)
     assert "QGMMA.64x" in code.sass and "E4M3.E4M3" in code.sass
-    assert code.shared_memory <= config.shared_memory(out_dtype.itemsize), "the estimate is not an upper bound"
+    assert code.shared_memory <= shared_memory(config, out_dtype.itemsize), "the estimate is not an upper bound"
     if config.variant == "tma":
         assert code.tma_loads == 2 * config.stages and code.tma_stores == 1
     else:
@@ -74,4 +73,4 @@ def test_every_gemm_for_other_tiles(x_block: int) -> None:
         assert_no_spills(code)
         assert code.qgmma == config.block_k // 32 * config.block_m // (config.warps // 4 * 64)
         assert (code.tma_loads, code.tma_stores) == ((2 * config.stages, 1) if config.variant == "tma" else (0, 0))
-        assert code.shared_memory <= config.shared_memory(4)
+        assert code.shared_memory <= shared_memory(config, 4)

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hopper_kernels import all_configs, launch_gemm, refusal
 from torch import Tensor
 
-from codegen.gemm.config import GemmConfig, GemmProblem, refusal
-from codegen.gemm.launch import launch_gemm
-from codegen.gemm.tiling import all_configs
 from codegen.kernels.narrow_gemm import narrow_gemm, sum_splits
 from codegen.kernels.quantize import quantize_tiles
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.kernels.warp_gemm import warp_gemm
+from codegen.templates.gemm import GemmConfig, GemmProblem
 from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler.errors import CodegenError
 

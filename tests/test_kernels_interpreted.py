@@ -31,7 +31,7 @@ def _gemm(config: "GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bi
     x, xs, w, ws = _operands(m, n, k, m % 2 == 1, x_block)
     addend = torch.randn(n) if bias else None
     store = torch.full((m + 3, n), 7.0, dtype=dtype)
-    gemm_launch.launch_gemm(config, x, w, store[:m], xs, ws, addend, x_block)
+    launch_gemm(config, x, w, store[:m], xs, ws, addend, x_block)
     want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=(1, x_block), out_dtype=torch.float32)
     error = float((store[:m].float() - want).norm() / want.norm())
     # The interpreter truncates to bfloat16, where the GPU rounds.
@@ -50,7 +50,7 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     x[0, k - 1] = math.inf
     q = torch.full((m + 2, k), 7.0).to(torch.float8_e4m3fn)
     scale = quantization.scale_like(x, block_k, layout).fill_(-1.0)
-    tile = quantize_tiling.quantize_config(m, block_k)
+    tile = quantize_config(m, block_k)
     quantize_tiles[(-(-m // tile.block_m) * -(-k // block_k),)](
         x, q, scale, None, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor(q.dtype), TOP=448.0,
         RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0", BLOCK_M=tile.block_m,
@@ -71,14 +71,13 @@ def _row_gemm(config: "GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int
     w, ws = numerics.quantize(torch.randn(n, k), w_block, dtype)
     addend = torch.randn(n)
     store = torch.full((m + 3, n), 7.0)
-    gemm_launch.launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
+    launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
     want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
     assert float((store[:m] - want).norm() / want.norm()) < 1e-5, (config, dtype, m, n, k)
     assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
 
 
 def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool, odd: float = math.nan) -> None:
-    rule = numerics.profile(name)
     x = torch.randn(m, k + 5)[:, :k] * torch.rand(m, 1).mul(4).exp() * 2.0**-80
     x[0, k // 2] = odd
     x[-1, 0] = 0.0
@@ -86,19 +85,14 @@ def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool, od
     want_q, want_scale = numerics.quantize(x, block, torch.int8, name, prescale)
     q = torch.full((m + 2, k), 7, dtype=torch.int8)
     scale = torch.full(want_scale.shape, -1.0)
-    if block[0] == -1:
-        quantization._quantize_tensor(x, q[:m], scale, prescale, rule)
-    elif block[1] == -1:
-        quantization._quantize_tokens(x, q[:m], scale, prescale, rule)
-    else:
-        quantization._quantize_tiles(x, q[:m], scale, prescale, rule, block[1])
+    launch_quantize(x, q[:m], scale, block, name, prescale)
     assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), (block, m, k, name, odd)
     assert bool(want_scale.isnan().any()) == (not math.isfinite(odd))
     assert bool((q[m:] == 7).all()), "wrote beyond the last row"
     assert torch.equal(q[:m], want_q), (block, m, k, name, odd)
     for known in (scale, torch.full_like(scale, 2.0**-84)):
         again = torch.empty_like(q[:m])
-        quantization._quantize_known(x, again, known, prescale, rule, block)
+        launch_quantize(x, again, known, block, name, prescale, known=True)
         want = numerics.quantize_static(x, known, block, torch.int8, name, prescale)
         assert torch.equal(again, want), (block, m, k, name, odd)
 
@@ -107,13 +101,13 @@ def _amax_of_finite(m: int, k: int) -> None:
     x = torch.randn(m, k)
     x[m // 2, :3], x[0, 0] = torch.tensor([math.nan, math.inf, -math.inf]), -9.0
     q, scale = torch.empty(m, k).to(torch.float8_e4m3fn), torch.empty(1, 1)
-    quantization._quantize_tensor(x, q, scale, None, numerics.profile("deepseek"))
+    launch_quantize(x, q, scale, (-1, -1))
     assert torch.equal(scale, numerics.quantize(x, (-1, -1))[1]), (m, k)
 
 
 def _portable(x_block: int) -> "list[GemmConfig]":
     """The configurations without those in Gluon, which has no interpreter."""
-    return [config for config in tiling.all_configs("tiles", x_block) if config.variant not in GLUON]
+    return [config for config in all_configs("tiles", x_block) if config.variant not in GLUON]
 
 
 def _fma(_builder: object, x: "TensorHandle", y: "TensorHandle", z: "TensorHandle") -> "TensorHandle":
@@ -133,7 +127,7 @@ def _run_all() -> None:
         _amax_of_finite(m, k)
     elements: dict[Kind, torch.dtype] = {"rows_f8": torch.float8_e4m3fn, "rows_i8": torch.int8}
     for kind, element in elements.items():
-        for config in [config for config in tiling.all_configs(kind) if config.variant not in GLUON]:
+        for config in [config for config in all_configs(kind) if config.variant not in GLUON]:
             _row_gemm(config, element, 65, 144, 144, (0, 0))
             _row_gemm(config, element, 3, 16, 16, (1, 0))
             _row_gemm(config, element, 3, 35, 129, (0, 1))
@@ -175,15 +169,14 @@ def test_kernels_under_the_interpreter() -> None:
 
 if __name__ == "__main__":
     import torch
+    from hopper_kernels import GLUON, all_configs, launch_gemm, launch_quantize, launch_row_gemm
     from torch import Tensor
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from codegen.gemm import launch as gemm_launch
-    from codegen.gemm import tiling
-    from codegen.gemm.config import GLUON, GemmConfig, Kind
     from codegen.kernels.quantize import quantize_tiles
     from codegen.quantize import plain as quantization
-    from codegen.quantize import tiling as quantize_tiling
+    from codegen.templates.gemm import GemmConfig, Kind
+    from codegen.templates.quantize import quantize_config
     from qcompiler import numerics
 
     InterpreterBuilder.create_fma = _fma

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from codegen.launching import enqueue, replay
 from codegen.launching import launch as launching
-from codegen.launching.launch import descriptor, launch
+from codegen.launching.launch import KernelCall, descriptor, launch
 from codegen.launching.replay import empty, replayed
 from qcompiler.errors import CodegenError
 
@@ -97,6 +97,7 @@ class Jit:
 
     def __post_init__(self) -> None:
         self.__name__ = "kernel"
+        self.params = [SimpleNamespace(do_not_specialize=place < 3) for place in range(8)]
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
         def run(*arguments: Any, **constants: Any) -> Any:
@@ -123,7 +124,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(kernel: Jit, *tensors: Tensor | None, programs: int = 3, numbers: Sequence[int] = ()) -> None:
-    launch(kernel, programs, (*tensors, *numbers), {"BLOCK": 16}, {"num_warps": 4}, tensors, "what")
+    launch(KernelCall(kernel, programs, (*tensors, *numbers), {"BLOCK": 16}, {"num_warps": 4}))
 
 
 def launched() -> list[Call]:
@@ -195,7 +196,7 @@ def test_a_cold_kernel_under_capture_is_an_error(monkeypatch: pytest.MonkeyPatch
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         says = r"got kernel\(float32\[4, 32\], float32\[4, 32\], None, 9\)\. Before the capture call compiled\.warmup"
         with pytest.raises(CodegenError, match=says):
-            launch(kernel, 1, (x, tile(x), None, 9), {}, {}, (x, None), 0)
+            launch(KernelCall(kernel, 1, (x, tile(x), None, 9), {}, {}))
         assert not kernel.compiled
     start(kernel, x)
     with monkeypatch.context() as patch:
@@ -209,8 +210,7 @@ def test_a_cold_kernel_under_capture_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def through(kernel: Jit, *tensors: Tensor, block: int = 16) -> list[Any]:
     """The encoded descriptors that a launch hands on."""
-    what = (block, *(tensor.dtype for tensor in tensors))
-    launch(kernel, 1, [tile(tensor, block) for tensor in tensors], {}, {}, (), what)
+    launch(KernelCall(kernel, 1, tuple(tile(tensor, block) for tensor in tensors), {}, {}))
     return [value for value in DIRECT[-1][2] if isinstance(value, tuple)]
 
 
@@ -256,8 +256,8 @@ def scale(kernel: Jit, x: Tensor, factor: Tensor | None) -> Tensor:
     """An operator: two launches, partial sums between them, all of it by descriptors and pointers."""
     sums = empty((2, *x.shape), torch.float32, x.device)
     out = empty(x.shape, x.dtype, x.device)
-    launch(kernel, 2, (tile(x), sums, factor, x.shape[0]), {"A": 1}, {}, (sums, factor), ("first", x.dtype))
-    launch(kernel, 3, (tile(out), sums[1], x), {"A": 1}, {}, (sums, x), ("second", x.dtype))
+    launch(KernelCall(kernel, 2, (tile(x), sums, factor, x.shape[0]), {"A": 1}, {}))
+    launch(KernelCall(kernel, 3, (tile(out), sums[1], x), {"A": 1}, {}))
     return out
 
 
@@ -384,7 +384,7 @@ def test_while_planning_or_hooked_nothing_is_remembered_or_launched(monkeypatch:
     asked: list[Any] = []
     monkeypatch.setattr(replay.state, "planner", lambda *given: asked.append(given))
     replayed(scale, "scale", (x, None), kernel, x, None)
-    assert len(asked) == 2 and asked[0][1] is kernel and asked[0][3:] == ({"A": 1}, {})
+    assert len(asked) == 2 and asked[0][1].kernel is kernel and asked[0][1][3:] == ({"A": 1}, {})
     assert not PLAIN and not DIRECT and not kernel.compiled
     monkeypatch.setattr(replay.state, "planner", None)
     twice(scale, "scale", (x, None), kernel, x, None)

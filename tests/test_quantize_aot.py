@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from hopper_kernels import compile_amax, compile_known, compile_quantize, compile_tokens
 
-from codegen.aot.quantize import compile_amax, compile_known, compile_quantize, compile_tokens
 from codegen.machine_code import MachineCode
 from codegen.quantize.plain import SCALE_LAYOUTS
-from codegen.quantize.tiling import quantize_config
+from codegen.templates.quantize import quantize_config
 from qcompiler import numerics
 
 E4M3, I8 = torch.float8_e4m3fn, torch.int8

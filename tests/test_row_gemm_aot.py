@@ -4,11 +4,12 @@ from functools import cache
 
 import pytest
 import torch
+from hopper_kernels import all_configs, compile_row_gemm, compile_sum_splits, shared_memory
 
-from codegen.aot.gemm import compile_row_gemm, compile_sum_row_splits
-from codegen.gemm.config import SHARED_MEMORY_LIMIT, GemmConfig, Kind
-from codegen.gemm.tiling import MOST_SPLITS, all_configs
 from codegen.machine_code import MachineCode
+from codegen.templates.gemm import GemmConfig, Kind
+from codegen.templates.gemm_template import MOST_SPLITS
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 ROW_KINDS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
 
@@ -40,7 +41,7 @@ def test_every_configuration_of_the_portable_kernel(kind: Kind, config: GemmConf
         code = compile_row_gemm(config, kind, out_dtype=out_dtype, bias_dtype=bias)
         assert_no_spills(code)
         assert_tensor_cores(code, kind, 4 * config.block_m // (config.warps // 4 * 64))
-        assert code.shared_memory <= config.shared_memory(out_dtype.itemsize)
+        assert code.shared_memory <= shared_memory(config, out_dtype.itemsize)
         assert code.tma_loads == code.tma_stores == 0
         assert code.wide_loads > 0 and code.wide_stores > 0
 
@@ -49,7 +50,7 @@ def test_every_configuration_of_the_portable_kernel(kind: Kind, config: GemmConf
 def test_every_warp_specialized_kernel(kind: Kind, config: GemmConfig) -> None:
     waves, boxes = config.block_m // 64, config.block_m // config.box
     for out_dtype, bias in OUTPUTS:
-        needed = config.shared_memory(out_dtype.itemsize, 0)
+        needed = shared_memory(config, out_dtype.itemsize, 0)
         if needed > SHARED_MEMORY_LIMIT:
             assert out_dtype == torch.float32
             continue
@@ -80,14 +81,14 @@ def test_every_narrow_kernel(kind: Kind, config: GemmConfig) -> None:
         assert_tensor_cores(code, kind, 4 * 128 // 64)
         # Two copies a stage before the loop, and two in it.
         assert (code.tma_loads, code.tma_stores) == (2 * (config.stages + 1), 0)
-        assert code.shared_memory <= config.shared_memory(2, 0)
+        assert code.shared_memory <= shared_memory(config, 2, 0)
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
 def test_sum_of_splits_reads_wide(kind: Kind) -> None:
     splits = 2
     while splits <= MOST_SPLITS:
-        code = compile_sum_row_splits(splits, kind, bias_dtype=torch.bfloat16)
+        code = compile_sum_splits(splits, kind, bias_dtype=torch.bfloat16)
         assert_no_spills(code)
         assert code.wide_loads > 0
         splits *= 2

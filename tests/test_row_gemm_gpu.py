@@ -5,16 +5,16 @@ from typing import Literal
 
 import pytest
 import torch
+from hopper_kernels import all_configs, launch_row_gemm, refusal
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.gemm.config import DEEPEST_INT8, GemmConfig, GemmProblem, refusal
-from codegen.gemm.launch import launch_row_gemm
-from codegen.gemm.tiling import all_configs
 from codegen.kernels.narrow_row_gemm import narrow_row_gemm, sum_row_splits
 from codegen.kernels.quantize import quantize_tokens
 from codegen.kernels.row_gemm import row_gemm_pointers
 from codegen.kernels.warp_row_gemm import warp_row_gemm
+from codegen.templates.gemm import GemmConfig, GemmProblem
+from codegen.templates.gemm_template import DEEPEST_INT8
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

@@ -3,28 +3,34 @@
 from dataclasses import replace
 
 import pytest
+from hopper_kernels import GLUON, all_configs, choose, estimated_time, gemm_template, refusal, shared_memory
+from hopper_kernels import WARP as WARPS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codegen.gemm.config import DEEPEST_INT8, GLUON, SHARED_MEMORY_LIMIT, GemmConfig, GemmProblem, Kind, refusal
-from codegen.gemm.config import WARP as WARPS
-from codegen.gemm.tiling import (
-    MOST_SPLITS,
-    SHORTEST_SPLIT,
-    all_configs,
-    bucket,
-    ceil_div,
-    choose,
-    estimated_time,
-    split_depth,
-    tiles_of,
-)
-from codegen.quantize.tiling import LONGEST_ROW, quantize_config, tensor_config, token_config
+from codegen.templates.gemm import GemmConfig, GemmProblem, Kind, bucket, tiles_of
+from codegen.templates.gemm_template import DEEPEST_INT8, MOST_SPLITS, SHORTEST_SPLIT
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
+from codegen.templates.quantize import LONGEST_ROW, quantize_config, tensor_config, token_config
+from codegen.templates.template import ceil_div
+from codegen.templates.warp import WarpGemm
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import ALL
 
 TMA = GemmConfig(64, 128, 128, 4, 3, 16, "tma")
 FINE = GemmProblem(4096, 4096, 4096)
+
+
+def split_depth(config: GemmConfig, m: int, n: int, k: int, sms: int) -> int:
+    return gemm_template(config).split_depth(config, m, n, k, sms)
+
+
+def out_buffers(config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:
+    template = gemm_template(config)
+    assert isinstance(template, WarpGemm)
+    return template.out_buffers(config, out_bytes, stage_scales)
+
+
 sizes = st.integers(1, 40000)
 
 
@@ -172,7 +178,7 @@ def test_configurations_are_few_and_lawful(kind: Kind, x_block: int) -> None:
     for config in configs:
         for out_bytes in (2, 4):
             problem = replace(FINE, out_bytes=out_bytes, kind=kind, x_block=x_block)
-            fits = config.shared_memory(out_bytes, problem.stage_scales) <= SHARED_MEMORY_LIMIT
+            fits = shared_memory(config, out_bytes, problem.stage_scales) <= SHARED_MEMORY_LIMIT
             assert (refusal(config, problem) is None) == fits
             # The widest tile leaves no room for FP32 rows, which are rare.
             assert fits or (config.variant in WARPS and out_bytes == 4)
@@ -233,13 +239,13 @@ def test_big_products_use_the_copy_engine_and_small_ones_small_tiles() -> None:
 def test_scales_of_x_take_room_in_each_stage(kind: Kind, x_block: int, scales: int) -> None:
     assert replace(FINE, kind=kind, x_block=x_block).stage_scales == scales
     for config, rows in ((WARP, 256), (replace(NARROW, block_m=16), 32)):
-        assert config.shared_memory(2, scales) - config.shared_memory(2, 0) == config.stages * rows * 4 * scales
+        assert shared_memory(config, 2, scales) - shared_memory(config, 2, 0) == config.stages * rows * 4 * scales
 
 
 def test_consumers_have_a_buffer_for_each_wave_where_it_fits() -> None:
-    assert [WARP.out_buffers(out_bytes) for out_bytes in (2, 4)] == [2, 1]
-    assert [replace(WARP, stages=stages).out_buffers(2, 0) for stages in (3, 4)] == [2, 1]
-    assert GemmConfig(192, 128, 128, 12, 4, 16, "warp").out_buffers(4) == 1
+    assert [out_buffers(WARP, out_bytes) for out_bytes in (2, 4)] == [2, 1]
+    assert [out_buffers(replace(WARP, stages=stages), 2, 0) for stages in (3, 4)] == [2, 1]
+    assert out_buffers(GemmConfig(192, 128, 128, 12, 4, 16, "warp"), 4) == 1
     for out_bytes in (2, 4):
         assert refusal(WARP, replace(FINE, out_bytes=out_bytes)) is None
 

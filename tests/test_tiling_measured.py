@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hopper_kernels import all_configs, all_fused_configs, choose
 
-from codegen.gemm.config import GemmProblem, Kind
-from codegen.gemm.tiling import all_configs, bucket, choose
+from codegen.targets.hopper import HOPPER
+from codegen.templates.fused import FusedGemmProblem, Separate
+from codegen.templates.gemm import GemmProblem, Kind, bucket
 from qcompiler.numerics import ALL
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -46,6 +48,25 @@ def test_no_choice_is_much_worse_than_the_best(name: str, device: str) -> None:
     assert len(ratios) > 30
     assert not {shape: ratio for shape, ratio in ratios.items() if ratio < 0.85}
     assert sum(ratio < 0.9 for ratio in ratios.values()) <= 1
+
+
+# Parts of the weight, operands beside the sums, whether the result is quantized: see `benchmarks/epilogues.py`.
+BODIES = {"SwiGLU, quantize": (2, 0, True), "GELU, quantize": (1, 0, True), "GELU": (1, 0, False),
+          "residual": (1, 1, False)}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_choice_between_one_kernel_and_two(device: str) -> None:
+    ratios = []
+    for row in json.loads((RESULTS / f"{device}-epilogues.json").read_text())["rows"]:
+        m, n, k = map(int, row["M, N, K"].split(", "))
+        parts, others, quantized = BODIES[row["body"]]
+        problem = FusedGemmProblem(m, n, k, parts, others=others, block=(1, 128) if quantized else None)
+        forms = [config for config in all_fused_configs() if config.parts == parts]
+        found: dict[object, float] = dict(zip(forms, map(float, row["forms"].split()), strict=True))
+        found[Separate()] = row["two kernels"]
+        ratios.append(min(found.values()) / found[HOPPER.fused_gemm.choose(problem)])
+    assert len(ratios) == 56 and min(ratios) > 0.92 and sum(ratio < 0.95 for ratio in ratios) <= 3
 
 
 @kinds

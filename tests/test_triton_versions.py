@@ -22,23 +22,23 @@ CHILD = """
 import json, sys
 import triton
 import test_interfaces, test_kernel_budgets
+from codegen.targets import cuda
 from triton.runtime.jit import JITFunction
 
-modules = [module for name, module in sys.modules.items() if name.startswith("codegen.aot.")]
+modules = [module for name, module in sys.modules.items() if name.startswith("codegen.templates.")]
 kernels = {each.__name__ for module in modules for each in vars(module).values() if isinstance(each, JITFunction)}
 done, rows = set(), []
 
 class Again(Exception):
     pass
 
-def compile_first(kernel, *arguments, real=modules[0].compile_kernel):
-    if kernel.__name__ in done:
+def compile_first(call, *rest, real=cuda.compile_call):
+    if call.kernel.__name__ in done:
         raise Again
-    done.add(kernel.__name__)
-    return real(kernel, *arguments)
+    done.add(call.kernel.__name__)
+    return real(call, *rest)
 
-for module in modules:
-    module.compile_kernel = compile_first
+cuda.compile_call = compile_first
 for name, build in test_kernel_budgets.KERNELS.items():
     try:
         code = build()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_kernels import all_configs, choose, estimated_time, refusal
 
 from codegen.gemm import tuned, tuner
-from codegen.gemm.config import GemmConfig, GemmProblem, refusal
-from codegen.gemm.tiling import all_configs, choose, estimated_time
 from codegen.gemm.tuner import Measured, Tuning, candidates
+from codegen.templates.gemm import GemmConfig, GemmProblem
 from qcompiler import CodegenError, knobs
 
 PROBLEMS = [

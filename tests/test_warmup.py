@@ -15,19 +15,19 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import triton
+from hopper_kernels import launch_quantize
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import qcompiler
-from codegen.gemm.config import GemmProblem
 from codegen.gemm.tuned import config_for
 from codegen.kernels.quantize import quantize_tiles
 from codegen.launching import launch as launching
 from codegen.launching import replay, warmup
+from codegen.launching.launch import KernelCall
 from codegen.launching.warmup import Blank, Warmup, products_of, warm_up
-from codegen.quantize import plain as quantization
-from qcompiler import numerics
+from codegen.templates.gemm import GemmProblem
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.sizing import USUAL_ROWS, calls_to_plan
@@ -224,11 +224,11 @@ def _probe() -> Iterator[None]:
         assert type(x) is Tensor and bool((x == 0).all())
         config_for(0, GemmProblem(x.shape[0], 128, x.shape[1]))
         q, scale = torch.empty(x.shape, dtype=E4M3), torch.empty(x.shape[0], x.shape[1] // block)
-        quantization._quantize_tiles(x, q, scale, None, numerics.profile("deepseek"), block)
+        launch_quantize(x, q, scale, (1, block))
         return q
 
     def fail(x: Tensor) -> Tensor:
-        launching.launch(broken, 1, (x,), {"BLOCK": 4}, {"num_warps": 4}, (x,), "what")
+        launching.launch(KernelCall(broken, 1, (x,), {"BLOCK": 4}, {"num_warps": 4}))
         return x
 
     library.impl("probe", probe, "CPU")

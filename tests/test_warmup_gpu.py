@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_kernels import choose
 from torch import Tensor
 
 import qcompiler
 from codegen.gemm import tuned
-from codegen.gemm.config import GemmProblem
-from codegen.gemm.tiling import choose
 from codegen.gemm.tuner import candidates
 from codegen.launching import launch as launching
 from codegen.launching import replay
+from codegen.templates.gemm import GemmProblem
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import CodegenError
 
@@ -115,7 +115,7 @@ def test_tuning_is_used_here_and_where_it_is_asked_for(compiled: CompiledModel, 
     other = next(config for config in candidates(problem)[::-1] if config != choose(problem))
     tuned.learn(0, {problem: other})
     script = (
-        f"from codegen.gemm.config import *; from codegen.gemm import tuned; print(tuned.config_for(0, {problem!r}))"
+        f"from codegen.templates.gemm import *; from codegen.gemm import tuned; print(tuned.config_for(0, {problem!r}))"
     )
     for variable, expected in (("1", other), ("0", choose(problem))):
         environment = {**os.environ, "QCOMPILER_TUNED": variable}

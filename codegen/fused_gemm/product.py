@@ -7,25 +7,45 @@ two: the product in the element type that the body rounds its sums to, then the 
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from codegen.fused_gemm.epilogue import handed_over, on_tensors
-from codegen.fused_gemm.launch import launch_body, launch_fused
-from codegen.fused_gemm.tiling import MOST_OTHERS, FusedGemmConfig, FusedGemmProblem, choose_fused
-from codegen.gemm.launch import has_scale_columns
 from codegen.gemm.product import scaled_linear_on_gpu
-from codegen.gemm.tiling import bucket
-from codegen.launching.launch import as_rows, check_device, multiprocessors, on
+from codegen.launching.launch import as_rows, launch, on
 from codegen.launching.replay import empty, replayed
 from codegen.quantize.fused import fused_quantize_on_gpu
 from codegen.quantize.plain import check_layout, scale_sizes
+from codegen.targets.hopper import HOPPER, check_device
+from codegen.templates.body import MOST_OTHERS, body_call
+from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.gemm import GemmOperands, bucket
+from codegen.templates.hopper import has_scale_columns, multiprocessors
 from qcompiler import numerics
 from qcompiler.body import parse
 
 Quantized = tuple[int, int, torch.dtype, str, str]
 """Rows and columns of a block, format, profile, and the layout of the scales."""
+
+SEPARATE = Separate()
+
+
+class FusedLinear(NamedTuple):
+    """The arguments of the operator, with what they say of quantization together."""
+
+    x_q: Tensor
+    x_s: Tensor
+    w_q: Tensor
+    w_s: Tensor
+    bias: Tensor | None
+    others: Sequence[Tensor]
+    body: str
+    parts: int
+    x_block: Sequence[int]
+    w_block: Sequence[int]
+    quantized: Quantized | None = None
 
 
 def fused_linear_on_gpu(
@@ -44,24 +64,17 @@ def fused_linear_on_gpu(
     if block is not None and dtype is not None and profile is not None and scale_layout is not None:
         check_layout(block, scale_layout)
         quantized = (block[0], block[1], dtype, profile, scale_layout)
-    config: FusedGemmConfig | str = "the operands are none of those"
-    if _fits(x_q, x_s, w_q, w_s, bias, others, parts, x_block, w_block):
-        aligned = (x_q.data_ptr() | w_q.data_ptr()) % 16 == 0
-        columns = has_scale_columns(x_s if x_s.dim() == 2 else x_s.reshape(-1, x_s.shape[-1]))
-        m, (n, k) = bucket(x_q.shape[:-1].numel()), w_q.shape
-        some = (len(others), bias is not None)
-        config = _config(m, n, k, body, parts, some, quantized, x_q.device.index, aligned, columns)
-    if isinstance(config, str):
-        return _separate(x_q, x_s, w_q, w_s, bias, others, body, parts, x_block, w_block, quantized)
+    given = FusedLinear(x_q, x_s, w_q, w_s, bias, others, body, parts, x_block, w_block, quantized)
+    config = _config(*_facts(given)) if fits(given) else SEPARATE
+    if isinstance(config, Separate):
+        return separate(given)
     what, operands = ("fused_linear", body, parts, quantized), (x_q, x_s, w_q, w_s, bias, *others)
-    return list(replayed(_fused, what, operands, config, x_q, x_s, w_q, w_s, bias, others, body, quantized))
+    return list(replayed(_fused, what, operands, config, given))
 
 
-def _fits(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
-    parts: int, x_block: Sequence[int], w_block: Sequence[int],
-) -> bool:  # fmt: skip
+def fits(given: FusedLinear) -> bool:
     """Whether one kernel can take such operands; what is wrong with them, if so, the separate kernels will say."""
+    x_q, x_s, w_q, w_s, bias, others, _, parts, x_block, w_block, _ = given
     if w_q.dim() != 2 or x_q.dim() == 0 or x_q.numel() == 0 or w_q.numel() == 0 or w_q.shape[0] % parts:
         return False
     n, k = w_q.shape
@@ -82,44 +95,50 @@ def _fits(
     )
 
 
+def _facts(given: FusedLinear) -> tuple[Any, ...]:
+    """What decides which kernels run."""
+    x_q, x_s, w_q, quantized = given.x_q, given.x_s, given.w_q, given.quantized
+    aligned = (x_q.data_ptr() | w_q.data_ptr()) % 16 == 0
+    columns = has_scale_columns(x_s if x_s.dim() == 2 else x_s.reshape(-1, x_s.shape[-1]))
+    sizes = (bucket(x_q.shape[:-1].numel()), *w_q.shape, given.body, given.parts, len(given.others))
+    block = None if quantized is None else quantized[:2]
+    return (*sizes, given.bias is not None, block, x_q.device.index, aligned, columns)
+
+
 @cache
 def _config(
-    m: int, n: int, k: int, body: str, parts: int, some: tuple[int, bool], quantized: Quantized | None, device: int,
-    aligned: bool, columns: bool,
-) -> FusedGemmConfig | str:  # fmt: skip
+    m: int, n: int, k: int, body: str, parts: int, others: int, bias: bool, block: tuple[int, int] | None,
+    device: int, aligned: bool, columns: bool,
+) -> FusedGemmConfig | Separate:  # fmt: skip
     handed, _ = handed_over(body)
-    block = None if quantized is None else quantized[:2]
-    sizes = (m, n // parts, k, parts, handed.itemsize, parse(body).dtype().itemsize, *some, block)
-    return choose_fused(FusedGemmProblem(*sizes, multiprocessors(device), aligned, columns))
+    sizes = (m, n // parts, k, parts, handed.itemsize, parse(body).dtype().itemsize, others, bias, block)
+    return HOPPER.fused_gemm.choose(FusedGemmProblem(*sizes, multiprocessors(device), aligned, columns))
 
 
-def _fused(
-    config: FusedGemmConfig, x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
-    others: Sequence[Tensor], body: str, quantized: Quantized | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fused(config: FusedGemmConfig, given: FusedLinear) -> tuple[Tensor, ...]:
     """One kernel."""
+    x_q, x_s, w_q, w_s, bias, others, body, _, _, _, quantized = given
     n = w_q.shape[0] // config.parts
     shape = (*x_q.shape[:-1], n)
     flat = [other if other.dim() == 1 else as_rows(other) for other in others]
-    operands = (as_rows(x_q), w_q, x_s.reshape(-1, x_s.shape[-1]), w_s, bias, flat)
+    dtype = parse(body).dtype() if quantized is None else quantized[2]
     with on(x_q.device):
-        if quantized is None:
-            out = empty(shape, parse(body).dtype(), x_q.device)
-            launch_fused(config, body, *operands, out.view(-1, n))
-            return (out,)
-        _, columns, dtype, profile, layout = quantized
         out = empty(shape, dtype, x_q.device)
+        product = GemmOperands(as_rows(x_q), w_q, out.view(-1, n), x_s.reshape(-1, x_s.shape[-1]), w_s, bias)
+        if quantized is None:
+            HOPPER.fused_gemm.launch(config, FusedOperands(body, product, flat))
+            return (out,)
+        _, columns, _, profile, layout = quantized
         sizes, strides = scale_sizes(shape, columns, layout)
         scale = empty(sizes, torch.float32, x_q.device, strides)
-        launch_fused(config, body, *operands, out.view(-1, n), scale.reshape(-1, sizes[-1]), profile)
+        operands = FusedOperands(body, product, flat, scale.reshape(-1, sizes[-1]), profile)
+        HOPPER.fused_gemm.launch(config, operands)
         return out, scale
 
 
-def _separate(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
-    body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], quantized: Quantized | None,
-) -> list[Tensor]:  # fmt: skip
-    """The product, then the rest of the body."""
+def separate(given: FusedLinear) -> list[Tensor]:
+    """The matmul, then the rest of the body."""
+    x_q, x_s, w_q, w_s, bias, others, body, parts, x_block, w_block, quantized = given
     handed, rest = handed_over(body)
     sums = scaled_linear_on_gpu(x_q, x_s, w_q, w_s, bias, x_block, w_block, handed)
     if quantized is None:
@@ -145,5 +164,5 @@ def _run_body(sums: Tensor, others: Sequence[Tensor], body: str, parts: int) -> 
     if out.numel():
         flat = [other.contiguous() if other.dim() == 1 else as_rows(other) for other in others]
         with on(sums.device):
-            launch_body(rest, [as_rows(half) for half in halves], flat, out.view(-1, n))
+            launch(body_call(rest, [as_rows(half) for half in halves], flat, out.view(-1, n)))
     return out

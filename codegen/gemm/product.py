@@ -2,21 +2,22 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from codegen.gemm.config import GemmProblem, Kind
-from codegen.gemm.launch import has_scale_columns, launch_gemm, launch_row_gemm
-from codegen.gemm.tiling import bucket
 from codegen.gemm.tuned import config_for
-from codegen.launching.launch import FLOATS, as_rows, check_device, multiprocessors, on
+from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed
-from codegen.support import is_tiled, why_not
+from codegen.support import is_tiled
+from codegen.targets.hopper import HOPPER, check_device
+from codegen.templates.gemm import GemmOperands, GemmProblem, Kind, bucket
+from codegen.templates.hopper import has_scale_columns, multiprocessors
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import scale_shape
 
-_why_not = cache(why_not)
+_why_not = cache(HOPPER.why_not)
 
 
 def scaled_linear_on_gpu(
@@ -33,11 +34,23 @@ def scaled_linear_on_gpu(
     return replayed(_scaled_linear, what, operands, *operands, x_block, w_block, out_dtype)
 
 
-def _scaled_linear(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
-    x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    _check(x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype)
+class _Linear(NamedTuple):
+    """The arguments of the operator."""
+
+    x_q: Tensor
+    x_s: Tensor
+    w_q: Tensor
+    w_s: Tensor
+    bias: Tensor | None
+    x_block: Sequence[int]
+    w_block: Sequence[int]
+    out_dtype: torch.dtype
+
+
+def _scaled_linear(*arguments: Any) -> Tensor:
+    given = _Linear(*arguments)
+    _check(given)
+    x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
     n, k = w_q.shape
     out = empty((*x_q.shape[:-1], n), out_dtype, x_q.device)
     if out.numel() == 0:
@@ -58,20 +71,15 @@ def _scaled_linear(
     problem = GemmProblem(
         bucket(m), n, k, multiprocessors(device), out.element_size(), aligned, kind, x_block[1], columns
     )  # fmt: skip
-    config = config_for(device, problem)
+    operands = GemmOperands(rows, w_q, matrix, scales, w_s, bias, x_block[1] if kind == "tiles" else None)
     with on(x_q.device):
-        if kind == "tiles":
-            launch_gemm(config, rows, w_q, matrix, scales, w_s, bias, x_block[1])
-        else:
-            launch_row_gemm(config, rows, w_q, matrix, scales, w_s, bias)
+        HOPPER.gemm.launch(config_for(device, problem), operands)
     return out
 
 
-def _check(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
-    x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
-) -> None:  # fmt: skip
+def _check(given: _Linear) -> None:
     """Raises CodegenError, with the value got and the value needed, for what the kernels would compute wrongly."""
+    x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
     check_device(x_q.device)
     why = _why_not(tuple(x_block), tuple(w_block), x_q.dtype, w_q.dtype)
     if why is not None:

@@ -19,10 +19,10 @@ import torch
 import triton
 
 from codegen import kernels
-from codegen.gemm.config import GemmConfig, GemmProblem, refusal
-from codegen.gemm.tiling import all_configs, choose
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching import replay
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GemmConfig, GemmProblem
 from qcompiler import knobs
 from qcompiler.errors import CodegenError
 from qcompiler.runtime.replacing import not_replaced, replacing_file
@@ -44,7 +44,9 @@ def config_for(device: int, problem: GemmProblem) -> GemmConfig:
 @cache
 def _config_for(device: int, problem: GemmProblem) -> GemmConfig:
     found = _measured(device).get(problem)
-    return choose(problem) if found is None or refusal(found, problem) is not None else found
+    if found is None or HOPPER.gemm.why_not(found, problem) is not None:
+        return HOPPER.gemm.choose(problem)
+    return found
 
 
 def learn(device: int, found: Mapping[GemmProblem, GemmConfig]) -> Path:
@@ -102,7 +104,7 @@ def _measured(device: int) -> dict[GemmProblem, GemmConfig]:
 def _entry(entry: Mapping[str, Any]) -> tuple[GemmProblem, GemmConfig]:
     """One measurement; ValueError for a configuration that there is not."""
     problem, config = GemmProblem(**entry["problem"]), GemmConfig(**entry["config"])
-    if config not in all_configs(problem.kind, problem.x_block):
+    if config not in HOPPER.gemm.configs(problem):
         raise ValueError(f"there is no configuration {config}")
     return problem, config
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from codegen.gemm import tuned
-from codegen.gemm.config import GemmConfig, GemmProblem, refusal
-from codegen.gemm.launch import launch_gemm, launch_row_gemm
-from codegen.gemm.tiling import all_configs, ceil_div, choose, estimated_time
 from codegen.launching.timing import in_turns
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem
+from codegen.templates.template import ceil_div
 from qcompiler.numerics import ALL
 
 SLACK = 2.0
@@ -112,31 +112,22 @@ def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progre
 
 def candidates(problem: GemmProblem) -> list[GemmConfig]:
     """The configurations that are worth a measurement, the one with the best estimate first."""
-    possible = [c for c in all_configs(problem.kind, problem.x_block) if refusal(c, problem) is None]
-    estimates = {config: estimated_time(config, problem) for config in possible}
+    possible = [c for c in HOPPER.gemm.configs(problem) if HOPPER.gemm.why_not(c, problem) is None]
+    estimates = {config: HOPPER.gemm.time(config, problem) for config in possible}
     limit = SLACK * min(estimates.values(), default=0.0)
     return sorted((c for c in possible if estimates[c] <= limit), key=lambda config: estimates[config])
 
 
 def measure(problem: GemmProblem) -> Measured:
     """Times all candidates on the current CUDA device; CodegenError where none can run the product."""
-    estimated = choose(problem)
+    estimated = HOPPER.gemm.choose(problem)
     sets = _operands(problem)
-    launches = {config: [partial(_launch, problem, config, *each) for each in sets] for config in candidates(problem)}
+    launches = {c: [partial(HOPPER.gemm.launch, c, each) for each in sets] for c in candidates(problem)}
     times = in_turns(launches)
     return Measured(problem, dict(sorted(times.items(), key=lambda item: item[1])), estimated)
 
 
-def _launch(
-    problem: GemmProblem, config: GemmConfig, x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, out: Tensor
-) -> None:
-    if problem.kind == "tiles":
-        launch_gemm(config, x, w, out, xs, ws, None, problem.x_block)
-    else:
-        launch_row_gemm(config, x, w, out, xs, ws, None)
-
-
-def _operands(problem: GemmProblem) -> list[tuple[Tensor, ...]]:
+def _operands(problem: GemmProblem) -> list[GemmOperands]:
     """Operands of random codes: one activation, and as many weights as do not fit into the cache."""
     m, n, k, tiles = problem.m, problem.n, problem.k, problem.kind == "tiles"
     width = 1 if problem.x_block == ALL or not tiles else ceil_div(k, problem.x_block)
@@ -148,7 +139,9 @@ def _operands(problem: GemmProblem) -> list[tuple[Tensor, ...]]:
     ws = torch.rand(ceil_div(n, 128) if tiles else n, ceil_div(k, 128) if tiles else 1, device="cuda")
     dtype = {2: torch.bfloat16, 4: torch.float32}[problem.out_bytes]
     x, out = _codes(m, k, problem), torch.empty(m, n, dtype=dtype, device="cuda")
-    return [(x, xs, _codes(n, k, problem), ws, out) for _ in range(max(1, ceil_div(COLD_BYTES, n * k)))]
+    x_block = problem.x_block if tiles else None
+    weights = (_codes(n, k, problem) for _ in range(max(1, ceil_div(COLD_BYTES, n * k))))
+    return [GemmOperands(x, w, out, xs, ws, x_block=x_block) for w in weights]
 
 
 def _codes(rows: int, columns: int, problem: GemmProblem) -> Tensor:

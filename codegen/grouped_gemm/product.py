@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codegen.gemm.launch import has_scale_columns
-from codegen.grouped_gemm.launch import MOST_GROUPS, choose_grouped, launch_grouped
-from codegen.launching.launch import FLOATS, check_device, on
+from codegen.launching.launch import FLOATS, on
 from codegen.launching.replay import empty, replayed
 from codegen.quantize.plain import scale_like
 from codegen.support import WEIGHT_BLOCK
+from codegen.targets.hopper import HOPPER, check_device
+from codegen.templates.grouped import MOST_GROUPS, GroupedOperands, GroupedProblem
+from codegen.templates.hopper import has_scale_columns
 from qcompiler import numerics
 from qcompiler.dialects.grouped import check_grouped, grouped_linear
 from qcompiler.errors import CodegenError
@@ -134,9 +135,10 @@ def _run(
         return
     rows = x_q if x_q.is_contiguous() and x_q.data_ptr() % 16 == 0 else x_q.clone(memory_format=torch.contiguous_format)
     scales = x_s if has_scale_columns(x_s) else scale_like(rows, X_BLOCK[1], "col_major").copy_(x_s)
-    config = choose_grouped(mean, out.element_size())
+    config = HOPPER.grouped_gemm.choose(GroupedProblem(mean, w_q.shape[0], out.element_size()))
     with on(x_q.device):
-        launch_grouped(config, rows, w_q, out, scales, w_s, offsets.contiguous(), capacity)
+        operands = GroupedOperands(rows, w_q, out, scales, w_s, offsets.contiguous(), capacity)
+        HOPPER.grouped_gemm.launch(config, operands)
 
 
 def _check(

@@ -1,15 +1,13 @@
-"""What every launch on a GPU needs: a device that can run the kernels, operands as rows, the right current device."""
+"""A kernel call and its launch on a GPU; operands as rows, and the right current device."""
 
 import contextlib
 from collections.abc import Hashable, Sequence
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from codegen.compile_options import compile_options
-from codegen.kernel_cache import use_cache_folder
 from codegen.launching.enqueue import Kernel, is_descriptor
 from codegen.launching.recent import Recent
 from codegen.launching.replay import state
@@ -17,19 +15,6 @@ from qcompiler.errors import CodegenError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels read before, and write after, quantized arithmetic."""
-
-
-@cache
-def check_device(device: torch.device) -> None:
-    """Raises CodegenError where there is no FP8; once a device, so it also settles where its kernels are kept."""
-    use_cache_folder()
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        name = torch.cuda.get_device_name(device)
-        raise CodegenError(
-            "this GPU has no FP8", got=f"{name}, compute capability {capability[0]}.{capability[1]}",
-            need="compute capability 8.9 or later", fix="Compile the model for the target 'cpu' on this machine.",
-        )  # fmt: skip
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -44,49 +29,82 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-@cache
-def multiprocessors(device: int) -> int:
-    """How many multiprocessors the CUDA device of that index has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 _COMPILED: dict[Hashable, Kernel] = {}
 
 
-def launch(
-    kernel: Any, programs: int, arguments: Sequence[Any], constants: dict[str, Any], options: dict[str, int],
-    pointers: Sequence[Tensor | None], what: Hashable,
-) -> None:  # fmt: skip
-    """Launches `kernel[(programs,)](*arguments, **constants, **options)` on the current stream, cheaply once compiled.
+class KernelCall(NamedTuple):
+    """One kernel on some operands: what a launch, a warm-up, a measurement, and ahead-of-time compilation consume.
 
-    Triton's own launch binds and classifies all arguments anew, which takes longer than many kernels run. Here the
-    compiled kernel is remembered by what Triton compiles for: the types of the arguments, whether pointers are aligned,
-    and what it looks for in integers. Inside `codegen.launching.replay.replayed` the launch is remembered as a whole.
-
-    Args:
+    Attributes:
         kernel: A Triton or Gluon function whose last parameters are the constants, in their order.
         programs: Size of the grid.
         arguments: All other arguments: tensors, tensor descriptors, integers below 2^31, None.
         constants: Arguments that the compiler knows.
         options: `num_warps`, `num_stages`; others as in `codegen.compile_options`.
-        pointers: Those tensors that are passed as pointers, and None for those that are left out.
-        what: Tells apart the constants, the options, the device, the types of descriptors, and the integers that the
-            kernel is specialised on.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def key(self) -> Hashable:
+        """Equal for calls that run the same compiled kernel: all that Triton compiles for, and the device."""
+        kernel, _, arguments, constants, options = self
+        found: list[Hashable] = [id(kernel), *options.values(), *constants.values()]
+        tensor = None
+        for value, specialized in zip(arguments, _specialized(kernel), strict=False):
+            if value is None:
+                found.append(None)
+            elif value.__class__ is int:
+                if specialized:
+                    found.append(value)
+            elif isinstance(value, Tensor):
+                tensor = value
+                found += value.dtype, value.data_ptr() & 15 == 0
+            else:  # these two decide a descriptor's layout, too
+                tensor = value.base
+                found.append(tensor.dtype)
+                found += value.block_shape
+        found.append(-1 if tensor is None else tensor.get_device())
+        return tuple(found)
+
+
+_SPECIALIZED: dict[int, tuple[bool, ...]] = {}
+"""The id of a kernel -> for each parameter whether Triton may compile anew for another integer."""
+
+
+def _specialized(kernel: Any) -> tuple[bool, ...]:
+    """As in `_SPECIALIZED`; nothing under the interpreter. Triton's own hash of a kernel takes long."""
+    found = _SPECIALIZED.get(id(kernel))
+    if found is None:
+        found = tuple(not parameter.do_not_specialize for parameter in getattr(kernel, "params", ()))
+        _SPECIALIZED[id(kernel)] = found
+    return found
+
+
+def launch(call: KernelCall) -> None:
+    """Launches a call on the current stream, cheaply once it is compiled.
+
+    Triton's own launch binds and classifies all arguments anew, which takes longer than many kernels run. Here the
+    compiled kernel is remembered by what Triton compiles for: see `KernelCall.key`. Inside
+    `codegen.launching.replay.replayed` the launch is remembered as a whole.
 
     Raises:
         CodegenError: The kernel is not compiled yet while a CUDA graph is captured.
     """
-    places = [None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in pointers]
-    key = (id(kernel), what, *places)
+    kernel, programs, arguments, constants, options = call
+    key = call.key()
     ready = _COMPILED.get(key)
     if state.planner is not None:
         if ready is None:
-            state.planner(key, kernel, arguments, constants, options)
+            state.planner(key, call)
         return
     if ready is not None:
         ready(programs, arguments)
     else:
-        _check_capture(kernel, arguments)
+        _check_capture(call)
         compiled = kernel[(programs,)](*arguments, **constants, **compile_options(options))
         if compiled is None:  # the interpreter compiles nothing
             return
@@ -101,14 +119,14 @@ def keep_compiled(key: Hashable, compiled: Any, arguments: Sequence[Any], consta
     return ready
 
 
-def _check_capture(kernel: Any, arguments: Sequence[Any]) -> None:
+def _check_capture(call: KernelCall) -> None:
     """Raises CodegenError where a kernel that is new would be loaded into a stream under capture."""
     if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
         return
-    name = getattr(kernel, "__name__", str(kernel))
+    name = getattr(call.kernel, "__name__", str(call.kernel))
     raise CodegenError(
         "a kernel is not compiled yet, and cannot be while a CUDA graph is captured",
-        got=f"{name}({', '.join(map(_brief, arguments))})",
+        got=f"{name}({', '.join(map(_brief, call.arguments))})",
         fix="Before the capture call compiled.warmup(...) with these sizes, or run the same call once.",
     )
 

@@ -36,13 +36,13 @@ class _State(threading.local):
 
     Attributes:
         tape: Takes down launches and allocations, while a call is taken down.
-        planner: Is given each kernel that is not compiled yet (its key, the kernel, arguments, constants, options), and
-            nothing is launched, while somebody looks which kernels a call would need.
+        planner: Is given each kernel call that is not compiled yet, with its key, and nothing is launched, while
+            somebody looks which kernels a call would need.
         problems: Where products that are met are noted, each once, while somebody looks which ones a call makes.
     """
 
     tape: "_Tape | None" = None
-    planner: Callable[[Hashable, Any, Sequence[Any], dict[str, Any], dict[str, int]], None] | None = None
+    planner: Callable[[Hashable, Any], None] | None = None
     problems: dict[Any, None] | None = None
 
 

@@ -29,10 +29,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codegen.compile_options import compile_options
-from codegen.gemm.config import GemmProblem
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching.enqueue import is_descriptor, without_memory
-from codegen.launching.launch import keep_compiled
+from codegen.launching.launch import KernelCall, keep_compiled
 from codegen.launching.replay import state
 from qcompiler.errors import CodegenError
 
@@ -132,12 +131,11 @@ class _Planner:
         self.jobs: dict[int, tuple[Any, _Job]] = {}
         self._seen: set[Hashable] = set()
 
-    def __call__(
-        self, key: Hashable, kernel: Any, arguments: Sequence[Any], constants: dict[str, Any], options: dict[str, int]
-    ) -> None:
+    def __call__(self, key: Hashable, call: KernelCall) -> None:
         """One kernel that is not compiled yet; see `codegen.launching.launch.launch`."""
         if key in self._seen:
             return
+        kernel, _, arguments, constants, options = call
         self._seen.add(key)
         self._pool.last = (lambda: None, [0.0])
         compiled = kernel.warmup(*arguments, grid=(1,), **constants, **compile_options(options))
@@ -221,9 +219,9 @@ def warm_up(
 
 def products_of(
     run: Callable[..., object], calls: Iterable[Sequence[Any]], device: torch.device
-) -> tuple[list[GemmProblem], str | None]:
-    """The products that `run(*call)` would make, each once, and why there may be more; see `warm_up`."""
-    found: dict[GemmProblem, None] = {}
+) -> tuple[list[Any], str | None]:
+    """The `GemmProblem`s that `run(*call)` would meet, each once, and why there may be more; see `warm_up`."""
+    found: dict[Any, None] = {}
     with torch.cuda.device(device):
         state.problems = found
         try:

@@ -80,7 +80,7 @@ def read_program(
     graph.recipes = read_recipes(folder, graph, trust)
     check_host(folder, graph, regenerate)
     if target.name != folder.manifest.target:
-        check_device(graph, where, str(folder.path))
+        check_device(graph, where, target, str(folder.path))
     weights = read_weights(folder, graph)
     names = [str(op.attrs["name"]) for kind in (PARAM, BUFFER) for op in graph.ops(kind)]
     graph.weights = Weights(weights.loaders(names, where), weights.ties())

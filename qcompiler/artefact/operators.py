@@ -4,12 +4,12 @@ from collections.abc import Collection
 
 import torch
 
-from codegen.support import why_not
 from qcompiler.dialects.aten import overload_of, torch_dtype
 from qcompiler.dialects.quant import block_of
 from qcompiler.errors import ArtefactError
 from qcompiler.ir import Graph, Op, Role
 from qcompiler.ir.op_table import lookup
+from qcompiler.runtime.device import Target
 
 NAMESPACES = ("aten", "prims")
 """Those of torch that compute tensors from tensors. Others also send, load and run things."""
@@ -33,17 +33,17 @@ def check_operators(graph: Graph, trust: Collection[str], where: str) -> None:
             )  # fmt: skip
 
 
-def check_device(graph: Graph, device: torch.device, where: str) -> None:
-    """ArtefactError when the device has no kernel for an operator of the graph."""
+def check_device(graph: Graph, device: torch.device, target: Target, where: str) -> None:
+    """ArtefactError when the device or the target has no kernel for an operator of the graph."""
     key = KEYS.get(device.type, device.type.upper())
     for op in graph.ops():
         if lookup(op.name) is None:
             name = overload_of(op.name).name()
             if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
                 raise _impossible(op, device, f"torch has no kernel of {op.name} for it", where)
-        elif device.type != "cpu" and op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None:
+        elif op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None:
             formats = [torch_dtype(op[name].tensor.dtype) for name in ("x", "w")]
-            if (why := why_not(block_of(op, "x_block"), block_of(op, "w_block"), *formats)) is not None:
+            if (why := target.why_not(block_of(op, "x_block"), block_of(op, "w_block"), *formats)) is not None:
                 raise _impossible(op, device, why, where)
 
 

@@ -24,14 +24,14 @@ from qcompiler.errors import InputError
 from qcompiler.exporters import exporter_targets
 from qcompiler.progress import Progress
 from qcompiler.report import Report
-from qcompiler.runtime.device import TARGET_NAMES, check_target
+from qcompiler.runtime.device import check_target, target_names
 
 
 def run(options: argparse.Namespace) -> int:
     """Compiles, saves, and prints the report."""
     scheme = DEFAULT_SCHEME if options.scheme is None and options.pipeline is None else options.scheme
-    exporters = {} if options.target in TARGET_NAMES else exporter_targets()
-    check_target(options.target, (*TARGET_NAMES, *exporters))
+    exporters = {} if options.target in target_names() else exporter_targets()
+    check_target(options.target, (*target_names(), *exporters))
     exporter = exporters.get(options.target)
     overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(scheme, options.pipeline, overrides)

@@ -8,7 +8,7 @@ import shtab
 from qcompiler.cli.parser import CHECKPOINTS, MLIR, build_parser
 from qcompiler.entry_points import offered
 from qcompiler.exporters import exporter_names, exporter_targets
-from qcompiler.runtime.device import TARGET_NAMES
+from qcompiler.runtime.device import target_names
 from qcompiler.schemes import GROUP, SCHEMES
 
 FILES = ("FILE", "PATH", "MODEL", "GRAPH")
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     parser = build_parser()
     choices = {
         "scheme": sorted({*SCHEMES, *offered(GROUP)}),
-        "target": [*TARGET_NAMES, *exporter_targets()],
+        "target": [*target_names(), *exporter_targets()],
         "device": ["cpu", "cuda"],
         "to": [*MLIR, *exporter_names(), *CHECKPOINTS],
     }

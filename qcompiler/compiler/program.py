@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 import codegen.torch_ops  # noqa: F401  (registers the kernels as operators of torch)
 from codegen.host import HostModule, emit_host_module, load_host_module
-from codegen.support import why_not
 from passes.scheme_options import SchemeOptions
 from qcompiler.calibration import Calibration
 from qcompiler.capture import Captured, capture
@@ -242,10 +241,10 @@ def _nothing_quantized(report: Report, settings: Settings, captured: Graph) -> P
 def check_kernels(pipeline: Pipeline, target: Target) -> None:
     """CodegenError for a pass that quantizes as no kernel of the target can multiply."""
     for step in pipeline:
-        if target.device == "cpu" or not isinstance(step, SchemeOptions):
+        if not isinstance(step, SchemeOptions):
             continue
         dtype = torch_dtype(step.dtype)
-        if (why := why_not(step.x_block, step.w_block, dtype, dtype)) is not None:
+        if (why := target.why_not(step.x_block, step.w_block, dtype, dtype)) is not None:
             raise CodegenError(
                 f"pass '{step}' quantizes as no kernel of the target {target.name} can multiply", got=why,
                 fix='Choose another scheme, or compile the model on the CPU for target="cpu", where it is simulated.',

@@ -6,10 +6,10 @@
 from typing import Any
 
 from codegen.fused_gemm.epilogue import handed_over
-from codegen.fused_gemm.tiling import FusedGemmProblem, choose_fused
-from codegen.gemm.config import GemmProblem, Kind
-from codegen.gemm.tiling import choose
-from codegen.support import is_tiled, why_not
+from codegen.support import is_tiled
+from codegen.targets.hopper import HOPPER
+from codegen.templates.fused import FusedGemmProblem, Separate, why_separate
+from codegen.templates.gemm import GemmProblem, Kind
 from qcompiler.body import parse
 from qcompiler.dialects.aten import torch_dtype
 from qcompiler.dialects.kernel import is_fused, parts_of
@@ -52,11 +52,11 @@ def _choices(op: Op) -> list[str]:
 
 
 def _choice(op: Op, rows: int) -> str:
-    why = why_not(*_blocks(op), torch_dtype(op["x"].tensor.dtype), torch_dtype(op["w"].tensor.dtype))
+    why = HOPPER.why_not(*_blocks(op), torch_dtype(op["x"].tensor.dtype), torch_dtype(op["w"].tensor.dtype))
     if why is not None:
         return f"no kernel: {why}"
     try:
-        return _fused(op, rows) if is_fused(op) else str(choose(_problem(op, rows, _out_bytes(op))))
+        return _fused(op, rows) if is_fused(op) else str(HOPPER.gemm.choose(_problem(op, rows, _out_bytes(op))))
     except CodegenError as error:
         return f"no kernel: {error}"
 
@@ -77,13 +77,16 @@ def _fused(op: Op, rows: int) -> str:
     handed, _ = handed_over(body)
     product = _problem(op, rows, handed.itemsize)
     if _blocks(op) != FUSED_BLOCKS or op["w"].tensor.dtype is not DType.f8e4m3fn:
-        return f"{choose(product)}, then the body: the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
+        why = "the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
+        return f"{HOPPER.gemm.choose(product)}, then the body: {why}"
     parts, block = parts_of(op), block_of(op, "block") if "block" in op.attrs else None
     sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
-    found = choose_fused(
-        FusedGemmProblem(*sizes, len(op.rest), op.get("bias") is not None, block, scale_columns=product.scale_columns)
-    )
-    return f"{choose(product)}, then the body: {found}" if isinstance(found, str) else f"fused: {found}"
+    facts = (len(op.rest), op.get("bias") is not None, block)
+    problem = FusedGemmProblem(*sizes, *facts, scale_columns=product.scale_columns)
+    found = HOPPER.fused_gemm.choose(problem)
+    if isinstance(found, Separate):
+        return f"{HOPPER.gemm.choose(product)}, then the body: {why_separate(HOPPER.fused_gemm, problem)}"
+    return f"fused: {found}"
 
 
 def _blocks(op: Op) -> tuple[tuple[int, int], tuple[int, int]]:

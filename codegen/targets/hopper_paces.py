@@ -1,42 +1,14 @@
-"""From a problem to a configuration: which kernel variant, which tile, how many warps and stages.
+"""What was measured on Hopper: the configurations that can be chosen, and how long each takes.
 
-All of it is arithmetic on sizes, so every choice can be tested, printed and explained without a GPU. Among the
-configurations that `codegen.gemm.config` does not refuse, the one with the least estimated time wins.
+Nanoseconds on an H100, fitted to the times of `benchmarks/heuristic.py` and `benchmarks/epilogues.py`; those of an H200
+counted for less.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from codegen.templates.fused import BodyPace, FusedGemmConfig, FusedPace, Separate
+from codegen.templates.gemm import GemmConfig, Kind, Pace
+from codegen.templates.grouped import GroupedConfig
 
-from codegen.gemm.config import WARP, GemmConfig, GemmProblem, Kind, refusal
-from qcompiler.errors import CodegenError
-
-MOST_SPLITS = 16
-"""Parts of K at most; their sums are added by one program, which holds them all."""
-
-SHORTEST_SPLIT = 4
-"""Blocks of K that a split has at least, so that its copies overlap."""
-
-
-class Pace(NamedTuple):
-    """Nanoseconds on an H100, fitted to the times of `benchmarks/heuristic.py`; those of an H200 counted for less.
-
-    Attributes:
-        alone: Of one step of K, of a tile that is alone on its multiprocessor, where waiting sets the pace.
-        busy: Of one step of K, of each of many tiles that share a multiprocessor, where the tensor cores or the memory
-            do.
-        tail: Of what a multiprocessor does once a tile, beside its steps.
-        bandwidth: Bytes of weights that come from memory in a nanosecond.
-        sum: Of the kernel that adds the splits of K of a narrow tile.
-    """
-
-    alone: int
-    busy: int
-    tail: int
-    bandwidth: int
-    sum: int = 0
-
-
-_MEASURED: dict[tuple[Kind, int | None], dict[GemmConfig, Pace]] = {
+GEMM: dict[tuple[Kind, int | None], dict[GemmConfig, Pace]] = {
     ("tiles", 128): {
         GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(370, 730, 3400, 2000),
         GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(290, 560, 1600, 2000),
@@ -114,68 +86,24 @@ warp-specialized kernel needs one tile only; where K is deep, it is faster with 
 other, so there are two orders of its large tiles. Narrow portable tiles wait longer through the copy engine than
 through pointers. The paces are those for which the choices lose least, on the shapes of `benchmarks/heuristic.py`."""
 
+FUSED_GEMM: dict[FusedGemmConfig | Separate, FusedPace | BodyPace] = {
+    FusedGemmConfig(2, 2, 3): FusedPace(460, 710, 1360, 2680, 3390),
+    FusedGemmConfig(2, 1, 4): FusedPace(340, 390, 1220, 1720, 3360),
+    FusedGemmConfig(1, 2, 3): FusedPace(620, 620, 2440, 7260, 3840),
+    FusedGemmConfig(1, 1, 4): FusedPace(480, 390, 670, 1020, 2350),
+    Separate(): BodyPace(2910, 2340),
+}
+"""The forms that can be chosen. Their paces, like those above, are the ones for which the choices lose least."""
 
-def all_configs(kind: Kind = "tiles", x_block: int = 128) -> Sequence[GemmConfig]:
-    """Every configuration that `choose` can answer with for such problems; compiled ahead of time and tested."""
-    return tuple(_candidates(GemmProblem(1, 1, 1, kind=kind, x_block=x_block)))
+GROUPED_GEMM: dict[GroupedConfig, tuple[float, float]] = {
+    GroupedConfig("narrow", 16, 8): (-1, 8),
+    GroupedConfig("narrow", 32, 8): (8, 16),
+    GroupedConfig("narrow", 64, 8): (16, 32),
+    GroupedConfig("wide", 128, 4): (160, 320),
+    GroupedConfig("wide", 192, 4): (32, float("inf")),
+}
+"""Configuration -> the mean numbers of rows of a group for which it is best.
 
-
-def _candidates(problem: GemmProblem) -> dict[GemmConfig, Pace]:
-    return _MEASURED[problem.kind, problem.step]
-
-
-def choose(problem: GemmProblem) -> GemmConfig:
-    """The configuration with the least estimated time among those that are not refused.
-
-    Raises:
-        CodegenError: Every configuration is refused; the message has each one's reason.
-    """
-    refusals = {config: refusal(config, problem) for config in _candidates(problem)}
-    possible = [config for config, why in refusals.items() if why is None]
-    if not possible:
-        reasons = "; ".join(f"{config}: {why}" for config, why in refusals.items())
-        raise CodegenError("no kernel configuration can run this product", got=problem, fix=f"Refused: {reasons}.")
-    return min(possible, key=lambda config: estimated_time(config, problem))
-
-
-def estimated_time(config: GemmConfig, problem: GemmProblem) -> float:
-    """Microseconds, roughly: the steps of K, times the pace of the multiprocessor that has the most tiles.
-
-    Few rows take at least the time in which their weights are read.
-    """
-    pace = _candidates(problem)[config]
-    depth = split_depth(config, problem.m, problem.n, problem.k, problem.sms)
-    splits = ceil_div(ceil_div(problem.k, config.block_k), depth)
-    rounds = ceil_div(tiles_of(config, problem.m, problem.n) * splits, problem.sms)
-    step = pace.alone if rounds == 1 else max(pace.alone, rounds * pace.busy)
-    if config.variant in WARP and 2 * problem.m <= config.block_m:
-        step *= 2  # the copy engine is slow in a tile of which half lies beyond its tensor
-    steps = max(depth * step, problem.n * problem.k / pace.bandwidth)
-    return (steps + rounds * pace.tail + (pace.sum if splits > 1 else 0)) / 1e3
-
-
-def split_depth(config: GemmConfig, m: int, n: int, k: int, sms: int) -> int:
-    """Steps of K in one split: all of them, unless the kernel splits K and there are too few tiles for the device."""
-    steps = ceil_div(k, config.block_k)
-    if config.variant not in ("narrow", "split"):
-        return steps
-    splits = min(sms // tiles_of(config, m, n), steps // SHORTEST_SPLIT, MOST_SPLITS)
-    return ceil_div(steps, max(splits, 1))
-
-
-def tiles_of(config: GemmConfig, m: int, n: int) -> int:
-    """How many tiles the output has."""
-    return ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
-
-
-def bucket(m: int) -> int:
-    """The number of rows that stands for `m` when a configuration is chosen and remembered.
-
-    The next power of two; 16 at least, the rows of the least tile.
-    """
-    return 1 << max(4, (m - 1).bit_length())
-
-
-def ceil_div(size: int, by: int) -> int:
-    """How many parts of `by` cover `size`."""
-    return -(-size // by)
+Groups differ, so a narrow tile has room for twice the mean: a group that needs two reads its weights twice. Between 160
+and 320 rows two tiles of 128 hold a group about as often as two of 192, and the smaller ones are faster.
+"""

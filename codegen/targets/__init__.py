@@ -1,0 +1,6 @@
+"""The targets of this distribution; importing this package makes them known by name."""
+
+from codegen.targets.cpu import CPU
+from codegen.targets.hopper import HOPPER
+
+__all__ = ["CPU", "HOPPER"]

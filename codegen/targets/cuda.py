@@ -1,0 +1,69 @@
+"""Targets whose kernels Triton compiles for NVIDIA GPUs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from triton.backends.compiler import GPUTarget
+
+from codegen import support
+from codegen.launching.launch import KernelCall
+from codegen.machine_code import MachineCode, compile_call
+from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.fused_quantize import FusedQuantizeConfig, FusedQuantizeOperands, FusedQuantizeProblem
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem
+from codegen.templates.grouped import GroupedConfig, GroupedOperands, GroupedProblem
+from codegen.templates.quantize import QuantizeConfig, QuantizeOperands, QuantizeProblem
+from codegen.templates.template import Family
+from qcompiler.errors import CodegenError
+from qcompiler.runtime.device import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaTarget(Target):
+    """A generation of GPUs: what it can run, and with which kernels.
+
+    Attributes:
+        generation: Its name.
+        capability: The compute capability that a device must have.
+        gpu: What Triton compiles for ahead of time.
+        gemm: The templates of the scaled matmul.
+        fused_gemm: The templates of the matmul with a body.
+        grouped_gemm: The templates of the matmul for groups of rows.
+        quantize: The templates of quantization.
+        fused_quantize: The templates of quantization of what a body computes.
+    """
+
+    generation: str
+    capability: tuple[int, int]
+    gpu: GPUTarget
+    gemm: Family[GemmConfig, GemmProblem, GemmOperands]
+    fused_gemm: Family[FusedGemmConfig | Separate, FusedGemmProblem, FusedOperands]
+    grouped_gemm: Family[GroupedConfig, GroupedProblem, GroupedOperands]
+    quantize: Family[QuantizeConfig, QuantizeProblem, QuantizeOperands]
+    fused_quantize: Family[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]
+
+    def check(self, device: torch.device) -> None:
+        """Raises CodegenError unless the device is a GPU of this generation."""
+        super().check(device)
+        if (capability := torch.cuda.get_device_capability(device)) != self.capability:
+            raise CodegenError(
+                f"{torch.cuda.get_device_name(device)} cannot run the kernels of the target {self.name}",
+                got=f"compute capability {capability[0]}.{capability[1]}",
+                need=f"{self.capability[0]}.{self.capability[1]} ({self.generation})",
+                fix='Move the model to the CPU to compile it for target="cpu".',
+            )
+
+    def why_not(
+        self, x_block: Sequence[int], w_block: Sequence[int], x_dtype: torch.dtype, w_dtype: torch.dtype
+    ) -> str | None:
+        """Why the kernels cannot run a scaled linear: see `codegen.support.why_not`."""
+        return support.why_not(x_block, w_block, x_dtype, w_dtype)
+
+    def compile(self, call: KernelCall) -> MachineCode:
+        """Compiles a kernel call ahead of time, also of operands without data, and without a GPU or a driver.
+
+        Raises:
+            CodegenError: Triton rejects the kernel.
+        """
+        return compile_call(call, self.gpu, self.name)

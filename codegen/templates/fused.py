@@ -1,0 +1,260 @@
+"""A matmul with a body on its result: in one kernel, or the matmul and then the body in a kernel of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from codegen.bodies import triton_function
+from codegen.fused_gemm.epilogue import handed_over
+from codegen.kernels.fused_gemm import fused_gemm
+from codegen.launching.launch import KernelCall
+from codegen.templates.body import EXACT, MOST_OTHERS, padded, row_stride
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem
+from codegen.templates.hopper import (
+    GLUON_TYPES,
+    MULTIPROCESSORS,
+    SHARED_MEMORY_LIMIT,
+    multiprocessors,
+    scale_columns,
+    tile,
+)
+from codegen.templates.rounding import rounding
+from codegen.templates.template import Family, Template, ceil_div, first_broken
+from qcompiler import numerics
+
+
+@dataclass(frozen=True)
+class FusedGemmProblem:
+    """`body(x[m, k] @ w[parts n, k].T, others)`, FP8 tiles [1, 128] and blocks [128, 128], on one device.
+
+    Attributes:
+        m: Rows of x, 1 or more.
+        n: Columns of the result.
+        k: Depth.
+        parts: Parts of w, one on the other, each of which is a sum that the body reads.
+        handed_bytes: Bytes of an element of what the body rounds sums to first.
+        out_bytes: Bytes of an element of the body's result.
+        others: How many other operands it has.
+        bias: Whether one is added to the sums.
+        block: Rows and columns of a block in which the result is quantized, or None.
+        sms: Multiprocessors of the device.
+        aligned: x and w start at multiples of 16 bytes.
+        scale_columns: The scales of x for one block of K follow each other, from a multiple of 16 bytes on.
+    """
+
+    m: int
+    n: int
+    k: int
+    parts: int
+    handed_bytes: int = 2
+    out_bytes: int = 2
+    others: int = 0
+    bias: bool = False
+    block: tuple[int, int] | None = (1, 128)
+    sms: int = MULTIPROCESSORS
+    aligned: bool = True
+    scale_columns: bool = True
+
+    @property
+    def product(self) -> GemmProblem:
+        """The matmul alone."""
+        rest = (self.sms, self.handed_bytes, self.aligned)
+        return GemmProblem(self.m, self.parts * self.n, self.k, *rest, scale_columns=self.scale_columns)
+
+
+@dataclass(frozen=True)
+class FusedGemmConfig:
+    """One compiled form of `codegen.kernels.fused_gemm`.
+
+    Attributes:
+        parts: Parts of the weight that a tile of the result is made of.
+        waves: Units of 64 rows and one part that each of the two consumers owns.
+        stages: Steps of K that are in shared memory at one time.
+        group: Rows of tiles that follow each other.
+    """
+
+    parts: int
+    waves: int
+    stages: int
+    group: int = 16
+    variant: ClassVar[str] = "fused"
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile; it has 128 columns."""
+        return 128 * self.waves // self.parts
+
+    def shared_memory(self, handed_bytes: int = 2) -> int:
+        """An upper estimate of the shared memory of a block of threads, in bytes: ring, scales, sums handed over."""
+        ring = self.stages * ((self.rows + 128 * self.parts) * 128 + 4 * max(self.rows, 32))
+        return ring + 2 * self.waves * 64 * 128 * handed_bytes + 1024
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.parts}x128, {self.stages} stages, groups of {self.group}"
+
+
+@dataclass(frozen=True)
+class Separate:
+    """The matmul, then a kernel that runs the body; the matmul's configuration is chosen when it runs."""
+
+    variant: ClassVar[str] = "separate"
+
+    def __str__(self) -> str:
+        return "separate kernels"
+
+
+class FusedOperands(NamedTuple):
+    """The tensors of a matmul with a body.
+
+    Attributes:
+        body: Text of a body without a reduction.
+        product: The matmul's; `out` is `[m, n]`, contiguous, of the body's element type or an 8-bit one.
+        others: Up to two tensors `[m, n]` whose rows are contiguous, or `[n]`.
+        out_scale: FP32 `[m, ceil(n / 128)]`, any strides, where the result is quantized.
+        profile: A name of `numerics.PROFILES`, for that.
+    """
+
+    body: str
+    product: GemmOperands
+    others: Sequence[Tensor] = ()
+    out_scale: Tensor | None = None
+    profile: str = numerics.DEFAULT_PROFILE
+
+
+class FusedPace(NamedTuple):
+    """Nanoseconds that one device was measured to take.
+
+    Attributes:
+        alone: For one step of K of a tile that is alone on its multiprocessor.
+        busy: For one step of K of each of many tiles.
+        tail: For what consumers do once a tile, beside its steps.
+        finish: For what nothing hides: the finishers' work on the last tile, and the launch.
+        bandwidth: Bytes of weights that come from memory in a nanosecond.
+    """
+
+    alone: int
+    busy: int
+    tail: int
+    finish: int
+    bandwidth: int
+
+
+class BodyPace(NamedTuple):
+    """Nanoseconds that one more kernel costs at the least, and bytes in a nanosecond of one that runs a body alone."""
+
+    launch: int
+    bandwidth: int
+
+
+class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
+    """One kernel."""
+
+    def why_not(self, config: FusedGemmConfig, problem: FusedGemmProblem) -> str | None:
+        """See `Template`."""
+        shared = config.shared_memory(problem.handed_bytes)
+        return first_broken((
+            (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
+            (max(problem.m, problem.n * problem.parts, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
+            (
+                config.parts != problem.parts,
+                f"its tiles are made of {config.parts} parts of the weight, here there are {problem.parts}",
+            ),
+            (
+                problem.parts > 1 and problem.n % 128 != 0,
+                f"each part of the weight must begin with a block of 128 rows, here they have {problem.n}",
+            ),
+            (
+                problem.others > MOST_OTHERS,
+                f"a body may read {MOST_OTHERS} operands beside the sums, this one reads {problem.others}",
+            ),
+            (
+                problem.bias and config.parts * config.waves > 2,
+                "its consumers have no registers for a bias beside two units of two parts",
+            ),
+            (
+                problem.block not in (None, (1, 128)),
+                f"a tile of the result holds whole blocks of [1, 128], not of {list(problem.block or ())}",
+            ),
+            (not problem.aligned, "the copy engine needs operands that start at a multiple of 16 bytes"),
+            (problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, it is {problem.k}"),
+            (
+                not problem.scale_columns,
+                "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
+            ),
+            (
+                shared > SHARED_MEMORY_LIMIT,
+                f"its ring, and sums of {problem.handed_bytes} bytes handed over, need {shared} bytes of shared "
+                f"memory, a block may have {SHARED_MEMORY_LIMIT}",
+            ),
+        ))  # fmt: skip
+
+    def time(self, config: FusedGemmConfig, problem: FusedGemmProblem, pace: FusedPace) -> float:
+        """See `Template`."""
+        rounds = ceil_div(ceil_div(problem.m, config.rows) * ceil_div(problem.n, 128), problem.sms)
+        step = pace.alone if rounds == 1 else pace.busy
+        if 2 * problem.m <= config.rows:
+            step *= 2  # the copy engine is slow in a tile of which half lies beyond its tensor
+        weights = problem.parts * problem.n * problem.k / pace.bandwidth
+        return (max(rounds * (ceil_div(problem.k, 128) * step + pace.tail), weights) + pace.finish) / 1e3
+
+    def calls(self, config: FusedGemmConfig, operands: FusedOperands) -> tuple[KernelCall, ...]:
+        """See `Template`."""
+        body, product, others, out_scale, profile = operands
+        x, w, out, w_scale = product.x, product.w, product.out, product.w_scale
+        (m, k), n = x.shape, out.shape[1]
+        added = padded(others)
+        arguments = (
+            tile(x, config.rows), tile(w, 128), scale_columns(product.x_scale, config.rows), w_scale, product.bias,
+            *added, out, out_scale, m, n, k, *w_scale.stride(), *map(row_stride, added),
+            *((0, 0) if out_scale is None else out_scale.stride()),
+        )  # fmt: skip
+        handed, rest = handed_over(body)
+        constants = {
+            "BODY": triton_function(rest, (), "gluon"), "PARTS": config.parts, "HANDED": GLUON_TYPES[handed],
+            "WAVES": config.waves, "STAGES": config.stages, "GROUP": config.group, "WHOLE": n % 128 == 0,
+            **rounding(profile, out.dtype),
+        }  # fmt: skip
+        programs = min(multiprocessors(x.device.index), ceil_div(m, config.rows) * ceil_div(n, 128))
+        return (KernelCall(fused_gemm, programs, arguments, constants, EXACT),)
+
+
+class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
+    """Two kernels.
+
+    Args:
+        gemm: The templates of the matmul.
+    """
+
+    def __init__(self, gemm: Family[GemmConfig, GemmProblem, GemmOperands]) -> None:
+        self._gemm = gemm
+
+    def why_not(self, config: Separate, problem: FusedGemmProblem) -> None:
+        """See `Template`."""
+        return None
+
+    def time(self, config: Separate, problem: FusedGemmProblem, pace: BodyPace) -> float:
+        """See `Template`."""
+        elements = problem.m * problem.n
+        read = elements * (problem.parts * problem.handed_bytes + problem.others * problem.out_bytes)
+        written = elements * (problem.out_bytes if problem.block is None else 1)
+        product = self._gemm.time(self._gemm.choose(problem.product), problem.product)
+        return product + (pace.launch + (read + written) / pace.bandwidth) / 1e3
+
+    def calls(self, config: Separate, operands: FusedOperands) -> tuple[KernelCall, ...]:
+        """None of its own: `codegen.fused_gemm.product` runs one operator after the other."""
+        return ()
+
+
+def why_separate(family: Family[Any, FusedGemmProblem, FusedOperands], problem: FusedGemmProblem) -> str:
+    """Why separate kernels run a problem for which the family chose them, in a sentence without a final stop."""
+    forms = [config for config in family.configs(problem) if config.variant == FusedGemmConfig.variant]
+    refusals = {config: family.why_not(config, problem) for config in forms}
+    possible = [config for config, why in refusals.items() if why is None]
+    if not possible:
+        mine = [why for config, why in refusals.items() if config.parts == problem.parts]
+        return str((mine or list(refusals.values()))[-1])
+    best = min(possible, key=lambda config: family.time(config, problem))
+    separate, fused = family.time(Separate(), problem), family.time(best, problem)
+    return f"separate kernels are estimated to take {separate:.1f} us, and one, {best}, {fused:.1f}"

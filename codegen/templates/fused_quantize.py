@@ -1,0 +1,163 @@
+"""Quantization of rows that a body computes from those of other tensors, in one kernel.
+
+block [1, b]     b in 32 … 512       any K, or up to LONGEST_ROW where the body has a reduction
+block [1, -1]                        K up to LONGEST_ROW
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from codegen.bodies import triton_function
+from codegen.kernels.fused_quantize import fused_quantize
+from codegen.launching.launch import KernelCall
+from codegen.support import TILE_COLUMNS
+from codegen.templates.quantize import LONGEST_ROW
+from codegen.templates.rounding import rounding
+from codegen.templates.template import Template, ceil_div, first_broken
+from qcompiler import numerics
+from qcompiler.numerics import ALL
+
+MOST_OPERANDS = 6
+MOST_KEPT = 2
+
+
+class FusedQuantizeProblem(NamedTuple):
+    """A body on rows, and their quantization.
+
+    Attributes:
+        m: Rows.
+        k: Columns.
+        block: Rows and columns that share a scale.
+        whole_rows: The body needs whole rows.
+        operands: How many operands it has.
+        operand_bytes: Bytes of an element of the widest operand.
+        kept: How many values are stored beside the codes.
+    """
+
+    m: int
+    k: int
+    block: tuple[int, int] = (1, 128)
+    whole_rows: bool = False
+    operands: int = 1
+    operand_bytes: int = 2
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class FusedQuantizeConfig:
+    """The tile of the kernel.
+
+    Attributes:
+        block_m: Rows, a power of two.
+        block_k: Columns, a power of two, a multiple of `group`.
+        group: Columns that share a scale; `block_k` for whole rows.
+        warps: Warps that share the tile.
+        vector: Columns that follow each other in a thread.
+    """
+
+    block_m: int
+    block_k: int
+    group: int
+    warps: int
+    vector: int
+    variant: ClassVar[str] = "fused"
+
+
+class FusedQuantizeOperands(NamedTuple):
+    """The tensors of a body and its quantization.
+
+    Attributes:
+        body: Text of a body of x0, x1, ….
+        keep: Names of definitions that are stored.
+        operands: In a floating dtype, `[m, k]` with contiguous rows or a contiguous vector `[k]`.
+        kept: `[..., k]`, contiguous; overwritten.
+        q: An 8-bit format `[..., k]`, contiguous; overwritten.
+        scale: FP32 of `numerics.scale_shape`, any strides; overwritten.
+        profile: A name of `numerics.PROFILES`.
+    """
+
+    body: str
+    keep: tuple[str, ...]
+    operands: Sequence[Tensor]
+    kept: Sequence[Tensor]
+    q: Tensor
+    scale: Tensor
+    profile: str = numerics.DEFAULT_PROFILE
+
+
+def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuantizeConfig, None]:
+    """The one configuration that runs a problem; it follows from the sizes."""
+    m, k, (_, block_k), kept = problem.m, problem.k, problem.block, problem.kept
+    if problem.whole_rows or block_k == ALL:
+        return {_row_config(m, k, block_k, problem.operand_bytes > 2 or kept > 0): None}
+    columns = 512
+    if m > 512:
+        # The widest with little of it outside of the row.
+        columns = next((size for size in (2048, 1024) if -k % size < k // 16), 512)
+    columns = max(min(columns, 1 << max((k - 1).bit_length(), 4)), block_k)
+    return {FusedQuantizeConfig(1, columns, block_k, max(columns // 1024, 1), 8 if kept else 16): None}
+
+
+def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfig:
+    """Rows as a whole: 64 numbers a thread, or 32 where there are few rows, or much to hold of each number."""
+    columns = max(1 << max((k - 1).bit_length(), 4), block_k)
+    if m <= 512:
+        block_m, shares = 1, columns // 1024
+    else:
+        block_m = max(1024 // columns, 1)
+        shares = block_m * k // 1024 if heavy else block_m * columns // 2048
+    warps = min(1 << max(shares.bit_length() - 1, 0), 8)
+    # Loads and stores of bfloat16 are whole with 8 columns in a thread, those of codes with 16; the columns that a step
+    # of all threads covers should divide the row.
+    vector = 8 if heavy or k % (512 * warps) else 16
+    return FusedQuantizeConfig(block_m, columns, columns if block_k < 0 else block_k, warps, vector)
+
+
+def why_not_fused_quantize(problem: FusedQuantizeProblem) -> str | None:
+    """Why the kernel cannot run a problem, in one sentence without a final stop, or None if it can."""
+    rows, columns = problem.block
+    operands, kept = problem.operands, problem.kept
+    return first_broken((
+        (
+            operands > MOST_OPERANDS or kept > MOST_KEPT,
+            f"it has {operands} operands and {kept} kept values, not {MOST_OPERANDS} and {MOST_KEPT}",
+        ),
+        (rows != 1 or columns not in (ALL, *TILE_COLUMNS), f"it is quantized in {[rows, columns]} blocks"),
+        (
+            (problem.whole_rows or columns == ALL) and problem.k > LONGEST_ROW,
+            f"a program cannot hold rows of {problem.k} columns",
+        ),
+    ))  # fmt: skip
+
+
+class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]):
+    """The kernel; there is one configuration for a problem, and nothing to compare it with."""
+
+    def why_not(self, config: FusedQuantizeConfig, problem: FusedQuantizeProblem) -> str | None:
+        """See `Template`."""
+        return why_not_fused_quantize(problem)
+
+    def time(self, config: FusedQuantizeConfig, problem: FusedQuantizeProblem, pace: None) -> float:
+        """See `Template`."""
+        return 0.0
+
+    def calls(self, config: FusedQuantizeConfig, operands: FusedQuantizeOperands) -> tuple[KernelCall, ...]:
+        """See `Template`."""
+        body, keep, given, kept, q, scale, profile = operands
+        k = q.shape[-1]
+        m, none = q.numel() // k, [None] * (MOST_OPERANDS - len(given))
+        strides = [None if x.dim() == 1 else x.stride(0) for x in given] + none
+        constants = {
+            "K": k, "BODY": triton_function(body, keep), **rounding(profile, q.dtype),
+            "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP": config.group, "VECTOR": config.vector,
+        }  # fmt: skip
+        arguments = (
+            *given, *none, *kept, *[None] * (MOST_KEPT - len(kept)), q, scale, m, *strides,
+            scale.stride(-2) if scale.dim() > 1 else 1, scale.stride(-1),
+        )  # fmt: skip
+        options = {"num_warps": config.warps, "enable_fp_fusion": False}
+        programs = ceil_div(m, config.block_m) * ceil_div(k, config.block_k)
+        return (KernelCall(fused_quantize, programs, arguments, constants, options),)

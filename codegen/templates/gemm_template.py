@@ -1,0 +1,193 @@
+"""What the templates of the scaled matmul share; each variant says in its own file where it differs."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from codegen.launching.launch import KernelCall
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Pace, tiles_of
+from codegen.templates.hopper import SHARED_MEMORY_LIMIT
+from codegen.templates.template import Rule, Template, ceil_div, first_broken
+from qcompiler.numerics import ALL
+
+DEEPEST_INT8 = (2**31 - 1) // 127**2
+"""The largest K whose sum of products of INT8 codes fits 32 bits."""
+
+MOST_SPLITS = 16
+"""Parts of K at most; their sums are added by one program, which holds them all."""
+
+SHORTEST_SPLIT = 4
+"""Blocks of K that a split has at least, so that its copies overlap."""
+
+SUM_BLOCK = 512
+"""Elements of the output of a program that adds splits."""
+
+
+class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
+    """What the variants share; each says where it differs.
+
+    Attributes:
+        splits: K is split where there are too few tiles for the device.
+        slow_when_half_empty: A tile of which half lies beyond its tensor takes twice the time.
+        copies: The copy engine brings the operands.
+        stores: The copy engine stores the result.
+        scale_copies: The copy engine brings the scales of the activation.
+    """
+
+    splits: ClassVar[bool] = False
+    slow_when_half_empty: ClassVar[bool] = False
+    copies: ClassVar[bool] = True
+    stores: ClassVar[bool] = True
+    scale_copies: ClassVar[bool] = False
+
+    def why_not(self, config: GemmConfig, problem: GemmProblem) -> str | None:
+        """See `Template`."""
+        return first_broken(
+            (*self._sums(config, problem), *self._tiles(config, problem), *self._copies(config, problem))
+        )
+
+    def time(self, config: GemmConfig, problem: GemmProblem, pace: Pace) -> float:
+        """Microseconds, roughly: the steps of K, times the pace of the multiprocessor that has the most tiles.
+
+        Few rows take at least the time in which their weights are read.
+        """
+        depth = self.split_depth(config, problem.m, problem.n, problem.k, problem.sms)
+        splits = ceil_div(ceil_div(problem.k, config.block_k), depth)
+        rounds = ceil_div(tiles_of(config, problem.m, problem.n) * splits, problem.sms)
+        step = pace.alone if rounds == 1 else max(pace.alone, rounds * pace.busy)
+        if self.slow_when_half_empty and 2 * problem.m <= config.block_m:
+            step *= 2
+        steps = max(depth * step, problem.n * problem.k / pace.bandwidth)
+        return (steps + rounds * pace.tail + (pace.sum if splits > 1 else 0)) / 1e3
+
+    def split_depth(self, config: GemmConfig, m: int, n: int, k: int, sms: int) -> int:
+        """Steps of K in one split: all of them, unless the kernel splits K and there are too few tiles for `sms`."""
+        steps = ceil_div(k, config.block_k)
+        if not self.splits:
+            return steps
+        splits = min(sms // tiles_of(config, m, n), steps // SHORTEST_SPLIT, MOST_SPLITS)
+        return ceil_div(steps, max(splits, 1))
+
+    def shared_memory(self, config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:
+        """An upper estimate of the shared memory of a block, in bytes: the ring of operand tiles, and the output tile.
+
+        Args:
+            config: Any configuration.
+            out_bytes: Bytes of an element of the result.
+            stage_scales: For a Gluon kernel, as in `GemmProblem`.
+        """
+        return self.ring(config, stage_scales) + config.block_m * config.block_n * out_bytes
+
+    def ring(self, config: GemmConfig, stage_scales: int) -> int:
+        """Bytes of the stages, and of barriers and scales or biases of columns."""
+        return config.stages * (config.block_m + config.block_n) * config.block_k + 2048
+
+    def registers(self, config: GemmConfig, whole: bool) -> tuple[int, int]:
+        """Registers of a thread for the tile of sums and, unless the tensor cores keep the `whole` sum, for a step's.
+
+        Returns:
+            Those registers, and how many of a thread's 255 they may be without spilling.
+        """
+        return _shared_out(config, config.block_m + (0 if whole else config.block_m)), 160
+
+    def step_rule(self, config: GemmConfig, problem: GemmProblem) -> Rule:
+        """What the step of K must be."""
+        step = problem.step
+        why = "a scale spans" if problem.kind == "tiles" else "FP8 sums are promoted every"
+        broken = step is not None and config.block_k != step
+        return broken, f"{why} {step} of K, the step is {config.block_k}"
+
+    def split_side(self, config: GemmConfig) -> tuple[str, int]:
+        """The side of the tile that the warpgroups share out."""
+        return "rows", config.block_m
+
+    def written_bytes(self, problem: GemmProblem) -> int:
+        """Bytes of an element of what the kernel stores."""
+        return problem.out_bytes
+
+    def _sums(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
+        """What the sizes and the scales ask for."""
+        return (
+            (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
+            (max(problem.m, problem.n, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
+            (
+                problem.kind == "rows_i8" and problem.k > DEEPEST_INT8,
+                f"a sum of {problem.k} products of INT8 codes can pass 32 bits, K may be {DEEPEST_INT8} at most",
+            ),
+            self.step_rule(config, problem),
+            (
+                problem.kind == "tiles" and 128 % config.block_n != 0,
+                f"a tile {config.block_n} wide does not divide the 128 columns of a weight scale",
+            ),
+        )
+
+    def _tiles(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
+        """What a multiprocessor has room for."""
+        whole = problem.kind == "rows_i8"
+        needed, (side, got) = max(config.consumers * 64, 64), self.split_side(config)
+        tiles = "one INT32 tile takes" if whole else "two FP32 tiles take"
+        registers, limit = self.registers(config, whole)
+        shared = self.shared_memory(config, self.written_bytes(problem), problem.stage_scales)
+        return (
+            (config.warps % 4 != 0, f"{config.warps} warps are no whole number of warpgroups of 4"),
+            (got % needed != 0, f"{config.warps} warps need a multiple of {needed} {side}, the tile has {got}"),
+            (registers > limit, f"{tiles} {registers} registers of a thread, {limit} are to be had"),
+            (
+                shared > SHARED_MEMORY_LIMIT,
+                f"{config.stages} stages need {shared} bytes of shared memory, a block may have {SHARED_MEMORY_LIMIT}",
+            ),
+        )
+
+    def _copies(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
+        """What the copy engine can address."""
+        out_row = problem.n * problem.out_bytes
+        return (
+            (
+                self.copies and not problem.aligned,
+                "the copy engine needs operands that start at a multiple of 16 bytes",
+            ),
+            (
+                self.copies and problem.k % 16 != 0,
+                f"the copy engine needs K to be a multiple of 16, it is {problem.k}",
+            ),
+            (
+                self.stores and out_row % 16 != 0,
+                f"the copy engine needs output rows of a multiple of 16 bytes, they have {out_row}",
+            ),
+            (
+                self.scale_copies and problem.kind == "tiles" and not problem.scale_columns,
+                "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
+            ),
+        )
+
+
+class GluonGemmTemplate(GemmTemplate):
+    """A template whose kernel has stages of 128 of K in a ring, with the scales of the activation beside them."""
+
+    scale_copies = True
+
+    def step_rule(self, config: GemmConfig, problem: GemmProblem) -> Rule:
+        """Narrower scales are steps inside a stage."""
+        return config.block_k != 128, f"the Gluon kernels have stages of 128 of K, here it is {config.block_k}"
+
+    def ring(self, config: GemmConfig, stage_scales: int) -> int:
+        """Bytes of the stages, and of barriers and scales or biases of columns."""
+        return super().ring(config, stage_scales) + config.stages * 4 * max(config.block_m, 32) * stage_scales
+
+
+def spans(x_block: int) -> dict[str, int]:
+    """For the Gluon kernels: over how many blocks of 128 a scale of x reaches, and how many there are in one block."""
+    if x_block == ALL:
+        return {"SPAN": 1 << 30, "SUBS": 1}
+    return {"SPAN": max(x_block // 128, 1), "SUBS": max(128 // x_block, 1)}
+
+
+def add_splits(kernel: Any, arguments: tuple[Any, ...], out: Tensor, splits: int) -> KernelCall:
+    """The call of a kernel that adds the sums of the splits of K into `out`."""
+    constants = {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": SUM_BLOCK}
+    return KernelCall(kernel, ceil_div(out.numel(), SUM_BLOCK), arguments, constants, {"num_warps": 4})
+
+
+def _shared_out(config: GemmConfig, rows: int) -> int:
+    """Registers of a thread for 32-bit sums of so many rows of the tile."""
+    return rows * config.block_n // (config.warps * 32)

@@ -1,0 +1,168 @@
+"""One matmul for each group of rows, such as the tokens of an expert: the kernels for many rows a group and for few.
+
+    out[t] = x[t] @ w[g].T        for the rows t of group g, which the device alone knows
+
+The choice is made from sizes that the host knows, rows and groups: it never waits for the device.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from codegen.kernels.grouped_gemm import grouped_narrow, grouped_wide
+from codegen.kernels.narrow_gemm import SCALE_BOX
+from codegen.launching.launch import KernelCall
+from codegen.templates.hopper import ONE_WARPGROUP, SHARED_MEMORY_LIMIT, multiprocessors, scale_columns, tile
+from codegen.templates.template import Template, first_broken
+
+MOST_GROUPS = 1024
+"""Groups at most: each block of threads holds all of them in shared memory."""
+
+TABLE_ENTRY = 12
+"""Bytes of a group in that table."""
+
+
+class GroupedProblem(NamedTuple):
+    """Matmuls of `groups` groups, in FP8 tiles [1, 128] and blocks [128, 128].
+
+    Attributes:
+        mean: Rows of a group on average.
+        groups: How many groups there are.
+        out_bytes: Bytes of an element of the result.
+    """
+
+    mean: float
+    groups: int = 256
+    out_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """One compiled kernel for grouped matmuls.
+
+    Attributes:
+        variant: `"wide"` has the rows on the left of the tensor cores, `"narrow"` the weights.
+        block_m: Rows of a tile; in the wide variant 64 for each consumer, 128 or 192.
+        stages: Blocks of K that are in shared memory at one time.
+        order: Rows of tiles of one group that follow each other in time.
+    """
+
+    variant: Literal["wide", "narrow"]
+    block_m: int
+    stages: int
+    order: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.block_m}x128x128, {self.stages} stages, groups of {self.order}"
+
+
+class GroupedOperands(NamedTuple):
+    """The tensors of a grouped matmul.
+
+    Attributes:
+        x: float8_e4m3fn `[rows, k]`, contiguous, rows and k at least 1.
+        w: float8_e4m3fn `[groups, n, k]`, contiguous.
+        out: bfloat16, float16 or float32 `[rows, n]`, contiguous.
+        x_scale: FP32 `[rows, ceil(k / 128)]`, see `has_scale_columns`.
+        w_scale: FP32 `[groups, ceil(n / 128), ceil(k / 128)]`, contiguous.
+        offsets: int32 `[groups]`: the row after each group's last; with a capacity, the rows of each group.
+        capacity: Rows of x that each group has room for, when the groups do not follow each other tightly.
+    """
+
+    x: Tensor
+    w: Tensor
+    out: Tensor
+    x_scale: Tensor
+    w_scale: Tensor
+    offsets: Tensor
+    capacity: int | None = None
+
+
+class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
+    """What the variants share."""
+
+    kernel: ClassVar[Any]
+
+    def why_not(self, config: GroupedConfig, problem: GroupedProblem) -> str | None:
+        """See `Template`."""
+        shared = self.shared_memory(config, problem.out_bytes, problem.groups)
+        return first_broken((
+            (problem.groups > MOST_GROUPS, f"a block of threads can hold {MOST_GROUPS} groups, not {problem.groups}"),
+            (
+                shared > SHARED_MEMORY_LIMIT,
+                f"{config.stages} stages need {shared} bytes of shared memory, a block may have {SHARED_MEMORY_LIMIT}",
+            ),
+        ))  # fmt: skip
+
+    def shared_memory(self, config: GroupedConfig, out_bytes: int = 2, groups: int = 256) -> int:
+        """An upper estimate of the shared memory of a block, in bytes: the ring, the table, and the output tile."""
+        ring = config.stages * ((config.block_m + 128) * 128 + 4 * max(config.block_m, SCALE_BOX))
+        return ring + TABLE_ENTRY * table_size(groups) + 1024
+
+    def time(self, config: GroupedConfig, problem: GroupedProblem, pace: tuple[float, float]) -> float:
+        """A rank, not a time: the rows that the tile holds, if the mean is within the `pace`, and more elsewhere.
+
+        The pace is an interval of means, without the lower end, for which the configuration was measured to be best.
+        """
+        low, high = pace
+        return config.block_m if low < problem.mean <= high else 1024 - config.block_m
+
+    def calls(self, config: GroupedConfig, operands: GroupedOperands) -> tuple[KernelCall, ...]:
+        """See `Template`."""
+        x, w, out, x_scale, w_scale, offsets, capacity = operands
+        (rows, k), (groups, n, _) = x.shape, w.shape
+        box = self.box(config)
+        arguments = (
+            tile(x, box), tile(w, 128), *self.out_box(out), scale_columns(x_scale, max(box, SCALE_BOX)),
+            out, w_scale, offsets, groups, rows, n, k, capacity,
+        )  # fmt: skip
+        pipeline = {"STAGES": config.stages, "ORDER": config.order, "GROUPS": table_size(groups)}
+        constants = {**self.consumers(config), **pipeline}
+        programs = multiprocessors(x.device.index)
+        return (KernelCall(self.kernel, programs, arguments, constants, ONE_WARPGROUP),)
+
+    def box(self, config: GroupedConfig) -> int:
+        """Rows of x that one copy brings."""
+        return config.block_m
+
+    def consumers(self, config: GroupedConfig) -> dict[str, int]:
+        """How many warpgroups multiply, where the kernel asks."""
+        return {}
+
+    def out_box(self, out: Tensor) -> tuple[Any, ...]:
+        """The descriptor that the kernel stores through, where it has one."""
+        return ()
+
+
+class GroupedNarrow(GroupedGemm):
+    """Few rows a group, on the right of the tensor cores; two consumers share the 128 rows of the weight."""
+
+    kernel = grouped_narrow
+
+
+class GroupedWide(GroupedGemm):
+    """Many rows a group; each consumer has 64, which leave through the copy engine."""
+
+    kernel = grouped_wide
+
+    def box(self, config: GroupedConfig) -> int:
+        """See `GroupedGemm`."""
+        return 64
+
+    def consumers(self, config: GroupedConfig) -> dict[str, int]:
+        """See `GroupedGemm`."""
+        return {"CONSUMERS": config.block_m // 64}
+
+    def out_box(self, out: Tensor) -> tuple[Any, ...]:
+        """See `GroupedGemm`."""
+        return (tile(out, 64),)
+
+    def shared_memory(self, config: GroupedConfig, out_bytes: int = 2, groups: int = 256) -> int:
+        """See `GroupedGemm`."""
+        return super().shared_memory(config, out_bytes, groups) + config.block_m * 128 * out_bytes
+
+
+def table_size(groups: int) -> int:
+    """Groups of the table: a power of two, one for each lane of a warp at least."""
+    return max(32, 1 << (groups - 1).bit_length())

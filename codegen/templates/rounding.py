@@ -1,0 +1,21 @@
+"""What the compiler of a quantizing kernel knows of the arithmetic."""
+
+from typing import Any
+
+import torch
+
+from qcompiler import numerics
+
+
+def rounding(profile: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of a profile and an 8-bit format, in the order in which kernels take them.
+
+    `TOP` is 0 for a format that is none: the kernel quantizes nothing.
+    """
+    rule = numerics.profile(profile)
+    return {
+        "AMAX_FLOOR": rule.amax_floor(dtype),
+        "TOP": numerics.FORMAT_MAX.get(dtype, 0.0),
+        "RECIPROCAL": rule.division == "reciprocal",
+        "UE8M0": rule.scale_format == "ue8m0",
+    }

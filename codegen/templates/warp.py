@@ -1,0 +1,94 @@
+"""The warp-specialized Gluon kernels of the scaled matmul, for many rows, and for fewer of them with K split."""
+
+from typing import Any
+
+import torch
+
+from codegen.kernels.narrow_gemm import sum_splits
+from codegen.kernels.warp_gemm import warp_gemm
+from codegen.kernels.warp_row_gemm import warp_row_gemm
+from codegen.launching.launch import KernelCall
+from codegen.launching.replay import empty
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, tiles_of
+from codegen.templates.gemm_template import GluonGemmTemplate, add_splits, spans
+from codegen.templates.hopper import ONE_WARPGROUP, SHARED_MEMORY_LIMIT, multiprocessors, scale_columns, tile
+from codegen.templates.template import ceil_div
+
+REGISTERS_FOR_SUMS = {1: 192, 2: 192, 3: 128}
+"""Consumers -> registers of a consumer's thread that sums may take; a thread has 255, 232, or 160."""
+
+
+class WarpGemm(GluonGemmTemplate):
+    """One program a multiprocessor: a producer, and consumers that make 64 rows in a step."""
+
+    slow_when_half_empty = True
+
+    def registers(self, config: GemmConfig, whole: bool) -> tuple[int, int]:
+        """See `GemmTemplate`."""
+        rows = config.block_m + (0 if whole else min(config.block_m, 64 * config.consumers))
+        return rows * config.block_n // (config.warps * 32), REGISTERS_FOR_SUMS.get(config.consumers, 0)
+
+    def shared_memory(self, config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:
+        """See `GemmTemplate`."""
+        rows = 64 * config.consumers * self.out_buffers(config, out_bytes, stage_scales)
+        return self.ring(config, stage_scales) + rows * config.block_n * out_bytes
+
+    def out_buffers(self, config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:
+        """How many times 64 rows of output each consumer has room for: one for each of its waves if all fit, or one."""
+        waves = max(config.block_m // max(config.consumers, 1) // 64, 1)
+        written = 64 * config.consumers * waves * config.block_n * out_bytes
+        return waves if self.ring(config, stage_scales) + written <= SHARED_MEMORY_LIMIT else 1
+
+    def calls(self, config: GemmConfig, operands: GemmOperands) -> tuple[KernelCall, ...]:
+        """See `Template`."""
+        x, _, out, x_scale, w_scale, bias, x_block, _ = operands
+        if x_block is None:
+            return self._rows(config, operands)
+        m, n, k = operands.sizes
+        sms = multiprocessors(x.device.index)
+        depth = self.split_depth(config, m, n, k, sms)
+        splits = ceil_div(ceil_div(k, 128), depth)
+        rows = ceil_div(m, config.block_m) * config.block_m  # of a split: the copy engine would write beyond m
+        sums = out if splits == 1 else empty((splits * rows, n), torch.float32, x.device)
+        arguments = (
+            *_tiles(config, operands, sums), scale_columns(x_scale, config.box), w_scale, bias if splits == 1 else None,
+            m, n, k, *w_scale.stride(), depth if self.splits else None,
+        )  # fmt: skip
+        scales = spans(x_block)
+        buffers = self.out_buffers(config, sums.element_size(), scales["SUBS"])
+        constants = {**_constants(config), **scales, "BUFFERS": buffers}
+        programs = min(sms, tiles_of(config, m, n) * splits)
+        product = KernelCall(warp_gemm, programs, arguments, constants, ONE_WARPGROUP)
+        if splits == 1:
+            return (product,)
+        return product, add_splits(sum_splits, (sums, out, bias, m, rows, n, splits), out, splits)
+
+    def _rows(self, config: GemmConfig, operands: GemmOperands) -> tuple[KernelCall, ...]:
+        """With scales at the end of the sum."""
+        _, _, out, x_scale, w_scale, bias, _, _ = operands
+        m, n, k = operands.sizes
+        programs = min(multiprocessors(out.device.index), tiles_of(config, m, n))
+        last = (x_scale, w_scale, bias, m, n, k, *operands.scale_strides)
+        buffers = self.out_buffers(config, out.element_size(), 0)
+        constants = {**_constants(config), "PROMOTE": operands.promoted, "BUFFERS": buffers}
+        arguments = (*_tiles(config, operands, out), *last)
+        return (KernelCall(warp_row_gemm, programs, arguments, constants, ONE_WARPGROUP),)
+
+
+class SplitGemm(WarpGemm):
+    """The same with K split where there are too few tiles, for scales inside the sum."""
+
+    splits = True
+
+    def written_bytes(self, problem: GemmProblem) -> int:
+        """Those of a split's sums."""
+        return 4
+
+
+def _tiles(config: GemmConfig, operands: GemmOperands, out: torch.Tensor) -> tuple[Any, Any, Any]:
+    return tile(operands.x, config.box), tile(operands.w, config.block_n), tile(out, 64, config.block_n)
+
+
+def _constants(config: GemmConfig) -> dict[str, int]:
+    waves = config.block_m // config.consumers // 64
+    return {"CONSUMERS": config.consumers, "WAVES": waves, "STAGES": config.stages, "GROUP": config.group}

@@ -1,0 +1,262 @@
+"""Kernels of the target sm_90a for tests: each configuration, launched on operands or compiled ahead of time for some.
+
+Operands of a compilation have no data: they are on the device "meta". Their sizes are such that the compiler knows of
+them what it knows of large ones, and that strides of scales are no multiples of 16.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen.launching.launch import KernelCall
+from codegen.machine_code import MachineCode
+from codegen.quantize.plain import scale_like
+from codegen.targets.hopper import HOPPER
+from codegen.templates.body import body_call
+from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands
+from codegen.templates.fused_quantize import FusedQuantizeConfig, FusedQuantizeOperands, FusedQuantizeProblem
+from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Kind
+from codegen.templates.gemm_template import GemmTemplate
+from codegen.templates.grouped import GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
+from codegen.templates.quantize import QuantizeConfig, QuantizeOperands, QuantizeProblem
+from qcompiler import numerics
+from qcompiler.body import parse
+from qcompiler.numerics import ALL
+
+E4M3 = torch.float8_e4m3fn
+GLUON = ("warp", "split", "narrow")
+WARP = ("warp", "split")
+MANY_ROWS = 1 << 20
+
+choose, refusal, estimated_time = HOPPER.gemm.choose, HOPPER.gemm.why_not, HOPPER.gemm.time
+
+
+def gemm_template(config: GemmConfig) -> GemmTemplate:
+    found = HOPPER.gemm.template(config)
+    assert isinstance(found, GemmTemplate)
+    return found
+
+
+def grouped_memory(config: GroupedConfig, out_bytes: int = 2, groups: int = 256) -> int:
+    found = HOPPER.grouped_gemm.template(config)
+    assert isinstance(found, GroupedGemm)
+    return found.shared_memory(config, out_bytes, groups)
+
+
+def shared_memory(config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:
+    return gemm_template(config).shared_memory(config, out_bytes, stage_scales)
+
+
+def all_configs(kind: Kind = "tiles", x_block: int = 128) -> tuple[GemmConfig, ...]:
+    return HOPPER.gemm.configs(GemmProblem(1, 1, 1, kind=kind, x_block=x_block))
+
+
+def all_fused_configs() -> tuple[FusedGemmConfig, ...]:
+    found = HOPPER.fused_gemm.configs(FusedGemmProblem(1, 1, 1, 1))
+    return tuple(config for config in found if isinstance(config, FusedGemmConfig))
+
+
+GROUPED_CONFIGS = HOPPER.grouped_gemm.configs(GroupedProblem(1))
+TALL = next(config for config in GROUPED_CONFIGS if config.block_m == 192)
+
+
+def choose_grouped(mean: float, out_bytes: int = 2) -> GroupedConfig:
+    return HOPPER.grouped_gemm.choose(GroupedProblem(mean, out_bytes=out_bytes))
+
+
+def launch_gemm(
+    config: GemmConfig, x: Tensor, w: Tensor, out: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None,
+    x_block: int = 128,
+) -> None:  # fmt: skip
+    """Scales inside the sum."""
+    HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, bias, x_block))
+
+
+def launch_row_gemm(
+    config: GemmConfig, x: Tensor, w: Tensor, out: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None,
+    promote: bool | None = None,
+) -> None:  # fmt: skip
+    """Scales at the end of the sum."""
+    HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, bias, None, promote))
+
+
+def launch_grouped(config: GroupedConfig, *operands: Any) -> None:
+    HOPPER.grouped_gemm.launch(config, GroupedOperands(*operands))
+
+
+def launch_fused(
+    config: FusedGemmConfig, body: str, x: Tensor, w: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None,
+    others: Sequence[Tensor], out: Tensor, out_scale: Tensor | None = None, profile: str = "deepseek",
+) -> None:  # fmt: skip
+    operands = FusedOperands(body, GemmOperands(x, w, out, xs, ws, bias), others, out_scale, profile)
+    HOPPER.fused_gemm.launch(config, operands)
+
+
+def launch_quantize(x: Tensor, q: Tensor, scale: Tensor, block: Sequence[int], *last: Any, known: bool = False) -> None:
+    """What the operator launches; last come the profile and the prescale."""
+    config = HOPPER.quantize.choose(QuantizeProblem(x.shape[0], x.shape[1], (block[0], block[1]), known))
+    HOPPER.quantize.launch(config, QuantizeOperands(x, q, scale, block, *last))
+
+
+# Ahead of time
+
+M, N, K = 768, 768, 640
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def maybe(dtype: torch.dtype | None, *shape: int) -> Tensor | None:
+    return None if dtype is None else meta(*shape, dtype=dtype)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """A tensor that lies alike, an element after a multiple of 16 bytes."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return meta(extent + 2, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride(), 1)
+
+
+def compiled(call: KernelCall) -> MachineCode:
+    return HOPPER.compile(call)
+
+
+def compile_gemm(
+    config: GemmConfig, *, out_dtype: torch.dtype = torch.bfloat16, bias_dtype: torch.dtype | None = None,
+    scale_layout: str = "col_major", aligned: bool = True, x_block: int = 128,
+) -> MachineCode:  # fmt: skip
+    """The GEMM with scales inside the sum."""
+    n, k = (N, K) if aligned else (N - 1, K - 1)
+    x, w, out = meta(M, k, dtype=E4M3), meta(n, k, dtype=E4M3), meta(M, n, dtype=out_dtype)
+    scale, bias = scale_like(x, x_block, scale_layout), maybe(bias_dtype, n)
+    w_scale = meta(-(-n // 128), -(-k // 128))
+    if not aligned:
+        x, w, out, scale, w_scale = map(unaligned, (x, w, out, scale, w_scale))
+    return compiled(HOPPER.gemm.calls(config, GemmOperands(x, w, out, scale, w_scale, bias, x_block))[0])
+
+
+def compile_row_gemm(
+    config: GemmConfig, kind: Kind = "rows_f8", *, out_dtype: torch.dtype = torch.bfloat16,
+    bias_dtype: torch.dtype | None = None, aligned: bool = True, promote: bool | None = None, partial: bool = False,
+) -> MachineCode:  # fmt: skip
+    """The GEMM with scales at the end of the sum; `partial`, what writes the sums of a split of K."""
+    dtype = torch.int8 if kind == "rows_i8" else E4M3
+    m, n, k = (16, 128, 8192) if partial else (M, N, K) if aligned else (M, N - 1, K - 1)
+    x, w, out = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), meta(m, n, dtype=out_dtype)
+    x_scale, w_scale, bias = meta(m, 1), meta(n, 1), maybe(bias_dtype, n)
+    if not aligned:
+        x, w, out, x_scale, w_scale = map(unaligned, (x, w, out, x_scale, w_scale))
+    calls = HOPPER.gemm.calls(config, GemmOperands(x, w, out, x_scale, w_scale, bias, None, promote))
+    assert len(calls) == (2 if partial else 1)
+    return compiled(calls[0])
+
+
+def compile_sum_splits(
+    splits: int, kind: Kind = "tiles", *, out_dtype: torch.dtype = torch.bfloat16,
+    bias_dtype: torch.dtype | None = None,
+) -> MachineCode:  # fmt: skip
+    """What adds the splits of K of a narrow tile."""
+    dtype, x_block = (E4M3, 128) if kind == "tiles" else (torch.int8 if kind == "rows_i8" else E4M3, None)
+    config = next(each for each in all_configs(kind) if each.variant == "narrow")
+    k = 512 * splits
+    x, w, out = meta(16, k, dtype=dtype), meta(128, k, dtype=dtype), meta(16, 128, dtype=out_dtype)
+    scales = (scale_like(x, 128, "col_major"), meta(1, k // 128)) if x_block else (meta(16, 1), meta(128, 1))
+    _, last = HOPPER.gemm.calls(config, GemmOperands(x, w, out, *scales, maybe(bias_dtype, 128), x_block))
+    assert last.constants["SPLITS"] == splits
+    return compiled(last)
+
+
+def compile_fused(
+    config: FusedGemmConfig, body: str, *, others: Sequence[torch.dtype] = (), bias_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None, columns: int = 640, scale_layout: str = "col_major",
+    profile: str = numerics.DEFAULT_PROFILE,
+) -> MachineCode:  # fmt: skip
+    """The GEMM with a body; with an `out_dtype` its result is quantized."""
+    rows = config.parts * columns
+    x, w = meta(M, K, dtype=E4M3), meta(rows, K, dtype=E4M3)
+    out = meta(M, columns, dtype=out_dtype or parse(body).dtype())
+    scales = scale_like(x, 128, "col_major"), meta(-(-rows // 128), K // 128)
+    product = GemmOperands(x, w, out, *scales, maybe(bias_dtype, rows))
+    more = [meta(M, columns, dtype=dtype) for dtype in others]
+    scale = None if out_dtype is None else scale_like(out, 128, scale_layout)
+    return compiled(HOPPER.fused_gemm.calls(config, FusedOperands(body, product, more, scale, profile))[0])
+
+
+def compile_body(body: str, dtype: torch.dtype = torch.bfloat16) -> MachineCode:
+    made = parse(body)
+    sums, others = ([meta(M, N, dtype=dtype) for name in made.operands if name[0] == kind] for kind in "yx")
+    return compiled(body_call(body, sums, others, meta(M, N, dtype=made.dtype())))
+
+
+def compile_grouped(
+    config: GroupedConfig, *, out_dtype: torch.dtype = torch.bfloat16, groups: int = 256, masked: bool = False
+) -> MachineCode:
+    x, w = meta(M, K, dtype=E4M3), meta(groups, N, K, dtype=E4M3)
+    scales = scale_like(x, 128, "col_major"), meta(groups, N // 128, K // 128)
+    out, offsets = meta(M, N, dtype=out_dtype), meta(groups, dtype=torch.int32)
+    operands = GroupedOperands(x, w, out, *scales, offsets, M if masked else None)
+    return compiled(HOPPER.grouped_gemm.calls(config, operands)[0])
+
+
+def quantize_calls(
+    dtype: torch.dtype, m: int, k: int, block: tuple[int, int], out_dtype: torch.dtype, *,
+    profile: str = numerics.DEFAULT_PROFILE, scale_layout: str = "row_major", prescale: bool = False,
+    known: bool = False, config: QuantizeConfig | None = None,
+) -> Sequence[KernelCall]:  # fmt: skip
+    x, q = meta(m, k, dtype=dtype), meta(m, k, dtype=out_dtype)
+    scale = meta(1, 1) if block[0] == ALL else scale_like(x, block[1], scale_layout)
+    operands = QuantizeOperands(x, q, scale, block, profile, meta(k) if prescale else None)
+    tile = config or HOPPER.quantize.choose(QuantizeProblem(m, k, block, known))
+    return HOPPER.quantize.calls(tile, operands)
+
+
+def compile_quantize(
+    dtype: torch.dtype = torch.bfloat16, *, block_k: int = 128, out_dtype: torch.dtype = E4M3, **rest: Any
+) -> MachineCode:
+    """Tiles of `block_k` columns."""
+    return compiled(quantize_calls(dtype, MANY_ROWS, 5 * block_k, (1, block_k), out_dtype, **rest)[0])
+
+
+def compile_tokens(
+    k: int, dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, out_dtype: torch.dtype = E4M3, **rest: Any
+) -> MachineCode:
+    """A scale for each row of `k` columns."""
+    return compiled(quantize_calls(dtype, m, k, (1, ALL), out_dtype, **rest)[0])
+
+
+def compile_known(
+    dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, out_dtype: torch.dtype = E4M3,
+    block_k: int | None = None, **rest: Any,
+) -> MachineCode:  # fmt: skip
+    """A scale that is given: for tiles of `block_k` columns, or for the tensor."""
+    block = (ALL, ALL) if block_k is None else (1, block_k)
+    if block_k is not None:
+        rest["scale_layout"] = "col_major"
+    return compiled(quantize_calls(dtype, m, K, block, out_dtype, known=True, **rest)[0])
+
+
+def compile_amax(dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, prescale: bool = False) -> MachineCode:
+    """The amax of a tensor of `m` rows."""
+    return compiled(quantize_calls(dtype, m, K, (ALL, ALL), E4M3, prescale=prescale)[0])
+
+
+def compile_scale() -> MachineCode:
+    """What makes the scale of a tensor from the amaxes of its parts."""
+    return compiled(quantize_calls(torch.bfloat16, MANY_ROWS, K, (ALL, ALL), E4M3)[1])
+
+
+def compile_fused_quantize(
+    body: str, operands: tuple[torch.dtype, ...], k: int, *, m: int = MANY_ROWS, vectors: tuple[int, ...] = (),
+    keep: tuple[str, ...] = (), block_k: int = 128, out_dtype: torch.dtype = E4M3,
+    profile: str = numerics.DEFAULT_PROFILE, scale_layout: str = "col_major", config: FusedQuantizeConfig | None = None,
+) -> MachineCode:  # fmt: skip
+    """Quantization of a body; `vectors` are the places of operands that are vectors."""
+    made, widest = parse(body), max(dtype.itemsize for dtype in operands)
+    given = [meta(*([k] if i in vectors else [m, k]), dtype=dtype) for i, dtype in enumerate(operands)]
+    kept, q = [meta(m, k, dtype=made.dtype(name)) for name in keep], meta(m, k, dtype=out_dtype)
+    problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), widest, len(keep))
+    tile = config or HOPPER.fused_quantize.choose(problem)
+    operands_ = FusedQuantizeOperands(body, keep, given, kept, q, scale_like(q, block_k, scale_layout), profile)
+    return compiled(HOPPER.fused_quantize.calls(tile, operands_)[0])
