@@ -94,7 +94,7 @@ class _Operands:
             result = self.others[0] + sums[0]
         else:
             result = functional.silu(sums[0]) * sums[1] if self.case.parts == 2 else functional.gelu(sums[0])
-        return numerics.quantize(result, (1, 128), E4M3) if self.case.quantized else result
+        return numerics.quantize(result, numerics.format_of((1, 128), E4M3)) if self.case.quantized else result
 
 
 def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:

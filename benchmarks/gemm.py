@@ -158,7 +158,15 @@ def measure_granularities(m: int, n: int, k: int) -> dict[str, Any]:
         x, xs = torch.ops.qcompiler.quantize(left, x_block, dtype, "deepseek", layout)
         w, ws = torch.ops.qcompiler.quantize(right, w_block, dtype, "deepseek", "row_major")
         arguments = (x, xs, w, ws, None, x_block, w_block, torch.bfloat16)
-        want = numerics.scaled_linear(x, xs, w, ws, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
+        want = numerics.scaled_linear(
+            x,
+            xs,
+            w,
+            ws,
+            x_format=numerics.format_of(x_block, x.dtype),
+            w_format=numerics.format_of(w_block, w.dtype),
+            out_dtype=torch.float32,
+        )
         worst = max(worst, harness.relative_error(torch.ops.qcompiler.scaled_linear(*arguments), want))
         del want
         row[name] = work / harness.milliseconds(lambda given=arguments: torch.ops.qcompiler.scaled_linear(*given))

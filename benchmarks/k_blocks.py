@@ -47,7 +47,13 @@ def _launch(size: int, k_block: int) -> Callable[[], object]:
     HOPPER.gemm.launch(config, operands)
     some = slice(0, 256)
     want = numerics.scaled_linear(
-        x[some], xs[some], w, ws, x_block=(1, k_block), w_block=(128, 128), out_dtype=torch.float32
+        x[some],
+        xs[some],
+        w,
+        ws,
+        x_format=numerics.format_of((1, k_block), x[some].dtype),
+        w_format=numerics.format_of((128, 128), w.dtype),
+        out_dtype=torch.float32,
     )
     error = harness.relative_error(out[some], want)
     print(f"{size}, k_block {k_block}: {config}, error {error:.2e}", flush=True)

@@ -103,7 +103,7 @@ def products() -> Iterator[str]:
         w, ws = quantized(N, K, BLOCK)
         bias = draw(N, 1)[:, 0].contiguous().cuda()
         parts = [t.cpu() for t in (x, xs, w, ws, bias)]
-        want = numerics.scaled_linear(*parts, x_block=(1, x_block), w_block=(128, 128), out_dtype=BF16)
+        want = numerics.scaled_linear(*parts, x_format=numerics.format_of((1, x_block)), out_dtype=BF16)
         problem = GemmProblem(M, N, K, x_block=x_block)
         for config in HOPPER.gemm.configs(problem):
             if HOPPER.gemm.why_not(config, problem) is None:
@@ -129,9 +129,9 @@ def row_products() -> Iterator[str]:
     for kind, dtype in kinds:
         x, xs = quantized(M, K, TOKEN, dtype)
         w, ws = quantized(N, K, TOKEN, dtype)
-        want = numerics.scaled_linear(
-            *(t.cpu() for t in (x, xs, w, ws)), None, x_block=(1, -1), w_block=(1, -1), out_dtype=BF16
-        )
+        rows = numerics.format_of((1, -1), dtype)
+        parts = [t.cpu() for t in (x, xs, w, ws)]
+        want = numerics.scaled_linear(*parts, x_format=rows, w_format=rows, out_dtype=BF16)
         problem = GemmProblem(M, N, K, kind=kind)
         for config in HOPPER.gemm.configs(problem):
             if HOPPER.gemm.why_not(config, problem) is None:

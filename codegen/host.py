@@ -24,7 +24,7 @@ import codegen.torch_ops  # noqa: F401  (registers the operators whose schemas a
 from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
-from qcompiler.ir import Argument, Graph, Op, Role, Value
+from qcompiler.ir import Argument, Format, Graph, Op, Role, Value
 from qcompiler.ir.graph import UPDATE
 from qcompiler.ir.op_table import lookup
 from qcompiler.ir.structure import INPUT
@@ -38,11 +38,12 @@ PRELUDES = {
     "scalars[": "from qcompiler.dialects.core import SCALAR_FUNCTIONS as scalars",
     "expect(": "from qcompiler.dialects.core import expect",
     "lookup(": "from qcompiler.ir.op_table import lookup",
+    "parse_format(": "from qcompiler.ir import parse_format",
 }
 """What a function may need, by the text that shows that it does; the target says how it gets at `kernels`."""
 
-RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "weights", "device", "float", "getattr", *keyword.kwlist}
-RESERVED |= set(dir(torch.nn.Module()))
+RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "parse_format", "weights", "device", "float", "getattr"}
+RESERVED |= {*keyword.kwlist, *dir(torch.nn.Module())}
 """Names that a value must not take: those of the module itself, and those that a weight's owner has already."""
 
 
@@ -135,6 +136,8 @@ class _Emitter:
             return self.names[arg]
         if isinstance(arg, tuple):
             return f"[{', '.join(map(self.argument, arg))}]"
+        if isinstance(arg, Format):
+            return f"parse_format({str(arg)!r})"
         if isinstance(arg, float) and not math.isfinite(arg):
             return f'float("{arg}")'
         return repr(to_torch(arg))
@@ -182,7 +185,7 @@ class _Emitter:
 
     def kernel_call(self, op: Op, schema: torch._C.FunctionSchema) -> str:
         """The call of a kernel's operator: it takes the operands in order, and the attributes by name."""
-        operands, args = iter(op.args), list[str]()
+        operands, attrs, args = iter(op.args), _operator_attributes(op), list[str]()
         for parameter in schema.arguments:
             kind = str(parameter.type)
             if kind == "List[Tensor]":
@@ -190,7 +193,7 @@ class _Emitter:
             elif kind in ("Tensor", "Optional[Tensor]"):
                 args.append(self.argument(next(operands, None)))
             else:
-                args.append(self.argument(op.attrs.get(parameter.name)))
+                args.append(self.argument(attrs.get(parameter.name)))
         optional = sum(parameter.has_default_value() for parameter in schema.arguments)
         while optional and args[-1] == "None":
             args.pop()
@@ -243,6 +246,17 @@ def _memory_of(value: Value) -> set[Value]:
         found.add(value)
         if lookup(value.op.name) is None and is_view(value.op.name):
             stack += [operand for _, operand in value.op.operands() if operand not in found]
+    return found
+
+
+def _operator_attributes(op: Op) -> dict[str, Argument]:
+    """The attributes of an operation as its operator takes them: block, dtype, profile and layout of each format."""
+    found = dict(op.attrs)
+    for name, value in op.attrs.items():
+        if isinstance(value, Format):
+            prefix = name.removesuffix("format")
+            found |= {f"{prefix}block": value.block, f"{prefix}dtype": value.element}
+            found |= {f"{prefix}profile": value.profile, f"{prefix}scale_layout": value.scale_layout}
     return found
 
 

@@ -8,9 +8,8 @@ Two families of kernels multiply 8-bit operands, and what they can scale decides
 
 from collections.abc import Sequence
 
-import torch
-
-from qcompiler.numerics import ALL
+from qcompiler.dialects.kernel import why_no_kernel
+from qcompiler.ir import ALL, DType, Format
 
 Block = tuple[int, int]
 
@@ -23,21 +22,18 @@ WEIGHT_BLOCK: Block = (128, 128)
 WHOLE_ROWS: tuple[Block, ...] = ((1, ALL), (ALL, ALL))
 """Blocks with one scale for all of K: a token, an output channel, the tensor."""
 
-FORMATS = (torch.float8_e4m3fn, torch.int8)
+ELEMENTS = (DType.f8e4m3fn, DType.i8)
 """What the tensor cores are given."""
 
 
-def why_not(x_block: Sequence[int], w_block: Sequence[int], x_dtype: torch.dtype, w_dtype: torch.dtype) -> str | None:
+def why_not(x: Format, w: Format) -> str | None:
     """Why the GPU kernels cannot run a scaled linear, in one sentence without a final stop, or None if they can.
 
     Args:
-        x_block: Rows and columns of a block of the activation; `numerics.ALL` is the whole of an axis.
-        w_block: Rows and columns of a block of the weight, `[N, K]`.
-        x_dtype: Format of the activation's codes.
-        w_dtype: Format of the weight's codes.
+        x: The format of the activation.
+        w: The format of the weight, `[N, K]`.
     """
-    x, w = _pair(x_block), _pair(w_block)
-    return _why_not_formats(x_dtype, w_dtype) or _why_not_channels(x, w) or _why_not_blocks(x, w, x_dtype)
+    return _why_not_formats(x, w) or _why_not_channels(x.block, w.block) or _why_not_blocks(x.block, w.block, x.element)
 
 
 def is_tiled(w_block: Sequence[int]) -> bool:
@@ -45,13 +41,12 @@ def is_tiled(w_block: Sequence[int]) -> bool:
     return _pair(w_block) == WEIGHT_BLOCK
 
 
-def _why_not_formats(x_dtype: torch.dtype, w_dtype: torch.dtype) -> str | None:
-    names = [str(dtype).removeprefix("torch.") for dtype in (x_dtype, w_dtype)]
-    if x_dtype != w_dtype:
-        return f"a product needs both operands in one format, here x is {names[0]} and w is {names[1]}"
-    if x_dtype not in FORMATS:
-        return f"the kernels multiply float8_e4m3fn or int8, not {names[0]}"
-    return None
+def _why_not_formats(x: Format, w: Format) -> str | None:
+    if x.element is not w.element:
+        return f"a product needs both operands in one format, here x is {x.element} and w is {w.element}"
+    if x.element not in ELEMENTS:
+        return f"the kernels multiply {' or '.join(map(str, ELEMENTS))}, not {x.element}"
+    return next(filter(None, map(why_no_kernel, (x, w))), None) if x.block[1] != 1 != w.block[1] else None
 
 
 def _why_not_channels(x: Block, w: Block) -> str | None:
@@ -69,9 +64,9 @@ def _why_not_channels(x: Block, w: Block) -> str | None:
     return None
 
 
-def _why_not_blocks(x: Block, w: Block, dtype: torch.dtype) -> str | None:
+def _why_not_blocks(x: Block, w: Block, element: DType) -> str | None:
     rows = " or ".join(str(list(block)) for block in WHOLE_ROWS)
-    if dtype == torch.int8 and not (x in WHOLE_ROWS and w in WHOLE_ROWS):
+    if element is DType.i8 and not (x in WHOLE_ROWS and w in WHOLE_ROWS):
         return (
             f"INT8 sums are scaled once, at their end, so x and w need {rows}, here they have {list(x)} and {list(w)}"
         )

@@ -58,12 +58,19 @@ def _quantize_reference(
     x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_layout(block, scale_layout)
-    return _laid_out(*numerics.quantize(x, block, dtype, profile, prescale), block, scale_layout)
+    q, scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
+    return _laid_out(q, scale, block, scale_layout)
 
 
 def _laid_out(q: Tensor, scale: Tensor, block: Sequence[int], scale_layout: str) -> tuple[Tensor, Tensor]:
     """Codes and their scales, with these in a layout."""
     return q, scale if scale_layout == "row_major" else scale_like(q, block[1], scale_layout).copy_(scale)
+
+
+def _quantize_static_reference(
+    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
+) -> Tensor:
+    return numerics.quantize_static(x, scale, numerics.format_of(block, dtype, profile), prescale)
 
 
 def _quantize_static_fake(
@@ -97,9 +104,7 @@ def _fused_quantize_reference(
     scale_layout: str,
 ) -> list[Tensor]:  # fmt: skip
     check_layout(block, scale_layout)
-    q, scale, *kept = fused_quantize(
-        *operands, body=body, keep=keep, scale_layout=scale_layout, block=block, dtype=dtype, profile=profile
-    )
+    q, scale, *kept = fused_quantize(*operands, body=body, keep=keep, format=numerics.format_of(block, dtype, profile))
     return [*_laid_out(q, scale, block, scale_layout), *kept]
 
 
@@ -114,19 +119,26 @@ def _fused_linear_fake(
     return list(_quantize_fake(result, block, dtype, profile, scale_layout))
 
 
+def _multiplied(
+    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
+    *, x_format: numerics.Format, w_format: numerics.Format, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return scaled_linear_on_cpu(x_q, x_s, w_q, w_s, bias, x_format.block, w_format.block, out_dtype)
+
+
 def _fused_linear_reference(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
     body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
     dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
     run = partial(
-        fused_linear, x_q, x_s, w_q, w_s, bias, *others, body=body, parts=parts, x_block=x_block, w_block=w_block,
-        x_scale_layout="row_major", multiply=scaled_linear_on_cpu,
+        fused_linear, x_q, x_s, w_q, w_s, bias, *others, body=body, parts=parts, multiply=_multiplied,
+        x_format=numerics.format_of(x_block, x_q.dtype), w_format=numerics.format_of(w_block, w_q.dtype),
     )  # fmt: skip
     if block is None or dtype is None or profile is None or scale_layout is None:
         return list(run())
     check_layout(block, scale_layout)
-    q, scale = run(block=block, dtype=dtype, profile=profile)
+    q, scale = run(format=numerics.format_of(block, dtype, profile))
     return list(_laid_out(q, scale, block, scale_layout))
 
 
@@ -139,7 +151,7 @@ _OPERATORS = (
     (
         "quantize_static(Tensor x, Tensor scale, int[] block, ScalarType dtype, str profile, Tensor? prescale=None) "
         "-> Tensor",
-        (numerics.quantize_static, quantize_static_on_gpu, _quantize_static_fake),
+        (_quantize_static_reference, quantize_static_on_gpu, _quantize_static_fake),
     ),
     (
         "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import qcompiler
 from qcompiler import Calibration, CompiledModel, Graph
 from qcompiler.capture import capture
-from qcompiler.ir import DType
+from qcompiler.ir import DType, Format
 from qcompiler.pipelines import Recipe
 from qcompiler.schemes import Scheme, find, register
 
@@ -29,7 +29,7 @@ register(
     Scheme(
         INT8_TILES,
         "INT8 in the tiles of fp8_tile: simulated only, for comparison.",
-        recipe=Recipe(DType.i8),
+        recipe=Recipe(Format(DType.i8, (1, 128)), Format(DType.i8, (128, 128))),
         options=("k_block",),
     )
 )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.ir import Argument, DType, Op, Role, TensorType, Value
+from qcompiler.numerics.dtypes import torch_dtype
 
 FLOATS = (DType.bf16, DType.f16, DType.f32)
 """What a body reads and gives."""

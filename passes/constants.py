@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qcompiler.dialects.aten import ir_dtype
 from qcompiler.ir import DType, Graph, Rewriter, Role, TensorType, Value, legal_name
+from qcompiler.numerics.dtypes import ir_dtype
 
 
 def free_name(graph: Graph, name: str) -> str:

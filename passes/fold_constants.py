@@ -43,7 +43,7 @@ class QuantizedWeight(Rule):
         return {}
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: object) -> None:
-        store(op, rewriter, ("_q", "_s"))
+        store(op, rewriter, ("_q", "_s", "_t")[: len(op.results)])
 
 
 class WeightArithmetic(Rule):
@@ -106,9 +106,9 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
             del graph.weights[str(source.attrs["name"])]  # pop would load it
 
 
-def is_poisoned(codes: Tensor, scale: Tensor) -> bool:
+def is_poisoned(codes: Tensor, scale: Tensor, *_: Tensor) -> bool:
     """Whether quantization has met a NaN or an infinity, which leaves NaN in the codes or in the scale."""
-    if scale.isnan().any():
+    if scale.to(torch.float32).isnan().any():
         return True
     largest = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7C}.get(codes.dtype)  # NaN codes come after these
     return largest is not None and bool((codes.view(torch.int8).bitwise_and(0x7F) > largest).any())
@@ -148,7 +148,8 @@ def _elements(op: Op) -> int:
 
 
 def _bytes(op: Op) -> int:
-    return _elements(op) * op.result.tensor.dtype.bytes
+    size = op.result.tensor.bytes
+    return size if isinstance(size, int) else 0
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     %y = aten.linear(%x, %w)
   ->
-    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], …}
-    %w_q, %w_s = quant.quantize(%w) {block = [128, 128], …}
+    %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile}
+    %w_q, %w_s = quant.quantize(%w) {format = #fp8_block}
     …, as `quantize` does it
 
 Source of the method: DeepSeek-V3 Technical Report, section 3.3.2 (fine-grained quantization).
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.quantize import Quantize
+from qcompiler.ir import Format
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 
 
 @dataclass(frozen=True)
@@ -21,5 +23,5 @@ class Fp8Tile(Quantize):
 
     name: ClassVar[str] = "fp8-tile"
 
-    x_block: tuple[int, int] = (1, 128)
-    w_block: tuple[int, int] = (128, 128)
+    x_format: Format = FP8_TILE
+    w_format: Format = FP8_BLOCK

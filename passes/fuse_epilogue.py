@@ -20,15 +20,13 @@ from passes.fused_producer import TURNED_CODES
 from passes.region_bodies import body_of, in_order, rounded, substituted
 from passes.regions import Limits, Region, grow
 from qcompiler.body import Body, Expression, Name, parse
-from qcompiler.dialects.kernel import QUANTIZED
-from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
+from qcompiler.dialects.quant import is_static
+from qcompiler.ir import Argument, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.pass_manager import Effect, Pass
 
 OTHERS = 2
 """How many operands a body behind a product may have, beside the product and its bias."""
-
-TILE, BLOCK = (1, 128), (128, 128)
-"""The blocks of activations and weights whose kernel takes a body."""
 
 PLAIN = {1: "x0", 2: "x0 * x1"}
 """The body of a kernel.quantize, by the number of its operands."""
@@ -60,13 +58,13 @@ class ProductThenBody(Rule):
     root = ("kernel.scaled_linear",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if (op.attrs["x_block"], op.attrs["w_block"], op["x"].tensor.dtype) != (TILE, BLOCK, DType.f8e4m3fn):
-            return Missed(f"only FP8 products of {list(TILE)} tiles and {list(BLOCK)} blocks take a body")
+        if not takes_body(op.format("x_format"), op.format("w_format")):
+            return Missed(f"only products of {FP8_TILE} and {FP8_BLOCK} take a body")
         parts = parts_of(op.result, graph)
         if isinstance(parts, Missed):
             return parts
         readers = list(dict.fromkeys(user for part in parts for user in graph.users(part)))
-        if len(readers) == 1 and readers[0].role is Role.QUANTIZE and "scale_layout" in readers[0].attrs:
+        if len(readers) == 1 and _writes_scales(readers[0]):
             epilogue = quantization(readers[0], parts)
         else:
             epilogue = arithmetic(readers, parts, graph)
@@ -76,7 +74,7 @@ class ProductThenBody(Rule):
         bias = op.get("bias")
         args: list[Argument] = [op["x"], op["x_scale"], op["w"], op["w_scale"]]
         args += [bias, *epilogue.others] if bias is not None or epilogue.others else []
-        attrs = {key: op.attrs[key] for key in ("w_block", "x_block", "x_scale_layout")}
+        attrs = {key: op.attrs[key] for key in ("w_format", "x_format")}
         attrs |= {"body": str(epilogue.body), "parts": parts, **epilogue.quantized}
         made = rewriter.insert("kernel.fused_linear", *args, attrs=attrs)
         rewriter.graph.move(made, before=epilogue.last)
@@ -84,6 +82,15 @@ class ProductThenBody(Rule):
         rewriter.replace(epilogue.last, *made.results)
         for unread in read:
             rewriter.erase_unread(unread)
+
+
+def _writes_scales(op: Op) -> bool:
+    return op.role is Role.QUANTIZE and op.name.startswith("kernel.") and not is_static(op)
+
+
+def takes_body(x_format: Format, w_format: Format) -> bool:
+    """Whether a kernel multiplies operands in these formats and applies a body to the sums."""
+    return x_format.decodes_like(FP8_TILE) and w_format.decodes_like(FP8_BLOCK)
 
 
 def parts_of(product: Value, graph: Graph) -> list[Value] | Missed:
@@ -125,14 +132,14 @@ def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
         return Missed("the arithmetic behind it has a second result", op.results[2])
     if body.across:
         return Missed("the arithmetic behind it reduces whole rows, of which a tile has a part", op.results[0])
-    if (op.attrs["block"], op.attrs["dtype"]) != (TILE, DType.f8e4m3fn):
-        return Missed(f"it is not quantized to FP8 in tiles {list(TILE)} again", op.results[0])
+    if not op.format().decodes_like(FP8_TILE):
+        return Missed(f"it is not quantized to {FP8_TILE} again", op.results[0])
     if op.results[0].tensor.shape != parts[0].tensor.shape:
         return Missed("it is quantized with its rows arranged otherwise", op.results[0])
     named = {f"x{place}": value for place, value in enumerate(operands)}
     spelled = {name: spelling(parts, value) for name, value in named.items() if value in parts}
     body = with_operands(body, spelled)
-    return finished(op, body, named, {key: op.attrs[key] for key in QUANTIZED})
+    return finished(op, body, named, {"format": op.format()})
 
 
 def arithmetic(readers: Sequence[Op], parts: Sequence[Value], graph: Graph) -> Epilogue | Missed:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
+from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.pass_manager import Effect, Pass
 
 NOT_QUANTIZED = Missed("none of its operands is quantized")
@@ -42,8 +42,12 @@ class DequantizeThenLinear(Rule):
         return {"x": x, "w": w, "bias": _before_cast(bias), "last": _cast_behind(op, graph) or op}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Op, w: Op, bias: Value | None, last: Op, **_: Any) -> None:
-        attrs = {"out_dtype": last.result.tensor.dtype, "x_block": x.attrs["block"], "w_block": w.attrs["block"]}
-        args = [x["data"], x["scale"], w["data"], w["scale"], *([] if bias is None else [bias])]
+        args: list[Argument] = [x["data"], x["scale"], w["data"], w["scale"], bias]
+        args += [x.get("tensor_scale"), w.get("tensor_scale")]
+        while args[-1] is None:
+            args.pop()
+        attrs: dict[str, Argument] = {"out_dtype": last.result.tensor.dtype}
+        attrs |= {"w_format": w.format(), "x_format": x.format()}
         fused = rewriter.insert("quant.linear", *args, attrs=attrs)
         read = [op, *(value.op for _, value in op.operands())]
         rewriter.replace(last, fused.result)

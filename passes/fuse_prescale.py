@@ -41,7 +41,7 @@ class MulThenQuantize(Rule):
         """Whether `factors` is a constant number for each channel of an activation, multiplied in FP32."""
         if not graph.is_constant(factors) or graph.is_constant(x) or factors.tensor.dtype is not DType.f32:
             return False
-        return x.tensor.dtype.bytes <= 4 and x.tensor.dtype.is_float and factors.tensor.shape == x.tensor.shape[-1:]
+        return x.tensor.dtype.bits <= 32 and x.tensor.dtype.is_float and factors.tensor.shape == x.tensor.shape[-1:]
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, factors: Value, **_: Any) -> None:
         product = op["x"].op

@@ -16,7 +16,6 @@ from passes.arithmetic import is_row_view
 from passes.region_bodies import body_of, in_order, kept_names
 from passes.regions import Limits, Region, grow
 from qcompiler.body import Name
-from qcompiler.dialects.quant import block_of
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
 
 OPERANDS = 6
@@ -42,7 +41,7 @@ class ArithmeticThenQuantize(Rule):
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         x, prescale = op["x"], op.get("prescale")
-        if block_of(op, "block")[0] != 1:
+        if op.format().block[0] != 1:
             return Missed("one scale is for several rows", op.results[1])
         limits = Limits(operands=OPERANDS - (prescale is not None), across=self.across)
         region = grow(graph, x, limits, reader=op)

@@ -2,9 +2,9 @@
 
     %y = aten._grouped_mm(%x, %w, %offsets) : bf16[s0, 512]          %w is [experts, K, N]
   ->
-    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], …}
+    %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile}
     %w_t = aten.transpose.int(%w, -2, -1)
-    %w_q, %w_s = quant.quantize(%w_t) {block = [128, 128], …}        stored as [experts, N, K]
+    %w_q, %w_s = quant.quantize(%w_t) {format = #fp8_block}        stored as [experts, N, K]
     %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, %offsets) {out_dtype = bf16, …}
 
 Fused at once: torch has no grouped product in FP32 that all devices run, so there is none to dequantize for.
@@ -17,11 +17,8 @@ from passes.candidates import QUANTIZABLE, is_stored_quantized, why_tiny
 from passes.layers import why_not_selected
 from passes.scheme_options import SchemeOptions
 from qcompiler.dialects.aten import GROUPED
-from qcompiler.dialects.quant import block_of
-from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
-
-X_BLOCK, W_BLOCK, FORMAT = (1, 128), (128, 128), DType.f8e4m3fn
-"""The granularity and the format that the grouped kernels have."""
+from qcompiler.ir import Argument, DType, Format, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 
 ROW_BYTES = 16
 """The copy engine addresses rows of a multiple of so many bytes."""
@@ -51,11 +48,10 @@ class QuantizeGrouped(Rule):
     def why_not_scheme(self) -> Missed | None:
         """Why the options are none of a grouped product's."""
         options = self.options
-        if (options.x_block, options.w_block, options.dtype) == (X_BLOCK, W_BLOCK, FORMAT):
+        if options.x_format.decodes_like(FP8_TILE) and options.w_format.decodes_like(FP8_BLOCK):
             return None
-        wanted = f"{FORMAT} with [1, 128] tiles and [128, 128] blocks"
-        got = f"{options.dtype} with {list(options.x_block)} and {list(options.w_block)}"
-        return Missed(f"a grouped product is quantized to {wanted} only, this is {got}")
+        got = f"{options.x_format} and {options.w_format}"
+        return Missed(f"a grouped matmul is quantized to {FP8_TILE} and {FP8_BLOCK} only, this is {got}")
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, offsets: Value, **_: Any) -> None:
         rewriter.replace(op, self.grouped_linear(rewriter, x, w, offsets, op.result.tensor.dtype))
@@ -63,9 +59,9 @@ class QuantizeGrouped(Rule):
 
     def grouped_linear(self, rewriter: Rewriter, x: Value, w: Value, offsets: Value, out: DType) -> Value:
         """The quantized matmul of groups of rows of `x`, `[T, K]`, with `w`, `[E, K, N]`."""
-        operands = (*self.quantized(rewriter, x, X_BLOCK), *self.weight(rewriter, w), offsets)
-        attrs: dict[str, Argument] = {"out_dtype": out, "w_block": W_BLOCK, "x_block": X_BLOCK}
-        return rewriter.insert("quant.grouped_linear", *operands, attrs=attrs).result
+        operands = (*self.quantized(rewriter, x, self.options.x_format), *self.weight(rewriter, w), offsets)
+        formats: dict[str, Argument] = {"w_format": self.options.w_format, "x_format": self.options.x_format}
+        return rewriter.insert("quant.grouped_linear", *operands, attrs={"out_dtype": out, **formats}).result
 
     def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
         """Codes and scales of `[experts, N, K]`; those that the weights are stored as, when they are."""
@@ -74,13 +70,12 @@ class QuantizeGrouped(Rule):
         groups, k, n = w.tensor.shape
         kind = TensorType(w.tensor.dtype, (groups, n, k))
         turned = rewriter.insert("aten.transpose.int", w, -2, -1, types=[kind], names=[f"{w.name}_t"]).result
-        return self.quantized(rewriter, turned, W_BLOCK)
+        return self.quantized(rewriter, turned, self.options.w_format)
 
-    def quantized(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
+    def quantized(self, rewriter: Rewriter, value: Value, format: Format) -> tuple[Value, ...]:
         """Codes and scales of `value`."""
-        attrs: dict[str, Argument] = {"block": block, "dtype": FORMAT, "profile": self.options.profile}
         names = [f"{value.name}_q", f"{value.name}_s"]
-        return rewriter.insert("quant.quantize", value, attrs=attrs, names=names).results
+        return rewriter.insert("quant.quantize", value, attrs={"format": format}, names=names).results
 
 
 def _stored(w: Value) -> Op | None:
@@ -97,10 +92,9 @@ def _why_not_stored(w: Value) -> Missed | None:
         return Missed("its weights are stored quantized with N last, which is not how tensor cores read them", w)
     if (stored := _stored(w)) is None:
         return None
-    codes, block = stored["data"], block_of(stored, "block")
-    if codes.tensor.dtype is FORMAT and block == W_BLOCK:
+    if (format := stored.format()).decodes_like(FP8_BLOCK):
         return None
-    return Missed(f"its weights are stored as {codes.tensor.dtype} with a scale for each {list(block)}", codes)
+    return Missed(f"its weights are stored as {format}", stored["data"])
 
 
 def _why_not_operands(op: Op, offsets: Value | None, graph: Graph) -> Missed | None:
@@ -137,6 +131,6 @@ def _why_not_sizes(op: Op) -> Missed | None:
     out = op.result.tensor.dtype
     if k % ROW_BYTES != 0:
         return Missed(f"the grouped kernels need K to be a multiple of {ROW_BYTES}, it is {k}", w)
-    if n * out.bytes % ROW_BYTES != 0:
+    if n * out.bits // 8 % ROW_BYTES != 0:
         return Missed(f"the grouped kernels write rows of a multiple of {ROW_BYTES} bytes, {n} of {out} are none", w)
     return None

@@ -20,12 +20,12 @@ from typing import ClassVar
 from passes.candidates import is_stored_quantized, why_not_quantized
 from passes.layers import EVERYTHING, check_patterns, why_not_selected
 from passes.memory import is_view, leaves_the_graph
-from qcompiler.dialects.quant import block_of, x_scale_of
+from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
-from qcompiler.ir import Graph, Missed, Op, Rewriter, Role, TensorType, Value
+from qcompiler.ir import ALL, Format, Graph, Missed, Op, Rewriter, Role, TensorType, Value
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
+from qcompiler.ir.formats import FP8_BLOCK
 from qcompiler.ir.sizes import product
-from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Effect, Pass
 
 VIEWS = ("aten.view", "aten._unsafe_view")
@@ -58,7 +58,7 @@ class MergeLinears(Pass):
     """linear(x, wq), linear(x, wk)  ->  the parts of linear(x, cat(wq, wk)).
 
     Attributes:
-        w_block: Rows and columns of a weight that share a scale, -1 for the whole axis; as in the pass that quantizes.
+        w_format: The format that weights will be quantized to.
         layers: Patterns for names of weights: which linears it is about; as in the pass that quantizes.
         min_columns: Linears of fewer columns are left alone.
         static: Whether the pass that quantizes uses the activation scales that stored weights come with. Then linears
@@ -68,17 +68,14 @@ class MergeLinears(Pass):
     name: ClassVar[str] = "merge-linears"
     effect: ClassVar[Effect] = Effect.REORDERS
 
-    w_block: tuple[int, int] = (128, 128)
+    w_format: Format = FP8_BLOCK
     layers: tuple[str, ...] = EVERYTHING
     min_columns: int = 128
     static: bool = False
 
     def __post_init__(self) -> None:
-        """PassError for a block or a number of columns that does not exist."""
+        """PassError for a number of columns that does not exist."""
         super().__post_init__()
-        if any(size < 1 and size != ALL for size in self.w_block):
-            need = f"two positive sizes, or {ALL} for the whole axis"
-            raise PassError(f"a block of pass '{self.name}' is empty", got=list(self.w_block), need=need)
         if self.min_columns < 1:
             need = "1 or more"
             raise PassError(f"option 'min_columns' of pass '{self.name}' is too small", got=self.min_columns, need=need)
@@ -135,14 +132,14 @@ class MergeLinears(Pass):
         columns = op["weight"].tensor.shape[0]
         if missed := why_not_selected(self.layers, op, graph):
             return missed
-        if self.w_block[0] == ALL:
+        if self.w_format.block[0] == ALL or self.w_format.tensor_scale:
             return Missed("its weight has one scale, which would become that of all that it is merged with")
         if isinstance(columns, int) and columns < self.min_columns:
             return Missed(f"it has {columns} columns, fewer than {self.min_columns}")
         if (bias := op.get("bias")) is not None and not graph.is_constant(bias):
             return Missed("its bias is computed from the inputs", bias)
-        if is_stored_quantized(w := op["weight"]) and block_of(w.op, "block") != self.w_block:
-            return Missed(f"its weight is stored with a scale for each {list(block_of(w.op, 'block'))}", w)
+        if is_stored_quantized(w := op["weight"]) and not w.op.format().decodes_like(self.w_format):
+            return Missed(f"its weight is stored as {w.op.format()}", w)
         if _read_elsewhere(op, graph):
             return Missed("its weight is read elsewhere, so that there would be two", op["weight"])
         if leaves_the_graph(graph, op.result):
@@ -168,7 +165,7 @@ class MergeLinears(Pass):
         scales = [x_scale_of(linear["weight"]) for linear in (before, op)]
         if self.static and scales[0] != scales[1]:
             return f"the activation scales of {pair} are {scales[0]} and {scales[1]}"
-        if isinstance(rows, int) and rows % self.w_block[0]:
+        if isinstance(rows, int) and rows % self.w_format.block[0]:
             return (
                 f"{before.result} has {rows} columns, so that {op.result} would begin inside of a block of the weight"
             )

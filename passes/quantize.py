@@ -2,17 +2,17 @@
 
     %y = aten.linear(%x, %w, %b) : bf16[s0, 512]
   ->
-    %x_q, %x_s = quant.quantize(%x) {block = [1, -1], …}
-    %x_dq = quant.dequantize(%x_q, %x_s) {…, out_dtype = f32}
-    %w_q, %w_s = quant.quantize(%w) {block = [1, -1], …}
-    %w_dq = quant.dequantize(%w_q, %w_s) {…, out_dtype = f32}
+    %x_q, %x_s = quant.quantize(%x) {format = #fp8_row}
+    %x_dq = quant.dequantize(%x_q, %x_s) {format = #fp8_row, out_dtype = f32}
+    %w_q, %w_s = quant.quantize(%w) {format = #fp8_row}
+    %w_dq = quant.dequantize(%w_q, %w_s) {format = #fp8_row, out_dtype = f32}
     %b_f32 = aten._to_copy(%b) {dtype = f32}
     %y_f32 = aten.linear(%x_dq, %w_dq, %b_f32) : f32[s0, 512]
     %y = aten._to_copy(%y_f32) {dtype = bf16}
 
 With a static scale, from calibration or stored beside the weight in its checkpoint, the activation's part is
     %x_s = core.param() {name = "x.scale"} : f32[1, 1]
-    %x_q = quant.quantize_static(%x, %x_s) {block = [-1, -1], …}
+    %x_q = quant.quantize_static(%x, %x_s) {format = #fp8_tensor}
 
 `grouped` and `batched` have the matmuls of groups of rows, such as those of a mixture of experts.
 
@@ -40,10 +40,10 @@ from passes.grouped import QuantizeGrouped
 from passes.layers import naming_pattern, requested_layers
 from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
-from qcompiler.dialects.aten import GROUPED, MATMULS, torch_dtype
+from qcompiler.dialects.aten import GROUPED, MATMULS
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
-from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+from qcompiler.ir import Argument, DType, Format, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager import Effect
 
 SHOWN = 3
@@ -77,12 +77,12 @@ class QuantizeLinear(Rule):
             rewriter.graph.remark(op.result, note)
         scale = self.static_scale(rewriter.graph, x, w) if options.static else None
         if scale is None:
-            quantized = self.by_own_scale(rewriter, x, options.x_block)
+            quantized = self.by_own_scale(rewriter, x, options.x_format)
         else:
             quantized = self.by_given_scale(rewriter, x, scale)
         args = [
-            self.dequantized(rewriter, x, quantized, options.x_block),
-            self.dequantized(rewriter, w, self.weight(rewriter, w), options.w_block),
+            self.dequantized(rewriter, x, quantized, options.x_format),
+            self.dequantized(rewriter, w, self.weight(rewriter, w), options.w_format),
         ]
         if bias is not None:
             args.append(cast(rewriter, bias, DType.f32, f"{bias.name}_f32"))
@@ -93,20 +93,18 @@ class QuantizeLinear(Rule):
         rewriter.replace(op, cast(rewriter, linear.result, kind.dtype, op.result.name))
         rewriter.erase_unread(w.op)
 
-    def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
+    def weight(self, rewriter: Rewriter, w: Value) -> tuple[Argument, ...]:
         """The codes and scales of a weight; those that it is stored as, when it is."""
-        if not is_stored_quantized(w):
-            return self.by_own_scale(rewriter, w, self.options.w_block)
-        return w.op["data"], w.op["scale"]
+        return w.op.args if is_stored_quantized(w) else self.by_own_scale(rewriter, w, self.options.w_format)
 
-    def by_own_scale(self, rewriter: Rewriter, value: Value, block: tuple[int, int]) -> tuple[Value, ...]:
-        """`value` quantized by the scales that it asks for: codes and scales."""
-        names = [f"{value.name}_q", f"{value.name}_s"]
-        return rewriter.insert("quant.quantize", value, attrs=self.attributes(block), names=names).results
+    def by_own_scale(self, rewriter: Rewriter, value: Value, format: Format) -> tuple[Argument, ...]:
+        """`value` quantized by the scales that it asks for: codes, scales, and a tensor scale if the format has one."""
+        names = [f"{value.name}_{part}" for part, _ in zip("qst", format.types(value.tensor.shape), strict=False)]
+        return rewriter.insert("quant.quantize", value, attrs={"format": format}, names=names).results
 
-    def by_given_scale(self, rewriter: Rewriter, value: Value, wanted: Tensor) -> tuple[Value, ...]:
+    def by_given_scale(self, rewriter: Rewriter, value: Value, wanted: Tensor) -> tuple[Argument, ...]:
         """`value` quantized by a static scale; readers that want the same one share it."""
-        graph, attrs = rewriter.graph, self.attributes(self.options.x_block)
+        graph, attrs = rewriter.graph, {"format": self.options.x_format}
         users = graph.users(value)
         twins = (op for op in users if op.name == "quant.quantize_static" and op.attrs == attrs)
         twin = next((op for op in twins if is_weight(graph, op["scale"], wanted)), None)
@@ -124,28 +122,21 @@ class QuantizeLinear(Rule):
 
         The scale that the checkpoint has for the input of `weight` is used unchanged; without one, calibration decides.
         """
-        options, dtype = self.options, torch_dtype(self.options.dtype)
+        options, format = self.options, self.options.x_format
         if (stored := x_scale_of(weight)) is not None:
             scale = torch.tensor(stored, dtype=torch.float32)
         elif saw_no_token(graph, value):
             return None
         else:
-            amax = statistics_of(graph, value).amax(
-                options.observer, "tensor", percentile=options.percentile, dtype=dtype, profile=options.profile
-            )
-            scale = numerics.scale_of(amax, dtype, options.profile)
-        return scale.reshape(numerics.scale_shape([1] * len(value.tensor.shape), options.x_block))
+            seen = statistics_of(graph, value)
+            amax = seen.amax(options.observer, "tensor", percentile=options.percentile, format=format)
+            scale = numerics.scale_of(amax, format)
+        return scale.reshape(numerics.scale_shape([1] * len(value.tensor.shape), format.block))
 
-    def dequantized(
-        self, rewriter: Rewriter, value: Value, quantized: tuple[Value, ...], block: tuple[int, int]
-    ) -> Value:
+    def dequantized(self, rewriter: Rewriter, value: Value, quantized: tuple[Argument, ...], format: Format) -> Value:
         """FP32 again."""
-        attrs: dict[str, Argument] = {"block": block, "out_dtype": DType.f32}
+        attrs: dict[str, Argument] = {"format": format, "out_dtype": DType.f32}
         return rewriter.insert("quant.dequantize", *quantized, attrs=attrs, names=[f"{value.name}_dq"]).result
-
-    def attributes(self, block: tuple[int, int]) -> dict[str, Argument]:
-        """Those of a quantize."""
-        return {"block": block, "dtype": self.options.dtype, "profile": self.options.profile}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping
 from passes.arithmetic import term_of
 from passes.regions import Region
 from qcompiler.body import OPERAND, ROUNDED, Body, Call, Expression, Name, parse
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.ir import DType, Op, Value
+from qcompiler.numerics.dtypes import torch_dtype
 
 ROUNDING = {dtype: name for name, dtype in ROUNDED.items()}
 

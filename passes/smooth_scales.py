@@ -16,9 +16,8 @@ from torch import Tensor
 
 from passes.scheme_options import SchemeOptions
 from qcompiler import numerics
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import PassError
-from qcompiler.numerics import ALL
+from qcompiler.ir import ALL, DType, Format
 
 Alpha = float | Literal["search", "learn"]
 
@@ -153,22 +152,23 @@ def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
     rows, weight = reader.sample, reader.weight
     own = torch.where(reader.labels < 0, 1.0, scale[reader.labels.clamp(min=0)])
     # What one scale for the tensor must cover is not in the sample, but in all that was seen.
-    top = (reader.absmax / own).amax() if options.x_block == (ALL, ALL) else None
-    x, w = _quantized(rows / own, options.x_block, options, top), _quantized(weight * own, options.w_block, options)
+    top = (reader.absmax / own).amax() if options.x_format.block == (ALL, ALL) else None
+    x, w = _quantized(rows / own, options.x_format, top), _quantized(weight * own, options.w_format)
     signal = (reader.exact / reader.unit).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     return ((x @ w.T - reader.exact) / reader.unit).square().sum() / signal
 
 
-def _quantized(x: Tensor, block: tuple[int, int], options: SchemeOptions, top: Tensor | None = None) -> Tensor:
+def _quantized(x: Tensor, format: Format, top: Tensor | None = None) -> Tensor:
     """`x` after quantization, in FP32; by the one scale for that largest magnitude, where it is given."""
-    dtype = torch_dtype(options.dtype)
+    tensor_scale: list[Tensor] = []
     if top is None:
-        codes, scale = numerics.quantize(x, block, dtype, options.profile)
+        codes, scale, *tensor_scale = numerics.quantize(x, format)
     else:
-        scale = numerics.scale_of(top, dtype, options.profile).reshape(numerics.scale_shape(x.shape, block))
-        codes = numerics.quantize_static(x, scale, block, dtype, options.profile)
+        scale = numerics.scale_of(top, format).reshape(numerics.scale_shape(x.shape, format.block))
+        codes = numerics.quantize_static(x, scale, format)
     with torch.no_grad():
-        values = codes.to(torch.float32)
-    each = numerics.dequantize(torch.ones_like(values, dtype=torch.int8), scale, block)
+        values = numerics.decode(codes, format)
+    full = numerics.in_full(scale, *tensor_scale)
+    each = numerics.dequantize(torch.ones_like(values, dtype=torch.int8), full, format=Format(DType.i8, format.block))
     found: Tensor = x + each * (values - x / each).detach() if x.requires_grad else values * each
     return found

@@ -1,49 +1,56 @@
-"""Hands the quantized operations over to code generation, and settles the order of the scales in memory.
+"""Hands quantized operations over to code generation, and settles the order of the scales in memory.
 
-    %x_q, %x_s = quant.quantize(%x) {…}          ->  %x_q, %x_s = kernel.quantize(%x) {…, scale_layout = "col_major"}
-    %x_q = quant.quantize_static(%x, %x_s) {…}   ->  %x_q = kernel.quantize_static(%x, %x_s) {…}
-    %y = quant.linear(%x_q, %x_s, %w_q, %w_s)    ->  %y = kernel.scaled_linear(…) {…, x_scale_layout = "col_major"}
-    %y = quant.grouped_linear(…, %offsets)       ->  %y = kernel.grouped_linear(…) {…, x_scale_layout = "col_major"}
+    %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile}
+    %y = quant.linear(%x_q, %x_s, %w_q, %w_s) {x_format = #fp8_tile, …}
+  ->
+    %x_q, %x_s = kernel.quantize(%x) {format = #fp8_tile<scale_layout = "col_major">}
+    %y = kernel.scaled_linear(%x_q, %x_s, %w_q, %w_s) {x_format = #fp8_tile<scale_layout = "col_major">, …}
 
-Only the scales of an activation's tiles have a layout: with one scale a row, or fewer, it makes no difference.
-Last in the pipeline: what is still in the quant dialect afterwards runs in plain torch. A scale for each channel stays
-there: it varies along the sum, so no tensor core could apply it.
+Likewise quant.quantize_static and quant.grouped_linear. Only the scales of an activation's tiles have a layout: with
+one scale a row, or fewer, it makes no difference. Last in the pipeline: what is still in the quant dialect afterwards,
+because no kernel has its format, runs in plain torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from qcompiler.dialects.quant import block_of
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule
-from qcompiler.numerics import ALL
+from qcompiler.dialects.kernel import why_no_kernel
+from qcompiler.ir import ALL, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule
 from qcompiler.pass_manager import Effect, Pass
 
 KERNELS = {"quant.linear": "kernel.scaled_linear", "quant.grouped_linear": "kernel.grouped_linear"}
-SIMULATED = "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
+
+
+def why_not(op: Op) -> str | None:
+    """Why no kernel runs an operation, by its formats; None if one does."""
+    formats = (value for value in op.attrs.values() if isinstance(value, Format))
+    return next(filter(None, map(why_no_kernel, formats)), None)
 
 
 @dataclass(frozen=True)
 class QuantizeToKernel(Rule):
     """quant.quantize  ->  kernel.quantize, for an activation"""
 
-    layout: str
+    layout: Literal["row_major", "col_major"]
     root: ClassVar[tuple[str, ...]] = ("quant.quantize",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        scale, (rows, columns) = op.results[1], block_of(op, "block")
-        if columns == 1:
-            return Missed(SIMULATED)
+        if why := why_not(op):
+            return Missed(why)
+        scale, format = op.results[1], op.format()
         for use in graph.uses(scale):
             if use.op.role is not Role.QUANTIZED_MATMUL:
                 return Missed(f"its scales are also read by {use.op.name}, which knows one layout only", scale)
             if use.path != use.op.path("x_scale"):
                 return Missed("its scales are read as those of a weight, which have one layout only", scale)
-        return {"layout": self.layout if rows == 1 and columns != ALL else "row_major"}
+            if why := why_not(use.op):
+                return Missed(why, use.op.result)
+        rows, columns = format.block
+        return {"format": replace(format, scale_layout=self.layout) if rows == 1 and columns != ALL else format}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, layout: str, **_: Any) -> None:
-        made = rewriter.insert("kernel.quantize", *op.args, attrs={**op.attrs, "scale_layout": layout})
-        rewriter.replace(op, *made.results)
+    def rewrite(self, op: Op, rewriter: Rewriter, format: Format, **_: Any) -> None:
+        rewriter.replace(op, *rewriter.insert("kernel.quantize", *op.args, attrs={"format": format}).results)
 
 
 class StaticToKernel(Rule):
@@ -52,7 +59,7 @@ class StaticToKernel(Rule):
     root = ("quant.quantize_static",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        return Missed(SIMULATED) if block_of(op, "block")[1] == 1 else {}
+        return Missed(why) if (why := why_not(op)) else {}
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
         rewriter.replace(op, rewriter.insert("kernel.quantize_static", *op.args, attrs=op.attrs).result)
@@ -65,12 +72,14 @@ class LinearToKernel(Rule):
     root: ClassVar[tuple[str, ...]] = tuple(KERNELS)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if block_of(op, "x_block")[1] == 1:
-            return Missed(SIMULATED)
-        return {"layout": op["x_scale"].op.attrs.get("scale_layout", "row_major")}
+        if why := why_not(op):
+            return Missed(why)
+        written = op["x_scale"].op.attrs.get("format")
+        layout = written.scale_layout if isinstance(written, Format) else "row_major"
+        return {"x_format": replace(op.format("x_format"), scale_layout=layout)}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, layout: str, **_: Any) -> None:
-        made = rewriter.insert(KERNELS[op.name], *op.args, attrs={**op.attrs, "x_scale_layout": layout})
+    def rewrite(self, op: Op, rewriter: Rewriter, x_format: Format, **_: Any) -> None:
+        made = rewriter.insert(KERNELS[op.name], *op.args, attrs={**op.attrs, "x_format": x_format})
         rewriter.replace(op, made.result)
 
 

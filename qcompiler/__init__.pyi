@@ -24,6 +24,7 @@ from qcompiler.errors import QCompilerError as QCompilerError
 from qcompiler.errors import VerifyError as VerifyError
 from qcompiler.interpreter import interpret as interpret
 from qcompiler.ir import DType as DType
+from qcompiler.ir import Format as Format
 from qcompiler.ir import Graph as Graph
 from qcompiler.ir import Match as Match
 from qcompiler.ir import Missed as Missed

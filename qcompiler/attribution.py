@@ -31,11 +31,11 @@ from passes.merge_linears import MergeLinears
 from qcompiler import numerics
 from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.program import HasProgram, Program, capture_model
-from qcompiler.dialects.aten import torch_dtype
-from qcompiler.dialects.quant import dtype_of, is_static
+from qcompiler.dialects.quant import is_static, out_dtype_of
 from qcompiler.errors import InputError, PassError
 from qcompiler.interpreter import evaluate, interpret
 from qcompiler.ir import Graph, Op, Role, Value
+from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.pass_manager import Effect, Pipeline
 from qcompiler.pass_runner import run_pipeline
 
@@ -178,28 +178,32 @@ class _Quantized:
             None if bias is None else self.operands[bias],
         )
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def codes(self, x: Tensor) -> tuple[Tensor, ...]:
         """The codes and scales of another input, which has gone through the prescale already, if there is one."""
         quantize = self.quantize
-        options: dict[str, Any] = {
-            "block": quantize.attrs["block"], "profile": quantize.attrs["profile"],
-            "dtype": torch_dtype(dtype_of(quantize, "dtype")),
-        }  # fmt: skip
         if is_static(quantize):
             scale = self.operands[self.op["x_scale"]]
-            return numerics.quantize_static(x, scale, **options), scale
-        return numerics.quantize(x, **options)
+            return numerics.quantize_static(x, scale, quantize.format()), scale
+        return numerics.quantize(x, quantize.format())
 
-    def product(self, codes: Tensor, scale: Tensor) -> Tensor:
+    def product(self, codes: Tensor, scale: Tensor, *tensor_scale: Tensor) -> Tensor:
         """The reference's output for some codes."""
-        return numerics.scaled_linear(codes, scale, *self.weight, **self.blocks)
+        x_level = tensor_scale[0] if tensor_scale else self.named("x_tensor_scale")
+        x_format, w_format = self.op.format("x_format"), self.op.format("w_format")
+        return numerics.scaled_linear(
+            codes, scale, *self.weight, x_level, self.named("w_tensor_scale"),
+            x_format=x_format, w_format=w_format, out_dtype=self.out_dtype,
+        )  # fmt: skip
+
+    def named(self, name: str) -> Tensor | None:
+        """An operand of the linear by its name."""
+        value = self.op.get(name)
+        return None if value is None else self.operands[value]
 
     @property
-    def blocks(self) -> dict[str, Any]:
-        """The attributes that `numerics` and the kernels want."""
-        attrs = self.op.attrs
-        dtype = torch_dtype(dtype_of(self.op, "out_dtype"))
-        return {"x_block": attrs["x_block"], "w_block": attrs["w_block"], "out_dtype": dtype}
+    def out_dtype(self) -> torch.dtype:
+        """The element type of the output."""
+        return torch_dtype(out_dtype_of(self.op))
 
     @property
     def met(self) -> Tensor:
@@ -211,7 +215,10 @@ class _Quantized:
     def by_kernel(self) -> Tensor:
         """What the operators that the host module calls make of the reference's codes."""
         codes, scale = self.operands[self.op["x"]], self.operands[self.op["x_scale"]]
-        found: Tensor = torch.ops.qcompiler.scaled_linear(codes, scale, *self.weight, *self.blocks.values())
+        if self.op.name.startswith("quant."):  # without a kernel, the reference is what runs
+            return self.product(codes, scale)
+        blocks = self.op.format("x_format").block, self.op.format("w_format").block
+        found: Tensor = torch.ops.qcompiler.scaled_linear(codes, scale, *self.weight, *blocks, self.out_dtype)
         return found
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 
 from qcompiler import body, pass_options
 from qcompiler.dialects import core
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.ir import DType, literals, op_table, parser, verifier
 from qcompiler.ir.op_table import OpDef
 from qcompiler.ir.sizes import FUNCTIONS
+from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.text import values
 from qcompiler.text.reader import DEEPEST
 
@@ -29,7 +29,7 @@ interpreter use: `python -m qcompiler.ir_reference`. [The graph IR](graph-ir.md)
 
 DIALECTS = {
     "core": "What every graph is made of, and arithmetic on sizes outside of tensors.",
-    "quant": "What passes yield: data and scale are two values, granularity is an attribute.",
+    "quant": "What passes yield: codes and scales are values, their format is an attribute.",
     "kernel": "What code generation consumes: as `quant`, with the order of the scales in memory settled.",
 }
 """What a dialect is for, in the order of a pipeline; one that is not listed comes behind them."""
@@ -60,8 +60,8 @@ def _grammar() -> Iterator[str]:
 
 def _types() -> Iterator[str]:
     yield "## Element types\n"
-    rows = ((f"`{dtype}`", f"`{torch_dtype(dtype)}`", str(dtype.bytes)) for dtype in DType)
-    yield _table(("element type", "in torch", "bytes"), rows)
+    rows = ((f"`{dtype}`", f"`{torch_dtype(dtype)}`", str(dtype.bits)) for dtype in DType)
+    yield _table(("element type", "in torch", "bits"), rows)
 
 
 def _operations() -> Iterator[str]:

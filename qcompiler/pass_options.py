@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qcompiler.errors import PassError, did_you_mean
-from qcompiler.ir import Argument, DType, print_argument
+from qcompiler.ir import Argument, DType, Format, print_argument
 from qcompiler.ir.literals import LiteralReader
 from qcompiler.text import WORDS, Token
 
@@ -150,6 +150,8 @@ def _in_words(hint: Any) -> str:
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a word or a string", NoneType: "None"}
     if hint is DType:
         return "a dtype such as bf16"
+    if hint is Format:
+        return "a format such as #fp8_tile"
     if get_origin(hint) is tuple:
         return f"[{', '.join('…' if inner is ... else _in_words(inner) for inner in get_args(hint))}]"
     if get_origin(hint) is Literal:

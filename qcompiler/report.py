@@ -239,9 +239,8 @@ def _row(op: Op, params: list[Op], quantized: bool, reason: str) -> Row:
 
 def _bytes(param: Op) -> int:
     kind = param.result.type
-    if not isinstance(kind, TensorType) or not isinstance(kind.elements, int):
-        return 0
-    return kind.elements * kind.dtype.bytes
+    size = kind.bytes if isinstance(kind, TensorType) else 0
+    return size if isinstance(size, int) else 0
 
 
 def _size(count: float) -> str:

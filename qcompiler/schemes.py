@@ -12,14 +12,24 @@ when that name is asked for.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import passes  # noqa: F401  (to define a pass is to make it known)
 from passes.layers import EVERYTHING
+from passes.scheme_options import Observer
+from passes.smooth_scales import Alpha
 from qcompiler.entry_points import load, offered, shown
 from qcompiler.errors import PassError, did_you_mean
-from qcompiler.ir import DType
-from qcompiler.numerics import ALL
+from qcompiler.ir import ALL, DType
+from qcompiler.ir.formats import (
+    DEFAULT_PROFILE,
+    FP8_CHANNEL,
+    FP8_ROW,
+    FP8_TENSOR,
+    INT8_CHANNEL,
+    INT8_ROW,
+    INT8_TENSOR,
+)
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_options import OptionReader
 from qcompiler.pipelines import Recipe, assemble
@@ -31,8 +41,38 @@ GROUP = "qcompiler.schemes"
 NAME = re.compile(r"[\w.-]+(?:\(\))?")
 """Wide enough for what other tools call their formats, such as `LLM.int8()`, to be answered with a hint."""
 
+W_BLOCKS = {"block": (128, 128), "channel": (1, ALL), "tensor": (ALL, ALL)}
+"""What the option `w` of a scheme says, as blocks."""
+
 K_BLOCKS = (16, 32, 64, 128, 256, 512, ALL)
 """Columns that a tile of an activation may have; 16 is simulated on the CPU only (see `codegen.support`)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be written behind the name of a scheme.
+
+    Attributes:
+        dtype: Type of the codes of activations and weights.
+        k_block: Columns of an activation's tile; -1 for all of them.
+        w: What has one scale in a weight: a block of 128 x 128, an output channel, or the tensor.
+        numerics: A profile of `qcompiler.numerics`.
+        scale: "ue8m0" rounds scales up to powers of two.
+        observer: How calibration makes a static scale.
+        percentile: For the observer of that name.
+        alpha: How much of an outlier goes into the weights; a number, "search" or "learn".
+        pow2: Whether smoothing scales are powers of two, so that scaling is exact.
+    """
+
+    dtype: DType = DType.f8e4m3fn
+    k_block: int = 128
+    w: Literal["block", "channel", "tensor"] = "tensor"
+    numerics: str = DEFAULT_PROFILE
+    scale: Literal["f32", "ue8m0"] = "f32"
+    observer: Observer = "absmax"
+    percentile: float = 99.99
+    alpha: Alpha = 0.5
+    pow2: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +84,7 @@ class Scheme:
         doc: One sentence.
         pipeline: The passes, as text; made from the recipe where there is one.
         recipe: The same declaratively; only with it can the scheme take options, or be for some layers only.
-        options: The fields of the recipe that may be given with the name.
+        options: The fields of `Options` that may be given with the name.
     """
 
     name: str
@@ -76,38 +116,37 @@ NUMERICS = ("numerics", "scale")
 FP8 = ("dtype", *NUMERICS)
 STATIC = ("observer", "percentile")
 SMOOTH = ("alpha", "pow2", "w")
-I8 = DType.i8
 
 for _name, _doc, _recipe, _options in (
     ("fp8_tile", "FP8 e4m3: activations in [1, 128] tiles, scaled in each call; weights in [128, 128] blocks, scaled "
      "once (DeepSeek-V3).", Recipe(), ("k_block", *FP8)),
     ("fp8_row", "FP8 e4m3: one scale a token, in each call; one scale an output channel of the weight.",
-     Recipe(x="token", w="channel"), FP8),
+     Recipe(FP8_ROW, FP8_ROW), FP8),
     ("fp8_tensor", "FP8 e4m3: one scale for the activation, in each call; one for the weight.",
-     Recipe(x="tensor", w="tensor"), ("w", *FP8)),
+     Recipe(FP8_TENSOR, FP8_TENSOR), ("w", *FP8)),
     ("fp8_tensor_static", "FP8 e4m3: one scale for the activation, from calibration; one for the weight.",
-     Recipe(x="tensor", w="tensor", static=True), ("w", *STATIC, *FP8)),
+     Recipe(FP8_TENSOR, FP8_TENSOR, static=True), ("w", *STATIC, *FP8)),
     ("int8_row", "INT8: one scale a token, in each call; one scale an output channel of the weight.",
-     Recipe(I8, x="token", w="channel"), NUMERICS),
+     Recipe(INT8_ROW, INT8_ROW), NUMERICS),
     ("int8_tensor", "INT8: one scale for the activation, in each call; one for the weight.",
-     Recipe(I8, x="tensor", w="tensor"), ("w", *NUMERICS)),
+     Recipe(INT8_TENSOR, INT8_TENSOR), ("w", *NUMERICS)),
     ("int8_tensor_static", "INT8: one scale for the activation, from calibration; one for the weight.",
-     Recipe(I8, x="tensor", w="tensor", static=True), ("w", *STATIC, *NUMERICS)),
+     Recipe(INT8_TENSOR, INT8_TENSOR, static=True), ("w", *STATIC, *NUMERICS)),
     ("smoothquant_o1", "INT8, smoothed: one scale a token, in each call; one for the weight (SmoothQuant-O1).",
-     Recipe(I8, x="token", w="tensor", smooth="always"), (*SMOOTH, *NUMERICS)),
+     Recipe(INT8_ROW, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
     ("smoothquant_o2", "INT8, smoothed: one scale for the activation, in each call; one for the weight "
-     "(SmoothQuant-O2).", Recipe(I8, x="tensor", w="tensor", smooth="always"), (*SMOOTH, *NUMERICS)),
+     "(SmoothQuant-O2).", Recipe(INT8_TENSOR, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
     ("smoothquant_o3", "INT8, smoothed: one scale for the activation, from calibration; one for the weight "
-     "(SmoothQuant-O3).", Recipe(I8, x="tensor", w="tensor", static=True, smooth="always"),
+     "(SmoothQuant-O3).", Recipe(INT8_TENSOR, INT8_TENSOR, static=True, smooth="always"),
      (*SMOOTH, *STATIC, *NUMERICS)),
     ("smoothquant_fp8", "FP8 e4m3, smoothed: one scale for the activation, in each call; one for the weight.",
-     Recipe(x="tensor", w="tensor", smooth="always"), (*SMOOTH, *FP8)),
+     Recipe(FP8_TENSOR, FP8_TENSOR, smooth="always"), (*SMOOTH, *FP8)),
     ("fp8_tile_smooth", "As fp8_tile, with channels smoothed where that was measured to make the error smaller.",
      Recipe(smooth="measured", alpha="search"), ("k_block", "alpha", "pow2", *FP8)),
     ("int8_channel_reference", "INT8, one scale for each channel of the activation: simulated only, for comparison.",
-     Recipe(I8, x="channel", w="channel"), NUMERICS),
+     Recipe(INT8_CHANNEL, INT8_ROW), NUMERICS),
     ("fp8_channel_reference", "FP8 e4m3, one scale for each channel of the activation: simulated only, for comparison.",
-     Recipe(x="channel", w="channel"), FP8),
+     Recipe(FP8_CHANNEL, FP8_ROW), FP8),
 ):  # fmt: skip
     register(Scheme(_name, _doc, recipe=_recipe, options=_options))
 
@@ -191,11 +230,11 @@ def read_scheme(text: str) -> tuple[Scheme, Recipe | None]:
             raise _no_recipe(scheme)
         reader.expect_end()
         return scheme, None
-    given = reader.options(Recipe, f"scheme '{name.text}'", scheme.options)
+    given = reader.options(Options, f"scheme '{name.text}'", scheme.options)
     reader.expect_end()
     with reader.blaming(reader.since(braces)):
         _check_format(scheme.name, scheme.recipe, given)
-        return scheme, replace(scheme.recipe, **given)
+        return scheme, changed(scheme.recipe, **given)
 
 
 def _no_recipe(scheme: Scheme) -> PassError:
@@ -205,13 +244,45 @@ def _no_recipe(scheme: Scheme) -> PassError:
     )
 
 
+def values_of(recipe: Recipe) -> Options:
+    """The values that a recipe has for all options."""
+    x, w = recipe.x, recipe.w
+    granularity: Any = next((name for name, block in W_BLOCKS.items() if block == w.block), "block")
+    scale: Any = "ue8m0" if x.profile == "ue8m0" else "f32"
+    return Options(
+        x.element, x.block[1], granularity, x.profile, scale, recipe.observer, recipe.percentile, recipe.alpha,
+        recipe.pow2,
+    )  # fmt: skip
+
+
+def changed(
+    recipe: Recipe, *, dtype: DType | None = None, k_block: int | None = None, w: str | None = None,
+    numerics: str | None = None, scale: str = "f32", **others: Any,
+) -> Recipe:  # fmt: skip
+    """The recipe with some of `Options` given; PassError for numerics that have no scales of that kind."""
+    profile = _profile(numerics or recipe.x.profile, scale)
+    x, weights = (replace(format, element=dtype or format.element, profile=profile) for format in (recipe.x, recipe.w))
+    x = replace(x, block=(1, k_block)) if k_block is not None else x
+    weights = replace(weights, block=W_BLOCKS[w]) if w is not None else weights
+    return replace(recipe, x=x, w=weights, **others)
+
+
+def _profile(numerics: str, scale: str) -> str:
+    if scale == "f32":
+        return numerics
+    if numerics not in (DEFAULT_PROFILE, "ue8m0"):
+        need = f"numerics={DEFAULT_PROFILE}, whose other rules the profile 'ue8m0' shares"
+        raise PassError("no numerics profile of this kind has power-of-two scales", got=numerics, need=need)
+    return "ue8m0"
+
+
 def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
     """A scheme's name says whether it is FP8 or INT8; tiles have the sizes that are documented."""
     if given.get("k_block", ALL) not in K_BLOCKS:
         need = ", ".join(map(str, K_BLOCKS[:-1])) + f", or {ALL} for the whole row"
         raise PassError(f"option 'k_block' of scheme '{name}' has a wrong value", got=given["k_block"], need=need)
-    dtype = given.get("dtype", recipe.dtype)
-    if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.dtype):
+    dtype = given.get("dtype", recipe.x.element)
+    if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.x.element):
         raise PassError(f"option 'dtype' of scheme '{name}' has a wrong value", got=dtype, need="f8e4m3fn or f8e5m2")
 
 

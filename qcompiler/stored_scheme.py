@@ -1,28 +1,30 @@
 """The scheme that takes the stored weights of a captured graph as they are.
 
-quant.dequantize(codes f8e4m3fn, scales) {block = [-1, -1], x_scale = 0.02}    ->    "fp8_tensor_static"
+quant.dequantize(codes, scales) {format = #fp8_tensor, x_scale = 0.02}    ->    "fp8_tensor_static"
 """
 
 from collections import Counter
 
-from qcompiler.dialects.quant import block_of, x_scale_of
-from qcompiler.ir import DType, Graph
-from qcompiler.numerics import ALL
+from qcompiler.dialects.quant import x_scale_of
+from qcompiler.ir import Graph
+from qcompiler.ir.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, INT8_ROW, INT8_TENSOR
 
-FORMATS = {DType.f8e4m3fn: "fp8", DType.i8: "int8"}
-"""Codes -> what the names of their schemes begin with."""
-
-DYNAMIC = {(128, 128): "tile", (1, ALL): "row", (ALL, ALL): "tensor"}
-STATIC = {(1, ALL): "tensor_static{w=channel}", (ALL, ALL): "tensor_static"}
-"""Block of a weight -> the rest of the name."""
+DYNAMIC = {
+    FP8_BLOCK: "fp8_tile", FP8_ROW: "fp8_row", FP8_TENSOR: "fp8_tensor",
+    INT8_ROW: "int8_row", INT8_TENSOR: "int8_tensor",
+}  # fmt: skip
+STATIC = {
+    FP8_ROW: "fp8_tensor_static{w=channel}", FP8_TENSOR: "fp8_tensor_static",
+    INT8_ROW: "int8_tensor_static{w=channel}", INT8_TENSOR: "int8_tensor_static",
+}  # fmt: skip
+"""Format of a weight -> the scheme."""
 
 
 def stored_scheme(graph: Graph) -> str | None:
     """The scheme that fits most stored weights of a graph; None if there are none, or no scheme fits them."""
     names: Counter[str] = Counter()
     for op in graph.ops("quant.dequantize"):
-        rests = DYNAMIC if x_scale_of(op.result) is None else {**DYNAMIC, **STATIC}
-        kind, rest = FORMATS.get(op["data"].tensor.dtype), rests.get(block_of(op, "block"))
-        if graph.is_constant(op.result) and kind and rest and (kind, rest) != ("int8", "tile"):
-            names[f"{kind}_{rest}"] += 1
+        schemes = DYNAMIC if x_scale_of(op.result) is None else {**DYNAMIC, **STATIC}
+        if graph.is_constant(op.result) and (name := schemes.get(op.format())):
+            names[name] += 1
     return names.most_common(1)[0][0] if names else None

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import (
     NONE,
     Argument,
     DType,
+    Format,
     Graph,
     Location,
     Range,
@@ -37,9 +37,11 @@ from qcompiler.ir import (
     evaluate,
     symbol,
 )
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.ir.graph import BUFFER, PARAM
+from qcompiler.numerics.dtypes import torch_dtype
 
-BLOCKS = ((1, 128), (128, 128), (1, 64))
+FORMATS = (FP8_TILE, FP8_BLOCK, Format(DType.f8e4m3fn, (1, 64)))
 FLOATS = (DType.f32, DType.bf16, DType.f16)
 NAMES = ("x", "a.b", "linear_1", "0", "-", "w$-x", "x.", "_", "äöü", "重み", "return", "None", "inf", "loc", "x_²")
 KEYS = (
@@ -262,15 +264,14 @@ class _Writer:
         self.tensors += self.add("aten.clone", x, types=[x.type], memory_format=Tag("contiguous_format"))
 
     def quantize(self) -> None:
-        x, block = self.tensor(), self.rng.choice(BLOCKS)
-        attrs: dict[str, Any] = {"block": block, "dtype": DType.f8e4m3fn, "profile": "deepseek"}
-        data, scale = self.add("quant.quantize", x, **attrs)
+        x, format = self.tensor(), self.rng.choice(FORMATS)
+        data, scale = self.add("quant.quantize", x, format=format)
         if self.rng.random() < 0.5:
-            self.tensors += self.add("quant.dequantize", data, scale, block=block, out_dtype=DType.f32)
+            self.tensors += self.add("quant.dequantize", data, scale, format=format, out_dtype=DType.f32)
             return
-        w = self.add("quant.quantize", self.weight(DType.bf16, 130, self.last_size(x)), **attrs)
+        w = self.add("quant.quantize", self.weight(DType.bf16, 130, self.last_size(x)), format=format)
         bias: Argument = self.weight(DType.f32, 130) if self.rng.random() < 0.5 else None
-        out: dict[str, Any] = {"out_dtype": DType.bf16, "w_block": block, "x_block": block}
+        out: dict[str, Any] = {"out_dtype": DType.bf16, "w_format": format, "x_format": format}
         self.tensors += self.add("quant.linear", data, scale, *w, bias, **out)
 
     def update(self) -> None:

@@ -47,7 +47,9 @@ def by_module(report: ErrorReport) -> dict[str, ErrorRow]:
 
 
 def dequantized(x: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return numerics.dequantize(*numerics.quantize(x, block, dtype), block)
+    return numerics.dequantize(
+        *numerics.quantize(x, numerics.format_of(block, dtype)), format=numerics.format_of(block, dtype)
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,9 +106,11 @@ def test_a_static_scale_is_that_of_calibration_for_either_input(two: Two) -> Non
     with torch.no_grad():
         scale = fast.graph.weights["x.scale"]
         assert scale.item() == ((X / 4).abs().max() / torch.tensor(127.0)).item()
-        codes = numerics.quantize_static(X, scale, dtype=torch.int8)
+        codes = numerics.quantize_static(X, scale, numerics.format_of((-1, -1), torch.int8))
         w = dequantized(two.first.weight, (ALL, ALL), torch.int8)
-        got = functional.linear(numerics.dequantize(codes, scale, (ALL, ALL)), w, two.first.bias)
+        got = functional.linear(
+            numerics.dequantize(codes, scale, format=numerics.format_of((ALL, ALL), codes.dtype)), w, two.first.bias
+        )
         assert rows["first"].own == pytest.approx(decibels(two.first(X), got), abs=1e-3)
     assert rows["first"].own < 15 and rows["first"].kernel == math.inf
 
@@ -125,10 +129,13 @@ def test_a_prescaled_input(two: Two, scheme: str) -> None:
         y = functional.linear(X * inverse, smoothed, bias)
         if static:
             scale = weights[str(op["x_scale"].op.attrs["name"])]
-            codes = numerics.quantize_static(X, scale, dtype=torch.int8, prescale=inverse)
-            x = numerics.dequantize(codes, scale, (ALL, ALL))
+            codes = numerics.quantize_static(X, scale, numerics.format_of((-1, -1), torch.int8), prescale=inverse)
+            x = numerics.dequantize(codes, scale, format=numerics.format_of((ALL, ALL), codes.dtype))
         else:
-            x = numerics.dequantize(*numerics.quantize(X, (1, ALL), torch.int8, prescale=inverse), (1, ALL))
+            x = numerics.dequantize(
+                *numerics.quantize(X, numerics.format_of((1, ALL), torch.int8), prescale=inverse),
+                format=numerics.format_of((1, ALL), torch.int8),
+            )
         got = functional.linear(x, dequantized(smoothed, (ALL, ALL), torch.int8), bias)
     assert rows["first"].own == pytest.approx(decibels(y, got), abs=0.02)
     assert rows["first"].inherited > 120  # its input is the float model's

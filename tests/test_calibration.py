@@ -15,6 +15,7 @@ from qcompiler.calibration import OBSERVERS, Statistics
 from qcompiler.calibration.histogram import CHANNEL_BITS, RATIOS, TENSOR_BITS, bin_count, bin_of, edges, low_for
 from qcompiler.calibration.sample import row_keys
 from qcompiler.errors import QCompilerError
+from qcompiler.ir import DType, Format
 
 FULL: dict[str, Any] = {"histogram": True, "rows": 16}
 
@@ -213,9 +214,14 @@ def squared_errors(x: Tensor, dtype: torch.dtype, profile: str) -> Tensor:
     flat, block = x.abs().flatten(), (1, numerics.ALL)
     found = []
     for ratio in RATIOS:
-        scale = numerics.scale_of((flat.max() * ratio).reshape(1), dtype, profile)
-        codes = numerics.quantize_static(flat, scale, block, dtype, profile)
-        found.append((numerics.dequantize(codes, scale, block) - flat).double().square().sum())
+        scale = numerics.scale_of((flat.max() * ratio).reshape(1), numerics.format_of((1, 1), dtype, profile))
+        codes = numerics.quantize_static(flat, scale, numerics.format_of(block, dtype, profile))
+        found.append(
+            (numerics.dequantize(codes, scale, format=numerics.format_of(block, codes.dtype)) - flat)
+            .double()
+            .square()
+            .sum()
+        )
     return torch.stack(found)
 
 
@@ -231,10 +237,11 @@ SHAPES: dict[str, Any] = {
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mse_is_nearly_as_good_as_brute_force_on_the_data(shape: str, dtype: torch.dtype, profile: str) -> None:
+    format = numerics.format_of((1, 1), dtype, profile)
     data = SHAPES[shape](torch.randn(3000, 4, generator=torch.Generator().manual_seed(1)))
     got = seen([data], histogram=True)
-    clips = [(got.amax("mse", "tensor", dtype=dtype, profile=profile), data)]
-    clips += [(c, data[:, i]) for i, c in enumerate(got.amax("mse", "channel", dtype=dtype, profile=profile))]
+    clips = [(got.amax("mse", "tensor", format=format), data)]
+    clips += [(c, data[:, i]) for i, c in enumerate(got.amax("mse", "channel", format=format))]
     for clip, part in clips:
         ratio = float(clip / part.abs().max())
         at = min(range(len(RATIOS)), key=lambda index: abs(RATIOS[index] - ratio))
@@ -360,10 +367,13 @@ def test_scaled_is_what_would_have_been_seen(seed: int) -> None:
         (lambda s: s.amax("percentile", "tensor", percentile=0), "the percentile is out of range: got 0; need above"),
         (lambda s: s.amax("percentile", "tensor", percentile=math.nan), "the percentile is out of range: got nan"),
         (
-            lambda s: s.amax("mse", "tensor", dtype=torch.int16),
+            lambda s: s.amax("mse", "tensor", format=numerics.format_of((1, 1), torch.int16)),
             "not an 8-bit format: got torch.int16; need torch.float8",
         ),
-        (lambda s: s.amax("mse", "tensor", profile="deepsek"), "unknown quantization profile: got 'deepsek'"),
+        (
+            lambda s: s.amax("mse", "tensor", format=Format(DType.i8, (1, 1), profile="deepsek")),
+            "unknown quantization profile: got 'deepsek'",
+        ),
         (lambda s: s.update(torch.ones(2, 6)), "this batch does not fit the statistics: got f32[2, 6]; need floating"),
         (lambda s: s.update(torch.ones(2, 5).long()), "this batch does not fit the statistics: got i64[2, 5]; need"),
         (lambda s: s.update(torch.tensor(1.0)), "this batch does not fit the statistics: got f32[]; need floating poi"),

@@ -28,7 +28,7 @@ def folder(path: Path, said: dict[str, Any], *, sharded: bool = False) -> Path:
     """A small checkpoint of one FP8 weight and a norm."""
     path.mkdir(exist_ok=True)
     blocks = said["quant_method"] == "fp8"
-    codes, scale = numerics.quantize(torch.randn(200, 256), (128, 128) if blocks else (1, -1))
+    codes, scale = numerics.quantize(torch.randn(200, 256), numerics.format_of((128, 128) if blocks else (1, -1)))
     tensors = {
         "up.weight": codes,
         "up.weight_scale_inv" if blocks else "up.weight_scale": scale,

@@ -43,7 +43,7 @@ def deepseek(
     tensors = load_file(folder / "model.safetensors")
     for name, weight in list(tensors.items()):
         if "_proj" in name and weight.dim() == 2:
-            tensors[name], scale = numerics.quantize(weight, (128, 128), profile=profile)
+            tensors[name], scale = numerics.quantize(weight, numerics.format_of((128, 128), profile=profile))
             tensors[f"{name}_scale_inv"] = scale.to(scale_dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     said = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -104,7 +104,7 @@ def small(scale: str = "weight_scale_inv") -> torch.nn.Sequential:
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128)).eval()
     layers: list[Any] = [model[0], model[2]]
     for layer in layers:
-        codes, scales = numerics.quantize(layer.weight.detach(), (128, 128))
+        codes, scales = numerics.quantize(layer.weight.detach(), numerics.format_of((128, 128)))
         layer._parameters["weight"] = torch.nn.Parameter(codes, requires_grad=False)
         layer.register_parameter(scale, torch.nn.Parameter(scales, requires_grad=False))
     return model
@@ -126,8 +126,9 @@ def test_codes_and_scales_are_taken_as_they_are() -> None:
     assert compiled.report.bytes_quantized == (256 + 128) * 256
     want = x
     for name, activation in (("0", torch.nn.functional.relu), ("2", torch.nn.Identity())):
+        codes, scale = numerics.quantize(want)
         want = activation(numerics.scaled_linear(
-            *numerics.quantize(want), mine[f"{name}.weight"], mine[f"{name}.weight_scale_inv"], mine[f"{name}.bias"],
+            codes, scale, mine[f"{name}.weight"], mine[f"{name}.weight_scale_inv"], mine[f"{name}.bias"],
             out_dtype=torch.float32,
         ))  # fmt: skip
     assert torch.equal(compiled(x), want)
@@ -136,7 +137,7 @@ def test_codes_and_scales_are_taken_as_they_are() -> None:
 
 
 def test_another_granularity_is_refused_with_the_reason() -> None:
-    with pytest.raises(PassError, match=r"stored as f8e4m3fn with a scale for each \[128, 128\]"):
+    with pytest.raises(PassError, match="stored as #fp8_block, and this scheme has #fp8_row"):
         qcompiler.compile(held(), scheme="fp8_row", example_inputs=(torch.randn(4, 256),))
     left = qcompiler.compile(held(), scheme="fp8_row", example_inputs=(torch.randn(4, 256),), strict=False)
     assert not left.report.quantized
@@ -161,7 +162,7 @@ def test_modules_of_transformers_with_fp8_weights_can_be_compiled(tmp_path: Path
     model = replace_with_fp8_linear(model, ["lm_head"], said, pre_quantized=True)
     for name, module in model.named_modules():
         if type(module).__name__ == "FP8Linear":
-            codes, scales = numerics.quantize(plain[f"{name}.weight"], (128, 128))
+            codes, scales = numerics.quantize(plain[f"{name}.weight"], numerics.format_of((128, 128)))
             module.weight = torch.nn.Parameter(codes, requires_grad=False)
             module.weight_scale_inv = torch.nn.Parameter(scales, requires_grad=False)
     compiled = qcompiler.compile(model.eval(), example_inputs=(IDS,))
@@ -171,8 +172,10 @@ def test_modules_of_transformers_with_fp8_weights_can_be_compiled(tmp_path: Path
     write(compiled, tmp_path / "out", "fp8")
     loaded = load_model(tmp_path / "out")
     up = "model.layers.0.mlp.up_proj"
-    codes, scales = numerics.quantize(plain[f"{up}.weight"], (128, 128))
-    want = numerics.dequantize(codes, scales, (128, 128), torch.bfloat16)
+    codes, scales = numerics.quantize(plain[f"{up}.weight"], numerics.format_of((128, 128)))
+    want = numerics.dequantize(
+        codes, scales, format=numerics.format_of((128, 128), codes.dtype), out_dtype=torch.bfloat16
+    )
     layer: Any = loaded.get_submodule(up)
     assert torch.equal(layer.weight, want)
 

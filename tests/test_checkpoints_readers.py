@@ -19,7 +19,7 @@ IDS = torch.arange(12).reshape(1, 12)
 
 
 def weight(rows: int, columns: int, block: tuple[int, int] = (128, 128)) -> QuantizedWeight:
-    codes, scale = numerics.quantize(torch.ones(rows, columns), block)
+    codes, scale = numerics.quantize(torch.ones(rows, columns), numerics.format_of(block))
     return QuantizedWeight(codes, scale, block)
 
 

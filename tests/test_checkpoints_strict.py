@@ -54,14 +54,14 @@ def quantized(tensors: dict[str, Tensor], dtype: torch.dtype = torch.int8) -> di
     """Channel by channel, with `weight_scale`."""
     found = dict(tensors)
     for name in [name for name in tensors if name.endswith("proj.weight") or ".experts." in name]:
-        found[name], found[f"{name}_scale"] = numerics.quantize(tensors[name], (1, -1), dtype=dtype)
+        found[name], found[f"{name}_scale"] = numerics.quantize(tensors[name], numerics.format_of((1, -1), dtype))
     return found
 
 
 def blocked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = dict(tensors)
     for name in [name for name in tensors if name.endswith("proj.weight")]:
-        found[name], found[f"{name}_scale_inv"] = numerics.quantize(tensors[name], (128, 128))
+        found[name], found[f"{name}_scale_inv"] = numerics.quantize(tensors[name], numerics.format_of((128, 128)))
     return found
 
 
@@ -212,12 +212,14 @@ def test_a_tied_weight_may_be_under_either_name(tmp_path: Path, way: Any) -> Non
 def test_a_tied_embedding_may_be_quantized(tmp_path: Path, base: Any) -> None:
     tensors, config = base
     embed = "model.embed_tokens.weight"
-    codes, scale = numerics.quantize(tensors[embed], (128, 128))
+    codes, scale = numerics.quantize(tensors[embed], numerics.format_of((128, 128)))
     found = {name: tensor for name, tensor in blocked(tensors).items() if name != "lm_head.weight"}
     found |= {embed: codes, f"{embed}_scale_inv": scale}
     path = folder(tmp_path, found, config, tie_word_embeddings=True, quantization_config=BLOCKED)
     loaded: Any = load_model(path)
-    want = numerics.dequantize(codes, scale, (128, 128), torch.bfloat16)
+    want = numerics.dequantize(
+        codes, scale, format=numerics.format_of((128, 128), codes.dtype), out_dtype=torch.bfloat16
+    )
     assert torch.equal(loaded.lm_head.weight, want) and torch.equal(loaded.model.embed_tokens.weight, want)
     parameters = (loaded.lm_head._parameters["weight"], loaded.model.embed_tokens._parameters["weight"])
     assert parameters[0] is parameters[1] and loaded(IDS).logits.isfinite().all()
@@ -292,7 +294,7 @@ def test_the_first_unusable_element_is_named(fine: list[float], value: float, at
 def test_scales_of_modules_that_others_loaded() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(128, 128)).eval()
     layer: Any = model[0]
-    codes, _ = numerics.quantize(layer.weight.detach(), (-1, -1))
+    codes, _ = numerics.quantize(layer.weight.detach(), numerics.format_of((-1, -1)))
     layer._parameters["weight"] = torch.nn.Parameter(codes, requires_grad=False)
     layer.register_parameter("weight_scale_inv", torch.nn.Parameter(torch.tensor(math.nan), requires_grad=False))
     with pytest.raises(CaptureError, match=r"the scale of '0\.weight' is not a scale: got nan; need finite"):

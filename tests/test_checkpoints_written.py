@@ -46,7 +46,9 @@ def block(**options: Any) -> tuple[Block, CompiledModel]:
 
 
 def quantized_by_hand(weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    return numerics.dequantize(*numerics.quantize(weight.detach(), block, dtype), block)
+    return numerics.dequantize(
+        *numerics.quantize(weight.detach(), numerics.format_of(block, dtype)), format=numerics.format_of(block, dtype)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def test_weights_that_no_pass_has_stored_are_computed_now(tmp_path: Path, pipeli
     write(compiled, tmp_path / "out", "fp8")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("q", "k", "out"):
-        codes, scale = numerics.quantize(model.get_parameter(f"{name}.weight").detach(), (128, 128))
+        codes, scale = numerics.quantize(model.get_parameter(f"{name}.weight").detach(), numerics.format_of((128, 128)))
         assert torch.equal(tensors[f"{name}.weight"].view(torch.uint8), codes.view(torch.uint8))
         assert torch.equal(tensors[f"{name}.weight_scale_inv"], scale)
 

@@ -82,8 +82,8 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     [
         (["-p", "fp8-tyle"], "error: no such pass: got 'fp8-tyle'. Did you mean 'fp8-tile'?"),
         (
-            ["-p", "fp8-tile{x_block=[1"],
-            "error: <pipeline>:1:20: expected ',' or ']', but got the end of the text",
+            ["-p", "fp8-tile{layers=[1"],
+            "error: <pipeline>:1:19: expected ',' or ']', but got the end of the text",
         ),
         (["-s", "fp9"], "error: no such scheme: got 'fp9'. Known: fp8_channel_reference, fp8_row, "),
         (["-p", "dead-code", "--print-after", "al"], "error: no such pass: got 'al'."),
@@ -115,20 +115,20 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
     out = capsys.readouterr().out
     line = "linear(x, w)  ->  linear(dequantize(quantize(x)), dequantize(quantize(w))).\n"
-    assert f"quantize                 lossy     {line}{'':35}x_block = [1, -1]\n" in out
-    assert "x_block = [1, 128]\n" in out
+    assert f"quantize                 lossy     {line}{'':35}x_format = #fp8_row\n" in out
+    assert "x_format = #fp8_tile\n" in out
     assert main(["schemes"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("fp8_tile\n    FP8 e4m3: ")
-    assert "smoothquant_o3\n    INT8, smoothed: " in out and "quantize{x_block=[-1, -1], w_block=" in out
+    assert "smoothquant_o3\n    INT8, smoothed: " in out and "quantize{x_format=#int8_tensor, w_format=" in out
     assert [line for line in out.splitlines() if line[0] != " "] == [*SCHEMES]
 
 
 def test_a_scheme_with_options(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["opt", "-s", "fp8_row{numerics=vllm}", "--no-locations", file]) == 0
     out = capsys.readouterr().out
-    assert '%n_q, %n_s = kernel.fused_quantize(%x, %g) {block = [1, -1], body = "' in out
-    assert 'profile = "vllm", scale_layout = "row_major"' in out
+    assert '%n_q, %n_s = kernel.fused_quantize(%x, %g) {body = "' in out
+    assert '", format = #fp8_row<profile = "vllm">, keep = []}' in out
 
 
 def test_a_scheme_that_needs_data_says_so(file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qcompiler.cli.inputs import SPEC, calls_in, example_in, lines_of, random_call
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import InputError
 from qcompiler.ir import DType, TensorType
+from qcompiler.numerics.dtypes import torch_dtype
 
 DRAWN = [dtype for dtype in DType if dtype not in (DType.f8e8m0fnu, DType.u64, DType.u32, DType.u16)]
 

@@ -79,8 +79,8 @@ def test_a_size_outside_of_the_captured_range(mlp: Mlp) -> None:
 WRONG_COMPILES: list[tuple[dict[str, Any], type[QCompilerError], str]] = [
     ({"scheme": "fp8tile"}, PassError, "no such scheme: got 'fp8tile'. Did you mean 'fp8_tile'?"),
     ({"pipeline": "canonicalize; fp8-tiel"}, PassError, "Did you mean 'fp8-tile'?"),
-    ({"pipeline": "fp8-tile{profil=deepseek}"}, PassError, "Did you mean 'profile'?"),
-    ({"pipeline": "fp8-tile{profile=7}"}, PassError, "option 'profile' of pass 'fp8-tile' has a wrong value"),
+    ({"pipeline": "fp8-tile{x_formt=#fp8_row}"}, PassError, "Did you mean 'x_format'?"),
+    ({"pipeline": "fp8-tile{x_format=7}"}, PassError, "option 'x_format' of pass 'fp8-tile' has a wrong value"),
     ({"pipeline": "fp8-tile{"}, QCompilerError, "'{'"),
     ({"pipeline": ["fp8-tile"]}, PassError, "the pipeline is of a wrong type: got list; need a Pipeline, or its text"),
     ({"scheme": "other", "pipeline": "fp8-tile"}, PassError, "both a scheme and a pipeline are given"),
@@ -107,7 +107,7 @@ def test_wrong_arguments_of_compile_fail_at_once(
 
 def test_malformed_text_has_a_place(mlp: Mlp) -> None:
     with pytest.raises((ParseError, PassError), match=r"closed|brackets"):
-        qcompiler.compile(mlp, pipeline="canonicalize; fp8-tile{profile=deepseek")
+        qcompiler.compile(mlp, pipeline="canonicalize; fp8-tile{observer=mse")
 
 
 def test_what_cannot_be_compiled(mlp: Mlp) -> None:

@@ -178,4 +178,4 @@ def test_model(name: str) -> None:
 
 def op_bytes(graph: qcompiler.Graph) -> list[int]:
     kinds = [op.result.tensor for op in graph.ops("core.param")]
-    return [math.prod(size for size in kind.shape if isinstance(size, int)) * kind.dtype.bytes for kind in kinds]
+    return [math.prod(size for size in kind.shape if isinstance(size, int)) * kind.dtype.bits // 8 for kind in kinds]

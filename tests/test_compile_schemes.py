@@ -68,7 +68,7 @@ def test_every_scheme_compiles_and_is_about_right(block: Block, graph: Graph, na
     assert fast.graph.calibration is None and fast.settings.calibration is None
     static = [op for op in fast.graph.ops() if op.name == "kernel.quantize_static"]
     assert bool(static) == recipe.static
-    quantizes = "quant" if recipe.x == "channel" else "kernel"
+    quantizes = "quant" if recipe.x.block[1] == 1 else "kernel"
     assert fast.graph.ops(f"{quantizes}.linear" if quantizes == "quant" else "kernel.scaled_linear")
     assert {op.name.split(".")[0] for op in fast.graph.ops()} <= {"core", "aten", quantizes}
 
@@ -187,14 +187,14 @@ def kinds(fast: CompiledModel) -> dict[str, str]:
     """Module -> the format and the granularity of its weight."""
     rows = {}
     for op in fast.graph.ops("kernel.scaled_linear"):
-        rows[op.loc.module] = f"{op['w'].tensor.dtype} {op.attrs['x_block']} {op.attrs['w_block']}"
+        rows[op.loc.module] = f"{op.format('x_format').block} {op.format('w_format')}"
     return rows
 
 
 def test_overrides(block: Block, graph: Graph) -> None:
     overrides = {"*": "fp8_row", "gate": None, "down.weight": "int8_tensor{w=channel}"}
     fast = qcompiler.compile(graph, overrides=overrides)
-    assert kinds(fast) == {"up": "f8e4m3fn (1, -1) (1, -1)", "down": "i8 (-1, -1) (1, -1)"}
+    assert kinds(fast) == {"up": "(1, -1) #fp8_row", "down": "(-1, -1) #int8_row"}
     assert {row.module: row.reason for row in fast.report.left_alone} == {"gate": "the pattern '!gate' leaves it out"}
     assert 1e-4 < error_of(fast, block) < 0.1
 
@@ -205,7 +205,7 @@ def test_overrides_where_one_value_is_read_by_several_schemes(block: Block, grap
             graph, scheme="int8_tensor_static", calibration=data(),
             overrides={layer: "int8_tensor_static{w=channel}", "down": "smoothquant_o3{observer=mse}"},
         )  # fmt: skip
-        assert kinds(static)[layer] == "i8 (-1, -1) (1, -1)" and kinds(static)[other] == "i8 (-1, -1) (-1, -1)"
+        assert kinds(static)[layer] == "(-1, -1) #int8_row" and kinds(static)[other] == "(-1, -1) #int8_tensor"
         assert len(static.graph.ops("kernel.quantize_static")) == 2  # one for the two that agree on their input
         assert error_of(static, block) < 0.1
 
@@ -271,7 +271,7 @@ def test_which_schemes_have_kernels(name: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "why"),
     [
-        ("fp8_row{dtype=f8e5m2}", "the kernels multiply float8_e4m3fn or int8, not float8_e5m2"),
+        ("fp8_row{dtype=f8e5m2}", "the kernels multiply f8e4m3fn or i8, not f8e5m2"),
         ("fp8_tile{k_block=16}", "beside a weight in [128, 128] blocks x needs [1, b] with b in 32, 64, 128, 256, 512"),
         ("fp8_tile{k_block=-1}", None),
         ("fp8_tensor{w=block}", None),

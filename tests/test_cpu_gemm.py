@@ -9,8 +9,8 @@ from torch import Tensor
 
 from codegen.gemm import on_cpu
 from codegen.gemm.on_cpu import scaled_linear_on_cpu
-from qcompiler import QCompilerError, integer_matmul, knobs, numerics
-from qcompiler.numerics import ALL
+from qcompiler import QCompilerError, knobs, numerics
+from qcompiler.numerics import ALL, integer_matmul
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -26,7 +26,9 @@ def nothing_kept() -> Iterator[None]:
 
 def operands(block: tuple[int, int] = (1, 128), w_block: tuple[int, int] = (128, 128), k: int = 200) -> Operands:
     x, w = torch.randn(5, k), torch.randn(136, k)
-    return (*numerics.quantize(x, block), *numerics.quantize(w, w_block))
+    x_q, x_s = numerics.quantize(x, numerics.format_of(block))
+    w_q, w_s = numerics.quantize(w, numerics.format_of(w_block))
+    return x_q, x_s, w_q, w_s
 
 
 def kept_bytes() -> int:
@@ -39,7 +41,13 @@ def test_it_equals_the_reference_in_every_call(
     x_block: tuple[int, int], w_block: tuple[int, int], bias: Tensor | None
 ) -> None:
     given = operands(x_block, w_block)
-    want = numerics.scaled_linear(*given, bias, x_block=x_block, w_block=w_block, out_dtype=torch.bfloat16)
+    want = numerics.scaled_linear(
+        *given,
+        bias,
+        x_format=numerics.format_of(x_block, given[0].dtype),
+        w_format=numerics.format_of(w_block, given[2].dtype),
+        out_dtype=torch.bfloat16,
+    )
     for _ in range(2):
         assert torch.equal(scaled_linear_on_cpu(*given, bias, x_block, w_block, torch.bfloat16), want)
     assert kept_bytes() == 4 * 136 * 200
@@ -112,8 +120,8 @@ def test_sums_of_int8_products_are_exact_with_and_without_integer_units(
 def test_int8_is_scaled_once_and_keeps_no_weights(
     lead: tuple[int, ...], x_block: tuple[int, int], w_block: tuple[int, int], bias: Tensor | None
 ) -> None:
-    x_q, x_s = numerics.quantize(torch.randn(*lead, 200), x_block, torch.int8)
-    w_q, w_s = numerics.quantize(torch.randn(136, 200), w_block, torch.int8)
+    x_q, x_s = numerics.quantize(torch.randn(*lead, 200), numerics.format_of(x_block, torch.int8))
+    w_q, w_s = numerics.quantize(torch.randn(136, 200), numerics.format_of(w_block, torch.int8))
     got = scaled_linear_on_cpu(x_q, x_s, w_q, w_s, bias, x_block, w_block, torch.float32)
     want = (x_q.double() @ w_q.double().T).float() * (x_s * w_s.T)
     assert got.shape == (*lead, 136)

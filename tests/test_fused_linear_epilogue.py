@@ -21,6 +21,7 @@ from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 from qcompiler import numerics
 from qcompiler.body import parse
 from qcompiler.dialects.kernel import fused_linear
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 
 E4M3 = torch.float8_e4m3fn
 SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
@@ -156,13 +157,15 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def product(*operands: Any) -> Tensor:
         *tensors, x_block, w_block, dtype = operands
         calls.append(f"product {str(dtype).removeprefix('torch.')}")
-        return numerics.scaled_linear(*tensors, x_block=x_block, w_block=w_block, out_dtype=dtype)
+        return numerics.scaled_linear(
+            *tensors, x_format=numerics.format_of(x_block), w_format=numerics.format_of(w_block), out_dtype=dtype
+        )
 
     def quantize(operands: Sequence[Tensor], body: str, *rest: Any) -> list[Tensor]:
         _, block, dtype, profile, layout = rest
         calls.append(f"quantize {body}")
         (result,) = parse(body).run({f"x{place}": x for place, x in enumerate(operands)})
-        q, scale = numerics.quantize(result, block, dtype, profile)
+        q, scale = numerics.quantize(result, numerics.format_of(block, dtype, profile))
         return [q, scale_like(q, block[1], layout).copy_(scale)]
 
     def alone(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> KernelCall:
@@ -200,13 +203,16 @@ def test_separate_kernels_do_what_the_operation_means(
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     n, k = 64, 144
-    x, xs = numerics.quantize(torch.randn(*leading, k), [1, 128], E4M3)
-    w, ws = numerics.quantize(torch.randn(n * parts, k), [128, 128], E4M3)
+    x, xs = numerics.quantize(torch.randn(*leading, k), numerics.format_of([1, 128], E4M3))
+    w, ws = numerics.quantize(torch.randn(n * parts, k), numerics.format_of([128, 128], E4M3))
     bias = torch.randn(n * parts).bfloat16()
     others = [torch.randn(n) if vector else torch.randn(*leading, n).bfloat16() for vector in vectors]
     options: dict[str, Any] = {"x_block": [1, 128], "w_block": [128, 128], "body": body, "parts": parts}
     last: dict[str, Any] = {"block": [1, 128], "dtype": E4M3, "profile": "deepseek"} if quantized else {}
-    want = fused_linear(x, xs, w, ws, bias, *others, x_scale_layout="row_major", **options, **last)
+    format = FP8_TILE if quantized else None
+    want = fused_linear(
+        x, xs, w, ws, bias, *others, body=body, parts=parts, x_format=FP8_TILE, w_format=FP8_BLOCK, format=format
+    )
     layout: dict[str, Any] = {"scale_layout": "row_major"} if quantized else {}
     got = fused_product.fused_linear_on_gpu(x, xs, w, ws, bias, others, **options, **last, **layout)
     assert len(got) == len(want)
@@ -217,16 +223,13 @@ def test_separate_kernels_do_what_the_operation_means(
 
 
 def test_separate_kernels_of_many_operands_and_of_no_rows(on_cpu: list[str]) -> None:
-    x, xs = numerics.quantize(torch.randn(4, 128), [1, 128], E4M3)
-    w, ws = numerics.quantize(torch.randn(16, 128), [128, 128], E4M3)
+    x, xs = numerics.quantize(torch.randn(4, 128), numerics.format_of([1, 128], E4M3))
+    w, ws = numerics.quantize(torch.randn(16, 128), numerics.format_of([128, 128], E4M3))
     others = [torch.randn(4, 16) for _ in range(3)]
     call = fused_product.fused_linear_on_gpu
     options = ("bf16(bf16(y0) + x0 * x1 - x2)", 1, [1, 128], [128, 128])
     (got,) = call(x, xs, w, ws, None, others, *options)
-    (want,) = fused_linear(
-        x, xs, w, ws, None, *others, body=options[0], parts=1, x_block=[1, 128], w_block=[128, 128],
-        x_scale_layout="row_major",
-    )  # fmt: skip
+    (want,) = fused_linear(x, xs, w, ws, None, *others, body=options[0], parts=1, x_format=FP8_TILE, w_format=FP8_BLOCK)
     assert torch.equal(got, want)
     (none,) = call(x[:0], xs[:0], w, ws, None, [other[:0] for other in others[:2]], "bf16(y0 + x0 * x1)", *options[1:])
     assert none.shape == (0, 16) and none.dtype == torch.bfloat16
@@ -247,7 +250,7 @@ def test_separate_kernels_of_many_operands_and_of_no_rows(on_cpu: list[str]) -> 
     ],
 )
 def test_what_one_kernel_takes(change: dict[str, Any], fits: bool) -> None:
-    x, xs = numerics.quantize(torch.randn(6, 256), [1, 128], E4M3)
-    w, ws = numerics.quantize(torch.randn(128, 256), [128, 128], E4M3)
+    x, xs = numerics.quantize(torch.randn(6, 256), numerics.format_of([1, 128], E4M3))
+    w, ws = numerics.quantize(torch.randn(128, 256), numerics.format_of([128, 128], E4M3))
     given = fused_product.FusedLinear(x, xs, w, ws, None, [], SWIGLU, 2, [1, 128], [128, 128])
     assert fused_product.fits(given._replace(**change)) == fits

@@ -113,7 +113,7 @@ def test_codes_are_those_of_the_result(
         others = others_of(count, m, n)
         result = torch.empty(m, n, dtype=parse(body).dtype(), device="cuda")
         launch_fused(config, body, x, w, xs, ws, None, others, result)
-        want, want_scale = numerics.quantize(result, (1, 128), dtype, profile)
+        want, want_scale = numerics.quantize(result, numerics.format_of((1, 128), dtype, profile))
         codes = torch.full((m + 3, n), 0x55, dtype=torch.uint8, device="cuda")
         scale = scale_like(torch.empty(m + 3, n, device="cuda"), 128, layout).fill_(-1.0)
         launch_fused(config, body, x, w, xs, ws, None, others, codes[:m].view(dtype), scale[:m], profile)
@@ -136,7 +136,7 @@ def test_columns_that_fill_no_tile(config: FusedGemmConfig, n: int) -> None:
         assert relative_error(result, want) <= 4e-3 and bool((out[m * n :] == 7.0).all())
         codes, scale = torch.empty(m, n, dtype=E4M3, device="cuda"), torch.empty(m, ceil_div(n, 128), device="cuda")
         launch_fused(config, body, x, w, xs, ws, bias, [other], codes, scale)
-        want_codes, want_scale = numerics.quantize(result, (1, 128), E4M3)
+        want_codes, want_scale = numerics.quantize(result, numerics.format_of((1, 128), E4M3))
         assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
 
 
@@ -168,7 +168,7 @@ def test_what_is_not_finite_poisons_its_tile_of_the_result(config: FusedGemmConf
         launch_fused(config, body, x, w, xs, ws, bias, [], result)
         codes, scale = torch.empty(m, n, dtype=dtype, device="cuda"), torch.empty(m, n // 128, device="cuda")
         launch_fused(config, body, x, w, xs, ws, bias, [], codes, scale)
-        want, want_scale = numerics.quantize(result, (1, 128), dtype)
+        want, want_scale = numerics.quantize(result, numerics.format_of((1, 128), dtype))
         assert result.isnan().all(1).nonzero().flatten().tolist() == [5, 9]
         poisoned = scale.isnan()
         assert poisoned.all(1).nonzero().flatten().tolist() == [5, 9] and bool(poisoned[:, 0].all()) == columns
@@ -216,7 +216,11 @@ def test_the_operator_whichever_way_it_takes(case: str, rows: tuple[int, ...], m
     named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
     (want,) = parse(body).run(named)
     for way, result in results.items():
-        got = numerics.dequantize(result[0], result[1], options["block"]) if options else result[0]
+        got = (
+            numerics.dequantize(result[0], result[1], format=numerics.format_of(options["block"], result[0].dtype))
+            if options
+            else result[0]
+        )
         assert got.shape == want.shape, way
         assert relative_error(got, want) <= (0.04 if options else RELATIVE[want.dtype]), way
 

@@ -88,7 +88,7 @@ def assert_same_codes(got: Tensor, want: Tensor) -> None:
 
 def assert_quantized(q: Tensor, scale: Tensor, result: Tensor, block: Sequence[int], profile: str) -> None:
     """What the kernel has made is the quantization of the very values that it has kept."""
-    want_q, want_scale = numerics.quantize(result.cpu(), block, q.dtype, profile)
+    want_q, want_scale = numerics.quantize(result.cpu(), numerics.format_of(block, q.dtype, profile))
     torch.testing.assert_close(scale.cpu(), want_scale, rtol=0, atol=0, equal_nan=True)
     assert_same_codes(q, want_q)
 

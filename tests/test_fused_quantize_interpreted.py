@@ -48,7 +48,7 @@ def _case(
         rtol, atol = tolerance if made.across else (0, 0)
         assert torch.allclose(got[:m].float(), each.float(), rtol, atol, equal_nan=True), label
     result = kept[-1][:m] if keep and keep[-1] == "r" else want
-    want_q, want_scale = numerics.quantize(result, (1, block_k), torch.int8, "deepseek")
+    want_q, want_scale = numerics.quantize(result, numerics.format_of((1, block_k), torch.int8, "deepseek"))
     assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), label
     assert want_scale.isnan().any(1).nonzero().flatten().tolist() == ([] if math.isfinite(odd) else [m // 2]), label
     assert torch.equal(q[:m], want_q), label

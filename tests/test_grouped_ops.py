@@ -30,7 +30,7 @@ def operands(rows: int, groups: int, n: int, k: int, seed: int = 0) -> tuple[Ten
     generator = torch.Generator().manual_seed(seed)
     x, xs = numerics.quantize(torch.randn(rows, k, generator=generator))
     spread = torch.rand(groups, 1, 1, generator=generator).mul(4).exp()
-    w, ws = numerics.quantize(torch.randn(groups, n, k, generator=generator) * spread, (128, 128))
+    w, ws = numerics.quantize(torch.randn(groups, n, k, generator=generator) * spread, numerics.format_of((128, 128)))
     return x, xs, w, ws
 
 
@@ -52,7 +52,10 @@ def test_each_group_is_a_dense_product(counts: list[int], tail: int, n: int, k: 
     got = grouped_linear(x, xs, w, ws, ends_of(counts), *TILES, dtype)
     assert got.shape == (rows, n) and got.dtype == dtype
     # Every row by itself, from the dequantized operands, in float64.
-    left, right = numerics.dequantize(x, xs).double(), numerics.dequantize(w, ws, (128, 128)).double()
+    left, right = (
+        numerics.dequantize(x, xs).double(),
+        numerics.dequantize(w, ws, format=numerics.format_of((128, 128), w.dtype)).double(),
+    )
     group_of = [group for group, count in enumerate(counts) for _ in range(count)]
     want = torch.zeros(rows, n, dtype=torch.float64)
     for row, group in enumerate(group_of):
@@ -120,21 +123,22 @@ def test_export_with_a_symbolic_number_of_rows() -> None:
 TEXT = """
 func @experts(%x: f32[s0, 256], %ends: i32[4]) -> (bf16[s0, 136]) where s0 in 0.. {{
   %w = core.param() {{name = "w"}} : f32[4, 136, 256]
-  %x_q, %x_s = quant.quantize(%x) {{block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"}} : f8e4m3fn[s0, 256], f32[s0, 2]
-  %w_q, %w_s = quant.quantize(%w) {{block = {block}, dtype = f8e4m3fn, profile = "deepseek"}} : f8e4m3fn[4, 136, 256], f32[{scales}]
-  %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, {ends}) {{out_dtype = bf16, w_block = {block}, x_block = [1, 128]}} : bf16[s0, 136]
+  %x_q, %x_s = quant.quantize(%x) {{format = #fp8_tile}} : f8e4m3fn[s0, 256], f32[s0, 2]
+  %w_q, %w_s = quant.quantize(%w) {{format = {format}}} : f8e4m3fn[4, 136, 256], f32[{scales}]
+  %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, {ends}) {{out_dtype = bf16, w_format = {format}, x_format = #fp8_tile}} : bf16[s0, 136]
   return %y
 }}
 """  # noqa: E501
 
 
 def test_the_operation_in_the_graph_has_the_same_numbers() -> None:
-    graph = Graph.parse(TEXT.format(block="[128, 128]", scales="4, 2, 2", ends="%ends"))
+    graph = Graph.parse(TEXT.format(format="#fp8_block", scales="4, 2, 2", ends="%ends"))
     graph.verify()
     assert str(Graph.parse(str(graph))) == str(graph)
     x, w, ends = torch.randn(7, 256), torch.randn(4, 136, 256), ends_of([3, 0, 2, 1])
     (got,) = interpret(graph, [x, ends], {"w": w})
-    want = meaning(*numerics.quantize(x), *numerics.quantize(w, (128, 128)), ends)
+    (x_q, x_s), (w_q, w_s) = numerics.quantize(x), numerics.quantize(w, numerics.format_of((128, 128)))
+    want = meaning(x_q, x_s, w_q, w_s, ends)
     assert torch.equal(got, want)
 
 
@@ -142,11 +146,11 @@ def test_the_operation_in_the_graph_has_the_same_numbers() -> None:
     ("changes", "message"),
     [
         ({"ends": "%w_s"}, r"the offsets are f32\[4, 2, 2\], but the weights .* need i32\[4\]"),
-        ({"block": "[-1, 128]", "scales": "1, 2"}, "its scales would span groups"),
+        ({"format": "#format<f8e4m3fn, block = [-1, 128]>", "scales": "1, 2"}, "its scales would span groups"),
     ],
 )
 def test_the_verifier_names_what_does_not_fit(changes: dict[str, str], message: str) -> None:
-    graph = Graph.parse(TEXT.format(**{"block": "[128, 128]", "scales": "4, 2, 2", "ends": "%ends", **changes}))
+    graph = Graph.parse(TEXT.format(**{"format": "#fp8_block", "scales": "4, 2, 2", "ends": "%ends", **changes}))
     with pytest.raises(VerifyError, match=message):
         graph.verify()
 

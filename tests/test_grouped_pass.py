@@ -18,7 +18,7 @@ from qcompiler import numerics
 from qcompiler.dialects.grouped import grouped_linear
 from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
-from qcompiler.ir import DType, Graph
+from qcompiler.ir import DType, Format, Graph
 from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.testing import assert_text
@@ -33,6 +33,8 @@ func @experts(%x: {x}[s0, {k}], %offsets: i32[4]) -> ({x}[s0, {n}]) where s0 in 
   return %y
 }}
 """
+
+E5M2, NARROW = Format(DType.f8e5m2, (1, 128)), Format(DType.f8e4m3fn, (1, 64))
 
 
 def one(x: str = "bf16", k: int = 144, n: int = 24, bias: str = "") -> Graph:
@@ -52,26 +54,27 @@ def test_a_grouped_product_is_quantized_fused_and_handed_to_its_kernel() -> None
         graph,
         """
         func @experts(%x: bf16[s0, 144], %offsets: i32[4]) -> (bf16[s0, 24]) where s0 in 0.. {
-          %x_q, %x_s = kernel.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek", scale_layout = "col_major"} : f8e4m3fn[s0, 144], f32[s0, 2]
+          %x_q, %x_s = kernel.quantize(%x) {format = #fp8_tile<scale_layout = "col_major">} : f8e4m3fn[s0, 144], f32[s0, 2]
           %experts.w_q = core.param() {name = "experts.w_q"} : f8e4m3fn[4, 24, 144]
           %experts.w_s = core.param() {name = "experts.w_s"} : f32[4, 1, 2]
-          %y = kernel.grouped_linear(%x_q, %x_s, %experts.w_q, %experts.w_s, %offsets) {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128], x_scale_layout = "col_major"} : bf16[s0, 24]
+          %y = kernel.grouped_linear(%x_q, %x_s, %experts.w_q, %experts.w_s, %offsets) {out_dtype = bf16, w_format = #fp8_block, x_format = #fp8_tile<scale_layout = "col_major">} : bf16[s0, 24]
           return %y
         }
         """,  # noqa: E501
     )
     assert graph.weights["experts.w_q"].is_contiguous(), "the tensor cores want K to be the last dimension"
     (got,) = interpret(graph, [x, offsets])
-    quantized = numerics.quantize(w.transpose(1, 2), (128, 128))
-    assert torch.equal(got, grouped_linear(*numerics.quantize(x), *quantized, offsets))
+    x_q, x_s = numerics.quantize(x)
+    w_q, w_s = numerics.quantize(w.transpose(1, 2), numerics.format_of((128, 128)))
+    assert torch.equal(got, grouped_linear(x_q, x_s, w_q, w_s, offsets))
 
 
 @pytest.mark.parametrize(
     ("graph", "step", "reason"),
     [
-        (one(), Quantize(), "is quantized to f8e4m3fn with [1, 128] tiles and [128, 128] blocks only, this is"),
-        (one(), Fp8Tile(dtype=DType.f8e5m2), "this is f8e5m2 with [1, 128] and [128, 128]"),
-        (one(), Fp8Tile(x_block=(1, 64)), "this is f8e4m3fn with [1, 64] and [128, 128]"),
+        (one(), Quantize(), "is quantized to #fp8_tile and #fp8_block only, this is"),
+        (one(), Fp8Tile(E5M2), "this is #format<f8e5m2, block = [1, 128]> and #fp8_block"),
+        (one(), Fp8Tile(NARROW), "this is #format<f8e4m3fn, block = [1, 64]> and #fp8_block"),
         (one(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' leaves it out"),
         (one(k=24), Fp8Tile(), "the grouped kernels need K to be a multiple of 16, it is 24 (%w)"),
         (one(n=20), Fp8Tile(), "write rows of a multiple of 16 bytes, 20 of bf16 are none (%w)"),
@@ -215,17 +218,20 @@ def test_batched_matmuls_are_groups_of_equally_many_rows(op: str, t: str, rows: 
     ]
     assert graph.weights["experts.w_q"].shape == (4, 32, 144)
     (got,) = interpret(graph, [x, other])
-    x_q, w_q = numerics.quantize(x, (1, 128)), numerics.quantize(w.transpose(1, 2), (128, 128))
+    x_q, w_q = (
+        numerics.quantize(x, numerics.format_of((1, 128))),
+        numerics.quantize(w.transpose(1, 2), numerics.format_of((128, 128))),
+    )
     for group in range(4):
         operands = (x_q[0][group], x_q[1][group], w_q[0][group], w_q[1][group])
-        want = numerics.scaled_linear(*operands, x_block=(1, 128), w_block=(128, 128), out_dtype=torch.bfloat16)
+        want = numerics.scaled_linear(*operands, out_dtype=torch.bfloat16)
         assert torch.equal(got[group], want)
 
 
 @pytest.mark.parametrize(
     ("graph", "step", "reason"),
     [
-        (batch(), Quantize(), "a grouped product is quantized to f8e4m3fn with [1, 128] tiles and [128, 128] blocks"),
+        (batch(), Quantize(), "a grouped matmul is quantized to #fp8_tile and #fp8_block only"),
         (batch(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' leaves it out"),
         (batch(x="f64"), Fp8Tile(), "it computes f64 of f64 and f64, not f32, f16 or bf16"),
         (batch(t="144", args="%w, %y"), Fp8Tile(), "it multiplies by a batch of matrices (a weight of 3 dimensions)"),

@@ -66,8 +66,8 @@ def parsed(body: str, inputs: str = "%x: f32[4]", outputs: str = "f32[4]") -> Gr
 
 
 def test_the_text() -> None:
-    quantize = '{block = [1, 128], dtype = f8e4m3fn, profile = "deepseek", scale_layout = "col_major"}'
-    linear = '{out_dtype = f32, w_block = [128, 128], x_block = [1, 128], x_scale_layout = "col_major"}'
+    quantize = '{format = #fp8_tile<scale_layout = "col_major">}'
+    linear = '{out_dtype = f32, w_format = #fp8_block, x_format = #fp8_tile<scale_layout = "col_major">}'
     graph = Graph.parse(f"""
     func @mlp(%x: f32[s0, 200]) -> (f32[s0, 64], None, 3, f32[s0, 64]) {{
       %w_q = core.param() {{name = "w_q"}} : f8e4m3fn[128, 200]
@@ -85,8 +85,8 @@ def test_the_text() -> None:
 
 
 def test_the_text_of_quantization_with_static_scales_and_prescales() -> None:
-    quantize = '{block = [1, -1], dtype = i8, profile = "deepseek", scale_layout = "row_major"}'
-    static = '{block = [-1, -1], dtype = f8e4m3fn, profile = "vllm"}'
+    quantize = "{format = #int8_row}"
+    static = '{format = #fp8_tensor<profile = "vllm">}'
     graph = Graph.parse(f"""
     func @g(%x: f32[s0, 200]) -> (i8[s0, 200], f32[s0, 1], f8e4m3fn[s0, 200], f8e4m3fn[s0, 200]) {{
       %scale = core.param() {{name = "scale"}} : f32[1, 1]

@@ -26,8 +26,6 @@ FLOORS = {
     "qcompiler.knobs": 0,
     "qcompiler.text": 0,
     "qcompiler.body": 1,
-    "qcompiler.decode": 1,
-    "qcompiler.integer_matmul": 1,
     "qcompiler.ir": 1,
     "qcompiler.numerics": 1,
     "qcompiler.dialects": 2,

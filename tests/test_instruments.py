@@ -230,14 +230,22 @@ def test_dump_to_what_is_no_folder(tmp_path: Path) -> None:
 def test_time_passes() -> None:
     out = io.StringIO()
     times = TimePasses(out)
-    run_pipeline(Pipeline.parse("dead-code; fp8-tile{profile=vllm}"), graph(), instruments=[times])
+    run_pipeline(
+        Pipeline.parse(
+            'dead-code; fp8-tile{x_format=#fp8_tile<profile = "vllm">, w_format=#fp8_block<profile = "vllm">}'
+        ),
+        graph(),
+        instruments=[times],
+    )
     assert [(name, changed) for name, _, changed in times.rows] == [
         ("dead-code", False),
-        ("fp8-tile{profile=vllm}", True),
+        ('fp8-tile{x_format=#fp8_tile<profile = "vllm">, w_format=#fp8_block<profile = "vllm">}', True),
     ]
     lines = out.getvalue().splitlines()
     assert lines[0].endswith(" ms  -        dead-code")
-    assert lines[1].endswith(" ms  changed  fp8-tile{profile=vllm}")
+    assert lines[1].endswith(
+        ' ms  changed  fp8-tile{x_format=#fp8_tile<profile = "vllm">, w_format=#fp8_block<profile = "vllm">}'
+    )
     assert lines[2].endswith(" total")
 
 

@@ -35,15 +35,17 @@ def test_an_operation_of_torch_runs_itself() -> None:
 def test_an_operation_of_ours_runs_its_meaning() -> None:
     text = """\
 func @f(%x: f32[2, 256]) -> (f32[2, 256], f32[2, 2]) {
-  %q, %s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"} : f8e4m3fn[2, 256], f32[2, 2]
-  %y = quant.dequantize(%q, %s) {block = [1, 128], out_dtype = f32} : f32[2, 256]
+  %q, %s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[2, 256], f32[2, 2]
+  %y = quant.dequantize(%q, %s) {format = #fp8_tile, out_dtype = f32} : f32[2, 256]
   return %y, %s
 }"""
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     y, s = run(text, x)
-    q, scale = numerics.quantize(x, (1, 128), torch.float8_e4m3fn, "deepseek")
+    q, scale = numerics.quantize(x, numerics.format_of((1, 128), torch.float8_e4m3fn, "deepseek"))
     assert torch.equal(s, scale)
-    assert torch.equal(y, numerics.dequantize(q, scale, (1, 128), torch.float32))
+    assert torch.equal(
+        y, numerics.dequantize(q, scale, format=numerics.format_of((1, 128), q.dtype), out_dtype=torch.float32)
+    )
 
 
 def test_several_results_lists_and_constants_in_the_outputs() -> None:

@@ -15,8 +15,8 @@ from qcompiler.testing import random_graph
 TEXT = """\
 func @mlp(%x: bf16[4, 8]) -> (bf16[4, 8]) {
   %w = core.param() {name = "w"} : bf16[8, 8]
-  %q, %s = quant.quantize(%x) {block = [1, 8], dtype = i8, profile = "vllm"} : i8[4, 8], f32[4, 1] loc(in "h.0")
-  %d = quant.dequantize(%q, %s) {block = [1, 8], out_dtype = bf16} : bf16[4, 8] loc(in "h.0")
+  %q, %s = quant.quantize(%x) {format = #format<i8, block = [1, 8]>} : i8[4, 8], f32[4, 1] loc(in "h.0")
+  %d = quant.dequantize(%q, %s) {format = #format<i8, block = [1, 8]>, out_dtype = bf16} : bf16[4, 8] loc(in "h.0")
   %y = aten.mul.Tensor(%d, %d) : bf16[4, 8] loc(in "h")
   %z = aten.linear(%y, %w) : bf16[4, 8]
   return %z

@@ -10,6 +10,7 @@ import pytest
 import qcompiler.dialects  # noqa: F401
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Argument, DType, Graph, Location, Op, Range, TensorType, Use, Value
+from qcompiler.ir.formats import FP8_TILE
 from qcompiler.testing import assert_text, random_graph
 
 F32 = TensorType(DType.f32, (2, 4))
@@ -123,13 +124,13 @@ def test_insert_and_append(graph: Graph) -> None:
 
 
 def test_types_follow_from_the_type_rule_where_there_is_one(graph: Graph) -> None:
-    attrs: dict[str, Argument] = {"block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
+    attrs: dict[str, Argument] = {"format": FP8_TILE}
     data, scale = graph.append("quant.quantize", graph["x"], attrs=attrs, names=["x_q", "x_s"]).results
     assert (str(data.type), str(scale.type)) == ("f8e4m3fn[2, 4]", "f32[2, 1]")
     with pytest.raises(QCompilerError, match=r"aten.neg has no type rule, so its result types must be given"):
         graph.append("aten.neg", graph["x"])
-    with pytest.raises(QCompilerError, match="attribute 'profile' is missing"):
-        graph.append("quant.quantize", graph["x"], attrs={"block": (1, 128), "dtype": DType.f8e4m3fn})
+    with pytest.raises(QCompilerError, match="attribute 'format' is missing"):
+        graph.append("quant.quantize", graph["x"])
 
 
 def test_what_cannot_be_built_changes_nothing(graph: Graph) -> None:

@@ -12,6 +12,7 @@ from passes.share_quantize import ShareQuantize
 from qcompiler import DType, Graph
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Effects, Role, op_table, traits
+from qcompiler.ir.formats import FP8_TILE, INT8_ROW
 from qcompiler.ir.op_table import OpDef, declare, declared
 from qcompiler.ir.traits import UNKNOWN, traits_of
 from qcompiler.ir.types import TensorType
@@ -114,15 +115,15 @@ def test_a_parameter_that_does_not_exist(read: str) -> None:
 def test_operands_of_ours_and_the_rest() -> None:
     graph = Graph.parse("""
     func @f(%x: f32[4, 128], %y: f32[4, 128], %z: f32[128]) -> (f8e4m3fn[4, 128]) {
-      %q, %s = kernel.fused_quantize(%x, %y, %z) {block = [1, 128], body = "bf16(x0 * x1 + x2)", dtype = f8e4m3fn,
-        keep = [], profile = "deepseek", scale_layout = "row_major"} : f8e4m3fn[4, 128], f32[4, 1]
+      %q, %s = kernel.fused_quantize(%x, %y, %z) {body = "bf16(x0 * x1 + x2)", format = #fp8_tile,
+        keep = []} : f8e4m3fn[4, 128], f32[4, 1]
       return %q
     }
     """)
     graph.verify()
     op = graph["q"].op
     assert op["x"] is graph["x"] and op.rest == (graph["y"], graph["z"])
-    assert op.argument("profile") == "deepseek" and graph["x"].op.rest == ()
+    assert op.argument("format") == FP8_TILE and graph["x"].op.rest == ()
     assert graph.return_op.rest == graph.outputs
 
 
@@ -217,7 +218,7 @@ func @f(%x: f32[s0, 256]) -> (f32[s0, 128]) {
 """
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(DType.i8, "token", "channel")])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(INT8_ROW, INT8_ROW)])
 def test_a_collective_survives_the_pipeline_and_is_not_evaluated(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import VerifyError
 from qcompiler.ir import DType, Graph, Location, Op, Range, TensorType, Value, evaluate, print_op
 from qcompiler.ir import verifier as verifier_module
+from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.runtime.weights import Weights
 from qcompiler.testing import random_graph
 

@@ -12,12 +12,13 @@ SEEDS = range(8)
 PIECE = """\
   %p.w = core.param() {name = "p.w"} : f32[2, 128]
   %p.b = core.buffer() {name = "p.b"} : f32[2, 128]
-  %p.q, %p.s = quant.quantize(%p.x) {block = [1, 128], dtype = f8e4m3fn, profile = "vllm"} : f8e4m3fn[2, 128], f32[2, 1]
-  %p.v, %p.t = quant.quantize(%p.w) {block = [1, 64], dtype = f8e4m3fn, profile = "vllm"} : f8e4m3fn[2, 128], f32[2, 2]
-  %p.y = quant.linear(%p.q, %p.s, %p.v, %p.t, None) {out_dtype = f32, w_block = [1, 64], x_block = [1, 128]} : f32[2, 2]
+  %p.q, %p.s = quant.quantize(%p.x) {format = #fp8_tile<profile = "vllm">} : f8e4m3fn[2, 128], f32[2, 1]
+  %p.v, %p.t = quant.quantize(%p.w) {format = #format<f8e4m3fn, block = [1, 64]>} : f8e4m3fn[2, 128], f32[2, 2]
+  %p.y = quant.linear(%p.q, %p.s, %p.v, %p.t, None)
+    {out_dtype = f32, w_format = #format<f8e4m3fn, block = [1, 64]>, x_format = #fp8_tile} : f32[2, 2]
   %p.i = aten.sym_size.int(%p.x, 0) : int(2)
   %p.z = aten.neg(%p.s) : bf16[2, 1]
-  %p.d = quant.dequantize(%p.q, %p.s) {block = [1, 128], out_dtype = f32} : f32[2, 128]
+  %p.d = quant.dequantize(%p.q, %p.s) {format = #fp8_tile, out_dtype = f32} : f32[2, 128]
   %p.n = aten.neg(%p.d) : f32[2, 128]
   core.update(%p.b, %p.n)
 """
@@ -34,42 +35,42 @@ def text_with_piece(seed: int) -> str:
 # The rule, what is replaced and by what, the operation that is named, what the caret stands under, and the sentence.
 TABLE: list[tuple[int, str, str, str, str, str]] = [
     (6, "(%p.q, %p.s, %p.v, %p.t, None)", "(%p.q, %p.s, %p.v)", "%p.y", "",
-     "quant.linear takes 4 to 5 arguments (x, x_scale, w, w_scale, bias?), but got 3"),
-    (6, "(%p.x) {block", "(%p.x, 1) {block", "%p.q", "1",
+     "quant.linear takes 4 to 7 arguments (x, x_scale, w, w_scale, bias?, x_tensor_scale?, w_tensor_sc"),
+    (6, "(%p.x) {format", "(%p.x, 1) {format", "%p.q", "1",
      "argument 'prescale?' of quant.quantize must be a value, but is 1"),
-    (6, "(%p.x) {block", "(%p.x, None, None) {block", "%p.q", "",
+    (6, "(%p.x) {format", "(%p.x, None, None) {format", "%p.q", "",
      "quant.quantize takes 1 to 2 arguments (x, prescale?), but got 3"),
-    (7, "(%p.x) {block", "(%p.x, %p.w) {block", "%p.q", "%p.w",
+    (7, "(%p.x) {format", "(%p.x, %p.w) {format", "%p.q", "%p.w",
      "the prescale is f32[2, 128], but f32[2, 128] needs one number for each channel"),
     (6, "(%p.q, %p.s, %p.v", "(%p.q, None, %p.v", "%p.y", "None",
      "argument 'x_scale' of quant.linear must be a value, but is None"),
-    (6, "(%p.x) {block", "([%p.x]) {block", "%p.q", "[%p.x]",
+    (6, "(%p.x) {format", "([%p.x]) {format", "%p.q", "[%p.x]",
      "argument 'x' of quant.quantize must be a value, but is [%p.x]"),
-    (6, '128], dtype = f8e4m3fn, profile = "vllm"', "128], dtype = f8e4m3fn", "%p.q", "",
-     "attribute 'profile' is missing; it wants one of"),
-    (6, "(%p.x) {block = [1, 128],", "(%p.x) {block = [1, 128], blok = 1,", "%p.q", "",
-     "quant.quantize has no attribute 'blok'. Did you mean 'block'?"),
-    (6, "(%p.x) {block = [1, 128],", "(%p.x) {block = [1, 0],", "%p.q", "",
-     "attribute 'block' is [1, 0], but quant.quantize wants two positive integers such as [1, 128], where -1 is the"),
-    (6, "(%p.x) {block = [1, 128], dtype = f8e4m3fn", '(%p.x) {block = [1, 128], dtype = "f8"', "%p.q", "",
-     "attribute 'dtype' is \"f8\", but quant.quantize wants f8e4m3fn"),
-    (6, '[1, 64], dtype = f8e4m3fn, profile = "vllm"', '[1, 64], dtype = f8e4m3fn, profile = "vlm"', "%p.v", "",
-     'attribute \'profile\' is "vlm", but quant.quantize wants one of'),
+    (6, '(%p.x) {format = #fp8_tile<profile = "vllm">}', "(%p.x)", "%p.q", "",
+     "attribute 'format' is missing; it wants a format such as #fp8_tile"),
+    (6, '(%p.x) {format = #fp8_tile<profile = "vllm">', "(%p.x) {format = #fp8_tile, formt = 1", "%p.q", "",
+     "quant.quantize has no attribute 'formt'. Did you mean 'format'?"),
+    (6, '(%p.x) {format = #fp8_tile<profile = "vllm">', "(%p.x) {format = [1, 128]", "%p.q", "",
+     "attribute 'format' is [1, 128], but quant.quantize wants a format such as #fp8_tile"),
+    (6, '(%p.x) {format = #fp8_tile<profile = "vllm">', "(%p.x) {format = #fp8_tiel", "%p.q", "",
+     "attribute 'format' is #fp8_tiel, but quant.quantize wants a format such as #fp8_tile"),
+    (6, '(%p.x) {format = #fp8_tile<profile = "vllm">', "(%p.x) {format = f8e4m3fn", "%p.q", "",
+     "attribute 'format' is f8e4m3fn, but quant.quantize wants a format such as #fp8_tile"),
     (6, '{name = "p.w"}', "{name = 3}", "%p.w", "", "attribute 'name' is 3, but core.param wants a string"),
     (6, '{name = "p.w"}', "", "%p.w", "", "attribute 'name' is missing; it wants a string"),
-    (7, "x_block = [1, 128]} : f32[2, 2]", "x_block = [1, 128]} : bf16[2, 2]", "%p.y", "bf16[2, 2]",
+    (7, "x_format = #fp8_tile} : f32[2, 2]", "x_format = #fp8_tile} : bf16[2, 2]", "%p.y", "bf16[2, 2]",
      "the results are bf16[2, 2], but the type rule gives f32[2, 2]"),
     (7, "f8e4m3fn[2, 128], f32[2, 1]", "f8e4m3fn[2, 128], f32[2, 2]", "%p.q", "f8e4m3fn[2, 128], f32[2, 2]",
      "the results are f8e4m3fn[2, 128], f32[2, 2], but the type rule gives f8e4m3fn[2, 128], f32[2, 1]"),
     (7, "(%p.q, %p.s, %p.v", "(%p.q, %p.t, %p.v", "%p.y", "%p.t",
-     "the scale is f32[2, 2], but x_block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]"),
+     "the scale is f32[2, 2], but x_format #fp8_tile over f8e4m3fn[2, 128] needs f32[2, 1]"),
     (7, "(%p.q, %p.s) {", "(%p.q, %p.z) {", "%p.d", "%p.z",
-     "the scale is bf16[2, 1], but block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]"),
-    (7, "w_block = [1, 64]", "w_block = [1, 128]", "%p.y", "%p.t",
-     "the scale is f32[2, 2], but w_block [1, 128] over f8e4m3fn[2, 128] needs f32[2, 1]"),
+     "the scale is bf16[2, 1], but format #fp8_tile over f8e4m3fn[2, 128] needs f32[2, 1]"),
+    (7, "w_format = #format<f8e4m3fn, block = [1, 64]>", "w_format = #fp8_tile", "%p.y", "%p.t",
+     "the scale is f32[2, 2], but w_format #fp8_tile over f8e4m3fn[2, 128] needs f32[2, 1]"),
     (7, "%p.t, None)", "%p.t, %p.x)", "%p.y", "%p.x",
      "the bias is f32[2, 128], but the weight f8e4m3fn[2, 128] needs 2 of them"),
-    (7, "(%p.q, %p.s) {", "(%p.q, %p.i) {", "%p.d", "",
+    (7, "(%p.q, %p.s) {", "(%p.i, %p.s) {", "%p.d", "",
      "the type rule does not hold for these operands: %p.i: int(2) is no tensor"),
     (11, '  %p.b = core.buffer() {name = "p.b"}', '  %p.b = core.param() {name = "p.w"}', "%p.b", '"p.w"',
      'the weight "p.w" is already read by %p.w (core.param)'),
@@ -118,9 +119,9 @@ def test_the_message_in_full() -> None:
 func @mlp(%x: bf16[64, 256]) -> (bf16[64, 512]) {
   %w_q = core.param() {name = "fc1.weight_q"} : f8e4m3fn[512, 256]
   %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]
-  %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "vllm"} : f8e4m3fn[64, 256], f32[64, 2]
+  %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile<profile = "vllm">} : f8e4m3fn[64, 256], f32[64, 2]
   %linear = quant.linear(%x_q, %w_s, %w_q, %w_s)
-    {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[64, 512] loc("mlp.py":9 in "fc1")
+    {out_dtype = bf16, w_format = #fp8_block, x_format = #fp8_tile} : bf16[64, 512] loc("mlp.py":9 in "fc1")
   %silu = aten.silu(%linear) : bf16[64, 512]
   return %silu
 }""")
@@ -128,12 +129,12 @@ func @mlp(%x: bf16[64, 256]) -> (bf16[64, 512]) {
         graph.verify(after="fp8-tile")
     assert str(caught.value) == (
         "after pass 'fp8-tile', in @mlp: rule V7: quant.linear: "
-        "the scale is f32[4, 2], but x_block [1, 128] over f8e4m3fn[64, 256] needs f32[64, 2]\n"
+        "the scale is f32[4, 2], but x_format #fp8_tile over f8e4m3fn[64, 256] needs f32[64, 2]\n"
         '    %w_s = core.param() {name = "fc1.weight_s"} : f32[4, 2]\n'
-        '    %x_q, %x_s = quant.quantize(%x) {block = [1, 128], dtype = f8e4m3fn, profile = "vllm"}'
+        '    %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile<profile = "vllm">}'
         " : f8e4m3fn[64, 256], f32[64, 2]\n"
         "  > %linear = quant.linear(%x_q, %w_s, %w_q, %w_s)"
-        " {out_dtype = bf16, w_block = [128, 128], x_block = [1, 128]} : bf16[64, 512]\n"
+        " {out_dtype = bf16, w_format = #fp8_block, x_format = #fp8_tile} : bf16[64, 512]\n"
         "                                 ^^^^\n"
         "    %silu = aten.silu(%linear) : bf16[64, 512]\n"
         "    return %silu\n"

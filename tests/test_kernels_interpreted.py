@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
-    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), (1, x_block))
-    w, ws = numerics.quantize(torch.randn(n, k), (128, 128))
+    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), numerics.format_of((1, x_block)))
+    w, ws = numerics.quantize(torch.randn(n, k), numerics.format_of((128, 128)))
     if padded:
         scale = quantization.scale_like(x, x_block, "col_major")
         rows = torch.full((m + 70, k), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -32,7 +32,9 @@ def _gemm(config: "GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bi
     addend = torch.randn(n) if bias else None
     store = torch.full((m + 3, n), 7.0, dtype=dtype)
     launch_gemm(config, x, w, store[:m], xs, ws, addend, x_block)
-    want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=(1, x_block), out_dtype=torch.float32)
+    want = numerics.scaled_linear(
+        x, xs, w, ws, addend, x_format=numerics.format_of((1, x_block), x.dtype), out_dtype=torch.float32
+    )
     error = float((store[:m].float() - want).norm() / want.norm())
     # The interpreter truncates to bfloat16, where the GPU rounds.
     assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype], (config, m, n, k, error)
@@ -52,11 +54,11 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     scale = quantization.scale_like(x, block_k, layout).fill_(-1.0)
     tile = quantize_config(m, block_k)
     quantize_tiles[(-(-m // tile.block_m) * -(-k // block_k),)](
-        x, q, scale, None, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor(q.dtype), TOP=448.0,
+        x, q, scale, None, m, k, x.stride(0), *scale.stride(), AMAX_FLOOR=rule.amax_floor(ir_dtype(q.dtype)), TOP=448.0,
         RECIPROCAL=rule.division == "reciprocal", UE8M0=rule.scale_format == "ue8m0", BLOCK_M=tile.block_m,
         BLOCK_K=block_k, num_warps=tile.warps,
     )  # fmt: skip
-    want_q, want_scale = numerics.quantize(x, (1, block_k), profile=name)
+    want_q, want_scale = numerics.quantize(x, numerics.format_of((1, block_k), profile=name))
     assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), (m, k, name, layout)
     assert bool(want_scale[0, -1].isnan()) and bool(want_scale[1:2, 0].isnan().all())
     assert bool((q[m:].float() == 7.0).all()), "wrote beyond the last row"
@@ -67,12 +69,15 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
 
 def _row_gemm(config: "GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int, wholes: tuple[int, int]) -> None:
     x_block, w_block = ((-1 if whole else 1, -1) for whole in wholes)
-    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), x_block, dtype)
-    w, ws = numerics.quantize(torch.randn(n, k), w_block, dtype)
+    x, xs = numerics.quantize(torch.randn(m, k) * torch.rand(m, 1).mul(4).exp(), numerics.format_of(x_block, dtype))
+    w, ws = numerics.quantize(torch.randn(n, k), numerics.format_of(w_block, dtype))
     addend = torch.randn(n)
     store = torch.full((m + 3, n), 7.0)
     launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
-    want = numerics.scaled_linear(x, xs, w, ws, addend, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
+    x_format, w_format = numerics.format_of(x_block, dtype), numerics.format_of(w_block, dtype)
+    want = numerics.scaled_linear(
+        x, xs, w, ws, addend, x_format=x_format, w_format=w_format, out_dtype=torch.float32
+    )  # fmt: skip
     assert float((store[:m] - want).norm() / want.norm()) < 1e-5, (config, dtype, m, n, k)
     assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
 
@@ -82,7 +87,7 @@ def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool, od
     x[0, k // 2] = odd
     x[-1, 0] = 0.0
     prescale = torch.rand(k) + 0.5 if prescaled else None
-    want_q, want_scale = numerics.quantize(x, block, torch.int8, name, prescale)
+    want_q, want_scale = numerics.quantize(x, numerics.format_of(block, torch.int8, name), prescale)
     q = torch.full((m + 2, k), 7, dtype=torch.int8)
     scale = torch.full(want_scale.shape, -1.0)
     launch_quantize(x, q[:m], scale, block, name, prescale)
@@ -93,7 +98,7 @@ def _int8(block: tuple[int, int], m: int, k: int, name: str, prescaled: bool, od
     for known in (scale, torch.full_like(scale, 2.0**-84)):
         again = torch.empty_like(q[:m])
         launch_quantize(x, again, known, block, name, prescale, known=True)
-        want = numerics.quantize_static(x, known, block, torch.int8, name, prescale)
+        want = numerics.quantize_static(x, known, numerics.format_of(block, torch.int8, name), prescale)
         assert torch.equal(again, want), (block, m, k, name, odd)
 
 
@@ -102,7 +107,7 @@ def _amax_of_finite(m: int, k: int) -> None:
     x[m // 2, :3], x[0, 0] = torch.tensor([math.nan, math.inf, -math.inf]), -9.0
     q, scale = torch.empty(m, k).to(torch.float8_e4m3fn), torch.empty(1, 1)
     launch_quantize(x, q, scale, (-1, -1))
-    assert torch.equal(scale, numerics.quantize(x, (-1, -1))[1]), (m, k)
+    assert torch.equal(scale, numerics.quantize(x, numerics.format_of((-1, -1)))[1]), (m, k)
 
 
 def _portable(x_block: int) -> "list[GemmConfig]":
@@ -178,6 +183,7 @@ if __name__ == "__main__":
     from codegen.templates.gemm import GemmConfig, Kind
     from codegen.templates.quantize import quantize_config
     from qcompiler import numerics
+    from qcompiler.numerics.dtypes import ir_dtype
 
     InterpreterBuilder.create_fma = _fma
     torch.manual_seed(0)

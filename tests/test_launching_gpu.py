@@ -33,7 +33,8 @@ def linear(x: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def exact(x: Tensor, w: Tensor, ws: Tensor) -> Tensor:
-    return numerics.scaled_linear(*numerics.quantize(x), w, ws, None, out_dtype=torch.float32)
+    codes, scale = numerics.quantize(x)
+    return numerics.scaled_linear(codes, scale, w, ws, None, out_dtype=torch.float32)
 
 
 def close(got: Tensor, want: Tensor) -> bool:
@@ -76,7 +77,7 @@ def test_every_granularity_twice(block: tuple[int, int], dtype: torch.dtype) -> 
         torch.manual_seed(seed)
         for x in (torch.randn(40, 384, device="cuda"), torch.randn(2, 5, 384, device="cuda")):
             q, scale = kernels.quantize(x, block, dtype, "deepseek", "row_major", factors)
-            want_q, want_scale = numerics.quantize(x, block, dtype, "deepseek", factors)
+            want_q, want_scale = numerics.quantize(x, numerics.format_of(block, dtype, "deepseek"), factors)
             assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
             again = kernels.quantize_static(x, scale, block, dtype, "deepseek", factors)
             assert torch.equal(again.view(torch.uint8), q.view(torch.uint8))

@@ -122,7 +122,7 @@ def test_in_bf16_and_other_schemes() -> None:
 def test_a_scale_for_each_channel_knows_no_blocks() -> None:
     fast = compiled(built("llama, odd heads"), True, "fp8_row{numerics=vllm}")
     assert groups(fast) == [GATE_UP]  # k and v have 96 columns, fewer than 128
-    twice = qcompiler.pipeline("fp8_row").replace("merge-linears", "merge-linears{w_block=[1, -1], min_columns=96}")
+    twice = qcompiler.pipeline("fp8_row").replace("merge-linears", "merge-linears{w_format=#fp8_row, min_columns=96}")
     assert groups(qcompiler.compile(built("llama, odd heads"), example_kwargs=tokens(2, 7), pipeline=twice)) == [
         QKV, GATE_UP,
     ]  # fmt: skip

@@ -214,8 +214,16 @@ def test_groups_of_rows_without_a_look_at_the_data(sizes: list[int], block: tupl
     torch.manual_seed(len(sizes))
     rows, w = torch.randn(sum(sizes) + 3, 128), torch.randn(len(sizes), 128, 128)
     offsets = torch.tensor(sizes).cumsum(0).to(torch.int32)
-    operands = (*numerics.quantize(rows, block), *numerics.quantize(w, (128, 128)), offsets)
-    options: dict[str, Any] = {"x_block": block, "w_block": (128, 128), "out_dtype": torch.float32}
+    operands = (
+        *numerics.quantize(rows, numerics.format_of(block)),
+        *numerics.quantize(w, numerics.format_of((128, 128))),
+        offsets,
+    )
+    options: dict[str, Any] = {
+        "x_format": numerics.format_of(block),
+        "w_format": numerics.format_of((128, 128)),
+        "out_dtype": torch.float32,
+    }
     got, want = grouped_linear(*operands, **options), grouped_linear_meaning(*operands, **options)
     # The same products, of which a matrix library may add the terms in another order for another number of rows.
     torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-5)

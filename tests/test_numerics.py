@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from qcompiler import numerics
 from qcompiler.errors import QCompilerError
+from qcompiler.numerics.dtypes import ir_dtype
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 F32 = np.float32
@@ -86,7 +87,7 @@ def codes_of(q: Tensor) -> Any:
 
 
 def check(x: Tensor, block: tuple[int, int] = (1, 128), dtype: torch.dtype = E4M3, name: str = "deepseek") -> None:
-    q, scale = numerics.quantize(x, block, dtype, name)
+    q, scale = numerics.quantize(x, numerics.format_of(block, dtype, name))
     codes, scales = naive(x.float().numpy(), *block, dtype, name)
     assert q.is_contiguous() and scale.is_contiguous() and scale.dtype == torch.float32
     np.testing.assert_array_equal(scale.numpy(), scales)
@@ -133,26 +134,26 @@ def test_every_code_every_tie_and_their_neighbours(dtype: torch.dtype) -> None:
     near = np.concatenate([points, np.nextafter(points, F32(np.inf)), np.nextafter(points, F32(-np.inf))])
     values = np.minimum(np.concatenate([near, -near]), F32(table[-1])).clip(-F32(table[-1]))
     x = torch.from_numpy(np.concatenate([values, [F32(table[-1])]]))[None]
-    q, scale = numerics.quantize(x, (1, x.shape[1]), dtype)
+    q, scale = numerics.quantize(x, numerics.format_of((1, x.shape[1]), dtype))
     assert scale.item() == 1.0
     assert codes_of(q)[0].tolist() == [rounded_code(float(v), dtype) for v in x[0]]
 
 
 def test_a_zero_block_gives_zeros_and_a_positive_scale() -> None:
     for name, rule in numerics.PROFILES.items():
-        q, scale = numerics.quantize(torch.zeros(2, 128), profile=name)
+        q, scale = numerics.quantize(torch.zeros(2, 128), numerics.format_of((1, 128), profile=name))
         assert bool((q.view(torch.uint8) == 0).all()) and bool((scale > 0).all())
         if rule.scale_format == "f32":
-            assert scale[0, 0].item() == float(F32(rule.amax_floor(E4M3)) / F32(448))
+            assert scale[0, 0].item() == float(F32(rule.amax_floor(ir_dtype(E4M3))) / F32(448))
 
 
 @pytest.mark.parametrize("name", sorted(numerics.PROFILES))
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_a_tile_with_nan_or_infinity_is_nan_and_no_other_is(odd: float, name: str) -> None:
     x = torch.randn(3, 256)
-    clean_q, clean_scale = numerics.quantize(x, profile=name)
+    clean_q, clean_scale = numerics.quantize(x, numerics.format_of((1, 128), profile=name))
     x[1, 133] = odd
-    q, scale = numerics.quantize(x, profile=name)
+    q, scale = numerics.quantize(x, numerics.format_of((1, 128), profile=name))
     assert scale.isnan().tolist() == [[False, False], [False, True], [False, False]]
     assert bool(q[1, 128:].float().isnan().all()) and bool(numerics.dequantize(q, scale)[1, 128:].isnan().all())
     q[1, 128:], scale[1, 1] = clean_q[1, 128:], clean_scale[1, 1]
@@ -163,9 +164,9 @@ def test_a_tile_with_nan_or_infinity_is_nan_and_no_other_is(odd: float, name: st
 def test_a_block_of_several_rows_has_nan_where_it_is_not_finite(odd: float) -> None:
     x = torch.randn(128, 128).clamp(-2, 2)
     x[3, 7] = 2.0
-    clean_q, clean_scale = numerics.quantize(x, (128, 128))
+    clean_q, clean_scale = numerics.quantize(x, numerics.format_of((128, 128)))
     x[5, 9] = odd
-    q, scale = numerics.quantize(x, (128, 128))
+    q, scale = numerics.quantize(x, numerics.format_of((128, 128)))
     assert torch.equal(scale, clean_scale)
     assert q.float().isnan().nonzero().tolist() == [[5, 9]]
     q[5, 9] = clean_q[5, 9]
@@ -175,7 +176,7 @@ def test_a_block_of_several_rows_has_nan_where_it_is_not_finite(odd: float) -> N
 def test_ue8m0_rounds_the_scale_up_and_quantizes_with_it() -> None:
     amax = torch.tensor([448.0, 448.0 * (1 + 2**-20), 447.9, 896.0, 1e-3, 3e38])
     x = amax[:, None] * torch.ones(1, 128)
-    q, scale = numerics.quantize(x, profile="ue8m0")
+    q, scale = numerics.quantize(x, numerics.format_of((1, 128), profile="ue8m0"))
     _, exact = numerics.quantize(x)
     assert scale[:, 0].tolist() == [2.0 ** math.ceil(math.log2(s)) for s in exact[:, 0].tolist()]
     assert bool((scale >= exact).all())
@@ -187,7 +188,7 @@ def test_empty_and_single_rows(shape: tuple[int, ...]) -> None:
     q, scale = numerics.quantize(torch.randn(shape))
     assert q.shape == shape and scale.shape == (*shape[:-1], -(-shape[-1] // 128))
     assert numerics.dequantize(q, scale).shape == shape
-    assert numerics.quantize(torch.randn(shape), (128, 128))[0].shape == shape
+    assert numerics.quantize(torch.randn(shape), numerics.format_of((128, 128)))[0].shape == shape
 
 
 def test_a_vector_is_one_row() -> None:
@@ -197,14 +198,14 @@ def test_a_vector_is_one_row() -> None:
     assert q.shape == (300,) and torch.equal(scale, row_scale[0])
     assert torch.equal(q.view(torch.uint8), row_q[0].view(torch.uint8))
     assert torch.equal(numerics.dequantize(q, scale), numerics.dequantize(row_q, row_scale)[0])
-    assert numerics.quantize(x, (128, 128))[1].shape == (3,)
+    assert numerics.quantize(x, numerics.format_of((128, 128)))[1].shape == (3,)
 
 
 def test_leading_dimensions_are_a_batch() -> None:
     x = torch.randn(2, 3, 200, 300)
     for block in ((1, 128), (128, 128)):
-        q, scale = numerics.quantize(x, block)
-        one_q, one_scale = numerics.quantize(x[1, 2], block)
+        q, scale = numerics.quantize(x, numerics.format_of(block))
+        one_q, one_scale = numerics.quantize(x[1, 2], numerics.format_of(block))
         assert torch.equal(q[1, 2].view(torch.uint8), one_q.view(torch.uint8)) and torch.equal(scale[1, 2], one_scale)
 
 
@@ -218,35 +219,41 @@ def test_strides_do_not_matter() -> None:
         torch.randn(1, 128).expand(5, 128),
     ):
         for block in ((1, 128), (128, 128)):
-            q, scale = numerics.quantize(view, block)
-            want_q, want_scale = numerics.quantize(view.contiguous(), block)
+            q, scale = numerics.quantize(view, numerics.format_of(block))
+            want_q, want_scale = numerics.quantize(view.contiguous(), numerics.format_of(block))
             assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
             strided = torch.empty(*scale.shape[:-2], *scale.shape[:-3:-1]).mT.copy_(scale)
-            assert torch.equal(numerics.dequantize(q, strided, block), numerics.dequantize(q, scale, block))
+            assert torch.equal(
+                numerics.dequantize(q, strided, format=numerics.format_of(block, q.dtype)),
+                numerics.dequantize(q, scale, format=numerics.format_of(block, q.dtype)),
+            )
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_dequantize_is_exact_for_every_code(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
-    got = numerics.dequantize(codes, torch.ones(2))
+    got = numerics.dequantize(codes, torch.ones(2), format=numerics.format_of((1, 128), dtype))
     assert torch.equal(got.nan_to_num(nan=-1.0), codes.float().nan_to_num(nan=-1.0))
     assert torch.equal(got.isnan(), codes.float().isnan())
-    tiny = numerics.dequantize(codes, torch.full((2,), 2.0**-100))
+    tiny = numerics.dequantize(codes, torch.full((2,), 2.0**-100), format=numerics.format_of((1, 128), dtype))
     assert torch.equal(tiny.nan_to_num(nan=-1.0), (codes.float() * 2.0**-100).nan_to_num(nan=-1.0))
 
 
 def test_dequantize_ragged_blocks() -> None:
-    q, _ = numerics.quantize(torch.randn(130, 200), (64, 128))
+    q, _ = numerics.quantize(torch.randn(130, 200), numerics.format_of((64, 128)))
     scale = torch.rand(3, 2)
     want = q.float() * scale.repeat_interleave(64, 0)[:130].repeat_interleave(128, 1)[:, :200]
-    assert torch.equal(numerics.dequantize(q, scale, (64, 128)), want)
-    assert torch.equal(numerics.dequantize(q, scale, (64, 128), torch.bfloat16), want.bfloat16())
+    assert torch.equal(numerics.dequantize(q, scale, format=numerics.format_of((64, 128), q.dtype)), want)
+    assert torch.equal(
+        numerics.dequantize(q, scale, format=numerics.format_of((64, 128), q.dtype), out_dtype=torch.bfloat16),
+        want.bfloat16(),
+    )
 
 
 @pytest.mark.parametrize("name", sorted(numerics.PROFILES))
 def test_round_trip_error(name: str) -> None:
     x = torch.randn(64, 512)
-    back = numerics.dequantize(*numerics.quantize(x, profile=name))
+    back = numerics.dequantize(*numerics.quantize(x, numerics.format_of((1, 128), profile=name)))
     assert float((back - x).norm() / x.norm()) < 0.03
 
 
@@ -255,7 +262,7 @@ def test_round_trip_error(name: str) -> None:
 def test_scaled_linear(lead: tuple[int, ...], out_dtype: torch.dtype) -> None:
     x, w, bias = torch.randn(*lead, 300), torch.randn(200, 300), torch.randn(200)
     x_q, x_s = numerics.quantize(x)
-    w_q, w_s = numerics.quantize(w, (128, 128))
+    w_q, w_s = numerics.quantize(w, numerics.format_of((128, 128)))
     got = numerics.scaled_linear(x_q, x_s, w_q, w_s, bias, out_dtype=out_dtype)
     left = x_q.double() * x_s.double().repeat_interleave(128, -1)[..., :300]
     right = w_q.double() * w_s.double().repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
@@ -268,10 +275,12 @@ def test_scaled_linear(lead: tuple[int, ...], out_dtype: torch.dtype) -> None:
 def test_meta_tensors() -> None:
     for shape in ((7, 300), (300,), (2, 7, 256), (0, 128)):
         for block in ((1, 128), (128, 128)):
-            q, scale = numerics.quantize(torch.empty(shape, device="meta", dtype=torch.bfloat16), block)
-            real_q, real_scale = numerics.quantize(torch.zeros(shape), block)
+            q, scale = numerics.quantize(
+                torch.empty(shape, device="meta", dtype=torch.bfloat16), numerics.format_of(block)
+            )
+            real_q, real_scale = numerics.quantize(torch.zeros(shape), numerics.format_of(block))
             assert (q.shape, q.dtype, scale.shape) == (real_q.shape, real_q.dtype, real_scale.shape)
-            assert numerics.dequantize(q, scale, block).shape == shape
+            assert numerics.dequantize(q, scale, format=numerics.format_of(block, q.dtype)).shape == shape
 
 
 def test_fake_tensors_keep_the_number_of_rows_symbolic() -> None:
@@ -281,9 +290,9 @@ def test_fake_tensors_keep_the_number_of_rows_symbolic() -> None:
         x = mode.from_tensor(torch.randn(37, 300), symbolic_context=context)
         w = mode.from_tensor(torch.randn(200, 300))
         for block in ((1, 128), (128, 128)):
-            q, scale = numerics.quantize(x, block)
-            w_q, w_s = numerics.quantize(w, (128, 128))
-            out = numerics.scaled_linear(q, scale, w_q, w_s, x_block=block)
+            q, scale = numerics.quantize(x, numerics.format_of(block))
+            w_q, w_s = numerics.quantize(w, numerics.format_of((128, 128)))
+            out = numerics.scaled_linear(q, scale, w_q, w_s, x_format=numerics.format_of(block, q.dtype))
             assert str(q.shape[0]) == str(x.shape[0]) and str(out.shape[0]) == str(x.shape[0])
     assert not shapes.replacements, "the number of rows became a constant"
 
@@ -292,12 +301,12 @@ def test_errors_say_what_was_got() -> None:
     with pytest.raises(QCompilerError, match="Did you mean 'deepseek'"):
         numerics.profile("deepseak")
     with pytest.raises(QCompilerError, match="unknown quantization profile: got 'x'"):
-        numerics.quantize(torch.ones(1, 128), profile="x")
+        numerics.quantize(torch.ones(1, 128), numerics.format_of((1, 128), profile="x"))
     with pytest.raises(QCompilerError, match=r"not an 8-bit format: got torch\.bfloat16"):
-        numerics.quantize(torch.ones(1, 128), dtype=torch.bfloat16)
+        numerics.quantize(torch.ones(1, 128), numerics.format_of((1, 128), torch.bfloat16))
     for block in ((128,), (0, 128), (1, -2)):
         with pytest.raises(QCompilerError, match="two positive sizes"):
-            numerics.quantize(torch.ones(1, 128), block)
+            numerics.quantize(torch.ones(1, 128), numerics.format_of(block))
     for bad in (torch.tensor(1.0), torch.ones(2, 2, dtype=torch.int32)):
         with pytest.raises(QCompilerError, match="cannot quantize this tensor"):
             numerics.quantize(bad)
@@ -307,7 +316,7 @@ def test_errors_say_what_was_got() -> None:
     ):
         numerics.dequantize(q, scale[:, :1])
     with pytest.raises(QCompilerError, match="do not fit"):
-        numerics.scaled_linear(q, scale, *numerics.quantize(torch.ones(4, 128), (128, 128)))
+        numerics.scaled_linear(q, scale, *numerics.quantize(torch.ones(4, 128), numerics.format_of((128, 128))))
 
 
 def test_the_input_is_not_changed() -> None:
@@ -328,8 +337,8 @@ def test_a_large_stack_of_matrices_goes_one_by_one(
 ) -> None:
     x = torch.randn(3, 2, 200, 150, generator=torch.Generator().manual_seed(0))
     factors = torch.rand(150) + 0.5
-    whole = numerics.quantize(x, block, dtype, prescale=factors)
+    whole = numerics.quantize(x, numerics.format_of(block, dtype), prescale=factors)
     monkeypatch.setattr(numerics, "MOST_AT_ONCE", 1000)
-    parts = numerics.quantize(x, block, dtype, prescale=factors)
+    parts = numerics.quantize(x, numerics.format_of(block, dtype), prescale=factors)
     assert parts[0].is_contiguous() and parts[0].dtype == dtype
     assert torch.equal(parts[0].view(torch.uint8), whole[0].view(torch.uint8)) and torch.equal(parts[1], whole[1])

@@ -16,6 +16,7 @@ from torch import Tensor
 from qcompiler import numerics
 from qcompiler.errors import QCompilerError
 from qcompiler.numerics import ALL
+from qcompiler.numerics.dtypes import ir_dtype
 
 E4M3, E5M2, I8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 FORMATS = (E4M3, E5M2, I8)
@@ -82,18 +83,20 @@ def slow(
 
 def check(x: Tensor, block: tuple[int, int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None) -> None:
     """Holds quantize, quantize_static and dequantize to the slow implementation."""
-    q, scale = numerics.quantize(x, block, dtype, profile, prescale)
+    q, scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
     values, scales = slow(x, block, dtype, profile, prescale)
     assert q.dtype is dtype and q.shape == x.shape and q.is_contiguous() and scale.is_contiguous()
     assert scale.dtype is torch.float32 and list(scale.shape) == numerics.scale_shape(x.shape, block)
     np.testing.assert_array_equal([scale[key].item() for key in scales], [float(value) for value in scales.values()])
     assert len(scales) == scale.numel()
     np.testing.assert_array_equal(q.double().numpy(), values)
-    static = numerics.quantize_static(x, scale, block, dtype, profile, prescale)
+    static = numerics.quantize_static(x, scale, numerics.format_of(block, dtype, profile), prescale)
     assert torch.equal(bits(static), bits(q)) and static.is_contiguous()
     with np.errstate(all="ignore"):
         want = [F32(values[i]) * F32(scales[key_of(i, block)]) for i in np.ndindex(*x.shape)]
-    np.testing.assert_array_equal(numerics.dequantize(q, scale, block).flatten().numpy(), np.array(want, F32))
+    np.testing.assert_array_equal(
+        numerics.dequantize(q, scale, format=numerics.format_of(block, q.dtype)).flatten().numpy(), np.array(want, F32)
+    )
 
 
 def bits(q: Tensor) -> Tensor:
@@ -149,11 +152,13 @@ def test_any_content(
 
 def test_int8_rounds_ties_to_even_and_keeps_to_127() -> None:
     ties = torch.arange(-127, 127).float() + 0.5  # with 127 in the row the scale is 1, and these are the ties
-    q, scale = numerics.quantize(torch.cat([ties, torch.tensor([127.0])])[None], (1, ALL), I8)
+    q, scale = numerics.quantize(torch.cat([ties, torch.tensor([127.0])])[None], numerics.format_of((1, ALL), I8))
     assert scale.item() == 1.0
     assert q[0, :-1].tolist() == [round(tie) for tie in ties.tolist()]
     over = torch.tensor([[300.0, -300.0, -128.0, math.inf, -math.inf, math.nan, 126.5]])
-    assert numerics.quantize_static(over, torch.ones(1, 1), dtype=I8).tolist() == [[127, -127, -127, 127, -127, 0, 126]]
+    assert numerics.quantize_static(over, torch.ones(1, 1), numerics.format_of((-1, -1), I8)).tolist() == [
+        [127, -127, -127, 127, -127, 0, 126]
+    ]
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -163,21 +168,29 @@ def test_a_row_that_is_not_finite_stays_so(odd: float, profile: str, dtype: torc
     x, w = ordinary(4, 8), ordinary(3, 8, seed=1)
     x[2, 5] = odd
     for x_block in ((1, ALL), (1, 4), (ALL, ALL), (2, 4), (ALL, 1)):
-        x_q, x_s = numerics.quantize(x, x_block, dtype, profile)
-        operands = (x_q, x_s, *numerics.quantize(w, (1, ALL), dtype, profile))
-        bad = numerics.scaled_linear(*operands, x_block=x_block, w_block=(1, ALL)).isnan().all(1)
+        x_q, x_s = numerics.quantize(x, numerics.format_of(x_block, dtype, profile))
+        operands = (x_q, x_s, *numerics.quantize(w, numerics.format_of((1, ALL), dtype, profile)))
+        bad = (
+            numerics.scaled_linear(
+                *operands, x_format=numerics.format_of(x_block, dtype), w_format=numerics.format_of((1, ALL), dtype)
+            )
+            .isnan()
+            .all(1)
+        )
         # An INT8 code cannot be NaN, so there the rows that share the scale of this one are lost, too.
         lost = {(ALL, ALL): [0, 1, 2, 3], (ALL, 1): [0, 1, 2, 3], (2, 4): [2, 3]} if dtype is I8 else {}
         assert bad.nonzero().flatten().tolist() == lost.get(x_block, [2]), x_block
         alone = torch.ones(4, dtype=torch.bool).index_fill_(0, torch.tensor(lost.get(x_block, [2])), False)
-        assert bool(numerics.dequantize(x_q, x_s, x_block)[alone].isfinite().all())
+        assert bool(
+            numerics.dequantize(x_q, x_s, format=numerics.format_of(x_block, x_q.dtype))[alone].isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("profile", sorted(numerics.PROFILES))
 def test_a_static_scale_keeps_nan_where_the_format_has_one(profile: str, dtype: torch.dtype) -> None:
     x = torch.tensor([[1.0, math.nan, math.inf, -math.inf, 3e38, -3e38]])
-    q = numerics.quantize_static(x, torch.full((1, 1), 2.0**-40), dtype=dtype, profile=profile).float()
+    q = numerics.quantize_static(x, torch.full((1, 1), 2.0**-40), numerics.format_of((-1, -1), dtype, profile)).float()
     top = TOP[dtype]
     want = [top, 0.0, top, -top, top, -top] if dtype is I8 else [top, math.nan, math.nan, math.nan, top, -top]
     np.testing.assert_array_equal(q[0].numpy(), want)
@@ -186,16 +199,16 @@ def test_a_static_scale_keeps_nan_where_the_format_has_one(profile: str, dtype: 
 def test_int8_has_no_floor_in_the_sizes_of_data() -> None:
     x = ordinary(8, 64)
     for block, profile in product(((1, ALL), (ALL, ALL), (1, 16)), sorted(numerics.PROFILES)):
-        q, scale = numerics.quantize(x, block, I8, profile)
+        q, scale = numerics.quantize(x, numerics.format_of(block, I8, profile))
         for exponent in (-93, -60, -30, 20, 100):
-            small_q, small_scale = numerics.quantize(x * 2.0**exponent, block, I8, profile)
+            small_q, small_scale = numerics.quantize(x * 2.0**exponent, numerics.format_of(block, I8, profile))
             assert torch.equal(small_q, q) and torch.equal(small_scale, scale * 2.0**exponent)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_the_smallest_scales_are_normal_numbers_with_a_reciprocal(dtype: torch.dtype) -> None:
     for profile in numerics.PROFILES:
-        q, scale = numerics.quantize(torch.tensor([[0.0, -0.0, 1e-45]]), (1, ALL), dtype, profile)
+        q, scale = numerics.quantize(torch.tensor([[0.0, -0.0, 1e-45]]), numerics.format_of((1, ALL), dtype, profile))
         assert q.float().abs().tolist() == [[0.0, 0.0, 0.0]]
         assert scale.item() >= 2.0**-100 and bool(scale.reciprocal().isfinite())
 
@@ -204,7 +217,11 @@ def test_the_smallest_scales_are_normal_numbers_with_a_reciprocal(dtype: torch.d
 def test_a_static_scale_saturates(dtype: torch.dtype) -> None:
     x = torch.tensor([[1.0, -1.0, 1000.0, -1e30, 0.25]])
     scale = torch.full((1, 1), 1.0 / TOP[dtype])
-    got = numerics.dequantize(numerics.quantize_static(x, scale, dtype=dtype), scale, (ALL, ALL))
+    got = numerics.dequantize(
+        numerics.quantize_static(x, scale, numerics.format_of((-1, -1), dtype)),
+        scale,
+        format=numerics.format_of((ALL, ALL), dtype),
+    )
     torch.testing.assert_close(got, torch.tensor([[1.0, -1.0, 1.0, -1.0, 0.25]]), rtol=0, atol=0.5 / 127)
     assert got[0, :4].tolist() == [got[0, 0], -got[0, 0], got[0, 0], -got[0, 0]]
 
@@ -216,28 +233,37 @@ def test_a_prescale_multiplies_in_fp32_before_anything_else(kind: torch.dtype, b
     for given_factors in (factors, factors.bfloat16()):
         product = x.float() * given_factors.float()
         for dtype in FORMATS:
-            q, scale = numerics.quantize(x, block, dtype, prescale=given_factors)
-            want_q, want_scale = numerics.quantize(product, block, dtype)
+            q, scale = numerics.quantize(x, numerics.format_of(block, dtype), prescale=given_factors)
+            want_q, want_scale = numerics.quantize(product, numerics.format_of(block, dtype))
             assert torch.equal(bits(q), bits(want_q)) and torch.equal(scale, want_scale)
-            static = numerics.quantize_static(x, scale * 2, block, dtype, prescale=given_factors)
-            assert torch.equal(bits(static), bits(numerics.quantize_static(product, scale * 2, block, dtype)))
+            static = numerics.quantize_static(x, scale * 2, numerics.format_of(block, dtype), prescale=given_factors)
+            assert torch.equal(
+                bits(static), bits(numerics.quantize_static(product, scale * 2, numerics.format_of(block, dtype)))
+            )
 
 
 def test_scale_of() -> None:
     amax = torch.tensor([0.0, 1e-6, 1.0, 448.0, 3e38])
     kept = amax.clone()
     for (name, rule), dtype in product(numerics.PROFILES.items(), FORMATS):
-        exact = amax.clamp_min(rule.amax_floor(dtype)).numpy() / F32(TOP[dtype])
-        got = numerics.scale_of(amax, dtype, name)
+        exact = amax.clamp_min(rule.amax_floor(ir_dtype(dtype))).numpy() / F32(TOP[dtype])
+        got = numerics.scale_of(amax, numerics.format_of((1, 1), dtype, name))
         if rule.scale_format == "f32":
             assert got.tolist() == exact.tolist()
         else:
             assert got.tolist() == [2.0 ** math.ceil(math.log2(float(value))) for value in exact]
-        assert bool(numerics.scale_of(torch.tensor([torch.inf, torch.nan]), dtype, name).isnan().all())
+        assert bool(
+            numerics.scale_of(torch.tensor([torch.inf, torch.nan]), numerics.format_of((1, 1), dtype, name))
+            .isnan()
+            .all()
+        )
     assert torch.equal(amax, kept)
     assert numerics.scale_of(torch.tensor(448.0)).item() == 1.0  # a scalar, e4m3 and deepseek unless told otherwise
     x = ordinary(5, 8)
-    assert torch.equal(numerics.scale_of(x.abs().amax(), I8).view(1, 1), numerics.quantize(x, (ALL, ALL), I8)[1])
+    assert torch.equal(
+        numerics.scale_of(x.abs().amax(), numerics.format_of((1, 1), I8)).view(1, 1),
+        numerics.quantize(x, numerics.format_of((ALL, ALL), I8))[1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,12 +284,12 @@ def test_scale_shape_also_of_nothing(shape: tuple[int, ...], block: tuple[int, i
     assert numerics.scale_shape(shape, block) == scales
     for dtype in FORMATS:
         x = ordinary(*shape)
-        q, scale = numerics.quantize(x, block, dtype)
+        q, scale = numerics.quantize(x, numerics.format_of(block, dtype))
         assert (list(q.shape), list(scale.shape)) == ([*shape], scales)
         assert bool((scale > 0).all()) and bool(scale.isfinite().all())
-        assert numerics.quantize_static(x, scale, block, dtype).shape == shape
-        assert numerics.dequantize(q, scale, block).shape == shape
-        meta_q, meta_scale = numerics.quantize(x.to("meta"), block, dtype)
+        assert numerics.quantize_static(x, scale, numerics.format_of(block, dtype)).shape == shape
+        assert numerics.dequantize(q, scale, format=numerics.format_of(block, q.dtype)).shape == shape
+        meta_q, meta_scale = numerics.quantize(x.to("meta"), numerics.format_of(block, dtype))
         assert (meta_q.shape, meta_scale.shape, meta_q.dtype) == (q.shape, scale.shape, dtype)
 
 
@@ -283,8 +309,17 @@ def test_the_product(dtype: torch.dtype, x_block: tuple[int, int], w_block: tupl
             * float(w_values[n, k]) * float(w_scales[key_of((n, k), w_block)]) for k in range(10)
         )  # fmt: skip
         want[a, b, n] = sum(terms) + bias[n].item()
-    operands = (*numerics.quantize(x, x_block, dtype), *numerics.quantize(w, w_block, dtype), bias)
-    got = numerics.scaled_linear(*operands, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
+    operands = (
+        *numerics.quantize(x, numerics.format_of(x_block, dtype)),
+        *numerics.quantize(w, numerics.format_of(w_block, dtype)),
+        bias,
+    )
+    got = numerics.scaled_linear(
+        *operands,
+        x_format=numerics.format_of(x_block, dtype),
+        w_format=numerics.format_of(w_block, dtype),
+        out_dtype=torch.float32,
+    )
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -292,11 +327,11 @@ def test_errors() -> None:
     x, one = torch.ones(2, 4), torch.ones(1, 1)
     for block in ((0, ALL), (1, -2), (ALL,), (1, 2, 3)):
         with pytest.raises(QCompilerError) as error:
-            numerics.quantize(x, block)
+            numerics.quantize(x, numerics.format_of(block))
         need = "need [rows, columns], where -1 is the whole of an axis"
         assert str(error.value) == f"a block is two positive sizes: got {list(block)}; {need}"
         with pytest.raises(QCompilerError, match="two positive sizes"):
-            numerics.quantize_static(x, one, block)
+            numerics.quantize_static(x, one, numerics.format_of(block))
     with pytest.raises(QCompilerError) as error:
         numerics.quantize_static(x, torch.ones(2, 1))
     problem = "the scale does not have one entry for each [-1, -1] block of float32[2, 4]"
@@ -309,8 +344,8 @@ def test_errors() -> None:
             problem = "the prescale does not have one number for each channel of float32[2, 4]"
             assert str(error.value) == f"{problem}: got {kind}; need float[4]"
     with pytest.raises(QCompilerError, match=r"not an 8-bit format: got torch.uint8; need torch"):
-        numerics.quantize_static(x, one, dtype=torch.uint8)
+        numerics.quantize_static(x, one, numerics.format_of((-1, -1), torch.uint8))
     with pytest.raises(QCompilerError, match="Did you mean 'vllm'"):
-        numerics.scale_of(one, profile="vlm")
+        numerics.scale_of(one, numerics.format_of((1, 1), profile="vlm"))
     with pytest.raises(QCompilerError, match=r"cannot quantize this tensor: got int8\[2, 4\]"):
         numerics.quantize_static(x.to(I8), one)

@@ -66,7 +66,7 @@ def test_equal_bits_and_the_originals_are_gone() -> None:
     graph.verify()
     assert all(map(torch.equal, interpret(graph, inputs), before))
     assert sorted(graph.weights) == ["blocks.0.w_q", "blocks.0.w_s", "blocks.1.w_q", "blocks.1.w_s"]
-    q, s = numerics.quantize(original.t(), (128, 128))
+    q, s = numerics.quantize(original.t(), numerics.format_of((128, 128)))
     assert torch.equal(graph.weights["blocks.1.w_q"].float(), q.float())
     assert torch.equal(graph.weights["blocks.1.w_s"], s)
     assert str(graph["blocks.1.w_q"].op.loc) == 'loc("m.py":5 by "fold-constants")'
@@ -171,7 +171,7 @@ def test_a_graph_without_weights_is_rewritten_alike() -> None:
 def test_literals_are_not_stored_in_a_graph_without_weights() -> None:
     graph = Graph.parse(
         "func @m(%x: f32[128]) -> (f32[1]) {\n  %o = aten.full([1, 128], 2.0) {dtype = f32} : f32[1, 128]\n"
-        '  %q, %s = quant.quantize(%o) {block = [1, 128], dtype = f8e4m3fn, profile = "vllm"} : '
+        '  %q, %s = quant.quantize(%o) {format = #fp8_tile<profile = "vllm">} : '
         "f8e4m3fn[1, 128], f32[1, 1]\n"
         "  %y = aten.view(%s, [1]) : f32[1]\n  return %y\n}"
     )
@@ -263,8 +263,8 @@ MISSED = [
     ("  %y = aten.neg(%s) : f32[64]\n  core.update(%b, %y)", "y", "it leaves the graph, and a weight must not"),
     ("  %f = aten.neg(%s) : f32[64]\n  %y = aten.view(%f, [64]) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]",
      "f", "it leaves the graph, and a weight must not"),
-    ('  %q, %t = quant.quantize(%w) {block = [1, -1], dtype = i8, profile = "vllm"} : i8[32, 64], f32[32, 1]\n'
-     "  %d = quant.dequantize(%q, %t) {block = [1, -1], out_dtype = f32} : f32[32, 64]\n"
+    ('  %q, %t = quant.quantize(%w) {format = #int8_row<profile = "vllm">} : i8[32, 64], f32[32, 1]\n'
+     "  %d = quant.dequantize(%q, %t) {format = #fp8_row, out_dtype = f32} : f32[32, 64]\n"
      "  %f = aten._to_copy(%d) {dtype = bf16} : bf16[32, 64]\n  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n"
      "  %y = aten.linear(%h, %f) : bf16[3, 32]", "f", "it would undo a quantization"),
     ("  %o = aten.full([64], 2.0) {dtype = f32} : f32[64]\n  %f = aten.neg(%o) : f32[64]\n"

@@ -1,5 +1,7 @@
 """fuse-epilogue: the arithmetic behind a product, and its quantization, become part of the product's operation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,14 +10,16 @@ from passes.fuse_epilogue import FuseEpilogue
 from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op
-from qcompiler.numerics import quantize
+from qcompiler.ir.formats import FP8_TILE
+from qcompiler.numerics import format_of, quantize
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.testing import random_inputs, verified
 
 STEPS = Pipeline((FuseActivationQuantize(), FuseEpilogue()))
-ATTRS = 'w_block = [128, 128], x_block = [1, 128], x_scale_layout = "col_major"}'
-Q = '{block = [1, 128], dtype = f8e4m3fn, profile = "deepseek", scale_layout = "col_major"}'
+ATTRS = 'w_format = #fp8_block, x_format = #fp8_tile<scale_layout = "col_major">}'
+Q = '{format = #fp8_tile<scale_layout = "col_major">}'
+NARROW = "{format = #format<f8e4m3fn, block = [1, 64]>}"
 HALF, WHOLE = "bf16[5, 256]", "bf16[5, 512]"
 KINDS = {"%y_q": "f8e4m3fn[5, 256]", "%y_s": "f32[5, 2]", "%p": HALF, "%m": WHOLE}
 HEAD = f"""
@@ -49,10 +53,10 @@ def model(*lines: str, returned: str = "%y") -> Graph:
 def with_numbers(graph: Graph) -> list[torch.Tensor]:
     """Inputs; codes and scales are those of random tensors."""
     inputs, weights = random_inputs(graph, 3)
-    inputs[0], inputs[1] = quantize(inputs[0].float(), (1, 128), torch.float8_e4m3fn)
+    inputs[0], inputs[1] = quantize(inputs[0].float(), format_of((1, 128), torch.float8_e4m3fn))
     for name in ("w", "v"):
         weights[f"{name}_q"], weights[f"{name}_s"] = quantize(
-            weights[f"{name}_q"].float(), (128, 128), torch.float8_e4m3fn
+            weights[f"{name}_q"].float(), format_of((128, 128), torch.float8_e4m3fn)
         )
     graph.weights = weights
     return inputs
@@ -140,7 +144,7 @@ def test_arithmetic(lines: list[str], result: str) -> None:
 def test_arithmetic_and_quantization(lines: list[str], result: str) -> None:
     (op,) = fused(model(*lines, QUANTIZED, returned="%y_q, %y_s"))
     assert shown(op) == result
-    assert op.attrs["block"] == (1, 128) and op.attrs["scale_layout"] == "col_major"
+    assert op.format() == replace(FP8_TILE, scale_layout="col_major")
     assert [value.name for value in op.results] == ["y_q", "y_s"]
 
 
@@ -177,11 +181,11 @@ SUMS = [
          "what reads it cannot be fused with it: aten.cumsum (%p)"),
         ([PRODUCT, f"%y = aten.layer_norm(%p, [256]) : {HALF}"], "%y", "a reduction over the row computes it (%y)"),
         ([PRODUCT, Y, QUANTIZED], "%y, %y_q", "the arithmetic behind it has a second result (%y)"),
-        ([PRODUCT, Y, QUANTIZED.replace("[1, 128]", "[1, 64]").replace("[5, 2]", "[5, 4]")], "%y_q",
-         "it is not quantized to FP8 in tiles [1, 128] again (%y_q)"),
+        ([PRODUCT, Y, QUANTIZED.replace(Q, NARROW).replace("[5, 2]", "[5, 4]")], "%y_q",
+         "it is not quantized to #fp8_tile again (%y_q)"),
         ([PRODUCT, *SUMS, QUANTIZED], "%y_q", "its body would read 3 other tensors, of 2 at most (%y_q)"),
-        ([PRODUCT.replace("x_block = [1, 128]", "x_block = [1, -1]"), Y], "%y",
-         "only FP8 products of [1, 128] tiles and [128, 128] blocks take a body"),
+        ([PRODUCT.replace("#fp8_tile<", "#fp8_row<"), Y], "%y",
+         "only products of #fp8_tile and #fp8_block take a body"),
         ([MERGED, LEFT, f"%y = aten.neg(%a) : {HALF}"], "%y", "it is cut otherwise than in two halves (%m)"),
         ([MERGED, LEFT, RIGHT, f"%y = aten.mul.Tensor(%a, %b) : {HALF}"], "%y, %m", "it is read as a whole, too (%m)"),
         ([MERGED, LEFT, RIGHT, f"%y = aten.neg(%a) : {HALF}", f"%z = aten.neg(%b) : {HALF}"], "%y, %z",

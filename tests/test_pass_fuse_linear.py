@@ -12,11 +12,10 @@ from qcompiler.testing import random_inputs
 W_AND_B = """  %w = core.param() {{name = "w"}} : {d}[70, 130]
   %b = core.param() {{name = "b"}} : {d}[70]
 """
-A = 'dtype = f8e4m3fn, profile = "vllm"'
-QDQ = f"""  %x_q, %x_s = quant.quantize(%x) {{block = [1, 128], {A}}} : f8e4m3fn[3, 130], f32[3, 2]
-  %w_q, %w_s = quant.quantize(%w) {{block = [128, 128], {A}}} : f8e4m3fn[70, 130], f32[1, 2]
-  %x_dq = quant.dequantize(%x_q, %x_s) {{block = [1, 128], out_dtype = f32}} : f32[3, 130]
-  %w_dq = quant.dequantize(%w_q, %w_s) {{block = [128, 128], out_dtype = f32}} : f32[70, 130]
+QDQ = """  %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[3, 130], f32[3, 2]
+  %w_q, %w_s = quant.quantize(%w) {format = #fp8_block} : f8e4m3fn[70, 130], f32[1, 2]
+  %x_dq = quant.dequantize(%x_q, %x_s) {format = #fp8_tile, out_dtype = f32} : f32[3, 130]
+  %w_dq = quant.dequantize(%w_q, %w_s) {format = #fp8_block, out_dtype = f32} : f32[70, 130]
 """
 
 

@@ -16,8 +16,8 @@ HEAD = """
 func @m(%x: {x}[4, 40], %v: f32[40], %s: f32[1, 1]) -> ({outputs}) {{
   %f = core.param() {{name = "f"}} : {f}
 """
-Q = '{block = [1, -1], dtype = i8, profile = "deepseek"} : i8[4, 40], f32[4, 1]'
-STATIC = '{block = [-1, -1], dtype = i8, profile = "deepseek"} : i8[4, 40]'
+Q = "{format = #int8_row} : i8[4, 40], f32[4, 1]"
+STATIC = "{format = #int8_tensor} : i8[4, 40]"
 CODES = "i8[4, 40]"
 
 
@@ -53,7 +53,7 @@ def test_a_product_in_fp32_goes_in_with_equal_bits(x: str, swapped: bool) -> Non
     assert graph["q"].op.args == (graph["x"], graph["f"])
     assert not graph.ops("aten.mul.Tensor")
     assert torch.equal(interpret(graph, inputs(x))[0], before[0])
-    want = numerics.quantize(inputs(x)[0], (1, -1), torch.int8, prescale=PLAIN)[0]
+    want = numerics.quantize(inputs(x)[0], numerics.format_of((1, -1), torch.int8), prescale=PLAIN)[0]
     assert torch.equal(before[0], want)
     assert not FusePrescale().run(graph) and FusePrescale().explain(graph) == {}
 

@@ -15,7 +15,7 @@ from qcompiler.testing import random_inputs, verified
 NORM, ACTIVATION = FuseNormQuantize(), FuseActivationQuantize()
 FLAT = "bf16[6, 256]"
 KINDS = {"%y_q": "f8e4m3fn[6, 256]", "%h3": "bf16[2, 3, 256]", "%y3": "bf16[2, 3, 256]", "%wide": "f32[6, 256]"}
-Q = '{block = [1, 128], dtype = f8e4m3fn, profile = "deepseek", scale_layout = "col_major"}'
+Q = '{format = #fp8_tile<scale_layout = "col_major">}'
 QUANTIZED = f"%y_q, %y_s = kernel.quantize(%y) {Q} : f8e4m3fn[6, 256], f32[6, 2]"
 
 
@@ -197,7 +197,7 @@ def test_it_moves_up_to_the_first_reader_of_what_it_keeps() -> None:
 
 
 def test_two_quantizations_of_one_norm() -> None:
-    second = QUANTIZED.replace("%y_", "%z_").replace("[1, 128]", "[1, -1]").replace("f32[6, 2]", "f32[6, 1]")
+    second = QUANTIZED.replace("%y_", "%z_").replace(Q, "{format = #fp8_row}").replace("f32[6, 2]", "f32[6, 1]")
     graph = model(f"%y = aten.rms_norm(%x, [256]) : {FLAT}", quantized=f"{QUANTIZED}\n  {second}")
     (op,) = fused(graph, NORM, ACTIVATION)
     assert graph["z_q"].op.args == (op.results[2],) == (graph["y"],)
@@ -225,7 +225,7 @@ def test_of_three_values_that_others_read_two_are_kept() -> None:
     assert shown(op) == "%h, %r -> %i, %j | h0 = bf16(relu(x0)); h1 = bf16(neg(h0)); bf16(h1 * x1)"
 
 
-ROWS = '{block = [1, -1], dtype = f8e4m3fn, profile = "vllm", scale_layout = "row_major"}'
+ROWS = '{format = #fp8_row<profile = "vllm">}'
 LONG = f"""func @m(%x: bf16[3, K]) -> (f8e4m3fn[3, K]) {{
   %h = aten.silu(%x) : bf16[3, K]
   %y = aten.rms_norm(%h, [K]) : bf16[3, K]
@@ -275,7 +275,7 @@ def test_what_a_body_cannot_say(lines: str, why: str | None) -> None:
 
 
 def test_only_quantizations_of_rows() -> None:
-    tensor = QUANTIZED.replace("[1, 128]", "[-1, -1]").replace("f32[6, 2]", "f32[1, 1]")
+    tensor = QUANTIZED.replace(Q, "{format = #fp8_tensor}").replace("f32[6, 2]", "f32[1, 1]")
     graph = model(f"{SUM}\n  {Y_OF_H}", quantized=tensor)
     assert ACTIVATION.explain(graph) == {"y_q": "one scale is for several rows (%y_s)"}
     assert not ACTIVATION.run(graph)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,8 @@ import pytest
 from passes.dead_code import DeadCode
 from passes.fp8_tile import Fp8Tile
 from qcompiler.errors import ParseError, PassError, QCompilerError
-from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.ir import DType, Format, Graph, Match, Missed, Op, Rewriter, Rule
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.pass_manager import PASSES, Effect, Pass, Pipeline
 
 
@@ -61,17 +62,26 @@ def test_text_and_back(options: dict[str, Any]) -> None:
     assert Pipeline.parse(str(pipeline)) == pipeline
 
 
+VLLM = Fp8Tile(Format(DType.f8e4m3fn, (1, 64), profile="vllm"), replace(FP8_BLOCK, profile="vllm"))
+
+
 def test_only_what_differs_from_the_default_is_printed() -> None:
     assert str(Options(needed=1)) == "test-options{needed=1}"
-    assert str(Fp8Tile(x_block=(1, 64), profile="vllm")) == "fp8-tile{x_block=[1, 64], profile=vllm}"
+    assert (
+        str(VLLM) == 'fp8-tile{x_format=#format<f8e4m3fn, block = [1, 64], profile = "vllm">, '
+        'w_format=#fp8_block<profile = "vllm">}'
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "step"),
     [
-        (" fp8-tile { x-block = [ 1 , 64 ] , profile = vllm } ", Fp8Tile(x_block=(1, 64), profile="vllm")),
+        (
+            " fp8-tile { x-format = #format< f8e4m3fn , block = [ 1 , 64 ] > } ",
+            Fp8Tile(Format(DType.f8e4m3fn, (1, 64))),
+        ),
         ("fp8-tile{}", Fp8Tile()),
-        ('fp8-tile{profile="vllm",}', Fp8Tile(profile="vllm")),
+        ('fp8-tile{x_format=#fp8_tile<profile = "vllm">,}', Fp8Tile(Format(DType.f8e4m3fn, (1, 128), profile="vllm"))),
         ("test-options{needed=1, ratio=2, pair=[1, 2]}", Options(1, ratio=2.0, pair=(1.0, 2.0))),
     ],
 )
@@ -84,16 +94,16 @@ def test_other_spellings(spec: str, step: Pass) -> None:
     [
         ("canonicalise", "no such pass: got 'canonicalise'. Did you mean 'canonicalize'? Known: "),
         (
-            "fp8-tile{blok=[1, 1]}",
-            "pass 'fp8-tile' has no such option: got 'blok'. Did you mean 'x_block'? Known: dtype, layers, ",
+            "fp8-tile{layrs=[1, 1]}",
+            "pass 'fp8-tile' has no such option: got 'layrs'. Did you mean 'layers'? Known: layers, observer, ",
         ),
         (
-            "fp8-tile{x_block=128}",
-            "option 'x_block' of pass 'fp8-tile' has a wrong value: got 128; need [an integer, an int",
+            "fp8-tile{x_format=128}",
+            "option 'x_format' of pass 'fp8-tile' has a wrong value: got 128; need a format such as #fp8_tile. ",
         ),
         (
-            "fp8-tile{dtype=bf17}",
-            "option 'dtype' of pass 'fp8-tile' has a wrong value: got bf17; need a dtype such as bf16. ",
+            "fp8-tile{x_format=#fp8_tiel}",
+            "option 'x_format' of pass 'fp8-tile' has a wrong value: got #fp8_tiel; need a format such as #fp8_tile",
         ),
         (
             "test-options{needed=true}",
@@ -113,21 +123,27 @@ def test_other_spellings(spec: str, step: Pass) -> None:
             "<pipeline>:1:10: options are spelled in braces: {option=value, option=value}\nfp8-tile profile=vllm\n"
             "         ^^^^^^^",
         ),
-        ("fp8-tile{x_block=[1, 64}", "<pipeline>:1:24: expected ',' or ']', but got '}'"),
+        ("test-options{pair=[1, 64}", "<pipeline>:1:25: expected ',' or ']', but got '}'"),
         (
-            "dead-code;\n fp8-tile{x_block=[1, 64]",
-            "<pipeline>:2:26: expected ',' or '}', but got the end of the text; '{' is not closed\n"
-            " fp8-tile{x_block=[1, 64]\n                         ^",
+            "dead-code;\n test-options{pair=[1, 64]",
+            "<pipeline>:2:27: expected ',' or '}', but got the end of the text; '{' is not closed\n"
+            " test-options{pair=[1, 64]\n                          ^",
         ),
         ("dead-code}", "<pipeline>:1:10: expected ';' or the end of the text, but got '}'"),
         (
             "fp8-tile{layers=[lm_head]}",
             "<pipeline>:1:18: 'lm_head' is not a literal; a string inside a list needs quotes",
         ),
-        ('fp8-tile{profile="vllm}', "<pipeline>:1:18: this string does not end"),
-        ("fp8-tile{profile}", "<pipeline>:1:10: option 'profile' has no value\nfp8-tile{profile}\n         ^^^^^^^"),
-        ("fp8-tile{profile=vllm, profile=vllm}", "<pipeline>:1:24: option 'profile' is given twice"),
-        ("fp8-tile{profile=deepsek}", "unknown quantization profile: got 'deepsek'. Did you mean 'deepseek'?"),
+        ('fp8-tile{observer="mse}', "<pipeline>:1:19: this string does not end"),
+        (
+            "fp8-tile{observer}",
+            "<pipeline>:1:10: option 'observer' has no value\nfp8-tile{observer}\n         ^^^^^^^^",
+        ),
+        ("fp8-tile{observer=mse, observer=mse}", "<pipeline>:1:24: option 'observer' is given twice"),
+        (
+            'fp8-tile{x_format=#fp8_tile<profile = "deepsek">}',
+            "<pipeline>:1:19: unknown quantization profile: got 'deepsek'. Did you mean 'deepseek'?",
+        ),
     ],
 )
 def test_messages(text: str, message: str) -> None:
@@ -142,8 +158,8 @@ def test_messages(text: str, message: str) -> None:
     [
         ("dead-code; fp8-tyle", "<pipeline>:1:12:\ndead-code; fp8-tyle\n           ^^^^^^^^"),
         ("dead-code;\nfp8-tile{blok=1}", "<pipeline>:2:10:\nfp8-tile{blok=1}\n         ^^^^"),
-        ("fp8-tile{x_block=[1, a.b]}", "fp8-tile{x_block=[1, a.b]}\n                     ^^^"),
-        ("fp8-tile{x-block = 128 }", "<pipeline>:1:20:\nfp8-tile{x-block = 128 }\n                   ^^^"),
+        ("fp8-tile{layers=[1, a.b]}", "fp8-tile{layers=[1, a.b]}\n                    ^^^"),
+        ("fp8-tile{x-format = 128 }", "<pipeline>:1:21:\nfp8-tile{x-format = 128 }\n                    ^^^"),
         ("dead-code; test-options{}", "<pipeline>:1:12:\ndead-code; test-options{}\n           ^^^^^^^^^^^^^^"),
     ],
 )
@@ -175,8 +191,11 @@ def test_editing() -> None:
     assert (
         str(pipeline.insert_after("dead-code#2", "fuse-linear; to-kernels")) == f"{pipeline}; fuse-linear; to-kernels"
     )
-    assert str(pipeline.replace("fp8-tile", Fp8Tile(profile="vllm"))) == (
-        "canonicalize; dead-code; fp8-tile{profile=vllm}; dead-code"
+    assert str(
+        pipeline.replace("fp8-tile", Fp8Tile(replace(FP8_TILE, profile="vllm"), replace(FP8_BLOCK, profile="vllm")))
+    ) == (
+        'canonicalize; dead-code; fp8-tile{x_format=#fp8_tile<profile = "vllm">, w_format=#fp8_block<profile = "vllm">}'
+        "; dead-code"
     )
     assert str(pipeline.replace("canonicalize")) == "dead-code; fp8-tile; dead-code"
     assert str(pipeline.without("dead-code")) == "canonicalize; fp8-tile"

@@ -1,5 +1,6 @@
 """merge-linears: which linears of one input become one, why others do not, and equal codes and scales."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from qcompiler import numerics
 from qcompiler.errors import PassError
 from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
-from qcompiler.ir import DType, Graph
+from qcompiler.ir import DType, Format, Graph
+from qcompiler.ir.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, FP8_TILE, INT8_ROW
 from qcompiler.numerics import ALL
 from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
@@ -47,8 +49,9 @@ def merged(graph: Graph) -> list[list[str]]:
 # Codes and scales
 
 QUANTIZERS = [
-    (Fp8Tile(), (128, 128)), (Fp8Tile(w_block=(64, 128)), (64, 128)), (Quantize(), (1, ALL)),
-    (Quantize(dtype=DType.i8), (1, ALL)), (Fp8Tile(profile="ue8m0"), (128, 128)),
+    (Fp8Tile(), (128, 128)), (Fp8Tile(w_format=Format(DType.f8e4m3fn, (64, 128))), (64, 128)), (Quantize(), (1, ALL)),
+    (Quantize(INT8_ROW, INT8_ROW), (1, ALL)),
+    (Fp8Tile(replace(FP8_TILE, profile="ue8m0"), replace(FP8_BLOCK, profile="ue8m0")), (128, 128)),
 ]  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def test_codes_and_scales_are_those_of_the_parts(
         weights[f"l{index}.weight"] *= (torch.rand(n, 1) * 3 * (index + 1)).to(weights[f"l{index}.weight"].dtype)
     whole.weights, parts.weights = dict(weights), dict(weights)
     rest = Pipeline.parse("share-quantize; fuse-linear; fold-constants; dead-code")
-    run_pipeline(Pipeline((MergeLinears(w_block=block), quantize, *rest)), whole, instruments=[CheckChanged()])
+    run_pipeline(Pipeline((MergeLinears(quantize.w_format), quantize, *rest)), whole, instruments=[CheckChanged()])
     run_pipeline(Pipeline((quantize, *rest)), parts)
     assert merged(whole) == [[f"y{index}" for index in range(len(columns))]]
     (product,) = whole.ops("quant.linear")
@@ -86,8 +89,8 @@ def test_blocks_never_reach_from_one_part_into_the_next(blocks: list[int], rest:
     columns[-1] += 37 * rest
     generator = torch.Generator().manual_seed(sum(columns))
     parts = [torch.randn(n, 130, generator=generator) * (index + 1) for index, n in enumerate(columns)]
-    codes, scale = numerics.quantize(torch.cat(parts), (128, 128))
-    separate = [numerics.quantize(part, (128, 128)) for part in parts]
+    codes, scale = numerics.quantize(torch.cat(parts), numerics.format_of((128, 128)))
+    separate = [numerics.quantize(part, numerics.format_of((128, 128))) for part in parts]
     assert torch.equal(codes.float(), torch.cat([each.float() for each, _ in separate]))
     assert torch.equal(scale, torch.cat([each for _, each in separate]))
     plan = MergeLinears().plan(siblings(*columns, k=128))
@@ -180,11 +183,11 @@ ONE_SCALE = "its weight has one scale, which would become that of all that it is
         ((192, 128, 128), {}, [["y1", "y2"]], {"y0": INSIDE.format("%y0", "%y1")}),
         ((256, 192, 192), {}, [["y0", "y1"]], {"y2": INSIDE.format("%y1", "%y2")}),
         ((192, 192), {}, [], dict.fromkeys(("y0", "y1"), INSIDE.format("%y0", "%y1"))),
-        ((192, 192), {"w_block": (64, 128)}, [["y0", "y1"]], {}),
-        ((192, 129), {"w_block": (1, ALL)}, [["y0", "y1"]], {}),
-        ((192, 64), {"w_block": (1, ALL)}, [], {"y0": NOBODY, "y1": FEW}),
-        ((192, 64), {"w_block": (1, ALL), "min_columns": 64}, [["y0", "y1"]], {}),
-        ((256, 256), {"w_block": (ALL, ALL)}, [], dict.fromkeys(("y0", "y1"), ONE_SCALE)),
+        ((192, 192), {"w_format": Format(DType.f8e4m3fn, (64, 128))}, [["y0", "y1"]], {}),
+        ((192, 129), {"w_format": FP8_ROW}, [["y0", "y1"]], {}),
+        ((192, 64), {"w_format": FP8_ROW}, [], {"y0": NOBODY, "y1": FEW}),
+        ((192, 64), {"w_format": FP8_ROW, "min_columns": 64}, [["y0", "y1"]], {}),
+        ((256, 256), {"w_format": FP8_TENSOR}, [], dict.fromkeys(("y0", "y1"), ONE_SCALE)),
         ((256, 256), {"layers": ("*", "!l1")}, [], {"y0": NOBODY, "y1": LEFT_OUT}),
         ((256, 256, 256), {"layers": ("*", "!l1")}, [["y0", "y2"]], {"y1": LEFT_OUT}),
     ],
@@ -201,7 +204,6 @@ def test_sizes_and_options(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"w_block": (0, 128)}, r"a block of pass 'merge-linears' is empty: got \[0, 128\]; need two positive sizes"),
         ({"min_columns": 0}, "option 'min_columns' of pass 'merge-linears' is too small: got 0; need 1 or more"),
     ],
 )
@@ -244,7 +246,7 @@ def test_it_keeps_its_word_and_its_text_parses() -> None:
     inputs, graph.weights = random_inputs(graph, 3, {"s0": 4})
     step: Pass = MergeLinears()
     run_pipeline(Pipeline((step,)), graph, instruments=[Validate(), CheckChanged()], inputs=inputs)
-    assert Pass.parse(str(MergeLinears(w_block=(1, ALL), min_columns=7))) == MergeLinears((1, ALL), min_columns=7)
+    assert Pass.parse(str(MergeLinears(w_format=FP8_ROW, min_columns=7))) == MergeLinears(FP8_ROW, min_columns=7)
     (product,) = graph.ops("aten.linear")
     assert product.result.name == "y0_merged" and str(product.result.type) == "bf16[s0, 514]"
 

@@ -10,12 +10,13 @@ from torch.nn import functional
 from passes.quantize import Quantize
 from qcompiler import numerics
 from qcompiler.calibration import Calibration
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import PassError, QCompilerError
 from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
-from qcompiler.ir import DType, Graph
+from qcompiler.ir import DType, Format, Graph
+from qcompiler.ir.formats import FP8_ROW, FP8_TENSOR, INT8_TENSOR
 from qcompiler.numerics import ALL
+from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.testing import random_inputs
@@ -52,12 +53,18 @@ def test_the_numbers_are_those_of_numerics(
     for kind in ("f32", "bf16"):
         graph, (x,) = one(kind)
         (plain,) = interpret(graph, [x])
-        step = Quantize(x_block=x_block, w_block=w_block, dtype=dtype, profile=profile)
+        step = Quantize(Format(dtype, x_block, profile=profile), Format(dtype, w_block, profile=profile))
         assert step.run(graph)
         graph.verify(after="quantize")
         code = torch_dtype(dtype)
-        x_dq = numerics.dequantize(*numerics.quantize(x, x_block, code, profile), x_block)
-        w_dq = numerics.dequantize(*numerics.quantize(graph.weights["w"], w_block, code, profile), w_block)
+        x_dq = numerics.dequantize(
+            *numerics.quantize(x, numerics.format_of(x_block, code, profile)),
+            format=numerics.format_of(x_block, code, profile),
+        )
+        w_dq = numerics.dequantize(
+            *numerics.quantize(graph.weights["w"], numerics.format_of(w_block, code, profile)),
+            format=numerics.format_of(w_block, code, profile),
+        )
         want = functional.linear(x_dq, w_dq, graph.weights["b"].float()).to(plain.dtype)
         assert torch.equal(interpret(graph, [x])[0], want)
         assert 1e-4 < float((want - plain).double().norm() / plain.double().norm()) < 0.25
@@ -82,23 +89,28 @@ def test_a_static_scale_is_what_the_observer_makes_of_calibration(dtype: DType, 
     graph, (x,) = one()
     batches = [[torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(i)) * (i + 1)] for i in range(3)]
     calibrated(graph, batches, ["x"], histogram=True)
-    step = Quantize(x_block=(ALL, ALL), w_block=(ALL, ALL), dtype=dtype, static=True, **options)
+    step = Quantize(Format(dtype, (ALL, ALL)), Format(dtype, (ALL, ALL)), static=True, **options)
     assert step.run(graph)
     graph.verify(after="quantize")
     code = torch_dtype(dtype)
     observer, percent = options.get("observer", "absmax"), options.get("percentile", 99.99)
-    amax = graph.calibration.statistics["x"].amax(observer, "tensor", percentile=percent, dtype=code)
+    amax = graph.calibration.statistics["x"].amax(observer, "tensor", percentile=percent, format=step.x_format)
     scale = graph.weights["x.scale"]
-    assert scale.shape == (1, 1) and scale.item() == numerics.scale_of(amax, code).item()
+    assert scale.shape == (1, 1) and scale.item() == numerics.scale_of(amax, numerics.format_of((1, 1), code)).item()
     everything = torch.cat([batch[0] for batch in batches]).abs()
     if observer == "absmax":
         assert scale.item() == (everything.max() / numerics.FORMAT_MAX[code]).item()
     if observer == "percentile":
         want = torch.quantile(everything.flatten(), percent / 100).item() / numerics.FORMAT_MAX[code]
         assert scale.item() == pytest.approx(want, rel=0.05)
-    codes = numerics.quantize_static(x, scale, (ALL, ALL), code)
-    w = numerics.dequantize(*numerics.quantize(graph.weights["w"], (ALL, ALL), code), (ALL, ALL))
-    want_y = functional.linear(numerics.dequantize(codes, scale, (ALL, ALL)), w, graph.weights["b"])
+    codes = numerics.quantize_static(x, scale, numerics.format_of((ALL, ALL), code))
+    w = numerics.dequantize(
+        *numerics.quantize(graph.weights["w"], numerics.format_of((ALL, ALL), code)),
+        format=numerics.format_of((ALL, ALL), code),
+    )
+    want_y = functional.linear(
+        numerics.dequantize(codes, scale, format=numerics.format_of((ALL, ALL), codes.dtype)), w, graph.weights["b"]
+    )
     assert torch.equal(interpret(graph, [x])[0], want_y)
     assert '  %x_s = core.param() {name = "x.scale"} : f32[1, 1]\n' in graph.text(locations=False)
 
@@ -115,7 +127,7 @@ func @m(%x: f32[s0, 16]) -> (f32[s0, 16], f32[s0, 16], f32[s0, 16]) where s0 in 
   return %q, %k, %o
 }
 """
-STATIC: dict[str, Any] = {"x_block": (ALL, ALL), "w_block": (ALL, ALL), "static": True}
+STATIC: dict[str, Any] = {"x_format": FP8_TENSOR, "w_format": FP8_TENSOR, "static": True}
 
 
 def qkv(*, zeros: bool = False) -> Graph:
@@ -144,7 +156,7 @@ def test_readers_of_one_value_share_one_static_scale() -> None:
 @pytest.mark.parametrize("first", ["*q_proj", "*k_proj"])
 def test_two_passes_share_a_scale_whichever_reader_comes_first(first: str) -> None:
     graph = qkv()
-    for step in (Quantize(**STATIC, layers=(first,)), Quantize(**{**STATIC, "w_block": (1, ALL)})):
+    for step in (Quantize(**STATIC, layers=(first,)), Quantize(**{**STATIC, "w_format": FP8_ROW})):
         assert step.run(graph)
         graph.verify()
     assert [op["scale"].name for op in graph.ops("quant.quantize_static")] == ["x_s", "x_s", "a_s"]
@@ -170,7 +182,12 @@ def test_what_calibration_saw_nothing_of_has_a_scale_in_each_call() -> None:
     graph.verify()
     assert not graph.ops("quant.quantize_static") and len(graph.ops("quant.quantize")) == 6
     x, weight = torch.randn(4, 16), graph.weights["layers.0.k_proj.weight"]
-    operands = (numerics.dequantize(*numerics.quantize(each, (ALL, ALL)), (ALL, ALL)) for each in (x, weight))
+    operands = (
+        numerics.dequantize(
+            *numerics.quantize(each, numerics.format_of((ALL, ALL))), format=numerics.format_of((ALL, ALL))
+        )
+        for each in (x, weight)
+    )
     assert torch.equal(interpret(graph, [x])[1], functional.linear(*operands))
 
 
@@ -209,17 +226,14 @@ def test_reasons() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": DType.bf16}, "pass 'quantize' quantizes to 8-bit formats: got bf16; need f8e4m3fn or f8e5m2 or i8"),
-        ({"x_block": (0, 1)}, "a block of pass 'quantize' is empty: got [0, 1]; need two positive sizes, or -1 for"),
-        ({"w_block": (1, -2)}, "a block of pass 'quantize' is empty: got [1, -2]; need two positive sizes, or -1 for"),
-        ({"w_block": (1, 7)}, "a block of pass 'quantize' has an unsupported size: got [1, 7]; need powers of"),
-        ({"static": True}, "only a scale for the whole tensor can be static: got [1, -1]; need x_block=[-1, -1]"),
+        ({"w_format": Format(DType.i8, (1, 7))}, "a block of pass 'quantize' has an unsupported size: got [1, 7]"),
+        ({"static": True}, "only a scale for the whole tensor can be static: got #fp8_row; need a format with"),
+        ({"x_format": "#fp8_row"}, "option 'x_format' of pass 'quantize' has a wrong value: got '#fp8_row'; need"),
         ({"percentile": 0.0}, "a percentile lies above 0 and up to 100: got 0.0"),
         ({"percentile": 101}, "a percentile lies above 0 and up to 100: got 101.0"),
         ({"observer": "median"}, "option 'observer' of pass 'quantize' has a wrong value: got 'median'; need one of a"),
         ({"static": 1}, "option 'static' of pass 'quantize' has a wrong value: got 1; need true or false"),
         ({"layers": "lm_head"}, "option 'layers' of pass 'quantize' has a wrong value: got 'lm_head'; need [a word or"),
-        ({"profile": "vlm"}, "unknown quantization profile: got 'vlm'. Did you mean 'vllm'?"),
     ],
 )  # fmt: skip
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -229,9 +243,11 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_the_text_of_options_parses_back() -> None:
-    step = Quantize(**STATIC, dtype=DType.i8, observer="percentile", percentile=99, layers=("*", "!a.b", "x[0-9]"))
+    step = Quantize(
+        INT8_TENSOR, INT8_TENSOR, static=True, observer="percentile", percentile=99, layers=("*", "!a.b", "x[0-9]")
+    )
     text = (
-        "quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true, observer=percentile, percentile=99.0, "
+        "quantize{x_format=#int8_tensor, w_format=#int8_tensor, static=true, observer=percentile, percentile=99.0, "
         'layers=["*", "!a.b", "x[0-9]"]}'
     )
     assert str(step) == text and Pass.parse(text) == step

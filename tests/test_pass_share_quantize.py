@@ -9,7 +9,7 @@ from qcompiler.ir import Graph
 from qcompiler.pass_manager import Pipeline
 from qcompiler.testing import random_inputs
 
-Q = '{block = [1, 128], dtype = f8e4m3fn, profile = "deepseek"} : f8e4m3fn[4, 128], f32[4, 1]'
+Q = "{format = #fp8_tile} : f8e4m3fn[4, 128], f32[4, 1]"
 
 TWO = """
 func @m(%x: f32[4, 128]) -> (f32[4, 64], f32[4, 64]) {
@@ -80,14 +80,14 @@ func @m(%x: f32[4, 128], %s: f32[1, 1], %t: f32[1, 1]) -> (f32[4, 128], f32[4, 1
   %b = quant.quantize_static(%x, %s) {A}
   %c = quant.quantize_static(%x, %t) {A}
   %d = quant.quantize_static(%x, %s, %f) {A}
-  %a_dq = quant.dequantize(%a, %s) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
-  %b_dq = quant.dequantize(%b, %s) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
-  %c_dq = quant.dequantize(%c, %t) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
-  %d_dq = quant.dequantize(%d, %s) {block = [-1, -1], out_dtype = f32} : f32[4, 128]
+  %a_dq = quant.dequantize(%a, %s) {format = #int8_tensor, out_dtype = f32} : f32[4, 128]
+  %b_dq = quant.dequantize(%b, %s) {format = #int8_tensor, out_dtype = f32} : f32[4, 128]
+  %c_dq = quant.dequantize(%c, %t) {format = #int8_tensor, out_dtype = f32} : f32[4, 128]
+  %d_dq = quant.dequantize(%d, %s) {format = #int8_tensor, out_dtype = f32} : f32[4, 128]
   %b_neg = aten.neg(%b_dq) : f32[4, 128]
   return %a_dq, %b_neg, %c_dq, %d_dq
 }
-""".replace("{A}", '{block = [-1, -1], dtype = i8, profile = "vllm"} : i8[4, 128]')
+""".replace("{A}", '{format = #int8_tensor<profile = "vllm">} : i8[4, 128]')
 
 
 def test_static_quantizations_are_shared_where_scale_and_prescale_are_one_value() -> None:
@@ -109,7 +109,7 @@ def test_what_two_passes_have_quantized_alike_is_shared_whichever_came_first() -
             '  %a = core.param() {name = "a"} : f32[32, 16]\n  %b = core.param() {name = "b"} : f32[32, 16]\n'
             "  %y = aten.linear(%x, %a) : f32[4, 32]\n  %z = aten.linear(%x, %b) : f32[4, 32]\n  return %y, %z\n}"
         )
-        for step in Pipeline.parse(f'quantize{{layers=["{first}"]}}; quantize{{w_block=[-1, -1]}}; share-quantize'):
+        for step in Pipeline.parse(f'quantize{{layers=["{first}"]}}; quantize{{w_format=#fp8_tensor}}; share-quantize'):
             assert step.run(graph)
             graph.verify()
         assert len(graph.ops("quant.quantize")) == 3 and len(graph.ops("quant.dequantize")) == 3

@@ -31,7 +31,7 @@ def test_equal_bits_and_one_layout(layout: str, fold: str) -> None:
     assert step.run(graph)
     graph.verify()
     assert all(map(torch.equal, interpret(graph, inputs), before))
-    assert graph["x_q"].op.attrs["scale_layout"] == graph["y"].op.attrs["x_scale_layout"] == layout
+    assert graph["x_q"].op.format().scale_layout == graph["y"].op.format("x_format").scale_layout == layout
     # The layout of a weight's scales is always the one that numerics writes.
     assert len(graph.ops("quant.quantize")) == (0 if fold else 1)
     assert str(graph["y"].op.loc) == 'loc("m.py":2 by "to-kernels")'
@@ -40,10 +40,10 @@ def test_equal_bits_and_one_layout(layout: str, fold: str) -> None:
 
 def test_blocks_of_several_rows_are_row_major() -> None:
     graph = Graph.parse(TEXT)
-    for step in Pipeline.parse("fp8-tile{x_block=[128, 128]}; fuse-linear; fold-constants; to-kernels"):
+    for step in Pipeline.parse("fp8-tile{x_format=#fp8_block}; fuse-linear; fold-constants; to-kernels"):
         step.run(graph)
     graph.verify()
-    assert graph["x_q"].op.attrs["scale_layout"] == graph["y"].op.attrs["x_scale_layout"] == "row_major"
+    assert graph["x_q"].op.format().scale_layout == graph["y"].op.format("x_format").scale_layout == "row_major"
 
 
 def test_scales_that_others_read_stay_in_the_quant_dialect() -> None:
@@ -54,7 +54,7 @@ def test_scales_that_others_read_stay_in_the_quant_dialect() -> None:
     ToKernels().run(graph)
     graph.verify()
     assert graph["x_q"].op.name == "quant.quantize"
-    assert graph["y"].op.attrs["x_scale_layout"] == "row_major"
+    assert graph["y"].op.format("x_format").scale_layout == "row_major"
     assert ToKernels().explain(graph) == {
         "x_q": "its scales are also read by core.return, which knows one layout only (%x_s)"
     }
@@ -85,12 +85,14 @@ SIMULATED = "its scales vary from channel to channel, along the sum, where no te
 def test_only_tiles_of_a_row_have_a_layout(x_block: str, layout: str) -> None:
     graph = Graph.parse(TEXT)
     inputs, graph.weights = random_inputs(graph, 0)
-    for step in Pipeline.parse(f"quantize{{x_block={x_block}}}; fuse-linear; fold-constants"):
+    for step in Pipeline.parse(
+        f"quantize{{x_format=#format<f8e4m3fn, block = {x_block}>}}; fuse-linear; fold-constants"
+    ):
         step.run(graph)
     before = interpret(graph, inputs)
     assert ToKernels().run(graph)
     graph.verify()
-    assert graph["x_q"].op.attrs["scale_layout"] == graph["y"].op.attrs["x_scale_layout"] == layout
+    assert graph["x_q"].op.format().scale_layout == graph["y"].op.format("x_format").scale_layout == layout
     assert all(map(torch.equal, interpret(graph, inputs), before)) and not ToKernels().run(graph)
 
 
@@ -99,8 +101,9 @@ func @m(%x: f32[3, 128], %s: f32{scale}) -> (f32[3, 64]) {{
   %f = core.param() {{name = "f"}} : f32[128]
   %w = core.param() {{name = "w"}} : i8[64, 128]
   %t = core.param() {{name = "t"}} : f32[64, 1]
-  %q = quant.quantize_static(%x, %s, %f) {{block = {block}, dtype = i8, profile = "vllm"}} : i8[3, 128]
-  %y = quant.linear(%q, %s, %w, %t) {{out_dtype = f32, w_block = [1, -1], x_block = {block}}} : f32[3, 64]
+  %q = quant.quantize_static(%x, %s, %f) {{format = #format<i8, block = {block}, profile = "vllm">}} : i8[3, 128]
+  %y = quant.linear(%q, %s, %w, %t)
+    {{out_dtype = f32, w_format = #int8_row, x_format = #format<i8, block = {block}>}} : f32[3, 64]
   return %y
 }}
 """
@@ -118,13 +121,13 @@ def test_a_static_quantization_keeps_its_scale_and_prescale(block: str, scale: s
     quantize, linear = graph["q"].op, graph["y"].op
     assert (quantize.name, linear.name) == ("kernel.quantize_static", "kernel.scaled_linear")
     assert quantize.args == (graph["x"], graph["s"], graph["f"]) and quantize.attrs == attrs
-    assert linear.attrs["x_scale_layout"] == "row_major"
+    assert linear.format("x_format").scale_layout == "row_major"
     assert all(map(torch.equal, interpret(graph, inputs), before)) and ToKernels().explain(graph) == {}
 
 
 def test_scales_of_channels_stay_simulated() -> None:
     graph = Graph.parse(TEXT)
-    for step in Pipeline.parse("quantize{x_block=[-1, 1]}; fuse-linear; fold-constants"):
+    for step in Pipeline.parse("quantize{x_format=#fp8_channel}; fuse-linear; fold-constants"):
         step.run(graph)
     text = str(graph)
     assert not ToKernels().run(graph) and str(graph) == text

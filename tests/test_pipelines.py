@@ -1,5 +1,6 @@
 """From recipes to passes: which observe, which smooth, which quantize, and in what order."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,8 +11,10 @@ from passes.quantize import Quantize
 from passes.smoothquant import SmoothQuant
 from qcompiler.errors import PassError
 from qcompiler.ir import DType
+from qcompiler.ir.formats import FP8_BLOCK, FP8_CHANNEL, FP8_ROW, FP8_TENSOR, FP8_TILE, INT8_ROW
 from qcompiler.pass_manager import Pass, Pipeline
 from qcompiler.pipelines import MIN_GAIN, SAMPLED_ROWS, Recipe, assemble
+from qcompiler.schemes import changed
 
 PRODUCERS = ["fuse-norm-quantize", "fuse-activation-quantize"]
 
@@ -31,20 +34,18 @@ def test_the_default_is_deepseeks() -> None:
 
 def test_every_recipe_prints_and_parses() -> None:
     for x, w, dtype, smooth in product(
-        ("tile", "token", "tensor", "channel"), ("block", "channel", "tensor"), (DType.f8e4m3fn, DType.i8),
+        (FP8_TILE, FP8_ROW, FP8_TENSOR, FP8_CHANNEL), (FP8_BLOCK, FP8_ROW, FP8_TENSOR), (DType.f8e4m3fn, DType.i8),
         ("never", "always", "measured"),
     ):  # fmt: skip
-        recipe = Recipe(dtype, x, w, smooth=smooth)  # type: ignore[arg-type]  # of a product mypy knows no literals
+        x, w = replace(x, element=dtype), replace(w, element=dtype)
+        recipe = Recipe(x, w, smooth=smooth)  # type: ignore[arg-type]  # of a product mypy knows no literals
         smoothing, quantize = recipe.passes(("a", "!b"))
-        assert isinstance(quantize, Quantize) and quantize.layers == ("a", "!b") and quantize.dtype is dtype
-        assert isinstance(quantize, Fp8Tile) == ((x, w, dtype) == ("tile", "block", DType.f8e4m3fn))
-        assert quantize.x_block == {"tile": (1, 128), "token": (1, -1), "tensor": (-1, -1), "channel": (-1, 1)}[x]
-        assert quantize.w_block == {"block": (128, 128), "channel": (1, -1), "tensor": (-1, -1)}[w]
+        assert isinstance(quantize, Quantize) and quantize.layers == ("a", "!b")
+        assert isinstance(quantize, Fp8Tile) == (x.block[0] == 1 and w == FP8_BLOCK)
+        assert (quantize.x_format, quantize.w_format) == (x, w)
         assert recipe.needs_calibration == (smoothing is not None) == (smooth != "never")
         if isinstance(smoothing, SmoothQuant):
-            assert (smoothing.x_block, smoothing.w_block, smoothing.dtype) == (
-                quantize.x_block, quantize.w_block, quantize.dtype
-            )  # fmt: skip
+            assert (smoothing.x_format, smoothing.w_format) == (x, w)
             assert smoothing.min_gain == (MIN_GAIN if smooth == "measured" else None)
             assert smoothing.layers == quantize.layers
         steps(recipe)
@@ -54,21 +55,21 @@ def test_every_recipe_prints_and_parses() -> None:
     ("recipes", "calibration"),
     [
         ([Recipe()], []),
-        ([Recipe(static=True, x="tensor")], ["calibrate"]),
-        ([Recipe(static=True, x="tensor", observer="minmax")], ["calibrate"]),
-        ([Recipe(static=True, x="tensor", observer="percentile")], ["calibrate{histogram=true}"]),
-        ([Recipe(static=True, x="tensor", observer="mse")], ["calibrate{histogram=true}"]),
+        ([Recipe(FP8_TENSOR, static=True)], ["calibrate"]),
+        ([Recipe(FP8_TENSOR, static=True, observer="minmax")], ["calibrate"]),
+        ([Recipe(FP8_TENSOR, static=True, observer="percentile")], ["calibrate{histogram=true}"]),
+        ([Recipe(FP8_TENSOR, static=True, observer="mse")], ["calibrate{histogram=true}"]),
         ([Recipe(observer="mse")], []),  # nothing is static
         ([Recipe(smooth="always")], ["calibrate", "smoothquant"]),
         ([Recipe(smooth="always", alpha="search")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
         ([Recipe(smooth="measured")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
         # The histogram of what is smoothed is that of other numbers afterwards.
-        ([Recipe(smooth="always", static=True, x="tensor", observer="mse")],
+        ([Recipe(smooth="always", x=FP8_TENSOR, static=True, observer="mse")],
          ["calibrate", "smoothquant", "calibrate{histogram=true}"]),
-        ([Recipe(smooth="always", static=True, x="tensor")], ["calibrate", "smoothquant"]),
-        ([Recipe(smooth="always"), Recipe(static=True, x="tensor", observer="mse")],
+        ([Recipe(smooth="always", x=FP8_TENSOR, static=True)], ["calibrate", "smoothquant"]),
+        ([Recipe(smooth="always"), Recipe(FP8_TENSOR, static=True, observer="mse")],
          ["calibrate{histogram=true}", "smoothquant"]),
-        ([Recipe(), Recipe(static=True, x="tensor")], ["calibrate"]),
+        ([Recipe(), Recipe(FP8_TENSOR, static=True)], ["calibrate"]),
     ],
 )  # fmt: skip
 def test_what_calibration_is_asked_for(recipes: list[Recipe], calibration: list[str]) -> None:
@@ -78,7 +79,7 @@ def test_what_calibration_is_asked_for(recipes: list[Recipe], calibration: list[
 
 
 def test_the_order_of_several_recipes() -> None:
-    found = steps(Recipe(smooth="always"), Recipe(x="token", w="channel"), Recipe(DType.i8, "token", "channel"))
+    found = steps(Recipe(smooth="always"), Recipe(FP8_ROW, FP8_ROW), Recipe(INT8_ROW, INT8_ROW))
     assert found.names == (
         "canonicalize", "dead-code", "calibrate", "smoothquant", "merge-linears", "merge-linears#2", "merge-linears#3",
         "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants",
@@ -88,9 +89,9 @@ def test_the_order_of_several_recipes() -> None:
 
 def test_profiles() -> None:
     def profile(**options: str) -> str:
-        step: Pass = Recipe(**options).passes()[1]  # type: ignore[arg-type]  # words from the tests below
-        assert isinstance(step, Quantize)
-        return step.profile
+        step: Pass = changed(Recipe(), **options).passes()[1]  # type: ignore[arg-type]  # words from the tests below
+        assert isinstance(step, Quantize) and step.x_format.profile == step.w_format.profile
+        return step.x_format.profile
 
     assert (profile(), profile(numerics="vllm"), profile(scale="ue8m0")) == ("deepseek", "vllm", "ue8m0")
     assert profile(numerics="ue8m0", scale="ue8m0") == profile(numerics="ue8m0") == "ue8m0"
@@ -103,11 +104,11 @@ def test_profiles() -> None:
     ("recipes", "fusing"),
     [
         ([Recipe()], [*PRODUCERS, "fuse-epilogue"]),
-        ([Recipe(x="token", w="channel")], PRODUCERS),
-        ([Recipe(DType.i8, "token", "channel"), Recipe(k_block=64)], PRODUCERS),
-        ([Recipe(x="tensor", w="tensor")], []),
-        ([Recipe(x="channel", w="channel")], []),
-        ([Recipe(x="tensor", w="channel", static=True), Recipe()], [*PRODUCERS, "fuse-epilogue"]),
+        ([Recipe(FP8_ROW, FP8_ROW)], PRODUCERS),
+        ([Recipe(INT8_ROW, INT8_ROW), Recipe(replace(FP8_TILE, block=(1, 64)))], PRODUCERS),
+        ([Recipe(FP8_TENSOR, FP8_TENSOR)], []),
+        ([Recipe(FP8_CHANNEL, FP8_ROW)], []),
+        ([Recipe(FP8_TENSOR, FP8_ROW, static=True), Recipe()], [*PRODUCERS, "fuse-epilogue"]),
     ],
 )  # fmt: skip
 def test_what_is_fused_with_the_kernels(recipes: list[Recipe], fusing: list[str]) -> None:

@@ -73,7 +73,7 @@ def test_quantization_equals_numerics_bit_for_bit(dtype: torch.dtype, profile: s
     for rows, columns in ((37, 384), (5, 129), (700, 1000), (3, 77), (1, 128)):
         x = messy(rows, columns, dtype)
         q, scale = quantize(x.cuda(), layout, profile)
-        want_q, want_scale = numerics.quantize(x, profile=profile)
+        want_q, want_scale = numerics.quantize(x, numerics.format_of((1, 128), profile=profile))
         assert_same_scales(scale, want_scale)
         assert_same_codes(q, want_q)
 
@@ -84,9 +84,9 @@ def test_quantization_of_many_random_blocks(profile: str) -> None:
     # give the CPU's bits as well.
     x = torch.randn(8192, 8192, device="cuda") * torch.rand(8192, 1, device="cuda").mul(12).sub(6).exp()
     q, scale = quantize(x, "col_major", profile)
-    want_q, want_scale = numerics.quantize(x, profile=profile)
+    want_q, want_scale = numerics.quantize(x, numerics.format_of((1, 128), profile=profile))
     assert torch.equal(scale, want_scale) and torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
-    cpu_q, cpu_scale = numerics.quantize(x[:512].cpu(), profile=profile)
+    cpu_q, cpu_scale = numerics.quantize(x[:512].cpu(), numerics.format_of((1, 128), profile=profile))
     assert torch.equal(want_scale[:512].cpu(), cpu_scale)
     assert torch.equal(want_q[:512].cpu().view(torch.uint8), cpu_q.view(torch.uint8))
 
@@ -109,7 +109,7 @@ def test_quantization_in_other_blocks_and_formats(block_k: int, dtype: torch.dty
     for rows in (3, 600):
         x = messy(rows, 1056, torch.bfloat16)
         q, scale = quantize(x.cuda(), block=(1, block_k), dtype=dtype)
-        want_q, want_scale = numerics.quantize(x, (1, block_k), dtype)
+        want_q, want_scale = numerics.quantize(x, numerics.format_of((1, block_k), dtype))
         assert_same_scales(scale, want_scale)
         assert_same_codes(q, want_q)
 
@@ -172,11 +172,11 @@ def test_whole_rows_and_tensors(block: tuple[int, int], dtype: torch.dtype, prof
         prescale = None if at % 2 == 0 else torch.rand(columns).mul(8).sub(4).exp().to((source, torch.float32)[at // 2])
         factors = None if prescale is None else prescale.cuda()
         q, scale = quantize(x.cuda(), "row_major", profile, dtype, block, factors)
-        want_q, want_scale = numerics.quantize(x, block, dtype, profile, prescale)
+        want_q, want_scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
         assert_same_scales(scale, want_scale)
         assert_same_codes(q, want_q)
         known = want_scale.nan_to_num(nan=1.0) * 0.37
-        want_q = numerics.quantize_static(x, known, block, dtype, profile, prescale)
+        want_q = numerics.quantize_static(x, known, numerics.format_of(block, dtype, profile), prescale)
         assert_same_codes(static(x.cuda(), known.cuda(), block, dtype, profile, factors), want_q)
 
 
@@ -188,7 +188,7 @@ def test_tiles_with_a_prescale_and_with_known_scales(block_k: int, profile: str)
         prescale = torch.rand(1000).mul(8).sub(4).exp()
         for layout in SCALE_LAYOUTS:
             q, scale = quantize(x.cuda(), layout, profile, dtype, block, prescale.cuda())
-            want_q, want_scale = numerics.quantize(x, block, dtype, profile, prescale)
+            want_q, want_scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
             assert_same_scales(scale, want_scale)
             assert_same_codes(q, want_q)
             assert_same_codes(static(x.cuda(), scale, block, dtype, profile, prescale.cuda()), want_q)
@@ -200,9 +200,9 @@ def test_int8_of_many_random_numbers(profile: str, block: tuple[int, int]) -> No
     # As for FP8 above; FP32 input, so that quotients are anywhere, also next to ties.
     x = torch.randn(8192, 4096, device="cuda") * torch.rand(8192, 1, device="cuda").mul(2).sub(1).exp()
     q, scale = quantize(x, "row_major", profile, I8, block)
-    want_q, want_scale = numerics.quantize(x, block, I8, profile)
+    want_q, want_scale = numerics.quantize(x, numerics.format_of(block, I8, profile))
     assert torch.equal(scale, want_scale) and torch.equal(q, want_q)
-    cpu_q, cpu_scale = numerics.quantize(x[:512].cpu(), block, I8, profile)
+    cpu_q, cpu_scale = numerics.quantize(x[:512].cpu(), numerics.format_of(block, I8, profile))
     gpu_q, gpu_scale = quantize(x[:512], "row_major", profile, I8, block)
     assert torch.equal(gpu_scale.cpu(), cpu_scale) and torch.equal(gpu_q.cpu(), cpu_q)
 
@@ -215,7 +215,7 @@ def test_whole_rows_and_tensors_of_any_number_of_rows(rows: int, block: tuple[in
         x = torch.randn(rows, columns, dtype=torch.bfloat16)
         for layout in SCALE_LAYOUTS if block[0] == 1 else ("row_major",):
             q, scale = quantize(x.cuda(), layout, dtype=dtype, block=block)
-            want_q, want_scale = numerics.quantize(x, block, dtype)
+            want_q, want_scale = numerics.quantize(x, numerics.format_of(block, dtype))
             assert_same_scales(scale, want_scale)
             assert_same_codes(q, want_q)
         assert_same_codes(static(x.cuda(), scale, block, dtype, "deepseek"), want_q)
@@ -229,7 +229,7 @@ def test_whole_rows_and_tensors_of_views_and_batches(block: tuple[int, int]) -> 
     for x in views:
         for layout in SCALE_LAYOUTS if block[0] == 1 else ("row_major",):
             q, scale = quantize(x, layout, block=block)
-            want_q, want_scale = numerics.quantize(x.cpu(), block)
+            want_q, want_scale = numerics.quantize(x.cpu(), numerics.format_of(block))
             assert q.is_contiguous() and torch.equal(scale.cpu(), want_scale)
             assert_same_codes(q, want_q)
             assert_same_codes(static(x, scale, block, E4M3, "deepseek"), want_q)
@@ -244,11 +244,11 @@ def test_known_scales_of_any_size(profile: str, dtype: torch.dtype) -> None:
     x[:, 320:] *= scales  # codes of ordinary size beside the extreme ones
     assert_same_codes(
         static(x.cuda(), scales.cuda(), (1, -1), dtype, profile),
-        numerics.quantize_static(x, scales, (1, -1), dtype, profile),
+        numerics.quantize_static(x, scales, numerics.format_of((1, -1), dtype, profile)),
     )
     for scale in scales:
         one = scale.view(1, 1)
-        want = numerics.quantize_static(x, one, (-1, -1), dtype, profile)
+        want = numerics.quantize_static(x, one, numerics.format_of((-1, -1), dtype, profile))
         assert_same_codes(static(x.cuda(), one.cuda(), (-1, -1), dtype, profile), want)
 
 
@@ -257,10 +257,10 @@ def test_whole_rows_and_tensors_beyond_32_bit_offsets() -> None:
     x = torch.randn(64, columns, dtype=torch.bfloat16, device="cuda").repeat(rows // 64 + 1, 1)[:rows]
     x[-1, -1] = 1000.0
     q, scale = quantize(x, block=(1, -1), dtype=I8)
-    want_q, want_scale = numerics.quantize(x[-67:], (1, -1), I8)
+    want_q, want_scale = numerics.quantize(x[-67:], numerics.format_of((1, -1), I8))
     assert torch.equal(q[-67:], want_q) and torch.equal(scale[-67:], want_scale)
     q, scale = quantize(x, block=(-1, -1), dtype=I8)
-    want_q, want_scale = numerics.quantize(x[-67:], (-1, -1), I8)
+    want_q, want_scale = numerics.quantize(x[-67:], numerics.format_of((-1, -1), I8))
     assert torch.equal(scale, want_scale) and torch.equal(q[-67:], want_q)
     assert torch.equal(static(x, scale, (-1, -1), I8, "deepseek"), q)
 

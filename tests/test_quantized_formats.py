@@ -8,11 +8,11 @@ import pytest
 from qcompiler.artefact.report_text import report_from_json, report_to_json
 from qcompiler.artefact.strict_json import parse, render
 from qcompiler.calibration import Calibration
-from qcompiler.ir import DType, Graph
-from qcompiler.numerics import ALL
+from qcompiler.ir import DType, Format, Graph
+from qcompiler.ir.formats import FP8_ROW, INT8_TENSOR, NVFP4
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import run_pipeline
-from qcompiler.quantized_formats import Format
+from qcompiler.quantized_formats import Formats
 from qcompiler.report import Report, build_report
 from qcompiler.schemes import SCHEMES, pipeline
 from qcompiler.testing import random_inputs
@@ -50,7 +50,7 @@ def test_a_format_is_spelled_as_its_scheme(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "format"),
     [
-        ("smoothquant_o1", "i8 [1, -1] x [-1, -1]"), ("smoothquant_o1{w=channel}", "int8_row"),
+        ("smoothquant_o1", "#int8_row x #int8_tensor"), ("smoothquant_o1{w=channel}", "int8_row"),
         ("smoothquant_o2", "int8_tensor"),
         ("smoothquant_o3", "int8_tensor_static"), ("fp8_tile{scale=ue8m0}", "fp8_tile{numerics=ue8m0}"),
     ],
@@ -66,8 +66,8 @@ def test_in_each_form(passes: str) -> None:
 
 
 def test_what_no_scheme_has_is_spelled_out() -> None:
-    assert str(Format(DType.f8e4m3fn, (1, 32), (1, ALL))) == "f8e4m3fn [1, 32] x [1, -1]"
-    assert str(Format(DType.i8, (ALL, ALL), (64, 64), static=True)) == "i8 [-1, -1] x [64, 64] static"
+    assert str(Formats(Format(DType.f8e4m3fn, (1, 32)), FP8_ROW)) == "#format<f8e4m3fn, block = [1, 32]> x #fp8_row"
+    assert str(Formats(INT8_TENSOR, NVFP4, static=True)) == "#int8_tensor x #nvfp4 static"
 
 
 def test_what_is_not_quantized_has_none() -> None:

@@ -1,18 +1,19 @@
 """Schemes: named recipes, their options in text, and other schemes for some layers."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from passes.smoothquant import SmoothQuant
 from qcompiler.errors import ParseError, PassError, QCompilerError
-from qcompiler.ir import DType, Graph
+from qcompiler.ir import Graph
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE, INT8_ROW, INT8_TENSOR
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import run_pipeline
 from qcompiler.pipelines import Recipe
-from qcompiler.schemes import SCHEMES, Scheme, all_schemes, find, list_schemes, pipeline, recipe_of, register
+from qcompiler.schemes import SCHEMES, Options, Scheme, all_schemes, find, list_schemes, pipeline, recipe_of, register
 
 CALIBRATED = ["fp8_tensor_static", "int8_tensor_static", "smoothquant_o1", "smoothquant_o2", "smoothquant_o3",
               "smoothquant_fp8", "fp8_tile_smooth"]  # fmt: skip
@@ -35,7 +36,7 @@ def test_every_scheme_is_a_pipeline_in_its_own_spelling(name: str) -> None:
     assert Pipeline.parse(scheme.pipeline) == pipeline(name) == pipeline(f" {name} ") == pipeline(f"{name}{{}}")
     assert scheme.doc.endswith(".") and scheme.name == name
     assert find(name) is all_schemes()[name] is scheme
-    assert {*scheme.options} <= {option.name for option in fields(Recipe)}
+    assert {*scheme.options} <= {option.name for option in fields(Options)}
     assert ("calibrate" in pipeline(name)) == (name in CALIBRATED)
     assert ("fuse-prescale" in pipeline(name)) == ("smooth" in name)
 
@@ -54,30 +55,40 @@ def test_a_scheme_that_has_run_has_nothing_left_to_do(name: str) -> None:
     assert str(graph) == text
 
 
+UE8M0 = 'fp8-tile{x_format=#fp8_tile<profile = "ue8m0">, w_format=#fp8_block<profile = "ue8m0">}'
+DEEPGEMM = (
+    'fp8-tile{x_format=#format<f8e4m3fn, block = [1, 32], profile = "deepgemm">, '
+    'w_format=#fp8_block<profile = "deepgemm">}'
+)
+E5M2_ROW = "#format<f8e5m2, block = [1, -1]>"
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [
         ("fp8_tile", "fp8-tile"),
-        ("fp8_tile{k_block=64}", "fp8-tile{x_block=[1, 64]}"),
-        ("fp8_tile{k_block=-1}", "fp8-tile{x_block=[1, -1]}"),
-        ("fp8_tile{k-block=32, numerics=deepgemm}", "fp8-tile{x_block=[1, 32], profile=deepgemm}"),
-        ("fp8_tile{scale=ue8m0}", "fp8-tile{profile=ue8m0}"),
-        ("fp8_tile{scale=ue8m0, numerics=ue8m0}", "fp8-tile{profile=ue8m0}"),
-        ("fp8_tile{numerics=ue8m0}", "fp8-tile{profile=ue8m0}"),
+        ("fp8_tile{k_block=64}", "fp8-tile{x_format=#format<f8e4m3fn, block = [1, 64]>}"),
+        ("fp8_tile{k_block=-1}", "fp8-tile{x_format=#fp8_row}"),
+        ("fp8_tile{k-block=32, numerics=deepgemm}", DEEPGEMM),
+        ("fp8_tile{scale=ue8m0}", UE8M0),
+        ("fp8_tile{scale=ue8m0, numerics=ue8m0}", UE8M0),
+        ("fp8_tile{numerics=ue8m0}", UE8M0),
         ("fp8_tile{scale=f32, dtype=f8e4m3fn}", "fp8-tile"),
-        ("fp8_row{dtype=f8e5m2}", "quantize{dtype=f8e5m2}"),
-        ("fp8_tensor{w=channel}", "quantize{x_block=[-1, -1]}"),
-        ("fp8_tensor{w=block}", "quantize{x_block=[-1, -1], w_block=[128, 128]}"),
+        ("fp8_row{dtype=f8e5m2}", f"quantize{{x_format={E5M2_ROW}, w_format={E5M2_ROW}}}"),
+        ("fp8_tensor{w=channel}", "quantize{x_format=#fp8_tensor}"),
+        ("fp8_tensor{w=block}", "quantize{x_format=#fp8_tensor, w_format=#fp8_block}"),
         ("fp8_tensor_static{observer=percentile, percentile=99}",
-         "quantize{x_block=[-1, -1], w_block=[-1, -1], static=true, observer=percentile, percentile=99.0}"),
-        ("int8_row{numerics=vllm}", "quantize{dtype=i8, profile=vllm}"),
+         "quantize{x_format=#fp8_tensor, w_format=#fp8_tensor, static=true, observer=percentile, percentile=99.0}"),
+        ("int8_row{numerics=vllm}",
+         'quantize{x_format=#int8_row<profile = "vllm">, w_format=#int8_row<profile = "vllm">}'),
         ("int8_tensor_static{observer=minmax}",
-         "quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true, observer=minmax}"),
-        ("int8_channel_reference", "quantize{x_block=[-1, 1], dtype=i8}"),
-        ("fp8_channel_reference{dtype=f8e5m2}", "quantize{x_block=[-1, 1], dtype=f8e5m2}"),
-        ("smoothquant_o1{w=channel}", "quantize{dtype=i8}"),
-        ("smoothquant_o3", "quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true}"),
-        ("fp8_tile_smooth{k_block=64}", "fp8-tile{x_block=[1, 64]}"),
+         "quantize{x_format=#int8_tensor, w_format=#int8_tensor, static=true, observer=minmax}"),
+        ("int8_channel_reference", "quantize{x_format=#int8_channel, w_format=#int8_row}"),
+        ("fp8_channel_reference{dtype=f8e5m2}", 
+         f"quantize{{x_format=#format<f8e5m2, block = [-1, 1]>, w_format={E5M2_ROW}}}"),
+        ("smoothquant_o1{w=channel}", "quantize{x_format=#int8_row, w_format=#int8_row}"),
+        ("smoothquant_o3", "quantize{x_format=#int8_tensor, w_format=#int8_tensor, static=true}"),
+        ("fp8_tile_smooth{k_block=64}", "fp8-tile{x_format=#format<f8e4m3fn, block = [1, 64]>}"),
     ],
 )  # fmt: skip
 def test_options_reach_the_pass_that_quantizes(name: str, step: str) -> None:
@@ -89,10 +100,10 @@ def test_options_reach_the_pass_that_quantizes(name: str, step: str) -> None:
 def test_options_reach_the_pass_that_smooths() -> None:
     step = pipeline("smoothquant_o2{alpha=0.75, pow2=true, w=channel, numerics=vllm}")["smoothquant"]
     assert step == SmoothQuant(
-        x_block=(-1, -1), w_block=(1, -1), dtype=DType.i8, profile="vllm", alpha=0.75, pow2=True, min_gain=None
+        replace(INT8_TENSOR, profile="vllm"), replace(INT8_ROW, profile="vllm"), alpha=0.75, pow2=True, min_gain=None
     )
     step = pipeline("fp8_tile_smooth{alpha=learn}")["smoothquant"]
-    assert step == SmoothQuant(x_block=(1, 128), w_block=(128, 128), alpha="learn", min_gain=0.02)
+    assert step == SmoothQuant(FP8_TILE, FP8_BLOCK, alpha="learn", min_gain=0.02)
     assert recipe_of("smoothquant_o1{alpha=1}").alpha == 1.0
 
 
@@ -190,7 +201,7 @@ def layers_of(overrides: dict[str, str | None], scheme: str = "fp8_tile") -> dic
         ({"*": None, "a": "fp8_tile"}, {"fp8-tile{": ["*", "!*", "a"]}),
         ({"a": "fp8_row", "b": "int8_row", "a*": "fp8_tile"},
          {"fp8-tile{": ["*", "!a", "!b", "a*"], "quantize{": ["a", "!b", "!a*"],
-          "quantize{dtype=i8, ": ["b", "!a*"]}),
+          "quantize{x_format=#int8_row, w_format=#int8_row, ": ["b", "!a*"]}),
     ],
 )  # fmt: skip
 def test_overrides_become_layers(overrides: dict[str, str | None], layers: dict[str, list[str]]) -> None:

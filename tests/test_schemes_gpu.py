@@ -75,7 +75,7 @@ def test_a_scale_for_each_channel_is_refused_with_the_reason(scheme: str) -> Non
 def test_schemes_for_some_layers_in_one_model() -> None:
     model, batches = example()
     fast = qcompiler.compile(model, scheme="fp8_tile", overrides={"down": "int8_row"}, example_inputs=(batches[0],))
-    blocks = [op.attrs["w_block"] for op in fast.stages["to-kernels"].ops("kernel.scaled_linear")]
+    blocks = [op.format("w_format").block for op in fast.stages["to-kernels"].ops("kernel.scaled_linear")]
     assert blocks == [(128, 128), (1, -1)]
     (want,) = qcompiler.interpret(fast.graph, [batches[0]])
     assert relative_error(want, fast(batches[0])) < FLIPS

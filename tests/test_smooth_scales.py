@@ -23,12 +23,11 @@ from passes.smooth_scales import (
     to_powers_of_two,
 )
 from qcompiler.errors import PassError
-from qcompiler.ir import DType
-from qcompiler.numerics import ALL
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE, INT8_ROW, INT8_TENSOR
 
-TENSOR = Quantize(x_block=(ALL, ALL), w_block=(ALL, ALL), dtype=DType.i8)
-TOKEN = Quantize(dtype=DType.i8)
-TILE = Quantize(x_block=(1, 128), w_block=(128, 128))
+TENSOR = Quantize(INT8_TENSOR, INT8_TENSOR)
+TOKEN = Quantize(INT8_ROW, INT8_ROW)
+TILE = Quantize(FP8_TILE, FP8_BLOCK)
 
 
 def paper(x: np.ndarray, weights: list[np.ndarray], alpha: float) -> list[float]:

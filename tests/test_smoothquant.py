@@ -18,8 +18,8 @@ from qcompiler.capture import capture
 from qcompiler.errors import PassError
 from qcompiler.instruments import Validate, relative_error
 from qcompiler.interpreter import interpret
-from qcompiler.ir import DType, Graph
-from qcompiler.numerics import ALL
+from qcompiler.ir import Graph
+from qcompiler.ir.formats import INT8_TENSOR
 from qcompiler.pass_manager import Effect, Pass, Pipeline
 from qcompiler.pass_runner import run_pipeline
 
@@ -31,7 +31,7 @@ SIZE: dict[str, Any] = {
 GROUPED: dict[str, Any] = {
     **SIZE, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-TENSOR: dict[str, Any] = {"x_block": (ALL, ALL), "w_block": (ALL, ALL), "dtype": DType.i8}
+TENSOR: dict[str, Any] = {"x_format": INT8_TENSOR, "w_format": INT8_TENSOR}
 
 
 def make(model: str, config: str, **options: Any) -> Any:

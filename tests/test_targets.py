@@ -19,6 +19,7 @@ TOY = '''
 from types import SimpleNamespace
 
 import torch
+from qcompiler.ir import DType
 
 from qcompiler.runtime.device import Target
 
@@ -36,8 +37,8 @@ class Kernels:
 class Toy(Target):
     """Runs INT8 only."""
 
-    def why_not(self, x_block, w_block, x_dtype, w_dtype):
-        return None if x_dtype == torch.int8 else "the toy multiplies int8"
+    def why_not(self, x, w):
+        return None if x.element is DType.i8 else "the toy multiplies int8"
 
 
 kernels = Kernels()

@@ -44,7 +44,7 @@ class Layer(torch.nn.Module):
 def test_quantize_is_numerics(shape: tuple[int, ...], layout: str) -> None:
     x = torch.randn(shape, dtype=torch.bfloat16)
     q, scale = quantize(x, [1, 128], E4M3, "deepgemm", layout)
-    want_q, want_scale = numerics.quantize(x, profile="deepgemm")
+    want_q, want_scale = numerics.quantize(x, numerics.format_of((1, 128), profile="deepgemm"))
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
 
 
@@ -97,7 +97,7 @@ SHAPES = ((5, 320), (2, 3, 256), (0, 128), (7, 0), (300,))
 def test_every_granularity_is_numerics(block: list[int], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     for prescale in (None, torch.rand(shape[-1]) + 0.5):
-        want_q, want_scale = numerics.quantize(x, block, dtype, "deepseek", prescale)
+        want_q, want_scale = numerics.quantize(x, numerics.format_of(block, dtype, "deepseek"), prescale)
         for layout in LAYOUTS if block[0] == 1 else ("row_major",):
             q, scale = quantize(x, block, dtype, "deepseek", layout, prescale)
             assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
@@ -111,7 +111,7 @@ def test_opcheck_of_every_granularity(block: list[int], shape: tuple[int, ...]) 
     x, prescale = torch.randn(shape), torch.rand(shape[-1]) + 0.5
     layout = "col_major" if block[0] == 1 else "row_major"
     torch.library.opcheck(quantize, (x, block, torch.int8, "deepseek", layout, prescale))
-    _, scale = numerics.quantize(x, block, torch.int8)
+    _, scale = numerics.quantize(x, numerics.format_of(block, torch.int8))
     torch.library.opcheck(quantize_static, (x, scale, block, torch.int8, "deepseek", prescale))
     torch.library.opcheck(quantize_static, (x, scale, block, torch.int8, "deepseek"))
 
@@ -131,17 +131,27 @@ def test_fakes_have_the_shapes_and_strides_of_the_results(block: list[int]) -> N
 @pytest.mark.parametrize("x_block", [[1, -1], [-1, -1]])
 def test_products_of_whole_rows_are_numerics(x_block: list[int], w_block: list[int]) -> None:
     for dtype in (E4M3, torch.int8):
-        x, xs = numerics.quantize(torch.randn(2, 3, 320), x_block, dtype)
-        w, ws = numerics.quantize(torch.randn(96, 320), w_block, dtype)
+        x, xs = numerics.quantize(torch.randn(2, 3, 320), numerics.format_of(x_block, dtype))
+        w, ws = numerics.quantize(torch.randn(96, 320), numerics.format_of(w_block, dtype))
         got = scaled_linear(x, xs, w, ws, None, x_block, w_block, torch.float16)
         assert torch.equal(
-            got, numerics.scaled_linear(x, xs, w, ws, None, x_block=x_block, w_block=w_block, out_dtype=torch.float16)
+            got,
+            numerics.scaled_linear(
+                x,
+                xs,
+                w,
+                ws,
+                None,
+                x_format=numerics.format_of(x_block, x.dtype),
+                w_format=numerics.format_of(w_block, w.dtype),
+                out_dtype=torch.float16,
+            ),
         )
 
 
 @pytest.mark.parametrize("block", GRANULARITIES)
 def test_one_graph_for_any_number_of_rows_of_every_granularity(block: list[int]) -> None:
-    w, ws = numerics.quantize(torch.randn(96, 320), [1, -1], torch.int8)
+    w, ws = numerics.quantize(torch.randn(96, 320), numerics.format_of([1, -1], torch.int8))
     prescale = torch.rand(320) + 0.5
 
     def layer(x: Tensor) -> tuple[Tensor, Tensor]:

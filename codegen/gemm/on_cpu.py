@@ -1,9 +1,9 @@
 """The scaled matmul on a CPU: equal bits to `numerics.scaled_linear`, with dequantized weights kept between calls.
 
-INT8 codes with one scale for all of K are multiplied as they are, by `qcompiler.integer_matmul`. torch has no FP8 GEMM
-for CPUs, so other weights are dequantized to FP32. That takes ten times as long as the GEMM itself at 16 rows, and
-gives the same numbers in every call. They are kept, up to `QCOMPILER_CPU_CACHE` megabytes in a process:
-first come, first kept, since a model reads its weights in turns, which defeats every policy that replaces them.
+INT8 codes with one scale for all of K are multiplied as they are, by `qcompiler.numerics.integer_matmul`. torch has no
+FP8 GEMM for CPUs, so other weights are dequantized to FP32. That takes ten times as long as the GEMM itself at 16 rows,
+and gives the same numbers in every call. They are kept, up to `QCOMPILER_CPU_CACHE` megabytes in a process: first come,
+first kept, since a model reads its weights in turns, which defeats every policy that replaces them.
 """
 
 import threading
@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompiler import knobs, numerics
-from qcompiler.decode import PLAIN
+from qcompiler.numerics.codes import PLAIN
 
 
 class _Kept(NamedTuple):
@@ -36,24 +36,25 @@ def scaled_linear_on_cpu(
 ) -> Tensor:  # fmt: skip
     """`numerics.scaled_linear`, which has its arguments and errors."""
     numerics.check_linear(x_q, w_q)
-    if numerics.sums_integers(x_q, w_q, x_block, w_block):
+    x_format, w_format = numerics.format_of(x_block, x_q.dtype), numerics.format_of(w_block, w_q.dtype)
+    if numerics.sums_integers(x_q, x_format, w_format):
         return numerics.scaled_linear(
-            x_q, x_s, w_q, w_s, bias, x_block=x_block, w_block=w_block, out_dtype=out_dtype
+            x_q, x_s, w_q, w_s, bias, x_format=x_format, w_format=w_format, out_dtype=out_dtype
         )  # fmt: skip
-    x, w = numerics.dequantize(x_q, x_s, x_block), _dequantized(w_q, w_s, w_block)
+    x, w = numerics.dequantize(x_q, x_s, format=x_format), _dequantized(w_q, w_s, w_format)
     return functional.linear(x, w, None if bias is None else bias.to(torch.float32)).to(out_dtype)
 
 
-def _dequantized(weight: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
+def _dequantized(weight: Tensor, scale: Tensor, format: numerics.Format) -> Tensor:
     """The numbers of a weight, from an earlier call if neither the weight nor its scale has changed since."""
     if type(weight) not in PLAIN or weight.is_inference() or scale.is_inference():
-        return numerics.dequantize(weight, scale, block)
-    made_from = (*block, weight._version, scale._version)
+        return numerics.dequantize(weight, scale, format=format)
+    made_from = (format, weight._version, scale._version)
     with _lock:
         found: _Kept | None = _weights.get(weight)
     if found is not None and found.made_from == made_from and found.scale() is scale:
         return found.numbers
-    numbers = numerics.dequantize(weight, scale, block)
+    numbers = numerics.dequantize(weight, scale, format=format)
     with _lock:
         others = sum(kept.numbers.nbytes for tensor, kept in _weights.items() if tensor is not weight)
         if others + numbers.nbytes <= knobs.current().cpu_cache * 1_000_000:

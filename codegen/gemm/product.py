@@ -15,7 +15,7 @@ from codegen.targets.hopper import HOPPER, check_device
 from codegen.templates.gemm import GemmOperands, GemmProblem, Kind, bucket
 from codegen.templates.hopper import has_scale_columns, multiprocessors
 from qcompiler.errors import CodegenError
-from qcompiler.numerics import scale_shape
+from qcompiler.numerics import format_of, scale_shape
 
 _why_not = cache(HOPPER.why_not)
 
@@ -81,7 +81,7 @@ def _check(given: _Linear) -> None:
     """Raises CodegenError, with the value got and the value needed, for what the kernels would compute wrongly."""
     x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
     check_device(x_q.device)
-    why = _why_not(tuple(x_block), tuple(w_block), x_q.dtype, w_q.dtype)
+    why = _why_not(format_of(x_block, x_q.dtype), format_of(w_block, w_q.dtype))
     if why is not None:
         raise CodegenError(f"no GPU kernel runs this scaled linear: {why}")
     n, k = w_q.shape if w_q.dim() == 2 else (-1, -1)

@@ -33,7 +33,16 @@ def grouped_linear_reference(
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`qcompiler.dialects.grouped.grouped_linear`, with its keywords in order."""
-    return grouped_linear(x_q, x_s, w_q, w_s, offsets, x_block=x_block, w_block=w_block, out_dtype=out_dtype)
+    return grouped_linear(
+        x_q,
+        x_s,
+        w_q,
+        w_s,
+        offsets,
+        x_format=numerics.format_of(x_block, x_q.dtype),
+        w_format=numerics.format_of(w_block, w_q.dtype),
+        out_dtype=out_dtype,
+    )
 
 
 def grouped_linear_fake(
@@ -74,7 +83,8 @@ def grouped_linear_masked_reference(
     for group, count in enumerate(counts.clamp(0, x_q.shape[1]).tolist()):
         out[group, :count] = numerics.scaled_linear(
             x_q[group, :count], x_s[group, :count], w_q[group], w_s[group],
-            x_block=x_block, w_block=w_block, out_dtype=out_dtype,
+            x_format=numerics.format_of(x_block, x_q.dtype), w_format=numerics.format_of(w_block, w_q.dtype),
+            out_dtype=out_dtype,
         )  # fmt: skip
     return out
 

@@ -11,12 +11,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMi
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Graph, TensorType
 from qcompiler.ir.ranges import Range
 from qcompiler.ir.sizes import evaluate
 from qcompiler.ir.types import NoneType, ScalarType, Type
+from qcompiler.numerics.dtypes import torch_dtype
 
 LEAST = 2
 """Torch takes the sizes 0 and 1 for constants; what is traced for all others holds for them as well."""

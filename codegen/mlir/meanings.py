@@ -5,13 +5,14 @@ and each row takes its own group's result: the same numbers, for as many times t
 histogram compares each number with each bin.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompiler import numerics
+from qcompiler.ir import Format
 
 
 def grouped(x: Tensor, offsets: Tensor, product: Callable[[int], Tensor], count: int) -> Tensor:
@@ -33,13 +34,13 @@ def grouped(x: Tensor, offsets: Tensor, product: Callable[[int], Tensor], count:
 
 def grouped_linear(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, offsets: Tensor, *,
-    x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype, x_scale_layout: str | None = None,
+    x_format: Format, w_format: Format, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The meaning of `quant.grouped_linear`."""
-    x = numerics.dequantize(x_q, x_s, x_block)
+    x = numerics.dequantize(x_q, x_s, format=x_format)
 
     def product(group: int) -> Tensor:
-        return torch.nn.functional.linear(x, numerics.dequantize(w_q[group], w_s[group], w_block)).to(out_dtype)
+        return torch.nn.functional.linear(x, numerics.dequantize(w_q[group], w_s[group], format=w_format)).to(out_dtype)
 
     return grouped(x_q, offsets, product, w_q.shape[0])
 

@@ -77,7 +77,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor]:
     check_layout(block, scale_layout)
     if not _has_kernel(x, block, dtype, prescale):
-        q, scale = numerics.quantize(x, block, dtype, profile, prescale)
+        q, scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
         return q, scale if scale_layout == "row_major" else scale_like(x, block[1], scale_layout).copy_(scale)
     numerics.profile(profile)
     q = empty(x.shape, dtype, x.device)
@@ -95,7 +95,7 @@ def _quantize_static(
 ) -> Tensor:
     has_kernel = _has_kernel(x, block, dtype, prescale) and scale.dtype == torch.float32 and scale.device == x.device
     if not has_kernel or list(scale.shape) != numerics.scale_shape(x.shape, block):
-        return numerics.quantize_static(x, scale, block, dtype, profile, prescale)
+        return numerics.quantize_static(x, scale, numerics.format_of(block, dtype, profile), prescale)
     numerics.profile(profile)
     q = empty(x.shape, dtype, x.device)
     _launch(QuantizeOperands(as_rows(x), q, scale, block, profile, prescale), known=True)

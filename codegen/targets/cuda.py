@@ -1,6 +1,5 @@
 """Targets whose kernels Triton compiles for NVIDIA GPUs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from codegen.templates.grouped import GroupedConfig, GroupedOperands, GroupedPro
 from codegen.templates.quantize import QuantizeConfig, QuantizeOperands, QuantizeProblem
 from codegen.templates.template import Family
 from qcompiler.errors import CodegenError
+from qcompiler.ir import Format
 from qcompiler.runtime.device import Target
 
 
@@ -54,11 +54,9 @@ class CudaTarget(Target):
                 fix='Move the model to the CPU to compile it for target="cpu".',
             )
 
-    def why_not(
-        self, x_block: Sequence[int], w_block: Sequence[int], x_dtype: torch.dtype, w_dtype: torch.dtype
-    ) -> str | None:
+    def why_not(self, x: Format, w: Format) -> str | None:
         """Why the kernels cannot run a scaled linear: see `codegen.support.why_not`."""
-        return support.why_not(x_block, w_block, x_dtype, w_dtype)
+        return support.why_not(x, w)
 
     def compile(self, call: KernelCall) -> MachineCode:
         """Compiles a kernel call ahead of time, also of operands without data, and without a GPU or a driver.

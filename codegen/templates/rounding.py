@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qcompiler import numerics
+from qcompiler.numerics.dtypes import ir_dtype
 
 
 def rounding(profile: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def rounding(profile: str, dtype: torch.dtype) -> dict[str, Any]:
     """
     rule = numerics.profile(profile)
     return {
-        "AMAX_FLOOR": rule.amax_floor(dtype),
+        "AMAX_FLOOR": rule.amax_floor(ir_dtype(dtype)),
         "TOP": numerics.FORMAT_MAX.get(dtype, 0.0),
         "RECIPROCAL": rule.division == "reciprocal",
         "UE8M0": rule.scale_format == "ue8m0",

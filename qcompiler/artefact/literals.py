@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qcompiler.artefact.strict_json import Node
-from qcompiler.dialects.aten import IR_DTYPES, TORCH_DTYPES
 from qcompiler.ir import DType
+from qcompiler.numerics.dtypes import IR_DTYPES, TORCH_DTYPES
 
 LONGEST_SHOWN = 200
 

@@ -146,7 +146,7 @@ def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
     paths = [folder.checked(name) for name in manifest.weights]
     files = open_weights(paths, manifest.aliases, manifest.layouts, folder.path / NAME)
     for op in (*graph.ops(PARAM), *graph.ops(BUFFER)):
-        name, need = str(op.attrs["name"]), op.result.type
+        name, need = str(op.attrs["name"]), op.result.tensor.stored
         if (got := files.type_of(name)) != need:
             raise ArtefactError(
                 "a weight is missing" if got is None else "a weight is of another type than the graph says",

@@ -4,8 +4,7 @@ from collections.abc import Collection
 
 import torch
 
-from qcompiler.dialects.aten import overload_of, torch_dtype
-from qcompiler.dialects.quant import block_of
+from qcompiler.dialects.aten import overload_of
 from qcompiler.errors import ArtefactError
 from qcompiler.ir import Graph, Op, Role
 from qcompiler.ir.op_table import lookup
@@ -41,10 +40,10 @@ def check_device(graph: Graph, device: torch.device, target: Target, where: str)
             name = overload_of(op.name).name()
             if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key):
                 raise _impossible(op, device, f"torch has no kernel of {op.name} for it", where)
-        elif op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None:
-            formats = [torch_dtype(op[name].tensor.dtype) for name in ("x", "w")]
-            if (why := target.why_not(block_of(op, "x_block"), block_of(op, "w_block"), *formats)) is not None:
-                raise _impossible(op, device, why, where)
+        elif op.role is not Role.QUANTIZED_MATMUL or op.get("offsets") is not None:
+            continue
+        elif (why := target.why_not(op.format("x_format"), op.format("w_format"))) is not None:
+            raise _impossible(op, device, why, where)
 
 
 def _impossible(op: Op, device: torch.device, why: str, where: str) -> ArtefactError:

@@ -25,7 +25,7 @@ from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, p
 from qcompiler.calibration import Calibration
 from qcompiler.compiler.program import Program
 from qcompiler.errors import ArtefactError, QCompilerError
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Role
 from qcompiler.runtime.replacing import replacing
 
 
@@ -64,7 +64,7 @@ def stage_files(program: Program) -> dict[str, str]:
 
 def numerics_of(graph: Graph) -> tuple[str, ...]:
     """The profiles of all quantizations in a graph."""
-    return tuple(sorted({str(op.attrs["profile"]) for op in graph if "profile" in op.attrs}))
+    return tuple(sorted({op.format().profile for op in graph if "format" in op.attrs and op.role is Role.QUANTIZE}))
 
 
 def _texts(program: Program) -> dict[str, str]:

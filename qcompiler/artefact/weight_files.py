@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qcompiler.artefact.strict_json import AGAIN
-from qcompiler.dialects.aten import IR_DTYPES
 from qcompiler.errors import ArtefactError
 from qcompiler.ir import TensorType
+from qcompiler.numerics.dtypes import IR_DTYPES
 
 ALIGNMENT = 64
 """Bytes; what torch's own allocator aligns to."""

@@ -11,12 +11,13 @@ to the lowest one.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qcompiler import numerics
+from qcompiler.ir import ALL, Format
 
 LOWEST, EXPONENTS = -24, 48
 """The lowest exponent with bins of its own for ordinary values, and how many have them; smaller and larger values fall
@@ -179,10 +180,8 @@ def _at_rank(
     return torch.where(rank == last, top, low + place * (high - low))
 
 
-def best_clip(
-    counts: Tensor, bits: int, absmax: Tensor, dtype: torch.dtype, profile: str, low: int | None = None
-) -> Tensor:
-    """The clip, among `RATIOS` of absmax, whose 8-bit codes have the least squared error; the largest of equals.
+def best_clip(counts: Tensor, bits: int, absmax: Tensor, format: Format, low: int | None = None) -> Tensor:
+    """The clip, among `RATIOS` of absmax, whose codes have the least squared error; the largest of equals.
 
     The error is that of `qcompiler.numerics` with the scale of the clip, at absmax itself and at `POINTS` magnitudes a
     bin, weighted with how often the bin was met.
@@ -191,8 +190,7 @@ def best_clip(
         counts: i64 or i32 `[C, bins]`.
         bits: Mantissa bits of a bin.
         absmax: The largest magnitude, f32[C].
-        dtype: A format of `numerics.FORMAT_MAX`.
-        profile: The numerics profile that makes a scale of a clip.
+        format: What makes a scale and codes of a clip; its block does not count.
         low: As in `bin_of`.
 
     Returns:
@@ -210,20 +208,20 @@ def best_clip(
     for weight, top in zip(weights.split(size), absmax.split(size), strict=True):
         high = upper.minimum(top.to(torch.float64).view(-1, 1, 1))
         points = lower.minimum(high) + place * (high - lower).clamp_min(0)
-        clips.append(_best(points.flatten(1).to(torch.float32), weight, top, dtype, profile))
+        clips.append(_best(points.flatten(1).to(torch.float32), weight, top, format))
     return torch.cat(clips)
 
 
-def _best(points: Tensor, weights: Tensor, absmax: Tensor, dtype: torch.dtype, profile: str) -> Tensor:
+def _best(points: Tensor, weights: Tensor, absmax: Tensor, format: Format) -> Tensor:
     """`best_clip` of some channels: magnitudes and their weights, [C, n]; absmax itself counts once more."""
-    block, top = (1, numerics.ALL), absmax.unsqueeze(1)
+    rows, top = replace(format, block=(1, ALL)), absmax.unsqueeze(1)
     points, weights = torch.cat([points, top], 1), torch.cat([weights, weights.new_ones(len(weights), 1)], 1)
     unit = top.clamp_min(torch.finfo(torch.float32).tiny)
     errors = []
     for ratio in RATIOS:
-        scale = numerics.scale_of(top * ratio, dtype, profile)
-        codes = numerics.quantize_static(points, scale, block, dtype, profile)
+        scale = numerics.scale_of(top * ratio, rows)
+        codes = numerics.quantize_static(points, scale, rows)
         # In units of absmax, since the squares of very small numbers would vanish.
-        error = ((numerics.dequantize(codes, scale, block) - points) / unit).square()
+        error = ((numerics.dequantize(codes, scale, format=rows) - points) / unit).square()
         errors.append((error * weights).sum(1))
     return absmax * torch.tensor(RATIOS)[torch.stack(errors).argmin(0)]

@@ -12,8 +12,8 @@ from torch import Tensor
 from qcompiler.calibration.histogram import CHANNEL_BITS, TENSOR_BITS, Histogram, best_clip, quantile
 from qcompiler.calibration.sample import Sample
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.ir import TensorType
-from qcompiler.numerics import DEFAULT_PROFILE, FORMAT_MAX
+from qcompiler.ir import Format, TensorType
+from qcompiler.ir.formats import INT8_TENSOR
 
 MOMENTUM = 0.9
 """How much of the moving average each batch leaves."""
@@ -171,8 +171,7 @@ class Statistics:
         per: str,
         *,
         percentile: float = 99.99,
-        dtype: torch.dtype = torch.int8,
-        profile: str = DEFAULT_PROFILE,
+        format: Format = INT8_TENSOR,
     ) -> Tensor:
         """The magnitude that the largest code of a quantized value is to stand for.
 
@@ -183,8 +182,7 @@ class Statistics:
                 whose codes have the least squared error over the histogram.
             per: "tensor" or "channel".
             percentile: For "percentile": above 0, up to 100.
-            dtype: For "mse": the format of the codes, one of `numerics.FORMAT_MAX`.
-            profile: For "mse": the numerics profile that makes a scale of a clip.
+            format: For "mse": the format that makes a scale and codes of a clip; its block does not count.
 
         Returns:
             FP32, a scalar per tensor and [C] per channel; 0 where nothing was seen. "percentile" and "mse" are never
@@ -200,9 +198,7 @@ class Statistics:
             return self._from_ranges(observer, per)
         if not 0 < percentile <= 100:
             raise QCompilerError("the percentile is out of range", got=percentile, need="above 0, up to 100")
-        if dtype not in FORMAT_MAX:
-            raise QCompilerError("not an 8-bit format", got=dtype, need=" or ".join(map(str, FORMAT_MAX)))
-        found = self._from_histogram(observer, per, percentile, dtype, profile)
+        found = self._from_histogram(observer, per, percentile, format)
         return found.squeeze(0) if per == "tensor" else found
 
     def _from_ranges(self, observer: str, per: str) -> Tensor:
@@ -212,7 +208,7 @@ class Statistics:
             found = self.average.clone() if observer == "moving_average" else self.absmax.clone()
         return found if per == "channel" else found.amax() if self.channels else torch.zeros(())
 
-    def _from_histogram(self, observer: str, per: str, percent: float, dtype: torch.dtype, profile: str) -> Tensor:
+    def _from_histogram(self, observer: str, per: str, percent: float, format: Format) -> Tensor:
         if self.histogram is None:
             fix = "Observe it with histogram=True, in the pipeline with calibrate{histogram=true}."
             if self.rows:
@@ -223,7 +219,7 @@ class Statistics:
             counts, bits = self.histogram.tensor.unsqueeze(0), TENSOR_BITS
         absmax = self._from_ranges("absmax", per).reshape(counts.shape[0])
         if observer == "mse":
-            return best_clip(counts, bits, absmax, dtype, profile, self.histogram.low)
+            return best_clip(counts, bits, absmax, format, self.histogram.low)
         return quantile(counts, bits, absmax, percent, self.histogram.low)
 
 

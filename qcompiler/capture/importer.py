@@ -21,13 +21,15 @@ from qcompiler.capture.decompositions import Functional, is_assertion
 from qcompiler.capture.locations import is_model_code, location_of
 from qcompiler.capture.stored_weights import STORED_WEIGHT
 from qcompiler.capture.symbols import Symbols
-from qcompiler.dialects.aten import IR_DTYPES, TAGS, ir_dtype, op_name
+from qcompiler.dialects.aten import TAGS, op_name
 from qcompiler.dialects.core import SCALAR_FUNCTIONS
 from qcompiler.errors import CaptureError
+from qcompiler.ir.formats import Format
 from qcompiler.ir.graph import BUFFER, PARAM, UPDATE, Graph
 from qcompiler.ir.op import Argument, Literal, Tag, Value
 from qcompiler.ir.traits import Effects, traits_of
 from qcompiler.ir.types import NONE, ScalarType, TensorType, Type
+from qcompiler.numerics.dtypes import IR_DTYPES, ir_dtype
 from qcompiler.runtime.weights import Weights
 from qcompiler.text import legal_name
 
@@ -178,8 +180,9 @@ class _Importer:
             return
         if name == STORED_WEIGHT:
             codes, scale, block, dtype, *x_scale = args
+            stored = {"format": Format(codes.tensor.dtype, block), "out_dtype": dtype}  # type: ignore[union-attr,arg-type]  # as its schema says
             known = {"x_scale": x_scale[0]} if x_scale and x_scale[0] is not None else {}
-            self._append(node, "quant.dequantize", [codes, scale], {"block": block, "out_dtype": dtype, **known})
+            self._append(node, "quant.dequantize", [codes, scale], {**stored, **known})
             return
         self._append(node, name, args, attrs)
 

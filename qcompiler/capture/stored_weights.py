@@ -2,7 +2,7 @@
 
     linear.weight: F8_E4M3, linear.weight_scale_inv: F32
   ->
-    %w = quant.dequantize(%linear.weight, %linear.weight_scale_inv) {block = [128, 128], out_dtype = bf16}
+    %w = quant.dequantize(%linear.weight, %linear.weight_scale_inv) {format = #fp8_block, out_dtype = bf16}
     %y = aten.linear(%x, %w)
 
 Beside them a checkpoint may have a static scale for the activation, which the operation carries as `x_scale`.
@@ -62,7 +62,7 @@ def stored_weight(
     codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype, x_scale: float | None = None
 ) -> Tensor:
     """The numbers that codes and scales stand for: `numerics.dequantize`. `x_scale` is only recorded in the trace."""
-    return numerics.dequantize(codes, scale, block, dtype)
+    return numerics.dequantize(codes, scale, format=numerics.format_of(block, codes.dtype), out_dtype=dtype)
 
 
 @stored_weight.register_fake

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.ir import Op, Role, Value
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
+from qcompiler.numerics.dtypes import torch_dtype
 
 TRANSPOSES = ("aten.t", "aten.transpose.int")
 SUMS = ("aten.add.Tensor", "aten.add.Scalar")

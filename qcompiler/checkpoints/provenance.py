@@ -14,10 +14,9 @@ from torch import Tensor
 from qcompiler import numerics
 from qcompiler.checkpoints.layouts import restored, why_not_rows
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits, same
-from qcompiler.dialects.quant import block_of
 from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Op, Role, Value
+from qcompiler.ir import Format, Graph, Op, Role, Value
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
 
@@ -59,8 +58,8 @@ class _Pair:
 
     codes: Value
     scale: Value
-    block: tuple[int, int]
-    x_block: tuple[int, int] | None
+    format: Format
+    x_format: Format | None
     x_scale: Value | None
 
 
@@ -112,6 +111,7 @@ class _Tracer:
             parts = _parts(source)
         codes, scale = self.tensor(pair.codes), self.tensor(pair.scale)
         static = None if pair.x_scale is None else self.tensor(pair.x_scale)
+        x_block = None if pair.x_format is None else pair.x_format.block
         start = 0
         for part in parts:
             end = start + _rows(part)
@@ -119,15 +119,15 @@ class _Tracer:
             if name is not None and (why := why_not_rows(part, self.model_names) or self.why_not_cut(pair, start)):
                 self.found.refuse(name, why)
             elif name is not None:
-                down = pair.block[0]
+                down = pair.format.block[0]
                 rows = scale if down == numerics.ALL or len(parts) == 1 else scale[start // down : -(-end // down)]
-                weight = QuantizedWeight(codes[start:end], rows, pair.block, pair.x_block, static)
+                weight = QuantizedWeight(codes[start:end], rows, pair.format.block, x_block, static)
                 self.add(name, weight)
             start = end
 
     def why_not_cut(self, pair: _Pair, start: int) -> str | None:
         """Whether a merged weight begins inside of a block: its scale would not be its own."""
-        rows = pair.block[0]
+        rows = pair.format.block[0]
         if start and (rows == numerics.ALL or start % rows):
             return f"it was merged into a block of {rows} rows that it does not begin"
         return None
@@ -215,14 +215,14 @@ def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
     """The quantized weight that an operation multiplies with, or dequantizes."""
     if op.role is Role.QUANTIZED_MATMUL:
         static = _static_scale(op["x"])
-        yield _Pair(op["w"], op["w_scale"], block_of(op, "w_block"), block_of(op, "x_block"), static)
+        yield _Pair(op["w"], op["w_scale"], op.format("w_format"), op.format("x_format"), static)
     elif op.role is Role.DEQUANTIZE and graph.is_constant(op.result):
         for x in dict.fromkeys(x.op for user in graph.users(op.result) for _, x in user.operands()):
             if x.role is Role.DEQUANTIZE and x is not op:
                 static = _static_scale(x["data"])
-                yield _Pair(op["data"], op["scale"], block_of(op, "block"), block_of(x, "block"), static)
+                yield _Pair(op["data"], op["scale"], op.format(), x.format(), static)
                 return
-        yield _Pair(op["data"], op["scale"], block_of(op, "block"), None, None)
+        yield _Pair(op["data"], op["scale"], op.format(), None, None)
 
 
 def _static_scale(codes: Value) -> Value | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
+from qcompiler.ir import Format
 
 UE8M0 = torch.float8_e8m0fnu
 """One byte, the exponent of a power of two; PyTorch's own type for it."""
@@ -32,9 +33,14 @@ class QuantizedWeight:
     x_block: tuple[int, int] | None = None
     x_scale: Tensor | None = None
 
+    @property
+    def format(self) -> Format:
+        """The format of codes and scales."""
+        return numerics.format_of(self.block, self.codes.dtype)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers that it stands for."""
-        return numerics.dequantize(self.codes, self.scale, self.block, dtype)
+        return numerics.dequantize(self.codes, self.scale, format=self.format, out_dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def powers_of_two(scale: Tensor) -> bool:
 
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     """Whether two are equal in every bit of codes and scales."""
-    return one.block == other.block and equal_bits(one.codes, other.codes) and equal_bits(one.scale, other.scale)
+    return one.format == other.format and equal_bits(one.codes, other.codes) and equal_bits(one.scale, other.scale)
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:

@@ -10,7 +10,7 @@ from qcompiler.entry_points import offered
 from qcompiler.errors import PassError
 from qcompiler.pass_manager import GROUP, PASSES, pass_class
 from qcompiler.pass_options import print_option
-from qcompiler.schemes import Scheme, all_schemes
+from qcompiler.schemes import Scheme, all_schemes, values_of
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,8 +55,8 @@ def _schemes() -> tuple[list[dict[str, Any]], dict[str, str]]:
         if not isinstance(scheme, Scheme):
             broken[name] = str(scheme)
             continue
-        recipe = scheme.recipe
-        values = {} if recipe is None else {each: print_option(getattr(recipe, each)) for each in scheme.options}
+        known = None if scheme.recipe is None else values_of(scheme.recipe)
+        values = {each: print_option(getattr(known, each)) for each in scheme.options}
         listed.append({
             "name": name, "doc": scheme.doc, "pipeline": scheme.pipeline, "options": values,
         })  # fmt: skip

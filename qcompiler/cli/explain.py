@@ -12,7 +12,7 @@ from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.pass_manager import Effect, Pass
 from qcompiler.pass_options import default_of, print_option
 from qcompiler.pipelines import Recipe
-from qcompiler.schemes import Scheme, read_scheme
+from qcompiler.schemes import Options, Scheme, read_scheme, values_of
 
 WIDTH = 100
 
@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> int:
 def _scheme_options(scheme: Scheme | None, recipe: Recipe | None) -> list[dict[str, Any]]:
     if scheme is None or recipe is None:
         return []
-    says = attributes(Recipe)
+    says, values = attributes(Options), values_of(recipe)
     return [
-        {"name": name, "value": print_option(getattr(recipe, name)), "doc": says.get(name, "")}
+        {"name": name, "value": print_option(getattr(values, name)), "doc": says.get(name, "")}
         for name in scheme.options
     ]
 

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import InputError
 from qcompiler.ir import DType, TensorType
 from qcompiler.ir.types import LONG_NAMES
+from qcompiler.numerics.dtypes import torch_dtype
 
 SPEC = re.compile(
     r"\s*(?P<name>\w+)\s*=\s*(?P<dtype>\w+)\s*\[(?P<shape>[\d,\s]*)\](?:\s*in\s*(?P<low>-?\d+)\s*\.\.\s*(?P<high>-?\d+))?\s*"

@@ -245,7 +245,7 @@ def _explain(parser: argparse.ArgumentParser) -> None:
 def _opt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("graph", metavar="GRAPH", help="a .qir file, or - for standard input")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--pipeline", "-p", help='passes, such as "canonicalize; fp8-tile{profile=vllm}"')
+    which.add_argument("--pipeline", "-p", help='passes, such as "canonicalize; fp8-tile{x_format=#fp8_row}"')
     which.add_argument("--scheme", "-s", help="the pipeline of a scheme")
     parser.add_argument(
         "--output", "-o", default="-", metavar="FILE", help="where the text goes (default: standard output)"

@@ -25,11 +25,11 @@ from qcompiler.capture.arguments import MISSING
 from qcompiler.capture.signature import NumberSlot, Signature, TensorSlot
 from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.original import Original
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.errors import CaptureError, CaptureWarning, CodegenError, PassError, QCompilerError
 from qcompiler.instruments import Instrument
 from qcompiler.ir import Graph, ScalarType, TensorType, Value
 from qcompiler.ir.graph import BUFFER
+from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.pass_manager import Pipeline
 from qcompiler.pass_runner import Stages, Step, keep_text, run_pipeline
 from qcompiler.progress import Progress
@@ -243,8 +243,7 @@ def check_kernels(pipeline: Pipeline, target: Target) -> None:
     for step in pipeline:
         if not isinstance(step, SchemeOptions):
             continue
-        dtype = torch_dtype(step.dtype)
-        if (why := target.why_not(step.x_block, step.w_block, dtype, dtype)) is not None:
+        if (why := target.why_not(step.x_format, step.w_format)) is not None:
             raise CodegenError(
                 f"pass '{step}' quantizes as no kernel of the target {target.name} can multiply", got=why,
                 fix='Choose another scheme, or compile the model on the CPU for target="cpu", where it is simulated.',

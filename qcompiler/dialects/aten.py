@@ -9,21 +9,11 @@ from typing import Any
 
 import torch
 
-from qcompiler.errors import QCompilerError
 from qcompiler.ir import Argument, Effects, Role, Tag
 from qcompiler.ir.op_table import OpenNamespaces, declare_open_namespaces
 from qcompiler.ir.traits import Traits
 from qcompiler.ir.types import DType
-
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    DType.f64: torch.float64, DType.f32: torch.float32, DType.f16: torch.float16, DType.bf16: torch.bfloat16,
-    DType.f8e4m3fn: torch.float8_e4m3fn, DType.f8e5m2: torch.float8_e5m2, DType.f8e8m0fnu: torch.float8_e8m0fnu,
-    DType.c64: torch.complex64, DType.c128: torch.complex128,
-    DType.i64: torch.int64, DType.i32: torch.int32, DType.i16: torch.int16, DType.i8: torch.int8,
-    DType.u64: torch.uint64, DType.u32: torch.uint32, DType.u16: torch.uint16, DType.u8: torch.uint8,
-    DType.b8: torch.bool,
-}  # fmt: skip
-IR_DTYPES = {dtype: ours for ours, dtype in TORCH_DTYPES.items()}
+from qcompiler.numerics.dtypes import TORCH_DTYPES
 
 TAGS: dict[str, Any] = {
     str(tag).removeprefix("torch."): tag
@@ -55,18 +45,6 @@ ROLES = {"aten._to_copy": Role.CAST, "aten.to.dtype": Role.CAST, "aten._unsafe_v
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem", "_dtensor")
 """Namespaces whose operations exchange data with other processes."""
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """Torch's name for an element type."""
-    return TORCH_DTYPES[dtype]
-
-
-def ir_dtype(dtype: torch.dtype) -> DType:
-    """Our name for torch's element type; QCompilerError when the IR has none."""
-    if dtype not in IR_DTYPES:
-        raise QCompilerError("the graph IR has no such element type", got=dtype, need=", ".join(map(str, DType)))
-    return IR_DTYPES[dtype]
 
 
 def to_torch(literal: Argument) -> Any:

@@ -1,7 +1,7 @@
 """The product of groups of rows, each with a matrix of its own: the experts of a mixture, in `quant` and `kernel`.
 
-%x_q, %x_s = quant.quantize(%x) {block = [1, 128], …} : f8e4m3fn[s0, 256], f32[s0, 2]
-%w_q, %w_s = quant.quantize(%w) {block = [128, 128], …} : f8e4m3fn[8, 512, 256], f32[8, 4, 2]
+%x_q, %x_s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[s0, 256], f32[s0, 2]
+%w_q, %w_s = quant.quantize(%w) {format = #fp8_block} : f8e4m3fn[8, 512, 256], f32[8, 4, 2]
 %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, %offsets) {out_dtype = bf16, …} : bf16[s0, 512]
 
 The offsets, i32[8], are those of `aten._grouped_mm`: entry g is the row behind the last of group g, whose first is
@@ -9,37 +9,36 @@ entry g - 1, or 0. Rows behind the last group are zero. A group may be empty; of
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.dialects.kernel import SCALE_LAYOUT, check_layout
-from qcompiler.dialects.quant import block_of, check_scale, dtype_of
+from qcompiler.dialects.kernel import ACTIVATION_AND_WEIGHT, check_layout
+from qcompiler.dialects.quant import LINEAR_ATTRIBUTES, check_stored, out_dtype_of
 from qcompiler.errors import QCompilerError
-from qcompiler.ir import DType, Op, Role, TensorType, Type
-from qcompiler.ir.op_table import BLOCK, DTYPE, OpDef, OpError, declare
+from qcompiler.ir import ALL, DType, Format, Op, Role, TensorType, Type
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
+from qcompiler.ir.op_table import DTYPE, OpDef, OpError, declare
 
 OPERANDS = ("x", "x_scale", "w", "w_scale", "offsets")
-ATTRIBUTES = {"out_dtype": DTYPE, "w_block": BLOCK, "x_block": BLOCK}
 ROWS_OF_BLOCKS = "blocks of 1 row of x, and not of all rows of w"
 
 
 def grouped_linear_types(op: Op) -> tuple[Type, ...]:
     """(x f8[T, K], x_scale, w f8[E, N, K], w_scale, offsets i32[E]) -> out_dtype[T, N]"""
     x, w, offsets = op["x"].tensor, op["w"].tensor, op["offsets"].tensor
-    check_scale(op, "x", "x_scale", "x_block")
-    check_scale(op, "w", "w_scale", "w_block")
+    check_stored(op, "x", "x_")
+    check_stored(op, "w", "w_")
     if len(x.shape) != 2:
         raise OpError(f"the activation is {x}, but its rows are in one order: it needs 2 dimensions", "x")
     if len(w.shape) != 3 or x.shape[1] != w.shape[2]:
         raise OpError(f"the weights are {w}, but the activation {x} needs [groups, N, {x.shape[1]}]", "w")
-    if block_of(op, "x_block")[0] != 1 or block_of(op, "w_block")[0] == numerics.ALL:
+    if _spans_groups(op.format("x_format").block, op.format("w_format").block):
         raise OpError(f"its scales would span groups; it needs {ROWS_OF_BLOCKS}")
     if offsets != TensorType(DType.i32, w.shape[:1]):
         raise OpError(f"the offsets are {offsets}, but the weights {w} need i32[{w.shape[0]}]", "offsets")
-    return (TensorType(dtype_of(op, "out_dtype"), (x.shape[0], w.shape[1])),)
+    return (TensorType(out_dtype_of(op), (x.shape[0], w.shape[1])),)
 
 
 def kernel_types(op: Op) -> tuple[Type, ...]:
@@ -55,33 +54,33 @@ def grouped_linear(
     w_s: Tensor,
     offsets: Tensor,
     *,
-    x_block: Sequence[int] = (1, 128),
-    w_block: Sequence[int] = (128, 128),
+    x_format: Format = FP8_TILE,
+    w_format: Format = FP8_BLOCK,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """`numerics.scaled_linear` of each group of rows with its own weight; zeros behind the last group.
 
     Args:
         x_q: `[T, K]`, rows sorted by group.
-        x_s: The scale of `x_q` for `x_block`, whose blocks have one row.
+        x_s: The scale of `x_q`, one or more for each row.
         w_q: `[E, N, K]`.
-        w_s: The scale of `w_q` for `w_block`, with rows of its own for each group.
+        w_s: The scale of `w_q`, with rows of its own for each group.
         offsets: int32 `[E]`, ascending: the row behind the last of each group. The host reads it.
-        x_block: Rows and columns of a block of `x_q`.
-        w_block: Rows and columns of a block of `w_q`.
+        x_format: The format of `x_q`, with blocks of one row.
+        w_format: The format of `w_q`.
         out_dtype: The dtype of the result, `[T, N]`.
 
     Raises:
         QCompilerError: The operands do not fit each other.
     """
-    check_grouped(x_q, w_q, offsets, x_block, w_block)
+    check_grouped(x_q, w_q, offsets, x_format.block, w_format.block)
     out = x_q.new_zeros((x_q.shape[0], w_q.shape[1]), dtype=out_dtype)
     start = 0
     for group, end in enumerate(offsets.clamp(0, x_q.shape[0]).tolist()):
         if start < end:
             out[start:end] = numerics.scaled_linear(
                 x_q[start:end], x_s[start:end], w_q[group], w_s[group],
-                x_block=x_block, w_block=w_block, out_dtype=out_dtype,
+                x_format=x_format, w_format=w_format, out_dtype=out_dtype,
             )  # fmt: skip
         start = end
     return out
@@ -99,13 +98,13 @@ def check_grouped(x_q: Tensor, w_q: Tensor, offsets: Tensor, x_block: Sequence[i
             "the offsets are not one int32 number for each group",
             got=f"{offsets.dtype} {list(offsets.shape)}", need=f"torch.int32 [{w_q.shape[0]}]",
         )  # fmt: skip
-    if x_block[0] != 1 or w_block[0] == numerics.ALL:
+    if _spans_groups(x_block, w_block):
         got = f"x_block {list(x_block)} and w_block {list(w_block)}"
         raise QCompilerError("scales of a grouped linear would span groups", got=got, need=ROWS_OF_BLOCKS)
 
 
-def _reference(*operands: Tensor, x_scale_layout: str, **keywords: Any) -> Tensor:
-    return grouped_linear(*operands, **keywords)
+def _spans_groups(x_block: Sequence[int], w_block: Sequence[int]) -> bool:
+    return x_block[0] != 1 or w_block[0] == ALL
 
 
 declare(
@@ -113,7 +112,7 @@ declare(
         "quant.grouped_linear",
         "`quant.linear` of each group of rows with a weight of its own; zeros behind the last group.",
         OPERANDS,
-        ATTRIBUTES,
+        LINEAR_ATTRIBUTES,
         types=grouped_linear_types,
         meaning=grouped_linear,
         role=Role.QUANTIZED_MATMUL,
@@ -124,9 +123,9 @@ declare(
         "kernel.grouped_linear",
         "`quant.grouped_linear`, with the activation's scales in a given order in memory.",
         OPERANDS,
-        {**ATTRIBUTES, "x_scale_layout": SCALE_LAYOUT},
+        {"out_dtype": DTYPE, **ACTIVATION_AND_WEIGHT},
         types=kernel_types,
-        meaning=_reference,
+        meaning=grouped_linear,
         role=Role.QUANTIZED_MATMUL,
     )
 )

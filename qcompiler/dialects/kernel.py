@@ -1,7 +1,6 @@
-"""The `kernel` dialect: what code generation consumes. As `quant`, with the order of the scales in memory settled.
+"""The `kernel` dialect: what code generation consumes. As `quant`, for formats of 8-bit codes with FP32 scales.
 
-`scale_layout` is "row_major" (the scales of one row of blocks stand together) or "col_major" (the scales of one column
-of blocks do, which is the order that a matrix kernel reads them in). It says nothing about shapes and values.
+Only here does the `scale_layout` of a format count, the order of an activation's scales in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,33 +10,39 @@ import torch
 
 from qcompiler import numerics
 from qcompiler.body import Body, parse
-from qcompiler.dialects.aten import ir_dtype
 from qcompiler.dialects.quant import (
-    FORMAT,
-    PROFILE,
-    block_of,
-    dtype_of,
+    LINEAR,
     linear_shape,
     linear_types,
     quantize,
     quantize_static,
     quantize_static_types,
     quantize_types,
-    scale_shape,
+    stored_types,
 )
 from qcompiler.errors import ParseError
-from qcompiler.ir import DType, Op, Role, Size, TensorType, Type, Value
-from qcompiler.ir.op_table import BLOCK, DTYPE, TEXT, AttributeCheck, OpDef, OpError, declare, one_of
+from qcompiler.ir import Argument, DType, Format, Op, Role, Size, TensorType, Type, Value
+from qcompiler.ir.op_table import DTYPE, TEXT, AttributeCheck, OpDef, OpError, declare
+from qcompiler.numerics.dtypes import ir_dtype
 
-SCALE_LAYOUT = one_of("row_major", "col_major")
+
+def why_no_kernel(format: Format) -> str | None:
+    """Why operations on a format stay in the `quant` dialect and run in plain torch; None for those of this dialect."""
+    if format.block[1] == 1:
+        return "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
+    return None if _is_legal(format) else f"kernels have 8-bit codes and one level of FP32 scales, and this is {format}"
+
+
+def _is_legal(format: Argument) -> bool:
+    return isinstance(format, Format) and format.element.bits == 8 and format.scale is DType.f32
+
+
+FORMAT: tuple[AttributeCheck, str] = (_is_legal, "a format of 8-bit codes and FP32 scales such as #fp8_tile")
 NAMES: tuple[AttributeCheck, str] = (
     lambda a: isinstance(a, tuple) and all(isinstance(name, str) for name in a),
     'a list of names such as ["h"]',
 )
 PARTS: tuple[AttributeCheck, str] = (lambda a: a in (1, 2) and not isinstance(a, bool), "1 or 2")
-
-QUANTIZED = ("block", "dtype", "profile", "scale_layout")
-"""The attributes of what is quantized on the way out."""
 
 
 def scaled_linear_types(op: Op) -> tuple[Type, ...]:
@@ -47,10 +52,10 @@ def scaled_linear_types(op: Op) -> tuple[Type, ...]:
 
 
 def check_layout(op: Op) -> None:
-    """Holds the activation's scales to the layout in which their producer, if it has one, writes them."""
-    scale, read = op["x_scale"], op.attrs["x_scale_layout"]
-    if (written := scale.op.attrs.get("scale_layout", read)) != read:
-        raise OpError(f"{scale} is written {written}, but read {read}", "x_scale")
+    """Holds the layout in which a matmul reads the activation's scales to the one in which they are written."""
+    written, read = op["x_scale"].op.attrs.get("format"), op.format("x_format")
+    if isinstance(written, Format) and written.scale_layout != read.scale_layout:
+        raise OpError(f"{op['x_scale']} is written {written.scale_layout}, but read {read.scale_layout}", "x_scale")
 
 
 def is_fused(op: Op) -> bool:
@@ -70,7 +75,7 @@ def fused_quantize_types(op: Op) -> tuple[Type, ...]:
     for name in kept:
         if name not in defined:
             raise OpError(f"its body defines no '{name}' that could be kept")
-    return (*_quantized(op, shape), *(TensorType(ir_dtype(made.dtype(name)), shape) for name in kept))
+    return (*stored_types(op, op.format(), shape), *(TensorType(ir_dtype(made.dtype(name)), shape) for name in kept))
 
 
 def fused_linear_types(op: Op) -> tuple[Type, ...]:
@@ -86,10 +91,9 @@ def fused_linear_types(op: Op) -> tuple[Type, ...]:
     if made.across:
         raise OpError("its body needs whole rows, of which a tile of the product has a part")
     _check_operands(op.rest, len(op.args) - len(op.rest), made, shape)
-    given = [name for name in QUANTIZED if name in op.attrs]
-    if given and len(given) < len(QUANTIZED):
-        raise OpError(f"attributes {', '.join(QUANTIZED)} are given together, or none of them")
-    return _quantized(op, shape) if given else (TensorType(ir_dtype(made.dtype()), shape),)
+    if "format" in op.attrs:
+        return stored_types(op, op.format(), shape)
+    return (TensorType(ir_dtype(made.dtype()), shape),)
 
 
 def parts_of(op: Op) -> int:
@@ -107,7 +111,7 @@ def _parsed(op: Op) -> Body:
 def _check_operands(args: tuple[Any, ...], first: int, made: Body, shape: tuple[Size, ...] | None = None) -> None:
     """Holds the operands of a body, which begin at argument `first`, to a shape: that of the first, if not given."""
     for place, arg in enumerate(args):
-        if not isinstance(arg, Value) or not arg.tensor.dtype.is_float or arg.tensor.dtype.bytes not in (2, 4):
+        if not isinstance(arg, Value) or not arg.tensor.dtype.is_float or arg.tensor.dtype.bits not in (16, 32):
             raise OpError("an operand of a body is a tensor in bf16, f16 or f32", first + place)
         shape = arg.tensor.shape if shape is None else shape
         if arg.tensor.shape not in (shape, shape[-1:]):
@@ -118,48 +122,35 @@ def _check_operands(args: tuple[Any, ...], first: int, made: Body, shape: tuple[
         raise OpError(f"its body reads {', '.join(read) or 'no operand'}, but it has {len(args)} of them")
 
 
-def _quantized(op: Op, shape: tuple[Size, ...]) -> tuple[Type, Type]:
-    scale = TensorType(DType.f32, scale_shape(shape, block_of(op, "block")))
-    return TensorType(dtype_of(op, "dtype"), shape), scale
-
-
-def _quantize(*operands: Any, scale_layout: str, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize(*operands, **keywords)
-
-
-def _scaled_linear(*operands: Any, x_scale_layout: str, **keywords: Any) -> torch.Tensor:
-    return numerics.scaled_linear(*operands, **keywords)
-
-
-def fused_quantize(
-    *operands: torch.Tensor, body: str, keep: Sequence[str], scale_layout: str, **options: Any
-) -> tuple[torch.Tensor, ...]:
+def fused_quantize(*operands: torch.Tensor, body: str, keep: Sequence[str], format: Format) -> tuple[torch.Tensor, ...]:
     """The meaning of `kernel.fused_quantize`."""
     result, *kept = parse(body).run({f"x{place}": x for place, x in enumerate(operands)}, keep)
-    return (*numerics.quantize(result, **options), *kept)
+    return (*numerics.quantize(result, format), *kept)
 
 
 def fused_linear(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None,
-    *others: torch.Tensor, body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int],
-    x_scale_layout: str, scale_layout: str | None = None,
-    multiply: Callable[..., torch.Tensor] = numerics.scaled_linear, **options: Any,
+    *others: torch.Tensor, body: str, parts: int, x_format: Format, w_format: Format, format: Format | None = None,
+    multiply: Callable[..., torch.Tensor] = numerics.scaled_linear,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The meaning of `kernel.fused_linear`; `multiply` is what to call for `numerics.scaled_linear`."""
-    sums = multiply(x, x_scale, w, w_scale, bias, x_block=x_block, w_block=w_block, out_dtype=torch.float32)
+    sums = multiply(x, x_scale, w, w_scale, bias, x_format=x_format, w_format=w_format, out_dtype=torch.float32)
     named = {f"y{place}": y for place, y in enumerate(sums.chunk(parts, -1))}
     (result,) = parse(body).run(named | {f"x{place}": x for place, x in enumerate(others)})
-    return numerics.quantize(result, **options) if options else (result,)
+    return (result,) if format is None else numerics.quantize(result, format)
 
+
+ACTIVATION_AND_WEIGHT: dict[str, tuple[AttributeCheck, str]] = {"w_format": FORMAT, "x_format": FORMAT}
+"""The formats of a matmul's operands."""
 
 declare(
     OpDef(
         "kernel.quantize",
         "`quant.quantize`, with the scales in a given order in memory.",
         ("x", "prescale?"),
-        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
+        {"format": FORMAT},
         types=quantize_types,
-        meaning=_quantize,
+        meaning=quantize,
         role=Role.QUANTIZE,
     )
 )
@@ -168,7 +159,7 @@ declare(
         "kernel.quantize_static",
         "`quant.quantize_static`.",
         ("x", "scale", "prescale?"),
-        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE},
+        {"format": FORMAT},
         types=quantize_static_types,
         meaning=quantize_static,
         role=Role.QUANTIZE,
@@ -178,10 +169,10 @@ declare(
     OpDef(
         "kernel.scaled_linear",
         "`quant.linear`, with the activation's scales in a given order in memory.",
-        ("x", "x_scale", "w", "w_scale", "bias?"),
-        {"out_dtype": DTYPE, "w_block": BLOCK, "x_block": BLOCK, "x_scale_layout": SCALE_LAYOUT},
+        LINEAR,
+        {"out_dtype": DTYPE, **ACTIVATION_AND_WEIGHT},
         types=scaled_linear_types,
-        meaning=_scaled_linear,
+        meaning=numerics.scaled_linear,
         role=Role.QUANTIZED_MATMUL,
     )
 )
@@ -190,14 +181,7 @@ declare(
         "kernel.fused_quantize",
         "Computes the rows of a tensor from those of others, and quantizes them without storing them first.",
         ("x", "*"),
-        {
-            "block": BLOCK,
-            "body": TEXT,
-            "dtype": FORMAT,
-            "keep": NAMES,
-            "profile": PROFILE,
-            "scale_layout": SCALE_LAYOUT,
-        },
+        {"body": TEXT, "format": FORMAT, "keep": NAMES},
         types=fused_quantize_types,
         meaning=fused_quantize,
         role=Role.QUANTIZE,
@@ -207,9 +191,9 @@ declare(
     OpDef(
         "kernel.fused_linear",
         "`kernel.scaled_linear` in FP32, a body on its tiles before they are stored, and, where told, quantization.",
-        ("x", "x_scale", "w", "w_scale", "bias?", "*"),
-        {"body": TEXT, "parts": PARTS, "w_block": BLOCK, "x_block": BLOCK, "x_scale_layout": SCALE_LAYOUT},
-        {"block": BLOCK, "dtype": FORMAT, "profile": PROFILE, "scale_layout": SCALE_LAYOUT},
+        (*LINEAR, "*"),
+        {"body": TEXT, "parts": PARTS, **ACTIVATION_AND_WEIGHT},
+        {"format": FORMAT},
         types=fused_linear_types,
         meaning=fused_linear,
         role=Role.QUANTIZED_MATMUL,

@@ -10,18 +10,14 @@ from codegen.support import is_tiled
 from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmProblem, Separate, why_separate
 from codegen.templates.gemm import GemmProblem, Kind
+from passes.fuse_epilogue import takes_body
 from qcompiler.body import parse
-from qcompiler.dialects.aten import torch_dtype
 from qcompiler.dialects.kernel import is_fused, parts_of
-from qcompiler.dialects.quant import block_of
 from qcompiler.errors import CodegenError
 from qcompiler.ir import DType, Graph, Op, Role, Value, print_argument
 
 ROWS = (1, 16, 128, 1024, 8192)
 """The numbers of rows for which configurations are shown: decoding, small batches, prefill."""
-
-FUSED_BLOCKS = ((1, 128), (128, 128))
-"""Blocks of activations and weights that the fused kernel multiplies."""
 
 
 def describe_kernels(graph: Graph) -> dict[str, Any]:
@@ -52,7 +48,7 @@ def _choices(op: Op) -> list[str]:
 
 
 def _choice(op: Op, rows: int) -> str:
-    why = HOPPER.why_not(*_blocks(op), torch_dtype(op["x"].tensor.dtype), torch_dtype(op["w"].tensor.dtype))
+    why = HOPPER.why_not(op.format("x_format"), op.format("w_format"))
     if why is not None:
         return f"no kernel: {why}"
     try:
@@ -64,11 +60,10 @@ def _choice(op: Op, rows: int) -> str:
 def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
     """The product alone, on a device of 132 multiprocessors, with operands that are aligned."""
     n, k = (int(str(size)) for size in op["w"].tensor.shape)
-    x_block, w_block = _blocks(op)
-    int8 = op["w"].tensor.dtype is DType.i8
-    kind: Kind = "tiles" if is_tiled(w_block) else "rows_i8" if int8 else "rows_f8"
-    columns = op.attrs["x_scale_layout"] == "col_major"
-    return GemmProblem(rows, n, k, out_bytes=out_bytes, kind=kind, x_block=x_block[1], scale_columns=columns)
+    x, w = op.format("x_format"), op.format("w_format")
+    kind: Kind = "tiles" if is_tiled(w.block) else "rows_i8" if w.element is DType.i8 else "rows_f8"
+    columns = x.scale_layout == "col_major"
+    return GemmProblem(rows, n, k, out_bytes=out_bytes, kind=kind, x_block=x.block[1], scale_columns=columns)
 
 
 def _fused(op: Op, rows: int) -> str:
@@ -76,10 +71,10 @@ def _fused(op: Op, rows: int) -> str:
     body = str(op.attrs["body"])
     handed, _ = handed_over(body)
     product = _problem(op, rows, handed.itemsize)
-    if _blocks(op) != FUSED_BLOCKS or op["w"].tensor.dtype is not DType.f8e4m3fn:
+    if not takes_body(op.format("x_format"), op.format("w_format")):
         why = "the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
         return f"{HOPPER.gemm.choose(product)}, then the body: {why}"
-    parts, block = parts_of(op), block_of(op, "block") if "block" in op.attrs else None
+    parts, block = parts_of(op), op.format().block if "format" in op.attrs else None
     sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
     facts = (len(op.rest), op.get("bias") is not None, block)
     problem = FusedGemmProblem(*sizes, *facts, scale_columns=product.scale_columns)
@@ -89,9 +84,5 @@ def _fused(op: Op, rows: int) -> str:
     return f"fused: {found}"
 
 
-def _blocks(op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
-    return block_of(op, "x_block"), block_of(op, "w_block")
-
-
 def _out_bytes(op: Op) -> int:
-    return op.results[0].tensor.dtype.bytes
+    return op.results[0].tensor.dtype.bits // 8

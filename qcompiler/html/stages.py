@@ -50,7 +50,7 @@ def _described(op: Op, text: str, place: int) -> dict[str, Any]:
     if op.attrs:
         found["attrs"] = [[key, print_argument(op.attrs[key])] for key in sorted(op.attrs)]
     if op.name in (PARAM, BUFFER) and isinstance(kind := op.result.type, TensorType) and isinstance(kind.elements, int):
-        found["bytes"] = kind.elements * kind.dtype.bytes
+        found["bytes"] = kind.bytes
     return found
 
 

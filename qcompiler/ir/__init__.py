@@ -1,8 +1,9 @@
 """The graph IR: types, operations, graphs, their text, their rules, and rewriting. No torch in here."""
 
 from qcompiler.ir.diff import diff
+from qcompiler.ir.formats import ALL, Format
 from qcompiler.ir.graph import Graph, Recipe
-from qcompiler.ir.literals import parse_literal, parse_type
+from qcompiler.ir.literals import parse_format, parse_literal, parse_type
 from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree, print_argument, print_op
 from qcompiler.ir.ranges import Range
 from qcompiler.ir.rewrite import Match, Missed, Rewriter, Rule, apply_rules, explain
@@ -13,8 +14,8 @@ from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Ty
 from qcompiler.text import legal_name
 
 __all__ = [
-    "NONE", "Argument", "DType", "Effects", "Expr", "Graph", "Literal", "Location", "Match", "Missed", "NoneType", "Op",
-    "Range", "Recipe", "Rewriter", "Role", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type", "Use", "Value",
-    "apply_rules", "ceildiv", "diff", "evaluate", "explain", "legal_name", "map_tree", "parse_literal", "parse_size",
-    "parse_type", "print_argument", "print_op", "symbol",
+    "ALL", "NONE", "Argument", "DType", "Effects", "Expr", "Format", "Graph", "Literal", "Location", "Match", "Missed",
+    "NoneType", "Op", "Range", "Recipe", "Rewriter", "Role", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type",
+    "Use", "Value", "apply_rules", "ceildiv", "diff", "evaluate", "explain", "legal_name", "map_tree", "parse_format",
+    "parse_literal", "parse_size", "parse_type", "print_argument", "print_op", "symbol",
 ]  # fmt: skip

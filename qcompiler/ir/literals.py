@@ -5,12 +5,17 @@
     term     := factor {('*' | '//') factor}
     factor   := integer | symbol | function '(' size {',' size} ')' | '(' size ')'
 
-A literal is a value in which a name is a dtype and `#name` is a tag.
+    format   := '#' name ['<' [field {',' field}] '>']
+    field    := dtype | name '=' value
+
+A literal is a value in which a name is a dtype and `#name` is a number format or a tag.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
-from qcompiler.errors import did_you_mean
+from qcompiler.errors import ParseError, QCompilerError, did_you_mean
+from qcompiler.ir.formats import FORMATS, Format, read_format
 from qcompiler.ir.op import Argument, Tag
 from qcompiler.ir.sizes import Size, read_size
 from qcompiler.ir.types import NONE, DType, ScalarType, TensorType, Type
@@ -23,6 +28,15 @@ def parse_literal(text: str) -> Argument:
     value: Argument = reader.value()
     reader.expect_end()
     return value
+
+
+@cache
+def parse_format(text: str) -> Format:
+    """The format that `text` spells, such as `#fp8_tile`; ParseError if it is not a format."""
+    found = parse_literal(text)
+    if not isinstance(found, Format):
+        raise ParseError(f"{text!r} is not the name of a format. {did_you_mean(text.strip('#'), FORMATS)}")
+    return found
 
 
 def parse_type(text: str) -> Type:
@@ -41,8 +55,25 @@ class LiteralReader(ValueReader):
         return self.dtype(token)
 
     def tagged(self, token: Token) -> Argument:
-        """`#contiguous_format`"""
-        return Tag(token.text[1:])
+        """`#fp8_tile`, `#fp8_tile<profile = "vllm">`, `#format<f8e4m3fn, block = [1, 64]>`; other names are tags."""
+        name, fields = token.text[1:], dict[str, Argument]()
+        if self.now.text != "<" and name not in FORMATS:
+            return Tag(name)
+        if self.accept("<"):
+            self.list_of(lambda: self.field(fields), ">")
+        try:
+            return read_format(name, fields)
+        except QCompilerError as error:
+            raise self.fail(str(error), token) from None
+
+    def field(self, fields: dict[str, Argument]) -> None:
+        """A field of a format, added to `fields`: `f8e4m3fn`, the element type, or `block = [1, 64]`."""
+        key = self.expect_kind("name", "a field of a format, such as 'block'")
+        named = self.accept("=")
+        name = key.text if named else "element"
+        if name in fields:
+            raise self.fail(f"the {name} of a format is given twice", key)
+        fields[name] = self.value() if named else self.dtype(key)
 
     def dtype(self, token: Token) -> DType:
         """The dtype that a name spells."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcompiler.errors import did_you_mean
+from qcompiler.ir.formats import Format
 from qcompiler.ir.traits import Effects, Role, traits_of
 from qcompiler.ir.types import DType, TensorType, Type
 
@@ -61,9 +62,9 @@ class Value:
         return self.type
 
 
-Literal = None | bool | int | float | str | DType | Tag
+Literal = None | bool | int | float | str | DType | Format | Tag
 Argument = Value | Literal | tuple["Argument", ...]
-LITERAL_TYPES = (type(None), bool, int, float, str, DType, Tag)
+LITERAL_TYPES = (type(None), bool, int, float, str, DType, Format, Tag)
 
 
 @dataclass(eq=False)
@@ -133,6 +134,13 @@ class Op:
             return self.args[index]
         default: Argument = traits.defaults.get(name)
         return self.attrs.get(name, default)
+
+    def format(self, name: str = "format") -> Format:
+        """The attribute called `name`, known to be a format; TypeError otherwise."""
+        found = self.attrs.get(name)
+        if not isinstance(found, Format):
+            raise TypeError(f"attribute '{name}' of {self.name} is {found!r}, not a format")
+        return found
 
     @property
     def rest(self) -> tuple[Argument, ...]:

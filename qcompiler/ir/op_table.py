@@ -170,19 +170,10 @@ TEXT: tuple[AttributeCheck, str] = (lambda a: isinstance(a, str), "a string")
 INTEGER: tuple[AttributeCheck, str] = (lambda a: isinstance(a, int) and not isinstance(a, bool), "an integer")
 BOOLEAN: tuple[AttributeCheck, str] = (lambda a: isinstance(a, bool), "true or false")
 DTYPE: tuple[AttributeCheck, str] = (lambda a: isinstance(a, DType), "a dtype such as bf16")
-BLOCK: tuple[AttributeCheck, str] = (
-    lambda a: isinstance(a, tuple) and len(a) == 2 and all(isinstance(n, int) and (n > 0 or n == -1) for n in a),
-    "two positive integers such as [1, 128], where -1 is the whole of an axis",
-)
-
-
-def one_of(*names: str) -> tuple[AttributeCheck, str]:
-    """A check for one of a few words."""
-    return (lambda a: a in names, "one of " + ", ".join(f'"{name}"' for name in names))
 
 
 __all__ = [
-    "BLOCK", "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "OpenNamespaces", "Tag", "check_signature",
-    "declare", "declare_open_namespaces", "declared", "dialects", "infer_types", "is_known", "lookup", "one_of",
+    "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "OpenNamespaces", "Tag", "check_signature",
+    "declare", "declare_open_namespaces", "declared", "dialects", "infer_types", "is_known", "lookup",
     "unknown_op",
 ]  # fmt: skip

@@ -4,30 +4,32 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
-from qcompiler.ir.sizes import Size, product, symbols
+from qcompiler.ir.sizes import Size, ceildiv, product, symbols
 
 
 class DType(Enum):
-    """Element types; the value is (spelling, bytes an element)."""
+    """Element types; the value is (spelling, bits an element)."""
 
-    f64 = ("f64", 8)
-    f32 = ("f32", 4)
-    f16 = ("f16", 2)
-    bf16 = ("bf16", 2)
-    f8e4m3fn = ("f8e4m3fn", 1)
-    f8e5m2 = ("f8e5m2", 1)
-    f8e8m0fnu = ("f8e8m0fnu", 1)
-    c64 = ("c64", 8)
-    c128 = ("c128", 16)
-    i64 = ("i64", 8)
-    i32 = ("i32", 4)
-    i16 = ("i16", 2)
-    i8 = ("i8", 1)
-    u64 = ("u64", 8)
-    u32 = ("u32", 4)
-    u16 = ("u16", 2)
-    u8 = ("u8", 1)
-    b8 = ("b8", 1)
+    f64 = ("f64", 64)
+    f32 = ("f32", 32)
+    f16 = ("f16", 16)
+    bf16 = ("bf16", 16)
+    f8e4m3fn = ("f8e4m3fn", 8)
+    f8e5m2 = ("f8e5m2", 8)
+    f8e8m0fnu = ("f8e8m0fnu", 8)
+    f4e2m1fn = ("f4e2m1fn", 4)
+    c64 = ("c64", 64)
+    c128 = ("c128", 128)
+    i64 = ("i64", 64)
+    i32 = ("i32", 32)
+    i16 = ("i16", 16)
+    i8 = ("i8", 8)
+    i4 = ("i4", 4)
+    u64 = ("u64", 64)
+    u32 = ("u32", 32)
+    u16 = ("u16", 16)
+    u8 = ("u8", 8)
+    b8 = ("b8", 8)
 
     def __str__(self) -> str:
         return self.value[0]
@@ -35,8 +37,8 @@ class DType(Enum):
     __repr__ = __str__
 
     @property
-    def bytes(self) -> int:
-        """Bytes an element."""
+    def bits(self) -> int:
+        """Bits an element."""
         return self.value[1]
 
     @property
@@ -75,6 +77,19 @@ class TensorType:
     def elements(self) -> Size:
         """The product of the sizes."""
         return product(self.shape)
+
+    @property
+    def stored(self) -> "TensorType":
+        """The type of the memory: elements below 8 bits are packed to bytes along the last dimension."""
+        if self.dtype.bits >= 8 or not self.shape:
+            return self
+        *lead, last = self.shape
+        return TensorType(DType.u8, (*lead, ceildiv(last * self.dtype.bits, 8)))
+
+    @property
+    def bytes(self) -> Size:
+        """Bytes of memory."""
+        return self.stored.elements * (self.stored.dtype.bits // 8)
 
     @property
     def symbols(self) -> frozenset[str]:

@@ -245,8 +245,8 @@ def _stored(graph: Structure, weights: Mapping[str, Any]) -> Broken | None:
         name = str(op.attrs["name"])
         if name not in weights:
             return Broken(15, op, f"the weights store has no {quote(name)}", quote(name))
-        if (stored := type_of(name)) not in (None, op.result.type):
-            wanted = str(op.result.type)
+        kind, wanted = op.result.type, str(op.result.type)
+        if (stored := type_of(name)) not in (None, kind.stored if isinstance(kind, TensorType) else kind):
             return Broken(15, op, f"{op.result} is {wanted}, but the stored weight is {stored}", wanted)
     return None
 

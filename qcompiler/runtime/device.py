@@ -16,6 +16,7 @@ import torch
 
 from qcompiler.entry_points import load, offered, shown
 from qcompiler.errors import CodegenError, did_you_mean
+from qcompiler.ir import Format
 
 AUTO = "auto"
 CUDA = "cuda"
@@ -56,16 +57,12 @@ class Target:
                 fix=f'Move the model with .to("{self.device}"), or choose target="{AUTO}".',
             )
 
-    def why_not(
-        self, x_block: Sequence[int], w_block: Sequence[int], x_dtype: torch.dtype, w_dtype: torch.dtype
-    ) -> str | None:
+    def why_not(self, x: Format, w: Format) -> str | None:
         """Why no kernel runs a scaled linear of such operands, in one sentence without a final stop, or None.
 
         Args:
-            x_block: Rows and columns of a block of the activation; `numerics.ALL` is the whole of an axis.
-            w_block: Rows and columns of a block of the weight, `[N, K]`.
-            x_dtype: Format of the activation's codes.
-            w_dtype: Format of the weight's codes.
+            x: The format of the activation.
+            w: The format of the weight, `[N, K]`.
         """
         return None
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 import torch
 
-from qcompiler.dialects.aten import ir_dtype
 from qcompiler.ir import TensorType
+from qcompiler.numerics.dtypes import ir_dtype
 
 Loader = Callable[[], torch.Tensor]
 """Makes a tensor when it is first read, for instance from a checkpoint file."""

@@ -77,7 +77,7 @@ class Folder:
 # Artefacts
 
 PASSES = (
-    "calibrate; quantize{x_block=[-1, -1], w_block=[-1, -1], dtype=i8, static=true}; fuse-linear; fold-constants; "
+    "calibrate; quantize{x_format=#int8_tensor, w_format=#int8_tensor, static=true}; fuse-linear; fold-constants; "
     "dead-code; to-kernels"
 )
 

@@ -169,7 +169,8 @@ def _graphs() -> Iterator[str]:
 def _pipelines() -> Iterator[str]:
     yield from (scheme.pipeline for scheme in SCHEMES.values())
     yield from (text.split("\n", 1)[0].removeprefix("// RUN: ") for text in _goldens() if text.startswith("// RUN: "))
-    yield 'fp8-tile{x_block=[1, 64], profile=deepgemm, dtype=f8e5m2, layers=["*", "!lm_head"]}; dead-code'
+    e5m2 = '#format<f8e5m2, block = [1, 64], profile = "deepgemm">'
+    yield f'fp8-tile{{x_format={e5m2}, w_format=#nvfp4, layers=["*", "!lm_head"]}}; dead-code'
 
 
 def _schemes() -> Iterator[str]:
