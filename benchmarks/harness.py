@@ -17,7 +17,7 @@ import torch
 import triton
 
 from codegen.launching.timing import in_turns
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.files.replacing import replacing_file
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,7 +23,7 @@ import triton
 from triton.experimental import gluon
 
 from codegen.kernels import body_functions
-from qcompiler.body import FUNCTIONS, OPERATORS, ROUNDED, Body, Call, Expression, Name, Number, parse
+from qcompiler.dialects.body import FUNCTIONS, OPERATORS, ROUNDED, Body, Call, Expression, Name, Number, parse
 from qcompiler.errors import CodegenError
 
 OPERANDS = ("x0", "x1", "x2", "x3", "x4", "x5", "y0", "y1")

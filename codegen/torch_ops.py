@@ -37,7 +37,7 @@ from codegen.quantize.plain import (
     scale_like,
 )
 from qcompiler import numerics
-from qcompiler.body import parse
+from qcompiler.dialects.body import parse
 from qcompiler.dialects.kernel import fused_linear, fused_quantize
 from qcompiler.errors import CodegenError
 

@@ -25,7 +25,7 @@ import torch
 from study_subjects import QUICK, LanguageModel, SentenceModel, Settings, language_model, sentence_model
 
 import qcompiler
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.files.replacing import replacing_file
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "granularity"
 PAGE = OUTPUT.with_suffix(".md")

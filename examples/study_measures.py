@@ -13,7 +13,7 @@ from study_subjects import INT8_TILES, LanguageModel, SentenceModel
 from torch import Tensor
 
 import qcompiler
-from qcompiler.schemes import SCHEMES
+from qcompiler.schemes.named import SCHEMES
 
 Row = dict[str, Any]
 

@@ -19,8 +19,8 @@ import qcompiler
 from qcompiler import Calibration, CompiledModel, Graph
 from qcompiler.capture import capture
 from qcompiler.ir import DType, Format
-from qcompiler.pipelines import Recipe
-from qcompiler.schemes import Scheme, find, register
+from qcompiler.schemes.named import Scheme, find, register
+from qcompiler.schemes.pipelines import Recipe
 
 INT8_TILES = "int8_tile_reference"
 """INT8 in the tiles and blocks of fp8_tile. Only with it can the effect of tiles be told from that of the format."""

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.files.replacing import replacing_file
 
 WARM_UP = 0.03
 """The share of the time in which the learning rate rises."""

@@ -9,18 +9,18 @@ bottom up, `channel_labels`, `channel_rules` (what commutes with a scale per cha
 concerns), `scale_fold` (the rewrite) and `smooth_scales` (the numbers).
 """
 
-from passes import calibrate as calibrate
-from passes import canonicalize as canonicalize
-from passes import dead_code as dead_code
-from passes import fold_constants as fold_constants
-from passes import fp8_tile as fp8_tile
-from passes import fuse_activation_quantize as fuse_activation_quantize
-from passes import fuse_epilogue as fuse_epilogue
-from passes import fuse_linear as fuse_linear
-from passes import fuse_norm_quantize as fuse_norm_quantize
-from passes import fuse_prescale as fuse_prescale
-from passes import merge_linears as merge_linears
-from passes import quantize as quantize
-from passes import share_quantize as share_quantize
-from passes import smoothquant as smoothquant
-from passes import to_kernels as to_kernels
+from passes.cleanup import canonicalize as canonicalize
+from passes.cleanup import dead_code as dead_code
+from passes.cleanup import fold_constants as fold_constants
+from passes.fusing import fuse_activation_quantize as fuse_activation_quantize
+from passes.fusing import fuse_epilogue as fuse_epilogue
+from passes.fusing import fuse_norm_quantize as fuse_norm_quantize
+from passes.fusing import fuse_prescale as fuse_prescale
+from passes.fusing import merge_linears as merge_linears
+from passes.lowering import to_kernels as to_kernels
+from passes.quantizing import calibrate as calibrate
+from passes.quantizing import fp8_tile as fp8_tile
+from passes.quantizing import fuse_linear as fuse_linear
+from passes.quantizing import quantize as quantize
+from passes.quantizing import share_quantize as share_quantize
+from passes.smoothing import smoothquant as smoothquant

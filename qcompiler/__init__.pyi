@@ -2,13 +2,9 @@
 
 from qcompiler import calibration as calibration
 from qcompiler import checkpoints as checkpoints
-from qcompiler import html as html
-from qcompiler import instruments as instruments
 from qcompiler import numerics as numerics
 from qcompiler import schemes as schemes
 from qcompiler import testing as testing
-from qcompiler.attribution import ErrorReport as ErrorReport
-from qcompiler.attribution import attribute_error as attribute_error
 from qcompiler.calibration import Calibration as Calibration
 from qcompiler.compiler.compiling import compile as compile
 from qcompiler.compiler.loading import load as load
@@ -34,15 +30,19 @@ from qcompiler.ir import Rule as Rule
 from qcompiler.ir import TensorType as TensorType
 from qcompiler.ir import Value as Value
 from qcompiler.ir import diff as diff
-from qcompiler.nonfinite import NonFinite as NonFinite
-from qcompiler.nonfinite import find_nonfinite as find_nonfinite
-from qcompiler.pass_manager import Effect as Effect
-from qcompiler.pass_manager import Pass as Pass
-from qcompiler.pass_manager import Pipeline as Pipeline
-from qcompiler.report import Report as Report
-from qcompiler.schemes import Scheme as Scheme
-from qcompiler.schemes import list_schemes as list_schemes
-from qcompiler.schemes import pipeline as pipeline
+from qcompiler.pass_manager import instruments as instruments
+from qcompiler.pass_manager.pipeline import Effect as Effect
+from qcompiler.pass_manager.pipeline import Pass as Pass
+from qcompiler.pass_manager.pipeline import Pipeline as Pipeline
+from qcompiler.reports import html as html
+from qcompiler.reports.attribution import ErrorReport as ErrorReport
+from qcompiler.reports.attribution import attribute_error as attribute_error
+from qcompiler.reports.nonfinite import NonFinite as NonFinite
+from qcompiler.reports.nonfinite import find_nonfinite as find_nonfinite
+from qcompiler.reports.report import Report as Report
+from qcompiler.schemes.named import Scheme as Scheme
+from qcompiler.schemes.named import list_schemes as list_schemes
+from qcompiler.schemes.named import pipeline as pipeline
 
 __all__: list[str]
 __version__: str

@@ -19,7 +19,7 @@ SIBLINGS = ("passes", "codegen")
 
 @cache
 def public_names() -> dict[str, str]:
-    """Name -> the module that defines it; `qcompiler` for a submodule."""
+    """Name -> the module that defines it, or the package that a public submodule belongs to."""
     stub = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
     found = (node for node in stub.body if isinstance(node, ast.ImportFrom))
     return {alias.name: str(node.module) for node in found for alias in node.names}
@@ -35,7 +35,8 @@ def load(name: str) -> Any:
     if name not in LIGHT:
         _check_siblings()
         import_module("qcompiler.dialects")  # fills the table of operations
-    return import_module(f"{home}.{name}") if home == "qcompiler" else getattr(import_module(home), name)
+    is_submodule = hasattr(import_module(home), "__path__") and find_spec(f"{home}.{name}") is not None
+    return import_module(f"{home}.{name}") if is_submodule else getattr(import_module(home), name)
 
 
 def _version() -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
-from passes.calibrate import Calibrate
-from qcompiler.instruments import Instrument, Outcome
+from passes.quantizing.calibrate import Calibrate
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pass
+from qcompiler.pass_manager.instruments import Instrument, Outcome
+from qcompiler.pass_manager.pipeline import Pass
 
 
 class Progress(Instrument):

@@ -22,7 +22,7 @@ from codegen.templates.gemm_template import GemmTemplate
 from codegen.templates.grouped import GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
 from codegen.templates.quantize import QuantizeConfig, QuantizeOperands, QuantizeProblem
 from qcompiler import numerics
-from qcompiler.body import parse
+from qcompiler.dialects.body import parse
 from qcompiler.numerics import ALL
 
 E4M3 = torch.float8_e4m3fn

@@ -24,7 +24,7 @@ from qcompiler import ArtefactError, CaptureError, CompiledModel, InputError, Pa
 from qcompiler.artefact.checking import check
 from qcompiler.artefact.manifest import sealed
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import PASSES
+from qcompiler.pass_manager.pipeline import PASSES
 from qcompiler.testing import random_graph, random_inputs
 
 

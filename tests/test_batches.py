@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qcompiler.capture import capture
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler.batches import Batches, as_call
 from qcompiler.errors import InputError
+from qcompiler.program.batches import Batches, as_call
 
 
 class Two(nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from qcompiler.body import FUNCTIONS, OPERATORS, Body, Call, Expression, Name, Number, parse
+from qcompiler.dialects.body import FUNCTIONS, OPERATORS, Body, Call, Expression, Name, Number, parse
 from qcompiler.errors import ParseError
 
 ADD_NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from passes.channel_labels import runs
-from passes.channel_rules import RULES
-from passes.channel_scale import Region, solve
-from passes.scale_fold import fold
+from passes.analyses.channel_labels import runs
+from passes.analyses.channel_rules import RULES
+from passes.analyses.channel_scale import Region, solve
+from passes.smoothing.scale_fold import fold
 from qcompiler.dialects.aten import overload_of
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Missed, Op, parse_size

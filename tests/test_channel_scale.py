@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes import channel_scale
-from passes.channel_labels import UNSCALED
-from passes.channel_scale import Region, solve
-from passes.scale_fold import fold
+from passes.analyses import channel_scale
+from passes.analyses.channel_labels import UNSCALED
+from passes.analyses.channel_scale import Region, solve
+from passes.smoothing.scale_fold import fold
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Missed
 from qcompiler.testing import difference, random_inputs

@@ -9,7 +9,7 @@ import pytest
 
 from qcompiler.cli import main
 from qcompiler.ir import Graph
-from qcompiler.schemes import SCHEMES
+from qcompiler.schemes.named import SCHEMES
 
 TEXT = """func @m(%x: f32[s0, 256]) -> (f32[s0, 64]) where s0 in 1.. {
   %w = core.param() {name = "w"} : f32[256, 64]

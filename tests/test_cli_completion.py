@@ -8,7 +8,7 @@ import pytest
 
 from qcompiler.cli import main
 from qcompiler.cli.parser import COMMANDS
-from qcompiler.schemes import SCHEMES
+from qcompiler.schemes.named import SCHEMES
 
 # Completes the words given as arguments, as bash would at the end of the line, and prints what it offers.
 ASK = """

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qcompiler.cli import main
-from qcompiler.cli.history import history
 from qcompiler.ir import Graph
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.schemes import pipeline
+from qcompiler.pass_manager.history import history
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.schemes.named import pipeline
 
 TEXT = """func @m(%x: f32[s0, 256]) -> (f32[s0, 64]) where s0 in 1.. {
   %w = core.param() {name = "w"} : f32[256, 64]

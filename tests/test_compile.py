@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import CaptureError, CompiledModel, InputError, QCompilerError
-from qcompiler.pass_manager import PASSES
+from qcompiler.pass_manager.pipeline import PASSES
 
 
 class Mlp(nn.Module):

@@ -172,7 +172,7 @@ def test_an_unexpected_failure_keeps_the_graph(mlp: Mlp, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by accident")
 
-    monkeypatch.setattr("qcompiler.compiler.program.emit_host_module", broken)
+    monkeypatch.setattr("qcompiler.program.program.emit_host_module", broken)
     with pytest.raises(
         QCompilerError, match="generating the host module failed unexpectedly: ZeroDivisionError: by acc"
     ) as caught:
@@ -180,6 +180,6 @@ def test_an_unexpected_failure_keeps_the_graph(mlp: Mlp, monkeypatch: pytest.Mon
     (kept,) = re.findall(r"is in (\S+\.qir)", str(caught.value))
     assert qcompiler.Graph.parse(Path(kept).read_text(encoding="utf-8")).ops("kernel.quantize")
     Path(kept).unlink()
-    monkeypatch.setattr("qcompiler.compiler.program.capture", broken)
+    monkeypatch.setattr("qcompiler.program.program.capture", broken)
     with pytest.raises(CaptureError, match="capturing the model failed unexpectedly: ZeroDivisionError: by accident"):
         qcompiler.compile(mlp, example_inputs=(X,))

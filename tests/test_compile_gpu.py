@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qcompiler
-from qcompiler.instruments import Validate, relative_error
+from qcompiler.pass_manager.instruments import Validate, relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import qcompiler
 from qcompiler import Calibration, CodegenError, CompiledModel, Graph, InputError, PassError, QCompilerError
 from qcompiler.capture import capture
-from qcompiler.compiler.program import check_kernels
+from qcompiler.program.program import check_kernels
 from qcompiler.runtime.device import target_named
-from qcompiler.schemes import SCHEMES, pipeline
+from qcompiler.schemes.named import SCHEMES, pipeline
 
 
 class Block(nn.Module):

@@ -24,9 +24,9 @@ import pytest
 import torch
 
 from qcompiler import knobs
-from qcompiler.ir_reference import ir_reference
-from qcompiler.pass_manager import PASSES
-from qcompiler.schemes import SCHEMES
+from qcompiler.pass_manager.pipeline import PASSES
+from qcompiler.reports.ir_reference import ir_reference
+from qcompiler.schemes.named import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")})

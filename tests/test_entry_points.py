@@ -12,14 +12,14 @@ import qcompiler
 from qcompiler.cli import main
 from qcompiler.entry_points import offered
 from qcompiler.errors import InputError, PassError
-from qcompiler.pass_manager import PASSES, Pipeline
-from qcompiler.schemes import SCHEMES, all_schemes, pipeline
+from qcompiler.pass_manager.pipeline import PASSES, Pipeline
+from qcompiler.schemes.named import SCHEMES, all_schemes, pipeline
 
 MODULE = '''
 from dataclasses import dataclass
 from typing import ClassVar
 from qcompiler import Pass, Scheme
-from qcompiler.exporters import Exporter
+from qcompiler.program.exporters import Exporter
 
 @dataclass(frozen=True)
 class Theirs(Pass):

@@ -9,12 +9,12 @@ import torch
 
 import qcompiler
 from qcompiler.errors import InputError, ParseError
-from qcompiler.explorer import graph_collection
-from qcompiler.instruments import Dump
 from qcompiler.ir import Graph, print_op
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.schemes import pipeline
+from qcompiler.pass_manager.instruments import Dump
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.plugins.explorer import graph_collection
+from qcompiler.schemes.named import pipeline
 
 TEXT = """\
 func @f(%x: bf16[s0, 256]) -> (bf16[s0, 128]) where s0 in 1.. {
@@ -81,7 +81,7 @@ def test_a_compiled_model_is_exported(tmp_path: Path) -> None:
 
 def test_model_explorer_opens_text_and_all_stages_of_a_dump(tmp_path: Path) -> None:
     manager_module = pytest.importorskip("model_explorer.extension_manager")
-    manager = manager_module.ExtensionManager(["qcompiler.explorer"])
+    manager = manager_module.ExtensionManager(["qcompiler.plugins.explorer"])
     manager.load_extensions()
 
     def converted(path: Path) -> Any:

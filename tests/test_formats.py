@@ -16,8 +16,8 @@ from qcompiler import numerics
 from qcompiler.errors import ParseError, QCompilerError
 from qcompiler.ir import ALL, DType, Format, Graph, TensorType, parse_format, parse_literal, symbol
 from qcompiler.ir.formats import ELEMENTS, FORMATS, FP8_TILE, MXFP4, MXFP8, NVFP4, SCALES, read_format, register_format
-from qcompiler.pipelines import Recipe
-from qcompiler.schemes import SCHEMES, Scheme, register
+from qcompiler.schemes.named import SCHEMES, Scheme, register
+from qcompiler.schemes.pipelines import Recipe
 
 F32 = np.float32
 I4 = Format(DType.i4, (1, 32))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import qcompiler.schemes  # noqa: F401  (makes the passes known)
-from qcompiler.instruments import CheckChanged
+import qcompiler.schemes.named  # noqa: F401  (makes the passes known)
 from qcompiler.interpreter import interpret
 from qcompiler.ir import DType, Graph, TensorType, Value
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs, verified
 
 FUSING = "fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"

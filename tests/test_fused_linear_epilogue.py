@@ -19,7 +19,7 @@ from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, Separate, why_separate
 from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 from qcompiler import numerics
-from qcompiler.body import parse
+from qcompiler.dialects.body import parse
 from qcompiler.dialects.kernel import fused_linear
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 

@@ -17,7 +17,7 @@ from codegen.templates.body import body_call
 from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem
 from codegen.templates.template import ceil_div
 from qcompiler import numerics
-from qcompiler.body import parse
+from qcompiler.dialects.body import parse
 
 pytestmark = pytest.mark.gpu
 

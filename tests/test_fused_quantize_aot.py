@@ -12,7 +12,7 @@ from hopper_kernels import compile_fused_quantize
 from codegen.bodies import source, triton_function
 from codegen.machine_code import MachineCode
 from qcompiler import numerics
-from qcompiler.body import FUNCTIONS, parse
+from qcompiler.dialects.body import FUNCTIONS, parse
 from qcompiler.errors import CodegenError, ParseError
 
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

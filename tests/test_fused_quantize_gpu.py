@@ -15,7 +15,7 @@ from codegen.kernels.fused_quantize import fused_quantize as kernel
 from codegen.quantize.fused import why_not_fused
 from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler import numerics
-from qcompiler.body import parse
+from qcompiler.dialects.body import parse
 
 pytestmark = pytest.mark.gpu
 

@@ -110,7 +110,7 @@ if __name__ == "__main__":
     from codegen.targets.hopper import HOPPER
     from codegen.templates.fused_quantize import FusedQuantizeOperands, FusedQuantizeProblem
     from qcompiler import numerics
-    from qcompiler.body import parse
+    from qcompiler.dialects.body import parse
 
     InterpreterBuilder.create_fma = _fma
     torch.manual_seed(0)

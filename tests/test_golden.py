@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import qcompiler.schemes  # noqa: F401  (makes the passes known)
+import qcompiler.schemes.named  # noqa: F401  (makes the passes known)
 from qcompiler import knobs
-from qcompiler.instruments import CheckChanged
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import PASSES, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged
+from qcompiler.pass_manager.pipeline import PASSES, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.qir"))

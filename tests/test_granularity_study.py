@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler.schemes import SCHEMES
+from qcompiler.schemes.named import SCHEMES
 
 RESULTS = Path(__file__).parents[1] / "docs" / "granularity"
 PAGE = RESULTS.with_suffix(".md")

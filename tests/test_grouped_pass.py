@@ -9,18 +9,18 @@ from torch import Tensor
 
 import qcompiler
 from codegen.host import emit_host_module
-from passes.fold_constants import FoldConstants
-from passes.fp8_tile import Fp8Tile
-from passes.quantize import Quantize
-from passes.share_quantize import ShareQuantize
-from passes.to_kernels import ToKernels
+from passes.cleanup.fold_constants import FoldConstants
+from passes.lowering.to_kernels import ToKernels
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.quantize import Quantize
+from passes.quantizing.share_quantize import ShareQuantize
 from qcompiler import numerics
 from qcompiler.dialects.grouped import grouped_linear
-from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
 from qcompiler.ir import DType, Format, Graph
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import assert_text
 
 # transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.

@@ -10,10 +10,19 @@ import pytest
 import torch
 
 from qcompiler.errors import PassError
-from qcompiler.instruments import CheckChanged, Dump, Instrument, Outcome, PrintAfter, TimePasses, Validate, within
 from qcompiler.ir import DType, Graph, TensorType
-from qcompiler.pass_manager import Effect, Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import (
+    CheckChanged,
+    Dump,
+    Instrument,
+    Outcome,
+    PrintAfter,
+    TimePasses,
+    Validate,
+    within,
+)
+from qcompiler.pass_manager.pipeline import Effect, Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 
 TEXT = """func @m(%x: f32[4, 16]) -> (f32[4, 16]) {
   %w = core.param() {name = "w"} : f32[16, 16]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import qcompiler.dialects  # noqa: F401  (fills the table)
-from passes.dead_code import DeadCode
-from passes.share_quantize import ShareQuantize
+from passes.cleanup.dead_code import DeadCode
+from passes.quantizing.share_quantize import ShareQuantize
 from qcompiler import DType, Graph
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Effects, Role, op_table, traits
@@ -16,8 +16,8 @@ from qcompiler.ir.formats import FP8_TILE, INT8_ROW
 from qcompiler.ir.op_table import OpDef, declare, declared
 from qcompiler.ir.traits import UNKNOWN, traits_of
 from qcompiler.ir.types import TensorType
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.pipelines import Recipe, assemble
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.schemes.pipelines import Recipe, assemble
 
 ROWS = TensorType(DType.f32, (4, 8))
 

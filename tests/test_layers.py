@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from passes.layers import EVERYTHING, check_patterns, names_of, why_not_selected
+from passes.analyses.layers import EVERYTHING, check_patterns, names_of, why_not_selected
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph
 from qcompiler.runtime.weights import Weights

@@ -15,9 +15,9 @@ from qcompiler.artefact.leeway_text import leeway_from_json, leeway_to_json
 from qcompiler.artefact.strict_json import Node
 from qcompiler.capture import Captured, capture
 from qcompiler.capture.leeway import Leeway, OptionalTensor
-from qcompiler.compiler.batches import Batches
 from qcompiler.errors import ArtefactError, CaptureError, InputError
 from qcompiler.ir.sizes import parse_size
+from qcompiler.program.batches import Batches
 
 
 class Scorer(nn.Module):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import knobs
-from qcompiler.instruments import Instrument, Outcome
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pass
+from qcompiler.pass_manager.instruments import Instrument, Outcome
+from qcompiler.pass_manager.pipeline import Pass
 
 WIDTH, DEPTH = 256, 4
 MATRIX = 4 * WIDTH * WIDTH

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.merge_linears import MergeLinears
+from passes.fusing.merge_linears import MergeLinears
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 from qcompiler.testing import difference, random_inputs

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler
-from passes.candidates import SMALLEST, why_tiny
-from passes.fp8_tile import Fp8Tile
-from passes.layers import check_names, is_name, requested_layers
-from passes.quantize import Quantize
+from passes.analyses.candidates import SMALLEST, why_tiny
+from passes.analyses.layers import check_names, is_name, requested_layers
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.quantize import Quantize
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 
 TEXT = """
 func @m(%ids: i64[s0], %x: f32[s0, 32], %d: f64[s0, 32]) -> (f32[s0, 64], f32[s0, 2], f32[s0, 8], f32[s0, 32], f64[s0, 32], f32[s0, 32]) where s0 in 0.. {

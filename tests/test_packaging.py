@@ -19,10 +19,10 @@ PACKAGES = ("qcompiler", "passes", "codegen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Modules that only an extra makes importable: what they need.
-OPTIONAL: dict[str, str] = {"qcompiler.explorer.main": "model_explorer"}
+OPTIONAL: dict[str, str] = {"qcompiler.plugins.explorer.main": "model_explorer"}
 
 # What is shipped beside modules: what the HTML report is made of.
-ASSETS = "qcompiler/html/static"
+ASSETS = "qcompiler/reports/html/static"
 
 
 def sources() -> list[str]:
@@ -173,7 +173,7 @@ def test_the_wheel_says_what_it_is(contents: zipfile.ZipFile) -> None:
     assert contents.read(f"{info}/entry_points.txt").decode().split("\n") == [
         "[console_scripts]", "qcompiler = qcompiler.cli:main", "",
         "[qcompiler.exporters]", "iree = qcompiler.plugins.iree:IreeExporter",
-        "model-explorer = qcompiler.explorer.exporter:ModelExplorer", "",
+        "model-explorer = qcompiler.plugins.explorer.exporter:ModelExplorer", "",
     ]  # fmt: skip
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler
-from passes.calibrate import Calibrate, activations, behind_top_k, saw_no_token, statistics_of
+from passes.quantizing.calibrate import Calibrate, activations, behind_top_k, saw_no_token, statistics_of
 from qcompiler.calibration import Calibration, Statistics
 from qcompiler.capture import capture
 from qcompiler.errors import InputError, PassError, QCompilerError
-from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 
 TEXT = """
 func @m(%x: f32[s0, 16], %k: f32[s0, 16]) -> (f32[s0, s0]) where s0 in 0.. {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from passes.canonicalize import Canonicalize
-from passes.memory import is_view, origin
+from passes.analyses.memory import is_view, origin
+from passes.cleanup.canonicalize import Canonicalize
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 from qcompiler.testing import difference, random_inputs

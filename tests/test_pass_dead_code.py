@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from passes.dead_code import DeadCode
+from passes.cleanup.dead_code import DeadCode
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, MutableMapping
 import pytest
 import torch
 
-from passes.fold_constants import FoldConstants, WeightArithmetic
+from passes.cleanup.fold_constants import FoldConstants, WeightArithmetic
 from qcompiler import numerics
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.dataflow import part_of
-from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.testing import random_inputs
 
 TO_FUSED = Pipeline.parse("canonicalize; fp8-tile; share-quantize; fuse-linear")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from passes.fp8_tile import Fp8Tile
+from passes.quantizing.fp8_tile import Fp8Tile
 from qcompiler import numerics
 from qcompiler.errors import PassError
 from qcompiler.interpreter import interpret

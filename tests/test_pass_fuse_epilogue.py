@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from passes.fuse_activation_quantize import FuseActivationQuantize
-from passes.fuse_epilogue import FuseEpilogue
-from qcompiler.instruments import CheckChanged, Validate
+from passes.fusing.fuse_activation_quantize import FuseActivationQuantize
+from passes.fusing.fuse_epilogue import FuseEpilogue
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op
 from qcompiler.ir.formats import FP8_TILE
 from qcompiler.numerics import format_of, quantize
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs, verified
 
 STEPS = Pipeline((FuseActivationQuantize(), FuseEpilogue()))

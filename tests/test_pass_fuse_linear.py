@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from passes.fp8_tile import Fp8Tile
-from passes.fuse_linear import FuseLinear
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.fuse_linear import FuseLinear
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 from qcompiler.testing import random_inputs

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.fuse_prescale import FusePrescale, MulThenQuantize
+from passes.fusing.fuse_prescale import FusePrescale, MulThenQuantize
 from qcompiler import numerics
-from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Missed
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 
 HEAD = """
 func @m(%x: {x}[4, 40], %v: f32[40], %s: f32[1, 1]) -> ({outputs}) {{

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from passes.fuse_activation_quantize import FuseActivationQuantize
-from passes.fuse_norm_quantize import FuseNormQuantize
-from qcompiler.instruments import CheckChanged, Validate
+from passes.fusing.fuse_activation_quantize import FuseActivationQuantize
+from passes.fusing.fuse_norm_quantize import FuseNormQuantize
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs, verified
 
 NORM, ACTIVATION = FuseNormQuantize(), FuseActivationQuantize()

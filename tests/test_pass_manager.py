@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from passes.dead_code import DeadCode
-from passes.fp8_tile import Fp8Tile
+from passes.cleanup.dead_code import DeadCode
+from passes.quantizing.fp8_tile import Fp8Tile
 from qcompiler.errors import ParseError, PassError, QCompilerError
 from qcompiler.ir import DType, Format, Graph, Match, Missed, Op, Rewriter, Rule
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
-from qcompiler.pass_manager import PASSES, Effect, Pass, Pipeline
+from qcompiler.pass_manager.pipeline import PASSES, Effect, Pass, Pipeline
 
 
 @dataclass(frozen=True)

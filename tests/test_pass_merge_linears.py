@@ -8,18 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.fp8_tile import Fp8Tile
-from passes.merge_linears import MergeLinears
-from passes.quantize import Quantize
+from passes.fusing.merge_linears import MergeLinears
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.quantize import Quantize
 from qcompiler import numerics
 from qcompiler.errors import PassError
-from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
 from qcompiler.ir import DType, Format, Graph
 from qcompiler.ir.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, FP8_TILE, INT8_ROW
 from qcompiler.numerics import ALL
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import difference, random_inputs
 
 

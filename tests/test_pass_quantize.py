@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from passes.quantize import Quantize
+from passes.quantizing.quantize import Quantize
 from qcompiler import numerics
 from qcompiler.calibration import Calibration
 from qcompiler.errors import PassError, QCompilerError
-from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
 from qcompiler.ir import DType, Format, Graph
 from qcompiler.ir.formats import FP8_ROW, FP8_TENSOR, INT8_TENSOR
 from qcompiler.numerics import ALL
 from qcompiler.numerics.dtypes import torch_dtype
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs
 
 ONE = """

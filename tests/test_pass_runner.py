@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import pytest
 
-from passes.canonicalize import Canonicalize
+from passes.cleanup.canonicalize import Canonicalize
 from qcompiler.errors import PassError, QCompilerError, VerifyError
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import Stages, run_pipeline
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import Stages, run_pipeline
 
 TEXT = """func @m(%x: f32[4, 8]) -> (f32[4, 8]) {
   %w = core.param() {name = "w"} : f32[8, 8]

@@ -2,11 +2,11 @@
 
 import torch
 
-from passes.fp8_tile import Fp8Tile
-from passes.share_quantize import ShareQuantize
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.share_quantize import ShareQuantize
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.testing import random_inputs
 
 Q = "{format = #fp8_tile} : f8e4m3fn[4, 128], f32[4, 1]"

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from passes.to_kernels import ToKernels
+from passes.lowering.to_kernels import ToKernels
 from qcompiler.errors import PassError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pass, Pipeline
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
 from qcompiler.testing import random_inputs
 
 TEXT = """

@@ -5,13 +5,13 @@ from random import Random
 import pytest
 import torch
 
-from passes.candidates import SMALLEST
-from qcompiler.instruments import CheckChanged, Validate
+from passes.analyses.candidates import SMALLEST
 from qcompiler.interpreter import interpret
 from qcompiler.ir import DType, Graph, TensorType, Value, symbol
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.schemes import pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.schemes.named import pipeline
 from qcompiler.testing import difference, random_graph, random_inputs
 
 SIZES = (1, 8, 40, 128, 130, 256)

@@ -5,16 +5,16 @@ from itertools import product
 
 import pytest
 
-from passes.calibrate import Calibrate
-from passes.fp8_tile import Fp8Tile
-from passes.quantize import Quantize
-from passes.smoothquant import SmoothQuant
+from passes.quantizing.calibrate import Calibrate
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.quantize import Quantize
+from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.errors import PassError
 from qcompiler.ir import DType
 from qcompiler.ir.formats import FP8_BLOCK, FP8_CHANNEL, FP8_ROW, FP8_TENSOR, FP8_TILE, INT8_ROW
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pipelines import MIN_GAIN, SAMPLED_ROWS, Recipe, assemble
-from qcompiler.schemes import changed
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.schemes.named import changed
+from qcompiler.schemes.pipelines import MIN_GAIN, SAMPLED_ROWS, Recipe, assemble
 
 PRODUCERS = ["fuse-norm-quantize", "fuse-activation-quantize"]
 

@@ -10,11 +10,11 @@ from qcompiler.artefact.strict_json import parse, render
 from qcompiler.calibration import Calibration
 from qcompiler.ir import DType, Format, Graph
 from qcompiler.ir.formats import FP8_ROW, INT8_TENSOR, NVFP4
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.quantized_formats import Formats
-from qcompiler.report import Report, build_report
-from qcompiler.schemes import SCHEMES, pipeline
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.reports.quantized_formats import Formats
+from qcompiler.reports.report import Report, build_report
+from qcompiler.schemes.named import SCHEMES, pipeline
 from qcompiler.testing import random_inputs
 
 TEXT = """

@@ -15,7 +15,7 @@ import qcompiler
 from qcompiler import ArtefactError, CompiledModel
 from qcompiler.artefact.checking import check
 from qcompiler.artefact.saving import failed
-from qcompiler.runtime.replacing import locked, replacing
+from qcompiler.files.replacing import locked, replacing
 
 X = torch.ones(3, 128)
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.report import Report, build_report
-from qcompiler.schemes import pipeline
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.reports.report import Report, build_report
+from qcompiler.schemes.named import pipeline
 
 MIXED = """
 func @g(%ids: i64[s0], %x: bf16[s0, 128]) -> (bf16[s0, 64], f32[s0, 64], bf16[s0, 300]) {

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.canonicalize import Canonicalize
-from passes.channel_scale import Region, solve
-from passes.fold_constants import FoldConstants
-from passes.scale_fold import fold
+from passes.analyses.channel_scale import Region, solve
+from passes.cleanup.canonicalize import Canonicalize
+from passes.cleanup.fold_constants import FoldConstants
+from passes.smoothing.scale_fold import fold
 from qcompiler.capture import capture
 from qcompiler.errors import PassError
 from qcompiler.interpreter import interpret

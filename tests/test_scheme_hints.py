@@ -3,8 +3,8 @@
 import pytest
 
 from qcompiler.errors import PassError
-from qcompiler.scheme_hints import HINTS, hint, plainly
-from qcompiler.schemes import SCHEMES, find, recipe_of
+from qcompiler.schemes.hints import HINTS, hint, plainly
+from qcompiler.schemes.named import SCHEMES, find, recipe_of
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,24 @@ from typing import Any
 
 import pytest
 
-from passes.smoothquant import SmoothQuant
+from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.errors import ParseError, PassError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE, INT8_ROW, INT8_TENSOR
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.pipelines import Recipe
-from qcompiler.schemes import SCHEMES, Options, Scheme, all_schemes, find, list_schemes, pipeline, recipe_of, register
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.schemes.named import (
+    SCHEMES,
+    Options,
+    Scheme,
+    all_schemes,
+    find,
+    list_schemes,
+    pipeline,
+    recipe_of,
+    register,
+)
+from qcompiler.schemes.pipelines import Recipe
 
 CALIBRATED = ["fp8_tensor_static", "int8_tensor_static", "smoothquant_o1", "smoothquant_o2", "smoothquant_o3",
               "smoothquant_fp8", "fp8_tile_smooth"]  # fmt: skip

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler.errors import CodegenError
-from qcompiler.instruments import relative_error
-from qcompiler.schemes import SCHEMES
+from qcompiler.pass_manager.instruments import relative_error
+from qcompiler.schemes.named import SCHEMES
 
 pytestmark = pytest.mark.gpu
 

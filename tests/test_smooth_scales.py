@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from passes.quantize import Quantize
-from passes.scheme_options import SchemeOptions
-from passes.smooth_scales import (
+from passes.quantizing.quantize import Quantize
+from passes.quantizing.scheme_options import SchemeOptions
+from passes.smoothing.smooth_scales import (
     ALPHAS,
     BOUNDS,
     Reader,

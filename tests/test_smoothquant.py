@@ -10,18 +10,18 @@ import transformers as hf
 from torch import Tensor, nn
 
 import qcompiler
-from passes.calibrate import Calibrate
-from passes.canonicalize import Canonicalize
-from passes.smoothquant import SmoothQuant
+from passes.cleanup.canonicalize import Canonicalize
+from passes.quantizing.calibrate import Calibrate
+from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.calibration import Calibration
 from qcompiler.capture import capture
 from qcompiler.errors import PassError
-from qcompiler.instruments import Validate, relative_error
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 from qcompiler.ir.formats import INT8_TENSOR
-from qcompiler.pass_manager import Effect, Pass, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import Validate, relative_error
+from qcompiler.pass_manager.pipeline import Effect, Pass, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qcompiler
-from qcompiler.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
 
 # transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qcompiler.runtime.replacing import replacing_file
+from qcompiler.files.replacing import replacing_file
 
 TITLE = "The zoo: architectures compiled with fp8_tile for the CPU"
 PACKAGES = ("torch", "transformers", "diffusers", "peft")

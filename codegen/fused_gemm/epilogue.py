@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from qcompiler.body import ROUNDED, Body, Call, Expression, Name, parse
+from qcompiler.dialects.body import ROUNDED, Body, Call, Expression, Name, parse
 
 
 @cache

@@ -24,7 +24,7 @@ from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOper
 from codegen.templates.gemm import GemmOperands, bucket
 from codegen.templates.hopper import has_scale_columns, multiprocessors
 from qcompiler import numerics
-from qcompiler.body import parse
+from qcompiler.dialects.body import parse
 
 Quantized = tuple[int, int, torch.dtype, str, str]
 """Rows and columns of a block, format, profile, and the layout of the scales."""

@@ -25,7 +25,7 @@ from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmConfig, GemmProblem
 from qcompiler import knobs
 from qcompiler.errors import CodegenError
-from qcompiler.runtime.replacing import not_replaced, replacing_file
+from qcompiler.files.replacing import not_replaced, replacing_file
 
 FORMAT = 1
 """Of the file."""

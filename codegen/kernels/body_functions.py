@@ -1,4 +1,4 @@
-"""What a body may call, in Triton: the functions of `qcompiler.body.FUNCTIONS` on FP32 tiles, by the same names.
+"""What a body may call, in Triton: `qcompiler.dialects.body.FUNCTIONS` on FP32 tiles.
 
 What is rounded to bfloat16 or float16 is a tile of that type, and `wide` makes FP32 of it again.
 

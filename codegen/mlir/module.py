@@ -10,7 +10,7 @@ from codegen.mlir.importing import context_with_torch
 from codegen.mlir.interface import Parameter, Result
 from codegen.mlir.lowering import load_dialects
 from qcompiler.errors import CodegenError, InputError
-from qcompiler.runtime.replacing import not_replaced, replacing_file
+from qcompiler.files.replacing import not_replaced, replacing_file
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from codegen.quantize.plain import check_layout, quantize_on_gpu, scale_sizes
 from codegen.targets.hopper import HOPPER, check_device
 from codegen.templates.fused_quantize import FusedQuantizeOperands, FusedQuantizeProblem, why_not_fused_quantize
 from qcompiler import numerics
-from qcompiler.body import Body, parse
+from qcompiler.dialects.body import Body, parse
 
 
 def fused_quantize_on_gpu(

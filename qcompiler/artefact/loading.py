@@ -38,15 +38,15 @@ from qcompiler.artefact.strict_json import AGAIN, Node, parse
 from qcompiler.artefact.weight_files import WeightFiles, open_weights
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler.original import Forward, Original
-from qcompiler.compiler.program import Program, Settings, generate
 from qcompiler.errors import ArtefactError, ParseError, VerifyError
+from qcompiler.files.replacing import locked, recover
 from qcompiler.ir import Graph, Recipe
 from qcompiler.ir.graph import BUFFER, PARAM
-from qcompiler.pass_runner import Stages, Step
-from qcompiler.report import Report
+from qcompiler.pass_manager.runner import Stages, Step
+from qcompiler.program.original import Forward, Original
+from qcompiler.program.program import Program, Settings, generate
+from qcompiler.reports.report import Report
 from qcompiler.runtime.device import AUTO, Target, target_for
-from qcompiler.runtime.replacing import locked, recover
 from qcompiler.runtime.weights import Weights
 
 

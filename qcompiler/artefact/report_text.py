@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from qcompiler.artefact.strict_json import Node
-from qcompiler.pass_runner import Step
-from qcompiler.report import Report
-from qcompiler.report_rows import Row
+from qcompiler.pass_manager.runner import Step
+from qcompiler.reports.report import Report
+from qcompiler.reports.rows import Row
 
 LeftAlone = Mapping[str, Mapping[str, str]]
 """Stage -> name of a value -> why the pass left what computes it alone."""

@@ -23,10 +23,10 @@ from qcompiler.artefact.signature_text import signature_to_json
 from qcompiler.artefact.strict_json import render
 from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, plan_shards, shard_name, write_shard
 from qcompiler.calibration import Calibration
-from qcompiler.compiler.program import Program
 from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.files.replacing import replacing
 from qcompiler.ir import Graph, Role
-from qcompiler.runtime.replacing import replacing
+from qcompiler.program.program import Program
 
 
 def write_artefact(folder: Path, program: Program, shard_bytes: int) -> None:

@@ -22,8 +22,8 @@ from qcompiler.capture.signature import (
     TensorSlot,
     linear,
 )
-from qcompiler.compiler.original import Forward
 from qcompiler.ir.ranges import Range
+from qcompiler.program.original import Forward
 
 KINDS = (
     inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,

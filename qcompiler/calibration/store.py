@@ -21,8 +21,8 @@ from qcompiler.calibration.histogram import BIAS, CHANNEL_BITS, EXPONENTS, LOWES
 from qcompiler.calibration.sample import Sample
 from qcompiler.calibration.statistics import Statistics
 from qcompiler.errors import InputError
-from qcompiler.runtime.replacing import not_replaced, replacing_file
-from qcompiler.runtime.tensor_files import write_tensors
+from qcompiler.files.replacing import not_replaced, replacing_file
+from qcompiler.files.tensor_files import write_tensors
 
 VERSION = 1
 """Of the format; a file with a larger one comes from a newer qcompiler."""

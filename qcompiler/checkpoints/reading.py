@@ -23,7 +23,7 @@ from qcompiler.checkpoints.files import TensorFiles, read_json
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.folder_kinds import checked_path
+from qcompiler.files.folder_kinds import checked_path
 from qcompiler.numerics import ALL
 
 READERS = {

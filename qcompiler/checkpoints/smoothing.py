@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from passes.fold_constants import FoldConstants
-from passes.smoothquant import SmoothQuant
+from passes.cleanup.fold_constants import FoldConstants
+from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.errors import PassError
-from qcompiler.pass_manager import Pipeline
-from qcompiler.schemes import pipeline
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.schemes.named import pipeline
 
 
 def smoothing(scheme: str = "smoothquant_o3") -> Pipeline:

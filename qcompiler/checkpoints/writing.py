@@ -4,7 +4,7 @@ from os import PathLike
 
 from torch import nn
 
-from passes.candidates import why_skipped
+from passes.analyses.candidates import why_skipped
 from qcompiler.checkpoints.cache_scales import SCHEME, kept
 from qcompiler.checkpoints.conversion import to_files
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
@@ -15,12 +15,12 @@ from qcompiler.checkpoints.provenance import Provenance, trace
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
 from qcompiler.checkpoints.readers import warn
 from qcompiler.checkpoints.stacking import unstacked
-from qcompiler.compiler.program import HasProgram, Program
 from qcompiler.errors import QCompilerError
-from qcompiler.folder_kinds import checked_path
+from qcompiler.files.folder_kinds import checked_path
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
-from qcompiler.report import unfused
+from qcompiler.program.program import HasProgram, Program
+from qcompiler.reports.report import unfused
 
 SHARD_BYTES = 5 * 10**9
 

@@ -20,8 +20,8 @@ from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.compiler.sizing import calls_of_rows
 from qcompiler.errors import InputError
-from qcompiler.exporters import exported_at
 from qcompiler.ir import TensorType
+from qcompiler.program.exporters import exported_at
 from qcompiler.progress import Progress
 
 USUAL_ROWS = (1, 16, 512)

@@ -8,9 +8,9 @@ from qcompiler.cli.docstrings import first_line, options_of
 from qcompiler.cli.output import print_json
 from qcompiler.entry_points import offered
 from qcompiler.errors import PassError
-from qcompiler.pass_manager import GROUP, PASSES, pass_class
-from qcompiler.pass_options import print_option
-from qcompiler.schemes import Scheme, all_schemes, values_of
+from qcompiler.pass_manager.options import print_option
+from qcompiler.pass_manager.pipeline import GROUP, PASSES, pass_class
+from qcompiler.schemes.named import Scheme, all_schemes, values_of
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from qcompiler.artefact.checking import check
 from qcompiler.cli import exported
 from qcompiler.cli.output import print_json
-from qcompiler.exporters import exported_at
+from qcompiler.program.exporters import exported_at
 
 
 def run(options: argparse.Namespace) -> int:

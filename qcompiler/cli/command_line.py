@@ -21,7 +21,7 @@ from typing import Any
 
 from qcompiler.cli.parser import COMMANDS, build_parser
 from qcompiler.errors import CheckpointWarning, QCompilerError
-from qcompiler.runtime.replacing import FULL
+from qcompiler.files.replacing import FULL
 
 GOOD, NO, USAGE, INTERNAL, INTERRUPTED, NO_READER = 0, 1, 2, 70, 130, 141
 EXIT_CODES = {

@@ -21,9 +21,9 @@ from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler.arguments import DEFAULT_SCHEME, brings_scales
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
-from qcompiler.exporters import exporter_targets
+from qcompiler.program.exporters import exporter_targets
 from qcompiler.progress import Progress
-from qcompiler.report import Report
+from qcompiler.reports.report import Report
 from qcompiler.runtime.device import check_target, target_names
 
 

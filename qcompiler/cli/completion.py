@@ -7,9 +7,9 @@ import shtab
 
 from qcompiler.cli.parser import CHECKPOINTS, MLIR, build_parser
 from qcompiler.entry_points import offered
-from qcompiler.exporters import exporter_names, exporter_targets
+from qcompiler.program.exporters import exporter_names, exporter_targets
 from qcompiler.runtime.device import target_names
-from qcompiler.schemes import GROUP, SCHEMES
+from qcompiler.schemes.named import GROUP, SCHEMES
 
 FILES = ("FILE", "PATH", "MODEL", "GRAPH")
 FOLDERS = ("DIR",)

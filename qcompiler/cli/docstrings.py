@@ -6,8 +6,8 @@ import sys
 from dataclasses import MISSING, fields
 from typing import Any
 
-from qcompiler.pass_manager import PASSES, Pass
-from qcompiler.pass_options import default_of, print_option
+from qcompiler.pass_manager.options import default_of, print_option
+from qcompiler.pass_manager.pipeline import PASSES, Pass
 
 _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.M)
 

@@ -9,10 +9,10 @@ from typing import Any
 from qcompiler.cli.docstrings import attributes, first_line, sentence
 from qcompiler.cli.output import print_json
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
-from qcompiler.pass_manager import Effect, Pass
-from qcompiler.pass_options import default_of, print_option
-from qcompiler.pipelines import Recipe
-from qcompiler.schemes import Options, Scheme, read_scheme, values_of
+from qcompiler.pass_manager.options import default_of, print_option
+from qcompiler.pass_manager.pipeline import Effect, Pass
+from qcompiler.schemes.named import Options, Scheme, read_scheme, values_of
+from qcompiler.schemes.pipelines import Recipe
 
 WIDTH = 100
 

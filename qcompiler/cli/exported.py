@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.errors import InputError
-from qcompiler.exporters import Exported, exported_at, exporter_called
+from qcompiler.program.exporters import Exported, exported_at, exporter_called
 
 GRAPHS = ("stage", "diff", "op", "source")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from qcompiler.cli import exported
 from qcompiler.cli.compile import report_document
-from qcompiler.cli.history import Chapter, history, values_named
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.cli.records import Record, read_record
 from qcompiler.errors import InputError
-from qcompiler.exporters import exported_at
 from qcompiler.ir import Graph, diff
+from qcompiler.pass_manager.history import Chapter, history, values_named
+from qcompiler.program.exporters import exported_at
 
 COUNTED = ("aten", "quant", "kernel")
 DROPPABLE = ("options", *reversed(COUNTED), "effect", "changed", "+/-")

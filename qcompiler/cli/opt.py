@@ -6,12 +6,12 @@ from pathlib import Path
 
 import qcompiler.dialects  # noqa: F401  (fills the table of operations)
 from qcompiler.errors import InputError
-from qcompiler.instruments import CheckChanged, Dump, Instrument, PrintAfter, TimePasses
+from qcompiler.files.replacing import not_replaced, replacing_file
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import run_pipeline
-from qcompiler.runtime.replacing import not_replaced, replacing_file
-from qcompiler.schemes import pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Dump, Instrument, PrintAfter, TimePasses
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.schemes.named import pipeline
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import qcompiler
 from qcompiler.artefact.loading import read_report, reading
-from qcompiler.attribution import ErrorReport, attribute_error
 from qcompiler.cli import exported
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
+from qcompiler.reports.attribution import ErrorReport, attribute_error
 
 
 def run(options: argparse.Namespace) -> int:

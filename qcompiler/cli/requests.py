@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from passes.calibrate import Calibrate
+from passes.quantizing.calibrate import Calibrate
 from qcompiler.errors import PassError
-from qcompiler.pass_manager import Pipeline
-from qcompiler.schemes import pipeline as scheme_pipeline
-from qcompiler.schemes import with_ignored
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.schemes.named import pipeline as scheme_pipeline
+from qcompiler.schemes.named import with_ignored
 
 NOTHING = "none"
 """What an override says to leave layers alone."""

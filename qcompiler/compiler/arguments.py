@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from passes.calibrate import Calibrate
+from passes.quantizing.calibrate import Calibrate
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.stored_weights import knows_x_scales
 from qcompiler.checkpoints.reading import Checkpoint
-from qcompiler.compiler.batches import Batches, Call
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import CaptureError, PassError
-from qcompiler.instruments import Dump, Instrument, PrintAfter, TimePasses
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
-from qcompiler.schemes import pipeline as scheme_pipeline
+from qcompiler.pass_manager.instruments import Dump, Instrument, PrintAfter, TimePasses
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.program.batches import Batches, Call
+from qcompiler.schemes.named import pipeline as scheme_pipeline
 
 DEFAULT_SCHEME = "fp8_tile"
 
@@ -98,7 +98,9 @@ def checked_instruments(instruments: Any) -> tuple[Instrument, ...]:
     """The given instruments, then those that environment variables ask for."""
     found = tuple(instruments) if isinstance(instruments, tuple | list) else (instruments,)
     if wrong := [item for item in found if not isinstance(item, Instrument)]:
-        raise PassError("this is no instrument", got=repr(wrong[0]), need="objects of qcompiler.instruments")
+        raise PassError(
+            "this is no instrument", got=repr(wrong[0]), need="objects of qcompiler.pass_manager.instruments"
+        )
     return (*found, *_instruments_from_environment())
 
 

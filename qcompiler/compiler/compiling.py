@@ -26,18 +26,18 @@ from qcompiler.compiler.arguments import (
     checked_shapes,
     static_scheme,
 )
-from qcompiler.compiler.batches import Batches
 from qcompiler.compiler.layer_names import check_layer_names
 from qcompiler.compiler.model import CompiledModel, callable_of
-from qcompiler.compiler.original import describe
 from qcompiler.compiler.pending import PendingModel
-from qcompiler.compiler.program import Settings
-from qcompiler.instruments import Instrument
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
+from qcompiler.pass_manager.instruments import Instrument
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.program.batches import Batches
+from qcompiler.program.original import describe
+from qcompiler.program.program import Settings
 from qcompiler.progress import Progress
 from qcompiler.runtime.device import check_target
-from qcompiler.schemes import with_ignored
+from qcompiler.schemes.named import with_ignored
 
 
 def compile(
@@ -69,7 +69,7 @@ def compile(
         overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
             None}`. Patterns for the names of weights, of which the last one that matches counts; one that matches
             nothing is an error. A pattern that names a layer has it quantized even if it is a router, a vocabulary
-            projection or tiny (see `passes.layers`), and it is an error if it cannot be.
+            projection or tiny (see `passes.analyses.layers`), and it is an error if it cannot be.
         ignore: Patterns for layers to leave in float, such as `["lm_head"]`; they count after all overrides.
         calibration: Real calls of the model, for schemes with static scales or smoothing: an iterable of tensors,
             tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier time. Without
@@ -82,7 +82,7 @@ def compile(
             fixes all sizes to those of the example; anything else goes to `torch.export`.
         target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda", the target of the GPU at hand.
         strict: Whether it is an error when nothing at all could be quantized.
-        instruments: Called around each pass; see `qcompiler.instruments`.
+        instruments: Called around each pass; see `qcompiler.pass_manager.instruments`.
         progress: Whether to show the current stage on standard error, if that is a terminal; QCOMPILER_PROGRESS=0 turns
             it off everywhere.
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from passes.calibrate import Calibrate
-from passes.layers import EVERYTHING, check_names
-from passes.merge_linears import MergeLinears
-from passes.scheme_options import SchemeOptions
-from qcompiler.pass_manager import Pipeline
+from passes.analyses.layers import EVERYTHING, check_names
+from passes.fusing.merge_linears import MergeLinears
+from passes.quantizing.calibrate import Calibrate
+from passes.quantizing.scheme_options import SchemeOptions
+from qcompiler.pass_manager.pipeline import Pipeline
 
 
 def check_layer_names(pipeline: Pipeline, model: nn.Module) -> None:

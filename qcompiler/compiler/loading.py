@@ -9,9 +9,9 @@ import torch
 from qcompiler.artefact.loading import read_program, reading
 from qcompiler.artefact.strict_json import AGAIN
 from qcompiler.compiler.model import CompiledModel, callable_of
-from qcompiler.compiler.program import plain_torch
 from qcompiler.errors import ArtefactError, QCompilerError
-from qcompiler.folder_kinds import advice, checked_path
+from qcompiler.files.folder_kinds import advice, checked_path
+from qcompiler.program.program import plain_torch
 
 
 def load(

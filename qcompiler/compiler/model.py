@@ -10,12 +10,12 @@ import torch
 
 from codegen.gemm import tuner
 from codegen.launching import warmup as warming
-from qcompiler.compiler.batches import as_call
 from qcompiler.compiler.exports import Exports
 from qcompiler.compiler.pending import PendingModel
-from qcompiler.compiler.program import Program, capturing
 from qcompiler.compiler.sizing import calls_to_plan
 from qcompiler.errors import CaptureError, QCompilerError
+from qcompiler.program.batches import as_call
+from qcompiler.program.program import Program, capturing
 from qcompiler.runtime.executable import CompiledModule, HostWeights, check_device, run_host
 
 NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."

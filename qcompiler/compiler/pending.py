@@ -5,10 +5,10 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcompiler.compiler.batches import Call
-from qcompiler.compiler.original import Original
-from qcompiler.compiler.program import Program, Settings, build_program, capture_model
 from qcompiler.errors import CaptureError
+from qcompiler.program.batches import Call
+from qcompiler.program.original import Original
+from qcompiler.program.program import Program, Settings, build_program, capture_model
 
 
 @dataclass

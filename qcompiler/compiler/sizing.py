@@ -7,9 +7,9 @@ from typing import Any
 
 from codegen.launching.warmup import Blank
 from qcompiler.capture.signature import ConstantSlot, Signature, TensorSlot
-from qcompiler.compiler.batches import as_call
 from qcompiler.errors import InputError, did_you_mean
 from qcompiler.ir.sizes import Size, evaluate, symbols
+from qcompiler.program.batches import as_call
 
 USUAL_ROWS = tuple(1 << power for power in range(14))
 """One number of rows for each range in which a kernel is chosen: 1, 2, 4, … 8192."""

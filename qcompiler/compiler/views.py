@@ -8,12 +8,12 @@ import torch
 from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler.pending import PendingModel
-from qcompiler.compiler.program import Program, Settings
 from qcompiler.errors import CaptureError
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import Pipeline
-from qcompiler.pass_runner import Stages, Step
-from qcompiler.report import Report
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import Stages, Step
+from qcompiler.program.program import Program, Settings
+from qcompiler.reports.report import Report
 
 
 class ProgramViews:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qcompiler import numerics
-from qcompiler.body import Body, parse
+from qcompiler.dialects.body import Body, parse
 from qcompiler.dialects.quant import (
     LINEAR,
     linear_shape,

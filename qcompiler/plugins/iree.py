@@ -11,10 +11,10 @@ from codegen.mlir.iree import IreeModel, build, load
 from codegen.mlir.iree.building import check_replaceable
 from codegen.mlir.iree.manifest import MANIFEST, Manifest, checked_bytes, read
 from qcompiler.capture.signature import Signature
-from qcompiler.compiler.program import Program, graph_as_captured
 from qcompiler.errors import InputError
-from qcompiler.exporters import Exported, Exporter
 from qcompiler.ir import Graph, Range, parse_type
+from qcompiler.program.exporters import Exported, Exporter
+from qcompiler.program.program import Program, graph_as_captured
 
 
 class IreeFolder(Exported):

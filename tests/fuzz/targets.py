@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-import qcompiler.schemes
-from qcompiler import body, knobs
+import qcompiler.schemes.named
+from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.calibration.store import KEY
+from qcompiler.dialects import body
 from qcompiler.ir import Graph, parse_literal, print_argument
-from qcompiler.pass_manager import PASSES, Pass, Pipeline
-from qcompiler.schemes import SCHEMES
+from qcompiler.pass_manager.pipeline import PASSES, Pass, Pipeline
+from qcompiler.schemes.named import SCHEMES
 from qcompiler.testing import random_graph
 
 ROOT = Path(__file__).parents[2]

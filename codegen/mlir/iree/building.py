@@ -15,9 +15,9 @@ from codegen.mlir.iree.manifest import MANIFEST, MODULE, WEIGHTS, Manifest
 from codegen.mlir.iree.manifest import read as read_manifest
 from codegen.mlir.module import MlirModule
 from qcompiler.errors import CodegenError, InputError
+from qcompiler.files.replacing import replacing
+from qcompiler.files.tensor_files import write_tensors
 from qcompiler.ir import Graph, Value
-from qcompiler.runtime.replacing import replacing
-from qcompiler.runtime.tensor_files import write_tensors
 
 
 def build(

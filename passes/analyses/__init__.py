@@ -1,0 +1,1 @@
+"""What several passes ask about a graph; nothing here rewrites one."""

@@ -1,0 +1,216 @@
+"""Which operations of torch a body can say, and how: arithmetic on rows, as `qcompiler.dialects.body` spells it.
+
+    %y = aten.rms_norm(%x, [256], %w, 1e-06) : bf16[s0, 256]    ->    bf16(x0 * rsqrt(mean(x0 * x0) + 1e-06) * x1)
+
+Torch computes such operations on bf16 and f16 in FP32 and rounds their result once; so does the body. What torch
+rounds elsewhere, too, is said only where the body can round at the same place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qcompiler.ir import Argument, DType, Op, Role, TensorType, Value
+from qcompiler.numerics.dtypes import torch_dtype
+
+FLOATS = (DType.bf16, DType.f16, DType.f32)
+"""What a body reads and gives."""
+
+FUNCTIONS = {
+    "aten.exp": "exp(x0)", "aten.neg": "neg(x0)", "aten.reciprocal": "1.0 / x0", "aten.relu": "relu(x0)",
+    "aten.rsqrt": "rsqrt(x0)", "aten.sigmoid": "sigmoid(x0)", "aten.silu": "silu(x0)", "aten.sqrt": "sqrt(x0)",
+    "aten.square": "x0 * x0", "aten.tanh": "tanh(x0)",
+}  # fmt: skip
+"""Operations of one tensor and nothing else."""
+
+BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+SUMS = ("add", "sub", "rsub")
+POWERS = {2: "x0 * x0", 0.5: "sqrt(x0)", -0.5: "rsqrt(x0)", -1: "1.0 / x0"}
+VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape")
+
+LARGEST = torch.finfo(torch.float32).max
+FLOAT_EPSILON = torch.finfo(torch.float32).eps
+"""What torch takes for the epsilon of an RMS norm that names none."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One operation as the text of a body.
+
+    Attributes:
+        text: What it computes of x0, x1, …, before it rounds to its element type.
+        inputs: What those are.
+    """
+
+    text: str
+    inputs: tuple[Value, ...]
+
+
+def term_of(op: Op) -> Term | None:
+    """An operation with one result as a term, or None where a body cannot say it.
+
+    Its inputs have the shape of its result, or one number for each row of it, or one for each column.
+    """
+    if len(op.results) != 1 or not _is_float(op.result):
+        return None
+    term = _spelled(op)
+    if term is None or not all(_is_float(value) and _fits(value, op.result) for value in term.inputs):
+        return None
+    return term
+
+
+def same_numbers(op: Op) -> Value | None:
+    """The operand, where an operation does nothing to it but arrange its rows anew, or widen it; else None."""
+    if op.role not in (Role.VIEW, Role.CAST) or len(op.results) != 1 or not _is_float(op.result):
+        return None
+    x, y = op["x"], op.result
+    if not _is_float(x) or not x.tensor.shape or not y.tensor.shape:
+        return None
+    if op.name in VIEWS:
+        return x if x.tensor.shape[-1] == y.tensor.shape[-1] else None
+    if _is_cast(op) and y.tensor.dtype in (DType.f32, x.tensor.dtype):
+        return x
+    return None
+
+
+def is_row_view(op: Op) -> bool:
+    """Whether an operation for which `same_numbers` holds arranges rows anew."""
+    return op.name in VIEWS
+
+
+def _spelled(op: Op) -> Term | None:
+    """The term, with operands of whatever shape and element type."""
+    if op.name in FUNCTIONS:
+        return None if op.attrs or len(op.args) != 1 else Term(FUNCTIONS[op.name], (op["self"],))
+    special = SPECIAL.get(op.name)
+    if special is not None:
+        return special(op)
+    dialect, name, *_ = op.name.split(".")
+    return _binary(op, name) if dialect == "aten" and (name in BINARY or name == "rsub") else None
+
+
+def _binary(op: Op, name: str) -> Term | None:
+    """add, sub, rsub, mul and div of tensors or numbers, without any other option than a sign."""
+    if op.name.partition(f".{name}.")[2] not in ("Tensor", "Scalar"):
+        return None
+    alpha = op.argument("alpha") if name in SUMS else 1
+    if not set(op.attrs) <= {"alpha"} or len(op.args) > 3 or alpha not in (1, -1) or isinstance(alpha, bool):
+        return None
+    sides = op.argument("self"), op.argument("other")
+    left, right = reversed(sides) if name == "rsub" else sides
+    sign = BINARY.get(name, "-")
+    if alpha == -1:
+        # alpha belongs to the second argument, which is the left one of rsub
+        if name == "rsub" or name not in SUMS:
+            return None
+        sign = {"+": "-", "-": "+"}[sign]
+    texts: list[str] = []
+    inputs: list[Value] = []
+    for side in (left, right):
+        if isinstance(side, Value):
+            texts.append(f"x{len(inputs)}")
+            inputs.append(side)
+        elif _is_number(side) and (name not in SUMS or _is_exact(side, op.result)):
+            texts.append(repr(float(side)))  # type: ignore[arg-type]  # a number, as _is_number has found
+        else:
+            return None
+    return Term(f"{texts[0]} {sign} {texts[1]}", tuple(inputs)) if inputs else None
+
+
+def _power(op: Op) -> Term | None:
+    x, exponent = op["self"], op.argument("exponent")
+    if exponent == 3 and op.result.type == x.type:
+        # Torch rounds the square as well in bf16, and in f16 on a GPU only.
+        squares = {DType.f32: "x0 * x0 * x0", DType.bf16: "bf16(x0 * x0) * x0"}
+        text = squares.get(x.tensor.dtype)
+    else:
+        text = POWERS.get(exponent) if _is_number(exponent) else None  # type: ignore[arg-type]  # a number
+    return Term(text, (x,)) if text else None
+
+
+def _gelu(op: Op) -> Term | None:
+    functions = {"none": "gelu(x0)", "tanh": "gelu_tanh(x0)"}
+    text = functions.get(str(op.argument("approximate")))
+    return Term(text, (op["self"],)) if text else None
+
+
+def _cast(op: Op) -> Term | None:
+    return Term("x0", (op["x"],)) if _is_cast(op) else None
+
+
+def _mean(op: Op) -> Term | None:
+    """The mean of each row, in FP32."""
+    x, axes = op["self"], op.argument("dim")
+    last = len(x.tensor.shape) - 1 if isinstance(x.type, TensorType) else 0
+    kept = op.argument("keepdim") is True
+    if axes not in ((-1,), (last,)) or not kept or op.result.tensor.dtype is not DType.f32:
+        return None
+    return Term("mean(x0)", (x,))
+
+
+def _layer_norm(op: Op) -> Term | None:
+    x, gain, bias = op["input"], op.get("weight"), op.get("bias")
+    if not _over_rows(op):
+        return None
+    eps = op.argument("eps")
+    return _with_affine(f"standardize(x0, {eps!r})", x, gain, bias) if _is_number(eps) else None
+
+
+def _rms_norm(op: Op) -> Term | None:
+    x, gain, eps = op["input"], op.get("weight"), op.argument("eps")
+    eps = FLOAT_EPSILON if eps is None else eps
+    if not _over_rows(op) or not _is_number(eps):
+        return None
+    return _with_affine(f"x0 * rsqrt(mean(x0 * x0) + {eps!r})", x, gain, None)
+
+
+def _over_rows(op: Op) -> bool:
+    """Whether a norm normalizes the last dimension alone."""
+    shape = op["input"].tensor.shape
+    return bool(shape) and op.argument("normalized_shape") == shape[-1:]
+
+
+def _with_affine(text: str, x: Value, gain: Value | None, bias: Value | None) -> Term:
+    inputs = [x]
+    for sign, factor in (("*", gain), ("+", bias)):
+        if factor is not None:
+            text += f" {sign} x{len(inputs)}"
+            inputs.append(factor)
+    return Term(text, tuple(inputs))
+
+
+SPECIAL: dict[str, Callable[[Op], Term | None]] = {
+    "aten._to_copy": _cast, "aten.to.dtype": _cast, "aten.gelu": _gelu, "aten.layer_norm": _layer_norm,
+    "aten.mean.dim": _mean, "aten.pow.Tensor_Scalar": _power, "aten.rms_norm": _rms_norm,
+}  # fmt: skip
+
+
+def _is_cast(op: Op) -> bool:
+    """Whether an operation converts the element type, and has no other effect."""
+    return op.role is Role.CAST and (
+        (set(op.attrs) == {"dtype"} and len(op.args) == 1) or (not op.attrs and len(op.args) == 2)
+    )
+
+
+def _is_float(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.tensor.dtype in FLOATS
+
+
+def _is_number(arg: Argument) -> bool:
+    return isinstance(arg, int | float) and not isinstance(arg, bool) and abs(arg) <= LARGEST
+
+
+def _is_exact(number: Argument, result: Value) -> bool:
+    """Whether a number in a sum is the same in FP32 and in the element type, to which torch rounds it on a CPU."""
+    dtype = torch_dtype(result.tensor.dtype)
+    wide = torch.tensor(number, dtype=torch.float32)
+    return bool(wide.to(dtype).float() == wide)
+
+
+def _fits(value: Value, result: Value) -> bool:
+    """Whether an operand has the shape of the result, or a number for each of its rows, or one for each column."""
+    shape, own = result.tensor.shape, value.tensor.shape
+    if not shape or not own:
+        return False
+    return own in (shape, (*shape[:-1], 1), shape[-1:]) or (shape[-1] == 1 and own[:-1] == shape[:-1])

@@ -1,0 +1,156 @@
+"""Which matmuls a pass is for: patterns over the names of weights, of which the last one that matches counts.
+
+    ["*", "!*.down_proj", "!lm_head"]     all but those
+    ["*.down_proj"]                       only those
+
+A pattern is a shell pattern. It is held against the name of each weight (`model.lm_head.weight`), against that name
+without its last part (`model.lm_head`), and against the other names of a weight that is tied. An exclamation mark
+takes away what earlier patterns have selected.
+
+A pattern *names* the layers that it selects if its last part, not counting a final `.weight`, has no wildcard:
+`lm_head`, `*.gate` and `model.layers.*.mlp.gate.weight` do, `*`, `model.layers.0.*` and `*.weight` do not. A named
+layer is quantized even if the heuristics of `candidates` would skip it. `*lm_head*` is understood, too: a
+pattern that selects nothing but layers that would be skipped names them all.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from passes.analyses.candidates import ALREADY, why_not_quantized
+from qcompiler.errors import PassError
+from qcompiler.ir import Graph, Missed, Op, Role
+from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.graph import PARAM
+
+EVERYTHING = ("*",)
+
+WILDCARDS = frozenset("*?[")
+
+EXAMPLES = 3
+"""Names that an error shows of those that there are."""
+
+
+def why_not_selected(patterns: Sequence[str], op: Op, graph: Graph) -> Missed | None:
+    """Why the patterns leave a matmul out; None when they select it."""
+    if tuple(patterns) == EVERYTHING:
+        return None
+    decides = deciding_pattern(patterns, op, graph)
+    if decides is None:
+        return Missed(f"no pattern selects it: {', '.join(patterns)}")
+    return Missed(f"the pattern '{decides}' leaves it out") if decides.startswith("!") else None
+
+
+def deciding_pattern(patterns: Sequence[str], op: Op, graph: Graph) -> str | None:
+    """The last pattern that matches a weight of a matmul; None if there is none."""
+    names = set(names_of(op, graph))
+    matching = (
+        pattern for pattern in reversed(patterns) if any(fnmatchcase(name, pattern.removeprefix("!")) for name in names)
+    )
+    return next(matching, None)
+
+
+def naming_pattern(patterns: Sequence[str], op: Op, graph: Graph) -> str | None:
+    """The pattern that selects a matmul and names it; None if there is none."""
+    if tuple(patterns) == EVERYTHING:
+        return None
+    pattern = deciding_pattern(patterns, op, graph)
+    if pattern is None or pattern.startswith("!") or pattern in EVERYTHING:
+        return None
+    if is_name(pattern) or _selects_only_skipped(pattern, patterns, graph):
+        return pattern
+    return None
+
+
+def is_name(pattern: str) -> bool:
+    """Whether the last part of a pattern, not counting a final `.weight`, has no wildcard."""
+    last = pattern.removesuffix(".weight").rpartition(".")[2]
+    return WILDCARDS.isdisjoint(last)
+
+
+def requested_layers(patterns: Sequence[str], graph: Graph) -> dict[str, list[Op]]:
+    """The matmuls that each pattern but `*` selects."""
+    if tuple(patterns) == EVERYTHING:
+        return {}
+    found: dict[str, list[Op]] = {}
+    for op in graph.ops():
+        pattern = deciding_pattern(patterns, op, graph) if _is_layer(op, graph) else None
+        if pattern is not None and not pattern.startswith("!") and pattern not in EVERYTHING:
+            found.setdefault(pattern, []).append(op)
+    return found
+
+
+def _selects_only_skipped(pattern: str, patterns: Sequence[str], graph: Graph) -> bool:
+    """Whether a pattern selects nothing but linears that would be skipped, so that it would have no effect."""
+
+    def skipped(op: Op) -> bool:
+        return op.name == "aten.linear" and why_not_quantized(op, graph) not in (None, ALREADY)
+
+    # What this very pass has quantized already counts, or the answer would change while the pass runs.
+    candidates = (op for op in graph.ops() if op.role is Role.QUANTIZED_MATMUL or _is_layer(op, graph))
+    return all(skipped(op) for op in candidates if deciding_pattern(patterns, op, graph) == pattern)
+
+
+def _is_layer(op: Op, graph: Graph) -> bool:
+    """Whether an operation is a matmul that is not computed from weights alone."""
+    return op.role is Role.MATMUL and not graph.is_constant(op.results[0])
+
+
+def check_patterns(patterns: Sequence[str], graph: Graph) -> None:
+    """PassError for a pattern that matches the name of no matmul's weight: it is spelled wrong, or out of date.
+
+    A pattern that only takes layers away may match any weight: an embedding or a convolution stays in float anyway.
+    """
+    wanted = _without_marks(patterns)
+    if not wanted:
+        return
+    matmuls = [op for op in graph.ops() if op.role is Role.MATMUL]
+    names = sorted({name for op in matmuls for name in names_of(op, graph)})
+    others = {*graph.weights, *(str(op.attrs["name"]) for op in graph.ops(PARAM))}
+    others |= {name.rpartition(".")[0] for name in others}
+    missing = unmatched(wanted, names)
+    missing = [pattern for pattern in missing if pattern in patterns or unmatched([pattern], others)]
+    if missing:
+        raise PassError("a pattern matches no matmul's weight", got=repr(missing[0]), fix=similar(missing[0], names))
+
+
+def check_names(patterns: Sequence[str], names: Collection[str]) -> None:
+    """PassError for a pattern that matches none of a model's weights, by their full names: before any capture."""
+    stems = {name.rpartition(".")[0] or name for name in names}
+    known = sorted({*names, *stems})
+    if missing := unmatched(_without_marks(patterns), known):
+        raise PassError(
+            "a pattern matches no weight of the model", got=repr(missing[0]), fix=similar(missing[0], known)
+        )
+
+
+def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """The patterns that match none of the names, sorted."""
+    return sorted(pattern for pattern in set(patterns) if not any(fnmatchcase(name, pattern) for name in names))
+
+
+def similar(pattern: str, names: Sequence[str]) -> str:
+    """The sentences that help after a pattern that matches nothing: the nearest one, and a few of the names."""
+    head, dot, _ = pattern.rpartition(".")
+    ends = {f"{head}.{name.rpartition('.')[2]}" for name in names} if dot and not WILDCARDS.isdisjoint(head) else ()
+    near = difflib.get_close_matches(pattern, [*ends, *names], n=1, cutoff=0.5)
+    guess = f"Did you mean {near[0]!r}? " if near and any(fnmatchcase(name, near[0]) for name in names) else ""
+    shown = difflib.get_close_matches(pattern, names, n=EXAMPLES, cutoff=0) or ["none"]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{guess}Known: {', '.join(shown)}{more}."
+
+
+def names_of(op: Op, graph: Graph) -> Iterator[str]:
+    """The names that the constant operands of a matmul go by, whole and without their last part."""
+    ties = getattr(graph.weights, "ties", {})
+    for _, value in op.operands():
+        if graph.is_constant(value):
+            for param in parameters_of(value):
+                name = str(param.attrs["name"])
+                for alias in ties.get(name, (name,)):
+                    yield alias
+                    yield alias.rpartition(".")[0] or alias
+
+
+def _without_marks(patterns: Sequence[str]) -> set[str]:
+    return {pattern.removeprefix("!") for pattern in patterns} - set(EVERYTHING)

@@ -1,0 +1,124 @@
+"""Brings the many spellings of a matmul with a constant weight to one, `aten.linear`, and drops what does nothing.
+
+    aten.mm(%x, %w)           ->  aten.linear(%x, aten.t(%w))            also matmul
+    aten.addmm(%b, %x, %w)    ->  aten.linear(%x, aten.t(%w), %b)
+    aten.bmm(%x, %w)          ->  aten.linear(%x, aten.t(aten.squeeze(%w)))   for a batch of one matrix
+    aten.inner(%x, %w)        ->  aten.linear(%x, %w)
+    aten.t(aten.t(%w))        ->  %w
+    aten.clone(%x)            ->  %x          and casts, views and dropouts that change nothing
+
+First in every pipeline: the other passes then know one spelling only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from passes.analyses.memory import is_view, why_not_replaced
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+from qcompiler.pass_manager.pipeline import Effect, Pass
+
+
+class MatmulToLinear(Rule):
+    """mm(x, w), matmul(x, w), bmm(x, w), addmm(b, x, w), inner(x, w)  ->  linear(x, w', b), for a constant matrix w"""
+
+    root = ("aten.mm", "aten.matmul", "aten.addmm", "aten.bmm", "aten.inner")
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        bias = op["self"] if op.name == "aten.addmm" else None
+        x, w = op["x"], op["w"]
+        lead, matrix, dimensions = w.tensor.shape[:-2], w.tensor.shape[-2:], len(w.tensor.shape)
+        if not graph.is_constant(w):
+            return Missed("its right operand is computed from the inputs", w)
+        if graph.is_constant(x):
+            return Missed("both of its operands are constant", x)
+        if len(matrix) < 2:
+            return Missed("its right operand is a vector, not a matrix", w)
+        flat = op.name != "aten.inner" and dimensions <= len(x.tensor.shape)
+        if lead and not (flat and all(size == 1 for size in lead)):
+            return Missed(f"its right operand has {dimensions} dimensions, not 2", w)
+        if op.attrs:
+            return Missed(f"it scales its operands: {', '.join(sorted(op.attrs))} is given")
+        if bias is not None and bias.tensor.shape != matrix[1:]:
+            return Missed("what it adds is no bias of one number a column", bias)
+        return {"x": x, "w": w, "bias": bias}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, **_: Any) -> None:
+        dtype, matrix = w.tensor.dtype, w.tensor.shape[-2:]
+        if lead := tuple(range(len(w.tensor.shape) - 2)):
+            kind = TensorType(dtype, matrix)
+            w = rewriter.insert("aten.squeeze.dims", w, lead, types=[kind], names=[f"{w.name}_matrix"]).result
+        if op.name != "aten.inner":
+            kind = TensorType(dtype, matrix[::-1])
+            w = rewriter.insert("aten.t", w, types=[kind], names=[f"{w.name}_t"]).result
+        args = (x, w) if bias is None else (x, w, bias)
+        rewriter.replace(op, rewriter.insert("aten.linear", *args, types=[op.result.type]).result)
+
+
+class TransposeTwice(Rule):
+    """t(t(x))  ->  x, also when either is spelled transpose or permute"""
+
+    root = ("aten.t", "aten.transpose.int", "aten.permute")
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if not swaps_both(op):
+            return Missed("it does not swap the two dimensions of a matrix")
+        inner = op["self"].op
+        if inner.name not in self.root or not swaps_both(inner):
+            return Missed("its input is no transposed matrix", op["self"])
+        return {"inner": inner}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, inner: Op, **_: Any) -> None:
+        rewriter.replace(op, inner["self"])
+        rewriter.erase_unread(inner)
+
+
+def swaps_both(op: Op) -> bool:
+    """Whether `op`, one of the ways to permute dimensions, transposes a matrix."""
+    if len(op["self"].tensor.shape) != 2:
+        return False
+    if op.name == "aten.t":
+        return True
+    axes = op.argument("dims") if op.name == "aten.permute" else (op.argument("dim0"), op.argument("dim1"))
+    order = [axis % 2 for axis in axes if isinstance(axis, int)] if isinstance(axes, tuple) else []
+    return order == [1, 0] or (order == [0, 1] and op.name == "aten.transpose.int")
+
+
+class DropNoOp(Rule):
+    """clone(x), cast to its own type, view to its own shape, dropout outside of training  ->  x"""
+
+    root = (
+        "aten.clone", "aten._to_copy", "aten.to.dtype", "aten.view", "aten.reshape", "aten.expand", "aten.alias",
+        "aten.detach", "aten.lift_fresh_copy", "aten.dropout",
+    )  # fmt: skip
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        x = op["input" if op.name == "aten.dropout" else "self"]
+        if x.type != op.result.type:
+            return Missed(f"it changes {x.type} to {op.result.type}")
+        if op.name == "aten.dropout" and op.argument("train") is not False:
+            return Missed("it drops elements")
+        strange = sorted(set(op.attrs) - {"dtype", "train"})
+        if strange or (op.name == "aten.to.dtype" and len(op.args) > 2):
+            return Missed(f"it may do more than that: {strange[0] if strange else 'copy'} is given")
+        # A view has the memory of its input before and after; a copy had its own.
+        return (None if is_view(op) else why_not_replaced(graph, op.result, x)) or {"x": x}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
+        rewriter.replace(op, x, keep_names=False)
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """mm, matmul, addmm, … with a constant matrix  ->  linear;  what does nothing  ->  nothing."""
+
+    name: ClassVar[str] = "canonicalize"
+    effect: ClassVar[Effect] = Effect.REORDERS
+
+    def rules(self) -> Sequence[Rule]:
+        """Spelling first, then what the new spelling makes superfluous."""
+        return (MatmulToLinear(), TransposeTwice(), DropNoOp())
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """Only matmuls are worth a reason: that a view is not a no-op surprises nobody."""
+        return {name: why for name, why in super().explain(graph).items() if MatmulToLinear().starts_at(graph[name].op)}

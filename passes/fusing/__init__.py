@@ -1,0 +1,1 @@
+"""Passes that merge and fuse operations into kernels."""

@@ -1,0 +1,235 @@
+"""Puts the arithmetic behind a product, and the quantization of what it gives, into the product's own operation.
+
+    %y = kernel.scaled_linear(%x_q, %x_s, %w_q, %w_s, %b) {out_dtype = bf16, …}        only %g reads %y
+    %g = aten.gelu(%y)
+    %g_q, %g_s = kernel.quantize(%g) {…}
+  ->
+    %g_q, %g_s = kernel.fused_linear(%x_q, %x_s, %w_q, %w_s, %b) {body = "bf16(gelu(bf16(y0)))", parts = 1, …}
+
+Where only the two halves of a product are read, as of a merged gate·up product, they are y0 and y1. Behind the passes
+that fuse quantizations, which take a residual sum into the norm behind it. The body rounds where the operations did.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
+
+from passes.analyses.arithmetic import same_numbers, term_of
+from passes.fusing.fused_producer import TURNED_CODES
+from passes.fusing.region_bodies import body_of, in_order, rounded, substituted
+from passes.fusing.regions import Limits, Region, grow
+from qcompiler.dialects.body import Body, Expression, Name, parse
+from qcompiler.dialects.quant import is_static
+from qcompiler.ir import Argument, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
+from qcompiler.pass_manager.pipeline import Effect, Pass
+
+OTHERS = 2
+"""How many operands a body behind a product may have, beside the product and its bias."""
+
+PLAIN = {1: "x0", 2: "x0 * x1"}
+"""The body of a kernel.quantize, by the number of its operands."""
+
+SPLITS = ("aten.split_with_sizes", "aten.split.sizes", "aten.split.Tensor", "aten.chunk")
+LONGEST_CHAIN = 64
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is fused into a product.
+
+    Attributes:
+        last: The operation whose results are those of the fused one.
+        body: What it computes; x0, x1, … are `others`.
+        others: Its operands, beside those of the product.
+        quantized: The attributes of its quantization, if there is one.
+    """
+
+    last: Op
+    body: Body
+    others: tuple[Value, ...]
+    quantized: Mapping[str, Argument]
+
+
+class ProductThenBody(Rule):
+    """quantize(arithmetic(scaled_linear(x, w), …)), or without the quantize  ->  fused_linear(x, w, …)"""
+
+    root = ("kernel.scaled_linear",)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if not takes_body(op.format("x_format"), op.format("w_format")):
+            return Missed(f"only products of {FP8_TILE} and {FP8_BLOCK} take a body")
+        parts = parts_of(op.result, graph)
+        if isinstance(parts, Missed):
+            return parts
+        readers = list(dict.fromkeys(user for part in parts for user in graph.users(part)))
+        if len(readers) == 1 and _writes_scales(readers[0]):
+            epilogue = quantization(readers[0], parts)
+        else:
+            epilogue = arithmetic(readers, parts, graph)
+        return epilogue if isinstance(epilogue, Missed) else {"epilogue": epilogue, "parts": len(parts)}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, epilogue: Epilogue, parts: int, **_: Any) -> None:
+        bias = op.get("bias")
+        args: list[Argument] = [op["x"], op["x_scale"], op["w"], op["w_scale"]]
+        args += [bias, *epilogue.others] if bias is not None or epilogue.others else []
+        attrs = {key: op.attrs[key] for key in ("w_format", "x_format")}
+        attrs |= {"body": str(epilogue.body), "parts": parts, **epilogue.quantized}
+        made = rewriter.insert("kernel.fused_linear", *args, attrs=attrs)
+        rewriter.graph.move(made, before=epilogue.last)
+        read = [value.op for _, value in epilogue.last.operands()]
+        rewriter.replace(epilogue.last, *made.results)
+        for unread in read:
+            rewriter.erase_unread(unread)
+
+
+def _writes_scales(op: Op) -> bool:
+    return op.role is Role.QUANTIZE and op.name.startswith("kernel.") and not is_static(op)
+
+
+def takes_body(x_format: Format, w_format: Format) -> bool:
+    """Whether a kernel multiplies operands in these formats and applies a body to the sums."""
+    return x_format.decodes_like(FP8_TILE) and w_format.decodes_like(FP8_BLOCK)
+
+
+def parts_of(product: Value, graph: Graph) -> list[Value] | Missed:
+    """A product; or its two halves, where only they are read."""
+    users, columns = graph.users(product), product.tensor.shape[-1]
+    cuts = sorted((cut for user in users for cut in cuts_of(user, product)), key=lambda cut: cut[1])
+    if not users or not cuts:
+        return [product]
+    if not isinstance(columns, int) or [cut[1:] for cut in cuts] != [(0, columns // 2), (columns // 2, columns)]:
+        return Missed("it is cut otherwise than in two halves", product)
+    if len(users) > len({cut[0].op for cut in cuts}):
+        return Missed("it is read as a whole, too", product)
+    if columns % 256:
+        return Missed(f"its halves have {columns / 2:g} columns, which is no multiple of 128", product)
+    return [cut[0] for cut in cuts]
+
+
+def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
+    """The parts of the columns of a product that an operation gives: each with its first column and the one behind."""
+    shape = product.tensor.shape
+    last = len(shape) - 1
+    if op.name == "aten.slice.Tensor" and op.argument("dim") in (-1, last) and op.argument("step") == 1:
+        start = op.argument("start")
+        size = op.result.tensor.shape[-1]
+        if isinstance(start, int) and isinstance(size, int) and start >= 0:
+            yield op.result, start, start + size
+    elif op.name in SPLITS and op.argument("dim") in (-1, last):
+        sizes = [part.tensor.shape[-1] for part in op.results]
+        if all(isinstance(size, int) for size in sizes):
+            ends = [*accumulate(sizes)]
+            yield from zip(op.results, [0, *ends[:-1]], ends, strict=True)
+
+
+def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
+    """A quantization, and the body in front of it if it has one."""
+    operands = [value for _, value in op.operands()]
+    body = parse(str(op.attrs.get("body", PLAIN[min(len(operands), 2)])))
+    if op.attrs.get("keep"):
+        return Missed("the arithmetic behind it has a second result", op.results[2])
+    if body.across:
+        return Missed("the arithmetic behind it reduces whole rows, of which a tile has a part", op.results[0])
+    if not op.format().decodes_like(FP8_TILE):
+        return Missed(f"it is not quantized to {FP8_TILE} again", op.results[0])
+    if op.results[0].tensor.shape != parts[0].tensor.shape:
+        return Missed("it is quantized with its rows arranged otherwise", op.results[0])
+    named = {f"x{place}": value for place, value in enumerate(operands)}
+    spelled = {name: spelling(parts, value) for name, value in named.items() if value in parts}
+    body = with_operands(body, spelled)
+    return finished(op, body, named, {"format": op.format()})
+
+
+def arithmetic(readers: Sequence[Op], parts: Sequence[Value], graph: Graph) -> Epilogue | Missed:
+    """As much of what reads the parts of a product as one fused operation can do."""
+    elsewhere = [reader for reader in readers if not reader.results]
+    if elsewhere:
+        return Missed(
+            "it leaves the graph" if elsewhere[0] is graph.return_op else "it is written to a buffer", parts[0]
+        )
+    if not any(map(term_of, readers)):
+        names = ", ".join(sorted({op.name for op in readers}))
+        return Missed(f"what reads it cannot be fused with it: {names}", parts[0])
+    limits = Limits(operands=OTHERS + len(parts), kept=0, across=False, views=False)
+    why = Missed("what reads it has no result in common", parts[0])
+    for root in results_of(parts, graph):
+        region = grow(graph, root, limits, stops=parts)
+        if isinstance(region, Missed):
+            why = region
+            continue
+        outside = [reader for reader in readers if reader not in region.inside]
+        if outside:
+            why = Missed(f"it is also read by {outside[0].name}", parts[0])
+            continue
+        return fused(region, parts)
+    return why
+
+
+def results_of(parts: Sequence[Value], graph: Graph) -> list[Value]:
+    """What arithmetic computes of the parts of a product, element by element, the farthest first."""
+    found: dict[Value, None] = {}
+    pending = list(parts)
+    while pending and len(found) < LONGEST_CHAIN:
+        for user in graph.users(pending.pop()):
+            plain = term_of(user) is not None and user.result.tensor.shape == parts[0].tensor.shape
+            if plain and user.result not in found:
+                found[user.result] = None
+                pending.append(user.result)
+    # What only widens a value has no rounding of its own, by which its element type could be told.
+    roots = [value for value in found if same_numbers(value.op) is None]
+    return sorted(roots, key=lambda value: graph.rank(value.op), reverse=True)
+
+
+def fused(region: Region, parts: Sequence[Value]) -> Epilogue | Missed:
+    """A region as the body of a product."""
+    others = [value for value in region.operands if value not in parts]
+    named = {f"x{place}": value for place, value in enumerate(others)}
+    spelled: dict[Value, Expression] = {value: Name(name) for name, value in named.items()}
+    spelled |= {value: spelling(parts, value) for value in parts}
+    return finished(region.root.op, body_of(region, spelled), named, {})
+
+
+def finished(last: Op, body: Body, named: Mapping[str, Value], quantized: Mapping[str, Argument]) -> Epilogue | Missed:
+    """An epilogue, unless it reads too much."""
+    vectors = [name for name, value in named.items() if len(value.tensor.shape) < len(last.results[0].tensor.shape)]
+    body, order = in_order(body, vectors)
+    if len(order) > OTHERS:
+        return Missed(f"its body would read {len(order)} other tensors, of {OTHERS} at most", last.results[0])
+    return Epilogue(last, body, tuple(named[name] for name in order), quantized)
+
+
+def spelling(parts: Sequence[Value], part: Value) -> Expression:
+    """A part of a product in a body: the sum, rounded as the product is."""
+    return rounded(Name(f"y{parts.index(part)}"), part.tensor.dtype)
+
+
+def with_operands(body: Body, spelled: Mapping[str, Expression]) -> Body:
+    """A body with expressions in place of operands, which get names where they are read more than once."""
+    reads = [part.name for part in body.expressions() if isinstance(part, Name)]
+    taken = {name for name, _ in body.definitions}
+    values: dict[str, Expression] = {}
+    first: list[tuple[str, Expression]] = []
+    for name, expression in spelled.items():
+        values[name] = expression
+        if reads.count(name) > 1 and not isinstance(expression, Name):
+            own = next(free for place in range(len(taken) + 1) if (free := f"p{place}") not in taken)
+            taken.add(own)
+            first.append((own, expression))
+            values[name] = Name(own)
+    definitions = [(name, substituted(what, values)) for name, what in body.definitions]
+    return Body((*first, *definitions), substituted(body.result, values))
+
+
+@dataclass(frozen=True)
+class FuseEpilogue(Pass):
+    """quantize(activation(scaled_linear(x, w)))  ->  fused_linear(x, w)."""
+
+    name: ClassVar[str] = "fuse-epilogue"
+    effect: ClassVar[Effect] = Effect.REORDERS
+    budget: ClassVar[float] = TURNED_CODES
+
+    def rules(self) -> Sequence[Rule]:
+        """One rule."""
+        return (ProductThenBody(),)

@@ -1,0 +1,107 @@
+"""A quantization and the arithmetic in front of it as one operation: what two passes share.
+
+    %h = aten.add.Tensor(%x, %r)                         %h is read elsewhere, too
+    %n = aten.rms_norm(%h, [256], %w, 1e-06)
+    %n_q, %n_s = kernel.quantize(%n) {…}
+  ->
+    %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {body = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
+
+It stands where the first reader of what it keeps can stand behind it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from passes.analyses.arithmetic import is_row_view
+from passes.fusing.region_bodies import body_of, in_order, kept_names
+from passes.fusing.regions import Limits, Region, grow
+from qcompiler.dialects.body import Name
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
+
+OPERANDS = 6
+"""How many operands a body may have."""
+
+TURNED_CODES = 4e-3
+"""Relative error that a last bit in front of a quantization may come to behind it: a code that turns is an eighth off,
+and in the few thousand of a small example one is enough for this."""
+
+NO_REDUCTION = Missed("no reduction over the row computes it")
+
+
+@dataclass(frozen=True)
+class ArithmeticThenQuantize(Rule):
+    """quantize(arithmetic(x, …))  ->  fused_quantize(x, …)
+
+    Attributes:
+        across: Whether for arithmetic with a reduction over the row, or for arithmetic without.
+    """
+
+    across: bool
+    root: ClassVar[tuple[str, ...]] = ("kernel.quantize",)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        x, prescale = op["x"], op.get("prescale")
+        if op.format().block[0] != 1:
+            return Missed("one scale is for several rows", op.results[1])
+        limits = Limits(operands=OPERANDS - (prescale is not None), across=self.across)
+        region = grow(graph, x, limits, reader=op)
+        if isinstance(region, Missed):
+            return region
+        if self.across and not region.across:
+            return NO_REDUCTION
+        return {"region": region, "prescale": prescale}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, region: Region, prescale: Value | None, **_: Any) -> None:
+        graph, shape = rewriter.graph, op["x"].tensor.shape
+        for late in region.late:
+            graph.move(late, before=region.place)
+        operands = [*region.operands, *([] if prescale is None else [prescale])]
+        named = {f"x{place}": value for place, value in enumerate(operands)}
+        spelled = {value: Name(name) for name, value in named.items()}
+        vectors = [name for name, value in named.items() if value.tensor.shape == shape[-1:]]
+        body, order = in_order(body_of(region, spelled, None if prescale is None else Name(list(named)[-1])), vectors)
+        args = [named[name] if name in vectors else arranged(rewriter, region, named[name], shape) for name in order]
+        attrs = {**op.attrs, "body": str(body), "keep": kept_names(region)}
+        made = rewriter.insert("kernel.fused_quantize", *args, attrs=attrs)
+        graph.move(made, before=region.place)
+        names: dict[Value, str] = {}
+        for value, new in zip(region.kept, made.results[2:], strict=True):
+            names |= keep(rewriter, region, value, new)
+        rewriter.replace(op, *made.results[:2])
+        for unread in (region.root.op, *reversed(region.ops)):
+            rewriter.erase_unread(unread)
+        for new, name in names.items():
+            graph.rename(new, name)
+
+
+def keep(rewriter: Rewriter, region: Region, value: Value, new: Value) -> dict[Value, str]:
+    """Makes those that read `value` outside of its region read the result `new`; the names to be given at the end."""
+    graph, shape, names = rewriter.graph, new.tensor.shape, {}
+    readers = region.kept[value]
+    # A view that arranges the rows as the fused operation does is that result itself.
+    views = [user for user in readers if is_row_view(user) and value.tensor.shape != shape == user.result.tensor.shape]
+    if others := [user for user in readers if user not in views]:
+        shaped = arranged(rewriter, region, new, value.tensor.shape)
+        names[shaped] = value.name
+        for user in others:
+            graph.replace_in(user, value, shaped)
+    for view in views:
+        names[new] = view.result.name
+        graph.replace(view.result, new)
+        rewriter.erase_unread(view)
+    return names
+
+
+def arranged(rewriter: Rewriter, region: Region, value: Value, shape: tuple[Size, ...]) -> Value:
+    """A tensor with the rows of the region, arranged in a shape that stands somewhere in it, in front of its place."""
+    if value.tensor.shape == shape:
+        return value
+    kind = TensorType(value.tensor.dtype, shape)
+    view = next((view for view in region.views if view.result.tensor.shape == shape), None)
+    if view is not None:
+        made = rewriter.insert("aten.reshape", value, view.args[1], types=[kind], names=[value.name])
+    else:
+        like = next(operand for operand in region.operands if operand.tensor.shape == shape)
+        made = rewriter.insert("aten.view_as", value, like, types=[kind], names=[value.name])
+    rewriter.graph.move(made, before=region.place)
+    return made.result

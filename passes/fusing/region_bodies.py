@@ -1,0 +1,119 @@
+"""The body of a region: its operations as one text, in which only what is read more than once has a name.
+
+    %h = aten.add.Tensor(%x, %r) : bf16       kept
+    %n = aten.rms_norm(%h, [256], %w)
+  ->
+    h0 = bf16(x0 + x1); bf16(h0 * rsqrt(mean(h0 * h0) + 1e-06) * x2)          keep = ["h0"]
+
+Names follow from the form of the region alone, so that equal layers of a model have equal bodies, and one kernel.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from passes.analyses.arithmetic import term_of
+from passes.fusing.regions import Region
+from qcompiler.dialects.body import OPERAND, ROUNDED, Body, Call, Expression, Name, parse
+from qcompiler.ir import DType, Op, Value
+from qcompiler.numerics.dtypes import torch_dtype
+
+ROUNDING = {dtype: name for name, dtype in ROUNDED.items()}
+
+
+def body_of(region: Region, operands: Mapping[Value, Expression], prescale: Expression | None = None) -> Body:
+    """What a region computes, given how its operands are spelled; its kept values are h0, h1, … in order.
+
+    Args:
+        region: The region.
+        operands: Operand -> an expression for it, such as x0.
+        prescale: What the result is multiplied by, without being rounded again.
+    """
+    writer = _Writer(region, operands)
+    result = writer.written()
+    return Body(tuple(writer.definitions), result if prescale is None else Call("*", (result, prescale)))
+
+
+def in_order(body: Body, vectors: Collection[str] = ()) -> tuple[Body, tuple[str, ...]]:
+    """A body whose operands x0, x1, … are numbered as they are read, vectors last; and what they were called before."""
+    read = dict.fromkeys(part.name for part in body.expressions() if isinstance(part, Name) and part.name[0] == "x")
+    before = tuple(sorted((name for name in read if OPERAND.fullmatch(name)), key=lambda name: name in vectors))
+    names: dict[str, Expression] = {name: Name(f"x{place}") for place, name in enumerate(before)}
+    definitions = tuple((name, substituted(what, names)) for name, what in body.definitions)
+    return Body(definitions, substituted(body.result, names)), before
+
+
+def kept_names(region: Region) -> tuple[str, ...]:
+    """What a body calls the kept values of its region."""
+    return tuple(f"h{place}" for place in range(len(region.kept)))
+
+
+def rounded(expression: Expression, dtype: DType) -> Expression:
+    """An expression, rounded to an element type; without a word where it is FP32, or was rounded so just now."""
+    name = ROUNDING.get(torch_dtype(dtype))
+    if name is None or (isinstance(expression, Call) and expression.function == name):
+        return expression
+    return Call(name, (expression,))
+
+
+def substituted(expression: Expression, values: Mapping[str, Expression]) -> Expression:
+    """An expression with other expressions in place of names."""
+    if isinstance(expression, Name):
+        return values.get(expression.name, expression)
+    if isinstance(expression, Call):
+        return Call(expression.function, tuple(substituted(arg, values) for arg in expression.args))
+    return expression
+
+
+class _Writer:
+    """Writes the operations of a region, in order."""
+
+    def __init__(self, region: Region, operands: Mapping[Value, Expression]) -> None:
+        self.region = region
+        self.values: dict[Value, Expression] = {}
+        self.definitions: list[tuple[str, Expression]] = []
+        self.kept = dict(zip(region.kept, kept_names(region), strict=True))
+        self.reads = self._reads()
+        for value, expression in operands.items():
+            self._bind(value, expression)
+
+    def written(self) -> Expression:
+        """The result."""
+        for op in self.region.ops:
+            self._bind(op.result, self._expression(op))
+        return self.values[self.region.source(self.region.root)]
+
+    def _bind(self, value: Value, expression: Expression) -> None:
+        name = self.kept.get(value)
+        if name is None and isinstance(expression, Call) and self.reads[value] > 1:
+            name = f"t{sum(defined[0] == 't' for defined, _ in self.definitions)}"
+        if name is not None:
+            self.definitions.append((name, expression))
+            expression = Name(name)
+        self.values[value] = expression
+
+    def _expression(self, op: Op) -> Expression:
+        template, inputs = self._template(op)
+        values = {f"x{place}": self.values[value] for place, value in enumerate(inputs)}
+        return rounded(substituted(template, values), op.result.tensor.dtype)
+
+    def _template(self, op: Op) -> tuple[Expression, list[Value]]:
+        """What an operation computes of x0, x1, …, and the values that those are."""
+        term = term_of(op)
+        if term is None:
+            raise ValueError(f"{op.name} stands in a region, but is no term")
+        return parse(term.text).result, [self.region.source(value) for value in term.inputs]
+
+    def _reads(self) -> Counter[Value]:
+        """How often each value is read in the body."""
+        reads = Counter([self.region.source(self.region.root)])
+        for op in self.region.ops:
+            template, inputs = self._template(op)
+            reads.update(inputs[int(name[1:])] for name in _operands(template))
+        return reads
+
+
+def _operands(expression: Expression) -> list[str]:
+    """The operands in an expression, as often as they stand there."""
+    if isinstance(expression, Name):
+        return [expression.name] if OPERAND.fullmatch(expression.name) else []
+    return [name for arg in expression.args for name in _operands(arg)] if isinstance(expression, Call) else []

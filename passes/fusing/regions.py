@@ -1,0 +1,267 @@
+"""Regions: the arithmetic behind one value, as far upstream as a body can say it and a fused operation can do it.
+
+    %h = aten.add.Tensor(%x, %r)                     %h is read elsewhere, too
+    %n = aten.rms_norm(%h, [256], %w)          ->    the region of %n: operands %x, %r, %w; %h is kept
+    %q, %s = kernel.quantize(%n)
+
+A region is grown from its root, readers before operands. A value that is read outside of it is a further result of the
+fused operation, which keeps it, or else an operand. Where that breaks a rule, growing begins anew and stops earlier.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from passes.analyses.arithmetic import is_row_view, same_numbers, term_of
+from qcompiler.dialects.body import parse
+from qcompiler.ir import Graph, Missed, Op, Size, Value
+
+LONGEST_ROW = 16384
+"""Columns that one program of a kernel can reduce."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a region may have.
+
+    Attributes:
+        operands: How many operands.
+        kept: How many values that are read outside of it.
+        across: Whether reductions over a row.
+        views: Whether the rows of its values may be arranged in several ways.
+    """
+
+    operands: int = 6
+    kept: int = 2
+    across: bool = True
+    views: bool = True
+
+
+@dataclass(frozen=True)
+class Region:
+    """Operations that one fused operation can take the place of.
+
+    Attributes:
+        root: What it computes.
+        ops: Those that compute something, in order.
+        inside: Those, and what only widens a value or arranges its rows, unless it is read elsewhere.
+        operands: What it reads: tensors with the rows of the root, and vectors with one number a column.
+        kept: Its values that are read elsewhere, in order, and by whom; but for the root that is its only result.
+        views: Operations that arrange rows anew on the way; some are read elsewhere, and stay.
+        place: The fused operation can stand in front of this one: behind are all readers of what it computes.
+        late: What its operands need of what stands behind `place`, in order.
+    """
+
+    root: Value
+    ops: tuple[Op, ...]
+    inside: frozenset[Op]
+    operands: tuple[Value, ...]
+    kept: Mapping[Value, tuple[Op, ...]]
+    views: tuple[Op, ...]
+    place: Op
+    late: tuple[Op, ...]
+
+    @property
+    def across(self) -> bool:
+        """Whether a column of its root depends on a whole row."""
+        return any(parse(term.text).across for op in self.ops if (term := term_of(op)) is not None)
+
+    def source(self, value: Value) -> Value:
+        """The operand, or the result of one of the operations, that has the numbers of `value`."""
+        return _source(value, self.operands)
+
+
+def grow(
+    graph: Graph,
+    root: Value,
+    limits: Limits,
+    reader: Op | None = None,
+    stops: Iterable[Value] = (),
+) -> Region | Missed:
+    """The largest region that ends in `root` and breaks no rule, or why there is none.
+
+    Args:
+        graph: Where it stands.
+        root: What it computes.
+        limits: What it may have.
+        reader: The operation that is fused with it, which others that read the root are not. Without one, the root is
+            the result of the fused operation.
+        stops: Values that are operands in any case.
+    """
+    columns = root.tensor.shape[-1] if root.tensor.shape else 0
+    if not isinstance(columns, int):
+        return Missed(f"the length of its rows is not fixed ({columns})", root)
+    stopped = set(stops)
+    first: Missed | None = None
+    while True:
+        attempt = _Attempt(graph, root, limits, reader, stopped)
+        outcome = attempt.outcome()
+        if isinstance(outcome, Region):
+            return outcome
+        stop, why = outcome
+        first = first or why
+        if stop is None or stop is attempt.head:
+            return first
+        stopped.add(stop)
+
+
+def _source(value: Value, operands: Sequence[Value]) -> Value:
+    while value not in operands and (source := same_numbers(value.op)) is not None:
+        value = source
+    return value
+
+
+Broken = tuple[Value | None, Missed]
+"""Where to stop in order to keep a rule, None where that is no use, and how it was broken."""
+
+
+class _Attempt:
+    """A region that has been grown for given stops, which may break rules."""
+
+    def __init__(self, graph: Graph, root: Value, limits: Limits, reader: Op | None, stopped: set[Value]) -> None:
+        self.graph, self.root, self.limits, self.reader, self.stopped = graph, root, limits, reader, stopped
+        self.columns: Size = root.tensor.shape[-1]
+        self.inside: set[Op] = set() if reader is None else {reader}
+        """What reads the region without being elsewhere."""
+        self.ops: list[Op] = []
+        self.operands: list[Value] = []
+        self.kept: list[Value] = []
+        self.views: list[Op] = []
+        self.head = root
+        """The root, but for what only arranges its rows or widens it."""
+        self._grow()
+
+    # Growing
+
+    def _grow(self) -> None:
+        pending, seen = [self._key(self.root)], {self.root}
+        while pending:
+            value = heapq.heappop(pending)[-1]
+            for more in self._take(value):
+                if more not in seen:
+                    seen.add(more)
+                    heapq.heappush(pending, self._key(more))
+
+    def _key(self, value: Value) -> tuple[float, int, Value]:
+        return -self.graph.rank(value.op), value.index, value
+
+    def _take(self, value: Value) -> tuple[Value, ...]:
+        """Puts a value into the region, whose readers there are known, or makes it an operand; what it reads there."""
+        op, elsewhere = value.op, self._elsewhere(value)
+        source = None if value in self.stopped else same_numbers(op)
+        if source is not None and (self.limits.views or not is_row_view(op)):
+            self.inside |= set() if elsewhere else {op}
+            self.views += [op] if is_row_view(op) else []
+            self.head = source if value is self.head else self.head
+            return (source,)
+        term = None if value in self.stopped or self.graph.is_constant(value) else term_of(op)
+        is_kept = bool(elsewhere) and (self.reader is not None or value is not self.head)
+        if term is None or (parse(term.text).across and self._why_not_across()) or (is_kept and not self.limits.kept):
+            self.operands.append(value)
+            return ()
+        self.kept += [value] if is_kept else []
+        self.inside.add(op)
+        self.ops.append(op)
+        return term.inputs
+
+    def _elsewhere(self, value: Value) -> list[Op]:
+        return [user for user in self.graph.users(value) if user not in self.inside]
+
+    def _why_not_across(self) -> Missed | None:
+        if not self.limits.across:
+            return Missed("a reduction over the row computes it", self.head)
+        if isinstance(self.columns, int) and self.columns > LONGEST_ROW:
+            return Missed(f"its rows have {self.columns} columns, and those of a reduction {LONGEST_ROW} at most")
+        return None
+
+    # Rules
+
+    def outcome(self) -> Region | Broken:
+        """The region; or where growing should stop, and why."""
+        if not self.ops:
+            return None, self._why_nothing()
+        return self._broken_by_shapes() or self._broken_by_numbers() or self._placed()
+
+    def _why_nothing(self) -> Missed:
+        op = self.head.op
+        if self.graph.is_constant(self.head):
+            return Missed("it is constant", self.head)
+        if term_of(op) is None:
+            return Missed(f"what computes it is no arithmetic on rows: {op.name}", self.head)
+        if (why := self._why_not_across()) is not None:
+            return why
+        return Missed("it is read elsewhere", self.head)
+
+    def _broken_by_shapes(self) -> Broken | None:
+        vector = (self.columns,)
+        for value in self.operands:
+            if value.tensor.shape != vector and not self._is_full(value):
+                return self._reader_of(value), Missed("one number a row can be no operand", value)
+        for value in self.kept:
+            if not self._is_full(value):
+                return value, Missed("one number a row is read elsewhere", value)
+            if not self._can_arrange_as(value.tensor.shape):
+                return value, Missed("it is read elsewhere, with rows arranged as nothing shows", value)
+        if all(value.tensor.shape == vector != self.root.tensor.shape for value in self.operands):
+            return None, Missed("none of its operands has as many rows")
+        return None
+
+    def _is_full(self, value: Value) -> bool:
+        kind = value.tensor
+        return kind.shape[-1:] == (self.columns,) and kind.elements == self.root.tensor.elements
+
+    def _reader_of(self, value: Value) -> Value:
+        """The first result that is computed from an operand."""
+        readers = [
+            op for op in self.ops if any(_source(operand, self.operands) is value for _, operand in op.operands())
+        ]
+        return min(readers, key=self.graph.rank).result
+
+    def _can_arrange_as(self, shape: tuple[Size, ...]) -> bool:
+        """Whether a tensor can be given a shape: it is the root's, or that of a view or of an operand."""
+        return shape in (value.tensor.shape for value in (self.root, *self.operands, *(op.result for op in self.views)))
+
+    def _broken_by_numbers(self) -> Broken | None:
+        limits = self.limits
+        if len(self.kept) > limits.kept:
+            first = min(self.kept, key=lambda value: self.graph.rank(value.op))
+            return first, Missed(f"it would keep {len(self.kept)} values that are read elsewhere, of {limits.kept}")
+        if len(self.operands) > limits.operands:
+            inner = [op for op in self.ops if op.result is not self.head and self._is_full(op.result)]
+            stop = min(inner, key=self.graph.rank).result if inner else None
+            return stop, Missed(f"it would read {len(self.operands)} tensors, of {limits.operands} at most")
+        return None
+
+    # Order
+
+    def _placed(self) -> Region | Broken:
+        """The region, where it fits between what it reads and what reads it."""
+        rank = self.graph.rank
+        kept = {value: tuple(self._elsewhere(value)) for value in sorted(self.kept, key=lambda value: rank(value.op))}
+        readers = [(reader, value) for value in kept for reader in kept[value]]
+        end = self.root.op if self.reader is None else self.reader
+        place, early = min(((end, None), *readers), key=lambda pair: rank(pair[0]))
+        # The reader has operands of its own, and views are made anew from the sizes that they have.
+        sizes = [value for op in self.views for path, value in op.operands() if path[0] != 0]
+        own = [value for _, value in end.operands() if value is not self.root]
+        late = self._behind([*self.operands, *sizes, *own], place)
+        for op in late:
+            if cycle := next((value for _, value in op.operands() if value in kept), None):
+                return cycle, Missed("it would need something that is computed from it", cycle)
+            if op.effects.ordered:
+                return early, Missed(f"{op.name} stands between, which must not be moved", op.results[0])
+        return Region(
+            self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), kept,
+            tuple(self.views), place, tuple(sorted(late, key=rank)),
+        )  # fmt: skip
+
+    def _behind(self, values: Iterable[Value], place: Op) -> list[Op]:
+        """The operations behind `place`, it included, that values are computed from."""
+        found: set[Op] = set()
+        stack = [value.op for value in values]
+        while stack:
+            op = stack.pop()
+            if op not in found and self.graph.rank(op) >= self.graph.rank(place):
+                found.add(op)
+                stack += [operand.op for _, operand in op.operands()]
+        return list(found)

@@ -1,0 +1,1 @@
+"""From the `quant` dialect to the `kernel` dialect."""

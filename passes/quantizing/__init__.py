@@ -1,0 +1,1 @@
+"""Passes that insert quantization and fold it into weights."""

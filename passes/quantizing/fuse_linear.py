@@ -1,0 +1,87 @@
+"""Fuses dequantize, dequantize and matmul to one operation that never stores what it dequantized.
+
+    %x_dq = quant.dequantize(%x_q, %x_s)
+    %w_dq = quant.dequantize(%w_q, %w_s)
+    %y_f32 = aten.linear(%x_dq, %w_dq, %b_f32)
+    %y = aten._to_copy(%y_f32) {dtype = bf16}
+  ->
+    %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %b) {out_dtype = bf16, …}
+
+A cast behind the matmul goes in only when nobody else reads the FP32 result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
+from qcompiler.pass_manager.pipeline import Effect, Pass
+
+NOT_QUANTIZED = Missed("none of its operands is quantized")
+OUTPUTS = (DType.bf16, DType.f16)
+"""Element types that the fused operation rounds to by itself."""
+
+
+class DequantizeThenLinear(Rule):
+    """linear(dequantize(x, xs), dequantize(w, ws), b)  ->  linear(x, xs, w, ws, b), with the cast behind it, if any"""
+
+    root = ("aten.linear",)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        x, w, bias = op["input"].op, op["weight"].op, op.get("bias")
+        plain = [value for value in (op["input"], op["weight"]) if value.op.role is not Role.DEQUANTIZE]
+        if plain:
+            return NOT_QUANTIZED if len(plain) == 2 else Missed("one of its operands is not quantized", plain[0])
+        for value in (op["input"], op["weight"], op.result):
+            if value.tensor.dtype is not DType.f32:
+                return Missed(f"it multiplies in {value.tensor.dtype}, not in f32", value)
+        if len(w.result.tensor.shape) != 2:
+            return Missed("its weight is no matrix", w.result)
+        if bias is not None and bias.tensor.shape != w.result.tensor.shape[:1]:
+            return Missed("its bias is not one number for each column", bias)
+        return {"x": x, "w": w, "bias": _before_cast(bias), "last": _cast_behind(op, graph) or op}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Op, w: Op, bias: Value | None, last: Op, **_: Any) -> None:
+        args: list[Argument] = [x["data"], x["scale"], w["data"], w["scale"], bias]
+        args += [x.get("tensor_scale"), w.get("tensor_scale")]
+        while args[-1] is None:
+            args.pop()
+        attrs: dict[str, Argument] = {"out_dtype": last.result.tensor.dtype}
+        attrs |= {"w_format": w.format(), "x_format": x.format()}
+        fused = rewriter.insert("quant.linear", *args, attrs=attrs)
+        read = [op, *(value.op for _, value in op.operands())]
+        rewriter.replace(last, fused.result)
+        for unread in read:
+            rewriter.erase_unread(unread)
+
+
+def _before_cast(bias: Value | None) -> Value | None:
+    """The bias in its own element type: the fused operation widens it to FP32 by itself."""
+    if bias is not None and bias.op.name == "aten._to_copy" and bias.op.attrs == {"dtype": DType.f32}:
+        source = bias.op["self"]
+        return source if source.tensor.dtype in OUTPUTS else bias
+    return bias
+
+
+def _cast_behind(op: Op, graph: Graph) -> Op | None:
+    """The only reader of a linear, when it does nothing but round to a narrower element type."""
+    users = graph.users(op.result)
+    if len(users) == 1 and users[0].name == "aten._to_copy" and users[0].attrs.get("dtype") in OUTPUTS:
+        return users[0] if len(users[0].attrs) == 1 else None
+    return None
+
+
+@dataclass(frozen=True)
+class FuseLinear(Pass):
+    """dequantize · dequantize · linear  ->  quant.linear."""
+
+    name: ClassVar[str] = "fuse-linear"
+    effect: ClassVar[Effect] = Effect.REORDERS
+
+    def rules(self) -> Sequence[Rule]:
+        """One rule."""
+        return (DequantizeThenLinear(),)
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """A linear without a quantized operand needs no reason: it is none of this pass's business."""
+        return {name: why for name, why in super().explain(graph).items() if why != str(NOT_QUANTIZED)}

@@ -1,0 +1,78 @@
+"""The options that the passes of one scheme share: what is quantized, in which formats, by which scales."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from passes.analyses.candidates import is_stored_quantized, why_not_quantized
+from passes.analyses.layers import EVERYTHING, check_patterns, naming_pattern, why_not_selected
+from qcompiler.errors import PassError
+from qcompiler.ir import ALL, Format, Graph, Missed, Op, Value
+from qcompiler.ir.formats import FP8_ROW
+from qcompiler.pass_manager.pipeline import Pass
+
+Observer = Literal["absmax", "minmax", "moving_average", "percentile", "mse"]
+"""How a static scale is made from what calibration has seen; see `qcompiler.calibration`."""
+
+
+@dataclass(frozen=True)
+class SchemeOptions(Pass):
+    """The common part of passes that quantize linears, or prepare that.
+
+    Attributes:
+        x_format: The format of activations.
+        w_format: The format of weights.
+        static: Whether the activation has one scale, which calibration has found, in place of one in each call.
+        observer: How calibration makes a static scale.
+        percentile: For the observer of that name: how many percent of the magnitudes are not clipped.
+        layers: Patterns for names of weights: which linears it is about, and which are named (see `analyses.layers`).
+    """
+
+    x_format: Format = FP8_ROW
+    w_format: Format = FP8_ROW
+    static: bool = False
+    observer: Observer = "absmax"
+    percentile: float = 99.99
+    layers: tuple[str, ...] = EVERYTHING
+
+    def __post_init__(self) -> None:
+        """PassError for blocks that no pass makes, and for options that contradict each other."""
+        super().__post_init__()
+        for block in (self.x_format.block, self.w_format.block):
+            if any(size > 0 and size & (size - 1) for size in block):
+                need = f"powers of two, or {ALL} for the whole axis"
+                raise PassError(f"a block of pass '{self.name}' has an unsupported size", got=list(block), need=need)
+        if self.static and (self.x_format.block != (ALL, ALL) or self.x_format.tensor_scale):
+            need = "a format with one scale for the tensor, such as #fp8_tensor"
+            raise PassError("only a scale for the whole tensor can be static", got=self.x_format, need=need)
+        if not 0 < self.percentile <= 100:
+            raise PassError("a percentile lies above 0 and up to 100", got=self.percentile)
+
+    def check_layers(self, graph: Graph) -> None:
+        """PassError for a pattern of `layers` that matches nothing."""
+        check_patterns(self.layers, graph)
+
+    def why_not(self, op: Op, graph: Graph) -> Missed | None:
+        """Why this scheme leaves a reader of weights alone; None when it quantizes it."""
+        why = why_not_quantized(op, graph)
+        if why is None:
+            why = why_not_selected(self.layers, op, graph)
+        elif self.naming_pattern(op, graph) is not None:
+            why = why_not_quantized(op, graph, named=True)
+        return why or self.why_not_stored(op["weight"]) or self.why_not_packed(op["weight"])
+
+    def naming_pattern(self, op: Op, graph: Graph) -> str | None:
+        """The pattern of `layers` that names the layer of a matmul; None if there is none."""
+        return naming_pattern(self.layers, op, graph)
+
+    def why_not_stored(self, w: Value) -> Missed | None:
+        """Why a weight that is there as codes and scales cannot be multiplied as they are; None for any other."""
+        if not is_stored_quantized(w):
+            return None
+        if (stored := w.op.format()).decodes_like(self.w_format):
+            return None
+        return Missed(f"its weight is stored as {stored}, and this scheme has {self.w_format}", w.op["data"])
+
+    def why_not_packed(self, w: Value) -> Missed | None:
+        """Why codes of less than 8 bits cannot be packed along the columns of a weight; None if they can."""
+        why = self.w_format.why_not(w.tensor.shape) or self.x_format.why_not(w.tensor.shape)
+        return Missed(why, w) if why else None

@@ -1,0 +1,60 @@
+"""One quantize for each value: readers of equal quantizations share the first of them.
+
+    %q_x, %q_s = quant.quantize(%x) {...}          %q_x, %q_s = quant.quantize(%x) {...}
+    %k_x, %k_s = quant.quantize(%x) {...}    ->    (gone: its readers read the first)
+
+After fp8-tile, which quantizes the input of each matmul on its own: q, k and v then read one quantized tensor, and two
+matmuls with one weight read one quantized weight, also when each transposes it for itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from passes.analyses.memory import leaves_the_graph
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule
+from qcompiler.pass_manager.pipeline import Effect, Pass
+
+SHAPERS = (Role.VIEW, Role.CAST)
+"""Roles of operations between a weight and its quantize."""
+
+
+class ShareTwin(Rule):
+    """op(x) {a}; op(x) {a}  ->  op(x) {a}, for what quantizes or dequantizes, and for what prepares a weight"""
+
+    root = (Role.QUANTIZE, Role.DEQUANTIZE, *SHAPERS)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        source = op["data" if op.role is Role.DEQUANTIZE else "x"]
+        if not op.effects.repeatable:
+            return Missed("two of it may give different results")
+        if op.role in SHAPERS and not graph.is_constant(op.results[0]):
+            return Missed("it prepares no weight", source)
+        for other in graph.users(source):
+            if other is op:
+                return Missed("it is the first of its kind")
+            if (other.name, other.args, other.attrs) == (op.name, op.args, op.attrs):
+                pairs = zip(op.results, other.results, strict=True)
+                if any(leaves_the_graph(graph, ours) and leaves_the_graph(graph, theirs) for ours, theirs in pairs):
+                    return Missed("two outputs would be one tensor", other.results[0])
+                return {"twin": other}
+        return Missed("no other operation computes the same")
+
+    def rewrite(self, op: Op, rewriter: Rewriter, twin: Op, **_: Any) -> None:
+        rewriter.replace(op, *twin.results, keep_names=False)
+
+
+@dataclass(frozen=True)
+class ShareQuantize(Pass):
+    """Equal quantizations of one value  ->  one."""
+
+    name: ClassVar[str] = "share-quantize"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def rules(self) -> Sequence[Rule]:
+        """One rule."""
+        return (ShareTwin(),)
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """Nothing: that a value has one quantization is the aim."""
+        return {}

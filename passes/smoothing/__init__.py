@@ -1,0 +1,1 @@
+"""SmoothQuant: scales of channels, and their fold into what makes the activation."""

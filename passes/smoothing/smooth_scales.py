@@ -1,0 +1,174 @@
+"""The scales of SmoothQuant: by the formula, by search, or learned; and the error that they are judged by.
+
+    s = max|X|^alpha / max|W|^(1 - alpha)          for each input channel, over all weights that read the activation
+
+Source of the formula: Xiao et al., SmoothQuant, 2023, equation 4. Search and learning look for the scale with the least
+error of the group's outputs, quantized as the scheme will quantize them, on a sample of real rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from passes.quantizing.scheme_options import SchemeOptions
+from qcompiler import numerics
+from qcompiler.errors import PassError
+from qcompiler.ir import ALL, DType, Format
+
+Alpha = float | Literal["search", "learn"]
+
+BOUNDS = (1e-4, 1e4)
+"""A scale beyond these would leave the range of the weights' element types. They are relative: see `_bounded`."""
+
+ALPHAS = tuple(step / 20 for step in range(21))
+"""What a search tries, besides not smoothing at all."""
+
+STEPS, RATE = 60, 0.05
+"""Steps of gradient descent on log s, and their size."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear of the group that will be quantized.
+
+    Attributes:
+        weight: FP32 `[N, K]`, before smoothing.
+        labels: i64 `[K]`: which channel of the group each of its inputs is; -1 where it is none, and is not scaled.
+        rows: A sample of its input, FP32 `[rows, K]`; None where there is none.
+        absmax: The largest magnitudes in each channel of its input, over all that was seen, FP32 `[K]`: what one scale
+            for the tensor must cover.
+    """
+
+    weight: Tensor
+    labels: Tensor
+    rows: Tensor | None
+    absmax: Tensor
+
+    def part(self, index: int) -> "Reader":
+        """The same with every other row of the sample: with the even ones, or with the odd ones."""
+        rows = self.sample
+        return replace(self, rows=rows[index::2] if len(rows) > 1 else rows)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The outputs without quantization, FP32 `[rows, N]`."""
+        found: Tensor = self.sample @ self.weight.T
+        return found
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """A power of two of the size of the largest output, since squares of small outputs would vanish in FP32."""
+        _, exponent = torch.frexp(self.exact.abs().amax())
+        return torch.exp2(exponent.to(torch.float32) - 1)
+
+    @property
+    def sample(self) -> Tensor:
+        """The rows; PassError where there are none."""
+        if self.rows is None:
+            fix = "Put calibrate{rows=256} in front of it in the pipeline."
+            raise PassError("this needs a sample of the activations, and calibration has taken none", fix=fix)
+        return self.rows
+
+
+def largest(values: Sequence[Tensor], labels: Sequence[Tensor], classes: Tensor) -> Tensor:
+    """The largest of the magnitudes that each class of channels has, FP32 `[channels]`: tied channels share theirs.
+
+    Args:
+        values: One FP32 vector of magnitudes a reader.
+        labels: Which channel each of them belongs to; -1 for none.
+        classes: i64 `[channels]`: channels of one class must have one scale.
+    """
+    found = torch.zeros(len(classes), dtype=torch.float32, device=classes.device)
+    for magnitudes, channels in zip(values, labels, strict=True):
+        known = channels >= 0
+        found = found.scatter_reduce(0, classes[channels[known]], magnitudes.to(found)[known], "amax")
+    return found[classes]
+
+
+def by_formula(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
+    """The scale of each channel; 1 where the activation or the weight is zero. FP32, finite, within `BOUNDS`."""
+    known = (x_max > 0) & (w_max > 0)
+    scale = torch.ones_like(x_max)
+    scale[known] = _bounded(x_max[known].pow(alpha) / w_max[known].pow(1 - alpha))
+    return scale
+
+
+def _bounded(scale: Tensor) -> Tensor:
+    """Scales within `BOUNDS`; if some are not, all are divided by one power of two before they are clamped.
+
+    This makes the median about 1. A factor that all channels share changes nothing that quantization loses, and without
+    it very small or large activations would all get the same scale, a bound.
+    """
+    if not scale.numel() or bool(((scale >= BOUNDS[0]) & (scale <= BOUNDS[1])).all()):
+        return scale
+    exponent = scale.clamp(2.0**-126, 2.0**126).log2().median().round()
+    return (scale / exponent.exp2()).clamp(*BOUNDS)
+
+
+def to_powers_of_two(scale: Tensor) -> Tensor:
+    """The nearest power of two, by its logarithm."""
+    return torch.exp2(scale.log2().round())
+
+
+def by_search(x_max: Tensor, w_max: Tensor, readers: Sequence[Reader], options: SchemeOptions, pow2: bool) -> Tensor:
+    """The scale among those of `ALPHAS`, and ones, that has the least error."""
+    found = [by_formula(x_max, w_max, alpha) for alpha in ALPHAS]
+    candidates = [torch.ones_like(x_max), *([to_powers_of_two(scale) for scale in found] if pow2 else found)]
+    return min(candidates, key=lambda scale: output_error(scale, readers, options))
+
+
+def by_learning(start: Tensor, classes: Tensor, readers: Sequence[Reader], options: SchemeOptions) -> Tensor:
+    """The best scale on the way of gradient descent on log s, one number a class, from `start`.
+
+    The codes pass gradients straight through; the scales of blocks are differentiated as they are.
+    """
+    ones = torch.zeros_like(start).scatter_reduce(0, classes, torch.ones_like(start), "sum").clamp_min(1)
+    log_scale = torch.zeros_like(start).scatter_reduce(0, classes, start.log(), "sum").div_(ones)
+    log_scale.requires_grad_()
+    optimizer = torch.optim.Adam([log_scale], RATE)
+    best, least = start, output_error(start, readers, options)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = torch.stack([_loss(log_scale[classes].exp(), reader, options) for reader in readers]).sum()
+            if float(loss.detach()) < least:
+                best, least = log_scale.detach()[classes].exp().clamp(*BOUNDS), float(loss.detach())
+            loss.backward()
+            optimizer.step()
+    return best
+
+
+def output_error(scale: Tensor, readers: Sequence[Reader], options: SchemeOptions) -> float:
+    """The squared error of the quantized outputs over the squared outputs, summed over the readers."""
+    with torch.no_grad():
+        return sum(float(_loss(scale, reader, options)) for reader in readers)
+
+
+def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
+    rows, weight = reader.sample, reader.weight
+    own = torch.where(reader.labels < 0, 1.0, scale[reader.labels.clamp(min=0)])
+    # What one scale for the tensor must cover is not in the sample, but in all that was seen.
+    top = (reader.absmax / own).amax() if options.x_format.block == (ALL, ALL) else None
+    x, w = _quantized(rows / own, options.x_format, top), _quantized(weight * own, options.w_format)
+    signal = (reader.exact / reader.unit).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((x @ w.T - reader.exact) / reader.unit).square().sum() / signal
+
+
+def _quantized(x: Tensor, format: Format, top: Tensor | None = None) -> Tensor:
+    """`x` after quantization, in FP32; by the one scale for that largest magnitude, where it is given."""
+    tensor_scale: list[Tensor] = []
+    if top is None:
+        codes, scale, *tensor_scale = numerics.quantize(x, format)
+    else:
+        scale = numerics.scale_of(top, format).reshape(numerics.scale_shape(x.shape, format.block))
+        codes = numerics.quantize_static(x, scale, format)
+    with torch.no_grad():
+        values = numerics.decode(codes, format)
+    full = numerics.in_full(scale, *tensor_scale)
+    each = numerics.dequantize(torch.ones_like(values, dtype=torch.int8), full, format=Format(DType.i8, format.block))
+    found: Tensor = x + each * (values - x / each).detach() if x.requires_grad else values * each
+    return found

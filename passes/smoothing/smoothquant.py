@@ -1,0 +1,242 @@
+"""SmoothQuant: scales the channels of activations down and the columns of weights up, before anything is quantized.
+
+    %n = aten.rms_norm(%h, [256], %gain, 1e-6)          %g = gain · (1 / s)
+    %y = aten.linear(%n, %w)                     ->     %n = aten.rms_norm(%h, [256], %g, 1e-6)
+                                                        %w_s = w · s
+                                                        %y = aten.linear(%n, %w_s)
+
+A group is an activation with all that reads it, found in the dataflow (`analyses.channel_scale`). Where what makes the
+activation can take 1/s, it is folded in, and every reader is compensated, quantized or not. Where it cannot, the
+quantized readers get the activation multiplied by 1/s, which fuse-prescale then takes into their quantization. Which
+of the two it is, and why, is remarked on each linear.
+
+Source of the method: Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models, ICML 2023.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from passes.analyses.candidates import NOT_CANDIDATES, is_stored_quantized
+from passes.analyses.channel_labels import last_axis
+from passes.analyses.channel_scale import Region, solve
+from passes.analyses.constants import new_parameter, times
+from passes.quantizing.calibrate import calibration_of, statistics_of
+from passes.quantizing.scheme_options import SchemeOptions
+from passes.smoothing.scale_fold import fold, spread
+from passes.smoothing.smooth_scales import (
+    Alpha,
+    Reader,
+    by_formula,
+    by_learning,
+    by_search,
+    largest,
+    output_error,
+    to_powers_of_two,
+)
+from qcompiler.calibration import Statistics
+from qcompiler.errors import PassError
+from qcompiler.interpreter import evaluate
+from qcompiler.ir import Graph, Missed, Op, Rewriter, Value
+from qcompiler.pass_manager.pipeline import Effect
+
+
+@dataclass(frozen=True)
+class Group:
+    """An activation, and what reads it.
+
+    Attributes:
+        value: The activation that was asked about.
+        region: All that must be scaled together, when 1/s can be folded in; else why it cannot.
+        quantized: The linears that the scheme quantizes, with the channel that each of their inputs is.
+        others: The linears that are compensated only.
+    """
+
+    value: Value
+    region: Region | Missed
+    quantized: Mapping[Op, Tensor]
+    others: Mapping[Op, Tensor]
+
+
+@dataclass(frozen=True)
+class SmoothQuant(SchemeOptions):
+    """linear(norm(h, g), w)  ->  linear(norm(h, g / s), w · s).
+
+    Attributes:
+        alpha: How much of an activation's outliers goes into the weights, from 0 to 1; "search" takes the best of a
+            few for each group, "learn" goes on from there by gradient descent on log s.
+        pow2: Whether s is rounded to powers of two; folding is then exact, bit for bit, barring over- and underflow.
+        min_gain: Leaves a group alone unless smoothing makes its error smaller by this part, measured on rows that the
+            choice of s has not seen; None smooths unasked.
+        prescale: Whether to multiply in front of the quantization where 1/s cannot be folded in.
+    """
+
+    name: ClassVar[str] = "smoothquant"
+    effect: ClassVar[Effect] = Effect.REORDERS
+
+    alpha: Alpha = 0.5
+    pow2: bool = False
+    min_gain: float | None = None
+    prescale: bool = True
+
+    def __post_init__(self) -> None:
+        """PassError for an alpha beyond 0 to 1. Powers of two make the pass exact, which it then declares."""
+        super().__post_init__()
+        if isinstance(self.alpha, float) and not 0 <= self.alpha <= 1:
+            raise PassError("option 'alpha' of pass 'smoothquant' is out of range", got=self.alpha, need="0 to 1")
+        if self.pow2:
+            object.__setattr__(self, "effect", Effect.EXACT)
+
+    def why_not_stored(self, w: Value) -> Missed | None:
+        """A weight that is there as codes and scales takes in no factor."""
+        if is_stored_quantized(w):
+            return Missed("its weight is stored quantized, and smoothing would quantize it anew", w)
+        return None
+
+    def run(self, graph: Graph) -> bool:
+        """Group by group, from top to bottom."""
+        self.check_layers(graph)
+        done: set[Op] = set()
+        changed = False
+        for op in graph.ops("aten.linear"):
+            if op in done or self.why_not(op, graph):
+                continue
+            group = self.group_of(op, graph)
+            done.update(group.quantized)
+            changed |= self.smooth(group, graph)
+        return changed
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """Why linears are no candidates; what became of the others is remarked on them."""
+        reasons = {op.result.name: self.why_not(op, graph) for op in graph.ops("aten.linear")}
+        return {name: str(why) for name, why in reasons.items() if why and str(why) not in NOT_CANDIDATES}
+
+    def group_of(self, op: Op, graph: Graph) -> Group:
+        """All that is scaled with the input of `op`."""
+        value = op["input"]
+        region = solve(graph, value)
+        if isinstance(region, Region):
+            readers = {reader.op: torch.tensor(reader.labels) for reader in region.readers}
+            quantized = {op: labels for op, labels in readers.items() if self.why_not(op, graph) is None}
+            others = {op: labels for op, labels in readers.items() if op not in quantized}
+            return Group(value, region, quantized, others)
+        channels = torch.arange(int(value.tensor.shape[-1]))  # type: ignore[arg-type]  # a candidate's is fixed
+        same = [user for user in graph.users(value) if user.name == "aten.linear" and user["input"] is value]
+        return Group(value, region, {op: channels for op in same if self.why_not(op, graph) is None}, {})
+
+    def smooth(self, group: Group, graph: Graph) -> bool:
+        """Chooses the scale of a group and applies it; whether it did."""
+        folded = isinstance(group.region, Region)
+        if not folded and not self.prescale:
+            return self.remark(graph, group, f"not smoothed: {group.region}; and no prescale is wanted")
+        if all(statistics_of(graph, op["input"]).unseen for op in group.quantized):
+            return self.remark(graph, group, "not smoothed: no token came by in calibration, so its scale is neutral")
+        scale, why = self.choose(group, graph)
+        if scale is None:
+            return self.remark(graph, group, f"not smoothed: {why}")
+        stem = f"{group.value.name}.smooth"
+        if isinstance(group.region, Region):
+            self.fold_in(group.region, scale, stem, graph)
+            self.remark(graph, group, f"smoothed, {why}: 1/s is folded into {_absorbers(group.region)}")
+        else:
+            self.put_in_front(group, scale, stem, graph)
+            self.remark(graph, group, f"smoothed, {why}: 1/s is multiplied in front, since {group.region}")
+        return True
+
+    # The scale
+
+    def choose(self, group: Group, graph: Graph) -> tuple[Tensor | None, str]:
+        """The scale of a group, FP32 `[channels]`, and how it was found; None, and why there is none."""
+        weights = {op: _weight(op, graph) for op in (*group.quantized, *group.others)}
+        device = next(iter(weights.values())).device
+        size = int(group.value.tensor.shape[-1])  # type: ignore[arg-type]  # a candidate's is fixed
+        tied = group.region.classes if isinstance(group.region, Region) else range(size)
+        classes = torch.tensor(list(tied), device=device)
+        labels = {op: found.to(device) for op, found in (*group.quantized.items(), *group.others.items())}
+        seen = {op: statistics_of(graph, op["input"]) for op in group.quantized}
+        x_max = largest([seen[op].absmax for op in seen], [labels[op] for op in seen], classes)
+        w_max = largest([weights[op].abs().amax(0) for op in weights], [labels[op] for op in weights], classes)
+        readers = [
+            Reader(weights[op], labels[op], _rows(found, device), found.absmax.to(device)) for op, found in seen.items()
+        ]
+        scale, how = self.fit(x_max, w_max, classes, readers)
+        if self.min_gain is not None:
+            scale_or_none, verdict = self.judged(scale, readers)
+            return scale_or_none, f"{how}, {verdict}" if scale_or_none is not None else verdict
+        return scale, how
+
+    def fit(self, x_max: Tensor, w_max: Tensor, classes: Tensor, readers: list[Reader]) -> tuple[Tensor, str]:
+        """The scale that the options ask for, and a word on how."""
+        if isinstance(self.alpha, float):
+            scale = by_formula(x_max, w_max, self.alpha)
+            return to_powers_of_two(scale) if self.pow2 else scale, f"alpha {self.alpha:g}"
+        half = [reader.part(0) for reader in readers]
+        scale = by_search(x_max, w_max, half, self, self.pow2)
+        if self.alpha == "search":
+            return scale, "alpha by search"
+        learned = by_learning(scale, classes, half, self)
+        rounded = to_powers_of_two(learned) if self.pow2 else learned
+        return min((scale, rounded), key=lambda each: output_error(each, half, self)), "s learned"
+
+    def judged(self, scale: Tensor, readers: list[Reader]) -> tuple[Tensor | None, str]:
+        """The scale if it makes the error small enough on rows that it was not fitted to, and both errors in words."""
+        unseen = [reader.part(1) for reader in readers]
+        plain, smoothed = (output_error(each, unseen, self) ** 0.5 for each in (torch.ones_like(scale), scale))
+        words = f"error {plain:.3g} -> {smoothed:.3g}"
+        enough = smoothed < plain * (1 - (self.min_gain or 0))
+        return (scale, words) if enough else (None, f"it would not make the error smaller by enough ({words})")
+
+    # The graph
+
+    def fold_in(self, region: Region, scale: Tensor, stem: str, graph: Graph) -> None:
+        """Scales the region, and what calibration knows of its values."""
+        fold(graph, region, scale, self.name, stem)
+        known = calibration_of(graph)
+        after = {}
+        for value, labels in region.scaled.items():
+            if value.name in known.statistics and labels.size == labels.shape[-1] == value.tensor.shape[-1]:
+                factor = spread(1 / scale.cpu(), last_axis(labels, labels.shape[-1]))
+                after[value.name] = known.statistics[value.name].scaled(factor)
+        graph.calibration = known.updated(after)
+
+    def put_in_front(self, group: Group, scale: Tensor, stem: str, graph: Graph) -> None:
+        """Multiplies what the quantized readers read, and their weights."""
+        first = next(iter(group.quantized))
+        rewriter = Rewriter(graph, first, self.name)
+        x = group.value
+        down = new_parameter(rewriter, f"{stem}_inverse", 1 / scale)
+        smooth = times(rewriter, x, [down], f"{x.name}_smooth")
+        up = new_parameter(rewriter, stem, scale)
+        for op in group.quantized:
+            weight = op["weight"]
+            scaled = times(Rewriter(graph, op, self.name), weight, [up], f"{weight.name}_scaled")
+            graph.replace_in(op, op["input"], smooth)
+            graph.replace_in(op, weight, scaled)
+        known = calibration_of(graph)
+        graph.calibration = known.updated({smooth.name: known.statistics[x.name].scaled(1 / scale.cpu())})
+
+    def remark(self, graph: Graph, group: Group, text: str) -> bool:
+        """Says of each quantized linear of the group what became of it; False, for whoever did nothing else."""
+        for op in group.quantized:
+            graph.remark(op.result, text)
+        return False
+
+
+def _weight(op: Op, graph: Graph) -> Tensor:
+    """The weight of a linear as it is now, FP32."""
+    weight = op["weight"]
+    found: Tensor = evaluate(weight.op, graph)[weight.index]
+    return found.detach().to(torch.float32)
+
+
+def _rows(seen: Statistics, device: torch.device) -> Tensor | None:
+    return None if seen.sample is None else seen.sample.rows.to(device)
+
+
+def _absorbers(region: Region) -> str:
+    names = dict.fromkeys(absorber.op.result.name if absorber.op.results else "" for absorber in region.absorbers)
+    return ", ".join(f"%{name}" for name in names)

@@ -1,3 +1,0 @@
-"""Graphs for Google's Model Explorer, which draws large ones: pip install "qcompiler[explorer]"."""
-
-from qcompiler.explorer.graphs import graph_collection as graph_collection

@@ -1,0 +1,273 @@
+"""What may be watched around passes, never inside them: time, text, dumps, and the truth of what they declare."""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from qcompiler.errors import PassError
+from qcompiler.files.replacing import replacing_file
+from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph, Op, TensorType
+from qcompiler.pass_manager.pipeline import Effect, Pass, pass_class
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a pass that has run: whether it says that it changed the graph, and how long it took."""
+
+    changed: bool
+    seconds: float
+
+
+class Instrument:
+    """Called around every pass; override what is needed."""
+
+    def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
+        """Before the first pass; `inputs` are real inputs of the graph, where there are any."""
+
+    def before(self, step: Pass, graph: Graph) -> None:
+        """Before each pass."""
+
+    def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
+        """After each pass, once its graph has been verified."""
+
+    def end(self, graph: Graph) -> None:
+        """After the last pass."""
+
+
+class TimePasses(Instrument):
+    """Collects (pass, milliseconds, changed); `str` is a table, which is printed to `file` at the end, if given.
+
+    Only the pass itself is timed: neither the verifier nor other instruments.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self.rows: list[tuple[str, float, bool]] = []
+        self.file = file
+
+    def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
+        """Starts a new table."""
+        self.rows = []
+
+    def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
+        """Adds a row."""
+        self.rows.append((str(step), 1e3 * outcome.seconds, outcome.changed))
+
+    def end(self, graph: Graph) -> None:
+        """Prints the table."""
+        if self.file is not None:
+            print(self, file=self.file)
+
+    def __str__(self) -> str:
+        total = sum(ms for _, ms, _ in self.rows)
+        rows = [f"{ms:10.1f} ms  {'changed' if changed else '-':8} {name}" for name, ms, changed in self.rows]
+        return "\n".join([*rows, f"{total:10.1f} ms  {'':8} total"])
+
+
+class PrintAfter(Instrument):
+    """Prints the graph after the passes called `names`, or after "all" of them; PassError for an unknown name."""
+
+    def __init__(self, *names: str, file: TextIO | None = None) -> None:
+        self.names, self.file = names, file
+        for name in names:
+            if name != "all":
+                pass_class(name)
+
+    def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
+        """Prints, when the pass is one of them."""
+        if "all" in self.names or step.name in self.names:
+            print(f"// ----- after {step} -----\n{graph}", file=self.file or sys.stderr)
+
+
+class Dump(Instrument):
+    """Writes `00_captured.qir`, `01_canonicalize.qir`, … to a folder; files of that form from an earlier run go."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._count = 0
+
+    def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
+        """Writes the graph as captured."""
+        self._count = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.qir"):
+                if re.fullmatch(r"\d\d+_[\w-]+", path.stem):
+                    path.unlink()
+        except OSError as error:
+            raise self._failed(error) from error
+        self._write("captured", graph)
+
+    def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
+        """Writes the graph as the pass left it."""
+        self._write(step.name, graph)
+
+    def _write(self, name: str, graph: Graph) -> None:
+        path = self.folder / f"{self._count:02}_{name}.qir"
+        try:
+            with replacing_file(path) as partial:
+                partial.write_text(f"{graph}\n", encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from error
+        self._count += 1
+
+    def _failed(self, error: OSError) -> PassError:
+        return PassError("graphs cannot be dumped", got=error, need=f"a folder at {self.folder} that can be written")
+
+
+class CheckChanged(Instrument):
+    """Holds each pass to what it says about having changed the graph."""
+
+    def before(self, step: Pass, graph: Graph) -> None:
+        """Remembers the text."""
+        self._text = str(graph)
+
+    def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
+        """Compares; PassError when the pass told a lie."""
+        if outcome.changed != (str(graph) != self._text):
+            lie = "it changed the graph, but the text is the same"
+            raise PassError(
+                f"pass '{step}' says that {lie if outcome.changed else 'it changed nothing, but the text differs'}",
+                fix="Return whether the graph changed from run(); apply_rules() knows.",
+            )
+
+
+TOLERANCE = {
+    torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2,
+    torch.float8_e4m3fn: 6e-2, torch.float8_e5m2: 0.12,
+}  # fmt: skip
+"""Largest relative error (norm of the difference over norm) that reordering may cause, by the element type."""
+
+
+class Validate(Instrument):
+    """Runs the graph before and after each pass on real inputs, and holds the pass to its declared effect.
+
+    `errors` has the worst relative error that each pass has added to an output. While a pass runs, the weights that it
+    lets go are still held here; intermediate values are only kept when an error is to be explained.
+    """
+
+    def __init__(self) -> None:
+        self.errors: dict[str, float] = {}
+
+    def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
+        """Runs the captured graph."""
+        if inputs is None and graph.inputs:
+            raise PassError("the validate instrument needs real inputs", fix="Give example_inputs to compile().")
+        self.inputs = list(inputs or ())
+        self.errors = {}
+        self._old = _run(graph, self.inputs)
+
+    def before(self, step: Pass, graph: Graph) -> None:
+        """Keeps the graph, in case that the pass does not keep its word."""
+        self._graph = graph.clone()
+
+    def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
+        """Runs the graph again; PassError names the pass and the first operation that differs by too much."""
+        limit = {Effect.EXACT: None, Effect.REORDERS: step.budget, Effect.LOSSY: step.budget}[step.effect]
+        new = _run(graph, self.inputs)
+        if missing := sorted(self._old.keys() ^ new.keys()):
+            got = f"{missing[0]} is {'gone' if missing[0] in self._old else 'new'}"
+            raise PassError(
+                f"pass '{step}' changes what the graph yields", got=got, need="the same outputs and updates"
+            )
+        for name, old in self._old.items():
+            if not within(old, new[name], limit):
+                raise PassError(
+                    f"pass '{step}' does not keep its word: it declares '{step.effect.value}'",
+                    got=f"{_deviation(old, new[name])} in {name}",
+                    need="equal bits" if limit is None else f"at most {allowed(old, limit):.3g}",
+                    where=f"{self._first(graph, limit) or name}, the first operation that differs",
+                )
+        worst = max((relative_error(old, new[name]) for name, old in self._old.items()), default=0.0)
+        self.errors[step.name] = max(worst, self.errors.get(step.name, 0.0))
+        self._old = new
+        del self._graph
+
+    def _first(self, graph: Graph, limit: float | None) -> str | None:
+        """The first operation whose result differs from that of the same name before the pass."""
+        values: dict[str, Any] = {}
+        found: list[str] = []
+
+        def keep(op: Op, results: tuple[Any, ...]) -> None:
+            values.update((value.name, out) for value, out in zip(op.results, results, strict=True))
+
+        def compare(op: Op, results: tuple[Any, ...]) -> None:
+            for value, new in zip(op.results, results, strict=True):
+                if not found and value.name in values and not within(values[value.name], new, limit):
+                    line = f" at {op.loc.file}:{op.loc.line}" if op.loc.file else ""
+                    found.append(f"{value} = {op.name}{line}")
+
+        _run(self._graph, self.inputs, keep)
+        _run(graph, self.inputs, compare)
+        return found[0] if found else None
+
+
+def _run(graph: Graph, inputs: Sequence[Any], observe: Any = None) -> dict[str, Any]:
+    """What a graph yields: outputs and updates by name, always from the same random numbers."""
+    updates: dict[str, torch.Tensor] = {}
+    devices = sorted({t.device.index for t in inputs if isinstance(t, torch.Tensor) and t.is_cuda})
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        outputs = interpret(graph, inputs, updates=updates, observe=observe)
+    found = {f"output {index}": out for index, out in enumerate(_leaves(outputs))}
+    return {**found, **{f"the update of %{name}": updates[name] for name in sorted(updates)}}
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _leaves(item)
+    else:
+        yield tree
+
+
+def within(old: Any, new: Any, limit: float | None) -> bool:
+    """Whether `new` is close enough to `old`: equal bits when `limit` is None, else a relative error."""
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and bool(old == new or (old != old and new != new))
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    if limit is None:
+        return torch.equal(_bits(old), _bits(new))
+    return relative_error(old, new) <= allowed(old, limit)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    # Cloned, since even a tensor of one element may have strides in which its bytes cannot be seen.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def allowed(old: Any, limit: float) -> float:
+    """The relative error that is allowed: the limit of the pass, and what the element type makes of reordering."""
+    return limit + TOLERANCE.get(getattr(old, "dtype", None), 0.0)  # type: ignore[arg-type]  # None is no key
+
+
+def relative_error(old: Any, new: Any) -> float:
+    """The norm of the difference over the norm of `old`; 0 for what are no tensors of equal shape."""
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.shape != new.shape:
+        return 0.0
+    wide = torch.complex128 if old.is_complex() or new.is_complex() else torch.float64
+    a, b = old.to(wide), new.to(wide)
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(nan=0.5), b[~finite].nan_to_num(nan=0.5)):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    norm = float(a.abs().square().sum().sqrt())
+    error = float((a - b).abs().square().sum().sqrt())
+    return error / norm if norm else float("inf") if error else 0.0
+
+
+def _deviation(old: Any, new: Any) -> str:
+    """How two values differ, in words."""
+    kinds = TensorType.of(old), TensorType.of(new)
+    if kinds[0] is None or kinds[1] is None:
+        return f"{new!r} in the place of {old!r}"
+    if kinds[0] != kinds[1]:
+        return f"{kinds[1]} in the place of {kinds[0]}"
+    error = relative_error(old, new)
+    return f"a relative error of {error:.3g}" if error else "other bits of equal value"

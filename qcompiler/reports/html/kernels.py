@@ -1,0 +1,88 @@
+"""The kernels that a compiled graph calls, equal ones together, and the configurations for some numbers of rows.
+
+32 x kernel.scaled_linear  N 6144  K 4096      16 rows: narrow 16x128x128 ...      4096 rows: warp 256x128x128 ...
+"""
+
+from typing import Any
+
+from codegen.fused_gemm.epilogue import handed_over
+from codegen.support import is_tiled
+from codegen.targets.hopper import HOPPER
+from codegen.templates.fused import FusedGemmProblem, Separate, why_separate
+from codegen.templates.gemm import GemmProblem, Kind
+from passes.fusing.fuse_epilogue import takes_body
+from qcompiler.dialects.body import parse
+from qcompiler.dialects.kernel import is_fused, parts_of
+from qcompiler.errors import CodegenError
+from qcompiler.ir import DType, Graph, Op, Role, Value, print_argument
+
+ROWS = (1, 16, 128, 1024, 8192)
+"""The numbers of rows for which configurations are shown: decoding, small batches, prefill."""
+
+
+def describe_kernels(graph: Graph) -> dict[str, Any]:
+    """One row for each different call of a kernel, with the names of the values that such calls compute."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for op in graph.ops():
+        if not op.name.startswith("kernel."):
+            continue
+        operands = tuple(print_argument(None) if arg is None else _type(arg) for arg in op.args)
+        key = (op.name, operands, tuple((name, print_argument(op.attrs[name])) for name in sorted(op.attrs)))
+        row = rows.setdefault(key, {})
+        if not row:
+            row |= {"op": op.name, "operands": operands, "attrs": key[2], "values": [], "choices": _choices(op)}
+            row["result"] = _type(op.results[0])
+        row["values"].append(op.results[0].name)
+    return {"rows": ROWS, "kinds": list(rows.values())}
+
+
+def _type(arg: Any) -> str:
+    return str(arg.type) if isinstance(arg, Value) else print_argument(arg)
+
+
+def _choices(op: Op) -> list[str]:
+    """The configuration for each of `ROWS`, or why there is none; nothing for what is no product."""
+    return (
+        [_choice(op, rows) for rows in ROWS] if op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None else []
+    )
+
+
+def _choice(op: Op, rows: int) -> str:
+    why = HOPPER.why_not(op.format("x_format"), op.format("w_format"))
+    if why is not None:
+        return f"no kernel: {why}"
+    try:
+        return _fused(op, rows) if is_fused(op) else str(HOPPER.gemm.choose(_problem(op, rows, _out_bytes(op))))
+    except CodegenError as error:
+        return f"no kernel: {error}"
+
+
+def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
+    """The product alone, on a device of 132 multiprocessors, with operands that are aligned."""
+    n, k = (int(str(size)) for size in op["w"].tensor.shape)
+    x, w = op.format("x_format"), op.format("w_format")
+    kind: Kind = "tiles" if is_tiled(w.block) else "rows_i8" if w.element is DType.i8 else "rows_f8"
+    columns = x.scale_layout == "col_major"
+    return GemmProblem(rows, n, k, out_bytes=out_bytes, kind=kind, x_block=x.block[1], scale_columns=columns)
+
+
+def _fused(op: Op, rows: int) -> str:
+    """One kernel with the body on its way out, or the product alone and the reason."""
+    body = str(op.attrs["body"])
+    handed, _ = handed_over(body)
+    product = _problem(op, rows, handed.itemsize)
+    if not takes_body(op.format("x_format"), op.format("w_format")):
+        why = "the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
+        return f"{HOPPER.gemm.choose(product)}, then the body: {why}"
+    parts, block = parts_of(op), op.format().block if "format" in op.attrs else None
+    sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
+    facts = (len(op.rest), op.get("bias") is not None, block)
+    problem = FusedGemmProblem(*sizes, *facts, scale_columns=product.scale_columns)
+    found = HOPPER.fused_gemm.choose(problem)
+    if isinstance(found, Separate):
+        return f"{HOPPER.gemm.choose(product)}, then the body: {why_separate(HOPPER.fused_gemm, problem)}"
+    return f"fused: {found}"
+
+
+def _out_bytes(op: Op) -> int:
+    return op.results[0].tensor.dtype.bits // 8

@@ -1,0 +1,74 @@
+"""The formats of a quantized matmul, spelled as the scheme that gives them.
+
+    quant.linear {x_format = #fp8_tile, w_format = #fp8_block}       ->    fp8_tile
+    quant.linear {x_format = #int8_tensor, w_format = #int8_row}     ->    int8_tensor{w=channel}
+
+Formats that no scheme has are spelled out: `#format<f8e4m3fn, block = [1, 32]> x #fp8_row`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qcompiler.dialects.quant import is_static
+from qcompiler.ir import Format, Op, Role
+from qcompiler.schemes.named import SCHEMES, W_BLOCKS, Scheme, changed
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How a matmul's operands are quantized.
+
+    Attributes:
+        x: The format of the activation.
+        w: The format of the weight, `[N, K]`.
+        static: Whether the activation's scale is fixed.
+    """
+
+    x: Format
+    w: Format
+    static: bool = False
+
+    def __str__(self) -> str:
+        spelled = [text for scheme in SCHEMES.values() for text in _spelled(scheme, self)]
+        if spelled:
+            return min(spelled, key=lambda text: text.count("="))
+        return f"{self.x} x {self.w}" + " static" * self.static
+
+
+def format_of(op: Op) -> str:
+    """The formats of a matmul of quantized operands, fused or not; empty for anything else."""
+    if op.role is Role.QUANTIZED_MATMUL:
+        return str(_formats(op["x"].op, op.format("x_format"), op.format("w_format")))
+    if op.role is Role.MATMUL:
+        x, w = (value.op for _, value in list(op.operands())[:2])
+        if x.role is w.role is Role.DEQUANTIZE:
+            return str(_formats(x["data"].op, x.format(), w.format()))
+    return ""
+
+
+def _formats(producer: Op, x: Format, w: Format) -> Formats:
+    """The weight may have been quantized by another convention than the activation, which decides."""
+    return Formats(replace(x, scale_layout="row_major"), replace(w, profile=x.profile), is_static(producer))
+
+
+def _spelled(scheme: Scheme, wanted: Formats) -> Iterator[str]:
+    """A scheme with the options that give the formats, if they can; smoothing is no part of a format."""
+    recipe = scheme.recipe
+    if recipe is None or recipe.smooth != "never":
+        return
+    options: dict[str, Any] = {}
+    if wanted.x.element is not recipe.x.element:
+        options["dtype"] = wanted.x.element
+    if wanted.w.block != recipe.w.block:
+        options["w"] = next((name for name, block in W_BLOCKS.items() if block == wanted.w.block), None)
+    if wanted.x.profile != recipe.x.profile:
+        options["numerics"] = wanted.x.profile
+    if wanted.x.block != recipe.x.block and wanted.x.block[0] == 1:
+        options["k_block"] = wanted.x.block[1]
+    if not options.keys() <= {*scheme.options}:
+        return
+    found = changed(recipe, **options)
+    if Formats(found.x, found.w, found.static) == wanted:
+        inside = ", ".join(f"{name}={value}" for name, value in options.items())
+        yield f"{scheme.name}{{{inside}}}" if inside else scheme.name

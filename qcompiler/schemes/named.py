@@ -1,0 +1,326 @@
+"""Schemes: named recipes, each a pipeline that prints.
+
+    find("fp8_tile")                                          the recipe and its text
+    pipeline("fp8_tile{k_block=64}")                          its passes, with an option
+    pipeline("fp8_tile", {"*.down_proj": "fp8_row"}, ignore=["lm_head"])  differently for some layers
+    list_schemes()                                            each name with one sentence
+
+Other distributions add theirs through the entry point `qcompiler.schemes`, whose name is the scheme's; it is loaded
+when that name is asked for.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import passes  # noqa: F401  (to define a pass is to make it known)
+from passes.analyses.layers import EVERYTHING
+from passes.quantizing.scheme_options import Observer
+from passes.smoothing.smooth_scales import Alpha
+from qcompiler.entry_points import load, offered, shown
+from qcompiler.errors import PassError, did_you_mean
+from qcompiler.ir import ALL, DType
+from qcompiler.ir.formats import (
+    DEFAULT_PROFILE,
+    FP8_CHANNEL,
+    FP8_ROW,
+    FP8_TENSOR,
+    INT8_CHANNEL,
+    INT8_ROW,
+    INT8_TENSOR,
+)
+from qcompiler.pass_manager.options import OptionReader
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.schemes.hints import hint, plainly
+from qcompiler.schemes.pipelines import Recipe, assemble
+from qcompiler.text import Source
+
+GROUP = "qcompiler.schemes"
+
+NAME = re.compile(r"[\w.-]+(?:\(\))?")
+"""Wide enough for what other tools call their formats, such as `LLM.int8()`, to be answered with a hint."""
+
+W_BLOCKS = {"block": (128, 128), "channel": (1, ALL), "tensor": (ALL, ALL)}
+"""What the option `w` of a scheme says, as blocks."""
+
+K_BLOCKS = (16, 32, 64, 128, 256, 512, ALL)
+"""Columns that a tile of an activation may have; 16 is simulated on the CPU only (see `codegen.support`)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be written behind the name of a scheme.
+
+    Attributes:
+        dtype: Type of the codes of activations and weights.
+        k_block: Columns of an activation's tile; -1 for all of them.
+        w: What has one scale in a weight: a block of 128 x 128, an output channel, or the tensor.
+        numerics: A profile of `qcompiler.numerics`.
+        scale: "ue8m0" rounds scales up to powers of two.
+        observer: How calibration makes a static scale.
+        percentile: For the observer of that name.
+        alpha: How much of an outlier goes into the weights; a number, "search" or "learn".
+        pow2: Whether smoothing scales are powers of two, so that scaling is exact.
+    """
+
+    dtype: DType = DType.f8e4m3fn
+    k_block: int = 128
+    w: Literal["block", "channel", "tensor"] = "tensor"
+    numerics: str = DEFAULT_PROFILE
+    scale: Literal["f32", "ue8m0"] = "f32"
+    observer: Observer = "absmax"
+    percentile: float = 99.99
+    alpha: Alpha = 0.5
+    pow2: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A named recipe.
+
+    Attributes:
+        name: What the user writes.
+        doc: One sentence.
+        pipeline: The passes, as text; made from the recipe where there is one.
+        recipe: The same declaratively; only with it can the scheme take options, or be for some layers only.
+        options: The fields of `Options` that may be given with the name.
+    """
+
+    name: str
+    doc: str
+    pipeline: str = ""
+    recipe: Recipe | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Spells the pipeline out; PassError when there is neither, or both."""
+        if bool(self.pipeline) == (self.recipe is not None):
+            raise PassError(f"scheme '{self.name}' needs a pipeline or a recipe, and not both")
+        if self.recipe is not None:
+            object.__setattr__(self, "pipeline", str(assemble({self.recipe: EVERYTHING})))
+
+
+SCHEMES: dict[str, Scheme] = {}
+"""The schemes that are known without asking other distributions, by name."""
+
+
+def register(scheme: Scheme) -> Scheme:
+    """Makes a scheme known by its name; PassError when the name is taken."""
+    if SCHEMES.setdefault(scheme.name, scheme) != scheme:
+        raise PassError("two schemes have one name", got=repr(scheme.name), need="a name that is free")
+    return scheme
+
+
+NUMERICS = ("numerics", "scale")
+FP8 = ("dtype", *NUMERICS)
+STATIC = ("observer", "percentile")
+SMOOTH = ("alpha", "pow2", "w")
+
+for _name, _doc, _recipe, _options in (
+    ("fp8_tile", "FP8 e4m3: activations in [1, 128] tiles, scaled in each call; weights in [128, 128] blocks, scaled "
+     "once (DeepSeek-V3).", Recipe(), ("k_block", *FP8)),
+    ("fp8_row", "FP8 e4m3: one scale a token, in each call; one scale an output channel of the weight.",
+     Recipe(FP8_ROW, FP8_ROW), FP8),
+    ("fp8_tensor", "FP8 e4m3: one scale for the activation, in each call; one for the weight.",
+     Recipe(FP8_TENSOR, FP8_TENSOR), ("w", *FP8)),
+    ("fp8_tensor_static", "FP8 e4m3: one scale for the activation, from calibration; one for the weight.",
+     Recipe(FP8_TENSOR, FP8_TENSOR, static=True), ("w", *STATIC, *FP8)),
+    ("int8_row", "INT8: one scale a token, in each call; one scale an output channel of the weight.",
+     Recipe(INT8_ROW, INT8_ROW), NUMERICS),
+    ("int8_tensor", "INT8: one scale for the activation, in each call; one for the weight.",
+     Recipe(INT8_TENSOR, INT8_TENSOR), ("w", *NUMERICS)),
+    ("int8_tensor_static", "INT8: one scale for the activation, from calibration; one for the weight.",
+     Recipe(INT8_TENSOR, INT8_TENSOR, static=True), ("w", *STATIC, *NUMERICS)),
+    ("smoothquant_o1", "INT8, smoothed: one scale a token, in each call; one for the weight (SmoothQuant-O1).",
+     Recipe(INT8_ROW, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
+    ("smoothquant_o2", "INT8, smoothed: one scale for the activation, in each call; one for the weight "
+     "(SmoothQuant-O2).", Recipe(INT8_TENSOR, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
+    ("smoothquant_o3", "INT8, smoothed: one scale for the activation, from calibration; one for the weight "
+     "(SmoothQuant-O3).", Recipe(INT8_TENSOR, INT8_TENSOR, static=True, smooth="always"),
+     (*SMOOTH, *STATIC, *NUMERICS)),
+    ("smoothquant_fp8", "FP8 e4m3, smoothed: one scale for the activation, in each call; one for the weight.",
+     Recipe(FP8_TENSOR, FP8_TENSOR, smooth="always"), (*SMOOTH, *FP8)),
+    ("fp8_tile_smooth", "As fp8_tile, with channels smoothed where that was measured to make the error smaller.",
+     Recipe(smooth="measured", alpha="search"), ("k_block", "alpha", "pow2", *FP8)),
+    ("int8_channel_reference", "INT8, one scale for each channel of the activation: simulated only, for comparison.",
+     Recipe(INT8_CHANNEL, INT8_ROW), NUMERICS),
+    ("fp8_channel_reference", "FP8 e4m3, one scale for each channel of the activation: simulated only, for comparison.",
+     Recipe(FP8_CHANNEL, FP8_ROW), FP8),
+):  # fmt: skip
+    register(Scheme(_name, _doc, recipe=_recipe, options=_options))
+
+
+def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ignore: Sequence[str] = ()) -> Pipeline:
+    """The pipeline of a scheme, to run or to edit.
+
+    Args:
+        scheme: A name, with options in braces if need be: `fp8_tile{k_block=64, numerics=deepgemm}`.
+        overrides: For some layers another scheme, or None to leave them alone; by patterns for the names of their
+            weights (`passes.analyses.layers`), of which the last one that matches counts. A pattern that names a layer
+            has it quantized even if it is a router, a vocabulary projection or tiny.
+        ignore: Patterns for layers to leave in float; they count after all overrides.
+
+    Raises:
+        PassError: There is no such scheme or option, or the scheme cannot be combined with another.
+    """
+    overrides = with_ignored(overrides, ignore)
+    if overrides is None:
+        found, recipe = read_scheme(scheme)
+        return Pipeline.parse(found.pipeline) if recipe is None else assemble({recipe: EVERYTHING})
+    chosen = {pattern: None if target is None else recipe_of(target) for pattern, target in overrides.items()}
+    layers: dict[Recipe, list[str]] = {recipe_of(scheme): [*EVERYTHING]}
+    layers |= {recipe: [] for recipe in chosen.values() if recipe is not None and recipe not in layers}
+    for pattern, target in chosen.items():
+        if not isinstance(pattern, str) or not pattern or pattern.startswith("!"):
+            raise PassError("a pattern of overrides is wrong", got=repr(pattern), need="a name such as '*.down_proj'")
+        for recipe, patterns in layers.items():
+            if recipe == target:
+                patterns.append(pattern)
+            elif patterns:
+                patterns.append(f"!{pattern}")
+    return assemble({recipe: tuple(patterns) for recipe, patterns in layers.items()})
+
+
+def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[str]) -> Mapping[str, str | None] | None:
+    """The overrides with the patterns to ignore at their end; None when there is neither.
+
+    Raises:
+        PassError: One of them is of a wrong type, or a pattern has an override and is to be ignored as well.
+    """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        need = 'a dict such as {"*.down_proj": "fp8_row", "lm_head": None}'
+        raise PassError("overrides is of a wrong type", got=type(overrides).__name__, need=need)
+    if not isinstance(ignore, list | tuple | set | frozenset):
+        fix = "For a single pattern, write ignore=[pattern]."
+        raise PassError("ignore is of a wrong type", got=repr(ignore), need='a list such as ["lm_head"]', fix=fix)
+    if not ignore:
+        return overrides
+    for pattern in ignore:
+        if (overrides or {}).get(pattern) is not None:
+            raise PassError("a pattern is both ignored and overridden", got=repr(pattern), need="one of them")
+    kept = {pattern: scheme for pattern, scheme in (overrides or {}).items() if pattern not in ignore}
+    return {**kept, **dict.fromkeys(ignore)}
+
+
+def recipe_of(text: str) -> Recipe:
+    """The recipe that `name{option=value, …}` spells; PassError for what is unknown, or has no recipe."""
+    scheme, recipe = read_scheme(text)
+    if recipe is None:
+        raise _no_recipe(scheme)
+    return recipe
+
+
+def read_scheme(text: str) -> tuple[Scheme, Recipe | None]:
+    """The scheme that `name{option=value, …}` names, and its recipe with these options, if it has one.
+
+    Raises:
+        ParseError: The text is malformed.
+        PassError: There is no such scheme or option, or an option has a wrong value.
+    """
+    if not isinstance(text, str):
+        raise PassError("a scheme is named by a string", got=repr(text), need='such as "fp8_tile"')
+    reader = OptionReader(Source(text, "<scheme>"))
+    name = reader.word(NAME, "the name of a scheme")
+    with reader.blaming(name):
+        scheme = find(name.text)
+    braces = reader.now
+    if scheme.recipe is None:
+        if reader.accept("{") and not reader.accept("}"):
+            raise _no_recipe(scheme)
+        reader.expect_end()
+        return scheme, None
+    given = reader.options(Options, f"scheme '{name.text}'", scheme.options)
+    reader.expect_end()
+    with reader.blaming(reader.since(braces)):
+        _check_format(scheme.name, scheme.recipe, given)
+        return scheme, changed(scheme.recipe, **given)
+
+
+def _no_recipe(scheme: Scheme) -> PassError:
+    fix = "Write its pipeline out, and edit that."
+    return PassError(
+        "a scheme that is only a pipeline has no options and fits all layers", got=repr(scheme.name), fix=fix
+    )
+
+
+def values_of(recipe: Recipe) -> Options:
+    """The values that a recipe has for all options."""
+    x, w = recipe.x, recipe.w
+    granularity: Any = next((name for name, block in W_BLOCKS.items() if block == w.block), "block")
+    scale: Any = "ue8m0" if x.profile == "ue8m0" else "f32"
+    return Options(
+        x.element, x.block[1], granularity, x.profile, scale, recipe.observer, recipe.percentile, recipe.alpha,
+        recipe.pow2,
+    )  # fmt: skip
+
+
+def changed(
+    recipe: Recipe, *, dtype: DType | None = None, k_block: int | None = None, w: str | None = None,
+    numerics: str | None = None, scale: str = "f32", **others: Any,
+) -> Recipe:  # fmt: skip
+    """The recipe with some of `Options` given; PassError for numerics that have no scales of that kind."""
+    profile = _profile(numerics or recipe.x.profile, scale)
+    x, weights = (replace(format, element=dtype or format.element, profile=profile) for format in (recipe.x, recipe.w))
+    x = replace(x, block=(1, k_block)) if k_block is not None else x
+    weights = replace(weights, block=W_BLOCKS[w]) if w is not None else weights
+    return replace(recipe, x=x, w=weights, **others)
+
+
+def _profile(numerics: str, scale: str) -> str:
+    if scale == "f32":
+        return numerics
+    if numerics not in (DEFAULT_PROFILE, "ue8m0"):
+        need = f"numerics={DEFAULT_PROFILE}, whose other rules the profile 'ue8m0' shares"
+        raise PassError("no numerics profile of this kind has power-of-two scales", got=numerics, need=need)
+    return "ue8m0"
+
+
+def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """A scheme's name says whether it is FP8 or INT8; tiles have the sizes that are documented."""
+    if given.get("k_block", ALL) not in K_BLOCKS:
+        need = ", ".join(map(str, K_BLOCKS[:-1])) + f", or {ALL} for the whole row"
+        raise PassError(f"option 'k_block' of scheme '{name}' has a wrong value", got=given["k_block"], need=need)
+    dtype = given.get("dtype", recipe.x.element)
+    if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.x.element):
+        raise PassError(f"option 'dtype' of scheme '{name}' has a wrong value", got=dtype, need="f8e4m3fn or f8e5m2")
+
+
+def find(name: str) -> Scheme:
+    """The scheme called `name`, without options; PassError with did-you-mean when there is none."""
+    if name not in SCHEMES and (entry := offered(GROUP).get(name)) is not None:
+        found = load(entry)
+        if not isinstance(found, Scheme) or found.name != name:
+            need = f"a qcompiler.Scheme called {name!r}"
+            raise PassError("an entry point gives no scheme of its name", got=shown(entry), need=need)
+        register(found)
+    if name not in SCHEMES:
+        raise PassError("no such scheme", got=repr(name), fix=_suggestion(name, {*SCHEMES, *offered(GROUP)}))
+    return SCHEMES[name]
+
+
+def _suggestion(name: str, known: set[str]) -> str:
+    """What to write in place of a name that is not known: another spelling, or what another tool's name is here."""
+    respelled = [each for each in known if plainly(each) == plainly(name)]
+    if not respelled and (sentence := hint(name)):
+        return f"{sentence} Known: {', '.join(sorted(known))}."
+    return did_you_mean(respelled[0] if respelled else name, known)
+
+
+def list_schemes() -> dict[str, str]:
+    """Every scheme by name, with one sentence: ours first, then those of other distributions.
+
+    A scheme of another distribution that cannot be loaded has the error as its sentence.
+    """
+    return {name: found.doc if isinstance(found, Scheme) else str(found) for name, found in all_schemes().items()}
+
+
+def all_schemes() -> Mapping[str, Scheme | PassError]:
+    """Every scheme, ours first, then those of other distributions; an error in the place of a broken one."""
+    found: dict[str, Scheme | PassError] = dict(SCHEMES)
+    for name in sorted({*offered(GROUP)} - {*found}):
+        try:
+            found[name] = find(name)
+        except PassError as error:
+            found[name] = error
+    return found

@@ -1,0 +1,133 @@
+"""From a recipe, which says what is wanted, to the passes that do it.
+
+    Recipe(FP8_ROW, FP8_ROW)    ->    canonicalize; dead-code; quantize; share-quantize; fuse-linear; …
+
+Several recipes make one pipeline, each for the layers whose weights its patterns name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from passes.analyses.layers import EVERYTHING
+from passes.cleanup.canonicalize import Canonicalize
+from passes.cleanup.dead_code import DeadCode
+from passes.cleanup.fold_constants import FoldConstants
+from passes.fusing.fuse_activation_quantize import FuseActivationQuantize
+from passes.fusing.fuse_epilogue import FuseEpilogue, takes_body
+from passes.fusing.fuse_norm_quantize import FuseNormQuantize
+from passes.fusing.fuse_prescale import FusePrescale
+from passes.fusing.merge_linears import MergeLinears
+from passes.lowering.to_kernels import ToKernels
+from passes.quantizing.calibrate import Calibrate
+from passes.quantizing.fp8_tile import Fp8Tile
+from passes.quantizing.fuse_linear import FuseLinear
+from passes.quantizing.quantize import Quantize
+from passes.quantizing.scheme_options import Observer
+from passes.quantizing.share_quantize import ShareQuantize
+from passes.smoothing.smooth_scales import Alpha
+from passes.smoothing.smoothquant import SmoothQuant
+from qcompiler.ir import ALL, Format
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
+from qcompiler.pass_manager.pipeline import Pass, Pipeline
+
+HISTOGRAMS = ("percentile", "mse")
+"""Observers that need to know how many values there were of each size."""
+
+SAMPLED_ROWS = 256
+"""Rows of each activation that are kept to measure errors on."""
+
+MIN_GAIN = 0.02
+"""The part by which smoothing must make the error smaller where it is optional: less is chance, and costs a product."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a scheme does to a linear, declaratively.
+
+    Attributes:
+        x: The format of activations.
+        w: The format of weights.
+        static: Whether an activation's scale comes from calibration; else it is computed in each call.
+        observer: How calibration makes a static scale.
+        percentile: For the observer of that name.
+        smooth: Whether channels of activations are scaled into the weights first: never, always, or where that was
+            measured to make the error smaller.
+        alpha: How much of an outlier goes into the weights; a number, "search" or "learn".
+        pow2: Whether smoothing scales are powers of two, so that scaling is exact.
+    """
+
+    x: Format = FP8_TILE
+    w: Format = FP8_BLOCK
+    static: bool = False
+    observer: Observer = "absmax"
+    percentile: float = 99.99
+    smooth: Literal["never", "always", "measured"] = "never"
+    alpha: Alpha = 0.5
+    pow2: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether real inputs must be seen first."""
+        return self.static or self.smooth != "never"
+
+    def passes(self, layers: Sequence[str] = EVERYTHING) -> tuple[Pass | None, Quantize]:
+        """The pass that smooths, if any, and the one that quantizes."""
+        options: dict[str, Any] = {
+            "x_format": self.x, "w_format": self.w, "static": self.static, "observer": self.observer,
+            "percentile": self.percentile, "layers": tuple(layers),
+        }  # fmt: skip
+        tiled = self.x.block[0] == 1 and self.w.block == FP8_BLOCK.block and self.w.element.is_float
+        quantize: Any = Fp8Tile if tiled else Quantize
+        if self.smooth == "never":
+            return None, quantize(**options)
+        gain = MIN_GAIN if self.smooth == "measured" else None
+        return SmoothQuant(**options, alpha=self.alpha, pow2=self.pow2, min_gain=gain), quantize(**options)
+
+    def merging(self, layers: Sequence[str] = EVERYTHING) -> list[Pass]:
+        """The pass that makes one linear of several, where a kernel runs it and no scale spans all of a weight."""
+        if self.x.block[1] == 1 or self.w.block == (ALL, ALL) or self.w.tensor_scale:
+            return []
+        return [MergeLinears(self.w, tuple(layers), static=self.static)]
+
+
+def assemble(recipes: Mapping[Recipe, Sequence[str]]) -> Pipeline:
+    """One pipeline for several recipes, each for the layers that its patterns select."""
+    pairs = [recipe.passes(layers) for recipe, layers in recipes.items()]
+    smoothing = [smooth for smooth, _ in pairs if smooth is not None]
+    # behind what looks at layers one by one, in front of what quantizes
+    merging = [step for recipe, layers in recipes.items() for step in recipe.merging(layers)]
+    return Pipeline(
+        (
+            # canonicalize first: the others know one spelling of a matmul; dead-code: the dead is not worth the work
+            Canonicalize(), DeadCode(),
+            *_calibration(recipes, smoothing), *merging, *(quantize for _, quantize in pairs), ShareQuantize(),
+            *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
+            *_fusing([quantize for _, quantize in pairs]),
+        )
+    )  # fmt: skip
+
+
+def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
+    """What fuses the kernels with the arithmetic around them, where scales are computed in each call, row by row."""
+    rows = [step for step in quantizing if step.x_format.block[0] == 1 and not step.static]
+    tiles = [step for step in rows if takes_body(step.x_format, step.w_format)]
+    steps: list[Pass] = [FuseNormQuantize(), FuseActivationQuantize()] if rows else []
+    return [*steps, FuseEpilogue()] if tiles else steps
+
+
+def _calibration(recipes: Mapping[Recipe, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:
+    """What sees real inputs, and what smooths by that; a histogram of a smoothed value must be taken anew."""
+    seen = {recipe: layers for recipe, layers in recipes.items() if recipe.needs_calibration}
+    if not seen:
+        return []
+    # Several recipes observe every layer, since one list cannot hold their patterns, and the layers that any names.
+    positive = (p for patterns in seen.values() for p in patterns if not p.startswith("!"))
+    layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else tuple(dict.fromkeys((*EVERYTHING, *positive)))
+    sampled = any(recipe.smooth == "measured" or isinstance(recipe.alpha, str) for recipe in seen)
+    histograms = [recipe for recipe in seen if recipe.static and recipe.observer in HISTOGRAMS]
+    first = any(recipe.smooth == "never" for recipe in histograms)
+    steps: list[Pass] = [Calibrate(first, SAMPLED_ROWS if sampled else 0, layers), *smoothing]
+    if any(recipe.smooth != "never" for recipe in histograms):
+        steps.append(Calibrate(histogram=True, layers=layers))
+    return steps
