@@ -22,7 +22,7 @@ from codegen.host import emit_host_module
 from qcompiler.capture import capture
 from qcompiler.pass_manager import instruments
 from qcompiler.pass_manager.runner import run_pipeline
-from qcompiler.reports.report import build_report
+from qcompiler.report.report import build_report
 
 LLAMA_3_8B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,

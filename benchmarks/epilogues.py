@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codegen.epilogues import handed_over
 from codegen.fused_gemm import product as fused_product
-from codegen.fused_gemm.epilogue import handed_over
 from codegen.launching.timing import in_turns
 from codegen.quantize.plain import quantize_on_gpu, scale_like
 from codegen.targets.hopper import HOPPER

@@ -24,9 +24,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import qcompiler
 from qcompiler.capture import capture
+from qcompiler.html import html_report, write_page
 from qcompiler.pass_manager.runner import run_pipeline
-from qcompiler.reports.html import html_report, write_page
-from qcompiler.reports.report import build_report
+from qcompiler.report.report import build_report
 
 RUNS = 5
 MOVES = {

@@ -2,6 +2,7 @@
 
 from qcompiler import calibration as calibration
 from qcompiler import checkpoints as checkpoints
+from qcompiler import html as html
 from qcompiler import numerics as numerics
 from qcompiler import schemes as schemes
 from qcompiler import testing as testing
@@ -9,6 +10,10 @@ from qcompiler.calibration import Calibration as Calibration
 from qcompiler.compiler.compiling import compile as compile
 from qcompiler.compiler.loading import load as load
 from qcompiler.compiler.model import CompiledModel as CompiledModel
+from qcompiler.diagnostics.attribution import ErrorReport as ErrorReport
+from qcompiler.diagnostics.attribution import attribute_error as attribute_error
+from qcompiler.diagnostics.nonfinite import NonFinite as NonFinite
+from qcompiler.diagnostics.nonfinite import find_nonfinite as find_nonfinite
 from qcompiler.errors import ArtefactError as ArtefactError
 from qcompiler.errors import CaptureError as CaptureError
 from qcompiler.errors import CheckpointWarning as CheckpointWarning
@@ -34,12 +39,7 @@ from qcompiler.pass_manager import instruments as instruments
 from qcompiler.pass_manager.pipeline import Effect as Effect
 from qcompiler.pass_manager.pipeline import Pass as Pass
 from qcompiler.pass_manager.pipeline import Pipeline as Pipeline
-from qcompiler.reports import html as html
-from qcompiler.reports.attribution import ErrorReport as ErrorReport
-from qcompiler.reports.attribution import attribute_error as attribute_error
-from qcompiler.reports.nonfinite import NonFinite as NonFinite
-from qcompiler.reports.nonfinite import find_nonfinite as find_nonfinite
-from qcompiler.reports.report import Report as Report
+from qcompiler.report.report import Report as Report
 from qcompiler.schemes.named import Scheme as Scheme
 from qcompiler.schemes.named import list_schemes as list_schemes
 from qcompiler.schemes.named import pipeline as pipeline

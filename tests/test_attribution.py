@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import qcompiler
 from qcompiler import ErrorReport, InputError, PassError, attribute_error, numerics
+from qcompiler.diagnostics.attribution import ErrorRow, sqnr
 from qcompiler.numerics import ALL
-from qcompiler.reports.attribution import ErrorRow, sqnr
 
 
 class Two(nn.Module):

@@ -13,7 +13,7 @@ import qcompiler
 from qcompiler import QCompilerError
 from qcompiler.checkpoints import load_model, read
 from qcompiler.checkpoints.cache_scales import kept
-from qcompiler.reports.html import html_report
+from qcompiler.html import html_report
 
 AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(18).reshape(2, 9)

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import qcompiler
-from qcompiler.reports.rows import Row
+from qcompiler.report.rows import Row
 from qcompiler.runtime.weights import named_tensors
 from qcompiler.testing import difference
 

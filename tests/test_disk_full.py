@@ -16,8 +16,8 @@ import qcompiler
 from codegen.mlir.iree import building
 from qcompiler import CompiledModel, QCompilerError
 from qcompiler.cli import main
-from qcompiler.files import tensor_files
 from qcompiler.files.replacing import not_replaced
+from qcompiler.runtime import tensor_files
 
 GRAPH = """\
 func @small(%x: f32[2, 4]) -> (f32[2, 4]) {

@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from qcompiler import knobs
+from qcompiler.cli.ir_reference import ir_reference
 from qcompiler.pass_manager.pipeline import PASSES
-from qcompiler.reports.ir_reference import ir_reference
 from qcompiler.schemes.named import SCHEMES
 
 ROOT = Path(__file__).parents[1]

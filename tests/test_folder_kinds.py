@@ -14,7 +14,7 @@ from qcompiler import ArtefactError, InputError, QCompilerError
 from qcompiler.checkpoints import load_model
 from qcompiler.cli import main
 from qcompiler.cli.models import load_model as named_model
-from qcompiler.files.folder_kinds import advice
+from qcompiler.program.folder_kinds import advice
 
 
 @pytest.fixture(scope="module")

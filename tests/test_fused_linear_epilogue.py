@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from codegen.epilogues import handed_over, on_tensors
 from codegen.fused_gemm import product as fused_product
-from codegen.fused_gemm.epilogue import handed_over, on_tensors
 from codegen.launching.launch import KernelCall
 from codegen.quantize.plain import scale_like
 from codegen.targets.hopper import HOPPER

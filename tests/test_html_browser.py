@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import qcompiler
-from qcompiler.reports.html import write_page
-from qcompiler.reports.html.page import render_page
+from qcompiler.html import write_page
+from qcompiler.html.page import render_page
 
 try:
     from playwright.sync_api import Browser, Page, expect, sync_playwright

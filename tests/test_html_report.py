@@ -17,10 +17,10 @@ from torch import nn
 import qcompiler
 from codegen.templates.gemm import GemmProblem
 from qcompiler.errors import CaptureError, InputError
+from qcompiler.html import html_report
+from qcompiler.html.kernels import ROWS
+from qcompiler.html.page import as_script_data
 from qcompiler.ir import print_op
-from qcompiler.reports.html import html_report
-from qcompiler.reports.html.kernels import ROWS
-from qcompiler.reports.html.page import as_script_data
 
 HOSTILE = "</script><script>hacked = 1</script><!--<img src=x onerror=hacked=1>\u2028"
 TEXT = f"""\
@@ -178,7 +178,7 @@ def test_the_policy_names_every_script_and_style(page: str) -> None:
 
 
 def test_the_library_is_named_with_its_licence(page: str, root: Path) -> None:
-    folder = root / "qcompiler/reports/html/static/vendor"
+    folder = root / "qcompiler/html/static/vendor"
     version = re.search(r'="(\d+\.\d+\.\d+)"', (folder / "dagre.min.js").read_text(encoding="utf-8"))
     assert version is not None
     assert f"dagre {version[1]}, MIT licence" in page

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OPTIONAL: dict[str, str] = {"qcompiler.plugins.explorer.main": "model_explorer"}
 
 # What is shipped beside modules: what the HTML report is made of.
-ASSETS = "qcompiler/reports/html/static"
+ASSETS = "qcompiler/html/static"
 
 
 def sources() -> list[str]:

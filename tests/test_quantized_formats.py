@@ -12,9 +12,9 @@ from qcompiler.ir import DType, Format, Graph
 from qcompiler.ir.formats import FP8_ROW, INT8_TENSOR, NVFP4
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
-from qcompiler.reports.quantized_formats import Formats
-from qcompiler.reports.report import Report, build_report
+from qcompiler.report.report import Report, build_report
 from qcompiler.schemes.named import SCHEMES, pipeline
+from qcompiler.schemes.quantized_formats import Formats
 from qcompiler.testing import random_inputs
 
 TEXT = """

@@ -11,7 +11,7 @@ import qcompiler
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.pipeline import Pass, Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
-from qcompiler.reports.report import Report, build_report
+from qcompiler.report.report import Report, build_report
 from qcompiler.schemes.named import pipeline
 
 MIXED = """

@@ -6,8 +6,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompiler.reports.report import Report
-from qcompiler.reports.rows import Row, collapsed
+from qcompiler.report.report import Report
+from qcompiler.report.rows import Row, collapsed
 
 
 def row(module: str, name: str = "", **changes: object) -> Row:

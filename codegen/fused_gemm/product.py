@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from codegen.fused_gemm.epilogue import handed_over, on_tensors
+from codegen.epilogues import handed_over, on_tensors
 from codegen.gemm.product import scaled_linear_on_gpu
 from codegen.launching.launch import as_rows, launch, on
 from codegen.launching.replay import empty, replayed

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from codegen.bodies import triton_function
-from codegen.fused_gemm.epilogue import handed_over
+from codegen.epilogues import handed_over
 from codegen.kernels.fused_gemm import fused_gemm
 from codegen.launching.launch import KernelCall
 from codegen.templates.body import EXACT, MOST_OTHERS, padded, row_stride

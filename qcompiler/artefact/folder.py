@@ -10,7 +10,7 @@ from qcompiler.artefact.manifest import NAME, Manifest, read_manifest
 from qcompiler.artefact.strict_json import AGAIN, LONGEST
 from qcompiler.artefact.weight_files import hash_file
 from qcompiler.errors import ArtefactError
-from qcompiler.files.folder_kinds import advice
+from qcompiler.program.folder_kinds import advice
 
 
 @dataclass(frozen=True)

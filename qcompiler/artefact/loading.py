@@ -45,7 +45,7 @@ from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_manager.runner import Stages, Step
 from qcompiler.program.original import Forward, Original
 from qcompiler.program.program import Program, Settings, generate
-from qcompiler.reports.report import Report
+from qcompiler.report.report import Report
 from qcompiler.runtime.device import AUTO, Target, target_for
 from qcompiler.runtime.weights import Weights
 

@@ -14,7 +14,7 @@ import torch
 from qcompiler.artefact.strict_json import AGAIN, Node, canonical, parse, render
 from qcompiler.artefact.weight_files import Written
 from qcompiler.errors import ArtefactError
-from qcompiler.files.folder_kinds import ARTEFACT
+from qcompiler.program.folder_kinds import ARTEFACT
 
 NAME = "manifest.json"
 VERSION = 1

@@ -6,8 +6,8 @@ from typing import Any
 
 from qcompiler.artefact.strict_json import Node
 from qcompiler.pass_manager.runner import Step
-from qcompiler.reports.report import Report
-from qcompiler.reports.rows import Row
+from qcompiler.report.report import Report
+from qcompiler.report.rows import Row
 
 LeftAlone = Mapping[str, Mapping[str, str]]
 """Stage -> name of a value -> why the pass left what computes it alone."""

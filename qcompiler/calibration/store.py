@@ -22,7 +22,7 @@ from qcompiler.calibration.sample import Sample
 from qcompiler.calibration.statistics import Statistics
 from qcompiler.errors import InputError
 from qcompiler.files.replacing import not_replaced, replacing_file
-from qcompiler.files.tensor_files import write_tensors
+from qcompiler.runtime.tensor_files import write_tensors
 
 VERSION = 1
 """Of the format; a file with a larger one comes from a newer qcompiler."""

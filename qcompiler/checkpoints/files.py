@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.errors import QCompilerError
-from qcompiler.files.folder_kinds import advice
+from qcompiler.program.folder_kinds import advice
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

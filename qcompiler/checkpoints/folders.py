@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompiler.errors import QCompilerError
 from qcompiler.files.replacing import replacing
-from qcompiler.files.tensor_files import write_tensors
+from qcompiler.runtime.tensor_files import write_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

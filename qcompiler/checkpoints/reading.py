@@ -23,8 +23,8 @@ from qcompiler.checkpoints.files import TensorFiles, read_json
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.files.folder_kinds import checked_path
 from qcompiler.numerics import ALL
+from qcompiler.program.folder_kinds import checked_path
 
 READERS = {
     block_fp8.METHOD: block_fp8.stored_weights,

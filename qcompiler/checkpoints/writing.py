@@ -16,11 +16,11 @@ from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
 from qcompiler.checkpoints.readers import warn
 from qcompiler.checkpoints.stacking import unstacked
 from qcompiler.errors import QCompilerError
-from qcompiler.files.folder_kinds import checked_path
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
+from qcompiler.program.folder_kinds import checked_path
 from qcompiler.program.program import HasProgram, Program
-from qcompiler.reports.report import unfused
+from qcompiler.report.report import unfused
 
 SHARD_BYTES = 5 * 10**9
 

@@ -23,7 +23,7 @@ from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
 from qcompiler.program.exporters import exporter_targets
 from qcompiler.progress import Progress
-from qcompiler.reports.report import Report
+from qcompiler.report.report import Report
 from qcompiler.runtime.device import check_target, target_names
 
 

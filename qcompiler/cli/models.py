@@ -20,7 +20,7 @@ from qcompiler.checkpoints import Checkpoint
 from qcompiler.cli import huggingface
 from qcompiler.cli.inputs import Call, example_in, random_call
 from qcompiler.errors import InputError
-from qcompiler.files.folder_kinds import advice
+from qcompiler.program.folder_kinds import advice
 
 NEED = "a .pt2 file, a folder with a config.json, or module:factory"
 

@@ -11,11 +11,11 @@ from qcompiler.artefact.manifest import HOST, Manifest
 from qcompiler.artefact.manifest import NAME as MANIFEST
 from qcompiler.cli.opt import read_graph
 from qcompiler.errors import InputError, did_you_mean
-from qcompiler.files.folder_kinds import advice
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.pipeline import numbered
 from qcompiler.pass_manager.runner import Step
-from qcompiler.reports.report import Report
+from qcompiler.program.folder_kinds import advice
+from qcompiler.report.report import Report
 
 DUMPED = re.compile(r"\d\d+_([\w#-]+)")
 

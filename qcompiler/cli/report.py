@@ -11,8 +11,8 @@ from qcompiler.cli.compile import report_document
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
 from qcompiler.compiler.model import CompiledModel
+from qcompiler.diagnostics.attribution import ErrorReport, attribute_error
 from qcompiler.errors import InputError
-from qcompiler.reports.attribution import ErrorReport, attribute_error
 
 
 def run(options: argparse.Namespace) -> int:

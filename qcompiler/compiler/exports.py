@@ -9,19 +9,19 @@ from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.views import ProgramViews
+from qcompiler.diagnostics.attribution import ErrorReport
 from qcompiler.errors import ArtefactError
-from qcompiler.files.folder_kinds import checked_path
+from qcompiler.html.page import write_page
+from qcompiler.html.report_page import html_report
 from qcompiler.program.exporters import exporter_called
-from qcompiler.reports.attribution import ErrorReport
-from qcompiler.reports.html.page import write_page
-from qcompiler.reports.html.report_page import html_report
+from qcompiler.program.folder_kinds import checked_path
 
 
 class Exports(ProgramViews):
     """Writing a compiled model; CaptureError while it is not captured yet."""
 
     def to_html(self, path: "str | os.PathLike[str]", attribution: "ErrorReport | None" = None) -> None:
-        """Writes the report as one HTML file that needs nothing else: see `qcompiler.reports.html`.
+        """Writes the report as one HTML file that needs nothing else: see `qcompiler.html`.
 
         Args:
             path: Written whole or not at all.

@@ -10,7 +10,7 @@ from qcompiler.artefact.loading import read_program, reading
 from qcompiler.artefact.strict_json import AGAIN
 from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.errors import ArtefactError, QCompilerError
-from qcompiler.files.folder_kinds import advice, checked_path
+from qcompiler.program.folder_kinds import advice, checked_path
 from qcompiler.program.program import plain_torch
 
 

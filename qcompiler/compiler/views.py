@@ -13,7 +13,7 @@ from qcompiler.ir import Graph
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.pass_manager.runner import Stages, Step
 from qcompiler.program.program import Program, Settings
-from qcompiler.reports.report import Report
+from qcompiler.report.report import Report
 
 
 class ProgramViews:

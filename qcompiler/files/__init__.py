@@ -1,1 +1,1 @@
-"""Files and folders that are replaced as a whole, and messages about paths."""
+"""Files and folders that are replaced as a whole."""

@@ -33,7 +33,7 @@ from qcompiler.pass_manager.runner import Stages, Step, keep_text, run_pipeline
 from qcompiler.program.batches import Batches
 from qcompiler.program.original import Original
 from qcompiler.progress import Progress
-from qcompiler.reports.report import Report, build_report, unfused
+from qcompiler.report.report import Report, build_report, unfused
 from qcompiler.runtime.device import Target, target_for
 from qcompiler.runtime.weights import Weights
 from qcompiler.schemes.stored import stored_scheme

@@ -24,7 +24,7 @@ from qcompiler.artefact.strict_json import render
 from qcompiler.checkpoints import read
 from qcompiler.checkpoints.declarations import unread
 from qcompiler.errors import ArtefactError
-from qcompiler.files.folder_kinds import advice
+from qcompiler.program.folder_kinds import advice
 
 HEADER = "#header"
 

@@ -16,8 +16,8 @@ from codegen.mlir.iree.manifest import read as read_manifest
 from codegen.mlir.module import MlirModule
 from qcompiler.errors import CodegenError, InputError
 from qcompiler.files.replacing import replacing
-from qcompiler.files.tensor_files import write_tensors
 from qcompiler.ir import Graph, Value
+from qcompiler.runtime.tensor_files import write_tensors
 
 
 def build(

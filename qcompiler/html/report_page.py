@@ -10,11 +10,11 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from qcompiler.diagnostics.attribution import ErrorReport
+from qcompiler.html.kernels import describe_kernels
+from qcompiler.html.page import render_page
+from qcompiler.html.stages import describe_stages
 from qcompiler.program.program import HasProgram, Program
-from qcompiler.reports.attribution import ErrorReport
-from qcompiler.reports.html.kernels import describe_kernels
-from qcompiler.reports.html.page import render_page
-from qcompiler.reports.html.stages import describe_stages
 
 
 def html_report(compiled: HasProgram, attribution: ErrorReport | None = None) -> str:

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from codegen.fused_gemm.epilogue import handed_over
+from codegen.epilogues import handed_over
 from codegen.support import is_tiled
 from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmProblem, Separate, why_separate

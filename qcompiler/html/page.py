@@ -83,4 +83,4 @@ def _hash(text: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("qcompiler.reports.html") / "static" / name).read_text(encoding="utf-8")
+    return (files("qcompiler.html") / "static" / name).read_text(encoding="utf-8")

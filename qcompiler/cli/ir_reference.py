@@ -1,6 +1,6 @@
 """The reference of the graph IR, as Markdown, from the tables themselves: docs/ir-reference.md.
 
-    $ python -m qcompiler.reports.ir_reference
+    $ python -m qcompiler.cli.ir_reference
 
 Operations, element types, functions of bodies, the grammar and the verifier's rules each stand in one place in the
 code; what is printed here is read from there, and a test holds the page to it.
@@ -24,7 +24,7 @@ HEAD = """\
 # IR reference
 
 Every operation, element type and rule of the graph IR, printed from the tables that the parser, the verifier and the
-interpreter use: `python -m qcompiler.reports.ir_reference`. [The graph IR](graph-ir.md) is the introduction.
+interpreter use: `python -m qcompiler.cli.ir_reference`. [The graph IR](graph-ir.md) is the introduction.
 """
 
 DIALECTS = {

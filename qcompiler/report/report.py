@@ -16,8 +16,8 @@ from qcompiler.ir import Graph, Op, Role, TensorType
 from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.pass_manager.lineage import lineages
-from qcompiler.reports.quantized_formats import format_of
-from qcompiler.reports.rows import Row, collapsed
+from qcompiler.report.rows import Row, collapsed
+from qcompiler.schemes.quantized_formats import format_of
 
 NO_REASON = "no pass of this pipeline quantizes it"
 NO_MATMUL = "it is no matmul"

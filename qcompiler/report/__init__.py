@@ -1,0 +1,1 @@
+"""What became of every layer: quantized to which format, or why not."""

@@ -1,1 +1,0 @@
-"""What became of a model: layers and reasons, errors by operation, and the HTML page."""

@@ -1,4 +1,0 @@
-"""The report as one HTML file: the pipeline pass by pass, what changed in the graph, and what that cost."""
-
-from qcompiler.reports.html.page import write_page as write_page
-from qcompiler.reports.html.report_page import html_report as html_report
