@@ -53,7 +53,7 @@ types: $(TEST_READY) ## check types
 
 unit: $(TEST_READY) ## run the tests, the built wheel's among them
 	@echo "== pytest"
-	@$(RUN) -m pytest -n $(JOBS)
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal --durations 10
 
 versions: ## run a short suite with the oldest and the newest torch, Triton and Python (some gigabytes each)
 	@$(call SHORT_SUITE,oldest,$(OLDEST),python3.11 python3.12 python3.13 python3.14)

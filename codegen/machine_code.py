@@ -115,9 +115,16 @@ def compile_call(call: KernelCall, gpu: GPUTarget, target: str) -> MachineCode:
     )
     try:
         use_cache_folder()
-        built = triton.compile(source, target=gpu, options=compile_options(call.options))
+        return compile_source(source, gpu, compile_options(call.options))
+    except CodegenError:
+        raise
     except Exception as error:  # Triton's own errors have no common base
         raise CodegenError(f"Triton cannot compile {kernel.__name__} for {target}", got=error) from error
+
+
+def compile_source(source: ASTSource, gpu: GPUTarget, options: dict[str, Any]) -> MachineCode:
+    """Compiles and disassembles a kernel; raises Triton's own errors. The tests replace this function by a cache."""
+    built = triton.compile(source, target=gpu, options=options)
     return _inspect(built.asm["cubin"], built.metadata.shared, built.metadata.num_warps)
 
 
@@ -139,10 +146,10 @@ def _inspect(cubin: bytes, shared_memory: int, warps: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        sass, usage = disassembly(path), _cuobjdump("-res-usage", path)
+        sass = _cuobjdump(path, "-sass", "-res-usage")
     names = _INSTRUCTION.findall(sass)
     heads = Counter(name.split(".")[0] for name in names)
-    registers = re.search(r"REG:(\d+)", usage)
+    registers = re.search(r"REG:(\d+)", sass)
     return MachineCode(
         qgmma=heads["QGMMA"],
         igmma=heads["IGMMA"],
@@ -163,11 +170,11 @@ def _inspect(cubin: bytes, shared_memory: int, warps: int) -> MachineCode:
 
 def disassembly(cubin: Path) -> str:
     """The instructions of a compiled kernel, with their addresses; CodegenError when the file is none."""
-    return _cuobjdump("-sass", cubin)
+    return _cuobjdump(cubin, "-sass")
 
 
-def _cuobjdump(option: str, cubin: Path) -> str:
-    done = subprocess.run([_tool(), option, str(cubin)], capture_output=True, text=True, check=False)
+def _cuobjdump(cubin: Path, *options: str) -> str:
+    done = subprocess.run([_tool(), *options, str(cubin)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CodegenError("cuobjdump cannot read the compiled kernel", got=done.stderr.strip())
     return done.stdout

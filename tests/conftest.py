@@ -1,6 +1,7 @@
 """What all tests share: markers, hypothesis profiles, and an environment without network or leftovers."""
 
 import os
+import sys
 
 # Before torch is first imported: each xdist worker has its share of the cores, and nothing reaches for a model hub.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -96,4 +97,9 @@ def _own_knobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = base.parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cache")
         folder.mkdir(exist_ok=True)
         patch.setenv("QCOMPILER_CACHE_DIR", str(folder))
+        if machine_code := sys.modules.get("codegen.machine_code"):  # of a test that compiles; triton takes a second
+            import machine_code_cache
+
+            patch.setattr(machine_code, "compile_source", machine_code_cache.kept(machine_code.compile_source))
+            machine_code_cache.delete_old()
         yield

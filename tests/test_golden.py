@@ -1,49 +1,118 @@
-"""Every tests/golden/*.qir: a pipeline, a graph, and the graph that it becomes, compared to the letter.
+"""Every case of tests/golden/*.qir, one file a pass: a pipeline, a graph, and the graph that it becomes, to the letter.
 
-`QCOMPILER_UPDATE=1 pytest tests/test_golden.py` rewrites what is behind the line "becomes"; a person reads the diff.
+    // ----- a copy of an intermediate value is removed
+    // RUN: canonicalize
+    // EQUAL BITS                  optional; or // NO NUMBERS: why the graph cannot run
+    func @m(...) ...
+    // BECOMES                     or // UNCHANGED, without a second graph
+    // MISSED: %y: why a rule did not match
+    func @m(...) ...               unchanged lines are only counted
+
+`QCOMPILER_UPDATE=1 pytest tests/test_golden.py` rewrites everything from the line `// BECOMES` or `// UNCHANGED` on; a
+new case may leave that part out. A person reads the diff.
+
+Each case also runs on random numbers: each pass is held to its declared effect, and where the case says so to equal
+bits; what it makes survives a round trip through text; and running the last pass again changes nothing.
 """
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
+import torch
 
-import qcompiler.schemes.named  # noqa: F401  (makes the passes known)
+import qcompiler.schemes  # noqa: F401  (makes the passes known)
 from qcompiler import knobs
+from qcompiler.instruments import CheckChanged, Validate
+from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
-from qcompiler.pass_manager.instruments import CheckChanged
-from qcompiler.pass_manager.pipeline import PASSES, Pipeline
-from qcompiler.pass_manager.runner import run_pipeline
+from qcompiler.pass_manager import PASSES, Pipeline
+from qcompiler.pass_runner import run_pipeline
+from qcompiler.testing import random_inputs, verified
 
 FOLDER = Path(__file__).parent / "golden"
-FILES = sorted(FOLDER.glob("*.qir"))
-RUN, EXPLAIN, BECOMES = "// RUN: ", "// LEFT ALONE: ", "// ----- becomes -----\n"
+BECOMES, UNCHANGED, MISSED = "// BECOMES", "// UNCHANGED", "// MISSED: "
+EQUAL, NO_NUMBERS = "// EQUAL BITS\n", "// NO NUMBERS: "
+HEAD = r"// ----- (?P<name>[^\n]+)\n// RUN: (?P<run>[^\n]+)\n"
+CASE = re.compile(HEAD + r"(?P<graph>.*?\n\}\n)(?P<expected>// (?:BECOMES|UNCHANGED)\n.*)?", re.S)
 
 
-def rerun(golden: str) -> str:
-    """The file as it should be today."""
-    head, _, _ = golden.partition(BECOMES)
-    first, rest = head.split("\n", 1)
-    assert first.startswith(RUN), f"a golden file starts with '{RUN}<pipeline>', not with {first!r}"
-    source = "\n".join(line for line in rest.splitlines() if not line.startswith(EXPLAIN))
-    graph = Graph.parse(source)
-    done = run_pipeline(Pipeline.parse(first.removeprefix(RUN)), graph, instruments=[CheckChanged()])
-    reasons = [f"{EXPLAIN}%{name}: {why}" for name, why in done.reasons.items()]
-    return "\n".join([first, source.rstrip("\n"), BECOMES.rstrip("\n"), *reasons, str(graph), ""])
+@dataclass(frozen=True)
+class Case:
+    name: str
+    pipeline: str
+    graph: str
+    expected: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        found = CASE.fullmatch(text)
+        assert found, f"a case begins with '// ----- <name>' and '// RUN: <pipeline>', not with {text[:99]!r}"
+        return cls(found["name"], found["run"], found["graph"], found["expected"] or "")
+
+    def rerun(self) -> "Case":
+        """The case as it should be today."""
+        graph = Graph.parse(self.graph)
+        before = str(graph)
+        done = run_pipeline(Pipeline.parse(self.pipeline), graph, instruments=[CheckChanged()])
+        reasons = [f"{MISSED}%{name}: {why}" for name, why in done.reasons.items()]
+        lines = [UNCHANGED, *reasons] if str(graph) == before else [BECOMES, *reasons, *changed(before, str(graph))]
+        return Case(self.name, self.pipeline, self.graph, "\n".join([*lines, ""]))
+
+    def __str__(self) -> str:
+        return f"// ----- {self.name}\n// RUN: {self.pipeline}\n{self.graph}{self.expected}"
+
+
+def changed(before: str, after: str) -> Iterator[str]:
+    """The lines of a graph; of those that it already had, in this order, three or more in a row are only counted."""
+    old, new = before.splitlines(), after.splitlines()
+    for tag, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag == "equal" and end - start > 2:
+            yield f"  // ... {end - start} unchanged lines"
+        else:
+            yield from new[start:end]
+
+
+def cases(path: Path) -> list[Case]:
+    """The cases of a file."""
+    texts = re.split(r"^(?=// -----)", path.read_text(encoding="utf-8"), flags=re.M)[1:]
+    return [Case.parse(text.rstrip("\n") + "\n") for text in texts]
+
+
+FILES = {path: cases(path) for path in sorted(FOLDER.glob("*.qir"))}
+CASES = [pytest.param(case, id=f"{path.stem}: {case.name}") for path, each in FILES.items() for case in each]
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_golden(path: Path) -> None:
-    golden = path.read_text(encoding="utf-8")
-    today = rerun(golden)
+    today = [case.rerun() for case in FILES[path]]
     if knobs.current().update:
-        path.write_text(today, encoding="utf-8")
+        path.write_text("\n".join(map(str, today)), encoding="utf-8")
+    for case, golden in zip(today, FILES[path], strict=True):
+        assert knobs.current().update or str(case) == str(golden)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_text_and_a_second_run(case: Case) -> None:
+    graph, pipeline = Graph.parse(case.graph), Pipeline.parse(case.pipeline)
+    if NO_NUMBERS in case.graph:
+        run_pipeline(pipeline, graph)
     else:
-        assert today == golden
+        inputs, graph.weights = random_inputs(graph, 3)
+        before = interpret(graph, inputs) if EQUAL in case.graph else ()
+        run_pipeline(pipeline, graph, instruments=[Validate()], inputs=inputs)
+    verified(graph)
+    if EQUAL in case.graph:
+        for old, new in zip(before, interpret(graph, inputs), strict=True):
+            assert old.dtype is new.dtype and torch.equal(old.float(), new.float())
+    *_, last = pipeline
+    assert not last.run(graph)
 
 
 def test_every_pass_of_ours_has_a_golden_text() -> None:
-    shown = {
-        step.name for path in FILES for step in Pipeline.parse(path.read_text().split("\n", 1)[0].removeprefix(RUN))
-    }
+    shown = {step.name for each in FILES.values() for case in each for step in Pipeline.parse(case.pipeline)}
     ours = {name for name, kind in PASSES.items() if kind.__module__.split(".")[0] == "passes"}
     assert ours <= shown

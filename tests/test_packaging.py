@@ -53,10 +53,12 @@ def test_importing_qcompiler_is_light(tmp_path: Path) -> None:
     assert loaded <= {"qcompiler", *sys.stdlib_module_names}
 
 
-# One interpreter loads what takes seconds, all that our modules import of others; then a child for each module imports
-# that module first of all ours.
+# One interpreter loads what takes seconds, all that our modules import of others. A module is then imported in a
+# child of the process that has imported its package, and nothing else of ours, as in a first import. If importing the
+# package has imported the module too, that was its first import.
 FIRST_IMPORTS = """
-import importlib, os, sys, traceback
+import gc, importlib, os, sys, traceback
+gc.disable()  # a collection in a child would copy the pages of its parent
 OURS = {"qcompiler", "passes", "codegen"}
 reader, writer = os.pipe()
 if os.fork() == 0:
@@ -70,21 +72,31 @@ for name in os.fdopen(reader).read().split():
         importlib.import_module(name)
     except Exception:
         pass  # known by another name, or only to who made it
-failed = []
-for name in sys.argv[1:]:
-    child = os.fork()
-    if child == 0:
-        assert not {m.partition(".")[0] for m in sys.modules} & OURS
-        try:
-            __import__(name)
-        except BaseException:
-            print("import", name, "as the first import:", file=sys.stderr)
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        failed.append(name)
-print(*failed)
+assert not {m.partition(".")[0] for m in sys.modules} & OURS
+
+def first_imports(package):
+    good = True
+    for name in sys.argv[1:]:
+        if name.rpartition(".")[0] != package:
+            continue
+        if name in sys.modules:
+            good &= first_imports(name)
+            continue
+        child = os.fork()
+        if child == 0:
+            try:
+                __import__(name)
+            except BaseException:
+                print("import", name, "as the first import:", file=sys.stderr)
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(not first_imports(name))
+        if os.waitpid(child, 0)[1]:
+            print(name, flush=True)
+            good = False
+    return good
+
+first_imports("")
 """
 
 

@@ -21,7 +21,8 @@ VERSIONS = ("3.6", "3.9")
 CHILD = """
 import json, sys
 import triton
-import test_interfaces, test_kernel_budgets
+import machine_code_cache, test_interfaces, test_kernel_budgets
+from codegen import machine_code
 from codegen.targets import cuda
 from triton.runtime.jit import JITFunction
 
@@ -39,6 +40,7 @@ def compile_first(call, *rest, real=cuda.compile_call):
     return real(call, *rest)
 
 cuda.compile_call = compile_first
+machine_code.compile_source = machine_code_cache.kept(machine_code.compile_source)
 for name, build in test_kernel_budgets.KERNELS.items():
     try:
         code = build()
