@@ -110,9 +110,11 @@ FETCH_TRITONS = tag=$$($(RUN) -c "import sys; print('cp%d%d' % sys.version_info[
 	done
 
 # What depends on torch's private interfaces, the machine code, and what reads annotations.
-SHORT := $(addprefix tests/test_,interfaces.py capture.py capture_parts.py capture_state.py capture_refused.py \
-	capture_hf.py compile.py torch_ops.py torch_compile.py pt2.py signature.py interpreter.py golden.py numerics.py \
-	artefact.py pass_manager.py launching.py warmup.py kernels_interpreted.py kernel_budgets.py)
+SHORT := $(addprefix tests/,test_interfaces.py capture/test_capture.py capture/test_parts.py capture/test_state.py \
+	capture/test_refused.py capture/test_huggingface.py capture/test_signature.py compiler/test_compile.py \
+	compiler/test_torch_compile.py compiler/test_pt2.py codegen/test_torch_ops.py dialects/test_interpreter.py \
+	passes/test_golden.py numerics/test_numerics.py artefact/test_artefact.py pass_manager/test_pass_manager.py \
+	codegen/test_launching.py codegen/test_warmup.py codegen/test_kernels_interpreted.py codegen/test_kernel_budgets.py)
 SHORT_NEEDS := hypothesis>=6.100 pytest>=8.4 pytest-timeout>=2.3 pytest-xdist>=3.6
 
 # Of a name, what pip is to install, and Pythons, the first of which that runs is taken.

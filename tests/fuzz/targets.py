@@ -158,7 +158,7 @@ def _calibration_text() -> bytes:
 
 def _goldens() -> Iterator[str]:
     """Each case of a golden file: its pipeline, its graph, and what the graph becomes."""
-    for path in sorted((ROOT / "tests/golden").glob("*.qir")):
+    for path in sorted((ROOT / "tests/passes/golden").glob("*.qir")):
         yield from re.split(r"^// ----- .+\n", path.read_text(encoding="utf-8"), flags=re.M)[1:]
 
 

@@ -1,6 +1,6 @@
 """docs/cli.md: its reference is what the parser says.
 
-`QCOMPILER_UPDATE=1 pytest tests/test_cli_reference.py` rewrites it; a person reads the diff.
+`QCOMPILER_UPDATE=1 pytest tests/cli/test_reference.py` rewrites it; a person reads the diff.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.export.Expo
 
 def loaded_elsewhere(kind: str, package: Path, folder: Path) -> list[str]:
     command = [sys.executable, "-c", LOAD, kind, str(package), str(folder / "calls.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -71,7 +71,9 @@ def test_it_runs_and_computes_what_the_library_compiles(built: Path) -> None:
     compiled = qcompiler.compile(torch.nn.Sequential(*layers).eval(), example_inputs=(torch.randn(4, 256),))
     x = torch.randn(7, 256)
     got, want = load(built)(x), compiled(x)
-    assert (got - want).norm() / want.norm() < 1e-3  # a sum in another order may change a code: tests/test_iree.py
+    assert (
+        got - want
+    ).norm() / want.norm() < 1e-3  # a sum in another order may change a code: codegen/mlir/test_iree.py
 
 
 def test_inspect_says_how_it_is_called(built: Path, capsys: pytest.CaptureFixture[str]) -> None:

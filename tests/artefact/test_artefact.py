@@ -286,7 +286,7 @@ def test_in_a_fresh_process_which_does_not_know_every_class(fast: CompiledModel,
     other = qcompiler.compile(Containers().eval(), example_inputs=({"x": [torch.randn(3, 128)]},), pipeline=SHORT)
     other.save(tmp_path / "other")
     command = [sys.executable, "-c", FRESH, *map(str, (saved, tmp_path / "other", tmp_path / "call.pt"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.stdout.startswith("True\n"), done.stderr
     assert f"of a class that is not known here: got {Pair.__module__}:Pair; need a named tuple with" in done.stdout
     assert done.stdout.endswith(f"Import {Pair.__module__} before the artefact is loaded.\n")

@@ -13,7 +13,7 @@ print(compile_quantize().registers)
 
 def compiled_in(folder: Path) -> tuple[str, dict[str, int]]:
     """What a fresh process prints, and the time stamps of the machine code that the folder holds afterwards."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (tests.parent, tests)))
     environment = {**os.environ, "QCOMPILER_CACHE_DIR": str(folder), "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)

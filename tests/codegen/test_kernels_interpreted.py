@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tuple[Tensor, Tensor, Tensor, Tensor]":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 SUM = "r = f16(x0 + x1); r"
 GATED = "g = f16(x0 / (1 + x1 * x1)); r = g * x2 - 1; r"

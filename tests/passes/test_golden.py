@@ -1,4 +1,4 @@
-"""Every case of tests/golden/*.qir, one file a pass: a pipeline, a graph, and the graph that it becomes, to the letter.
+"""Every case of tests/passes/golden/*.qir, one file a pass: a pipeline, a graph, and the graph that it becomes, exactly.
 
     // ----- a copy of an intermediate value is removed
     // RUN: canonicalize
@@ -8,8 +8,8 @@
     // MISSED: %y: why a rule did not match
     func @m(...) ...               unchanged lines are only counted
 
-`QCOMPILER_UPDATE=1 pytest tests/test_golden.py` rewrites everything from the line `// BECOMES` or `// UNCHANGED` on; a
-new case may leave that part out. A person reads the diff.
+`QCOMPILER_UPDATE=1 pytest tests/passes/test_golden.py` rewrites everything from the line `// BECOMES` or `// UNCHANGED` on;
+a new case may leave that part out. A person reads the diff.
 
 Each case also runs on random numbers: each pass is held to its declared effect, and where the case says so to equal
 bits; what it makes survives a round trip through text; and running the last pass again changes nothing.
@@ -26,11 +26,11 @@ import torch
 
 import qcompiler.schemes  # noqa: F401  (makes the passes known)
 from qcompiler import knobs
-from qcompiler.instruments import CheckChanged, Validate
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
-from qcompiler.pass_manager import PASSES, Pipeline
-from qcompiler.pass_runner import run_pipeline
+from qcompiler.pass_manager.instruments import CheckChanged, Validate
+from qcompiler.pass_manager.pipeline import PASSES, Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs, verified
 
 FOLDER = Path(__file__).parent / "golden"

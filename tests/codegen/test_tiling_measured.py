@@ -12,7 +12,7 @@ from codegen.templates.fused import FusedGemmProblem, Separate
 from codegen.templates.gemm import GemmProblem, Kind, bucket
 from qcompiler.numerics import ALL
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DEVICES = ("h100", "h200")
 KINDS: dict[str, tuple[Kind, int]] = {
     "tiles": ("tiles", 128), "tiles_64": ("tiles", 64), "tiles_32": ("tiles", 32), "rows_f8": ("rows_f8", ALL),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.6", "3.9")
 
 # The first entry of KERNELS for each kernel is compiled, and the others stop before they are.
