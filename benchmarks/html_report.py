@@ -51,7 +51,7 @@ def compiled(layers: int) -> Any:
     report = build_report(done.stages, graph, done.reasons, done.remarks)
     settings = SimpleNamespace(target="sm_90a")
     return SimpleNamespace(
-        graph=graph, stages=done.stages, steps=done.steps, left_alone=done.left_alone, report=report, pipeline=steps,
+        graph=graph, stages=done.stages, steps=done.steps, skipped=done.skipped, report=report, pipeline=steps,
         settings=settings, weights=SimpleNamespace(device=torch.device("cpu")),
     )  # fmt: skip
 

@@ -143,7 +143,7 @@ def results(want: torch.Tensor, got: torch.Tensor, report: qcompiler.Report, rat
         ("cosine similarity to the float model, worst", f"{cosine.min():.4f}"),
         ("nearest neighbour is the same", f"{same[:, 0].float().mean():.1%}"),
         ("nearest neighbour is one of the float model's two nearest", f"{same.any(1).float().mean():.1%}"),
-        ("matmuls quantized", f"{len(report.quantized)} of {len(report.quantized) + len(report.left_alone)}"),
+        ("matmuls quantized", f"{len(report.quantized)} of {len(report.quantized) + len(report.skipped)}"),
         ("parameter bytes before", f"{report.bytes:,}"),
         ("parameter bytes after, scales included", f"{report.bytes_after:,}"),
         ("median time of a batch, against float", f"{ratio:.2f}x"),

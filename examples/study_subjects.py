@@ -20,7 +20,7 @@ from qcompiler import Calibration, CompiledModel, Graph
 from qcompiler.capture import capture
 from qcompiler.ir import DType, Format
 from qcompiler.schemes.named import Scheme, find, register
-from qcompiler.schemes.pipelines import Recipe
+from qcompiler.schemes.pipelines import QuantizationSpec
 
 INT8_TILES = "int8_tile_reference"
 """INT8 in the tiles and blocks of fp8_tile. Only with it can the effect of tiles be told from that of the format."""
@@ -29,7 +29,7 @@ register(
     Scheme(
         INT8_TILES,
         "INT8 in the tiles of fp8_tile: simulated only, for comparison.",
-        recipe=Recipe(Format(DType.i8, (1, 128)), Format(DType.i8, (128, 128))),
+        spec=QuantizationSpec(Format(DType.i8, (1, 128)), Format(DType.i8, (128, 128))),
         options=("k_block",),
     )
 )
@@ -181,6 +181,6 @@ def window_losses(model: torch.nn.Module, read: Tensor, wanted: Tensor, batch: i
 
 def compiled(graph: Graph, scheme: str, calibration: Calibration) -> CompiledModel:
     """A quantized copy of a captured graph; statistics are taken once for all schemes that need them."""
-    recipe = find(scheme.partition("{")[0]).recipe
-    asked = calibration if recipe is not None and recipe.needs_calibration else None
+    spec = find(scheme.partition("{")[0]).spec
+    asked = calibration if spec is not None and spec.needs_calibration else None
     return qcompiler.compile(graph, scheme=scheme, calibration=asked, target="cpu")

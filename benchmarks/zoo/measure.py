@@ -98,7 +98,7 @@ def described(compiled: Any) -> dict[str, Any]:
     types = [value.type for value in graph.inputs]
     symbols = {str(size) for kind in types for size in getattr(kind, "shape", ()) if not isinstance(size, int)}
     reasons: dict[str, int] = {}
-    for each in compiled.report.left_alone:
+    for each in compiled.report.skipped:
         reasons[each.reason] = reasons.get(each.reason, 0) + 1
     return {
         "inputs": [str(kind) for kind in types],
@@ -113,7 +113,7 @@ def compared(compiled: Any, model: nn.Module, calls: list[Call]) -> dict[str, An
     """Errors against float, and the status; the worse of the sizes."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     names = {name for row in compiled.report.quantized for name in row.weights}
-    alone = {name for row in compiled.report.left_alone for name in row.weights}
+    alone = {name for row in compiled.report.skipped for name in row.weights}
     wanted = [tensors[name] for name in sorted(names - alone) if name in tensors]
     found: dict[str, Any] = {"error": 0.0, "simulated": 0.0, "ratio": 0.0}
     destroyed = False

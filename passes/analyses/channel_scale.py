@@ -61,7 +61,7 @@ class Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class FusionRegion:
     """All that changes when the channels of `value` are divided by s.
 
     Attributes:
@@ -79,7 +79,7 @@ class Region:
     readers: tuple[Reader, ...]
 
 
-def solve(graph: Graph, value: Value) -> Region | Missed:
+def solve(graph: Graph, value: Value) -> FusionRegion | Missed:
     """What must change for the last axis of `value` to be scaled; Missed says what forbids it."""
     if graph.is_constant(value):
         return Missed("it is constant", value)
@@ -305,7 +305,7 @@ class _State:
 
     # The answer
 
-    def region(self) -> Region:
+    def region(self) -> FusionRegion:
         """What has been found."""
         order = {op: at for at, op in enumerate(self.graph)}
         values = sorted(self.labels, key=lambda value: (order[value.op], value.index))
@@ -321,7 +321,7 @@ class _State:
         classes = tuple(numbers.setdefault(self.find(channel), len(numbers)) for channel in range(len(self.same)))
         absorbers.sort(key=lambda absorber: order[absorber.op])
         readers.sort(key=lambda reader: order[reader.op])
-        return Region(self.value, classes, {v: self.labels[v] for v in values}, tuple(absorbers), tuple(readers))
+        return FusionRegion(self.value, classes, {v: self.labels[v] for v in values}, tuple(absorbers), tuple(readers))
 
 
 class _Place(Site):

@@ -12,7 +12,7 @@ from qcompiler.numerics.dtypes import ir_dtype
 def free_name(graph: Graph, name: str) -> str:
     """`name`, or `name_1`, `name_2` … when the graph reads, holds, or has made a weight of that name."""
     taken = {str(op.attrs["name"]) for op in graph.ops() if op.role is Role.STATE}
-    taken |= graph.weights.keys() | graph.recipes.keys()
+    taken |= graph.weights.keys() | graph.derivations.keys()
     candidate, count = name, 0
     while candidate in taken:
         count += 1

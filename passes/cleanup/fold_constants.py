@@ -8,10 +8,9 @@
 
     %g = aten.mul.Tensor(%norm.weight, %smooth) : f32[256]      ->     %g = core.param() {name = "norm.weight_folded"}
 
-How a stored weight came about is kept as its recipe (`graph.recipes`): who writes a checkpoint must know which of the
-model's own weights it holds. One weight is in memory at a time. A dequantize is never folded: that would undo the
-quantization.
-A graph without weights (from text) is rewritten in the same way; only the numbers are missing.
+How a stored weight was computed is kept as its derivation (`graph.derivations`): the writer of a checkpoint must know
+which of the model's own weights it holds. One weight is in memory at a time. A dequantize is never folded: that would
+undo the quantization. A graph without weights (from text) is rewritten in the same way; only the numbers are missing.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from passes.analyses.constants import free_name
 from passes.analyses.memory import leaves_the_graph
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Match, Missed, Op, Recipe, Rewriter, Role, Rule, legal_name
+from qcompiler.ir import Derivation, Graph, Match, Missed, Op, Rewriter, Role, Rule, legal_name
 from qcompiler.ir.dataflow import ancestors, parameters_of, part_of
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
@@ -89,8 +88,8 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
         if op.role is Role.QUANTIZE and is_poisoned(*computed):
             remark_not_finite(op, sources, graph)
         graph.weights.update(zip(names, computed, strict=True))
-    recipe = part_of(op)
-    graph.recipes.update({name: Recipe(recipe, index) for index, name in enumerate(names)})
+    derivation = part_of(op)
+    graph.derivations.update({name: Derivation(derivation, index) for index, name in enumerate(names)})
     params = [
         rewriter.insert("core.param", attrs={"name": name}, types=[value.type]).result
         for name, value in zip(names, op.results, strict=True)

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from passes.analyses.arithmetic import same_numbers, term_of
 from passes.fusing.fused_producer import TURNED_CODES
+from passes.fusing.fusion_regions import FusionRegion, Limits, grow
 from passes.fusing.region_bodies import body_of, in_order, rounded, substituted
-from passes.fusing.regions import Limits, Region, grow
 from qcompiler.dialects.body import Body, Expression, Name, parse
 from qcompiler.dialects.quant import is_static
 from qcompiler.ir import Argument, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
@@ -182,7 +182,7 @@ def results_of(parts: Sequence[Value], graph: Graph) -> list[Value]:
     return sorted(roots, key=lambda value: graph.rank(value.op), reverse=True)
 
 
-def fused(region: Region, parts: Sequence[Value]) -> Epilogue | Missed:
+def fused(region: FusionRegion, parts: Sequence[Value]) -> Epilogue | Missed:
     """A region as the body of a product."""
     others = [value for value in region.operands if value not in parts]
     named = {f"x{place}": value for place, value in enumerate(others)}

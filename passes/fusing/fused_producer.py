@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from passes.analyses.arithmetic import is_row_view
+from passes.fusing.fusion_regions import FusionRegion, Limits, grow
 from passes.fusing.region_bodies import body_of, in_order, kept_names
-from passes.fusing.regions import Limits, Region, grow
 from qcompiler.dialects.body import Name
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
 
@@ -51,7 +51,7 @@ class ArithmeticThenQuantize(Rule):
             return NO_REDUCTION
         return {"region": region, "prescale": prescale}
 
-    def rewrite(self, op: Op, rewriter: Rewriter, region: Region, prescale: Value | None, **_: Any) -> None:
+    def rewrite(self, op: Op, rewriter: Rewriter, region: FusionRegion, prescale: Value | None, **_: Any) -> None:
         graph, shape = rewriter.graph, op["x"].tensor.shape
         for late in region.late:
             graph.move(late, before=region.place)
@@ -74,7 +74,7 @@ class ArithmeticThenQuantize(Rule):
             graph.rename(new, name)
 
 
-def keep(rewriter: Rewriter, region: Region, value: Value, new: Value) -> dict[Value, str]:
+def keep(rewriter: Rewriter, region: FusionRegion, value: Value, new: Value) -> dict[Value, str]:
     """Makes those that read `value` outside of its region read the result `new`; the names to be given at the end."""
     graph, shape, names = rewriter.graph, new.tensor.shape, {}
     readers = region.kept[value]
@@ -92,7 +92,7 @@ def keep(rewriter: Rewriter, region: Region, value: Value, new: Value) -> dict[V
     return names
 
 
-def arranged(rewriter: Rewriter, region: Region, value: Value, shape: tuple[Size, ...]) -> Value:
+def arranged(rewriter: Rewriter, region: FusionRegion, value: Value, shape: tuple[Size, ...]) -> Value:
     """A tensor with the rows of the region, arranged in a shape that stands somewhere in it, in front of its place."""
     if value.tensor.shape == shape:
         return value

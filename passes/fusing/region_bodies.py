@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from passes.analyses.arithmetic import term_of
-from passes.fusing.regions import Region
+from passes.fusing.fusion_regions import FusionRegion
 from qcompiler.dialects.body import OPERAND, ROUNDED, Body, Call, Expression, Name, parse
 from qcompiler.ir import DType, Op, Value
 from qcompiler.numerics.dtypes import torch_dtype
@@ -20,7 +20,7 @@ from qcompiler.numerics.dtypes import torch_dtype
 ROUNDING = {dtype: name for name, dtype in ROUNDED.items()}
 
 
-def body_of(region: Region, operands: Mapping[Value, Expression], prescale: Expression | None = None) -> Body:
+def body_of(region: FusionRegion, operands: Mapping[Value, Expression], prescale: Expression | None = None) -> Body:
     """What a region computes, given how its operands are spelled; its kept values are h0, h1, … in order.
 
     Args:
@@ -42,7 +42,7 @@ def in_order(body: Body, vectors: Collection[str] = ()) -> tuple[Body, tuple[str
     return Body(definitions, substituted(body.result, names)), before
 
 
-def kept_names(region: Region) -> tuple[str, ...]:
+def kept_names(region: FusionRegion) -> tuple[str, ...]:
     """What a body calls the kept values of its region."""
     return tuple(f"h{place}" for place in range(len(region.kept)))
 
@@ -67,7 +67,7 @@ def substituted(expression: Expression, values: Mapping[str, Expression]) -> Exp
 class _Writer:
     """Writes the operations of a region, in order."""
 
-    def __init__(self, region: Region, operands: Mapping[Value, Expression]) -> None:
+    def __init__(self, region: FusionRegion, operands: Mapping[Value, Expression]) -> None:
         self.region = region
         self.values: dict[Value, Expression] = {}
         self.definitions: list[tuple[str, Expression]] = []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from passes.analyses.channel_labels import UNSCALED, Labels, last_axis
-from passes.analyses.channel_scale import LINEAR, PARAMETERS, Absorber, Region
+from passes.analyses.channel_scale import LINEAR, PARAMETERS, Absorber, FusionRegion
 from passes.analyses.constants import new_parameter, times
 from qcompiler.errors import PassError
 from qcompiler.ir import Argument, Graph, Op, Rewriter, TensorType, Value
@@ -27,7 +27,7 @@ MATRIX = (LINEAR, "weight")
 """The one parameter of which a factor multiplies the rows."""
 
 
-def fold(graph: Graph, region: Region, s: torch.Tensor, made_by: str, stem: str) -> None:
+def fold(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str, stem: str) -> None:
     """Divides the channels of `region.value` by `s`, and multiplies the weights that read them.
 
     Values keep their names and types, and outputs their values but for rounding: equal bits in f32 and bf16 where `s`
@@ -60,7 +60,7 @@ def spread(vector: torch.Tensor, labels: Labels) -> torch.Tensor:
     return torch.where(at == UNSCALED, vector.new_ones(()), vector[at.clamp(min=0)])
 
 
-def _check(graph: Graph, region: Region, s: torch.Tensor, made_by: str) -> None:
+def _check(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str) -> None:
     """PassError unless `s` is a legal scale of the region, and the region is still there."""
     where, need = f"pass '{made_by}'", f"f32[{len(region.classes)}], positive and finite"
     if s.dtype is not torch.float32 or s.shape != (len(region.classes),):
@@ -84,7 +84,7 @@ def _check(graph: Graph, region: Region, s: torch.Tensor, made_by: str) -> None:
         raise PassError(f"{gone[0].name} of the region of {region.value} has left the graph", where=where, fix=fix)
 
 
-def _ops(region: Region) -> list[Op]:
+def _ops(region: FusionRegion) -> list[Op]:
     return [*(absorber.op for absorber in region.absorbers), *(reader.op for reader in region.readers)]
 
 

@@ -12,7 +12,7 @@ from qcompiler.artefact.loading import (
     check_host,
     read_calibration,
     read_config,
-    read_recipes,
+    read_derivations,
     read_report,
     read_signature,
     read_stages,
@@ -100,7 +100,7 @@ def _contents(folder: Folder, trust: Collection[str]) -> Iterator[str]:
         for name in stages:
             stages[name].verify()
         check_against(folder, graph, signature, trust)
-        read_recipes(folder, graph, trust)
+        read_derivations(folder, graph, trust)
         check_host(folder, graph, regenerate=False)
         read_weights(folder, graph)
         read_report(folder)

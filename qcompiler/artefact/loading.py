@@ -18,21 +18,21 @@ from typing import Any
 import torch
 
 from codegen.host import HostModule, emit_host_module
+from qcompiler.artefact.derivations_text import derivations_from_json
 from qcompiler.artefact.folder import Folder, open_folder, read_bytes
 from qcompiler.artefact.manifest import (
     CALIBRATION,
     CONFIG,
+    DERIVATIONS,
     HOST,
     NAME,
-    RECIPES,
     REPORT,
     SIGNATURE,
     read_manifest,
 )
 from qcompiler.artefact.model_config import config_from_entries
 from qcompiler.artefact.operators import check_device, check_operators
-from qcompiler.artefact.recipes_text import recipes_from_json
-from qcompiler.artefact.report_text import LeftAlone, report_from_json
+from qcompiler.artefact.report_text import Skipped, report_from_json
 from qcompiler.artefact.signature_text import moved, signature_from_json
 from qcompiler.artefact.strict_json import AGAIN, Node, parse
 from qcompiler.artefact.weight_files import WeightFiles, open_weights
@@ -40,7 +40,7 @@ from qcompiler.calibration import Calibration
 from qcompiler.capture.signature import Signature
 from qcompiler.errors import ArtefactError, ParseError, VerifyError
 from qcompiler.files.replacing import locked, recover
-from qcompiler.ir import Graph, Recipe
+from qcompiler.ir import Derivation, Graph
 from qcompiler.ir.graph import BUFFER, PARAM
 from qcompiler.pass_manager.runner import Stages, Step
 from qcompiler.program.original import Forward, Original
@@ -77,7 +77,7 @@ def read_program(
     target = _target(folder, where)
     stages, graph = read_stages(folder, trust)
     check_against(folder, graph, signature, trust)
-    graph.recipes = read_recipes(folder, graph, trust)
+    graph.derivations = read_derivations(folder, graph, trust)
     check_host(folder, graph, regenerate)
     if target.name != folder.manifest.target:
         check_device(graph, where, target, str(folder.path))
@@ -85,14 +85,14 @@ def read_program(
     names = [str(op.attrs["name"]) for kind in (PARAM, BUFFER) for op in graph.ops(kind)]
     graph.weights = Weights(weights.loaders(names, where), weights.ties())
     host, run = generate(graph, target.name)
-    report, steps, left_alone = read_report(folder)
+    report, steps, skipped = read_report(folder)
     manifest = folder.manifest
     settings = Settings(
         manifest.pipeline, target.name, strict=False, scheme=manifest.scheme, overrides=manifest.overrides
     )
     return Program(
         graph, stages, steps, report, host, moved(signature, where), target.name, where, run, settings,
-        Original(forward, read_config(folder)), _later(folder), left_alone,
+        Original(forward, read_config(folder)), _later(folder), skipped,
     )  # fmt: skip
 
 
@@ -135,9 +135,9 @@ def _stage(text: str, where: str, trust: Collection[str] | None) -> Graph:
     return graph
 
 
-def read_recipes(folder: Folder, graph: Graph, trust: Collection[str]) -> dict[str, Recipe]:
+def read_derivations(folder: Folder, graph: Graph, trust: Collection[str]) -> dict[str, Derivation]:
     """How the weights that passes have made are computed from the model's."""
-    return recipes_from_json(_json(folder, RECIPES), graph, trust)
+    return derivations_from_json(_json(folder, DERIVATIONS), graph, trust)
 
 
 def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
@@ -191,7 +191,7 @@ def _json(folder: Folder, name: str) -> Node:
     return parse(folder.text(name).encode(), folder.path / name)
 
 
-def read_report(folder: Folder) -> tuple[Report, tuple[Step, ...], LeftAlone]:
+def read_report(folder: Folder) -> tuple[Report, tuple[Step, ...], Skipped]:
     """What became of the readers of weights; the passes that ran; and what each left alone, and why."""
     return report_from_json(_json(folder, REPORT))
 

@@ -20,10 +20,10 @@ NAME = "manifest.json"
 VERSION = 1
 """Of the format; a larger one comes from a newer qcompiler."""
 
-SIGNATURE, REPORT, RECIPES, HOST = "signature.json", "report.json", "recipes.json", "host.py"
+SIGNATURE, REPORT, DERIVATIONS, HOST = "signature.json", "report.json", "derivations.json", "host.py"
 CONFIG = "config.json"
 CALIBRATION = "calibration.safetensors"
-FILE = re.compile(r"(signature|report|recipes|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
+FILE = re.compile(r"(signature|report|derivations|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
 """The files that there can be: no other name is ever opened."""
 
@@ -153,7 +153,7 @@ def _manifest(node: Node) -> Manifest:
         },
         files=files,
     )
-    wanted = [SIGNATURE, REPORT, RECIPES, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
+    wanted = [SIGNATURE, REPORT, DERIVATIONS, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
     if not stages or not set(wanted) <= files.keys():
         node["files"].wrong(f"stages and {', '.join(wanted)}")
     if manifest.source != files[HOST].sha256:

@@ -9,24 +9,24 @@ from qcompiler.pass_manager.runner import Step
 from qcompiler.report.report import Report
 from qcompiler.report.rows import Row
 
-LeftAlone = Mapping[str, Mapping[str, str]]
+Skipped = Mapping[str, Mapping[str, str]]
 """Stage -> name of a value -> why the pass left what computes it alone."""
 
 
-def report_to_json(report: Report, steps: tuple[Step, ...], left_alone: LeftAlone) -> dict[str, Any]:
+def report_to_json(report: Report, steps: tuple[Step, ...], skipped: Skipped) -> dict[str, Any]:
     """All in one object. A reason stands there once for all values that a pass has it for."""
-    alone = {stage: _by_reason(reasons) for stage, reasons in left_alone.items()}
-    return {**asdict(report), "steps": [asdict(step) for step in steps], "left_alone": alone}
+    alone = {stage: _by_reason(reasons) for stage, reasons in skipped.items()}
+    return {**asdict(report), "steps": [asdict(step) for step in steps], "skipped": alone}
 
 
-def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], LeftAlone]:
+def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], Skipped]:
     """What `report_to_json` gave; ArtefactError for anything else."""
     rows = tuple(_row(item) for item in node["rows"].items())
     sizes = {key: node[key].count() for key in ("bytes", "bytes_quantized", "bytes_after")}
     steps = tuple(_step(item) for item in node["steps"].items())
     notes = tuple(note.text() for key, items in node.members() if key == "notes" for note in items.items())
-    left_alone = {stage: _by_value(item) for stage, item in node["left_alone"].members()}
-    return Report(rows, **sizes, notes=notes), steps, left_alone
+    skipped = {stage: _by_value(item) for stage, item in node["skipped"].members()}
+    return Report(rows, **sizes, notes=notes), steps, skipped
 
 
 def _row(node: Node) -> Row:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from codegen.host import emit_host_module
+from qcompiler.artefact.derivations_text import derivations_to_json
 from qcompiler.artefact.folder import check_replaceable
 from qcompiler.artefact.manifest import (
     CALIBRATION,
     CONFIG,
+    DERIVATIONS,
     HOST,
     NAME,
-    RECIPES,
     REPORT,
     SIGNATURE,
     Manifest,
@@ -17,7 +18,6 @@ from qcompiler.artefact.manifest import (
     write_manifest,
 )
 from qcompiler.artefact.model_config import config_to_text
-from qcompiler.artefact.recipes_text import recipes_to_json
 from qcompiler.artefact.report_text import report_to_json
 from qcompiler.artefact.signature_text import signature_to_json
 from qcompiler.artefact.strict_json import render
@@ -73,8 +73,8 @@ def _texts(program: Program) -> dict[str, str]:
     _check_round_trip(program, list(stages.values())[-1])
     return {
         SIGNATURE: render(signature_to_json(program.signature, program.original.forward)),
-        REPORT: render(report_to_json(program.report, program.steps, program.left_alone)),
-        RECIPES: render(recipes_to_json(program.graph.recipes)),
+        REPORT: render(report_to_json(program.report, program.steps, program.skipped)),
+        DERIVATIONS: render(derivations_to_json(program.graph.derivations)),
         HOST: program.host.source,
         **stages,
     }

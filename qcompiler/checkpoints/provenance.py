@@ -3,7 +3,7 @@
     q.weight_merged_q = quantize(cat([q.weight, k.weight]))   ->   q.weight and k.weight: their rows of codes and scales
     norm.weight_folded = cast(norm.weight × 1/s)              ->   norm.weight, changed
 
-The passes leave a recipe for each weight that they make (`graph.recipes`); names of parameters are never guessed at.
+The passes record a derivation for each weight that they make (`graph.derivations`); parameter names are never guessed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -68,7 +68,7 @@ def trace(structure: Graph, compiled: Graph, model_names: set[str]) -> Provenanc
 
     Args:
         structure: The last stage in which each layer has an operation of its own.
-        compiled: The graph after the last pass, with weights and recipes.
+        compiled: The graph after the last pass, with weights and derivations.
         model_names: The weights that the graph read when it was captured.
     """
     return _Tracer(structure, compiled, model_names).run()
@@ -146,7 +146,7 @@ class _Tracer:
         if name in self.model_names:
             self.found.kept[name] = self.compiled.weights[name]
             return
-        if name not in self.compiled.recipes:
+        if name not in self.compiled.derivations:
             readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
             self.found.refuse(
                 name, f"no weight of the model can take it in: {readers or 'an operation'} reads it in each call"
@@ -178,14 +178,14 @@ class _Tracer:
 
     def expanded(self, value: Value) -> Value:
         """What a stored weight was computed by; the value itself for a weight of the model."""
-        while value.op.name == PARAM and (recipe := self.compiled.recipes.get(str(value.op.attrs["name"]))):
-            if not isinstance(made := recipe.graph.outputs[recipe.output], Value):
-                raise QCompilerError("a recipe gives no tensor", got=repr(made), where=str(value))
+        while value.op.name == PARAM and (derivation := self.compiled.derivations.get(str(value.op.attrs["name"]))):
+            if not isinstance(made := derivation.graph.outputs[derivation.output], Value):
+                raise QCompilerError("a derivation gives no tensor", got=repr(made), where=str(value))
             value = made
         return value
 
     def names(self, value: Value) -> set[str]:
-        """The weights of the model that a value is made of, through all recipes."""
+        """The weights of the model that a value is made of, through all derivations."""
         found = set()
         for param in parameters_of(value):
             source = self.expanded(param.result)

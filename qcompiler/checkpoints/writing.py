@@ -158,7 +158,7 @@ def _named_layers(program: Program) -> set[str]:
 
 def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], program: Program) -> set[str]:
     """The linears that a reader must leave in float, and other matmuls, which some readers make linears of."""
-    alone = {name for row in program.report.left_alone for name in row.weights if name in origin.tensors}
+    alone = {name for row in program.report.skipped for name in row.weights if name in origin.tensors}
     files = to_files(origin.module, {name: origin.tensors[name] for name in alone})
     names = {*origin.linears(), *map(_module, alone), *map(_module, files)}
     return {name for name in names if name} - {_module(name) for name in weights}

@@ -55,7 +55,7 @@ def _schemes() -> tuple[list[dict[str, Any]], dict[str, str]]:
         if not isinstance(scheme, Scheme):
             broken[name] = str(scheme)
             continue
-        known = None if scheme.recipe is None else values_of(scheme.recipe)
+        known = None if scheme.spec is None else values_of(scheme.spec)
         values = {each: print_option(getattr(known, each)) for each in scheme.options}
         listed.append({
             "name": name, "doc": scheme.doc, "pipeline": scheme.pipeline, "options": values,

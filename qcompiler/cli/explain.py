@@ -12,7 +12,7 @@ from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.pass_manager.options import default_of, print_option
 from qcompiler.pass_manager.pipeline import Effect, Pass
 from qcompiler.schemes.named import Options, Scheme, read_scheme, values_of
-from qcompiler.schemes.pipelines import Recipe
+from qcompiler.schemes.pipelines import QuantizationSpec
 
 WIDTH = 100
 
@@ -21,12 +21,12 @@ def run(options: argparse.Namespace) -> int:
     """Explains a scheme or a pipeline."""
     overrides = overrides_of(options.override, options.ignore)
     pipeline = pipeline_of(options.scheme, options.pipeline, overrides)
-    scheme, recipe = read_scheme(options.scheme) if options.scheme is not None else (None, None)
+    scheme, spec = read_scheme(options.scheme) if options.scheme is not None else (None, None)
     document = {
         "scheme": options.scheme,
         "doc": scheme.doc if scheme is not None else "",
         "needs_calibration": needs_data(pipeline),
-        "options": _scheme_options(scheme, recipe),
+        "options": _scheme_options(scheme, spec),
         "overrides": dict(overrides or {}),
         "pipeline": str(pipeline),
         "passes": [_explained(name, step) for name, step in zip(pipeline.names, pipeline, strict=True)],
@@ -38,10 +38,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _scheme_options(scheme: Scheme | None, recipe: Recipe | None) -> list[dict[str, Any]]:
-    if scheme is None or recipe is None:
+def _scheme_options(scheme: Scheme | None, spec: QuantizationSpec | None) -> list[dict[str, Any]]:
+    if scheme is None or spec is None:
         return []
-    says, values = attributes(Options), values_of(recipe)
+    says, values = attributes(Options), values_of(spec)
     return [
         {"name": name, "value": print_option(getattr(values, name)), "doc": says.get(name, "")}
         for name in scheme.options

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     instruments += [TimePasses(file=sys.stderr)] if options.time_passes else []
     done = run_pipeline(steps, graph, instruments=instruments)
     if options.explain:
-        for stage, reasons in done.left_alone.items():
+        for stage, reasons in done.skipped.items():
             for name, reason in reasons.items():
                 print(f"{stage} left %{name} alone: {reason}", file=sys.stderr)
     _write(options.output, graph.text(locations=not options.no_locations) + "\n")

@@ -64,7 +64,7 @@ def compile(
     Args:
         model: A module in evaluation mode, an exported program, a graph with its weights, or the folder of a
             checkpoint (see `qcompiler.checkpoints.load_model`). Weights that are FP8 already are taken as they are.
-        scheme: The name of a recipe, with options in braces if need be: `fp8_tile{k_block=64}`; `qcompiler schemes`
+        scheme: The name of a derivation, with options in braces if need be: `fp8_tile{k_block=64}`; `qcompiler schemes`
             lists them.
         overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
             None}`. Patterns for the names of weights, of which the last one that matches counts; one that matches

@@ -52,9 +52,9 @@ class ProgramViews:
         return self.program.report
 
     @property
-    def left_alone(self) -> Mapping[str, Mapping[str, str]]:
+    def skipped(self) -> Mapping[str, Mapping[str, str]]:
         """Stage -> name of a value -> why that pass left what computes it alone."""
-        return self.program.left_alone
+        return self.program.skipped
 
     @property
     def source(self) -> str:

@@ -40,7 +40,7 @@ def describe(program: Program, attribution: ErrorReport | None) -> dict[str, Any
         "target": program.target,
         "summary": report.summary(),
         "notes": list(report.notes),
-        **describe_stages(program.stages, program.steps, program.left_alone),
+        **describe_stages(program.stages, program.steps, program.skipped),
         "decisions": [{**asdict(row), "isMatmul": row.is_matmul} for row in report.rows],
         "errors": None if attribution is None else [_numbers(asdict(row)) for row in attribution.rows],
         "kernels": describe_kernels(program.graph),

@@ -55,14 +55,14 @@ def _described(op: Op, text: str, place: int) -> dict[str, Any]:
 
 
 def describe_stages(
-    stages: Mapping[str, Graph], steps: Iterable[Step], left_alone: Mapping[str, Mapping[str, str]]
+    stages: Mapping[str, Graph], steps: Iterable[Step], skipped: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
     """What the page knows of the graphs.
 
     Args:
         stages: The graph as captured and after each pass.
         steps: The passes that made them, which may be fewer when the records were not kept.
-        left_alone: Stage -> name of a value -> why the pass left alone what computes it.
+        skipped: Stage -> name of a value -> why the pass left alone what computes it.
     """
     lines, sentences, ran = Lines(), dict[str, int](), {step.stage: step for step in steps}
     rows = []
@@ -71,7 +71,7 @@ def describe_stages(
         if (step := ran.get(name)) is not None:
             row |= {"spec": step.spec, "effect": step.effect, "changed": step.changed, "seconds": step.seconds}
         row["leftAlone"] = {
-            value: sentences.setdefault(why, len(sentences)) for value, why in left_alone.get(name, {}).items()
+            value: sentences.setdefault(why, len(sentences)) for value, why in skipped.get(name, {}).items()
         }
         rows.append(row)
     return {"stages": rows, "ops": lines.ops, "places": lines.places, "sentences": list(sentences)}

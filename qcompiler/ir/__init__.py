@@ -2,7 +2,7 @@
 
 from qcompiler.ir.diff import diff
 from qcompiler.ir.formats import ALL, Format
-from qcompiler.ir.graph import Graph, Recipe
+from qcompiler.ir.graph import Derivation, Graph
 from qcompiler.ir.literals import parse_format, parse_literal, parse_type
 from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree, print_argument, print_op
 from qcompiler.ir.ranges import Range
@@ -14,8 +14,44 @@ from qcompiler.ir.types import NONE, DType, NoneType, ScalarType, TensorType, Ty
 from qcompiler.text import legal_name
 
 __all__ = [
-    "ALL", "NONE", "Argument", "DType", "Effects", "Expr", "Format", "Graph", "Literal", "Location", "Match", "Missed",
-    "NoneType", "Op", "Range", "Recipe", "Rewriter", "Role", "Rule", "ScalarType", "Size", "Tag", "TensorType", "Type",
-    "Use", "Value", "apply_rules", "ceildiv", "diff", "evaluate", "explain", "legal_name", "map_tree", "parse_format",
-    "parse_literal", "parse_size", "parse_type", "print_argument", "print_op", "symbol",
+    "ALL",
+    "NONE",
+    "Argument",
+    "DType",
+    "Derivation",
+    "Effects",
+    "Expr",
+    "Format",
+    "Graph",
+    "Literal",
+    "Location",
+    "Match",
+    "Missed",
+    "NoneType",
+    "Op",
+    "Range",
+    "Rewriter",
+    "Role",
+    "Rule",
+    "ScalarType",
+    "Size",
+    "Tag",
+    "TensorType",
+    "Type",
+    "Use",
+    "Value",
+    "apply_rules",
+    "ceildiv",
+    "diff",
+    "evaluate",
+    "explain",
+    "legal_name",
+    "map_tree",
+    "parse_format",
+    "parse_literal",
+    "parse_size",
+    "parse_type",
+    "print_argument",
+    "print_op",
+    "symbol",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ UPDATE = "core.update"
 PARAM, BUFFER = "core.param", "core.buffer"
 
 
-class Recipe(NamedTuple):
+class Derivation(NamedTuple):
     """How a weight that a pass has made is computed from others: a graph without inputs, and which output it is."""
 
     graph: "Graph"
@@ -33,7 +33,7 @@ class Graph(Structure):
 
     Attributes:
         weights: Name -> tensor for the parameters and buffers; empty in a graph that is structure only.
-        recipes: How the weights that passes have made are computed from the model's, by name.
+        derivations: How the weights that passes have made are computed from the model's, by name.
         remarks: What a pass has to say of values, by their names; whoever runs a pipeline takes them away at its end.
         calibration: What was observed of its values on real inputs, see `qcompiler.calibration`; None until somebody
             calibrates.
@@ -42,7 +42,7 @@ class Graph(Structure):
     def __init__(self, name: str = "main") -> None:
         super().__init__(name)
         self.weights: MutableMapping[str, Any] = {}
-        self.recipes: dict[str, Recipe] = {}
+        self.derivations: dict[str, Derivation] = {}
         self.remarks: dict[str, str] = {}
         self.calibration: Any = None
 
@@ -54,13 +54,13 @@ class Graph(Structure):
     # Forms
 
     def clone(self, *, weights: bool = True) -> "Graph":
-        """An independent copy of the structure; with `weights`, over the same tensors, recipes and calibration."""
+        """An independent copy of the structure; with `weights`, over the same tensors, derivations and calibration."""
         copy = Graph(self.name)
         copy.symbols = dict(self.symbols)
         if weights:
             copy.weights = self.weights.copy() if hasattr(self.weights, "copy") else dict(self.weights)
             copy.calibration = self.calibration
-            copy.recipes = dict(self.recipes)
+            copy.derivations = dict(self.derivations)
         twin: dict[Value, Value] = {}
         made: dict[Op, Op] = {self.return_op: copy.return_op}
         for op in self:

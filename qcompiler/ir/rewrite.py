@@ -152,9 +152,9 @@ def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
 
 def explain(graph: Graph, rules: Sequence[Rule]) -> list[tuple[Op, Rule, Missed]]:
     """For each candidate that a rule leaves alone: the operation, the rule, and why."""
-    left_alone = []
+    skipped = []
     for op in graph.ops():
         for rule in rules:
             if rule.starts_at(op) and isinstance(missed := rule.match(op, graph), Missed):
-                left_alone.append((op, rule, missed))
-    return left_alone
+                skipped.append((op, rule, missed))
+    return skipped

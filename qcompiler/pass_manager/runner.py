@@ -97,7 +97,7 @@ class Run:
     Attributes:
         stages: The graph as captured and after each pass.
         steps: The passes, in order.
-        left_alone: Stage -> name of an operation -> why that pass left it alone; asked after the pass has run.
+        skipped: Stage -> name of an operation -> why that pass left it alone; asked after the pass has run.
         reasons: Name of an operation -> why it was left alone, by the pass that knows best: the first that quantizes,
             or else the first that looked.
         remarks: Name of an operation -> what passes noted on it, one clause a pass.
@@ -105,7 +105,7 @@ class Run:
 
     stages: Stages
     steps: tuple[Step, ...]
-    left_alone: Mapping[str, Mapping[str, str]]
+    skipped: Mapping[str, Mapping[str, str]]
     reasons: Mapping[str, str]
     remarks: Mapping[str, str]
 
@@ -116,24 +116,22 @@ class _Record:
 
     stages: Stages = field(default_factory=Stages)
     steps: list[Step] = field(default_factory=list)
-    left_alone: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    skipped: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     def add(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
         self.stages.add(step.name, graph)
         name = list(self.stages)[-1]
         self.steps.append(Step(name, str(step), step.effect.value, outcome.changed, outcome.seconds))
         reasons = _guarded(f"pass '{step}' failed while it was asked to explain", step, graph, step.explain)
-        self.left_alone[name] = reasons
+        self.skipped[name] = reasons
 
     def finish(self, pipeline: Pipeline, remarks: Mapping[str, str]) -> Run:
         effects = [step.effect for step in pipeline]
-        order = sorted(
-            zip(effects, self.left_alone.values(), strict=True), key=lambda pair: pair[0] is not Effect.LOSSY
-        )
+        order = sorted(zip(effects, self.skipped.values(), strict=True), key=lambda pair: pair[0] is not Effect.LOSSY)
         reasons: dict[str, str] = {}
         for _, more in order:
             reasons = {**more, **reasons}
-        return Run(self.stages, tuple(self.steps), self.left_alone, reasons, remarks)
+        return Run(self.stages, tuple(self.steps), self.skipped, reasons, remarks)
 
 
 def run_pipeline(

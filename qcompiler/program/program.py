@@ -96,7 +96,7 @@ class Program:
         settings: How it was compiled, without the instruments and the calibration data.
         original: The model that was compiled.
         calibration: Gives what was seen of the captured graph's values; None where no pass needs calibration.
-        left_alone: Stage -> name of a value -> why that pass did not change the operation that computes it.
+        skipped: Stage -> name of a value -> why that pass did not change the operation that computes it.
     """
 
     graph: Graph
@@ -111,7 +111,7 @@ class Program:
     settings: Settings
     original: Original = field(default_factory=Original)
     calibration: Callable[[], Calibration | None] = lambda: None
-    left_alone: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,7 +221,7 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     return Program(
         graph, done.stages, done.steps, report, host, signature, target.name, device, run,
         settings=replace(settings, instruments=(), calibration=None),  # which may hold a lot
-        calibration=lambda: calibration, left_alone=done.left_alone,
+        calibration=lambda: calibration, skipped=done.skipped,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Report:
         return tuple(row for row in self.rows if row.quantized)
 
     @property
-    def left_alone(self) -> tuple[Row, ...]:
+    def skipped(self) -> tuple[Row, ...]:
         """The matmuls that are not."""
         return tuple(row for row in self.rows if row.is_matmul and not row.quantized)
 

@@ -1,6 +1,6 @@
-"""Schemes: named recipes, each a pipeline that prints.
+"""Schemes: named specs, each a pipeline that prints.
 
-    find("fp8_tile")                                          the recipe and its text
+    find("fp8_tile")                                          the spec and its text
     pipeline("fp8_tile{k_block=64}")                          its passes, with an option
     pipeline("fp8_tile", {"*.down_proj": "fp8_row"}, ignore=["lm_head"])  differently for some layers
     list_schemes()                                            each name with one sentence
@@ -33,7 +33,7 @@ from qcompiler.ir.formats import (
 from qcompiler.pass_manager.options import OptionReader
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.schemes.hints import hint, plainly
-from qcompiler.schemes.pipelines import Recipe, assemble
+from qcompiler.schemes.pipelines import QuantizationSpec, assemble
 from qcompiler.text import Source
 
 GROUP = "qcompiler.schemes"
@@ -77,28 +77,28 @@ class Options:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named recipe.
+    """A named spec.
 
     Attributes:
         name: What the user writes.
         doc: One sentence.
-        pipeline: The passes, as text; made from the recipe where there is one.
-        recipe: The same declaratively; only with it can the scheme take options, or be for some layers only.
+        pipeline: The passes, as text; made from the spec where there is one.
+        spec: The same declaratively; only with it can the scheme take options, or be for some layers only.
         options: The fields of `Options` that may be given with the name.
     """
 
     name: str
     doc: str
     pipeline: str = ""
-    recipe: Recipe | None = None
+    spec: QuantizationSpec | None = None
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Spells the pipeline out; PassError when there is neither, or both."""
-        if bool(self.pipeline) == (self.recipe is not None):
-            raise PassError(f"scheme '{self.name}' needs a pipeline or a recipe, and not both")
-        if self.recipe is not None:
-            object.__setattr__(self, "pipeline", str(assemble({self.recipe: EVERYTHING})))
+        if bool(self.pipeline) == (self.spec is not None):
+            raise PassError(f"scheme '{self.name}' needs a pipeline or a spec, and not both")
+        if self.spec is not None:
+            object.__setattr__(self, "pipeline", str(assemble({self.spec: EVERYTHING})))
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -117,38 +117,38 @@ FP8 = ("dtype", *NUMERICS)
 STATIC = ("observer", "percentile")
 SMOOTH = ("alpha", "pow2", "w")
 
-for _name, _doc, _recipe, _options in (
+for _name, _doc, _spec, _options in (
     ("fp8_tile", "FP8 e4m3: activations in [1, 128] tiles, scaled in each call; weights in [128, 128] blocks, scaled "
-     "once (DeepSeek-V3).", Recipe(), ("k_block", *FP8)),
+     "once (DeepSeek-V3).", QuantizationSpec(), ("k_block", *FP8)),
     ("fp8_row", "FP8 e4m3: one scale a token, in each call; one scale an output channel of the weight.",
-     Recipe(FP8_ROW, FP8_ROW), FP8),
+     QuantizationSpec(FP8_ROW, FP8_ROW), FP8),
     ("fp8_tensor", "FP8 e4m3: one scale for the activation, in each call; one for the weight.",
-     Recipe(FP8_TENSOR, FP8_TENSOR), ("w", *FP8)),
+     QuantizationSpec(FP8_TENSOR, FP8_TENSOR), ("w", *FP8)),
     ("fp8_tensor_static", "FP8 e4m3: one scale for the activation, from calibration; one for the weight.",
-     Recipe(FP8_TENSOR, FP8_TENSOR, static=True), ("w", *STATIC, *FP8)),
+     QuantizationSpec(FP8_TENSOR, FP8_TENSOR, static=True), ("w", *STATIC, *FP8)),
     ("int8_row", "INT8: one scale a token, in each call; one scale an output channel of the weight.",
-     Recipe(INT8_ROW, INT8_ROW), NUMERICS),
+     QuantizationSpec(INT8_ROW, INT8_ROW), NUMERICS),
     ("int8_tensor", "INT8: one scale for the activation, in each call; one for the weight.",
-     Recipe(INT8_TENSOR, INT8_TENSOR), ("w", *NUMERICS)),
+     QuantizationSpec(INT8_TENSOR, INT8_TENSOR), ("w", *NUMERICS)),
     ("int8_tensor_static", "INT8: one scale for the activation, from calibration; one for the weight.",
-     Recipe(INT8_TENSOR, INT8_TENSOR, static=True), ("w", *STATIC, *NUMERICS)),
+     QuantizationSpec(INT8_TENSOR, INT8_TENSOR, static=True), ("w", *STATIC, *NUMERICS)),
     ("smoothquant_o1", "INT8, smoothed: one scale a token, in each call; one for the weight (SmoothQuant-O1).",
-     Recipe(INT8_ROW, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
+     QuantizationSpec(INT8_ROW, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
     ("smoothquant_o2", "INT8, smoothed: one scale for the activation, in each call; one for the weight "
-     "(SmoothQuant-O2).", Recipe(INT8_TENSOR, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
+     "(SmoothQuant-O2).", QuantizationSpec(INT8_TENSOR, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
     ("smoothquant_o3", "INT8, smoothed: one scale for the activation, from calibration; one for the weight "
-     "(SmoothQuant-O3).", Recipe(INT8_TENSOR, INT8_TENSOR, static=True, smooth="always"),
+     "(SmoothQuant-O3).", QuantizationSpec(INT8_TENSOR, INT8_TENSOR, static=True, smooth="always"),
      (*SMOOTH, *STATIC, *NUMERICS)),
     ("smoothquant_fp8", "FP8 e4m3, smoothed: one scale for the activation, in each call; one for the weight.",
-     Recipe(FP8_TENSOR, FP8_TENSOR, smooth="always"), (*SMOOTH, *FP8)),
+     QuantizationSpec(FP8_TENSOR, FP8_TENSOR, smooth="always"), (*SMOOTH, *FP8)),
     ("fp8_tile_smooth", "As fp8_tile, with channels smoothed where that was measured to make the error smaller.",
-     Recipe(smooth="measured", alpha="search"), ("k_block", "alpha", "pow2", *FP8)),
+     QuantizationSpec(smooth="measured", alpha="search"), ("k_block", "alpha", "pow2", *FP8)),
     ("int8_channel_reference", "INT8, one scale for each channel of the activation: simulated only, for comparison.",
-     Recipe(INT8_CHANNEL, INT8_ROW), NUMERICS),
+     QuantizationSpec(INT8_CHANNEL, INT8_ROW), NUMERICS),
     ("fp8_channel_reference", "FP8 e4m3, one scale for each channel of the activation: simulated only, for comparison.",
-     Recipe(FP8_CHANNEL, FP8_ROW), FP8),
+     QuantizationSpec(FP8_CHANNEL, FP8_ROW), FP8),
 ):  # fmt: skip
-    register(Scheme(_name, _doc, recipe=_recipe, options=_options))
+    register(Scheme(_name, _doc, spec=_spec, options=_options))
 
 
 def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ignore: Sequence[str] = ()) -> Pipeline:
@@ -166,20 +166,20 @@ def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ign
     """
     overrides = with_ignored(overrides, ignore)
     if overrides is None:
-        found, recipe = read_scheme(scheme)
-        return Pipeline.parse(found.pipeline) if recipe is None else assemble({recipe: EVERYTHING})
-    chosen = {pattern: None if target is None else recipe_of(target) for pattern, target in overrides.items()}
-    layers: dict[Recipe, list[str]] = {recipe_of(scheme): [*EVERYTHING]}
-    layers |= {recipe: [] for recipe in chosen.values() if recipe is not None and recipe not in layers}
+        found, spec = read_scheme(scheme)
+        return Pipeline.parse(found.pipeline) if spec is None else assemble({spec: EVERYTHING})
+    chosen = {pattern: None if target is None else spec_of(target) for pattern, target in overrides.items()}
+    layers: dict[QuantizationSpec, list[str]] = {spec_of(scheme): [*EVERYTHING]}
+    layers |= {spec: [] for spec in chosen.values() if spec is not None and spec not in layers}
     for pattern, target in chosen.items():
         if not isinstance(pattern, str) or not pattern or pattern.startswith("!"):
             raise PassError("a pattern of overrides is wrong", got=repr(pattern), need="a name such as '*.down_proj'")
-        for recipe, patterns in layers.items():
-            if recipe == target:
+        for spec, patterns in layers.items():
+            if spec == target:
                 patterns.append(pattern)
             elif patterns:
                 patterns.append(f"!{pattern}")
-    return assemble({recipe: tuple(patterns) for recipe, patterns in layers.items()})
+    return assemble({spec: tuple(patterns) for spec, patterns in layers.items()})
 
 
 def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[str]) -> Mapping[str, str | None] | None:
@@ -203,16 +203,16 @@ def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[st
     return {**kept, **dict.fromkeys(ignore)}
 
 
-def recipe_of(text: str) -> Recipe:
-    """The recipe that `name{option=value, …}` spells; PassError for what is unknown, or has no recipe."""
-    scheme, recipe = read_scheme(text)
-    if recipe is None:
-        raise _no_recipe(scheme)
-    return recipe
+def spec_of(text: str) -> QuantizationSpec:
+    """The spec that `name{option=value, …}` spells; PassError for what is unknown, or has no spec."""
+    scheme, spec = read_scheme(text)
+    if spec is None:
+        raise _no_spec(scheme)
+    return spec
 
 
-def read_scheme(text: str) -> tuple[Scheme, Recipe | None]:
-    """The scheme that `name{option=value, …}` names, and its recipe with these options, if it has one.
+def read_scheme(text: str) -> tuple[Scheme, QuantizationSpec | None]:
+    """The scheme that `name{option=value, …}` names, and its spec with these options, if it has one.
 
     Raises:
         ParseError: The text is malformed.
@@ -225,46 +225,46 @@ def read_scheme(text: str) -> tuple[Scheme, Recipe | None]:
     with reader.blaming(name):
         scheme = find(name.text)
     braces = reader.now
-    if scheme.recipe is None:
+    if scheme.spec is None:
         if reader.accept("{") and not reader.accept("}"):
-            raise _no_recipe(scheme)
+            raise _no_spec(scheme)
         reader.expect_end()
         return scheme, None
     given = reader.options(Options, f"scheme '{name.text}'", scheme.options)
     reader.expect_end()
     with reader.blaming(reader.since(braces)):
-        _check_format(scheme.name, scheme.recipe, given)
-        return scheme, changed(scheme.recipe, **given)
+        _check_format(scheme.name, scheme.spec, given)
+        return scheme, changed(scheme.spec, **given)
 
 
-def _no_recipe(scheme: Scheme) -> PassError:
+def _no_spec(scheme: Scheme) -> PassError:
     fix = "Write its pipeline out, and edit that."
     return PassError(
         "a scheme that is only a pipeline has no options and fits all layers", got=repr(scheme.name), fix=fix
     )
 
 
-def values_of(recipe: Recipe) -> Options:
-    """The values that a recipe has for all options."""
-    x, w = recipe.x, recipe.w
+def values_of(spec: QuantizationSpec) -> Options:
+    """The values that a spec has for all options."""
+    x, w = spec.x, spec.w
     granularity: Any = next((name for name, block in W_BLOCKS.items() if block == w.block), "block")
     scale: Any = "ue8m0" if x.profile == "ue8m0" else "f32"
     return Options(
-        x.element, x.block[1], granularity, x.profile, scale, recipe.observer, recipe.percentile, recipe.alpha,
-        recipe.pow2,
+        x.element, x.block[1], granularity, x.profile, scale, spec.observer, spec.percentile, spec.alpha,
+        spec.pow2,
     )  # fmt: skip
 
 
 def changed(
-    recipe: Recipe, *, dtype: DType | None = None, k_block: int | None = None, w: str | None = None,
+    spec: QuantizationSpec, *, dtype: DType | None = None, k_block: int | None = None, w: str | None = None,
     numerics: str | None = None, scale: str = "f32", **others: Any,
-) -> Recipe:  # fmt: skip
-    """The recipe with some of `Options` given; PassError for numerics that have no scales of that kind."""
-    profile = _profile(numerics or recipe.x.profile, scale)
-    x, weights = (replace(format, element=dtype or format.element, profile=profile) for format in (recipe.x, recipe.w))
+) -> QuantizationSpec:  # fmt: skip
+    """The spec with some of `Options` given; PassError for numerics that have no scales of that kind."""
+    profile = _profile(numerics or spec.x.profile, scale)
+    x, weights = (replace(format, element=dtype or format.element, profile=profile) for format in (spec.x, spec.w))
     x = replace(x, block=(1, k_block)) if k_block is not None else x
     weights = replace(weights, block=W_BLOCKS[w]) if w is not None else weights
-    return replace(recipe, x=x, w=weights, **others)
+    return replace(spec, x=x, w=weights, **others)
 
 
 def _profile(numerics: str, scale: str) -> str:
@@ -276,13 +276,13 @@ def _profile(numerics: str, scale: str) -> str:
     return "ue8m0"
 
 
-def _check_format(name: str, recipe: Recipe, given: Mapping[str, Any]) -> None:
+def _check_format(name: str, spec: QuantizationSpec, given: Mapping[str, Any]) -> None:
     """A scheme's name says whether it is FP8 or INT8; tiles have the sizes that are documented."""
     if given.get("k_block", ALL) not in K_BLOCKS:
         need = ", ".join(map(str, K_BLOCKS[:-1])) + f", or {ALL} for the whole row"
         raise PassError(f"option 'k_block' of scheme '{name}' has a wrong value", got=given["k_block"], need=need)
-    dtype = given.get("dtype", recipe.x.element)
-    if dtype not in (DType.f8e4m3fn, DType.f8e5m2, recipe.x.element):
+    dtype = given.get("dtype", spec.x.element)
+    if dtype not in (DType.f8e4m3fn, DType.f8e5m2, spec.x.element):
         raise PassError(f"option 'dtype' of scheme '{name}' has a wrong value", got=dtype, need="f8e4m3fn or f8e5m2")
 
 

@@ -1,8 +1,8 @@
-"""From a recipe, which says what is wanted, to the passes that do it.
+"""From a spec, which says what is wanted, to the passes that do it.
 
-    Recipe(FP8_ROW, FP8_ROW)    ->    canonicalize; dead-code; quantize; share-quantize; fuse-linear; …
+    QuantizationSpec(FP8_ROW, FP8_ROW)    ->    canonicalize; dead-code; quantize; share-quantize; fuse-linear; …
 
-Several recipes make one pipeline, each for the layers whose weights its patterns name.
+Several specs make one pipeline, each for the layers whose weights its patterns name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ MIN_GAIN = 0.02
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantizationSpec:
     """What a scheme does to a linear, declaratively.
 
     Attributes:
@@ -91,17 +91,17 @@ class Recipe:
         return [MergeLinears(self.w, tuple(layers), static=self.static)]
 
 
-def assemble(recipes: Mapping[Recipe, Sequence[str]]) -> Pipeline:
-    """One pipeline for several recipes, each for the layers that its patterns select."""
-    pairs = [recipe.passes(layers) for recipe, layers in recipes.items()]
+def assemble(specs: Mapping[QuantizationSpec, Sequence[str]]) -> Pipeline:
+    """One pipeline for several specs, each for the layers that its patterns select."""
+    pairs = [spec.passes(layers) for spec, layers in specs.items()]
     smoothing = [smooth for smooth, _ in pairs if smooth is not None]
     # behind what looks at layers one by one, in front of what quantizes
-    merging = [step for recipe, layers in recipes.items() for step in recipe.merging(layers)]
+    merging = [step for spec, layers in specs.items() for step in spec.merging(layers)]
     return Pipeline(
         (
             # canonicalize first: the others know one spelling of a matmul; dead-code: the dead is not worth the work
             Canonicalize(), DeadCode(),
-            *_calibration(recipes, smoothing), *merging, *(quantize for _, quantize in pairs), ShareQuantize(),
+            *_calibration(specs, smoothing), *merging, *(quantize for _, quantize in pairs), ShareQuantize(),
             *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
             *_fusing([quantize for _, quantize in pairs]),
         )
@@ -116,18 +116,18 @@ def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
     return [*steps, FuseEpilogue()] if tiles else steps
 
 
-def _calibration(recipes: Mapping[Recipe, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:
+def _calibration(specs: Mapping[QuantizationSpec, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:
     """What sees real inputs, and what smooths by that; a histogram of a smoothed value must be taken anew."""
-    seen = {recipe: layers for recipe, layers in recipes.items() if recipe.needs_calibration}
+    seen = {spec: layers for spec, layers in specs.items() if spec.needs_calibration}
     if not seen:
         return []
-    # Several recipes observe every layer, since one list cannot hold their patterns, and the layers that any names.
+    # Several specs observe every layer, since one list cannot hold their patterns, and the layers that any names.
     positive = (p for patterns in seen.values() for p in patterns if not p.startswith("!"))
     layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else tuple(dict.fromkeys((*EVERYTHING, *positive)))
-    sampled = any(recipe.smooth == "measured" or isinstance(recipe.alpha, str) for recipe in seen)
-    histograms = [recipe for recipe in seen if recipe.static and recipe.observer in HISTOGRAMS]
-    first = any(recipe.smooth == "never" for recipe in histograms)
+    sampled = any(spec.smooth == "measured" or isinstance(spec.alpha, str) for spec in seen)
+    histograms = [spec for spec in seen if spec.static and spec.observer in HISTOGRAMS]
+    first = any(spec.smooth == "never" for spec in histograms)
     steps: list[Pass] = [Calibrate(first, SAMPLED_ROWS if sampled else 0, layers), *smoothing]
-    if any(recipe.smooth != "never" for recipe in histograms):
+    if any(spec.smooth != "never" for spec in histograms):
         steps.append(Calibrate(histogram=True, layers=layers))
     return steps

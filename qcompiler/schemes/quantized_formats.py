@@ -54,21 +54,21 @@ def _formats(producer: Op, x: Format, w: Format) -> Formats:
 
 def _spelled(scheme: Scheme, wanted: Formats) -> Iterator[str]:
     """A scheme with the options that give the formats, if they can; smoothing is no part of a format."""
-    recipe = scheme.recipe
-    if recipe is None or recipe.smooth != "never":
+    spec = scheme.spec
+    if spec is None or spec.smooth != "never":
         return
     options: dict[str, Any] = {}
-    if wanted.x.element is not recipe.x.element:
+    if wanted.x.element is not spec.x.element:
         options["dtype"] = wanted.x.element
-    if wanted.w.block != recipe.w.block:
+    if wanted.w.block != spec.w.block:
         options["w"] = next((name for name, block in W_BLOCKS.items() if block == wanted.w.block), None)
-    if wanted.x.profile != recipe.x.profile:
+    if wanted.x.profile != spec.x.profile:
         options["numerics"] = wanted.x.profile
-    if wanted.x.block != recipe.x.block and wanted.x.block[0] == 1:
+    if wanted.x.block != spec.x.block and wanted.x.block[0] == 1:
         options["k_block"] = wanted.x.block[1]
     if not options.keys() <= {*scheme.options}:
         return
-    found = changed(recipe, **options)
+    found = changed(spec, **options)
     if Formats(found.x, found.w, found.static) == wanted:
         inside = ", ".join(f"{name}={value}" for name, value in options.items())
         yield f"{scheme.name}{{{inside}}}" if inside else scheme.name

@@ -23,7 +23,7 @@ from qcompiler.artefact.manifest import sealed
 X = torch.ones(3, 128)
 STAGES = ("captured", "fp8-tile", "fuse-linear", "fold-constants", "to-kernels")
 FILES = (
-    "manifest.json", "signature.json", "report.json", "recipes.json", "host.py", "weights.safetensors",
+    "manifest.json", "signature.json", "report.json", "derivations.json", "host.py", "weights.safetensors",
     *(f"stages/{index:02d}_{name}.qir" for index, name in enumerate(STAGES)),
 )  # fmt: skip
 
@@ -344,7 +344,7 @@ def test_fuzz_values_by_somebody_who_mends_the_hashes(saved: Path, tmp_path: Pat
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
-    name = data.draw(st.sampled_from(["manifest.json", "signature.json", "report.json", "recipes.json"]))
+    name = data.draw(st.sampled_from(["manifest.json", "signature.json", "report.json", "derivations.json"]))
     value = changed(json.loads((folder / name).read_text()), data)
     if name == "manifest.json":
         (folder / name).write_text(json.dumps(sealed(value) if isinstance(value, dict) else value))

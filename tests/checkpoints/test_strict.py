@@ -127,7 +127,7 @@ def test_an_fp8_weight_without_any_configuration_is_an_error_that_names_files(tm
 def test_harmless_files_and_keys_stay_harmless(tmp_path: Path, base: Any) -> None:
     tensors, config = base
     path = folder(tmp_path, tensors, config, quantization_config=None, quant_mode=False, compression_config={})
-    for name in ("adapter_config.json", "hf_quant_config.json", "recipe.yaml"):
+    for name in ("adapter_config.json", "hf_quant_config.json", "spec.yaml"):
         (path / name).write_text('{"base_model_name_or_path": "nowhere"}')
     (path / "generation_config.json").write_text('{"top_k": 7, "do_sample": true}')
     loaded: Any = load_model(path)

@@ -18,7 +18,7 @@ from qcompiler.errors import CodegenError
 pytestmark = pytest.mark.gpu
 
 E4M3 = torch.float8_e4m3fn
-RECIPE = ([1, 128], E4M3, "deepseek", "col_major")
+SPEC = ([1, 128], E4M3, "deepseek", "col_major")
 
 
 def weight(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def weight(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None) -> Tensor:
-    q, scale = kernels.quantize(x, *RECIPE)
+    q, scale = kernels.quantize(x, *SPEC)
     out: Tensor = kernels.scaled_linear(q, scale, w, ws, bias, [1, 128], [128, 128], torch.float32)
     return out
 
@@ -56,7 +56,7 @@ def test_later_operands_are_read_and_not_the_first(rows: int) -> None:
     results = [(x, pair, linear(x, *pair)) for x in kept for pair in weights]
     for x, pair, out in results:
         assert close(out, exact(x, *pair))
-    q, scale = kernels.quantize(kept[-1], *RECIPE)
+    q, scale = kernels.quantize(kept[-1], *SPEC)
     want_q, want_scale = numerics.quantize(kept[-1])
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
 
@@ -162,8 +162,8 @@ def test_traced_calls_go_through_the_dispatcher() -> None:
     assert unobserved(x) and not unobserved(x.cpu())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         assert not unobserved(x)
-        kernels.quantize(x, *RECIPE)
+        kernels.quantize(x, *SPEC)
     assert "qcompiler::quantize" in {event.name for event in profile.events()}
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        q, _ = kernels.quantize(x, *RECIPE)
+        q, _ = kernels.quantize(x, *SPEC)
     assert type(q) is not Tensor and q.shape == x.shape

@@ -143,13 +143,13 @@ def decibels(got: Tensor, want: Tensor) -> float:
     return float(20 * torch.log10(want.norm() / (got - want).norm()))
 
 
-def why(row: Row, left_alone: dict[str, str]) -> str | None:
-    return next((reason for module, reason in left_alone.items() if row.module.split(".")[-1] == module), None)
+def why(row: Row, skipped: dict[str, str]) -> str | None:
+    return next((reason for module, reason in skipped.items() if row.module.split(".")[-1] == module), None)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
-    build, call, left_alone = MODELS[name]
+    build, call, skipped = MODELS[name]
     torch.manual_seed(0)
     model = build().eval()
     example, other = call(3, 11), call(2, 7)
@@ -166,13 +166,11 @@ def test_model(name: str) -> None:
 
     # Some versions of transformers multiply positions by frequencies with a matmul.
     matmuls = [row for row in fast.report.rows if row.is_matmul and not row.module.endswith("rotary_emb")]
-    assert {row.module for row in matmuls if not row.quantized} == {
-        row.module for row in matmuls if why(row, left_alone)
-    }
+    assert {row.module for row in matmuls if not row.quantized} == {row.module for row in matmuls if why(row, skipped)}
     for row in matmuls:
-        reason = why(row, left_alone)
+        reason = why(row, skipped)
         assert row.quantized if reason is None else row.reason.startswith(reason), row
-    assert {word for row in matmuls for word in left_alone if row.module.endswith(word)} == set(left_alone)
+    assert {word for row in matmuls for word in skipped if row.module.endswith(word)} == set(skipped)
     assert math.isclose(fast.report.bytes, sum(op_bytes(fast.stages["captured"])))
 
 

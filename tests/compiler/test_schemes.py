@@ -58,17 +58,17 @@ def error_of(fast: CompiledModel, block: Block) -> float:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_compiles_and_is_about_right(block: Block, graph: Graph, name: str) -> None:
-    recipe = SCHEMES[name].recipe
-    assert recipe is not None
-    fast = qcompiler.compile(graph, scheme=name, calibration=data() if recipe.needs_calibration else None)
+    spec = SCHEMES[name].spec
+    assert spec is not None
+    fast = qcompiler.compile(graph, scheme=name, calibration=data() if spec.needs_calibration else None)
     assert len(fast.report.quantized) == 3 and 1e-4 < error_of(fast, block) < 0.1
     assert torch.equal(fast(X), qcompiler.interpret(fast.graph, [X])[0])
     assert fast.pipeline == pipeline(name)
-    assert (fast.calibration is not None) == recipe.needs_calibration
+    assert (fast.calibration is not None) == spec.needs_calibration
     assert fast.graph.calibration is None and fast.settings.calibration is None
     static = [op for op in fast.graph.ops() if op.name == "kernel.quantize_static"]
-    assert bool(static) == recipe.static
-    quantizes = "quant" if recipe.x.block[1] == 1 else "kernel"
+    assert bool(static) == spec.static
+    quantizes = "quant" if spec.x.block[1] == 1 else "kernel"
     assert fast.graph.ops(f"{quantizes}.linear" if quantizes == "quant" else "kernel.scaled_linear")
     assert {op.name.split(".")[0] for op in fast.graph.ops()} <= {"core", "aten", quantizes}
 
@@ -134,7 +134,7 @@ def test_a_generator_that_would_have_to_be_read_twice(block: Block, graph: Graph
     )
 
 
-@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.recipe.needs_calibration])  # type: ignore[union-attr]
+@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.spec.needs_calibration])  # type: ignore[union-attr]
 def test_missing_calibration_is_refused_at_once(block: Block, name: str) -> None:
     for inputs in (None, (X,)):
         with pytest.raises(PassError) as error:
@@ -195,7 +195,7 @@ def test_overrides(block: Block, graph: Graph) -> None:
     overrides = {"*": "fp8_row", "gate": None, "down.weight": "int8_tensor{w=channel}"}
     fast = qcompiler.compile(graph, overrides=overrides)
     assert kinds(fast) == {"up": "(1, -1) #fp8_row", "down": "(-1, -1) #int8_row"}
-    assert {row.module: row.reason for row in fast.report.left_alone} == {"gate": "the pattern '!gate' leaves it out"}
+    assert {row.module: row.reason for row in fast.report.skipped} == {"gate": "the pattern '!gate' leaves it out"}
     assert 1e-4 < error_of(fast, block) < 0.1
 
 

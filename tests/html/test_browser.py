@@ -209,7 +209,7 @@ def test_the_panel_says_all_that_is_known(opened: Opened, report: Path, compiled
     page = opened.goto(report, "#stage=fp8-tile&op=linear_14")
     (reason,) = [row.reason for row in fast.report.rows if row.name == "linear_14"]
     expect(page.locator("#panel")).to_contain_text(f"not quantized {reason}")
-    expect(page.locator("#panel")).to_contain_text(fast.left_alone["fp8-tile"]["linear_14"])
+    expect(page.locator("#panel")).to_contain_text(fast.skipped["fp8-tile"]["linear_14"])
 
 
 def test_before_both_and_after(opened: Opened, report: Path) -> None:
@@ -233,7 +233,7 @@ def test_tables_filter_and_sort(opened: Opened, report: Path, compiled: Any) -> 
     expect(rows).to_have_count(len(fast.report.rows))
     page.get_by_label("matmuls only").check()
     page.get_by_label("left alone only").check()
-    expect(rows).to_have_count(len(fast.report.left_alone))
+    expect(rows).to_have_count(len(fast.report.skipped))
     page.get_by_label("left alone only").uncheck()
     page.keyboard.press("/")
     page.keyboard.type("layers.1 mlp")

@@ -120,7 +120,7 @@ def test_decisions_and_reasons(compiled: Any, page: str) -> None:
         stage["name"]: {name: data["sentences"][number] for name, number in stage["leftAlone"].items()}
         for stage in data["stages"][1:]
     }
-    assert reasons == compiled.left_alone
+    assert reasons == compiled.skipped
     assert "linear_2" in reasons["fp8-tile"]
 
 

@@ -17,7 +17,7 @@ from qcompiler.errors import ParseError, QCompilerError
 from qcompiler.ir import ALL, DType, Format, Graph, TensorType, parse_format, parse_literal, symbol
 from qcompiler.ir.formats import ELEMENTS, FORMATS, FP8_TILE, MXFP4, MXFP8, NVFP4, SCALES, read_format, register_format
 from qcompiler.schemes.named import SCHEMES, Scheme, register
-from qcompiler.schemes.pipelines import Recipe
+from qcompiler.schemes.pipelines import QuantizationSpec
 
 F32 = np.float32
 I4 = Format(DType.i4, (1, 32))
@@ -268,7 +268,7 @@ def test_every_element_and_scale_can_be_combined() -> None:
 def scheme() -> Iterator[str]:
     """The name of a scheme with a format of 4-bit codes, neither of which qcompiler has."""
     four = register_format("test_four_bits", Format(DType.f4e2m1fn, (1, 8), DType.f8e4m3fn, tensor_scale=True))
-    register(Scheme("test_four_bits", "Four bits.", recipe=Recipe(four, four), options=("scale",)))
+    register(Scheme("test_four_bits", "Four bits.", spec=QuantizationSpec(four, four), options=("scale",)))
     yield "test_four_bits"
     del FORMATS["test_four_bits"], SCHEMES["test_four_bits"]
 

@@ -17,7 +17,7 @@ from qcompiler.ir.op_table import OpDef, declare, declared
 from qcompiler.ir.traits import UNKNOWN, traits_of
 from qcompiler.ir.types import TensorType
 from qcompiler.pass_manager.runner import run_pipeline
-from qcompiler.schemes.pipelines import Recipe, assemble
+from qcompiler.schemes.pipelines import QuantizationSpec, assemble
 
 ROWS = TensorType(DType.f32, (4, 8))
 
@@ -218,15 +218,15 @@ func @f(%x: f32[s0, 256]) -> (f32[s0, 128]) {
 """
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(INT8_ROW, INT8_ROW)])
+@pytest.mark.parametrize("spec", [QuantizationSpec(), QuantizationSpec(INT8_ROW, INT8_ROW)])
 def test_a_collective_survives_the_pipeline_and_is_not_evaluated(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    spec: QuantizationSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = Graph.parse(COLLECTIVES)
     graph.verify()
     graph.weights["w"] = torch.randn(128, 256)
     before = [str(op) for op in graph.ops() if op.name.startswith("_c10d")]
-    run_pipeline(assemble({recipe: ("*",)}), graph)
+    run_pipeline(assemble({spec: ("*",)}), graph)
     assert [str(op) for op in graph.ops() if op.name.startswith("_c10d")] == before
     assert not graph.is_constant(graph["w3"]) and graph["y"].op.name == "aten.linear"
 
@@ -241,7 +241,7 @@ def test_what_is_computed_when_compiling_and_in_a_call(kind: str, runs: dict[str
     graph.set_outputs([graph.append("aten.linear", x, made, types=[TensorType(DType.f32, (4, 128))]).result])
     graph.weights["w"] = torch.randn(128, 256)
     ran.clear()
-    run_pipeline(assemble({Recipe(): ("*",)}), graph)
+    run_pipeline(assemble({QuantizationSpec(): ("*",)}), graph)
     assert bool(ran) == (kind == "PURE")
     ran.clear()
     interpret(graph, [torch.randn(4, 256)])

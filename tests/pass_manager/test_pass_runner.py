@@ -84,7 +84,7 @@ def test_stages_and_reasons() -> None:
     assert list(run.stages) == ["captured", "canonicalize", "fp8-tile", "dead-code", "dead-code#2"]
     assert str(run.stages["captured"]) == TEXT
     assert str(run.stages["dead-code#2"]) == str(graph)
-    assert run.left_alone["canonicalize"] == {
+    assert run.skipped["canonicalize"] == {
         "z": "its right operand is computed from the inputs (%x)",
         "u": "its right operand has 3 dimensions, not 2 (%k)",
     }

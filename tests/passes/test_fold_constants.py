@@ -9,7 +9,7 @@ import torch
 from passes.cleanup.fold_constants import FoldConstants, WeightArithmetic
 from qcompiler import numerics
 from qcompiler.interpreter import interpret
-from qcompiler.ir import Graph, Recipe
+from qcompiler.ir import Derivation, Graph
 from qcompiler.ir.dataflow import part_of
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.testing import random_inputs
@@ -37,13 +37,13 @@ def prepared(text: str) -> tuple[Graph, list[torch.Tensor], tuple[torch.Tensor, 
 
 
 def test_a_name_that_was_made_before_is_not_made_again() -> None:
-    """A weight whose recipe is kept may be gone from the graph: the next one must not take its recipe's place."""
+    """A weight may be gone from the graph while its derivation is kept: the next weight must not replace it."""
     graph, _, _ = prepared(CHAIN)
     (first, _), _ = (op.results for op in graph.ops("quant.quantize") if graph.is_constant(op["x"]))
-    kept = Recipe(part_of(first.op), 0)
-    graph.recipes["blocks.0.w_q"] = kept
+    kept = Derivation(part_of(first.op), 0)
+    graph.derivations["blocks.0.w_q"] = kept
     FoldConstants().run(graph)
-    assert graph.recipes["blocks.0.w_q"] is kept and "blocks.0.w_q_1" in graph.weights
+    assert graph.derivations["blocks.0.w_q"] is kept and "blocks.0.w_q_1" in graph.weights
 
 
 def test_a_weight_may_have_any_name() -> None:
@@ -264,7 +264,7 @@ MISSED = [
     ("  %f = aten.neg(%s) : f32[64]\n  %y = aten.view(%f, [64]) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]",
      "f", "it leaves the graph, and a weight must not"),
     ('  %q, %t = quant.quantize(%w) {format = #int8_row<profile = "vllm">} : i8[32, 64], f32[32, 1]\n'
-     "  %d = quant.dequantize(%q, %t) {format = #fp8_row, out_dtype = f32} : f32[32, 64]\n"
+     "  %d = quant.dequantize(%q, %t) {format = #int8_row, out_dtype = f32} : f32[32, 64]\n"
      "  %f = aten._to_copy(%d) {dtype = bf16} : bf16[32, 64]\n  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n"
      "  %y = aten.linear(%h, %f) : bf16[3, 32]", "f", "it would undo a quantization"),
     ("  %o = aten.full([64], 2.0) {dtype = f32} : f32[64]\n  %f = aten.neg(%o) : f32[64]\n"

@@ -123,7 +123,7 @@ def test_bits_stay(seed: int) -> None:
     assert str(after) == text
     # Each quantization and each product that is left has a reason.
     for name, step in (("kernel.quantize", "fuse-activation-quantize"), ("kernel.scaled_linear", "fuse-epilogue")):
-        assert {op.results[0].name for op in after.ops(name)} == done.left_alone[step].keys()
+        assert {op.results[0].name for op in after.ops(name)} == done.skipped[step].keys()
 
 
 def test_much_is_fused() -> None:

@@ -1,4 +1,4 @@
-"""Every case of tests/passes/golden/*.qir, one file a pass: a pipeline, a graph, and the graph that it becomes, exactly.
+"""Every case of tests/passes/golden/*.qir, one file a pass: a pipeline, a graph, and the exact graph that it becomes.
 
     // ----- a copy of an intermediate value is removed
     // RUN: canonicalize
@@ -8,8 +8,8 @@
     // MISSED: %y: why a rule did not match
     func @m(...) ...               unchanged lines are only counted
 
-`QCOMPILER_UPDATE=1 pytest tests/passes/test_golden.py` rewrites everything from the line `// BECOMES` or `// UNCHANGED` on;
-a new case may leave that part out. A person reads the diff.
+`QCOMPILER_UPDATE=1 pytest tests/passes/test_golden.py` rewrites everything from the line `// BECOMES` or `// UNCHANGED`
+on; a new case may leave that part out. A person reads the diff.
 
 Each case also runs on random numbers: each pass is held to its declared effect, and where the case says so to equal
 bits; what it makes survives a round trip through text; and running the last pass again changes nothing.

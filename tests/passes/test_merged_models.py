@@ -151,7 +151,7 @@ def test_layers_of_two_schemes_are_not_merged() -> None:
         built("llama"), example_kwargs=tokens(2, 7), overrides={"*.k_proj": "int8_row", "*.up_proj": None}
     )
     assert groups(fast) == ["q_proj v_proj"]
-    assert {row.module.rpartition(".")[2] for row in fast.report.left_alone} == {"up_proj", "lm_head"}
+    assert {row.module.rpartition(".")[2] for row in fast.report.skipped} == {"up_proj", "lm_head"}
 
 
 def test_errors_are_attributed_to_each_layer_by_itself() -> None:

@@ -123,7 +123,7 @@ def test_the_kernel_graph_computes_what_the_quantized_graph_computes(seed: int) 
     # Every matmul has a constant matrix here, so only those with a tiny one are left.
     left = [op for op in graph.ops() if op.name.startswith(("aten.linear", "aten.mm", "aten.matmul", "aten.addmm"))]
     assert all(op.name == "aten.linear" and tiny(op["weight"]) for op in left)
-    assert not any(done.left_alone[name] for name in lower.names[: lower.names.index("to-kernels") + 1])
+    assert not any(done.skipped[name] for name in lower.names[: lower.names.index("to-kernels") + 1])
     # No two outputs share memory that did not do so before, and none shares it with what came in.
     assert shared(graph, inputs) <= shared_before
     text = str(graph)

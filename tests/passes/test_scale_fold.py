@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.analyses.channel_scale import Region, solve
+from passes.analyses.channel_scale import FusionRegion, solve
 from passes.cleanup.canonicalize import Canonicalize
 from passes.cleanup.fold_constants import FoldConstants
 from passes.smoothing.scale_fold import fold
@@ -71,7 +71,7 @@ def linear_inputs(graph: Graph) -> list[Value]:
     return list(dict.fromkeys(op["input"] for op in graph.ops("aten.linear")))
 
 
-def scale(region: Region, seed: int, *, exact: bool) -> torch.Tensor:
+def scale(region: FusionRegion, seed: int, *, exact: bool) -> torch.Tensor:
     """One random factor for each class: a power of two, or anything from 1/4 to 4."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.rand(max(region.classes) + 1, generator=generator) * 4 - 2
@@ -84,8 +84,8 @@ def fold_all(graph: Graph, *, exact: bool, seed: int = 0) -> list[bool]:
     legal = []
     for at, value in enumerate(linear_inputs(graph)):
         region = solve(graph, value)
-        legal.append(isinstance(region, Region))
-        if isinstance(region, Region):
+        legal.append(isinstance(region, FusionRegion))
+        if isinstance(region, FusionRegion):
             fold(graph, region, scale(region, seed + at, exact=exact), "smooth", value.name)
             graph.verify("smooth")
     after = {value.name: str(value.type) for op in graph for value in op.results}
@@ -120,7 +120,7 @@ def test_any_scale_leaves_a_model_but_for_rounding(name: str) -> None:
 def test_which_linears_of_llama_share_a_region() -> None:
     graph = captured("llama", torch.float32)
     regions = [solve(graph, value) for value in linear_inputs(graph)]
-    counts = [(len(set(r.classes)), len(r.classes), len(r.readers)) for r in regions if isinstance(r, Region)]
+    counts = [(len(set(r.classes)), len(r.classes), len(r.readers)) for r in regions if isinstance(r, FusionRegion)]
     assert counts == [(64, 64, 3), (32, 64, 1), (64, 64, 2), (96, 96, 1), (64, 64, 1)]
 
 
@@ -132,12 +132,12 @@ func @m(%x: f32[s0, 4], %ids: i64[s0]) -> (f32[s0, 3]) where s0 in 1.. {
 """
 
 
-def small(body: str, name: str = "n", store: bool = True) -> tuple[Graph, Region, torch.Tensor]:
+def small(body: str, name: str = "n", store: bool = True) -> tuple[Graph, FusionRegion, torch.Tensor]:
     graph = Graph.parse(HEAD + body + "\n}")
     inputs, weights = random_inputs(graph, 0, {"s0": 5})
     graph.weights = weights if store else {}
     region = solve(graph, graph[name])
-    assert isinstance(region, Region), str(region)
+    assert isinstance(region, FusionRegion), str(region)
     return graph, region, inputs[0]
 
 

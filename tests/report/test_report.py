@@ -52,7 +52,7 @@ def test_every_reader_has_a_row_and_every_refusal_a_reason() -> None:
         "logits": "it is the vocabulary projection: an embedding has the same weight (%table)",
     }
     assert [row.name for row in found.quantized] == ["y", "narrow"]
-    assert [row.name for row in found.left_alone] == ["unread", "logits"]
+    assert [row.name for row in found.skipped] == ["unread", "logits"]
     assert {row.name: row.module for row in found.rows}["y"] == "block.fc"
     assert {row.name: row.weights for row in found.rows}["y"] == ("b", "w")
 
@@ -87,7 +87,7 @@ def test_a_cast_of_the_models_own_does_not_hide_a_matmul() -> None:
 
 def test_without_a_pass_that_quantizes() -> None:
     found = report(MIXED, Pipeline.parse("canonicalize"))
-    assert {row.reason for row in found.left_alone} == {"no pass of this pipeline quantizes it"}
+    assert {row.reason for row in found.skipped} == {"no pass of this pipeline quantizes it"}
     assert found.bytes_quantized == 0 and found.bytes_after == found.bytes
     nothing = report("func @g(%x: f32[s0]) -> (f32[s0]) {\n  return %x\n}", Pipeline.parse(""))
     assert str(nothing) == "no matmul has a constant operand; 0 B of parameters"

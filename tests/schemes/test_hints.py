@@ -4,7 +4,7 @@ import pytest
 
 from qcompiler.errors import PassError
 from qcompiler.schemes.hints import HINTS, hint, plainly
-from qcompiler.schemes.named import SCHEMES, find, recipe_of
+from qcompiler.schemes.named import SCHEMES, find, spec_of
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_hints(names: str, sentence: str) -> None:
 def test_what_hints_name_exists() -> None:
     for _, sentence in HINTS:
         quoted = sentence.split("'")[1::2]
-        assert sentence.endswith(".") and all(recipe_of(name) for name in quoted)
+        assert sentence.endswith(".") and all(spec_of(name) for name in quoted)
 
 
 @pytest.mark.parametrize("name", ["", "foo", "fp8_rov", "my_scheme", "my8"])

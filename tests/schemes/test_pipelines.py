@@ -1,4 +1,4 @@
-"""From recipes to passes: which observe, which smooth, which quantize, and in what order."""
+"""From specs to passes: which observe, which smooth, which quantize, and in what order."""
 
 from dataclasses import replace
 from itertools import product
@@ -14,72 +14,74 @@ from qcompiler.ir import DType
 from qcompiler.ir.formats import FP8_BLOCK, FP8_CHANNEL, FP8_ROW, FP8_TENSOR, FP8_TILE, INT8_ROW
 from qcompiler.pass_manager.pipeline import Pass, Pipeline
 from qcompiler.schemes.named import changed
-from qcompiler.schemes.pipelines import MIN_GAIN, SAMPLED_ROWS, Recipe, assemble
+from qcompiler.schemes.pipelines import MIN_GAIN, SAMPLED_ROWS, QuantizationSpec, assemble
 
 PRODUCERS = ["fuse-norm-quantize", "fuse-activation-quantize"]
 
 
-def steps(*recipes: Recipe) -> Pipeline:
-    found = assemble({recipe: ("*",) for recipe in recipes})
+def steps(*specs: QuantizationSpec) -> Pipeline:
+    found = assemble({spec: ("*",) for spec in specs})
     assert Pipeline.parse(str(found)) == found
     return found
 
 
 def test_the_default_is_deepseeks() -> None:
-    assert str(steps(Recipe())) == (
+    assert str(steps(QuantizationSpec())) == (
         "canonicalize; dead-code; merge-linears; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code; "
         "to-kernels; fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
     )
 
 
-def test_every_recipe_prints_and_parses() -> None:
+def test_every_spec_prints_and_parses() -> None:
     for x, w, dtype, smooth in product(
         (FP8_TILE, FP8_ROW, FP8_TENSOR, FP8_CHANNEL), (FP8_BLOCK, FP8_ROW, FP8_TENSOR), (DType.f8e4m3fn, DType.i8),
         ("never", "always", "measured"),
     ):  # fmt: skip
         x, w = replace(x, element=dtype), replace(w, element=dtype)
-        recipe = Recipe(x, w, smooth=smooth)  # type: ignore[arg-type]  # of a product mypy knows no literals
-        smoothing, quantize = recipe.passes(("a", "!b"))
+        spec = QuantizationSpec(x, w, smooth=smooth)  # type: ignore[arg-type]  # of a product mypy knows no literals
+        smoothing, quantize = spec.passes(("a", "!b"))
         assert isinstance(quantize, Quantize) and quantize.layers == ("a", "!b")
         assert isinstance(quantize, Fp8Tile) == (x.block[0] == 1 and w == FP8_BLOCK)
         assert (quantize.x_format, quantize.w_format) == (x, w)
-        assert recipe.needs_calibration == (smoothing is not None) == (smooth != "never")
+        assert spec.needs_calibration == (smoothing is not None) == (smooth != "never")
         if isinstance(smoothing, SmoothQuant):
             assert (smoothing.x_format, smoothing.w_format) == (x, w)
             assert smoothing.min_gain == (MIN_GAIN if smooth == "measured" else None)
             assert smoothing.layers == quantize.layers
-        steps(recipe)
+        steps(spec)
 
 
 @pytest.mark.parametrize(
-    ("recipes", "calibration"),
+    ("specs", "calibration"),
     [
-        ([Recipe()], []),
-        ([Recipe(FP8_TENSOR, static=True)], ["calibrate"]),
-        ([Recipe(FP8_TENSOR, static=True, observer="minmax")], ["calibrate"]),
-        ([Recipe(FP8_TENSOR, static=True, observer="percentile")], ["calibrate{histogram=true}"]),
-        ([Recipe(FP8_TENSOR, static=True, observer="mse")], ["calibrate{histogram=true}"]),
-        ([Recipe(observer="mse")], []),  # nothing is static
-        ([Recipe(smooth="always")], ["calibrate", "smoothquant"]),
-        ([Recipe(smooth="always", alpha="search")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
-        ([Recipe(smooth="measured")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
+        ([QuantizationSpec()], []),
+        ([QuantizationSpec(FP8_TENSOR, static=True)], ["calibrate"]),
+        ([QuantizationSpec(FP8_TENSOR, static=True, observer="minmax")], ["calibrate"]),
+        ([QuantizationSpec(FP8_TENSOR, static=True, observer="percentile")], ["calibrate{histogram=true}"]),
+        ([QuantizationSpec(FP8_TENSOR, static=True, observer="mse")], ["calibrate{histogram=true}"]),
+        ([QuantizationSpec(observer="mse")], []),  # nothing is static
+        ([QuantizationSpec(smooth="always")], ["calibrate", "smoothquant"]),
+        ([QuantizationSpec(smooth="always", alpha="search")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
+        ([QuantizationSpec(smooth="measured")], [f"calibrate{{rows={SAMPLED_ROWS}}}", "smoothquant"]),
         # The histogram of what is smoothed is that of other numbers afterwards.
-        ([Recipe(smooth="always", x=FP8_TENSOR, static=True, observer="mse")],
+        ([QuantizationSpec(smooth="always", x=FP8_TENSOR, static=True, observer="mse")],
          ["calibrate", "smoothquant", "calibrate{histogram=true}"]),
-        ([Recipe(smooth="always", x=FP8_TENSOR, static=True)], ["calibrate", "smoothquant"]),
-        ([Recipe(smooth="always"), Recipe(FP8_TENSOR, static=True, observer="mse")],
+        ([QuantizationSpec(smooth="always", x=FP8_TENSOR, static=True)], ["calibrate", "smoothquant"]),
+        ([QuantizationSpec(smooth="always"), QuantizationSpec(FP8_TENSOR, static=True, observer="mse")],
          ["calibrate{histogram=true}", "smoothquant"]),
-        ([Recipe(), Recipe(FP8_TENSOR, static=True)], ["calibrate"]),
+        ([QuantizationSpec(), QuantizationSpec(FP8_TENSOR, static=True)], ["calibrate"]),
     ],
 )  # fmt: skip
-def test_what_calibration_is_asked_for(recipes: list[Recipe], calibration: list[str]) -> None:
-    found = steps(*recipes)
+def test_what_calibration_is_asked_for(specs: list[QuantizationSpec], calibration: list[str]) -> None:
+    found = steps(*specs)
     kinds = (Calibrate, SmoothQuant)
     assert [str(s) if isinstance(s, Calibrate) else s.name for s in found if isinstance(s, kinds)] == calibration
 
 
-def test_the_order_of_several_recipes() -> None:
-    found = steps(Recipe(smooth="always"), Recipe(FP8_ROW, FP8_ROW), Recipe(INT8_ROW, INT8_ROW))
+def test_the_order_of_several_specs() -> None:
+    found = steps(
+        QuantizationSpec(smooth="always"), QuantizationSpec(FP8_ROW, FP8_ROW), QuantizationSpec(INT8_ROW, INT8_ROW)
+    )
     assert found.names == (
         "canonicalize", "dead-code", "calibrate", "smoothquant", "merge-linears", "merge-linears#2", "merge-linears#3",
         "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants",
@@ -89,7 +91,7 @@ def test_the_order_of_several_recipes() -> None:
 
 def test_profiles() -> None:
     def profile(**options: str) -> str:
-        step: Pass = changed(Recipe(), **options).passes()[1]  # type: ignore[arg-type]  # words from the tests below
+        step: Pass = changed(QuantizationSpec(), **options).passes()[1]  # type: ignore[arg-type]  # words from the tests below
         assert isinstance(step, Quantize) and step.x_format.profile == step.w_format.profile
         return step.x_format.profile
 
@@ -101,16 +103,16 @@ def test_profiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipes", "fusing"),
+    ("specs", "fusing"),
     [
-        ([Recipe()], [*PRODUCERS, "fuse-epilogue"]),
-        ([Recipe(FP8_ROW, FP8_ROW)], PRODUCERS),
-        ([Recipe(INT8_ROW, INT8_ROW), Recipe(replace(FP8_TILE, block=(1, 64)))], PRODUCERS),
-        ([Recipe(FP8_TENSOR, FP8_TENSOR)], []),
-        ([Recipe(FP8_CHANNEL, FP8_ROW)], []),
-        ([Recipe(FP8_TENSOR, FP8_ROW, static=True), Recipe()], [*PRODUCERS, "fuse-epilogue"]),
+        ([QuantizationSpec()], [*PRODUCERS, "fuse-epilogue"]),
+        ([QuantizationSpec(FP8_ROW, FP8_ROW)], PRODUCERS),
+        ([QuantizationSpec(INT8_ROW, INT8_ROW), QuantizationSpec(replace(FP8_TILE, block=(1, 64)))], PRODUCERS),
+        ([QuantizationSpec(FP8_TENSOR, FP8_TENSOR)], []),
+        ([QuantizationSpec(FP8_CHANNEL, FP8_ROW)], []),
+        ([QuantizationSpec(FP8_TENSOR, FP8_ROW, static=True), QuantizationSpec()], [*PRODUCERS, "fuse-epilogue"]),
     ],
 )  # fmt: skip
-def test_what_is_fused_with_the_kernels(recipes: list[Recipe], fusing: list[str]) -> None:
-    names = steps(*recipes).names
+def test_what_is_fused_with_the_kernels(specs: list[QuantizationSpec], fusing: list[str]) -> None:
+    names = steps(*specs).names
     assert list(names[names.index("to-kernels") + 1 :]) == fusing

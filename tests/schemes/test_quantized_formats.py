@@ -24,7 +24,7 @@ func @m(%x: f32[4, 256]) -> (f32[4, 64]) {
   return %y
 }
 """
-PLAIN = [name for name, scheme in SCHEMES.items() if scheme.recipe is not None and scheme.recipe.smooth == "never"]
+PLAIN = [name for name, scheme in SCHEMES.items() if scheme.spec is not None and scheme.spec.smooth == "never"]
 
 
 def report_of(passes: Pipeline) -> Report:

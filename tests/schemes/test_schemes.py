@@ -1,4 +1,4 @@
-"""Schemes: named recipes, their options in text, and other schemes for some layers."""
+"""Schemes: named specs, their options in text, and other schemes for some layers."""
 
 import re
 from dataclasses import fields, replace
@@ -20,10 +20,10 @@ from qcompiler.schemes.named import (
     find,
     list_schemes,
     pipeline,
-    recipe_of,
     register,
+    spec_of,
 )
-from qcompiler.schemes.pipelines import Recipe
+from qcompiler.schemes.pipelines import QuantizationSpec
 
 CALIBRATED = ["fp8_tensor_static", "int8_tensor_static", "smoothquant_o1", "smoothquant_o2", "smoothquant_o3",
               "smoothquant_fp8", "fp8_tile_smooth"]  # fmt: skip
@@ -34,9 +34,7 @@ OTHERS = ["fp8_tile", "fp8_row", "fp8_tensor", "int8_row", "int8_tensor", "int8_
 def test_the_table() -> None:
     assert {*SCHEMES} == {*CALIBRATED, *OTHERS}
     assert next(iter(SCHEMES)) == "fp8_tile"  # the default stands first
-    assert {name for name, scheme in SCHEMES.items() if scheme.recipe and scheme.recipe.needs_calibration} == {
-        *CALIBRATED
-    }
+    assert {name for name, scheme in SCHEMES.items() if scheme.spec and scheme.spec.needs_calibration} == {*CALIBRATED}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -114,7 +112,7 @@ def test_options_reach_the_pass_that_smooths() -> None:
     )
     step = pipeline("fp8_tile_smooth{alpha=learn}")["smoothquant"]
     assert step == SmoothQuant(FP8_TILE, FP8_BLOCK, alpha="learn", min_gain=0.02)
-    assert recipe_of("smoothquant_o1{alpha=1}").alpha == 1.0
+    assert spec_of("smoothquant_o1{alpha=1}").alpha == 1.0
 
 
 @pytest.mark.parametrize("name", ["fp8-tile", "fp8_tyle", "FP8_TILE", "fp8_tilee"])
@@ -179,11 +177,11 @@ def test_a_name_is_taken_once() -> None:
         register(Scheme("fp8_tile", "Another.", "dead-code"))
 
 
-def test_a_scheme_is_a_pipeline_or_a_recipe() -> None:
-    for given in ({}, {"pipeline": "dead-code", "recipe": Recipe()}):
-        with pytest.raises(PassError, match="scheme 'mine' needs a pipeline or a recipe, and not both"):
+def test_a_scheme_is_a_pipeline_or_a_spec() -> None:
+    for given in ({}, {"pipeline": "dead-code", "spec": QuantizationSpec()}):
+        with pytest.raises(PassError, match="scheme 'mine' needs a pipeline or a spec, and not both"):
             Scheme("mine", "Mine.", **given)  # type: ignore[arg-type]  # wrong on purpose
-    assert Scheme("mine", "Mine.", recipe=Recipe()).pipeline == SCHEMES["fp8_tile"].pipeline
+    assert Scheme("mine", "Mine.", spec=QuantizationSpec()).pipeline == SCHEMES["fp8_tile"].pipeline
 
 
 # Other schemes for some layers

@@ -12,34 +12,34 @@ from typing import Any
 from qcompiler.artefact.operators import check_operators
 from qcompiler.artefact.strict_json import Node
 from qcompiler.errors import ArtefactError, QCompilerError
-from qcompiler.ir import Graph, Recipe, Type, Value
+from qcompiler.ir import Derivation, Graph, Type, Value
 from qcompiler.ir.graph import PARAM
 
 
-def recipes_to_json(recipes: Mapping[str, Recipe]) -> list[Any]:
-    """All recipes; without locations, which the stages have."""
+def derivations_to_json(derivations: Mapping[str, Derivation]) -> list[Any]:
+    """All derivations; without locations, which the stages have."""
     groups: dict[Graph, dict[str, int]] = {}
-    for name, recipe in recipes.items():
-        groups.setdefault(recipe.graph, {})[name] = recipe.output
+    for name, derivation in derivations.items():
+        groups.setdefault(derivation.graph, {})[name] = derivation.output
     return [{"makes": makes, "graph": graph.text(locations=False).splitlines()} for graph, makes in groups.items()]
 
 
-def recipes_from_json(node: Node, compiled: Graph, trust: Collection[str]) -> dict[str, Recipe]:
-    """What `recipes_to_json` gave; ArtefactError for anything else.
+def derivations_from_json(node: Node, compiled: Graph, trust: Collection[str]) -> dict[str, Derivation]:
+    """What `derivations_to_json` gave; ArtefactError for anything else.
 
     Args:
         node: The JSON.
-        compiled: The graph whose weights were made: each must be of the type that its recipe gives.
+        compiled: The graph whose weights were made: each must be of the type that its derivation gives.
         trust: As for `load`.
     """
-    found: dict[str, Recipe] = {}
+    found: dict[str, Derivation] = {}
     types = {str(op.attrs["name"]): op.result.type for op in compiled.ops(PARAM)}
     for item in node.items():
         graph = _graph(item["graph"], trust)
         for name, place in item["makes"].members():
             if name in found:
-                place.wrong("one recipe for each weight")
-            found[name] = Recipe(graph, _output(place, graph, types.get(name)))
+                place.wrong("one derivation for each weight")
+            found[name] = Derivation(graph, _output(place, graph, types.get(name)))
     _check_order(found, node)
     return found
 
@@ -52,10 +52,10 @@ def _graph(node: Node, trust: Collection[str]) -> Graph:
         graph = Graph.parse(text, where)
         graph.verify()
     except QCompilerError as error:
-        raise ArtefactError("a recipe of the artefact cannot be read", got=error, where=where) from None
+        raise ArtefactError("a derivation of the artefact cannot be read", got=error, where=where) from None
     check_operators(graph, trust, where)
     if graph.inputs:
-        raise ArtefactError("a recipe of the artefact has inputs", got=str(graph.inputs[0]), where=where)
+        raise ArtefactError("a derivation of the artefact has inputs", got=str(graph.inputs[0]), where=where)
     return graph
 
 
@@ -69,10 +69,10 @@ def _output(node: Node, graph: Graph, need: Type | None) -> int:
     return node.count()
 
 
-def _check_order(recipes: Mapping[str, Recipe], node: Node) -> None:
+def _check_order(derivations: Mapping[str, Derivation], node: Node) -> None:
     """ArtefactError when a weight would be made of itself."""
     try:
-        TopologicalSorter({name: set(_sources(recipe.graph)) for name, recipe in recipes.items()}).prepare()
+        TopologicalSorter({name: set(_sources(derivation.graph)) for name, derivation in derivations.items()}).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
         raise ArtefactError("a weight of the artefact is made of itself", got=circle, where=str(node.file)) from None

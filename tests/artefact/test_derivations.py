@@ -73,7 +73,7 @@ def test_the_model_may_be_a_folder(model: Any, saved: Path, tmp_path: Path) -> N
 
 
 def test_a_smoothed_model(model: Any, tmp_path: Path) -> None:
-    """Norms that took factors in are found again through two recipes, one behind the other."""
+    """Norms that took factors in are found again through two derivations, one behind the other."""
     passes = qcompiler.checkpoints.smoothing("smoothquant_o3")
     smooth = qcompiler.compile(model, pipeline=passes, calibration=[IDS], strict=False)
     smooth.save(tmp_path / "artefact")
@@ -90,25 +90,28 @@ def test_without_the_model(saved: Path, tmp_path: Path) -> None:
         qcompiler.load(saved).save_checkpoint(tmp_path / "checkpoint", "fp8", model=other)
 
 
-def test_recipes_and_reasons_come_back(compiled: CompiledModel, saved: Path) -> None:
+def test_derivations_and_reasons_come_back(compiled: CompiledModel, saved: Path) -> None:
     loaded = qcompiler.load(saved)
     had, has = (
-        {name: (recipe.graph.text(locations=False), recipe.output) for name, recipe in each.graph.recipes.items()}
+        {
+            name: (derivation.graph.text(locations=False), derivation.output)
+            for name, derivation in each.graph.derivations.items()
+        }
         for each in (compiled, loaded)
     )
     assert had == has and len(had) > 6
-    assert loaded.left_alone == compiled.left_alone and any(loaded.left_alone.values())
+    assert loaded.skipped == compiled.skipped and any(loaded.skipped.values())
 
 
 def test_the_page_of_a_loaded_model_says_why(compiled: CompiledModel, saved: Path, tmp_path: Path) -> None:
     for name, each in (("compiled", compiled), ("loaded", qcompiler.load(saved))):
         each.to_html(tmp_path / name)
     pages = [(tmp_path / name).read_text() for name in ("compiled", "loaded")]
-    reasons = {why for stage in compiled.left_alone.values() for why in stage.values()}
+    reasons = {why for stage in compiled.skipped.values() for why in stage.values()}
     assert reasons and all(json.dumps(why)[1:-1] in page for why in reasons for page in pages)
 
 
-# Recipes that somebody has edited, who mends the hashes
+# Derivations that somebody has edited, who mends the hashes
 
 
 def edit(folder: Path, name: str, change: Callable[[str], str]) -> None:
@@ -122,8 +125,8 @@ def edit(folder: Path, name: str, change: Callable[[str], str]) -> None:
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
-def recipe(*lines: str, **makes: int) -> Callable[[str], str]:
-    """The recipes in place of those of the artefact."""
+def derivation(*lines: str, **makes: int) -> Callable[[str], str]:
+    """The derivations in place of those of the artefact."""
     return lambda _: json.dumps([{"makes": makes, "graph": ["func @part() -> (f32[2]) {", *lines, "}"]}])
 
 
@@ -133,23 +136,23 @@ W = '  %w = core.param() {name = "w"} : f32[2]'
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (recipe(W, "  return %w", w=0), "a weight of the artefact is made of itself: got w <- w"),
-        (recipe(W, "  return %w", x=1), "got 1; need the number of one of 1 outputs"),
-        (recipe(W, "  return %w", x=-1), "got -1; need an integer that is not negative"),
-        (recipe("  return %w", x=0), "(?s)a recipe of the artefact cannot be read: .*%w"),
-        (recipe('  %w = aten.from_file("/etc/hostname", false, 2) : f32[2]', "  return %w", x=0),
+        (derivation(W, "  return %w", w=0), "a weight of the artefact is made of itself: got w <- w"),
+        (derivation(W, "  return %w", x=1), "got 1; need the number of one of 1 outputs"),
+        (derivation(W, "  return %w", x=-1), "got -1; need an integer that is not negative"),
+        (derivation("  return %w", x=0), "(?s)a derivation of the artefact cannot be read: .*%w"),
+        (derivation('  %w = aten.from_file("/etc/hostname", false, 2) : f32[2]', "  return %w", x=0),
          "calls an operator that reads or writes files"),
-        (recipe(W, "  return %w", **{"model.norm.weight": 0}), r"need an output that is a tensor.*bf16\[256\]"),
-        (lambda text: text.replace("func @part()", "func @part(%x: f32[2])", 1), "a recipe of the artefact has inputs"),
-        (lambda text: json.dumps(json.loads(text) * 2), "need one recipe for each weight"),
+        (derivation(W, "  return %w", **{"model.norm.weight": 0}), r"need an output that is a tensor.*bf16\[256\]"),
+        (lambda text: text.replace("func @part()", "func @part(%x: f32[2])", 1), "a derivation of the artefact has in"),
+        (lambda text: json.dumps(json.loads(text) * 2), "need one derivation for each weight"),
         (lambda _: "{}", "need a list"),
     ],
 )  # fmt: skip
-def test_wrong_recipes(folder: Path, change: Callable[[str], str], says: str) -> None:
-    edit(folder, "recipes.json", change)
+def test_wrong_derivations(folder: Path, change: Callable[[str], str], says: str) -> None:
+    edit(folder, "derivations.json", change)
     with pytest.raises(ArtefactError, match=says) as found:
         qcompiler.load(folder)
-    assert "recipes.json" in str(found.value)
+    assert "derivations.json" in str(found.value)
     assert not check(folder).ok
 
 

@@ -38,7 +38,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Region:
+class FusionRegion:
     """Operations that one fused operation can take the place of.
 
     Attributes:
@@ -77,7 +77,7 @@ def grow(
     limits: Limits,
     reader: Op | None = None,
     stops: Iterable[Value] = (),
-) -> Region | Missed:
+) -> FusionRegion | Missed:
     """The largest region that ends in `root` and breaks no rule, or why there is none.
 
     Args:
@@ -96,7 +96,7 @@ def grow(
     while True:
         attempt = _Attempt(graph, root, limits, reader, stopped)
         outcome = attempt.outcome()
-        if isinstance(outcome, Region):
+        if isinstance(outcome, FusionRegion):
             return outcome
         stop, why = outcome
         first = first or why
@@ -176,7 +176,7 @@ class _Attempt:
 
     # Rules
 
-    def outcome(self) -> Region | Broken:
+    def outcome(self) -> FusionRegion | Broken:
         """The region; or where growing should stop, and why."""
         if not self.ops:
             return None, self._why_nothing()
@@ -234,7 +234,7 @@ class _Attempt:
 
     # Order
 
-    def _placed(self) -> Region | Broken:
+    def _placed(self) -> FusionRegion | Broken:
         """The region, where it fits between what it reads and what reads it."""
         rank = self.graph.rank
         kept = {value: tuple(self._elsewhere(value)) for value in sorted(self.kept, key=lambda value: rank(value.op))}
@@ -250,7 +250,7 @@ class _Attempt:
                 return cycle, Missed("it would need something that is computed from it", cycle)
             if op.effects.ordered:
                 return early, Missed(f"{op.name} stands between, which must not be moved", op.results[0])
-        return Region(
+        return FusionRegion(
             self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), kept,
             tuple(self.views), place, tuple(sorted(late, key=rank)),
         )  # fmt: skip
