@@ -13,7 +13,9 @@ from qcompiler.errors import InputError
 from qcompiler.ir import DType, TensorType
 from qcompiler.numerics.dtypes import torch_dtype
 
-DRAWN = [dtype for dtype in DType if dtype not in (DType.f8e8m0fnu, DType.u64, DType.u32, DType.u16)]
+DRAWN = [
+    dtype for dtype in DType if dtype not in (DType.f8e8m0fnu, DType.u64, DType.u32, DType.u16) and dtype.bits >= 8
+]
 
 
 @given(st.sampled_from(DRAWN), st.lists(st.integers(0, 4), max_size=3), st.booleans())

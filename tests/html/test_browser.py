@@ -199,8 +199,8 @@ def test_the_panel_says_all_that_is_known(opened: Opened, report: Path, compiled
     lines = panel.locator("pre").all_inner_texts()
     assert lines == [qcompiler.ir.print_op(each, locations=False) for each in (before, op)]
     (row,) = [row for row in attribution.rows if row.name == "linear_6"]
-    for text in ("changed", "model.layers.0.mlp.down_proj", "modeling_llama.py:", "fuse-linear", "x_block", "[1, 128]",
-                 "bf16[s0, s1, 128]", f"{row.own:.1f} dB", "exact", "quantized"):  # fmt: skip
+    for text in ("changed", "model.layers.0.mlp.down_proj", "modeling_llama.py:", "fuse-linear", "x_format",
+                 "#fp8_tile", "bf16[s0, s1, 128]", f"{row.own:.1f} dB", "exact", "quantized"):  # fmt: skip
         expect(panel).to_contain_text(text)
     name = codes_of(fast, "model.layers.0.mlp.down_proj")
     panel.get_by_role("button", name=f"%{name}", exact=True).click()

@@ -267,7 +267,7 @@ def test_every_element_and_scale_can_be_combined() -> None:
 @pytest.fixture
 def scheme() -> Iterator[str]:
     """The name of a scheme with a format of 4-bit codes, neither of which qcompiler has."""
-    four = register_format("test_four_bits", Format(DType.f4e2m1fn, (1, 8), DType.f8e4m3fn, tensor_scale=True))
+    four = register_format("test_four_bits", Format(DType.f4e2m1fn, (1, 4), DType.f8e4m3fn, tensor_scale=True))
     register(Scheme("test_four_bits", "Four bits.", spec=QuantizationSpec(four, four), options=("scale",)))
     yield "test_four_bits"
     del FORMATS["test_four_bits"], SCHEMES["test_four_bits"]

@@ -15,14 +15,15 @@ import torch
 from qcompiler.errors import VerifyError
 from qcompiler.ir import DType, Graph, Location, Op, Range, TensorType, Value, evaluate, print_op
 from qcompiler.ir import verifier as verifier_module
+from qcompiler.ir.formats import FP8_TILE
 from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.runtime.weights import Weights
 from qcompiler.testing import random_graph
 
 SEEDS = range(8)
 F32 = TensorType(DType.f32, (2, 128))
-QUANTIZE = {"block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek"}
-LINEAR = {"out_dtype": DType.f32, "w_block": (1, 128), "x_block": (1, 128)}
+QUANTIZE = {"format": FP8_TILE}
+LINEAR = {"out_dtype": DType.f32, "w_format": FP8_TILE, "x_format": FP8_TILE}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The fusing passes over random arithmetic around products and quantizations: no bit of any result changes."""
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -11,15 +12,14 @@ from torch import Tensor
 import qcompiler.schemes.named  # noqa: F401  (makes the passes known)
 from qcompiler.interpreter import interpret
 from qcompiler.ir import DType, Graph, TensorType, Value
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.pass_manager.instruments import CheckChanged
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs, verified
 
 FUSING = "fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
-TILES: dict[str, Any] = {
-    "block": (1, 128), "dtype": DType.f8e4m3fn, "profile": "deepseek", "scale_layout": "col_major",
-}  # fmt: skip
+TILES = replace(FP8_TILE, scale_layout="col_major")
 
 
 class Arithmetic:
@@ -79,7 +79,7 @@ class Arithmetic:
         self.values.append(narrow)
 
     def quantize(self) -> None:
-        codes = self.graph.append("kernel.quantize", self.value(), attrs=TILES)
+        codes = self.graph.append("kernel.quantize", self.value(), attrs={"format": TILES})
         self.codes = [*codes.results]
         self.results.append(codes.results[0])
 
@@ -89,9 +89,7 @@ class Arithmetic:
         w = self.param("w", DType.f8e4m3fn, self.columns, self.columns)
         blocks = (self.columns + 127) // 128
         scale = self.param("s", DType.f32, blocks, blocks)
-        attrs: dict[str, Any] = {
-            "out_dtype": self.dtype, "w_block": (128, 128), "x_block": (1, 128), "x_scale_layout": "col_major",
-        }  # fmt: skip
+        attrs = {"out_dtype": self.dtype, "w_format": FP8_BLOCK, "x_format": TILES}
         self.values.append(self.graph.append("kernel.scaled_linear", *self.codes, w, scale, attrs=attrs).result)
 
 
