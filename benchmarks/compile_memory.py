@@ -1,10 +1,10 @@
-"""How much memory `compile` takes beside the model: peak resident size of a fresh process.
+"""Extra memory that `compile` needs: the peak resident size of a fresh process.
 
     python benchmarks/compile_memory.py [--out FOLDER]
 
-The model is Llama-3.2-1B by its configuration, random bfloat16, handed to `compile` with nobody else holding it.
-Counted is the whole process, as Linux counts it (VmHWM, reset after the model is built): tracing, the check against the
-model with a batch of 2 x 8 tokens, the libraries that load only then, and the quantized weights.
+The model is Llama-3.2-1B built from its configuration, with random bfloat16 weights; `compile` gets the only reference
+to it. The peak (VmHWM of Linux, reset after the model is built) covers the whole process: tracing, the check against
+the model with a batch of 2 x 8 tokens, libraries loaded during compilation, and the quantized weights.
 """
 
 import gc
@@ -32,17 +32,17 @@ MB = 1e6
 
 
 def resident(field: str) -> float:
-    """A line of /proc/self/status in MB: VmRSS is the size now, VmHWM the largest so far."""
+    """A field of /proc/self/status in MB: VmRSS is the current size, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 / MB for line in lines if line.startswith(field))
 
 
 def build() -> torch.nn.Module:
-    """The model, without ever holding it in float32."""
+    """Builds the model without a float32 copy."""
     config = transformers.LlamaConfig(**LLAMA_3_2_1B)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    # Tables such as the frequencies of the rotary embedding are computed, not random.
+    # Tables such as rotary frequencies are computed, not random.
     tables = {name: tensor for name, tensor in transformers.LlamaForCausalLM(small(config)).named_buffers()}
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -54,19 +54,19 @@ def build() -> torch.nn.Module:
 
 
 def small(config: Any) -> Any:
-    """The same configuration with the least of everything that the tables do not depend on."""
+    """The same configuration, minimal in everything that does not affect these tables."""
     return type(config)(**{**LLAMA_3_2_1B, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8})
 
 
 def child() -> None:
-    """Builds, compiles, prints one JSON line."""
+    """Builds and compiles the model, then prints one JSON line."""
     transformers.utils.logging.set_verbosity_error()
     holder = [build()]
     size = sum(tensor.nbytes for tensor in holder[0].parameters()) / MB
     ids = torch.randint(0, 1000, (2, 8))
     gc.collect()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset VmHWM
     start = time.perf_counter()
     fast = qcompiler.compile(holder.pop(), example_inputs=(ids,))
     seconds = time.perf_counter() - start

@@ -1,9 +1,9 @@
-"""How long the compiler itself takes: the pipeline over a large model, and the import of the package.
+"""Compile time: the pipeline over a large model, and the import of the package.
 
     python benchmarks/compiler_speed.py [--out FOLDER]
 
-The model is Llama-3-8B by its configuration, with weights that have shapes and no data. What torch.export needs comes
-before the clock starts and is listed beside; the rest is the best of 3 runs. Imports are timed in fresh interpreters.
+The model is Llama-3-8B built from its configuration, with weights on the meta device. torch.export runs before the
+clock starts and is listed separately; other times are the best of 3 runs. Imports are timed in fresh interpreters.
 """
 
 import platform
@@ -38,7 +38,7 @@ print(time.perf_counter() - start, "torch" in sys.modules)
 
 
 def measure(layers: int) -> dict[str, Any]:
-    """One row: the same model with `layers` layers."""
+    """One row: the model with `layers` layers."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_3_8B, num_hidden_layers=layers)).eval()
         ids = torch.zeros(2, 16, dtype=torch.int64)
@@ -51,11 +51,11 @@ def measure(layers: int) -> dict[str, Any]:
 
 
 def compiled(captured: qcompiler.Graph) -> dict[str, Any]:
-    """The seconds of one run from the captured graph to the text of the host module."""
+    """Seconds from the captured graph to the text of the host module, one run."""
     graph, clock = (
         captured.clone(weights=False),
         instruments.TimePasses(),
-    )  # without numbers, folding is rewriting alone
+    )  # without weight data, folding only rewrites the graph
     start = time.perf_counter()
     done = run_pipeline(qcompiler.pipeline("fp8_tile"), graph, instruments=[clock])
     passes_s = time.perf_counter() - start
@@ -79,7 +79,7 @@ def compiled(captured: qcompiler.Graph) -> dict[str, Any]:
 
 
 def import_seconds(runs: int = 9) -> float:
-    """The median time of `import qcompiler` in a fresh interpreter; AssertionError when it loads torch."""
+    """The median time of `import qcompiler` in a fresh interpreter; AssertionError if it loads torch."""
     times = []
     for _ in range(runs):
         text = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout.split()
@@ -91,7 +91,7 @@ def import_seconds(runs: int = 9) -> float:
 def main() -> None:
     harness.arguments()
     transformers.utils.logging.set_verbosity_error()
-    measure(1)  # whatever is set up once
+    measure(1)  # warm-up
     rows = [measure(16), measure(32)]
     facts = {
         "import qcompiler, median s": f"{import_seconds():.3f}",

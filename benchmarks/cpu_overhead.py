@@ -1,10 +1,10 @@
-"""How much slower the CPU target is than the float model, on the demo's batches, which shows numbers and not speed.
+"""The slowdown of the CPU target, which is meant for numerics, relative to the float model on the demo's batches.
 
     python benchmarks/cpu_overhead.py [--out FOLDER] [--scheme fp8_tile] [--sentences 400]
-    python benchmarks/cpu_overhead.py --model FOLDER        a causal language model in place of the demo's
+    python benchmarks/cpu_overhead.py --model FOLDER        a causal language model instead of the demo's model
 
-Each model is called five times in a row, twice in turns with the other one: calls one by one in turns would evict the
-weights of both from the last-level cache.
+Each model is called five times in a row, in two alternating blocks. Alternating single calls would evict the weights of
+both models from the last-level cache.
 """
 
 import argparse
@@ -25,14 +25,14 @@ import embed
 
 
 def seconds(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """CPU time of one call: with one thread, other processes delay it but are not counted."""
+    """CPU time of one call: with one thread, other processes do not count."""
     start = time.process_time()
     model(**batch)
     return time.process_time() - start
 
 
 def compared(model: torch.nn.Module, fast: torch.nn.Module, batch: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of one call of each, called repeatedly as in use; the least of two blocks of five calls each."""
+    """Milliseconds per call of each model: the minimum of two blocks of five calls each."""
     times = {"float ms": float("inf"), "quantized ms": float("inf")}
     for key, each in [("quantized ms", fast), ("float ms", model)] * 2:
         seconds(each, batch)
@@ -55,7 +55,7 @@ def language_rows(folder: str, scheme: str) -> list[dict[str, Any]]:
     model = qcompiler.checkpoints.load_model(folder)
     ids = torch.randint(5, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     fast = qcompiler.compile(model, scheme=scheme, example_inputs=(ids[:, :16],))
-    model.config.use_cache = False  # as captured
+    model.config.use_cache = False  # like the captured graph
     return [
         {"tokens": f"1x{tokens}"} | compared(model, fast, {"input_ids": ids[:, :tokens]}) for tokens in (1, 16, 64, 256)
     ]
@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--sentences", type=int, default=400)
     parser.add_argument("--scheme", default="fp8_tile")
-    parser.add_argument("--model", help="the folder of a language model, in place of the demo's embedding model")
+    parser.add_argument("--model", help="the folder of a language model, instead of the demo's embedding model")
     options = parser.parse_args()
-    sys.argv = [sys.argv[0], "--out", str(options.out)]  # what the harness understands
+    sys.argv = [sys.argv[0], "--out", str(options.out)]  # the harness parses only --out
     torch.set_num_threads(1)
     with torch.no_grad():
         if options.model is None:

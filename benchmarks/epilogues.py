@@ -1,10 +1,10 @@
-"""Products with a body in one kernel, in two, and in torch, in one run.
+"""GEMMs with a fused expression: one kernel, two kernels, and torch, in one run.
 
     python benchmarks/epilogues.py [--out FOLDER]
 
-Microseconds by CUDA graphs. The launches of a row take turns, because a device at its power limit gives whoever comes
-first the higher clock. "Cold" goes through so many operands that the cache holds none of their weights. "One kernel" is
-the faster of its forms, also where the operator would choose two kernels.
+Times are microseconds per CUDA-graph replay. The launches of a row alternate because, at its power limit, the device
+clocks higher for the kernel that runs first. "Cold" rotates through enough operands that no weight stays in the cache.
+"One kernel" is the faster form of the fused kernel, even where the operator would choose two kernels.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ COLD_BYTES = 160_000_000
 
 
 class Case(NamedTuple):
-    """A body, the parts of its weight, the shapes of its other operands, whether its result is quantized."""
+    """A fused expression, the parts of its weight, the shapes of its other operands, and whether it quantizes."""
 
     body: str
     parts: int
@@ -57,7 +57,7 @@ LAYERS = {
 
 
 class _Operands:
-    """One product with a body, and each way to compute it."""
+    """One GEMM with a fused expression, and each way to compute it."""
 
     def __init__(self, case: Case, m: int, n: int, k: int) -> None:
         self.case = case
@@ -81,7 +81,7 @@ class _Operands:
         return fused_product.separate(given)
 
     def torch(self) -> Any:
-        """A product for each part, and torch's own operators."""
+        """A GEMM for each part, followed by torch's operators."""
         kind = functional.ScalingType
         weights = zip(self.w.chunk(self.case.parts), self.ws.chunk(self.case.parts), strict=True)
         sums = [
@@ -138,7 +138,7 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures all rows, and writes the table."""
+    """Measures all rows and writes the table."""
     harness.arguments()
     torch.manual_seed(0)
     rows = []
@@ -148,7 +148,7 @@ def main() -> None:
                 rows.append(measure(name, m, n, k))
                 print(*rows[-1].values(), sep=" | ", flush=True)
     title = (
-        "Products with a body, FP8 in [1, 128] and [128, 128] blocks: microseconds by warm CUDA-graph replay, in turns"
+        "GEMMs with a fused expression, FP8 [1, 128], [128, 128]: microseconds by warm CUDA-graph replay, interleaved"
     )
     harness.gpu_report("epilogues", title, rows)
 

@@ -1,11 +1,11 @@
-"""The 8-bit products beside bfloat16 and the vendor's kernels of the same kind, in one run.
+"""8-bit GEMMs compared with bfloat16 and with the vendor's 8-bit kernels, in one run.
 
     python benchmarks/gemm.py [--out FOLDER]
 
-Two tables: 1x128 and 128x128 scales, and the other granularities. TFLOP/s of the same product on the same operands; the
-error is against the FP32 product of the quantized operands. In the first table the kernels of a row take turns, because
-a device at its power limit gives whoever comes first the higher clock, and few rows are measured again with weights
-that come from memory: a turn through so many that the cache holds none.
+Two tables: 1x128 and 128x128 scales, and the other granularities. All columns are TFLOP/s of the same GEMM on the same
+operands; the error is relative to the FP32 matmul of the quantized operands. In the first table the kernels of a row
+alternate because, at its power limit, the device clocks higher for the kernel that runs first. Small M is also measured
+with weights from memory ("cold"), by rotating through enough weights that none stays in the cache.
 """
 
 import importlib
@@ -29,7 +29,7 @@ SHAPES = (
     (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168), (4096, 7168, 2048), (4096, 4096, 4096),
     (8192, 8192, 8192),
 )  # fmt: skip
-"""Of the usual comparisons of FP8 kernels."""
+"""Shapes commonly used to compare FP8 kernels."""
 
 LAYERS = (
     (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),
@@ -45,7 +45,7 @@ MODEL_SHAPES = tuple(shape for m in ROWS for n, k in LAYERS if (shape := (m, n, 
 deep_gemm = importlib.import_module("deep_gemm") if importlib.util.find_spec("deep_gemm") else None
 
 FEW_ROWS, COLD_BYTES = 128, 160_000_000
-"""Up to how many rows the weights are what takes time, and how many bytes of them the cache cannot hold."""
+"""The largest M at which loading weights dominates, and a number of bytes of weights that exceeds the cache."""
 
 
 def measure(m: int, n: int, k: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
 
 
 def _error(launch: Callable[[], torch.Tensor], want: torch.Tensor) -> float | None:
-    """The error of one launch, or None where the vendor has no kernel for the sizes."""
+    """The error of one launch, or None if the vendor has no kernel for the sizes."""
     try:
         return harness.relative_error(launch(), want)
     except (RuntimeError, ValueError):
@@ -89,11 +89,11 @@ def _error(launch: Callable[[], torch.Tensor], want: torch.Tensor) -> float | No
 
 OURS, VENDOR, DEEPGEMM = "qcompiler", "cuBLAS 1x128/128x128", "DeepGEMM"
 BLOCKS = (OURS, VENDOR, DEEPGEMM)
-"""The kernels that make the very same product."""
+"""The kernels that compute exactly the same GEMM."""
 
 
 class _Operands:
-    """One product, and how each kernel makes it."""
+    """One GEMM, and a launch of each kernel."""
 
     def __init__(self, m: int, n: int, k: int) -> None:
         e4m3 = torch.float8_e4m3fn
@@ -106,7 +106,7 @@ class _Operands:
         self.config = HOPPER.gemm.choose(GemmProblem(bucket(m), n, k))
 
     def launches(self) -> dict[str, Callable[[], torch.Tensor]]:
-        """What is compared, by name."""
+        """The compared kernels by name."""
         named = {
             "bf16 cuBLAS": self.bf16, "cuBLAS FP8 per tensor": self.vendor_tensor, VENDOR: self.vendor, OURS: self.ours,
         }  # fmt: skip
@@ -127,7 +127,7 @@ class _Operands:
         )  # fmt: skip
 
     def vendor_tensor(self) -> torch.Tensor:
-        """Another product, of the same codes: one scale for each operand, and fast accumulation."""
+        """A different GEMM on the same codes: one scale per operand, and fast accumulation."""
         return torch._scaled_mm(self.x, self.w.T, self.one, self.one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     def deepgemm(self) -> torch.Tensor:
@@ -147,7 +147,7 @@ GRANULARITIES = {
 
 
 def measure_granularities(m: int, n: int, k: int) -> dict[str, Any]:
-    """One row of the second table: the operators as a compiled model calls them, and the worst of their errors."""
+    """One row of the second table: the operators as a compiled model calls them, and the largest of their errors."""
     left = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     right = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
     work, worst = 2 * m * n * k / 1e9, 0.0
@@ -186,7 +186,7 @@ def measure_granularities(m: int, n: int, k: int) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over the shapes, and the worst and the best of them."""
+    """Geometric means over the shapes, with minimum and maximum."""
     many = [row for row in rows if int(row["M, N, K"].split(",")[0]) >= 1024]
     few = [row for row in rows if int(row["M, N, K"].split(",")[0]) <= FEW_ROWS]
     chosen = (
@@ -212,7 +212,7 @@ def main() -> None:
     harness.arguments()
     torch.manual_seed(0)
     rows = [measure(*shape) for shape in (*SHAPES, *MODEL_SHAPES)]
-    title = "FP8 GEMM, 1x128 and 128x128 scales, bfloat16 out: TFLOP/s by warm CUDA-graph replay, in turns"
+    title = "FP8 GEMM, 1x128 and 128x128 scales, bfloat16 out: TFLOP/s by warm CUDA-graph replay, interleaved"
     harness.gpu_report("gemm", title, rows)
     harness.gpu_report("gemm-summary", "FP8 GEMM: geometric means of ratios", summary(rows))
     rows = [measure_granularities(*shape) for shape in SHAPES]

@@ -1,15 +1,13 @@
-"""The grouped product of a mixture of experts beside a loop of dense products, and beside bfloat16.
+"""Grouped GEMM for mixtures of experts, compared with a loop of dense GEMMs and with bfloat16.
 
     python benchmarks/grouped.py [--out FOLDER]
 
-Two models' projections at several numbers of tokens, routed evenly and by Zipf's law. The loop is of our own dense
-products, one for each expert that has tokens; it is given the group sizes, which it would have to wait for, and
-operands that are cut already. bfloat16 is torch's own grouped product. All take turns in CUDA graphs. The error is
-against the loop, whose products are tested by themselves. The masked kernel has room for as many rows in each group as
-the largest has.
-
-"eager" is the median of single calls with the device idle before each, launches by Python included, and for the loop
-also the wait for the group sizes: no graph holds a loop whose sizes are known on the device alone.
+Projections of two models at several numbers of tokens, routed evenly and by Zipf's law. The loop runs our own dense
+GEMM once per expert that has tokens; it gets the group sizes, which a program would have to wait for, and operands that
+are already split. bfloat16 is torch's grouped GEMM. All variants alternate in CUDA graphs. The error is relative to the
+loop, whose GEMMs have their own tests. The masked kernel reserves for each group as many rows as the largest group has.
+"eager" is the median of single calls with the device idle before each, including Python launch overhead and, for the
+loop, the wait for the group sizes: a CUDA graph cannot hold a loop whose sizes only the device knows.
 """
 
 import statistics
@@ -35,12 +33,12 @@ E4M3 = torch.float8_e4m3fn
 TILES = ([1, 128], [128, 128])
 TOKENS = (64, 1024, 8192)
 MASKED_TOKENS = 1024
-"""Up to how many the masked kernel is measured: its room grows with the largest group."""
+"""The masked kernel is measured up to this many tokens: its padding grows with the largest group."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One projection of a mixture of experts, `[experts, n, k]`, and to how many experts each token goes."""
+    """One projection of a mixture of experts, `[experts, n, k]`, and the number of experts per token."""
 
     model: str
     experts: int
@@ -70,7 +68,7 @@ class Weights:
 
 
 class Operands:
-    """One routing of some tokens, and how each kernel makes the product."""
+    """One routing of some tokens, and a launch of each kernel."""
 
     def __init__(self, shape: Projection, weights: Weights, counts: Tensor) -> None:
         self.shape, self.weights, rows = shape, weights, int(counts.sum())
@@ -91,7 +89,7 @@ class Operands:
         return [linear(x, xs, w, ws, None, *TILES, torch.bfloat16) for x, xs, w, ws in self.parts]
 
     def loop_of_sizes(self) -> list[Tensor]:
-        """The loop as a program runs it that has to ask the device for the sizes."""
+        """The loop as a program runs it if it must ask the device for the sizes."""
         self.counts.tolist()
         return self.loop()
 
@@ -105,7 +103,7 @@ class Operands:
         return lambda: linear(x, xs, w, ws, self.counts, *TILES, torch.bfloat16, expected)
 
     def deepgemm(self) -> Callable[[], Tensor]:
-        """DeepGEMM's kernel, whose groups begin at multiples of 128 rows."""
+        """DeepGEMM's kernel, whose groups start at multiples of 128 rows."""
         padded = [-(-size // 128) * 128 for size in self.sizes]
         rows = torch.zeros(sum(padded), self.shape.k, device="cuda", dtype=torch.bfloat16)
         for target, source in zip(rows.split(padded), self.wide.split(self.sizes), strict=True):
@@ -119,13 +117,13 @@ class Operands:
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Tiles as a compiled model makes them."""
+    """Tiles made as in a compiled model."""
     codes, scales = torch.ops.qcompiler.quantize(x, [1, 128], E4M3, "deepseek", "col_major")
     return codes, scales
 
 
 def routed(shape: Projection, tokens: int, exponent: float) -> Tensor:
-    """How many tokens each expert gets when the popularity of the r-th is r to the power of -exponent."""
+    """Tokens per expert if the popularity of the r-th expert is r to the power of -exponent."""
     popularity = torch.arange(1, shape.experts + 1, device="cuda").float().pow(-exponent)
     popularity = popularity[torch.randperm(shape.experts, device="cuda")]
     chosen = popularity.expand(tokens, -1).multinomial(shape.top)
@@ -174,7 +172,7 @@ def main() -> None:
         weights = Weights(shape)
         rows += [measure(shape, weights, tokens, exponent) for tokens in TOKENS for exponent in (0.0, 1.0)]
         del weights
-    title = "Grouped FP8 product, 1x128 and 128x128 scales, bfloat16 out: warm CUDA-graph replay, in turns"
+    title = "Grouped FP8 GEMM, 1x128 and 128x128 scales, bfloat16 out: warm CUDA-graph replay, interleaved"
     harness.gpu_report("grouped", title, rows)
 
 

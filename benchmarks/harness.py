@@ -1,7 +1,7 @@
-"""What the benchmarks share: timing by CUDA graphs, facts about the machine, tables and files.
+"""Shared parts of the benchmarks: timing with CUDA graphs, facts about the machine, tables and files.
 
-A time is the median over replays of a graph that holds many launches, so neither Python nor launch gaps are in it.
-Operands are random (zeros run faster than data) and stay in place, so what fits into L2 is read from there.
+A time is the median over replays of a graph that holds many launches, so it excludes Python overhead and launch gaps.
+Operands are random (zeros run faster) and stay in place, so small operands are read from L2.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def milliseconds(launch: Callable[[], object], *, replays: int = 7, budget: floa
     Args:
         launch: Called a few times to warm up, then captured.
         replays: Measured replays of the graph.
-        budget: Milliseconds of work in one graph, about.
+        budget: Approximate milliseconds of work in one graph.
     """
     return in_turns({"": [launch]}, rounds=replays, budget=budget)[""] / 1e3
 
 
 def eager(call: Callable[[], object], *, calls: int = 20) -> float:
-    """The median time in milliseconds of single calls with the device idle before each, launches by Python included."""
+    """Median milliseconds of single calls, with the device idle before each, including Python launch overhead."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(calls + 3):
@@ -53,7 +53,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def machine() -> dict[str, str]:
-    """Device, clocks under load (ask right after work) and versions."""
+    """Device, clocks under load (call right after the work) and versions."""
     fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0"]
     try:
@@ -65,7 +65,7 @@ def machine() -> dict[str, str]:
 
 
 def device() -> str:
-    """What names of results begin with: "h200" for an NVIDIA H200."""
+    """The prefix of result names: "h200" for an NVIDIA H200."""
     found = re.search(r"[A-Z]+\d+", torch.cuda.get_device_name())
     return found[0].lower() if found else "gpu"
 
@@ -87,7 +87,7 @@ def _cell(value: Any) -> str:
 
 
 def report(name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
-    """Prints the rows and writes `NAME.json` and `NAME.md` to the folder of `--out`, each in one step."""
+    """Prints the rows and writes `NAME.json` and `NAME.md` to the folder of `--out`, each atomically."""
     folder = arguments().out
     folder.mkdir(parents=True, exist_ok=True)
     where = ", ".join(f"{key} {value}" for key, value in facts.items())
@@ -98,18 +98,18 @@ def report(name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[st
 
 
 def gpu_report(name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The same for times of a GPU, which is named in front."""
+    """Like `report`, for GPU times: prefixes the name with the device."""
     report(f"{device()}-{name}", title, rows, machine())
 
 
 def arguments() -> argparse.Namespace:
-    """The options that all benchmarks have; one that has more reads those itself."""
+    """The options of all benchmarks; a benchmark with more options parses those itself."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file and the table")
     return parser.parse_known_args()[0]
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, all of it or nothing."""
+    """Writes a text file atomically."""
     with replacing_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

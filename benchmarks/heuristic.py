@@ -1,12 +1,12 @@
-"""What `HOPPER.gemm.choose` picks, beside the best of all configurations: every configuration is timed.
+"""The configuration that `HOPPER.gemm.choose` picks, compared with the fastest of all configurations.
 
-    python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures; a kind is one of those below
-    python benchmarks/heuristic.py --table DEVICE [--out FOLDER]    only the table, from the times of an earlier run
+    python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures all configurations, or those of one kind
+    python benchmarks/heuristic.py --table DEVICE [--out FOLDER]    only rewrites the table from earlier times
 
-A row of the table is a shape: what was chosen, what was fastest, and their ratio, 1 at best. Few rows are timed twice,
-warm (one set of operands) and cold (a turn through so many weights that the cache holds none). Configurations take
-turns. The choice is made anew whenever the table is, so the paces in `codegen.targets.hopper_paces` can be fitted
-without a GPU.
+Each row of the table is a shape: the chosen configuration, the fastest one, and the ratio of their times (1 is ideal).
+Small M is timed twice: warm (one set of operands) and cold (rotating through enough weights that none stays in the
+cache). Configurations alternate. Writing the table repeats the choice, so the paces in `codegen.targets.hopper_paces`
+can be fitted without a GPU.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Kind, bucket
 
 NAME = "heuristic"
-TITLE = "The choice of a configuration beside the best: microseconds by CUDA-graph replay, in turns"
+TITLE = "Chosen configurations compared with the fastest: microseconds by CUDA-graph replay, interleaved"
 
 # (N, K) of the layers of Llama-3-8B, Llama-3-70B and DeepSeek-V3.
 LAYERS = (
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
 }  # fmt: skip
 
 COLD_ROWS, COLD_BYTES = 128, 120_000_000
-"""Up to how many rows the weights are what takes time, and how many bytes of them the cache cannot hold."""
+"""The largest M at which loading weights dominates, and a number of bytes of weights that exceeds the cache."""
 
 Row = dict[str, Any]
 
@@ -58,13 +58,13 @@ def all_configs(name: str) -> tuple[GemmConfig, ...]:
 
 
 def worth_a_try(config: GemmConfig, problem: GemmProblem) -> bool:
-    """Without those that cannot win where there are many rows: tiles for few, or of 64 columns of more than 1024."""
+    """Drops configurations that cannot win at large M: tiles for few rows, or of 64 columns for N above 1024."""
     few = config.variant in ("narrow", "split") or (config.block_n < 128 and problem.n > 1024)
     return HOPPER.gemm.why_not(config, problem) is None and not (problem.m >= 1024 and few)
 
 
 def measure(name: str, m: int, n: int, k: int) -> Iterator[Row]:
-    """One row for each state of the cache: microseconds of each configuration, None for those not worth a try."""
+    """One row per state of the cache: microseconds of each configuration, None if not worth a try."""
     kind, x_block = KINDS[name]
     problem = GemmProblem(m, n, k, kind=kind, x_block=x_block)
     every = HOPPER.gemm.configs(problem)
@@ -104,7 +104,7 @@ def _codes(rows: int, k: int, integers: bool) -> Tensor:
 
 
 def _work() -> None:
-    """A second of it, so that clocks are those of a device at work from the first time on."""
+    """Runs for a second so that the clocks match a device under load from the first measurement."""
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     for _ in range(600):
         torch.mm(square, square)
@@ -112,7 +112,7 @@ def _work() -> None:
 
 
 def compared(stored: dict[str, Any]) -> list[Row]:
-    """For each shape: the choice, the fastest, and the ratio of their times, None where the choice was not timed."""
+    """For each shape: the choice, the fastest, and the ratio of their times; None if the choice was not timed."""
     times: dict[tuple[str, int, int, int], dict[bool, dict[str, float]]] = {}
     for row in stored["rows"]:
         found = {config: us for config, us in zip(stored["configs"][row["kind"]], row["us"], strict=True) if us}
@@ -133,22 +133,22 @@ def compared(stored: dict[str, Any]) -> list[Row]:
 
 
 def write_table(stored: dict[str, Any], path: Path) -> None:
-    """The table, and above it how often the choice is good."""
+    """The table, preceded by how often the choice is good."""
     table = compared(stored)
     lines = [f"# {stored['title']}", "", ", ".join(f"{key} {value}" for key, value in stored["machine"].items()), ""]
     for title in ("warm", "cold"):
         ratios = [line[f"{title} ratio"] for line in table if line[f"{title} ratio"] is not None]
         good = f"{sum(ratio >= 0.9 for ratio in ratios)} of {len(ratios)}"
-        lines.append(f"{title.capitalize()}: {good} choices reach 0.9 of the best; the least is {min(ratios):.2f}.")
-    lines.append(
-        "The choice is made from the paces in `codegen.targets.hopper_paces`, which are fitted to these very times."
-    )
+        lines.append(
+            f"{title.capitalize()}: {good} choices reach 0.9 of the fastest; the minimum is {min(ratios):.2f}."
+        )
+    lines.append("The choice uses the paces in `codegen.targets.hopper_paces`, which are fitted to these same times.")
     harness.write(path.with_suffix(".md"), "\n".join([*lines, "", harness.table(table), ""]))
     print("\n".join(lines))
 
 
 def _text(stored: dict[str, Any]) -> str:
-    """JSON with a line for each row."""
+    """JSON with one row per line."""
     rows = ",\n".join(json.dumps(row) for row in stored["rows"])
     return json.dumps({**stored, "rows": 0}, indent=1).replace('"rows": 0', f'"rows": [\n{rows}\n]') + "\n"
 
@@ -156,7 +156,7 @@ def _text(stored: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=KINDS, help="measure one kind, and keep the times of the others")
-    parser.add_argument("--table", metavar="DEVICE", help="measure nothing; use the times of h200, say, that are there")
+    parser.add_argument("--table", metavar="DEVICE", help="measure nothing; use the existing times of a device (h200)")
     options, folder = parser.parse_known_args()[0], harness.arguments().out
     path = folder / f"{options.table or harness.device()}-{NAME}.json"
     empty: dict[str, Any] = {"title": TITLE, "machine": {}, "configs": {}, "rows": []}

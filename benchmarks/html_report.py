@@ -1,10 +1,10 @@
-"""How large the HTML report of a large model is, and how long a browser takes to open it and to move about in it.
+"""The size of the HTML report of a large model, and how fast a browser opens and navigates it.
 
     python benchmarks/html_report.py [--out FOLDER]
 
-The model is Llama-3-8B by its configuration, with weights that have shapes and no data. The browser is headless
-Chromium, without a graphics card. Each time is the median of 5 runs; opening is from the start of the navigation to the
-end of the page's own scripts, in a new window each time.
+The model is Llama-3-8B built from its configuration, with weights on the meta device. The browser is headless Chromium
+without a GPU. Each time is the median of 5 runs. Opening counts from the start of the navigation to the end of the
+page's own scripts, in a new window each time.
 """
 
 import platform
@@ -41,7 +41,7 @@ MOVES = {
 
 
 def compiled(layers: int) -> Any:
-    """What the report asks of a compiled model, of one whose weights have shapes alone."""
+    """The part of a compiled model that the report needs, for a model on the meta device."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_3_8B, num_hidden_layers=layers)).eval()
         ids = torch.zeros(2, 16, dtype=torch.int64)
@@ -65,7 +65,7 @@ def opening(browser: Browser, path: Path) -> tuple[float, Page]:
 
 
 def moving(page: Page, script: str) -> float:
-    """Milliseconds of what a person does, until it is laid out on the screen."""
+    """Milliseconds from a user action to the finished layout."""
     timed = f"const start = performance.now(); {script}; document.querySelector('.scene').getBBox();"
     return page.evaluate(f"(() => {{ {timed} return performance.now() - start; }})()")
 

@@ -1,12 +1,12 @@
-"""What the width of an activation's tiles costs a product: TFLOP/s for each `k_block`, as CSV.
+"""GEMM throughput for each tile width of the activation: TFLOP/s per `k_block`, as CSV.
 
     python benchmarks/k_blocks.py [--csv FILE]
 
-    k_block,size,tflops         -1 is the whole of K; a size is that of M, N and K
+    k_block,size,tflops         k_block -1 is all of K; size is M = N = K
 
-FP8, weights in blocks of 128 x 128, bfloat16 out, each width by the kernel that `HOPPER.gemm.choose` picks.
-Widths take turns at replaying a CUDA graph, so that they share the device's power limit. The file is drawn beside the
-error at each width by `examples/granularity_study.py`.
+FP8, weights in blocks of 128 x 128, bfloat16 out; `HOPPER.gemm.choose` picks the kernel for each width. Widths
+alternate in CUDA-graph replays, so they share the device's power limit. `examples/granularity_study.py` plots the file
+together with the error at each width.
 """
 
 import argparse
@@ -29,14 +29,14 @@ ROUNDS = 15
 
 
 def measure(size: int) -> dict[int, float]:
-    """TFLOP/s at each width, the median over rounds."""
+    """TFLOP/s at each width, median over rounds."""
     launches = {k_block: _launch(size, k_block) for k_block in K_BLOCKS}
     times = in_turns({k_block: [launch] for k_block, launch in launches.items()}, rounds=ROUNDS)
     return {k_block: 2 * size**3 / 1e6 / time for k_block, time in times.items()}
 
 
 def _launch(size: int, k_block: int) -> Callable[[], object]:
-    """One product of its own operands, which is checked first."""
+    """One GEMM with its own operands; checks its result first."""
     e4m3 = torch.float8_e4m3fn
     left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x, xs = torch.ops.qcompiler.quantize(left, [1, k_block], e4m3, "deepseek", "col_major")

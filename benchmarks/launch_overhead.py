@@ -2,10 +2,10 @@
 
     python benchmarks/launch_overhead.py [--out FOLDER]
 
-Microseconds, the median over bursts of calls between which the device catches up, so that no call waits for it. Each
-operator three times: as a host module calls it; through torch's dispatcher; and in full, as for operands of a
-description that was not met before. Below them, what the parts cost on this machine: a launch and an allocation are the
-least that a call needs.
+Microseconds, the median over bursts of calls; the device catches up between bursts, so no call waits for it. Each
+operator is measured three ways: as a host module calls it, through torch's dispatcher, and without cached launch plans
+(as for operands with a new description). The second table lists the cost of the parts on this machine; a call needs at
+least a launch and an allocation.
 """
 
 import statistics
@@ -26,7 +26,7 @@ from codegen.templates.gemm import GemmOperands, GemmProblem, bucket
 E4M3 = torch.float8_e4m3fn
 ROWS, SIZES = (1, 16, 256, 4096), ((4096, 7168), (4096, 4096))
 BURST = 50
-"""Calls between two waits for the device, which takes far more."""
+"""Calls between two synchronizations; a synchronization takes far longer than a call."""
 
 
 def microseconds(call: Callable[[], object], rounds: int = 15) -> float:
@@ -45,7 +45,7 @@ def microseconds(call: Callable[[], object], rounds: int = 15) -> float:
 
 
 def in_full(call: Callable[[], object]) -> float:
-    """Host time of one call that finds nothing remembered but compiled kernels."""
+    """Host time of one call that finds only compiled kernels in its caches."""
 
     def forgetful() -> None:
         replay.forget()
@@ -80,7 +80,7 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
 
 
 def parts() -> list[dict[str, Any]]:
-    """What a call is made of."""
+    """Host time of each part of a call."""
     x, out = (torch.randn(16, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     replay.forget()
     for _ in range(2):
@@ -106,7 +106,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     rows = [measure(m, n, k) for m in ROWS for n, k in SIZES]
     harness.gpu_report("launch-overhead", "Host time of a call, microseconds", rows)
-    harness.gpu_report("launch-parts", "Host time of what a call is made of, microseconds", parts())
+    harness.gpu_report("launch-parts", "Host time of the parts of a call, microseconds", parts())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Fused quantization - a norm, a gate, a residual sum, and codes in one kernel - against the bandwidth of a copy.
+"""Fused quantization (norm, gate or residual sum, and codes in one kernel) against the bandwidth of a copy.
 
     python benchmarks/memory_bound.py [--out FOLDER]
 
-Bytes are those that have to move: each operand read once, each code, scale and kept value written once. Unfused is the
-same work by torch's best operators, `torch.nn.functional.rms_norm` among them, and then `kernel.quantize`. Small
-numbers of rows show latencies: there nothing fills the device, and operands stay in L2.
+Bytes are the minimum traffic: each operand read once, each code, scale and residual output written once. "Unfused" is
+the same work with torch's best operators, including `torch.nn.functional.rms_norm`, followed by `kernel.quantize`.
+Small numbers of rows measure latency: they do not fill the device, and operands stay in L2.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ LAYOUT = torch_ops.SCALE_LAYOUTS[1]
 
 
 class Work(NamedTuple):
-    """A body, which of its operands are vectors (a prescale, in FP32, is the last), and the same by torch's operators.
+    """A fused expression, which operands are vectors (an FP32 prescale is the last), and the same work in torch.
 
-    `unfused` takes the operands without the prescale, and returns what is quantized, and what is kept.
+    `unfused` takes the operands without the prescale; it returns the value to quantize and the residual output.
     """
 
     body: str
@@ -71,7 +71,7 @@ SMALL = [(name, m, 4096) for name in (*NORMS, "silu, mul") for m in (1, 16, 64)]
 
 
 def prescaled(work: Work) -> Work:
-    """The same with a prescale for each channel, unrounded."""
+    """The same work with an unrounded prescale for each channel."""
     *definitions, result = work.body.split("; ")
     body = "; ".join([*definitions, f"{result} * x{work.operands}"])
     return work._replace(
@@ -80,7 +80,7 @@ def prescaled(work: Work) -> Work:
 
 
 def operands_of(work: Work, m: int, k: int, sliced: bool) -> list[Tensor]:
-    """Random operands; `sliced`, two matrices are the halves of one."""
+    """Random operands; if `sliced`, two matrices are the halves of one."""
     made = []
     for place in range(work.operands):
         dtype = torch.float32 if work.prescaled and place == work.operands - 1 else torch.bfloat16

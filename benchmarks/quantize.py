@@ -1,9 +1,9 @@
-"""Quantization in every granularity against the bandwidth of a copy on the same device, in one run.
+"""Quantization at every granularity against the bandwidth of a copy on the same device, in one run.
 
     python benchmarks/quantize.py [--out FOLDER]
 
-Bytes are those that have to move: each element read once, each code and each scale written once. A dynamic scale of the
-whole tensor has to be known before the first code, so there each element is read twice.
+Bytes are the minimum traffic: each element read once, each code and each scale written once. A dynamic per-tensor scale
+must be known before the first code, so each element is read twice there.
 """
 
 from typing import Any

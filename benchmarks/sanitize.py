@@ -1,15 +1,15 @@
-"""Every family of kernels under compute-sanitizer: bad addresses, races in shared memory, misused barriers.
+"""Every kernel family under compute-sanitizer: bad addresses, races in shared memory, misused barriers.
 
     python benchmarks/sanitize.py [--out FOLDER]
 
-Small launches of every configuration that can be chosen, at sizes that no tile divides, each checked against the
-reference on the CPU. Every tool has each family in a process of its own, a few of them at a time; torch's allocator
-caches nothing there, so that memcheck sees the end of every tensor.
+Runs small launches of every configuration that can be chosen, at sizes that no tile divides, and checks each result
+against the reference on the CPU. Each tool runs each family in its own process, a few at a time. torch's caching
+allocator is off there, so memcheck sees the end of every tensor.
 
-racecheck reports one kind of access that is none of ours, and no race: Triton tells the warps of `gl.warp_specialize`
-what to run through bytes in shared memory. The first warps write them (STS), all warps meet at named barrier 1, and
-each of the others reads its own (LDS.U8); racecheck does not see that barrier. Such pairs are known by their
-instructions, and counted by themselves.
+racecheck reports one kind of access that is not in our code and is not a race: Triton tells the warps of
+`gl.warp_specialize` what to run through bytes in shared memory. The first warps write them (STS), all warps meet at
+named barrier 1, and each other warp reads its own (LDS.U8); racecheck does not see that barrier. The benchmark
+recognizes such pairs by their instructions and counts them separately.
 """
 
 import math
@@ -39,10 +39,10 @@ from qcompiler import numerics
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TOLERANCE = 4e-3
-"""Of relative errors: one rounding to bf16, and sums of FP8 products in another order."""
+"""Tolerances for relative errors: one rounding to bf16, and FP8 sums in a different order."""
 
 SECONDS, AT_ONCE = 60, 12
-"""The limit of one process, and how many run at a time."""
+"""Time limit of one process, and the number of processes at a time."""
 
 CHILD, FOUND = "--child", re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 RACE = re.compile(
@@ -57,13 +57,13 @@ ops = torch.ops.qcompiler
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Rows of different sizes, on the CPU: no kernel of torch's runs."""
+    """Rows of different sizes, made on the CPU so that none of torch's kernels runs."""
     generator = torch.Generator().manual_seed(seed + shape[0])
     return torch.randn(shape, generator=generator).mul(torch.rand(*shape[:-1], 1, generator=generator) + 0.1).to(BF16)
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    """RuntimeError where a kernel and the reference differ by more than rounding does."""
+    """Raises RuntimeError if a kernel and the reference differ by more than rounding."""
     got, want = got.cpu().double(), want.cpu().double()
     error = float((got - want).norm() / want.norm())
     if not error <= TOLERANCE:
@@ -71,11 +71,11 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def quantized(rows: int, columns: int, block: list[int], dtype: torch.dtype = E4M3, layout: str = "row_major") -> Any:
-    """Codes and scales, by our kernel."""
+    """Codes and scales from our kernel."""
     return ops.quantize(draw(rows, columns).cuda(), block, dtype, "deepseek", layout)
 
 
-# Each family yields the name of what it has just launched and checked.
+# Each family yields the name of each launch after checking it.
 
 
 def quantizations() -> Iterator[str]:
@@ -156,7 +156,7 @@ def fused_quantizations() -> Iterator[str]:
 
 
 def fused_products() -> Iterator[str]:
-    """Both ways: by the operator, which may split such small problems in two, and each form of the one kernel."""
+    """The operator, which may use two kernels for such small problems, and each form of the single kernel."""
     one, two = "bf16(x0 + bf16(y0))", "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
     for m in (M, 16):
         x, xs = quantized(m, K, TILE, layout="col_major")
@@ -208,7 +208,7 @@ FAMILIES: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def child(family: str) -> None:
-    """Launches one family, checks each result, and says how many launches there were."""
+    """Launches one family, checks each result, and returns the number of launches."""
     count = 0
     for _ in FAMILIES[family]():
         torch.cuda.synchronize()
@@ -217,7 +217,7 @@ def child(family: str) -> None:
 
 
 def check(tool: str, family: str) -> dict[str, Any]:
-    """One row: what a tool says of a family; without a tool, whether it runs at all."""
+    """One row: a tool's result for a family; without a tool, whether the family runs at all."""
     command = [sys.executable, __file__, CHILD, family]
     if tool:
         command = [_sanitizer(), "--tool", tool, "--target-processes", "all", "--print-limit", "100", *command]
@@ -227,7 +227,7 @@ def check(tool: str, family: str) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment)
         said = done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
-        said = (late.stdout or b"").decode(errors="replace") + "\nstopped after its time"
+        said = (late.stdout or b"").decode(errors="replace") + "\nstopped at the time limit"
     launched, found = re.search(r"LAUNCHED (\d+)", said), FOUND.search(said)
     races = [match.groups() for match in RACE.finditer(said)] if tool == "racecheck" else []
     rest = [race for race in races if not _is_dispatch(race)]
@@ -244,7 +244,7 @@ def check(tool: str, family: str) -> dict[str, Any]:
 
 
 def _is_dispatch(race: tuple[str, ...]) -> bool:
-    """Whether a pair of accesses is how Triton tells specialized warps what to run."""
+    """Whether a pair of accesses is Triton's dispatch to specialized warps."""
     first, kernel, at, _, second, other, _ = race
     places = {first: at, second: other}
     if places.keys() != {"Read", "Write"}:
@@ -271,7 +271,7 @@ def _sanitizer() -> str:
 
 
 def _first_words(said: str) -> str:
-    """What a tool reports first, or else how the program ended."""
+    """The first finding of a tool, or how the program ended."""
     lines = [line.removeprefix("=========").strip() for line in said.splitlines() if line.strip("= ")]
     telling = [line for line in lines if re.search(r"Invalid|Error|Barrier|Race|hazard|not supported|divergent", line)]
     return " / ".join((telling or lines[-2:])[:2])[:220].replace("|", " ")
@@ -280,7 +280,7 @@ def _first_words(said: str) -> str:
 def main() -> None:
     if CHILD in sys.argv:
         return child(sys.argv[sys.argv.index(CHILD) + 1])
-    jobs = [("", family) for family in FAMILIES]  # first without a tool: that compiles the kernels
+    jobs = [("", family) for family in FAMILIES]  # first without a tool, to compile the kernels
     with ThreadPoolExecutor(AT_ONCE) as pool:
         rows = list(pool.map(lambda job: check(*job), jobs))
         runnable = [row["family"] for row in rows if row["launches"]]

@@ -1,9 +1,9 @@
-"""Four layers of Llama-3-8B's widths, random bfloat16, compiled by each scheme: time of a call against the float model.
+"""Four layers with the widths of Llama-3-8B, random bfloat16, compiled with each scheme, against the float model.
 
     python benchmarks/whole_model.py [--out FOLDER]
 
-`eager` is the median over single calls with the device idle before each, launches by Python included; `replay` is the
-median of CUDA-graph replays in turns, in which neither Python nor launch gaps count.
+`eager` is the median over single calls with the device idle before each, including Python launch overhead; `replay` is
+the median of alternating CUDA-graph replays, which excludes Python overhead and launch gaps.
 """
 
 from functools import partial

@@ -1,10 +1,10 @@
-"""The demo: a trained sentence-embedding model, quantized to FP8 tiles, against itself in float.
+"""The demo: a trained sentence-embedding model quantized to FP8 tiles, compared with the float model.
 
     make demo                                         or: python examples/embed.py --sentences 400
 
 The model is all-MiniLM-L6-v2 (6 BERT layers, trained weights, installed from a package index); the sentences are the
-first sentences of documentation strings in Python's standard library. For each sentence the embedding of the quantized
-model is compared with that of the float model: cosine similarity, and whether the nearest other sentence is the same.
+first sentences of docstrings in Python's standard library. For each sentence the demo compares the embeddings of the
+quantized and the float model: their cosine similarity, and whether both have the same nearest neighbor.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH = 16
 
 
 def main() -> None:
-    """Runs the comparison and prints it."""
+    """Runs the comparison and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=400, help="how many (at least 300 make a fair comparison)")
     parser.add_argument("--scheme", default="fp8_tile", help="a quantization scheme; `qcompiler schemes` lists them")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def load(count: int, device: str) -> tuple[PreTrainedModel, list[BatchEncoding]]:
-    """The trained model, and `count` sentences as batches of like length, each with its attention mask."""
+    """The trained model, and `count` sentences in batches of similar length, each with its attention mask."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(
@@ -74,7 +74,7 @@ def load(count: int, device: str) -> tuple[PreTrainedModel, list[BatchEncoding]]
 
 
 def sentences(count: int) -> list[str]:
-    """`count` different whole sentences from documentation strings, spread over the modules of the standard library."""
+    """`count` distinct complete sentences from docstrings, spread over the modules of the standard library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     sources = [docstrings(path) for path in files if not path.name.startswith("_")]
     found: dict[str, None] = {}
@@ -88,7 +88,7 @@ def sentences(count: int) -> list[str]:
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """The first sentence of each documentation string in a file."""
+    """The first sentence of each docstring in a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
             paragraph = " ".join(text.split("\n\n")[0].split())
@@ -98,7 +98,7 @@ def docstrings(path: Path) -> Iterator[str]:
 def embed_both(
     model: torch.nn.Module, fast: torch.nn.Module, batches: list[BatchEncoding]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The embeddings of every sentence by either model, and the median ratio of their times on a batch."""
+    """The embeddings of all sentences from both models, and the median ratio of their times per batch."""
     rows: dict[torch.nn.Module, list[torch.Tensor]] = {model: [], fast: []}
     ratios = []
     for batch in track(batches, "embedding with both models"):
@@ -120,7 +120,7 @@ def embed(model: torch.nn.Module, batch: BatchEncoding) -> torch.Tensor:
 
 
 def layer_text(graph: qcompiler.Graph) -> str:
-    """The operations that a layer's attention and feed-forward came from, without locations."""
+    """The operations captured from a layer's attention and feed-forward, without locations."""
     return "\n".join(
         line.replace(f"{LAYER}.", "")
         for op, line in zip(graph.ops(), graph.text(locations=False).splitlines()[1:], strict=False)
@@ -129,7 +129,7 @@ def layer_text(graph: qcompiler.Graph) -> str:
 
 
 def results(want: torch.Tensor, got: torch.Tensor, report: qcompiler.Report, ratio: float) -> Table:
-    """The table: quality, size, time."""
+    """The table of quality, size and time."""
     cosine = (want * got).sum(1)
     alike, alike_fast = ((e @ e.T).fill_diagonal_(-1) for e in (want, got))
     nearest, two_nearest = alike_fast.argmax(1), alike.topk(2).indices
@@ -141,8 +141,8 @@ def results(want: torch.Tensor, got: torch.Tensor, report: qcompiler.Report, rat
         ("sentences", f"{len(want)}"),
         ("cosine similarity to the float model, mean", f"{cosine.mean():.4f}"),
         ("cosine similarity to the float model, worst", f"{cosine.min():.4f}"),
-        ("nearest neighbour is the same", f"{same[:, 0].float().mean():.1%}"),
-        ("nearest neighbour is one of the float model's two nearest", f"{same.any(1).float().mean():.1%}"),
+        ("nearest neighbor is the same", f"{same[:, 0].float().mean():.1%}"),
+        ("nearest neighbor is one of the float model's two nearest", f"{same.any(1).float().mean():.1%}"),
         ("matmuls quantized", f"{len(report.quantized)} of {len(report.quantized) + len(report.skipped)}"),
         ("parameter bytes before", f"{report.bytes:,}"),
         ("parameter bytes after, scales included", f"{report.bytes_after:,}"),

@@ -1,10 +1,10 @@
-"""Which granularity survives activation outliers, measured on trained weights.
+"""Measures on trained weights which granularities survive activation outliers.
 
     make study                                        or: python examples/granularity_study.py
     python examples/granularity_study.py --only lm    one part: minilm, lm or sweep
 
-Writes the CSV files and figures of docs/granularity/, and from them the tables of docs/granularity.md. Everything runs
-in f32 on the CPU, by the reference of each quantized operation. The same command gives the same numbers on one machine.
+Writes the CSV files and figures in docs/granularity/, and fills the tables of docs/granularity.md from them. Everything
+runs in f32 on the CPU with the reference of each quantized operation. Results are reproducible on the same machine.
 """
 
 import argparse
@@ -33,11 +33,11 @@ PARTS = ("minilm", "lm", "sweep")
 
 
 def main() -> None:
-    """Measures, and writes what was measured."""
+    """Measures and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one part of the study; left out, all of them")
-    parser.add_argument("--quick", action="store_true", help="little data and few schemes, to see that it works")
-    parser.add_argument("--plots", action="store_true", help="measure nothing; use the CSV files that are there")
+    parser.add_argument("--only", choices=PARTS, help="one part of the study (default: all parts)")
+    parser.add_argument("--quick", action="store_true", help="little data and few schemes, as a smoke test")
+    parser.add_argument("--plots", action="store_true", help="measure nothing; use the existing CSV files")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
     options = parser.parse_args()
 
@@ -76,14 +76,14 @@ def measure(parts: Sequence[str], quick: bool, folder: Path) -> None:
 
 
 def sweep(sentences: SentenceModel, language: LanguageModel, quick: bool, folder: Path) -> None:
-    """Writes the CSV file of the widths of tiles."""
+    """Writes the CSV file for the tile widths."""
     sizes = measures.QUICK_K_BLOCKS if quick else measures.K_BLOCKS
     factors = language.settings.factors
     save(folder / "k_block.csv", measures.sweep_rows(sentences, language, sizes, (factors[0], factors[-1])))
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers were measured with."""
+    """The versions and settings of the measurement."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "qcompiler": qcompiler.__version__,
         "machine": platform.machine(), "threads": torch.get_num_threads(), "evaluation": "f32, CPU",
@@ -102,7 +102,7 @@ def save(path: Path, rows: Sequence[measures.Row]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, all of it or nothing."""
+    """Writes a text file atomically."""
     with replacing_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""The measurements of the granularity study: each function gives the rows of one CSV file.
+"""The measurements of the granularity study: each function returns the rows of one CSV file.
 
-A row is a dict from column to text or number; numbers are written with seven significant digits.
+A row maps columns to text or numbers; numbers are written with seven significant digits.
 """
 
 import math
@@ -36,12 +36,12 @@ QUICK_K_BLOCKS = (64,)
 
 
 def all_schemes() -> tuple[str, ...]:
-    """Every scheme that is registered, the study's own among them."""
+    """All registered schemes, including the study's own."""
     return tuple(SCHEMES)
 
 
 def sentence_rows(subject: SentenceModel, schemes: Sequence[str], what: str) -> list[Row]:
-    """Embeddings against the float model's, and the layer whose own error is largest."""
+    """Embedding quality relative to the float model, and the layer with the largest error of its own."""
     rows = []
     batch = subject.batches[len(subject.batches) // 2]
     for scheme in track(schemes, what):
@@ -55,7 +55,7 @@ def sentence_rows(subject: SentenceModel, schemes: Sequence[str], what: str) -> 
 
 
 def embedding_error(want: Tensor, got: Tensor) -> Row:
-    """How far embeddings are from the float model's: cosine similarities, and nearest neighbours that are the same."""
+    """Cosine similarity of embeddings to the float model's, and the share of unchanged nearest neighbors."""
     cosine = (want.double() * got.double()).sum(1)
     nearest, wanted = ((each @ each.T).fill_diagonal_(-1).argmax(1) for each in (got, want))
     same = (nearest == wanted).double()
@@ -67,7 +67,7 @@ def embedding_error(want: Tensor, got: Tensor) -> Row:
 
 
 def language_rows(subject: LanguageModel, schemes: Sequence[str], factors: Sequence[float], what: str) -> list[Row]:
-    """The loss on held-out text, for each scheme and each size of outliers."""
+    """The loss on held-out text for each scheme and each outlier factor."""
     tasks = [(scheme, factor) for factor in factors for scheme in schemes]
     return [
         {"scheme": scheme, "factor": factor, **loss_increase(subject, subject.losses(subject.compiled(scheme, factor)))}
@@ -76,9 +76,9 @@ def language_rows(subject: LanguageModel, schemes: Sequence[str], factors: Seque
 
 
 def loss_increase(subject: LanguageModel, losses: Tensor) -> Row:
-    """The mean loss, what it is more than the float model's, and the standard error of that over the windows.
+    """The mean loss, its increase over the float model, and the standard error of that increase over the windows.
 
-    The difference is taken window by window, so what makes one text harder than another cancels out.
+    The difference is taken per window, which cancels variation in difficulty between windows.
     """
     more = losses.double() - subject.float_losses.double()
     return {
@@ -103,7 +103,7 @@ def float_rows(subject: LanguageModel) -> list[Row]:
 def sweep_rows(
     sentences: SentenceModel, language: LanguageModel, sizes: Sequence[int], factors: Sequence[float]
 ) -> list[Row]:
-    """Error against the width of a tile, in either format. The blocks of the weights stay 128 x 128."""
+    """Error for each tile width, in both formats. Weight blocks stay 128 x 128."""
     tasks = [(scheme, size) for scheme in ("fp8_tile", INT8_TILES) for size in sizes]
     rows: list[Row] = []
     for scheme, size in track(tasks, "widths of tiles"):
@@ -119,7 +119,7 @@ def sweep_rows(
 
 
 def check_finite(rows: Sequence[Row]) -> None:
-    """A study with NaN in it is none: ends the program with the first such row."""
+    """Ends the program at the first row that is not finite: such a study is invalid."""
     for row in rows:
         if bad := [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise SystemExit(f"{bad[0]} is not finite in {row}; torch {torch.__version__}")

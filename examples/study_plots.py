@@ -1,8 +1,8 @@
-"""The figures of the granularity study, drawn from its CSV files alone.
+"""The figures of the granularity study, drawn from its CSV files.
 
     draw(("minilm", "lm", "sweep"), Path("docs/granularity"))
 
-Shades of grey and markers tell lines apart, and each carries its name, so that the figures can be read in print.
+Lines differ in gray level and marker, and each is labeled, so the figures remain readable in grayscale print.
 """
 
 import csv
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 THROUGHPUT = "throughput.csv"
-"""Written by benchmarks/k_blocks.py: columns k_block, size and tflops. The last figure draws it where it is there."""
+"""Written by benchmarks/k_blocks.py: columns k_block, size and tflops. The last figure plots it if it exists."""
 
 BLUE, RED, GREY, DARK = "#1f5fa8", "#c23b22", "#8a8a8a", "#222222"
 MARKERS = "osD^vP*X<>"
@@ -31,7 +31,7 @@ FP8 = (
 TILES = {"fp8_tile": ("FP8", BLUE), "int8_tile_reference": ("INT8", RED)}
 
 NOISE = 0.002
-"""Loss in nats per byte below which an axis is linear: two standard errors, about."""
+"""Loss in nats per byte below which an axis is linear: about two standard errors."""
 
 STYLE = {
     "figure.dpi": 130, "font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False,
@@ -43,7 +43,7 @@ Rows = list[dict[str, str]]
 
 
 def draw(parts: Iterable[str], folder: Path) -> list[Path]:
-    """Draws the figures of some parts of the study into the folder that has the CSV files."""
+    """Draws the figures for some parts of the study into the folder with the CSV files."""
     figures: dict[str, tuple[str, Callable[[Path], Figure]]] = {
         "minilm": ("minilm.png", sentence_figure),
         "lm": ("outliers.png", outlier_figure),
@@ -86,12 +86,12 @@ def sentence_figure(folder: Path) -> Figure:
         axes.annotate(
             text, (float(top[key]), len(rows) - 1), (x, 8), textcoords="offset points", ha="left" if x else "center"
         )
-    axes.text(1.03, 1.0, "nearest neighbour\nis the same", transform=axes.transAxes, va="bottom", fontsize=8)
+    axes.text(1.03, 1.0, "nearest neighbor\nis the same", transform=axes.transAxes, va="bottom", fontsize=8)
     return figure
 
 
 def outlier_figure(folder: Path) -> Figure:
-    """The loss that quantization adds, against the size of injected outliers: INT8 beside FP8, on one axis."""
+    """The loss increase from quantization against the outlier factor: INT8 beside FP8, on the same axis."""
     rows = rows_of(folder / "lm.csv")
     figure = Figure(figsize=(9.6, 4.6))
     left, right = figure.subplots(1, 2, sharex=True, sharey=True, gridspec_kw={"wspace": 0.75})
@@ -110,7 +110,7 @@ def outlier_figure(folder: Path) -> Figure:
 
 
 def outlier_panel(axes: Axes, series: Mapping[str, Mapping[float, float]]) -> None:
-    """One line a scheme: those that smooth are broken, those whose granularity is a tile are thick."""
+    """One line per scheme: dashed for schemes that smooth, thick for tile granularity."""
     for index, (scheme, points) in enumerate(series.items()):
         smooth, tile = "smooth" in scheme, "tile" in scheme
         color = BLUE if tile else RED if smooth else DARK if "tensor" in scheme else GREY
@@ -128,7 +128,7 @@ def outlier_panel(axes: Axes, series: Mapping[str, Mapping[float, float]]) -> No
 
 
 def loss_axis(axes: Axes) -> None:
-    """A logarithmic axis of losses; linear within the noise, which is shaded."""
+    """A logarithmic axis for losses; linear within the noise, which is shaded."""
     axes.axhspan(-NOISE, NOISE, color="#eeeeee", zorder=0, linewidth=0)
     axes.set_yscale("symlog", linthresh=NOISE, linscale=0.6)
     axes.set_ylim(bottom=-NOISE)
@@ -138,7 +138,7 @@ def loss_axis(axes: Axes) -> None:
 
 
 def label_ends(axes: Axes, gap: float = 0.048, place: float = 1.1) -> None:
-    """The name of each line behind its last point, pushed apart where two would overlap."""
+    """Labels each line after its last point, and moves overlapping labels apart."""
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     to_axes = axes.transAxes.inverted()
     ends = sorted(
@@ -155,7 +155,7 @@ def label_ends(axes: Axes, gap: float = 0.048, place: float = 1.1) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Rising positions near those that are wanted, `gap` apart: groups that touch share what they are moved by."""
+    """Ascending positions near the requested ones, at least `gap` apart; overlapping groups share the displacement."""
     groups: list[list[float]] = []
     for each in wanted:
         groups.append([each])
@@ -166,12 +166,12 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def bottom(group: Sequence[float], gap: float) -> float:
-    """Where the lowest of a group is put, so that the group's middle stays."""
+    """The lowest position of a group that keeps the center of the group in place."""
     return sum(group) / len(group) - gap * (len(group) - 1) / 2
 
 
 def width_figure(folder: Path) -> Figure:
-    """Error against the width of a tile, for both models; throughput on a second axis once it is measured."""
+    """Error against tile width for both models; throughput on a second axis if measured."""
     rows = rows_of(folder / "k_block.csv")
     columns = [key for key in rows[0] if key.startswith("increase_")]
     factors = [column.removeprefix("increase_") for column in columns]
@@ -203,7 +203,7 @@ def width_figure(folder: Path) -> Figure:
 
 
 def caption(axes: Axes, sizes: Sequence[str], path: Path) -> str:
-    """Draws the throughput on a second axis if it was measured; the sentence that says whether it was."""
+    """Draws the throughput on a second axis if it was measured; returns a sentence for the caption."""
     if not path.exists():
         return f"The throughput at each width is not measured yet; {path.name} will add it to the left panel."
     rows = rows_of(path)

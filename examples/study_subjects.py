@@ -1,4 +1,4 @@
-"""What the granularity study measures: two trained models, captured once, and the data.
+"""The subjects of the granularity study: two trained models, each captured once, and the data.
 
 subject = language_model(settings)                     the small decoder of tiny_lm.py
 subject.compiled("fp8_tile{k_block=64}", factor=100)   quantized, with outlier channels injected
@@ -23,7 +23,7 @@ from qcompiler.schemes.named import Scheme, find, register
 from qcompiler.schemes.pipelines import QuantizationSpec
 
 INT8_TILES = "int8_tile_reference"
-"""INT8 in the tiles and blocks of fp8_tile. Only with it can the effect of tiles be told from that of the format."""
+"""INT8 with the tiles and blocks of fp8_tile, to separate the effect of tiles from the effect of the format."""
 
 register(
     Scheme(
@@ -37,16 +37,16 @@ register(
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """The size of the study.
 
     Attributes:
-        sentences: That are embedded.
-        calibration_sentences: Others, for calibration.
-        windows: Of the language model's context, spread over the held-out text.
-        calibration_windows: Spread over the training text.
-        batch: Windows, or sentences, that go through a model at a time; a scale per tensor is for one batch.
-        channels: Where outliers are injected, of 256.
-        factors: How large they are made.
+        sentences: Number of embedded sentences.
+        calibration_sentences: Number of further sentences, for calibration.
+        windows: Windows of the language model's context, spread over the held-out text.
+        calibration_windows: Windows spread over the training text.
+        batch: Windows or sentences per model call; a per-tensor scale covers one batch.
+        channels: Channels with injected outliers, out of 256.
+        factors: Factors by which the outliers are enlarged.
     """
 
     sentences: int = 400
@@ -66,9 +66,9 @@ class SentenceModel:
     """all-MiniLM-L6-v2.
 
     Attributes:
-        graph: The model as captured.
-        calibration: Of the graph.
-        batches: What is embedded: the graph's inputs, in order.
+        graph: The captured model.
+        calibration: The calibration of the graph.
+        batches: The embedded sentences: the graph's inputs, in order.
         want: The float model's embeddings, f32[sentences, 384].
     """
 
@@ -87,12 +87,12 @@ class SentenceModel:
 
     @property
     def mask(self) -> int:
-        """Which of the inputs is the attention mask."""
+        """The position of the attention mask among the inputs."""
         return [value.name for value in self.graph.inputs].index("attention_mask")
 
 
 def sentence_model(settings: Settings) -> SentenceModel:
-    """The model, captured, and its sentences: calibration takes those that follow the ones that are embedded."""
+    """The captured model and its sentences; calibration uses the sentences after the embedded ones."""
     model, batches = embed.load(settings.sentences, "cpu")
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     more = embed.sentences(settings.sentences + settings.calibration_sentences)[settings.sentences :]
@@ -115,16 +115,16 @@ def embedding(hidden: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The small decoder, at any size of injected outliers.
+    """The small decoder, with any outlier factor.
 
     Attributes:
         model: The trained weights, in f32.
-        graph: The model as captured, without outliers.
-        settings: How much is measured.
-        read: What the model reads, i64[windows, context].
-        wanted: What it should predict.
-        seen: What calibration reads.
-        float_losses: The float model's loss in each window, in nats per byte.
+        graph: The captured model, without outliers.
+        settings: The size of the study.
+        read: The model's input, i64[windows, context].
+        wanted: The next tokens that it should predict.
+        seen: The calibration input.
+        float_losses: The float model's loss per window, in nats per byte.
     """
 
     model: tiny_lm.TinyLM
@@ -137,7 +137,7 @@ class LanguageModel:
     _variants: dict[float, tuple[Graph, Calibration]] = field(default_factory=dict)
 
     def variant(self, factor: float) -> tuple[Graph, Calibration]:
-        """The graph with outliers, and a calibration of its own. Graphs differ in their weights alone."""
+        """The graph with outliers, and its calibration. Graphs for different factors differ only in weights."""
         if factor not in self._variants:
             graph = self.graph.clone()
             injected = tiny_lm.inject_outliers(self.model, factor, self.settings.channels)
@@ -151,12 +151,12 @@ class LanguageModel:
         return compiled(self.variant(factor)[0], scheme, self.variant(factor)[1])
 
     def losses(self, model: CompiledModel) -> Tensor:
-        """The mean loss in each window, f32[windows], in nats per byte."""
+        """The mean loss per window, f32[windows], in nats per byte."""
         return window_losses(model, self.read, self.wanted, self.settings.batch)
 
 
 def language_model(settings: Settings) -> LanguageModel:
-    """The model, captured, and its windows: held-out text to judge it on, training text to calibrate it with."""
+    """The captured model and its windows: held-out text for evaluation, training text for calibration."""
     model = tiny_lm.load(dtype=torch.float32)
     read, wanted = spread_windows(tiny_lm.text(held_out=True), settings.windows)
     seen, _ = spread_windows(tiny_lm.text(held_out=False), settings.calibration_windows)
@@ -166,7 +166,7 @@ def language_model(settings: Settings) -> LanguageModel:
 
 
 def spread_windows(text: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`count` windows at equal distances over a text: what is read, and what follows each byte of it."""
+    """`count` evenly spaced windows of a text: the input, and the byte that follows each of its bytes."""
     starts = torch.linspace(0, len(text) - tiny_lm.CONTEXT - 1, count).long().tolist()
     pieces = torch.stack([text[start : start + tiny_lm.CONTEXT + 1] for start in starts]).long()
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
@@ -180,7 +180,7 @@ def window_losses(model: torch.nn.Module, read: Tensor, wanted: Tensor, batch: i
 
 
 def compiled(graph: Graph, scheme: str, calibration: Calibration) -> CompiledModel:
-    """A quantized copy of a captured graph; statistics are taken once for all schemes that need them."""
+    """A quantized copy of a captured graph; schemes that need statistics share one calibration."""
     spec = find(scheme.partition("{")[0]).spec
     asked = calibration if spec is not None and spec.needs_calibration else None
     return qcompiler.compile(graph, scheme=scheme, calibration=asked, target="cpu")

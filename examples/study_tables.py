@@ -1,9 +1,9 @@
-"""The tables of docs/granularity.md, filled from the CSV files of the study.
+"""Fills the tables of docs/granularity.md from the CSV files of the study.
 
-    <!-- table lm.csv scheme increase@100:.3f -->        above a table: the file, the column that names a row, the cells
+    <!-- table lm.csv scheme increase@100:.3f -->        above a table: file, column that names a row, cells
 
-Where rows of the file share a name, a cell says behind `@` which of them is meant: its scheme, its factor of outliers,
-or the size of a product. The head of a table is written by hand.
+If several rows of the file have the same name, the part of a cell after `@` selects one: its scheme, its outlier
+factor, or the size of a GEMM. The header of a table is written by hand.
 """
 
 import csv
@@ -14,7 +14,7 @@ TABLE = re.compile(r"(?P<mark><!-- table (?P<spec>[^>]*) -->\n\n)(?P<head>\|.*\n
 
 
 def filled(page: str, folder: Path) -> str:
-    """The page with every marked table as the CSV files have it."""
+    """The page, with every marked table filled from the CSV files."""
 
     def fill(table: re.Match[str]) -> str:
         return table["mark"] + table["head"] + body(table["spec"].split(), folder)
@@ -33,7 +33,7 @@ def body(spec: list[str], folder: Path) -> str:
 
 
 def shown(cell: str, rows: list[dict[str, str]]) -> str:
-    """One number or text of the rows that have one name."""
+    """One number or text from the rows with one name."""
     where, _, form = cell.partition(":")
     column, _, which = where.partition("@")
     kinds = ("scheme", "factor", "size")

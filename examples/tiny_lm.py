@@ -1,7 +1,7 @@
-"""A small trained language model: a Llama-like decoder of 4.9 million parameters, for Python source.
+"""A small trained language model for Python source: a Llama-like decoder with 4.9 million parameters.
 
     model = load()                                      bf16, from tiny_lm.safetensors beside this file
-    perplexity(model, text(held_out=True)[:50_000])     per byte, of source files that training never saw
+    perplexity(model, text(held_out=True)[:50_000])     per byte, on source files not used in training
 
 Tokens are bytes. All widths are multiples of 128. `examples/train_tiny_lm.py` trained it.
 """
@@ -22,23 +22,23 @@ from torch.nn import functional
 from qcompiler.errors import InputError
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
-"""The trained weights; their metadata says how they were made and what they reach."""
+"""The trained weights; their metadata records the training and the loss that it reached."""
 
 CONTEXT = 512
-"""The length of the windows of text that the model was trained on, in bytes."""
+"""The length in bytes of the training windows."""
 
 NOT_READ = (
     "__pycache__", "dist-packages", "idle_test", "site-packages", "test",
-    # What programs wrote: character tables that resemble each other, so that most of a held-out one would be known, the
+    # Generated files: character tables so similar that training on some reveals most of a held-out one, the
     # documentation as one string, and the settings of one build.
     "encodings", "pydoc_data", "_sysconfigdata",
 )  # fmt: skip
-"""How the names of those folders and files of the standard library begin that are not part of the text."""
+"""Prefixes of folders and files of the standard library that are excluded from the text."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model; the defaults are those of the trained one."""
+    """The sizes of a model; the defaults are the trained model's."""
 
     vocabulary: int = 256
     hidden: int = 256
@@ -100,7 +100,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each behind a norm and added to what came in."""
+    """Attention, then MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Layer(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Token ids [batch, sequence] -> logits [batch, sequence, vocabulary] of the token that follows each."""
+    """Token ids [batch, sequence] -> logits [batch, sequence, vocabulary] of the next token at each position."""
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class TinyLM(nn.Module):
         return logits
 
     def rotations(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of position × frequency, f32[length, head_size] each; both halves of a head turn alike."""
+        """Cosine and sine of position × frequency, f32[length, head_size] each; both halves of a head are equal."""
         steps = torch.arange(0, self.config.head_size, 2, device=device) / self.config.head_size
         positions = torch.arange(length, device=device, dtype=torch.float32)
         angles = positions[:, None] * self.config.rope_base**-steps
@@ -141,12 +141,12 @@ class TinyLM(nn.Module):
         return angles.cos(), angles.sin()
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The vocabulary projection, by the name that Hugging Face models give it."""
+        """The vocabulary projection, under the name used by Hugging Face models."""
         return self.lm_head
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021): turns (x[i], x[i + half]) by the angle of its position."""
+    """Rotary position embedding (Su et al., 2021): rotates (x[i], x[i + half]) by the angle of its position."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat([-right, left], -1) * sin
 
@@ -159,10 +159,10 @@ def load(path: str | os.PathLike[str] = WEIGHTS, *, dtype: torch.dtype = torch.b
 
 
 def text(*, held_out: bool) -> Tensor:
-    """The source files of this Python's standard library, u8[bytes]: 19 of 20 for training, or the others.
+    """The source files of this Python's standard library, u8[bytes]: 19 of 20 for training, the others held out.
 
-    A hash of its path in the library decides about a file, so that all versions of Python hold out the same. The files
-    stand in the order of that hash, each behind a byte 0.
+    A hash of a file's path in the library decides, so all versions of Python hold out the same files. The files are
+    in the order of that hash, each after a zero byte.
     """
     library = Path(os.__file__).parent
     files = {
@@ -180,7 +180,7 @@ def tokens(source: bytes) -> Tensor:
 
 
 def windows(ids: Tensor, length: int = CONTEXT) -> tuple[Tensor, Tensor]:
-    """What the model reads and what it should predict, i64[windows, length] each; a remainder is left out."""
+    """The model's inputs and targets, i64[windows, length] each; drops an incomplete last window."""
     count = (len(ids) - 1) // length
     if count < 1:
         raise InputError("the text is too short to predict", got=f"{len(ids)} tokens", need=f"at least {length + 1}")
@@ -192,13 +192,13 @@ def windows(ids: Tensor, length: int = CONTEXT) -> tuple[Tensor, Tensor]:
 def loss(model: Callable[[Tensor], Tensor], ids: Tensor, *, length: int = CONTEXT, batch: int = 16) -> float:
     """The mean negative log-likelihood of a text, in nats per byte.
 
-    Each window of `length` bytes is read on its own, so the first bytes of each are predicted from little.
+    Each window of `length` bytes is read separately, so its first bytes are predicted from little context.
 
     Args:
-        model: Token ids i64[batch, length] -> logits [batch, length, vocabulary]; also what was compiled.
+        model: Token ids i64[batch, length] -> logits [batch, length, vocabulary]; may be a compiled model.
         ids: The text, on the model's device.
-        length: Of a window.
-        batch: Windows that are read at a time.
+        length: Bytes per window.
+        batch: Windows per model call.
 
     Raises:
         InputError: The text is shorter than one window and the byte after it.
@@ -212,19 +212,19 @@ def loss(model: Callable[[Tensor], Tensor], ids: Tensor, *, length: int = CONTEX
 
 
 def perplexity(model: Callable[[Tensor], Tensor], ids: Tensor, *, length: int = CONTEXT, batch: int = 16) -> float:
-    """exp of `loss`: among how many equally likely bytes the model is undecided, on average."""
+    """exp of `loss`: the effective number of equally likely next bytes."""
     return math.exp(loss(model, ids, length=length, batch=batch))
 
 
 def inject_outliers(model: TinyLM, factor: float, channels: Sequence[int]) -> TinyLM:
-    """A copy that computes the same function, with activations `factor` times as large in some channels.
+    """A copy that computes the same function with activations enlarged by `factor` in some channels.
 
-    Large language models have such channels behind their norms (Dettmers et al., 2022; Xiao et al., 2023). The gains of
-    `channels` in every norm are multiplied by `factor`, and the columns that read them are divided by it. With a power
-    of two, as long as no number leaves the range of its type, every bit of the logits stays the same.
+    Large language models have such channels after their norms (Dettmers et al., 2022; Xiao et al., 2023). The gains of
+    `channels` in every norm are multiplied by `factor`, and the weight columns that use them are divided by it. If the
+    factor is a power of two and no value overflows or underflows, the logits are bit-identical.
 
     Raises:
-        InputError: A channel that the model does not have, or a factor that cannot be undone.
+        InputError: The model does not have a channel, or the factor cannot be undone.
     """
     hidden = model.config.hidden
     if wrong := [channel for channel in channels if not 0 <= channel < hidden]:
@@ -241,7 +241,7 @@ def inject_outliers(model: TinyLM, factor: float, channels: Sequence[int]) -> Ti
 
 
 def norms(model: TinyLM) -> Iterator[tuple[RMSNorm, tuple[nn.Linear, ...]]]:
-    """Each norm, with the linears that read it: all of its readers."""
+    """Each norm with all linears that use its output."""
     for layer in model.modules():
         if isinstance(layer, Layer):
             yield layer.attention_norm, (layer.attention.q, layer.attention.k, layer.attention.v)

@@ -2,8 +2,8 @@
 
     python examples/train_tiny_lm.py --minutes 3 --output tiny_lm.safetensors
 
-It takes the time that it is given: the learning rate follows the elapsed share of it, and is zero at the end. Three
-minutes of a Hopper GPU are enough; a CPU does the same steps some hundred times more slowly.
+The run lasts the given time: the learning rate follows the elapsed share of it and is zero at the end. Three minutes on
+a Hopper GPU are enough; a CPU takes some hundred times longer for the same steps.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from torch.nn import functional
 from qcompiler.files.replacing import replacing_file
 
 WARM_UP = 0.03
-"""The share of the time in which the learning rate rises."""
+"""The share of the time for learning-rate warmup."""
 
 
 def main() -> None:
-    """Trains, prints, and writes the weights."""
+    """Trains the model, prints progress, and writes the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3.0, help="how long to train")
     parser.add_argument("--batch", type=int, default=64, help=f"windows of {tiny_lm.CONTEXT} bytes in a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="the largest learning rate")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of what each block adds to the residual stream")
+    parser.add_argument("--dropout", type=float, default=0.1, help="dropout on each block's residual contribution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--every", type=int, default=500, help="steps between two lines of output")
-    parser.add_argument("--held-out-bytes", type=int, help="evaluate on the first of them only")
+    parser.add_argument("--every", type=int, default=500, help="steps between progress lines")
+    parser.add_argument("--held-out-bytes", type=int, help="evaluate only on the first bytes of the held-out text")
     parser.add_argument("--output", type=Path, default=tiny_lm.WEIGHTS, help="the file to write")
     options = parser.parse_args()
     if options.minutes <= 0:
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def initialized(dropout: float) -> tiny_lm.TinyLM:
-    """A new model; what writes to the residual stream begins smaller, and drops out in training only."""
+    """A new model; projections into the residual stream start smaller and have dropout during training."""
     model = tiny_lm.TinyLM()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -85,7 +85,7 @@ def initialized(dropout: float) -> tiny_lm.TinyLM:
 
 
 def dropped(module: nn.Module, _: Any, output: Tensor, *, share: float) -> Tensor:
-    """The hook: dropout of what a module returns."""
+    """A hook that applies dropout to a module's output."""
     return functional.dropout(output, share, module.training)
 
 
@@ -121,24 +121,24 @@ def train(model: tiny_lm.TinyLM, training: Tensor, held_out: Tensor, options: ar
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay, gains do not."""
+    """Weight decay for matrices, none for gains."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     gains = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
 
 
 def schedule(elapsed: float) -> float:
-    """The share of the learning rate at an elapsed share of the time: a linear rise, then a cosine to zero."""
+    """The share of the peak learning rate at an elapsed share of the time: linear warmup, then cosine decay to zero."""
     return min(elapsed / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * max(0.0, elapsed - WARM_UP) / (1 - WARM_UP)))
 
 
 def figures(loss: float) -> str:
-    """A loss in both units."""
+    """A loss in nats and in bits."""
     return f"{loss:.4f} nats ({loss / math.log(2):.4f} bits) per byte"
 
 
 def write(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """Writes the weights: a reader sees the old file or the new one, never half of one."""
+    """Writes the weights atomically."""
     data = save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as partial:

@@ -1,9 +1,9 @@
-"""What all tests share: markers, hypothesis profiles, and an environment without network or leftovers."""
+"""Shared by all tests: markers, hypothesis profiles, and an environment isolated from network and caller."""
 
 import os
 import sys
 
-# Before torch is first imported: each xdist worker has its share of the cores, and nothing reaches for a model hub.
+# Set before the first import of torch: each xdist worker gets its share of the cores, and model hubs stay offline.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def no_hopper() -> str | None:
-    """Why `gpu` tests cannot run here, or None where they can."""
+    """Why `gpu` tests cannot run here, or None if they can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -39,13 +39,13 @@ def no_hopper() -> str | None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How much `tests/fuzz` does."""
+    """Adds the options that set the amount of fuzzing."""
     parser.addoption("--fuzz-inputs", type=int, default=1000, help="mutated inputs for each target of tests/fuzz")
-    parser.addoption("--fuzz-seed", type=int, default=0, help="the seed of the first of them")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the first seed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, what is marked `gpu` on a machine without a Hopper GPU."""
+    """Skips tests marked `gpu` on a machine without a Hopper GPU, with the reason."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := no_hopper()):
         for item in marked:
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what tests have measured, when they have run, whichever worker ran them."""
+    """Prints measurements from tests at the end of the run, from all workers."""
     reports = (report for group in terminalreporter.stats.values() for report in group)
     properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
     if budgets := {tuple(value) for key, value in properties if key == "budget"}:  # from each phase of a test
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _write_budgets(terminalreporter: pytest.TerminalReporter, lines: set[tuple[str, ...]]) -> None:
-    """The table of what the kernels take."""
+    """The table of kernel resources."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("kernel", no_wrap=True)
     for heading in ("registers", "warps", "shared memory", "blocks", "tensor core", "copy engine", "spills"):
@@ -75,29 +75,29 @@ def _write_budgets(terminalreporter: pytest.TerminalReporter, lines: set[tuple[s
     console = Console(width=160, no_color=True, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)
-    terminalreporter.section("what each kernel takes of a multiprocessor")
+    terminalreporter.section("resources of each kernel on a multiprocessor")
     for line in capture.get().splitlines():
         terminalreporter.write_line(line.rstrip())
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The top folder of the tree."""
+    """The root folder of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_knobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests see none of the caller's knobs but QCOMPILER_UPDATE, and write to a cache of their own."""
+    """Hides the caller's knobs except QCOMPILER_UPDATE, and gives each test a separate cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("QCOMPILER_") and name != "QCOMPILER_UPDATE"]:
             patch.delenv(name)
-        # One for all workers of a run: what one has compiled, no other compiles again.
+        # All workers of a run share it, so each kernel is compiled once.
         base = tmp_path_factory.getbasetemp()
         folder = base.parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cache")
         folder.mkdir(exist_ok=True)
         patch.setenv("QCOMPILER_CACHE_DIR", str(folder))
-        if machine_code := sys.modules.get("codegen.machine_code"):  # of a test that compiles; triton takes a second
+        if machine_code := sys.modules.get("codegen.machine_code"):  # only if loaded: importing triton takes a second
             import machine_code_cache
 
             patch.setattr(machine_code, "compile_source", machine_code_cache.kept(machine_code.compile_source))

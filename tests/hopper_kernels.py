@@ -1,7 +1,7 @@
-"""Kernels of the target sm_90a for tests: each configuration, launched on operands or compiled ahead of time for some.
+"""Kernels of target sm_90a for tests: every configuration can be launched, and some can be compiled ahead of time.
 
-Operands of a compilation have no data: they are on the device "meta". Their sizes are such that the compiler knows of
-them what it knows of large ones, and that strides of scales are no multiples of 16.
+Operands for compilation are on the "meta" device. Their sizes give the compiler the same facts as large sizes do, and
+strides of scales are not multiples of 16.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def launch_fused(
 
 
 def launch_quantize(x: Tensor, q: Tensor, scale: Tensor, block: Sequence[int], *last: Any, known: bool = False) -> None:
-    """What the operator launches; last come the profile and the prescale."""
+    """The operator's launches; profile and prescale come last."""
     config = HOPPER.quantize.choose(QuantizeProblem(x.shape[0], x.shape[1], (block[0], block[1]), known))
     HOPPER.quantize.launch(config, QuantizeOperands(x, q, scale, block, *last))
 
@@ -114,7 +114,7 @@ def maybe(dtype: torch.dtype | None, *shape: int) -> Tensor | None:
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """A tensor that lies alike, an element after a multiple of 16 bytes."""
+    """A tensor with the same layout, shifted by one element from a 16-byte boundary."""
     extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return meta(extent + 2, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride(), 1)
 
@@ -141,7 +141,7 @@ def compile_row_gemm(
     config: GemmConfig, kind: Kind = "rows_f8", *, out_dtype: torch.dtype = torch.bfloat16,
     bias_dtype: torch.dtype | None = None, aligned: bool = True, promote: bool | None = None, partial: bool = False,
 ) -> MachineCode:  # fmt: skip
-    """The GEMM with scales at the end of the sum; `partial`, what writes the sums of a split of K."""
+    """The GEMM with scales at the end of the sum; if `partial`, the kernel that writes the sums of a split of K."""
     dtype = torch.int8 if kind == "rows_i8" else E4M3
     m, n, k = (16, 128, 8192) if partial else (M, N, K) if aligned else (M, N - 1, K - 1)
     x, w, out = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), meta(m, n, dtype=out_dtype)
@@ -157,7 +157,7 @@ def compile_sum_splits(
     splits: int, kind: Kind = "tiles", *, out_dtype: torch.dtype = torch.bfloat16,
     bias_dtype: torch.dtype | None = None,
 ) -> MachineCode:  # fmt: skip
-    """What adds the splits of K of a narrow tile."""
+    """The kernel that adds the K splits of a narrow tile."""
     dtype, x_block = (E4M3, 128) if kind == "tiles" else (torch.int8 if kind == "rows_i8" else E4M3, None)
     config = next(each for each in all_configs(kind) if each.variant == "narrow")
     k = 512 * splits
@@ -173,7 +173,7 @@ def compile_fused(
     out_dtype: torch.dtype | None = None, columns: int = 640, scale_layout: str = "col_major",
     profile: str = numerics.DEFAULT_PROFILE,
 ) -> MachineCode:  # fmt: skip
-    """The GEMM with a body; with an `out_dtype` its result is quantized."""
+    """The GEMM with a fused expression; if `out_dtype` is given, it quantizes the result."""
     rows = config.parts * columns
     x, w = meta(M, K, dtype=E4M3), meta(rows, K, dtype=E4M3)
     out = meta(M, columns, dtype=out_dtype or parse(body).dtype())
@@ -222,7 +222,7 @@ def compile_quantize(
 def compile_tokens(
     k: int, dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, out_dtype: torch.dtype = E4M3, **rest: Any
 ) -> MachineCode:
-    """A scale for each row of `k` columns."""
+    """One scale per row of `k` columns."""
     return compiled(quantize_calls(dtype, m, k, (1, ALL), out_dtype, **rest)[0])
 
 
@@ -230,7 +230,7 @@ def compile_known(
     dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, out_dtype: torch.dtype = E4M3,
     block_k: int | None = None, **rest: Any,
 ) -> MachineCode:  # fmt: skip
-    """A scale that is given: for tiles of `block_k` columns, or for the tensor."""
+    """A given (static) scale: for tiles of `block_k` columns, or for the whole tensor."""
     block = (ALL, ALL) if block_k is None else (1, block_k)
     if block_k is not None:
         rest["scale_layout"] = "col_major"
@@ -243,7 +243,7 @@ def compile_amax(dtype: torch.dtype = torch.bfloat16, *, m: int = MANY_ROWS, pre
 
 
 def compile_scale() -> MachineCode:
-    """What makes the scale of a tensor from the amaxes of its parts."""
+    """The kernel that computes a tensor's scale from the amaxes of its parts."""
     return compiled(quantize_calls(torch.bfloat16, MANY_ROWS, K, (ALL, ALL), E4M3)[1])
 
 
@@ -252,7 +252,7 @@ def compile_fused_quantize(
     keep: tuple[str, ...] = (), block_k: int = 128, out_dtype: torch.dtype = E4M3,
     profile: str = numerics.DEFAULT_PROFILE, scale_layout: str = "col_major", config: FusedQuantizeConfig | None = None,
 ) -> MachineCode:  # fmt: skip
-    """Quantization of a body; `vectors` are the places of operands that are vectors."""
+    """Quantization of a fused expression; `vectors` are the positions of vector operands."""
     made, widest = parse(body), max(dtype.itemsize for dtype in operands)
     given = [meta(*([k] if i in vectors else [m, k]), dtype=dtype) for i, dtype in enumerate(operands)]
     kept, q = [meta(m, k, dtype=made.dtype(name)) for name in keep], meta(m, k, dtype=out_dtype)

@@ -1,8 +1,8 @@
-"""Compiled and disassembled kernels, kept on disk between test runs and shared by the workers of one run.
+"""Compiled and disassembled kernels, kept on disk across test runs and shared by the workers of a run.
 
-The folder is outside the checkout and is addressed by content: Triton's own cache key (its version, the source of a
-kernel and of all that it calls, constants, types, options) and the source of `codegen/machine_code.py`. A fresh machine
-fills the folder. An entry begins with the digest of the rest, so a damaged entry is compiled again.
+The folder is outside the checkout. A key hashes Triton's own cache key (its version, the source of a kernel and of all
+functions that it calls, constants, types, options) and the source of `codegen/machine_code.py`. A new machine starts
+with an empty folder. An entry begins with the digest of the rest, so a damaged entry is compiled again.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from codegen import machine_code
 from codegen.machine_code import MachineCode
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qcompiler", "machine-code")
-DAYS = 30  # an entry that no run has read for as long is deleted
+DAYS = 30  # entries not read for this many days are deleted
 Compile = Callable[[ASTSource, GPUTarget, dict[str, Any]], MachineCode]
 
 
 def kept(compile_source: Compile, folder: Path = FOLDER) -> Compile:
-    """The function, which now looks into the folder first and writes to it what it has compiled."""
+    """Wraps the function: looks in the folder first, and stores what it compiles."""
 
     def look_or_compile(source: ASTSource, gpu: GPUTarget, options: dict[str, Any]) -> MachineCode:
         path = folder / key(source, gpu, options)
@@ -51,7 +51,7 @@ def key(source: ASTSource, gpu: GPUTarget, options: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> MachineCode | None:
-    """What an entry holds, or None if there is none or it is damaged."""
+    """The content of an entry, or None if it does not exist or is damaged."""
     try:
         digest, _, packed = path.read_bytes().partition(b"\n")
         if digest != _digest(path, packed):
@@ -63,7 +63,7 @@ def read(path: Path) -> MachineCode | None:
 
 
 def write(path: Path, code: MachineCode) -> None:
-    """Replaces an entry at once, so that no worker reads half of it; does nothing if the disk is full or read-only."""
+    """Replaces an entry atomically; does nothing if the disk is full or read-only."""
     packed = zlib.compress(json.dumps(asdict(code)).encode(), 1)
     beside = path.with_suffix(f".{os.getpid()}")
     try:
@@ -83,5 +83,5 @@ def delete_old(folder: Path = FOLDER) -> None:
 
 
 def _digest(path: Path, packed: bytes) -> bytes:
-    # With the name, so that an entry under another entry's name is damaged, too.
+    # The digest covers the name, so an entry stored under another name counts as damaged.
     return hashlib.sha256(path.name.encode() + packed).hexdigest().encode()

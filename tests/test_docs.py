@@ -1,10 +1,10 @@
-"""Every page: its code runs, in order, in a folder of the page's own, and prints what the page says it prints.
+"""Docs pages are tests: the code of each page runs in order in its own folder and must print the page's outputs.
 
-    ```python           runs; a ```text block directly behind it is its output
-    ```sh               runs, with `qcompiler` being this one; the same
-    <!-- python … -->   runs, and readers do not see it: what a block needs that would not help them
-    ```python gpu       runs where there is a Hopper GPU; elsewhere it is only held to be Python
-    … no-run            does not run: ```sh for what installs something; ```python nowhere, if it can be helped
+    ```python           runs; a ```text block directly after it is its output
+    ```sh               runs in the same way, with `qcompiler` from this tree
+    <!-- python … -->   runs, hidden from readers: setup for a block
+    ```python gpu       runs on a Hopper GPU; elsewhere the test only checks its syntax
+    … no-run            does not run: ```sh that installs something; avoid it for ```python
 
 `QCOMPILER_UPDATE=1 pytest tests/test_docs.py` rewrites the outputs; a person reads the diff.
 """
@@ -31,7 +31,7 @@ from qcompiler.schemes.named import SCHEMES
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")})
 EXTRAS = {"mlir.md": ("torch_mlir", "iree")}
-"""Page -> packages that are optional and that it is about."""
+"""Page -> optional packages that the page needs."""
 BLOCK = re.compile(
     r"^(?P<open>```python|```python gpu|```sh|<!-- python)\n(?P<code>.*?)(?P<close>^```|^-->)\n(?P<gap>\n*)"
     r"(?P<shown>^```text\n.*?^```\n)?",
@@ -44,7 +44,7 @@ MARKS = ("python", "python gpu", "python no-run", "sh", "sh no-run")
 
 
 class Page:
-    """One page that is being run: what its blocks have defined, and the folder that they work in."""
+    """One running page: the names its blocks have defined, and their working folder."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -55,7 +55,7 @@ class Page:
         program.chmod(0o755)
 
     def rerun(self, text: str) -> str:
-        """The page with the outputs that it has today."""
+        """The page with its current outputs."""
         sys.modules[self.module.__name__], schemes = self.module, dict(SCHEMES)
         linecache.cache[self.name] = (len(text), None, text.splitlines(True), self.name)
         try:
@@ -97,7 +97,7 @@ class Page:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("path", PAGES, ids=[path.name for path in PAGES])
-def test_the_code_on_a_page_runs_and_prints_what_the_page_says(path: Path, tmp_path: Path) -> None:
+def test_the_code_on_a_page_prints_the_outputs_on_the_page(path: Path, tmp_path: Path) -> None:
     if missing := [name for name in EXTRAS.get(path.name, ()) if find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}: pip install -e '.[mlir,iree]'")
     page = path.read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_the_code_on_a_page_runs_and_prints_what_the_page_says(path: Path, tmp_p
         assert today == page
 
 
-def test_code_that_no_test_runs_is_marked_so() -> None:
+def test_code_that_no_test_runs_is_marked() -> None:
     strange = {
         f"{path.name}: {mark}"
         for path in PAGES
@@ -133,7 +133,7 @@ def test_a_wrong_output_and_a_failing_block_are_noticed(tmp_path: Path) -> None:
         run.rerun("```python gpu\n1 +\n```\n")
 
 
-def test_the_ir_reference_says_what_the_tables_say() -> None:
+def test_the_ir_reference_matches_the_tables() -> None:
     page = ROOT / "docs/ir-reference.md"
     if knobs.current().update:
         page.write_text(ir_reference(), encoding="utf-8")

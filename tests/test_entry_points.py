@@ -1,4 +1,4 @@
-"""Passes, schemes and exporters of other distributions, through the metadata of a distribution that is made up here."""
+"""Passes, schemes and exporters of other distributions, found through the metadata of a distribution made up here."""
 
 import sys
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ not-theirs = made_up_passes:WRONG
 
 @pytest.fixture(autouse=True)
 def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Somebody else's installed distribution."""
+    """A third-party distribution, installed."""
     (tmp_path / "made_up_passes.py").write_text(MODULE)
     (tmp_path / "made_up_broken.py").write_text("raise RuntimeError('not today')")
     metadata = tmp_path / "made_up-1.2.dist-info"
@@ -77,7 +77,7 @@ def test_a_pass_is_found_by_its_name() -> None:
     assert type(steps["their-pass"]).__module__ == "made_up_passes"
 
 
-def test_nothing_is_imported_before_it_is_asked_for() -> None:
+def test_nothing_is_imported_before_it_is_needed() -> None:
     Pipeline.parse("dead-code")
     assert {"their-pass", "their-broken-pass"} <= set(offered("qcompiler.passes"))
     assert "made_up_passes" not in sys.modules
@@ -115,7 +115,7 @@ def test_a_broken_extension_names_its_distribution(spec: str, message: str) -> N
     assert str(error.value) == message
 
 
-def test_one_broken_extension_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_extension_does_not_hide_others(capsys: pytest.CaptureFixture[str]) -> None:
     found = all_schemes()
     assert isinstance(found["their_wrong_scheme"], PassError)
     assert main(["passes"]) == 0

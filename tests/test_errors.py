@@ -1,4 +1,4 @@
-"""Errors: one family, one form of message, and the nearest name after a misspelt one."""
+"""Errors: one family, one message format, and a suggestion for misspelled names."""
 
 import pickle
 
@@ -19,7 +19,7 @@ from qcompiler.errors import (
 @pytest.mark.parametrize(
     "kind", [ParseError, VerifyError, CaptureError, PassError, CodegenError, InputError], ids=lambda kind: kind.__name__
 )
-def test_every_error_is_one_of_the_family(kind: type[QCompilerError]) -> None:
+def test_every_error_belongs_to_the_family(kind: type[QCompilerError]) -> None:
     with pytest.raises(QCompilerError, match=r"^it is wrong$") as caught:
         raise kind("it is wrong")
     assert caught.value.problem == "it is wrong"
@@ -41,11 +41,11 @@ def test_every_error_is_one_of_the_family(kind: type[QCompilerError]) -> None:
         ),
     ],
 )
-def test_the_message_has_only_what_is_known(error: QCompilerError, text: str) -> None:
+def test_the_message_has_only_known_fields(error: QCompilerError, text: str) -> None:
     assert str(error) == text
 
 
-def test_the_facts_can_be_read_from_the_error() -> None:
+def test_the_fields_can_be_read_from_the_error() -> None:
     error = PassError("it is wrong", got=[1], need=(2,), where="here", fix="Do it.")
     assert (error.problem, error.got, error.need, error.where, error.fix) == (
         "it is wrong",
@@ -56,7 +56,7 @@ def test_the_facts_can_be_read_from_the_error() -> None:
     )
 
 
-def test_errors_cross_process_borders() -> None:
+def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(ParseError("it is wrong", got=3, fix="Do it.")))
     assert type(error) is ParseError
     assert str(error) == "it is wrong: got 3. Do it."

@@ -1,4 +1,4 @@
-"""The granularity study: it runs, its page says what its files say, and outliers do what the page says they do."""
+"""The granularity study: it runs, its page matches its files, and outliers have the effects that the page describes."""
 
 import csv
 import importlib.util
@@ -44,7 +44,7 @@ def study(root: Path, folder: Path, *options: str) -> None:
 
 @pytest.fixture(scope="module")
 def quick(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a small run of everything writes."""
+    """The output folder of a small run of all parts."""
     folder = tmp_path_factory.mktemp("study")
     study(root, folder, "--quick")
     return folder
@@ -70,15 +70,15 @@ def test_a_small_run_writes_every_file_with_finite_numbers(quick: Path) -> None:
 
 
 def numbers(row: dict[str, str]) -> list[float]:
-    """The cells of a row that are numbers, or should be."""
+    """The numeric cells of a row."""
     words = {"scheme", "worst_layer", "windows"}
     return [float(value) for column, value in row.items() if column not in words]
 
 
 @needs
 @pytest.mark.slow
-def test_outliers_ruin_one_static_int8_scale_and_leave_tiles_and_smoothing_alone(quick: Path) -> None:
-    """Measured on 2 kB: 0.01 -> 3.4 nats for int8_tensor_static, and less than 0.01 for the others."""
+def test_outliers_ruin_one_static_int8_scale_but_not_tiles_and_smoothing(quick: Path) -> None:
+    """Measured on 2 kB: 0.01 -> 3.4 nats for int8_tensor_static, less than 0.01 for the others."""
     static = increases(quick / "lm.csv", "int8_tensor_static")
     assert static[1] < 0.1 and static[100] > 1
     for path, scheme in (("lm.csv", "fp8_tile"), ("lm_options.csv", "smoothquant_o3")):
@@ -87,7 +87,7 @@ def test_outliers_ruin_one_static_int8_scale_and_leave_tiles_and_smoothing_alone
 
 @needs
 @pytest.mark.slow
-def test_throughput_is_drawn_where_it_was_measured(root: Path, quick: Path, tmp_path: Path) -> None:
+def test_throughput_is_drawn_if_it_was_measured(root: Path, quick: Path, tmp_path: Path) -> None:
     shutil.copy(quick / "k_block.csv", tmp_path)
     study(root, tmp_path, "--plots", "--only", "sweep")
     without = (tmp_path / "k_block.png").read_bytes()
@@ -109,13 +109,13 @@ def test_the_results_have_every_scheme() -> None:
 
 
 def tables() -> Iterator[tuple[str, str, list[str], list[list[str]]]]:
-    """The marked tables of the page: the file, the column that names rows, the cells, and the rows themselves."""
+    """The marked tables of the page: the file, the column that names rows, the cells, and the rows."""
     for name, key, cells, table in MARK.findall(PAGE.read_text(encoding="utf-8")):
         lines = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
         yield name, key, cells.split(), lines[2:]
 
 
-def test_the_page_has_the_numbers_of_the_files() -> None:
+def test_the_page_has_the_numbers_from_the_files() -> None:
     seen = set()
     for name, key, cells, lines in tables():
         found = rows(RESULTS / name)
@@ -134,7 +134,7 @@ def test_the_page_has_the_numbers_of_the_files() -> None:
 
 
 def same(shown: str, stored: str) -> bool:
-    """Whether a number on the page is the stored one, rounded to the digits that the page shows."""
+    """Whether a number on the page equals the stored one, rounded to the digits on the page."""
     if not re.fullmatch(r"[-+.\de]+%?", shown):
         return shown == stored
     digits = len(shown.rstrip("%").partition(".")[2])

@@ -1,4 +1,4 @@
-"""The rules of the house: which way imports point, and what every file has or must not have."""
+"""The rules of the house: the direction of imports, and what every file must or must not contain."""
 
 import ast
 import re
@@ -52,16 +52,16 @@ FLOORS = {
     "qcompiler": 10,
 }
 
-# (module, what it imports inside a function): the reason. Everything else is imported at the top.
+# (module, module imported inside a function): the reason. All other imports are at the top.
 LATE_IMPORTS: dict[tuple[str, str], str] = {}
 
-# Modules that read the environment: the reason. Everything else asks `qcompiler.knobs`.
+# Modules that read the environment, with the reason. All others use `qcompiler.knobs`.
 READS_ENVIRONMENT = {"qcompiler.knobs": "it is the one place for it"}
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, as one statement names it."""
+    """One module imported by a statement."""
 
     target: str
     line: int
@@ -98,12 +98,12 @@ def parse(path: Path) -> ast.Module:
 
 @cache
 def tracked() -> tuple[Path, ...]:
-    """The files that git tracks or would track."""
+    """Files that git tracks, or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("the tree is no git checkout")
+        pytest.skip("the tree is not a git checkout")
     return tuple(ROOT / name for name in sorted(listed) if name and (ROOT / name).is_file())
 
 
@@ -116,7 +116,7 @@ def other_python_files() -> list[Path]:
 
 
 def imports(module: Module) -> Iterator[Import]:
-    """All import statements, also those in functions; `from package import submodule` names the submodule."""
+    """All import statements, including those in functions; `from package import submodule` names the submodule."""
 
     def walk(node: ast.AST, in_function: bool, types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -135,7 +135,7 @@ def imports(module: Module) -> Iterator[Import]:
 
 
 def floor(name: str) -> int | None:
-    """The floor of a module of ours, None for anybody else's; a KeyError for one that the table forgot."""
+    """The floor of one of our modules; None for other modules; KeyError if the table lacks it."""
     if name.partition(".")[0] not in PACKAGES:
         return None
     if name in FLOORS:
@@ -184,13 +184,13 @@ def test_imports_point_down() -> None:
         ("qcompiler.compiler", "import codegen.host, passes.quantizing.fp8_tile, torch", False),
     ],
 )
-def test_the_floor_test_finds_what_it_should(name: str, source: str, found: bool) -> None:
+def test_the_floor_test_finds_violations(name: str, source: str, found: bool) -> None:
     module = Module(name, ROOT / (name.replace(".", "/") + ".py"), ast.parse(source))
     assert bool(list(climbs(module))) == found
 
 
 def circles(imported: Mapping[str, Iterable[str]]) -> Iterator[frozenset[str]]:
-    """The sets of modules that import each other, directly or through others of the set."""
+    """The sets of modules that import each other, directly or through other modules of the set."""
     edges = [(name, target) for name, targets in imported.items() for target in targets if target != name]
     for component in nx.strongly_connected_components(nx.DiGraph(edges)):
         if len(component) > 1:
@@ -198,7 +198,7 @@ def circles(imported: Mapping[str, Iterable[str]]) -> Iterator[frozenset[str]]:
 
 
 def test_imports_have_no_circles() -> None:
-    """Imports for type checkers and inside functions count, too: they need each other as much as any."""
+    """Includes imports for type checkers and inside functions."""
     imported = {
         name: [wanted.target for wanted in imports(module) if wanted.target in modules()]
         for name, module in modules().items()
@@ -207,7 +207,7 @@ def test_imports_have_no_circles() -> None:
 
 
 def room(name: str) -> str:
-    """The folder of a module below its top-level package, or the module itself if it is in none."""
+    """The folder of a module below its top-level package, or the module itself if it is not in one."""
     return ".".join(name.split(".")[:2])
 
 
@@ -219,13 +219,13 @@ def test_rooms_have_no_circles() -> None:
     assert not [sorted(circle) for circle in circles(imported)], "these rooms import each other"
 
 
-def test_the_circle_test_finds_what_it_should() -> None:
+def test_the_circle_test_finds_circles() -> None:
     imported = {"a": ["b"], "b": ["c", "d"], "c": ["a"], "d": ["d"], "e": ["a"]}
     assert [*circles(imported)] == [frozenset("abc")]
 
 
 def test_the_ground_floor_and_the_ir_are_light() -> None:
-    """Floor 0 needs the standard library alone, and the IR knows no torch."""
+    """Floor 0 needs only the standard library, and the IR does not import torch."""
     heavy = []
     for module in modules().values():
         for wanted in imports(module):
@@ -237,7 +237,7 @@ def test_the_ground_floor_and_the_ir_are_light() -> None:
     assert not heavy
 
 
-def test_imports_stand_at_the_top() -> None:
+def test_imports_are_at_the_top() -> None:
     hidden = {
         (module.name, wanted.target): f"{module}:{wanted.line} imports {wanted.target} inside a function"
         for module in modules().values()
@@ -247,10 +247,10 @@ def test_imports_stand_at_the_top() -> None:
     assert not [text for key, text in hidden.items() if key not in LATE_IMPORTS], (
         "move them, or give LATE_IMPORTS a reason"
     )
-    assert not [key for key in LATE_IMPORTS if key not in hidden], "LATE_IMPORTS lists what is gone"
+    assert not [key for key in LATE_IMPORTS if key not in hidden], "LATE_IMPORTS lists imports that no longer exist"
 
 
-def test_knobs_alone_read_the_environment() -> None:
+def test_only_knobs_reads_the_environment() -> None:
     readers = {
         module.name
         for module in modules().values()
@@ -261,8 +261,8 @@ def test_knobs_alone_read_the_environment() -> None:
     assert readers - READS_ENVIRONMENT.keys() == set()
 
 
-def test_nothing_imports_a_plug_in() -> None:
-    """Plug-ins, that is the objects of our own entry points and what only they need, are found by name."""
+def test_nothing_imports_a_plugin() -> None:
+    """Plugins (the objects of our entry points, and modules that only they need) are found by name."""
     offered = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
     plugins = {value.rpartition(".")[0] for group in offered.values() for value in group.values()} | {
         "codegen.mlir.iree"
@@ -303,12 +303,12 @@ def test_no_file_is_long() -> None:
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
 
 
-def test_files_are_named_by_what_they_hold() -> None:
+def test_files_are_named_by_their_content() -> None:
     vague = {"util", "utils", "common", "helper", "helpers", "misc"}
     assert not [str(module) for module in modules().values() if module.path.stem in vague]
 
 
-def test_passes_have_a_file_each() -> None:
+def test_each_pass_has_its_own_file() -> None:
     counts = {
         str(module): sum(
             "Pass" in map(ast.unparse, node.bases) for node in module.tree.body if isinstance(node, ast.ClassDef)
@@ -319,7 +319,7 @@ def test_passes_have_a_file_each() -> None:
     assert not {name: count for name, count in counts.items() if count > 1}
 
 
-def test_importing_passes_makes_every_pass_known() -> None:
+def test_importing_passes_registers_every_pass() -> None:
     known = {wanted.target for wanted in imports(modules()["passes"])}
     named = {
         module.name
@@ -332,13 +332,13 @@ def test_importing_passes_makes_every_pass_known() -> None:
 
 
 def test_every_folder_is_a_package_with_types() -> None:
-    """A folder without `__init__.py` would silently be left out of the wheel."""
+    """The wheel would silently omit a folder without `__init__.py`."""
     folders = {module.path.parent for module in modules().values()}
     assert not [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]
     assert not [package for package in PACKAGES if not (ROOT / package / "py.typed").is_file()]
 
 
-def test_tests_are_no_package() -> None:
+def test_tests_are_not_a_package() -> None:
     """`tests/passes/__init__.py` would hide our own `passes`."""
     assert not [str(path) for path in (ROOT / "tests").rglob("__init__.py")]
 
@@ -349,7 +349,7 @@ def test_nothing_is_left_for_later() -> None:
 
 
 def test_files_name_no_machine() -> None:
-    """No path of the machine they were written on, and no host that packages come from."""
+    """Files contain no paths of the machine they were written on, and no hosts that serve packages."""
     folders = "|".join(("ro" + "ot", "home/[a-z]", "Users/[A-Za-z]", "wo" + "rk/", "opt/[a-z]"))
     hosts = "|".join((r"py" + r"pi\.org", "python" + "hosted", r"download\.py" + "torch"))
     assert not list(lines_with(re.compile(rf"(?<![\w.\-/])/({folders})|{hosts}"), tracked()))

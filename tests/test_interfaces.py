@@ -1,8 +1,8 @@
 """Every name of torch, Triton and transformers that the packages use exists in the installed version.
 
-Private names change between releases without notice. The test resolves them all at once, also those that only a GPU or
-a rare model reaches, so it is the first to run with another version. What a module asks for with `hasattr` or `getattr`
-it may do without.
+Private names change between releases without notice. The test resolves all of them at once, including names that only a
+GPU or a rare model reaches, so run it first with a new version. Names that a module looks up with `hasattr` or
+`getattr` may be missing.
 """
 
 import ast
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("qcompiler", "passes", "codegen")
 LIBRARIES = ("torch", "triton", "transformers")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-# A build of torch without CUDA has none of these.
+# Absent from builds of torch without CUDA.
 CUDA_ONLY = ("torch._C._cuda_getCurrentRawStream", "torch._C._cuda_getDevice")
 
 
 @cache
 def resolve(path: str) -> Any:
-    """The module, class or function of that dotted name; AttributeError or ImportError if there is none."""
+    """The module, class or function with that dotted name; AttributeError or ImportError if it does not exist."""
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
         try:
@@ -44,7 +44,7 @@ def resolve(path: str) -> Any:
 
 
 def used_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Each name of a library that a module imports, or reads through an import, in full, and its line."""
+    """Each name of a library that a module imports or reads through an import, fully qualified, and its line."""
     known: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def used_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def _unguarded(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under a condition that asks `hasattr`, and the inner parts of a chain of attributes."""
+    """All nodes except those under a `hasattr` condition and the inner parts of attribute chains."""
     if isinstance(node, ast.If | ast.IfExp) and "hasattr(" in ast.unparse(node.test):
         return
     yield node
@@ -73,7 +73,7 @@ def _unguarded(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _chain(node: ast.Attribute) -> list[str] | None:
-    """`a.b.c` as its parts; None if it does not begin with a name."""
+    """The parts of `a.b.c`; None if it does not begin with a name."""
     inner: ast.expr = node
     parts: list[str] = []
     while isinstance(inner, ast.Attribute):
@@ -83,7 +83,7 @@ def _chain(node: ast.Attribute) -> list[str] | None:
 
 
 def missing(source: str, libraries: Sequence[str] = LIBRARIES) -> list[str]:
-    """The names of the libraries that a module uses and that are not there, with their lines."""
+    """The missing library names that a module uses, with their lines."""
     absent = [] if torch.version.cuda else CUDA_ONLY
     found = []
     for name, line in used_names(ast.parse(source)):
@@ -96,19 +96,19 @@ def missing(source: str, libraries: Sequence[str] = LIBRARIES) -> list[str]:
 
 
 def gone(libraries: Sequence[str] = LIBRARIES) -> list[str]:
-    """The names of these libraries that the packages use and that are not there, with file and line."""
+    """The missing names of these libraries that the packages use, with file and line."""
     return [
         f"{path.relative_to(ROOT)}:{each}" for path in SOURCES for each in missing(path.read_text("utf-8"), libraries)
     ]
 
 
-def test_all_names_that_the_packages_use_are_there() -> None:
+def test_all_names_that_the_packages_use_exist() -> None:
     for module in ("codegen.torch_ops", "qcompiler.capture"):
         importlib.import_module(module)  # registers operators of torch.ops.qcompiler
     assert not gone()
 
 
-def test_a_name_that_is_gone_is_found() -> None:
+def test_a_missing_name_is_found() -> None:
     source = (
         "import torch\nfrom torch import _C as c, nothing\nx = torch.nn.Nothing.more\nc._none\n"
         "y = torch.gone if hasattr(torch, 'gone') else torch.relu\nfrom torch.utils import _pytree\n_pytree.tree_map"
@@ -118,8 +118,8 @@ def test_a_name_that_is_gone_is_found() -> None:
     ]  # fmt: skip
 
 
-def test_the_c_function_that_launches_has_a_known_form() -> None:
-    """`enqueue.Kernel` passes these arguments; a form that is not known here needs another branch there."""
+def test_the_c_launch_function_has_a_known_signature() -> None:
+    """`enqueue.Kernel` passes these arguments; an unknown signature needs another branch there."""
     if hasattr(driver, "_BASE_ARGS_FORMAT"):
         assert driver._BASE_ARGS_FORMAT == "iiiKKppOOOOOO"
         listed = False
@@ -133,7 +133,7 @@ def test_the_c_function_that_launches_has_a_known_form() -> None:
     assert ("self.kernel_signature =" in source) == ("self.arg_annotations =" in source) == listed
 
 
-def test_the_c_function_is_found_in_triton_s_wrapper() -> None:
+def test_the_c_launch_function_is_found_in_the_wrapper_of_triton() -> None:
     signature = {0: "tensordesc<fp8e4nv[64, 128]>", 1: "i32"}
     given: list[Any] = [signature, [{"block_size": [64, 128]}]]
     wrapped = driver.wrap_handle_tensordesc(len, *given)

@@ -39,12 +39,12 @@ def test_an_empty_variable_leaves_the_default() -> None:
     assert Knobs.from_environment({"QCOMPILER_DUMP_DIR": "", "QCOMPILER_TIME_PASSES": " "}) == Knobs()
 
 
-def test_an_unknown_variable_is_an_error_that_names_the_nearest() -> None:
+def test_an_unknown_variable_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(QCompilerError, match=r"got QCOMPILER_TIME_PASES\. Did you mean 'QCOMPILER_TIME_PASSES'\?"):
         Knobs.from_environment({"QCOMPILER_TIME_PASES": "1"})
 
 
-def test_a_wrong_value_is_an_error_that_says_what_is_needed() -> None:
+def test_a_wrong_value_is_an_error_that_says_what_is_expected() -> None:
     with pytest.raises(QCompilerError, match=r"QCOMPILER_UPDATE has a wrong value: got 'maybe'; need one of 1, true"):
         Knobs.from_environment({"QCOMPILER_UPDATE": "maybe"})
     with pytest.raises(QCompilerError, match=r"need a path, whose ~ stands for a folder that exists"):
@@ -108,7 +108,7 @@ def test_the_table_shows_every_knob(root: Path) -> None:
     )
 
 
-def test_the_table_answers_a_wrong_environment_with_a_sentence(root: Path) -> None:
+def test_the_table_reports_a_wrong_environment_in_one_sentence(root: Path) -> None:
     done = run_table(root, {"QCOMPILER_DUMPDIR": "x"})
     assert done.returncode == 1
     assert done.stdout == ""

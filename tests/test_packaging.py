@@ -1,4 +1,4 @@
-"""What is installed: light first import, a complete wheel with three top-level names, and a guard against intruders."""
+"""The installed package: light first import, a complete wheel with three top-level names, and a name-conflict guard."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("qcompiler", "passes", "codegen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-# Modules that only an extra makes importable: what they need.
+# Modules that can be imported only with an extra -> the packages that they need.
 OPTIONAL: dict[str, str] = {"qcompiler.plugins.explorer.main": "model_explorer"}
 
-# What is shipped beside modules: what the HTML report is made of.
+# Non-Python files in the wheel: the parts of the HTML report.
 ASSETS = "qcompiler/html/static"
 
 
@@ -35,7 +35,7 @@ def module_names() -> list[str]:
 
 
 def python(code: str, *path: Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter that finds modules in these folders before all others."""
+    """Runs code in a fresh interpreter that searches these folders first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
@@ -53,9 +53,9 @@ def test_importing_qcompiler_is_light(tmp_path: Path) -> None:
     assert loaded <= {"qcompiler", *sys.stdlib_module_names}
 
 
-# One interpreter loads what takes seconds, all that our modules import of others. A module is then imported in a
-# child of the process that has imported its package, and nothing else of ours, as in a first import. If importing the
-# package has imported the module too, that was its first import.
+# One interpreter imports all third-party modules, which takes seconds. Each of our modules is then imported in a child
+# of the process that has imported its package and none of our other modules, as in a first import. If importing the
+# package has already imported the module, that was its first import.
 FIRST_IMPORTS = """
 import gc, importlib, os, sys, traceback
 gc.disable()  # a collection in a child would copy the pages of its parent
@@ -103,8 +103,8 @@ first_imports("")
 @pytest.mark.parametrize(
     "name", ["calibration", "checkpoints", "html", "instruments", "numerics", "schemes", "testing"]
 )
-def test_public_submodules_need_no_import_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nothing had imported the submodule yet, which would make it an attribute of the package."""
+def test_public_submodules_need_no_separate_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts from a package without the submodule as an attribute, as if nothing had imported the submodule yet."""
     monkeypatch.delattr(qcompiler, name, raising=False)
     assert getattr(qcompiler, name).__name__ == f"qcompiler.{name}"
 
@@ -134,7 +134,7 @@ def test_every_module_can_be_the_first_import(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the tree, so that no earlier build leaves anything in it."""
+    """The wheel, built from a copy of the tree so that earlier builds leave nothing in it."""
     tree, out = tmp_path_factory.mktemp("tree") / "qcompiler", tmp_path_factory.mktemp("wheel")
     leave = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=leave)
@@ -177,7 +177,7 @@ def test_the_wheel_has_all_modules_and_types(contents: zipfile.ZipFile) -> None:
     )
 
 
-def test_the_wheel_says_what_it_is(contents: zipfile.ZipFile) -> None:
+def test_the_wheel_has_correct_metadata(contents: zipfile.ZipFile) -> None:
     info = f"qcompiler-{PROJECT['version']}.dist-info"
     metadata = Parser().parsestr(contents.read(f"{info}/METADATA").decode())
     assert (metadata["Name"], metadata["License-Expression"]) == ("qcompiler", "Apache-2.0")
@@ -215,7 +215,7 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("package", ["passes", "codegen"])
-def test_the_front_door_names_an_intruder(package: str, tmp_path: Path) -> None:
+def test_the_front_door_names_a_conflicting_package(package: str, tmp_path: Path) -> None:
     intruder = tmp_path / "intruder" / package
     intruder.mkdir(parents=True)
     (intruder / "__init__.py").write_text('"""Somebody else\'s."""\n', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The documentation site: it is built strictly, shows every page, and asks nobody else for anything."""
+"""The documentation site: it builds strictly, contains every page, and loads nothing from other hosts."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def test_every_page_is_on_the_site(root: Path, site: Path) -> None:
         assert ("<code>" in html) or ("`" not in page.read_text(encoding="utf-8"))
 
 
-def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     foreign = set()
     for path in site.rglob("*"):
         if path.suffix in (".html", ".css"):
@@ -54,7 +54,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     assert (site / "search/search_index.json").stat().st_size > 100_000
 
 
-def test_a_dead_link_and_a_page_in_no_menu_are_errors(root: Path, tmp_path: Path) -> None:
+def test_a_dead_link_and_a_page_missing_from_the_menu_are_errors(root: Path, tmp_path: Path) -> None:
     for folder in ("docs", "benchmarks/results"):
         shutil.copytree(root / folder, tmp_path / folder)
     for page in root.glob("*.md"):

@@ -20,13 +20,13 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def test_the_zoo_has_every_family_and_more_than_enough_architectures() -> None:
+def test_the_zoo_covers_every_family_with_enough_architectures() -> None:
     zoo = load_families()
     assert {entry.family for entry in zoo.values()} == set(FAMILIES)
     assert len(zoo) >= 150 and all(name == entry.name for name, entry in zoo.items())
 
 
-def test_a_tile_is_rounded_with_a_scale_of_its_own() -> None:
+def test_a_tile_is_rounded_with_its_own_scale() -> None:
     x = torch.ones(3, 200)
     x[1, 128:] = 1e-6
     x[2, 0] = 448.0
@@ -47,7 +47,7 @@ def test_a_block_spans_rows_and_stops_at_ragged_edges() -> None:
 
 
 class Branches(nn.Module):
-    """A weight read as it is, one read through arithmetic, and a stack read through a view."""
+    """A weight used directly, a weight used through arithmetic, and a stack used through a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Branches(nn.Module):
         return functional.linear(self.first(x).relu(), (self.second * 2).T) @ self.stack[1]
 
 
-def test_the_simulation_rounds_only_the_weights_that_it_is_given() -> None:
+def test_the_simulation_rounds_only_the_given_weights() -> None:
     torch.manual_seed(0)
     model, x = Branches().requires_grad_(False), torch.randn(5, 64)
     want = model(x)
@@ -71,7 +71,7 @@ def test_the_simulation_rounds_only_the_weights_that_it_is_given() -> None:
         assert torch.equal(model(x), want) and not tiles.reached
 
 
-def test_the_simulation_is_what_the_compiled_model_computes() -> None:
+def test_the_simulation_equals_the_compiled_model() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 96), nn.GELU(), nn.Linear(96, 130)).eval().requires_grad_(False)
     x = {"input": torch.randn(7, 200)}
@@ -81,7 +81,7 @@ def test_the_simulation_is_what_the_compiled_model_computes() -> None:
     assert difference(outputs(compiled, x), simulated) < 1e-6 < 0.02 < difference(simulated, outputs(model, x))
 
 
-def test_a_constant_that_is_written_over_is_constant_no_more() -> None:
+def test_an_overwritten_constant_is_no_longer_constant() -> None:
     weight, x = nn.Parameter(torch.randn(8, 8), requires_grad=False), torch.randn(8, 8)
     with Fp8Tiles([weight], [weight]) as tiles:
         copy = weight * 1
@@ -107,7 +107,7 @@ def test_learned_queries_of_a_batch_are_activations(operation: str) -> None:
     assert tiles.reached == {address(layer.weight)} and 0.01 < relative(got[1], layer(queries[0].detach())) < 0.1
 
 
-def test_matrices_of_zeros_are_filled() -> None:
+def test_zero_matrices_are_filled() -> None:
     model = nn.Linear(8, 8)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
@@ -154,7 +154,7 @@ def test_differences_are_relative_to_each_output() -> None:
         difference({**want, "c": torch.ones(2)}, want)
 
 
-def test_the_table_keeps_the_rows_that_were_not_measured_again(tmp_path: Path) -> None:
+def test_the_table_keeps_rows_that_were_not_measured_again(tmp_path: Path) -> None:
     done = {"family": "plain", "name": "a", "status": "ok", "open": 2, "matmuls": 3, "quantized": 2, "error": 0.03,
             "simulated": 0.03, "CPU s": 4.0}  # fmt: skip
     failed = {"family": "plain", "name": "b", "status": "refused", "message": "CaptureError: no"}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.zoo [--only PATTERN ...] [--timeout SECONDS] [--out FOLDER] [--list]
 
-Each runs in a process of its own, one at a time, so a crash or a hang does not lose the others. The table in
-benchmarks/results is written after each; --only replaces the rows that it measures. See docs/zoo.md.
+Each architecture runs in its own process, one at a time, so a crash or a hang does not lose the others. The table in
+benchmarks/results is written after each one; --only replaces the rows that it measures. See docs/zoo.md.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from benchmarks.zoo.table import merged, summary, write_results
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 WAITS = 10
-"""Wall-clock time allowed, in units of the CPU time allowed: other work may share the machine."""
+"""Wall-clock limit as a multiple of the CPU-time limit: other work may share the machine."""
 
 
 def main() -> int:
-    """Measures what was asked for; 1 if something failed."""
+    """Measures the selected architectures; returns 1 if one failed."""
     options = arguments()
     zoo = load_families()
     chosen = selected(zoo.values(), options.only)
@@ -45,7 +45,7 @@ def main() -> int:
     if options.list:
         print(*(f"{entry.family}/{entry.name}" for entry in chosen), sep="\n")
         return 0
-    torch.set_num_threads(1)  # before the first fork: a pool of threads would be lost in the child
+    torch.set_num_threads(1)  # before the first fork: a child process would lose the thread pool
     warm_up()
     rows = []
     for number, entry in enumerate(chosen, 1):
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def selected(entries: Iterable[Entry], patterns: Sequence[str]) -> list[Entry]:
-    """The architectures that are asked for, in the order of the patterns."""
+    """The selected architectures, in the order of the patterns."""
     found = [each for pattern in patterns or ["*"] for each in entries if fits(each, pattern)]
     return list(dict.fromkeys(found))
 
@@ -81,14 +81,14 @@ def fits(entry: Entry, pattern: str) -> bool:
 
 
 def warm_up() -> None:
-    """Does once what each child would do again: imports half of transformers, and fills the tables of torch.export."""
+    """Does the common work before forking: imports half of transformers and fills the tables of torch.export."""
     for name in ("exporter_dynamo", "utils"):
         import_module(f"transformers.exporters.{name}")
     qcompiler.compile(torch.nn.Linear(32, 32).eval(), target="cpu", example_inputs=(torch.zeros(2, 32),))
 
 
 def isolated(entry: Entry, timeout: int) -> dict[str, Any]:
-    """The row of one architecture, measured in a forked process, which finds everything imported already."""
+    """The row of one architecture, measured in a forked process, which has everything imported already."""
     row: dict[str, Any] = {"family": entry.family, "name": entry.name}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

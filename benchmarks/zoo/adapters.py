@@ -1,4 +1,4 @@
-"""Models with parameter-efficient adapters of peft: beside the weights, or merged into them."""
+"""Models with parameter-efficient adapters of peft: next to the weights, or merged into them."""
 
 from importlib import import_module
 from typing import Any
@@ -12,7 +12,7 @@ FAMILY = "adapters"
 
 
 def disturbed(model: nn.Module) -> nn.Module:
-    """Adapters begin at zero; here they are as if trained."""
+    """Replaces the zeros that adapters start with by random values, as if trained."""
     for name, parameter in model.named_parameters():
         if "lora_" in name or "ia3_" in name or "vera_" in name:
             nn.init.normal_(parameter, mean=float("ia3_" in name), std=0.1)
@@ -42,7 +42,7 @@ add(FAMILY, "ia3-llama", lambda: llama("IA3Config", target_modules=ATTENTION, fe
 
 
 def prefix_tuned() -> Subject:
-    """Prompt tuning: learned embeddings before those of the tokens."""
+    """Prompt tuning: learned embeddings before the token embeddings."""
     base = causal("Llama")[0]
     return adapted("PromptTuningConfig", base, task_type="CAUSAL_LM", num_virtual_tokens=4), masked
 

@@ -1,4 +1,4 @@
-"""Decode steps: one token, or a few, with the keys and values of the tokens before."""
+"""Decode steps: one or a few tokens, with the keys and values of earlier tokens."""
 
 import torch
 
@@ -10,7 +10,7 @@ FAMILY = "caches"
 
 
 def after_prompt(model: torch.nn.Module, steps: int = 1, **options: object) -> Subject:
-    """Steps of a model after a prompt, with the cache that the model made of it."""
+    """Steps of a model after a prompt, with the cache from that prompt."""
 
     def call(rows: int, length: int) -> Call:
         with torch.no_grad():
@@ -40,7 +40,7 @@ def gpt2_dynamic() -> Subject:
 
 @subject(FAMILY, "gemma3-sliding-cache")
 def gemma_sliding() -> Subject:
-    """A sliding window beside a full layer."""
+    """A sliding-window layer and a full-attention layer."""
     layers = ["sliding_attention", "full_attention"]
     return after_prompt(causal("Gemma3", config="Gemma3TextConfig", sliding_window=8, layer_types=layers)[0])
 
@@ -75,7 +75,7 @@ def llama_returns() -> Subject:
 
 @subject(FAMILY, "bart-decode")
 def bart_decode() -> Subject:
-    """A decoder step over the hidden states of an encoder that ran before."""
+    """A decoder step over the hidden states of an earlier encoder run."""
     model = pair("BartForConditionalGeneration")[0].eval()
 
     def call(rows: int, length: int) -> Call:

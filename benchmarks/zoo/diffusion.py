@@ -1,4 +1,4 @@
-"""Denoisers and autoencoders of diffusers, built from configurations without any download."""
+"""Denoisers and autoencoders of diffusers, built from configurations without downloads."""
 
 from importlib import import_module
 from typing import Any
@@ -18,7 +18,7 @@ def diffuser(name: str, **options: Any) -> nn.Module:
 
 
 def denoising(rows: int, size: int, **more: torch.Tensor) -> Call:
-    """Noisy latents, and how noisy they are."""
+    """Noisy latents and their timesteps."""
     return {"sample": torch.randn(rows, 4, size, size), "timestep": torch.tensor(7), **more}
 
 
@@ -115,7 +115,7 @@ def flux() -> Subject:
 
 @subject(FAMILY, "vae")
 def vae() -> Subject:
-    """The autoencoder of latents: convolutions, with attention in the middle."""
+    """The autoencoder for latents: convolutions, with attention in the middle."""
     model = diffuser(
         "AutoencoderKL",
         block_out_channels=(16, 32),

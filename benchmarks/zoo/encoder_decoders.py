@@ -32,7 +32,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 
 def translation(rows: int, length: int) -> Call:
-    """A padded source, and a shorter target."""
+    """A padded source and a shorter target."""
     return {**masked(rows, length), "decoder_input_ids": tokens(rows, length // 2)["input_ids"]}
 
 
@@ -47,7 +47,7 @@ for _name, _options in PAIRS.items():
 
 
 def fsmt() -> Subject:
-    """Its decoder makes a mask from the values of its inputs, unless it is given one; a cache cuts its inputs off."""
+    """FSMT; without a decoder mask it derives one from input values, and a cache would cut off its inputs."""
     sizes = {"src_vocab_size": TINY["vocab_size"], "tgt_vocab_size": TINY["vocab_size"], "langs": ["en", "de"]}
     model, calls = pair("FSMTForConditionalGeneration", **sizes)
     return model, lambda rows, length: {

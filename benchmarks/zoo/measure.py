@@ -1,4 +1,4 @@
-"""One architecture of the zoo: compiled, run at two sizes, and held against a simulation of its own format."""
+"""One architecture of the zoo: compiled, run at two sizes, and compared with a simulation of the same format."""
 
 import copy
 import math
@@ -17,20 +17,20 @@ from benchmarks.zoo.subjects import Call, Entry
 from qcompiler.errors import InputError, QCompilerError
 
 SIZES = ((2, 12), (3, 17))
-"""Rows and lengths: of the example, and of a call that was not traced."""
+"""Rows and lengths: of the example inputs, and of a call that was not traced."""
 
 BOUND = 2.0
-"""The largest error allowed, in units of the simulation's."""
+"""The largest allowed error, relative to the simulation's."""
 
 DESTROYED = 0.5
-"""An error that no model may have, whatever the simulation says, which does not judge the choice of layers."""
+"""The largest error allowed for any model; the simulation cannot judge which layers are quantized."""
 
 CACHES = (".cache[", ".past_key_values[", ".cache_params[", ".state[")
-"""Outputs that a causal model is captured without unless a call passes a cache."""
+"""Outputs that a causal model is captured without, unless a call passes a cache."""
 
 
 class SimulationError(Exception):
-    """The simulation did not round the same layers as the compiled model; says nothing about the compiler."""
+    """The simulation did not round the same layers as the compiled model; not a fault of the compiler."""
 
 
 def measure(entry: Entry) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def measure(entry: Entry) -> dict[str, Any]:
 
 
 def judged(entry: Entry) -> dict[str, Any]:
-    """The status, with what led to it."""
+    """The status and its cause."""
     torch.manual_seed(0)
     row: dict[str, Any] = {}
     try:
@@ -74,7 +74,7 @@ def judged(entry: Entry) -> dict[str, Any]:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """The model with random numbers in place of matrices of zeros, which would hide everything before them."""
+    """Replaces all-zero matrices, which would hide all earlier layers, by random numbers."""
     for tensor in model.parameters():
         if tensor.dim() > 1 and tensor.is_floating_point() and not tensor.any():
             nn.init.normal_(tensor, std=tensor.shape[-1] ** -0.5)
@@ -86,14 +86,14 @@ def settle(model: nn.Module, call: Call) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train()
-        norm.momentum = None  # the mean over calls, of which there is one
+        norm.momentum = None  # take the mean over calls (here one)
     if norms:
         outputs(model, call)
         model.eval()
 
 
 def described(compiled: Any) -> dict[str, Any]:
-    """What the compiler says about the model."""
+    """The compiler's facts about the model."""
     rows, graph = compiled.report.rows, compiled.stages["captured"]
     types = [value.type for value in graph.inputs]
     symbols = {str(size) for kind in types for size in getattr(kind, "shape", ()) if not isinstance(size, int)}
@@ -110,7 +110,7 @@ def described(compiled: Any) -> dict[str, Any]:
 
 
 def compared(compiled: Any, model: nn.Module, calls: list[Call]) -> dict[str, Any]:
-    """Errors against float, and the status; the worse of the sizes."""
+    """Errors relative to float and the status; the larger error of the two sizes."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     names = {name for row in compiled.report.quantized for name in row.weights}
     alone = {name for row in compiled.report.skipped for name in row.weights}
@@ -127,7 +127,7 @@ def compared(compiled: Any, model: nn.Module, calls: list[Call]) -> dict[str, An
             continue
         want = outputs(model, call)
         fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one operation would hide the matmuls of a layer
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path hides the matmuls of a layer in one operation
         try:
             with Fp8Tiles(tensors.values(), wanted) as tiles:
                 simulated = outputs(model, call)
@@ -146,7 +146,7 @@ def compared(compiled: Any, model: nn.Module, calls: list[Call]) -> dict[str, An
 
 
 def outputs(model: Any, call: Call) -> dict[str, Tensor]:
-    """The floating-point outputs of one call, in FP64 and by their place in what the model returns."""
+    """The floating-point outputs of one call in FP64, by their place in the returned value."""
     torch.manual_seed(0)  # some models draw the order of their patches
     with torch.no_grad():
         returned = model(**copy.deepcopy(call))
@@ -154,7 +154,7 @@ def outputs(model: Any, call: Call) -> dict[str, Tensor]:
 
 
 def placed(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a nested value, with their places."""
+    """The tensors in a nested value and their places."""
     if isinstance(value, Mapping):
         children: Iterable[tuple[str, Any]] = ((f"{place}.{key}", item) for key, item in value.items())
     elif isinstance(value, Tensor):

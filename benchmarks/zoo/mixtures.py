@@ -1,6 +1,6 @@
 """Decoders with mixtures of experts.
 
-Routers stay in float, but what they see is quantized: a token near a tie may go to another expert than in float.
+Routers stay in float, but their inputs are quantized: a token near a tie may go to another expert than in float.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ for _name, _options in MIXTURES.items():
 
 @subject(FAMILY, "dbrx")
 def dbrx() -> Subject:
-    """Experts in one matrix, which the model cuts."""
+    """All experts in one matrix, which the model splits."""
     options = {
         "d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 64, "vocab_size": TINY["vocab_size"],
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},

@@ -1,4 +1,4 @@
-"""Models of text and images: contrastive pairs, captions, and language models that see."""
+"""Models of text and images: contrastive pairs, captioning models, and vision-language models."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from benchmarks.zoo.subjects import TINY, VOCABULARY, Call, Inputs, Subject, mas
 FAMILY = "multimodal"
 
 IMAGE = 100
-"""The token that stands for a piece of an image."""
+"""The placeholder token for a piece of an image."""
 
 TEXT: dict[str, Any] = {**TINY, "projection_dim": 48, "num_key_value_heads": 4}
 VISION: dict[str, Any] = {
@@ -41,7 +41,7 @@ def seeing(pieces: int, **more: torch.Tensor) -> Inputs:
 
 
 def dual(name: str, text: dict[str, Any] | None = None, **options: Any) -> Subject:
-    """Two towers that meet in one space."""
+    """Two encoders with a shared embedding space."""
     sides = {"text_config": {**TEXT, **(text or {})}, "vision_config": VISION}
     return pretrained(f"{name}Model", f"{name}Config", **sides, projection_dim=48, **options), captioned
 
@@ -82,7 +82,7 @@ def vilt() -> Subject:
 
 @subject(FAMILY, "flava")
 def flava() -> Subject:
-    """Unimodal encoders and one over both."""
+    """Unimodal encoders and a joint encoder."""
     sides = {"text_config": TEXT, "image_config": VISION, "multimodal_config": VISION}
     return pretrained("FlavaModel", "FlavaConfig", **sides, projection_dim=48), captioned
 
@@ -117,7 +117,7 @@ def llava() -> Subject:
 
 @subject(FAMILY, "paligemma")
 def paligemma() -> Subject:
-    """SigLIP and Gemma, with a prefix that attends both ways."""
+    """SigLIP and Gemma, with bidirectional attention within the prefix."""
     vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
     model = pretrained(
         "PaliGemmaForConditionalGeneration",
@@ -167,14 +167,14 @@ def idefics3() -> Subject:
 
 @subject(FAMILY, "smolvlm")
 def smolvlm() -> Subject:
-    """As Idefics3, smaller."""
+    """Like Idefics3, but smaller."""
     model = pretrained("SmolVLMForConditionalGeneration", "SmolVLMConfig", vision_config=VISION, scale_factor=2,
                        text_config={**DECODER, "model_type": "llama"}, image_token_id=IMAGE)  # fmt: skip
     return model, several_images(4)
 
 
 def several_images(pieces: int) -> Inputs:
-    """As `seeing`, with an axis for the images of each text."""
+    """Like `seeing`, with an axis for the images of each text."""
     inputs = seeing(pieces)
     return lambda rows, length: {**(call := inputs(rows, length)), "pixel_values": call["pixel_values"][:, None]}
 
@@ -196,7 +196,7 @@ def patches(rows: int, length: int) -> Call:
 
 @subject(FAMILY, "qwen2-vl")
 def qwen2_vl() -> Subject:
-    """Images of any size, as a grid that is an input."""
+    """Images of any size; their grid is an input."""
     vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8,
               "spatial_merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
     model = pretrained("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", vision_config=vision,
@@ -206,7 +206,7 @@ def qwen2_vl() -> Subject:
 
 @subject(FAMILY, "qwen2-vl-vision")
 def qwen2_vl_vision() -> Subject:
-    """The vision tower alone, with what depends on the values of the grid computed before."""
+    """The vision tower alone; everything that depends on the grid's values is precomputed."""
     tower: Any = qwen2_vl()[0].get_submodule("model.visual")
 
     def call(rows: int, _: int) -> Call:

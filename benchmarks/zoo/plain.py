@@ -1,4 +1,4 @@
-"""Modules of torch itself, and small architectures written with them."""
+"""Modules of torch, and small architectures written with them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ WIDTH, HEADS, INNER = 64, 4, 96
 
 @subject(FAMILY, "mlp")
 def mlp() -> Subject:
-    """Three layers of sizes that 128 does not divide."""
+    """Three layers with sizes that are not multiples of 128."""
     layers = nn.Sequential(nn.Linear(200, 256), nn.GELU(), nn.Linear(256, 72, bias=False), nn.SiLU(), nn.Linear(72, 40))
     return layers, lambda rows, length: {"input": torch.randn(rows, length, 200)}
 
@@ -76,13 +76,13 @@ class Recurrent(nn.Module):
 
 @subject(FAMILY, "lstm-head")
 def lstm() -> Subject:
-    """The sequence is fixed: the loop over it is inside of one operation."""
+    """The sequence length is fixed: one operation contains the loop over it."""
     return Recurrent(nn.LSTM), lambda rows, _: hidden(48)(rows, 12)
 
 
 @subject(FAMILY, "gru-head")
 def gru() -> Subject:
-    """As the LSTM."""
+    """Like the LSTM."""
     return Recurrent(nn.GRU), lambda rows, _: hidden(48)(rows, 12)
 
 

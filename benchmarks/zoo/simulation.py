@@ -1,11 +1,11 @@
-"""FP8 tiles simulated in a float model, without qcompiler: the error that the format alone costs.
+"""FP8 tiles simulated in a float model, without qcompiler: the error caused by the format alone.
 
     with Fp8Tiles(weights):        # the parameters whose matmuls are to be quantized
         simulated = model(x)       # x in tiles of 1 x 128 and w in blocks of 128 x 128, multiplied in FP32
 
-This shares no code with the passes, the numerics or the kernels: it rounds operands of the matmuls that torch
-dispatches while the model itself runs. A weight is recognized by its memory, also through views and through arithmetic
-on weights alone.
+The simulation shares no code with the passes, the numerics or the kernels: it rounds operands of the matmuls that torch
+dispatches while the model itself runs. It recognizes a weight by its memory, also through views and through arithmetic
+that involves only weights.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LARGEST = 448.0  # of float8_e4m3fn
+LARGEST = 448.0  # the largest finite float8_e4m3fn
 
 OPERANDS = {
     "aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1, "aten::_grouped_mm": 0,
@@ -42,11 +42,11 @@ class Fp8Tiles(TorchDispatchMode):
     """Rounds both operands of each matmul with one of `quantized`.
 
     Args:
-        constants: All parameters and buffers of the model that no call changes.
-        quantized: Those whose matmuls are quantized.
+        constants: All parameters and buffers that no call changes.
+        quantized: The weights whose matmuls are quantized.
 
     Attributes:
-        reached: Memory addresses of the quantized weights that some matmul read.
+        reached: Memory addresses of the quantized weights that a matmul has read.
     """
 
     def __init__(self, constants: Iterable[Tensor], quantized: Iterable[Tensor]) -> None:
@@ -54,7 +54,7 @@ class Fp8Tiles(TorchDispatchMode):
         self.wanted = {address(tensor) for tensor in quantized}
         self.reached: set[int] = set()
         self._sources = {address(tensor): frozenset([address(tensor)]) for tensor in constants}
-        self._alive: list[Tensor] = []  # the address of a freed tensor would be used again
+        self._alive: list[Tensor] = []  # keeps tensors alive so that their addresses are not reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,7 +68,7 @@ class Fp8Tiles(TorchDispatchMode):
         return output
 
     def _weights(self, right: Tensor) -> frozenset[int]:
-        """The quantized weights from which the right operand is made."""
+        """The quantized weights that the right operand is computed from."""
         return self._sources.get(address(right), frozenset()) & self.wanted
 
     def _multiplied(self, func: Any, position: int, args: Any, kwargs: Any) -> Tensor:
@@ -79,7 +79,7 @@ class Fp8Tiles(TorchDispatchMode):
         return product.to(dtype)
 
     def _follow(self, output: Any, inputs: Any) -> None:
-        """Notes what is computed from constants alone."""
+        """Records values computed from constants alone."""
         given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         known = [self._sources.get(address(tensor)) for tensor in given]
@@ -88,10 +88,10 @@ class Fp8Tiles(TorchDispatchMode):
             self._sources |= {address(tensor): self._sources.get(address(tensor), union) for tensor in made}
             self._alive += made
         else:
-            for tensor in made:  # written in place over a value that was constant
+            for tensor in made:  # an in-place write over a constant value
                 self._sources.pop(address(tensor), None)
 
 
 def address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins, the same for all of its views."""
+    """The address of a tensor's storage, the same for all of its views."""
     return tensor.untyped_storage().data_ptr()

@@ -46,7 +46,7 @@ def wav2vec2_bert() -> Subject:
 
 @subject(FAMILY, "ast")
 def ast() -> Subject:
-    """The audio spectrogram transformer: patches of a spectrogram of fixed size."""
+    """The audio spectrogram transformer: patches of a fixed-size spectrogram."""
     options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
                "patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 32, "num_mel_bins": 16,
                "initializer_range": 0.1}  # fmt: skip

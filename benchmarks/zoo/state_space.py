@@ -40,7 +40,7 @@ for _name, _options in MODELS.items():
 
 @subject(FAMILY, "rwkv")
 def rwkv() -> Subject:
-    """The first call rescales weights in place, and has been made."""
+    """RWKV; its first call, made here, rescales weights in place."""
     model, inputs = causal("Rwkv", num_hidden_layers=2, attention_hidden_size=64, context_length=64)
     model.eval()(**inputs(1, 4))
     return model, inputs
@@ -58,7 +58,7 @@ def patch_tst() -> Subject:
 
 @subject(FAMILY, "decision-transformer")
 def decision_transformer() -> Subject:
-    """Actions from states, rewards and the return that is wanted."""
+    """Predicts actions from states, rewards and the target return."""
     options = {"state_dim": 6, "act_dim": 3, "hidden_size": 64, "n_layer": 2, "n_head": 4, "max_ep_len": 64,
                "n_positions": 128, "vocab_size": TINY["vocab_size"], "initializer_range": 0.1}  # fmt: skip
 

@@ -4,7 +4,7 @@
     def lstm_head() -> Subject:
         return Recurrent(), lambda rows, length: {"x": torch.randn(rows, length, 64)}
 
-Configurations are the real architecture's, shrunk: hidden size 64 to 128, one or two layers.
+Configurations follow the real architectures, scaled down: hidden size 64 to 128, one or two layers.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Inputs = Callable[[int, int], Call]
 """(rows, length) -> a call. A model without a sequence, or with fixed image sizes, ignores the length."""
 
 Subject = tuple[nn.Module, Inputs]
-"""A model and its calls."""
+"""A model and its example calls."""
 
 VOCABULARY = 160
 
@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1,
 }  # fmt: skip
-"""What most configurations of language models take; a configuration keeps the names that it does not know."""
+"""Options that most language model configurations accept; a configuration stores unknown names unchanged."""
 
 FAMILIES = (
     "language", "mixtures", "encoders", "encoder_decoders", "vision", "speech", "multimodal", "diffusion",
@@ -54,14 +54,14 @@ ZOO: dict[str, Entry] = {}
 
 
 def add(family: str, name: str, build: Callable[[], Subject]) -> None:
-    """Registers one architecture; ValueError if the name is taken."""
+    """Registers one architecture; raises ValueError if the name is taken."""
     if name in ZOO:
         raise ValueError(f"two subjects of the zoo are called {name!r}")
     ZOO[name] = Entry(family, name, build)
 
 
 def subject(family: str, name: str) -> Callable[[Callable[[], Subject]], Callable[[], Subject]]:
-    """`add` as a decorator of the builder."""
+    """Registers the decorated builder with `add`."""
 
     def register(build: Callable[[], Subject]) -> Callable[[], Subject]:
         add(family, name, build)
@@ -78,9 +78,9 @@ def load_families() -> dict[str, Entry]:
 
 
 def pretrained(model: str, config: str, **options: Any) -> nn.Module:
-    """A model of transformers with random weights, from the names of its class and of its configuration's class.
+    """A model of transformers with random weights, from the names of its class and its configuration class.
 
-    An option that is None is left out.
+    Options that are None are omitted.
     """
     hf = import_module("transformers")
     given = {name: value for name, value in options.items() if value is not None}
@@ -89,12 +89,12 @@ def pretrained(model: str, config: str, **options: Any) -> nn.Module:
 
 
 def tokens(rows: int, length: int) -> Call:
-    """Token numbers, away from the special ones."""
+    """Token ids, excluding special tokens."""
     return {"input_ids": torch.randint(3, VOCABULARY - 3, (rows, length))}
 
 
 def masked(rows: int, length: int) -> Call:
-    """Token numbers with a padding mask: the first row ends early."""
+    """Token ids with a padding mask: the first row ends early."""
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, length - length // 3 :] = 0
     return {**tokens(rows, length), "attention_mask": mask}
@@ -111,6 +111,6 @@ def hidden(width: int, name: str = "x") -> Inputs:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor that a model returns first."""
+    """The first tensor that a model returns."""
     tensor: Tensor = output if isinstance(output, Tensor) else next(iter(output.values()))
     return tensor

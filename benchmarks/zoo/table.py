@@ -1,4 +1,4 @@
-"""The result table of the zoo: a Markdown page, and the same as JSON."""
+"""The result table of the zoo, as Markdown and JSON."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "peft")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """One sentence: how many compile, and how many hold the bound."""
+    """One sentence: how many architectures compile, and how many stay within the bound."""
     present = [row for row in rows if row["status"] != "absent"]
     compiled, good = [row for row in present if "quantized" in row], [row for row in present if row["status"] == "ok"]
     share = f" ({100 * len(good) / len(present):.1f}%)" if present else ""
@@ -43,7 +43,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def merged(folder: Path, rows: Sequence[dict[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows, and for the names in `order` that were not measured now those of the table in `folder`."""
+    """The new rows, completed from the table in `folder` for names in `order` that were not measured now."""
     path = folder / "zoo.json"
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     by_name = {row["name"]: row for row in (*old, *rows)}
@@ -51,7 +51,7 @@ def merged(folder: Path, rows: Sequence[dict[str, Any]], order: Sequence[str]) -
 
 
 def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes `zoo.md` and `zoo.json`, each in one step."""
+    """Writes `zoo.md` and `zoo.json`, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     where = ", ".join(f"{name} {version}" for name, version in facts.items())
@@ -74,7 +74,7 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def version(package: str) -> str:
-    """The version that is installed, or "absent"."""
+    """The installed version, or "absent"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -82,7 +82,7 @@ def version(package: str) -> str:
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> str:
-    """What the compiler said about each architecture that did not pass."""
+    """The compiler's message for each architecture that did not pass."""
     failed = [row for row in rows if "message" in row]
     if not failed:
         return ""
@@ -91,6 +91,6 @@ def remarks(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, all of it or nothing."""
+    """Writes a text file atomically."""
     with replacing_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

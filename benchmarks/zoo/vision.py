@@ -78,7 +78,7 @@ for _name, _options in MODELS.items():
 
 @subject(FAMILY, "vit-mae")
 def vit_mae() -> Subject:
-    """A masked autoencoder; the noise that chooses patches is an input."""
+    """A masked autoencoder; the noise that selects patches is an input."""
     options = {**SIZES, "decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4,
                "decoder_intermediate_size": 96}  # fmt: skip
     model = pretrained("ViTMAEForPreTraining", "ViTMAEConfig", **options)
@@ -101,7 +101,7 @@ def backbone() -> Any:
 
 
 def detector(name: str, **changes: Any) -> Subject:
-    """A detector on a residual network, with a mask of the pixels."""
+    """A detector with a residual network and a mask of the pixels."""
 
     def call(rows: int, _: int) -> Call:
         return {"pixel_values": torch.randn(rows, 3, 64, 64), "pixel_mask": torch.ones(rows, 64, 64, dtype=torch.int64)}
@@ -115,7 +115,7 @@ add(FAMILY, "conditional-detr", lambda: detector("ConditionalDetr"))
 
 
 def prompted(rows: int, size: int) -> Call:
-    """Images with one point each."""
+    """Images with one prompt point each."""
     return {"pixel_values": torch.randn(rows, 3, size, size), "input_points": torch.rand(rows, 1, 1, 2) * size}
 
 

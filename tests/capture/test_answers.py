@@ -1,4 +1,4 @@
-"""What a model's Python code asks of its data: answered from the example, checked in each call."""
+"""Questions that a model's Python code asks about data: answered from the example, checked in each call."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Branching(nn.Module):
-    """Adds a term where the mask hides something, as Longformer and LED do."""
+    """Adds a term if the mask hides something, like Longformer and LED."""
 
     mode: Tensor
 
@@ -32,7 +32,7 @@ class Branching(nn.Module):
         self.register_buffer("mode", torch.tensor([1, 0]))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.mode[0]:  # no input changes that
+        if self.mode[0]:  # does not depend on inputs
             x = x * 2
         if (mask == 0).any():
             x = x * mask[..., None]
@@ -40,7 +40,7 @@ class Branching(nn.Module):
 
 
 class Splitting(nn.Module):
-    """Splits rows by sizes that an input holds, as Qwen2-VL does with its images."""
+    """Splits rows by sizes given in an input, like Qwen2-VL with its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Splitting(nn.Module):
 
 
 class Selecting(nn.Module):
-    """Takes the rows that a mask names: their number follows from data."""
+    """Selects rows with a mask: their number depends on data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def warned(model: nn.Module, *inputs: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("kind", [Branching, Splitting, Selecting])
-def test_other_values_with_the_same_answers_give_what_the_model_gives(kind: Callable[[], nn.Module]) -> None:
+def test_other_values_with_the_same_answers_match_the_model(kind: Callable[[], nn.Module]) -> None:
     model = kind()
     x, data = example(model)
     captured = warned(model, x, data)
@@ -107,7 +107,7 @@ def test_other_answers_are_an_error(kind: Callable[[], nn.Module], other: list[i
         compiled(x, torch.tensor(other))
 
 
-def test_only_what_an_input_can_change_is_checked() -> None:
+def test_only_answers_that_an_input_can_change_are_checked() -> None:
     model = Branching()
     captured = warned(model, *example(model))
     messages = [str(op.attrs["message"]) for op in captured.graph.ops("core.expect")]
@@ -132,7 +132,7 @@ def test_the_checks_survive_passes_text_and_artefacts(tmp_path: Path) -> None:
         loaded(x, torch.ones_like(mask))
 
 
-def test_closed_sizes_may_be_asked_for_together_with_answers() -> None:
+def test_fixed_sizes_may_be_used_with_answers() -> None:
     model = Branching().eval()
     with pytest.warns(CaptureWarning, match="sizes and values"):
         captured = capture(model, example(model), dynamic_shapes=None)
@@ -140,7 +140,7 @@ def test_closed_sizes_may_be_asked_for_together_with_answers() -> None:
 
 
 class Routed(nn.Module):
-    """Branches on what it computes: on an activation, or on a parameter and an integer input."""
+    """Branches on computed values: on an activation, or on a parameter and an integer input."""
 
     def __init__(self, on_weights: bool) -> None:
         super().__init__()
@@ -152,12 +152,12 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("on_weights", [True, False])
-def test_a_course_that_depends_on_activations_is_refused(on_weights: bool) -> None:
+def test_a_branch_on_activations_is_refused(on_weights: bool) -> None:
     with pytest.raises(CaptureError, match=r"(?s)depends on the values of a tensor.*if scores.sum\(\) > 0"):
         capture(Routed(on_weights).eval(), (torch.randn(3, 64), torch.tensor([0, 5])))
 
 
-def test_a_model_that_asks_for_each_element_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reads_each_element_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "MOST_ANSWERS", 2)
     with pytest.raises(CaptureError, match="depends on the values of a tensor"):
         capture(Splitting().eval(), example(Splitting()))

@@ -1,4 +1,4 @@
-"""Capture: every kind of model and call that has to work, and the sentence for each that cannot."""
+"""Capture: supported models and calls of every kind, and the error message for each unsupported one."""
 
 import warnings
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class MLP(nn.Module):
         return self.fc2(functional.silu(self.fc1(x)))
 
 
-# What a graph looks like
+# The captured graph
 
 
-def test_an_mlp_becomes_three_operations_that_know_where_they_come_from() -> None:
+def test_an_mlp_becomes_three_operations_with_locations() -> None:
     model = MLP()
     captured = capture(model, (torch.randn(3, 5, 8),))
     graph = verified(captured.graph)
@@ -47,7 +47,7 @@ def test_an_mlp_becomes_three_operations_that_know_where_they_come_from() -> Non
     assert torch.equal(captured.run(x), model(x))
 
 
-def test_composites_that_passes_look_for_stay_whole() -> None:
+def test_composites_that_passes_match_are_not_decomposed() -> None:
     class Composites(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -71,10 +71,10 @@ def test_composites_that_passes_look_for_stay_whole() -> None:
         "group_norm",
     }
     assert {f"aten.{name}" for name in whole} <= set(names(captured.graph))
-    assert len(captured.signature.conditions) <= 1  # what group_norm demands; nothing about strides
+    assert len(captured.signature.conditions) <= 1  # required by group_norm; none about strides
 
 
-def test_an_einsum_becomes_a_batched_product() -> None:
+def test_an_einsum_becomes_a_batched_matmul() -> None:
     captured = capture(
         Function(lambda a, b: torch.einsum("bsd,btd->bst", a, b)), (torch.randn(2, 3, 4), torch.randn(2, 5, 4))
     )
@@ -86,7 +86,7 @@ def test_operations_with_several_results_have_no_getitem() -> None:
         a, b = x.split(4, dim=-1)
         return torch.stack([*x.chunk(2, -1), a, b]), x.unbind(1)[0], torch.max(x, -1)
 
-    with pytest.warns(CaptureWarning, match=r"dimension 1 of args\[0\] is fixed to 2\."):  # unbind has as many results
+    with pytest.warns(CaptureWarning, match=r"dimension 1 of args\[0\] is fixed to 2\."):  # unbind returns two results
         captured = capture(Function(function), (torch.randn(3, 2, 8),))
     graph = verified(captured.graph)
     assert "core.getitem" not in names(graph)
@@ -213,18 +213,18 @@ def test_examples_of_size_1_are_still_dynamic(shape: tuple[int, int]) -> None:
         assert torch.equal(captured.run(*args), model(*args))
 
 
-def test_an_example_may_be_a_view_of_a_larger_tensor() -> None:
+def test_an_example_may_be_a_view_into_a_larger_tensor() -> None:
     model, whole = MLP(), torch.randn(4, 5, 16)
     captured = capture(model, (whole[:, 1:, :8],))
     assert torch.equal(captured.run(whole[:2, :, 8:]), model(whole[:2, :, 8:]))
 
 
-def test_a_size_of_1_that_the_model_needs_stays_1() -> None:
+def test_a_size_of_1_that_the_model_requires_stays_1() -> None:
     captured = capture(Function(lambda x, bias: x + bias.expand(x.shape[0], 4)), (torch.randn(3, 4), torch.randn(1, 4)))
     assert [str(v.type) for v in captured.graph.inputs] == ["f32[s0, 4]", "f32[1, 4]"]
 
 
-def test_the_least_size_is_found_by_trying() -> None:
+def test_the_smallest_size_is_found_by_trying() -> None:
     def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x * (2 if x.shape[0] == 1 else 3) + y.sum()
 
@@ -236,7 +236,7 @@ def test_the_least_size_is_found_by_trying() -> None:
 
 def test_a_batch_of_1_needs_all_its_symbols_at_1() -> None:
     def function(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return x * mask[torch.arange(x.shape[0])]  # the mask's batch is another symbol, but may not be the smaller one
+        return x * mask[torch.arange(x.shape[0])]  # the mask's batch is a different symbol, but must not be smaller
 
     model = Function(function)
     captured = capture(model, (torch.randn(3, 4), torch.randn(3, 4)))
@@ -245,7 +245,7 @@ def test_a_batch_of_1_needs_all_its_symbols_at_1() -> None:
     assert torch.equal(captured.run(x, mask), model(x, mask))
 
 
-def test_fixed_shapes_and_a_specification_of_ones_own() -> None:
+def test_fixed_shapes_and_a_custom_specification() -> None:
     fixed = capture(MLP(), (torch.randn(3, 5, 8),), dynamic_shapes=None)
     assert str(fixed.graph.inputs[0].type) == "f32[3, 5, 8]" and fixed.graph.symbols == {}
     rows = torch.export.Dim("rows", min=2, max=64)
@@ -254,7 +254,7 @@ def test_fixed_shapes_and_a_specification_of_ones_own() -> None:
 
 
 class Open(nn.Module):
-    """Takes names that its forward does not spell."""
+    """Takes keyword arguments that its forward does not name."""
 
     def forward(self, *terms: torch.Tensor, **rest: Any) -> Any:
         total = sum(terms, rest["bias"])
@@ -273,8 +273,8 @@ def test_arguments_that_forward_does_not_name() -> None:
     assert torch.equal(captured.run(*args, **kwargs), model(*args, **kwargs))
 
 
-def test_sizes_that_only_fit_a_weight_are_numbers() -> None:
-    """Of all heights and widths, the classifier's columns leave open some pairs, of which the example is one."""
+def test_sizes_that_must_fit_a_weight_are_numbers() -> None:
+    """Only some heights and widths fit the classifier's columns; the example is one such pair."""
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 5)).eval()
     captured = capture(model, (torch.randn(2, 3, 8, 8),))
     assert str(captured.graph.inputs[0].type) == "f32[s0, 3, 8, 8]" and set(captured.graph.symbols) == {"s0"}
@@ -284,7 +284,7 @@ def test_sizes_that_only_fit_a_weight_are_numbers() -> None:
         captured.run(torch.randn(2, 3, 9, 8))
 
 
-def test_recurrent_layers_warn_of_their_sequence_alone() -> None:
+def test_recurrent_layers_warn_only_about_their_sequence() -> None:
     model = nn.GRU(4, 6, batch_first=True).eval()
     with pytest.warns(CaptureWarning) as caught:
         captured = capture(model, (torch.randn(2, 3, 4),))
@@ -296,14 +296,14 @@ def test_recurrent_layers_warn_of_their_sequence_alone() -> None:
     torch.testing.assert_close(captured.run(x)[0], model(x)[0])
 
 
-# Other sources and ways
+# Other inputs and modes of capture
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_an_exported_program_is_as_good_as_a_model(decomposed: bool) -> None:
+def test_an_exported_program_works_like_a_model(decomposed: bool) -> None:
     model = MLP()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.export's own
+        warnings.simplefilter("ignore")  # from torch.export
         program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}})
         program = program.run_decompositions() if decomposed else program
     captured = capture(program)
@@ -315,14 +315,14 @@ def test_an_exported_program_is_as_good_as_a_model(decomposed: bool) -> None:
 
 
 def test_strict_mode_is_tried_when_plain_tracing_fails() -> None:
-    model = Function(lambda x: torch.from_numpy(x.numpy() * 2) + x)  # only dynamo understands numpy
+    model = Function(lambda x: torch.from_numpy(x.numpy() * 2) + x)  # only dynamo supports numpy
     captured = capture(model, (torch.randn(3, 4),))
     assert torch.equal(captured.run(torch.ones(5, 4)), torch.full((5, 4), 3.0))
 
 
 def test_a_graph_that_differs_from_the_model_is_refused() -> None:
     class Growing(nn.Module):
-        """Holds state outside of buffers, so that no two calls agree."""
+        """Keeps state outside of buffers, so repeated calls differ."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -359,7 +359,7 @@ def test_torchs_transformer_takes_any_mask(dtype: torch.dtype) -> None:
 
 
 class Converts(nn.Module):
-    """Converts a layer in forward to the dtype that it already has, as the router of Switch Transformers does."""
+    """Converts a layer in forward to the dtype that it already has, like the router of Switch Transformers."""
 
     def __init__(self) -> None:
         super().__init__()

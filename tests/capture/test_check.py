@@ -1,4 +1,4 @@
-"""The check after capture: wrong graphs in deep bf16 models are refused, right ones on other kernels pass."""
+"""The check after capture rejects wrong graphs of deep bf16 models and accepts right graphs on other kernels."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ LAYERS = 4
 
 
 class Block(nn.Module):
-    """Rotary attention and a GELU network, as LLMs have them."""
+    """Rotary attention and a GELU network, as in LLMs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A deep decoder: logits, and the most likely tokens."""
+    """A deep decoder: returns logits and the most likely tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
 
 
 class OtherKernels(TorchDispatchMode):
-    """Matmuls that keep partial sums in bf16, as split-K does."""
+    """Matmuls that keep partial sums in bf16, like split-K."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ not in ("mm", "addmm", "bmm"):
@@ -81,7 +81,7 @@ def both(*contexts: Any) -> Iterator[None]:
 
 
 class OtherRuns(Runs):
-    """Runs the graph on other kernels than the model."""
+    """Runs the graph on different kernels than the model."""
 
     def of_graph(self, call: Call, mode: Any = None, enter: Any = torch.clone) -> dict[str, Any]:
         other = OtherKernels()  # type: ignore[no-untyped-call]  # torch's has no types
@@ -97,7 +97,7 @@ def deep() -> tuple[nn.Module, Captured]:
     torch.manual_seed(0)
     model = Decoder().bfloat16().eval()
     with torch.no_grad():
-        model.embed.weight.mul_(0.02)  # as models begin: small values show the epsilon of the first norm
+        model.embed.weight.mul_(0.02)  # like untrained models: small values make the epsilon of the first norm matter
         for name, tensor in model.named_parameters():
             if "norm" in name:
                 tensor.normal_(1, 0.2)
@@ -116,7 +116,7 @@ def test_a_right_graph_passes_on_any_kernels(deep: tuple[nn.Module, Captured], r
         compare(runs(captured.graph, captured.signature, model), tokens(seed))
     sides = made(runs, deep)
     logits = [run(tokens(0))["[0]"] for run in (sides.of_model, sides.of_graph)]
-    assert torch.equal(*logits) == (runs is Runs)  # other kernels do give other bits
+    assert torch.equal(*logits) == (runs is Runs)  # other kernels produce other bits
 
 
 FAULTS = {
@@ -147,7 +147,7 @@ BEFORE = {
         "  %one = aten.slice.Tensor(%ids, 0, 0, 1) : i64[1, s1]\n  %first = aten.expand_as(%one, %ids) : i64[s0, s1]\n",
     ),
 }
-"""Fault -> lines that it needs, and what they stand before."""
+"""Fault -> lines to insert, and the text that they precede."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -162,7 +162,7 @@ def test_a_wrong_graph_is_refused(deep: tuple[nn.Module, Captured], fault: str) 
 
 
 def test_a_graph_that_rounds_more_than_its_model_is_refused() -> None:
-    """FP64 shows no difference; the graph's rounding error does."""
+    """The outputs agree in FP64; only the graph's rounding error is larger."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
     captured = capture(model, (torch.randn(4, 64),), check=False)
     text = str(captured.graph).replace(
@@ -178,7 +178,7 @@ def test_a_graph_that_rounds_more_than_its_model_is_refused() -> None:
 
 
 class Router(nn.Module):
-    """Takes the better of two experts, whose scores are nearly equal: rounding decides, and the output jumps."""
+    """Selects the better of two experts with nearly equal scores: rounding decides, and the output jumps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Router(nn.Module):
 
 
 @pytest.mark.parametrize("runs", [Runs, OtherRuns])
-def test_choices_that_rounding_decides_do_not_refuse_a_graph(runs: type[Runs]) -> None:
+def test_choices_decided_by_rounding_do_not_refuse_a_graph(runs: type[Runs]) -> None:
     torch.manual_seed(0)
     model = Router().bfloat16().eval()
     captured = capture(model, (torch.randn(4, 64).bfloat16(),), check=False)
@@ -253,12 +253,12 @@ def test_fp64_is_invisible_to_the_model_and_exact() -> None:
             logits, best = model(ids)
         want = model.double()(ids)[0]
     assert type(logits) is WideTensor and logits.dtype == torch.bfloat16 and best.dtype == torch.int64
-    # The double model rounds where its code says float32: in the angles.
+    # The FP64 model still rounds the angles, where its code says float32.
     assert float((value_of(logits) - want).norm() / want.norm()) < 1e-6
     assert all(torch.equal(before[name], tensor.bfloat16()) for name, tensor in model.state_dict().items())
 
 
-def test_fp64_of_operators_that_have_their_own_rules() -> None:
+def test_fp64_of_operators_with_special_rules() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     wide = x.double()
     with DoublePrecision(), torch.no_grad():
@@ -291,7 +291,7 @@ def test_large_weights_are_widened_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(value_of(found), wanted, rtol=1e-14, atol=1e-14)
 
 
-def test_noise_moves_each_entry_by_one_unit_in_the_last_place_at_most() -> None:
+def test_noise_moves_each_entry_by_at_most_one_unit_in_the_last_place() -> None:
     x, w = torch.randn(8, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     state = torch.get_rng_state()
     plain = x @ w
@@ -299,9 +299,7 @@ def test_noise_moves_each_entry_by_one_unit_in_the_last_place_at_most() -> None:
     for seed in (0, 0, 1):
         with RoundingNoise(seed):
             moved.append(x @ w)
-            assert torch.equal(x.t().clone(), x.t()) and torch.equal(
-                torch.cat([x, x])[:8], x
-            )  # nothing is rounded here
+            assert torch.equal(x.t().clone(), x.t()) and torch.equal(torch.cat([x, x])[:8], x)  # without rounding
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], moved[2])
     assert float(((moved[0] - plain).abs() / plain.abs().clamp(min=1e-30)).max()) <= 2 * torch.finfo(torch.bfloat16).eps
@@ -338,7 +336,7 @@ def test_equal_values_are_found_equal_in_fp64() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(3))
 def test_a_deep_model_on_a_gpu_is_captured(seed: int) -> None:
-    """Other attention kernels for the model and for the graph: 8 layers differ by some percent of the largest entry."""
+    """Model and graph use different attention kernels: 8 layers differ by some percent of the largest entry."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -355,7 +353,7 @@ def test_a_deep_model_on_a_gpu_is_captured(seed: int) -> None:
         compare(Runs(wrong, captured.signature, model), ((), {"input_ids": ids}))
 
 
-def test_a_number_that_is_nan_equals_nan_only() -> None:
+def test_nan_equals_only_nan() -> None:
     nan = float("nan")
     assert _equal("a number", nan, nan, "") and _equal("a number", 1.5, 1.5, "")
     for got, want in ((1.5, nan), (nan, 1.5), (1.5, 2.5)):

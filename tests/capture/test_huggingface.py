@@ -1,4 +1,4 @@
-"""Capture of Hugging Face models: small, with random weights, each equal to its graph at sizes that were not traced."""
+"""Capture of small Hugging Face models with random weights; each graph equals its model at sizes not traced."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +13,7 @@ from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 
 transformers = pytest.importorskip("transformers")
-# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+# transformers compiles some losses with torch.jit.script on import, which is deprecated on newer Pythons.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -42,7 +42,7 @@ def pixels(batch: int, _: int) -> dict[str, torch.Tensor]:
 
 def mixtral() -> Any:
     model = make("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, num_experts_per_tok=2)
-    model.set_experts_implementation("eager")  # loops over the experts that some token has chosen
+    model.set_experts_implementation("eager")  # loops over the experts with at least one token
     return model
 
 
@@ -94,7 +94,7 @@ def run(captured: Captured, kwargs: dict[str, Any]) -> Any:
 
 @cache
 def made(name: str) -> tuple[Any, Captured]:
-    """A model and what was captured of it, traced with batch 2 and length 7; its configuration is as before."""
+    """A model and its captured graph, traced with batch 2 and length 7; restores the model's configuration."""
     build, inputs = MODELS[name]
     model = build()
     config, attributes = model.config.to_dict(), set(vars(model))
@@ -104,7 +104,7 @@ def made(name: str) -> tuple[Any, Captured]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_and_its_graph_are_equal_at_sizes_that_were_not_traced(name: str) -> None:
+def test_a_model_and_its_graph_agree_at_sizes_not_traced(name: str) -> None:
     model, captured = made(name)
     graph = captured.graph
     graph.verify()
@@ -120,7 +120,7 @@ def test_a_model_and_its_graph_are_equal_at_sizes_that_were_not_traced(name: str
         torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_causal_model_looks_like() -> None:
+def test_the_graph_of_a_causal_model() -> None:
     graph = made("llama")[1].graph
     assert [str(v.type) for v in graph.inputs] == ["i64[s0, s1]"]
     assert [str(v.type) for v in graph.outputs] == ["f32[s0, s1, 96]"]  # type: ignore[union-attr]  # no cache
@@ -130,20 +130,20 @@ def test_what_a_causal_model_looks_like() -> None:
     assert any(op.loc.module == "model.layers.1.self_attn.q_proj" for op in graph.ops("aten.linear"))
 
 
-def test_a_tied_head_is_the_embedding_itself() -> None:
+def test_a_tied_head_uses_the_embedding_weight() -> None:
     weights = made("gpt2")[1].graph.weights
     (name,) = [name for name in weights if "wte" in name or "lm_head" in name]
     assert set(weights.ties[name]) == {"transformer.wte.weight", "lm_head.weight"}  # type: ignore[attr-defined]
 
 
-# From transformers 5.24 on the argument is called `cache`; here it is named as all 5.x take it.
+# Called `cache` from transformers 5.24 on; all 5.x versions accept this name.
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_a_cache_that_is_passed_is_an_input_and_an_output() -> None:
     model, _ = made("llama")
     with torch.no_grad():
         past = model(**ids(2, 5), use_cache=True).past_key_values
         captured = capture(model, kwargs={**ids(2, 3), "past_key_values": past})
-        assert past.get_seq_length() == 5  # the user's own is not touched
+        assert past.get_seq_length() == 5  # the user's cache is not modified
         outputs = [str(v.type) for v in captured.graph.outputs]  # type: ignore[union-attr]
         assert outputs[1] == "f32[s0, 2, s1 + s2, 16]"
         call = {**ids(1, 1), "past_key_values": model(**ids(1, 8), use_cache=True).past_key_values}
@@ -154,7 +154,7 @@ def test_a_cache_that_is_passed_is_an_input_and_an_output() -> None:
 
 
 def step(model: Any, cache: Any, batch: int, past: int, new: int) -> dict[str, Any]:
-    """A call as generate() makes it: a filled cache and a mask over past and new tokens."""
+    """A call like those of generate(): a filled cache and a mask over past and new tokens."""
     with torch.no_grad():
         model(**ids(batch, past), past_key_values=cache, use_cache=True)
     mask = torch.ones(batch, past + new, dtype=torch.int64)
@@ -177,7 +177,7 @@ def test_a_decode_step_leaves_batch_and_past_and_new_tokens_open(example: tuple[
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_a_static_cache_without_memory_gets_it() -> None:
+def test_a_static_cache_without_storage_gets_it() -> None:
     model, _ = made("llama")
     cache = transformers.StaticCache(config=model.config, max_cache_len=12)
     captured = capture(model, kwargs={**ids(2, 5), "past_key_values": cache, "use_cache": True})
@@ -197,7 +197,7 @@ def test_a_static_cache_without_memory_gets_it() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_a_cache_that_counts_in_python_is_refused_with_the_one_that_does_not() -> None:
+def test_a_cache_that_counts_in_python_is_refused_with_an_alternative() -> None:
     model = make("MistralForCausalLM", "MistralConfig", **GROUPED, sliding_window=4)
     with pytest.raises(CaptureError, match=r"counts its tokens in Python.*past_key_values: got DynamicSlidingWindow"):
         capture(model, kwargs=step(model, transformers.DynamicCache(config=model.config), 2, 5, 1))
@@ -208,16 +208,16 @@ def test_a_cache_that_counts_in_python_is_refused_with_the_one_that_does_not() -
         torch.testing.assert_close(got.logits, model(**call).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_that_loop_over_data_are_traced_in_another_implementation() -> None:
+def test_experts_that_loop_over_data_are_traced_with_another_implementation() -> None:
     model, captured = made("mixtral")
-    assert model.get_experts_implementation()[""] == "eager"  # as it was made
+    assert model.get_experts_implementation()[""] == "eager"  # restored
     assert "aten.nonzero" not in {op.name for op in captured.graph}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["qwen3", "mixtral"])
 def test_the_check_does_not_break_a_cuda_context(name: str) -> None:
-    """An index out of range, at a size that the check tries, would end every later call on the GPU."""
+    """An index out of range, at a size that the check tries, would make every later call on the GPU fail."""
     build, inputs = MODELS[name]
     model = build().to("cuda", torch.bfloat16)
     captured = capture(model, kwargs={key: t.cuda() for key, t in inputs(2, 7).items()})

@@ -1,4 +1,4 @@
-"""Calls that mean the same as the captured one: accepted, and the sentence for each that does not."""
+"""Calls equivalent to the captured one are accepted; others get an error that names the difference."""
 
 from collections import UserDict
 from pathlib import Path
@@ -21,7 +21,7 @@ from qcompiler.program.batches import Batches
 
 
 class Scorer(nn.Module):
-    """Called as models of transformers are: an optional mask, labels that add a loss, a switch, a hidden default."""
+    """Called like models of transformers: an optional mask, labels that add a loss, a switch, a hidden default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ def model() -> Scorer:
 
 @pytest.fixture(scope="module")
 def plain(model: Scorer) -> Captured:
-    """Captured with token ids alone."""
+    """Captured with token ids only."""
     return capture(model, (tokens(2, 7),))
 
 
 @pytest.fixture(scope="module")
 def full(model: Scorer) -> Captured:
-    """Captured with all that a data set has; the ids are the labels, one tensor for both."""
+    """Captured with all columns of a data set; the ids are the labels, one tensor for both."""
     ids = tokens(2, 7)
     return capture(
         model, kwargs={"ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "extra": torch.ones(3)}
@@ -71,7 +71,7 @@ def tokens(rows: int, columns: int) -> Tensor:
     return torch.randint(0, 32, (rows, columns))
 
 
-def test_what_changes_nothing_may_be_added(model: Scorer, plain: Captured) -> None:
+def test_arguments_without_effect_may_be_added(model: Scorer, plain: Captured) -> None:
     ids = tokens(3, 5)
     want = model(ids)["logits"]
     ones, places = torch.ones_like(ids), torch.arange(5).expand(3, 5)
@@ -82,7 +82,7 @@ def test_what_changes_nothing_may_be_added(model: Scorer, plain: Captured) -> No
     ]  # fmt: skip
     for call in calls:
         assert torch.equal(plain.run(ids, **call)["logits"], want), call
-    assert torch.equal(plain.run(ids, ones, places)["logits"], want)  # by position as well
+    assert torch.equal(plain.run(ids, ones, places)["logits"], want)  # by position, too
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -98,25 +98,25 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("call", "sentence"), WRONG)
-def test_what_changes_something_is_named(plain: Captured, call: dict[str, Any], sentence: str) -> None:
+def test_arguments_with_an_effect_are_named(plain: Captured, call: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         plain.run(tokens(1, 3), **call)
 
 
-def test_what_changes_nothing_may_be_left_out(model: Scorer, full: Captured) -> None:
+def test_arguments_without_effect_may_be_omitted(model: Scorer, full: Captured) -> None:
     ids = tokens(3, 5)
     labels, mask = tokens(3, 5), torch.ones_like(ids)
     mask[0, 0] = 0
     torch.testing.assert_close(full.run(ids=ids, labels=labels), model(ids, labels=labels), rtol=0, atol=0)
     torch.testing.assert_close(full.run(ids=ids, attention_mask=mask), model(ids, mask), rtol=0, atol=0)
-    for other in (None, torch.ones(8, 2, 2), torch.ones((), dtype=torch.int64)):  # nothing reads it
+    for other in (None, torch.ones(8, 2, 2), torch.ones((), dtype=torch.int64)):  # unused
         got = full.run(ids, mask, labels=labels, extra=other)
         assert list(got) == ["loss", "logits"] and torch.equal(got["loss"], model(ids, mask, labels=labels)["loss"])
     assert list(full.run(ids)) == ["logits"] == list(full.run(ids, labels=None))
 
 
 class Both(nn.Module):
-    """Labels change everything, and a mask of ones is not none."""
+    """Labels change all outputs, and a mask of ones is not equivalent to None."""
 
     def forward(
         self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -125,7 +125,7 @@ class Both(nn.Module):
         return {"y": x, "z": x} if labels is None else {"y": x + labels, "z": x - labels}
 
 
-def test_what_the_model_does_not_show_is_not_assumed() -> None:
+def test_equivalence_is_not_assumed_without_evidence() -> None:
     x = tokens(2, 3)
     with_labels = capture(Both().eval(), (x, None, torch.ones(2, 3)))
     with pytest.raises(InputError, match="'labels' was given at capture, and the graph does not compute without it"):
@@ -138,7 +138,7 @@ def test_what_the_model_does_not_show_is_not_assumed() -> None:
 
 
 class Padded(nn.Module):
-    """Derives a mask from padding: none is not ones, but only where there is padding."""
+    """Derives a mask from padding: None differs from ones, but only if there is padding."""
 
     config = SimpleNamespace(pad_token_id=0)
 
@@ -161,7 +161,7 @@ def test_integers_are_widened_and_other_dtypes_are_named(model: Scorer, plain: C
         InputError, match=r"y has another dtype .* got torch.int64; need torch.int32. Convert it with .to"
     ):
         narrow.run(torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.int64))
-    with pytest.raises(InputError, match="x has another dtype"):  # the model writes into it
+    with pytest.raises(InputError, match="x has another dtype"):  # the model writes to it
         narrow.run(torch.zeros(3, dtype=torch.int16), torch.ones(3, dtype=torch.int16))
     narrow.run(torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.int16))
     for wrong in (ids.float(), ids > 3):
@@ -189,7 +189,7 @@ class Written(nn.Module):
         (None, "'ids' was given at capture, and the graph does not compute without it"),
     ],
 )
-def test_what_is_no_tensor_is_told_how_to_become_one(plain: Captured, wrong: Any, sentence: str) -> None:
+def test_a_value_that_is_not_a_tensor_gets_a_conversion_hint(plain: Captured, wrong: Any, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         plain.run(wrong)
 
@@ -208,7 +208,7 @@ def test_one_tensor_for_two_arguments_stays_two_inputs() -> None:
     assert torch.equal(capture(layer, (layer.weight,)).run(x), layer(x))
 
 
-def test_calibration_takes_what_the_signature_takes(plain: Captured) -> None:
+def test_calibration_accepts_what_the_signature_accepts(plain: Captured) -> None:
     ids = tokens(2, 3)
     batch: dict[str, Any] = {"ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     for source in (batch, UserDict(batch)):
@@ -221,7 +221,7 @@ def test_calibration_takes_what_the_signature_takes(plain: Captured) -> None:
         qcompiler.compile(Scorer().eval(), example_inputs=UserDict(batch))  # type: ignore[arg-type]
 
 
-def test_a_loaded_model_is_called_as_the_saved_one(model: Scorer, tmp_path: Path) -> None:
+def test_a_loaded_model_is_called_like_the_saved_one(model: Scorer, tmp_path: Path) -> None:
     ids = tokens(2, 3)
     fast = qcompiler.compile(
         model, example_kwargs={"ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, strict=False

@@ -1,4 +1,4 @@
-"""The parts of capture that are worth a test alone."""
+"""Unit tests for parts of capture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +47,7 @@ def test_locations_show_no_machine_paths() -> None:
 
 
 class Layout(torch.nn.Module):
-    """Every way in which a composite that is taken apart in place meets sizes, strides, dtypes and constants."""
+    """Composites decomposed in place that use sizes, strides, dtypes and constants in every way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Layout(torch.nn.Module):
         return flat.reshape(input.shape[0] * input.shape[1], 8), wide, heads.narrow(1, 0, 1).type_as(mask), heads.mT
 
 
-def test_composites_taken_apart_in_place_are_what_torch_makes_of_them() -> None:
+def test_composites_decomposed_in_place_match_torch() -> None:
     model = Layout().eval()
     program = export_program(model, (torch.randn(3, 5, 8), torch.ones(3, dtype=torch.bool)), {})
     with third_party_silence():
@@ -76,7 +76,7 @@ def test_composites_taken_apart_in_place_are_what_torch_makes_of_them() -> None:
 
 
 def spelled(node: Any) -> Any:
-    """What a node computes, as a tree down to the inputs, with sizes by their expressions."""
+    """The expression that a node computes, as a tree down to the inputs, with sizes by their expressions."""
     if not isinstance(node, torch.fx.Node):
         return [spelled(item) for item in node] if isinstance(node, list | tuple) else node
     value = node.meta.get("val")
@@ -85,7 +85,7 @@ def spelled(node: Any) -> Any:
     if node.op == "placeholder":
         return node.name
     if node.target in (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default) and not node.kwargs:
-        return spelled(node.args[0])  # the importer leaves copies out
+        return spelled(node.args[0])  # the importer drops copies
     return str(node.target), spelled(node.args), [(key, spelled(arg)) for key, arg in node.kwargs.items()]
 
 

@@ -1,4 +1,4 @@
-"""Warnings of other packages about their own code are silenced; everything else still is an error in the tests."""
+"""Warnings of other packages about their own code are silenced; all other warnings remain errors in the tests."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from qcompiler.capture.quiet import third_party_silence
 
 
 def warn(module: str, category: type[Warning] = DeprecationWarning) -> None:
-    """A warning as a module of that name raises it."""
+    """Raises a warning as if from a module with that name."""
     warnings.warn_explicit("a name is deprecated", category, f"{module}.py", 1, module)
 
 
@@ -25,7 +25,7 @@ def test_a_model_s_own_warnings_pass(module: str) -> None:
         warn(module)
 
 
-def test_only_the_import_of_torchao_is_silenced_in_the_tests() -> None:
+def test_only_the_import_of_torchao_is_silenced() -> None:
     warn("torchao.dtypes")
     for module, category in (("torchao", FutureWarning), ("torchaoo", DeprecationWarning), ("torch", UserWarning)):
         with pytest.raises(category):

@@ -1,4 +1,4 @@
-"""What capture refuses, in one sentence each that quotes the user's own line where there is one."""
+"""Models that capture refuses: each error is one sentence and quotes the user's code where possible."""
 
 import warnings
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def scripted() -> Any:
 
 def compiled() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # inductor imports what is deprecated
+        warnings.simplefilter("ignore")  # inductor imports deprecated names
         return torch.compile(MLP())
 
 
@@ -156,7 +156,7 @@ class Rescales(nn.Module):
         return x * self.w
 
 
-def test_what_a_graph_cannot_give_back() -> None:
+def test_results_that_a_graph_cannot_return() -> None:
     with pytest.raises(CaptureError, match=r"hides its tensors: got \S*Hidden. Call torch.export.register_dataclass"):
         capture(Function(Hidden), (torch.randn(3, 4),))
     model = Rescales().eval()
@@ -165,6 +165,6 @@ def test_what_a_graph_cannot_give_back() -> None:
     assert torch.equal(model.w, torch.ones(4))
 
 
-def test_an_unknown_word_for_dynamic_shapes() -> None:
+def test_an_unknown_value_of_dynamic_shapes() -> None:
     with pytest.raises(CaptureError, match="got 'dynamic'; need 'auto' or None"):
         capture(MLP(), (torch.randn(2, 8),), dynamic_shapes="dynamic")

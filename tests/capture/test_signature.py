@@ -1,4 +1,4 @@
-"""Calling conventions: what a call may look like, and the sentence for each that may not."""
+"""Calling conventions: accepted calls, and the error message for each rejected one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ def test_arguments_may_be_given_by_name_and_defaults_left_out(signature: Signatu
     assert [id(t) for t in signature.flatten((x,), {"batch": rest, "mask": None, "flag": True})] == expected
 
 
-def test_unflatten_rebuilds_what_the_model_returns(signature: Signature) -> None:
+def test_unflatten_rebuilds_the_result_of_the_model(signature: Signature) -> None:
     y, z = torch.zeros(1), torch.ones(1)
     assert signature.unflatten([y, z]) == {"y": y, "z": z}
 
@@ -99,7 +99,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("make", "sentence"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
-def test_wrong_calls_are_told_what_is_wrong(signature: Signature, make: Any, sentence: str) -> None:
+def test_wrong_calls_get_an_explanation(signature: Signature, make: Any, sentence: str) -> None:
     args, kwargs = make(torch.randn(3, 4), batch(3, 4))
     with pytest.raises(InputError, match=sentence):
         signature.flatten(args, kwargs)

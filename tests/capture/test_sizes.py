@@ -1,4 +1,4 @@
-"""Which sizes capture leaves open: sums of other sizes, 0 and 1, and what it says of sizes that it fixes."""
+"""Sizes that capture leaves dynamic: sums of other sizes, 0 and 1; and warnings about sizes that it fixes."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def types(captured: Any) -> list[str]:
 
 
 class Step(nn.Module):
-    """Attention over a past and new tokens, with a mask over both, as generate() calls a decoder."""
+    """Attention over past and new tokens, with a mask over both, as generate() calls a decoder."""
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = torch.cat([keys, x], 2), torch.cat([values, x], 2)
@@ -44,7 +44,7 @@ def step(batch: int, past: int, new: int) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("example", [(2, 5, 3), (1, 6, 4)])
-def test_a_mask_over_past_and_new_tokens_leaves_all_sizes_open(example: tuple[int, int, int]) -> None:
+def test_a_mask_over_past_and_new_tokens_leaves_all_sizes_dynamic(example: tuple[int, int, int]) -> None:
     model = Step().eval()
     captured = capture(model, step(*example))
     verified(captured.graph)
@@ -60,7 +60,7 @@ def test_a_mask_over_past_and_new_tokens_leaves_all_sizes_open(example: tuple[in
         captured.run(x, keys, values, mask[:, :5])
 
 
-def test_sums_that_only_the_model_knows_are_tried() -> None:
+def test_sums_required_only_by_the_model_are_tried() -> None:
     def function(new: Tensor, past: Tensor, mask: Tensor) -> Tensor:
         rows = torch.cat([past, new]).sum(1)
         return rows[torch.arange(mask.shape[0])].sum() + mask[torch.arange(rows.shape[0])].sum()
@@ -75,7 +75,7 @@ def test_sums_that_only_the_model_knows_are_tried() -> None:
 
 
 def test_a_mask_grows_with_a_single_new_token() -> None:
-    """An example with one token is traced with two; the mask beside the cache is then one longer, too."""
+    """An example with one token is traced with two; the mask must then be longer by one, too."""
 
     def function(ids: Tensor, past: Tensor, mask: Tensor) -> Tensor:
         x = torch.cat([past, ids[..., None].float().expand(-1, -1, past.shape[2])], 1)
@@ -122,7 +122,7 @@ def test_a_bound_of_a_size_that_becomes_a_sum_is_kept() -> None:
         captured.run(torch.ones(20), torch.ones(9), torch.ones(29))
 
 
-# What is said of sizes that are fixed
+# Messages about fixed sizes
 
 
 def loop(x: Tensor) -> Tensor:
@@ -132,39 +132,39 @@ def loop(x: Tensor) -> Tensor:
     return total
 
 
-def test_a_loop_over_a_size_is_said_with_its_line() -> None:
+def test_a_loop_over_a_size_is_reported_with_its_line() -> None:
     line = loop.__code__.co_firstlineno + 2
     sentence = rf"dimension 1 of args\[0\] is fixed to 5 \(.*test_capture_sizes.py:{line}\)\. Capture"
     with pytest.warns(CaptureWarning, match=sentence) as caught:
         captured = capture(Function(loop), (torch.randn(3, 5),))
     assert types(captured) == ["f32[s0, 5]"] and len(captured.fixed) == 1
     assert caught[0].filename == __file__
-    assert capture(Function(loop), (torch.randn(3, 5),), dynamic_shapes=None).fixed == ()  # as the user asked
+    assert capture(Function(loop), (torch.randn(3, 5),), dynamic_shapes=None).fixed == ()  # fixed on request
 
 
-def test_an_example_that_was_traced_larger_is_still_taken() -> None:
-    """Torch fixes the sequence to the 2 that was traced, so that the example's own 1 must be traced in its place."""
+def test_an_example_traced_with_a_larger_size_is_still_accepted() -> None:
+    """Torch fixes the sequence to the traced 2, so capture must trace the example's own size of 1 instead."""
     with pytest.warns(CaptureWarning, match="is fixed to 1"):
         captured = capture(Function(loop), (torch.randn(3, 1),))
     assert torch.equal(captured.run(torch.ones(4, 1)), torch.ones(4))
 
 
-def test_sizes_that_weights_demand_are_no_news() -> None:
+def test_sizes_required_by_weights_are_not_reported() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 5)).eval()
     assert capture(model, (torch.randn(2, 3, 8, 8),)).fixed == ()
 
 
-def test_fewer_sizes_are_open_when_time_runs_out() -> None:
-    """With no time at all, no open size can be proven anything of; what is fixed needs no proof."""
+def test_fewer_sizes_are_dynamic_when_time_runs_out() -> None:
+    """With no time, nothing can be proven about a dynamic size; fixed sizes need no proof."""
     model = nn.Conv2d(3, 4, 3).eval()
     sentence = r"all sizes are fixed to those of the example, because torch.export took more than 1e-06 s of CPU time"
     with knobs.scope(capture_seconds=1e-6), pytest.warns(CaptureWarning, match=sentence):
         captured = capture(model, (torch.randn(2, 3, 8, 8),))
     assert types(captured) == ["f32[2, 3, 8, 8]"]
-    assert types(capture(model, (torch.randn(2, 3, 8, 8),))) == ["f32[s0, 3, s1, s2]"]  # torch is as it was before
+    assert types(capture(model, (torch.randn(2, 3, 8, 8),))) == ["f32[s0, 3, s1, s2]"]  # torch is unchanged
 
 
-def test_a_limit_of_time_leaves_nothing_behind() -> None:
+def test_a_time_limit_leaves_no_state_behind() -> None:
     before = dict(vars(ShapeEnv))
     with pytest.raises(OutOfTime), time_limit(1e-6):
         ShapeEnv().simplify(Integer(1))
@@ -173,9 +173,9 @@ def test_a_limit_of_time_leaves_nothing_behind() -> None:
         assert dict(vars(ShapeEnv)) == before
 
 
-def test_sizes_are_fixed_where_torch_cannot_leave_them_open() -> None:
+def test_sizes_are_fixed_if_torch_cannot_keep_them_dynamic() -> None:
     def function(x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()  # no strict mode
+        torch._dynamo.graph_break()  # makes strict mode fail
         if not isinstance(x.shape[0], int):
             raise TypeError("the number of rows must be an int")
         return x * 2
@@ -193,7 +193,7 @@ def test_an_example_is_not_marked_for_later_exports() -> None:
 
 
 def test_a_warning_that_is_an_error_stays_a_warning() -> None:
-    """Warnings are errors in these tests; `compile` does not call that an unexpected failure."""
+    """Warnings are errors in these tests; `compile` does not report that as an unexpected failure."""
     with pytest.raises(CaptureWarning, match="dimension 1 of args"):
         qcompiler.compile(Function(loop), example_inputs=(torch.randn(3, 5),))
 
@@ -201,5 +201,5 @@ def test_a_warning_that_is_an_error_stays_a_warning() -> None:
 def test_sums_are_found_in_a_cache_of_many_layers() -> None:
     layers = [f"s{index}" for index in range(400)]
     sizes = {**dict.fromkeys(layers, 5), "new": 3, "mask": 8}
-    alone, summed = _with_sums(tuple(layers), sizes)  # to try every triple of sizes takes half a minute
+    alone, summed = _with_sums(tuple(layers), sizes)  # trying every triple of sizes would take half a minute
     assert alone.sums == () and summed.sums == (("mask", ("s0", "new")),)

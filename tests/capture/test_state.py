@@ -1,4 +1,4 @@
-"""What capture makes of state and of weights."""
+"""Capture of state and weights."""
 
 import copy
 import warnings
@@ -63,7 +63,7 @@ class Cache(nn.Module):
         return x @ self.keys.transpose(1, 2)
 
 
-def test_buffers_that_the_model_writes_are_updates_and_are_restored() -> None:
+def test_buffers_written_by_the_model_become_updates_and_are_restored() -> None:
     model = Counter()
     buffer = model.mean
     captured = capture(model, (torch.randn(3, 4),))
@@ -87,7 +87,7 @@ def test_a_cache_in_a_buffer() -> None:
     assert torch.equal(updates["keys"], model.keys)
 
 
-def test_inputs_that_the_model_writes_are_updates_and_the_example_is_left_alone() -> None:
+def test_inputs_written_by_the_model_become_updates_and_the_example_stays_unchanged() -> None:
     def function(x: torch.Tensor, log: torch.Tensor) -> torch.Tensor:
         log.add_(x.sum())
         return x * log
@@ -104,7 +104,7 @@ def test_inputs_that_the_model_writes_are_updates_and_the_example_is_left_alone(
 # Weights
 
 
-def test_weights_are_shared_and_the_model_is_left_as_it_was() -> None:
+def test_weights_are_shared_and_the_model_stays_unchanged() -> None:
     model = MLP()
     before = copy.deepcopy(model.state_dict())
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -116,7 +116,7 @@ def test_weights_are_shared_and_the_model_is_left_as_it_was() -> None:
     assert "forward" not in vars(model)
 
 
-def test_tied_weights_are_one_value_that_knows_its_names() -> None:
+def test_tied_weights_are_one_value_with_all_names() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,11 +139,11 @@ def test_tied_weights_are_one_value_that_knows_its_names() -> None:
     assert len(captured.graph.uses(param.result)) == 2
 
 
-def test_constants_of_the_code_become_weights() -> None:
+def test_constants_in_code_become_weights() -> None:
     class Constants(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = torch.arange(4.0)  # no buffer
+            self.table = torch.arange(4.0)  # not a buffer
             self.eval()
 
         def forward(self, x: torch.Tensor) -> Any:
@@ -157,7 +157,7 @@ def test_constants_of_the_code_become_weights() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_model_on_the_meta_device_gives_the_structure_alone(rows: int) -> None:
+def test_a_model_on_the_meta_device_gives_only_the_structure(rows: int) -> None:
     with torch.device("meta"):
         model = MLP()
     x = torch.empty(rows, 8, device="meta")
@@ -170,7 +170,7 @@ def test_a_model_on_the_meta_device_gives_the_structure_alone(rows: int) -> None
 
 
 class Windows(nn.Module):
-    """Attention in windows that become as small as the smallest input so far, as those of Swin do."""
+    """Attention in windows that shrink to the smallest input so far, like those of Swin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Windows(nn.Module):
         return y
 
 
-def test_plain_attributes_that_a_run_or_a_trace_changes_are_restored() -> None:
+def test_plain_attributes_changed_by_a_run_or_a_trace_are_restored() -> None:
     model, x = Windows().eval(), torch.randn(3, 8, 16)
     want = model(x)
     with warnings.catch_warnings():
@@ -199,7 +199,7 @@ def test_plain_attributes_that_a_run_or_a_trace_changes_are_restored() -> None:
 
 
 class Notes(MLP):
-    """Keeps what it has seen, and a mask, in containers."""
+    """Stores past inputs and a mask in containers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Notes(MLP):
 
 
 @pytest.mark.parametrize("called", [False, True])
-def test_containers_that_a_run_or_a_trace_changes_are_restored(called: bool) -> None:
+def test_containers_changed_by_a_run_or_a_trace_are_restored(called: bool) -> None:
     model, x = Notes(), torch.randn(3, 8)
     want = model(x) if called else None
     kept = model.shapes, model.kinds, model.masks
@@ -228,7 +228,7 @@ def test_containers_that_a_run_or_a_trace_changes_are_restored(called: bool) -> 
 
 
 class Lazy(MLP):
-    """Computes a mask and a layer at the first call, and keeps them."""
+    """Computes a mask and a layer in the first call and keeps them."""
 
     def forward(self, x: torch.Tensor) -> Any:
         if not hasattr(self, "mask"):
@@ -239,12 +239,12 @@ class Lazy(MLP):
         return super().forward(x) * self.mask + self.last(x)
 
 
-def test_what_a_trace_leaves_on_a_model_is_removed() -> None:
+def test_attributes_added_by_a_trace_are_removed() -> None:
     model, x = Lazy(), torch.randn(3, 8)
     captured = capture(model, (x,))
     assert type(model.rows) is int and type(model.mask) is Tensor
     assert torch.equal(captured.run(x), model(x))
     fresh = Lazy()
-    capture(fresh, (x,), check=False)  # without a run of the model itself
+    capture(fresh, (x,), check=False)  # without running the model itself
     assert not {"mask", "rows"} & vars(fresh).keys() and "last" not in fresh._modules
     assert fresh(x).shape == (3, 8)

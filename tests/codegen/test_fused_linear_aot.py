@@ -1,4 +1,4 @@
-"""The product with a body, compiled for Hopper without a GPU: what its machine code has to show."""
+"""GEMMs with a fused expression, compiled for Hopper without a GPU: required properties of the machine code."""
 
 import re
 
@@ -30,11 +30,11 @@ def test_every_form(config: FusedGemmConfig) -> None:
         bias = None if config.parts == 2 else torch.bfloat16
         code = compile_fused(config, body, others=others, bias_dtype=bias, out_dtype=out_dtype)
         assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
-        # A unit of a step is four instructions of K = 32 into fresh registers; each consumer has code of its own.
+        # One step is four instructions of K = 32 into fresh registers; each consumer has its own code.
         assert code.qgmma == 4 * 2 * config.waves and "QGMMA.64x128x32.F32.E4M3.E4M3" in code.sass
         assert (code.tma_loads, code.tma_stores) == (2 + config.parts, 0)
         assert code.shared_memory <= config.shared_memory() <= SHARED_MEMORY_LIMIT
-        assert code.wide_stores == (1 if out_dtype else 2), "codes and results leave 16 bytes at a time"
+        assert code.wide_stores == (1 if out_dtype else 2), "codes and results must be stored 16 bytes at a time"
         shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code.sass)}
         assert {208, 72, 24} <= shares
         turns = len(re.findall(r"BAR\.ARV 0x[89], 0x100 ", code.sass))
@@ -70,7 +70,7 @@ def test_fp32_sums_and_ragged_columns(parts: int) -> None:
 
 
 def test_multiply_adds_are_where_they_are_written() -> None:
-    """Rounding a product and then a sum is what separate operations do; the promotion is one multiply-add each."""
+    """The expression rounds a product and then a sum, like separate operations; each promotion is one multiply-add."""
     config = one_of(1, 1)
     bodies = (RESIDUAL, "bf16(x0 * bf16(y0) + x0)")
     compiled = [compile_fused(config, body, others=(torch.bfloat16,), bias_dtype=torch.bfloat16) for body in bodies]
@@ -79,7 +79,7 @@ def test_multiply_adds_are_where_they_are_written() -> None:
 
 
 @pytest.mark.parametrize("body", ["bf16(silu(y0) * y1)", "bf16(x0 + y0)", "f16(gelu(y0) * x1 + x0)"])
-def test_a_body_alone_reads_and_writes_wide(body: str) -> None:
+def test_an_expression_alone_uses_wide_loads_and_stores(body: str) -> None:
     code = compile_body(body)
     assert code.wide_loads >= 2 and code.wide_stores == 2
     assert (code.local_loads, code.local_stores) == (0, 0)

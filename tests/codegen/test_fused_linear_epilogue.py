@@ -1,4 +1,4 @@
-"""Products with a body: what is handed on, which form of the kernel is chosen, and the separate kernels' wiring."""
+"""GEMMs with a fused expression: the dtype of the sums, the choice of a kernel form, and the separate kernels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
         ("bf16(x0)", torch.float32, "bf16(x0)"),
     ],
 )
-def test_sums_are_handed_on_in_what_the_body_rounds_them_to(body: str, dtype: torch.dtype, rest: str) -> None:
+def test_sums_are_passed_in_the_dtype_that_the_expression_rounds_to(body: str, dtype: torch.dtype, rest: str) -> None:
     assert handed_over(body) == (dtype, str(parse(rest)))
 
 
@@ -53,12 +53,12 @@ def test_sums_are_handed_on_in_what_the_body_rounds_them_to(body: str, dtype: to
         ("gelu(y0)", 0, ("y0",), "gelu(x0)"),
     ],
 )
-def test_a_body_on_tensors_names_the_sums_first(body: str, others: int, sums: tuple[str, ...], renamed: str) -> None:
+def test_a_tensor_expression_names_the_sums_first(body: str, others: int, sums: tuple[str, ...], renamed: str) -> None:
     assert on_tensors(body, others) == (sums, str(parse(renamed)))
 
 
 def bodies() -> st.SearchStrategy[str]:
-    """Expressions of sums, each rounded in some way or not, and other operands."""
+    """Expressions of sums, each with or without rounding, and other operands."""
     sums = st.sampled_from(["y0", "y1", "bf16(y0)", "bf16(y1)", "f16(y0)"])
     leaves = sums | st.sampled_from(["x0", "x1", "bf16(x0 * 0.5)"])
 
@@ -74,7 +74,7 @@ def bodies() -> st.SearchStrategy[str]:
 
 
 @given(bodies(), st.integers(0, 2**31))
-def test_what_is_left_of_a_body_gives_the_same_bits(text: str, seed: int) -> None:
+def test_the_rest_of_an_expression_gives_the_same_bits(text: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     body = parse(text)
     if not any(name[0] == "y" for name in body.operands):
@@ -129,7 +129,7 @@ def test_every_form_fits_and_names_itself() -> None:
 
 
 @given(st.integers(1, 20000), st.integers(1, 300), st.integers(1, 2000), st.integers(1, 2), st.booleans())
-def test_the_choice_is_possible_and_faster_by_the_estimate(m: int, n: int, k: int, parts: int, quantized: bool) -> None:
+def test_the_choice_is_valid_and_faster_by_the_estimate(m: int, n: int, k: int, parts: int, quantized: bool) -> None:
     problem = FusedGemmProblem(m, 128 * n, 16 * k, parts, block=(1, 128) if quantized else None)
     chosen = HOPPER.fused_gemm.choose(problem)
     if isinstance(chosen, Separate):
@@ -139,7 +139,7 @@ def test_the_choice_is_possible_and_faster_by_the_estimate(m: int, n: int, k: in
         assert HOPPER.fused_gemm.time(chosen, problem) < HOPPER.fused_gemm.time(Separate(), problem)
 
 
-def test_a_refused_problem_gets_the_sentence_of_a_form_of_its_parts() -> None:
+def test_a_refused_problem_gets_the_message_of_a_form_with_its_parts() -> None:
     reasons = {
         replace(FINE, k=4100): "the copy engine needs K to be a multiple of 16, it is 4100",
         replace(FINE, parts=1, others=3): "a body may read 2 operands beside the sums, this one reads 3",
@@ -151,7 +151,7 @@ def test_a_refused_problem_gets_the_sentence_of_a_form_of_its_parts() -> None:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that separate ones call, as references on a CPU; what they were called for."""
+    """CPU references in place of the kernels that separate kernels call; returns the list of calls."""
     calls: list[str] = []
 
     def product(*operands: Any) -> Tensor:
@@ -197,7 +197,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True])
-def test_separate_kernels_do_what_the_operation_means(
+def test_separate_kernels_match_the_reference(
     on_cpu: list[str], body: str, parts: int, vectors: tuple[bool, ...], calls: list[str], leading: tuple[int, ...],
     quantized: bool,
 ) -> None:  # fmt: skip
@@ -222,7 +222,7 @@ def test_separate_kernels_do_what_the_operation_means(
     assert on_cpu[1].startswith("quantize" if quantized else "body")
 
 
-def test_separate_kernels_of_many_operands_and_of_no_rows(on_cpu: list[str]) -> None:
+def test_separate_kernels_with_many_operands_and_with_no_rows(on_cpu: list[str]) -> None:
     x, xs = numerics.quantize(torch.randn(4, 128), numerics.format_of([1, 128], E4M3))
     w, ws = numerics.quantize(torch.randn(16, 128), numerics.format_of([128, 128], E4M3))
     others = [torch.randn(4, 16) for _ in range(3)]
@@ -249,7 +249,7 @@ def test_separate_kernels_of_many_operands_and_of_no_rows(on_cpu: list[str]) -> 
         ({"bias": torch.zeros(128)}, True),
     ],
 )
-def test_what_one_kernel_takes(change: dict[str, Any], fits: bool) -> None:
+def test_problems_that_fit_one_kernel(change: dict[str, Any], fits: bool) -> None:
     x, xs = numerics.quantize(torch.randn(6, 256), numerics.format_of([1, 128], E4M3))
     w, ws = numerics.quantize(torch.randn(128, 256), numerics.format_of([128, 128], E4M3))
     given = fused_product.FusedLinear(x, xs, w, ws, None, [], SWIGLU, 2, [1, 128], [128, 128])

@@ -1,4 +1,4 @@
-"""The product with a body on a Hopper GPU: each form of the kernel, and the operator whichever way it takes."""
+"""GEMMs with a fused expression on a Hopper GPU: each form of the kernel, and each path of the operator."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ RELATIVE = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 5e-4}
 
 
 def operands(m: int, n: int, k: int, garbage: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales that all differ, for sums of about 1; `garbage` rows of NaN follow x, and its scales."""
+    """Distinct codes and scales, for sums of about 1; `garbage` rows of NaN follow x and its scales."""
     generator = torch.Generator("cuda").manual_seed(m + n + k)
 
     def codes(rows: int) -> Tensor:
@@ -62,12 +62,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def body_of(config: FusedGemmConfig) -> tuple[str, int]:
-    """A body for a form, and how many operands it has beside the sums."""
+    """An expression for a form, and its number of operands other than the sums."""
     return (SWIGLU, 0) if config.parts == 2 else (SCALED, 2)
 
 
 def others_of(count: int, m: int, n: int) -> list[Tensor]:
-    """Rows that are further apart than they are long, and a vector."""
+    """Rows with a stride larger than their length, and a vector."""
     made = [torch.randn(m, n + 24, device="cuda", dtype=torch.bfloat16)[:, :n], torch.randn(n, device="cuda")]
     return made[:count]
 
@@ -104,7 +104,7 @@ def test_rows_and_garbage_and_equal_bits(config: FusedGemmConfig, m: int) -> Non
         (torch.int8, "vllm", "col_major"),
     ],
 )
-def test_codes_are_those_of_the_result(
+def test_codes_match_the_quantized_result(
     config: FusedGemmConfig, layout: str, dtype: torch.dtype, profile: str
 ) -> None:  # fmt: skip
     for m, n, k in ((1, 128, 128), (129, 512, 400), (1000, 1408, 2048)):
@@ -124,7 +124,7 @@ def test_codes_are_those_of_the_result(
 
 @pytest.mark.parametrize("config", [form for form in FORMS if form.parts == 1], ids=str)
 @pytest.mark.parametrize("n", [1, 8, 136, 200, 1000])
-def test_columns_that_fill_no_tile(config: FusedGemmConfig, n: int) -> None:
+def test_columns_that_do_not_fill_a_tile(config: FusedGemmConfig, n: int) -> None:
     body = "bf16(exp(bf16(y0) * 0.1) + x0)"  # not zero beyond the last column
     for m, k in ((65, 144), (300, 1104)):
         x, xs, w, ws = operands(m, n, k)
@@ -141,7 +141,7 @@ def test_columns_that_fill_no_tile(config: FusedGemmConfig, n: int) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_sums_that_no_body_rounds(parts: int) -> None:
+def test_sums_that_the_expression_does_not_round(parts: int) -> None:
     config = next(form for form in FORMS if form.parts == parts and form.waves == 1)
     body = "y0 * 2" if parts == 1 else "y0 - y1 * 0.5"
     assert HOPPER.fused_gemm.why_not(config, FusedGemmProblem(200, 256, 512, parts, handed_bytes=4, block=None)) is None
@@ -154,8 +154,8 @@ def test_sums_that_no_body_rounds(parts: int) -> None:
 
 @forms
 @pytest.mark.parametrize("dtype", [E4M3, torch.int8])
-def test_what_is_not_finite_poisons_its_tile_of_the_result(config: FusedGemmConfig, dtype: torch.dtype) -> None:
-    """A NaN code and a NaN scale of a row make its results NaN; one column that is not finite, one tile of each row."""
+def test_nonfinite_values_poison_their_tile_of_the_result(config: FusedGemmConfig, dtype: torch.dtype) -> None:
+    """A NaN code or NaN scale of a row makes its results NaN; a non-finite column makes one tile of each row NaN."""
     m, n, k = 70, 256, 256
     x, xs, w, ws = operands(m, n * config.parts, k)
     body = SWIGLU if config.parts == 2 else GELU
@@ -190,7 +190,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rows", [(1,), (3, 5), (2, 150), (2048,)])
-def test_the_operator_whichever_way_it_takes(case: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operator_on_every_path(case: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     body, parts, kinds, options = CASES[case]
     n, k = 768, 1024
     m = math.prod(rows)
@@ -227,7 +227,7 @@ def test_the_operator_whichever_way_it_takes(case: str, rows: tuple[int, ...], m
 
 @pytest.mark.parametrize("m", [1, 5, 4099])
 @pytest.mark.parametrize("body", ["bf16(silu(y0) * y1)", "bf16(x0 + y0)", "f16(y0 * x0 + x1)", "y0 / 3"])
-def test_a_body_alone(body: str, m: int) -> None:
+def test_an_expression_alone(body: str, m: int) -> None:
     made, n = parse(body), 520
     both = torch.randn(m, 2 * n, device="cuda", dtype=torch.bfloat16)
     sums = list(both.chunk(2, -1)) if "y1" in made.operands else [both[:, :n]]

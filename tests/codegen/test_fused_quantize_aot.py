@@ -1,4 +1,4 @@
-"""The kernel of fused quantization compiled for Hopper without a GPU: wide accesses, no spills, exact arithmetic."""
+"""The fused quantization kernel compiled for Hopper without a GPU: wide accesses, no spills, exact arithmetic."""
 
 import os
 import re
@@ -54,25 +54,25 @@ def test_profiles_and_layouts(profile: str, layout: str) -> None:
     assert "F2FP.SATFINITE.E4M3" in code.sass
 
 
-def test_six_operands_and_two_kept_values() -> None:
+def test_six_operands_and_two_residual_outputs() -> None:
     text = "h = bf16(x0 + x1); g = h * x2 + x3; bf16(standardize(g, 1e-05) * x4) * x5"
     assert_good(compile_fused_quantize(text, (B16,) * 6, 8192, vectors=(4, 5), keep=("h", "g")), 4, 2)
 
 
 def test_a_product_and_a_sum_stay_two_roundings() -> None:
-    # With and without the sum there are as many multiply-adds: those of the quantization.
+    # The sum does not change the number of multiply-adds, all of which belong to the quantization.
     plain, summed = (compile_fused_quantize(text, (F32, F32), 4096) for text in ("x0 * x1", "x0 * x1 + x0"))
     fused = [len(re.findall(r"\bFFMA\b", code.sass)) for code in (plain, summed)]
     assert fused[0] == fused[1] > 0
     assert summed.float_adds > plain.float_adds
 
 
-def test_rounding_is_not_optimised_away() -> None:
+def test_rounding_is_not_optimized_away() -> None:
     rounded, plain = (compile_fused_quantize(text, (F32, F32), 4096) for text in ("bf16(x0 + x1) * x1", "x0 * x1"))
     assert "F2FP.BF16" in rounded.sass and "F2FP.BF16" not in plain.sass
 
 
-def test_one_body_is_one_function() -> None:
+def test_equal_expressions_share_one_function() -> None:
     assert triton_function(NORM, ()) is triton_function(NORM, ())
     other = triton_function(ADD_NORM, ("h",))
     assert other is not triton_function(ADD_NORM, ())
@@ -86,7 +86,7 @@ def test_another_process_finds_the_same_kernel() -> None:
     assert done.stdout.strip() == triton_function(ADD_NORM, ("h",)).cache_key
 
 
-def test_the_source_is_the_body_in_python() -> None:
+def test_the_source_is_the_expression_in_python() -> None:
     assert source(parse(ADD_NORM), ("h",), "f").splitlines()[1:] == [
         "    v_h = bf16_sum(x0, x1)",
         "    v_n = rsqrt((mean((wide(v_h) * wide(v_h)), inside, columns) + 1e-06))",
@@ -103,7 +103,7 @@ def test_every_function_compiles(name: str) -> None:
     assert (code.local_loads, code.local_stores) == (0, 0)
 
 
-def test_what_no_function_can_be_made_of_is_refused() -> None:
+def test_expressions_that_cannot_become_functions_are_refused() -> None:
     with pytest.raises(CodegenError, match="too few parameters: got x6"):
         triton_function("x0 + x6")
     with pytest.raises(CodegenError, match="needs whole rows"):

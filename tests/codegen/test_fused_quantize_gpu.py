@@ -1,4 +1,4 @@
-"""Fused quantization on a Hopper GPU: values as torch computes them; codes and scales bit for bit `numerics`."""
+"""Fused quantization on a Hopper GPU: values match torch; codes and scales match `numerics` bit for bit."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ EXACT = {
     "far from zero": ("r = bf16(relu(2 - x0) + 3); r", ()),
     "prescaled": ("h = bf16(x0 + x1); r = neg(h) * x2; r", (2,)),
 }
-"""Arithmetic alone, so the values have the bits of torch's; and which operands are vectors."""
+"""Pure arithmetic, so values match torch bit for bit; and which operands are vectors."""
 
 CLOSE = {
     "norm": ("n = rsqrt(mean(x0 * x0) + 1e-06); r = bf16(x1 * bf16(x0 * n)); r", (1,)),
@@ -44,7 +44,7 @@ CLOSE = {
     "roots": ("r = bf16(rsqrt(x0 * x0 + 0.5) - x1); r", ()),
     "exponentials": ("r = bf16(exp(x0) * sigmoid(x1)); r", ()),
 }
-"""Sums in another order, or functions with an error of their own."""
+"""Sums in a different order, or functions with their own error."""
 
 
 def fused(
@@ -75,7 +75,7 @@ def reference(body: str, operands: Sequence[Tensor], keep: Sequence[str] = ("r",
 
 
 def assert_same_codes(got: Tensor, want: Tensor) -> None:
-    """Equal bits, except that a NaN may be any NaN."""
+    """Compares bits; any NaN equals any other NaN."""
     codes, expected = got.cpu().view(torch.uint8), want.cpu().view(torch.uint8)
     nan, expected_nan = got.cpu().float().isnan(), want.cpu().float().isnan()
     wrong = torch.where(nan | expected_nan, nan != expected_nan, codes != expected).nonzero()
@@ -87,14 +87,14 @@ def assert_same_codes(got: Tensor, want: Tensor) -> None:
 
 
 def assert_quantized(q: Tensor, scale: Tensor, result: Tensor, block: Sequence[int], profile: str) -> None:
-    """What the kernel has made is the quantization of the very values that it has kept."""
+    """Checks that the codes and scales are the quantization of exactly the values that the kernel returned."""
     want_q, want_scale = numerics.quantize(result.cpu(), numerics.format_of(block, q.dtype, profile))
     torch.testing.assert_close(scale.cpu(), want_scale, rtol=0, atol=0, equal_nan=True)
     assert_same_codes(q, want_q)
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    """Nearly all equal; the rest within what one ulp of bfloat16 in an intermediate value comes to at the end."""
+    """Nearly all values are equal; the others differ by the effect of one bfloat16 ulp in an intermediate value."""
     assert got.shape == want.shape and got.dtype == want.dtype
     ours, theirs = got.cpu().float(), want.float()
     assert torch.equal(ours.isnan(), theirs.isnan())
@@ -105,12 +105,12 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("dtypes", [(B16,), (F32, B16, F16), (F16, F32)])
-def test_arithmetic_has_the_bits_of_torch(name: str, dtypes: Sequence[torch.dtype]) -> None:
+def test_arithmetic_matches_torch_bit_for_bit(name: str, dtypes: Sequence[torch.dtype]) -> None:
     body, vectors = EXACT[name]
     for rows, columns in ((37, 384), (3, 77), (700, 1000)):
         operands = operands_of(body, vectors, rows, columns, dtypes)
         q, scale, kept = fused([x.cuda() for x in operands], body)
-        # On the GPU, because torch's square root on a CPU is an ulp off here and there.
+        # On the GPU, because some of torch's square roots on a CPU are off by an ulp.
         assert torch.equal(kept, reference(body, operands, device="cuda")[0])
         assert_quantized(q, scale, kept, (1, 128), "deepseek")
 
@@ -138,7 +138,7 @@ def test_profiles_formats_and_blocks(profile: str, dtype: torch.dtype, block_k: 
             assert_quantized(q, scale, kept, block, profile)
 
 
-def test_what_is_not_finite() -> None:
+def test_nonfinite_values() -> None:
     kinds = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-44, 3e38, 88.0, -88.0, -104.0, 1.0625)
     x = torch.tensor(kinds).repeat(20, 32)
     x[3:] *= torch.randn(17, 384)
@@ -169,7 +169,7 @@ def test_what_is_not_finite() -> None:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def divisions(starts, differences, TOP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Counts where the scales and reciprocals of the kernels are not the correctly rounded ones."""
+    """Counts kernel scales and reciprocals that are not correctly rounded."""
     bits = tl.load(starts + tl.program_id(0)) + tl.program_id(1) * 1024 + tl.arange(0, 1024)
     value = bits.to(tl.float32, bitcast=True)
     scales = tl.sum((scale_of(value, 1e-37, TOP, False) != tl.div_rn(value, TOP)).to(tl.int32), axis=0)
@@ -179,7 +179,7 @@ def divisions(starts, differences, TOP: tl.constexpr):  # type: ignore[no-untype
 
 @pytest.mark.parametrize("top", sorted(numerics.FORMAT_MAX.values()))
 def test_scales_and_reciprocals_are_correctly_rounded(top: float) -> None:
-    # Every significand at some exponents: both are made without a division.
+    # Every significand at some exponents: both are computed without a division.
     exponents = torch.tensor([127 - 100, 127 - 60, 127 - 13, 126, 127, 128, 127 + 100, 127 + 120], device="cuda")
     differences = torch.zeros(2, dtype=torch.int32, device="cuda")
     divisions[(len(exponents), 2**23 // 1024)]((exponents * 2**23).int(), differences, TOP=top)
@@ -221,7 +221,7 @@ def test_slices_views_and_batches() -> None:
             assert_quantized(q, scale, kept, (1, 128), "deepseek")
 
 
-def test_six_operands_and_two_kept_values() -> None:
+def test_six_operands_and_two_residual_outputs() -> None:
     body = "h = bf16(x0 + x1); g = h * x2 - x3; bf16(standardize(g, 1e-05) * x4) * x5"
     operands = operands_of(body, (4, 5), 70, 600, (B16, F32, F16))
     q, scale, h, g = fused([x.cuda() for x in operands], body, keep=("h", "g"))
@@ -233,7 +233,7 @@ def test_six_operands_and_two_kept_values() -> None:
     assert torch.allclose(numerics.dequantize(q.cpu(), scale.cpu()), result, rtol=0.07, atol=0.05)
 
 
-def test_what_the_kernel_refuses_is_computed_all_the_same() -> None:
+def test_problems_that_the_kernel_refuses_are_still_computed() -> None:
     def check(operands: list[Tensor], body: str, block: list[int], keep: Sequence[str] = ("r",)) -> None:
         assert why_not_fused(operands, parse(body), keep, block) is not None
         q, scale, *kept = torch.ops.qcompiler.fused_quantize(operands, body, keep, block, E4M3, "deepseek", "row_major")
@@ -262,8 +262,8 @@ def test_offsets_beyond_32_bits() -> None:
         del q, scale, kept
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
-def test_a_cuda_graph_takes_it_and_runs_repeat() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses its own deprecated functions
+def test_cuda_graph_capture_and_repeatable_results() -> None:
     body, vectors = CLOSE["sum, norm"]
     operands = [x.cuda() for x in operands_of(body, vectors, 64, 1024)]
     first = fused(operands, body)

@@ -1,7 +1,7 @@
-"""Fused quantization run by the interpreter of Triton on a CPU: indexing, masks, reductions, scales and INT8 codes.
+"""Fused quantization in Triton's interpreter on a CPU: indexing, masks, reductions, scales and INT8 codes.
 
-The interpreter is chosen when Triton is imported, hence one process of its own for all cases. It has no exponential
-functions and rounds to FP8 and to bfloat16 wrongly; so bodies round to float16 here, and codes are INT8.
+The interpreter is chosen when Triton is imported, so all cases run in a separate process. It has no exponential
+functions and rounds to FP8 and bfloat16 incorrectly; so expressions round to float16 here, and codes are INT8.
 """
 
 import math
@@ -19,7 +19,7 @@ SUM = "r = f16(x0 + x1); r"
 GATED = "g = f16(x0 / (1 + x1 * x1)); r = g * x2 - 1; r"
 NORM = "h = f16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); r = f16(x2 * f16(h * n)); r"
 LAYER_NORM = "r = standardize(x0, 1e-05) * x1 + 0.5; r"
-FAR = "r = relu(1 - x0) + 3; r"  # on the zeros beyond the last column it is 4
+FAR = "r = relu(1 - x0) + 3; r"  # zeros beyond the last column become 4
 
 
 def _case(
@@ -56,7 +56,7 @@ def _case(
 
 
 def _fma(_builder: object, x: "TensorHandle", y: "TensorHandle", z: "TensorHandle") -> "TensorHandle":
-    """x * y + z, rounded once: the interpreter's own rounds the product, too."""
+    """x * y + z with one rounding: the interpreter's own version also rounds the product."""
     a, b, c = (each.data.astype("float64") for each in (x, y, z))
     return TensorHandle((a * b + c).astype(x.data.dtype), x.dtype.scalar)
 
@@ -90,7 +90,7 @@ def _version(package: str) -> tuple[int, ...]:
 
 @pytest.mark.skipif(
     _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
-    reason="the interpreter of Triton before 3.7 does not know NumPy 2.4",
+    reason="Triton's interpreter before 3.7 does not support NumPy 2.4",
 )
 @pytest.mark.timeout(240)
 def test_the_kernel_under_the_interpreter() -> None:

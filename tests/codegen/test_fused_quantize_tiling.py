@@ -1,4 +1,4 @@
-"""The tiles of the kernel of fused quantization: what they must be for any problem; few rows are spread out."""
+"""Tiles of the fused quantization kernel: invariants for any problem, and enough programs for few rows."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def fused_config(
 @pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("operand_bytes", [2, 4])
 @pytest.mark.parametrize("kept", [0, 2])
-def test_a_tile_is_one_that_the_kernel_can_run(block_k: int, whole_rows: bool, operand_bytes: int, kept: int) -> None:
+def test_the_kernel_can_run_the_tile(block_k: int, whole_rows: bool, operand_bytes: int, kept: int) -> None:
     for m in ROWS:
         for k in COLUMNS:
             tile = fused_config(m, k, block_k, whole_rows=whole_rows, operand_bytes=operand_bytes, kept=kept)
@@ -39,7 +39,7 @@ def test_a_tile_is_one_that_the_kernel_can_run(block_k: int, whole_rows: bool, o
             assert tile.block_m * tile.block_k <= 128 * 32 * tile.warps, "more than 128 numbers a thread"
 
 
-def test_few_rows_are_not_put_into_few_programs() -> None:
+def test_few_rows_are_spread_over_many_programs() -> None:
     for m in (1, 16, 64, 132, 512):
         tile = fused_config(m, 4096, 128, whole_rows=True, operand_bytes=2, kept=0)
         assert ceil_div(m, tile.block_m) == m

@@ -1,4 +1,4 @@
-"""The Gluon kernels compiled for Hopper without a GPU: what their machine code has to show."""
+"""The Gluon kernels compiled for Hopper without a GPU: required properties of the machine code."""
 
 import re
 
@@ -34,24 +34,24 @@ def test_warp_specialized(config: GemmConfig) -> None:
             continue
         code = compile_gemm(config, out_dtype=out_dtype, bias_dtype=bias)
         assert_no_spills(code)
-        # A wave is four instructions of K = 32 into fresh registers; each consumer has code of its own.
+        # A wave is four instructions of K = 32 into fresh registers; each consumer has its own code.
         assert code.qgmma == 4 * waves * config.consumers
         assert f"QGMMA.64x{config.block_n}x32.F32.E4M3.E4M3" in code.sass
         assert (code.tma_loads, code.tma_stores) == (2 * boxes + 1, waves * config.consumers)
         assert code.shared_memory <= shared_memory(config, out_dtype.itemsize), "the estimate is not an upper bound"
-        # What a thread has at the start, when all warpgroups share alike; then the consumers take from the producer.
+        # Registers per thread at the start, equal for all warpgroups; the consumers then take some from the producer.
         assert code.registers == {1: 255, 2: 168, 3: 128}[config.consumers]
         shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code.sass)}
         assert {1: {40}, 2: {232, 40}, 3: {160, 32}}[config.consumers] <= shares
 
 
 @pytest.mark.parametrize("config", WARP, ids=str)
-def test_turns_are_taken_and_given_by_barriers_that_triton_leaves_free(config: GemmConfig) -> None:
+def test_turns_use_barriers_that_triton_does_not_use(config: GemmConfig) -> None:
     code = compile_gemm(config)
     waves = config.block_m // config.consumers // 64
     taken = re.findall(r"BAR\.SYNC\S* (0x[0-9a-f]+), 0x100 ", code.sass)
     given = re.findall(r"BAR\.ARV (0x[0-9a-f]+), 0x100 ", code.sass)
-    # One of each a wave, one given before the first, and one taken after the last. Two single waves take none.
+    # One wait and one arrive per wave, plus an arrive before the first and a wait after the last; none for 2 waves.
     turns = waves * config.consumers > 2
     assert len(taken) == len(given) == (waves * config.consumers + 1 if turns else 0)
     assert set(taken) == set(given) == {hex(8 + who) for who in range(config.consumers if turns else 0)}
@@ -66,7 +66,7 @@ def test_narrow(config: GemmConfig, out_dtype: torch.dtype) -> None:
         code = compile_gemm(config, out_dtype=out_dtype, bias_dtype=bias)
         assert_no_spills(code)
         assert code.qgmma == 4 * 128 // 64 and f"QGMMA.64x{config.block_m}x32.F32.E4M3.E4M3" in code.sass
-        # Three copies a stage before the loop, and three in it.
+        # Three copies per stage before the loop, and three in it.
         assert (code.tma_loads, code.tma_stores) == (3 * (config.stages + 1), 0)
         assert code.shared_memory <= shared_memory(config, out_dtype.itemsize)
 
@@ -86,18 +86,18 @@ def test_narrower_tiles_of_the_activation(x_block: int) -> None:
         code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block)
         assert_no_spills(code)
         assert code.shared_memory <= shared_memory(config, 2, steps)
-        # As many tensor core instructions as with [1, 128], but their sums are promoted in each step of a stage.
+        # As many tensor core instructions as with [1, 128], but each step of a stage promotes its sums.
         if config.variant in WARPS:
             waves, boxes = config.block_m // 64, config.block_m // config.box
             assert (code.qgmma, code.tma_loads) == (4 * waves, boxes * (1 + steps) + 1)
             assert code.float_adds >= steps * config.block_m * config.block_n // 128
-            assert not re.search(r"BAR\.ARV", code.sass), "short waves take no turns"
+            assert not re.search(r"BAR\.ARV", code.sass), "short waves do not use turns"
         else:
             assert (code.qgmma, code.tma_loads) == (4 * 128 // 64, (2 + steps) * (config.stages + 1))
             assert code.float_adds >= steps * config.block_m * config.block_n // (config.warps * 32)
 
 
-def test_sum_of_splits_reads_and_writes_wide() -> None:
+def test_sum_of_splits_uses_wide_loads_and_stores() -> None:
     splits = 2
     while splits <= MOST_SPLITS:
         for out_dtype in (torch.bfloat16, torch.float32):

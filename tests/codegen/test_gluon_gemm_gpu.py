@@ -1,4 +1,4 @@
-"""The Gluon kernels on a Hopper GPU, each configuration by itself, against float64 of the same operands."""
+"""Each configuration of the Gluon kernels on a Hopper GPU, against float64 on the same operands."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 4e-4}
 def operands(
     m: int, n: int, k: int, x_block: int = 128, garbage: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes and scales that all differ; `garbage` rows of NaN follow those of x, and scales of NaN theirs."""
+    """Distinct codes and scales; `garbage` rows of NaN follow the rows of x, and NaN scales follow its scales."""
     generator = torch.Generator("cuda").manual_seed(m + n + k)
 
     def codes(rows: int) -> Tensor:
@@ -70,7 +70,7 @@ def test_ragged_shapes_garbage_beyond_the_rows_and_equal_bits(config: GemmConfig
         whole = torch.full((m + 60, n), 7.0, dtype=dtype, device="cuda")
         out = whole[:m].fill_(math.nan)
         launch_gemm(config, x, w, out, xs, ws, bias)
-        if want.abs().max() < 6e4 or dtype != torch.float16:  # float16 ends at 65504
+        if want.abs().max() < 6e4 or dtype != torch.float16:  # the float16 maximum is 65504
             assert relative_error(out, want) <= TOLERANCE[dtype]
         assert bool((whole[m:] == 7.0).all()), "wrote beyond the last row"
         again = torch.full_like(out, math.nan)
@@ -89,8 +89,8 @@ def test_any_number_of_rows(config: GemmConfig) -> None:
 
 
 @configs
-def test_nan_codes_and_scales_poison_their_row_and_no_other(config: GemmConfig) -> None:
-    # Of a weight: the outputs of the code's row, and those of the scale's block.
+def test_nan_codes_and_scales_poison_only_their_row(config: GemmConfig) -> None:
+    # In the weight: a code poisons the outputs of its row, a scale the outputs of its block.
     m, n, k = 12, 264, 640
     x, xs, w, ws = operands(m, n, k)
     clean, out = torch.empty(2, m, n, dtype=torch.bfloat16, device="cuda")
@@ -124,7 +124,7 @@ def test_other_tiles_of_the_activation(config: GemmConfig, x_block: int) -> None
 
 @pytest.mark.parametrize(("x_block", "config"), gluon_configs((32, 64)), ids=str)
 def test_each_narrow_tile_has_its_own_scale(config: GemmConfig, x_block: int) -> None:
-    # One tile of each row, not the same in all, has a scale that is not zero: what is left is the sum over that tile.
+    # One tile in each row, not always the same, has a nonzero scale: the result is the sum over that tile.
     m, n, k = 80, 136, 1024
     x, _, w, _ = operands(m, n, k)
     chosen = torch.arange(m, device="cuda") % (k // x_block)
@@ -139,8 +139,8 @@ def test_each_narrow_tile_has_its_own_scale(config: GemmConfig, x_block: int) ->
 
 @configs
 def test_sums_are_promoted_every_128_of_k(config: GemmConfig) -> None:
-    # Equal signs make the sum grow, so that 14 bits of accumulator lose ever more of each addend. The vendor's fast
-    # accumulation on the very same operands shows what an unpromoted sum looks like.
+    # Equal signs make the sum grow, so an accumulator with 14 bits loses ever more of each addend. The vendor's fast
+    # accumulation on the same operands shows the error of an unpromoted sum.
     m = n = 256
     k = 32768
     x = (torch.rand(m, k, device="cuda") * 0.5 + 0.5).to(E4M3)
@@ -151,7 +151,7 @@ def test_sums_are_promoted_every_128_of_k(config: GemmConfig) -> None:
     fast = relative_error(torch._scaled_mm(x, w.T, one, one, out_dtype=torch.float32, use_fast_accum=True), want)
     dtype = torch.float32 if can_run(config, m, n, k, torch.float32) else torch.float16
     out = torch.empty(m, n, device="cuda", dtype=dtype)
-    scale = 2.0**-4  # the sums are near 18000, and float16 ends at 65504
+    scale = 2.0**-4  # the sums are near 18000, and the float16 maximum is 65504
     launch_gemm(config, x, w, out, xs * scale, ws, None)
     assert relative_error(out.double() / scale, want) <= 5e-4
     assert fast > 5 * 5e-4
@@ -171,7 +171,7 @@ def test_operands_and_outputs_beyond_32_bits(config: GemmConfig) -> None:
         del x, out
 
 
-def test_scales_in_rows_choose_a_portable_kernel() -> None:
+def test_scales_in_rows_select_a_portable_kernel() -> None:
     for m in (16, 1024):
         x, xs, w, ws = operands(m, 4096, 4096)
         rows = xs.contiguous()
@@ -185,7 +185,7 @@ def test_scales_in_rows_choose_a_portable_kernel() -> None:
 
 
 @pytest.mark.parametrize("variant", ["narrow", "split"])
-def test_splits_of_k_are_added_whatever_their_number(variant: str) -> None:
+def test_any_number_of_k_splits_is_added(variant: str) -> None:
     config = next(config for config in CONFIGS if config.variant == variant)
     seen = set()
     for k in (128, 640, 1040, 2048, 4096, 7168, 8208):

@@ -1,4 +1,4 @@
-"""The grouped kernels compiled for Hopper without a GPU: what their machine code has to show."""
+"""The grouped kernels compiled for Hopper without a GPU: required properties of the machine code."""
 
 import pytest
 import torch
@@ -17,26 +17,28 @@ def test_machine_code(config: GroupedConfig, groups: int, masked: bool) -> None:
     out_dtype = torch.bfloat16 if config is TALL else torch.float32
     code = compile_grouped(config, out_dtype=out_dtype, groups=groups, masked=masked)
     assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
-    # Each consumer has four instructions of K = 32 in code of its own, for 64 rows of the left operand.
+    # Each consumer has its own code with four instructions of K = 32, for 64 rows of the left operand.
     wide = config.variant == "wide"
     consumers = config.block_m // 64 if wide else 2
     columns = 128 if wide else config.block_m
     assert code.qgmma == 4 * consumers and f"QGMMA.64x{columns}x32.F32.E4M3.E4M3" in code.sass
-    # A copy of the weights, and one of rows and one of scales for each box; 64 rows of the output leave at a time.
+    # One copy of the weights, one of rows and one of scales per box; the output is stored 64 rows at a time.
     assert (code.tma_loads, code.tma_stores) == ((1 + 2 * consumers, consumers) if wide else (3, 0))
-    assert code.shared_memory <= grouped_memory(config, out_dtype.itemsize, groups), "the estimate is no upper bound"
-    # What a thread has at the start; then the consumers take from the producer.
+    assert code.shared_memory <= grouped_memory(config, out_dtype.itemsize, groups), (
+        "the estimate is not an upper bound"
+    )
+    # Registers per thread at the start; the consumers then take some from the producer.
     assert code.registers == {2: 168, 3: 128}[consumers]
 
 
 @pytest.mark.parametrize("out_bytes", [2, 4])
-def test_whatever_is_chosen_fits_shared_memory_and_each_is_chosen(out_bytes: int) -> None:
+def test_every_choice_fits_shared_memory_and_every_config_is_chosen(out_bytes: int) -> None:
     chosen = {choose_grouped(mean, out_bytes) for mean in range(400)}
     assert chosen == set(CONFIGS) - ({TALL} if out_bytes == 4 else set())
     assert all(grouped_memory(config, out_bytes, MOST_GROUPS) <= SHARED_MEMORY_LIMIT for config in chosen)
 
 
-def test_the_table_has_a_power_of_two_of_entries() -> None:
+def test_the_table_size_is_a_power_of_two() -> None:
     sizes = {groups: table_size(groups) for groups in (1, 2, 31, 32, 33, 64, 100, 255, 256, 257, MOST_GROUPS)}
     assert all(size >= groups and size & (size - 1) == 0 and size >= 32 for groups, size in sizes.items())
     assert sizes[256] == 256 and sizes[257] == 512 and sizes[1] == 32

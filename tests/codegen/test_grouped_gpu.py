@@ -1,4 +1,4 @@
-"""The grouped kernels on a Hopper GPU, each configuration by itself, against float64 of the same operands."""
+"""Each configuration of the grouped kernels on a Hopper GPU, against float64 on the same operands."""
 
 import math
 from itertools import accumulate
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 E4M3 = torch.float8_e4m3fn
 NAN = 0x7F
-"""The code of a NaN in it."""
+"""The code of NaN."""
 TILES = ([1, 128], [128, 128])
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float32: 4e-4}
 configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -36,7 +36,7 @@ COUNTS = {
 
 
 def operands(rows: int, groups: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales that all differ."""
+    """Distinct codes and scales."""
     generator = torch.Generator("cuda").manual_seed(rows + n + k)
 
     def codes(*shape: int) -> Tensor:
@@ -79,14 +79,14 @@ def test_groups_garbage_and_equal_bits(config: GroupedConfig, name: str) -> None
     rows = sum(counts) + tail
     for n, k, dtype in ((464, 1104, torch.bfloat16), (128, 16, torch.float16), (264, 640, torch.float32)):
         if config is TALL and dtype is torch.float32:
-            continue  # its tile does not fit beside the ring
+            continue  # its tile does not fit next to the ring buffer
         x, xs, w, ws = operands(rows, len(counts), n, k)
         x.view(torch.uint8)[rows - tail :], xs[rows - tail :] = NAN, math.nan
         out = torch.full((rows + 5, n), math.nan, dtype=dtype, device="cuda")
         out[rows:] = 7.0
         launch_grouped(config, x, w, out[:rows], xs, ws, ends_of(counts))
         assert_close(out[: rows - tail], exact(x, xs, w, ws, spans_of(counts))[: rows - tail])
-        assert bool((out[rows - tail : rows] == 0).all()), "rows behind the last group are zero"
+        assert bool((out[rows - tail : rows] == 0).all()), "rows after the last group are zero"
         assert bool((out[rows:] == 7.0).all()), "wrote beyond the last row"
         again = torch.full_like(out, math.nan)
         for _ in range(10):
@@ -95,7 +95,7 @@ def test_groups_garbage_and_equal_bits(config: GroupedConfig, name: str) -> None
 
 
 @configs
-def test_masked_groups_leave_the_other_rows_as_they_are(config: GroupedConfig) -> None:
+def test_masked_groups_do_not_write_other_rows(config: GroupedConfig) -> None:
     for capacity, counts in ((200, [3, 0, 100, 64, 200, 192]), (7, [7, 1, 0, 5]), (1, [1, 0, 1])):
         x, xs, w, ws = operands(len(counts) * capacity, len(counts), 272, 400)
         unread = torch.ones(len(counts), capacity, dtype=torch.bool)
@@ -112,7 +112,7 @@ def test_masked_groups_leave_the_other_rows_as_they_are(config: GroupedConfig) -
 
 
 @configs
-def test_nan_codes_and_scales_poison_their_row_and_no_other(config: GroupedConfig) -> None:
+def test_nan_codes_and_scales_poison_only_their_row(config: GroupedConfig) -> None:
     counts = [5, 0, 130, 1, 64]
     x, xs, w, ws = operands(sum(counts), len(counts), 272, 400)
     clean, out = torch.empty(2, len(x), 272, dtype=torch.bfloat16, device="cuda")
@@ -134,7 +134,7 @@ def test_many_groups(config: GroupedConfig, groups: int) -> None:
     assert_close(out, exact(x, xs, w, ws, spans_of(counts)))
 
 
-def test_offsets_that_decrease_or_leave_the_tensor_are_harmless() -> None:
+def test_offsets_that_decrease_or_exceed_the_tensor_are_harmless() -> None:
     x, xs, w, ws = operands(100, 4, 128, 256)
     for config in CONFIGS:
         out = torch.full((100, 128), math.nan, dtype=torch.bfloat16, device="cuda")
@@ -145,7 +145,7 @@ def test_offsets_that_decrease_or_leave_the_tensor_are_harmless() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16, 100, 500, 2000])
-def test_the_operator_is_its_reference(tokens: int) -> None:
+def test_the_operator_matches_its_reference(tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     counts = torch.randint(0, 8, (tokens,), generator=generator).bincount(minlength=8).tolist()
     x = torch.randn(tokens, 384, generator=generator).to("cuda", torch.bfloat16)
@@ -166,7 +166,7 @@ def test_the_operator_is_its_reference(tokens: int) -> None:
 
 
 def test_one_cuda_graph_serves_all_routings() -> None:
-    """A graph holds no host code, so whatever follows new offsets happened on the device."""
+    """A graph contains no host code, so everything that depends on new offsets happens on the device."""
     for config in CONFIGS:
         x, xs, w, ws = operands(512, 16, 256, 512)
         offsets = ends_of([32] * 16)
@@ -183,7 +183,7 @@ def test_one_cuda_graph_serves_all_routings() -> None:
 
 
 def test_sums_are_promoted_every_128_of_k() -> None:
-    k = 32768  # equal signs make the sum grow, so that 14 bits of accumulator would lose ever more of each addend
+    k = 32768  # equal signs make the sum grow, so an accumulator with 14 bits would lose ever more of each addend
     x, w = ((torch.rand(1, 256, k, device="cuda") * 0.5 + 0.5).to(E4M3) for _ in range(2))
     xs, ws = torch.full((k // 128, 256), 2.0**-4, device="cuda").T, torch.ones(1, 2, k // 128, device="cuda")
     want = exact(x[0], xs, w, ws, [(0, 256)])
@@ -205,7 +205,7 @@ def test_weights_of_more_than_32_bits() -> None:
         assert_close(out[100:], exact(x[100:], xs[100:], w[-1:], ws[-1:], [(0, 300)]))
 
 
-def test_what_the_kernels_cannot_run_is_refused() -> None:
+def test_problems_that_the_kernels_cannot_run_are_refused() -> None:
     x, xs, w, ws = operands(8, 2, 128, 256)
     ends = ends_of([4, 4])
     with pytest.raises(CodegenError, match=r"blocks of the activation: got \(1, 64\); need \(1, 128\)"):
@@ -220,7 +220,7 @@ def test_what_the_kernels_cannot_run_is_refused() -> None:
 
 
 class Experts(torch.nn.Module):
-    """A mixture of experts over torch's own grouped product."""
+    """A mixture of experts on torch's grouped GEMM."""
 
     def __init__(self) -> None:
         super().__init__()

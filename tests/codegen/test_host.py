@@ -1,4 +1,4 @@
-"""The host module: its text, what it lets go of, and that it runs as the interpreter does."""
+"""The host module: its text, when it frees values, and agreement with the interpreter."""
 
 import ast
 from collections.abc import Mapping
@@ -39,14 +39,14 @@ def mlp(weights, x):
 
 @dataclass
 class Owner:
-    """What a host module calls `weights`."""
+    """The `weights` object of a host module."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @pytest.fixture
 def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test declares is forgotten after it."""
+    """Removes operations declared by a test."""
     for module, name in ((op_table, "_TABLE"), (op_table, "_DIALECTS"), (traits, "_KNOWN")):
         monkeypatch.setattr(module, name, getattr(module, name).copy())
 
@@ -112,7 +112,7 @@ def test_the_text_of_quantization_with_static_scales_and_prescales() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_graphs_run_as_the_interpreter_runs_them(seed: int) -> None:
+def test_random_graphs_match_the_interpreter(seed: int) -> None:
     graph = random_graph(seed, runnable=True)
     inputs, weights = random_inputs(graph, seed)
     updates: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ def test_the_text_of_any_graph_is_python(seed: int) -> None:
     graph = random_graph(seed)
     try:
         module = emit_host_module(graph, "cpu")
-    except (CodegenError, KeyError):  # an operation or a literal that nothing can run
+    except (CodegenError, KeyError):  # an operation or a literal without an implementation
         return
     ast.parse(module.source)
 
@@ -157,19 +157,19 @@ def test_awkward_names() -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_arguments_that_are_keywords() -> None:
+def test_arguments_named_like_keywords() -> None:
     graph = parsed("  %y = aten.uniform(%x) {from = 2.0, to = 3.0} : f32[4]\n  return %y")
     (got,) = run(graph, [torch.zeros(4)])
     assert bool((got >= 2).all()) and bool((got < 3).all())
 
 
-def test_one_result_out_of_a_list() -> None:
+def test_one_result_of_a_list() -> None:
     graph = parsed("  %y = aten.split.Tensor(%x, 4) : f32[4]\n  %z = aten.neg(%y) : f32[4]\n  return %z")
     x = torch.arange(4.0)
     assert torch.equal(run(graph, [x])[0], -x)
 
 
-def test_factories_are_told_the_device() -> None:
+def test_factories_get_the_device() -> None:
     graph = parsed("  %y = aten.arange(4) {dtype = f32} : f32[4]\n  %z = aten.add.Tensor(%x, %y) : f32[4]\n  return %z")
     source = emit_host_module(graph, "cpu").source
     assert (
@@ -183,7 +183,7 @@ def test_factories_are_told_the_device() -> None:
 
 
 @pytest.mark.parametrize("strides", [(4, 1), (1, 2)])
-def test_a_view_takes_whatever_strides_a_call_has(strides: tuple[int, int]) -> None:
+def test_a_view_accepts_the_strides_of_the_call(strides: tuple[int, int]) -> None:
     graph = parsed("  %y = aten.view(%x, [8]) : f32[8]\n  return %y\n", "%x: f32[2, 4]", "f32[8]")
     x = torch.randn(2, 4).as_strided((2, 4), strides)
     for got in (run(graph, [x]), interpret(graph, [x])):
@@ -202,7 +202,7 @@ SWAP = """
 """
 
 
-def test_updates_and_outputs_are_those_from_before_the_first_write() -> None:
+def test_updates_and_outputs_use_values_from_before_the_first_write() -> None:
     graph = parsed(SWAP, outputs="f32[2, 2], f32[4], f32[4]")
     graph.weights = {"a": torch.arange(4.0), "b": torch.arange(4.0) + 10}
     x = torch.ones(4)
@@ -215,7 +215,7 @@ def test_updates_and_outputs_are_those_from_before_the_first_write() -> None:
     assert torch.equal(x, updates["x"]) and torch.equal(x, torch.arange(4.0) + 1)
 
 
-def test_an_update_may_be_the_only_reader_of_its_value() -> None:
+def test_an_update_may_be_the_only_user_of_its_value() -> None:
     graph = parsed(
         '  %a = core.buffer() {name = "a"} : f32[4]\n  %s = aten.neg(%x) : f32[4]\n  core.update(%a, %s)\n  return %x'
     )
@@ -225,7 +225,7 @@ def test_an_update_may_be_the_only_reader_of_its_value() -> None:
 
 
 @pytest.mark.usefixtures("own_table")
-def test_what_nothing_can_run() -> None:
+def test_operations_without_an_implementation() -> None:
     declare(OpDef("strange.thing", "Has no meaning.", ("x",)))
     graph = Graph.parse(
         'func @g(%x: f32[4]) -> (f32[4]) {\n  %y = strange.thing(%x) : f32[4] loc("model.py":7)\n  return %y\n}'
@@ -237,8 +237,8 @@ def test_what_nothing_can_run() -> None:
 
 
 @pytest.mark.usefixtures("own_table")
-def test_a_kernel_from_outside_is_called_as_its_operator_says() -> None:
-    """Its meaning runs until there is an operator; then the operator's schema tells how to call it."""
+def test_an_external_kernel_is_called_by_its_operator_schema() -> None:
+    """Its reference runs until an operator exists; then the operator's schema determines the call."""
 
     def meaning(x: Tensor, factors: Tensor | None = None, *, by: int) -> Tensor:
         return x * by if factors is None else x * factors * by

@@ -1,7 +1,7 @@
-"""What each kernel takes of a multiprocessor, compiled for Hopper without a GPU; printed at the end of the run.
+"""The resources of each kernel on a multiprocessor, compiled for Hopper without a GPU; printed after the run.
 
-A kernel of one more family is one more entry of KERNELS: what it is called, and how it is compiled. What the other
-tests compile in the same way is not compiled again.
+To add a kernel family, add an entry to KERNELS: its name, and how it is compiled. Kernels that other tests compile in
+the same way are not compiled again.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     **{f"fused, {config}": partial(fused, config) for config in all_fused_configs()},
     **{f"grouped, {config}": partial(grouped, config) for config in GROUPED_CONFIGS},
 }  # fmt: skip
-"""What it is called -> the code that is chosen for many rows in bf16."""
+"""Name -> the code chosen for many rows in bf16."""
 
 
 def numbers(code: MachineCode) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def test_budget(name: str, record_property: Callable[[str, object], None]) -> No
     record_property("budget", [name, *numbers(code)])
 
 
-def test_blocks_of_a_multiprocessor() -> None:
+def test_blocks_per_multiprocessor() -> None:
     code = compile_quantize()
 
     def held(registers: int, shared_memory: int, warps: int) -> int:
@@ -94,5 +94,5 @@ def test_blocks_of_a_multiprocessor() -> None:
 
     assert held(168, 0, 4) == 3  # 168 * 32 * 4 = 21504 of 65536 registers
     assert held(161, 0, 4) == 3 and held(160, 0, 4) == 3 and held(128, 0, 4) == 4
-    assert held(16, 75 * 1024, 4) == 3 and held(16, 76 * 1024, 4) == 2  # each takes 1 KB more
+    assert held(16, 75 * 1024, 4) == 3 and held(16, 76 * 1024, 4) == 2  # each block needs 1 KB more
     assert held(16, 0, 4) == 16 and held(16, 0, 1) == 32 and held(255, 227 * 1024, 8) == 1

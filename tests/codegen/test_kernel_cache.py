@@ -1,4 +1,4 @@
-"""Compiled kernels are found again on disk, by another process, in the folder that is asked for."""
+"""Another process finds compiled kernels on disk, in the requested folder."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ print(compile_quantize().registers)
 
 
 def compiled_in(folder: Path) -> tuple[str, dict[str, int]]:
-    """What a fresh process prints, and the time stamps of the machine code that the folder holds afterwards."""
+    """The output of a fresh process, and the modification times of machine code in the folder afterwards."""
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (tests.parent, tests)))
     environment = {**os.environ, "QCOMPILER_CACHE_DIR": str(folder), "PYTHONPATH": paths}
@@ -20,7 +20,7 @@ def compiled_in(folder: Path) -> tuple[str, dict[str, int]]:
     return done.stdout, {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.cubin")}
 
 
-def test_a_second_process_takes_the_kernel_from_the_folder(tmp_path: Path) -> None:
+def test_a_second_process_loads_the_kernel_from_the_folder(tmp_path: Path) -> None:
     first, built = compiled_in(tmp_path / "kernels")
     second, found = compiled_in(tmp_path / "kernels")
     assert len(built) == 1

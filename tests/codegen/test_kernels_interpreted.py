@@ -1,7 +1,7 @@
-"""The kernels run by Triton's interpreter on a CPU, where that is exact: indexing, masks, scales, quantized products.
+"""Kernels in Triton's interpreter on a CPU, where it is exact: indexing, masks, scales, quantized GEMMs.
 
-The interpreter is chosen when Triton is imported, hence one process of its own for all cases. It rounds FP32 to FP8
-wrongly, so codes are checked only where no rounding is needed.
+The interpreter is chosen when Triton is imported, so all cases run in a separate process. It rounds FP32 to FP8
+incorrectly, so codes are checked only where no rounding is needed.
 """
 
 import math
@@ -36,14 +36,14 @@ def _gemm(config: "GemmConfig", m: int, n: int, k: int, dtype: "torch.dtype", bi
         x, xs, w, ws, addend, x_format=numerics.format_of((1, x_block), x.dtype), out_dtype=torch.float32
     )
     error = float((store[:m].float() - want).norm() / want.norm())
-    # The interpreter truncates to bfloat16, where the GPU rounds.
+    # The interpreter truncates to bfloat16; the GPU rounds.
     assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype], (config, m, n, k, error)
     assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
 
 
 def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     rule = numerics.profile(name)
-    # Sums of two powers of two, so that dividing by the power-of-two scales below needs no rounding.
+    # Sums of two powers of two: dividing them by the power-of-two scales below needs no rounding.
     base = torch.randint(0, 8, (m, k + 5)).float().add(8).mul(torch.randint(0, 2, (m, k + 5)).mul(2).sub(1))
     base[:, ::block_k] = 14.0
     if m > 1:
@@ -62,7 +62,7 @@ def _quantize(m: int, k: int, name: str, layout: str, block_k: int) -> None:
     assert torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True), (m, k, name, layout)
     assert bool(want_scale[0, -1].isnan()) and bool(want_scale[1:2, 0].isnan().all())
     assert bool((q[m:].float() == 7.0).all()), "wrote beyond the last row"
-    kept = want_q.float().isfinite() & (x != 0)  # the interpreter makes other codes of NaN
+    kept = want_q.float().isfinite() & (x != 0)  # the interpreter encodes NaN differently
     got, want = q[:m].float()[kept], want_q.float()[kept]
     assert torch.allclose(got, want, rtol=0.07), (m, k, name, layout)
 
@@ -111,12 +111,12 @@ def _amax_of_finite(m: int, k: int) -> None:
 
 
 def _portable(x_block: int) -> "list[GemmConfig]":
-    """The configurations without those in Gluon, which has no interpreter."""
+    """The configurations that are not in Gluon, which has no interpreter."""
     return [config for config in all_configs("tiles", x_block) if config.variant not in GLUON]
 
 
 def _fma(_builder: object, x: "TensorHandle", y: "TensorHandle", z: "TensorHandle") -> "TensorHandle":
-    """x * y + z, rounded once: the interpreter's own rounds the product, too."""
+    """x * y + z with one rounding: the interpreter's own version also rounds the product."""
     a, b, c = (each.data.astype("float64") for each in (x, y, z))
     return TensorHandle((a * b + c).astype(x.data.dtype), x.dtype.scalar)
 
@@ -160,7 +160,7 @@ def _version(package: str) -> tuple[int, ...]:
 
 @pytest.mark.skipif(
     _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
-    reason="the interpreter of Triton before 3.7 does not know NumPy 2.4",
+    reason="Triton's interpreter before 3.7 does not support NumPy 2.4",
 )
 @pytest.mark.timeout(240)
 def test_kernels_under_the_interpreter() -> None:

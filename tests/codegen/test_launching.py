@@ -1,4 +1,4 @@
-"""Launches without a GPU: what reaches the C function of Triton, what is remembered of a call, and what never is."""
+"""Launches without a GPU: arguments of Triton's C function, calls that are recorded, and calls that must not be."""
 
 import gc
 import weakref
@@ -22,19 +22,19 @@ from qcompiler.errors import CodegenError
 CPU = torch.device("cpu")
 STREAM = 7
 
-# Programs, stream, the arguments of the kernel: what the C function was given, and what Triton's own way was given.
+# Programs, stream and kernel arguments passed to the C function, and to Triton's own launcher.
 Call = tuple[int, int, list[Any]]
 DIRECT: list[Call] = []
 PLAIN: list[Call] = []
 ENCODED: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
 HEAD = 13
-"""Arguments of the C function of Triton 3.6 in front of the kernel's."""
+"""Arguments of Triton 3.6's C function that precede the kernel's arguments."""
 PACKED = (4, 1, 0)
 """Warps, blocks of a cluster, shared memory."""
 
 
 def make_tensordesc_arg(given: Any, metadata: dict[str, Any]) -> list[Any]:
-    """Stands where the module of Triton's launcher has its own, for the module of `Launcher`."""
+    """Encodes descriptors for `Launcher`, in its module, as in Triton."""
     ENCODED.append((given.base.data_ptr(), tuple(given.shape), tuple(given.strides)))
     return [("map", metadata["block"], *ENCODED[-1]), *given.shape, *given.strides]
 
@@ -76,7 +76,7 @@ class ListedLauncher(Launcher):
 
 @dataclass
 class Compiled:
-    """As Triton's `CompiledKernel`."""
+    """Like Triton's `CompiledKernel`."""
 
     run: Launcher = field(default_factory=Launcher)
     metadata: Any = None
@@ -89,7 +89,7 @@ class Compiled:
 
 @dataclass(eq=False)
 class Jit:
-    """As Triton's `JITFunction`: launching compiles."""
+    """Like Triton's `JITFunction`: launching compiles."""
 
     make: Callable[[], Compiled] = Compiled
     block: int = 16
@@ -114,7 +114,7 @@ class Jit:
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enqueue, "_builtin", lambda function: function)
     for module in (enqueue, replay):
-        monkeypatch.setattr(module, "current_device", lambda: -1)  # a tensor of the CPU is on this one
+        monkeypatch.setattr(module, "current_device", lambda: -1)  # the device of CPU tensors
         monkeypatch.setattr(module, "current_stream", lambda _: STREAM)
     monkeypatch.setattr(launching, "_COMPILED", {})
     enqueue.MAPS.clear()
@@ -128,7 +128,7 @@ def start(kernel: Jit, *tensors: Tensor | None, programs: int = 3, numbers: Sequ
 
 
 def launched() -> list[Call]:
-    """What the C function was given, without the trials of an empty grid."""
+    """The C function's arguments, without the trial launches with an empty grid."""
     return [call for call in DIRECT if call[0] != 0]
 
 
@@ -145,7 +145,7 @@ def tile(tensor: Tensor, block: int = 16) -> Any:
      (ListedLauncher(flat), "plain")],
     ids=["flat", "listed", "flat, another function", "listed, another function"],
 )  # fmt: skip
-def test_the_c_function_is_called_as_its_version_wants(launcher: Launcher, path: str) -> None:
+def test_the_c_function_is_called_with_the_signature_of_its_version(launcher: Launcher, path: str) -> None:
     kernel, x, y = Jit(lambda: Compiled(launcher)), torch.ones(4), torch.ones(4)
     start(kernel, x, None, numbers=[5])
     (remembered,) = launching._COMPILED.values()
@@ -159,13 +159,13 @@ def test_the_c_function_is_called_as_its_version_wants(launcher: Launcher, path:
 
 
 @pytest.mark.parametrize("name", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
-def test_launches_that_do_more_are_left_to_triton(name: str) -> None:
+def test_launches_that_need_more_are_left_to_triton(name: str) -> None:
     launcher = Launcher()
     setattr(launcher, name, 128)
     assert enqueue.Kernel(Compiled(launcher), (), ()).path == "plain"
 
 
-def test_another_type_or_alignment_is_compiled_anew() -> None:
+def test_another_type_or_alignment_compiles_again() -> None:
     kernel, x = Jit(), torch.ones(64)
     for operand, count in ((x, 1), (x[4:], 1), (x[1:], 2), (x[2:], 2), (x.bfloat16(), 3), (None, 4), (x, 4)):
         start(kernel, operand)
@@ -209,12 +209,12 @@ def test_a_cold_kernel_under_capture_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 def through(kernel: Jit, *tensors: Tensor, block: int = 16) -> list[Any]:
-    """The encoded descriptors that a launch hands on."""
+    """The encoded descriptors that a launch passes on."""
     launch(KernelCall(kernel, 1, tuple(tile(tensor, block) for tensor in tensors), {}, {}))
     return [value for value in DIRECT[-1][2] if isinstance(value, tuple)]
 
 
-def test_a_descriptor_is_encoded_once_and_never_taken_for_another() -> None:
+def test_a_descriptor_is_encoded_once_and_never_confused_with_another() -> None:
     kernel = Jit()
     store = torch.zeros(4096)
     x, y = store[:1024].view(32, 32), store[2048:3072].view(32, 32)
@@ -229,7 +229,7 @@ def test_a_descriptor_is_encoded_once_and_never_taken_for_another() -> None:
     assert len(ENCODED) == before + len(views)
 
 
-def test_kernels_that_encode_otherwise_share_nothing() -> None:
+def test_kernels_that_encode_differently_share_nothing() -> None:
     x = torch.zeros(32, 32)
     kernels = [Jit(block=16), Jit(block=32)]
     for _ in range(3):
@@ -237,7 +237,7 @@ def test_kernels_that_encode_otherwise_share_nothing() -> None:
     assert [encoded[0][1] for encoded in found] == [16, 32]
 
 
-def test_nothing_that_is_kept_holds_a_tensor() -> None:
+def test_cached_objects_do_not_hold_tensors() -> None:
     x = torch.zeros(32, 32)
     kernel, gone = Jit(), weakref.ref(x)
     for _ in range(3):
@@ -249,11 +249,11 @@ def test_nothing_that_is_kept_holds_a_tensor() -> None:
     assert gone() is None
 
 
-# Remembered calls
+# Recorded calls
 
 
 def scale(kernel: Jit, x: Tensor, factor: Tensor | None) -> Tensor:
-    """An operator: two launches, partial sums between them, all of it by descriptors and pointers."""
+    """An operator with two launches, partial sums between them, and descriptors and pointers."""
     sums = empty((2, *x.shape), torch.float32, x.device)
     out = empty(x.shape, x.dtype, x.device)
     launch(KernelCall(kernel, 2, (tile(x), sums, factor, x.shape[0]), {"A": 1}, {}))
@@ -261,7 +261,7 @@ def scale(kernel: Jit, x: Tensor, factor: Tensor | None) -> Tensor:
     return out
 
 
-def test_a_call_is_made_again_with_its_own_addresses() -> None:
+def test_a_call_is_replayed_with_its_own_addresses() -> None:
     kernel = Jit()
     factor = torch.ones(32)
     inputs = [torch.ones(32, 32) for _ in range(4)]
@@ -282,7 +282,7 @@ def test_a_call_is_made_again_with_its_own_addresses() -> None:
 
 
 def twice(run: Callable[..., Tensor], what: str, operands: tuple[Tensor | None, ...], *arguments: Any) -> Tensor:
-    """Calls an operator until it may be remembered; the last result."""
+    """Calls an operator until it may be recorded; returns the last result."""
     replayed(run, what, operands, *arguments)
     return replayed(run, what, operands, *arguments)
 
@@ -292,7 +292,7 @@ def fail(*_: Any) -> Tensor:
     raise AssertionError("the call was not remembered")
 
 
-def test_what_is_met_once_is_not_taken_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_occurs_once_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = Jit(), torch.ones(32, 32)
     taken: list[bool] = []
 
@@ -311,7 +311,7 @@ def test_what_is_met_once_is_not_taken_down(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("guards", [True, False])
-def test_other_operands_are_another_call(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_operands_are_a_different_call(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not guards:
         monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
     kernel, store = Jit(), torch.zeros(8192)
@@ -331,7 +331,7 @@ def test_other_operands_are_another_call(guards: bool, monkeypatch: pytest.Monke
             replayed(fail, what, operands)
 
 
-def test_some_calls_for_operands_of_one_shape_are_remembered() -> None:
+def test_a_bounded_number_of_calls_per_shape_is_recorded() -> None:
     kernel, store = Jit(), torch.zeros(1 << 16)
     views = [store.as_strided((32, 32), (32 + 4 * i, 1)) for i in range(replay.MOST_VARIANTS + 2)]
     for x in views:
@@ -343,7 +343,7 @@ def test_some_calls_for_operands_of_one_shape_are_remembered() -> None:
 
 
 @pytest.mark.parametrize("kind", ["copy", "foreign result", "plain", "nested"])
-def test_what_is_not_understood_is_not_remembered(kind: str) -> None:
+def test_unsupported_calls_are_not_recorded(kind: str) -> None:
     kernel = Jit(lambda: Compiled(Launcher(global_scratch_size=64))) if kind == "plain" else Jit()
     x = torch.zeros(32, 32)
 
@@ -360,7 +360,7 @@ def test_what_is_not_understood_is_not_remembered(kind: str) -> None:
         replayed(fail, "odd", (x, None))
 
 
-def test_operands_that_share_memory_are_remembered_with_the_distance_between_them() -> None:
+def test_operands_that_share_memory_are_recorded_with_their_distance() -> None:
     kernel = Jit()
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ def test_operands_that_share_memory_are_remembered_with_the_distance_between_the
             replayed(fail, "gated", operands)
 
 
-def test_while_planning_or_hooked_nothing_is_remembered_or_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_recorded_or_replayed_during_planning_or_with_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = Jit(), torch.zeros(32, 32)
     asked: list[Any] = []
     monkeypatch.setattr(replay.state, "planner", lambda *given: asked.append(given))

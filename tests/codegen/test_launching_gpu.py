@@ -1,4 +1,4 @@
-"""Launches on a Hopper GPU: remembered ones go where they should, on any stream, under capture, and under hooks."""
+"""Launches on a Hopper GPU: recorded calls use the right operands on any stream, under capture, and with hooks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def test_all_kernels_are_launched_directly() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 200, 700])
-def test_later_operands_are_read_and_not_the_first(rows: int) -> None:
+def test_later_operands_are_used_instead_of_the_first(rows: int) -> None:
     weights = [weight(512, 1024) for _ in range(3)]
     kept = [torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
     results = [(x, pair, linear(x, *pair)) for x in kept for pair in weights]
@@ -61,7 +61,7 @@ def test_later_operands_are_read_and_not_the_first(rows: int) -> None:
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
 
 
-def test_memory_that_is_used_again_by_another_shape() -> None:
+def test_memory_reused_by_another_shape() -> None:
     w, ws = weight(256, 512)
     for rows in (64, 128, 64, 32, 128, 96) * 3:
         x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
@@ -123,7 +123,7 @@ def hook(called: list[str]) -> Iterator[None]:
         triton.knobs.runtime.launch_enter_hook.remove(enter)
 
 
-def test_hooks_of_launches_are_called() -> None:
+def test_launch_hooks_are_called() -> None:
     w, ws = weight(256, 512)
     x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
     want = linear(x, w, ws)

@@ -1,4 +1,4 @@
-"""Compiled kernels are found again by the next test run; a damaged entry is compiled again."""
+"""The next test run finds compiled kernels; damaged entries are compiled again."""
 
 import os
 import time
@@ -17,7 +17,7 @@ CODE = MachineCode(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, "  /*0000*/  QGMMA 
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[MachineCode]:
-    """What was compiled and not found in a new folder; nothing is compiled in truth."""
+    """Kernels compiled because a new folder did not contain them; compilation is faked."""
     done: list[MachineCode] = []
 
     def compile_source(*arguments: object) -> MachineCode:
@@ -49,7 +49,7 @@ def test_a_damaged_entry_is_compiled_again(damage: str, compiled: list[MachineCo
     assert compile_quantize() == compiled[-1] == read(path)
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     write(tmp_path / "file" / "entry", CODE)
     assert read(tmp_path / "file" / "entry") is None

@@ -1,4 +1,4 @@
-"""What the quantization kernels are launched with: arguments and constants in the order in which they take them."""
+"""Launches of the quantization kernels: arguments and constants in the kernels' order."""
 
 from collections.abc import Sequence
 
@@ -36,13 +36,13 @@ def test_constants_come_last_and_in_order(kind: str, rows: int) -> None:
 
 
 @kinds
-def test_what_is_compiled_does_not_depend_on_the_number_of_rows(kind: str) -> None:
+def test_compiled_kernels_do_not_depend_on_the_number_of_rows(kind: str) -> None:
     keys = [[call.key() for call in calls(kind, torch.zeros(rows, 256))] for rows in (600, 601, 1000)]
     assert keys[0] == keys[1] == keys[2]
 
 
 @kinds
-def test_what_is_compiled_depends_on_depth_and_stride(kind: str) -> None:
+def test_compiled_kernels_depend_on_depth_and_stride(kind: str) -> None:
     matrices = (
         torch.zeros(8, 256), torch.zeros(8, 192), torch.zeros(8, 300)[:, :256], torch.zeros(8, 2 * LONGEST_ROW)
     )  # fmt: skip

@@ -51,7 +51,7 @@ def test_quantization_of_whole_rows_and_tensors(out_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_prescale_is_multiplied_in_floating_point(dtype: torch.dtype) -> None:
-    # ptxas 12.8 makes (x * p as bits) << 1 into an integer product, with a float factor of 2.8e-45, whose bits are a 2.
+    # ptxas 12.8 turns (x * p as bits) << 1 into an integer product, with a float factor of 2.8e-45, whose bits are a 2.
     codes = [compile_amax(dtype, m=m, prescale=True) for m in (8, 8192)]
     codes += [compile_quantize(dtype, prescale=True, out_dtype=I8), compile_tokens(4096, dtype, prescale=True)]
     codes += [compile_tokens(32768, dtype, prescale=True), compile_known(dtype, prescale=True)]

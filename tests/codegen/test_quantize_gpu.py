@@ -1,4 +1,4 @@
-"""Quantization on a Hopper GPU: bit for bit `numerics`, for every granularity, format and profile."""
+"""Quantization on a Hopper GPU matches `numerics` bit for bit, for every granularity, format and profile."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def quantize(
 
 
 def assert_same_codes(got: Tensor, want: Tensor) -> None:
-    """Equal bits, except that a NaN may be any NaN."""
+    """Compares bits; any NaN equals any other NaN."""
     codes, expected = got.cpu().view(torch.uint8), want.cpu().view(torch.uint8)
     nan, expected_nan = got.cpu().float().isnan(), want.cpu().float().isnan()
     wrong = torch.where(nan | expected_nan, nan != expected_nan, codes != expected).nonzero()
@@ -42,7 +42,7 @@ def assert_same_codes(got: Tensor, want: Tensor) -> None:
 
 
 def assert_same_scales(got: Tensor, want: Tensor) -> None:
-    """Equal bits, except that a NaN may be any NaN."""
+    """Compares bits; any NaN equals any other NaN."""
     torch.testing.assert_close(got.cpu(), want.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -58,7 +58,7 @@ def messy(rows: int, columns: int, dtype: torch.dtype, finite: bool = False) -> 
         for place in range(0, columns, 7):
             x[row, place] = kinds[(row // 3 + place // 7) % len(kinds)]
     x[rows // 2 :: 4] = 0.0
-    x.clamp_(-6e4, 6e4)  # float16 ends at 65504
+    x.clamp_(-6e4, 6e4)  # the float16 maximum is 65504
     if rows > 2 and not finite:
         x[1], x[2] = math.nan, math.inf
         for at, row in enumerate(range(4, rows, 6)):
@@ -80,8 +80,7 @@ def test_quantization_equals_numerics_bit_for_bit(dtype: torch.dtype, profile: s
 
 @pytest.mark.parametrize("profile", sorted(numerics.PROFILES))
 def test_quantization_of_many_random_blocks(profile: str) -> None:
-    # 67 million quotients: rounding that is wrong once in a million times is seen here. On the GPU numerics has to
-    # give the CPU's bits as well.
+    # 67 million quotients reveal rounding errors that occur once in a million. numerics on the GPU must match the CPU.
     x = torch.randn(8192, 8192, device="cuda") * torch.rand(8192, 1, device="cuda").mul(12).sub(6).exp()
     q, scale = quantize(x, "col_major", profile)
     want_q, want_scale = numerics.quantize(x, numerics.format_of((1, 128), profile=profile))
@@ -167,7 +166,7 @@ def static(
 )
 def test_whole_rows_and_tensors(block: tuple[int, int], dtype: torch.dtype, profile: str, source: torch.dtype) -> None:
     for at, (rows, columns) in enumerate(((37, 384), (700, 1000), (3, 77), (2, 20000), (520, 128))):
-        # One INT8 scale for the tensor is NaN if one element is, and then shows nothing else.
+        # A per-tensor INT8 scale is NaN if one element is NaN; the test would then check nothing else.
         x = messy(rows, columns, source, finite=block == (-1, -1) and at % 2 == 0)
         prescale = None if at % 2 == 0 else torch.rand(columns).mul(8).sub(4).exp().to((source, torch.float32)[at // 2])
         factors = None if prescale is None else prescale.cuda()
@@ -197,7 +196,7 @@ def test_tiles_with_a_prescale_and_with_known_scales(block_k: int, profile: str)
 @pytest.mark.parametrize("profile", sorted(numerics.PROFILES))
 @pytest.mark.parametrize("block", [(1, 128), (1, -1), (-1, -1)])
 def test_int8_of_many_random_numbers(profile: str, block: tuple[int, int]) -> None:
-    # As for FP8 above; FP32 input, so that quotients are anywhere, also next to ties.
+    # Like the FP8 test above; FP32 input, so quotients can be anywhere, including next to ties.
     x = torch.randn(8192, 4096, device="cuda") * torch.rand(8192, 1, device="cuda").mul(2).sub(1).exp()
     q, scale = quantize(x, "row_major", profile, I8, block)
     want_q, want_scale = numerics.quantize(x, numerics.format_of(block, I8, profile))
@@ -241,7 +240,7 @@ def test_known_scales_of_any_size(profile: str, dtype: torch.dtype) -> None:
     extremes = (1e-44, 1e-39, 1e-30, 2.0**-60, 2.0**-61, 1e-7, 1.0, 3.7, 1e20, 2.0**100, 2.0**101, 3e38)
     scales = torch.tensor(extremes).unsqueeze(1)
     x = messy(len(extremes), 640, torch.float32)
-    x[:, 320:] *= scales  # codes of ordinary size beside the extreme ones
+    x[:, 320:] *= scales  # ordinary codes next to extreme ones
     assert_same_codes(
         static(x.cuda(), scales.cuda(), (1, -1), dtype, profile),
         numerics.quantize_static(x, scales, numerics.format_of((1, -1), dtype, profile)),
@@ -266,7 +265,7 @@ def test_whole_rows_and_tensors_beyond_32_bit_offsets() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_neither_a_dynamic_nor_a_static_scale_makes_the_host_wait() -> None:
+def test_neither_dynamic_nor_static_scales_block_the_host() -> None:
     x = torch.randn(300, 512, dtype=torch.bfloat16, device="cuda")
     first = quantize(x, block=(-1, -1))
     try:

@@ -1,4 +1,4 @@
-"""What is kept for speed is bounded."""
+"""Caches are bounded."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +7,7 @@ from codegen.launching.recent import Recent
 
 
 @given(st.lists(st.integers(0, 12), max_size=120), st.integers(1, 6))
-def test_recent_keeps_the_last_used_and_no_more_than_twice_as_many(keys: list[int], size: int) -> None:
+def test_recent_keeps_the_last_used_and_at_most_twice_as_many(keys: list[int], size: int) -> None:
     recent: Recent[str] = Recent(size)
     used: list[int] = []
     for key in keys:

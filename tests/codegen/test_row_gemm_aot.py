@@ -1,4 +1,4 @@
-"""The products with scales at the end of the sum, compiled for Hopper without a GPU: what the machine code shows."""
+"""GEMMs with scales at the end of the sum, compiled for Hopper without a GPU: properties of the machine code."""
 
 from functools import cache
 
@@ -24,7 +24,7 @@ def configs(variant: str) -> list[tuple[Kind, GemmConfig]]:
 
 @cache
 def row_gemm(config: GemmConfig, promote: bool) -> MachineCode:
-    """The FP8 kernel without a bias; several tests look at it."""
+    """The FP8 kernel without a bias, shared by several tests."""
     return compile_row_gemm(config, promote=promote)
 
 
@@ -54,11 +54,11 @@ def test_every_warp_specialized_kernel(kind: Kind, config: GemmConfig) -> None:
         if needed > SHARED_MEMORY_LIMIT:
             assert out_dtype == torch.float32
             continue
-        # Either way to sum is compiled once, and other outputs with one of them.
+        # Each way to sum is compiled once; only one of them with the other output types.
         for promote in {kind == "rows_f8", False} if bias is None else {kind == "rows_f8"}:
             code = compile_row_gemm(config, kind, out_dtype=out_dtype, bias_dtype=bias, promote=promote)
             assert_no_spills(code)
-            # A wave is four instructions of K = 32; each consumer has code of its own.
+            # A wave is four instructions of K = 32; each consumer has its own code.
             assert_tensor_cores(code, kind, 4 * waves)
             assert (code.tma_loads, code.tma_stores) == (boxes + 1, waves)
             assert code.shared_memory <= needed, "the estimate is not an upper bound"
@@ -66,8 +66,8 @@ def test_every_warp_specialized_kernel(kind: Kind, config: GemmConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [config for kind, config in configs("warp") if kind == "rows_f8"], ids=str)
-def test_a_step_waits_for_the_tensor_cores_only_where_sums_are_promoted(config: GemmConfig) -> None:
-    # Where the tensor cores keep the sums, the waves of the next step are in their queue before those of this are done.
+def test_a_step_waits_for_the_tensor_cores_only_if_sums_are_promoted(config: GemmConfig) -> None:
+    # If the tensor cores keep the sums, the waves of the next step are queued before this step's waves are done.
     waves = config.block_m // config.consumers // 64
     promoted, kept = (row_gemm(config, promote).sass for promote in (True, False))
     assert f"WARPGROUP.DEPBAR.LE gsb0, {waves:#x}" in kept and f"WARPGROUP.DEPBAR.LE gsb0, {waves:#x}" not in promoted
@@ -79,13 +79,13 @@ def test_every_narrow_kernel(kind: Kind, config: GemmConfig) -> None:
         code = compile_row_gemm(config, kind, bias_dtype=None if partial else torch.float16, partial=partial)
         assert_no_spills(code)
         assert_tensor_cores(code, kind, 4 * 128 // 64)
-        # Two copies a stage before the loop, and two in it.
+        # Two copies per stage before the loop, and two in it.
         assert (code.tma_loads, code.tma_stores) == (2 * (config.stages + 1), 0)
         assert code.shared_memory <= shared_memory(config, 2, 0)
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
-def test_sum_of_splits_reads_wide(kind: Kind) -> None:
+def test_sum_of_splits_uses_wide_loads(kind: Kind) -> None:
     splits = 2
     while splits <= MOST_SPLITS:
         code = compile_sum_splits(splits, kind, bias_dtype=torch.bfloat16)
@@ -96,9 +96,9 @@ def test_sum_of_splits_reads_wide(kind: Kind) -> None:
 
 @pytest.mark.parametrize("config", all_configs("rows_f8"), ids=str)
 def test_fp8_sums_are_added_in_registers_and_not_in_the_tensor_core(config: GemmConfig) -> None:
-    # One addition an element for each 128 of K. Without the promotion there is none, and no compiler pass may make the
-    # one kernel into the other.
-    consumers = config.consumers if config.variant == "warp" else 1  # of whom each has code of its own
+    # One addition per element for each 128 of K. Without promotion there are none, and no compiler pass may turn one
+    # kernel into the other.
+    consumers = config.consumers if config.variant == "warp" else 1  # each has its own code
     elements = consumers * config.block_m * config.block_n // (config.warps * 32)
     assert row_gemm(config, True).float_adds >= elements
     assert row_gemm(config, False).float_adds == 0

@@ -1,4 +1,4 @@
-"""Products with scales at the end of the sum, on a Hopper GPU: FP8 against float64, INT8 against the exact integers."""
+"""GEMMs with scales at the end of the sum, on a Hopper GPU: FP8 against float64, INT8 against exact integers."""
 
 import math
 from typing import Literal
@@ -28,7 +28,7 @@ TOLERANCES = {
     "rows_f8": {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 3e-4},
     "rows_i8": {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1.2e-7},
 }
-"""Relative errors. Inside 128 of K the FP8 tensor cores keep about 14 bits; INT8 sums are exact."""
+"""Relative errors. Within 128 of K, FP8 tensor cores keep about 14 bits; INT8 sums are exact."""
 
 
 def quantize(x: Tensor, block: tuple[int, int], dtype: torch.dtype, layout: str = "row_major") -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def quantize(x: Tensor, block: tuple[int, int], dtype: torch.dtype, layout: str 
 def operands(
     m: int, n: int, k: int, kind: Rows, x_block: tuple[int, int] = TOKEN, w_block: tuple[int, int] = TOKEN
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantized operands whose rows differ in size by factors of up to 100."""
+    """Quantized operands whose rows differ in magnitude by factors of up to 100."""
     generator = torch.Generator("cuda").manual_seed(m + n + k)
 
     def draw(rows: int) -> Tensor:
@@ -59,7 +59,7 @@ def linear(
 
 
 def exact(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product in float64, whose sums of products of INT8 codes are exact."""
+    """The matmul in float64, which is exact for sums of products of INT8 codes."""
     result = (x.double() @ w.double().T) * xs.double() * ws.double().T
     return result if bias is None else result + bias.double()
 
@@ -86,13 +86,13 @@ def test_every_configuration_on_a_large_and_on_a_ragged_shape(kind: Rows, config
 
 
 @pytest.mark.parametrize(("kind", "config"), CONFIGS, ids=str)
-def test_nan_scales_and_codes_poison_their_row_and_no_other(kind: Rows, config: GemmConfig) -> None:
+def test_nan_scales_and_codes_poison_only_their_row(kind: Rows, config: GemmConfig) -> None:
     m, n, k = 12, 272, 640
     x, xs, w, ws = operands(m, n, k, kind)
     clean, out = torch.empty(2, m, n, dtype=torch.bfloat16, device="cuda")
     launch_row_gemm(config, x, w, clean, xs, ws, None)
     want = torch.zeros(m, n, dtype=torch.bool, device="cuda")
-    # As quantization leaves a row that is not finite: INT8 codes are zero then.
+    # Quantization of a non-finite row sets INT8 codes to zero.
     x.view(torch.uint8)[9], xs[9], w.view(torch.uint8)[7], ws[7] = 0, math.nan, 0, math.nan
     want[9], want[:, 7] = True, True
     if kind == "rows_f8":
@@ -111,14 +111,14 @@ def test_all_combinations_of_scales(kind: Rows, x_block: tuple[int, int], w_bloc
         bias = torch.randn(n, device="cuda", dtype=torch.float16)
         for out_dtype, tolerance in TOLERANCES[kind].items():
             want = exact(x, xs, w, ws, bias)
-            if want.abs().max() < 6e4:  # float16 ends at 65504
+            if want.abs().max() < 6e4:  # the float16 maximum is 65504
                 out = linear(x, xs, w, ws, bias, out_dtype, x_block, w_block)
                 assert relative_error(out, want) <= tolerance * 1.25
 
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_product_of_any_number_of_rows(rows: int, kind: Rows) -> None:
+def test_gemm_with_any_number_of_rows(rows: int, kind: Rows) -> None:
     x, xs, w, ws = operands(rows, 768, 1024, kind)
     out = linear(x, xs, w, ws)
     assert out.shape == (rows, 768)
@@ -127,7 +127,7 @@ def test_product_of_any_number_of_rows(rows: int, kind: Rows) -> None:
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(1, 128), (7, 100), (129, 257), (576, 7168), (200, 1), (384, 8), (1000, 1000)])
-def test_product_of_any_width_and_depth(n: int, k: int, kind: Rows) -> None:
+def test_gemm_of_any_width_and_depth(n: int, k: int, kind: Rows) -> None:
     for m in (5, 200):
         x, xs, w, ws = operands(m, n, k, kind)
         assert relative_error(linear(x, xs, w, ws, None, torch.float32), exact(x, xs, w, ws)) <= 3e-4
@@ -149,8 +149,8 @@ def test_int8_sums_are_exact() -> None:
 
 @pytest.mark.parametrize("config", all_configs("rows_f8"), ids=str)
 def test_fp8_sums_are_promoted_every_128_of_k(config: GemmConfig) -> None:
-    # Equal signs make the sum grow, so that 14 bits of accumulator lose ever more of each addend. The same kernel
-    # without the promotion shows that these operands tell the two apart.
+    # Equal signs make the sum grow, so an accumulator with 14 bits loses ever more of each addend. The same kernel
+    # without promotion shows that these operands reveal the difference.
     m = n = 256
     k = 32768
     x = (torch.rand(m, k, device="cuda") * 0.5 + 0.5).to(torch.float8_e4m3fn)
@@ -158,7 +158,7 @@ def test_fp8_sums_are_promoted_every_128_of_k(config: GemmConfig) -> None:
     one = torch.ones(256, 1, device="cuda")
     want = exact(x, one, w, one)
     fits = refusal(config, GemmProblem(m, n, k, out_bytes=4, kind="rows_f8")) is None
-    dtype = torch.float32 if fits else torch.float16  # the sums are near 18000, and float16 ends at 65504
+    dtype = torch.float32 if fits else torch.float16  # the sums are near 18000, and the float16 maximum is 65504
     errors = {}
     for promote in (True, False):
         out = torch.empty(m, n, device="cuda", dtype=dtype)
@@ -228,7 +228,7 @@ def test_operands_and_outputs_beyond_32_bits(kind: Rows, config: GemmConfig) -> 
         del x, out
 
 
-def test_garbage_beyond_the_last_row_stays_outside() -> None:
+def test_garbage_beyond_the_last_row_is_ignored() -> None:
     for kind, config in CONFIGS:
         x, xs, w, ws = operands(77, 256, 512, kind)
         rows = torch.full((256, 512), 0x7F, dtype=torch.uint8, device="cuda").view(DTYPES[kind])  # NaN in FP8
@@ -256,7 +256,7 @@ def test_batches_vectors_and_unaligned_operands(kind: Rows) -> None:
     assert relative_error(linear(moved.view(240, 512).view(DTYPES[kind]), s.reshape(-1, 1), w, ws), want) <= 2e-3
 
 
-def test_what_the_kernels_cannot_run_is_refused() -> None:
+def test_problems_that_the_kernels_cannot_run_are_refused() -> None:
     x, xs, w, ws = operands(8, 256, 256, "rows_i8")
     with pytest.raises(CodegenError, match="INT8 sums are scaled once"):
         linear(x, xs, w, torch.ones(2, 2, device="cuda"), w_block=(128, 128))
@@ -275,7 +275,7 @@ def test_what_the_kernels_cannot_run_is_refused() -> None:
         linear(deep, one, deep, one)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses its own deprecated functions
 @pytest.mark.parametrize("kind", DTYPES)
 def test_compiled_and_captured_in_a_cuda_graph(kind: Rows) -> None:
     w, ws = quantize(torch.randn(512, 384, device="cuda"), TOKEN, DTYPES[kind])

@@ -1,4 +1,4 @@
-"""Which products the GPU kernels say that they run, and the sentence for each of the others."""
+"""GEMMs that the GPU kernels report as supported, and the error message for each other one."""
 
 import subprocess
 import sys
@@ -49,6 +49,6 @@ def test_each_refusal_is_a_sentence(
     assert why is not None and sentence in why and not why.endswith(".")
 
 
-def test_the_question_needs_no_triton() -> None:
+def test_the_query_does_not_import_triton() -> None:
     code = "import sys; import codegen.support; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

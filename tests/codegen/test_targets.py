@@ -1,4 +1,4 @@
-"""Targets: found by name and by device, also one that another distribution brings in one file."""
+"""Targets are found by name and by device, including a target that another distribution adds in one file."""
 
 import sys
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ CALLED = []
 
 
 class Kernels:
-    """The operators of a toy: those of torch on a CPU, and a note of each call."""
+    """Operators of a toy target: calls the CPU operators and records their names."""
 
     def __getattr__(self, name):
         CALLED.append(name)
@@ -50,7 +50,7 @@ ENTRY_POINTS = "[qcompiler.targets]\ntoy = made_up_target:TOY\ntoy-of-another-na
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Somebody else's installed distribution."""
+    """A third-party distribution, installed."""
     (tmp_path / "made_up_target.py").write_text(TOY)
     metadata = tmp_path / "made_up_target-1.0.dist-info"
     metadata.mkdir()
@@ -80,13 +80,13 @@ def test_a_target_of_another_distribution_compiles_and_runs(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("toy")
-def test_what_it_cannot_run_is_refused_with_its_sentence() -> None:
+def test_unsupported_operations_are_refused_with_the_targets_message() -> None:
     with pytest.raises(CodegenError, match="as no kernel of the target toy can multiply: got the toy multiplies int8"):
         qcompiler.compile(mlp(), scheme="fp8_row", target="toy", example_inputs=(torch.randn(5, 64),))
 
 
 @pytest.mark.usefixtures("toy")
-def test_it_is_listed_and_named_but_not_chosen_before_ours(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_listed_and_named_but_ours_have_priority(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"cpu", "sm_90a", "toy", "cuda", "auto"} <= set(target_names())
     check_target("toy")
     assert target_for("auto", torch.device("cpu")) is CPU

@@ -1,4 +1,4 @@
-"""The products with scales inside the sum, compiled for Hopper without a GPU: what their machine code has to show."""
+"""GEMMs with scales inside the sum, compiled for Hopper without a GPU: required properties of the machine code."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_pointer_gemm_without_any_alignment(config: GemmConfig) -> None:
 
 
 def test_three_tiles_of_the_main_configuration_fit_on_a_multiprocessor() -> None:
-    # Its speed rests on this: one tile multiplies while the others promote. 65536 registers, 228 KB of shared memory.
+    # Required for speed: one tile multiplies while the others promote. 65536 registers, 228 KB of shared memory.
     main = next(config for config in PORTABLE if config.variant == "tma")
     code = compile_gemm(main, bias_dtype=torch.bfloat16)
     per_warp = -(-code.registers // 8) * 8 * 32
@@ -61,7 +61,7 @@ def test_three_tiles_of_the_main_configuration_fit_on_a_multiprocessor() -> None
     assert 3 * (code.shared_memory + 1024) <= 228 * 1024
 
 
-def test_a_kernel_that_cannot_be_compiled_is_an_error_of_ours() -> None:
+def test_a_kernel_that_cannot_be_compiled_raises_our_error() -> None:
     with pytest.raises(CodegenError, match="cannot compile scaled_gemm_tma for sm_90a"):
         compile_gemm(dataclasses.replace(PORTABLE[0], block_n=256))
 

@@ -1,4 +1,4 @@
-"""Products with scales inside the sum, on a Hopper GPU, against float64 of the same operands."""
+"""GEMMs with scales inside the sum, on a Hopper GPU, against float64 on the same operands."""
 
 import math
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def operands(
 
 
 def exact(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product of the quantized operands in float64."""
+    """The matmul of the quantized operands in float64."""
     k = x.shape[1]
     width = next(b for b in (32, 64, 128, 256, 512, k) if -(-k // b) == xs.shape[1])
     left = x.double() * xs.double().repeat_interleave(width, 1)[:, :k]
@@ -115,17 +115,17 @@ def test_other_tiles_of_any_size(x_block: tuple[int, int]) -> None:
         bias = torch.randn(n, device="cuda")
         out = linear(x, xs, w, ws, bias, torch.float32, x_block)
         scales = xs.expand(m, -1)
-        # Three rows are few to take the mean of.
+        # A mean over three rows is too noisy.
         assert m == 0 or relative_error(out, exact(x, scales, w, ws, bias)) <= 4e-4
 
 
 F32_TOLERANCE = 3e-4
-"""Inside one block of 128 the tensor cores keep about 14 bits; what is promoted is added in FP32."""
+"""Within a block of 128, tensor cores keep about 14 bits; promoted sums are added in FP32."""
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
-def test_product_of_any_number_of_rows(rows: int, layout: str) -> None:
+def test_gemm_with_any_number_of_rows(rows: int, layout: str) -> None:
     x, xs, w, ws = operands(rows, 768, 1024, layout)
     out = linear(x, xs, w, ws)
     assert out.shape == (rows, 768)
@@ -136,17 +136,17 @@ def test_product_of_any_number_of_rows(rows: int, layout: str) -> None:
     ("n", "k"), [(1, 128), (7, 100), (129, 257), (576, 7168), (200, 1), (384, 8), (1000, 1000), (4, 4)]
 )
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_product_of_any_width_and_depth(n: int, k: int, out_dtype: torch.dtype) -> None:
+def test_gemm_of_any_width_and_depth(n: int, k: int, out_dtype: torch.dtype) -> None:
     for m in (5, 200):
         x, xs, w, ws = operands(m, n, k)
         bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
         want = exact(x, xs, w, ws, bias)
-        if want.abs().max() < 6e4:  # float16 ends at 65504
+        if want.abs().max() < 6e4:  # the float16 maximum is 65504
             tolerance = {torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float32: F32_TOLERANCE}[out_dtype]
             assert relative_error(linear(x, xs, w, ws, bias, out_dtype), want) <= tolerance
 
 
-def test_garbage_beyond_the_last_row_stays_outside() -> None:
+def test_garbage_beyond_the_last_row_is_ignored() -> None:
     x, xs, w, ws = operands(77, 256, 512)
     rows = torch.full((256, 512), 0x7F, dtype=torch.uint8, device="cuda").view(E4M3)  # NaN everywhere
     scales = torch.full((4, 256), math.nan, device="cuda").T
@@ -166,8 +166,8 @@ def test_unaligned_operands_take_the_pointer_kernel() -> None:
 
 
 def test_sums_are_promoted_every_128_of_k() -> None:
-    # Equal signs make the sum grow, so that 14 bits of accumulator lose ever more of each addend. The vendor's fast
-    # accumulation on the very same operands shows what an unpromoted sum looks like.
+    # Equal signs make the sum grow, so an accumulator with 14 bits loses ever more of each addend. The vendor's fast
+    # accumulation on the same operands shows the error of an unpromoted sum.
     m = n = 256
     k = 32768
     x = (torch.rand(m, k, device="cuda") * 0.5 + 0.5).to(E4M3)
@@ -192,7 +192,7 @@ def test_batches_and_bias() -> None:
         assert relative_error(out, want) <= F32_TOLERANCE
 
 
-def test_what_the_kernels_cannot_run_is_refused() -> None:
+def test_problems_that_the_kernels_cannot_run_are_refused() -> None:
     x, xs, w, ws = operands(8, 256, 256)
     op = torch.ops.qcompiler.scaled_linear
     with pytest.raises(CodegenError, match=r"a weight needs \[128, 128\], \[1, -1\] or \[-1, -1\], not \[1, 128\]"):
@@ -205,7 +205,7 @@ def test_what_the_kernels_cannot_run_is_refused() -> None:
         op(x, xs, w, ws, None, [1, 128], [128, 128], torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses its own deprecated functions
 def test_compiled_and_captured_in_a_cuda_graph() -> None:
     w, ws = quantize(torch.randn(512, 384, device="cuda"), block=(128, 128))
 

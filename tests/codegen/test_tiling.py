@@ -1,4 +1,4 @@
-"""The choice of a configuration: what is refused, with which sentence, and what is preferred."""
+"""The choice of a configuration: refused ones with their messages, and preferences."""
 
 from dataclasses import replace
 
@@ -105,7 +105,7 @@ def test_refusals_of_the_gluon_kernels(config: GemmConfig, problem: GemmProblem,
     assert refusal(config, problem) == sentence
 
 
-def test_scales_in_rows_leave_the_portable_kernels() -> None:
+def test_scales_in_rows_leave_only_the_portable_kernels() -> None:
     for m in (1, 16, 64, 256, 1024, 4096):
         assert choose(GemmProblem(m, 4096, 4096)).variant in GLUON
         assert choose(GemmProblem(m, 4096, 4096, scale_columns=False)).variant not in GLUON
@@ -157,7 +157,7 @@ def test_the_deepest_int8_sum_fits_32_bits() -> None:
     assert refusal(I8, replace(FINE, kind="rows_i8", k=DEEPEST_INT8 - DEEPEST_INT8 % 16)) is None
 
 
-def test_what_fits_is_not_refused() -> None:
+def test_configurations_that_fit_are_not_refused() -> None:
     assert refusal(TMA, FINE) is None
     assert refusal(TMA, replace(FINE, n=4100, out_bytes=4)) is None
     assert refusal(replace(TMA, variant="pointers"), GemmProblem(3, 7, 5, aligned=False)) is None
@@ -172,7 +172,7 @@ families = pytest.mark.parametrize(("kind", "x_block"), FAMILIES)
 
 
 @families
-def test_configurations_are_few_and_lawful(kind: Kind, x_block: int) -> None:
+def test_configurations_are_few_and_valid(kind: Kind, x_block: int) -> None:
     configs = all_configs(kind, x_block)
     assert 1 < len(configs) <= 16 and len(set(configs)) == len(configs)
     for config in configs:
@@ -188,7 +188,7 @@ def test_configurations_are_few_and_lawful(kind: Kind, x_block: int) -> None:
     sizes, sizes, sizes, st.sampled_from([2, 4]), st.booleans(), st.integers(1, 200), st.sampled_from(FAMILIES),
     st.booleans(),
 )  # fmt: skip
-def test_every_problem_has_a_lawful_choice(
+def test_every_problem_has_a_valid_choice(
     m: int, n: int, k: int, out_bytes: int, aligned: bool, sms: int, family: tuple[Kind, int], columns: bool
 ) -> None:
     problem = GemmProblem(m, n, k, sms, out_bytes, aligned, *family, columns)
@@ -214,7 +214,7 @@ def test_every_configuration_can_be_chosen(kind: Kind, x_block: int) -> None:
     assert {choose(problem) for problem in problems} == set(all_configs(kind, x_block))
 
 
-def test_big_products_use_the_copy_engine_and_small_ones_small_tiles() -> None:
+def test_big_gemms_use_the_copy_engine_and_small_ones_small_tiles() -> None:
     assert choose(FINE).variant == "warp"
     assert choose(replace(FINE, scale_columns=False)).variant == "tma"
     for m in (16, 32):
@@ -236,13 +236,13 @@ def test_big_products_use_the_copy_engine_and_small_ones_small_tiles() -> None:
         ("rows_i8", ALL, 0),
     ],
 )
-def test_scales_of_x_take_room_in_each_stage(kind: Kind, x_block: int, scales: int) -> None:
+def test_scales_of_x_need_space_in_each_stage(kind: Kind, x_block: int, scales: int) -> None:
     assert replace(FINE, kind=kind, x_block=x_block).stage_scales == scales
     for config, rows in ((WARP, 256), (replace(NARROW, block_m=16), 32)):
         assert shared_memory(config, 2, scales) - shared_memory(config, 2, 0) == config.stages * rows * 4 * scales
 
 
-def test_consumers_have_a_buffer_for_each_wave_where_it_fits() -> None:
+def test_consumers_have_a_buffer_per_wave_if_it_fits() -> None:
     assert [out_buffers(WARP, out_bytes) for out_bytes in (2, 4)] == [2, 1]
     assert [out_buffers(replace(WARP, stages=stages), 2, 0) for stages in (3, 4)] == [2, 1]
     assert out_buffers(GemmConfig(192, 128, 128, 12, 4, 16, "warp"), 4) == 1

@@ -1,4 +1,4 @@
-"""The choice of a configuration, held to the times that were measured of all of them."""
+"""The choice of a configuration compared with measured times of all configurations."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ kinds = pytest.mark.parametrize("name", KINDS)
 
 
 def times(name: str, device: str = "h100") -> dict[tuple[int, int, int, bool], dict[str, float]]:
-    """Shape, and whether weights came from memory -> configuration -> microseconds."""
+    """(Shape, whether weights came from memory) -> configuration -> microseconds."""
     stored: dict[str, Any] = json.loads((RESULTS / f"{device}-heuristic.json").read_text())
     names = stored["configs"][name]
     return {
@@ -36,21 +36,21 @@ def times(name: str, device: str = "h100") -> dict[tuple[int, int, int, bool], d
 
 @kinds
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_choice_is_much_worse_than_the_best(name: str, device: str) -> None:
+def test_no_choice_is_much_slower_than_the_best(name: str, device: str) -> None:
     kind, x_block = KINDS[name]
     ratios = {}
     for (m, n, k, cold), found in times(name, device).items():
         chosen = str(choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
         if chosen in found:
             ratios[m, n, k, cold] = min(found.values()) / found[chosen]
-    # The configurations that came last were timed on one device only.
+    # The newest configurations were timed on only one device.
     assert device != "h100" or len(ratios) == len(times(name, device)), "choices that were not timed"
     assert len(ratios) > 30
     assert not {shape: ratio for shape, ratio in ratios.items() if ratio < 0.85}
     assert sum(ratio < 0.9 for ratio in ratios.values()) <= 1
 
 
-# Parts of the weight, operands beside the sums, whether the result is quantized: see `benchmarks/epilogues.py`.
+# Parts of the weight, operands other than the sums, whether the result is quantized: see `benchmarks/epilogues.py`.
 BODIES = {"SwiGLU, quantize": (2, 0, True), "GELU, quantize": (1, 0, True), "GELU": (1, 0, False),
           "residual": (1, 1, False)}  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_the_choice_between_one_kernel_and_two(device: str) -> None:
 
 
 @kinds
-def test_what_can_be_chosen_was_measured_and_nothing_else(name: str) -> None:
+def test_exactly_the_configurations_that_can_be_chosen_were_measured(name: str) -> None:
     assert {config for found in times(name, "h100").values() for config in found} == set(
         map(str, all_configs(*KINDS[name]))
     )

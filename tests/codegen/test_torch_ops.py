@@ -1,4 +1,4 @@
-"""The torch operators on a CPU: equal to numerics, honest fakes, opaque to compile and export."""
+"""The torch operators on a CPU: equal to numerics, with correct fakes, opaque to torch.compile and torch.export."""
 
 import importlib
 from typing import Any
@@ -11,7 +11,7 @@ from codegen import torch_ops
 from qcompiler import numerics
 from qcompiler.errors import CodegenError, QCompilerError
 
-# Parts of torch that torch.compile loads call other parts of torch deprecated, on newer Pythons.
+# torch.compile loads parts of torch that use deprecated parts of torch on newer Pythons.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 E4M3 = torch.float8_e4m3fn
@@ -19,12 +19,12 @@ LAYOUTS = torch_ops.SCALE_LAYOUTS
 quantize = torch.ops.qcompiler.quantize
 quantize_static = torch.ops.qcompiler.quantize_static
 scaled_linear = torch.ops.qcompiler.scaled_linear
-# Torch compares inputs before and after with allclose, which FP8 tensors do not have; the rest of the checks.
+# opcheck compares inputs before and after with allclose, which FP8 tensors lack; all other checks run.
 CHECKS_OF_FP8 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 class Layer(torch.nn.Module):
-    """A quantized linear layer as code generation writes it."""
+    """A quantized linear layer as written by code generation."""
 
     def __init__(self, layout: str = "row_major") -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("shape", [(5, 320), (2, 3, 5, 256), (320,), (0, 128), (7, 100), (2, 0, 128)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_quantize_is_numerics(shape: tuple[int, ...], layout: str) -> None:
+def test_quantize_matches_numerics(shape: tuple[int, ...], layout: str) -> None:
     x = torch.randn(shape, dtype=torch.bfloat16)
     q, scale = quantize(x, [1, 128], E4M3, "deepgemm", layout)
     want_q, want_scale = numerics.quantize(x, numerics.format_of((1, 128), profile="deepgemm"))
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)) and torch.equal(scale, want_scale)
 
 
-def test_the_column_major_layout_is_what_the_copy_engine_reads() -> None:
+def test_the_column_major_layout_fits_the_copy_engine() -> None:
     for rows, padded in ((1, 4), (4, 4), (5, 8), (130, 132)):
         _, scale = quantize(torch.randn(rows, 384), [1, 128], E4M3, "deepseek", "col_major")
         assert scale.shape == (rows, 3) and scale.stride() == (1, padded)
@@ -59,7 +59,7 @@ def test_the_column_major_layout_is_what_the_copy_engine_reads() -> None:
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scaled_linear_is_numerics(lead: tuple[int, ...], layout: str) -> None:
+def test_scaled_linear_matches_numerics(lead: tuple[int, ...], layout: str) -> None:
     layer, x = Layer(layout), torch.randn(*lead, 320)
     x_q, x_s = numerics.quantize(x)
     want = numerics.scaled_linear(x_q, x_s, layer.w, layer.ws, layer.bias)
@@ -94,7 +94,7 @@ SHAPES = ((5, 320), (2, 3, 256), (0, 128), (7, 0), (300,))
 @pytest.mark.parametrize("block", GRANULARITIES)
 @pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2, torch.int8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_granularity_is_numerics(block: list[int], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_every_granularity_matches_numerics(block: list[int], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     for prescale in (None, torch.rand(shape[-1]) + 0.5):
         want_q, want_scale = numerics.quantize(x, numerics.format_of(block, dtype, "deepseek"), prescale)
@@ -129,7 +129,7 @@ def test_fakes_have_the_shapes_and_strides_of_the_results(block: list[int]) -> N
 
 @pytest.mark.parametrize("w_block", [[1, -1], [-1, -1], [128, 128]])
 @pytest.mark.parametrize("x_block", [[1, -1], [-1, -1]])
-def test_products_of_whole_rows_are_numerics(x_block: list[int], w_block: list[int]) -> None:
+def test_gemms_with_row_scales_match_numerics(x_block: list[int], w_block: list[int]) -> None:
     for dtype in (E4M3, torch.int8):
         x, xs = numerics.quantize(torch.randn(2, 3, 320), numerics.format_of(x_block, dtype))
         w, ws = numerics.quantize(torch.randn(96, 320), numerics.format_of(w_block, dtype))

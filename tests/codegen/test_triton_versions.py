@@ -1,7 +1,7 @@
-"""One configuration of every kernel, compiled with the oldest and the newest Triton that is supported.
+"""One configuration of every kernel, compiled with the oldest and the newest supported Triton.
 
-`make test` puts these versions beside the environment, as `.venv/triton-3.6` and so on, without the torch that belongs
-to them: a child process that finds one of them before the installed Triton compiles for Hopper with it.
+`make test` installs these versions next to the environment (as `.venv/triton-3.6` and so on) without matching torch
+versions: a child process that finds one of them before the installed Triton compiles for Hopper with it.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.6", "3.9")
 
-# The first entry of KERNELS for each kernel is compiled, and the others stop before they are.
+# Compiles the first entry of KERNELS for each kernel, and stops the others before compilation.
 CHILD = """
 import json, sys
 import triton
@@ -53,7 +53,7 @@ print(json.dumps(dict(version=triton.__version__, rows=rows, missed=missed, gone
 
 
 def compiled_with(folder: Path) -> dict[str, Any]:
-    """What the child process found with the Triton in this folder."""
+    """The results of the child process with the Triton in this folder."""
     path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD],
@@ -68,7 +68,9 @@ def compiled_with(folder: Path) -> dict[str, Any]:
 def test_every_kernel_compiles_without_spills(version: str, record_property: Callable[[str, object], None]) -> None:
     folder = Path(sys.prefix, f"triton-{version}")
     if not folder.exists():
-        pytest.skip(f"Triton {version} is not beside this environment: pip could not fetch it when `make test` began")
+        pytest.skip(
+            f"Triton {version} is not installed next to this venv: pip could not fetch it when `make test` started"
+        )
     found = compiled_with(folder)
     assert found["version"].startswith(f"{version}.")
     assert not found["gone"], "names of Triton that the packages use and this version lacks"

@@ -1,4 +1,4 @@
-"""The tuner without a GPU: what it would measure, what it makes of times, and what it believes of a file."""
+"""The tuner without a GPU: what it would measure, how it uses times, and which files it accepts."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ HEADER = {"format": 1, "device": "NVIDIA H200", "triton": "3.6.0", "kernels": "0
 
 
 def another(problem: GemmProblem) -> GemmConfig:
-    """One that can run it and that the estimate does not choose."""
+    """A configuration that can run it and that the estimate does not choose."""
     return next(config for config in candidates(problem) if config != choose(problem))
 
 
@@ -52,7 +52,7 @@ def test_candidates_can_run_and_are_near_the_best_estimate(problem: GemmProblem)
         assert refusal(config, problem) is not None or estimated_time(config, problem) > 2 * times[0]
 
 
-def test_the_estimate_is_kept_unless_it_is_beaten_clearly() -> None:
+def test_the_estimate_is_kept_unless_it_is_clearly_beaten() -> None:
     estimated, other = choose(PROBLEM), another(PROBLEM)
     close = Measured(PROBLEM, {other: 9.9, estimated: 10.0}, estimated)
     assert close.best == estimated and close.ratio == 1.0 and "as estimated" in str(close)
@@ -75,14 +75,14 @@ def test_a_full_disk_keeps_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None
     assert path.read_bytes() == before
 
 
-def test_what_was_learned_is_used_by_this_process_and_by_others_that_ask() -> None:
+def test_results_are_used_by_this_process_and_by_others_on_request() -> None:
     other, second = another(PROBLEM), PROBLEMS[2]
     assert tuned.config_for(0, PROBLEM) == choose(PROBLEM)
     path = tuned.learn(0, {PROBLEM: other})
     assert tuned.config_for(0, PROBLEM) == other and tuned.config_for(1, PROBLEM) == choose(PROBLEM)
     assert tuned.learn(0, {second: another(second)}) == path
-    assert tuned.config_for(0, PROBLEM) == other, "what was known before is kept"
-    tuned._learned.clear()  # as in another process
+    assert tuned.config_for(0, PROBLEM) == other, "earlier results are kept"
+    tuned._learned.clear()  # as in a new process
     tuned.forget()
     assert tuned.config_for(0, PROBLEM) == choose(PROBLEM)
     tuned._learned.clear()
@@ -103,7 +103,7 @@ def test_a_configuration_that_cannot_run_is_not_used() -> None:
 
 
 def changed(**changes: Any) -> str:
-    """A file whose one product is changed like that."""
+    """A file whose only GEMM has this change."""
     product: dict[str, dict[str, Any]] = {
         "problem": dataclasses.asdict(PROBLEM), "config": dataclasses.asdict(choose(PROBLEM))
     }  # fmt: skip
@@ -126,7 +126,7 @@ def changed(**changes: Any) -> str:
         (changed(kind="rows"), "KeyError"),
     ],
 )
-def test_damaged_and_foreign_files_are_left_alone_with_a_warning(text: str, says: str, tmp_path: Path) -> None:
+def test_damaged_and_foreign_files_are_ignored_with_a_warning(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(text)
     with pytest.warns(UserWarning, match=f"file.json is not used: {says}"):
@@ -134,7 +134,7 @@ def test_damaged_and_foreign_files_are_left_alone_with_a_warning(text: str, says
     assert path.read_text() == text
 
 
-def test_a_whole_file_is_read_and_a_missing_one_is_none(tmp_path: Path) -> None:
+def test_an_intact_file_is_read_and_a_missing_one_gives_none(tmp_path: Path) -> None:
     assert tuned.read(tmp_path / "none.json", HEADER) == {}
     path = tmp_path / "file.json"
     path.write_text(changed())
@@ -149,7 +149,7 @@ def test_another_device_or_kernel_is_another_file(tmp_path: Path) -> None:
     assert first != tuned.hash_of(tmp_path.glob("*.py"))
 
 
-def test_tuning_measures_each_product_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_measures_each_gemm_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
 
     def measure(problem: GemmProblem) -> Measured:

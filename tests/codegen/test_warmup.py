@@ -1,7 +1,7 @@
 """Warm-up without a GPU: sizes become calls, calls become kernels, and Triton compiles these for Hopper.
 
-Triton's driver is replaced by one that says it has a Hopper GPU and loads nothing, and our operators by one whose
-implementation on a CPU launches a kernel as that on a GPU does.
+Triton's driver is replaced by a fake that reports a Hopper GPU and loads nothing, and our operators by one whose CPU
+implementation launches a kernel as the GPU implementation does.
 """
 
 import gc
@@ -84,7 +84,7 @@ def test_sizes_become_calls(
     assert shapes(calls_to_plan(signature, (), rows, sizes)) == expected
 
 
-def test_real_calls_are_taken_as_they_are(signature: Signature) -> None:
+def test_real_calls_are_used_as_they_are(signature: Signature) -> None:
     x = torch.randn(3, 5, 256)
     calls = calls_to_plan(signature, (x, (x,), {"x": x}), None, {})
     assert len(calls) == 3 and all(call[0] is x for call in calls)
@@ -107,7 +107,7 @@ def test_wrong_sizes_are_refused(
 
 
 class Bounded(torch.nn.Module):
-    """A model whose sizes have bounds and depend on each other."""
+    """A model whose sizes are bounded and depend on each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_bounds_and_relations_between_sizes_are_kept() -> None:
     assert [blank.shape for blank in call] == [(8, 128), (16, 128)]
 
 
-def test_the_cpu_target_says_that_it_has_no_kernels(compiled: CompiledModel) -> None:
+def test_the_cpu_target_reports_that_it_has_no_kernels(compiled: CompiledModel) -> None:
     done = compiled.warmup(rows=[1, 2])
     assert done.kernels == () and done.calls == 2 and "no kernels" in str(done)
     assert "no kernels" in str(compiled.tune(rows=[1, 2]))
@@ -151,12 +151,12 @@ def test_a_model_that_is_not_captured_yet() -> None:
 
 
 class Driver:
-    """Stands for Triton's, with a GPU that nothing is loaded to."""
+    """Replaces Triton's driver, with a fake GPU."""
 
     loaded: ClassVar[list[str]] = []
 
     class launcher_cls:  # noqa: N801  (Triton's name)
-        """Stands for Triton's launcher."""
+        """Replaces Triton's launcher."""
 
         global_scratch_size = profile_scratch_size = 0
         launch_cooperative_grid = launch_pdl = False
@@ -166,7 +166,7 @@ class Driver:
             self.launch: Any = [].append
 
     class utils:  # noqa: N801
-        """Stands for the part of Triton's driver that is written in C."""
+        """Replaces the C part of Triton's driver."""
 
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
@@ -203,19 +203,19 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for kernel in (quantize_tiles, broken):
         kernel.device_caches.clear()
     launching._COMPILED.clear()
-    gc.collect()  # kernels are unloaded by the driver that loaded them
+    gc.collect()  # kernels must be unloaded by the driver that loaded them
     driver._active = active
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def broken(x, BLOCK: triton.language.constexpr):  # type: ignore[no-untyped-def]
-    """No kernel."""
+    """A kernel that does not compile."""
     x.no_such_method(BLOCK)
 
 
 @pytest.fixture(scope="module")
 def _probe() -> Iterator[None]:
-    """Operators of ours that exist on a CPU."""
+    """Our operators with a CPU implementation."""
     library = torch.library.Library("qcompiler", "FRAGMENT")
     library.define("probe(Tensor x, int block) -> Tensor")
     library.define("broken(Tensor x) -> Tensor")
@@ -258,7 +258,7 @@ def test_every_kernel_is_compiled_once_and_loaded() -> None:
     told: list[tuple[int, int, str]] = []
     run = partial(model, torch.randn(256, 256))
     done = warm_up(run, CALLS, CPU, lambda *given: told.append(given), workers=2)
-    # For few rows and for many: one for 64 columns, one for 32, and one that reads unaligned rows.
+    # For few rows and for many: one for 64 columns, one for 32, and one for unaligned rows.
     assert len(done.kernels) == 6 and done.calls == 3 and done.note is None
     assert Driver.loaded == ["quantize_tiles"] * 6
     assert [(count, of) for count, of, _ in told] == [(i, 6) for i in range(1, 7)]
@@ -270,7 +270,7 @@ def test_every_kernel_is_compiled_once_and_loaded() -> None:
 
 
 @pytest.mark.usefixtures("_hopper", "_probe")
-def test_what_fails_beside_others_is_compiled_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_among_others_is_compiled_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     parse, alone = type(quantize_tiles).parse, threading.current_thread()
 
     def disturbed(kernel: Any) -> Any:
@@ -286,14 +286,14 @@ def test_what_fails_beside_others_is_compiled_again_alone(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("_hopper", "_probe")
-def test_products_are_found_without_a_kernel() -> None:
+def test_gemms_are_found_without_a_kernel() -> None:
     found, note = products_of(partial(model, torch.randn(256, 256)), CALLS[:2], CPU)
     assert [(each.m, each.k) for each in found] == [(8, 256), (8, 128), (16, 256), (16, 128)] and note is None
     assert not Driver.loaded and replay.state.problems is None
 
 
 @pytest.mark.usefixtures("_hopper", "_probe")
-def test_what_data_decide_is_told() -> None:
+def test_data_dependent_calls_are_reported() -> None:
     def choosy(x: Tensor) -> Tensor:
         kept: Tensor = torch.ops.qcompiler.probe(x, 64)
         rest: Tensor = torch.ops.qcompiler.probe(x[x[:, 0] > 0], 32)
@@ -310,7 +310,7 @@ def test_a_kernel_that_does_not_compile_is_named() -> None:
     assert replay.state.planner is None
 
 
-def test_planning_does_not_touch_what_the_model_keeps(compiled: CompiledModel) -> None:
+def test_planning_does_not_change_model_state(compiled: CompiledModel) -> None:
     state = torch.zeros(4)
 
     def run(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Mlp(torch.nn.Module):
 
 @pytest.fixture
 def compiled() -> Iterator[CompiledModel]:
-    """A model, and a process in which no kernel is compiled."""
+    """A model, in a process without compiled kernels."""
     kept = dict(launching._COMPILED)
     launching._COMPILED.clear()
     replay.forget()
@@ -78,7 +78,7 @@ def test_after_a_warmup_the_first_call_can_be_captured(compiled: CompiledModel) 
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_without_one_the_error_says_how(compiled: CompiledModel) -> None:
+def test_without_warmup_the_error_says_how(compiled: CompiledModel) -> None:
     x = inputs(2, 8)
     with pytest.raises(CodegenError, match=r"compiled\.warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         compiled(x)
@@ -99,7 +99,7 @@ def test_all_usual_rows_and_combinations(compiled: CompiledModel) -> None:
     assert dict(launching._COMPILED) == before
 
 
-def test_tuning_is_used_here_and_where_it_is_asked_for(compiled: CompiledModel, tmp_path: Path) -> None:
+def test_tuning_is_used_here_and_on_request(compiled: CompiledModel, tmp_path: Path) -> None:
     x = inputs(2, 8)
     want = compiled(x)
     result = compiled.tune(x)
@@ -110,7 +110,7 @@ def test_tuning_is_used_here_and_where_it_is_asked_for(compiled: CompiledModel, 
     assert (compiled(x).float() - want.float()).norm() <= 1e-2 * want.float().norm()
     entries = json.loads(Path(result.file).read_text())["products"]
     assert {entry["problem"]["n"] for entry in entries} >= {512, 1024}
-    # A result nobody would measure shows whether another process reads the file.
+    # An impossible measurement shows whether another process reads the file.
     problem = GemmProblem(16, 1024, 512, torch.cuda.get_device_properties(0).multi_processor_count)
     other = next(config for config in candidates(problem)[::-1] if config != choose(problem))
     tuned.learn(0, {problem: other})

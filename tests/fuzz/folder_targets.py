@@ -1,8 +1,8 @@
-"""Folders that come from elsewhere, one file of which is mutated: artefacts of `compiled.save`, and checkpoints.
+"""Untrusted folders with one mutated file: artefacts of `compiled.save`, and checkpoints.
 
-An input is the name of a file, a newline, and what the file holds instead; `x.safetensors#header` is only the
-description in front of the tensors. An artefact lists the hash of each of its files, so a change is found out at once;
-`artefact-sealed` corrects the hashes, so that the readers behind them are reached, as somebody would who means harm.
+An input is a file name, a newline, and the new content of the file; `x.safetensors#header` is only the description
+before the tensors. An artefact lists the hash of each of its files, so a change is detected at once; `artefact-sealed`
+corrects the hashes to reach the parsers after that check, as an attacker would.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ HEADER = "#header"
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder as it should be.
+    """A valid folder.
 
     Attributes:
-        path: Where it is.
-        files: Name -> what the file holds.
+        path: The folder.
+        files: Name -> content.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Folder:
 
     @classmethod
     def at(cls, path: Path) -> "Folder":
-        """The folder as it is now."""
+        """The folder with its current files."""
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
         return cls(path, {file.relative_to(path).as_posix(): file.read_bytes() for file in files})
 
@@ -55,7 +55,7 @@ class Folder:
                 yield (name + HEADER).encode() + b"\n" + header_of(data)
 
     def change(self, given: bytes, otherwise: str) -> tuple[str, bytes]:
-        """The file that an input is about, and what it holds then."""
+        """The file that an input names, and its new content."""
         line, _, data = given.partition(b"\n")
         name, mark, _ = line.decode("utf-8", "replace").partition(HEADER)
         if name not in self.files:
@@ -64,7 +64,7 @@ class Folder:
 
     @contextmanager
     def holding(self, changes: Mapping[str, bytes]) -> Iterator[None]:
-        """With other files in it."""
+        """The folder with other files in it."""
         for name, data in changes.items():
             (self.path / name).write_bytes(data)
         try:
@@ -84,7 +84,7 @@ PASSES = (
 
 @cache
 def _artefact() -> Folder:
-    """A small artefact that has every kind of file."""
+    """A small artefact with every kind of file."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
     path = folder() / "artefacts" / "model"
@@ -94,7 +94,7 @@ def _artefact() -> Folder:
 
 
 def _load(changes: Mapping[str, bytes]) -> None:
-    """Loads the artefact with other files in it, and looks at all that is read when it is asked for."""
+    """Loads the artefact with other files in it and accesses everything that is loaded lazily."""
     with _artefact().holding(changes):
         try:
             loaded = qcompiler.load(_artefact().path, verify=True)
@@ -104,25 +104,25 @@ def _load(changes: Mapping[str, bytes]) -> None:
             [loaded.graph.weights[name].sum() for name in loaded.graph.weights]
         except ArtefactError as error:
             if error.problem == "the artefact cannot be loaded" and error.__cause__ is not None:
-                raise error.__cause__ from None  # nobody foresaw it: the message asks to report it
+                raise error.__cause__ from None  # an unexpected error: the message asks to report it
             raise
 
 
 def read_artefact(given: bytes) -> None:
-    """An artefact with a file that is not what the manifest lists."""
+    """An artefact with a file that does not match the manifest."""
     name, data = _artefact().change(given, NAME)
     _load({name: data})
 
 
 def read_sealed_artefact(given: bytes) -> None:
-    """An artefact with a changed file and a manifest that agrees."""
+    """An artefact with a changed file and a matching manifest."""
     name, data = _artefact().change(given, NAME)
     if name != NAME:
         manifest = json.loads(_artefact().files[NAME])
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         _load({name: data, NAME: render(sealed(manifest)).encode()})
         return
-    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # of what is no manifest at all
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # not a manifest at all
         data = render(sealed(json.loads(data))).encode()
     _load({name: data})
 
@@ -161,7 +161,7 @@ FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_
 
 @cache
 def _checkpoints() -> Mapping[str, Folder]:
-    """One of each kind: those that are read, one in several files, and one that is declared elsewhere."""
+    """Checkpoints of each kind: stored, in several files, and with a declaration in a separate file."""
     codes = torch.linspace(-4, 4, 16 * 8).reshape(16, 8).to(torch.float8_e4m3fn)
     plain = {"norm.weight": torch.ones(8), "lm_head.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
     block = {"up.weight": codes, "up.weight_scale_inv": torch.ones(1, 1)}
@@ -202,7 +202,7 @@ def _checkpoints() -> Mapping[str, Folder]:
 
 
 def read_checkpoint(given: bytes) -> None:
-    """The reader of checkpoints, and every tensor."""
+    """The checkpoint reader and every tensor."""
     line, _, _ = given.partition(b"/")
     kind = line.decode("utf-8", "replace")
     checkpoint = _checkpoints().get(kind, _checkpoints()["fp8"])

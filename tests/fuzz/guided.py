@@ -1,10 +1,10 @@
-"""The targets of this folder again, by inputs that reach new lines of code: atheris, which is libFuzzer for Python.
+"""Coverage-guided fuzzing of the same targets with atheris (libFuzzer for Python).
 
-    python tests/fuzz/guided.py graph 600           ten minutes on one target; ends at the first finding
+    python tests/fuzz/guided.py graph 600           ten minutes on one target; stops at the first finding
 
-It is many times as fast and goes deeper, but finds one thing at a time, does not repeat itself, and is there for Linux
-alone: hence `make test` and `make fuzz` draw their inputs with hypothesis. A finding is written to crash-… here, and
-`python tests/fuzz/guided.py graph crash-…` shows it again. Needs `pip install -e ".[fuzz]"`.
+It is many times faster and goes deeper than hypothesis, but it finds one thing at a time, is not deterministic, and
+runs only on Linux; so `make test` and `make fuzz` use hypothesis. It writes a finding to crash-… here, and
+`python tests/fuzz/guided.py graph crash-…` reproduces it. Needs `pip install -e ".[fuzz]"`.
 """
 
 import os
@@ -32,19 +32,19 @@ LIMITS = ["-max_len=16384", "-timeout=20", "-rss_limit_mb=4096"]
 
 
 def main(name: str, how_long: str) -> int:
-    """Runs one target for so many seconds, or on the one input in a file; the exit status of libFuzzer."""
+    """Runs one target for some seconds, or on the input in a file; returns the exit status of libFuzzer."""
     target = {**TEXT_TARGETS, **FOLDER_TARGETS}[name]
     entry_points.entry_points = cache(metadata.entry_points)  # type: ignore[assignment, attr-defined]  # as in test_fuzz.py
     options = [how_long] if Path(how_long).is_file() else [*corpus(target), f"-max_total_time={how_long}"]
     child = os.fork()
-    if child == 0:  # libFuzzer ends its process, and would leave the folder behind
+    if child == 0:  # libFuzzer ends its process without removing the folder
         atheris.Setup([sys.argv[0], *LIMITS, *options], lambda data: read(target, data))
         atheris.Fuzz()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def corpus(target: Target) -> list[str]:
-    """Options for libFuzzer: where the seeds are, and the words."""
+    """Options for libFuzzer: the seeds and the dictionary."""
     seeds, words = folder() / "corpus", folder() / "words"
     seeds.mkdir()
     for index, seed in enumerate(target.seeds):
@@ -55,7 +55,7 @@ def corpus(target: Target) -> list[str]:
 
 
 def read(target: Target, data: bytes) -> None:
-    """One input: taken, or refused with QCompilerError."""
+    """One input: accepted, or rejected with QCompilerError."""
     try:
         target.read(data)
     except QCompilerError as error:

@@ -1,10 +1,10 @@
-"""Texts and files that are almost right: a seed that is legal, and a few edits of it, as a hypothesis strategy.
+"""Almost valid texts and files: a valid seed with a few edits, as a hypothesis strategy.
 
     given(mutated([b"canonicalize; fp8-tile"], words=[b"profile"]))
 
-An edit is seven bytes: its kind, and three numbers. Hypothesis draws those of an input at once, which is quick, and
-shrinks what it finds to the fewest edits of the shortest seed. All seeds are bytes: a text is its UTF-8, and is decoded
-again by whoever reads it.
+An edit is seven bytes: its kind and three numbers. Hypothesis draws all edits of an input at once, which is fast, and
+shrinks a finding to the fewest edits of the shortest seed. All seeds are bytes: a text is its UTF-8, and its target
+decodes it.
 """
 
 import re
@@ -18,7 +18,7 @@ NUMBER = re.compile(rb"\d+")
 EDIT = struct.Struct(">BHHH")
 BYTES = EDIT.size
 
-# What parsers of numbers, of names and of strings stumble over.
+# Numbers, names and strings that are hard for parsers.
 NUMBERS = (
     b"0", b"-1", b"1e999", b"-1e-999", b"nan", b"inf", b"2147483648", b"9223372036854775808", b"-0", b"1_0", b"0x10",
     b"9" * 40, b"1" * 5000, b"1e5000", b"00", b"1.5", "²".encode(), "٣".encode(),
@@ -33,7 +33,7 @@ BRACKETS = ((b"(", b")"), (b"[", b"]"), (b"{", b"}"), (b"-", b""), (b'{"a":', b"
 DEPTHS = (3, 40, 300, 3000)
 
 Numbers = tuple[int, int, int]
-"""Where an edit is, how far it goes, and what it takes; each is reduced to what the text has."""
+"""Where an edit is, how far it goes, and what it inserts; each is reduced to the range that the text has."""
 Edit = Callable[[bytes, Numbers, Sequence[bytes], Sequence[bytes]], bytes]
 
 
@@ -119,8 +119,8 @@ def mutated(seeds: Sequence[bytes], words: Sequence[bytes] = ()) -> st.SearchStr
     """A seed with one to six edits.
 
     Args:
-        seeds: What is legal, the shortest first.
-        words: What means something in it, to stand where something else should.
+        seeds: Valid inputs, shortest first.
+        words: Words of the language, inserted in place of others.
     """
 
     def apply(drawn: bytes) -> bytes:

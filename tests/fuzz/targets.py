@@ -1,6 +1,6 @@
-"""What reads texts and files from elsewhere: a function of bytes for each, with inputs that it takes.
+"""Parsers of untrusted texts and files: each target is a function of bytes with valid example inputs.
 
-A target returns, or raises QCompilerError; what it returns also prints and reads again as the same thing.
+A target returns or raises QCompilerError; results must also survive a print-and-parse round-trip.
 """
 
 import atexit
@@ -30,11 +30,11 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Target:
-    """Something that reads.
+    """One parser.
 
     Attributes:
         read: Reads one input.
-        seeds: Legal inputs, the shortest first.
+        seeds: Valid inputs, shortest first.
         words: Words of its language.
     """
 
@@ -44,12 +44,12 @@ class Target:
 
 
 def text_of(given: bytes) -> str:
-    """What stands in a text file with these bytes; what is no UTF-8 is replaced, since no text can hold it."""
+    """The content of a text file with these bytes; invalid UTF-8 is replaced."""
     return given.decode("utf-8", "replace")
 
 
 def same(made: object, again: object) -> None:
-    """Holds what was read to what is read from its own text."""
+    """Checks that parsing the printed text gives the same value."""
     if str(made) != str(again):
         raise AssertionError(f"it prints as\n{made}\nwhich reads as\n{again}")
 
@@ -87,7 +87,7 @@ def read_layers(given: bytes) -> None:
 
 
 def read_size(given: bytes) -> None:
-    """A size in the text of a type, by way of the graph that has an input of it."""
+    """A size in the text of a type, through a graph with an input of that type."""
     graph = Graph.parse(f"func @f(%x: f32[{text_of(given)}]) -> () {{ return }}")
     same(graph, Graph.parse(str(graph)))
 
@@ -99,13 +99,13 @@ def read_literal(given: bytes) -> None:
 
 
 def read_body(given: bytes) -> None:
-    """The body of a fused operation."""
+    """The fused expression of an operation."""
     made = body.parse(text_of(given))
     same(made, body.parse(str(made)))
 
 
 def read_knobs(given: bytes) -> None:
-    """The environment: NAME=value, a line each."""
+    """The environment: one NAME=value per line."""
     pairs = (line.partition("=") for line in text_of(given).splitlines())
     knobs.table(knobs.Knobs.from_environment({name: value for name, _, value in pairs}))
 
@@ -118,25 +118,25 @@ def read_calibration(given: bytes) -> None:
 
 
 def read_calibration_head(given: bytes) -> None:
-    """A calibration file whose tensors are sound, and whose description is not."""
+    """A calibration file with valid tensors and an invalid description."""
     header = json.loads(header_of(_calibration_file()))
     header["__metadata__"][KEY] = text_of(given)
     read_calibration(with_header(_calibration_file(), json.dumps(header).encode("utf-8")))
 
 
 def header_of(data: bytes) -> bytes:
-    """What describes the tensors of a safetensors file."""
+    """The header of a safetensors file."""
     return data[8 : 8 + int.from_bytes(data[:8], "little")]
 
 
 def with_header(data: bytes, header: bytes) -> bytes:
-    """A safetensors file with another description."""
+    """A safetensors file with another header."""
     return len(header).to_bytes(8, "little") + header + data[8 + len(header_of(data)) :]
 
 
 @cache
 def folder() -> Path:
-    """A folder for the file that is being read, in memory where the system has such a place; gone when Python ends."""
+    """A folder for the current file, in memory if possible; deleted when Python exits."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="qcompiler-fuzz-", dir=memory if memory.is_dir() else None))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -205,7 +205,7 @@ ENVIRONMENT = (
 
 
 def in_order(seeds: Iterable[bytes]) -> tuple[bytes, ...]:
-    """Each seed once, the shortest first."""
+    """Each seed once, shortest first."""
     return tuple(sorted(set(seeds), key=lambda seed: (len(seed), seed)))
 
 

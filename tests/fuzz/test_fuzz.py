@@ -1,9 +1,9 @@
-"""Whatever is read from elsewhere, mutated: each input is taken, or refused with QCompilerError, in good time.
+"""Mutated inputs for all parsers: each input is accepted, or rejected with QCompilerError, within time and memory.
 
     make fuzz INPUTS=100000                                             all targets, that many inputs each
-    python -m pytest tests/fuzz -k pipeline --fuzz-inputs 5000 --fuzz-seed 40    one of them, from another seed on
+    python -m pytest tests/fuzz -k pipeline --fuzz-inputs 5000 --fuzz-seed 40    one target, from another seed
 
-The same seeds give the same inputs on every machine. What is found comes with the smallest input that shows it.
+The same seeds give the same inputs on every machine. A finding is reported with the smallest input that triggers it.
 """
 
 import ast
@@ -32,22 +32,22 @@ from qcompiler.errors import QCompilerError
 TARGETS = {**TEXT_TARGETS, **FOLDER_TARGETS}
 
 SECONDS = 2.0
-"""Of processor time, for one input, which is some kilobytes."""
+"""Seconds of CPU time for one input, which has some kilobytes."""
 
 MEMORY = 2 << 30
-"""What reading may take above what the process has."""
+"""Memory that reading may use beyond the process's current size."""
 
 AT_ONCE = 5000
-"""Inputs drawn from one seed: hypothesis remembers all of them, and in turn never draws one twice."""
+"""Inputs drawn per seed: hypothesis remembers all of them and never draws one twice."""
 
 
 class TooSlow(BaseException):
-    """The time for one input is over; no handler for errors takes it for one."""
+    """The time for one input is over; error handlers do not catch it."""
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Time and memory for one input."""
+    """Limits time and memory for one input."""
 
     def stop(*_: object) -> None:
         raise TooSlow
@@ -65,19 +65,19 @@ def limited() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def inputs(request: pytest.FixtureRequest) -> int:
-    """How many inputs each target gets."""
+    """The number of inputs per target."""
     return int(request.config.getoption("--fuzz-inputs"))
 
 
 @pytest.fixture(scope="module")
 def first(request: pytest.FixtureRequest) -> int:
-    """The seed to begin with."""
+    """The first seed."""
     return int(request.config.getoption("--fuzz-seed"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_memory() -> Iterator[None]:
-    """What asks for very much memory gets a MemoryError, in place of the machine's last byte."""
+    """Makes huge allocations raise MemoryError instead of exhausting the machine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
@@ -87,14 +87,14 @@ def _little_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed_once() -> Iterator[None]:
-    """What is installed stays as it is meanwhile; to look again for each unknown name would take most of the time."""
+    """Caches the installed entry points: looking them up for each unknown name would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "entry_points", cache(metadata.entry_points))
         yield
 
 
 def outcome(target: Target, data: bytes) -> str:
-    """How reading ends: `taken`, or the name of the error that refuses it; anything else is raised."""
+    """The outcome of reading: `taken`, or the name of the rejecting error; other exceptions propagate."""
     with limited():
         try:
             target.read(data)
@@ -105,7 +105,7 @@ def outcome(target: Target, data: bytes) -> str:
 
 
 def fuzz(target: Target, inputs: int, first: int) -> Counter[str]:
-    """How reading so many inputs ends; an exception with the smallest input of each finding when it ends wrongly."""
+    """Counts outcomes over inputs; raises an exception with the smallest input of each finding."""
     seen = Counter[str]()
     while (left := inputs - seen.total()) > 0:
 
@@ -142,7 +142,7 @@ def test_every_mutated_input_is_taken_or_refused(
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_is_mutated_is_taken_as_it_was(name: str) -> None:
+def test_seeds_are_accepted_unmutated(name: str) -> None:
     for data in TARGETS[name].seeds:
         assert outcome(TARGETS[name], data) == "taken"
 
@@ -160,7 +160,7 @@ def test_a_finding_comes_with_its_smallest_input() -> None:
     assert again == {"taken": 50}
 
 
-def test_what_never_ends_or_takes_all_memory_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_loops_and_huge_allocations_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.05)
 
     def never_ends(_: bytes) -> None:
@@ -175,7 +175,7 @@ def test_what_never_ends_or_takes_all_memory_is_a_finding(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("atheris") is None, reason="needs atheris: pip install -e '.[fuzz]'")
-def test_the_guided_run_reads_the_same_targets(root: Path) -> None:
+def test_guided_fuzzing_uses_the_same_targets(root: Path) -> None:
     command = [sys.executable, str(root / "tests/fuzz/guided.py"), "size", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "DONE" in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""calibrate: what it observes, what it leaves alone, what it says when data is missing, and experts without tokens."""
+"""calibrate: what it observes and skips, its messages about missing data, and experts without tokens."""
 
 from functools import cache
 from typing import Any
@@ -44,7 +44,7 @@ def data(*rows: int) -> list[list[Tensor]]:
     return [[torch.randn(n, 16, generator=rng) for _ in range(2)] for n in rows]
 
 
-def test_it_observes_what_may_be_quantized_and_changes_nothing() -> None:
+def test_it_observes_quantizable_inputs_and_does_not_change_the_graph() -> None:
     graph = model(Calibration(data(3, 5)))
     before = str(graph)
     run_pipeline(Pipeline((Calibrate(),)), graph, instruments=[Validate(), CheckChanged()], inputs=data(2)[0])
@@ -57,7 +57,7 @@ def test_it_observes_what_may_be_quantized_and_changes_nothing() -> None:
     assert graph.calibration.modules == {"x": "up", "a": "act"}
 
 
-def test_what_is_known_is_not_observed_again() -> None:
+def test_known_statistics_are_not_observed_again() -> None:
     read = []
 
     class Counted(list[Any]):
@@ -79,11 +79,11 @@ def test_what_is_known_is_not_observed_again() -> None:
         seen = graph.calibration.statistics["a"]
         assert seen.histogram is not None and bool(options.get("rows")) == (seen.sample is not None)
     assert len(read) == 5
-    Calibrate(rows=2).run(graph)  # there is more already
+    Calibrate(rows=2).run(graph)  # more rows exist already
     assert len(read) == 5 and graph.calibration.statistics["a"].sample.capacity == 5
 
 
-def test_what_was_saved_needs_no_data(tmp_path: Any) -> None:
+def test_saved_statistics_need_no_data(tmp_path: Any) -> None:
     graph = model(Calibration(data(3)))
     Calibrate(rows=2).run(graph)
     graph.calibration.save(tmp_path / "c")
@@ -98,7 +98,7 @@ def test_what_was_saved_needs_no_data(tmp_path: Any) -> None:
     )
 
 
-def test_nothing_to_observe_needs_no_data() -> None:
+def test_a_graph_with_nothing_to_observe_needs_no_data() -> None:
     graph = Graph.parse("func @m(%x: f32[2]) -> (f32[2]) {\n  return %x\n}")
     assert not Calibrate().run(graph) and graph.calibration is None
 
@@ -130,7 +130,7 @@ def test_nothing_to_observe_needs_no_data() -> None:
         ),
     ],
 )
-def test_missing_and_useless_data(calibration: Any, message: str) -> None:
+def test_missing_and_invalid_data(calibration: Any, message: str) -> None:
     with pytest.raises(QCompilerError) as error:
         run_pipeline(Pipeline((Calibrate(),)), model(calibration))
     assert str(error.value).startswith(message)
@@ -149,7 +149,7 @@ def test_statistics_of_another_model() -> None:
     assert list(calibration.statistics) == ["a"]
 
 
-def test_asking_for_what_was_not_observed() -> None:
+def test_a_query_for_unobserved_statistics() -> None:
     graph = model(Calibration())
     with pytest.raises(PassError, match="a value was not observed in calibration: got %a"):
         statistics_of(graph, graph["a"])
@@ -168,7 +168,7 @@ def test_copies_of_a_graph_share_the_calibration() -> None:
     assert graph.clone(weights=False).calibration is None and Graph("new").calibration is None
 
 
-def test_an_updated_calibration_leaves_the_old_one() -> None:
+def test_updating_a_calibration_does_not_change_the_old_one() -> None:
     graph = model(Calibration(iter(data(3))))
     Calibrate().run(graph)
     old, new = graph.calibration, graph.calibration.updated({"s": Statistics.empty(8)})
@@ -182,7 +182,7 @@ def test_an_updated_calibration_leaves_the_old_one() -> None:
 
 
 class Experts(nn.Module):
-    """Four experts, of which each token chooses two, by one of two ways to write it; and a linear behind them."""
+    """Four experts, two per token, written in one of two ways; followed by a linear."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Experts(nn.Module):
         )
         with torch.no_grad():
             self.gate.weight.zero_()
-            self.gate.weight[2:, 0] = torch.tensor([1.0, 2.0])  # where x[0] is positive, only experts 2 and 3 work
+            self.gate.weight[2:, 0] = torch.tensor([1.0, 2.0])  # where x[0] is positive, only experts 2 and 3 are used
 
     def forward(self, x: Tensor) -> Tensor:
         weight, choice = torch.topk(self.gate(x).softmax(-1), 2)
@@ -216,14 +216,14 @@ def captured(kind: str) -> Graph:
 
 
 @pytest.mark.parametrize("kind", ["gather", "mask"])
-def test_experts_without_tokens_are_reported_and_no_error(kind: str) -> None:
+def test_experts_without_tokens_are_reported_without_an_error(kind: str) -> None:
     graph = captured(kind).clone()
     x = torch.randn(7, 16)
     x[:, 0] = x[:, 0].abs() + 1
     graph.calibration = Calibration([[x], [x[:2]]])
     Calibrate(histogram=True, rows=4).run(graph)
     values = list(activations(graph))
-    assert len(values) == 9  # two an expert, and one behind them; the router is not quantized
+    assert len(values) == 9  # two per expert, and one after them; the router is not quantized
     unseen = [saw_no_token(graph, value) for value in values]
     assert unseen == [True] * 4 + [False] * 5
     assert {row.value for row in graph.calibration.coverage.unseen} == {value.name for value in values[:4]}
@@ -233,7 +233,7 @@ def test_experts_without_tokens_are_reported_and_no_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gather", "mask"])
-def test_what_is_behind_the_experts_must_see_something(kind: str) -> None:
+def test_layers_after_the_experts_must_see_data(kind: str) -> None:
     graph = captured(kind).clone()
     values, routed = list(activations(graph)), behind_top_k(graph)
     assert [value in routed for value in values] == [True] * 8 + [False]
@@ -267,8 +267,8 @@ def test_a_captured_model() -> None:
         torch.testing.assert_close(statistics_of(graph, value).minimum, want.amin(0))
 
 
-def test_only_the_layers_that_are_asked_for_are_observed() -> None:
-    """What a layer reads that stays in float may hold anything, zeros or infinities."""
+def test_only_selected_layers_are_observed() -> None:
+    """The input of a layer that stays in float may contain anything, zeros or infinities."""
 
     class Two(torch.nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""canonicalize: one spelling for matmuls, nothing for what does nothing, and no aliasing that was not there before."""
+"""canonicalize: one form for matmuls, no-ops are removed, and no new aliasing."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def graph_of(x: str, w: str, call: str, y: str) -> Graph:
 
 
 def body(text: str) -> Graph:
-    """A graph over f32[2, 4] inputs x and y, a weight w and a buffer, that runs `text` and returns what it says."""
+    """A graph with f32[2, 4] inputs x and y, a weight w and a buffer; it runs `text` and returns its result."""
     outputs = ", ".join("f32[2, 4]" for _ in text.rpartition("return ")[2].split(","))
     return Graph.parse(
         f"func @m(%x: f32[2, 4], %y: f32[2, 4]) -> ({outputs}) {{\n"
@@ -37,7 +37,7 @@ def body(text: str) -> Graph:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_each_spelling_becomes_a_linear_of_equal_value(spelling: tuple[str, str, str, str]) -> None:
+def test_each_form_becomes_a_linear_of_equal_value(spelling: tuple[str, str, str, str]) -> None:
     graph = graph_of(*spelling)
     inputs, weights = random_inputs(graph, 1)
     (before,) = interpret(graph, inputs, weights)
@@ -99,7 +99,7 @@ def test_two_transpositions_cancel(swap: str) -> None:
     assert "%a" not in str(graph)
 
 
-def test_a_permutation_that_keeps_the_order_is_no_transposition() -> None:
+def test_a_permutation_that_keeps_the_order_is_not_a_transposition() -> None:
     graph = Graph.parse(
         "func @m(%x: f32[4, 4]) -> (f32[4, 4]) {\n  %a = aten.permute(%x, [0, 1]) : f32[4, 4]\n"
         "  %b = aten.t(%a) : f32[4, 4]\n  return %b\n}"
@@ -110,29 +110,29 @@ def test_a_permutation_that_keeps_the_order_is_no_transposition() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "%a = aten.clone(%x) : f32[2, 4]\n  return %a",  # the caller would get its own tensor back
+        "%a = aten.clone(%x) : f32[2, 4]\n  return %a",  # would return the caller's tensor
         "%a = aten.clone(%x) : f32[2, 4]\n  %b = aten.view(%a, [2, 4]) : f32[2, 4]\n  %c = aten.neg(%b) : f32[2, 4]\n"
         "  return %b",
-        "%v = aten.alias(%w) : f32[2, 4]\n  %a = aten.clone(%w) : f32[2, 4]\n  return %a",  # the model's own weight
-        "%r = aten.relu(%x) : f32[2, 4]\n  %a = aten.clone(%r) : f32[2, 4]\n  return %r, %a",  # one tensor twice
+        "%v = aten.alias(%w) : f32[2, 4]\n  %a = aten.clone(%w) : f32[2, 4]\n  return %a",  # would return the weight
+        "%r = aten.relu(%x) : f32[2, 4]\n  %a = aten.clone(%r) : f32[2, 4]\n  return %r, %a",  # would return it twice
         "%a = aten.clone(%x) : f32[2, 4]\n  core.update(%s, %a)\n  return %y",
         "%e = aten.slice.Tensor(%x, 0, 0, 2) : f32[2, 4]\n  %a = aten._to_copy(%e) : f32[2, 4]\n  return %a",
     ],
 )
-def test_a_copy_stays_where_memory_would_be_shared(text: str) -> None:
+def test_a_copy_that_prevents_aliasing_stays(text: str) -> None:
     graph = body(text)
     Canonicalize().run(graph)
     assert "%a = " in str(graph)
 
 
 @pytest.mark.parametrize("made_by", ["aten.relu(%x)", "aten.neg(%x)"])
-def test_a_copy_of_an_intermediate_value_goes(made_by: str) -> None:
+def test_a_copy_of_an_intermediate_value_is_removed(made_by: str) -> None:
     graph = body(f"%r = {made_by} : f32[2, 4]\n  %a = aten.clone(%r) : f32[2, 4]\n  return %a")
     assert Canonicalize().run(graph)
     assert graph.outputs == (graph["r"],)
 
 
-def test_a_copy_stays_where_a_view_needs_its_strides() -> None:
+def test_a_copy_stays_if_a_view_needs_its_strides() -> None:
     text = (
         "func @m(%x: f32[1, 4]) -> (f32[12]) {\n  %r = aten.relu(%x) : f32[1, 4]\n"
         "  %e = aten.expand(%r, [3, 4]) : f32[3, 4]\n  %a = aten.clone(%e) : f32[3, 4]\n"
@@ -152,7 +152,7 @@ def test_a_copy_stays_where_a_view_needs_its_strides() -> None:
         "aten.to.dtype(%x, f32, false, true)",
     ],
 )
-def test_what_may_do_something_stays(line: str) -> None:
+def test_operations_that_may_have_an_effect_stay(line: str) -> None:
     graph = body(f"%a = {line} : f32[2, 4]\n  %b = aten.relu(%a) : f32[2, 4]\n  return %b")
     assert not Canonicalize().run(graph)
 

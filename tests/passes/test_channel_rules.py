@@ -1,4 +1,4 @@
-"""The table of what commutes with a scale: each row is true in numbers, and is refused where it is not."""
+"""The table of operations that commute with a scale: each row is checked numerically, with cases that it refuses."""
 
 import re
 from collections.abc import Sequence
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         + "%z = aten.scaled_dot_product_attention(%n, %h, %n) : f32[1, 4, 8]", "of its 'key'",
     ),
 }  # fmt: skip
-"""Operation -> an arrangement of it in which %r (%u or %v, where there is no %r) must not be scaled, and why."""
+"""Operation -> a case in which %r (or %u or %v, without a %r) must not be scaled, and why."""
 
 UNKNOWN = (
     "aten.gelu", "aten.silu", "aten.sigmoid", "aten.tanh", "aten.exp", "aten.softmax.int", "aten._softmax",
@@ -207,7 +207,7 @@ UNKNOWN = (
 
 
 def case(body: str) -> Graph:
-    """The body between the weights and a linear that reads %r, where there is one; the output is a single number."""
+    """The lines between the weights and a linear that uses %r, if it exists; the output is a single number."""
     text = HEAD
     if "%count" in body:
         text += "  %count = aten.sym_size.int(%a, 0) : int(s0)\n"
@@ -221,7 +221,7 @@ def case(body: str) -> Graph:
 
 
 def start(body: str) -> str:
-    """The value that a case moves data out of."""
+    """The value whose data a case moves."""
     return "u" if "%u" in body else "v"
 
 
@@ -232,7 +232,7 @@ def inputs(rows: int) -> list[torch.Tensor]:
 
 
 def run(graph: Graph, rows: int = 3) -> torch.Tensor:
-    """What %y is; the types in the text are held to what torch gives."""
+    """The type of %y; checks the types in the text against torch."""
     kept: dict[str, torch.Tensor] = {}
 
     def observe(op: Op, results: tuple[object, ...]) -> None:
@@ -268,7 +268,7 @@ def test_each_row_has_a_proof_and_both_tests() -> None:
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_what_does_not_commute_is_not_in_the_table(name: str) -> None:
+def test_operations_that_do_not_commute_are_not_in_the_table(name: str) -> None:
     assert overload_of(name) is not None
     assert name not in RULES
 
@@ -318,11 +318,13 @@ def sizes(text: str) -> Sequence[Size]:
         ("1", "", [([0], [])]),
     ],
 )
-def test_runs_are_what_a_reshape_does_not_mix(old: str, new: str, groups: list[tuple[list[int], list[int]]]) -> None:
+def test_runs_are_the_axes_that_a_reshape_does_not_mix(
+    old: str, new: str, groups: list[tuple[list[int], list[int]]]
+) -> None:
     assert [(list(left), list(right)) for left, right in runs(sizes(old), sizes(new))] == groups
 
 
-def test_the_page_shows_this_very_table(root: Path) -> None:
+def test_the_page_shows_this_table(root: Path) -> None:
     page = (root / "docs" / "smoothquant.md").read_text(encoding="utf-8")
     shown: dict[str, str] = {}
     for names, proof in re.findall(r"^\| (`.*`) \| (.*) \|$", page[page.index("## What commutes") :], re.M):

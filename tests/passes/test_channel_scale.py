@@ -1,4 +1,4 @@
-"""The region that a scale concerns: what makes and reads scaled values, which channels are tied, what is refused."""
+"""The region affected by a scale: producers and users of scaled values, tied channels, and refusals."""
 
 from random import Random
 
@@ -58,7 +58,7 @@ REFUSED = {
     "an embedding": (
         "%n = aten.embedding(%w, %ids) : f32[s0, 8]", "aten.embedding does not commute with a scale (%n)",
     ),
-    "hardtanh behind it": (
+    "hardtanh after it": (
         NORM + "%h = aten.hardtanh(%n) : f32[s0, 8]", "aten.hardtanh does not commute with a scale (%h)",
     ),
     "hardtanh before it": (
@@ -117,12 +117,12 @@ REFUSED = {
     "an addend that nothing scales": (
         NORM + "%h = aten.add.Tensor(%n, %z) : f32[s0, 8]", "a graph input takes in no scale, reached through %h (%z)",
     ),
-    "a part that is also read whole": (
+    "a part of a value that is also used whole": (
         "%q = aten.linear(%x, %big) : f32[s0, 24]\n%n = aten.slice.Tensor(%q, 1, 8, 16) : f32[s0, 8]\n"
         "%h = aten.gelu(%q) : f32[s0, 24]",
         "aten.gelu does not commute with a scale, reached through %n (%h)",
     ),
-    "parts that overlap with what must not be scaled": (
+    "parts that overlap with unscalable values": (
         "%q = aten.linear(%x, %big) : f32[s0, 24]\n%n = aten.slice.Tensor(%q, 1, 8, 16) : f32[s0, 8]\n"
         "%m = aten.slice.Tensor(%q, 1, 12, 24) : f32[s0, 12]\n%h = aten.silu(%m) : f32[s0, 12]",
         "aten.silu does not commute with a scale",
@@ -154,7 +154,7 @@ def test_refused(name: str) -> None:
     assert reason in str(missed)
 
 
-def test_a_norm_that_two_blocks_read() -> None:
+def test_a_norm_with_two_users() -> None:
     body = NORM + Q + "%up = aten.linear(%n, %big) : f32[s0, 24]\n%route = aten.linear(%n, %w2) : f32[s0, 8]\n"
     region = solved(body + "%top, %at = aten.topk(%route, 2) : f32[s0, 2], i64[s0, 2]", "n")
     assert [(absorber.op.name, absorber.kind, absorber.path) for absorber in region.absorbers] == [
@@ -166,13 +166,13 @@ def test_a_norm_that_two_blocks_read() -> None:
     assert [value.name for value in region.scaled] == ["n"]
 
 
-def test_a_gain_that_multiplies_is_an_absorber() -> None:
+def test_a_multiplied_gain_is_an_absorber() -> None:
     region = solved("%e = aten.add.Tensor(%g, 1.0) : f32[8]\n%n = aten.mul.Tensor(%x, %e) : f32[s0, 8]\n" + Q, "n")
     (absorber,) = region.absorbers
     assert (absorber.kind, absorber.path, absorber.labels.tolist()) == ("constant", (1,), list(range(8)))
 
 
-def test_a_number_does_not_tie_all_channels_when_something_else_may_carry_them() -> None:
+def test_a_number_does_not_tie_all_channels_if_something_else_can_carry_them() -> None:
     region = solved("%p = aten.linear(%x, %w2) : f32[s0, 8]\n%n = aten.mul.Tensor(%p, %one) : f32[s0, 8]\n" + Q, "n")
     assert region.classes == tuple(range(8))
     tied = solved("%n = aten.mul.Tensor(%x, %one) : f32[s0, 8]\n" + Q, "n")
@@ -188,7 +188,7 @@ def test_sliced_and_concatenated_reads() -> None:
     assert region.classes == tuple(range(8))
 
 
-def test_a_concatenation_with_what_is_not_scaled() -> None:
+def test_a_concatenation_with_unscaled_values() -> None:
     body = NORM + "%c = aten.cat([%z, %n, %z], 1) : f32[s0, 24]\n%t = aten.t(%big) : f32[8, 24]\n"
     region = solved(body + "%h = aten.linear(%c, %t) : f32[s0, 8]", "n")
     assert region.readers[0].labels == (UNSCALED,) * 8 + tuple(range(8)) + (UNSCALED,) * 8
@@ -227,7 +227,7 @@ def test_query_heads_that_share_a_value_head_are_tied(attention: str) -> None:
     assert np.take(region.classes, absorber.labels).tolist() == [[0, 1, 2, 3]]
 
 
-def test_all_of_a_sequence_is_scaled_for_its_last_token() -> None:
+def test_a_whole_sequence_is_scaled_for_its_last_token() -> None:
     body = "%a = aten.rms_norm(%u, [8], %g) : f32[4, 8]\n%n = aten.slice.Tensor(%a, 0, 3, 4) : f32[1, 8]\n"
     region = solved(body + "%h = aten.linear(%n, %w) : f32[1, 8]", "n")
     assert [labels.shape for labels in region.scaled.values()] == [(1, 8), (1, 8)]
@@ -242,20 +242,20 @@ def test_one_of_three_fused_projections_is_scaled() -> None:
     assert absorber.labels.tolist() == [[UNSCALED] * 16 + list(range(8))]
 
 
-def test_a_value_that_is_reached_twice_with_different_labels() -> None:
+def test_a_value_reached_twice_with_different_labels() -> None:
     body = NORM + "%f = aten.flip(%n, [1]) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %f) : f32[s0, 8]\n"
     region = solved(body + "%y = aten.linear(%h, %w) : f32[s0, 8]", "n")
     assert region.classes == (0, 1, 2, 3, 3, 2, 1, 0)
 
 
-def test_a_linear_that_absorbs_and_reads() -> None:
+def test_a_linear_that_absorbs_and_uses_a_scale() -> None:
     body = NORM + Q + "%r = aten.relu(%q) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %r) : f32[s0, 8]\n"
     region = solved(body + "%y = aten.linear(%h, %w2) : f32[s0, 8]", "n")
     assert [absorber.op.results[0].name for absorber in region.absorbers] == ["n", "q"]
     assert [reader.op.result.name for reader in region.readers] == ["q", "y"]
 
 
-def test_the_second_factor_is_tried_and_the_last_refusal_told() -> None:
+def test_the_second_factor_is_tried_and_the_last_refusal_reported() -> None:
     gate = "%s = aten.silu(%x) : f32[s0, 8]\n"
     region = solved(
         gate + "%a = aten.linear(%x, %w2) : f32[s0, 8]\n%n = aten.mul.Tensor(%s, %a) : f32[s0, 8]\n" + Q, "n"
@@ -266,7 +266,7 @@ def test_the_second_factor_is_tried_and_the_last_refusal_told() -> None:
     assert str(solve(graph, graph["n"])) == "a graph input takes in no scale, reached through %n (%x)"
 
 
-def test_a_search_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_search_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     body = "%m0 = aten.mul.Tensor(%x, %z) : f32[s0, 8]\n"
     for at in range(12):
         body += f"%m{at + 1} = aten.mul.Tensor(%m{at}, %m{at}) : f32[s0, 8]\n"
@@ -286,7 +286,7 @@ def test_equal_graphs_give_equal_regions() -> None:
     assert first.classes == second.classes
 
 
-def test_what_looks_at_the_shape_alone_may_read_a_scaled_value() -> None:
+def test_shape_only_operations_may_use_a_scaled_value() -> None:
     body = NORM + "%size = aten.sym_size.int(%n, 0) : int(s0)\n%mask = aten.ones_like(%n) : f32[s0, 8]\n"
     region = solved(body + "%h = aten.mul.Tensor(%n, %mask) : f32[s0, 8]\n%y = aten.linear(%h, %w) : f32[s0, 8]", "n")
     assert [str(value) for value in region.scaled] == ["%n", "%h"]
@@ -316,7 +316,7 @@ STEPS = (
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1))
-def test_random_chains_of_what_commutes(seed: int) -> None:
+def test_random_chains_of_commuting_operations(seed: int) -> None:
     rng = Random(seed)
     text = """
 func @m(%x: f32[s0, 8], %gate: f32[s0, 8], %mask: b8[s0, 8], %rows: f32[s0, s0]) -> (f32[s0, 5]) where s0 in 2.. {

@@ -1,4 +1,4 @@
-"""dead-code: what nobody reads goes, with its weights; what has an effect stays."""
+"""dead-code: removes unused values and their weights; keeps operations with effects."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def with_line(line: str) -> Graph:
         "%e = aten.empty.memory_format([4]) : f32[4]",
     ],
 )
-def test_the_unread_goes(line: str) -> None:
+def test_unused_operations_are_removed(line: str) -> None:
     graph = with_line(line)
     assert DeadCode().run(graph)
     assert len(graph.ops()) == 1
@@ -32,7 +32,7 @@ def test_the_unread_goes(line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "%d = aten.rand([4]) : f32[4]",  # without it, whoever draws next would get other numbers
+        "%d = aten.rand([4]) : f32[4]",  # removing it would change later random numbers
         "%d = aten.dropout(%x, 0.5, true) : f32[4]",
         "%d = aten.copy_(%x, %x) : f32[4]",
         "aten._assert_async(%x)",
@@ -45,7 +45,7 @@ def test_effects_stay(line: str) -> None:
     assert len(graph.ops()) == 2
 
 
-def test_weights_that_nobody_reads_are_let_go() -> None:
+def test_unused_weights_are_released() -> None:
     graph = Graph.parse(
         'func @m(%x: f32[4]) -> (f32[4]) {\n  %a = core.param() {name = "a"} : f32[4]\n'
         '  %b = core.param() {name = "b"} : f32[4]\n  %y = aten.add.Tensor(%x, %b) : f32[4]\n  return %y\n}'
@@ -57,7 +57,7 @@ def test_weights_that_nobody_reads_are_let_go() -> None:
     assert interpret(graph, [torch.ones(4)])[0].tolist() == [2.0] * 4
 
 
-def test_an_unread_input_stays() -> None:
+def test_an_unused_input_stays() -> None:
     graph = Graph.parse("func @m(%x: f32[4], %y: f32[4]) -> (f32[4]) {\n  return %x\n}")
     assert not DeadCode().run(graph)
     assert len(graph.inputs) == 2

@@ -1,4 +1,4 @@
-"""fold-constants: quantized weights and products of weights are stored, and an original goes when nobody reads it."""
+"""fold-constants: quantized weights and arithmetic on weights are stored, and unused originals are removed."""
 
 import weakref
 from collections.abc import Iterator, MutableMapping
@@ -28,7 +28,7 @@ func @m(%x: f32[3, 128]) -> (f32[3, 128]) {
 
 
 def prepared(text: str) -> tuple[Graph, list[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """A graph up to fuse-linear, with weights and inputs, and what it gives."""
+    """A graph up to fuse-linear, with weights and inputs, and its outputs."""
     graph = Graph.parse(text)
     inputs, graph.weights = random_inputs(graph, 2)
     for step in TO_FUSED:
@@ -36,8 +36,8 @@ def prepared(text: str) -> tuple[Graph, list[torch.Tensor], tuple[torch.Tensor, 
     return graph, inputs, interpret(graph, inputs)
 
 
-def test_a_name_that_was_made_before_is_not_made_again() -> None:
-    """A weight may be gone from the graph while its derivation is kept: the next weight must not replace it."""
+def test_a_name_used_before_is_not_reused() -> None:
+    """A weight may be removed from the graph while its derivation is kept: the next weight must not replace it."""
     graph, _, _ = prepared(CHAIN)
     (first, _), _ = (op.results for op in graph.ops("quant.quantize") if graph.is_constant(op["x"]))
     kept = Derivation(part_of(first.op), 0)
@@ -47,7 +47,7 @@ def test_a_name_that_was_made_before_is_not_made_again() -> None:
 
 
 def test_a_weight_may_have_any_name() -> None:
-    """torch allows all of them; the value gets one that the text form can spell, the weight keeps its own."""
+    """torch allows any name; the value gets one that the text form can spell, and the weight keeps its name."""
     text = CHAIN.replace('"blocks.0.w"', '"my weight"').replace('"blocks.1.w"', '"my@weight"')
     graph, inputs, before = prepared(text)
     FoldConstants().run(graph)
@@ -59,7 +59,7 @@ def test_a_weight_may_have_any_name() -> None:
     assert str(Graph.parse(str(graph))) == str(graph)
 
 
-def test_equal_bits_and_the_originals_are_gone() -> None:
+def test_equal_bits_and_originals_are_removed() -> None:
     graph, inputs, before = prepared(CHAIN)
     original = graph.weights["blocks.1.w"]
     assert FoldConstants().run(graph)
@@ -75,7 +75,7 @@ def test_equal_bits_and_the_originals_are_gone() -> None:
 
 
 class Counting(MutableMapping[str, torch.Tensor]):
-    """A store that makes its tensors when they are read, and counts how many of them are alive."""
+    """A store that creates its tensors on access and counts how many are alive."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes, self.kept = shapes, dict[str, torch.Tensor]()
@@ -121,7 +121,7 @@ def test_one_original_is_in_memory_at_a_time() -> None:
     assert not list(store.alive)
 
 
-def test_an_original_that_is_read_elsewhere_stays() -> None:
+def test_an_original_with_other_users_stays() -> None:
     column_sums = "%n = aten.sum.dim_IntList(%a, [0]) : f32[128]\n  %s = aten.mul.Tensor(%z, %n) : f32[3, 128]"
     graph, inputs, before = prepared(CHAIN.replace("return %z", f"{column_sums}\n  return %s"))
     FoldConstants().run(graph)
@@ -131,14 +131,14 @@ def test_an_original_that_is_read_elsewhere_stays() -> None:
     assert all(map(torch.equal, interpret(graph, inputs), before))
 
 
-def test_the_store_of_another_graph_is_not_touched() -> None:
+def test_the_store_of_another_graph_is_not_modified() -> None:
     graph, inputs, before = prepared(CHAIN)
     twin = graph.clone()
     FoldConstants().run(graph)
     assert all(map(torch.equal, interpret(twin, inputs), before))
 
 
-def test_names_that_are_taken() -> None:
+def test_names_that_are_already_used() -> None:
     taken = '  %t = core.param() {name = "blocks.0.w_q"} : f32[128]\n'
     text = CHAIN.replace("  %y =", f"{taken}  %y =").replace("(%x, %a)", "(%x, %a, %t)")
     graph, inputs, before = prepared(text)
@@ -158,7 +158,7 @@ def test_a_weight_made_of_several_parameters() -> None:
     assert all(map(torch.equal, interpret(graph, inputs), before))
 
 
-def test_a_graph_without_weights_is_rewritten_alike() -> None:
+def test_a_graph_without_weight_data_is_rewritten_in_the_same_way() -> None:
     graph, _, _ = prepared(CHAIN)
     bare = graph.clone(weights=False)
     FoldConstants().run(graph)
@@ -168,7 +168,7 @@ def test_a_graph_without_weights_is_rewritten_alike() -> None:
     assert not bare.weights
 
 
-def test_literals_are_not_stored_in_a_graph_without_weights() -> None:
+def test_literals_are_not_stored_in_a_graph_without_weight_data() -> None:
     graph = Graph.parse(
         "func @m(%x: f32[128]) -> (f32[1]) {\n  %o = aten.full([1, 128], 2.0) {dtype = f32} : f32[1, 128]\n"
         '  %q, %s = quant.quantize(%o) {format = #fp8_tile<profile = "vllm">} : '
@@ -192,7 +192,7 @@ func @m(%x: f32[3, 64]) -> ({outputs}) {{
 
 
 def folded(body: str, outputs: str = "f32[3, 64]", names: str = "%y") -> tuple[Graph, list[torch.Tensor], Graph]:
-    """A graph before and after fold-constants, and its inputs; both compute the same bits."""
+    """A graph before and after fold-constants, and its inputs; checks that both compute the same bits."""
     graph = Graph.parse(ARITHMETIC.format(outputs=outputs, body=body, names=names))
     graph.verify()
     inputs, graph.weights = random_inputs(graph, 4)
@@ -220,13 +220,13 @@ def params(graph: Graph) -> list[str]:
         ("aten.to.dtype(%g, bf16)", "bf16[64]"),
     ],
 )  # fmt: skip
-def test_arithmetic_on_weights_is_done_once(line: str, kind: str) -> None:
+def test_arithmetic_on_weights_is_computed_once(line: str, kind: str) -> None:
     graph, _, before = folded(f"  %f = {line} : {kind}\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]")
     unread = [] if "%s" in line else ["smooth"]
     assert params(graph) == [*unread, "fc.weight", "table", "norm.weight_folded"]
     assert "norm.weight" not in graph.weights and str(graph["norm.weight_folded"].type) == kind
     assert torch.equal(graph.weights["norm.weight_folded"], interpret(part_of(before["f"].op), [], before.weights)[0])
-    assert "norm.weight" in before.weights  # the store of the graph that was cloned is another
+    assert "norm.weight" in before.weights  # the store of the cloned graph is a different one
 
 
 def test_a_chain_is_folded_at_its_end() -> None:
@@ -239,7 +239,7 @@ def test_a_chain_is_folded_at_its_end() -> None:
     assert graph["y"].op["weight"] is graph["fc.weight_folded"]
 
 
-def test_factors_that_several_weights_share() -> None:
+def test_factors_shared_by_several_weights() -> None:
     graph, _, _ = folded(
         "  %a = aten.mul.Tensor(%w, %s) : f32[32, 64]\n  %d = aten._to_copy(%a) {dtype = bf16} : bf16[32, 64]\n"
         "  %c = aten.mul.Tensor(%v, %s) : f32[32, 64]\n  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n"
@@ -278,7 +278,7 @@ MISSED = [
 
 
 @pytest.mark.parametrize(("body", "name", "reason"), MISSED)
-def test_what_is_not_folded(body: str, name: str, reason: str) -> None:
+def test_values_that_are_not_folded(body: str, name: str, reason: str) -> None:
     output = next(line for line in body.splitlines() if line.startswith("  %y")).rpartition(" : ")[2]
     graph = Graph.parse(ARITHMETIC.format(outputs=output, body=body, names="%y"))
     graph.verify()
@@ -287,7 +287,7 @@ def test_what_is_not_folded(body: str, name: str, reason: str) -> None:
     assert name in str(graph) and not [param for param in params(graph) if param.endswith("_folded")]
 
 
-def test_a_vector_that_is_read_elsewhere_is_folded_all_the_same() -> None:
+def test_a_vector_with_other_users_is_still_folded() -> None:
     graph, _, _ = folded(
         "  %f = aten.mul.Tensor(%g, %s) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]\n"
         "  %y = aten.mul.Tensor(%h, %s) : f32[3, 64]"
@@ -305,7 +305,7 @@ def test_outputs_never_share_memory_with_weights() -> None:
     assert out.data_ptr() != graph.weights["smooth"].data_ptr()
 
 
-def test_both_rules_without_weights() -> None:
+def test_both_rules_without_weight_data() -> None:
     text = ARITHMETIC.format(
         outputs="f32[3, 64]",
         body="  %f = aten.div.Tensor(%g, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", names="%y",

@@ -1,4 +1,4 @@
-"""fp8-tile: the numbers of the quantized model, exactly those of `numerics`, and a reason for what is left alone."""
+"""fp8-tile: the quantized model's numbers equal those of `numerics`, and each skipped layer has a reason."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def linear(
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("rows", ["", "0, ", "1, ", "2, 3, "])
 @pytest.mark.parametrize(("k", "n"), [(256, 128), (200, 130), (17, 16)])
-def test_the_numbers_are_those_of_numerics(dtype: str, rows: str, k: int, n: int) -> None:
+def test_the_numbers_match_numerics(dtype: str, rows: str, k: int, n: int) -> None:
     graph = linear(dtype, rows=rows, k=k, n=n)
     inputs, weights = random_inputs(graph, 3)
     (plain,) = interpret(graph, inputs, weights)
@@ -170,7 +170,7 @@ def test_reasons(text: str, reason: str | None) -> None:
     assert Fp8Tile().explain(graph).get("y") == reason
 
 
-def test_a_classifier_that_returns_its_argmax_is_no_router() -> None:
+def test_a_classifier_that_returns_its_argmax_is_not_a_router() -> None:
     graph = Graph.parse(
         HEAD + W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %i = aten.argmax(%y, -1) : i64[4]\n"
         "  %out = aten.slice.Tensor(%x, 1, 0, 64) : f32[4, 64]\n  return %out\n}"
@@ -179,7 +179,7 @@ def test_a_classifier_that_returns_its_argmax_is_no_router() -> None:
     assert Fp8Tile().explain(graph) == {}
 
 
-def test_an_ordinary_last_linear_is_quantized_also_behind_views_of_weights() -> None:
+def test_an_ordinary_last_linear_is_quantized_also_after_views_of_weights() -> None:
     graph = Graph.parse(
         HEAD + '  %a = core.param() {name = "a"} : f32[32, 128]\n  %b = core.param() {name = "b"} : f32[96, 128]\n'
         "  %cat = aten.cat([%a, %b]) : f32[128, 128]\n  %w = aten.slice.Tensor(%cat, 0, 0, 64) : f32[64, 128]\n"
@@ -203,7 +203,7 @@ def test_a_bias_given_by_name_is_not_lost() -> None:
     assert float(interpret(graph, inputs, weights)[0].float().mean()) > 900
 
 
-def test_weights_of_another_type_than_the_activation() -> None:
+def test_weights_with_a_different_type_than_the_activation() -> None:
     graph = linear("bf16", w="f32", b="f32")
     inputs, weights = random_inputs(graph, 0)
     assert Fp8Tile().run(graph)
@@ -226,9 +226,9 @@ def test_weights_of_another_type_than_the_activation() -> None:
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(PassError) as error:
-        Fp8Tile(**options)  # type: ignore[arg-type]  # wrong on purpose
+        Fp8Tile(**options)  # type: ignore[arg-type]  # deliberately wrong
     assert str(error.value).startswith(message)
 
 
-def test_lists_will_do_for_tuples() -> None:
-    assert Fp8Tile(layers=["a", "b"]) == Fp8Tile(layers=("a", "b"))  # type: ignore[arg-type]  # what a user may write
+def test_lists_are_accepted_as_tuples() -> None:
+    assert Fp8Tile(layers=["a", "b"]) == Fp8Tile(layers=("a", "b"))  # type: ignore[arg-type]  # users may write lists

@@ -1,4 +1,4 @@
-"""fuse-linear: three operations and a cast become one, with equal bits, and only where nobody else needs the parts."""
+"""fuse-linear: fuses three operations and a cast into one with equal bits, unless the parts have other users."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def check_equal_bits(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-def test_what_fp8_tile_makes_is_fused_whole(dtype: str) -> None:
+def test_the_output_of_fp8_tile_is_fused_completely(dtype: str) -> None:
     graph = Graph.parse(
         f"func @m(%x: {dtype}[3, 130]) -> ({dtype}[3, 70]) {{\n{W_AND_B.format(d=dtype)}"
         f'  %y = aten.linear(%x, %w, %b) : {dtype}[3, 70] loc("m.py":4 in "fc")\n  return %y\n}}'
@@ -45,7 +45,7 @@ def test_what_fp8_tile_makes_is_fused_whole(dtype: str) -> None:
     assert str(graph["y"].op.loc) == 'loc("m.py":4 in "fc" by "fuse-linear")'
 
 
-def test_several_casts_behind_stay_behind() -> None:
+def test_several_following_casts_stay_outside() -> None:
     graph = graph_of(
         "  %y = aten.linear(%x_dq, %w_dq) : f32[3, 70]\n  %a = aten._to_copy(%y) {dtype = bf16} : bf16[3, 70]\n"
         "  %c = aten._to_copy(%y) {dtype = f16} : f16[3, 70]\n  return %a, %c",
@@ -67,7 +67,7 @@ def test_a_result_that_is_also_returned_keeps_its_type() -> None:
 @pytest.mark.parametrize(
     "cast", ["{dtype = f64} : f64[3, 70]", "{dtype = f8e4m3fn} : f8e4m3fn[3, 70]", "{dtype = i32} : i32[3, 70]"]
 )
-def test_a_cast_that_does_more_than_round_to_a_half_stays(cast: str) -> None:
+def test_a_cast_that_does_more_than_round_to_half_precision_stays(cast: str) -> None:
     kind = cast.rpartition(": ")[2]
     graph = graph_of(
         f"  %y = aten.linear(%x_dq, %w_dq) : f32[3, 70]\n  %a = aten._to_copy(%y) {cast}\n  return %a", kind
@@ -76,7 +76,7 @@ def test_a_cast_that_does_more_than_round_to_a_half_stays(cast: str) -> None:
     assert graph["a"].op.name == "aten._to_copy"
 
 
-def test_what_others_read_stays() -> None:
+def test_values_with_other_users_stay() -> None:
     graph = graph_of(
         "  %y = aten.linear(%x_dq, %w_dq, %b) : f32[3, 70]\n  return %y, %w_dq", "f32[3, 70], f32[70, 130]"
     )
@@ -84,7 +84,7 @@ def test_what_others_read_stays() -> None:
     assert [op.name for op in graph.ops("quant.dequantize")] == ["quant.dequantize"]
 
 
-def test_a_bias_that_was_rounded_on_purpose_stays_rounded() -> None:
+def test_a_deliberately_rounded_bias_stays_rounded() -> None:
     graph = graph_of(
         "  %b_half = aten._to_copy(%b) {dtype = bf16} : bf16[70]\n  "
         "%b_f32 = aten._to_copy(%b_half) {dtype = f32} : f32[70]\n"
@@ -109,7 +109,7 @@ def test_refusals(line: str, reasons: dict[str, str]) -> None:
     assert FuseLinear().explain(graph) == reasons
 
 
-def test_a_matmul_in_half_precision_is_another_operation() -> None:
+def test_a_matmul_in_half_precision_is_a_different_operation() -> None:
     graph = graph_of("  %y = aten.linear(%x_dq, %w_dq) : f32[3, 70]\n  return %y", "f32[3, 70]")
     text = str(graph).replace("out_dtype = f32} : f32", "out_dtype = bf16} : bf16").replace("f32[3, 70]", "bf16[3, 70]")
     graph = Graph.parse(text)

@@ -1,4 +1,4 @@
-"""fuse-prescale: a product in front of a quantization goes into it, where it is one of channels and constants."""
+"""fuse-prescale: a multiplication before a quantization is fused into it if its factors are constants per channel."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ CAST = "  %c = aten._to_copy(%p) {{dtype = {x}}} : {x}[4, 40]\n"
 
 @pytest.mark.parametrize("x", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_product_in_fp32_goes_in_with_equal_bits(x: str, swapped: bool) -> None:
+def test_an_fp32_multiplication_is_fused_with_equal_bits(x: str, swapped: bool) -> None:
     body = WIDE.replace("%x, %f", "%f, %x") if swapped else WIDE
     graph = model(f"{body}  %q, %t = quant.quantize(%p) {Q}\n", PLAIN, x)
     before = interpret(graph, inputs(x))
@@ -59,7 +59,7 @@ def test_a_product_in_fp32_goes_in_with_equal_bits(x: str, swapped: bool) -> Non
 
 
 @pytest.mark.parametrize(("factors", "exact"), [(POWERS, True), (PLAIN, False)])
-def test_a_cast_between_them_goes_as_well(factors: Tensor, exact: bool) -> None:
+def test_a_cast_between_them_is_fused_too(factors: Tensor, exact: bool) -> None:
     graph = model(WIDE + CAST.format(x="bf16") + f"  %q, %t = quant.quantize(%c) {Q}\n", factors, "bf16")
     (before,) = interpret(graph, inputs("bf16"))
     assert FusePrescale().run(graph)
@@ -79,7 +79,7 @@ def test_a_static_quantization() -> None:
     assert torch.equal(interpret(graph, inputs())[0], before)
 
 
-def test_a_product_that_others_read_stays_for_them() -> None:
+def test_a_multiplication_with_other_users_stays_for_them() -> None:
     body = f"{WIDE}  %q, %t = quant.quantize(%p) {Q}\n  %r = quant.quantize_static(%p, %s) {STATIC}\n"
     graph = model(body, PLAIN, outputs=f"{CODES}, {CODES}, f32[4, 40]", returned="%q, %r, %p")
     before = interpret(graph, inputs())
@@ -90,7 +90,7 @@ def test_a_product_that_others_read_stays_for_them() -> None:
     assert all(map(torch.equal, interpret(graph, inputs()), before))
 
 
-def test_of_two_products_the_last_one_goes_in() -> None:
+def test_of_two_multiplications_the_last_one_is_fused() -> None:
     twice = "  %h = aten.mul.Tensor(%x, %f) : f32[4, 40]\n  %p = aten.mul.Tensor(%h, %f) : f32[4, 40]\n"
     graph = model(f"{twice}  %q, %t = quant.quantize(%p) {Q}\n", PLAIN)
     (before,) = interpret(graph, inputs())
@@ -109,7 +109,7 @@ NO_VECTOR = "what it quantizes is no product of an activation and a constant FP3
     [
         (WIDE.replace(": f32", ": f64"), PLAIN, "f64", NO_VECTOR),
         (WIDE.replace(": f32", ": f64"), PLAIN.double(), "f32", NO_VECTOR),
-        (WIDE.replace(": f32", ": bf16"), PLAIN.bfloat16(), "bf16", NO_VECTOR),  # rounded to bf16 behind the product
+        (WIDE.replace(": f32", ": bf16"), PLAIN.bfloat16(), "bf16", NO_VECTOR),  # multiplied, then rounded to bf16
         (WIDE.replace("%f", "%v"), PLAIN, "f32", NO_VECTOR),
         (WIDE, torch.ones(4, 1), "f32", NO_VECTOR),
         (WIDE, torch.ones(4, 40), "f32", NO_VECTOR),
@@ -118,7 +118,7 @@ NO_VECTOR = "what it quantizes is no product of an activation and a constant FP3
         (WIDE.replace("mul", "add"), PLAIN, "f32", "what it quantizes is no product (%p)"),
     ],
 )
-def test_what_is_left_alone(body: str, factors: Tensor, x: str, reason: str) -> None:
+def test_multiplications_that_are_not_fused(body: str, factors: Tensor, x: str, reason: str) -> None:
     graph = model(f"{body}  %q, %t = quant.quantize(%p) {Q}\n", factors, x)
     text = str(graph)
     missed = MulThenQuantize().match(graph["q"].op, graph)

@@ -1,4 +1,4 @@
-"""The fusing passes over random arithmetic around products and quantizations: no bit of any result changes."""
+"""The fusing passes on random arithmetic around matmuls and quantizations: no bit of any result changes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +23,7 @@ TILES = replace(FP8_TILE, scale_layout="col_major")
 
 
 class Arithmetic:
-    """Random arithmetic on rows, products and quantizations; what torch computes in several ways is left out."""
+    """Random arithmetic on rows, matmuls and quantizations, without operations whose results vary in torch."""
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
@@ -50,7 +50,7 @@ class Arithmetic:
         return self.graph.append("core.param", attrs={"name": name}, types=[kind], names=[name]).result
 
     def value(self, dtype: DType | None = None) -> Value:
-        """A tensor of some rows, and rather one that was made of late."""
+        """A tensor with some number of rows, preferably a recent one."""
         known = [value for value in self.values if value.tensor.dtype is (dtype or self.dtype)]
         return self.rng.choice(known[-3:] if self.rng.random() < 0.8 else known)
 
@@ -94,7 +94,7 @@ class Arithmetic:
 
 
 def same(got: Any, want: Any) -> bool:
-    """Equal bits, with NaN where NaN was."""
+    """Equal bits, with NaN in the same places."""
     if not isinstance(got, Tensor):
         return bool(got == want)
     return got.dtype is want.dtype and torch.equal(got.float().nan_to_num(7.0), want.float().nan_to_num(7.0))
@@ -112,19 +112,19 @@ def run(seed: int) -> tuple[Graph, Graph]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_bits_stay(seed: int) -> None:
+def test_bits_do_not_change(seed: int) -> None:
     before, after = run(seed)
     inputs, _ = random_inputs(before, seed)
     assert all(map(same, interpret(verified(after), inputs), interpret(before, inputs)))
     text = str(after)
     done = run_pipeline(Pipeline.parse(FUSING), after)
     assert str(after) == text
-    # Each quantization and each product that is left has a reason.
+    # Each remaining quantization and matmul has a reason.
     for name, step in (("kernel.quantize", "fuse-activation-quantize"), ("kernel.scaled_linear", "fuse-epilogue")):
         assert {op.results[0].name for op in after.ops(name)} == done.skipped[step].keys()
 
 
-def test_much_is_fused() -> None:
+def test_most_operations_are_fused() -> None:
     counts: Counter[str] = Counter()
     for seed in range(20):
         before, after = run(seed)

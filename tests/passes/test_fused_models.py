@@ -1,4 +1,4 @@
-"""Real models with the fusing passes: what is fused, what is left and why, and that no bit of an output changes."""
+"""Real models with the fusing passes: what is fused, why the rest is not, and that no bit of an output changes."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -69,7 +69,7 @@ FIRST = "bf16(x1 * bf16(x0 * rsqrt(mean(x0 * x0) + 1e-06)))"
 SECOND = "h0 = bf16(x0 + x1); bf16(x2 * bf16(h0 * rsqrt(mean(h0 * h0) + 1e-06)))"
 RESIDUAL = "bf16(x0 + bf16(y0))"
 MODELS: dict[Callable[[], nn.Module], Any] = {
-    # the bodies; how many quantizations there were, and how many stay one of their own
+    # the fused expressions; the number of quantizations, and how many of them stay separate
     llama: ([FIRST, SECOND, MERGED, RESIDUAL], 4, 1),
     gemma2: (
         [
@@ -126,14 +126,14 @@ def compiled(build: Callable[[], nn.Module], dtype: torch.dtype) -> CompiledMode
 
 
 def unfused(fast: CompiledModel) -> Graph:
-    """The graph that the fusing passes were given, with weights."""
+    """The input graph of the fusing passes, with weights."""
     graph = fast.stages["to-kernels"].clone()
     graph.weights = fast.graph.weights
     return graph
 
 
 def same_bits(fast: CompiledModel) -> None:
-    """Holds a compiled model to its graph before fusing, at another shape than the example's."""
+    """Compares a compiled model with its graph before fusing, at a shape other than the example's."""
     ids = torch.randint(3, 90, (2, 7))
     with torch.no_grad():
         outputs = fast(input_ids=ids)
@@ -164,7 +164,7 @@ def test_in_f32(build: Callable[[], nn.Module]) -> None:
     assert not any("bf16" in str(op.attrs["body"]) for op in fast.graph.ops() if is_fused(op))
 
 
-def test_every_layer_has_a_row_in_the_attribution_of_errors() -> None:
+def test_every_layer_has_a_row_in_the_error_attribution() -> None:
     fast = compiled(llama, torch.float32)
     torch.manual_seed(0)
     model = llama().eval()

@@ -1,4 +1,4 @@
-"""Every case of tests/passes/golden/*.qir, one file a pass: a pipeline, a graph, and the exact graph that it becomes.
+"""Each case in tests/passes/golden/*.qir (one file per pass): a pipeline, a graph, and the exact resulting graph.
 
     // ----- a copy of an intermediate value is removed
     // RUN: canonicalize
@@ -11,8 +11,8 @@
 `QCOMPILER_UPDATE=1 pytest tests/passes/test_golden.py` rewrites everything from the line `// BECOMES` or `// UNCHANGED`
 on; a new case may leave that part out. A person reads the diff.
 
-Each case also runs on random numbers: each pass is held to its declared effect, and where the case says so to equal
-bits; what it makes survives a round trip through text; and running the last pass again changes nothing.
+Each case also runs on random numbers: each pass must keep its declared effect, or equal bits if the case says so; the
+result survives a round-trip through text; and running the last pass again changes nothing.
 """
 
 import re
@@ -54,7 +54,7 @@ class Case:
         return cls(found["name"], found["run"], found["graph"], found["expected"] or "")
 
     def rerun(self) -> "Case":
-        """The case as it should be today."""
+        """The case with its current output."""
         graph = Graph.parse(self.graph)
         before = str(graph)
         done = run_pipeline(Pipeline.parse(self.pipeline), graph, instruments=[CheckChanged()])
@@ -67,7 +67,7 @@ class Case:
 
 
 def changed(before: str, after: str) -> Iterator[str]:
-    """The lines of a graph; of those that it already had, in this order, three or more in a row are only counted."""
+    """The lines of a graph; replaces three or more consecutive lines of the input graph by their count."""
     old, new = before.splitlines(), after.splitlines()
     for tag, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if tag == "equal" and end - start > 2:
@@ -77,7 +77,7 @@ def changed(before: str, after: str) -> Iterator[str]:
 
 
 def cases(path: Path) -> list[Case]:
-    """The cases of a file."""
+    """The cases in a file."""
     texts = re.split(r"^(?=// -----)", path.read_text(encoding="utf-8"), flags=re.M)[1:]
     return [Case.parse(text.rstrip("\n") + "\n") for text in texts]
 
@@ -112,7 +112,7 @@ def test_numbers_text_and_a_second_run(case: Case) -> None:
     assert not last.run(graph)
 
 
-def test_every_pass_of_ours_has_a_golden_text() -> None:
+def test_each_of_our_passes_has_a_golden_text() -> None:
     shown = {step.name for each in FILES.values() for case in each for step in Pipeline.parse(case.pipeline)}
     ours = {name for name, kind in PASSES.items() if kind.__module__.split(".")[0] == "passes"}
     assert ours <= shown

@@ -1,4 +1,4 @@
-"""Mixtures of experts through the compiler: which grouped products are quantized, how, and why the others are not."""
+"""Mixtures of experts through the compiler: which grouped GEMMs are quantized, how, and why others are not."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from qcompiler.pass_manager.pipeline import Pass, Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import assert_text
 
-# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+# transformers compiles some losses with torch.jit.script on import, which is deprecated on newer Pythons.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 
 ONE = """
@@ -44,7 +44,7 @@ def one(x: str = "bf16", k: int = 144, n: int = 24, bias: str = "") -> Graph:
     return graph
 
 
-def test_a_grouped_product_is_quantized_fused_and_handed_to_its_kernel() -> None:
+def test_a_grouped_gemm_is_quantized_fused_and_lowered_to_its_kernel() -> None:
     graph = one()
     w, x = graph.weights["experts.w"], torch.randn(9, 144, dtype=torch.bfloat16)
     offsets = torch.tensor([2, 2, 7, 9], dtype=torch.int32)
@@ -62,7 +62,7 @@ def test_a_grouped_product_is_quantized_fused_and_handed_to_its_kernel() -> None
         }
         """,  # noqa: E501
     )
-    assert graph.weights["experts.w_q"].is_contiguous(), "the tensor cores want K to be the last dimension"
+    assert graph.weights["experts.w_q"].is_contiguous(), "the tensor cores need K as the last dimension"
     (got,) = interpret(graph, [x, offsets])
     x_q, x_s = numerics.quantize(x)
     w_q, w_s = numerics.quantize(w.transpose(1, 2), numerics.format_of((128, 128)))
@@ -82,7 +82,7 @@ def test_a_grouped_product_is_quantized_fused_and_handed_to_its_kernel() -> None
         (one(bias=", 1.0"), Fp8Tile(), "it adds a bias by itself"),
     ],
 )
-def test_why_one_is_left_alone(graph: Graph, step: Pass, reason: str) -> None:
+def test_reasons_for_skipping(graph: Graph, step: Pass, reason: str) -> None:
     before = str(graph)
     assert not step.run(graph) and str(graph) == before
     assert reason in step.explain(graph)["y"]
@@ -114,7 +114,7 @@ def test_only_rows_of_an_activation_times_constant_matrices_are_quantized(args: 
 
 
 class Experts(torch.nn.Module):
-    """A mixture of experts over torch's own grouped product: a router, two projections, sorted by expert."""
+    """A mixture of experts on torch's grouped GEMM: a router, two projections, rows sorted by expert."""
 
     def __init__(self, experts: int = 8, hidden: int = 256, inner: int = 384) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_a_mixture_of_experts_is_compiled_for_any_number_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "implementation", "dtype"),
     [
-        # The loop over experts looks at the data, and is captured as a grouped product, too.
+        # The loop over experts depends on data and is captured as a grouped GEMM, too.
         ("Mixtral", {"num_local_experts": 4}, "eager", torch.float32),
         (
             "Qwen2Moe",
@@ -206,7 +206,7 @@ def batch(op: str = "aten.bmm", t: str = "s0", args: str = "%x, %w", x: str = "b
 
 @pytest.mark.parametrize("op", ["aten.bmm", "aten.matmul"])
 @pytest.mark.parametrize(("t", "rows"), [("s0", 5), ("s0", 1), ("s0", 0), ("3", 3)])
-def test_batched_matmuls_are_groups_of_equally_many_rows(op: str, t: str, rows: int) -> None:
+def test_batched_matmuls_are_groups_of_equal_size(op: str, t: str, rows: int) -> None:
     graph = batch(op, t)
     w, x = graph.weights["experts.w"], torch.randn(4, rows, 144).to(torch.bfloat16)
     other = torch.zeros(4, 8, 144, dtype=torch.bfloat16)
@@ -237,7 +237,7 @@ def test_batched_matmuls_are_groups_of_equally_many_rows(op: str, t: str, rows: 
         (batch(t="144", args="%w, %y"), Fp8Tile(), "it multiplies by a batch of matrices (a weight of 3 dimensions)"),
     ],
 )
-def test_why_a_batched_matmul_is_not_quantized(graph: Graph, step: Pass, reason: str) -> None:
+def test_reasons_for_skipping_a_batched_matmul(graph: Graph, step: Pass, reason: str) -> None:
     before = str(graph)
     assert not step.run(graph) and str(graph) == before
     assert step.explain(graph)["z"].startswith(reason)
@@ -260,5 +260,5 @@ def test_the_experts_of_llama_4_are_quantized() -> None:
     experts = [row for row in fast.report.rows if row.module.endswith("experts") and row.is_matmul]
     assert [row.format for row in experts] == ["fp8_tile", "fp8_tile"]
     assert emit_host_module(fast.graph, "sm_90a").source.count("kernels.grouped_linear(") == 2
-    # `test_batched_matmuls_are_groups_of_equally_many_rows` has the numbers; here, another batch and length.
+    # `test_batched_matmuls_are_groups_of_equal_size` checks the numbers; here, another batch and length.
     assert fast(torch.arange(4, 18).reshape(1, 14)).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""Patterns for layers: what they are held against, which of them counts, and those that match nothing."""
+"""Layer patterns: the names that they match, precedence, and patterns without a match."""
 
 import pytest
 import torch
@@ -30,15 +30,15 @@ def graph() -> Graph:
     return parsed
 
 
-def test_names_are_those_of_all_constants_that_a_matmul_reads() -> None:
+def test_names_are_those_of_all_constants_that_a_matmul_uses() -> None:
     found = graph()
     assert set(names_of(found["y"].op, found)) == {
         "layers.0.up.weight", "layers.0.up", "layers.0.smooth", "layers.0", "layers.0.up.bias",
     }  # fmt: skip
-    assert set(names_of(found["z"].op, found)) == {"head"}  # %y is no constant, and "head" has one part only
+    assert set(names_of(found["z"].op, found)) == {"head"}  # %y is not a constant, and "head" has only one part
 
 
-def test_tied_weights_go_by_all_of_their_names() -> None:
+def test_tied_weights_match_by_all_of_their_names() -> None:
     found = graph()
     tensor = torch.zeros(8, 8)
     found.weights = Weights({"head": tensor, "embed.weight": tensor}, {
@@ -66,7 +66,7 @@ def test_tied_weights_go_by_all_of_their_names() -> None:
         ((), "no pattern selects it: "),
     ],
 )
-def test_the_last_pattern_that_matches_counts(patterns: tuple[str, ...], reason: str | None) -> None:
+def test_the_last_matching_pattern_wins(patterns: tuple[str, ...], reason: str | None) -> None:
     found = graph()
     missed = why_not_selected(patterns, found["y"].op, found)
     assert (None if missed is None else str(missed)) == reason
@@ -75,7 +75,7 @@ def test_the_last_pattern_that_matches_counts(patterns: tuple[str, ...], reason:
 @pytest.mark.parametrize(
     "patterns", [EVERYTHING, ("*", "!head"), ("layers.0.up", "!*"), (), ("*.smooth",), ("*", "!norm")]
 )
-def test_patterns_that_mean_something(patterns: tuple[str, ...]) -> None:
+def test_valid_patterns(patterns: tuple[str, ...]) -> None:
     check_patterns(patterns, graph())
 
 
@@ -84,7 +84,7 @@ def test_patterns_that_mean_something(patterns: tuple[str, ...]) -> None:
     [
         (("*", "!haed"), "a pattern matches no matmul's weight: got 'haed'. Did you mean 'head'? Known: head, l"),
         (("layers.1.up",), "a pattern matches no matmul's weight: got 'layers.1.up'. Did you mean 'layers.0.up'?"),
-        (("norm",), "a pattern matches no matmul's weight: got 'norm'."),  # its weight is not read by a matmul
+        (("norm",), "a pattern matches no matmul's weight: got 'norm'."),  # a matmul does not use its weight
         (("zz", "aa"), "a pattern matches no matmul's weight: got 'aa'."),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""merge-linears: which linears of one input become one, why others do not, and equal codes and scales."""
+"""merge-linears: which linears with the same input are merged, why others are not, and equal codes and scales."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from qcompiler.testing import difference, random_inputs
 
 
 def siblings(*columns: int, dtype: str = "f32", bias: bool = True, k: int = 160) -> Graph:
-    """Linears of one input, which a sum of each reads."""
+    """Linears with the same input, each used by a sum."""
     lines = []
     for index, n in enumerate(columns):
         lines += [f'%w{index} = core.param() {{name = "l{index}.weight"}} : {dtype}[{n}, {k}]']
@@ -38,7 +38,7 @@ def siblings(*columns: int, dtype: str = "f32", bias: bool = True, k: int = 160)
 
 
 def merged(graph: Graph) -> list[list[str]]:
-    """The parts of each linear that was merged."""
+    """The parts of each merged linear."""
     found: dict[str, list[str]] = {}
     for op in graph.ops("aten.slice.Tensor"):
         if op.loc.made_by == "merge-linears":
@@ -63,7 +63,7 @@ def test_codes_and_scales_are_those_of_the_parts(
 ) -> None:
     whole, parts = siblings(*columns, dtype=dtype), siblings(*columns, dtype=dtype)
     inputs, weights = random_inputs(whole, 1, {"s0": 5})
-    for index, n in enumerate(columns):  # each with a scale of its own
+    for index, n in enumerate(columns):  # each with its own scale
         weights[f"l{index}.weight"] *= (torch.rand(n, 1) * 3 * (index + 1)).to(weights[f"l{index}.weight"].dtype)
     whole.weights, parts.weights = dict(weights), dict(weights)
     rest = Pipeline.parse("share-quantize; fuse-linear; fold-constants; dead-code")
@@ -79,12 +79,12 @@ def test_codes_and_scales_are_those_of_the_parts(
     for got, want in zip(interpret(whole, inputs), interpret(parts, inputs), strict=True):
         assert difference(got, want) < 1e-12  # the order of FP32 sums
     biases = {name for name in whole.weights if "bias" in name}
-    assert len(biases) == 1 and not whole.ops("aten.cat"), "biases are joined once, not in each call"
+    assert len(biases) == 1 and not whole.ops("aten.cat"), "biases are concatenated once, not in each call"
 
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 3))
-def test_blocks_never_reach_from_one_part_into_the_next(blocks: list[int], rest: int) -> None:
+def test_blocks_never_span_two_parts(blocks: list[int], rest: int) -> None:
     columns = [128 * n for n in blocks]
     columns[-1] += 37 * rest
     generator = torch.Generator().manual_seed(sum(columns))
@@ -97,7 +97,7 @@ def test_blocks_never_reach_from_one_part_into_the_next(blocks: list[int], rest:
     assert [len(group) for group in plan.groups] == [len(columns)]
 
 
-# Which
+# Selection
 
 HEAD = """
 func @m(%x: f32[s0, 128], %z: f32[s0, 128], %vector: f32[256]) -> (f32[s0, 256], f32[s0, 256]) where s0 in 1.. {
@@ -115,7 +115,7 @@ W3 = '  %w3 = core.param() {name = "c.weight"} : f32[128, 128]\n'
     ("text", "groups", "reasons"),
     [
         (A + B, [["a", "b"]], {}),
-        # What stands behind the first may be constant, and a matmul of the same input.
+        # Constants and matmuls of the same input may lie between the linears.
         (A + "  %w2n = aten.neg(%w2) : f32[256, 128]\n" + B.replace("%w2", "%w2n"), [["a", "b"]], {}),
         (A + W3 + OTHER.replace("%z", "%x") + B, [["a", "c", "b"]], {}),
         (A + W3 + "  %c = aten.mm(%w3, %w3) : f32[128, 128]\n" + B, [["a", "b"]], {}),
@@ -218,12 +218,12 @@ def test_a_pattern_that_names_nothing_is_an_error() -> None:
 
 
 class Tied(dict[str, torch.Tensor]):
-    """A store in which two names mean one tensor."""
+    """A store in which two names share one tensor."""
 
     ties = {"l0.weight": ("l0.weight", "l1.weight"), "l1.weight": ("l0.weight", "l1.weight")}  # noqa: RUF012
 
 
-def test_a_weight_that_is_tied_to_another_one_is_not_stored_twice() -> None:
+def test_a_tied_weight_is_not_stored_twice() -> None:
     graph = siblings(128, 128, 128)
     _, weights = random_inputs(graph)
     graph.weights = Tied(weights)
@@ -231,17 +231,17 @@ def test_a_weight_that_is_tied_to_another_one_is_not_stored_twice() -> None:
     assert reasons.keys() == {"y0", "y1", "y2"} and "there would be two (%w1)" in reasons["y1"]
 
 
-def test_a_router_is_no_partner() -> None:
+def test_a_router_is_not_merged() -> None:
     text = str(siblings(256, 128, 128)).replace("aten.relu(%y1) : f32[s0, 128]", "aten.argsort(%y1) : i64[s0, 128]")
     graph = Graph.parse(text.replace("f32[s0, 128], f32[s0, 128])", "i64[s0, 128], f32[s0, 128])"))
     assert MergeLinears().explain(graph) == {}
     assert MergeLinears().run(graph) and merged(graph) == [["y0", "y2"]]
 
 
-# Beside the other passes
+# With other passes
 
 
-def test_it_keeps_its_word_and_its_text_parses() -> None:
+def test_its_declared_effect_holds_and_its_text_parses() -> None:
     graph = siblings(256, 128, 130, dtype="bf16")
     inputs, graph.weights = random_inputs(graph, 3, {"s0": 4})
     step: Pass = MergeLinears()
@@ -252,7 +252,7 @@ def test_it_keeps_its_word_and_its_text_parses() -> None:
 
 
 class Counting(dict[str, torch.Tensor]):
-    """A store that counts the bytes that it holds, and the most that it held."""
+    """A store that counts the bytes that it holds, and their maximum."""
 
     most = 0
 
@@ -265,7 +265,7 @@ class Counting(dict[str, torch.Tensor]):
             self[name] = tensor
 
 
-def test_originals_are_let_go_group_by_group() -> None:
+def test_originals_are_released_group_by_group() -> None:
     lines = []
     for layer in range(8):
         for index in range(2):

@@ -1,4 +1,4 @@
-"""Whole models with merged linears: which of them, the same outputs, and one row for each layer in the reports."""
+"""Whole models with merged linears: which are merged, equal outputs, and one report row for each layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from qcompiler.interpreter import interpret
 from qcompiler.runtime.weights import named_tensors
 from qcompiler.testing import difference
 
-# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+# transformers compiles some losses with torch.jit.script on import, which is deprecated on newer Pythons.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 
 TINY: dict[str, Any] = {
@@ -64,7 +64,7 @@ def compiled(model: nn.Module, merge: bool, scheme: str = "fp8_tile", **options:
 
 
 def groups(fast: CompiledModel) -> list[str]:
-    """The last names of the modules that were merged, in one string a group."""
+    """The last part of each merged module's name, one string per group."""
     found: dict[str, list[str]] = {}
     for op in fast.stages["merge-linears"].ops("aten.slice.Tensor"):
         if op.loc.made_by == "merge-linears":
@@ -97,14 +97,14 @@ def test_model(name: str) -> None:
         joined = interpret(graph, merged.flatten((), call), weights)
         assert all(difference(*pair) < 1e-10 for pair in zip(joined, plain, strict=True) if pair[0].is_floating_point())
         (first, *_) = floats(merged(**call))
-        assert difference(first, floats(model(**call))[0]) < 0.01  # what quantization costs
+        assert difference(first, floats(model(**call))[0]) < 0.01  # the quantization error
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_compiled_models_and_their_reports_are_as_without(name: str) -> None:
+def test_compiled_models_and_their_reports_do_not_change(name: str) -> None:
     model = built(name)
     merged, apart = compiled(model, True), compiled(model, False)
-    assert_same(merged, apart, 1e-7)  # sums in another order; a code that follows from one may be its neighbour
+    assert_same(merged, apart, 1e-7)  # FP32 sums in a different order; a later code may differ by one step
     rows = {row.name: row for row in merged.report.rows}
     assert rows == {row.name: row for row in apart.report.rows}, "one row for each layer of the model"
     assert merged.report.bytes_after == apart.report.bytes_after
@@ -119,7 +119,7 @@ def test_in_bf16_and_other_schemes() -> None:
         assert_same(merged, apart, 1e-5)
 
 
-def test_a_scale_for_each_channel_knows_no_blocks() -> None:
+def test_channel_scales_have_no_blocks() -> None:
     fast = compiled(built("llama, odd heads"), True, "fp8_row{numerics=vllm}")
     assert groups(fast) == [GATE_UP]  # k and v have 96 columns, fewer than 128
     twice = qcompiler.pipeline("fp8_row").replace("merge-linears", "merge-linears{w_format=#fp8_row, min_columns=96}")
@@ -129,7 +129,7 @@ def test_a_scale_for_each_channel_knows_no_blocks() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["fp8_tile_smooth", "fp8_tensor_static{w=channel}"])
-def test_smoothing_and_static_scales_are_as_without(scheme: str) -> None:
+def test_smoothing_and_static_scales_do_not_change(scheme: str) -> None:
     calibration = [tokens(2, 7), tokens(3, 9)]
     model = built("llama")
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_layers_of_two_schemes_are_not_merged() -> None:
     assert {row.module.rpartition(".")[2] for row in fast.report.skipped} == {"up_proj", "lm_head"}
 
 
-def test_errors_are_attributed_to_each_layer_by_itself() -> None:
+def test_errors_are_attributed_to_each_layer_separately() -> None:
     model = built("llama")
     call = tokens(2, 7)
     rows, want = (

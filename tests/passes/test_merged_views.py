@@ -1,4 +1,4 @@
-"""What reads the parts of a merged linear: views that their strides allow, and what must not be a part at all."""
+"""Users of the parts of a merged linear: views that the strides allow, and values that must not be parts."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from qcompiler.testing import difference, random_inputs
 
 
 def behind(reader: str, type: str) -> Graph:
-    """q and k, of which one operation reads k, and a sum that; k has two heads of 64."""
+    """q and k: one operation uses k, and a sum uses its result; k has two heads of 64."""
     return Graph.parse(
         f"""
 func @m(%x: f32[s0, s1, 128]) -> (f32[s0, s1, 128], {type}) where s0 in 1.., s1 in 1.. {{
@@ -46,7 +46,7 @@ func @m(%x: f32[s0, s1, 128]) -> (f32[s0, s1, 128], {type}) where s0 in 1.., s1 
          "aten.sym_stride.int reads it"),
     ],
 )  # fmt: skip
-def test_what_a_part_must_not_be(reader: str, type: str, why: str) -> None:
+def test_values_that_must_not_be_parts(reader: str, type: str, why: str) -> None:
     graph = behind(reader.replace("{t}", type), type)
     reasons = MergeLinears().explain(graph)
     assert why in reasons["k"] and reasons["q"] == "no other linear of its input can be merged"
@@ -73,7 +73,7 @@ UNSAFE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("spec", [*SAFE, *UNSAFE])
-def test_a_view_stays_one_only_where_rows_stay_apart(spec: str) -> None:
+def test_a_view_stays_a_view_only_if_rows_stay_separate(spec: str) -> None:
     sizes, shape = spec.split(" : ")
     reader = f"%v = aten.view(%k, [{sizes}]) : f32{shape}\n  %two = aten.neg(%v) : f32{shape}"
     graph = behind(reader, f"f32{shape}")
@@ -101,7 +101,7 @@ STEPS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 
 @settings(max_examples=60)
 @given(st.lists(st.sampled_from(sorted(STEPS)), max_size=7), st.integers(1, 3), st.integers(1, 3))
-def test_any_chain_of_views_runs_behind_a_part(steps: list[str], rows: int, length: int) -> None:
+def test_any_chain_of_views_works_after_a_part(steps: list[str], rows: int, length: int) -> None:
     y = torch.empty(rows, length, 128)
     lines: list[str] = []
     for at, step in enumerate(steps):
@@ -109,7 +109,7 @@ def test_any_chain_of_views_runs_behind_a_part(steps: list[str], rows: int, leng
         try:
             y = function(y)
         except (RuntimeError, IndexError):
-            continue  # only what runs without merging is legal
+            continue  # chains that do not run without merging are not valid
         before = lines[-1].split()[0] if lines else "%k"
         call = op.format(before) if "{}" in op else f"{op}({before}, {[*y.shape]})"
         lines.append(f"%v{at} = {call} : f32{[*y.shape]}")

@@ -1,4 +1,4 @@
-"""Layers that a pattern names: quantized although a heuristic would skip them, or an error with the reason."""
+"""Layers named by a pattern: quantized although a heuristic would skip them, or an error with the reason."""
 
 from typing import Any
 
@@ -52,16 +52,16 @@ def quantized(*layers: str) -> set[str]:
         (("*", "*.gate"), {"up", "gate"}),
         (("*", "layers.*.gate.weight"), {"up", "gate"}),
         (("*", "*.lora_A"), {"up", "lora"}),
-        (("layers.0.*",), {"up"}),  # a wildcard at the end names nothing
+        (("layers.0.*",), {"up"}),  # a trailing wildcard does not name a layer
         (("*.weight",), {"up"}),
-        (("*gate*",), {"gate"}),  # it selects nothing but layers that would be skipped
+        (("*gate*",), {"gate"}),  # it selects only layers that would be skipped
         (("*", "*[gm]at*", "*lora*"), {"up", "gate", "lora"}),
         (("*", "*.gate", "!*"), set()),
-        (("*.gate", "*"), {"up"}),  # the last pattern that matches counts
+        (("*.gate", "*"), {"up"}),  # the last matching pattern wins
         (("*", "!layers.*", "*.gate"), {"gate"}),
     ],
 )
-def test_what_is_named_is_quantized(layers: tuple[str, ...], names: set[str]) -> None:
+def test_named_layers_are_quantized(layers: tuple[str, ...], names: set[str]) -> None:
     assert quantized(*layers) == names
 
 
@@ -109,7 +109,7 @@ def test_a_pattern_of_experts_and_their_router_does_not_name_the_router() -> Non
 
 
 @pytest.mark.parametrize("pattern", ["mlp.*", "mlp.exp*", "mlp.experts"])
-def test_a_pattern_without_any_effect_is_an_error(pattern: str) -> None:
+def test_a_pattern_without_effect_is_an_error(pattern: str) -> None:
     with pytest.raises(PassError) as error:
         Quantize(layers=(pattern,)).run(Graph.parse(EXPERTS))
     assert str(error.value).startswith(
@@ -130,7 +130,7 @@ def test_tiny_weights(rows: int, columns: int) -> None:
 
 
 class Tied(nn.Module):
-    """A head that shares its weight with an embedding, a router, and a gate of one row."""
+    """A head that shares its weight with an embedding, a router, and a one-row gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def tied() -> Tied:
 
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["fp8_row", "fp8_tile"])
-def test_a_tied_head_gets_codes_and_the_embedding_stays(tied: Tied, scheme: str) -> None:
+def test_a_tied_head_is_quantized_and_the_embedding_stays(tied: Tied, scheme: str) -> None:
     fast = qcompiler.compile(tied, example_inputs=(IDS,), overrides={"lm_head": scheme, "shared_gate": scheme})
     rows = {row.module: row for row in fast.report.rows if row.is_matmul}
     assert rows["lm_head"].quantized and rows["lm_head"].format == scheme
@@ -187,7 +187,7 @@ def test_a_tied_head_gets_codes_and_the_embedding_stays(tied: Tied, scheme: str)
         ({}, ["router.*.x"], "a pattern matches no weight of the model: got 'router.*.x'. "),
     ],
 )
-def test_a_mistyped_name_is_found_before_the_capture(
+def test_a_misspelled_name_is_found_before_capture(
     monkeypatch: pytest.MonkeyPatch, tied: Tied, overrides: dict[str, Any], ignore: list[str], message: str
 ) -> None:
     def fail(*_: Any) -> None:
@@ -200,7 +200,7 @@ def test_a_mistyped_name_is_found_before_the_capture(
         assert str(error.value).startswith(message) and len(str(error.value)) < 250
 
 
-def test_few_names_are_shown_of_many() -> None:
+def test_only_a_few_of_many_names_are_shown() -> None:
     names = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in range(40) for part in ("up", "gate", "down")]
     with pytest.raises(PassError) as error:
         check_names(["*", "*.down_prj"], names)

@@ -1,4 +1,4 @@
-"""Random small models through the whole fp8_tile pipeline: legal after each pass, and each pass keeps its word."""
+"""Small random models through the fp8_tile pipeline: valid after each pass, and each pass keeps its declared effect."""
 
 from random import Random
 
@@ -19,7 +19,7 @@ DTYPES = (DType.f32, DType.bf16, DType.f16)
 
 
 class Model:
-    """A random tree of matmuls, elementwise operations, views, casts and copies, over weights that may be shared."""
+    """A random tree of matmuls, elementwise operations, views, casts and copies, on weights that may be shared."""
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
@@ -44,7 +44,7 @@ class Model:
         return size
 
     def param(self, *shape: int) -> Value:
-        """A weight, which may be one that is there, or a cast or slice of a new one."""
+        """A weight: an existing one, or a cast or slice of a new one."""
         kind = TensorType(self.dtype, shape)
         known = [weight for weight in self.weights if weight.type == kind]
         if known and self.rng.random() < 0.6:
@@ -88,21 +88,21 @@ def tiny(weight: Value) -> bool:
 
 
 def with_numbers(graph: Graph, seed: int) -> list[torch.Tensor]:
-    """Inputs; and weights, scaled so that nothing grows along the way."""
+    """Inputs, and weights scaled so that values do not grow through the graph."""
     inputs, weights = random_inputs(graph, seed, {"s0": 3})
     graph.weights = {name: tensor / max(1, tensor.shape[-1]) ** 0.5 for name, tensor in weights.items()}
     return inputs
 
 
 def until(name: str) -> tuple[Pipeline, Pipeline]:
-    """The scheme's pipeline, up to and behind the pass called `name`."""
+    """The scheme's pipeline, up to and including the pass called `name`."""
     steps = pipeline("fp8_tile")
     at = steps.names.index(name) + 1
     return Pipeline(steps.passes[:at]), Pipeline(steps.passes[at:])
 
 
 def shared(graph: Graph, inputs: list[torch.Tensor]) -> int:
-    """How many outputs share memory with another output or with what comes in."""
+    """The number of outputs that share memory with another output or with an input or weight."""
     given = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *graph.weights.values())}
     places = [tensor.untyped_storage().data_ptr() for tensor in interpret(graph, inputs) if tensor.numel()]
     return sum(place in given or places.count(place) > 1 for place in places)
@@ -120,11 +120,11 @@ def test_the_kernel_graph_computes_what_the_quantized_graph_computes(seed: int) 
     for got, want in zip(interpret(graph, inputs), qdq, strict=True):
         assert got.dtype is want.dtype
         assert difference(got, want) < 1e-8
-    # Every matmul has a constant matrix here, so only those with a tiny one are left.
+    # Every matmul has a constant matrix here, so only those with a tiny matrix remain.
     left = [op for op in graph.ops() if op.name.startswith(("aten.linear", "aten.mm", "aten.matmul", "aten.addmm"))]
     assert all(op.name == "aten.linear" and tiny(op["weight"]) for op in left)
     assert not any(done.skipped[name] for name in lower.names[: lower.names.index("to-kernels") + 1])
-    # No two outputs share memory that did not do so before, and none shares it with what came in.
+    # No two outputs newly share memory, and no output newly shares memory with an input or weight.
     assert shared(graph, inputs) <= shared_before
     text = str(graph)
     run_pipeline(pipeline("fp8_tile"), graph)
@@ -132,7 +132,7 @@ def test_the_kernel_graph_computes_what_the_quantized_graph_computes(seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_any_legal_graph_survives(seed: int) -> None:
+def test_any_valid_graph_survives(seed: int) -> None:
     graph = random_graph(seed, size=25)
     run_pipeline(pipeline("fp8_tile"), graph, instruments=[CheckChanged()])
     runnable = random_graph(seed, size=25, runnable=True)

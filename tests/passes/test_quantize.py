@@ -1,4 +1,4 @@
-"""quantize: the numbers of `numerics` in every granularity, static scales from calibration, and which layers."""
+"""quantize: numbers equal to `numerics` for every granularity, static scales from calibration, and layer selection."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def one(dtype: str = "f32") -> tuple[Graph, list[Tensor]]:
 @pytest.mark.parametrize(("x_block", "w_block"), BLOCKS)
 @pytest.mark.parametrize("dtype", [DType.f8e4m3fn, DType.f8e5m2, DType.i8])
 @pytest.mark.parametrize("profile", ["deepseek", "ue8m0"])
-def test_the_numbers_are_those_of_numerics(
+def test_the_numbers_match_numerics(
     x_block: tuple[int, int], w_block: tuple[int, int], dtype: DType, profile: str
 ) -> None:
     for kind in ("f32", "bf16"):
@@ -85,7 +85,7 @@ def calibrated(graph: Graph, batches: list[list[Tensor]], names: list[str], **ke
         {"observer": "percentile", "percentile": 50.0}, {"observer": "mse"},
     ],
 )  # fmt: skip
-def test_a_static_scale_is_what_the_observer_makes_of_calibration(dtype: DType, options: dict[str, Any]) -> None:
+def test_a_static_scale_is_the_observers_result_on_calibration_data(dtype: DType, options: dict[str, Any]) -> None:
     graph, (x,) = one()
     batches = [[torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(i)) * (i + 1)] for i in range(3)]
     calibrated(graph, batches, ["x"], histogram=True)
@@ -141,7 +141,7 @@ def qkv(*, zeros: bool = False) -> Graph:
     return calibrated(graph, batches, ["x", "a"], histogram=True)
 
 
-def test_readers_of_one_value_share_one_static_scale() -> None:
+def test_users_of_one_value_share_one_static_scale() -> None:
     graph = qkv()
     run_pipeline(
         Pipeline((Quantize(**STATIC),)), graph, instruments=[Validate(), CheckChanged()], inputs=[torch.randn(4, 16)]
@@ -154,7 +154,7 @@ def test_readers_of_one_value_share_one_static_scale() -> None:
 
 
 @pytest.mark.parametrize("first", ["*q_proj", "*k_proj"])
-def test_two_passes_share_a_scale_whichever_reader_comes_first(first: str) -> None:
+def test_two_passes_share_a_scale_in_either_order(first: str) -> None:
     graph = qkv()
     for step in (Quantize(**STATIC, layers=(first,)), Quantize(**{**STATIC, "w_format": FP8_ROW})):
         assert step.run(graph)
@@ -164,7 +164,7 @@ def test_two_passes_share_a_scale_whichever_reader_comes_first(first: str) -> No
 
 
 @pytest.mark.parametrize("first", ["*q_proj", "*k_proj"])
-def test_readers_that_want_another_observer_get_another_scale(first: str) -> None:
+def test_users_with_different_observers_get_different_scales(first: str) -> None:
     graph = qkv()
     options = {**STATIC, "observer": "percentile", "percentile": 80.0}
     for step in (Quantize(**options, layers=(first,)), Quantize(**STATIC)):
@@ -176,7 +176,7 @@ def test_readers_that_want_another_observer_get_another_scale(first: str) -> Non
     assert scales == {"x": "x.scale_1" if first == "*q_proj" else "x.scale", "a": "a.scale"}
 
 
-def test_what_calibration_saw_nothing_of_has_a_scale_in_each_call() -> None:
+def test_values_without_calibration_data_have_a_dynamic_scale() -> None:
     graph = qkv(zeros=True)
     assert Quantize(**STATIC).run(graph)
     graph.verify()

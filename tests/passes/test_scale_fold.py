@@ -1,4 +1,4 @@
-"""Folding a scale into the weights: equal bits for powers of two, and what the graph looks like afterwards."""
+"""Folding a scale into weights: equal bits for powers of two, and the resulting graph."""
 
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ from qcompiler.ir import DType, Graph, Value
 from qcompiler.testing import assert_text, difference, random_graph, random_inputs
 
 transformers = pytest.importorskip("transformers")
-# transformers compiles some losses with torch.jit.script when it is imported, which newer Pythons call deprecated.
+# transformers compiles some losses with torch.jit.script on import, which is deprecated on newer Pythons.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 
 SIZE = {
@@ -51,9 +51,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, bool]]] = {
         {"query": False, "attention.output": True, "intermediate": False, "output": False, "pooler": False},
     ),
 }  # fmt: skip
-"""Model and configuration, and for the input of each group of linears, in order, whether it can be scaled.
+"""Model and configuration, and whether the input of each group of linears can be scaled, in order.
 
-For Llama these are q/k/v, o (through attention with grouped heads), gate/up, down (through the product), and the head.
+For Llama: q/k/v, o (through attention with grouped heads), gate/up, down (through the multiplication), and the head.
 """
 
 
@@ -72,14 +72,14 @@ def linear_inputs(graph: Graph) -> list[Value]:
 
 
 def scale(region: FusionRegion, seed: int, *, exact: bool) -> torch.Tensor:
-    """One random factor for each class: a power of two, or anything from 1/4 to 4."""
+    """One random factor per class: a power of two, or any number from 1/4 to 4."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.rand(max(region.classes) + 1, generator=generator) * 4 - 2
     return torch.exp2(exponents.round() if exact else exponents)[torch.tensor(region.classes)]
 
 
 def fold_all(graph: Graph, *, exact: bool, seed: int = 0) -> list[bool]:
-    """Scales the input of each linear where that is legal; which ones were."""
+    """Scales the input of each linear where that is valid; returns which inputs."""
     types = {value.name: str(value.type) for op in graph for value in op.results}
     legal = []
     for at, value in enumerate(linear_inputs(graph)):
@@ -109,7 +109,7 @@ def test_powers_of_two_leave_every_bit_of_a_model(name: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_any_scale_leaves_a_model_but_for_rounding(name: str) -> None:
+def test_any_scale_changes_a_model_only_by_rounding(name: str) -> None:
     graph = captured(name, torch.float32).clone()
     want = interpret(graph, [IDS])
     fold_all(graph, exact=False)
@@ -149,7 +149,7 @@ NORM = """
 """
 
 
-def test_what_the_graph_looks_like() -> None:
+def test_the_resulting_graph() -> None:
     graph, region, _ = small(NORM)
     fold(graph, region, torch.tensor([1.0, 2.0, 4.0, 0.5]), "smooth", "norm.smooth")
     assert_text(
@@ -188,7 +188,7 @@ def test_the_first_result_of_native_layer_norm() -> None:
     assert len(graph.ops("core.param")) == 4
 
 
-def test_weights_that_others_read_stay_what_they_are() -> None:
+def test_weights_with_other_users_do_not_change() -> None:
     body = """
   %e = aten.embedding(%w, %ids) : bf16[s0, 4]
   %n = aten.mul.Tensor(%g, %h) : bf16[s0, 4]
@@ -232,10 +232,10 @@ def test_rows_and_columns_of_one_weight() -> None:
     graph.verify()
     assert torch.equal(interpret(graph, [x, None])[0], want)
     added = [name for name in graph.weights if "smooth" in name]
-    assert added == ["norm.smooth_inverse", "norm.smooth"]  # one vector for all that divide, one for all that multiply
+    assert added == ["norm.smooth_inverse", "norm.smooth"]  # one vector for all divisions, one for all multiplications
 
 
-def test_a_second_scale_on_top_of_the_first() -> None:
+def test_a_second_scale_after_the_first() -> None:
     graph, region, x = small(NORM)
     (want,) = interpret(graph, [x, None])
     for factor in (2.0, 0.25):
@@ -247,7 +247,7 @@ def test_a_second_scale_on_top_of_the_first() -> None:
     ]  # fmt: skip
 
 
-def test_names_of_values_and_weights_that_are_taken() -> None:
+def test_value_and_weight_names_that_are_already_used() -> None:
     graph, region, _ = small(NORM)
     graph.rename(graph["y"], "norm.smooth")
     graph.weights["norm.smooth"] = torch.ones(1)
@@ -256,7 +256,7 @@ def test_names_of_values_and_weights_that_are_taken() -> None:
     assert graph.weights["norm.smooth"].shape == (1,) and graph["norm.smooth"].op.name == "aten.linear"
 
 
-def test_a_graph_without_weights_is_rewritten_too() -> None:
+def test_a_graph_without_weight_data_is_rewritten_too() -> None:
     graph, region, _ = small(NORM, store=False)
     fold(graph, region, torch.full((4,), 2.0), "smooth", "norm.smooth")
     graph.verify()
@@ -275,7 +275,7 @@ def test_a_graph_without_weights_is_rewritten_too() -> None:
         (torch.tensor([1.0, 1.0, 1.0, 1e-40]), "the scale of %n has entries that are no factors: got 9.9"),
     ],
 )
-def test_a_scale_that_is_none(s: torch.Tensor, message: str) -> None:
+def test_invalid_scales(s: torch.Tensor, message: str) -> None:
     graph, region, _ = small(NORM)
     before = str(graph)
     with pytest.raises(PassError) as error:
@@ -304,7 +304,7 @@ def test_a_region_of_another_graph() -> None:
     assert "has left the graph" in str(error.value) and "Solve the region again" in str(error.value)
 
 
-def test_the_scaled_weights_are_folded_when_they_are_quantized() -> None:
+def test_scaled_weights_are_folded_when_they_are_quantized() -> None:
     graph, region, _ = small(NORM)
     fold(graph, region, torch.full((4,), 2.0), "smooth", "norm.smooth")
     assert graph.is_constant(graph["w_scaled"])
@@ -322,7 +322,7 @@ def test_the_scaled_weights_are_folded_when_they_are_quantized() -> None:
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
-def test_whatever_is_legal_in_a_random_graph_changes_no_number(seed: int) -> None:
+def test_every_valid_scale_in_a_random_graph_keeps_the_numbers(seed: int) -> None:
     graph = random_graph(seed, runnable=True, size=20)
     inputs, weights = random_inputs(graph, seed)
     graph.weights = weights

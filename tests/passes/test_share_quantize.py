@@ -1,4 +1,4 @@
-"""share-quantize: one quantize for each value, with equal bits, and never two outputs in one tensor."""
+"""share-quantize: one quantize per value, with equal bits, and never two outputs in one tensor."""
 
 import torch
 
@@ -24,7 +24,7 @@ func @m(%x: f32[4, 128]) -> (f32[4, 64], f32[4, 64]) {
 """
 
 
-def test_one_quantize_a_value_also_where_each_reader_transposes_the_weight() -> None:
+def test_one_quantize_per_value_even_if_each_user_transposes_the_weight() -> None:
     graph = Graph.parse(TWO)
     for step in Pipeline.parse("canonicalize; fp8-tile"):
         step.run(graph)
@@ -40,7 +40,7 @@ def test_one_quantize_a_value_also_where_each_reader_transposes_the_weight() -> 
     assert ShareQuantize().explain(graph) == {}
 
 
-def test_other_attributes_are_another_quantize() -> None:
+def test_quantizations_with_different_attributes_are_not_shared() -> None:
     graph = Graph.parse(
         f"func @m(%x: f32[4, 128]) -> (f32[4, 1], f32[4, 1]) {{\n  %a, %s = quant.quantize(%x) {Q}\n"
         f"  %b, %t = quant.quantize(%x) {Q.replace('deepseek', 'vllm')}\n  return %s, %t\n}}"
@@ -90,7 +90,7 @@ func @m(%x: f32[4, 128], %s: f32[1, 1], %t: f32[1, 1]) -> (f32[4, 128], f32[4, 1
 """.replace("{A}", '{format = #int8_tensor<profile = "vllm">} : i8[4, 128]')
 
 
-def test_static_quantizations_are_shared_where_scale_and_prescale_are_one_value() -> None:
+def test_static_quantizations_are_shared_if_scale_and_prescale_are_equal() -> None:
     graph = Graph.parse(STATIC)
     graph.verify()
     inputs, weights = random_inputs(graph, 0)
@@ -102,7 +102,7 @@ def test_static_quantizations_are_shared_where_scale_and_prescale_are_one_value(
     assert all(map(torch.equal, interpret(graph, inputs, weights), before)) and not ShareQuantize().run(graph)
 
 
-def test_what_two_passes_have_quantized_alike_is_shared_whichever_came_first() -> None:
+def test_equal_quantizations_of_two_passes_are_shared_in_either_order() -> None:
     for first in ("a", "b"):
         graph = Graph.parse(
             "func @m(%x: f32[4, 16]) -> (f32[4, 32], f32[4, 32]) {\n"

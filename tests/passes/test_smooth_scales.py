@@ -1,4 +1,4 @@
-"""The scales of SmoothQuant against the paper's definition, written out once more; search, learning, errors."""
+"""The scales of SmoothQuant against a second implementation of the paper's definition; search, learning, errors."""
 
 import math
 
@@ -31,7 +31,7 @@ TILE = Quantize(FP8_TILE, FP8_BLOCK)
 
 
 def paper(x: np.ndarray, weights: list[np.ndarray], alpha: float) -> list[float]:
-    """Equation 4, channel by channel: max|X_j|^alpha / max|W_j|^(1 - alpha), over all weights that read X."""
+    """Equation 4 per channel: max|X_j|^alpha / max|W_j|^(1 - alpha), over all weights that use X."""
     scales = []
     for channel in range(x.shape[1]):
         top = max(abs(float(number)) for number in x[:, channel])
@@ -56,7 +56,7 @@ def weights(n: int = 96, k: int = 128, seed: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.85, 1.0])
-def test_the_formula_is_the_papers(alpha: float) -> None:
+def test_the_formula_matches_the_paper(alpha: float) -> None:
     x, first, second = outliers(17, 40), weights(5, 40), weights(9, 40, seed=3)
     x[:, 11] = 0
     first[:, 12] = second[:, 12] = 0
@@ -76,7 +76,7 @@ magnitudes = st.lists(
 
 
 @given(x=magnitudes, w=magnitudes, alpha=st.floats(0, 1))
-def test_scales_are_finite_and_bounded_whatever_was_seen(x: list[float], w: list[float], alpha: float) -> None:
+def test_scales_are_finite_and_bounded_for_any_statistics(x: list[float], w: list[float], alpha: float) -> None:
     scale = by_formula(torch.tensor(x), torch.tensor(w), alpha)
     assert scale.isfinite().all()
     assert (scale >= BOUNDS[0] * (1 - 1e-6)).all() and (scale <= BOUNDS[1]).all()
@@ -86,16 +86,16 @@ def test_scales_are_finite_and_bounded_whatever_was_seen(x: list[float], w: list
 
 
 @pytest.mark.parametrize("size", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60])
-def test_the_size_of_the_activations_changes_no_ratio_of_scales(size: float) -> None:
+def test_activation_magnitude_does_not_change_ratios_of_scales(size: float) -> None:
     x_max, w_max = outliers().abs().amax(0), weights().abs().amax(0)
     for alpha in (0.25, 0.5, 1.0):
         want, got = by_formula(x_max, w_max, alpha), by_formula(x_max * size, w_max, alpha)
         torch.testing.assert_close(got / got[0], want / want[0], rtol=1e-5, atol=0)
-    assert torch.equal(by_formula(x_max, w_max, 0.5), x_max.pow(0.5) / w_max.pow(0.5))  # no division within the bounds
+    assert torch.equal(by_formula(x_max, w_max, 0.5), x_max.pow(0.5) / w_max.pow(0.5))  # not normalized within bounds
 
 
 @pytest.mark.parametrize("size", [2.0**-70, 2.0**-50, 2.0**50])
-def test_the_size_of_the_activations_changes_no_error(size: float) -> None:
+def test_activation_magnitude_does_not_change_the_error(size: float) -> None:
     x, w = outliers(), weights()
     for options in (TENSOR, TOKEN):
         for scale in (torch.ones(128), by_formula(x.abs().amax(0), w.abs().amax(0), 0.5)):
@@ -106,7 +106,7 @@ def test_the_size_of_the_activations_changes_no_error(size: float) -> None:
 
 def test_tied_channels_share_their_largest_magnitude() -> None:
     values = [torch.tensor([1.0, 5.0, 2.0]), torch.tensor([9.0, 4.0])]
-    labels = [torch.tensor([0, 1, 2]), torch.tensor([-1, 3])]  # the first input of the second reader is not scaled
+    labels = [torch.tensor([0, 1, 2]), torch.tensor([-1, 3])]  # the second user's first input is not scaled
     classes = torch.tensor([0, 1, 0, 1])
     assert largest(values, labels, classes).tolist() == [2.0, 5.0, 2.0, 5.0]
 
@@ -120,13 +120,13 @@ def test_powers_of_two_are_the_nearest_by_logarithm() -> None:
 
 
 def fake(x: Tensor, per_row: bool) -> Tensor:
-    """INT8 by hand: one scale for each row, or for all."""
+    """INT8 computed by hand: one scale per row, or one for all."""
     scale = (x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()) / 127
     return torch.round(x / scale).clamp(-127, 127) * scale
 
 
 @pytest.mark.parametrize(("options", "per_row"), [(TENSOR, False), (TOKEN, True)])
-def test_the_error_is_that_of_the_scheme(options: SchemeOptions, per_row: bool) -> None:
+def test_the_error_matches_the_scheme(options: SchemeOptions, per_row: bool) -> None:
     x, first, second = outliers(), weights(), weights(32, seed=5)
     scale = torch.rand(128, generator=torch.Generator().manual_seed(4)) + 0.5
     want = 0.0
@@ -138,10 +138,10 @@ def test_the_error_is_that_of_the_scheme(options: SchemeOptions, per_row: bool) 
     assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_one_scale_for_the_tensor_covers_all_that_was_seen() -> None:
+def test_a_tensor_scale_covers_all_observed_values() -> None:
     x, w = outliers(), weights()
     scale = torch.full((128,), 2.0)
-    seen = x.abs().amax(0) * 3  # the sample has missed the largest
+    seen = x.abs().amax(0) * 3  # the sample lacks the largest values
     step = (seen / 2).amax() / 127
     got = torch.round(x / 2 / step) * step @ fake(w * 2, per_row=False).T
     want = float((got - x @ w.T).square().sum() / (x @ w.T).square().sum())
@@ -151,7 +151,7 @@ def test_one_scale_for_the_tensor_covers_all_that_was_seen() -> None:
     )
 
 
-def test_labels_say_which_scale_an_input_has() -> None:
+def test_labels_map_inputs_to_scales() -> None:
     x, w = outliers(8, 4), weights(3, 4)
     scale = torch.tensor([2.0, 4.0, 8.0])
     labels = torch.tensor([2, -1, 0, 0])
@@ -162,7 +162,7 @@ def test_labels_say_which_scale_an_input_has() -> None:
 
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("options", [TENSOR, TOKEN, TILE])
-def test_the_search_finds_the_best_of_its_grid(options: SchemeOptions, pow2: bool) -> None:
+def test_the_search_finds_the_best_point_of_its_grid(options: SchemeOptions, pow2: bool) -> None:
     x, w = outliers(), weights()
     readers = [reader(x, w)]
     x_max, w_max = x.abs().amax(0), w.abs().amax(0)
@@ -170,12 +170,12 @@ def test_the_search_finds_the_best_of_its_grid(options: SchemeOptions, pow2: boo
     grid = [by_formula(x_max, w_max, alpha) for alpha in ALPHAS]
     tried = [torch.ones(128), *(map(to_powers_of_two, grid) if pow2 else grid)]
     assert output_error(got, readers, options) == min(output_error(each, readers, options) for each in tried)
-    if options is TENSOR:  # outliers of 50 times the rest ruin a scale for the tensor
+    if options is TENSOR:  # outliers 50 times larger than the rest ruin a tensor scale
         assert output_error(got, readers, options) < 0.2 * output_error(torch.ones(128), readers, options)
 
 
-def test_the_search_prefers_not_to_smooth_where_nothing_is_gained() -> None:
-    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(3)).sign()  # all channels alike
+def test_the_search_prefers_no_smoothing_without_a_gain() -> None:
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(3)).sign()  # all channels are equal
     got = by_search(x.abs().amax(0), torch.ones(128), [reader(x, torch.ones(4, 128))], TENSOR, False)
     assert torch.equal(got, torch.ones(128))
 
@@ -192,14 +192,14 @@ def test_learning_improves_on_its_start_and_keeps_ties() -> None:
     assert learned.isfinite().all() and (learned > 0).all() and not learned.requires_grad
 
 
-def test_learning_never_gives_back_what_is_worse() -> None:
+def test_learning_never_returns_a_worse_result() -> None:
     x, w = torch.randn(32, 128, generator=torch.Generator().manual_seed(7)), weights()
     start = torch.ones(128)
     learned = by_learning(start, torch.arange(128), [reader(x, w)], TILE)
     assert output_error(learned, [reader(x, w)], TILE) <= output_error(start, [reader(x, w)], TILE) * (1 + 1e-5)
 
 
-def test_parts_are_disjoint_and_one_row_is_both() -> None:
+def test_parts_are_disjoint_and_one_row_is_used_for_both() -> None:
     whole = reader(torch.arange(10.0).reshape(5, 2), torch.ones(1, 2))
     assert whole.part(0).sample[:, 0].tolist() == [0, 4, 8]
     assert whole.part(1).sample[:, 0].tolist() == [2, 6]

@@ -1,4 +1,4 @@
-"""The pass smoothquant on whole models: it keeps what they compute, says what it did, repairs what outliers ruin."""
+"""The pass smoothquant on whole models: equal outputs, correct reports, and repair of damage from outliers."""
 
 from collections.abc import Callable
 from functools import cache
@@ -37,7 +37,7 @@ TENSOR: dict[str, Any] = {"x_format": INT8_TENSOR, "w_format": INT8_TENSOR}
 def make(model: str, config: str, **options: Any) -> Any:
     torch.manual_seed(0)
     made = getattr(hf, model)(getattr(hf, config)(**options)).eval()
-    with torch.no_grad():  # gains as trained models have them: not all one
+    with torch.no_grad():  # gains like those of trained models: not all one
         for name, parameter in made.named_parameters():
             if parameter.dim() == 1 and "norm" in name:
                 parameter.uniform_(0.5, 1.5)
@@ -45,7 +45,7 @@ def make(model: str, config: str, **options: Any) -> Any:
 
 
 class Experts(nn.Module):
-    """A norm, a router, a shared expert, and four experts of which each token has one."""
+    """A norm, a router, a shared expert, and four experts, one per token."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def ids(_: Any) -> dict[str, Tensor]:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
-    # model, groups whose scale is folded in, groups that need a prescale
+    # model, groups with a folded scale, groups with a prescale
     "llama": (lambda: make("LlamaForCausalLM", "LlamaConfig", **GROUPED), 8, 0),
     "gemma": (lambda: make("Gemma2ForCausalLM", "Gemma2Config", **GROUPED), 8, 0),
     "opt": (
@@ -80,15 +80,15 @@ MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
         lambda: make(
             "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=16,
             bos_token_id=1, eos_token_id=2,
-        ), 6, 2,  # gelu stands between the two linears of an MLP
+        ), 6, 2,  # gelu is between the two linears of an MLP
     ),
-    "falcon": (  # attention and MLP read one norm
+    "falcon": (  # attention and MLP use the same norm
         lambda: make(
             "FalconForCausalLM", "FalconConfig", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
             vocab_size=96, parallel_attn=True, bias=False, bos_token_id=1, eos_token_id=2,
-        ), 2, 4,  # values are picked from the fused product by an index, which is a tensor
+        ), 2, 4,  # an index tensor selects values from the fused matmul
     ),
-    "qwen2_moe": (  # a norm that a router, a shared expert and experts in one operation read
+    "qwen2_moe": (  # a router, a shared expert and experts in one operation use the same norm
         lambda: make(
             "Qwen2MoeForCausalLM", "Qwen2MoeConfig", **GROUPED, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=32, shared_expert_intermediate_size=48, decoder_sparse_step=1,
@@ -121,7 +121,7 @@ def prepared(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> t
 
 
 def outcomes(graph: Graph) -> dict[str, int]:
-    """How many different groups were folded, multiplied in front, or left alone."""
+    """The number of groups with a folded scale, with a prescale, or skipped."""
     seen = {(graph[name].op["input"].name, text) for name, text in graph.remarks.items()}
     words = {"folded": "is folded into", "in front": "multiplied in front", "alone": "not smoothed"}
     return {key: sum(word in text for _, text in seen) for key, word in words.items()}
@@ -142,7 +142,7 @@ def test_powers_of_two_change_no_bit(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_any_scale_only_reorders(name: str) -> None:
+def test_any_scale_changes_only_the_rounding(name: str) -> None:
     check = Validate()
     pipeline = Pipeline.parse("canonicalize; dead-code; calibrate").append(SmoothQuant(**TENSOR, alpha=0.8))
     graph, flat = captured(name, torch.float32)
@@ -152,7 +152,7 @@ def test_any_scale_only_reorders(name: str) -> None:
     assert 0 < check.errors["smoothquant"] < 2e-5
 
 
-def test_it_declares_exact_for_powers_of_two_alone() -> None:
+def test_it_declares_exact_only_for_powers_of_two() -> None:
     assert SmoothQuant().effect is Effect.REORDERS
     assert SmoothQuant(pow2=True).effect is Effect.EXACT
     parsed = Pass.parse("smoothquant{pow2=true}")
@@ -161,7 +161,7 @@ def test_it_declares_exact_for_powers_of_two_alone() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["smoothquant_o1{pow2=true}", "smoothquant_o2", "smoothquant_o3", "smoothquant_fp8"])
-def test_validate_holds_every_pass_to_its_word(scheme: str) -> None:
+def test_validate_checks_the_declared_effect_of_every_pass(scheme: str) -> None:
     model = model_of("llama", torch.bfloat16)
     inputs = ids(model)
     check = Validate()
@@ -198,15 +198,15 @@ def test_an_excluded_layer_is_compensated_too() -> None:
     assert "leaves it out" in SmoothQuant(layers=("*", "!*.k_proj")).explain(graph)[keys[0].result.name]
 
 
-def test_the_users_model_stays_what_it_is() -> None:
+def test_the_users_model_does_not_change() -> None:
     model = model_of("gemma")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     qcompiler.compile(model, scheme="smoothquant_o3", calibration=[ids(model)])
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_gemmas_gain_is_folded_as_it_acts() -> None:
-    """(1 + w) / s, rounded once; w' = (1 + w) / s - 1 would lose small gains, and be added to 1 again."""
+def test_gemmas_gain_is_folded_in_its_effective_form() -> None:
+    """(1 + w) / s, rounded once; w' = (1 + w) / s - 1 would lose small gains when 1 is added again."""
     graph, _ = prepared("gemma")
     norm = next(op for op in graph.ops("aten.linear") if op.loc.module.endswith("layers.0.self_attn.q_proj"))
     gain = next(arg for arg in norm["input"].op.args if isinstance(arg, qcompiler.Value) and graph.is_constant(arg))
@@ -225,8 +225,8 @@ def test_gemmas_gain_is_folded_as_it_acts() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.5, "search"])
-def test_calibration_knows_the_smoothed_values(alpha: Any) -> None:
-    """What it says of them is what a second look at the smoothed graph sees."""
+def test_calibration_has_statistics_of_smoothed_values(alpha: Any) -> None:
+    """They equal the statistics from observing the smoothed graph."""
     graph, flat = prepared("gpt2", rows=32)
     original = graph.calibration
     SmoothQuant(**TENSOR, alpha=alpha).run(graph)
@@ -242,7 +242,7 @@ def test_calibration_knows_the_smoothed_values(alpha: Any) -> None:
 def test_outliers_ruin_int8_and_smoothing_repairs_it() -> None:
     torch.manual_seed(2)
     norm, first = nn.LayerNorm(128), nn.Linear(128, 128)
-    norm.weight[[5, 77]] *= 60  # outlier channels, as large language models have them
+    norm.weight[[5, 77]] *= 60  # outlier channels, as in large language models
     first.weight[:, [5, 77]] /= 60
     model = nn.Sequential(norm, first, nn.ReLU(), nn.Linear(128, 64)).eval()
     batches = [torch.randn(16, 128) for _ in range(4)]
@@ -256,7 +256,7 @@ def test_outliers_ruin_int8_and_smoothing_repairs_it() -> None:
 
 
 @torch.no_grad()
-def test_tiles_are_smoothed_only_where_that_was_measured_to_help() -> None:
+def test_tiles_are_smoothed_only_if_the_error_decreases_enough() -> None:
     torch.manual_seed(3)
     norm, linear = nn.LayerNorm(256), nn.Linear(256, 128)
     model = nn.Sequential(norm, linear).eval()
@@ -265,7 +265,7 @@ def test_tiles_are_smoothed_only_where_that_was_measured_to_help() -> None:
     (row,) = plain.report.quantized
     assert "not smoothed: it would not make the error smaller by enough (error 0.0" in row.remark
     assert torch.equal(plain(batches[0]), qcompiler.compile(model, example_inputs=(batches[0],))(batches[0]))
-    linear.weight[:, ::128] *= 2.0**18  # one channel of a weight, far larger than its neighbours, spoils their blocks
+    linear.weight[:, ::128] *= 2.0**18  # one weight channel, much larger than its neighbors, spoils their blocks
     norm.weight[::128] /= 2.0**18
     norm.bias.zero_()
     helped = qcompiler.compile(model, scheme="fp8_tile_smooth", calibration=batches)
@@ -276,7 +276,7 @@ def test_tiles_are_smoothed_only_where_that_was_measured_to_help() -> None:
     assert relative_error(model(x), helped(x)) < 0.9 * relative_error(model(x), tile(x))
 
 
-def test_where_nothing_takes_in_the_scale_it_goes_in_front() -> None:
+def test_a_scale_that_cannot_be_folded_becomes_a_prescale() -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).eval()
     x = torch.randn(8, 64)
     fast = qcompiler.compile(model, scheme="smoothquant_o1", calibration=[x])
@@ -297,7 +297,7 @@ def test_where_nothing_takes_in_the_scale_it_goes_in_front() -> None:
 
 
 @torch.no_grad()
-def test_an_expert_that_saw_no_token_keeps_a_neutral_scale() -> None:
+def test_an_expert_without_tokens_keeps_a_neutral_scale() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -311,7 +311,7 @@ def test_an_expert_that_saw_no_token_keeps_a_neutral_scale() -> None:
     model = Gated().eval()
     with torch.no_grad():
         model.router.weight.zero_()
-        model.router.bias.copy_(torch.tensor([1.0, -1.0]))  # all tokens go to the first
+        model.router.bias.copy_(torch.tensor([1.0, -1.0]))  # all tokens go to the first expert
     batch = torch.randn(4, 16)
     fast = qcompiler.compile(model, scheme="smoothquant_o3", calibration=[batch])
     remarks = {row.module: row.remark for row in fast.report.quantized}
@@ -319,7 +319,7 @@ def test_an_expert_that_saw_no_token_keeps_a_neutral_scale() -> None:
     assert remarks["first"].startswith("smoothed, ")
     assert [row.unseen for row in fast.calibration.coverage.rows] == [True, False]  # type: ignore[union-attr]
     assert [op.name for op in fast.graph.ops() if op.loc.module == "second" and "quantize" in op.name] == [
-        "kernel.quantize"  # a scale in each call, since none is known
+        "kernel.quantize"  # a dynamic scale, because no static one is known
     ]
     assert relative_error(model(batch), fast(batch)) < 0.05
 

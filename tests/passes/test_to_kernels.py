@@ -1,4 +1,4 @@
-"""to-kernels: activations and matmuls go to the kernel dialect with one layout of scales that both sides know."""
+"""to-kernels: activations and matmuls move to the kernel dialect, with a scale layout that both sides know."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_equal_bits_and_one_layout(layout: str, fold: str) -> None:
     graph.verify()
     assert all(map(torch.equal, interpret(graph, inputs), before))
     assert graph["x_q"].op.format().scale_layout == graph["y"].op.format("x_format").scale_layout == layout
-    # The layout of a weight's scales is always the one that numerics writes.
+    # Scales of a weight always have the layout that numerics writes.
     assert len(graph.ops("quant.quantize")) == (0 if fold else 1)
     assert str(graph["y"].op.loc) == 'loc("m.py":2 by "to-kernels")'
     assert not step.run(graph)
@@ -46,7 +46,7 @@ def test_blocks_of_several_rows_are_row_major() -> None:
     assert graph["x_q"].op.format().scale_layout == graph["y"].op.format("x_format").scale_layout == "row_major"
 
 
-def test_scales_that_others_read_stay_in_the_quant_dialect() -> None:
+def test_scales_with_other_users_stay_in_the_quant_dialect() -> None:
     graph = Graph.parse(TEXT)
     for step in Pipeline.parse("fp8-tile; fuse-linear; fold-constants"):
         step.run(graph)
@@ -82,7 +82,7 @@ SIMULATED = "its scales vary from channel to channel, along the sum, where no te
     [("[1, 128]", "col_major"), ("[1, 32]", "col_major"), ("[1, -1]", "row_major"), ("[-1, -1]", "row_major"),
      ("[4, -1]", "row_major"), ("[-1, 64]", "row_major"), ("[2, 64]", "row_major")],
 )  # fmt: skip
-def test_only_tiles_of_a_row_have_a_layout(x_block: str, layout: str) -> None:
+def test_only_row_tiles_have_a_layout(x_block: str, layout: str) -> None:
     graph = Graph.parse(TEXT)
     inputs, graph.weights = random_inputs(graph, 0)
     for step in Pipeline.parse(
@@ -125,7 +125,7 @@ def test_a_static_quantization_keeps_its_scale_and_prescale(block: str, scale: s
     assert all(map(torch.equal, interpret(graph, inputs), before)) and ToKernels().explain(graph) == {}
 
 
-def test_scales_of_channels_stay_simulated() -> None:
+def test_channel_scales_stay_simulated() -> None:
     graph = Graph.parse(TEXT)
     for step in Pipeline.parse("quantize{x_format=#fp8_channel}; fuse-linear; fold-constants"):
         step.run(graph)

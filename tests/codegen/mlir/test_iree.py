@@ -1,11 +1,11 @@
-"""Models compiled by IREE for the CPU, against the interpreter; the folder they are in; what is refused.
+"""Models compiled by IREE for the CPU, compared with the interpreter; the output folder; and refusals.
 
-Equal graphs do not give equal bits here: IREE adds in another order and has approximations of its own for exp and erf,
-so that FP32 values differ by some units in their last place, in all by about 1e-6 of their norm: `FLOAT` allows for
-that. A value beside a boundary between two codes may then get the other code, up to 1/8 of it away, and so on through
-each quantization behind it: `QUANTIZED` allows for that in one block. A deep model carries such differences from layer
-to layer until they are as large as those of the quantization itself. So the trained one is compared operation by
-operation, each on the interpreter's own operands, and as a whole as it was captured.
+Equal graphs do not give equal bits here: IREE adds in a different order and approximates exp and erf differently, so
+FP32 values differ by some units in the last place, in total by about 1e-6 of their norm: `FLOAT` allows for that. A
+value near the boundary between two codes may then get the other code, up to 1/8 away, and this repeats in each
+following quantization: `QUANTIZED` allows for that in one block. In a deep model such differences grow from layer to
+layer until they are as large as those of the quantization itself. So the trained model is compared operation by
+operation, each on the interpreter's own operands, and as a whole only as captured.
 """
 
 import copy
@@ -62,12 +62,12 @@ def folder(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def tensors(model: nn.Module, compiled: CompiledModel) -> dict[str, torch.Tensor]:
-    """What any stage reads: buffers that are not saved, too."""
+    """The tensors that any stage uses, including buffers that are not saved."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers()), **compiled.graph.weights}
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The norm of the difference, as a part of that of what is wanted."""
+    """The norm of the difference, relative to the expected norm."""
     assert got.dtype == want.dtype and got.shape == want.shape
     return float((got.double() - want.double()).norm() / want.double().norm())
 
@@ -88,7 +88,7 @@ def test_a_quantized_perceptron_for_any_number_of_rows(compiled: CompiledModel, 
         assert torch.equal(built(x=x), built(x))
 
 
-def test_what_is_not_finite_comes_out_as_the_interpreter_has_it(compiled: CompiledModel, folder: Path) -> None:
+def test_nonfinite_values_match_the_interpreter(compiled: CompiledModel, folder: Path) -> None:
     graph = Graph("codes")
     x = graph.add_input("x", TensorType(DType.f32, (symbol("s0"), 256)))
     values: list[Value] = []
@@ -98,7 +98,7 @@ def test_what_is_not_finite_comes_out_as_the_interpreter_has_it(compiled: Compil
         attrs = {"block": block, "out_dtype": DType.f32}
         values += graph.append("quant.dequantize", *quantized, attrs=attrs).results
     graph.set_outputs(values)
-    # Every power of two and what is around it, so that some values round up to the smallest normal code.
+    # Every power of two and its neighborhood, so that some values round up to the smallest normal code.
     given = torch.exp2(torch.linspace(-16, 8, 5 * 256)).reshape(5, 256) * torch.tensor([1.0, -1.0]).repeat(128)
     given = torch.cat([given, given[:1]])
     given[5, :4] = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf])
@@ -128,7 +128,7 @@ def test_a_llama_block(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_llama_in_bfloat16(tmp_path: Path) -> None:
-    """Each operation is rounded to 8 bits, so two orders of additions differ; neither is nearer to the exact result."""
+    """Each operation rounds to 8 bits, so two orders of additions differ; neither is closer to the exact result."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def each_by_itself(graph: Graph, ops: list[Op]) -> Graph:
 
 @pytest.mark.slow
 def test_the_quantized_operations_of_a_trained_model(tmp_path: Path) -> None:
-    """Each on the interpreter's own operands: codes are equal but for a few in ten thousand, which are neighbours."""
+    """Each on the interpreter's own operands: codes are equal except a few in ten thousand, which are neighbors."""
     model, batch = trained()
     compiled = qcompiler.compile(model, scheme="fp8_tile", example_kwargs=batch)
     ops = [op for op in compiled.graph.ops() if op.name.startswith("kernel.")]
@@ -211,7 +211,7 @@ def test_a_trained_model_as_captured(tmp_path: Path) -> None:
         assert difference(got, want) < FLOAT
 
 
-def test_state_is_kept_from_call_to_call_and_inputs_are_written_to(tmp_path: Path) -> None:
+def test_state_persists_between_calls_and_inputs_are_updated(tmp_path: Path) -> None:
     graph = Graph.parse(
         """func @counter(%x: f32[s0, 4]) -> (f32[s0, 4]) where s0 in 2.. {
       %seen = core.buffer() {name = "seen"} : f32[4]
@@ -249,7 +249,7 @@ def test_wrong_inputs(folder: Path, args: Any, kwargs: Any, message: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["model.vmfb", "weights.safetensors"])
-def test_a_file_that_was_changed_is_not_used(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_modified_file_is_not_used(folder: Path, tmp_path: Path, name: str) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in folder.iterdir():
@@ -265,7 +265,7 @@ def test_a_file_that_was_changed_is_not_used(folder: Path, tmp_path: Path, name:
         load(copy)
 
 
-def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_compiled_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no model that IREE can run"):
         load(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -274,7 +274,7 @@ def test_a_folder_that_is_none(folder: Path, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_only_what_was_built_is_replaced(compiled: CompiledModel, folder: Path, tmp_path: Path) -> None:
+def test_only_our_own_output_is_replaced(compiled: CompiledModel, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="something else stands"):
         build(compiled.graph, tmp_path)

@@ -1,4 +1,4 @@
-"""Graphs in MLIR: stages, names and sizes; weights in three forms; one error for all that has no form; casts."""
+"""Graphs in MLIR: stages, names and sizes; weights in three forms; one error for all unsupported operations; casts."""
 
 import re
 import sys
@@ -39,7 +39,7 @@ class Perceptron(nn.Module):
 
 
 class Unusual(nn.Module):
-    """Operations that torch-mlir has no form for."""
+    """Operations that torch-mlir does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def compiled(model: Perceptron) -> CompiledModel:
     [("captured", "torch"), ("fp8-tile", "linalg"), ("fuse-linear", "torch"), ("fuse-epilogue", "torch")],
 )
 def test_stages_have_modules(compiled: CompiledModel, stage: str, dialect: str) -> None:
-    """That each is verified and read back to the same text is what `to_mlir` itself sees to."""
+    """`to_mlir` itself verifies each module and checks its round-trip through text."""
     module = compiled.to_mlir(stage, dialect)
     assert module.name == "Perceptron" and f"func.func @{module.name}(" in module.text
     assert str(module) == module.text
@@ -98,7 +98,7 @@ def test_names_sizes_codes_and_scales_are_kept(compiled: CompiledModel) -> None:
 
 @needs_torch_mlir
 @pytest.mark.parametrize("dialect", ["torch", "linalg"])
-def test_weights_as_resources_and_left_out(model: Perceptron, compiled: CompiledModel, dialect: str) -> None:
+def test_weights_as_resources_and_omitted(model: Perceptron, compiled: CompiledModel, dialect: str) -> None:
     whole, elided = (compiled.to_mlir(None, dialect, weights) for weights in ("resource", "elide"))
     for module in (whole, elided):
         assert [argument.kind for argument in module.arguments] == ["input"]
@@ -113,7 +113,7 @@ def test_weights_as_resources_and_left_out(model: Perceptron, compiled: Compiled
 
 
 @needs_torch_mlir
-def test_a_weight_that_is_gone_is_named(compiled: CompiledModel) -> None:
+def test_a_released_weight_is_named(compiled: CompiledModel) -> None:
     with pytest.raises(InputError, match=r"got down\.weight\. Hold the model"):
         to_mlir(compiled.stages["captured"], weights="resource", store=compiled.graph.weights)
 
@@ -129,7 +129,7 @@ def test_saved(compiled: CompiledModel, tmp_path: Path) -> None:
 
 @needs_torch_mlir
 @pytest.mark.parametrize("dialect", ["torch", "linalg"])
-def test_all_that_has_no_form_is_in_one_error(dialect: str) -> None:
+def test_one_error_lists_all_unsupported_operations(dialect: str) -> None:
     compiled = qcompiler.compile(Unusual().eval(), scheme="fp8_tile", example_inputs=(torch.randn(7, 256),))
     with pytest.raises(CodegenError) as caught:
         compiled.to_mlir("captured", dialect)
@@ -140,7 +140,7 @@ def test_all_that_has_no_form_is_in_one_error(dialect: str) -> None:
 
 
 @needs_torch_mlir
-def test_all_that_cannot_be_traced_is_in_one_error() -> None:
+def test_one_error_lists_everything_that_cannot_be_traced() -> None:
     text = """func @data(%x: f32[8, 4], %n: float) -> (f32[8, 4]) {
       %a = aten.nonzero(%x) : i64[u0, 2]
       %b = aten.mul.Scalar(%x, %n) : f32[8, 4]
@@ -155,7 +155,7 @@ def test_all_that_cannot_be_traced_is_in_one_error() -> None:
 
 @needs_torch_mlir
 @pytest.mark.parametrize(("dialect", "weights"), [("linalgg", "arguments"), ("torch", "resources")])
-def test_misspelt_words(compiled: CompiledModel, dialect: str, weights: str) -> None:
+def test_misspelled_options(compiled: CompiledModel, dialect: str, weights: str) -> None:
     with pytest.raises(InputError, match="Did you mean"):
         compiled.to_mlir(None, dialect, weights)
 
@@ -184,7 +184,7 @@ def test_state_is_an_argument_and_its_new_value_a_result() -> None:
 
 
 def floats() -> Iterator[torch.Tensor]:
-    """Numbers of FP32 from all over its bits, and every tie between neighbours in FP8."""
+    """FP32 numbers with all kinds of bit patterns, and every tie between FP8 neighbors."""
     for start in range(0, 2**32, 2**28):
         yield torch.arange(start, start + 2**28, 6151, dtype=torch.int64).to(torch.int32).view(torch.float32)
 
@@ -210,7 +210,7 @@ def test_prepared_numbers_have_equal_codes_and_need_no_rounding_up_to_normal(dty
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     block=st.sampled_from([(1, 128), (1, 64), (1, -1)]),
 )
-def test_groups_of_rows_without_a_look_at_the_data(sizes: list[int], block: tuple[int, int]) -> None:
+def test_grouped_rows_without_reading_data(sizes: list[int], block: tuple[int, int]) -> None:
     torch.manual_seed(len(sizes))
     rows, w = torch.randn(sum(sizes) + 3, 128), torch.randn(len(sizes), 128, 128)
     offsets = torch.tensor(sizes).cumsum(0).to(torch.int32)
@@ -225,7 +225,7 @@ def test_groups_of_rows_without_a_look_at_the_data(sizes: list[int], block: tupl
         "out_dtype": torch.float32,
     }
     got, want = grouped_linear(*operands, **options), grouped_linear_meaning(*operands, **options)
-    # The same products, of which a matrix library may add the terms in another order for another number of rows.
+    # The same products; for another number of rows, a matmul library may add them in another order.
     torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-5)
 
 
