@@ -35,8 +35,9 @@ def load(name: str) -> Any:
     if name not in LIGHT:
         _check_siblings()
         import_module("qcompiler.dialects")  # fills the table of operations
-    is_submodule = hasattr(import_module(home), "__path__") and find_spec(f"{home}.{name}") is not None
-    return import_module(f"{home}.{name}") if is_submodule else getattr(import_module(home), name)
+    if home != "qcompiler" and hasattr(package := import_module(home), name):
+        return getattr(package, name)
+    return import_module(f"{home}.{name}")
 
 
 def _version() -> str:

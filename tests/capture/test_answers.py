@@ -92,8 +92,8 @@ def test_other_values_with_the_same_answers_match_the_model(kind: Callable[[], n
 @pytest.mark.parametrize(
     ("kind", "other", "said"),
     [
-        (Branching, [1, 1, 1, 1, 1, 1], r"if \(mask == 0\).any\(\): \(.*test_capture_answers.py:\d+\) is True"),
-        (Splitting, [2, 2, 2], r"parts = .*sizes.tolist\(\)\)\] \(.*test_capture_answers.py:\d+\) is 1"),
+        (Branching, [1, 1, 1, 1, 1, 1], r"if \(mask == 0\).any\(\): \(.*test_answers.py:\d+\) is True"),
+        (Splitting, [2, 2, 2], r"parts = .*sizes.tolist\(\)\)\] \(.*test_answers.py:\d+\) is 1"),
         (Selecting, [1, 1, 1, 1, 0, 1], r"a size that follows from the values of a tensor is another"),
     ],
 )

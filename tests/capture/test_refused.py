@@ -111,7 +111,7 @@ def data_dependent(x: torch.Tensor) -> torch.Tensor:
 def test_a_branch_on_data_is_quoted_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = data_dependent.__code__.co_firstlineno + 1
     with pytest.raises(
-        CaptureError, match=rf"test_capture_refused.py:{line}: if x.sum\(\) > 0:.*torch.where"
+        CaptureError, match=rf"test_refused.py:{line}: if x.sum\(\) > 0:.*torch.where"
     ) as caught:
         capture(Function(data_dependent), (torch.randn(3, 4),))
     assert "depends on the values of a tensor" in str(caught.value)
@@ -125,7 +125,7 @@ def broken(x: torch.Tensor) -> torch.Tensor:
 def test_any_other_failure_is_one_sentence_with_the_users_line() -> None:
     line = broken.__code__.co_firstlineno + 1
     with pytest.raises(
-        CaptureError, match=rf"cannot be traced: got RuntimeError: .*test_capture_refused.py:{line}: return x @"
+        CaptureError, match=rf"cannot be traced: got RuntimeError: .*test_refused.py:{line}: return x @"
     ):
         capture(Function(broken), (torch.randn(5, 4),))
 
@@ -137,7 +137,7 @@ class Condition(nn.Module):
 
 def test_control_flow_operators_are_refused_with_the_users_line() -> None:
     model = Condition().eval()
-    with pytest.raises(CaptureError, match=r"control flow over sub-graphs .*got cond \(in .*test_capture_refused.py"):
+    with pytest.raises(CaptureError, match=r"control flow over sub-graphs .*got cond \(in .*test_refused.py"):
         capture(model, (torch.randn(3, 4),))
 
 

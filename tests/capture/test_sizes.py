@@ -134,7 +134,7 @@ def loop(x: Tensor) -> Tensor:
 
 def test_a_loop_over_a_size_is_reported_with_its_line() -> None:
     line = loop.__code__.co_firstlineno + 2
-    sentence = rf"dimension 1 of args\[0\] is fixed to 5 \(.*test_capture_sizes.py:{line}\)\. Capture"
+    sentence = rf"dimension 1 of args\[0\] is fixed to 5 \(.*test_sizes.py:{line}\)\. Capture"
     with pytest.warns(CaptureWarning, match=sentence) as caught:
         captured = capture(Function(loop), (torch.randn(3, 5),))
     assert types(captured) == ["f32[s0, 5]"] and len(captured.fixed) == 1

@@ -18,7 +18,7 @@ from qcompiler.capture.stored_weights import Stored, hold
 from qcompiler.checkpoints import load_model, read, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::qcompiler.errors.CheckpointWarning")
-"""Sizes that blocks do not divide are what these tests are about; `test_checkpoints_readers.py` has the warnings."""
+"""Sizes that blocks do not divide are what these tests are about; `test_readers.py` has the warnings."""
 
 AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(18).reshape(2, 9)

@@ -17,7 +17,7 @@ from qcompiler import CompiledModel, QCompilerError, numerics
 from qcompiler.checkpoints import write
 
 pytestmark = pytest.mark.filterwarnings("ignore::qcompiler.errors.CheckpointWarning")
-"""Sizes that blocks do not divide are what these tests are about; `test_checkpoints_readers.py` has the warnings."""
+"""Sizes that blocks do not divide are what these tests are about; `test_readers.py` has the warnings."""
 
 AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(18).reshape(2, 9)

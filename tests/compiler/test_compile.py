@@ -1,4 +1,4 @@
-"""`qcompiler.compile`: the public interface; its errors are in test_compile_errors."""
+"""`qcompiler.compile`: the public interface; its errors are in test_errors.py."""
 
 import copy
 import inspect

@@ -1,6 +1,6 @@
 """The verifier: legal graphs pass, and each way of breaking one is reported with its rule, operation and caret.
 
-Here: what only a careless pass can break. What text can spell is in `test_ir_verifier_text.py`.
+Here: what only a careless pass can break. What text can spell is in `test_verifier_text.py`.
 """
 
 from collections.abc import Callable
@@ -330,7 +330,7 @@ def test_a_broken_graph_is_reported(rule: int, sentence: str, mutation: Mutation
 
 
 def test_every_rule_is_broken_by_some_mutation() -> None:
-    """V7, V11, V12 and V14 are broken by text alone, in `test_ir_verifier_text.py`."""
+    """V7, V11, V12 and V14 are broken by text alone, in `test_verifier_text.py`."""
     lines = str(verifier_module.__doc__).splitlines()
     numbered = [int(line.split()[0][1:]) for line in lines if line.startswith("    V")]
     assert numbered == list(range(1, 16))

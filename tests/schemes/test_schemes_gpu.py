@@ -19,7 +19,7 @@ OPTIONS = [f"fp8_tile{{k_block={width}}}" for width in (32, 64, 256, 512, -1)] +
     "smoothquant_o3{pow2=true}", "smoothquant_fp8{alpha=search}",
 ]  # fmt: skip
 
-# A kernel's sums differ from the reference's by 1.3e-4, and the second linear's codes follow: see test_compile_gpu.
+# A kernel's sums differ from the reference's by 1.3e-4, and the second linear's codes follow: see compiler/test_gpu.py.
 FLIPS = 1e-2
 
 RUINED = {"int8_row": 0.15, "int8_tensor": 0.4, "int8_tensor_static": 0.4}
