@@ -1,4 +1,4 @@
-"""Body -> Triton function: the arithmetic of a fused operation as source that a kernel calls on its tiles.
+"""Compiles a fused expression to a Triton function that a kernel calls on its tiles.
 
     h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))            keep = ["h"]
 
@@ -7,10 +7,10 @@
         v_n = rsqrt((mean((wide(v_h) * wide(v_h)), inside, columns) + 1e-06))
         return (wide(bf16_product(x2, bf16((wide(v_h) * v_n)))), v_h,)
 
-A kernel takes the function as a `constexpr` argument. The functions that it calls are those of
-`codegen.kernels.body_functions`. It rounds where the body says so and nowhere else; hence no product and sum may become
-one multiply-add: Triton kernels are launched with `enable_fp_fusion=False`, and in Gluon kernels, which need
-multiply-adds for their sums, a body's products are calls of `times`.
+A kernel takes the function as a `constexpr` argument. It calls functions of `codegen.kernels.body_functions`. It rounds
+only where the expression says so, so no multiplication and addition may be contracted to a multiply-add: Triton kernels
+are launched with `enable_fp_fusion=False`. Gluon kernels need multiply-adds for their sums, so in their expressions
+multiplications are calls of `times`.
 """
 
 import hashlib
@@ -30,47 +30,47 @@ OPERANDS = ("x0", "x1", "x2", "x3", "x4", "x5", "y0", "y1")
 """The operands that a function has parameters for."""
 
 PACKED = {"+": "bf16_sum", "*": "bf16_product"}
-"""The operators that have an instruction for bfloat16 numbers."""
+"""The operators that have a bfloat16 instruction."""
 
 SCOPE = {name: getattr(body_functions, name) for name in (*FUNCTIONS, *PACKED.values(), "wide", "times", "divide")} | {
     "tl": triton.language
 }
-"""What the functions call; Triton's interpreter wants to see its language there, too."""
+"""Globals of the functions; Triton's interpreter also expects its language here."""
 
 Language = Literal["triton", "gluon"]
 
 
 @cache
 def triton_function(body: str, keep: tuple[str, ...] = (), language: Language = "triton") -> Any:
-    """The function of a body, to be called inside a kernel; the same object for the same arguments.
+    """The Triton function of a fused expression; the same object for the same arguments.
 
-    It is called with keywords, `BODY(x0=…, y0=…, inside=…, columns=…)`. Operands are tiles in FP32, bfloat16 or float16
-    that broadcast to the tile's shape, [rows, columns]: also [1, columns]. For a body with a reduction, `inside` is the
-    mask of those columns of the tile that are columns of the row, or None where all are, and `columns` their number, an
-    integer. Returns a tuple, also of one: the result in FP32, and the values of `keep`, each in the element type of
-    `Body.dtype` and of a shape that broadcasts to the tile's.
+    It is called with keywords, `BODY(x0=…, y0=…, inside=…, columns=…)`. Operands are FP32, bfloat16 or float16 tiles
+    that broadcast to the tile's shape, [rows, columns], such as [1, columns]. For an expression with a reduction,
+    `inside` masks the columns of the tile that belong to the row (None if all do), and `columns` is their number.
+    Returns a tuple: the result in FP32, then the values of `keep`, each in the element type of `Body.dtype` and of a
+    shape that broadcasts to the tile's.
 
-    The name and the source follow from the arguments alone, so another process finds the kernel in Triton's cache.
+    Name and source depend only on the arguments, so other processes find the kernel in Triton's cache.
 
     Args:
-        body: Text of a body.
-        keep: Names of its definitions.
-        language: Of the kernel that calls it: `"triton"`, or `"gluon"`, where there are no reductions.
+        body: Text of a fused expression.
+        keep: Names of the definitions to return.
+        language: Language of the calling kernel: `"triton"`, or `"gluon"`, which supports no reductions.
 
     Raises:
-        CodegenError: The body has an operand that no parameter is there for, or a reduction in Gluon.
-        ParseError: It is no body.
+        CodegenError: The expression has an operand without a parameter, or a reduction in Gluon.
+        ParseError: The text is not a fused expression.
     """
     made = parse(body)
     if surplus := [name for name in made.operands if name not in OPERANDS]:
         raise CodegenError("a fused kernel has too few parameters", got=", ".join(surplus), need=", ".join(OPERANDS))
     if language == "gluon" and made.across:
-        raise CodegenError("a Gluon kernel has parts of rows, and this body needs whole rows", got=repr(body))
+        raise CodegenError("a Gluon kernel holds parts of rows, but this body reduces whole rows", got=repr(body))
     digest = hashlib.sha256("|".join([str(made), *keep, language]).encode()).hexdigest()[:16]
     name = f"body_{digest}"
     text = source(made, keep, name, language)
     file = f"<{name}>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton looks for it
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton reads the source
     scope: dict[str, Any] = {"__name__": __name__, **SCOPE}
     exec(compile(text, file, "exec"), scope)
     jit: Callable[..., Any] = gluon.jit if language == "gluon" else triton.jit
@@ -78,8 +78,8 @@ def triton_function(body: str, keep: tuple[str, ...] = (), language: Language = 
 
 
 def source(body: Body, keep: tuple[str, ...], name: str, language: Language = "triton") -> str:
-    """The text of the function."""
-    # Definitions are named apart from what the function calls and is given.
+    """The source of the function."""
+    # Local names must differ from called functions and parameters.
     local = {defined: f"v_{defined}" for defined, _ in body.definitions}
     writer = _Writer(local, dict(body.definitions), language)
     lines = [f"{local[defined]} = {writer.text(what)}" for defined, what in body.definitions]
@@ -94,8 +94,8 @@ class _Writer(NamedTuple):
 
     Attributes:
         local: Definition -> its name in the text.
-        definitions: Definition -> what it stands for.
-        language: Of the kernel.
+        definitions: Definition -> its expression.
+        language: Language of the kernel.
     """
 
     local: Mapping[str, str]
@@ -107,7 +107,7 @@ class _Writer(NamedTuple):
         return f"wide({self.text(what)})" if self._may_be_narrow(what) else self.text(what)
 
     def text(self, what: Expression) -> str:
-        """An expression in its own element type: that of an operand, or what it is rounded to, or FP32."""
+        """An expression in its own element type: its operand's, the type it is rounded to, or FP32."""
         if isinstance(what, Name):
             return self.local.get(what.name, what.name)
         if isinstance(what, Number):

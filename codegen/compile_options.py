@@ -1,4 +1,4 @@
-"""Options that every kernel is compiled with, for a launch as ahead of time, unless the caller sets them."""
+"""Compile options of every kernel, at launch and ahead of time, unless the caller sets them."""
 
 from typing import Any
 

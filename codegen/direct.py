@@ -1,7 +1,7 @@
-"""The operators of `codegen.torch_ops`, called without torch's dispatcher where nobody listens to it.
+"""Calls the operators of `codegen.torch_ops` without torch's dispatcher where it is not needed.
 
-The dispatcher costs as much host time as a launch. It is of use to whatever traces, fakes, differentiates or profiles,
-so a call goes around it only for plain tensors on a GPU while none of these is at work.
+The dispatcher costs as much host time as a launch. Only tracing, fake tensors, autograd and profiling need it, so a
+call bypasses it for plain tensors on a GPU while none of these is active.
 
     from codegen.direct import kernels
 
@@ -22,7 +22,7 @@ _profiled, _transform = torch._C._autograd._profiler_enabled, torch._C._functorc
 
 
 def unobserved(x: Any) -> bool:
-    """Whether an operator on `x` does nothing but what its implementation for GPUs does."""
+    """Whether an operator call on `x` would only run its GPU implementation."""
     if type(x) is not Tensor or not x.is_cuda or torch.compiler.is_compiling():
         return False
     if _dispatch_modes() or _function_modes() or _profiled() or _transform() is not None:
@@ -31,7 +31,7 @@ def unobserved(x: Any) -> bool:
 
 
 def _direct(name: str, on_gpu: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator that is called with its arguments in order, the first of which is a tensor or a list of them."""
+    """An operator called with positional arguments, the first of which is a tensor or a list of tensors."""
     operator = getattr(torch.ops.qcompiler, name)
 
     def call(*arguments: Any) -> Any:
@@ -44,4 +44,4 @@ def _direct(name: str, on_gpu: Callable[..., Any]) -> Callable[..., Any]:
 
 
 kernels = SimpleNamespace(**{name: _direct(name, on_gpu) for name, on_gpu in ON_GPU.items()})
-"""What a host module for a GPU calls."""
+"""The operators that a host module for a GPU calls."""

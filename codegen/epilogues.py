@@ -1,8 +1,8 @@
-"""A body behind a product: what its sums are rounded to first, and what is left of it then.
+"""Splits the fused expression of an epilogue into the first rounding of the sums and the rest.
 
     bf16(silu(bf16(y0)) * bf16(y1))     ->     bfloat16, and  bf16(silu(y0) * y1)
 
-Sums are handed on in that element type, inside one kernel or from one to the next.
+Sums are passed on in that element type, within one kernel or from one to the next.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ from qcompiler.dialects.body import ROUNDED, Body, Call, Expression, Name, parse
 
 @cache
 def handed_over(text: str) -> tuple[torch.dtype, str]:
-    """The element type that a body rounds every sum to before all else, and the body on sums that are so rounded.
+    """The element type that an expression first rounds every sum to, and the expression on rounded sums.
 
-    FP32, and the body as it is, where it reads a sum unrounded or rounds sums in two ways. ParseError for no body.
+    FP32 and the unchanged expression if it reads a sum unrounded or rounds sums in two ways. May raise ParseError.
     """
     body = parse(text)
     readers = {reader for part in _whole(body) for reader in _readers(part)}
@@ -32,13 +32,13 @@ def handed_over(text: str) -> tuple[torch.dtype, str]:
 
 @cache
 def on_tensors(text: str, others: int) -> tuple[tuple[str, ...], str]:
-    """A body of a product as one of tensors: the sums that it reads, and it where these are x0, x1, …
+    """Rewrites an epilogue over tensors: the sums that it reads, and the expression with these as x0, x1, …
 
-    Its other operands follow them: with one sum read, `y0 + x0` becomes `x0 + x1`.
+    Its other operands follow: with one sum read, `y0 + x0` becomes `x0 + x1`.
 
     Args:
-        text: The body.
-        others: How many other operands it has.
+        text: The fused expression.
+        others: Number of its other operands.
     """
     body = parse(text)
     sums = tuple(name for name in body.operands if name[0] == "y")
@@ -57,7 +57,7 @@ def _whole(body: Body) -> Iterator[Expression]:
 
 
 def _readers(what: Expression, reader: str | None = None) -> Iterator[str | None]:
-    """For each sum that is read: the rounding that reads it, or None for anything else."""
+    """For each sum that is read: the rounding that reads it, or None if another operation reads it."""
     if isinstance(what, Name) and what.name[0] == "y" and what.name[1:].isdigit():
         yield reader if reader in ROUNDED else None
     elif isinstance(what, Call):
@@ -70,7 +70,7 @@ def _rounds_a_sum(what: Call) -> bool:
 
 
 def _changed(body: Body, change: Callable[[Expression], Expression]) -> Body:
-    """The body with each of its expressions replaced by what `change` makes of it, from the inside out."""
+    """Replaces each subexpression by the result of `change`, innermost first."""
 
     def walk(what: Expression) -> Expression:
         return change(Call(what.function, tuple(map(walk, what.args))) if isinstance(what, Call) else what)

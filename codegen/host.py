@@ -1,4 +1,4 @@
-"""Graph -> host module: plain Python that calls one operator after the other. It is what a user reads as `source`.
+"""Graph -> host module: plain Python that calls the operators in order; users see it as `source`.
 
     def mlp(weights, x):
         x_q, x_s = kernels.quantize(x, [1, 128], torch.float8_e4m3fn, "deepseek", "col_major")
@@ -6,7 +6,7 @@
         del x_q, x_s
         return (linear,)
 
-A value is let go after its last reader. Weights are attributes of `weights`; buffers and inputs that the model mutates
+A value is deleted after its last use. Weights are attributes of `weights`; buffers and inputs that the model mutates
 are written just before the return.
 """
 
@@ -40,16 +40,16 @@ PRELUDES = {
     "lookup(": "from qcompiler.ir.op_table import lookup",
     "parse_format(": "from qcompiler.ir import parse_format",
 }
-"""What a function may need, by the text that shows that it does; the target says how it gets at `kernels`."""
+"""Imports that a function may need, by the text that requires them; the target defines how to import `kernels`."""
 
 RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "parse_format", "weights", "device", "float", "getattr"}
 RESERVED |= {*keyword.kwlist, *dir(torch.nn.Module())}
-"""Names that a value must not take: those of the module itself, and those that a weight's owner has already."""
+"""Reserved names: those of the module, and attributes that every owner of weights has."""
 
 
 @dataclass(frozen=True)
 class HostModule:
-    """Python text with one function, and what it needs to know.
+    """Python text with one function, and the data needed to call it.
 
     Attributes:
         source: The text.
@@ -68,7 +68,7 @@ def emit_host_module(graph: Graph, target: str) -> HostModule:
 
 
 def load_host_module(module: HostModule, filename: str) -> Callable[..., tuple[Any, ...]]:
-    """The function of a host module that this process has just emitted, ready to call."""
+    """The function of a host module that this process has emitted, ready to call."""
     namespace: dict[str, Any] = {}
     exec(compile(module.source, filename, "exec"), namespace)
     function: Callable[..., tuple[Any, ...]] = namespace[module.entry]
@@ -85,7 +85,7 @@ class _Emitter:
     taken: set[str] = field(default_factory=lambda: set(RESERVED))
 
     def module(self) -> HostModule:
-        """The whole text."""
+        """The complete source text."""
         entry = self.fresh(self.graph.name)
         inputs = [self.bind(value) for value in self.graph.inputs]
         ops = self.graph.ops()
@@ -93,7 +93,7 @@ class _Emitter:
             self.lines.append("device = weights.device")
         readers = Counter(value for op in self.graph for _, value in op.operands())
         for op in ops:
-            if op.name != UPDATE:  # updates come last, so that what they read stays alive until then
+            if op.name != UPDATE:  # updates come last, so that the values they read stay alive until then
                 self.emit(op)
                 self.release(op, readers)
         outputs = self.update([op for op in ops if op.name == UPDATE])
@@ -114,8 +114,8 @@ class _Emitter:
     # Names
 
     def fresh(self, name: str) -> str:
-        """A Python identifier like `name` that is free."""
-        # ASCII alone: Python reads identifiers that differ in Unicode's compatible letters as one.
+        """An unused Python identifier similar to `name`."""
+        # ASCII only: Python normalizes compatible Unicode letters, so two identifiers could become one.
         stem = re.sub(r"\W", "_", name, flags=re.ASCII)
         stem = f"_{stem}" if not stem or stem[0].isdigit() else stem
         candidate, count = stem, 0
@@ -143,7 +143,7 @@ class _Emitter:
         return repr(to_torch(arg))
 
     def arguments(self, args: list[str], attrs: dict[str, str]) -> str:
-        """Everything between the parentheses of a call; torch has arguments that are called `from`."""
+        """The argument list of a call; handles torch arguments that are Python keywords, such as `from`."""
         plain = {key: key.isidentifier() and not keyword.iskeyword(key) for key in sorted(attrs)}
         named = [f"{key}={attrs[key]}" for key in plain if plain[key]]
         odd = ", ".join(f"{key!r}: {attrs[key]}" for key in plain if not plain[key])
@@ -152,7 +152,7 @@ class _Emitter:
     # Operations
 
     def emit(self, op: Op) -> None:
-        """One operation: a line, or, for a weight, just a name."""
+        """Emits one operation: a line, or only a name for a weight."""
         if op.role is Role.STATE:
             attribute = self.fresh(str(op.attrs["name"]))
             self.weights[attribute] = str(op.attrs["name"])
@@ -172,7 +172,7 @@ class _Emitter:
         attrs = {key: self.argument(arg) for key, arg in op.attrs.items()}
         definition = lookup(op.name)
         if definition is not None and definition.meaning is None:
-            raise CodegenError("nothing can run this operation", got=op.name, where=str(op.loc) or None)
+            raise CodegenError("no target runs this operation", got=op.name, where=str(op.loc) or None)
         if op.name == "core.expect":
             return f"expect({args[0]}, {attrs['message']})"
         if op.name.startswith("core."):
@@ -184,7 +184,7 @@ class _Emitter:
         return f"{_torch_path(op.name)}({self.arguments(args, attrs)})"
 
     def kernel_call(self, op: Op, schema: torch._C.FunctionSchema) -> str:
-        """The call of a kernel's operator: it takes the operands in order, and the attributes by name."""
+        """The call of a kernel's operator: operands in order, then attributes by name."""
         operands, attrs, args = iter(op.args), _operator_attributes(op), list[str]()
         for parameter in schema.arguments:
             kind = str(parameter.type)
@@ -201,26 +201,26 @@ class _Emitter:
         return f"kernels.{schema.name.removeprefix('qcompiler::')}({', '.join(args)})"
 
     def release(self, op: Op, readers: Counter[Value]) -> None:
-        """Lets go of the operands, and of results, that nobody reads any more."""
+        """Deletes operands and results after their last use."""
         operands = [value for _, value in op.operands()]
         readers.subtract(operands)
         done = dict.fromkeys(value for value in (*operands, *op.results) if not readers[value])
-        # A caller keeps the inputs alive, and the store the weights.
+        # The caller keeps inputs alive, and the store keeps weights alive.
         dead = [self.names[v] for v in done if v.op.name != INPUT and v.op.role is not Role.STATE]
         if dead:
             self.lines.append(f"del {', '.join(dead)}")
 
     def needs_device(self, op: Op) -> bool:
-        """Whether an operation must be told the device."""
+        """Whether an operation needs a device argument."""
         return lookup(op.name) is None and makes_tensors(op)
 
-    # The end
+    # End of the function
 
     def update(self, updates: list[Op]) -> list[str]:
-        """Writes what the model mutates; the texts of the outputs.
+        """Emits the updates of mutated state; returns the texts of the outputs.
 
-        All new values, and all outputs, are those from before the first write: what shares memory with something that
-        is written is copied first.
+        All new values and outputs are those from before the first write: values that share memory with written state
+        are copied first.
         """
         targets = {op["target"] for op in updates}
         values = [self.detached(op["value"], targets) for op in updates]
@@ -229,7 +229,7 @@ class _Emitter:
         return outputs
 
     def detached(self, arg: Argument, targets: set[Value]) -> str:
-        """An argument as text, copied when it may be a view of one of `targets`."""
+        """An argument as text, copied if it may be a view of one of `targets`."""
         if not isinstance(arg, Value) or not targets & _memory_of(arg):
             return self.argument(arg)
         copy = self.fresh(f"{arg.name}_before")
@@ -238,7 +238,7 @@ class _Emitter:
 
 
 def _memory_of(value: Value) -> set[Value]:
-    """The value itself and all those whose memory it may share, through views."""
+    """The value itself and all values whose memory it may share, through views."""
     found: set[Value] = set()
     stack = [value]
     while stack:
@@ -261,7 +261,7 @@ def _operator_attributes(op: Op) -> dict[str, Argument]:
 
 
 def _returns_list(op: Op) -> bool:
-    """Whether torch returns a list, also for one tensor."""
+    """Whether torch returns a list, even for a single tensor."""
     schema = _kernel_schema(op)
     if schema is None and lookup(op.name) is not None:
         return False

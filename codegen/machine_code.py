@@ -1,6 +1,6 @@
-"""Machine code of a kernel, made on a machine without a GPU or a driver, and what can be read off it.
+"""Compiles a kernel to machine code without a GPU or driver, and extracts metrics from it.
 
-Triton brings ptxas, cuobjdump and nvdisasm.
+Triton includes ptxas, cuobjdump and nvdisasm.
 """
 
 import re
@@ -30,28 +30,28 @@ TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5", torch.int8: "i8", torch.int32: "i32",
 }  # fmt: skip
-"""Element types as signatures spell them; a pointer has a * in front."""
+"""Element types as written in signatures; a pointer has a * in front."""
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one compiled kernel is made of.
+    """Metrics of one compiled kernel.
 
     Attributes:
-        qgmma: FP8 tensor-core instructions (`QGMMA`), statically.
+        qgmma: FP8 tensor-core instructions (`QGMMA`), static count.
         igmma: INT8 tensor-core instructions (`IGMMA`).
         tma_loads: Loads through the copy engine (`UTMALDG`).
         tma_stores: Stores through the copy engine (`UTMASTG`).
         local_loads: Loads from local memory, i.e. spilled registers (`LDL`).
         local_stores: Stores to local memory (`STL`).
-        wide_loads: Global loads of 16 bytes a thread, asynchronous ones included.
-        wide_stores: Global stores of 16 bytes a thread.
+        wide_loads: Global loads of 16 bytes per thread, asynchronous ones included.
+        wide_stores: Global stores of 16 bytes per thread.
         float_adds: FP32 additions and multiply-adds (`FADD`, `FFMA`).
-        registers: Registers of a thread; of one at the start, where specialized warps then trade them.
-        shared_memory: Bytes of shared memory of a block.
-        warps: Warps of a block.
+        registers: Registers per thread at launch; specialized warps reallocate them afterwards.
+        shared_memory: Bytes of shared memory per block.
+        warps: Warps per block.
         instructions: Machine instructions.
         sass: The disassembly.
     """
@@ -73,22 +73,22 @@ class MachineCode:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a Hopper multiprocessor holds at one time.
+        """Number of blocks that fit on a Hopper multiprocessor at once.
 
-        It gives registers to a warp by the 256, and has room for 64 warps and 32 blocks; a block takes 1 KB more shared
-        memory than it asks for.
+        Registers are allocated per warp in units of 256; there is room for 64 warps and 32 blocks, and a block uses
+        1 KB more shared memory than requested.
         """
         by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256 * self.warps)
         return min(32, 64 // self.warps, by_registers, (SHARED_MEMORY_LIMIT + 1024) // (self.shared_memory + 1024))
 
 
 def compile_call(call: KernelCall, gpu: GPUTarget, target: str) -> MachineCode:
-    """Compiles the kernel of a call as its launch does: for the types, the alignment, and the divisibility by 16.
+    """Compiles the kernel of a call as a launch would: for its types, alignment, and divisibility by 16.
 
     Args:
         call: Its operands may be without data, on the device "meta".
-        gpu: What Triton compiles for.
-        target: What messages call it.
+        gpu: The GPU that Triton compiles for.
+        target: The target's name in messages.
 
     Raises:
         CodegenError: Triton rejects the kernel.
@@ -118,18 +118,18 @@ def compile_call(call: KernelCall, gpu: GPUTarget, target: str) -> MachineCode:
         return compile_source(source, gpu, compile_options(call.options))
     except CodegenError:
         raise
-    except Exception as error:  # Triton's own errors have no common base
+    except Exception as error:  # Triton's errors have no common base class
         raise CodegenError(f"Triton cannot compile {kernel.__name__} for {target}", got=error) from error
 
 
 def compile_source(source: ASTSource, gpu: GPUTarget, options: dict[str, Any]) -> MachineCode:
-    """Compiles and disassembles a kernel; raises Triton's own errors. The tests replace this function by a cache."""
+    """Compiles and disassembles a kernel; raises Triton's own errors. Tests replace this function by a cache."""
     built = triton.compile(source, target=gpu, options=options)
     return _inspect(built.asm["cubin"], built.metadata.shared, built.metadata.num_warps)
 
 
 def _specialized(value: Any, specialized: bool) -> tuple[str | None, bool]:
-    """Triton's type of an argument, None where the value itself is compiled in, and whether it is a multiple of 16."""
+    """Triton's type of an argument (None if its value is compiled in), and whether it is a multiple of 16."""
     if value is None:
         return None, False
     if isinstance(value, int):
@@ -169,7 +169,7 @@ def _inspect(cubin: bytes, shared_memory: int, warps: int) -> MachineCode:
 
 
 def disassembly(cubin: Path) -> str:
-    """The instructions of a compiled kernel, with their addresses; CodegenError when the file is none."""
+    """The instructions of a compiled kernel, with their addresses; raises CodegenError for an invalid file."""
     return _cuobjdump(cubin, "-sass")
 
 

@@ -1,9 +1,9 @@
-"""Which quantized products the GPU kernels run, and why not the others: arithmetic on attributes, without a GPU.
+"""Which quantized matmuls the GPU kernels run, and why not others: pure functions of attributes, without a GPU.
 
-Two families of kernels multiply 8-bit operands, and what they can scale decides the rest:
+Two families of kernels multiply 8-bit operands; they differ in where scales are applied:
 
     tiles x blocks   x [1, b] or whole rows, w [128, 128]: a scale inside the sum over K, once every b of K
-    rows x rows      x and w [1, -1] or [-1, -1]: the scales leave the sum, and are multiplied once at its end
+    rows x rows      x and w [1, -1] or [-1, -1]: the scales factor out of the sum, and are multiplied at its end
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from qcompiler.ir import ALL, DType, Format
 Block = tuple[int, int]
 
 TILE_COLUMNS = (32, 64, 128, 256, 512)
-"""The widths of an activation's tiles, [1, b], that the kernels know."""
+"""The widths of an activation's tiles, [1, b], that the kernels support."""
 
 WEIGHT_BLOCK: Block = (128, 128)
-"""The one block of a weight with scales inside the sum."""
+"""The only block of a weight with scales inside the sum."""
 
 WHOLE_ROWS: tuple[Block, ...] = ((1, ALL), (ALL, ALL))
 """Blocks with one scale for all of K: a token, an output channel, the tensor."""
 
 ELEMENTS = (DType.f8e4m3fn, DType.i8)
-"""What the tensor cores are given."""
+"""Element types that the tensor cores multiply."""
 
 
 def why_not(x: Format, w: Format) -> str | None:
@@ -37,13 +37,13 @@ def why_not(x: Format, w: Format) -> str | None:
 
 
 def is_tiled(w_block: Sequence[int]) -> bool:
-    """Whether a product that `why_not` lets pass has its scales inside the sum over K."""
+    """Whether a matmul that `why_not` accepts has its scales inside the sum over K."""
     return _pair(w_block) == WEIGHT_BLOCK
 
 
 def _why_not_formats(x: Format, w: Format) -> str | None:
     if x.element is not w.element:
-        return f"a product needs both operands in one format, here x is {x.element} and w is {w.element}"
+        return f"a matmul needs both operands in one format, here x is {x.element} and w is {w.element}"
     if x.element not in ELEMENTS:
         return f"the kernels multiply {' or '.join(map(str, ELEMENTS))}, not {x.element}"
     return next(filter(None, map(why_no_kernel, (x, w))), None) if x.block[1] != 1 != w.block[1] else None
@@ -74,9 +74,9 @@ def _why_not_blocks(x: Block, w: Block, element: DType) -> str | None:
         if x in WHOLE_ROWS or (x[0] == 1 and x[1] in TILE_COLUMNS):
             return None
         widths = ", ".join(map(str, TILE_COLUMNS))
-        return f"beside a weight in [128, 128] blocks x needs [1, b] with b in {widths}, or {rows}, not {list(x)}"
+        return f"with a weight in [128, 128] blocks, x needs [1, b] with b in {widths}, or {rows}, not {list(x)}"
     if w in WHOLE_ROWS:
-        return None if x in WHOLE_ROWS else f"beside a weight in {list(w)} blocks x needs {rows}, not {list(x)}"
+        return None if x in WHOLE_ROWS else f"with a weight in {list(w)} blocks, x needs {rows}, not {list(x)}"
     return f"a weight needs [128, 128], {rows}, not {list(w)}"
 
 

@@ -1,12 +1,12 @@
 """The kernels as functional torch operators, in `torch.ops.qcompiler`.
 
-quantize, quantize_static and scaled_linear, what is fused with them (fused_quantize and fused_linear), and the products
-of groups of rows (grouped_linear and grouped_linear_masked). All have a fake implementation, so `torch.compile`,
-`torch.export` and CUDA graphs take them as opaque nodes; whatever depends on the number of rows happens inside, at run
-time, and no graph is specialised on it. On a CPU they are what `qcompiler.numerics` says; on a Hopper GPU they launch
-the Triton kernels of `codegen.kernels`.
+quantize, quantize_static and scaled_linear, their fused forms (fused_quantize and fused_linear), and grouped matmuls
+(grouped_linear and grouped_linear_masked). All have a fake implementation, so `torch.compile`, `torch.export` and CUDA
+graphs treat them as opaque nodes; everything that depends on the number of rows happens inside, at run time, and no
+graph is specialized on it. On a CPU they run `qcompiler.numerics`; on a Hopper GPU they launch the Triton kernels of
+`codegen.kernels`.
 
-They are defined through `Library.define` and `Library.impl`, whose calls cost half of what `custom_op` costs. Importing
+They are defined through `Library.define` and `Library.impl`, whose calls cost half as much as `custom_op`. Importing
 this module needs no GPU.
 """
 
@@ -63,7 +63,7 @@ def _quantize_reference(
 
 
 def _laid_out(q: Tensor, scale: Tensor, block: Sequence[int], scale_layout: str) -> tuple[Tensor, Tensor]:
-    """Codes and their scales, with these in a layout."""
+    """Codes and their scales, with the scales in the given layout."""
     return q, scale if scale_layout == "row_major" else scale_like(q, block[1], scale_layout).copy_(scale)
 
 
@@ -180,14 +180,14 @@ _OPERATORS = (
         (grouped_linear_masked_reference, grouped_linear_masked_on_gpu, grouped_linear_masked_fake),
     ),
 )
-"""Each operator's schema, and what runs it on a CPU, on a GPU, and on tensors without data."""
+"""Each operator's schema, and its implementations on a CPU, on a GPU, and for fake tensors."""
 
 ON_GPU: Mapping[str, Callable[..., Any]] = {schema.partition("(")[0]: gpu for schema, (_, gpu, _) in _OPERATORS}
-"""Each operator's implementation on a CUDA device, by name; its arguments are those of the schema, in order."""
+"""Each operator's implementation on a CUDA device, by name; arguments are in schema order."""
 
 
 def _register() -> torch.library.Library | None:
-    """Defines the operators; None where another copy of this module already has."""
+    """Defines the operators; returns None if another copy of this module already has."""
     if hasattr(torch.ops.qcompiler, "scaled_linear"):
         return None
     # A fragment, because the namespace may hold more operators than these.
@@ -201,5 +201,5 @@ def _register() -> torch.library.Library | None:
     return library
 
 
-if "_LIBRARY" not in globals():  # a reload keeps the library, whose end would be the end of its operators
+if "_LIBRARY" not in globals():  # a reload keeps the library, because deleting it would unregister its operators
     _LIBRARY = _register()

@@ -1,12 +1,12 @@
 """The passes, one file each; importing this package makes them known by name.
 
-Beside them stands what several of them ask or do: `candidates` (which operations read weights, and why one is left
-alone), `layers` (which of those a pass is for), `scheme_options` (what the passes of a scheme share), `memory` (which
-values share memory), `constants` (weights that a pass adds), `grouped` (what the quantizing passes do to mixtures of
-experts); behind the passes that fuse kernels, `arithmetic` (what a body can say), `regions` (how far it may reach),
-`region_bodies` (its text) and `fused_producer` (the rule that two of them share); and behind smoothquant, from the
-bottom up, `channel_labels`, `channel_rules` (what commutes with a scale per channel), `channel_scale` (what a scale
-concerns), `scale_fold` (the rewrite) and `smooth_scales` (the numbers).
+Shared by several passes: `candidates` (which operations read weights, and why some are skipped), `layers` (which of
+those a pass selects), `scheme_options` (options of the passes of a scheme), `memory` (which values share memory),
+`constants` (weights that a pass adds), and `grouped` (quantization of mixture-of-experts matmuls). Fusion passes use
+`arithmetic` (what a fused expression can compute), `fusion_regions` (how far a region may extend), `region_bodies` (its
+text) and `fused_producer` (the rule that two of them share). SmoothQuant uses, from the bottom up, `channel_labels`,
+`channel_rules` (what commutes with a per-channel scale), `channel_scale` (what a scale affects), `scale_fold` (the
+rewrite) and `smooth_scales` (the numbers).
 """
 
 from passes.cleanup import canonicalize as canonicalize

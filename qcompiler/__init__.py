@@ -3,7 +3,7 @@
     fast = qcompiler.compile(model, scheme="fp8_tile")
     print(fast.stages["fp8-tile"], fast.report, fast.source)
 
-Importing this package loads neither torch nor triton: each public name is loaded when it is first used.
+Importing this package loads neither torch nor triton: each public name is loaded on first use.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The public names and where they come from: what type checkers read, and what is loaded on first use."""
+"""Public names and their modules, read by type checkers and by the lazy loader."""
 
 from qcompiler import calibration as calibration
 from qcompiler import checkpoints as checkpoints

@@ -1,4 +1,4 @@
-"""What installed distributions add to qcompiler, through entry points."""
+"""Extensions that installed distributions provide through entry points."""
 
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 from qcompiler.errors import PassError, QCompilerError
 
 EXPORTERS = "qcompiler.exporters"
-"""The group of exporters, here because the command line's parser must not load torch."""
+"""Entry-point group of exporters; defined here because the command-line parser must not load torch."""
 
 
 def offered(group: str) -> dict[str, EntryPoint]:
-    """What installed distributions offer in a group, by name; the first of a name counts."""
+    """The entry points in a group, by name; the first one found wins."""
     return {entry.name: entry for entry in reversed([*entry_points(group=group)])}
 
 
 def load(entry: EntryPoint, error: type[QCompilerError] = PassError) -> Any:
-    """The object of an entry point; `error` names the distribution if it cannot be imported."""
+    """Loads the object of an entry point; raises `error`, naming the distribution, if the import fails."""
     try:
         return entry.load()
     except QCompilerError:
         raise
-    except Exception as reason:  # somebody else's module may fail in any way
+    except Exception as reason:  # third-party modules can raise anything
         got = f"{shown(entry)}: {type(reason).__name__}: {reason}"
         raise error("an installed extension cannot be loaded", got=got, fix="Repair or uninstall it.") from reason
 
 
 def shown(entry: EntryPoint) -> str:
-    """An entry point in a message."""
+    """The text of an entry point for messages."""
     source = f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
     return f"'{entry.name} = {entry.value}'{source}"

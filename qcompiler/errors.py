@@ -1,21 +1,21 @@
-"""The one exception family: every message says what is wrong, what was got, what is needed, where, and what to do."""
+"""Exception types; every message says what is wrong, got, needed, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class QCompilerError(Exception):
-    """Base of every error that qcompiler raises on purpose.
+    """Base class of all qcompiler errors.
 
     Args:
-        problem: One sentence, without a final stop, that says what is wrong.
-        got: The offending value, as the user would recognise it.
-        need: What would have been accepted.
-        where: Pass, op, source line or text position.
-        fix: What to do about it.
+        problem: One sentence that says what is wrong, without a final period.
+        got: The offending value, as the user would recognize it.
+        need: The accepted values.
+        where: Pass, op, source line, or position in a text.
+        fix: What the user should do.
 
     Attributes:
-        excerpt: The row of a text that the error is about, with a caret below, and where it is; empty without a text.
+        excerpt: The source line at fault with a caret below it and its position; empty if there is no source text.
     """
 
     excerpt = ""
@@ -42,43 +42,43 @@ class QCompilerError(Exception):
 
 
 class ParseError(QCompilerError):
-    """Malformed text; the message starts with file:line:column and shows the row with a caret."""
+    """Malformed text; the message starts with file:line:column and shows the line with a caret."""
 
 
 class VerifyError(QCompilerError):
-    """A graph breaks one of the numbered rules of the IR."""
+    """A graph violates one of the numbered IR rules."""
 
 
 class CaptureError(QCompilerError):
-    """A model cannot be turned into a graph, or the graph does not compute what the model computes."""
+    """A model cannot be captured, or the captured graph computes different results."""
 
 
 class PassError(QCompilerError):
-    """A pass is unknown, has a wrong option, failed, or did not keep its declared effect."""
+    """A pass is unknown, has an invalid option, failed, or violated its declared effect."""
 
 
 class CodegenError(QCompilerError):
-    """A graph cannot be lowered to, or run on, the target that was asked for."""
+    """A graph cannot be lowered to or run on the requested target."""
 
 
 class InputError(QCompilerError):
-    """A compiled model was called with arguments that it was not captured for."""
+    """A compiled model was called with arguments that do not match its captured inputs."""
 
 
 class ArtefactError(QCompilerError):
-    """A saved model cannot be written or read: a file is missing, damaged, edited, foreign or newer."""
+    """A saved model cannot be written or read: a file is missing, corrupt, edited, foreign, or too new."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was written that transformers or vLLM cannot read, although the format allows it."""
+    """The written checkpoint is valid, but transformers or vLLM cannot read it."""
 
 
 class CaptureWarning(UserWarning):
-    """A captured graph fixes sizes that the model leaves open."""
+    """A captured graph fixes sizes that are dynamic in the model."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The sentence that helps after a misspelt name: the nearest known one, then all of them."""
+    """The hint for a misspelled name: the closest known name, then all known names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]!r}? " if near else ""

@@ -1,6 +1,6 @@
-"""Loads public names when they are first used, so that `import qcompiler` loads neither torch nor triton.
+"""Loads public names on first use, so `import qcompiler` loads neither torch nor triton.
 
-The names are listed once, in `qcompiler/__init__.pyi`, which type checkers read, too.
+The names are listed once, in `qcompiler/__init__.pyi`, which type checkers also read.
 """
 
 import ast
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 LIGHT = ("instruments",)
-"""Submodules that need no table of operations."""
+"""Submodules that do not need the operation table."""
 
 SIBLINGS = ("passes", "codegen")
 
 
 @cache
 def public_names() -> dict[str, str]:
-    """Name -> the module that defines it, or the package that a public submodule belongs to."""
+    """Name -> the module that defines it, or the package that contains it if it is a submodule."""
     stub = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
     found = (node for node in stub.body if isinstance(node, ast.ImportFrom))
     return {alias.name: str(node.module) for node in found for alias in node.names}
 
 
 def load(name: str) -> Any:
-    """The public object called `name`; AttributeError if there is none."""
+    """The public object called `name`; raises AttributeError if it does not exist."""
     if name == "__version__":
         return _version()
     home = public_names().get(name)
@@ -34,7 +34,7 @@ def load(name: str) -> Any:
         raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
     if name not in LIGHT:
         _check_siblings()
-        import_module("qcompiler.dialects")  # fills the table of operations
+        import_module("qcompiler.dialects")  # fills the operation table
     if home != "qcompiler" and hasattr(package := import_module(home), name):
         return getattr(package, name)
     return import_module(f"{home}.{name}")
@@ -48,7 +48,7 @@ def _version() -> str:
 
 
 def _check_siblings() -> None:
-    """Rejects foreign packages called `passes` or `codegen`: the names are generic."""
+    """Rejects other packages named `passes` or `codegen`, because both names are common."""
     root = Path(__file__).resolve().parent.parent
     for sibling in SIBLINGS:
         spec = find_spec(sibling)

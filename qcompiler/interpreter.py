@@ -1,6 +1,6 @@
-"""Runs any graph, operation by operation, in plain torch: the judge of every pass and every kernel.
+"""Runs a graph op by op in plain torch; the reference for all passes and kernels.
 
-An operation of ours runs its declared meaning; an operation of torch's runs itself. Nothing is compiled or fused.
+A declared operation runs its torch definition; a torch operation runs as is. Nothing is compiled or fused.
 """
 
 from collections import Counter
@@ -28,22 +28,22 @@ def interpret(
     updates: dict[str, torch.Tensor] | None = None,
     observe: Observer | None = None,
 ) -> tuple[Any, ...]:
-    """What `graph` computes.
+    """Runs `graph` and returns its outputs.
 
     Args:
-        graph: Any legal graph.
-        inputs: One tensor or number for each input of the graph, in order.
-        weights: Name -> tensor; the graph's own when left out.
-        updates: Filled with the new values of the buffers and inputs that the graph updates, by the name of the value
-            that is updated. Neither `weights` nor `inputs` is changed.
-        observe: Called with each operation and its results, as they appear.
+        graph: Any valid graph.
+        inputs: One tensor or number for each graph input, in order.
+        weights: Name -> tensor; defaults to the weights of the graph.
+        updates: Receives the new values of the buffers and inputs that the graph updates, by value name.
+            `weights` and `inputs` are not changed.
+        observe: Called with each operation and its results, in execution order.
 
     Returns:
         The outputs, in order.
 
     Raises:
         InputError: The number of inputs is wrong, or a weight is missing.
-        QCompilerError: An operation failed; the message names it and its source line.
+        QCompilerError: An operation failed; the message names the operation and its source line.
     """
     if len(inputs) != len(graph.inputs):
         raise InputError(f"@{graph.name} takes {len(graph.inputs)} inputs", got=len(inputs), need=len(graph.inputs))
@@ -58,14 +58,14 @@ def interpret(
 
 
 def evaluate(op: Op, graph: Graph) -> tuple[Any, ...]:
-    """The results of a constant operation, from the graph's weights; only those that it is made of are loaded."""
+    """The results of a constant operation; loads only the weights that it depends on."""
     read = [str(param.attrs["name"]) for param in parameters_of(op.results[0])]
-    names = read or islice(graph.weights, 1)  # any weight says which device literals belong to
+    names = read or islice(graph.weights, 1)  # any weight determines the device for literals
     return interpret(part_of(op), [], {name: graph.weights[name] for name in names})
 
 
 class _Machine:
-    """The values that are alive, and how to run one operation on them."""
+    """Holds the live values and runs one operation at a time."""
 
     def __init__(
         self, ops: Iterable[Op], values: dict[Value, Any], weights: Mapping[str, torch.Tensor], observe: Observer | None
@@ -80,17 +80,17 @@ class _Machine:
         self.device = first.device if first is not None else torch.device("cpu")
 
     def read(self, arg: Argument) -> Any:
-        """An argument with its values filled in."""
+        """The argument with each value replaced by its tensor or number."""
         return map_tree(lambda leaf: self.values[leaf] if isinstance(leaf, Value) else to_torch(leaf), arg)
 
     def step(self, op: Op) -> None:
-        """Runs one operation and forgets the operands that nobody reads any more."""
+        """Runs one operation and frees the values that have no remaining users."""
         results = self.run(op)
         if self.observe is not None:
             self.observe(op, results)
         if len(results) != len(op.results):
             raise QCompilerError(
-                f"{op.name} gave another number of results than the graph says",
+                f"{op.name} returned a number of results that does not match the graph",
                 got=len(results), need=len(op.results), where=str(op.loc) or None,
             )  # fmt: skip
         self.values.update(zip(op.results, results, strict=True))
@@ -109,7 +109,7 @@ class _Machine:
         definition = lookup(op.name)
         function = definition.meaning if definition else overload_of(op.name)
         if function is None:
-            raise QCompilerError("an operation has no meaning to run", got=op.name)
+            raise QCompilerError("the operation has no torch definition to run", got=op.name)
         keywords = {key: self.read(arg) for key, arg in op.attrs.items()}
         if definition is None and makes_tensors(op):
             keywords.setdefault("device", self.device)
@@ -122,21 +122,21 @@ class _Machine:
         return tuple(out) if isinstance(out, tuple | list) and len(op.results) > 1 else (_only(out),)
 
     def weight(self, op: Op) -> torch.Tensor:
-        """The tensor that a parameter or buffer stands for."""
+        """The tensor of a parameter or buffer."""
         name = str(op.attrs["name"])
         if name not in self.weights:
-            fix = "Pass the weights of this very graph."
-            raise InputError("the graph reads a weight that the weights do not have", got=name, fix=fix)
+            fix = "Pass the weights of this graph."
+            raise InputError("a weight that the graph reads is missing", got=name, fix=fix)
         return self.weights[name]
 
 
 def _only(out: Any) -> Any:
-    """The result of an operation that has one: torch wraps some single results in a list or tuple."""
+    """Unwraps a single result, which torch sometimes returns in a list or tuple."""
     return out[0] if isinstance(out, tuple | list) and len(out) == 1 else out
 
 
 def makes_tensors(op: Op) -> bool:
-    """Whether an operation makes a tensor out of no tensor, so that it must be told the device."""
+    """Whether an operation creates a tensor without tensor operands, so it needs an explicit device."""
     from_tensor = any(hasattr(value.type, "dtype") for _, value in op.operands())
     return not from_tensor and _takes_device(op.name)
 

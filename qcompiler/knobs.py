@@ -1,4 +1,4 @@
-"""Every QCOMPILER_* environment variable, typed, in one place; nothing else reads the environment.
+"""All QCOMPILER_* environment variables, typed; no other module reads the environment.
 
     $ QCOMPILER_TIME_PASSES=1 QCOMPILER_DUMP_DIR=graphs python model.py
     $ python -m qcompiler.knobs                     # prints the table
@@ -6,10 +6,9 @@
     from qcompiler import knobs
 
     if knobs.current().time_passes: ...
-    with knobs.scope(time_passes=True): ...         # replaces single knobs, for tests
+    with knobs.scope(time_passes=True): ...         # overrides knobs, for tests
 
-The environment is read when it is asked for, so that a variable may be set at any moment and no import fails on a
-wrong one.
+The environment is read on each use, so variables can be set at any time and an invalid one does not break imports.
 """
 
 import dataclasses
@@ -52,7 +51,7 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise ValueError("a path, whose ~ stands for a folder that exists") from None
+        raise ValueError("a path whose ~ names an existing home folder") from None
 
 
 def _seconds(text: str) -> float:
@@ -71,39 +70,39 @@ def _knob(read: Callable[[str], object], says: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Knobs:
-    """One reading of the environment: `QCOMPILER_<NAME>` sets each field, and an empty variable leaves it alone."""
+    """Knob values; `QCOMPILER_<NAME>` sets the field <name>, and an empty variable keeps the default."""
 
     print_after: tuple[str, ...] = field(
-        default=(), metadata=_knob(_names, f'print the graph after these passes: names and commas, or "{ALL}"')
+        default=(), metadata=_knob(_names, f'print the graph after these passes: names separated by commas, or "{ALL}"')
     )
     time_passes: bool = field(default=False, metadata=_knob(_flag, "print how long each pass took"))
     progress: bool = field(
-        default=True, metadata=_knob(_flag, "show the stage of compile() on standard error, if a terminal")
+        default=True, metadata=_knob(_flag, "show the stage of compile() on standard error if it is a terminal")
     )
     dump_dir: Path | None = field(
         default=None, metadata=_knob(_path, "write the graph after each pass into this folder")
     )
     cache_dir: Path | None = field(
-        default=None, metadata=_knob(_path, "where compiled kernels are kept, in place of Triton's own folder")
+        default=None, metadata=_knob(_path, "folder for compiled kernels, instead of Triton's cache")
     )
     tuned: bool = field(
         default=False,
-        metadata=_knob(_flag, "use what compiled.tune() measured on this machine before"),
+        metadata=_knob(_flag, "use earlier results of compiled.tune() on this machine"),
     )
     cpu_cache: int = field(
-        default=2000, metadata=_knob(_count, "megabytes of dequantized weights that target cpu keeps")
+        default=2000, metadata=_knob(_count, "megabytes of dequantized weights that target cpu caches")
     )
     capture_seconds: float = field(
         default=120.0,
-        metadata=_knob(_seconds, "CPU time that torch.export may take before capture leaves fewer sizes open"),
+        metadata=_knob(_seconds, "CPU seconds that torch.export may use before capture makes fewer sizes dynamic"),
     )
     update: bool = field(
-        default=False, metadata=_knob(_flag, "tests rewrite their golden texts in place of comparing them")
+        default=False, metadata=_knob(_flag, "tests rewrite their golden texts instead of comparing them")
     )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Knobs":
-        """The knobs that these variables set; a QCOMPILER_ variable that is no knob is an error."""
+        """Reads the knobs from `environment`; raises QCompilerError for an unknown QCOMPILER_ variable."""
         fields = {f"{PREFIX}{knob.name.upper()}": knob for knob in dataclasses.fields(cls)}
         read: dict[str, Any] = {}
         for variable, text in environment.items():
@@ -111,7 +110,7 @@ class Knobs:
                 continue
             if variable not in fields:
                 raise QCompilerError(
-                    "the environment sets a variable that qcompiler does not have",
+                    "unknown qcompiler environment variable",
                     got=variable,
                     fix=did_you_mean(variable, fields),
                 )
@@ -119,12 +118,12 @@ class Knobs:
                 try:
                     read[fields[variable].name] = fields[variable].metadata["read"](text.strip())
                 except ValueError as need:
-                    problem = f"the environment variable {variable} has a wrong value"
+                    problem = f"the environment variable {variable} has an invalid value"
                     raise QCompilerError(problem, got=repr(text), need=need) from None
         return dataclasses.replace(cls(), **read)
 
     def prints_after(self, name: str) -> bool:
-        """Whether the graph should be printed after the pass of this name."""
+        """Whether to print the graph after the pass `name`."""
         return ALL in self.print_after or name in self.print_after
 
 
@@ -132,17 +131,17 @@ _scoped: Knobs | None = None
 
 
 def current() -> Knobs:
-    """The knobs in force: those of the innermost `scope`, or else what the environment says now."""
+    """The active knobs: the innermost `scope` if there is one, otherwise the environment."""
     return Knobs.from_environment(os.environ) if _scoped is None else _scoped
 
 
 @contextmanager
 def scope(**changes: Any) -> Iterator[Knobs]:
-    """Replaces single knobs, in all threads, until the block ends; inside it the environment is not read again."""
+    """Overrides knobs in all threads until the block ends; the environment is not read again inside it."""
     global _scoped
     names = [knob.name for knob in dataclasses.fields(Knobs)]
     if unknown := [name for name in changes if name not in names]:
-        raise QCompilerError("there is no such knob", got=unknown[0], fix=did_you_mean(unknown[0], names))
+        raise QCompilerError("unknown knob", got=unknown[0], fix=did_you_mean(unknown[0], names))
     before, _scoped = _scoped, dataclasses.replace(current(), **changes)
     try:
         yield _scoped
@@ -151,7 +150,7 @@ def scope(**changes: Any) -> Iterator[Knobs]:
 
 
 def table(reading: Knobs) -> str:
-    """One row a knob: variable, value in force, what it does."""
+    """The knobs as a table: variable, current value, effect."""
     rows = [("VARIABLE", "VALUE", "WHAT IT DOES")]
     for knob in dataclasses.fields(reading):
         value = getattr(reading, knob.name)
@@ -162,7 +161,7 @@ def table(reading: Knobs) -> str:
 
 
 def main() -> int:
-    """Prints the table of what the environment sets; 1 and a sentence when it sets something wrong."""
+    """Prints the knob table; returns 1 after an error message if the environment is invalid."""
     try:
         print(table(current()))
     except QCompilerError as error:

@@ -1,4 +1,4 @@
-"""What is going on, on standard error if it is a terminal: one line that changes, then one line of times."""
+"""Progress on standard error if it is a terminal: a status line, then a line of stage times."""
 
 import logging
 import sys
@@ -17,15 +17,15 @@ from qcompiler.pass_manager.pipeline import Pass
 
 
 class Progress(Instrument):
-    """Shows the stages of a command, and pass by pass where it is among the instruments of `compile`.
+    """Shows the stages of a command, and each pass if used as an instrument of `compile`.
 
     Args:
-        shown: Whether to show anything; if standard error is not a terminal, nothing is shown.
-        passes: How many passes there will be.
-        summary: Whether to print what each stage took at the end.
+        shown: Whether to show progress; nothing is shown if standard error is not a terminal.
+        passes: Total number of passes.
+        summary: Whether to print the stage times at the end.
 
     Attributes:
-        seconds: What each stage took, by its name, in order.
+        seconds: Stage name -> seconds, in order.
     """
 
     def __init__(self, shown: bool, passes: int = 0, summary: bool = True) -> None:
@@ -38,7 +38,7 @@ class Progress(Instrument):
 
     @contextmanager
     def showing(self) -> Iterator["Progress"]:
-        """Shows progress until the block ends; then the times, if it ended well."""
+        """Shows progress until the block ends, then the stage times if it did not raise."""
         try:
             with self._console.status("") if self._shown else nullcontext() as self._status:
                 yield self
@@ -49,19 +49,19 @@ class Progress(Instrument):
             self._console.print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
 
     def stage(self, name: str) -> None:
-        """A new stage begins, and the one before it is over."""
+        """Ends the current stage and begins the next one."""
         self._over()
         self._name, self._since = name, time.perf_counter()
         self.tell(name)
 
     def tell(self, text: str) -> None:
-        """Changes the line that is shown."""
+        """Updates the status line."""
         if self._status is not None:
             self._status.update(text)
 
     @contextmanager
     def telling(self, logger: str) -> Iterator[None]:
-        """Shows what a logger says at level INFO, such as which sizes capture tries, until the block ends."""
+        """Shows the INFO messages of a logger, such as the sizes that capture tries, until the block ends."""
         if self._status is None:
             yield
             return
@@ -84,29 +84,29 @@ class Progress(Instrument):
     # Around passes
 
     def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
-        """The model is captured, and the passes begin."""
+        """Begins the passes stage, after capture."""
         self._done = 0
         self.stage("passes")
 
     def before(self, step: Pass, graph: Graph) -> None:
-        """Names the pass; one that calibrates shows a bar of its own."""
+        """Shows the pass name; a calibration pass shows its own progress bar instead."""
         self._done += 1
         self.tell(f"pass {self._done} of {self._passes}: {step.name}")
         if self._status is not None and isinstance(step, Calibrate):
             self._status.stop()
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
-        """Goes on."""
+        """Resumes the status line after a calibration pass."""
         if self._status is not None and isinstance(step, Calibrate):
             self._status.start()
 
     def end(self, graph: Graph) -> None:
-        """The passes are done."""
+        """Begins the code generation stage."""
         self.stage("code generation")
 
 
 class _Teller(logging.Handler):
-    """Shows log records as the current line."""
+    """Shows log records in the status line."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.INFO)

@@ -1,4 +1,4 @@
-"""What tests of passes, of ours and of others, are written with: random legal graphs, texts and numbers compared.
+"""Helpers for testing passes: random valid graphs, and comparison of graph text and tensors.
 
     graph = random_graph(seed, runnable=True)
     inputs, weights = random_inputs(graph, seed)
@@ -6,7 +6,7 @@
     MyPass().run(graph)
     assert difference(interpret(graph, inputs, weights)[0], before[0]) < 1e-3
 
-Equal seeds give equal graphs.
+The same seed gives the same graph.
 """
 
 import difflib
@@ -81,9 +81,9 @@ OPEN_OPS = ("aten.linear", "aten.add.Tensor", "aten.cat", "aten.index.Tensor", "
 
 
 def random_graph(seed: int | Random, *, size: int = 12, runnable: bool = False) -> Graph:
-    """A legal graph with about `size` operations, and everything that a graph may hold somewhere in it.
+    """A random valid graph of about `size` operations that covers all IR features.
 
-    With `runnable`, the interpreter can run it; otherwise it holds strange names, literals, types and arguments, too.
+    With `runnable`, the interpreter can run it; otherwise it also has unusual names, literals, types, and arguments.
     """
     writer = _Writer(seed if isinstance(seed, Random) else Random(seed), runnable)
     return writer.write(size)
@@ -92,7 +92,7 @@ def random_graph(seed: int | Random, *, size: int = 12, runnable: bool = False) 
 def random_inputs(
     graph: Graph, seed: int = 0, sizes: Mapping[str, int] | None = None
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Inputs and weights to run a graph on; symbols without a size in `sizes` get a small one in their range."""
+    """Random inputs and weights for a graph; symbols that are not in `sizes` get a small size in their range."""
     rng, generator = Random(seed), torch.Generator().manual_seed(seed)
     bound = {name: _size_within(rng, bounds) for name, bounds in sorted(graph.symbols.items())} | dict(sizes or {})
 
@@ -108,7 +108,7 @@ def random_inputs(
 
 
 def assert_text(graph: Graph, expected: str, *, locations: bool = False) -> None:
-    """AssertionError with the lines that differ, unless `graph` prints as `expected`, however that is indented."""
+    """Raises AssertionError with a diff unless `graph` prints as `expected`, ignoring its indentation."""
     got, want = graph.text(locations=locations), textwrap.dedent(expected).strip()
     if got != want:
         lines = difflib.unified_diff(want.splitlines(), got.splitlines(), "expected", "got", lineterm="")
@@ -116,7 +116,7 @@ def assert_text(graph: Graph, expected: str, *, locations: bool = False) -> None
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """0 for equal tensors, about 1 for unrelated ones, whatever their scale; infinite where only one is finite."""
+    """Relative squared error: 0 if equal, about 1 if unrelated, at any scale; inf if non-finite values differ."""
     if got.shape != want.shape:
         raise QCompilerError("tensors of different shapes cannot be compared", got=[*got.shape], need=[*want.shape])
     if got.is_complex() or want.is_complex():
@@ -130,7 +130,7 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     top = max(float(got.abs().max()), float(want.abs().max())) if got.numel() else 0.0
     if not top:
         return 0.0
-    got, want = got / top, want / top  # the squares of very large or small numbers would leave FP64
+    got, want = got / top, want / top  # squares of very large or small numbers would overflow or underflow FP64
     return float((got - want).square().sum() / (got.square() + want.square()).sum())
 
 
@@ -140,14 +140,14 @@ def _size_within(rng: Random, bounds: Range) -> int:
 
 
 class _Writer:
-    """Writes one random graph: each step adds an operation or a few, whose types it knows."""
+    """Builds one random graph; each step adds one or more operations with known types."""
 
     def __init__(self, rng: Random, runnable: bool) -> None:
         self.rng, self.runnable = rng, runnable
         self.graph = Graph("main" if runnable else rng.choice(("main", "λ.0-$")))
         self.sizes: list[Size] = [1, 2, 5]
         self.tensors: list[Value] = []
-        """Floating-point tensors with an integer as last size."""
+        """Floating-point tensors whose last size is an integer."""
         self.updated: set[Value] = set()
 
     def write(self, size: int) -> Graph:
@@ -190,7 +190,7 @@ class _Writer:
         return self.graph.append(op, *args, attrs=attrs, types=types, names=names, loc=self.location()).results
 
     def tensor(self) -> Value:
-        """A tensor that is there already, or a new weight."""
+        """An existing tensor or a new weight."""
         if self.tensors and self.rng.random() < 0.9:
             return self.rng.choice(self.tensors)
         shape = [size if isinstance(size, int) else 3 for size in self.shape()]
@@ -205,7 +205,7 @@ class _Writer:
         size = value.tensor.shape[-1]
         return size if isinstance(size, int) else 0
 
-    # Steps that can be run
+    # Runnable steps
 
     def elementwise(self) -> None:
         x = self.tensor()
@@ -286,7 +286,7 @@ class _Writer:
         elementwise, sum_of_two, linear, concatenation, split, topk, sizes_of, cast, copy, quantize, update,
     )  # fmt: skip
 
-    # What is legal, but cannot be run
+    # Valid, but not runnable
 
     def strange(self) -> None:
         args = [self.strange_argument(0) for _ in range(self.rng.randint(0, 4))]
@@ -322,7 +322,7 @@ class _Writer:
 
 
 class Function(torch.nn.Module):
-    """A module whose forward is a function, in evaluation mode."""
+    """Wraps a function as a module in evaluation mode."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -330,12 +330,12 @@ class Function(torch.nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function gives."""
+        """Calls the function."""
         return self.function(*args, **kwargs)
 
 
 def verified(graph: Graph) -> Graph:
-    """The graph, verified, and held to a round trip through its text."""
+    """Verifies the graph, checks that its text round-trips, and returns it."""
     graph.verify()
     assert_text(Graph.parse(str(graph)), str(graph), locations=True)
     return graph

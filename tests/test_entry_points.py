@@ -104,7 +104,8 @@ def test_did_you_mean_knows_them() -> None:
         ),
         (
             "their-lost-pass",
-            "an entry point gives no pass of its name: got 'their-lost-pass = made_up_passes:Theirs' of made-up 1.2; "
+            "an entry point does not define a pass of its name: "
+            "got 'their-lost-pass = made_up_passes:Theirs' of made-up 1.2; "
             "need a pass called 'their-lost-pass'",
         ),
     ],
@@ -126,7 +127,7 @@ def test_a_broken_extension_does_not_hide_others(capsys: pytest.CaptureFixture[s
     assert main(["schemes"]) == 0
     out, err = capsys.readouterr()
     assert "their_scheme\n    Theirs.\n    canonicalize; their-pass{width=4}\n" in out
-    assert "their_wrong_scheme: an entry point gives no scheme of its name" in err
+    assert "their_wrong_scheme: an entry point does not define a scheme of its name" in err
 
 
 def test_an_exporter_is_found_by_its_name(tmp_path: Path) -> None:
@@ -135,7 +136,8 @@ def test_an_exporter_is_found_by_its_name(tmp_path: Path) -> None:
     assert written.read_text() == f"{fast.stages['fp8-tile']}!"
     for name, message in {
         "their": "no such exporter is installed: got 'their'. Did you mean 'theirs'?",
-        "not-theirs": "an entry point gives no exporter: got 'not-theirs = made_up_passes:WRONG' of made-up 1.2",
+        "not-theirs": "an entry point does not provide an exporter: got "
+        "'not-theirs = made_up_passes:WRONG' of made-up 1.2",
     }.items():
         with pytest.raises(InputError) as error:
             fast.export(name, tmp_path / "other")

@@ -45,9 +45,11 @@ def test_an_unknown_variable_is_an_error_with_a_suggestion() -> None:
 
 
 def test_a_wrong_value_is_an_error_that_says_what_is_expected() -> None:
-    with pytest.raises(QCompilerError, match=r"QCOMPILER_UPDATE has a wrong value: got 'maybe'; need one of 1, true"):
+    with pytest.raises(
+        QCompilerError, match=r"QCOMPILER_UPDATE has an invalid value: got 'maybe'; need one of 1, true"
+    ):
         Knobs.from_environment({"QCOMPILER_UPDATE": "maybe"})
-    with pytest.raises(QCompilerError, match=r"need a path, whose ~ stands for a folder that exists"):
+    with pytest.raises(QCompilerError, match=r"need a path whose ~ names an existing home folder"):
         Knobs.from_environment({"QCOMPILER_DUMP_DIR": "~nobody-of-this-name/graphs"})
 
 
@@ -112,5 +114,5 @@ def test_the_table_reports_a_wrong_environment_in_one_sentence(root: Path) -> No
     done = run_table(root, {"QCOMPILER_DUMPDIR": "x"})
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("qcompiler.knobs: the environment sets a variable that qcompiler does not have")
+    assert done.stderr.startswith("qcompiler.knobs: unknown qcompiler environment variable")
     assert done.stderr.count("\n") == 1

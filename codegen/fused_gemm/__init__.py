@@ -1,1 +1,1 @@
-"""The scaled product with a body on its way out, in one kernel where that is faster, and in two elsewhere."""
+"""The scaled matmul with an epilogue, in one kernel where that is faster, else in two."""

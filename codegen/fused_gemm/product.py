@@ -1,8 +1,8 @@
-"""The scaled product on a GPU with a body on its result, which may be quantized again.
+"""The scaled matmul on a GPU with an epilogue, whose result may be quantized.
 
-One kernel does it all, `codegen.kernels.fused_gemm`, where it can and is estimated to be faster. Elsewhere there are
-two: the product in the element type that the body rounds its sums to, then the rest of the body, with quantization
-(`codegen.quantize.fused`) or without (`codegen.kernels.pointwise`).
+One kernel, `codegen.kernels.fused_gemm`, runs everything if it supports the problem and is estimated to be faster.
+Otherwise there are two: the matmul in the element type that the epilogue first rounds to, then the rest of the
+epilogue, with quantization (`codegen.quantize.fused`) or without (`codegen.kernels.pointwise`).
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ SEPARATE = Separate()
 
 
 class FusedLinear(NamedTuple):
-    """The arguments of the operator, with what they say of quantization together."""
+    """The arguments of the operator, with the quantization arguments combined."""
 
     x_q: Tensor
     x_s: Tensor
@@ -57,7 +57,7 @@ def fused_linear_on_gpu(
 
     Raises:
         CodegenError: As `codegen.gemm.product.scaled_linear_on_gpu` and `codegen.quantize.plain.quantize_on_gpu`.
-        ParseError: The body is none.
+        ParseError: The epilogue is not a fused expression.
     """
     check_device(x_q.device)
     quantized: Quantized | None = None
@@ -73,7 +73,7 @@ def fused_linear_on_gpu(
 
 
 def fits(given: FusedLinear) -> bool:
-    """Whether one kernel can take such operands; what is wrong with them, if so, the separate kernels will say."""
+    """Whether one kernel supports these operands; if not, the separate kernels report errors."""
     x_q, x_s, w_q, w_s, bias, others, _, parts, x_block, w_block, _ = given
     if w_q.dim() != 2 or x_q.dim() == 0 or x_q.numel() == 0 or w_q.numel() == 0 or w_q.shape[0] % parts:
         return False
@@ -96,7 +96,7 @@ def fits(given: FusedLinear) -> bool:
 
 
 def _facts(given: FusedLinear) -> tuple[Any, ...]:
-    """What decides which kernels run."""
+    """The properties that decide which kernels run."""
     x_q, x_s, w_q, quantized = given.x_q, given.x_s, given.w_q, given.quantized
     aligned = (x_q.data_ptr() | w_q.data_ptr()) % 16 == 0
     columns = has_scale_columns(x_s if x_s.dim() == 2 else x_s.reshape(-1, x_s.shape[-1]))
@@ -137,7 +137,7 @@ def _fused(config: FusedGemmConfig, given: FusedLinear) -> tuple[Tensor, ...]:
 
 
 def separate(given: FusedLinear) -> list[Tensor]:
-    """The matmul, then the rest of the body."""
+    """The matmul, then the rest of the epilogue."""
     x_q, x_s, w_q, w_s, bias, others, body, parts, x_block, w_block, quantized = given
     handed, rest = handed_over(body)
     sums = scaled_linear_on_gpu(x_q, x_s, w_q, w_s, bias, x_block, w_block, handed)
@@ -153,7 +153,7 @@ def separate(given: FusedLinear) -> list[Tensor]:
 
 
 def _run_body(sums: Tensor, others: Sequence[Tensor], body: str, parts: int) -> Tensor:
-    """The rest of a body, on what the product in front of it has summed."""
+    """The rest of an epilogue, on the sums of the preceding matmul."""
     made, (_, rest) = parse(body), handed_over(body)
     halves = sums.chunk(parts, -1)
     if len(others) > MOST_OTHERS:

@@ -1,1 +1,1 @@
-"""The scaled product: what can run it, what is fastest, its launch, and the operator that checks its operands."""
+"""The scaled matmul: supported formats, choice of configuration, launch, and the operator that checks operands."""

@@ -1,9 +1,9 @@
-"""The scaled matmul on a CPU: equal bits to `numerics.scaled_linear`, with dequantized weights kept between calls.
+"""The scaled matmul on a CPU: bit-equal to `numerics.scaled_linear`, with cached dequantized weights.
 
-INT8 codes with one scale for all of K are multiplied as they are, by `qcompiler.numerics.integer_matmul`. torch has no
-FP8 GEMM for CPUs, so other weights are dequantized to FP32. That takes ten times as long as the GEMM itself at 16 rows,
-and gives the same numbers in every call. They are kept, up to `QCOMPILER_CPU_CACHE` megabytes in a process: first come,
-first kept, since a model reads its weights in turns, which defeats every policy that replaces them.
+INT8 codes with one scale for all of K are multiplied directly, by `qcompiler.numerics.integer_matmul`. torch has no FP8
+GEMM for CPUs, so other weights are dequantized to FP32. That takes ten times as long as the GEMM itself at 16 rows, and
+gives the same result in every call. Results are cached, up to `QCOMPILER_CPU_CACHE` megabytes per process. Entries are
+never evicted: a model reads its weights cyclically, which defeats every replacement policy.
 """
 
 import threading
@@ -22,7 +22,7 @@ from qcompiler.numerics.codes import PLAIN
 
 class _Kept(NamedTuple):
     made_from: tuple[object, ...]
-    scale: "weakref.ref[Tensor]"  # by identity: another scale may come to lie where a freed one did
+    scale: "weakref.ref[Tensor]"  # by identity: the address of a freed scale may be reused
     numbers: Tensor
 
 
@@ -34,7 +34,7 @@ def scaled_linear_on_cpu(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`numerics.scaled_linear`, which has its arguments and errors."""
+    """`numerics.scaled_linear`, with the same arguments and errors."""
     numerics.check_linear(x_q, w_q)
     x_format, w_format = numerics.format_of(x_block, x_q.dtype), numerics.format_of(w_block, w_q.dtype)
     if numerics.sums_integers(x_q, x_format, w_format):
@@ -46,7 +46,7 @@ def scaled_linear_on_cpu(
 
 
 def _dequantized(weight: Tensor, scale: Tensor, format: numerics.Format) -> Tensor:
-    """The numbers of a weight, from an earlier call if neither the weight nor its scale has changed since."""
+    """The dequantized weight, from an earlier call if neither the weight nor its scale has changed since."""
     if type(weight) not in PLAIN or weight.is_inference() or scale.is_inference():
         return numerics.dequantize(weight, scale, format=format)
     made_from = (format, weight._version, scale._version)

@@ -1,4 +1,4 @@
-"""The scaled product on a GPU: what its kernels accept, and the choice of a configuration."""
+"""The scaled matmul on a GPU: operand checks and the choice of a configuration."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -27,7 +27,7 @@ def scaled_linear_on_gpu(
     """`numerics.scaled_linear` on a CUDA device.
 
     Raises:
-        CodegenError: The kernels would compute it wrongly or not at all: see `codegen.support` for blocks and formats.
+        CodegenError: The kernels do not support the operands: see `codegen.support` for blocks and formats.
     """
     what = ("scaled_linear", *x_block, *w_block, out_dtype)
     operands = (x_q, x_s, w_q, w_s, bias)
@@ -78,14 +78,14 @@ def _scaled_linear(*arguments: Any) -> Tensor:
 
 
 def _check(given: _Linear) -> None:
-    """Raises CodegenError, with the value got and the value needed, for what the kernels would compute wrongly."""
+    """Raises CodegenError, with the actual and expected value, for operands that the kernels do not support."""
     x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
     check_device(x_q.device)
     why = _why_not(format_of(x_block, x_q.dtype), format_of(w_block, w_q.dtype))
     if why is not None:
         raise CodegenError(f"no GPU kernel runs this scaled linear: {why}")
     n, k = w_q.shape if w_q.dim() == 2 else (-1, -1)
-    # One comparison after another, because this runs at every call; the message is made only when there is one.
+    # Comparisons run one after another, because this runs in every call; the message is built only on failure.
     fits = (
         x_s.dtype is torch.float32
         and w_s.dtype is torch.float32

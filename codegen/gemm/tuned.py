@@ -1,9 +1,8 @@
-"""Which configuration runs a product: the one that a measurement found best, where there is one, or the estimated one.
+"""Chooses the configuration of a GEMM: the one measured fastest, if there is one, or the estimated one.
 
-Measurements come from `codegen.gemm.tuner`, when somebody asks for them. They are kept on disk, in the folder of
-compiled kernels, in a file for each device, version of Triton and source of the kernels, and are used by the process
-that made them and by those that QCOMPILER_TUNED tells to. A file that is damaged, or was made for something else, is
-left alone with a warning.
+`codegen.gemm.tuner` measures on request. Measurements are stored in the folder of compiled kernels, in one file per
+device, Triton version and kernel source. They are used by the process that made them and by processes with
+QCOMPILER_TUNED set. A file that is damaged, or was made for something else, is ignored with a warning.
 """
 
 import dataclasses
@@ -28,14 +27,14 @@ from qcompiler.errors import CodegenError
 from qcompiler.files.replacing import not_replaced, replacing_file
 
 FORMAT = 1
-"""Of the file."""
+"""File format version."""
 
 _learned: dict[int, dict[GemmProblem, GemmConfig]] = {}
-"""Device -> what was measured on it, as far as this process knows."""
+"""Device -> its measurements known to this process."""
 
 
 def config_for(device: int, problem: GemmProblem) -> GemmConfig:
-    """The configuration for a product on a CUDA device; CodegenError where none can run it."""
+    """The configuration for a GEMM on a CUDA device; raises CodegenError if none can run it."""
     if replay.state.problems is not None:
         replay.state.problems[problem] = None
     return _config_for(device, problem)
@@ -50,7 +49,7 @@ def _config_for(device: int, problem: GemmProblem) -> GemmConfig:
 
 
 def learn(device: int, found: Mapping[GemmProblem, GemmConfig]) -> Path:
-    """Uses these configurations from now on, in this process and in those that QCOMPILER_TUNED tells to; the file."""
+    """Uses these configurations in this process and in those with QCOMPILER_TUNED set; returns the file."""
     path = file_of(device)
     table = read(path, header_of(device)) | _learned.get(device, {}) | dict(found)
     _write(path, header_of(device), table)
@@ -60,13 +59,13 @@ def learn(device: int, found: Mapping[GemmProblem, GemmConfig]) -> Path:
 
 
 def forget() -> None:
-    """Chooses anew: what is known of configurations has changed."""
+    """Discards cached choices after the measurements have changed."""
     _config_for.cache_clear()
     replay.forget()
 
 
 def header_of(device: int) -> dict[str, Any]:
-    """What a measurement is of, beside the problem: the device, the compiler, the kernels."""
+    """What a measurement depends on besides the problem: the device, the compiler, the kernels."""
     return {
         "format": FORMAT,
         "device": torch.cuda.get_device_name(device),
@@ -76,13 +75,13 @@ def header_of(device: int) -> dict[str, Any]:
 
 
 def file_of(device: int) -> Path:
-    """Where the measurements of a device are kept."""
+    """Path of the measurements of a device."""
     header = json.dumps(header_of(device), sort_keys=True)
     return Path(use_cache_folder()) / f"qcompiler-tuned-{hashlib.sha256(header.encode()).hexdigest()[:16]}.json"
 
 
 def read(path: Path, header: Mapping[str, Any]) -> dict[GemmProblem, GemmConfig]:
-    """The measurements in a file; none, and a warning, where it is damaged or has another header."""
+    """The measurements in a file; empty, with a warning, if it is damaged or has another header."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         if whole["header"] != header:
@@ -91,7 +90,7 @@ def read(path: Path, header: Mapping[str, Any]) -> dict[GemmProblem, GemmConfig]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        warnings.warn(f"{path} is not used: {type(error).__name__}: {error}. Remove it, and tune again.", stacklevel=2)
+        warnings.warn(f"{path} is not used: {type(error).__name__}: {error}. Remove it and tune again.", stacklevel=2)
         return {}
 
 
@@ -102,7 +101,7 @@ def _measured(device: int) -> dict[GemmProblem, GemmConfig]:
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[GemmProblem, GemmConfig]:
-    """One measurement; ValueError for a configuration that there is not."""
+    """One measurement; raises ValueError for a configuration that does not exist."""
     problem, config = GemmProblem(**entry["problem"]), GemmConfig(**entry["config"])
     if config not in HOPPER.gemm.configs(problem):
         raise ValueError(f"there is no configuration {config}")
@@ -110,7 +109,7 @@ def _entry(entry: Mapping[str, Any]) -> tuple[GemmProblem, GemmConfig]:
 
 
 def _write(path: Path, header: Mapping[str, Any], table: Mapping[GemmProblem, GemmConfig]) -> None:
-    """Writes the file in one step, so that no reader sees half of it."""
+    """Writes the file atomically."""
     entries = [{"problem": dataclasses.asdict(p), "config": dataclasses.asdict(c)} for p, c in table.items()]
     text = json.dumps({"header": dict(header), "products": entries}, indent=1)
     try:
@@ -124,12 +123,12 @@ def _write(path: Path, header: Mapping[str, Any], table: Mapping[GemmProblem, Ge
 
 @cache
 def _source_hash() -> str:
-    """Of all that the kernels are made from."""
+    """Hash of all sources of the kernels."""
     return hash_of(Path(next(iter(kernels.__path__))).glob("*.py"))
 
 
 def hash_of(files: Iterable[Path]) -> str:
-    """Of the names and the contents of files."""
+    """Hash of the names and contents of files."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

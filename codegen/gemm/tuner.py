@@ -1,8 +1,8 @@
-"""Measures which configuration runs a product fastest, for products that a model really makes.
+"""Measures which configuration runs each GEMM of a model fastest.
 
-Asked for by `compiled.tune(...)`, never on its own. For each product the configurations that are not refused and whose
-estimated time is within `SLACK` of the best estimate take turns, launched from CUDA graphs with weights that the L2
-cache does not hold. The winner is kept where it beats the estimated choice by more than `NOISE`.
+Runs only on request, by `compiled.tune(...)`. For each GEMM, the supported configurations whose estimated time is
+within `SLACK` of the best estimate take turns, launched from CUDA graphs with weights that do not fit in the L2 cache.
+The winner is stored if it beats the estimated choice by more than `NOISE`.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,24 +20,24 @@ from codegen.templates.template import ceil_div
 from qcompiler.numerics import ALL
 
 SLACK = 2.0
-"""Times the best estimate: configurations that are estimated to take longer are not measured."""
+"""Configurations whose estimate exceeds the best by more than this factor are not measured."""
 
 NOISE = 1.02
 """A winner must be faster than the estimated choice by this factor."""
 
 COLD_BYTES = 160_000_000
-"""Of weights that take turns, more than an L2 cache holds."""
+"""Total bytes of the weights that take turns, more than an L2 cache holds."""
 
 Progress = Callable[[int, int, "Measured"], None]
-"""Is told how many products are done, how many there are, and what the last one showed."""
+"""Called with the number of GEMMs done, their total, and the last result."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one product.
+    """The measurements of one GEMM.
 
     Attributes:
-        problem: The product.
+        problem: The GEMM.
         times: Microseconds of each configuration, the fastest first.
         estimated: The configuration that is chosen without a measurement.
     """
@@ -48,13 +48,13 @@ class Measured:
 
     @property
     def best(self) -> GemmConfig:
-        """The fastest, or the estimated choice where that is about as fast."""
+        """The fastest, or the estimated choice if that is about as fast."""
         fastest = next(iter(self.times))
         return fastest if self.times[fastest] * NOISE < self.times[self.estimated] else self.estimated
 
     @property
     def ratio(self) -> float:
-        """The time of the best over that of the estimated choice; 1 where they are one."""
+        """Time of the best over the time of the estimated choice; 1 if they are the same."""
         return self.times[self.best] / self.times[self.estimated]
 
     def __str__(self) -> str:
@@ -68,12 +68,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a tuner found.
+    """The results of a tuner.
 
     Attributes:
-        products: Each product that was measured.
-        file: Where the winners are kept; None where there was nothing to measure.
-        note: Why there was nothing, or not everything, to measure.
+        products: Each GEMM that was measured.
+        file: Where the winners are stored; None if there was nothing to measure.
+        note: Why nothing, or not everything, was measured.
     """
 
     products: tuple[Measured, ...] = ()
@@ -81,20 +81,20 @@ class Tuning:
     note: str | None = None
 
     def __str__(self) -> str:
-        """A line for each product."""
+        """A line for each GEMM."""
         better = sum(each.best != each.estimated for each in self.products)
-        head = f"{len(self.products)} products measured, {better} with a better configuration than the estimated one"
-        last = [text for text in (self.note, self.file and f"kept in {self.file}") if text]
+        head = f"{len(self.products)} GEMMs measured, {better} with a better configuration than the estimated one"
+        last = [text for text in (self.note, self.file and f"stored in {self.file}") if text]
         return "\n".join([head, *map(str, self.products), *last])
 
 
 def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progress | None = None) -> Tuning:
-    """Measures products on a CUDA device that has nothing else to do, and uses the winners from now on.
+    """Measures GEMMs on an otherwise idle CUDA device, and uses the winners from now on.
 
     Args:
-        problems: The products; one whose operands are not aligned has little to choose from and is left out.
-        device: Where.
-        progress: Called after each product.
+        problems: The GEMMs; those whose operands are not aligned have few choices and are skipped.
+        device: The CUDA device.
+        progress: Called after each GEMM.
     """
     wanted = [problem for problem in dict.fromkeys(problems) if problem.aligned]
     found: list[Measured] = []
@@ -105,7 +105,7 @@ def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progre
             if progress is not None:
                 progress(len(found), len(wanted), found[-1])
         if not found:
-            return Tuning(note="there is no product to measure")
+            return Tuning(note="there is no GEMM to measure")
         file = tuned.learn(index, {each.problem: each.best for each in found})
     return Tuning(tuple(found), str(file))
 
@@ -119,7 +119,7 @@ def candidates(problem: GemmProblem) -> list[GemmConfig]:
 
 
 def measure(problem: GemmProblem) -> Measured:
-    """Times all candidates on the current CUDA device; CodegenError where none can run the product."""
+    """Times all candidates on the current CUDA device; raises CodegenError if none can run the GEMM."""
     estimated = HOPPER.gemm.choose(problem)
     sets = _operands(problem)
     launches = {c: [partial(HOPPER.gemm.launch, c, each) for each in sets] for c in candidates(problem)}
@@ -128,7 +128,7 @@ def measure(problem: GemmProblem) -> Measured:
 
 
 def _operands(problem: GemmProblem) -> list[GemmOperands]:
-    """Operands of random codes: one activation, and as many weights as do not fit into the cache."""
+    """Operands of random codes: one activation, and enough weights to exceed the cache."""
     m, n, k, tiles = problem.m, problem.n, problem.k, problem.kind == "tiles"
     width = 1 if problem.x_block == ALL or not tiles else ceil_div(k, problem.x_block)
     xs = torch.rand(width, ceil_div(m, 4) * 4, device="cuda")[:, :m].t().add(0.5)

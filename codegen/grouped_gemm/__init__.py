@@ -1,1 +1,1 @@
-"""One product for each group of rows, such as the tokens of an expert."""
+"""One matmul for each group of rows, such as the tokens of an expert."""

@@ -1,9 +1,9 @@
-"""The grouped products as operators: `grouped_linear`, whose groups follow each other, and `grouped_linear_masked`.
+"""Grouped matmul operators: `grouped_linear` (contiguous groups) and `grouped_linear_masked` (fixed capacity).
 
     grouped_linear          out[t]    = x[t] @ w[g].T      for offsets[g - 1] <= t < offsets[g], else 0
     grouped_linear_masked   out[g, t] = x[g, t] @ w[g].T   for t < counts[g]; the other rows are not specified
 
-Each in scales of [1, 128] tiles and [128, 128] blocks on a GPU, where the host does not wait for the group sizes.
+Both use scales of [1, 128] tiles and [128, 128] blocks on a GPU; the host does not wait for the group sizes.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from qcompiler.dialects.grouped import check_grouped, grouped_linear
 from qcompiler.errors import CodegenError
 
 X_BLOCK = (1, 128)
-"""Tiles of the activation that the kernels know; weights come in blocks of `WEIGHT_BLOCK`."""
+"""Activation tiles that the kernels support; weights have blocks of `WEIGHT_BLOCK`."""
 
 E4M3 = torch.float8_e4m3fn
 
@@ -32,7 +32,7 @@ def grouped_linear_reference(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, offsets: Tensor,
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`qcompiler.dialects.grouped.grouped_linear`, with its keywords in order."""
+    """`qcompiler.dialects.grouped.grouped_linear`, with its keyword arguments in order."""
     return grouped_linear(
         x_q,
         x_s,
@@ -58,7 +58,7 @@ def grouped_linear_on_gpu(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, offsets: Tensor,
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`grouped_linear` on a CUDA device; CodegenError for what the kernels would compute wrongly or not at all."""
+    """`grouped_linear` on a CUDA device; raises CodegenError for operands that the kernels do not support."""
     what, operands = ("grouped_linear", *x_block, *w_block, out_dtype), (x_q, x_s, w_q, w_s, offsets)
     return replayed(_grouped_linear, what, operands, *operands, x_block, w_block, out_dtype)
 
@@ -78,7 +78,7 @@ def grouped_linear_masked_reference(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, counts: Tensor,
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype, expected: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Each group's first rows, as many as counted, times its own weight; zeros behind them."""
+    """The first counts[g] rows of each group times its weight; the other rows are zero."""
     out = grouped_linear_masked_fake(x_q, x_s, w_q, w_s, counts, x_block, w_block, out_dtype).zero_()
     for group, count in enumerate(counts.clamp(0, x_q.shape[1]).tolist()):
         out[group, :count] = numerics.scaled_linear(
@@ -93,7 +93,7 @@ def grouped_linear_masked_fake(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, counts: Tensor,
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype, expected: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The shape and dtype of a masked grouped linear; CodegenError for operands that are none."""
+    """The shape and dtype of a masked grouped linear; raises CodegenError for operands that do not match."""
     _check_masked(x_q, w_q, counts, x_block, w_block)
     return x_q.new_empty((*x_q.shape[:2], w_q.shape[1]), dtype=out_dtype)
 
@@ -102,9 +102,9 @@ def grouped_linear_masked_on_gpu(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, counts: Tensor,
     x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype, expected: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """`grouped_linear_masked` on a CUDA device, at its best where groups have `expected` rows; left out, all they can.
+    """`grouped_linear_masked` on a CUDA device, tuned for `expected` rows per group (default: the full capacity).
 
-    Rows behind a group's count are not written, and nothing that is written depends on them.
+    Rows after a group's count are not written, and do not affect any row that is written.
     """
     what, operands = ("grouped_linear_masked", *x_block, *w_block, out_dtype, expected), (x_q, x_s, w_q, w_s, counts)
     return replayed(_grouped_linear_masked, what, operands, *operands, x_block, w_block, out_dtype, expected)
@@ -124,7 +124,7 @@ def _grouped_linear_masked(
 
 
 def _check_masked(x_q: Tensor, w_q: Tensor, counts: Tensor, x_block: Sequence[int], w_block: Sequence[int]) -> None:
-    """Raises QCompilerError for operands that are no masked product; their scales are not looked at."""
+    """Raises QCompilerError unless the operands form a masked matmul; does not check their scales."""
     if x_q.dim() != 3 or x_q.shape[:1] != w_q.shape[:1]:
         got, need = f"x {list(x_q.shape)} and w {list(w_q.shape)}", "x [E, capacity, K] and w [E, N, K]"
         raise CodegenError("the operands of a masked grouped linear do not fit", got=got, need=need)
@@ -135,7 +135,7 @@ def _run(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, offsets: Tensor, blocks: tuple[Sequence[int], Sequence[int]],
     out: Tensor, capacity: int | None, mean: float,
 ) -> None:  # fmt: skip
-    """Fills `out`, rows in one order, on the device that all operands are on."""
+    """Fills `out`, whose rows are in the given order, on the device of the operands."""
     check_device(x_q.device)
     _check(x_q, x_s, w_q, w_s, offsets, blocks, out)
     if out.numel() == 0:
@@ -155,9 +155,9 @@ def _check(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, offsets: Tensor, blocks: tuple[Sequence[int], Sequence[int]],
     out: Tensor,
 ) -> None:  # fmt: skip
-    """Raises CodegenError, with the value got and the value needed, for what the kernels cannot run."""
+    """Raises CodegenError, with the actual and expected value, for operands that the kernels do not support."""
     (groups, n, k), row = w_q.shape, out.shape[1] * out.element_size()
-    # One comparison after another, because this runs at every call; the message is made only when there is one.
+    # Comparisons run one after another, because this runs in every call; the message is built only on failure.
     fits = (
         (tuple(blocks[0]), tuple(blocks[1])) == (X_BLOCK, WEIGHT_BLOCK)
         and x_q.dtype is w_q.dtype is E4M3

@@ -1,1 +1,1 @@
-"""The kernels: importable Triton sources, one file each, that can be read, run and measured alone."""
+"""The kernels: importable Triton sources, one file each, that can be read, run and measured separately."""

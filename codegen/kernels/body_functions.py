@@ -1,9 +1,9 @@
-"""What a body may call, in Triton: `qcompiler.dialects.body.FUNCTIONS` on FP32 tiles.
+"""Functions that a fused expression may call, in Triton: `qcompiler.dialects.body.FUNCTIONS` on FP32 tiles.
 
-What is rounded to bfloat16 or float16 is a tile of that type, and `wide` makes FP32 of it again.
+A value rounded to bfloat16 or float16 is a tile of that type; `wide` converts it back to FP32.
 
-Of elementwise functions of `triton.language` alone, so that Gluon kernels may call them as well. Divisions and square
-roots are those of IEEE; the others are accurate to a few ulp, as those are of which torch is made.
+They use only elementwise functions of `triton.language`, so that Gluon kernels can call them too. Divisions and square
+roots round as in IEEE 754; the other functions are accurate to a few ulp, like torch's.
 """
 
 import triton
@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def wide(x):  # type: ignore[no-untyped-def]
-    """x in FP32; two numbers of bfloat16 in two instructions, where the compiler takes three."""
+    """x in FP32; converts two bfloat16 numbers in two instructions, where the compiler uses three."""
     if x.dtype == tl.bfloat16:
         result = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
@@ -25,7 +25,7 @@ def wide(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bf16(x):  # type: ignore[no-untyped-def]
-    """x, rounded to bfloat16: two numbers in one instruction, where the compiler takes two slow ones."""
+    """x rounded to bfloat16: two numbers in one instruction, where the compiler uses two slow ones."""
     return tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
     )  # fmt: skip
@@ -33,13 +33,13 @@ def bf16(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def f16(x):  # type: ignore[no-untyped-def]
-    """x, rounded to float16."""
+    """x rounded to float16."""
     return x.to(tl.float16)
 
 
 @triton.jit
 def bf16_sum(a, b):  # type: ignore[no-untyped-def]
-    """bf16(a + b); of two bfloat16 numbers the compiler makes packed arithmetic, which rounds the same."""
+    """bf16(a + b); the compiler uses packed arithmetic for two bfloat16 numbers, which rounds the same."""
     if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
         result = (a.to(tl.float32) + b.to(tl.float32)).to(tl.bfloat16)
     else:
@@ -49,7 +49,7 @@ def bf16_sum(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bf16_product(a, b):  # type: ignore[no-untyped-def]
-    """bf16(a * b), as `bf16_sum`."""
+    """bf16(a * b), like `bf16_sum`."""
     if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
         result = (a.to(tl.float32) * b.to(tl.float32)).to(tl.bfloat16)
     else:
@@ -59,9 +59,9 @@ def bf16_product(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def times(a, b):  # type: ignore[no-untyped-def]
-    """a * b, rounded, whatever is then added to it.
+    """a * b, rounded, regardless of what is added to it.
 
-    Any other product, `libdevice.mul_rn` too, may become part of a fused multiply-add, which rounds but once.
+    Any other multiplication, even `libdevice.mul_rn`, may become part of a fused multiply-add, which rounds only once.
     """
     return tl.inline_asm_elementwise(
         "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
@@ -94,13 +94,13 @@ def sqrt(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rsqrt(x):  # type: ignore[no-untyped-def]
-    """1 / sqrt(x) within 2 ulp, by the one instruction of which torch makes it on a GPU, too."""
+    """1 / sqrt(x) within 2 ulp, by the instruction that torch also uses on a GPU."""
     return tl.rsqrt(x)
 
 
 @triton.jit
 def exp(x):  # type: ignore[no-untyped-def]
-    """The exponential function; `tl.exp` would lose accuracy with the size of x."""
+    """The exponential function; `tl.exp` loses accuracy for large x."""
     return libdevice.exp(x)
 
 
@@ -118,7 +118,7 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def reciprocal_of(x):  # type: ignore[no-untyped-def]
-    """1 / x within 1 ulp, of ordinary numbers; zero where that would be subnormal."""
+    """1 / x within 1 ulp for normal numbers; zero if the result would be subnormal."""
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )  # fmt: skip
@@ -128,8 +128,8 @@ def reciprocal_of(x):  # type: ignore[no-untyped-def]
 def silu(x):  # type: ignore[no-untyped-def]
     """x / (1 + exp(-x)), the quotient corrected by its exact remainder instead of a general division.
 
-    Above 2^126 the reciprocal is subnormal, which `reciprocal_of` makes zero: what is next to nothing becomes nothing,
-    however large x is, with the right sign. The bounds keep the remainder of an infinity from becoming NaN.
+    Above 2^126 the reciprocal is subnormal, which `reciprocal_of` flushes to zero: the tiny result becomes zero with
+    the right sign for any x. The bounds keep the remainder of an infinity from becoming NaN.
     """
     by = tl.minimum(1.0 + libdevice.exp(x * -1.0), 2.0**127)
     reciprocal = reciprocal_of(by)
@@ -139,9 +139,9 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gelu_tanh(x):  # type: ignore[no-untyped-def]
-    """0.5 x (1 + tanh(z)) with z = sqrt(2 / pi) (x + 0.044715 x^3), as the equal x / (1 + exp(-2 z)).
+    """0.5 x (1 + tanh(z)) with z = sqrt(2 / pi) (x + 0.044715 x^3), computed as x / (1 + exp(-2 z)).
 
-    Which takes half as long, and is accurate where 1 + tanh(z) cancels.
+    This form takes half as long, and is accurate where 1 + tanh(z) cancels.
     """
     twice = 1.5957691216057308 * (x + 0.044715 * (x * x * x))
     by = tl.minimum(1.0 + libdevice.exp(twice * -1.0), 2.0**127)
@@ -152,11 +152,11 @@ def gelu_tanh(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gelu(x):  # type: ignore[no-untyped-def]
-    """x times the normal distribution's probability of less than x, within 1e-7 of max(x, 1).
+    """x times the normal cumulative distribution at x, within 1e-7 of max(x, 1).
 
     max(x, 0) - |x| h, where h = erfc(|x| / sqrt(2)) / 2 is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.23 |x|),
-    the form of Abramowitz and Stegun 7.1.26; fitted for the least relative error up to 13, which is 1.6e-7. It takes
-    half as long as the library's erf. Beyond 100 there is nothing left of h, and infinities stay what they are.
+    the form of Abramowitz and Stegun 7.1.26; fitted for minimum relative error up to 13, which is 1.6e-7. It takes half
+    as long as the library's erf. Beyond 100, h is zero, and infinities are preserved.
     """
     size = tl.minimum(tl.abs(x), 100.0)
     t = reciprocal_of(tl.fma(size, 0.23, 1.0))
@@ -173,7 +173,7 @@ def gelu(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def mean(x, inside, columns):  # type: ignore[no-untyped-def]
-    """The means of the rows, [rows, 1]: of what is inside, `columns` numbers a row; of one number a row, itself."""
+    """The means of the rows, [rows, 1], over `columns` elements inside the row; a [rows, 1] input is its own mean."""
     if x.shape[1] == 1:
         result = x
     else:
@@ -184,6 +184,6 @@ def mean(x, inside, columns):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def standardize(x, eps, inside, columns):  # type: ignore[no-untyped-def]
-    """(x - mean(x)) / sqrt(variance(x) + eps), the variance from the deviations themselves."""
+    """(x - mean(x)) / sqrt(variance(x) + eps), with the variance computed from the deviations."""
     away = x - mean(x, inside, columns)
     return away * rsqrt(mean(away * away, inside, columns) + eps)

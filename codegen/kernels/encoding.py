@@ -1,6 +1,6 @@
-"""What the quantization kernels share: the amax of a block, the scale made from it, and the 8-bit codes.
+"""Shared by the quantization kernels: the amax of a block, its scale, and the 8-bit codes.
 
-A divide instruction for each element would cost as much time as the memory; hence the care for the division.
+One divide instruction per element would take as long as the memory accesses, so divisions are optimized.
 """
 
 import triton
@@ -12,19 +12,19 @@ def divide(x, by, reciprocal, BOUND: tl.constexpr):  # type: ignore[no-untyped-d
     """x / by to the accuracy that the 8-bit code needs, from the correctly rounded 1 / by.
 
     One Markstein step (P. Markstein, IA-64 and Elementary Functions, 2000, chapter 8): the quotient's remainder, exact
-    in a fused multiply-add, corrects it. What is left of the error, 2^-22 of an ulp, could move a code only where
-    x / by is that close to where a tie between two codes begins; this happens next to nine values of the significand
-    of `by` for the formats with 4 significant bits and to 65 for INT8, and there the tests go through all cases.
+    in a fused multiply-add, corrects it. The remaining error, 2^-22 of an ulp, could change a code only if x / by is
+    that close to a tie between two codes. This happens next to nine values of the significand of `by` for formats with
+    4 significant bits and up to 65 for INT8; the tests check all of these cases.
 
-    A remainder that underflows must not move a code either. Its last bit is ulp(x / by) * ulp(by), which is 2^-149 or
+    A remainder that underflows must not change a code either. Its last bit is ulp(x / by) * ulp(by), which is 2^-149 or
     more wherever a tie is near: for INT8, whose smallest tie is 1/2, if `by` is at least 2^-101; for e5m2, whose
     smallest tie is 2^-17, if `by` is at least 2^-85.
 
-    The remainder is quotient * by - x and is subtracted, so that a zero keeps its sign. Negations are products with -1,
-    which become operand modifiers; 0 - x would be an instruction and lose the sign of a zero.
+    The remainder is quotient * by - x and is subtracted, so that a zero keeps its sign. Negations are multiplications
+    by -1, which become operand modifiers; 0 - x would be an instruction and lose the sign of a zero.
 
     BOUND limits the quotient, and keeps the remainder of a quotient that overflows from becoming NaN: such a quotient
-    becomes infinite again, which the conversion saturates. It is None where no quotient overflows.
+    becomes infinite again, which the conversion saturates. It is None if no quotient can overflow.
     """
     quotient = x * reciprocal
     if BOUND is not None:
@@ -34,9 +34,9 @@ def divide(x, by, reciprocal, BOUND: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def magnitude_keys(values):  # type: ignore[no-untyped-def]
-    """Integers in the order of the magnitudes of FP32 values: finite numbers, then infinity, then NaN.
+    """Integers ordered like the magnitudes of FP32 values: finite numbers, then infinity, then NaN.
 
-    They are the bits without the sign. A floating-point maximum drops NaN, and one that keeps it takes more
+    They are the bits without the sign. A floating-point maximum drops NaN, and one that keeps NaN takes more
     instructions in FP32.
     """
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -50,7 +50,7 @@ def amax_of_keys(largest):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def nan_for_infinity(values):  # type: ignore[no-untyped-def]
-    """FP32 values with NaN in place of infinities; a zero keeps its sign."""
+    """FP32 values with infinities replaced by NaN; a zero keeps its sign."""
     return tl.fma(values, 0.0, values)
 
 
@@ -66,16 +66,16 @@ def scale_of(amax, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, UE8M0: tl.conste
     s = tl.fma(tl.fma(quotient, TOP, held * -1.0), -1.0 / TOP, quotient)
     if UE8M0:
         rounded = (s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-        s = tl.fma(s, 0.0, rounded.to(tl.float32, bitcast=True))  # the bits of NaN would become a number
+        s = tl.fma(s, 0.0, rounded.to(tl.float32, bitcast=True))  # adding s * 0 restores NaN, whose bits were rounded
     return s
 
 
 @triton.jit
 def reciprocal_of(s):  # type: ignore[no-untyped-def]
-    """1 / s, correctly rounded, of scales between 2^-100 and 2^125: an estimate and two steps towards it.
+    """1 / s, correctly rounded, for scales between 2^-100 and 2^125: an estimate and two refinement steps.
 
-    After the first step it is within an ulp, from where the second is exact but for a significand of ones (Markstein,
-    theorem 8.1), whose case the tests show.
+    The first step is within an ulp. From there the second is exact except for a significand of all ones (Markstein,
+    theorem 8.1), which the tests check.
     """
     estimate = 1.0 / s
     estimate = tl.fma(tl.fma(estimate, s, -1.0), estimate * -1.0, estimate)
@@ -84,7 +84,7 @@ def reciprocal_of(s):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def quotients(values, s, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """values / s, or values * (1 / s), as accurate as codes need, where s is the scale made from the amax of values.
+    """values / s, or values * (1 / s), as accurate as codes need, where s is computed from the amax of values.
 
     Such a scale is NaN, or between 2^-60 (FP8) or 2^-100 (INT8) and 2^125, and no quotient overflows.
     """
@@ -96,7 +96,7 @@ def quotients(values, s, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-d
 def codes(scaled, TOP: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """The 8-bit codes of quotients: saturated, rounded to nearest even, NaN kept where the format has one."""
     if dtype == tl.int8:
-        # 1.5 * 2^23 leaves no room for a fraction: the sum is rounded to an integer, and its low bits are the code.
+        # 1.5 * 2^23 leaves no fraction bits: the sum rounds to an integer, and its low bits are the code.
         held = tl.clamp(tl.where(scaled == scaled, scaled, 0.0), -TOP, TOP)
         result = (held + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
@@ -106,7 +106,7 @@ def codes(scaled, TOP: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def load_values(x, prescale, rows, columns, m, k, x_stride):  # type: ignore[no-untyped-def]
-    """Elements of x in FP32, each times the prescale of its column, zeros outside of [m, k]."""
+    """Elements of x in FP32, multiplied by the prescale of their column; zeros outside [m, k]."""
     inside = (rows < m)[:, None] & (columns < k)[None, :]
     values = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if prescale is not None:
@@ -116,6 +116,6 @@ def load_values(x, prescale, rows, columns, m, k, x_stride):  # type: ignore[no-
 
 @triton.jit
 def store_codes(q, encoded, rows, columns, m, k):  # type: ignore[no-untyped-def]
-    """Writes codes to the contiguous q[m, k], and nothing outside of it."""
+    """Writes codes to the contiguous q[m, k], and nothing outside it."""
     inside = (rows < m)[:, None] & (columns < k)[None, :]
     tl.store(q + rows[:, None] * k + columns[None, :], encoded, mask=inside)

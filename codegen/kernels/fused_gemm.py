@@ -1,11 +1,11 @@
-"""Warp-specialized Gluon kernel for Hopper: the product of `warp_gemm`, a body on its result, and quantization of that.
+"""Warp-specialized Gluon kernel for Hopper: the GEMM of `warp_gemm`, an epilogue, and quantization of its result.
 
     y[m, n]   = bf16(sum over blocks of 128 of K: (a[m, block] . w[n, block]) * scales, + bias[n])
-    out[m, n] = body(y[m, n], others[m, n])    or, where the weight is two, one on the other, of y[m, n] and y[m, N + n]
+    out[m, n] = body(y[m, n], others[m, n])    or, for a weight of two stacked parts, of y[m, n] and y[m, N + n]
 
-The producer warp and the consumers are those of `warp_gemm`. What a consumer has summed it rounds, as the body does
-first of all, and hands over in shared memory to the finishers: warps that run the body, quantize, and store, while the
-consumers multiply the next tile. So the tensor cores wait for no body, and a body costs the consumers no register.
+The producer warp and the consumers work as in `warp_gemm`. A consumer rounds its sums, as the epilogue does first, and
+passes them through shared memory to the finishers: warps that run the epilogue, quantize, and store while the consumers
+multiply the next tile. So the tensor cores never wait for an epilogue, and it costs the consumers no registers.
 """
 
 from triton.experimental import gluon
@@ -51,7 +51,7 @@ def _produce(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _biased(total, bias, columns, n, WHOLE: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums, and the bias of their columns."""
+    """Sums plus the bias of their columns."""
     if bias is not None:
         added = gl.load(bias + columns) if WHOLE else gl.load(bias + columns, mask=columns < n, other=0.0)
         total += added.to(gl.float32)[None, :]
@@ -125,9 +125,9 @@ def _consume(  # type: ignore[no-untyped-def]
             part = warpgroup_mma_wait(0, deps=(part,))
             if WAVES == 1:
                 mbarrier.arrive(free.index(stage), count=1)
-            # An explicit multiply-add, because the kernel is compiled without others: see the body.
+            # An explicit multiply-add, because fusion is disabled in this kernel for the epilogue's sake.
             total0 = gl.fma(part, (scale0 * now0)[:, None], total0)
-            # There are registers for one `part`: waiting on a sum pins the order, as in `warp_gemm`.
+            # Registers suffice for one `part`: waiting on a sum enforces the order, as in `warp_gemm`.
             total0 = warpgroup_mma_wait(0, deps=(total0,))
             if WAVES == 2:
                 wait_for_turn(WHO)
@@ -155,12 +155,12 @@ def _consume(  # type: ignore[no-untyped-def]
         mbarrier.arrive(ready.index(LAST // PARTS), count=1)
         even ^= 1
     if TURNS and WHO == 0:
-        wait_for_turn(WHO)  # every turn that was given is taken
+        wait_for_turn(WHO)  # every turn that was passed is consumed
 
 
 @gluon.jit
 def _operand(x, stride, rows, columns, inside):  # type: ignore[no-untyped-def]
-    """Elements of an operand of the body; of a vector, whose stride is 0, the same in every row."""
+    """Elements of an epilogue operand; of a vector, whose stride is 0, the same in every row."""
     return gl.load(x + rows.to(gl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
@@ -170,12 +170,12 @@ def _finish(  # type: ignore[no-untyped-def]
     height, width, BODY: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
     AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
 ):  # fmt: skip
-    """Runs the body on what the consumers have handed over, a few rows at a time, and stores or quantizes it."""
+    """Runs the epilogue on the consumers' sums, a few rows at a time, and stores or quantizes the result."""
     UNITS: gl.constexpr = hand.shape[0]
-    # A thread has 16 or 8 columns of one row at a time: what it has registers for.
+    # A thread holds 16 or 8 columns of one row at a time, as many as its registers allow.
     LENGTH: gl.constexpr = 16 if x1 is None else 8
     LANES: gl.constexpr = gl.BlockedLayout([1, LENGTH], [LENGTH // 4, 128 // LENGTH], [4, 1], [1, 0])
-    STEP: gl.constexpr = LENGTH  # rows at a time, of which the pattern in shared memory has 8
+    STEP: gl.constexpr = LENGTH  # rows at a time; the swizzle pattern in shared memory has 8 rows
     SLICES: gl.constexpr = 64 // STEP
     STEPS: gl.constexpr = UNITS // PARTS * SLICES
     taking = reinterpret(hand, hand.dtype, [UNITS * SLICES, STEP, 128], hand.layout)
@@ -189,7 +189,7 @@ def _finish(  # type: ignore[no-untyped-def]
         first = tile_m * (UNITS // PARTS * 64)
         there = (columns < n)[None, :]
         end = gl.minimum(first + UNITS // PARTS * 64, m)
-        # What comes from memory is loaded one step ahead.
+        # Loads from global memory are issued one step ahead.
         rows = first + line
         inside = (rows < m)[:, None] & there
         if x0 is not None:
@@ -241,8 +241,8 @@ def fused_gemm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[PARTS n, k], on a grid of any size.
 
-    Compiled with `enable_fp_fusion=False`, so that the body rounds as it is written. What a descriptor brings beyond
-    its tensor is zero; nothing is written beyond m or n.
+    Compiled with `enable_fp_fusion=False`, so that the epilogue rounds as written. Descriptor loads outside a tensor
+    return zero; nothing is written beyond m or n.
 
     Args:
         a: float8e4nv descriptor, block [64 UNITS / PARTS, 128], where UNITS is 2 WAVES.
@@ -250,18 +250,18 @@ def fused_gemm(  # type: ignore[no-untyped-def]
         a_scale: float32 descriptor of the transposed scales [ceil(k / 128), m], block [1, rows of a's block].
         w_scale: float32 [PARTS ceil(n / 128), ceil(k / 128)], any strides.
         bias: [PARTS n] in any floating dtype, or None.
-        x0: An operand of the body: [m, n] in any floating dtype, rows `x0_stride` elements apart, columns contiguous;
-            [n], and then `x0_stride` is 0; or None. So is `x1`, which is None where x0 is.
+        x0: An operand of the epilogue: [m, n] in any floating dtype, rows `x0_stride` elements apart, columns
+            contiguous; [n] with `x0_stride` 0; or None. The same holds for `x1`, which is None if x0 is.
         out: [m, n], contiguous: of the body's dtype, or float8e4nv, float8e5 or int8 with a scale.
         out_scale: float32 [m, ceil(n / 128)], any strides, or None.
-        BODY: A function of `codegen.bodies` of sums in HANDED.
-        PARTS: Parts of the weight, one on the other: 1, or 2, which are a multiple of 128 rows each.
+        BODY: A function of `codegen.bodies` over sums in HANDED.
+        PARTS: Stacked parts of the weight: 1, or 2, which are a multiple of 128 rows each.
         HANDED: The element type that sums are rounded to.
         WAVES: Units of 64 rows and one part that each of the two consumers owns, 1 or 2.
-        STAGES: Blocks of K that are in shared memory at one time.
-        GROUP: Rows of tiles that follow each other.
+        STAGES: Blocks of K in shared memory at once.
+        GROUP: Consecutive rows of tiles.
         WHOLE: n is a multiple of 128.
-        AMAX_FLOOR: As in `quantize_tiles`; so are `TOP`, `RECIPROCAL` and `UE8M0`.
+        AMAX_FLOOR: As in `quantize_tiles`; likewise `TOP`, `RECIPROCAL` and `UE8M0`.
     """
     UNITS: gl.constexpr = 2 * WAVES
     BLOCK_M: gl.constexpr = UNITS // PARTS * 64
@@ -284,7 +284,7 @@ def fused_gemm(  # type: ignore[no-untyped-def]
         mbarrier.init(taken.index(group), count=1)
     fence_async_shared()
     height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
-    # Each tuple of arguments stands where it is passed: from a variable, its constants would come out as tensors.
+    # Argument tuples must be written in the call: in a variable, their constants would become tensors.
     gl.warp_specialize(
         [
             (_consume, (gl.constexpr(0), w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,

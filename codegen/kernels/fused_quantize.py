@@ -1,7 +1,6 @@
-"""A Triton kernel: rows that a body computes from those of other tensors, quantized without being stored first.
+"""Triton kernel that computes rows from other tensors by a fused expression and quantizes them without storing them.
 
-The body is a function made by `codegen.bodies`; the codes and scales are those of `qcompiler.numerics.quantize` for its
-result, bit for bit.
+`codegen.bodies` compiles the expression; codes and scales are bit-equal to `qcompiler.numerics.quantize` of its result.
 """
 
 import triton
@@ -12,7 +11,7 @@ from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotie
 
 @triton.jit
 def load_operand(x, stride, rows, columns, inside, mask):  # type: ignore[no-untyped-def]
-    """A tile of an operand, zeros outside of it: [rows, columns], or [1, columns] where the stride is None."""
+    """A tile of an operand, zeros outside it: [rows, columns], or [1, columns] if the stride is None."""
     if stride is None:
         values = tl.load(x + columns, mask=inside, other=None if inside is None else 0.0)
     else:
@@ -22,11 +21,11 @@ def load_operand(x, stride, rows, columns, inside, mask):  # type: ignore[no-unt
 
 @triton.jit
 def store_kept(kept, value, places, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes a kept value, which may be [rows, 1] or [1, columns]."""
+    """Writes a residual output, which may be [rows, 1] or [1, columns]."""
     tl.store(kept + places, tl.broadcast_to(value, (BLOCK_M, BLOCK_K)).to(kept.dtype.element_ty), mask=mask)
 
 
-# What follows M must not be a reason to compile again: in the column-major layout the stride along K does.
+# Parameters after M must not cause recompilation: in the column-major layout, the stride along K depends on M.
 @triton.jit(do_not_specialize=["m", "scale_stride_k"])
 def fused_quantize(  # type: ignore[no-untyped-def]
     x0, x1, x2, x3, x4, x5, kept0, kept1, q, scale, m,
@@ -34,28 +33,28 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     K: tl.constexpr, BODY: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """q[m, K], scale[m, ceil(K / GROUP)] and the kept values of a body's result on x0, x1, …
+    """q[m, K], scale[m, ceil(K / GROUP)] and the residual outputs of a fused expression over x0, x1, …
 
-    One program takes a tile of `BLOCK_M` rows and `BLOCK_K` columns, which for a body with a reduction cover the row.
-    Programs that follow each other take neighbouring tiles of the same rows.
+    One program processes a tile of `BLOCK_M` rows and `BLOCK_K` columns, which span the row if the expression has a
+    reduction. Consecutive programs process neighboring tiles of the same rows.
 
     Args:
-        x0: bfloat16, float16 or float32: rows `x0_stride` elements apart with contiguous columns, or, where the stride
-            is None, one contiguous row for all. So are the others; those that the body does not have are None.
-        kept0: Contiguous, [m, K], in the element type of the value; or None. So is `kept1`.
+        x0: bfloat16, float16 or float32: rows `x0_stride` elements apart with contiguous columns, or, if the stride is
+            None, one contiguous row for all. The same holds for the others; unused ones are None.
+        kept0: Contiguous, [m, K], in the element type of the value; or None. Likewise `kept1`.
         q: float8e4nv, float8e5 or int8, contiguous.
         scale: float32 with any two strides, in elements.
-        K: Columns of the tensors. The compiler knows it, so it leaves out what of a tile is outside of the row: 5120
-            columns cost 5 / 8 of the tile of 8192 that holds them.
-        BODY: As `codegen.bodies.triton_function` makes it; it returns the result and the kept values.
+        K: Columns of the tensors. The compiler knows it, so it omits the part of a tile outside the row: 5120 columns
+            cost 5 / 8 of the tile of 8192 that holds them.
+        BODY: As returned by `codegen.bodies.triton_function`; it returns the result and the residual outputs.
         AMAX_FLOOR: The profile's floor.
         TOP: The format's largest value.
-        RECIPROCAL: x * (1 / scale) in place of x / scale.
+        RECIPROCAL: x * (1 / scale) instead of x / scale.
         UE8M0: Round the scale up to a power of two.
         BLOCK_M: Rows of a tile, a power of two.
         BLOCK_K: Columns of a tile, a power of two, a multiple of `GROUP`.
-        GROUP: Columns that share a scale; `BLOCK_K`, covering the row, for one scale a row.
-        VECTOR: Columns that follow each other in a thread, at most.
+        GROUP: Columns that share a scale; `BLOCK_K`, spanning the row, for one scale per row.
+        VECTOR: Maximum consecutive columns per thread.
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     GROUPS: tl.constexpr = BLOCK_K // GROUP
@@ -64,7 +63,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     rows = (tile // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     start = tile % across * BLOCK_K
     columns = tl.max_contiguous((start + tl.arange(0, BLOCK_K))[None, :], (1, VECTOR))
-    # Masks cost registers and instructions, so what cannot be outside has none: a single row, and even columns.
+    # Masks cost registers and instructions, so they are omitted where nothing is out of bounds.
     inside = None if EVEN else columns < K
     mask = inside if BLOCK_M == 1 else (rows < m)[:, None] if EVEN else (rows < m)[:, None] & inside
     made = BODY(
@@ -87,7 +86,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         values = tl.where(inside, values, 0.0)
     groups = tl.reshape(values, (BLOCK_M, GROUPS, GROUP))
     s = scale_of(amax_of_keys(tl.max(magnitude_keys(groups), axis=2)), AMAX_FLOOR, TOP, UE8M0)
-    # Dividing by a power of two is multiplying by its exact reciprocal.
+    # Dividing by a power of two equals multiplying by its exact reciprocal.
     scaled = quotients(groups, s[:, :, None], RECIPROCAL or UE8M0)
     tl.store(q + places, tl.reshape(codes(scaled, TOP, q.dtype.element_ty), (BLOCK_M, BLOCK_K)), mask=mask)
     blocks = start // GROUP + tl.arange(0, GROUPS)

@@ -1,4 +1,4 @@
-"""What differs between the versions of Gluon, from Triton 3.6 to 3.9: the one file to change for a new version.
+"""Differences between Gluon versions, from Triton 3.6 to 3.9: the one file to change for a new version.
 
     here           Triton 3.9                               earlier name
     async_load     tma.async_load                           tma.async_copy_global_to_shared, up to 3.7
@@ -6,8 +6,8 @@
     barrier        gl.barrier                               gl.thread_barrier, up to 3.6
     reinterpret    shared_memory_descriptor.reinterpret     shared_memory_descriptor._reinterpret, up to 3.8
 
-Each name is resolved by what the installed Triton has, not by its version number, which development builds share with
-releases. All kernels import these names from here.
+Each name is resolved by what the installed Triton provides, not by its version number, which development builds share
+with releases. All kernels import these names from here.
 """
 
 from triton.experimental import gluon
@@ -31,10 +31,10 @@ def reinterpret(memory, dtype, shape, layout, _semantic=None):  # type: ignore[n
 
 @gluon.jit
 def computed_here(numbers):  # type: ignore[no-untyped-def]
-    """The same int32 tensor, not to be computed before this point.
+    """The same int32 tensor, with its computation kept from moving before this point.
 
-    From 3.9 on, LLVM moves what depends on the thread number alone out of a partition of `gl.warp_specialize`; ptxas
-    then spills it on the way in. The values pass through an instruction that must not move. Before 3.9, a no-op.
+    From 3.9 on, LLVM hoists values that depend only on the thread number out of a partition of `gl.warp_specialize`;
+    ptxas then spills them on entry. An instruction that must not move prevents this. Before 3.9, a no-op.
     """
     if _IS_3_9:
         return gl.inline_asm_elementwise(

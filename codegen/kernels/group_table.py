@@ -1,7 +1,7 @@
-"""Where the tiles of a grouped product are: a table of the groups in shared memory, and a search in it.
+"""Locates the tiles of a grouped GEMM: a table of the groups in shared memory, and a search in it.
 
-The sizes of the groups are known on the device only. Each block of threads makes the table for itself, before its
-warps part, and then finds one tile after the other: a few instructions beside the thousands that a tile takes.
+Group sizes are known on the device only. Each block of threads builds its own table before its warps specialize, then
+searches it for each tile: a few instructions, compared with the thousands that a tile takes.
 """
 
 from triton.experimental import gluon
@@ -18,13 +18,13 @@ def _add(a, b):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _aligned(row):  # type: ignore[no-untyped-def]
-    """The row at or before this one whose scales begin at a multiple of 16 bytes."""
+    """The last row up to this one whose scales begin at a multiple of 16 bytes."""
     return row // 4 * 4
 
 
 @gluon.jit
 def list_groups(offsets, table, groups, rows, capacity, BLOCK_M: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Fills the table: for each group its first row, the row behind its last, and the tiles up to its own.
+    """Fills the table: for each group its first row, its end row, and the number of tiles of the previous groups.
 
     Offsets that decrease or leave the tensor are clamped: they cost rows, never an address.
     """
@@ -48,7 +48,7 @@ def list_groups(offsets, table, groups, rows, capacity, BLOCK_M: gl.constexpr): 
 
 @gluon.jit
 def entry(table, which: gl.constexpr, group):  # type: ignore[no-untyped-def]
-    """One number of the table."""
+    """One entry of the table."""
     GROUPS: gl.constexpr = table.shape[1]
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
@@ -58,13 +58,13 @@ def entry(table, which: gl.constexpr, group):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def tiles_in(table, width):  # type: ignore[no-untyped-def]
-    """How many tiles there are."""
+    """Total number of tiles."""
     return entry(table, 2, table.shape[1] - 1) * width
 
 
 @gluon.jit
 def find_tile(table, tile, width, BLOCK_M: gl.constexpr, ORDER: gl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile's group, first row and column of tiles, and the group's first row and the one behind its last."""
+    """A tile's group, its first row and tile column, and the group's first row and end row."""
     GROUPS: gl.constexpr = table.shape[1]
     LINE: gl.constexpr = gl.BlockedLayout([max(GROUPS // 32, 1)], [32], [gl.num_warps()], [0])
     before = (table.index(2).load(LINE) * width <= tile).to(gl.int32)

@@ -1,17 +1,17 @@
-"""Gluon kernels for Hopper: one product for each group of rows, such as the tokens of one expert.
+"""Gluon kernels for Hopper: one matmul for each group of rows, such as the tokens of one expert.
 
     out[t, n] = sum over blocks of 128 of K:  (x[t, block] . w[g, n, block]) * x_scale[t, block] * w_scale[g, n, block]
 
-where g is the group that row t belongs to, and 128 rows of its weight share a scale. Where the groups begin and end is
-on the device only: one block of threads stays on each multiprocessor, all of them make the same table of groups in
-shared memory, and each finds its next tile there. A group may begin at any row. Its first tile begins at a multiple of
-4 rows, because the copy engine brings their scales from multiples of 16 bytes only; rows of a tile that are not of its
-group are multiplied and never written.
+where g is the group of row t, and 128 rows of its weight share a scale. Group bounds are known on the device only: one
+block of threads stays on each multiprocessor, all of them build the same table of groups in shared memory, and each
+finds its next tile there. A group may begin at any row. Its first tile begins at a multiple of 4 rows, because the copy
+engine reads their scales from multiples of 16 bytes only; rows of a tile outside its group are multiplied but never
+written.
 
-`grouped_wide` has the rows on the left of the tensor cores, 64 of them for each consumer; one whose rows lie behind
-the group sits the tile out. `grouped_narrow` is for groups of few rows, where weights are all there is to read: the
-weights stand on the left, the rows on the right. A producer warp fills a ring of shared memory, as in `warp_pipeline`,
-and goes on with the next tile while this one is stored; sums are promoted as in `warp_gemm`.
+`grouped_wide` has the rows as left operand of the tensor cores, 64 of them for each consumer; a consumer whose rows lie
+after the group skips the tile. `grouped_narrow` is for groups of few rows, where weights dominate memory traffic: the
+weights are the left operand, the rows the right one. A producer warp fills a ring of shared memory, as in
+`warp_pipeline`, and starts the next tile while this one is stored; sums are promoted as in `warp_gemm`.
 """
 
 from triton.experimental import gluon
@@ -33,7 +33,7 @@ from codegen.kernels.warp_pipeline import store
 def _produce(  # type: ignore[no-untyped-def]
     x, w, x_scale, x_ring, w_ring, s_ring, full, free, table, n, k, width, ORDER: gl.constexpr
 ):  # fmt: skip
-    """Fills the ring, stage after stage, for all tiles of this block of threads; boxes behind the group stay away."""
+    """Fills the ring, stage by stage, for all tiles of this block of threads; skips boxes after the group."""
     STAGES: gl.constexpr = w_ring.shape[0]
     BOXES: gl.constexpr = x_ring.shape[0] // STAGES
     ROWS: gl.constexpr = x_ring.shape[1]
@@ -62,7 +62,7 @@ def _produce(  # type: ignore[no-untyped-def]
 def _clear(  # type: ignore[no-untyped-def]
     WHO: gl.constexpr, out, table, groups, rows, n, CONSUMERS: gl.constexpr
 ):  # fmt: skip
-    """Writes zeros to the rows that belong to no group: those behind the last."""
+    """Writes zeros to the rows after the last group."""
     LANES: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     first = entry(table, 1, groups - 1) + gl.program_id(0) * CONSUMERS + WHO
     for row in range(first, rows, gl.num_programs(0) * CONSUMERS):
@@ -82,7 +82,7 @@ def _wide_consumer(  # type: ignore[no-untyped-def]
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     BOXES: gl.constexpr = x_ring.shape[0] // STAGES
     ROWS: gl.constexpr = x_ring.shape[1]
-    # Where this consumer's rows are: in which box of a stage, and from which row of it.
+    # Position of this consumer's rows: the box in a stage, and the row in the box.
     BOX: gl.constexpr = WHO * 64 // ROWS
     ROW: gl.constexpr = WHO * 64 % ROWS
     scales = reinterpret(s_ring, gl.float32, [STAGES * BOXES, ROWS], FLAT)
@@ -109,7 +109,7 @@ def _wide_consumer(  # type: ignore[no-untyped-def]
                 part = warpgroup_mma_wait(0, deps=(part,))
                 mbarrier.arrive(free.index(stage), count=1)
                 total += part * (scale * w_now)[:, None]
-                total = warpgroup_mma_wait(0, deps=(total,))  # pins the order, see `warp_gemm`
+                total = warpgroup_mma_wait(0, deps=(total,))  # enforces the order, see `warp_gemm`
                 turn += 1
             if start <= row and row + 64 <= end:
                 store(out_box, buffer, total, row, tile_n * 128, None, n)
@@ -128,9 +128,9 @@ def _wide_consumer(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _store_some(out, buffer, total, row, start, end, column, n):  # type: ignore[no-untyped-def]
-    """Writes those of 64 rows that are the group's; the copy engine cannot leave out rows."""
+    """Writes only those of 64 rows that belong to the group, which the copy engine cannot do."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    tma.store_wait(0)  # the rows before these have left the buffer
+    tma.store_wait(0)  # the previous rows have left the buffer
     buffer.store(total.to(out.dtype.element_ty))
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, WIDE))
     columns = column + gl.arange(0, 128, gl.SliceLayout(0, WIDE))
@@ -170,7 +170,7 @@ def _narrow_consumer(  # type: ignore[no-untyped-def]
             part = warpgroup_mma_wait(0, deps=(part,))
             mbarrier.arrive(free.index(stage), count=1)
             total += part * scale[None, :]
-            total = warpgroup_mma_wait(0, deps=(total,))  # pins the order, see `warp_gemm`
+            total = warpgroup_mma_wait(0, deps=(total,))  # enforces the order, see `warp_gemm`
             turn += 1
         columns = tile_n * 128 + WHO * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
         lines = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))
@@ -195,12 +195,12 @@ def grouped_wide(  # type: ignore[no-untyped-def]
         x_scale: float32 descriptor of the transposed scales [ceil(k / 128), rows], block [1, rows of x's block].
         out: The output again, as a pointer: contiguous [rows, n].
         w_scale: float32 [groups, ceil(n / 128), ceil(k / 128)], contiguous.
-        offsets: int32 [groups]: the row behind the last of each group, or, with a capacity, the rows of each.
-        capacity: None, or how many rows of x each group has room for; then its rows begin at a multiple of that.
+        offsets: int32 [groups]: the end row of each group, or, with a capacity, the number of rows of each.
+        capacity: None, or the number of rows of x reserved for each group; each group then begins at a multiple of it.
         CONSUMERS: Warpgroups that multiply, 2 or 3; a tile has 64 rows for each.
-        STAGES: Blocks of K that are in shared memory at one time.
-        ORDER: Rows of tiles of one group that follow each other.
-        GROUPS: A power of two, `groups` or more, 32 at least.
+        STAGES: Blocks of K in shared memory at once.
+        ORDER: Consecutive rows of tiles of one group.
+        GROUPS: A power of two, at least `groups` and at least 32.
     """
     ROWS: gl.constexpr = x.block_shape[0]
     BOXES: gl.constexpr = CONSUMERS * 64 // ROWS
@@ -218,7 +218,7 @@ def grouped_wide(  # type: ignore[no-untyped-def]
     table = gl.allocate_shared_memory(gl.int32, [3, GROUPS], FLAT)
     list_groups(offsets, table, groups, rows, capacity, CONSUMERS * 64)
     width = gl.cdiv(n, 128)
-    # Each tuple of arguments stands where it is passed: from a variable, its constants would come out as tensors.
+    # Argument tuples must be written in the call: in a variable, their constants would become tensors.
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
@@ -250,7 +250,7 @@ def grouped_narrow(  # type: ignore[no-untyped-def]
     x, w, x_scale, out, w_scale, offsets, groups, rows, n, k, capacity,
     STAGES: gl.constexpr, ORDER: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """As `grouped_wide`, in tiles of as many rows as a block of x has, 8 to 128; the scales' block has 32 at least."""
+    """As `grouped_wide`, in tiles of the rows of an x block, 8 to 128; the scales' block has at least 32."""
     BLOCK_M: gl.constexpr = x.block_shape[0]
     SCALES: gl.constexpr = x_scale.block_shape[1]
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, 128], x.layout)

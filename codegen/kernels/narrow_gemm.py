@@ -1,14 +1,14 @@
-"""Gluon kernel for Hopper: the product of `scaled_gemm` where there are few rows, and weights are all there is to read.
+"""Gluon kernel for Hopper: the GEMM of `scaled_gemm` for few rows, where weights dominate memory traffic.
 
     partial[split, m, n] = sum over the blocks of one split of K of what `scaled_gemm` sums
     out[m, n]            = sum over splits of partial[split, m, n]   (+ bias[n])
 
-The tensor cores work on 64 rows at the least, so the weights are the left operand and the few rows the right one: a
-tile is 128 output channels times 16 to 128 rows. K is split until there are tiles for all multiprocessors, and partial
-sums are added in a fixed order by a second kernel: every run gives the same bits.
+The tensor cores work on at least 64 rows, so the weights are the left operand and the few rows the right one: a tile is
+128 output channels times 16 to 128 rows. K is split until there are tiles for all multiprocessors, and a second kernel
+adds partial sums in a fixed order, so every run gives the same bits.
 
-A block of threads keeps `STAGES` blocks of K on their way through the copy engine and refills a stage as soon as it was
-multiplied; several blocks of threads share a multiprocessor and hide each other's waits.
+A block of threads keeps `STAGES` blocks of K in flight through the copy engine and refills a stage as soon as it has
+been multiplied; several blocks of threads share a multiprocessor and hide each other's latency.
 """
 
 import triton
@@ -25,16 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from codegen.kernels.gluon_versions import async_load, barrier, reinterpret
 
 SCALE_BOX = 32
-"""Scales of a stage at least, because the copy engine writes to multiples of 128 bytes."""
+"""Minimum scales per stage, because the copy engine writes to multiples of 128 bytes."""
 
 
 @gluon.jit
 def fill(  # type: ignore[no-untyped-def]
     a, w, a_scale, a_ring, w_ring, s_ring, full, step, block, row, column, there, SPAN: gl.constexpr
 ):  # fmt: skip
-    """Brings one block of K, and the scales of its tiles if there are any, into the stage of that step, if it is there.
+    """Loads one block of K, and its scales if there are any, into the stage of that step, if the step exists.
 
-    Without `a_scale` and `s_ring`, None, there are no scales.
+    If `a_scale` and `s_ring` are None, there are no scales.
     """
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_M: gl.constexpr = a_ring.shape[1]
@@ -57,18 +57,18 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out[m, n], or partial[splits, m, n] of it, of the descriptors a[m, k] and w[n, k].
 
-    The grid has one program for each tile and each split of K. What a descriptor brings beyond its tensor is zero.
+    The grid has one program for each tile and each split of K. Descriptor loads outside a tensor return zero.
 
     Args:
-        a: float8e4nv descriptor, block [BLOCK_M, 128] of 16 to 128 rows; 128 want 8 warps.
+        a: float8e4nv descriptor, block [BLOCK_M, 128] of 16 to 128 rows; 128 need 8 warps.
         w: float8e4nv descriptor, block [128, 128].
         out: Pointer to contiguous [m, n], or, for partial sums, to float32 [splits, m, n].
         a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, BLOCK_M], but
-            of SCALE_BOX columns at least.
+            at least SCALE_BOX columns.
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None; None for partial sums.
         depth: Blocks of K of a split; no split is empty.
-        STAGES: Blocks of K that are on their way or in use at one time.
+        STAGES: Blocks of K in flight or in use at once.
         SPAN: Blocks of K that share a scale of the activation.
         SUBS: Tiles of the activation in a block of K, each with a scale; 1, 2 or 4, and then SPAN is 1.
     """
@@ -131,15 +131,15 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
 def sum_splits(  # type: ignore[no-untyped-def]
     partial, out, bias, m, rows, n, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out[m, n] = sum over splits of partial[splits, rows, n], of which m rows count  (+ bias[n]), always in one order.
+    """out[m, n] = sum over splits of partial[splits, rows, n], first m rows only  (+ bias[n]), in a fixed order.
 
     Args:
         partial: float32, contiguous.
         out: Any floating dtype, contiguous.
         bias: [n] in any floating dtype, or None.
-        splits: How many there are.
+        splits: Number of splits.
         SPLITS: The next power of two.
-        BLOCK: Elements of the output of a program.
+        BLOCK: Output elements per program.
     """
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = m.to(tl.int64) * n

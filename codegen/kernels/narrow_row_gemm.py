@@ -1,10 +1,10 @@
-"""Gluon kernel for Hopper: the product of `row_gemm` where there are few rows, and weights are all there is to read.
+"""Gluon kernel for Hopper: the GEMM of `row_gemm` for few rows, where weights dominate memory traffic.
 
     partial[split, m, n] = the sum over one split of K of a[m] . w[n]
     out[m, n]            = sum over splits of partial[split, m, n] * a_scale[m] * w_scale[n]   (+ bias[n])
 
-Tiles, splits and copies are those of `narrow_gemm`: the weights are the left operand. Partial sums of INT8 are exact
-integers; those of FP8 are promoted every 128 of K with `PROMOTE`. They are added in a fixed order by a second kernel.
+Tiles, splits and copies work as in `narrow_gemm`: the weights are the left operand. Partial sums of INT8 are exact
+integers; FP8 sums are promoted every 128 of K with `PROMOTE`. A second kernel adds them in a fixed order.
 """
 
 import triton
@@ -29,17 +29,17 @@ def narrow_row_gemm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out[m, n], or partial[splits, m, n] of it, of the descriptors a[m, k] and w[n, k].
 
-    The grid has one program for each tile and each split of K. What a descriptor brings beyond its tensor is zero.
+    The grid has one program for each tile and each split of K. Descriptor loads outside a tensor return zero.
 
     Args:
         a: float8e4nv or int8 descriptor, block [BLOCK_M, 128] of 16 to 64 rows.
         w: Descriptor of the same dtype, block [128, 128].
         out: Pointer to contiguous [m, n], or, for partial sums, to float32 or, of INT8, int32 [splits, m, n].
-        a_scale: float32, that of row m at m times the stride; None for partial sums.
-        w_scale: float32, that of row n at n times the stride; None for partial sums.
+        a_scale: float32, row m's at m times the stride; None for partial sums.
+        w_scale: float32, row n's at n times the stride; None for partial sums.
         bias: [n] in any floating dtype, or None; None for partial sums.
         depth: Blocks of K of a split; no split is empty.
-        STAGES: Blocks of K that are on their way or in use at one time.
+        STAGES: Blocks of K in flight or in use at once.
         PROMOTE: Add each step in FP32 registers; for FP8.
     """
     BLOCK_M: gl.constexpr = a.block_shape[0]
@@ -98,17 +98,17 @@ def sum_row_splits(  # type: ignore[no-untyped-def]
     partial, out, a_scale, w_scale, bias, m, n, splits, a_scale_stride, w_scale_stride,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = sum over splits of partial[splits, m, n] * a_scale[m] * w_scale[n]  (+ bias[n]), always in one order.
+    """out[m, n] = sum over splits of partial[splits, m, n] * a_scale[m] * w_scale[n]  (+ bias[n]), in a fixed order.
 
     Args:
         partial: float32 or int32, contiguous.
         out: Any floating dtype, contiguous.
-        a_scale: float32, that of row m at m times the stride.
-        w_scale: float32, that of row n at n times the stride.
+        a_scale: float32, row m's at m times the stride.
+        w_scale: float32, row n's at n times the stride.
         bias: [n] in any floating dtype, or None.
-        splits: How many there are.
+        splits: Number of splits.
         SPLITS: The next power of two.
-        BLOCK: Elements of the output of a program.
+        BLOCK: Output elements per program.
     """
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = m.to(tl.int64) * n

@@ -1,4 +1,4 @@
-"""Triton kernel: a body on the rows of a few tensors, where nothing is quantized and no row is summed."""
+"""Triton kernel: a fused expression on the rows of a few tensors, without quantization or row reductions."""
 
 import triton
 import triton.language as tl
@@ -15,12 +15,12 @@ def apply_body(  # type: ignore[no-untyped-def]
     out, x0, x1, y0, y1, m, n, x0_stride, x1_stride, y0_stride, y1_stride,
     BODY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] of the body on operands of that shape, or vectors [n]. One program makes one tile.
+    """out[m, n] of the expression on operands of that shape, or vectors [n]. One program computes one tile.
 
     Args:
         out: bfloat16, float16 or float32, contiguous.
         x0: In any floating dtype, rows `x0_stride` elements apart, columns contiguous; a vector has a stride of 0.
-            None where the body has no such operand. So are the others.
+            None if the expression has no such operand. The same holds for the others.
         BODY: A function of `codegen.bodies`.
         BLOCK_M: Rows of a tile.
         BLOCK_N: Columns of a tile.

@@ -1,7 +1,7 @@
-"""Triton kernels: quantization of the rows of a matrix, bit for bit what `qcompiler.numerics.quantize` says.
+"""Triton kernels: quantization of matrix rows, bit-equal to `qcompiler.numerics.quantize`.
 
-`quantize_tiles` has one scale for each 1 x b block, `quantize_tokens` one for each row. A kernel moves 2 bytes in and
-1 byte out per element of a bfloat16 tensor and is bound by memory, if the division is cheap: see `encoding.divide`.
+`quantize_tiles` has one scale for each 1 x b block, `quantize_tokens` one for each row. A kernel reads 2 bytes and
+writes 1 byte per element of a bfloat16 tensor and is memory-bound if division is cheap: see `encoding.divide`.
 """
 
 import triton
@@ -18,7 +18,7 @@ from codegen.kernels.encoding import (
 )
 
 
-# What follows M must not be a reason to compile again: in the column-major layout the stride along K does.
+# Parameters after M must not cause recompilation: in the column-major layout, the stride along K depends on M.
 @triton.jit(do_not_specialize=["m", "scale_stride_k"])
 def quantize_tiles(  # type: ignore[no-untyped-def]
     x, q, scale, prescale, m, k, x_stride, scale_stride_m, scale_stride_k,
@@ -27,8 +27,8 @@ def quantize_tiles(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """q[m, k] and scale[m, ceil(k / BLOCK_K)] of x[m, k].
 
-    One program takes a tile of `BLOCK_M` rows by one block of columns, so a scale is one reduction along the tile's
-    rows. Programs that follow each other take neighbouring blocks of the same rows.
+    One program processes a tile of `BLOCK_M` rows by one block of columns, so a scale is one reduction along the tile's
+    rows. Consecutive programs process neighboring blocks of the same rows.
 
     Args:
         x: bfloat16, float16 or float32, rows `x_stride` elements apart, columns contiguous.
@@ -37,7 +37,7 @@ def quantize_tiles(  # type: ignore[no-untyped-def]
         prescale: [k] in any floating dtype, contiguous, or None.
         AMAX_FLOOR: The profile's floor.
         TOP: The format's largest value.
-        RECIPROCAL: x * (1 / scale) in place of x / scale.
+        RECIPROCAL: x * (1 / scale) instead of x / scale.
         UE8M0: Round the scale up to a power of two.
         BLOCK_M: Rows of a tile, a power of two.
         BLOCK_K: Columns of a block, a power of two.
@@ -49,7 +49,7 @@ def quantize_tiles(  # type: ignore[no-untyped-def]
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     values = load_values(x, prescale, rows, columns, m, k, x_stride)
     s = scale_of(amax_of_keys(tl.max(magnitude_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)
-    # Dividing by a power of two is multiplying by its exact reciprocal.
+    # Dividing by a power of two equals multiplying by its exact reciprocal.
     scaled = quotients(values, s[:, None], RECIPROCAL or UE8M0)
     store_codes(q, codes(scaled, TOP, q.dtype.element_ty), rows, columns, m, k)
     tl.store(scale + rows * scale_stride_m + block.to(tl.int64) * scale_stride_k, s, mask=rows < m)
@@ -63,15 +63,15 @@ def quantize_tokens(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """q[m, k] and scale[m] of x[m, k]: one scale for each row.
 
-    One program takes `BLOCK_M` whole rows: at one time in registers, or, where they are too long for that, in two
-    walks along them, the second of which finds most of the row in L2.
+    One program processes `BLOCK_M` whole rows: all at once in registers, or, if they are too long, in two passes, the
+    second of which finds most of the row in L2.
 
     Args:
-        x: As in `quantize_tiles`; so are `q`, `prescale`, `AMAX_FLOOR`, `TOP`, `RECIPROCAL` and `UE8M0`.
+        x: As in `quantize_tiles`; likewise `q`, `prescale`, `AMAX_FLOOR`, `TOP`, `RECIPROCAL` and `UE8M0`.
         scale: float32, `scale_stride_m` elements apart.
         BLOCK_M: Rows of a program, a power of two.
         BLOCK_K: Columns of a step, a power of two.
-        ONE_STEP: `BLOCK_K` covers the row.
+        ONE_STEP: `BLOCK_K` spans the row.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)

@@ -1,12 +1,12 @@
-"""Portable Triton kernel: the product of two operands whose scales do not depend on K.
+"""Portable Triton kernel: the GEMM of two operands whose scales do not depend on K.
 
     out[m, n] = (a[m] . w[n]) * a_scale[m] * w_scale[n]   (+ bias[n])
 
-a and w are both FP8 or both INT8; a scale of stride 0 is that of the whole tensor. Products of INT8 are summed exactly,
-in 32 bits, by the tensor cores. Hopper's FP8 tensor cores keep about 14 bits while they accumulate, so with `PROMOTE`
-each step of K is one `tl.dot` into fresh registers, which is then added in FP32.
+a and w are both FP8 or both INT8; a scale of stride 0 applies to the whole tensor. The tensor cores sum INT8 products
+exactly, in 32 bits. Hopper's FP8 tensor cores keep about 14 bits while they accumulate, so with `PROMOTE` each step of
+K is one `tl.dot` into fresh registers, which is then added in FP32.
 
-Tiles are ordered as in `scaled_gemm`. This kernel takes any alignment and any sizes; where the copy engine can address
+Tiles are ordered as in `scaled_gemm`. This kernel supports any alignment and any sizes; if the copy engine can address
 the operands, `warp_row_gemm` and `narrow_row_gemm` run instead.
 """
 
@@ -20,7 +20,7 @@ from codegen.kernels.scaled_gemm import tile_of
 def _rescaled(  # type: ignore[no-untyped-def]
     total, a_scale, w_scale, bias, rows, columns, m, n, a_scale_stride, w_scale_stride
 ):  # fmt: skip
-    """The sums in FP32, times both scales, plus the bias; the scales first, whose product is of ordinary size."""
+    """The sums in FP32, times the product of both scales (which stays in range), plus the bias."""
     left = tl.load(a_scale + rows.to(tl.int64) * a_scale_stride, mask=rows < m, other=0.0)
     right = tl.load(w_scale + columns.to(tl.int64) * w_scale_stride, mask=columns < n, other=0.0)
     result = total.to(tl.float32) * (left[:, None] * right[None, :])
@@ -34,23 +34,23 @@ def row_gemm_pointers(  # type: ignore[no-untyped-def]
     a, w, out, a_scale, w_scale, bias, m, n, k, a_scale_stride, w_scale_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] of a[m, k] and w[n, k], pointers to contiguous memory beyond which nothing is touched.
+    """out[m, n] of a[m, k] and w[n, k], pointers to contiguous memory; nothing outside it is accessed.
 
     Args:
         a: float8e4nv or int8.
         w: The same dtype.
         out: Any floating dtype.
-        a_scale: float32, that of row m at m times the stride.
-        w_scale: float32, that of row n at n times the stride.
+        a_scale: float32, row m's at m times the stride.
+        w_scale: float32, row n's at n times the stride.
         bias: [n] in any floating dtype, or None.
-        BLOCK_M: Rows of a tile; 64 or more, or the tensor cores are not used as they should.
+        BLOCK_M: Rows of a tile; at least 64, or the tensor cores are not fully used.
         BLOCK_N: Columns of a tile.
         BLOCK_K: Depth of a step.
-        GROUP: Rows of tiles that follow each other.
+        GROUP: Consecutive rows of tiles.
         PROMOTE: Add each step in FP32 registers; for FP8.
     """
     tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP)
-    # 64 bits: a row times its stride passes 2^31 in tensors that fit a GPU.
+    # 64 bits: row times stride exceeds 2^31 in tensors that fit on a GPU.
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)

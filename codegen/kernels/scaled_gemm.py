@@ -1,14 +1,14 @@
-"""Portable Triton kernels: the FP8 product of rows quantized in tiles and 128 x 128 quantized weights.
+"""Portable Triton kernels: the FP8 GEMM of rows quantized in tiles and weights quantized in 128 x 128 blocks.
 
     out[m, n] = sum over steps s of K:  (a[m, s] . w[n, s]) * a_scale[m, s] * w_scale[n / 128, s]   (+ bias[n])
 
-A step is 128 of K, or the width of the activation's tiles where that is less. Hopper's FP8 tensor cores keep about 14
-bits while they accumulate, so each step is one `tl.dot` into fresh registers, and is then scaled and added in FP32: the
-promotion that the scales ask for anyway. Where an activation's scale spans all of K, it is multiplied once, at the end.
+A step is 128 of K, or the width of the activation's tiles if that is less. Hopper's FP8 tensor cores keep about 14 bits
+while they accumulate, so each step is one `tl.dot` into fresh registers, which is then scaled and added in FP32: the
+promotion that the scales require anyway. If an activation's scale spans all of K, it is multiplied once, at the end.
 
-One program makes one tile of the output. Tiles follow each other in columns of `GROUP` tiles, so that those that run
-at one time share their operands in L2. Two variants: `scaled_gemm_tma` moves tiles with the copy engine, clipped to
-the tensors by their descriptors; `scaled_gemm_pointers` takes any alignment and any sizes.
+One program computes one tile of the output. Tiles are ordered in columns of `GROUP` tiles, so that concurrent tiles
+share their operands in L2. There are two variants: `scaled_gemm_tma` moves tiles with the copy engine, clipped to the
+tensors by their descriptors; `scaled_gemm_pointers` supports any alignment and any sizes.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The row and the column of tiles that this program makes."""
+    """The row and the column of tiles that this program computes."""
     program = tl.program_id(0)
     height, width = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     first = program // (GROUP * width) * GROUP
@@ -27,7 +27,7 @@ def tile_of(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.conste
 
 @triton.jit
 def _block(step, STEP: tl.constexpr, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which block of SPAN columns a step of STEP columns is in."""
+    """The block of SPAN columns that contains a step of STEP columns."""
     return step if STEP == SPAN else step // (SPAN // STEP)
 
 
@@ -46,10 +46,10 @@ def scaled_gemm_tma(  # type: ignore[no-untyped-def]
         a_scale: float32 [m, ceil(k / X_BLOCK)], or [m, 1], any strides.
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None.
-        BLOCK_M: Rows of a tile; 64 or more, or the tensor cores are not used as they should.
+        BLOCK_M: Rows of a tile; at least 64, or the tensor cores are not fully used.
         BLOCK_N: Columns of a tile; divides 128, so that a tile has one weight scale a block.
-        BLOCK_K: Depth of a step: 128, or X_BLOCK where that is less.
-        GROUP: Rows of tiles that follow each other.
+        BLOCK_K: Depth of a step: 128, or X_BLOCK if that is less.
+        GROUP: Consecutive rows of tiles.
         X_BLOCK: Columns that share a scale of the activation, or -1 for all of them.
     """
     tl.static_assert(128 % BLOCK_K == 0 and 128 % BLOCK_N == 0 and (X_BLOCK == -1 or X_BLOCK % BLOCK_K == 0))
@@ -84,10 +84,10 @@ def scaled_gemm_pointers(  # type: ignore[no-untyped-def]
     a_scale_stride_m, a_scale_stride_k, w_scale_stride_n, w_scale_stride_k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, X_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`scaled_gemm_tma` on pointers to contiguous a[m, k], w[n, k] and out[m, n]; nothing beyond them is touched."""
+    """`scaled_gemm_tma` on pointers to contiguous a[m, k], w[n, k] and out[m, n]; stays within their bounds."""
     tl.static_assert(128 % BLOCK_K == 0 and 128 % BLOCK_N == 0 and (X_BLOCK == -1 or X_BLOCK % BLOCK_K == 0))
     tile_m, tile_n = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP)
-    # 64 bits: a row times its stride passes 2^31 in tensors that fit a GPU.
+    # 64 bits: row times stride exceeds 2^31 in tensors that fit on a GPU.
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -98,8 +98,8 @@ def scaled_gemm_pointers(  # type: ignore[no-untyped-def]
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     blocks = tl.cdiv(k, BLOCK_K)
-    # One block ahead: few and narrow tiles, which come here, otherwise wait for their scales in every step (measured:
-    # 1.6 times the speed of 64 x 32). The other kernel has several tiles on a multiprocessor, and lost by it.
+    # One block ahead: few and narrow tiles, which run here, otherwise wait for their scales in every step (measured:
+    # 1.6 times the speed for 64 x 32). The other kernel has several tiles per multiprocessor and became slower by it.
     a_next, w_next = tl.load(a_scales, mask=rows < m, other=0.0), tl.load(w_scales)
     for block in range(blocks):
         scale = w_next if X_BLOCK == -1 else a_next * w_next

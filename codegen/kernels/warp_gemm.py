@@ -1,12 +1,12 @@
-"""Warp-specialized Gluon kernel for Hopper: the product of `scaled_gemm` where there are many rows.
+"""Warp-specialized Gluon kernel for Hopper: the GEMM of `scaled_gemm` for many rows.
 
     out[m, n] = sum over blocks of 128 of K:  (a[m, block] . w[n, block]) * a_scale[m, block] * w_scale[n / 128, block]
 
-The producer and the order of tiles are those of `warp_pipeline`. Each of the consumers, warpgroups of 4 warps, owns
-`WAVES` times 64 rows of the tile. A wave is four tensor core instructions of K = 32 into fresh registers, whose
-result is scaled and added in FP32: the promotion that Hopper's 14-bit accumulation asks for. Consumers take turns at
-the tensor cores; two of one wave each do without, and are faster so, and so are the shorter waves of narrow tiles of
-the activation, of K = 32 or 64.
+The producer and the order of tiles come from `warp_pipeline`. Each of the consumers, warpgroups of 4 warps, owns
+`WAVES` times 64 rows of the tile. A wave is four tensor core instructions of K = 32 into fresh registers, whose result
+is scaled and added in FP32: the promotion that Hopper's 14-bit accumulation requires. Consumers take turns at the
+tensor cores, except for two consumers of one wave each, and for narrow tiles of the activation, whose waves are shorter
+(K = 32 or 64): both are faster without turns.
 """
 
 from triton.experimental import gluon
@@ -37,11 +37,11 @@ def _consume(  # type: ignore[no-untyped-def]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
     LINES: gl.constexpr = gl.SliceLayout(1, SUMS)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    # Where this consumer's waves are: in which box of a stage, and from which row of it.
+    # Position of this consumer's waves: the box in a stage, and the row in the box.
     BOX: gl.constexpr = WHO * WAVES * 64 // ROWS
     ROW: gl.constexpr = WHO * WAVES * 64 % ROWS
     NEXT: gl.constexpr = (WHO + 1) % CONSUMERS
-    # Narrow tiles of the activation: steps inside a stage, each with a scale of its own.
+    # Narrow tiles of the activation: steps inside a stage, each with its own scale.
     SUBS: gl.constexpr = s_ring.shape[0] // a_ring.shape[0]
     DEPTH: gl.constexpr = 128 // SUBS
     BUFFERS: gl.constexpr = out_ring.shape[0] // CONSUMERS
@@ -82,8 +82,8 @@ def _consume(  # type: ignore[no-untyped-def]
                 if WAVES == 1 and sub == SUBS - 1:
                     mbarrier.arrive(free.index(stage), count=1)
                 total0 += part * (scale0 * w_now)[:, None]
-                # The second wave must not start before this promotion is done, and the next step's not before that of
-                # the second: there are registers for one `part`, and waiting on a sum pins the order.
+                # The second wave must not start before this promotion is done, nor the next step's before the second
+                # wave's promotion: registers suffice for one `part`, and waiting on a sum enforces the order.
                 total0 = warpgroup_mma_wait(0, deps=(total0,))
                 if WAVES == 2:
                     if TURNS:
@@ -104,7 +104,7 @@ def _consume(  # type: ignore[no-untyped-def]
             store(out, last, total1, row + 64, tile_n * BLOCK_N, bias, n, BUFFERS - 1)
     tma.store_wait(0)
     if TURNS and WHO == 0:
-        wait_for_turn(WHO)  # every turn that was given is taken
+        wait_for_turn(WHO)  # every turn that was passed is consumed
 
 
 @gluon.jit(do_not_specialize=["m", "depth"])
@@ -115,24 +115,24 @@ def warp_gemm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors, on a grid of any size.
 
-    What a descriptor brings beyond its tensor is zero, and what it would write there is dropped.
+    Descriptor loads outside a tensor return zero; descriptor stores outside it are dropped.
 
     Args:
-        a: float8e4nv descriptor; its block is [BLOCK_M, 128], or [64, 128] where BLOCK_M is no power of two.
+        a: float8e4nv descriptor; its block is [BLOCK_M, 128], or [64, 128] if BLOCK_M is not a power of two.
         w: float8e4nv descriptor, block [BLOCK_N, 128]; BLOCK_N divides 128: a tile has one weight scale a block.
         out: bfloat16, float16 or float32 descriptor, block [64, BLOCK_N].
         a_scale: float32 descriptor of the transposed scales [ceil(k SUBS / (128 SPAN)), m], block [1, a's rows].
         w_scale: float32 [ceil(n / 128), ceil(k / 128)], any strides.
         bias: [n] in any floating dtype, or None.
-        depth: Blocks of K of a split, each of which is a row of tiles of the output, one split below the other; or
-            None, and K is not split.
+        depth: Blocks of K per split; the output holds the splits as rows of tiles, one split below the other. None if
+            K is not split.
         CONSUMERS: Warpgroups that multiply, 1 to 3.
-        WAVES: How often 64 rows each of them owns; BLOCK_M is 64 CONSUMERS WAVES.
-        STAGES: Blocks of K that are in shared memory at one time.
-        GROUP: Rows of tiles that follow each other.
+        WAVES: Units of 64 rows that each consumer owns; BLOCK_M is 64 CONSUMERS WAVES.
+        STAGES: Blocks of K in shared memory at once.
+        GROUP: Consecutive rows of tiles.
         SPAN: Blocks of K that share a scale of the activation.
         SUBS: Tiles of the activation in a block of K, each with a scale; 1, 2 or 4, and then SPAN is 1.
-        BUFFERS: Of 64 rows of the output for each consumer; one, or WAVES.
+        BUFFERS: Output buffers of 64 rows for each consumer; one, or WAVES.
     """
     BLOCK_M: gl.constexpr = CONSUMERS * WAVES * 64
     BLOCK_N: gl.constexpr = w.block_shape[0]
@@ -150,7 +150,7 @@ def warp_gemm(  # type: ignore[no-untyped-def]
         mbarrier.init(free.index(stage), count=CONSUMERS)
     fence_async_shared()
     height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, BLOCK_N)
-    # Each tuple of arguments stands where it is passed: from a variable, its constants would come out as tensors.
+    # Argument tuples must be written in the call: in a variable, their constants would become tensors.
     if CONSUMERS == 3:
         gl.warp_specialize(
             [

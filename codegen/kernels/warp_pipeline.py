@@ -1,11 +1,11 @@
-"""What the warp-specialized Gluon kernels for Hopper share: tile order, the producer warp, turns, and the way out.
+"""Shared by the warp-specialized Gluon kernels for Hopper: tile order, producer warp, turns, and output stores.
 
-One block of threads stays on each multiprocessor and makes one tile of the output after the other. A producer warp
-brings tiles of both operands and the activations' scales through the copy engine into a ring of shared memory, guarded
-by two barriers a stage, and runs ahead into the next output tile while the consumers still write theirs.
+One block of threads stays on each multiprocessor and computes one output tile after another. A producer warp loads
+tiles of both operands and the activation's scales through the copy engine into a ring of shared memory, guarded by two
+barriers per stage, and starts the next output tile while the consumers still write theirs.
 
-The tensor cores must not wait while a consumer promotes, so consumers take turns: each hands the turn on when its wave
-is issued, and promotes while the next one's wave runs.
+The tensor cores must not wait while a consumer promotes, so consumers take turns: each passes the turn on after issuing
+its wave, and promotes while the next consumer's wave runs.
 """
 
 from triton.experimental import gluon
@@ -29,13 +29,13 @@ def tile_of(tile, height, width, GROUP: gl.constexpr):  # type: ignore[no-untype
 
 @gluon.jit
 def splits_of(k, depth):  # type: ignore[no-untyped-def]
-    """How many splits of K there are, of `depth` blocks each; one where that is None."""
+    """Number of splits of K, of `depth` blocks each; one if that is None."""
     return 1 if depth is None else gl.cdiv(gl.cdiv(k, 128), depth)
 
 
 @gluon.jit
 def blocks_of(tile, tiles, k, depth):  # type: ignore[no-untyped-def]
-    """To which split of K a tile belongs, `tiles` being in each, the first of its blocks, and how many it has."""
+    """A tile's split of K, for `tiles` tiles per split; the split's first block, and its number of blocks."""
     blocks = gl.cdiv(k, 128)
     if depth is None:
         split, first, count = 0, 0, blocks
@@ -48,9 +48,9 @@ def blocks_of(tile, tiles, k, depth):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def wait_for_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits until the warpgroup before this one has handed the turn to number WHO.
+    """Waits until the warpgroup before this one has passed the turn to number WHO.
 
-    The hardware's named barriers, of which Triton itself takes the first few; a barrier of shared memory costs the
+    Uses the hardware's named barriers, of which Triton itself uses the first few; a barrier in shared memory costs the
     warpgroup two more.
     """
     lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
@@ -62,7 +62,7 @@ def wait_for_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def give_turn(WHO: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Hands the turn to warpgroup number WHO, without waiting."""
+    """Passes the turn to warpgroup number WHO, without waiting."""
     lanes = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
     BARRIER: gl.constexpr = "8" if WHO == 0 else "9" if WHO == 1 else "10"
     gl.inline_asm_elementwise(
@@ -75,10 +75,10 @@ def produce(  # type: ignore[no-untyped-def]
     a, w, a_scale, a_ring, w_ring, s_ring, full, free, k, height, width, GROUP: gl.constexpr, SPAN: gl.constexpr,
     depth=None,
 ):  # fmt: skip
-    """Fills the ring, stage after stage, for all tiles of this block of threads.
+    """Fills the ring, stage by stage, for all tiles of this block of threads.
 
-    Without `a_scale` and `s_ring`, None, there are no scales. A ring of scales with several rows for each box of the
-    activation holds those of narrow tiles of K.
+    If `a_scale` and `s_ring` are None, there are no scales. A ring of scales with several rows for each box of the
+    activation holds the scales of narrow tiles.
     """
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
@@ -108,14 +108,14 @@ def produce(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def store(out, buffer, total, row, column, bias, n, PENDING: gl.constexpr = 0):  # type: ignore[no-untyped-def]
-    """Sends 64 rows of the output on their way; they leave while the next tile is multiplied.
+    """Starts the store of 64 output rows; it completes while the next tile is multiplied.
 
-    The buffer is one that PENDING sends before this one do not use.
+    The buffer must not be used by the previous PENDING stores.
     """
     if bias is not None:
         columns = column + gl.arange(0, total.shape[1], gl.SliceLayout(0, total.type.layout))
         total += gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
-    tma.store_wait(PENDING)  # the rows before these have left the buffer
+    tma.store_wait(PENDING)  # earlier rows have left the buffer
     buffer.store(total.to(out.dtype))
     fence_async_shared()
     async_store(out, [row, column], buffer)

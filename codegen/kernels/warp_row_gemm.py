@@ -1,13 +1,13 @@
-"""Warp-specialized Gluon kernel for Hopper: the product of `row_gemm` where there are many rows.
+"""Warp-specialized Gluon kernel for Hopper: the GEMM of `row_gemm` for many rows.
 
     out[m, n] = (a[m] . w[n]) * a_scale[m] * w_scale[n]   (+ bias[n])
 
-a and w are both FP8 or both INT8; a scale of stride 0 is that of the whole tensor. The producer, the order of tiles and
-the turns are those of `warp_pipeline`. Each of the consumers owns `WAVES` times 64 rows of the tile.
+a and w are both FP8 or both INT8; a scale of stride 0 applies to the whole tensor. The producer, the order of tiles and
+the turns come from `warp_pipeline`. Each of the consumers owns `WAVES` times 64 rows of the tile.
 
-With `PROMOTE`, for FP8, four tensor core instructions of K = 32 go into fresh registers, and are added in FP32, while
-another consumer's run. Without, the tensor cores keep the sums, exactly those of INT8, and there are always
-instructions of the next step in the queue.
+With `PROMOTE`, for FP8, four tensor core instructions of K = 32 write to fresh registers, and are added in FP32 while
+another consumer's instructions run. Without it, the tensor cores keep the sums (exactly for INT8), and instructions of
+the next step are always queued.
 """
 
 from triton.experimental import gluon
@@ -36,7 +36,7 @@ def _consume(  # type: ignore[no-untyped-def]
     ROWS: gl.constexpr = a_ring.shape[1]
     KIND: gl.constexpr = gl.int32 if a_ring.dtype == gl.int8 else gl.float32
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
-    # Where this consumer's waves are: in which box of a stage, and from which row of it.
+    # Position of this consumer's waves: the box in a stage, and the row in the box.
     BOX: gl.constexpr = WHO * WAVES * 64 // ROWS
     ROW: gl.constexpr = WHO * WAVES * 64 % ROWS
     NEXT: gl.constexpr = (WHO + 1) % CONSUMERS
@@ -50,7 +50,7 @@ def _consume(  # type: ignore[no-untyped-def]
         give_turn(NEXT)
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
-        # The scales and the bias come while the tile is multiplied; a column's, one or two in each thread, wait there.
+        # Scales and bias are loaded while the tile is multiplied; each thread holds one or two columns' values.
         row, column = (tile_m * CONSUMERS + WHO) * WAVES * 64, tile_n * BLOCK_N
         columns = column + gl.arange(0, BLOCK_N, SPREAD)
         w_scales = gl.load(w_scale + columns.to(gl.int64) * w_scale_stride, mask=columns < n, other=0.0)
@@ -81,7 +81,7 @@ def _consume(  # type: ignore[no-untyped-def]
                 if WAVES == 1:
                     mbarrier.arrive(free.index(stage), count=1)
                 total0 += part
-                # There are registers for one `part`: waiting on a sum keeps the next wave behind this promotion.
+                # Registers suffice for one `part`: waiting on a sum keeps the next wave after this promotion.
                 total0 = warpgroup_mma_wait(0, deps=(total0,))
                 if WAVES == 2:
                     wait_for_turn(WHO)
@@ -100,7 +100,7 @@ def _consume(  # type: ignore[no-untyped-def]
                     total0, total1 = warpgroup_mma_wait(2, deps=(total0, total1))
                 else:
                     total0 = warpgroup_mma_wait(1, deps=(total0,))
-                if block > 0:  # the step before this one is done
+                if block > 0:  # the previous step is done
                     mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES), count=1)
             turn += 1
         if not PROMOTE:
@@ -109,7 +109,7 @@ def _consume(  # type: ignore[no-untyped-def]
             else:
                 total0 = warpgroup_mma_wait(0, deps=(total0,))
             mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES), count=1)
-        # The scales first, whose product is of ordinary size.
+        # Combine the scales first, because their product stays in range.
         w_line = gl.convert_layout(w_scales, gl.SliceLayout(0, SUMS))[None, :]
         result0 = total0.to(gl.float32) * (scale0[:, None] * w_line)
         if bias is not None:
@@ -123,7 +123,7 @@ def _consume(  # type: ignore[no-untyped-def]
             store(out, out_ring.index((WHO + 1) * BUFFERS - 1), result1, row + 64, column, None, n, BUFFERS - 1)
     tma.store_wait(0)
     if TURNS and WHO == 0:
-        wait_for_turn(WHO)  # every turn that was given is taken
+        wait_for_turn(WHO)  # every turn that was passed is consumed
 
 
 @gluon.jit(do_not_specialize=["m", "a_scale_stride"])
@@ -134,21 +134,21 @@ def warp_row_gemm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out[m, n] of a[m, k] and w[n, k], all three as tensor descriptors, on a grid of any size.
 
-    What a descriptor brings beyond its tensor is zero, and what it would write there is dropped.
+    Descriptor loads outside a tensor return zero; descriptor stores outside it are dropped.
 
     Args:
-        a: float8e4nv or int8 descriptor; its block is [BLOCK_M, 128], or [64, 128] where BLOCK_M is no power of two.
+        a: float8e4nv or int8 descriptor; its block is [BLOCK_M, 128], or [64, 128] if BLOCK_M is not a power of two.
         w: Descriptor of the same dtype, block [BLOCK_N, 128].
         out: bfloat16, float16 or float32 descriptor, block [64, BLOCK_N].
-        a_scale: float32, that of row m at m times the stride.
-        w_scale: float32, that of row n at n times the stride.
+        a_scale: float32, row m's at m times the stride.
+        w_scale: float32, row n's at n times the stride.
         bias: [n] in any floating dtype, or None.
         CONSUMERS: Warpgroups that multiply, 2 or 3.
-        WAVES: How often 64 rows each of them owns; BLOCK_M is 64 CONSUMERS WAVES.
-        STAGES: Blocks of K that are in shared memory at one time.
-        GROUP: Rows of tiles that follow each other.
+        WAVES: Units of 64 rows that each consumer owns; BLOCK_M is 64 CONSUMERS WAVES.
+        STAGES: Blocks of K in shared memory at once.
+        GROUP: Consecutive rows of tiles.
         PROMOTE: Add each step in FP32 registers; for FP8.
-        BUFFERS: Of 64 rows of the output for each consumer; one, or WAVES.
+        BUFFERS: Output buffers of 64 rows for each consumer; one, or WAVES.
     """
     BLOCK_M: gl.constexpr = CONSUMERS * WAVES * 64
     BLOCK_N: gl.constexpr = w.block_shape[0]
@@ -164,7 +164,7 @@ def warp_row_gemm(  # type: ignore[no-untyped-def]
         mbarrier.init(free.index(stage), count=CONSUMERS)
     fence_async_shared()
     height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, BLOCK_N)
-    # Each tuple of arguments stands where it is passed: from a variable, its constants would come out as tensors.
+    # Argument tuples must be written in the call: in a variable, their constants would become tensors.
     if CONSUMERS == 3:
         gl.warp_specialize(
             [

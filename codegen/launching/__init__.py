@@ -1,1 +1,1 @@
-"""Launches on a GPU: cheap once compiled, remembered as a whole, and compiled before they are needed."""
+"""GPU launches: cheap once compiled, replayed as a whole, and compiled ahead of use."""

@@ -1,13 +1,13 @@
-"""A compiled kernel and the C function of Triton that enqueues it, called with arguments that are ready for it.
+"""A compiled kernel and the Triton C function that enqueues it, called with prepared arguments.
 
-Triton's own way to that function looks up hooks and metadata, encodes each tensor descriptor anew and asks the driver
-about each pointer; that takes longer than many kernels run. Here pointers are plain integers, and what a descriptor
-encodes to is remembered by its address, sizes, strides and encoding.
+Triton's regular launch looks up hooks and metadata, encodes each tensor descriptor again and queries the driver about
+each pointer; that takes longer than many kernels run. Here pointers are plain integers, and encoded descriptors are
+cached by address, sizes, strides and encoding.
 
-The function's arguments are not part of Triton's interface. Two forms are known, and what a launcher has tells them
-apart: with `kernel_signature` (Triton 3.7 to 3.9) kernel arguments follow in a list, without it (3.6) one by one. Each
-kernel tries the function once with an empty grid; if that fails, and while a profiler has hooked Triton's launches,
-Triton's own way is taken: see `Kernel.path`.
+The function's arguments are not part of Triton's interface. Two forms are known, distinguished by an attribute of the
+launcher: with `kernel_signature` (Triton 3.7 to 3.9), kernel arguments follow in a list; without it (3.6), one by one.
+Each kernel tries the function once with an empty grid. If that fails, or while a profiler has hooked Triton's launches,
+Triton's regular launch is used: see `Kernel.path`.
 """
 
 import inspect
@@ -21,18 +21,18 @@ from torch import Tensor
 from codegen.launching.recent import Recent
 
 MAPS: Recent[Any] = Recent(8192)
-"""(description, address) -> the encoded descriptor; 128 bytes, and no hold on the memory it describes."""
+"""(description, address) -> the encoded descriptor: 128 bytes, without a reference to the memory it describes."""
 
 _ENCODINGS: dict[Hashable, int] = {}
-"""How a compiled kernel wants a descriptor encoded -> a number that stands for it in descriptions."""
+"""Descriptor encoding of a compiled kernel -> its number in descriptions."""
 
 _RUNTIME = triton.knobs.runtime
 
 
 def hooked() -> bool:
-    """Whether somebody wants to be told of launches."""
+    """Whether launch hooks are installed."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
-    # A chain without calls is no hook.
+    # An empty hook chain is not a hook.
     return (enter is not None and bool(getattr(enter, "calls", True))) or (
         leave is not None and bool(getattr(leave, "calls", True))
     )
@@ -44,7 +44,7 @@ def is_descriptor(argument: object) -> bool:
 
 
 class Address:
-    """Stands for a tensor of which only the address matters."""
+    """Replaces a tensor if only its address matters."""
 
     __slots__ = ("_address",)
 
@@ -57,12 +57,12 @@ class Address:
 
 
 class Encoder:
-    """Encodes the descriptors that stand at one place among a kernel's arguments.
+    """Encodes the descriptors of one kernel parameter.
 
     Args:
-        sample: A descriptor of that place; others differ from it by no more than address, sizes and strides.
-        metadata: What the compiled kernel says of that place.
-        encode: Triton's function for it.
+        sample: A descriptor for this parameter; others differ only in address, sizes and strides.
+        metadata: The compiled kernel's metadata for this parameter.
+        encode: Triton's encoding function.
     """
 
     __slots__ = ("_encode", "_kind", "_metadata", "_number", "_state")
@@ -74,7 +74,7 @@ class Encoder:
         self._number = _ENCODINGS.setdefault(repr((metadata, rest)), len(_ENCODINGS))
 
     def describe(self, sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-        """All that decides what a descriptor encodes to, except its address."""
+        """Everything that determines the encoding of a descriptor, except its address."""
         return (self._number, *sizes, *strides)
 
     def __call__(self, description: tuple[int, ...], address: int) -> Any:
@@ -90,14 +90,14 @@ class Encoder:
 
 
 class Kernel:
-    """One compiled kernel, loaded on the device that was current when it was first met.
+    """One compiled kernel, loaded on the device that was current at its first call.
 
     Attributes:
         compiled: Triton's handle.
-        constants: The values of its last parameters, which the compiler knows.
-        encoders: For the arguments in order: how to encode a descriptor, and None for everything else.
-        raw: The C function: of grid, stream, `head`, and the arguments, one by one or, where `listed`, in a list.
-        path: "direct", or "plain" where Triton's own way is taken, and `raw` and `encoders` are of no use.
+        constants: The values of its last parameters, known to the compiler.
+        encoders: For each argument: the encoder of a descriptor, or None for anything else.
+        raw: The C function: takes grid, stream, `head`, and the arguments, one by one or, if `listed`, in a list.
+        path: "direct", or "plain" for Triton's regular launch, which does not use `raw` and `encoders`.
     """
 
     def __init__(self, compiled: Any, arguments: Sequence[Any], constants: Sequence[Any]) -> None:
@@ -121,7 +121,7 @@ class Kernel:
             self.enqueue(programs, current_stream(current_device()), self.ready(arguments))
 
     def ready(self, arguments: Sequence[Any]) -> list[Any]:
-        """What the C function takes for these arguments: addresses, numbers, encoded descriptors with their sizes."""
+        """The arguments of the C function: addresses, numbers, encoded descriptors with their sizes."""
         ready: list[Any] = []
         for argument, encoder in zip(arguments, self.encoders, strict=True):
             if encoder is not None:
@@ -135,14 +135,14 @@ class Kernel:
         return ready
 
     def enqueue(self, programs: int, stream: int, ready: list[Any]) -> None:
-        """Enqueues the kernel with arguments that are `ready`; only where `path` is "direct" and nobody hooked in."""
+        """Enqueues the kernel with arguments that are `ready`; only if `path` is "direct" and no hook is installed."""
         if self.listed:
             self.raw(programs, 1, 1, stream, *self.head, ready)
         else:
             self.raw(programs, 1, 1, stream, *self.head, *ready)
 
     def _connect(self, arguments: Sequence[Any]) -> bool:
-        """Finds the C function and tries it on an empty grid; whether it took these arguments."""
+        """Finds the C function and tries it on an empty grid; returns whether it accepted these arguments."""
         run = self.compiled.run
         if not _needs_no_memory(run):
             return False
@@ -158,12 +158,12 @@ class Kernel:
             self.encoders = _encoders(arguments, self.compiled)
             self.enqueue(0, 0, self.ready(arguments))
         except (AttributeError, LookupError, TypeError, ValueError, SystemError):
-            return False  # Triton is not built as it is known here
+            return False  # an unknown version of Triton's internals
         return True
 
 
 def without_memory(arguments: Sequence[Any]) -> list[Any]:
-    """The same arguments without a hold on the memory of their tensors, for a kernel that is not launched yet."""
+    """The same arguments without references to tensor memory, for a kernel that has not been launched."""
     light = []
     for argument in arguments:
         if is_descriptor(argument):
@@ -181,40 +181,40 @@ def _twin(kind: Any, fields: dict[str, Any], **changed: Any) -> Any:
 
 
 def current_device() -> int:
-    """The index of torch's current CUDA device, of a process that uses one."""
+    """The index of torch's current CUDA device, for a process that uses one."""
     index: int = torch._C._cuda_getDevice()
     return index
 
 
 def current_stream(device: int) -> int:
-    """The handle of torch's current stream of the CUDA device of that index."""
+    """The handle of torch's current stream on the CUDA device of that index."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
 
 
 def _needs_no_memory(run: Any) -> bool:
-    """Whether a launcher of Triton is one whose launches allocate and watch nothing."""
+    """Whether launches by a launcher of Triton need no allocation and no instrumentation."""
     sizes = [getattr(run, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
     return sizes == [0, 0] and not getattr(run, "gsan_enabled", False)
 
 
 def _builtin(function: Any) -> Any:
-    """The C function behind the Python function that expands descriptors, where there is one."""
+    """The C function wrapped by the Python function that expands descriptors, if there is one."""
     raw = function if inspect.isbuiltin(function) else inspect.getclosurevars(function).nonlocals["launcher"]
     if not inspect.isbuiltin(raw):
-        raise TypeError(f"{raw} is not written in C")
+        raise TypeError(f"{raw} is not a C function")
     return raw
 
 
 def _encoders(arguments: Sequence[Any], compiled: Any) -> list[Encoder | None]:
-    """For each argument that is a descriptor how it is encoded; TypeError where that is not known."""
+    """The encoder for each argument that is a descriptor; raises TypeError if it is unknown."""
     if not any(map(is_descriptor, arguments)):
         return [None] * len(arguments)
     make = inspect.getmodule(type(compiled.run)).make_tensordesc_arg  # type: ignore[union-attr]
     extra = (None,) * (len(inspect.signature(make).parameters) - 2)
     described = list(compiled.metadata.tensordesc_meta or [])
     if len(described) != sum(map(is_descriptor, arguments)) or any(m.get("is_im2col") for m in described):
-        raise TypeError("the descriptors of this kernel are not those of tiles")
+        raise TypeError("the descriptors of this kernel are not tile descriptors")
 
     def encode(descriptor: Any, metadata: dict[str, Any]) -> Any:
         return make(descriptor, metadata, *extra)

@@ -1,4 +1,4 @@
-"""A kernel call and its launch on a GPU; operands as rows, and the right current device."""
+"""Kernel calls and their launch on a GPU; also operands as rows, and the current device."""
 
 import contextlib
 from collections.abc import Hashable, Sequence
@@ -14,18 +14,18 @@ from codegen.launching.replay import state
 from qcompiler.errors import CodegenError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-"""What the kernels read before, and write after, quantized arithmetic."""
+"""Element types that the kernels read before, and write after, quantized arithmetic."""
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`x` as a matrix of its last dimension with contiguous rows; a view where its strides allow."""
+    """`x` as a matrix of its last dimension with contiguous rows; a view if its strides allow."""
     k = x.shape[-1]
     rows = x.reshape(x.shape[:-1].numel(), k)
     return rows if rows.stride(-1) == 1 or k <= 1 else rows.contiguous()
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: switch to the operands' one, if it is another."""
+    """Switches to the device of the operands, because Triton launches on the current device."""
     return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
@@ -33,7 +33,7 @@ _COMPILED: dict[Hashable, Kernel] = {}
 
 
 class KernelCall(NamedTuple):
-    """One kernel on some operands: what a launch, a warm-up, a measurement, and ahead-of-time compilation consume.
+    """One kernel with its operands: used by launches, warm-up, measurements, and ahead-of-time compilation.
 
     Attributes:
         kernel: A Triton or Gluon function whose last parameters are the constants, in their order.
@@ -50,7 +50,7 @@ class KernelCall(NamedTuple):
     options: dict[str, int]
 
     def key(self) -> Hashable:
-        """Equal for calls that run the same compiled kernel: all that Triton compiles for, and the device."""
+        """Equal for calls that run the same compiled kernel: everything Triton specializes on, and the device."""
         kernel, _, arguments, constants, options = self
         found: list[Hashable] = [id(kernel), *options.values(), *constants.values()]
         tensor = None
@@ -63,7 +63,7 @@ class KernelCall(NamedTuple):
             elif isinstance(value, Tensor):
                 tensor = value
                 found += value.dtype, value.data_ptr() & 15 == 0
-            else:  # these two decide a descriptor's layout, too
+            else:  # these two determine a descriptor's layout, too
                 tensor = value.base
                 found.append(tensor.dtype)
                 found += value.block_shape
@@ -72,11 +72,11 @@ class KernelCall(NamedTuple):
 
 
 _SPECIALIZED: dict[int, tuple[bool, ...]] = {}
-"""The id of a kernel -> for each parameter whether Triton may compile anew for another integer."""
+"""Kernel id -> for each parameter, whether Triton specializes on the value of an integer."""
 
 
 def _specialized(kernel: Any) -> tuple[bool, ...]:
-    """As in `_SPECIALIZED`; nothing under the interpreter. Triton's own hash of a kernel takes long."""
+    """As in `_SPECIALIZED`; empty under the interpreter. Hashing a kernel with Triton is slow."""
     found = _SPECIALIZED.get(id(kernel))
     if found is None:
         found = tuple(not parameter.do_not_specialize for parameter in getattr(kernel, "params", ()))
@@ -87,9 +87,9 @@ def _specialized(kernel: Any) -> tuple[bool, ...]:
 def launch(call: KernelCall) -> None:
     """Launches a call on the current stream, cheaply once it is compiled.
 
-    Triton's own launch binds and classifies all arguments anew, which takes longer than many kernels run. Here the
-    compiled kernel is remembered by what Triton compiles for: see `KernelCall.key`. Inside
-    `codegen.launching.replay.replayed` the launch is remembered as a whole.
+    Triton's regular launch binds and classifies all arguments again, which takes longer than many kernels run. Here the
+    compiled kernel is cached by everything Triton specializes on: see `KernelCall.key`. Inside
+    `codegen.launching.replay.replayed` the launch is recorded as a whole.
 
     Raises:
         CodegenError: The kernel is not compiled yet while a CUDA graph is captured.
@@ -106,7 +106,7 @@ def launch(call: KernelCall) -> None:
     else:
         _check_capture(call)
         compiled = kernel[(programs,)](*arguments, **constants, **compile_options(options))
-        if compiled is None:  # the interpreter compiles nothing
+        if compiled is None:  # the interpreter does not compile
             return
         ready = keep_compiled(key, compiled, arguments, constants)
     if state.tape is not None:
@@ -114,25 +114,25 @@ def launch(call: KernelCall) -> None:
 
 
 def keep_compiled(key: Hashable, compiled: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> Kernel:
-    """Loads a compiled kernel on the current device, and keeps it for launches of this key."""
+    """Loads a compiled kernel on the current device, and caches it for launches with this key."""
     ready = _COMPILED[key] = Kernel(compiled, arguments, tuple(constants.values()))
     return ready
 
 
 def _check_capture(call: KernelCall) -> None:
-    """Raises CodegenError where a kernel that is new would be loaded into a stream under capture."""
+    """Raises CodegenError if a new kernel would have to be loaded during CUDA graph capture."""
     if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
         return
     name = getattr(call.kernel, "__name__", str(call.kernel))
     raise CodegenError(
         "a kernel is not compiled yet, and cannot be while a CUDA graph is captured",
         got=f"{name}({', '.join(map(_brief, call.arguments))})",
-        fix="Before the capture call compiled.warmup(...) with these sizes, or run the same call once.",
+        fix="Before the capture, call compiled.warmup(...) with these sizes, or run the same call once.",
     )
 
 
 def _brief(argument: Any) -> str:
-    """A tensor by its type and sizes, a number by itself."""
+    """A tensor by its type and sizes; a number by its value."""
     tensor = getattr(argument, "base", argument) if is_descriptor(argument) else argument
     if not isinstance(tensor, Tensor):
         return str(argument)
@@ -140,23 +140,23 @@ def _brief(argument: Any) -> str:
 
 
 _TEMPLATES: Recent[dict[str, Any]] = Recent(4096)
-"""Fields of descriptors that were checked, one for each number of rows lately met, without their tensor."""
+"""Validated descriptor fields without their tensor, one entry per recent number of rows."""
 
 
 def descriptor(
     tensor_descriptor: Any, tensor: Tensor, shape: list[int], stride: int, block: list[int], *layout: Any
 ) -> Any:  # fmt: skip
-    """A tensor descriptor of a matrix with rows of `stride` elements, checked by Triton once for all of its shape.
+    """A tensor descriptor of a matrix with rows of `stride` elements, validated by Triton once per shape.
 
     Args:
-        tensor_descriptor: Triton's class, or Gluon's, which wants a `layout` of the block in shared memory.
+        tensor_descriptor: Triton's class, or Gluon's, which needs a `layout` of the block in shared memory.
         tensor: Starts at a multiple of 16 bytes.
-        shape: Rows and columns, 1 or more of each.
+        shape: Rows and columns, at least 1 each.
         stride: Elements from one row to the next, a multiple of 16 bytes.
         block: Rows and columns of a tile.
-        layout: For Gluon.
+        layout: For Gluon only.
     """
-    # A template holds on to its layout, so that no other layout can have the same id.
+    # The template keeps its layout alive, so no other layout can have the same id.
     key = (tensor_descriptor, tensor.dtype, *shape, stride, *block, *map(id, layout))
     template = _TEMPLATES.get(key)
     if template is None:

@@ -1,4 +1,4 @@
-"""A mapping that forgets what was not asked for lately, so that nothing kept for speed grows without bound."""
+"""A mapping that drops entries not used recently, so that caches stay bounded."""
 
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -7,16 +7,16 @@ Kept = TypeVar("Kept")
 
 
 class Recent(Generic[Kept]):
-    """At least the `size` entries that were used last, and twice as many at most.
+    """Holds at least the `size` most recently used entries, and at most twice as many.
 
-    Two generations: when the young one is full it becomes the old one, and an old entry that is asked for is young
-    again. A hit in the young generation costs one look into a dict, less than what an exact order of use would.
+    It has two generations: a full young generation becomes the old one, and an old entry that is used moves back to the
+    young one. A hit in the young generation costs one dict lookup, less than an exact LRU order.
 
     Args:
         size: Entries of a generation.
 
     Attributes:
-        young: The young generation, for those who look there first where every microsecond counts.
+        young: The young generation, for callers that check it first when every microsecond counts.
     """
 
     def __init__(self, size: int) -> None:
@@ -25,14 +25,14 @@ class Recent(Generic[Kept]):
         self._old: dict[Hashable, Kept] = {}
 
     def get(self, key: Hashable) -> Kept | None:
-        """What was put there, or None."""
+        """The stored value, or None."""
         found = self.young.get(key)
         if found is None and (found := self._old.get(key)) is not None:
             self.put(key, found)
         return found
 
     def put(self, key: Hashable, value: Kept) -> None:
-        """Keeps `value`, which is not None."""
+        """Stores `value`, which must not be None."""
         if len(self.young) >= self._size:
             self._old, self.young = self.young, {}
         self.young[key] = value

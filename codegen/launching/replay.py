@@ -1,10 +1,10 @@
-"""Launches of an operator, remembered for operands of one description and made again for others of the same.
+"""Records the launches of an operator, and replays them for other operands of the same description.
 
-What an operator does on the host - checks, the choice of a configuration, strides, constants - depends on the shapes,
-strides, element types and alignment of its operands, never on their values. So a call is taken down: which tensors it
-allocated and which kernels it launched on what. A later call allocates the same and launches the same, with the new
-addresses, and runs none of the code in between. What is taken down is the second call for operands of some shapes: many
-are met once only, such as those of a prompt.
+Host work of an operator (checks, choice of a configuration, strides, constants) depends on the shapes, strides, element
+types and alignment of its operands, never on their values. So a call is recorded: which tensors it allocated, and which
+kernels it launched on what. A later call repeats the allocations and launches with the new addresses, and skips the
+code in between. Recording starts with the second call for given shapes, because many shapes occur only once, such as
+prompt lengths.
 
     def scale_rows(x, factor):
         out = replay.empty(x.shape, x.dtype, x.device)
@@ -13,8 +13,8 @@ are met once only, such as those of a prompt.
 
     replayed(scale_rows, "scale_rows", (x, factor), x, factor)
 
-Only what is understood is remembered: each tensor that a kernel is given must lie in an operand, or come from `empty`.
-An operator that copied an operand first, or ran one of torch's operators, simply runs again the next time.
+Calls are recorded only if every tensor passed to a kernel lies in an operand or comes from `empty`. An operator that
+copies an operand first, or runs one of torch's operators, simply runs again.
 """
 
 import threading
@@ -32,13 +32,13 @@ Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
 
 class _State(threading.local):
-    """What the thread is doing.
+    """The current activity of this thread.
 
     Attributes:
-        tape: Takes down launches and allocations, while a call is taken down.
-        planner: Is given each kernel call that is not compiled yet, with its key, and nothing is launched, while
-            somebody looks which kernels a call would need.
-        problems: Where products that are met are noted, each once, while somebody looks which ones a call makes.
+        tape: Records launches and allocations while a call is recorded.
+        planner: Receives each kernel call that is not compiled yet, with its key; nothing is launched meanwhile. Set
+            while the kernels of a call are collected.
+        problems: Collects each distinct GEMM while the GEMMs of a call are listed.
     """
 
     tape: "_Tape | None" = None
@@ -50,7 +50,7 @@ state = _State()
 
 
 class _Place(NamedTuple):
-    """Where an argument's address comes from: bytes beyond the start of an operand, or of what was allocated."""
+    """The origin of an argument's address: an offset in bytes from the start of an operand or allocation."""
 
     slot: int
     source: int
@@ -58,7 +58,7 @@ class _Place(NamedTuple):
 
 
 class _Descriptor(NamedTuple):
-    """Where an encoded descriptor comes from."""
+    """The origin of an encoded descriptor."""
 
     slot: int
     source: int
@@ -68,7 +68,7 @@ class _Descriptor(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """One launch, with everything in place but addresses."""
+    """One launch, complete except for addresses."""
 
     kernel: Kernel
     call: Callable[..., None]
@@ -78,7 +78,7 @@ class _Launch(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a call comes to."""
+    """The recorded allocations and launches of a call."""
 
     device: int
     makers: tuple[Callable[[], Tensor], ...]
@@ -87,7 +87,7 @@ class _Plan(NamedTuple):
     single: bool
 
     def run(self, addresses: list[int]) -> Any:
-        """Allocates and launches, for operands at these addresses; what the call returns."""
+        """Allocates and launches for operands at these addresses; returns the result of the call."""
         if current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(addresses)
@@ -109,14 +109,14 @@ class _Plan(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A plan and the operands it is for.
+    """A plan and the operands it applies to.
 
     Attributes:
-        alignment: Their addresses, less whole steps of 16 bytes.
-        apart: For operands that share memory, such as the halves of one product: how many bytes the second is behind
-            the first. Where that is the same, it does not matter from which of them an address was computed.
-        fits: Compares all else.
-        plan: What to do.
+        alignment: The operands' addresses modulo 16 bytes.
+        apart: For operands that share memory, such as the halves of one GEMM result: bytes from the first to the
+            second. If that is equal, an address may be computed from either of them.
+        fits: Compares everything else.
+        plan: The recorded work.
     """
 
     alignment: list[int]
@@ -125,35 +125,35 @@ class _Known(NamedTuple):
     plan: _Plan
 
     def lie_right(self, addresses: Sequence[int]) -> bool:
-        """Whether operands that share memory are as far apart as they were."""
+        """Whether operands that share memory are at the same distance as when recorded."""
         return all(addresses[second] - addresses[first] == behind for first, second, behind in self.apart)
 
 
 _KNOWN: Recent[list[_Known]] = Recent(2048)
-"""(what, shapes) -> the calls that are remembered; none after the first, and a few that differ in strides or types."""
+"""(what, shapes) -> recorded calls: none after the first call, and a few that differ in strides or types."""
 
 MOST_VARIANTS = 8
-"""Calls of one operator for operands of the same shapes that are remembered."""
+"""Maximum recorded calls of one operator for operands of the same shapes."""
 
 
 def forget() -> None:
-    """Forgets all calls: what operators do for the same operands has changed."""
+    """Forgets all calls, because operators may now act differently on the same operands."""
     _KNOWN.clear()
 
 
 def replayed(
     run: Callable[..., Result], what: Hashable, operands: Sequence[Tensor | None], *arguments: Any
 ) -> Result:  # fmt: skip
-    """`run(*arguments)`, or the launches of an earlier such call.
+    """Runs `run(*arguments)`, or replays the launches of an earlier such call.
 
     Args:
-        run: An operator on a CUDA device; it returns one or several of the tensors that it got from `empty`.
-        what: Everything that its launches depend on beside the operands, the operator's own name included.
+        run: An operator on a CUDA device; it returns one or more tensors that it got from `empty`.
+        what: Everything that its launches depend on besides the operands, including the operator's name.
         operands: All tensors among the arguments.
-        arguments: Of `run`.
+        arguments: The arguments of `run`.
     """
     if state.tape is not None:
-        state.tape.whole = False  # what launches are remembered apart is no part of the call around it
+        state.tape.whole = False  # separately recorded launches are not part of the enclosing call
     if state.planner is not None or hooked():
         return run(*arguments)
     given = [tensor for tensor in operands if tensor is not None]
@@ -181,7 +181,7 @@ def replayed(
 
 
 def _distances(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
-    """Pairs of tensors that share memory, the first of all that do and another, with the bytes between their starts."""
+    """Pairs of tensors that share memory (the first and each other one), with the bytes between their starts."""
     first: dict[int, int] = {}
     pairs = []
     for index, tensor in enumerate(tensors):
@@ -192,9 +192,9 @@ def _distances(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Tells whether other tensors have the same shapes, strides, element types and devices as these.
+    """A check whether other tensors have the same shapes, strides, element types and devices.
 
-    It is torch.compile's own guard, written in C++, where torch has it: attributes one by one take as long as a launch.
+    Uses torch.compile's C++ guard if torch has it: checking attributes one by one takes as long as a launch.
     """
     guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
     if guards is not None:
@@ -208,9 +208,9 @@ def _comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
 ) -> Tensor:  # fmt: skip
-    """Memory for a result or for partial sums, of any content; contiguous unless `strides` are given.
+    """Uninitialized memory for a result or partial sums; contiguous unless `strides` are given.
 
-    For what `launch`ed kernels write, and nobody else: a remembered call runs none of torch's operators.
+    Only kernels run by `launch` may write to it: a replayed call runs no torch operators.
     """
     made = (
         torch.empty(shape, dtype=dtype, device=device)
@@ -223,7 +223,7 @@ def empty(
 
 
 class _Tape:
-    """Takes down one call."""
+    """Records one call."""
 
     def __init__(self, operands: Sequence[Tensor]) -> None:
         self.operands, self.made, self.whole = operands, list[Tensor](), True
@@ -234,7 +234,7 @@ class _Tape:
         self._launches.append((kernel, programs, arguments))
 
     def plan(self, returned: Tensor | tuple[Tensor, ...]) -> _Plan | None:
-        """How to make the call again; None where that is not known."""
+        """The plan to repeat the call; None if that is not possible."""
         results = returned if isinstance(returned, tuple) else (returned,)
         indices = [next((i for i, each in enumerate(self.made) if each is result), None) for result in results]
         starts = self._starts()
@@ -247,7 +247,7 @@ class _Tape:
         return _Plan(self.made[0].get_device(), *whole)
 
     def _starts(self) -> dict[int, tuple[int, int]]:
-        """Storage -> which operand, the first of several, or allocation begins where in it."""
+        """Storage -> the operand (the first of several) or allocation that starts in it, and where."""
         starts: dict[int, tuple[int, int]] = {}
         for index, tensor in enumerate((*self.operands, *self.made)):
             if tensor.numel():
@@ -256,7 +256,7 @@ class _Tape:
 
 
 def _maker(tensor: Tensor) -> Callable[[], Tensor]:
-    """Makes an empty tensor like this one; on the current device, where torch can do it without its dispatcher."""
+    """Makes an empty tensor like this one; on the current device, and without torch's dispatcher if possible."""
     sizes, strides = tuple(tensor.shape), tensor.stride()
     quick = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) if tensor.is_cuda else None
     if quick is not None:
@@ -267,7 +267,7 @@ def _maker(tensor: Tensor) -> Callable[[], Tensor]:
 def _launch(
     kernel: Kernel, programs: int, arguments: Sequence[Any], starts: dict[int, tuple[int, int]]
 ) -> _Launch | None:  # fmt: skip
-    """A launch with the places of its addresses; None where a tensor is not known, or Triton's own way is taken."""
+    """A launch with the origins of its addresses; None if a tensor is unknown or Triton's regular launch is used."""
     if kernel.path == "plain":
         return None
     places: list[_Place] = []

@@ -1,4 +1,4 @@
-"""How long launches take on a GPU, side by side: CUDA-graph replays, in which neither Python nor launch gaps count."""
+"""Compares launch times on a GPU: CUDA-graph replays exclude Python overhead and launch gaps."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ def in_turns(
 ) -> dict[Key, float]:
     """Microseconds of one launch of each, the median over rounds in which each replays a graph once.
 
-    A device at its power limit gives whoever comes first the higher clock, hence the turns.
+    The functions take turns, because a device at its power limit gives the first one a higher clock.
 
     Args:
-        launches: Name -> functions that only enqueue work on the current stream, such as one product with several
-            weights, of which the cache holds no two. They keep their operands alive: a graph does not.
-        rounds: Of replays.
-        budget: Milliseconds of work in a graph, about.
-        most: Launches in a graph, at most, unless one pass through the functions has more.
+        launches: Name -> functions that only enqueue work on the current stream, such as one GEMM with several weights
+            too large for two to share the cache. They must keep their operands alive: a graph does not.
+        rounds: Number of rounds.
+        budget: Approximate milliseconds of work in a graph.
+        most: Maximum launches in a graph, unless one pass through the functions has more.
     """
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     graphs = {}

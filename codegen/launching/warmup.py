@@ -1,9 +1,8 @@
-"""Which kernels a function would launch, without running it on data; and their compilation, all at one time.
+"""Finds the kernels that a function would launch, without running it on data, and compiles them in parallel.
 
-The function runs on tensors without data (torch's fake ones), so sizes flow through it and nothing is computed. Only
-our own operators get memory, for as long as each takes to choose its kernels, and instead of launching these they hand
-them to Triton's asynchronous compiler. What is compiled is loaded, too: the first real call, or the capture of a CUDA
-graph, finds everything in place.
+The function runs on torch's fake tensors, so only sizes are propagated and nothing is computed. Our own operators get
+real memory while they choose kernels; instead of launching, they pass the kernels to Triton's asynchronous compiler.
+Compiled kernels are also loaded, so the first real call or CUDA graph capture needs no compilation.
 """
 
 import os
@@ -36,15 +35,15 @@ from codegen.launching.replay import state
 from qcompiler.errors import CodegenError
 
 Progress = Callable[[int, int, str], None]
-"""Is told how many kernels are done, how many there are, and what the last one was."""
+"""Called with the number of kernels done, their total, and the last one's name."""
 
 UNKNOWN_SIZES = (DataDependentOutputException, DynamicOutputShapeException)
-"""What torch raises where only data decide how to go on."""
+"""Errors that torch raises if control flow depends on data."""
 
 
 @dataclass(frozen=True)
 class Blank:
-    """A tensor of which only the description matters."""
+    """Describes a tensor without data."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -56,8 +55,8 @@ class WarmKernel:
     """One kernel that was compiled.
 
     Attributes:
-        name: Its function, what it takes, and its constants, such as `quantize_tiles(bfloat16, …) BLOCK_M=32 …`.
-        seconds: How long it took in its thread; next to nothing where it was found on disk.
+        name: Its function, argument types, and constants, such as `quantize_tiles(bfloat16, …) BLOCK_M=32 …`.
+        seconds: Compile time in its thread; near zero if it was found on disk.
     """
 
     name: str
@@ -66,13 +65,13 @@ class WarmKernel:
 
 @dataclass(frozen=True)
 class Warmup:
-    """What a warm-up did.
+    """The result of a warm-up.
 
     Attributes:
-        kernels: Those that were compiled or loaded from disk; what was warm before is not among them.
-        calls: For how many calls the kernels were looked up.
-        seconds: How long all of it took.
-        note: Why there may be more to compile, or nothing at all; None as a rule.
+        kernels: Kernels that were compiled or loaded from disk; excludes those already loaded.
+        calls: Number of calls whose kernels were collected.
+        seconds: Total time.
+        note: Why there may be more to compile, or nothing at all; usually None.
     """
 
     kernels: tuple[WarmKernel, ...] = ()
@@ -89,7 +88,7 @@ class Warmup:
 
 @dataclass
 class _Job:
-    """One kernel on its way: what compiles it, how long that took, and what is waiting for it."""
+    """One kernel being compiled: its task, its compile time, and the calls that wait for it."""
 
     name: str
     compile: Callable[[], Any]
@@ -98,9 +97,9 @@ class _Job:
 
 
 class _Pool(ThreadPoolExecutor):
-    """Takes the time of each task, and starts none before `start` is set.
+    """Times each task, and starts none before `start` is set.
 
-    Planning and compiling both make syntax trees, and CPython 3.11 was seen to fail at that in several threads.
+    Planning and compiling both build syntax trees, and CPython 3.11 has failed when several threads do that.
     """
 
     def __init__(self, workers: int) -> None:
@@ -109,7 +108,7 @@ class _Pool(ThreadPoolExecutor):
         self.last: tuple[Callable[[], Any], list[float]] = (lambda: None, [0.0])
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As its base; `last` is the task that is called with these arguments, and a list for its seconds."""
+        """As in the base class; records `last`: the task for these arguments, and a list for its seconds."""
         compile_now, taken = self.last = partial(task, *args, **kwargs), [0.0]
 
         def timed() -> Any:
@@ -124,7 +123,7 @@ class _Pool(ThreadPoolExecutor):
 
 
 class _Planner:
-    """Starts the compilation of each kernel that it is given, once."""
+    """Starts the compilation of each kernel once."""
 
     def __init__(self, pool: _Pool) -> None:
         self._pool = pool
@@ -147,16 +146,16 @@ class _Planner:
 
 
 def _kind(argument: Any) -> str:
-    """What a kernel is compiled for, of an argument: an element type, the box of a descriptor; nothing of a number."""
+    """The part of an argument that a kernel is specialized on: element type or descriptor box; empty for a number."""
     if is_descriptor(argument):
         return f"{_kind(argument.base)}{list(argument.block_shape)}"
     return str(argument.dtype).removeprefix("torch.") if isinstance(argument, Tensor) else ""
 
 
 class _OwnOperators(TorchDispatchMode):
-    """Runs our operators on memory full of zeros beside torch's fake tensors, so that they ask for their kernels.
+    """Runs our operators on zeros alongside torch's fake tensors, so that they request their kernels.
 
-    Real tensors, such as weights, become fake ones for all other operators: some of these write.
+    Real tensors, such as weights, become fake for all other operators, because some of these write.
     """
 
     def __init__(self, fakes: FakeTensorMode) -> None:
@@ -171,13 +170,13 @@ class _OwnOperators(TorchDispatchMode):
         return func(*pytree.tree_map(self._fake, args), **pytree.tree_map(self._fake, kwargs))
 
     def _fake(self, value: Any) -> Any:
-        """A fake tensor, always the same one, for a real one."""
+        """The fake tensor of a real one; always the same."""
         real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
         return self._fakes.from_tensor(value) if real else value
 
 
 def _with_memory(value: Any) -> Any:
-    """A fake tensor as a real one of zeros that lies as the fake one does; everything else as it is."""
+    """Real zeros with the layout of a fake tensor; anything else is returned unchanged."""
     if not isinstance(value, FakeTensor):
         return value
     extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -194,10 +193,10 @@ def warm_up(
 
     Args:
         run: Calls torch's operators and ours; it may hold real weights.
-        calls: Arguments of `run`; tensors among them, and `Blank`s, give no more than their description.
-        device: Where kernels are loaded.
+        calls: Arguments of `run`; only the descriptions of tensors and `Blank`s are used.
+        device: The device to load kernels on.
         progress: Called after each kernel, in the calling thread.
-        workers: Threads that compile; left out, one for each core of this process, 16 at most.
+        workers: Compiler threads; default: one per core of this process, at most 16.
 
     Raises:
         CodegenError: A kernel does not compile.
@@ -220,7 +219,7 @@ def warm_up(
 def products_of(
     run: Callable[..., object], calls: Iterable[Sequence[Any]], device: torch.device
 ) -> tuple[list[Any], str | None]:
-    """The `GemmProblem`s that `run(*call)` would meet, each once, and why there may be more; see `warm_up`."""
+    """The distinct `GemmProblem`s of `run(*call)`, and why there may be more; see `warm_up`."""
     found: dict[Any, None] = {}
     with torch.cuda.device(device):
         state.problems = found
@@ -232,21 +231,21 @@ def products_of(
 
 
 def _plan(run: Callable[..., object], call: Sequence[Any], planner: Callable[..., None]) -> str | None:
-    """Gives the planner all kernels of one call; a sentence where data would have to say how it goes on."""
+    """Passes all kernels of one call to the planner; returns a sentence if control flow depends on data."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fakes, _OwnOperators(fakes):
         inputs = [_without_data(value) for value in call]
         state.planner = planner
         try:
             run(*inputs)
         except UNKNOWN_SIZES as error:
-            return f"What follows {getattr(error, 'func', error)} depends on data and was not looked at: call it once."
+            return f"Kernels after {getattr(error, 'func', error)} depend on data and were not found: call it once."
         finally:
             state.planner = None
     return None
 
 
 def _without_data(value: Any) -> Any:
-    """A fake tensor for a tensor or a `Blank`; everything else as it is."""
+    """A fake tensor for a tensor or a `Blank`; anything else is returned unchanged."""
     if isinstance(value, Blank):
         return torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if isinstance(value, Tensor):
@@ -255,9 +254,9 @@ def _without_data(value: Any) -> Any:
 
 
 def _finish(planner: _Planner, progress: Progress | None) -> tuple[WarmKernel, ...]:
-    """Waits for the compiler, loads what it made, and tells of it.
+    """Waits for the compiler, loads the kernels, and reports progress.
 
-    What failed is compiled again when nothing else is: threads that make syntax trees can disturb each other.
+    Failed kernels are compiled again alone: threads that build syntax trees can interfere with each other.
     """
     futures = {getattr(handle, "future", None) or _done(handle): key for key, (handle, _) in planner.jobs.items()}
     done: list[WarmKernel] = []
@@ -287,7 +286,7 @@ def _finish(planner: _Planner, progress: Progress | None) -> tuple[WarmKernel, .
 
 
 def _done(compiled: object) -> Future[Any]:
-    """A future for what is there already."""
+    """A completed future for an existing result."""
     future: Future[Any] = Future()
     future.set_result(compiled)
     return future

@@ -1,9 +1,9 @@
-"""Casts to and from FP8 that come out right where a compiler's own do not.
+"""Casts to and from FP8 that are correct where a compiler's own casts are not.
 
-IREE's CPU backend (3.13) makes a zero of what should be rounded up to the smallest normal number of an FP8 format, and
-reads the negative NaN of e4m3 as -480. So neither is ever shown to it: such a number is rounded before the cast, NaN
-has no sign, and what is read as larger than the format's largest number is NaN again. The results are those of torch's
-casts, bit for bit, but for the sign of NaN.
+IREE's CPU backend (3.13) flushes values to zero that should round up to the smallest normal number of an FP8 format,
+and reads the negative NaN of e4m3 as -480. These casts avoid both: such values are rounded before the cast, NaN has no
+sign, and values read as larger than the format's maximum become NaN again. The results are bit-equal to torch's casts,
+except for the sign of NaN.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ SMALLEST: dict[torch.dtype, tuple[float, float]] = {
     torch.float8_e4m3fn: (2.0**-6, 2.0**-6 - 2.0**-10),
     torch.float8_e5m2: (2.0**-14, 2.0**-14 - 2.0**-17),
 }
-"""FP8 format -> its smallest normal number, and the least that is rounded up to it."""
+"""FP8 format -> its smallest normal number, and the smallest value that rounds up to it."""
 
 
 def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x`, FP32, such that its cast to `dtype` needs no rounding up to the smallest normal number."""
+    """`x`, FP32, adjusted so that its cast to `dtype` never rounds up to the smallest normal number."""
     smallest, least = SMALLEST[dtype]
     size = x.abs()
     up = (size >= least) & (size < smallest)
@@ -28,10 +28,10 @@ def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def exact(cast: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What torch's cast operator is taken apart into, with casts to and from FP8 made safe.
+    """The decomposition of torch's cast operator, with safe casts to and from FP8.
 
     Args:
-        cast: What it is taken apart into otherwise.
+        cast: The regular decomposition.
     """
 
     def run(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:

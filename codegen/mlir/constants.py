@@ -1,4 +1,4 @@
-"""Weights as constants of a module, in place of arguments of its function."""
+"""Stores weights as constants of a module instead of function arguments."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from qcompiler.ir.op import quote
 
 
 def embed(module: Any, parameters: Sequence[Parameter], store: Mapping[str, torch.Tensor] | None) -> None:
-    """Makes a constant of each weight among the parameters, in place; state stays an argument.
+    """Replaces each weight among the parameters by a constant, in place; state stays an argument.
 
     Args:
-        module: In the torch dialect, with its arguments labelled.
-        parameters: Those of its function.
-        store: Name -> tensor; None leaves the numbers out, so that only the name of a resource is there.
+        module: In the torch dialect, with its arguments labeled.
+        parameters: The parameters of its function.
+        store: Name -> tensor; None omits the numbers, leaving only the resource name.
     """
     ir = load("torch_mlir.ir", "mlir")
     (function,) = module.body.operations
@@ -31,7 +31,7 @@ def embed(module: Any, parameters: Sequence[Parameter], store: Mapping[str, torc
             argument = block.arguments[index]
             kind = _tensor_type(argument.type)
             value = (
-                ir.Attribute.parse(f"dense_resource<{quote(parameters[index].name)}> : {kind}")  # of no resource
+                ir.Attribute.parse(f"dense_resource<{quote(parameters[index].name)}> : {kind}")  # without data
                 if store is None
                 else _elements(kind, parameters[index], store)
             )
@@ -72,15 +72,15 @@ def _splat(kind: Any, values: Any) -> Any:
 
 
 def bytes_of(parameter: Parameter, store: Mapping[str, torch.Tensor]) -> Any:
-    """The bytes of a stored tensor, known to be what the graph says; numpy has no name for some of its types."""
+    """The bytes of a stored tensor, after checking its type; numpy lacks names for some types."""
     if parameter.name not in store:
         raise InputError(
-            "a weight of this stage is not there any more", got=parameter.name,
-            fix='Hold the model that was compiled, choose the last stage, or ask for weights="arguments".',
+            "a weight of this stage is no longer in memory", got=parameter.name,
+            fix='Keep the compiled model alive, choose the last stage, or ask for weights="arguments".',
         )  # fmt: skip
     tensor = store[parameter.name].detach().cpu().contiguous()
     if TensorType.of(tensor) != parameter.type:
         raise CodegenError(
-            f"weight '{parameter.name}' is not what the stage says", got=TensorType.of(tensor), need=parameter.type
+            f"weight '{parameter.name}' does not match the stage", got=TensorType.of(tensor), need=parameter.type
         )
     return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)

@@ -1,10 +1,10 @@
-"""`to_mlir`: graphs in MLIR, through torch-mlir: the torch dialect, or linalg on tensors.
+"""`to_mlir`: converts graphs to MLIR through torch-mlir: the torch dialect, or linalg on tensors.
 
     module = to_mlir(graph, dialect="linalg")
     print(module, module.arguments)
 
-What `quant` and `kernel` mean is taken apart into ATen; scales stay values, sizes stay symbolic, and 8-bit codes stay
-8-bit codes. torch-mlir is loaded when this is called: it is the extra `mlir`.
+`quant` and `kernel` operations are decomposed into ATen; scales stay values, sizes stay symbolic, and 8-bit codes stay
+8-bit codes. torch-mlir, the extra `mlir`, is loaded on the first call.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,23 +35,23 @@ def to_mlir(
     store: Mapping[str, torch.Tensor] | None = None,
     safe_casts: bool = False,
 ) -> MlirModule:
-    """A graph as a module of MLIR with one function, verified, and read back to the same text.
+    """Converts a graph to an MLIR module with one function, verified by a round trip through the parser.
 
     Args:
         graph: Any stage of any pipeline.
         dialect: "torch", or "linalg" for linalg on tensors.
-        weights: "arguments" of the function, behind the inputs; "resource", in the text; or "elide", left out of it.
-        store: Name -> tensor, for "resource"; left out, the graph's own weights.
-        safe_casts: Spell casts to and from FP8 for compilers whose own are wrong; see `casts`.
+        weights: "arguments" of the function, after the inputs; "resource", in the text; or "elide", omitted from it.
+        store: Name -> tensor, for "resource"; default: the graph's own weights.
+        safe_casts: Decompose FP8 casts for compilers whose own casts are wrong; see `casts`.
 
     Raises:
         QCompilerError: torch-mlir is not installed.
-        InputError: There is no such dialect or form, or a weight is missing.
-        CodegenError: Some operations have no form there; the message lists all of them.
+        InputError: An option has an unknown value, or a weight is missing.
+        CodegenError: Some operations cannot be converted; the message lists all of them.
     """
     for name, known in ((dialect, DIALECTS), (weights, WEIGHTS)):
         if name not in known:
-            raise InputError("to_mlir knows no such word", got=repr(name), fix=did_you_mean(str(name), known))
+            raise InputError("to_mlir got an unknown option value", got=repr(name), fix=did_you_mean(str(name), known))
     traced = trace(graph, table(safe_casts))
     parameters = traced.interface.parameters
     found = graph.weights if store is None else store
@@ -72,12 +72,12 @@ def to_mlir(
 
 
 def _explained(build: Callable[..., Any], traced: Traced, dialect: str) -> Any:
-    """What `build` makes of the whole graph; where it fails, an error about every operation that it fails for."""
+    """The result of `build` for the whole graph; on failure, raises an error that lists every failing operation."""
     try:
         return build(traced.graph, traced.interface)
     except InputError:
         raise
-    except Exception as error:  # the importer raises whatever it likes
+    except Exception as error:  # the importer raises arbitrary exceptions
         refusals = Refusals(f"cannot be lowered to {dialect}")
         find(traced.graph, build, refusals)
         refusals.check()

@@ -1,4 +1,4 @@
-"""What torch's operators are taken apart into: torch-mlir's own table, but for what it lowers whole or wrongly."""
+"""Decompositions of torch operators: torch-mlir's table, except where it lowers an operator directly or wrongly."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,11 @@ from codegen.mlir.extras import load
 aten = torch.ops.aten
 
 WHOLE = (aten.nan_to_num.default, aten.full.default)
-"""Operators that torch-mlir lowers as they are, so that they need not be taken apart."""
+"""Operators that torch-mlir lowers directly, so no decomposition is needed."""
 
 
 def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    """`aten.clamp` between numbers. NaN stays NaN, of which torch-mlir's lowering makes the lower limit."""
+    """`aten.clamp` between numbers. NaN stays NaN; torch-mlir's lowering turns it into the lower limit."""
     if min is not None:
         x = torch.where(x < min, min, x)
     return x if max is None else torch.where(x > max, max, x)
@@ -33,7 +33,7 @@ def clamp_max(x: Tensor, max: float) -> Tensor:
 
 
 def table(safe_casts: bool) -> dict[Any, Callable[..., Any]]:
-    """Operator -> what it is taken apart into; `safe_casts` includes what `casts` says of FP8."""
+    """Operator -> its decomposition; `safe_casts` includes the FP8 decompositions of `casts`."""
     found = dict(load("torch_mlir.extras.fx_decomp_util", "mlir").get_decomposition_table())
     for operator in WHOLE:
         found.pop(operator, None)

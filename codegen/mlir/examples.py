@@ -1,4 +1,4 @@
-"""Tensors without data for the types of a graph: what a trace runs on."""
+"""Example tensors without data for the types of a graph, used for tracing."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -19,14 +19,14 @@ from qcompiler.ir.types import NoneType, ScalarType, Type
 from qcompiler.numerics.dtypes import torch_dtype
 
 LEAST = 2
-"""Torch takes the sizes 0 and 1 for constants; what is traced for all others holds for them as well."""
+"""Torch specializes on the sizes 0 and 1; a trace for larger sizes is valid for these as well."""
 
 
 class Examples:
     """Examples over one set of symbols, those of a graph.
 
     Attributes:
-        mode: Under which tensors have no data.
+        mode: Mode in which tensors have no data.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -38,13 +38,13 @@ class Examples:
         self._sizes = {name: self._size(name, limits[name], 5 + 2 * n) for n, name in enumerate(limits)}
 
     def of(self, kind: Type) -> Any:
-        """A tensor without data, a size (an integer where it is known), or None; the same object for equal types."""
+        """A tensor without data, a size (an integer if known), or None; the same object for equal types."""
         if kind not in self._known:
             self._known[kind] = self.fresh(kind)
         return self._known[kind]
 
     def fresh(self, kind: Type) -> Any:
-        """As `of`, but a tensor that is no other: a trace tells its operands apart by identity."""
+        """As `of`, but a new tensor each time: a trace distinguishes its operands by identity."""
         match kind:
             case TensorType():
                 with self.mode:
@@ -53,20 +53,20 @@ class Examples:
                 return None
             case ScalarType(kind="int", value=value) if value is not None:
                 return self._at(value)
-        raise QCompilerError("a number that is no size cannot be passed on", got=kind)
+        raise QCompilerError("a number that is not a size cannot be passed on", got=kind)
 
     def check_guards(self) -> None:
-        """Refuses what was recorded for some sizes only."""
+        """Raises if a trace holds for some sizes only."""
         if guards := self._environment.guards:
             shown = [self._shown(str(guard.expr)) for guard in guards]
             guards.clear()
-            raise QCompilerError("it does something else for other sizes", got=f"what holds where {', '.join(shown)}")
+            raise QCompilerError("it behaves differently for other sizes", got=f"what holds where {', '.join(shown)}")
 
     def _at(self, size: Any) -> Any:
         return size if isinstance(size, int) else evaluate(size, self._sizes)
 
     def _size(self, name: str, limits: Range, wish: int) -> Any:
-        """A symbolic size; `wish` is its value while a trace runs, as far as the limits allow."""
+        """A symbolic size; `wish` is its value during a trace, within the limits."""
         low = max(limits.low, LEAST)
         if limits.high is not None and limits.high <= low:
             return limits.high

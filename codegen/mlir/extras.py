@@ -1,4 +1,4 @@
-"""Packages that only this part needs, loaded when it is used."""
+"""Optional packages that only this folder needs, loaded on first use."""
 
 from importlib import import_module
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from qcompiler.errors import QCompilerError
 
 PACKAGES = {"mlir": "torch-mlir", "iree": "iree-base-compiler and iree-base-runtime"}
-"""Extra of this distribution -> what it installs."""
+"""Extra of this distribution -> the packages it installs."""
 
 
 def load(module: str, extra: str) -> Any:
-    """A module of an optional package; QCompilerError, with what to install, when it is not there."""
+    """A module of an optional package; raises QCompilerError with the install command if it is missing."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""From torch.fx to MLIR's torch dialect, verified, with the graph's names and types on the function's arguments.
+"""Imports torch.fx into MLIR's torch dialect, verified, with graph names and types on the function's arguments.
 
 func.func @MLP(%arg0: !torch.vtensor<[?,256],f32> {qcompiler.name = "x", qcompiler.type = "f32[s0, 256]"}, …)
 """
@@ -14,14 +14,14 @@ from qcompiler.errors import CodegenError
 
 
 class Unknown(CodegenError):
-    """The torch dialect has no such operation."""
+    """The torch dialect does not have this operation."""
 
 
 def import_graph(graph: torch.fx.Graph, name: str) -> Any:
-    """A module with one function, in a context of its own.
+    """A module with one function, in its own context.
 
     Raises:
-        Exception: The importer raises many kinds.
+        Exception: The importer raises many types.
     """
     made = load("torch_mlir.extras.fx_importer", "mlir").FxImporter(context=context_with_torch())
     made.import_stateless_graph(graph, func_name=name)
@@ -32,14 +32,14 @@ def import_graph(graph: torch.fx.Graph, name: str) -> Any:
 
 
 def context_with_torch() -> Any:
-    """A new context of MLIR that knows the torch dialect."""
+    """A new MLIR context with the torch dialect loaded."""
     context = load("torch_mlir.ir", "mlir").Context()
     load("torch_mlir.dialects.torch", "mlir").register_dialect(context)
     return context
 
 
 def label(module: Any, interface: Interface) -> None:
-    """Notes the names and types of the graph on the function's arguments and results."""
+    """Attaches graph names and types to the function's arguments and results."""
     ir = load("torch_mlir.ir", "mlir")
     (function,) = module.body.operations
 

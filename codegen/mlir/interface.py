@@ -1,4 +1,4 @@
-"""What a function in MLIR takes and gives, in order, by the names and types that the graph has for it."""
+"""The parameters and results of an MLIR function, in order, with their names and types in the graph."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Parameter:
     """One argument of the function.
 
     Attributes:
-        name: That of the graph's input, or that under which the weights store has the tensor.
+        name: The name of the graph input, or the tensor's name in the weights store.
         type: Its type in the graph, with symbolic sizes.
         kind: "input", "weight", or "state" for a buffer that the model updates.
     """
@@ -31,7 +31,7 @@ class Result:
     """One result of the function.
 
     Attributes:
-        name: That of the value in the graph; for an update the name of the parameter whose new value it is.
+        name: The name of the graph value; for an update, the name of the updated parameter.
         type: Its type in the graph, with symbolic sizes.
         kind: "output" or "update".
     """
@@ -71,7 +71,7 @@ def stored_tensors(graph: Graph) -> list[Op]:
 
 
 def output_values(graph: Graph) -> list[Value]:
-    """The values among what the graph returns; it may return literals, too."""
+    """The values that the graph returns; a graph may also return literals."""
     return [value for output in graph.outputs for value in _values(output)]
 
 

@@ -1,8 +1,8 @@
-"""What some operations mean without a look at the data, which is what tracing needs.
+"""Data-independent implementations of some operations, for tracing.
 
-The product of groups of rows reads the bounds of the groups on the host. Here each group's matrix multiplies all rows,
-and each row takes its own group's result: the same numbers, for as many times the work as there are groups. A
-histogram compares each number with each bin.
+The grouped matmul reads the group bounds on the host. Here each group's matrix multiplies all rows, and each row
+selects its own group's result: the same numbers, but the work multiplies by the number of groups. A histogram compares
+each number with each bin.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from qcompiler.ir import Format
 
 
 def grouped(x: Tensor, offsets: Tensor, product: Callable[[int], Tensor], count: int) -> Tensor:
-    """For each row of `x` the row of `product(group)` for its group; zeros behind the last.
+    """For each row of `x`, the row of `product(group)` for its group; zeros after the last group.
 
     Args:
         x: `[rows, …]`.
-        offsets: For each group the row behind its last.
-        product: All rows with one group's matrix.
-        count: How many groups there are.
+        offsets: The end row of each group.
+        product: Multiplies all rows by one group's matrix.
+        count: Number of groups.
     """
     rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     out = torch.zeros_like(product(0))
@@ -48,15 +48,15 @@ def grouped_linear(
 def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **options: Any) -> Tensor:
     """The meaning of `aten._grouped_mm` for rows in groups, `[rows, K]` and `[groups, K, N]`."""
     if offs is None or x.dim() != 2 or w.dim() != 3:
-        raise ValueError("only rows in groups, with a matrix for each group, can be spelled out")
+        raise ValueError("only groups of rows with a matrix for each group are supported")
     made = grouped(x, offs, lambda group: x.float() @ w[group].float(), w.shape[0])
     return made.to(options.get("out_dtype") or x.dtype)
 
 
 def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
-    """The meaning of `aten.histc` between limits that are given."""
+    """The meaning of `aten.histc` between given limits."""
     if min >= max:
-        raise ValueError("the limits of the histogram are those of its data")
+        raise ValueError("the limits of the histogram depend on its data")
     place = ((x - min) * bins / (max - min)).floor()
     place = torch.where(x == max, bins - 1, place)
     return (place.reshape(-1, 1) == torch.arange(bins, device=x.device)).sum(0).to(x.dtype)
@@ -69,4 +69,4 @@ MEANINGS: Mapping[str, Callable[..., Any]] = {
     "aten.histc": histc,
     "transformers.grouped_mm_fallback": grouped_mm,
 }
-"""Operation -> what is traced for it."""
+"""Operation -> the implementation to trace."""

@@ -1,4 +1,4 @@
-"""What `to_mlir` gives: the text of a module that MLIR has verified, and what its function takes and gives."""
+"""The result of `to_mlir`: the text of a verified module, and the parameters and results of its function."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -21,8 +21,8 @@ class MlirModule:
         text: The module.
         name: The function's name.
         dialect: "torch" or "linalg".
-        arguments: What the function takes, in order; weights are among it if they were asked for as arguments.
-        results: What it gives, in order.
+        arguments: Parameters of the function, in order, including weights if requested as arguments.
+        results: Results of the function, in order.
     """
 
     text: str
@@ -40,7 +40,7 @@ class MlirModule:
         return f"<MlirModule @{self.name} in {self.dialect}: {counts}; {len(self.results)} results>"
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Writes the text to a file, whole or not at all, and gives its path."""
+        """Writes the text to a file atomically, and returns its path."""
         target = Path(path)
         try:
             with replacing_file(target) as part:
@@ -53,16 +53,16 @@ class MlirModule:
 
 
 def verified_text(module: Any) -> str:
-    """The text of a module that MLIR's verifier accepts, and that its parser reads as the same module."""
+    """The text of a module that MLIR's verifier accepts, and that its parser reads back as the same module."""
     ir = load("torch_mlir.ir", "mlir")
     try:
         module.operation.verify()
         text = str(module).rstrip("\n")
-        context = context_with_torch()  # of its own, as a reader has it: in this one the resources' names are taken
+        context = context_with_torch()  # a new one, as a user has: in this one the resource names are taken
         load_dialects(context)
         again = str(ir.Module.parse(text, context)).rstrip("\n")
     except ir.MLIRError as error:
         raise CodegenError("MLIR does not accept the module", got=str(error).partition("\n")[0]) from error
     if again != text:
-        raise CodegenError("MLIR's parser reads the module as another one")
+        raise CodegenError("MLIR's parser reads the module back differently")
     return text

@@ -1,10 +1,10 @@
-"""Views over symbolic sizes, spelled so that nothing about them must be guessed: flatten, then unflatten.
+"""Rewrites views over symbolic sizes into unambiguous ones: flatten, then unflatten.
 
     view(x: [s0, s1, 256], [s0*s1, 256])       ->   flatten(x, 0, 1)
     view(x: [s0, s1, 256], [s0, s1, 4, 64])    ->   unflatten(x, 2, [4, 64])
 
-torch-mlir sees a `?` where we see s0 or s0*s1. Of a view with several of them it must guess which belong together, and
-guesses wrong: it takes the first two for one another, and the rest for ones.
+torch-mlir sees `?` instead of s0 or s0*s1. For a view with several of them it has to guess which belong together, and
+guesses wrong: it pairs the first two, and assumes that the rest are ones.
 """
 
 import operator
@@ -33,7 +33,7 @@ def spell_out_views(graph: torch.fx.Graph) -> None:
 
 
 def groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[slice, slice]]:
-    """Runs of dimensions of one shape, and of the other, with equal products: as short as can be known for certain."""
+    """Shortest runs of dimensions of both shapes whose products are known to be equal."""
     left, right = (list(accumulate(shape, operator.mul, initial=1)) for shape in (before, after))
     found, start, begin = [], 0, 0
     for stop in range(1, len(before) + 1):
@@ -43,14 +43,14 @@ def groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[slice, sli
             start, begin = stop, end
     rest = (slice(start, len(before)), slice(begin, len(after)))
     if start < len(before) or begin < len(after):
-        empty = start == len(before) or begin == len(after)  # ones at the end belong to what stands before them
+        empty = start == len(before) or begin == len(after)  # trailing ones belong to the previous run
         first = found.pop() if empty and found else rest
         found.append((slice(first[0].start, len(before)), slice(first[1].start, len(after))))
     return found
 
 
 def _spelled(graph: torch.fx.Graph, node: torch.fx.Node, parts: list[tuple[slice, slice]]) -> torch.fx.Node:
-    """The last of the nodes that do what the view `node` does."""
+    """The last of the nodes that replace the view `node`."""
     value, sizes = node.args[0], node.args[1]
     axis = 0
     for before, after in parts:

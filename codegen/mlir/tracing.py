@@ -1,9 +1,9 @@
-"""From a graph to torch.fx: core ATen alone, weights as arguments, sizes symbolic, each node with its source line.
+"""Traces a graph to torch.fx: core ATen only, weights as arguments, symbolic sizes, a source line for each node.
 
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s) {…}      ->      sym_size, convert_element_type, view, mul, … , mm
 
-Each operation runs on tensors without data, and what it calls is recorded. So one of ours is taken apart into the very
-torch that it means, and its scales stay values like any other. Equal operations on equal types are recorded once.
+Each operation runs on tensors without data, and its calls are recorded. Our operations are thereby decomposed into
+their torch definitions, and scales stay ordinary values. Equal operations on equal types are recorded once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from qcompiler.ir.graph import UPDATE
 from qcompiler.ir.op_table import lookup
 
 Table = Mapping[Any, Callable[..., Any]]
-"""Operator of torch -> what it is taken apart into."""
+"""Torch operator -> its decomposition."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Traced:
 
     Attributes:
         graph: One placeholder for each parameter of the interface, and one output for each result.
-        interface: What it takes and gives.
+        interface: Its parameters and results.
     """
 
     graph: FxGraph
@@ -52,7 +52,7 @@ def trace(graph: Graph, table: Table) -> Traced:
 
     Args:
         graph: Any legal graph; its weights are not read.
-        table: What torch's own operators are taken apart into.
+        table: Decompositions of torch operators.
 
     Raises:
         CodegenError: Some operations cannot be recorded; the message lists all of them.
@@ -110,10 +110,10 @@ class _Builder:
         return self.graph
 
     def add(self, op: Op) -> None:
-        """Appends what one operation does; notes it when that cannot be recorded."""
+        """Appends the fragment of one operation; reports it if recording fails."""
         try:
             fragment = self.fragment(op)
-        except Exception as error:  # torch raises whatever it likes about data that are not there
+        except Exception as error:  # torch raises arbitrary exceptions if data are missing
             self.refusals.add(op, error)
             self.made.update((value, self.stand_in(value)) for value in op.results)
             return
@@ -128,21 +128,21 @@ class _Builder:
         self.made.update(zip(op.results, results, strict=True))
 
     def copy(self, node: Node, twins: Mapping[Node, Any], op: Op) -> Node:
-        """A node of a fragment, in the whole graph; there is one for each size."""
+        """A copy of a fragment's node in the whole graph; nodes for sizes are shared."""
         args, keywords = torch.fx.map_arg((node.args, node.kwargs), twins.__getitem__)
         is_size = isinstance(node.meta.get("val"), torch.SymInt)
         if is_size and (known := self.sizes.get((node.target, args))) is not None:
             return known
         twin = self.graph.call_function(node.target, args, keywords)  # type: ignore[arg-type]  # is callable here
         twin.meta = {"val": node.meta["val"], OPERATION: op}
-        if op.loc.file:  # in the spelling that the importer looks for
+        if op.loc.file:  # in the format that the importer expects
             twin.meta["stack_trace"] = f'File "{op.loc.file}", line {op.loc.line}, in {op.loc.module}'
         if is_size:
             self.sizes[node.target, args] = twin
         return twin
 
     def stand_in(self, value: Value) -> Node:
-        """Something of the declared type, so that the operations behind can be looked at."""
+        """A placeholder of the declared type, so that later operations can be checked."""
         node = self.graph.placeholder("missing")
         node.meta["val"] = self.examples.of(value.type)
         return node
@@ -152,7 +152,7 @@ class _Builder:
         return [value for _, value in op.operands() if not isinstance(self.examples.of(value.type), int | None)]
 
     def fragment(self, op: Op) -> _Fragment:
-        """What one operation does; equal ones share it."""
+        """The fragment of one operation; equal operations share it."""
         key = _key(op)
         if key not in self.fragments:
             self.fragments[key] = self.record(op)
@@ -188,14 +188,16 @@ class _Builder:
         return fragment
 
     def check_results(self, op: Op, fragment: _Fragment) -> None:
-        """Holds what was recorded to the types that the graph declares."""
+        """Checks recorded results against the types that the graph declares."""
         if len(fragment.results) != len(op.results):
-            raise QCompilerError("it gave another number of results", got=len(fragment.results), need=len(op.results))
+            raise QCompilerError(
+                "it returned a different number of results", got=len(fragment.results), need=len(op.results)
+            )
         for value, result in zip(op.results, fragment.results, strict=True):
             got = result.meta["val"] if isinstance(result, Node) else result
             want = self.examples.of(value.type)
             if not _alike(got, want):
-                raise QCompilerError(f"%{value.name} came out as something else", got=got, need=value.type)
+                raise QCompilerError(f"%{value.name} has a different type", got=got, need=value.type)
 
 
 def _alike(got: Any, want: Any) -> bool:
@@ -209,7 +211,7 @@ def _meaning(op: Op) -> Callable[..., Any]:
     definition = lookup(op.name)
     found = MEANINGS.get(op.name) or (definition.meaning if definition else overload_of(op.name))
     if found is None:
-        raise QCompilerError("it has no meaning in torch")
+        raise QCompilerError("it has no implementation in torch")
     return found
 
 

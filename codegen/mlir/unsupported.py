@@ -1,4 +1,4 @@
-"""One error for everything in a graph that has no form in MLIR: each operation, how often, where, and why."""
+"""One error for all operations that MLIR cannot represent, with count, locations and reasons."""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +11,11 @@ from qcompiler.errors import CodegenError, QCompilerError
 from qcompiler.ir import Op
 
 OPERATION = "operation"
-"""Where a node's metadata has the operation of the graph that it came from."""
+"""Key of a node's metadata for its operation in the graph."""
 
 
 class Refusals:
-    """What could not be done, collected until all of it is known.
+    """Collects failures to report them together.
 
     Args:
         problem: What is wrong with the operations, such as "cannot be traced".
@@ -26,7 +26,7 @@ class Refusals:
         self._found: dict[tuple[str, str], list[Op]] = {}
 
     def add(self, op: Op, why: object) -> None:
-        """Notes one operation."""
+        """Adds one operation."""
         reason = str(why).strip().partition("\n")[0] or type(why).__name__
         self._found.setdefault((op.name, reason), []).append(op)
 
@@ -34,7 +34,7 @@ class Refusals:
         return bool(self._found)
 
     def check(self) -> None:
-        """Raises CodegenError with everything that was noted, if there is anything."""
+        """Raises CodegenError with everything that was added, if there is anything."""
         if not self._found:
             return
         count = len({name for name, _ in self._found})
@@ -46,14 +46,14 @@ class Refusals:
 
 
 def _places(ops: Sequence[Op]) -> str:
-    """How often an operation is there, and where it comes from."""
+    """The number of occurrences of an operation, and their locations."""
     lines = dict.fromkeys(f"{op.loc.file}:{op.loc.line}" for op in ops if op.loc.file)
     shown = ", ".join([*list(lines)[:3], *(["…"] if len(lines) > 3 else [])])
     return f" (x{len(ops)}{f', {shown}' if shown else ''})"
 
 
 def find(graph: FxGraph, attempt: Callable[[FxGraph], object], refusals: Refusals) -> None:
-    """Attempts each node of a graph by itself, and notes the operations whose nodes fail.
+    """Attempts each node of a graph separately, and adds the operations whose nodes fail.
 
     Equal nodes are attempted once.
     """
@@ -69,7 +69,7 @@ def find(graph: FxGraph, attempt: Callable[[FxGraph], object], refusals: Refusal
 
 
 def alone(node: Node) -> FxGraph:
-    """A graph of one node, with its tensors as placeholders; sizes are computed as they are where it came from."""
+    """A graph of one node, with its tensors as placeholders; sizes are computed as in the original graph."""
     graph = FxGraph()
     twins: dict[Node, Node] = {}
 
@@ -110,11 +110,11 @@ def _why_not(graph: FxGraph, attempt: Callable[[FxGraph], object]) -> str | None
         attempt(graph)
     except QCompilerError as error:
         return str(error.got or error.problem)
-    except Exception as error:  # the importer raises whatever it likes
+    except Exception as error:  # the importer raises arbitrary exceptions
         return str(error).partition("\n")[0] or type(error).__name__
     return None
 
 
 def _shown(value: object) -> str:
-    """An argument, for a key: of a tensor its type."""
+    """An argument, for a key: a tensor is represented by its type."""
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)

@@ -1,1 +1,1 @@
-"""Quantization of activations: tiles of the kernels, plain launches, and rows that a body computes first."""
+"""Quantization of activations: kernel tiles, plain launches, and rows computed by a fused expression."""

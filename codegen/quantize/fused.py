@@ -1,6 +1,6 @@
-"""Quantization on a GPU of rows that a body computes from those of other tensors, in one kernel.
+"""GPU quantization of rows computed by a fused expression from other tensors, in one kernel.
 
-What the kernel refuses (see `why_not_fused`) is computed by torch's own operators, and then quantized.
+Problems that the kernel does not support (see `why_not_fused`) are computed by torch's operators, then quantized.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def fused_quantize_on_gpu(
 
 
 def why_not_fused(operands: Sequence[Tensor], made: Body, keep: Sequence[str], block: Sequence[int]) -> str | None:
-    """Why the kernel does not run it, in one sentence without a final stop, or None if it does."""
+    """Why the kernel does not support it, in one sentence without a final period, or None if it does."""
     x = operands[0]
     if x.dim() == 0 or any(y.shape not in (x.shape, x.shape[-1:]) for y in operands):
         return "its operands are neither of one shape nor vectors of the last dimension"

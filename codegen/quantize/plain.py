@@ -1,7 +1,7 @@
-"""Quantization on a GPU: what its kernels accept, and the layout of the scales.
+"""Quantization on a GPU: supported inputs, and the layout of the scales.
 
-What no template of `codegen.templates.quantize` runs, such as the blocks of a weight, is quantized once, so torch's own
-operators do it there.
+Quantizations without a template in `codegen.templates.quantize`, such as blocks of a weight, run only once, so torch's
+operators do them.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from qcompiler.errors import CodegenError, did_you_mean
 from qcompiler.numerics import ALL
 
 SCALE_LAYOUTS = ("row_major", "col_major")
-"""How the scales of 1-row blocks lie in memory: contiguous, or with strides (1, M rounded up to a multiple of 4)."""
+"""Memory layout of the scales of 1-row blocks: contiguous, or strides (1, M rounded up to a multiple of 4)."""
 
 
 def scale_like(x: Tensor, block_k: int, layout: str) -> Tensor:
     """An empty FP32 scale `[..., ceil(K / block_k)]` for 1-row blocks of `x` in the given layout.
 
-    The column-major layout is the one that the copy engine and DeepGEMM read: for each block of K the scales of all
-    rows follow each other, and each such run starts at a multiple of 16 bytes. Leading dimensions count as rows.
+    The copy engine and DeepGEMM read the column-major layout: for each block of K, the scales of all rows are
+    contiguous and start at a multiple of 16 bytes. Leading dimensions count as rows.
     """
     shape, strides = scale_sizes(x.shape, block_k, layout)
     if strides is None:
@@ -35,7 +35,7 @@ def scale_like(x: Tensor, block_k: int, layout: str) -> Tensor:
 
 
 def scale_sizes(shape: Sequence[int], block_k: int, layout: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """The sizes of the scale of a tensor of that shape, and its strides where it is not contiguous."""
+    """The sizes of the scale of a tensor of that shape, and its strides if it is not contiguous."""
     *leading, columns = shape
     sizes = (*leading, 1 if block_k == ALL else ceil_div(columns, block_k))
     if layout == "row_major":
@@ -49,7 +49,7 @@ def scale_sizes(shape: Sequence[int], block_k: int, layout: str) -> tuple[tuple[
 
 
 def check_layout(block: Sequence[int], layout: str) -> None:
-    """Raises CodegenError for a layout that there is not, or not for these blocks."""
+    """Raises CodegenError for an unknown layout, or one that these blocks do not support."""
     if layout not in SCALE_LAYOUTS:
         raise CodegenError("unknown scale layout", got=repr(layout), fix=did_you_mean(layout, SCALE_LAYOUTS))
     if layout == "col_major" and block[0] != 1:
@@ -103,7 +103,7 @@ def _quantize_static(
 
 
 def _launch(operands: QuantizeOperands, known: bool = False) -> None:
-    """Launches the kernels; without codes there may still be scales to compute, unless they are `known`."""
+    """Launches the kernels; without codes, scales may still have to be computed unless they are `known`."""
     x, _, scale, block, _, prescale = operands
     if (operands.q if known else scale).numel() == 0:
         return
@@ -115,7 +115,7 @@ def _launch(operands: QuantizeOperands, known: bool = False) -> None:
 
 
 def _has_kernel(x: Tensor, block: Sequence[int], dtype: torch.dtype, prescale: Tensor | None) -> bool:
-    """Whether a kernel runs it; without one, torch runs it, or says what is wrong."""
+    """Whether a kernel runs it; otherwise torch does, or reports the error."""
     check_device(x.device)
     known = why_not_quantize(block) is None
     fits = prescale is None or (

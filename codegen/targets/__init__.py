@@ -1,4 +1,4 @@
-"""The targets of this distribution; importing this package makes them known by name."""
+"""The targets of this distribution; importing this package registers them by name."""
 
 from codegen.targets.cpu import CPU
 from codegen.targets.hopper import HOPPER

@@ -21,17 +21,17 @@ from qcompiler.runtime.device import Target
 
 @dataclass(frozen=True, kw_only=True)
 class CudaTarget(Target):
-    """A generation of GPUs: what it can run, and with which kernels.
+    """A GPU generation: what it supports, and with which kernels.
 
     Attributes:
         generation: Its name.
         capability: The compute capability that a device must have.
-        gpu: What Triton compiles for ahead of time.
+        gpu: The GPU that Triton compiles for ahead of time.
         gemm: The templates of the scaled matmul.
-        fused_gemm: The templates of the matmul with a body.
-        grouped_gemm: The templates of the matmul for groups of rows.
+        fused_gemm: The templates of the matmul with an epilogue.
+        grouped_gemm: The templates of the grouped matmul.
         quantize: The templates of quantization.
-        fused_quantize: The templates of quantization of what a body computes.
+        fused_quantize: The templates of quantization with a prologue.
     """
 
     generation: str
@@ -59,7 +59,7 @@ class CudaTarget(Target):
         return support.why_not(x, w)
 
     def compile(self, call: KernelCall) -> MachineCode:
-        """Compiles a kernel call ahead of time, also of operands without data, and without a GPU or a driver.
+        """Compiles a kernel call ahead of time, without a GPU or driver; operands may be without data.
 
         Raises:
             CodegenError: Triton rejects the kernel.

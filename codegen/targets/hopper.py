@@ -21,7 +21,7 @@ from qcompiler.errors import CodegenError
 from qcompiler.runtime.device import register
 
 OPERATORS_FROM = (8, 9)
-"""The least compute capability on which operators outside of compiled models may be called."""
+"""Minimum compute capability for calling operators outside compiled models."""
 
 GEMM: Family[GemmConfig, GemmProblem, GemmOperands] = Family(
     "product",
@@ -47,7 +47,7 @@ HOPPER = register(
         gpu=GPUTarget("cuda", 90, 32),
         gemm=GEMM,
         fused_gemm=Family(
-            "product with a body",
+            "matmul with an epilogue",
             {"fused": FusedGemm(), "separate": SeparateKernels(GEMM)},
             lambda problem: paces.FUSED_GEMM,
         ),
@@ -73,7 +73,7 @@ HOPPER = register(
 
 @cache
 def check_device(device: torch.device) -> None:
-    """Raises CodegenError where there is no FP8; once a device, so it also settles where its kernels are kept."""
+    """Raises CodegenError without FP8 support; runs once per device, so it also sets the kernel cache location."""
     use_cache_folder()
     capability = torch.cuda.get_device_capability(device)
     if capability < OPERATORS_FROM:

@@ -1,7 +1,7 @@
-"""What was measured on Hopper: the configurations that can be chosen, and how long each takes.
+"""Configurations for Hopper, and how long each takes, from measurements.
 
-Nanoseconds on an H100, fitted to the times of `benchmarks/heuristic.py` and `benchmarks/epilogues.py`; those of an H200
-counted for less.
+Nanoseconds on an H100, fitted to the times of `benchmarks/heuristic.py` and `benchmarks/epilogues.py`; H200 times had a
+lower weight.
 """
 
 from codegen.templates.fused import BodyPace, FusedGemmConfig, FusedPace, Separate
@@ -77,14 +77,14 @@ GEMM: dict[tuple[Kind, int | None], dict[GemmConfig, Pace]] = {
         GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(280, 150, 500, 2500),
     },
 }
-"""The configurations that can be chosen, and how fast they are; `benchmarks/results/h200-gemm-tried.md` and
-`h100-gemm-tried.md` have the others.
+"""The available configurations and their speed; `benchmarks/results/h200-gemm-tried.md` and `h100-gemm-tried.md` list
+the rejected ones.
 
-Three portable tiles of one warpgroup fit on a multiprocessor, and one multiplies while another promotes; that is why
-the usual 128 x 128 tile of two warpgroups, which move in step, is slower almost everywhere for FP8 and is not here. The
-warp-specialized kernel needs one tile only; where K is deep, it is faster with fewer rows of tiles that follow each
-other, so there are two orders of its large tiles. Narrow portable tiles wait longer through the copy engine than
-through pointers. The paces are those for which the choices lose least, on the shapes of `benchmarks/heuristic.py`."""
+Three portable tiles of one warpgroup fit on a multiprocessor, and one multiplies while another promotes. The usual
+128 x 128 tile of two warpgroups runs in lockstep, is slower almost everywhere for FP8, and is therefore absent. The
+warp-specialized kernel needs only one tile per multiprocessor; for large K, it is faster with fewer consecutive rows of
+tiles, so its large tiles have two orders. Narrow portable tiles wait longer through the copy engine than through
+pointers. Paces are chosen to minimize the loss of the resulting choices on the shapes of `benchmarks/heuristic.py`."""
 
 FUSED_GEMM: dict[FusedGemmConfig | Separate, FusedPace | BodyPace] = {
     FusedGemmConfig(2, 2, 3): FusedPace(460, 710, 1360, 2680, 3390),
@@ -93,7 +93,7 @@ FUSED_GEMM: dict[FusedGemmConfig | Separate, FusedPace | BodyPace] = {
     FusedGemmConfig(1, 1, 4): FusedPace(480, 390, 670, 1020, 2350),
     Separate(): BodyPace(2910, 2340),
 }
-"""The forms that can be chosen. Their paces, like those above, are the ones for which the choices lose least."""
+"""The available forms. As above, paces are chosen to minimize the loss of the resulting choices."""
 
 GROUPED_GEMM: dict[GroupedConfig, tuple[float, float]] = {
     GroupedConfig("narrow", 16, 8): (-1, 8),
@@ -102,8 +102,8 @@ GROUPED_GEMM: dict[GroupedConfig, tuple[float, float]] = {
     GroupedConfig("wide", 128, 4): (160, 320),
     GroupedConfig("wide", 192, 4): (32, float("inf")),
 }
-"""Configuration -> the mean numbers of rows of a group for which it is best.
+"""Configuration -> the range of mean rows per group in which it is best.
 
-Groups differ, so a narrow tile has room for twice the mean: a group that needs two reads its weights twice. Between 160
-and 320 rows two tiles of 128 hold a group about as often as two of 192, and the smaller ones are faster.
+Group sizes vary, so a narrow tile has room for twice the mean: a group that needs two tiles reads its weights twice.
+Between 160 and 320 rows, two tiles of 128 hold a group about as often as two of 192, and the smaller ones are faster.
 """

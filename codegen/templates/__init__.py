@@ -1,1 +1,1 @@
-"""Kernels as templates: when one cannot run a problem, how long it takes, and its launches for given operands."""
+"""Kernel templates: which problems each supports, its estimated time, and its launches for given operands."""

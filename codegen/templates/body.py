@@ -1,4 +1,4 @@
-"""A body alone, on the sums of a matmul that ran before it."""
+"""A fused expression alone, on the sums of a matmul that ran before it."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from codegen.templates.hopper import ONE_WARPGROUP
 from codegen.templates.template import ceil_div
 
 MOST_OTHERS = 2
-"""Operands of a body beside the sums that the kernels have room for."""
+"""Maximum operands of a fused expression besides the sums."""
 
 EXACT = {**ONE_WARPGROUP, "enable_fp_fusion": False}
-"""Options of kernels that run a body, which rounds where it says so and nowhere else."""
+"""Options of kernels with a fused expression, which rounds only where it says so."""
 
 ROWS, COLUMNS = 4, 512
 """The tile of a program."""
@@ -24,9 +24,9 @@ def body_call(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: 
     """The call of the kernel.
 
     Args:
-        body: Of the sums and the others, without a reduction.
-        sums: `[m, n]` in any floating dtype, one or two, their rows contiguous.
-        others: Up to two tensors `[m, n]` whose rows are contiguous, or `[n]`.
+        body: The fused expression over the sums and the others, without a reduction.
+        sums: `[m, n]` in any floating dtype, one or two, with contiguous rows.
+        others: Up to two tensors `[m, n]` with contiguous rows, or `[n]`.
         out: `[m, n]`, contiguous; overwritten.
     """
     m, n = out.shape
@@ -37,7 +37,7 @@ def body_call(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: 
 
 
 def padded(operands: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """Up to two operands, and None for those that are not there."""
+    """Up to two operands, padded with None."""
     first, second, *_ = (*operands, None, None)
     return first, second
 

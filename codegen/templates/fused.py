@@ -1,4 +1,4 @@
-"""A matmul with a body on its result: in one kernel, or the matmul and then the body in a kernel of its own."""
+"""A matmul with an epilogue: in one kernel, or the matmul followed by a separate kernel for the epilogue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,15 +33,15 @@ class FusedGemmProblem:
         m: Rows of x, 1 or more.
         n: Columns of the result.
         k: Depth.
-        parts: Parts of w, one on the other, each of which is a sum that the body reads.
-        handed_bytes: Bytes of an element of what the body rounds sums to first.
-        out_bytes: Bytes of an element of the body's result.
-        others: How many other operands it has.
-        bias: Whether one is added to the sums.
+        parts: Stacked parts of w; the epilogue reads one sum for each.
+        handed_bytes: Bytes per element of the type that the epilogue first rounds sums to.
+        out_bytes: Bytes per element of the epilogue's result.
+        others: Number of its other operands.
+        bias: Whether a bias is added to the sums.
         block: Rows and columns of a block in which the result is quantized, or None.
         sms: Multiprocessors of the device.
         aligned: x and w start at multiples of 16 bytes.
-        scale_columns: The scales of x for one block of K follow each other, from a multiple of 16 bytes on.
+        scale_columns: For one block of K, the scales of x are contiguous and start at a multiple of 16 bytes.
     """
 
     m: int
@@ -69,10 +69,10 @@ class FusedGemmConfig:
     """One compiled form of `codegen.kernels.fused_gemm`.
 
     Attributes:
-        parts: Parts of the weight that a tile of the result is made of.
+        parts: Parts of the weight that a tile of the result is computed from.
         waves: Units of 64 rows and one part that each of the two consumers owns.
-        stages: Steps of K that are in shared memory at one time.
-        group: Rows of tiles that follow each other.
+        stages: Steps of K in shared memory at once.
+        group: Consecutive rows of tiles.
     """
 
     parts: int
@@ -87,7 +87,7 @@ class FusedGemmConfig:
         return 128 * self.waves // self.parts
 
     def shared_memory(self, handed_bytes: int = 2) -> int:
-        """An upper estimate of the shared memory of a block of threads, in bytes: ring, scales, sums handed over."""
+        """An upper estimate of the shared memory of a block of threads, in bytes: ring, scales, sums passed on."""
         ring = self.stages * ((self.rows + 128 * self.parts) * 128 + 4 * max(self.rows, 32))
         return ring + 2 * self.waves * 64 * 128 * handed_bytes + 1024
 
@@ -97,7 +97,7 @@ class FusedGemmConfig:
 
 @dataclass(frozen=True)
 class Separate:
-    """The matmul, then a kernel that runs the body; the matmul's configuration is chosen when it runs."""
+    """The matmul, then a kernel for the epilogue; the matmul's configuration is chosen when it runs."""
 
     variant: ClassVar[str] = "separate"
 
@@ -106,14 +106,14 @@ class Separate:
 
 
 class FusedOperands(NamedTuple):
-    """The tensors of a matmul with a body.
+    """The tensors of a matmul with an epilogue.
 
     Attributes:
-        body: Text of a body without a reduction.
-        product: The matmul's; `out` is `[m, n]`, contiguous, of the body's element type or an 8-bit one.
-        others: Up to two tensors `[m, n]` whose rows are contiguous, or `[n]`.
-        out_scale: FP32 `[m, ceil(n / 128)]`, any strides, where the result is quantized.
-        profile: A name of `numerics.PROFILES`, for that.
+        body: The epilogue, a fused expression without a reduction.
+        product: The matmul's tensors; `out` is `[m, n]`, contiguous, of the epilogue's element type or an 8-bit one.
+        others: Up to two tensors `[m, n]` with contiguous rows, or `[n]`.
+        out_scale: FP32 `[m, ceil(n / 128)]`, any strides, if the result is quantized.
+        profile: A name of `numerics.PROFILES`, for that quantization.
     """
 
     body: str
@@ -124,14 +124,14 @@ class FusedOperands(NamedTuple):
 
 
 class FusedPace(NamedTuple):
-    """Nanoseconds that one device was measured to take.
+    """Measured times on one device, in nanoseconds.
 
     Attributes:
         alone: For one step of K of a tile that is alone on its multiprocessor.
         busy: For one step of K of each of many tiles.
-        tail: For what consumers do once a tile, beside its steps.
-        finish: For what nothing hides: the finishers' work on the last tile, and the launch.
-        bandwidth: Bytes of weights that come from memory in a nanosecond.
+        tail: For the consumers' work per tile besides its steps.
+        finish: For work that is not overlapped: the finishers' work on the last tile, and the launch.
+        bandwidth: Bytes of weights read from memory per nanosecond.
     """
 
     alone: int
@@ -142,7 +142,7 @@ class FusedPace(NamedTuple):
 
 
 class BodyPace(NamedTuple):
-    """Nanoseconds that one more kernel costs at the least, and bytes in a nanosecond of one that runs a body alone."""
+    """Minimum nanoseconds of one more kernel, and bytes per nanosecond of a kernel that runs only an epilogue."""
 
     launch: int
     bandwidth: int
@@ -159,7 +159,7 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
             (max(problem.m, problem.n * problem.parts, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
             (
                 config.parts != problem.parts,
-                f"its tiles are made of {config.parts} parts of the weight, here there are {problem.parts}",
+                f"its tiles use {config.parts} parts of the weight, here there are {problem.parts}",
             ),
             (
                 problem.parts > 1 and problem.n % 128 != 0,
@@ -167,26 +167,26 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
             ),
             (
                 problem.others > MOST_OTHERS,
-                f"a body may read {MOST_OTHERS} operands beside the sums, this one reads {problem.others}",
+                f"an epilogue may read {MOST_OTHERS} operands besides the sums, this one reads {problem.others}",
             ),
             (
                 problem.bias and config.parts * config.waves > 2,
-                "its consumers have no registers for a bias beside two units of two parts",
+                "its consumers have no registers for a bias with two units of two parts",
             ),
             (
                 problem.block not in (None, (1, 128)),
                 f"a tile of the result holds whole blocks of [1, 128], not of {list(problem.block or ())}",
             ),
             (not problem.aligned, "the copy engine needs operands that start at a multiple of 16 bytes"),
-            (problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, it is {problem.k}"),
+            (problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, got {problem.k}"),
             (
                 not problem.scale_columns,
                 "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
             ),
             (
                 shared > SHARED_MEMORY_LIMIT,
-                f"its ring, and sums of {problem.handed_bytes} bytes handed over, need {shared} bytes of shared "
-                f"memory, a block may have {SHARED_MEMORY_LIMIT}",
+                f"its ring and the passed sums of {problem.handed_bytes} bytes need {shared} bytes of shared "
+                f"memory, a block may use {SHARED_MEMORY_LIMIT}",
             ),
         ))  # fmt: skip
 
@@ -195,7 +195,7 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
         rounds = ceil_div(ceil_div(problem.m, config.rows) * ceil_div(problem.n, 128), problem.sms)
         step = pace.alone if rounds == 1 else pace.busy
         if 2 * problem.m <= config.rows:
-            step *= 2  # the copy engine is slow in a tile of which half lies beyond its tensor
+            step *= 2  # the copy engine is slow in a tile of which half lies outside its tensor
         weights = problem.parts * problem.n * problem.k / pace.bandwidth
         return (max(rounds * (ceil_div(problem.k, 128) * step + pace.tail), weights) + pace.finish) / 1e3
 
@@ -243,12 +243,12 @@ class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
         return product + (pace.launch + (read + written) / pace.bandwidth) / 1e3
 
     def calls(self, config: Separate, operands: FusedOperands) -> tuple[KernelCall, ...]:
-        """None of its own: `codegen.fused_gemm.product` runs one operator after the other."""
+        """Returns no calls: `codegen.fused_gemm.product` runs the operators one by one."""
         return ()
 
 
 def why_separate(family: Family[Any, FusedGemmProblem, FusedOperands], problem: FusedGemmProblem) -> str:
-    """Why separate kernels run a problem for which the family chose them, in a sentence without a final stop."""
+    """Why the family chose separate kernels for a problem, in a sentence without a final period."""
     forms = [config for config in family.configs(problem) if config.variant == FusedGemmConfig.variant]
     refusals = {config: family.why_not(config, problem) for config in forms}
     possible = [config for config, why in refusals.items() if why is None]
@@ -257,4 +257,4 @@ def why_separate(family: Family[Any, FusedGemmProblem, FusedOperands], problem: 
         return str((mine or list(refusals.values()))[-1])
     best = min(possible, key=lambda config: family.time(config, problem))
     separate, fused = family.time(Separate(), problem), family.time(best, problem)
-    return f"separate kernels are estimated to take {separate:.1f} us, and one, {best}, {fused:.1f}"
+    return f"estimated: {separate:.1f} us with separate kernels, {fused:.1f} us with one ({best})"

@@ -1,6 +1,6 @@
-"""Quantization of rows that a body computes from those of other tensors, in one kernel.
+"""Quantization of rows computed by a fused expression from other tensors, in one kernel.
 
-block [1, b]     b in 32 … 512       any K, or up to LONGEST_ROW where the body has a reduction
+block [1, b]     b in 32 … 512       any K, or up to LONGEST_ROW if the expression has a reduction
 block [1, -1]                        K up to LONGEST_ROW
 """
 
@@ -25,16 +25,16 @@ MOST_KEPT = 2
 
 
 class FusedQuantizeProblem(NamedTuple):
-    """A body on rows, and their quantization.
+    """A fused expression on rows, and their quantization.
 
     Attributes:
         m: Rows.
         k: Columns.
         block: Rows and columns that share a scale.
-        whole_rows: The body needs whole rows.
-        operands: How many operands it has.
-        operand_bytes: Bytes of an element of the widest operand.
-        kept: How many values are stored beside the codes.
+        whole_rows: The expression needs whole rows.
+        operands: Number of its operands.
+        operand_bytes: Bytes per element of the widest operand.
+        kept: Number of residual outputs.
     """
 
     m: int
@@ -55,7 +55,7 @@ class FusedQuantizeConfig:
         block_k: Columns, a power of two, a multiple of `group`.
         group: Columns that share a scale; `block_k` for whole rows.
         warps: Warps that share the tile.
-        vector: Columns that follow each other in a thread.
+        vector: Consecutive columns per thread.
     """
 
     block_m: int
@@ -67,13 +67,13 @@ class FusedQuantizeConfig:
 
 
 class FusedQuantizeOperands(NamedTuple):
-    """The tensors of a body and its quantization.
+    """The tensors of a fused expression and its quantization.
 
     Attributes:
-        body: Text of a body of x0, x1, ….
-        keep: Names of definitions that are stored.
+        body: A fused expression over x0, x1, ….
+        keep: Names of the definitions that are residual outputs.
         operands: In a floating dtype, `[m, k]` with contiguous rows or a contiguous vector `[k]`.
-        kept: `[..., k]`, contiguous; overwritten.
+        kept: Residual outputs `[..., k]`, contiguous; overwritten.
         q: An 8-bit format `[..., k]`, contiguous; overwritten.
         scale: FP32 of `numerics.scale_shape`, any strides; overwritten.
         profile: A name of `numerics.PROFILES`.
@@ -89,20 +89,20 @@ class FusedQuantizeOperands(NamedTuple):
 
 
 def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuantizeConfig, None]:
-    """The one configuration that runs a problem; it follows from the sizes."""
+    """The configuration for a problem; it depends only on the sizes."""
     m, k, (_, block_k), kept = problem.m, problem.k, problem.block, problem.kept
     if problem.whole_rows or block_k == ALL:
         return {_row_config(m, k, block_k, problem.operand_bytes > 2 or kept > 0): None}
     columns = 512
     if m > 512:
-        # The widest with little of it outside of the row.
+        # The widest block of which little lies outside the row.
         columns = next((size for size in (2048, 1024) if -k % size < k // 16), 512)
     columns = max(min(columns, 1 << max((k - 1).bit_length(), 4)), block_k)
     return {FusedQuantizeConfig(1, columns, block_k, max(columns // 1024, 1), 8 if kept else 16): None}
 
 
 def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfig:
-    """Rows as a whole: 64 numbers a thread, or 32 where there are few rows, or much to hold of each number."""
+    """Whole rows: 64 numbers per thread, or 32 if there are few rows or much state per number."""
     columns = max(1 << max((k - 1).bit_length(), 4), block_k)
     if m <= 512:
         block_m, shares = 1, columns // 1024
@@ -110,20 +110,20 @@ def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfi
         block_m = max(1024 // columns, 1)
         shares = block_m * k // 1024 if heavy else block_m * columns // 2048
     warps = min(1 << max(shares.bit_length() - 1, 0), 8)
-    # Loads and stores of bfloat16 are whole with 8 columns in a thread, those of codes with 16; the columns that a step
+    # bfloat16 accesses are full width with 8 columns per thread, accesses to codes with 16; the columns that one step
     # of all threads covers should divide the row.
     vector = 8 if heavy or k % (512 * warps) else 16
     return FusedQuantizeConfig(block_m, columns, columns if block_k < 0 else block_k, warps, vector)
 
 
 def why_not_fused_quantize(problem: FusedQuantizeProblem) -> str | None:
-    """Why the kernel cannot run a problem, in one sentence without a final stop, or None if it can."""
+    """Why the kernel cannot run a problem, in one sentence without a final period, or None if it can."""
     rows, columns = problem.block
     operands, kept = problem.operands, problem.kept
     return first_broken((
         (
             operands > MOST_OPERANDS or kept > MOST_KEPT,
-            f"it has {operands} operands and {kept} kept values, not {MOST_OPERANDS} and {MOST_KEPT}",
+            f"it has {operands} operands and {kept} residual outputs, at most {MOST_OPERANDS} and {MOST_KEPT}",
         ),
         (rows != 1 or columns not in (ALL, *TILE_COLUMNS), f"it is quantized in {[rows, columns]} blocks"),
         (
@@ -134,7 +134,7 @@ def why_not_fused_quantize(problem: FusedQuantizeProblem) -> str | None:
 
 
 class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]):
-    """The kernel; there is one configuration for a problem, and nothing to compare it with."""
+    """The kernel template; each problem has one configuration, so there is nothing to compare."""
 
     def why_not(self, config: FusedQuantizeConfig, problem: FusedQuantizeProblem) -> str | None:
         """See `Template`."""

@@ -11,7 +11,7 @@ from codegen.templates.template import ceil_div
 from qcompiler.numerics import ALL
 
 Kind = Literal["tiles", "rows_f8", "rows_i8"]
-"""Which family of kernels runs a product: scales inside the sum, or at its end, and then of which element type."""
+"""The family of kernels for a GEMM: scales inside the sum, or at its end for a given element type."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class GemmProblem:
         n: Rows of w.
         k: Depth.
         sms: Multiprocessors of the device.
-        out_bytes: Bytes of an element of the result.
+        out_bytes: Bytes per element of the result.
         aligned: x and w start at multiples of 16 bytes.
-        kind: What the scales are and how sums are made.
+        kind: Where scales are applied and how sums are accumulated.
         x_block: For `"tiles"`, columns of x that share a scale, or `ALL`.
-        scale_columns: The scales of x for one block of K follow each other, from a multiple of 16 bytes on.
+        scale_columns: For one block of K, the scales of x are contiguous and start at a multiple of 16 bytes.
     """
 
     m: int
@@ -42,14 +42,14 @@ class GemmProblem:
 
     @property
     def step(self) -> int | None:
-        """The depth of K after which sums must be scaled or promoted; None where the tensor cores keep them."""
+        """The depth of K after which sums must be scaled or promoted; None if the tensor cores keep them."""
         if self.kind == "rows_i8":
             return None
         return 128 if self.kind == "rows_f8" or self.x_block == ALL else min(self.x_block, 128)
 
     @property
     def stage_scales(self) -> int:
-        """Scales of each row of x that a Gluon kernel has in shared memory for 128 of K."""
+        """Scales per row of x that a Gluon kernel holds in shared memory for 128 of K."""
         return 0 if self.kind != "tiles" else 128 // (self.step or 128)
 
 
@@ -61,9 +61,9 @@ class GemmConfig:
         block_m: Rows of the output tile.
         block_n: Columns of the output tile.
         block_k: Depth of a step.
-        warps: Warps that multiply; each group of 4 is one warpgroup and needs 64 rows, or, of a narrow tile, columns.
-        stages: Steps of K that are in shared memory at one time.
-        group: Rows of tiles that follow each other in launch order.
+        warps: Warps that multiply; each warpgroup of 4 needs 64 rows, or, for a narrow tile, 64 columns.
+        stages: Steps of K in shared memory at once.
+        group: Consecutive rows of tiles in launch order.
         variant: The name of a template.
     """
 
@@ -82,7 +82,7 @@ class GemmConfig:
 
     @property
     def box(self) -> int:
-        """Rows of x that one copy of a Gluon kernel brings, a power of two."""
+        """Rows of x per copy of a Gluon kernel, a power of two."""
         return self.block_m if self.block_m & (self.block_m - 1) == 0 else 64
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class GemmConfig:
 
 
 class GemmOperands(NamedTuple):
-    """The tensors of a matmul. A template assumes that it can run them: see `GemmTemplate.why_not`.
+    """The tensors of a matmul. A template assumes that it supports them: see `GemmTemplate.why_not`.
 
     Attributes:
         x: float8_e4m3fn or int8 `[m, k]`, contiguous, m and k at least 1.
@@ -104,7 +104,7 @@ class GemmOperands(NamedTuple):
         w_scale: FP32 `[ceil(n / 128), ceil(k / 128)]`, any strides; without an `x_block` `[n, 1]` or one number.
         bias: `[n]`, contiguous, or None.
         x_block: Columns of x that share a scale, or `ALL`; None for scales at the end of the sum.
-        promote: Whether sums without an `x_block` are added in FP32 registers every 128 of K; by default for FP8 only.
+        promote: Whether sums without an `x_block` are added in FP32 registers every 128 of K; default: only for FP8.
     """
 
     x: Tensor
@@ -135,14 +135,14 @@ class GemmOperands(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """Nanoseconds that one device was measured to take.
+    """Measured times on one device, in nanoseconds.
 
     Attributes:
-        alone: For one step of K of a tile that is alone on its multiprocessor, where waiting sets the pace.
-        busy: For one step of K of each of many tiles that share a multiprocessor, where the tensor cores or the memory
-            set the pace.
-        tail: For what a multiprocessor does once a tile, beside its steps.
-        bandwidth: Bytes of weights that come from memory in a nanosecond.
+        alone: For one step of K of a tile that is alone on its multiprocessor, bound by latency.
+        busy: For one step of K of each of many tiles that share a multiprocessor, bound by the tensor cores or by
+            memory.
+        tail: For the work of a multiprocessor per tile besides its steps.
+        bandwidth: Bytes of weights read from memory per nanosecond.
         sum: For the kernel that adds the splits of K.
     """
 
@@ -159,8 +159,8 @@ def tiles_of(config: GemmConfig, m: int, n: int) -> int:
 
 
 def bucket(m: int) -> int:
-    """The number of rows that stands for `m` when a configuration is chosen and remembered.
+    """The number of rows used for `m` when a configuration is chosen and remembered.
 
-    The next power of two; 16 at least, the rows of the least tile.
+    The next power of two; at least 16, the rows of the smallest tile.
     """
     return 1 << max(4, (m - 1).bit_length())

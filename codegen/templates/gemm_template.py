@@ -1,4 +1,4 @@
-"""What the templates of the scaled matmul share; each variant says in its own file where it differs."""
+"""The common part of the scaled matmul templates; each variant defines the differences in its own file."""
 
 from typing import Any, ClassVar
 
@@ -11,27 +11,27 @@ from codegen.templates.template import Rule, Template, ceil_div, first_broken
 from qcompiler.numerics import ALL
 
 DEEPEST_INT8 = (2**31 - 1) // 127**2
-"""The largest K whose sum of products of INT8 codes fits 32 bits."""
+"""The largest K whose sum of products of INT8 codes fits in 32 bits."""
 
 MOST_SPLITS = 16
-"""Parts of K at most; their sums are added by one program, which holds them all."""
+"""Maximum splits of K; one program adds their sums and holds all of them."""
 
 SHORTEST_SPLIT = 4
-"""Blocks of K that a split has at least, so that its copies overlap."""
+"""Minimum blocks of K per split, so that its copies overlap."""
 
 SUM_BLOCK = 512
-"""Elements of the output of a program that adds splits."""
+"""Output elements per program that adds splits."""
 
 
 class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
-    """What the variants share; each says where it differs.
+    """The common part of the variants.
 
     Attributes:
-        splits: K is split where there are too few tiles for the device.
-        slow_when_half_empty: A tile of which half lies beyond its tensor takes twice the time.
-        copies: The copy engine brings the operands.
+        splits: K is split if there are too few tiles for the device.
+        slow_when_half_empty: A tile of which half lies outside its tensor takes twice the time.
+        copies: The copy engine loads the operands.
         stores: The copy engine stores the result.
-        scale_copies: The copy engine brings the scales of the activation.
+        scale_copies: The copy engine loads the scales of the activation.
     """
 
     splits: ClassVar[bool] = False
@@ -47,9 +47,9 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
         )
 
     def time(self, config: GemmConfig, problem: GemmProblem, pace: Pace) -> float:
-        """Microseconds, roughly: the steps of K, times the pace of the multiprocessor that has the most tiles.
+        """Approximate microseconds: the steps of K times the pace of the multiprocessor with the most tiles.
 
-        Few rows take at least the time in which their weights are read.
+        For few rows, at least the time to read the weights.
         """
         depth = self.split_depth(config, problem.m, problem.n, problem.k, problem.sms)
         splits = ceil_div(ceil_div(problem.k, config.block_k), depth)
@@ -73,46 +73,46 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
 
         Args:
             config: Any configuration.
-            out_bytes: Bytes of an element of the result.
+            out_bytes: Bytes per element of the result.
             stage_scales: For a Gluon kernel, as in `GemmProblem`.
         """
         return self.ring(config, stage_scales) + config.block_m * config.block_n * out_bytes
 
     def ring(self, config: GemmConfig, stage_scales: int) -> int:
-        """Bytes of the stages, and of barriers and scales or biases of columns."""
+        """Bytes of the stages, the barriers, and the column scales or biases."""
         return config.stages * (config.block_m + config.block_n) * config.block_k + 2048
 
     def registers(self, config: GemmConfig, whole: bool) -> tuple[int, int]:
-        """Registers of a thread for the tile of sums and, unless the tensor cores keep the `whole` sum, for a step's.
+        """Registers per thread for the tile of sums and, unless the tensor cores keep the `whole` sum, for one step.
 
         Returns:
-            Those registers, and how many of a thread's 255 they may be without spilling.
+            That number, and how many of a thread's 255 registers may be used without spilling.
         """
         return _shared_out(config, config.block_m + (0 if whole else config.block_m)), 160
 
     def step_rule(self, config: GemmConfig, problem: GemmProblem) -> Rule:
-        """What the step of K must be."""
+        """Requirements on the step of K."""
         step = problem.step
         why = "a scale spans" if problem.kind == "tiles" else "FP8 sums are promoted every"
         broken = step is not None and config.block_k != step
         return broken, f"{why} {step} of K, the step is {config.block_k}"
 
     def split_side(self, config: GemmConfig) -> tuple[str, int]:
-        """The side of the tile that the warpgroups share out."""
+        """The side of the tile that is divided among the warpgroups."""
         return "rows", config.block_m
 
     def written_bytes(self, problem: GemmProblem) -> int:
-        """Bytes of an element of what the kernel stores."""
+        """Bytes per element that the kernel stores."""
         return problem.out_bytes
 
     def _sums(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
-        """What the sizes and the scales ask for."""
+        """Requirements of the sizes and the scales."""
         return (
             (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
             (max(problem.m, problem.n, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
             (
                 problem.kind == "rows_i8" and problem.k > DEEPEST_INT8,
-                f"a sum of {problem.k} products of INT8 codes can pass 32 bits, K may be {DEEPEST_INT8} at most",
+                f"a sum of {problem.k} products of INT8 codes can exceed 32 bits, K may be at most {DEEPEST_INT8}",
             ),
             self.step_rule(config, problem),
             (
@@ -122,24 +122,24 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
         )
 
     def _tiles(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
-        """What a multiprocessor has room for."""
+        """Limits of a multiprocessor."""
         whole = problem.kind == "rows_i8"
         needed, (side, got) = max(config.consumers * 64, 64), self.split_side(config)
         tiles = "one INT32 tile takes" if whole else "two FP32 tiles take"
         registers, limit = self.registers(config, whole)
         shared = self.shared_memory(config, self.written_bytes(problem), problem.stage_scales)
         return (
-            (config.warps % 4 != 0, f"{config.warps} warps are no whole number of warpgroups of 4"),
+            (config.warps % 4 != 0, f"{config.warps} warps are not a whole number of warpgroups of 4"),
             (got % needed != 0, f"{config.warps} warps need a multiple of {needed} {side}, the tile has {got}"),
-            (registers > limit, f"{tiles} {registers} registers of a thread, {limit} are to be had"),
+            (registers > limit, f"{tiles} {registers} registers per thread, the limit is {limit}"),
             (
                 shared > SHARED_MEMORY_LIMIT,
-                f"{config.stages} stages need {shared} bytes of shared memory, a block may have {SHARED_MEMORY_LIMIT}",
+                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {SHARED_MEMORY_LIMIT}",
             ),
         )
 
     def _copies(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
-        """What the copy engine can address."""
+        """Requirements of the copy engine."""
         out_row = problem.n * problem.out_bytes
         return (
             (
@@ -148,7 +148,7 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
             ),
             (
                 self.copies and problem.k % 16 != 0,
-                f"the copy engine needs K to be a multiple of 16, it is {problem.k}",
+                f"the copy engine needs K to be a multiple of 16, got {problem.k}",
             ),
             (
                 self.stores and out_row % 16 != 0,
@@ -162,21 +162,21 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
 
 
 class GluonGemmTemplate(GemmTemplate):
-    """A template whose kernel has stages of 128 of K in a ring, with the scales of the activation beside them."""
+    """A template whose kernel has a ring of stages of 128 of K, with the activation scales of each stage."""
 
     scale_copies = True
 
     def step_rule(self, config: GemmConfig, problem: GemmProblem) -> Rule:
-        """Narrower scales are steps inside a stage."""
+        """Narrower scales are applied in steps inside a stage."""
         return config.block_k != 128, f"the Gluon kernels have stages of 128 of K, here it is {config.block_k}"
 
     def ring(self, config: GemmConfig, stage_scales: int) -> int:
-        """Bytes of the stages, and of barriers and scales or biases of columns."""
+        """Bytes of the stages, the barriers, and the column scales or biases."""
         return super().ring(config, stage_scales) + config.stages * 4 * max(config.block_m, 32) * stage_scales
 
 
 def spans(x_block: int) -> dict[str, int]:
-    """For the Gluon kernels: over how many blocks of 128 a scale of x reaches, and how many there are in one block."""
+    """For the Gluon kernels: how many blocks of 128 a scale of x spans, and how many scales one block has."""
     if x_block == ALL:
         return {"SPAN": 1 << 30, "SUBS": 1}
     return {"SPAN": max(x_block // 128, 1), "SUBS": max(128 // x_block, 1)}
@@ -189,5 +189,5 @@ def add_splits(kernel: Any, arguments: tuple[Any, ...], out: Tensor, splits: int
 
 
 def _shared_out(config: GemmConfig, rows: int) -> int:
-    """Registers of a thread for 32-bit sums of so many rows of the tile."""
+    """Registers per thread for 32-bit sums of that many rows of the tile."""
     return rows * config.block_n // (config.warps * 32)

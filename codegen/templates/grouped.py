@@ -1,8 +1,8 @@
-"""One matmul for each group of rows, such as the tokens of an expert: the kernels for many rows a group and for few.
+"""One matmul for each group of rows, such as the tokens of an expert: kernels for many and for few rows per group.
 
-    out[t] = x[t] @ w[g].T        for the rows t of group g, which the device alone knows
+    out[t] = x[t] @ w[g].T        for the rows t of group g, known only on the device
 
-The choice is made from sizes that the host knows, rows and groups: it never waits for the device.
+The choice uses sizes that the host knows, rows and groups; it never waits for the device.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from codegen.templates.hopper import ONE_WARPGROUP, SHARED_MEMORY_LIMIT, multipr
 from codegen.templates.template import Template, first_broken
 
 MOST_GROUPS = 1024
-"""Groups at most: each block of threads holds all of them in shared memory."""
+"""Maximum number of groups: each block of threads holds all of them in shared memory."""
 
 TABLE_ENTRY = 12
 """Bytes of a group in that table."""
@@ -27,9 +27,9 @@ class GroupedProblem(NamedTuple):
     """Matmuls of `groups` groups, in FP8 tiles [1, 128] and blocks [128, 128].
 
     Attributes:
-        mean: Rows of a group on average.
-        groups: How many groups there are.
-        out_bytes: Bytes of an element of the result.
+        mean: Average rows per group.
+        groups: Number of groups.
+        out_bytes: Bytes per element of the result.
     """
 
     mean: float
@@ -42,10 +42,10 @@ class GroupedConfig:
     """One compiled kernel for grouped matmuls.
 
     Attributes:
-        variant: `"wide"` has the rows on the left of the tensor cores, `"narrow"` the weights.
+        variant: `"wide"` has the rows as left operand of the tensor cores, `"narrow"` the weights.
         block_m: Rows of a tile; in the wide variant 64 for each consumer, 128 or 192.
-        stages: Blocks of K that are in shared memory at one time.
-        order: Rows of tiles of one group that follow each other in time.
+        stages: Blocks of K in shared memory at once.
+        order: Consecutive rows of tiles of one group.
     """
 
     variant: Literal["wide", "narrow"]
@@ -66,8 +66,8 @@ class GroupedOperands(NamedTuple):
         out: bfloat16, float16 or float32 `[rows, n]`, contiguous.
         x_scale: FP32 `[rows, ceil(k / 128)]`, see `has_scale_columns`.
         w_scale: FP32 `[groups, ceil(n / 128), ceil(k / 128)]`, contiguous.
-        offsets: int32 `[groups]`: the row after each group's last; with a capacity, the rows of each group.
-        capacity: Rows of x that each group has room for, when the groups do not follow each other tightly.
+        offsets: int32 `[groups]`: the end row of each group; with a capacity, the number of rows of each group.
+        capacity: Rows of x reserved for each group, if the groups are not contiguous.
     """
 
     x: Tensor
@@ -80,7 +80,7 @@ class GroupedOperands(NamedTuple):
 
 
 class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
-    """What the variants share."""
+    """The common part of the variants."""
 
     kernel: ClassVar[Any]
 
@@ -91,7 +91,7 @@ class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
             (problem.groups > MOST_GROUPS, f"a block of threads can hold {MOST_GROUPS} groups, not {problem.groups}"),
             (
                 shared > SHARED_MEMORY_LIMIT,
-                f"{config.stages} stages need {shared} bytes of shared memory, a block may have {SHARED_MEMORY_LIMIT}",
+                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {SHARED_MEMORY_LIMIT}",
             ),
         ))  # fmt: skip
 
@@ -101,9 +101,9 @@ class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
         return ring + TABLE_ENTRY * table_size(groups) + 1024
 
     def time(self, config: GroupedConfig, problem: GroupedProblem, pace: tuple[float, float]) -> float:
-        """A rank, not a time: the rows that the tile holds, if the mean is within the `pace`, and more elsewhere.
+        """A rank, not a time: the rows of the tile if the mean is within the `pace`, and a larger number otherwise.
 
-        The pace is an interval of means, without the lower end, for which the configuration was measured to be best.
+        The pace is an interval of means, open at the lower end, in which the configuration was measured to be best.
         """
         low, high = pace
         return config.block_m if low < problem.mean <= high else 1024 - config.block_m
@@ -123,26 +123,26 @@ class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
         return (KernelCall(self.kernel, programs, arguments, constants, ONE_WARPGROUP),)
 
     def box(self, config: GroupedConfig) -> int:
-        """Rows of x that one copy brings."""
+        """Rows of x per copy."""
         return config.block_m
 
     def consumers(self, config: GroupedConfig) -> dict[str, int]:
-        """How many warpgroups multiply, where the kernel asks."""
+        """Number of warpgroups that multiply, if it is a kernel parameter."""
         return {}
 
     def out_box(self, out: Tensor) -> tuple[Any, ...]:
-        """The descriptor that the kernel stores through, where it has one."""
+        """The descriptor that the kernel stores through, if it has one."""
         return ()
 
 
 class GroupedNarrow(GroupedGemm):
-    """Few rows a group, on the right of the tensor cores; two consumers share the 128 rows of the weight."""
+    """Few rows per group, as right operand of the tensor cores; two consumers share the 128 rows of the weight."""
 
     kernel = grouped_narrow
 
 
 class GroupedWide(GroupedGemm):
-    """Many rows a group; each consumer has 64, which leave through the copy engine."""
+    """Many rows per group; each consumer has 64, stored by the copy engine."""
 
     kernel = grouped_wide
 
@@ -164,5 +164,5 @@ class GroupedWide(GroupedGemm):
 
 
 def table_size(groups: int) -> int:
-    """Groups of the table: a power of two, one for each lane of a warp at least."""
+    """Groups of the table: a power of two, at least one for each lane of a warp."""
     return max(32, 1 << (groups - 1).bit_length())

@@ -1,4 +1,4 @@
-"""What the templates for Hopper share: limits of a multiprocessor, and tensor descriptors for the copy engine."""
+"""Shared by the templates for Hopper: limits of a multiprocessor, and tensor descriptors for the copy engine."""
 
 from functools import cache
 from typing import Any
@@ -12,16 +12,16 @@ from codegen.launching.launch import descriptor
 from codegen.templates.template import ceil_div
 
 SHARED_MEMORY_LIMIT = 232448
-"""Bytes of shared memory that one block may have."""
+"""Maximum bytes of shared memory per block."""
 
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
 MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM): the device that problems and operands without a device are meant for."""
+"""Multiprocessors of an H100 or H200 (SXM): the default device of problems and operands without one."""
 
 ONE_WARPGROUP = {"num_warps": 4}
-"""Options of warp-specialized kernels: the first consumer's warps; the kernel asks for the others itself."""
+"""Options of warp-specialized kernels: warps of the first consumer; the kernel requests the others itself."""
 
 GLUON_TYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,

@@ -1,4 +1,4 @@
-"""The Gluon kernels of the scaled matmul for few rows, which stand on the right of the tensor cores; K is split."""
+"""The Gluon kernels of the scaled matmul for few rows, which are the right operand of the tensor cores; K is split."""
 
 from typing import Any
 

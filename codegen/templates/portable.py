@@ -1,4 +1,4 @@
-"""The portable Triton kernels of the scaled matmul: on pointers, and with the copy engine for scales inside the sum."""
+"""The portable Triton kernels of the scaled matmul: with pointers, or the copy engine for scales inside the sum."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class PointerGemm(GemmTemplate):
         )
 
     def matrices(self, config: GemmConfig, operands: GemmOperands) -> tuple[Any, Any, Any]:
-        """x, w, and out as the kernel takes them."""
+        """x, w, and out in the form that the kernel takes."""
         return operands.x, operands.w, operands.out
 
 

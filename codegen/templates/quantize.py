@@ -24,7 +24,7 @@ from qcompiler import numerics
 from qcompiler.numerics import ALL
 
 AMAX_PROGRAMS = 1024
-"""Programs that share a tensor when its amax is taken, at most: about as many as an H200 runs at one time."""
+"""Maximum programs that share a tensor for its amax: about as many as an H200 runs at once."""
 
 LONGEST_ROW = 16384
 """Columns of a row that a program can hold in registers."""
@@ -84,7 +84,7 @@ class QuantizeOperands(NamedTuple):
 
 
 def quantize_configs(problem: QuantizeProblem) -> Mapping[QuantizeConfig, None]:
-    """The one configuration that runs a problem; it follows from the sizes."""
+    """The configuration for a problem; it depends only on the sizes."""
     m, k, (rows, columns) = problem.m, problem.k, problem.block
     if problem.known:
         return {tensor_config(m, "known") if columns == ALL else quantize_config(m, columns, "known"): None}
@@ -100,10 +100,10 @@ def quantize_config(m: int, block_k: int, variant: str = "tiles") -> QuantizeCon
 
 
 def token_config(m: int, k: int) -> QuantizeConfig:
-    """The tile for quantizing `m` rows of `k` columns with a scale each: whole rows, 32 elements a thread or fewer.
+    """The tile for quantizing `m` rows of `k` columns with a scale each: whole rows, at most 32 elements per thread.
 
-    A row longer than `LONGEST_ROW` is walked along in steps. Few rows get more warps each, because then waiting for
-    memory sets the pace.
+    A row longer than `LONGEST_ROW` is processed in steps. Few rows get more warps each, because then memory latency
+    is the bottleneck.
     """
     block_k = min(1 << max((k - 1).bit_length(), 4), LONGEST_ROW) if k <= LONGEST_ROW else LONGEST_ROW // 2
     if m <= 512:
@@ -118,7 +118,7 @@ def tensor_config(m: int, variant: str = "tensor") -> QuantizeConfig:
 
 
 class QuantizeTemplate(Template[QuantizeConfig, QuantizeProblem, QuantizeOperands]):
-    """What the granularities share: there is one configuration for a problem, and nothing to compare it with."""
+    """The common part of the granularities: each problem has one configuration, so there is nothing to compare."""
 
     def why_not(self, config: QuantizeConfig, problem: QuantizeProblem) -> str | None:
         """See `Template`."""
@@ -130,7 +130,7 @@ class QuantizeTemplate(Template[QuantizeConfig, QuantizeProblem, QuantizeOperand
 
 
 def why_not_quantize(block: Sequence[int]) -> str | None:
-    """Why no kernel quantizes in such blocks, in one sentence without a final stop, or None if one does."""
+    """Why no kernel quantizes in such blocks, in one sentence without a final period, or None if one does."""
     if tuple(block) == (ALL, ALL) or (block[0] == 1 and block[1] in (ALL, *TILE_COLUMNS)):
         return None
     return f"it is quantized in {list(block)} blocks"
@@ -169,7 +169,7 @@ class QuantizeKnown(QuantizeTemplate):
         """See `Template`."""
         x, q, scale, block, profile, prescale = operands
         (m, k), rule = x.shape, rounding(profile, q.dtype)
-        # The scales of leading dimensions that do not follow each other evenly are copied; there are few of them.
+        # Scales whose leading dimensions are not evenly spaced are copied; there are few of them.
         scales = scale.reshape(m if block[0] == 1 else 1, scale.shape[-1])
         strides = (scales.stride(0), 0 if block[1] == ALL else scales.stride(1))
         constants = {
@@ -183,7 +183,7 @@ class QuantizeKnown(QuantizeTemplate):
 class QuantizeTensor(QuantizeKnown):
     """One scale for the tensor: the amax in parts, the scale, and quantization with it.
 
-    A tensor without elements still has a scale, which the second call makes.
+    An empty tensor still has a scale, which the second call computes.
     """
 
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:

@@ -1,4 +1,4 @@
-"""What the compiler of a quantizing kernel knows of the arithmetic."""
+"""Compile-time constants of quantization arithmetic."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from qcompiler.numerics.dtypes import ir_dtype
 
 
 def rounding(profile: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of a profile and an 8-bit format, in the order in which kernels take them.
+    """The constants of a profile and an 8-bit format, in the order of the kernel parameters.
 
-    `TOP` is 0 for a format that is none: the kernel quantizes nothing.
+    `TOP` is 0 if there is no format: the kernel quantizes nothing.
     """
     rule = numerics.profile(profile)
     return {

@@ -1,9 +1,9 @@
-"""What every kernel template says, and the choice among the templates that run one operation.
+"""The interface of kernel templates, and the choice among the templates that run one operation.
 
     family.choose(problem)                  the configuration with the least estimated time
     family.calls(config, operands)          its kernel calls: launched, warmed up, timed, or compiled ahead of time
 
-Problems, configurations, and times are arithmetic on sizes, so every choice can be tested and explained without a GPU.
+Problems, configurations, and times depend only on sizes, so choices can be tested and explained without a GPU.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from qcompiler.errors import CodegenError
 
 
 class Configuration(Protocol):
-    """A value that a template is filled in with: frozen, hashable, printed in reports."""
+    """The parameters of a template: frozen, hashable, printed in reports."""
 
     @property
     def variant(self) -> str:
@@ -33,7 +33,7 @@ class Template(ABC, Generic[Config, Problem, Operands]):
 
     @abstractmethod
     def why_not(self, config: Config, problem: Problem) -> str | None:
-        """Why `config` cannot run `problem`, in one sentence without a final stop, or None if it can."""
+        """Why `config` cannot run `problem`, in one sentence without a final period, or None if it can."""
 
     @abstractmethod
     def time(self, config: Config, problem: Problem, pace: Any) -> float:
@@ -41,16 +41,16 @@ class Template(ABC, Generic[Config, Problem, Operands]):
 
     @abstractmethod
     def calls(self, config: Config, operands: Operands) -> Sequence[KernelCall]:
-        """The kernel calls in order; scratch memory is allocated. Operands without data (device "meta") will do."""
+        """The kernel calls in order; allocates scratch memory. Operands may be without data (device "meta")."""
 
 
 class Family(Generic[Config, Problem, Operands]):
     """The templates that run one operation on one target.
 
     Args:
-        name: What the operation is called in messages.
+        name: The operation's name in messages.
         templates: Variant -> template.
-        paces: Returns the configurations that were measured for problems of a kind, with their paces.
+        paces: Returns the measured configurations for problems of a kind, with their paces.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Family(Generic[Config, Problem, Operands]):
         self._chosen: Recent[Config] = Recent(4096)
 
     def configs(self, problem: Problem) -> tuple[Config, ...]:
-        """Every configuration that can be chosen for a problem of this kind; compiled ahead of time and tested."""
+        """Every available configuration for a problem of this kind; compiled ahead of time and tested."""
         return tuple(self._paces(problem))
 
     def template(self, config: Config) -> Template[Any, Problem, Operands]:
@@ -71,7 +71,7 @@ class Family(Generic[Config, Problem, Operands]):
         return self._templates[config.variant]
 
     def why_not(self, config: Config, problem: Problem) -> str | None:
-        """Why `config` cannot run `problem`, in one sentence without a final stop, or None if it can."""
+        """Why `config` cannot run `problem`, in one sentence without a final period, or None if it can."""
         return self.template(config).why_not(config, problem)
 
     def time(self, config: Config, problem: Problem) -> float:
@@ -82,7 +82,7 @@ class Family(Generic[Config, Problem, Operands]):
         """The configuration with the least estimated time among those that can run the problem.
 
         Raises:
-            CodegenError: None can; the message has each one's reason.
+            CodegenError: No configuration can; the message has each one's reason.
         """
         if (known := self._chosen.get(problem)) is not None:
             return known
@@ -97,7 +97,7 @@ class Family(Generic[Config, Problem, Operands]):
         return best
 
     def calls(self, config: Config, operands: Operands) -> Sequence[KernelCall]:
-        """The kernel calls of a configuration for operands that it can run; nothing is checked."""
+        """The kernel calls of a configuration for operands that it supports; nothing is checked."""
         return self.template(config).calls(config, operands)
 
     def launch(self, config: Config, operands: Operands) -> None:
@@ -107,7 +107,7 @@ class Family(Generic[Config, Problem, Operands]):
 
 
 Rule = tuple[bool, str]
-"""Whether a rule is broken, and the sentence that says so."""
+"""Whether a rule is broken, and the sentence that reports it."""
 
 
 def first_broken(rules: Iterable[Rule]) -> str | None:

@@ -1,4 +1,4 @@
-"""The warp-specialized Gluon kernels of the scaled matmul, for many rows, and for fewer of them with K split."""
+"""The warp-specialized Gluon kernels of the scaled matmul, for many rows, and for fewer rows with K split."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from codegen.templates.hopper import ONE_WARPGROUP, SHARED_MEMORY_LIMIT, multipr
 from codegen.templates.template import ceil_div
 
 REGISTERS_FOR_SUMS = {1: 192, 2: 192, 3: 128}
-"""Consumers -> registers of a consumer's thread that sums may take; a thread has 255, 232, or 160."""
+"""Consumers -> registers per consumer thread that sums may use; a thread has 255, 232, or 160."""
 
 
 class WarpGemm(GluonGemmTemplate):
-    """One program a multiprocessor: a producer, and consumers that make 64 rows in a step."""
+    """One program per multiprocessor: a producer, and consumers that compute 64 rows per step."""
 
     slow_when_half_empty = True
 
@@ -34,7 +34,7 @@ class WarpGemm(GluonGemmTemplate):
         return self.ring(config, stage_scales) + rows * config.block_n * out_bytes
 
     def out_buffers(self, config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:
-        """How many times 64 rows of output each consumer has room for: one for each of its waves if all fit, or one."""
+        """Output buffers of 64 rows for each consumer: one for each of its waves if all fit, or one."""
         waves = max(config.block_m // max(config.consumers, 1) // 64, 1)
         written = 64 * config.consumers * waves * config.block_n * out_bytes
         return waves if self.ring(config, stage_scales) + written <= SHARED_MEMORY_LIMIT else 1
@@ -48,7 +48,7 @@ class WarpGemm(GluonGemmTemplate):
         sms = multiprocessors(x.device.index)
         depth = self.split_depth(config, m, n, k, sms)
         splits = ceil_div(ceil_div(k, 128), depth)
-        rows = ceil_div(m, config.block_m) * config.block_m  # of a split: the copy engine would write beyond m
+        rows = ceil_div(m, config.block_m) * config.block_m  # per split: the copy engine would write beyond m
         sums = out if splits == 1 else empty((splits * rows, n), torch.float32, x.device)
         arguments = (
             *_tiles(config, operands, sums), scale_columns(x_scale, config.box), w_scale, bias if splits == 1 else None,
@@ -76,12 +76,12 @@ class WarpGemm(GluonGemmTemplate):
 
 
 class SplitGemm(WarpGemm):
-    """The same with K split where there are too few tiles, for scales inside the sum."""
+    """The same with K split if there are too few tiles, for scales inside the sum."""
 
     splits = True
 
     def written_bytes(self, problem: GemmProblem) -> int:
-        """Those of a split's sums."""
+        """Bytes per element of a split's sums."""
         return 4
 
 

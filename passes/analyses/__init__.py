@@ -1,1 +1,1 @@
-"""What several passes ask about a graph; nothing here rewrites one."""
+"""Graph analyses shared by several passes; nothing here rewrites a graph."""

@@ -1,9 +1,9 @@
-"""Which operations of torch a body can say, and how: arithmetic on rows, as `qcompiler.dialects.body` spells it.
+"""Maps torch operations to fused expressions: row arithmetic in the syntax of `qcompiler.dialects.body`.
 
     %y = aten.rms_norm(%x, [256], %w, 1e-06) : bf16[s0, 256]    ->    bf16(x0 * rsqrt(mean(x0 * x0) + 1e-06) * x1)
 
-Torch computes such operations on bf16 and f16 in FP32 and rounds their result once; so does the body. What torch
-rounds elsewhere, too, is said only where the body can round at the same place.
+For bf16 and f16, torch computes these operations in FP32 and rounds the result once; fused expressions do too.
+Where torch also rounds an intermediate result, the expression is used only if it can round at the same place.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from qcompiler.ir import Argument, DType, Op, Role, TensorType, Value
 from qcompiler.numerics.dtypes import torch_dtype
 
 FLOATS = (DType.bf16, DType.f16, DType.f32)
-"""What a body reads and gives."""
+"""Element types that a fused expression reads and returns."""
 
 FUNCTIONS = {
     "aten.exp": "exp(x0)", "aten.neg": "neg(x0)", "aten.reciprocal": "1.0 / x0", "aten.relu": "relu(x0)",
     "aten.rsqrt": "rsqrt(x0)", "aten.sigmoid": "sigmoid(x0)", "aten.silu": "silu(x0)", "aten.sqrt": "sqrt(x0)",
     "aten.square": "x0 * x0", "aten.tanh": "tanh(x0)",
 }  # fmt: skip
-"""Operations of one tensor and nothing else."""
+"""Unary operations that take no options."""
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 SUMS = ("add", "sub", "rsub")
@@ -31,16 +31,16 @@ VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape")
 
 LARGEST = torch.finfo(torch.float32).max
 FLOAT_EPSILON = torch.finfo(torch.float32).eps
-"""What torch takes for the epsilon of an RMS norm that names none."""
+"""The epsilon that torch uses for an RMS norm that gives none."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One operation as the text of a body.
+    """One operation as the text of a fused expression.
 
     Attributes:
-        text: What it computes of x0, x1, …, before it rounds to its element type.
-        inputs: What those are.
+        text: The expression over x0, x1, …, before rounding to the element type.
+        inputs: The values of x0, x1, ….
     """
 
     text: str
@@ -48,9 +48,9 @@ class Term:
 
 
 def term_of(op: Op) -> Term | None:
-    """An operation with one result as a term, or None where a body cannot say it.
+    """An operation with one result as a term, or None if a fused expression cannot compute it.
 
-    Its inputs have the shape of its result, or one number for each row of it, or one for each column.
+    Its inputs have the shape of its result, or one number per row, or one per column.
     """
     if len(op.results) != 1 or not _is_float(op.result):
         return None
@@ -61,7 +61,7 @@ def term_of(op: Op) -> Term | None:
 
 
 def same_numbers(op: Op) -> Value | None:
-    """The operand, where an operation does nothing to it but arrange its rows anew, or widen it; else None."""
+    """The operand, if an operation only rearranges its rows or widens its type; else None."""
     if op.role not in (Role.VIEW, Role.CAST) or len(op.results) != 1 or not _is_float(op.result):
         return None
     x, y = op["x"], op.result
@@ -75,12 +75,12 @@ def same_numbers(op: Op) -> Value | None:
 
 
 def is_row_view(op: Op) -> bool:
-    """Whether an operation for which `same_numbers` holds arranges rows anew."""
+    """Whether an operation for which `same_numbers` holds rearranges rows."""
     return op.name in VIEWS
 
 
 def _spelled(op: Op) -> Term | None:
-    """The term, with operands of whatever shape and element type."""
+    """The term, for operands of any shape and element type."""
     if op.name in FUNCTIONS:
         return None if op.attrs or len(op.args) != 1 else Term(FUNCTIONS[op.name], (op["self"],))
     special = SPECIAL.get(op.name)
@@ -91,7 +91,7 @@ def _spelled(op: Op) -> Term | None:
 
 
 def _binary(op: Op, name: str) -> Term | None:
-    """add, sub, rsub, mul and div of tensors or numbers, without any other option than a sign."""
+    """add, sub, rsub, mul and div of tensors or numbers; alpha may only be a sign."""
     if op.name.partition(f".{name}.")[2] not in ("Tensor", "Scalar"):
         return None
     alpha = op.argument("alpha") if name in SUMS else 1
@@ -101,7 +101,7 @@ def _binary(op: Op, name: str) -> Term | None:
     left, right = reversed(sides) if name == "rsub" else sides
     sign = BINARY.get(name, "-")
     if alpha == -1:
-        # alpha belongs to the second argument, which is the left one of rsub
+        # alpha applies to the second argument, which is the left one in rsub
         if name == "rsub" or name not in SUMS:
             return None
         sign = {"+": "-", "-": "+"}[sign]
@@ -121,7 +121,7 @@ def _binary(op: Op, name: str) -> Term | None:
 def _power(op: Op) -> Term | None:
     x, exponent = op["self"], op.argument("exponent")
     if exponent == 3 and op.result.type == x.type:
-        # Torch rounds the square as well in bf16, and in f16 on a GPU only.
+        # torch also rounds the square: in bf16 everywhere, in f16 on a GPU only.
         squares = {DType.f32: "x0 * x0 * x0", DType.bf16: "bf16(x0 * x0) * x0"}
         text = squares.get(x.tensor.dtype)
     else:
@@ -140,7 +140,7 @@ def _cast(op: Op) -> Term | None:
 
 
 def _mean(op: Op) -> Term | None:
-    """The mean of each row, in FP32."""
+    """The mean of each row in FP32."""
     x, axes = op["self"], op.argument("dim")
     last = len(x.tensor.shape) - 1 if isinstance(x.type, TensorType) else 0
     kept = op.argument("keepdim") is True
@@ -166,7 +166,7 @@ def _rms_norm(op: Op) -> Term | None:
 
 
 def _over_rows(op: Op) -> bool:
-    """Whether a norm normalizes the last dimension alone."""
+    """Whether a norm normalizes only the last dimension."""
     shape = op["input"].tensor.shape
     return bool(shape) and op.argument("normalized_shape") == shape[-1:]
 
@@ -187,7 +187,7 @@ SPECIAL: dict[str, Callable[[Op], Term | None]] = {
 
 
 def _is_cast(op: Op) -> bool:
-    """Whether an operation converts the element type, and has no other effect."""
+    """Whether an operation only converts the element type."""
     return op.role is Role.CAST and (
         (set(op.attrs) == {"dtype"} and len(op.args) == 1) or (not op.attrs and len(op.args) == 2)
     )
@@ -202,14 +202,14 @@ def _is_number(arg: Argument) -> bool:
 
 
 def _is_exact(number: Argument, result: Value) -> bool:
-    """Whether a number in a sum is the same in FP32 and in the element type, to which torch rounds it on a CPU."""
+    """Whether an addend is the same in FP32 and in the element type (torch rounds it to that type on a CPU)."""
     dtype = torch_dtype(result.tensor.dtype)
     wide = torch.tensor(number, dtype=torch.float32)
     return bool(wide.to(dtype).float() == wide)
 
 
 def _fits(value: Value, result: Value) -> bool:
-    """Whether an operand has the shape of the result, or a number for each of its rows, or one for each column."""
+    """Whether an operand has the shape of the result, one number per row, or one per column."""
     shape, own = result.tensor.shape, value.tensor.shape
     if not shape or not own:
         return False

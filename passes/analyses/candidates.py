@@ -1,4 +1,4 @@
-"""Which operations read weights, and for each that is not quantized, why: by dataflow, never by a module's name."""
+"""Which operations read weights, and why some are not quantized: by dataflow, never by module name."""
 
 from qcompiler.ir import DType, Graph, Missed, Op, Role, TensorType, Value
 from qcompiler.ir.dataflow import parameters_of, readers_through
@@ -10,55 +10,55 @@ OTHER_READERS = (
     "aten.conv1d.padding", "aten.convolution", "aten.conv_transpose1d", "aten.conv_transpose2d.input",
     "aten.conv_transpose3d.input", "aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input",
 )  # fmt: skip
-"""Operations with weights that are no matrix products."""
+"""Operations with weights that are not matmuls."""
 
 WHY_OTHER = {
     "embedding": "an embedding is a lookup, not a matmul",
-    "norm": "the gain and bias of a norm are applied element by element",
+    "norm": "the gain and bias of a norm are applied elementwise",
     "conv": "a convolution is not a matmul",
-    "": "the matmuls of a recurrent layer are inside of one operation",
+    "": "the matmuls of a recurrent layer are inside one operation",
 }
-"""Part of the name of one of OTHER_READERS -> why it is left alone."""
+"""Part of the name of one of OTHER_READERS -> why it is skipped."""
 
 LOOKUPS = ("aten.embedding", "aten.embedding_bag", "aten.index.Tensor", "aten.index_select")
-"""Operations that take rows out of a table."""
+"""Operations that look up rows of a table."""
 
 ELEMENTWISE = (
     "_softmax", "softmax", "log_softmax", "sigmoid", "tanh", "relu", "exp", "log", "sqrt", "softplus", "neg", "to",
     "_to_copy", "add", "sub", "mul", "div", "clamp", "masked_fill", "where", "clone", "view", "_unsafe_view", "reshape",
     "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "slice", "select", "split", "chunk",
 )  # fmt: skip
-"""What may stand between a router's product and its top-k."""
+"""Operations allowed between a router's matmul and its top-k."""
 
 TOP_K = (
     "aten.topk", "aten.sort", "aten.sort.stable", "aten.argsort", "aten.argsort.stable", "aten.kthvalue",
 )  # fmt: skip
-"""What picks some of many by their size."""
+"""Operations that select several elements by size."""
 
 TOP_1 = ("aten.argmax", "aten.max.dim", "aten.multinomial")
-"""What picks one of many; the last result says which."""
+"""Operations that select one element; the last result is its index."""
 
 ANGLES = ("aten.sin", "aten.cos", "aten.tan")
-"""Periodic functions: their argument may be many turns, of which only the remainder counts."""
+"""Periodic functions: the argument may span many turns, and only the remainder matters."""
 
-ALREADY = Missed("it is quantized already")
+ALREADY = Missed("it is already quantized")
 NO_WEIGHTS = Missed("it reads no weights")
 NOT_CANDIDATES = (str(ALREADY), str(NO_WEIGHTS))
-"""Reasons that nobody needs to hear."""
+"""Reasons omitted from the report."""
 
 QUANTIZABLE = (DType.f32, DType.f16, DType.bf16)
 
 SMALLEST = 16
-"""Rows and columns that a weight needs to be worth quantizing: FP8 and INT8 GEMMs, here and in other engines, work on
-multiples of 16, and a smaller layer costs more to quantize in each call than it saves."""
+"""Minimum rows and columns of a weight that is quantized: FP8 and INT8 GEMMs, here and in other engines, work on
+multiples of 16, and quantizing the input of a smaller layer costs more per call than it saves."""
 
 
 def why_not_quantized(op: Op, graph: Graph, named: bool = False) -> Missed | None:
-    """Why a user of weights is not quantized; None for a matmul that is quantized.
+    """Why an operation that reads weights is not quantized; None for a matmul that is quantized.
 
     Args:
         op: Any operation.
-        graph: The graph that has it.
+        graph: The graph that contains it.
         named: Whether the user names the layer (see `analyses.layers`): the heuristics of `why_skipped` do not apply.
     """
     constant = [v for _, v in op.operands() if isinstance(v.type, TensorType) and graph.is_constant(v)]
@@ -82,7 +82,7 @@ def why_tiny(w: Value) -> Missed | None:
 
 
 def has_lookup(w: Value, graph: Graph) -> bool:
-    """Whether an embedding reads a parameter that a weight is made of."""
+    """Whether an embedding reads a parameter that the weight is computed from."""
     return any(_is_looked_up(param.result, graph) for param in parameters_of(w))
 
 
@@ -92,7 +92,7 @@ def _is_looked_up(param: Value, graph: Graph) -> bool:
 
 
 def why_no_matmul(op: Op) -> str:
-    """Why one of OTHER_READERS is left alone."""
+    """Why one of OTHER_READERS is skipped."""
     return next(why for kind, why in WHY_OTHER.items() if kind in op.name)
 
 
@@ -105,14 +105,14 @@ def _why_no_linear(op: Op, graph: Graph, constant: list[Value]) -> Missed:
     dimensions = len(largest.tensor.shape)
     if dimensions > 2:
         return Missed(f"it multiplies by a batch of matrices (a weight of {dimensions} dimensions)", largest)
-    return Missed("it is not of the form activation times constant matrix", largest)
+    return Missed("it does not multiply an activation by a constant matrix", largest)
 
 
 def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
     """Whether the operands are an activation, a constant matrix and a vector, of types that can be quantized."""
     x, w, bias = op["input"], op["weight"], op.get("bias")
     if x.op.role is Role.DEQUANTIZE:
-        return ALREADY if is_stored_quantized(w) else Missed("one of its operands is quantized already", x)
+        return ALREADY if is_stored_quantized(w) else Missed("one of its operands is already quantized", x)
     if not graph.is_constant(w):
         return Missed("its weight is computed from the inputs", w)
     if graph.is_constant(x):
@@ -120,34 +120,34 @@ def _why_not_this_kind(op: Op, graph: Graph) -> Missed | None:
     if x.tensor.dtype not in QUANTIZABLE or w.tensor.dtype not in QUANTIZABLE:
         return Missed(f"its operands are {x.tensor.dtype} and {w.tensor.dtype}, not f32, f16 or bf16")
     if not all(isinstance(size, int) for size in w.tensor.shape) or len(w.tensor.shape) != 2:
-        return Missed("its weight is no matrix of fixed size", w)
+        return Missed("its weight is not a matrix of fixed size", w)
     if x.tensor.shape[-1] != w.tensor.shape[1]:
-        return Missed(f"the size that it sums over is not fixed ({x.tensor.shape[-1]})", x)
+        return Missed(f"the size of its reduction dimension is not fixed ({x.tensor.shape[-1]})", x)
     if w.tensor.elements == 0:
         return Missed("its weight has no elements", w)
     if bias is not None and bias.tensor.shape != w.tensor.shape[:1]:
-        return Missed("its bias is not one number for each column", bias)
+        return Missed("its bias is not one number per column", bias)
     return None
 
 
 def _router(op: Op, graph: Graph) -> Missed | None:
     if feeds_topk(op.result, graph):
-        return Missed("it is a router: its product decides a top-k")
+        return Missed("it is a router: a top-k selects from its output")
     return None
 
 
 def _angle(op: Op, graph: Graph) -> Missed | None:
-    """Whether a product is an angle, whose relative error of a few percent may be more than a turn."""
+    """Whether a matmul computes an angle: a relative error of a few percent may exceed a full turn."""
     for reader in readers_through(graph, op.result, _is_elementwise):
         if reader.name in ANGLES:
-            return Missed(f"it computes an angle: {reader.name.removeprefix('aten.')} reads its product")
+            return Missed(f"it computes an angle: {reader.name.removeprefix('aten.')} reads its output")
     return None
 
 
 def feeds_topk(value: Value, graph: Graph) -> bool:
-    """Whether a top-k reads `value`, directly or through operations that work element by element.
+    """Whether a top-k reads `value`, directly or through elementwise operations.
 
-    One of TOP_1 counts when the model computes with what it picks: a classifier that only returns it is no router.
+    TOP_1 counts only if the model computes with the selection: a classifier that returns it is not a router.
     """
     for op in readers_through(graph, value, _is_elementwise):
         if op.name in TOP_K or (op.name in TOP_1 and _is_followed(op.results[-1], graph)):
@@ -165,13 +165,13 @@ def _is_elementwise(op: Op) -> bool:
 
 
 def is_stored_quantized(w: Value) -> bool:
-    """Whether a weight is there as codes and scales, such as those of a checkpoint; they are taken as they are."""
+    """Whether a weight is stored as codes and scales, as in a quantized checkpoint; these are used unchanged."""
     return w.op.role is Role.DEQUANTIZE
 
 
 def _vocabulary(w: Value, graph: Graph) -> Missed | None:
     if is_stored_quantized(w):
-        return None  # whoever quantized it has decided that
+        return None  # the author of the checkpoint chose to quantize it
     for param in parameters_of(w):
         if param.attrs.get("role") == "output_embeddings":
             return Missed("it is the vocabulary projection: the model names its weight as its output embeddings", w)

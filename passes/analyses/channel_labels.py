@@ -1,11 +1,11 @@
-"""Labels: which factor each element of a scaled value has, and how they pass through the operations that move data.
+"""Labels: the factor of each element of a scaled value, and how labels pass through operations that move data.
 
-A *scaled value* is one that a rewritten graph holds multiplied by a positive factor per channel. Its labels are an
-integer array of its rank, of size 1 on every axis along which the factor does not vary (always so where the size is
-symbolic). They are channel numbers; UNSCALED stands for the factor 1.
+A *scaled value* is one that the rewritten graph holds multiplied by a positive factor per channel. Its labels are an
+integer array of the same rank, of size 1 on each axis along which the factor does not vary (always so on axes of
+symbolic size). Labels are channel numbers; UNSCALED means the factor 1.
 
-`Site.join` is all that most operations need: run on the positions of a source, the operation tells which element of
-the source each element of its image is, and labels then go both ways.
+Most operations need only `Site.join`: it runs the operation on the positions of a source to find which source element
+each image element is. Labels then propagate both ways.
 """
 
 from abc import ABC, abstractmethod
@@ -27,40 +27,40 @@ Slot = Path | int
 """A value at an operation: the path of an operand, or the index of a result."""
 
 UNSCALED = -1
-"""The label of elements whose factor is 1."""
+"""The label of elements with factor 1."""
 
 Pick = Callable[[Labels], Labels]
 """Positions in a source -> positions in its image; an axis along which nothing varies has size 1 in both."""
 
 
 class Refused(Exception):
-    """The scale cannot pass here: why, and the value at fault."""
+    """The scale cannot pass here: the reason and the value that prevents it."""
 
     def __init__(self, why: str, value: Value) -> None:
         super().__init__(why)
         self.why, self.value = why, value
         self.depth = 0
-        """How many values were scaled before this came up."""
+        """Number of values that were scaled before this refusal."""
 
 
 class Site(ABC):
-    """One operation while a region is solved: the labels of its operands and results, and how to join them."""
+    """One operation while a region is being solved: labels of its operands and results, and how to join them."""
 
     def __init__(self, op: Op) -> None:
         self.op = op
         self.chosen: Path | None = None
-        """Which option of a Fork is to be taken."""
+        """Which option of a Fork to take."""
 
     @abstractmethod
     def labels(self, slot: Slot) -> Labels | None:
-        """The labels of a value, or None while it is not scaled."""
+        """The labels of a value; None if it is not scaled."""
 
     @abstractmethod
     def assign(self, slot: Slot, labels: Labels) -> None:
-        """Adds to the labels of a value; ties channels where they meet others."""
+        """Adds labels to a value; ties channels that meet existing labels."""
 
     def path(self, name: str) -> Path:
-        """Where the argument that torch's schema calls `name` stands."""
+        """The path of the argument that torch's schema calls `name`."""
         return self.op.path(name)
 
     def argument(self, name: str) -> Argument:
@@ -68,7 +68,7 @@ class Site(ABC):
         return self.op.argument(name)
 
     def name_at(self, path: Path) -> str:
-        """What torch's schema calls the argument at `path`."""
+        """The name in torch's schema of the argument at `path`."""
         if isinstance(path[0], str):
             return path[0]
         positions = traits_of(self.op.name).positions
@@ -84,9 +84,9 @@ class Site(ABC):
         return arg if isinstance(arg, Value) and isinstance(arg.type, TensorType) else None
 
     def shape(self, slot: Slot) -> tuple[Size, ...]:
-        """The shape of the tensor at a slot; Refused where there is none."""
+        """The shape of the tensor at a slot; raises Refused if it is not a tensor."""
         if (value := self.value(slot)) is None:
-            raise self.refused(f"{self.op.name} has an operand that is no tensor")
+            raise self.refused(f"{self.op.name} has an operand that is not a tensor")
         return value.tensor.shape
 
     def varies(self, slot: Slot, axis: int) -> bool:
@@ -95,20 +95,20 @@ class Site(ABC):
         return labels is not None and labels.shape[axis] > 1
 
     def refused(self, why: str) -> Refused:
-        """A refusal with this operation at fault."""
+        """A refusal at this operation."""
         return Refused(why, self.op.results[0] if self.op.results else next(value for _, value in self.op.operands()))
 
     def axis(self, name: str = "dim", slot: Slot = (0,)) -> int:
-        """An argument that is an axis of the value at `slot`, counted from the front."""
+        """An argument that is an axis of the value at `slot`, as a nonnegative index."""
         axis = self.argument(name)
         if not isinstance(axis, int):
-            raise self.refused(f"{self.op.name} works along no fixed axis")
+            raise self.refused(f"the axis of {self.op.name} is not fixed")
         return axis % max(1, len(self.shape(slot)))
 
     def integer(self, arg: object) -> int:
-        """A literal that must be known where the factor varies."""
+        """A literal that must be known if the factor varies."""
         if not isinstance(arg, int):
-            raise self.refused(f"{self.op.name} moves channels by a number that is not fixed")
+            raise self.refused(f"{self.op.name} moves channels by an amount that is not fixed")
         return arg
 
     def join(
@@ -119,15 +119,15 @@ class Site(ABC):
         pick: Pick = lambda at: at,
         along: Sequence[int] = (),
     ) -> None:
-        """States that each element of `image` is the one of `source` that `pick` says, times what is not scaled.
+        """Declares that `image` equals the elements of `source` chosen by `pick`, times unscaled factors.
 
         Args:
-            source: The slot whose elements appear in the other one.
-            image: The slot whose elements they are; it may be larger by broadcasting.
-            axes: For each axis of the image, the one of the source; aligned on the right, as in broadcasting, when
-                left out. None for an axis along which the source has one element for all.
+            source: The slot that the elements come from.
+            image: The slot that holds them; it may be larger through broadcasting.
+            axes: The source axis of each image axis; None where the source broadcasts. Default: aligned on the
+                right, as in broadcasting.
             pick: Positions in the source to positions in the image.
-            along: Axes of the source along which the factor is to vary although no labels say so yet.
+            along: Source axes along which the factor must be able to vary although no labels say so yet.
         """
         sizes, rank = self.shape(source), len(self.shape(image))
         if axes is None:
@@ -137,13 +137,13 @@ class Site(ABC):
         self.link(source, image, [self.full(n) if axis in varying else 1 for axis, n in enumerate(sizes)], pick)
 
     def full(self, size: Size) -> int:
-        """The size of an axis along which the factor varies; Refused when it is symbolic."""
+        """The size of an axis along which the factor varies; raises Refused if it is symbolic."""
         if not isinstance(size, int):
-            raise self.refused(f"{self.op.name} mixes the channels with an axis of the symbolic size {size}")
+            raise self.refused(f"{self.op.name} mixes the channels with an axis of symbolic size {size}")
         return size
 
     def link(self, source: Slot, image: Slot, shape: Sequence[int], pick: Pick) -> None:
-        """As `join`, with the sizes of the source given: 1 for each axis along which nothing varies."""
+        """Like `join`, with the source sizes given: 1 for each axis along which nothing varies."""
         rank = len(self.shape(image))
         positions = pick(np.arange(prod(shape), dtype=np.intp).reshape(shape))
         positions = positions.reshape((1,) * (rank - positions.ndim) + positions.shape)
@@ -154,16 +154,16 @@ class Site(ABC):
             seen, positions = np.broadcast_arrays(seen, positions)
             new = flat.copy()
             new[positions[seen >= 0]] = seen[seen >= 0]
-            flat = np.where(flat >= 0, flat, new)  # where both say something, `assign` ties them
+            flat = np.where(flat >= 0, flat, new)  # where both have labels, `assign` ties them
         self.assign(source, flat.reshape(shape))
         self.assign(image, flat[positions])
 
 
 @dataclass(frozen=True)
 class Fork:
-    """What is known leaves a choice: an operand that is to carry the factor, or the words ALL and PART.
+    """A choice that is still open: the operand that carries the factor, or ALL versus PART.
 
-    A part of a value is scaled: so may be all of it, alike along the axis of the cut, or nothing else of it.
+    When part of a value is scaled, either all of it is scaled alike along the cut axis, or only that part is.
     """
 
     options: tuple[Path, ...]
@@ -179,8 +179,8 @@ class Commutes:
 
     Attributes:
         proof: Why a positive factor passes through.
-        carries: The parameters, as torch's schema names them, that may be scaled; all others must not be.
-        relate: Joins the labels; gives a Fork instead where there is a choice and none is taken yet.
+        carries: Parameters, by torch schema name, that may be scaled; the others must not be.
+        relate: Joins the labels; returns a Fork if there is a choice and none has been made.
     """
 
     proof: str
@@ -189,14 +189,14 @@ class Commutes:
 
 
 def last_axis(labels: Labels, size: Size) -> Labels:
-    """Labels that vary along the last axis only, as a vector of its size; ValueError where that is symbolic."""
+    """Labels that vary along the last axis only, as a vector; raises ValueError if its size is symbolic."""
     if not isinstance(size, int):
-        raise ValueError(f"an axis of the symbolic size {size} has no vector of labels")
+        raise ValueError(f"an axis of symbolic size {size} has no vector of labels")
     return np.broadcast_to(labels.reshape(-1), (size,))
 
 
 def runs(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[range, range]]:
-    """The axes of two shapes in the smallest groups with equal products: what a reshape does not mix.
+    """The axes of two shapes in the smallest groups with equal sizes: the groups that a reshape keeps apart.
 
     [s0, s1, 64] and [s0*s1, 4, 16]  ->  ([0, 1], [0]), ([2], [1, 2])
     """

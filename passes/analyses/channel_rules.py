@@ -1,9 +1,9 @@
-"""What commutes with a positive factor per channel: a table of operations, with a proof each.
+"""Operations that commute with a positive factor per channel: a table with a proof for each.
 
     aten.relu(x · d)  ==  aten.relu(x) · d        for d > 0
 
-A rule relates the labels of the operands and the results of one operation (see `channel_labels`), in both directions at
-once. What is not in the table does not commute.
+A rule relates the labels of an operation's operands and results (see `channel_labels`), in both directions at once.
+An operation that is not in the table does not commute.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,13 +20,13 @@ SHAPE_ONLY = (
     "aten.sym_size.int", "aten.sym_numel", "aten.sym_stride.int", "aten.zeros_like", "aten.ones_like",
     "aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full",
 )  # fmt: skip
-"""Operations that look at the shape and the type of their operand, and not at its elements."""
+"""Operations that use only the shape and type of their operand, not its elements."""
 
-# Element by element
+# Elementwise operations
 
 
 def _together(*names: str) -> Callable[[Site], None]:
-    """All of the operands and the result have the same factor."""
+    """The operands and the result all have the same factor."""
 
     def relate(site: Site) -> None:
         for name in names:
@@ -51,7 +51,7 @@ def _dropout(site: Site) -> None:
 
 
 def _product(site: Site) -> Fork | None:
-    """One of the factors, and no more, has the factor of the result."""
+    """Exactly one of the operands carries the factor of the result."""
     paths = [path for name in ("self", "other") if site.value(path := site.path(name)) is not None]
     return _one_of(site, paths, lambda path: site.join(path, 0))
 
@@ -59,14 +59,14 @@ def _product(site: Site) -> Fork | None:
 def _one_of(site: Site, paths: Sequence[Path], join: Callable[[Path], None]) -> Fork | None:
     scaled = [path for path in paths if site.labels(path) is not None]
     if len(scaled) > 1:
-        raise site.refused(f"both factors of {site.op.name} would be scaled, so its result twice")
+        raise site.refused(f"both operands of {site.op.name} would be scaled, so its result would be scaled twice")
     if not scaled and site.chosen is None:
         return Fork(tuple(paths))
     join(scaled[0] if scaled else site.chosen or paths[0])
     return None
 
 
-# What moves data
+# Operations that move data
 
 
 def _reshape(site: Site) -> None:
@@ -98,14 +98,14 @@ def _transposed(site: Site, rank: int) -> list[int]:
 
 
 def _axes(site: Site, name: str, rank: int) -> list[int]:
-    """An argument that is an axis or a list of them, counted from the front."""
+    """An argument that is one axis or a list of axes, as nonnegative indices."""
     dims = site.argument(name)
     chosen = dims if isinstance(dims, Sequence) else () if dims is None else (dims,)
     return [site.integer(axis) % max(1, rank) for axis in chosen]
 
 
 def _part(site: Site, axis: int, *cut: object) -> Pick:
-    """Some of the elements along an axis, cut as a slice does; all of it where nothing varies along it."""
+    """A slice of the elements along an axis; all of it if nothing varies along that axis."""
 
     def pick(at: Labels) -> Labels:
         if at.shape[axis] == 1:
@@ -117,12 +117,12 @@ def _part(site: Site, axis: int, *cut: object) -> Pick:
 
 
 def _one(site: Site, axis: int, index: object) -> Pick:
-    """One element along an axis, which is gone then."""
+    """One element along an axis; the axis is removed."""
     return lambda at: np.take(at, [0 if at.shape[axis] == 1 else site.integer(index)], axis).squeeze(axis)
 
 
 def _cut(site: Site, whole: Slot, parts: Iterable[tuple[Slot, Pick]], axis: int, *, gone: bool) -> Fork | None:
-    """Each part is what `pick` says of the whole, along one axis, which the part may lack."""
+    """Each part is `pick` of the whole, along one axis, which the part may lack."""
     size, rank, parts = site.shape(whole)[axis], len(site.shape(whole)), list(parts)
     seen = not gone and any(site.varies(part, axis) for part, _ in parts)
     free = site.labels(whole) is None and isinstance(size, int) and size > 1 and not seen
@@ -144,7 +144,7 @@ def _select(site: Site) -> Fork | None:
 
 
 def _parts(site: Site, whole: Slot, parts: Sequence[Slot], axis: int) -> Fork | None:
-    """The parts stand one behind the other along an axis of the whole."""
+    """The parts are concatenated along an axis of the whole."""
     zero: Size = 0
     ends = [*accumulate((site.shape(part)[axis] for part in parts), add, initial=zero)]
     picks = [_part(site, axis, *limits) for limits in pairwise(ends)]
@@ -187,7 +187,7 @@ def _flip(site: Site) -> None:
 def _roll(site: Site) -> None:
     shifts, dims = site.argument("shifts"), site.argument("dims")
     if not isinstance(shifts, tuple) or not isinstance(dims, tuple) or len(shifts) != len(dims):
-        raise site.refused("aten.roll rolls over all axes as if they were one")
+        raise site.refused("aten.roll without dims rolls the flattened tensor")
     axes = _axes(site, "dims", len(site.shape((0,))))
 
     def pick(at: Labels) -> Labels:
@@ -213,7 +213,7 @@ def _repeat_interleave(site: Site) -> None:
     site.join((0,), 0, pick=lambda at: at if at.shape[axis] == 1 else np.repeat(at, site.integer(repeats), axis))
 
 
-# Along axes that must not vary
+# Operations along axes on which the factor must not vary
 
 
 def _constant_along(site: Site, slot: Slot, axes: Iterable[int], what: str) -> None:
@@ -247,13 +247,13 @@ def _gather(site: Site) -> None:
 
 
 def _index(site: Site) -> None:
-    """Picked axes give way to those of the indices: in their place when they are neighbours, at the front otherwise."""
+    """The index axes replace the indexed axes: in place if these are adjacent, in front otherwise."""
     indices, rank = site.argument("indices"), len(site.shape((0,)))
     given = [(axis, v) for axis, v in enumerate(indices if isinstance(indices, tuple) else ()) if v is not None]
     if not all(isinstance(v, Value) and v.tensor.dtype not in (DType.b8, DType.u8) for _, v in given):
-        raise site.refused("aten.index.Tensor has a mask for an index")
+        raise site.refused("aten.index.Tensor has a mask as an index")
     if not (picked := [axis for axis, _ in given]):
-        raise site.refused("aten.index.Tensor picks along no axis")
+        raise site.refused("aten.index.Tensor indexes no axis")
     _constant_along(site, (0,), picked, "picks along")
     kept = [axis for axis in range(rank) if axis not in picked]
     new = len(site.shape(0)) - len(kept)
@@ -263,11 +263,11 @@ def _index(site: Site) -> None:
     site.join((0,), 0, axes, lambda at: at.reshape([1 if axis is None else at.shape[axis] for axis in axes]))
 
 
-# Matrix products
+# Matmuls
 
 
 def _matmul(site: Site) -> Fork | None:
-    """Rows of the left operand or columns of the right one, and batches of either: never what is summed over."""
+    """Rows of the left operand or columns of the right one, and batches of either; never the reduction axis."""
     left: Path = (0,)
     right: Path = (1,)
     if min(len(site.shape(path)) for path in (left, right)) < 2:
@@ -277,12 +277,12 @@ def _matmul(site: Site) -> Fork | None:
     paths = [left] * (not site.varies(0, -1)) + [right] * (not site.varies(0, -2))
     paths += [path for path in (left, right) if path not in paths and site.labels(path) is not None]
     if not paths:
-        raise site.refused(f"{site.op.name} would have both of its operands scaled")
+        raise site.refused(f"both operands of {site.op.name} would be scaled")
     return _one_of(site, paths, lambda path: site.join(path, 0, _batched(site, path, -1 if path == left else -2)))
 
 
 def _batched(site: Site, path: Path, summed: int) -> list[int | None]:
-    """The axes of an operand of a product in its result: aligned on the right, without the one that is summed over."""
+    """The axes of a matmul operand in the result: aligned on the right, without the reduction axis."""
     rank, width = len(site.shape(path)), len(site.shape(0))
     return [None if at < 0 or at == rank + summed else at for at in range(rank - width, rank)]
 
@@ -303,22 +303,22 @@ def _attention(site: Site) -> None:
 # The table
 
 _ONE = ("self",)
-_SAME = Commutes("The result holds the elements of the operand, each once and in place.", _ONE, _together("self"))
+_SAME = Commutes("The result holds each element of the operand once, in place.", _ONE, _together("self"))
 _VIEW = Commutes("The result holds the elements of the operand in the same order.", _ONE, _reshape)
 _ADD = Commutes("d·a + c·(d·b) = d·(a + c·b): both have d.", ("self", "other"), _together("self", "other"))
-_MOVED = "The elements take their factors along."
-_COPIED = "The copies of an element have its factor."
-_PART = "The elements of a part keep their factors."
+_MOVED = "Elements keep their factors when they move."
+_COPIED = "Copies of an element have its factor."
+_PART = "Elements of a part keep their factors."
 _PICKED = "All elements along the axis have one factor, so it does not matter which are picked."
 _MATMUL = "Rows of the left operand, or columns of the right one, are rows or columns of the result."
-_CAST = Commutes("Between floating types a cast rounds relatively: d·x to d·round(x).", _ONE, _SAME.relate)
+_CAST = Commutes("Casts between floating types round relatively: d·x becomes d·round(x).", _ONE, _SAME.relate)
 
 RULES: Mapping[str, Commutes] = {
     "aten.clone": _SAME,
     "aten.contiguous": _SAME,
     "aten.alias": _SAME,
     "aten.detach": _SAME,
-    "aten.dropout": Commutes("Outside of training the result is the operand.", ("input",), _dropout),
+    "aten.dropout": Commutes("Outside training the result is the operand.", ("input",), _dropout),
     "aten._to_copy": _CAST,
     "aten.to.dtype": _CAST,
     "aten.neg": Commutes("-(d·x) = d·(-x).", _ONE, _SAME.relate),
@@ -332,7 +332,7 @@ RULES: Mapping[str, Commutes] = {
     "aten.div.Tensor": Commutes("(d·a) / b = d·(a / b): the numerator carries d.", _ONE, _SAME.relate),
     "aten.div.Scalar": Commutes("(d·x) / c = d·(x / c).", _ONE, _SAME.relate),
     "aten.where.self": Commutes("Either choice has d.", ("self", "other"), _together("self", "other")),
-    "aten.masked_fill.Scalar": Commutes("What is kept has d, and d·0 = 0.", _ONE, _masked_fill),
+    "aten.masked_fill.Scalar": Commutes("Elements that are kept have d, and d·0 = 0.", _ONE, _masked_fill),
     "aten.view": _VIEW,
     "aten.reshape": _VIEW,
     "aten._unsafe_view": _VIEW,
@@ -361,11 +361,13 @@ RULES: Mapping[str, Commutes] = {
     "aten.index_select": Commutes(_PICKED, _ONE, _index_select),
     "aten.index.Tensor": Commutes(_PICKED, _ONE, _index),
     "aten.gather": Commutes(_PICKED, _ONE, _gather),
-    "aten.sum.dim_IntList": Commutes("Σ d·x = d·Σ x, where one d holds for all that is summed.", _ONE, _sum),
-    "aten.mean.dim": Commutes("Σ d·x / n = d·(Σ x / n), where one d holds for all that is summed.", _ONE, _sum),
+    "aten.sum.dim_IntList": Commutes("Σ d·x = d·Σ x if all summed elements have the same d.", _ONE, _sum),
+    "aten.mean.dim": Commutes("Σ d·x / n = d·(Σ x / n) if all summed elements have the same d.", _ONE, _sum),
     "aten.mm": Commutes(_MATMUL, ("self", "mat2"), _matmul),
     "aten.bmm": Commutes(_MATMUL, ("self", "mat2"), _matmul),
     "aten.matmul": Commutes(_MATMUL, ("self", "other"), _matmul),
-    "aten.scaled_dot_product_attention": Commutes("Σ p·(d·v) = d·Σ p·v: p has no v in it.", ("value",), _attention),
+    "aten.scaled_dot_product_attention": Commutes(
+        "Σ p·(d·v) = d·Σ p·v: p does not depend on v.", ("value",), _attention
+    ),
 }
 """Operation -> why and how a positive factor per channel passes through it."""

@@ -1,13 +1,13 @@
-"""Where a positive factor per channel can be moved: the region of a graph that a scale of one value concerns.
+"""Where a positive factor per channel can be moved: the region of a graph that scaling one value affects.
 
     %x = aten.mul.Tensor(%gain, %xhat)         %x = aten.mul.Tensor(%gain / s, %xhat)
     %q = aten.linear(%x, %wq)             ->   %q = aten.linear(%x, %wq · s)
     %k = aten.linear(%x, %wk)                  %k = aten.linear(%x, %wk · s)
 
 SmoothQuant (Xiao et al., 2023) divides the channels of an activation by s and multiplies the weights that read them.
-Whether that is legal follows from the dataflow alone: whatever makes a scaled value must take the factor in or pass it
-on, and so must whatever reads one. `solve` finds all of the values that are scaled then, what takes in the factor, and
-which weights undo it; channels that must have the same factor are tied.
+The dataflow alone decides whether that is legal: every producer and every user of a scaled value must absorb the factor
+or pass it on. `solve` finds all values that become scaled, the operations that absorb the factor, and the weights that
+undo it. Channels that must have the same factor are tied.
 """
 
 from collections import deque
@@ -26,23 +26,23 @@ from qcompiler.ir.op import Path
 LINEAR = "aten.linear"
 NORMS = ("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm")
 PARAMETERS = {name: ("weight",) if name == "aten.rms_norm" else ("weight", "bias") for name in (LINEAR, *NORMS)}
-"""The operands that take a factor in, as torch's schema names them."""
+"""The operands that absorb a factor, by torch schema name."""
 
 FLOATS = (DType.f64, DType.f32, DType.f16, DType.bf16)
 
 TRIES = 200
-"""Options that are tried; a search that has not ended by then is given up."""
+"""Maximum number of options to try before the search gives up."""
 
 
 @dataclass(frozen=True, eq=False)
 class Absorber:
-    """What takes in the factors 1/s.
+    """An operation that absorbs the factors 1/s.
 
     Attributes:
         op: The operation.
-        kind: "constant": its operand at `path` is constant and is multiplied. "linear": the rows of its weight and its
-            bias are. "norm": its gain and its bias are.
-        path: Where the constant stands; empty for the other kinds.
+        kind: "constant": its constant operand at `path` is multiplied. "linear": the rows of its weight and its bias
+            are. "norm": its gain and its bias are.
+        path: The path of the constant; empty for the other kinds.
         labels: The labels of the constant, or of the result of the linear or norm.
     """
 
@@ -62,13 +62,13 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class FusionRegion:
-    """All that changes when the channels of `value` are divided by s.
+    """All changes that dividing the channels of `value` by s requires.
 
     Attributes:
         value: The value whose channels are numbered.
         classes: Channel -> class; the channels of one class must have the same factor.
         scaled: Every value that is scaled and not constant, in order, with its labels; `value` is one of them.
-        absorbers: What takes in the factors.
+        absorbers: The operations that absorb the factors.
         readers: The linears that read a scaled value.
     """
 
@@ -80,11 +80,11 @@ class FusionRegion:
 
 
 def solve(graph: Graph, value: Value) -> FusionRegion | Missed:
-    """What must change for the last axis of `value` to be scaled; Missed says what forbids it."""
+    """The changes needed to scale the last axis of `value`; Missed says what forbids it."""
     if graph.is_constant(value):
         return Missed("it is constant", value)
     if not isinstance(value.type, TensorType) or value.type.dtype not in FLOATS:
-        return Missed("it is no tensor of floating-point numbers", value)
+        return Missed("it is not a floating-point tensor", value)
     if not value.type.shape or not isinstance(channels := value.type.shape[-1], int) or channels == 0:
         return Missed("its last axis has no fixed size", value)
     try:
@@ -94,9 +94,9 @@ def solve(graph: Graph, value: Value) -> FusionRegion | Missed:
 
 
 def _search(state: "_State", tries: list[int]) -> "_State":
-    """Follows the scale, and tries one option after the other where there is a choice; the first that is legal.
+    """Propagates the scale, trying the options at each choice in turn; returns the first legal result.
 
-    Of several refusals the one that came last is the most telling: most was settled by then.
+    Of several refusals, the one with the most values scaled is reported: it is the most specific.
     """
     state.spread()
     if (choice := state.choice()) is None:
@@ -106,7 +106,7 @@ def _search(state: "_State", tries: list[int]) -> "_State":
     for option in options:
         tries[0] -= 1
         if tries[0] < 0:
-            raise Refused(f"the search for what carries the scale is given up after {TRIES} tries", op.results[0])
+            raise Refused(f"the search for operands that carry the scale stopped after {TRIES} tries", op.results[0])
         child = state.copy()
         try:
             child.take(op, option)
@@ -119,7 +119,7 @@ def _search(state: "_State", tries: list[int]) -> "_State":
 
 
 class _State:
-    """The labels that are known so far, and the values whose surroundings have not been looked at since."""
+    """The labels known so far, and the values whose producers and users are still to be checked."""
 
     def __init__(self, graph: Graph, value: Value, channels: int) -> None:
         self.graph, self.value = graph, value
@@ -128,7 +128,7 @@ class _State:
         self.same = list(range(channels))
         """Union-find: channel -> another channel with the same factor."""
         self.reached: dict[Value, tuple[Value, Op] | None] = {}
-        """Where a value got its labels first: the scaled value it comes from, and the operation between."""
+        """Where a value first got its labels: the scaled value they come from, and the operation between."""
         self.waiting: deque[Value] = deque()
         self.forks: dict[Op, None] = {}
         self.at: tuple[Value, Op] | None = None
@@ -136,7 +136,7 @@ class _State:
         self.add(value, np.arange(channels, dtype=np.intp).reshape(shape))
 
     def copy(self) -> "_State":
-        """An independent copy; label arrays are never changed in place."""
+        """An independent copy; label arrays are never modified in place."""
         twin = object.__new__(_State)
         twin.graph, twin.value, twin.at = self.graph, self.value, self.at
         twin.labels, twin.constants = dict(self.labels), dict(self.constants)
@@ -155,17 +155,17 @@ class _State:
             self.waiting.append(value)
 
     def add_constant(self, op: Op, path: Path, value: Value, labels: Labels) -> None:
-        """Adds to the labels of a constant, as one operation reads it."""
+        """Adds to the labels of a constant, for one operation that reads it."""
         merged = self.merged(value, self.constants.get((op, path)), labels)
         if merged is not None:
             self.constants[op, path] = merged
 
     def merged(self, value: Value, old: Labels | None, new: Labels) -> Labels | None:
-        """Both labels in one, as small as can be; None when they say nothing that is new."""
+        """Merges both labels into the smallest array; None if nothing is new."""
         if not (new >= 0).any():
             return None
         if not isinstance(value.type, TensorType) or value.type.dtype not in FLOATS:
-            raise Refused("a scaled value would be no tensor of floating-point numbers", value)
+            raise Refused("a scaled value would not be a floating-point tensor", value)
         if old is not None:
             self.tie(old, new)
             new = np.where(old >= 0, old, new)
@@ -178,7 +178,7 @@ class _State:
         return None if old is not None and np.array_equal(old, new) else new
 
     def tie(self, first: Labels, second: Labels) -> None:
-        """Says that channels have the same factor, element by element; UNSCALED says nothing."""
+        """Ties channels elementwise; UNSCALED ties nothing."""
         first, second = np.broadcast_arrays(first, second)
         differ = (first != second) & (first >= 0) & (second >= 0)
         for a, b in {*zip(first[differ].tolist(), second[differ].tolist(), strict=True)}:
@@ -186,15 +186,15 @@ class _State:
             self.same[max(a, b)] = min(a, b)
 
     def find(self, channel: int) -> int:
-        """The channel that stands for its class."""
+        """The representative channel of a class."""
         while (above := self.same[channel]) != channel:
             self.same[channel] = channel = self.same[above]
         return channel
 
-    # The surroundings of a value
+    # Producers and users of a value
 
     def spread(self) -> None:
-        """Looks at what makes and what reads each scaled value, until nothing new comes of it."""
+        """Checks the producer and the users of each scaled value until nothing changes."""
         while self.waiting:
             value = self.waiting.popleft()
             try:
@@ -208,49 +208,49 @@ class _State:
                 raise
 
     def detour(self, value: Value) -> str:
-        """How the scale came to `value`: the first of the operations on its way."""
+        """How the scale reached `value`: the first operation on the path."""
         step = None
         while (before := self.reached[value]) is not None:
             value, step = before
         return "" if step is None or not step.results else f", reached through {step.results[0]}"
 
     def made_by(self, value: Value) -> None:
-        """Holds the operation that makes a value to taking in the factor, or passing it on."""
+        """Makes the producer of a value absorb the factor or pass it on."""
         op = value.op
         self.at = value, op
         if op.name == "core.input":
-            raise Refused("a graph input takes in no scale", value)
+            raise Refused("a graph input cannot absorb a scale", value)
         if op.name == "core.buffer":
-            raise Refused("a buffer takes in no scale", value)
+            raise Refused("a buffer cannot absorb a scale", value)
         if op.name in (LINEAR, *NORMS):
             self.absorbed(op, value)
         else:
             self.related(op)
 
     def absorbed(self, op: Op, value: Value) -> None:
-        """Holds a linear or a norm to parameters that are constant, and a factor that varies along the last axis."""
+        """Requires constant parameters in a linear or norm, and a factor that varies along the last axis."""
         given = [arg for name in PARAMETERS[op.name] if (arg := op.get(name)) is not None]
         shape = op.argument("normalized_shape") if op.name in NORMS else (None,)
         if changing := [arg for arg in given if not self.graph.is_constant(arg)]:
-            raise Refused(f"{op.name} takes in no scale, because {changing[0]} is computed from the inputs", value)
+            raise Refused(f"{op.name} cannot absorb a scale: {changing[0]} is computed from the inputs", value)
         if op.name in NORMS and op.get("weight") is None:
-            raise Refused(f"{op.name} has no gain that could take in the scale", value)
+            raise Refused(f"{op.name} has no gain that could absorb the scale", value)
         whole = isinstance(shape, tuple) and len(shape) == 1 and isinstance(value.tensor.shape[-1], int)
         if value.index or not whole or _varies_elsewhere(self.labels[value]):
-            raise Refused(f"{op.name} takes in a scale along the last axis of its result only", value)
+            raise Refused(f"{op.name} can absorb a scale only along the last axis of its result", value)
         if any(len(arg.tensor.shape) != 1 + (op.name == LINEAR and not at) for at, arg in enumerate(given)):
-            raise Refused(f"{op.name} has parameters of other shapes than a matrix and a vector", value)
+            raise Refused(f"the parameters of {op.name} are not a matrix and a vector", value)
         if stored := [arg for arg in given if is_stored_quantized(arg)]:
-            raise Refused(f"{op.name} takes in no scale, because {stored[0]} is stored quantized", value)
+            raise Refused(f"{op.name} cannot absorb a scale: {stored[0]} is stored quantized", value)
         if odd := [arg for arg in given if arg.tensor.dtype not in FLOATS]:
-            raise Refused(f"{op.name} takes in no scale, because {odd[0]} is {odd[0].tensor.dtype}", value)
+            raise Refused(f"{op.name} cannot absorb a scale: {odd[0]} is {odd[0].tensor.dtype}", value)
 
     def read_by(self, op: Op, path: Path, value: Value) -> None:
-        """Holds a reader of a value to undoing the factor, or passing it on."""
+        """Makes a user of a value undo the factor or pass it on."""
         if op.name == "core.return":
             raise Refused("an output of the graph must not be scaled", value)
         if op.name == "core.update":
-            raise Refused("what core.update stores must not be scaled", value)
+            raise Refused("a value that core.update stores must not be scaled", value)
         if op.name in SHAPE_ONLY:
             return None
         if op.name != LINEAR:
@@ -259,11 +259,11 @@ class _State:
             raise Refused(f"{op.name} reads it, but not as its input", value)
         weight = op.get("weight")
         if weight is None or not self.graph.is_constant(weight) or len(weight.tensor.shape) != 2:
-            raise Refused(f"{op.name} ({op.result}) reads it with a weight that is no constant matrix", value)
+            raise Refused(f"{op.name} ({op.result}) reads it with a weight that is not a constant matrix", value)
         if is_stored_quantized(weight):
             raise Refused(f"{op.name} ({op.result}) reads it with a weight that is stored quantized", value)
         if not isinstance(value.tensor.shape[-1], int):
-            raise Refused(f"{op.name} ({op.result}) sums over an axis of symbolic size", value)
+            raise Refused(f"the reduction dimension of {op.name} ({op.result}) has symbolic size", value)
         if weight.tensor.dtype not in FLOATS:
             raise Refused(f"{op.name} ({op.result}) reads it with a weight of {weight.tensor.dtype}", value)
         if _varies_elsewhere(self.labels[value]):
@@ -273,7 +273,7 @@ class _State:
         return None
 
     def related(self, op: Op) -> None:
-        """Lets the factor pass through an operation of the table, in all directions."""
+        """Passes the factor through an operation of the table, in all directions."""
         if (rule := RULES.get(op.name)) is None:
             named = op.results or _operands(op)
             raise Refused(f"{op.name} does not commute with a scale", named[0])
@@ -287,7 +287,7 @@ class _State:
     # Choices
 
     def choice(self) -> tuple[Op, list[Path]] | None:
-        """An operation that leaves a choice, and its options, the best one first."""
+        """An operation with an open choice, and its options, best first."""
         while self.forks:
             op, _ = self.forks.popitem()
             site = _Place(self, op)
@@ -297,16 +297,16 @@ class _State:
         return None
 
     def take(self, op: Op, option: Path) -> None:
-        """Settles a choice."""
+        """Makes a choice."""
         self.at = next(value for value in (*op.results, *_operands(op)) if value in self.labels), op
         site = _Place(self, op)
         site.chosen = option
         RULES[op.name].relate(site)
 
-    # The answer
+    # The result
 
     def region(self) -> FusionRegion:
-        """What has been found."""
+        """The solved region."""
         order = {op: at for at, op in enumerate(self.graph)}
         values = sorted(self.labels, key=lambda value: (order[value.op], value.index))
         absorbers = [Absorber(op, "constant", path, labels) for (op, path), labels in self.constants.items()]
@@ -325,7 +325,7 @@ class _State:
 
 
 class _Place(Site):
-    """One operation, over the labels of a state."""
+    """One operation, with the labels of a state."""
 
     def __init__(self, state: _State, op: Op) -> None:
         super().__init__(op)
@@ -339,7 +339,7 @@ class _Place(Site):
 
     def assign(self, slot: Slot, labels: Labels) -> None:
         if (value := self.value(slot)) is None:
-            raise self.refused(f"{self.op.name} has an operand that is no tensor")
+            raise self.refused(f"{self.op.name} has an operand that is not a tensor")
         if isinstance(slot, tuple) and self.state.graph.is_constant(value):
             self.state.add_constant(self.op, slot, value, labels)
         else:
@@ -350,9 +350,9 @@ class _Place(Site):
         return (value := self.value(path)) is not None and self.state.graph.is_constant(value)
 
     def preference(self, option: Path) -> tuple[bool, bool]:
-        """Sorts the options: first operands that leave the channels free, of these the constant ones first.
+        """Sorts the options: operands that tie no channels come first; of these, constant operands come first.
 
-        An operand with one element for several that differ in their factor would tie channels.
+        An operand with one element for several elements of different factors would tie channels.
         """
         if option in (ALL, PART) or (labels := self.labels(0)) is None:
             return option == PART, False

@@ -10,7 +10,7 @@ from qcompiler.numerics.dtypes import ir_dtype
 
 
 def free_name(graph: Graph, name: str) -> str:
-    """`name`, or `name_1`, `name_2` … when the graph reads, holds, or has made a weight of that name."""
+    """`name`, or `name_1`, `name_2`, … if the graph already uses that name for a weight."""
     taken = {str(op.attrs["name"]) for op in graph.ops() if op.role is Role.STATE}
     taken |= graph.weights.keys() | graph.derivations.keys()
     candidate, count = name, 0
@@ -21,9 +21,9 @@ def free_name(graph: Graph, name: str) -> str:
 
 
 def new_parameter(rewriter: Rewriter, name: str, tensor: Any, value_name: str | None = None) -> Value:
-    """`tensor` as a weight called `name`, or like it when that is taken, and the value that stands for it.
+    """Adds `tensor` as a weight called `name` (or a variant if that is taken); returns its value.
 
-    It is put where the other weights are. In a graph that is structure only, only the numbers are missing.
+    The weight is placed with the others. In a structure-only graph, only the numbers are missing.
     """
     graph = rewriter.graph
     free = free_name(graph, name)
@@ -37,7 +37,7 @@ def new_parameter(rewriter: Rewriter, name: str, tensor: Any, value_name: str | 
 
 
 def is_weight(graph: Graph, value: Value, tensor: torch.Tensor) -> bool:
-    """Whether a value is a weight with the very numbers of `tensor`."""
+    """Whether a value is a weight with exactly the numbers of `tensor`."""
     name = str(value.op.attrs.get("name"))
     if value.op.name != "core.param" or name not in graph.weights:
         return False
@@ -46,7 +46,7 @@ def is_weight(graph: Graph, value: Value, tensor: torch.Tensor) -> bool:
 
 
 def times(rewriter: Rewriter, value: Value, factors: Sequence[Value], name: str) -> Value:
-    """`value` times FP32 factors that broadcast to its shape: multiplied in FP32 or wider, rounded back once."""
+    """`value` times FP32 factors that broadcast to its shape: computed in FP32 or wider, rounded once."""
     wide = value.tensor.dtype if value.tensor.dtype is DType.f64 else DType.f32
     kind, product = TensorType(wide, value.tensor.shape), value
     names = [name if wide is value.tensor.dtype else f"{name}_f32"]
@@ -56,7 +56,7 @@ def times(rewriter: Rewriter, value: Value, factors: Sequence[Value], name: str)
 
 
 def cast(rewriter: Rewriter, value: Value, dtype: DType, name: str) -> Value:
-    """`value` in another element type; itself when it has it already."""
+    """`value` in another element type; itself if it already has that type."""
     if value.tensor.dtype is dtype:
         return value
     kind = TensorType(dtype, value.tensor.shape)

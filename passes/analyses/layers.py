@@ -1,16 +1,16 @@
-"""Which matmuls a pass is for: patterns over the names of weights, of which the last one that matches counts.
+"""Which matmuls a pass selects: patterns over weight names, of which the last match decides.
 
     ["*", "!*.down_proj", "!lm_head"]     all but those
     ["*.down_proj"]                       only those
 
-A pattern is a shell pattern. It is held against the name of each weight (`model.lm_head.weight`), against that name
-without its last part (`model.lm_head`), and against the other names of a weight that is tied. An exclamation mark
-takes away what earlier patterns have selected.
+Patterns use shell syntax. They are matched against the name of each weight (`model.lm_head.weight`), that name without
+its last part (`model.lm_head`), and the other names of a tied weight. An exclamation mark deselects what earlier
+patterns have selected.
 
 A pattern *names* the layers that it selects if its last part, not counting a final `.weight`, has no wildcard:
 `lm_head`, `*.gate` and `model.layers.*.mlp.gate.weight` do, `*`, `model.layers.0.*` and `*.weight` do not. A named
-layer is quantized even if the heuristics of `candidates` would skip it. `*lm_head*` is understood, too: a
-pattern that selects nothing but layers that would be skipped names them all.
+layer is quantized even if the heuristics of `candidates` would skip it. `*lm_head*` works too: a pattern that selects
+only layers that would be skipped names them all.
 """
 
 import difflib
@@ -28,17 +28,17 @@ EVERYTHING = ("*",)
 WILDCARDS = frozenset("*?[")
 
 EXAMPLES = 3
-"""Names that an error shows of those that there are."""
+"""Maximum number of known names in an error."""
 
 
 def why_not_selected(patterns: Sequence[str], op: Op, graph: Graph) -> Missed | None:
-    """Why the patterns leave a matmul out; None when they select it."""
+    """Why the patterns exclude a matmul; None if they select it."""
     if tuple(patterns) == EVERYTHING:
         return None
     decides = deciding_pattern(patterns, op, graph)
     if decides is None:
         return Missed(f"no pattern selects it: {', '.join(patterns)}")
-    return Missed(f"the pattern '{decides}' leaves it out") if decides.startswith("!") else None
+    return Missed(f"the pattern '{decides}' excludes it") if decides.startswith("!") else None
 
 
 def deciding_pattern(patterns: Sequence[str], op: Op, graph: Graph) -> str | None:
@@ -69,7 +69,7 @@ def is_name(pattern: str) -> bool:
 
 
 def requested_layers(patterns: Sequence[str], graph: Graph) -> dict[str, list[Op]]:
-    """The matmuls that each pattern but `*` selects."""
+    """The matmuls that each pattern except `*` selects."""
     if tuple(patterns) == EVERYTHING:
         return {}
     found: dict[str, list[Op]] = {}
@@ -81,12 +81,12 @@ def requested_layers(patterns: Sequence[str], graph: Graph) -> dict[str, list[Op
 
 
 def _selects_only_skipped(pattern: str, patterns: Sequence[str], graph: Graph) -> bool:
-    """Whether a pattern selects nothing but linears that would be skipped, so that it would have no effect."""
+    """Whether a pattern selects only linears that would be skipped, so that it would have no effect."""
 
     def skipped(op: Op) -> bool:
         return op.name == "aten.linear" and why_not_quantized(op, graph) not in (None, ALREADY)
 
-    # What this very pass has quantized already counts, or the answer would change while the pass runs.
+    # Layers that this pass has already quantized count, or the answer would change while the pass runs.
     candidates = (op for op in graph.ops() if op.role is Role.QUANTIZED_MATMUL or _is_layer(op, graph))
     return all(skipped(op) for op in candidates if deciding_pattern(patterns, op, graph) == pattern)
 
@@ -97,9 +97,9 @@ def _is_layer(op: Op, graph: Graph) -> bool:
 
 
 def check_patterns(patterns: Sequence[str], graph: Graph) -> None:
-    """PassError for a pattern that matches the name of no matmul's weight: it is spelled wrong, or out of date.
+    """Raises PassError for a pattern that matches no matmul's weight: a typo, or outdated.
 
-    A pattern that only takes layers away may match any weight: an embedding or a convolution stays in float anyway.
+    A pattern that only deselects may match any weight: embeddings and convolutions stay in float anyway.
     """
     wanted = _without_marks(patterns)
     if not wanted:
@@ -115,7 +115,7 @@ def check_patterns(patterns: Sequence[str], graph: Graph) -> None:
 
 
 def check_names(patterns: Sequence[str], names: Collection[str]) -> None:
-    """PassError for a pattern that matches none of a model's weights, by their full names: before any capture."""
+    """Raises PassError for a pattern that matches none of a model's full weight names; runs before capture."""
     stems = {name.rpartition(".")[0] or name for name in names}
     known = sorted({*names, *stems})
     if missing := unmatched(_without_marks(patterns), known):
@@ -130,7 +130,7 @@ def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 def similar(pattern: str, names: Sequence[str]) -> str:
-    """The sentences that help after a pattern that matches nothing: the nearest one, and a few of the names."""
+    """Suggestions after a pattern that matches nothing: the closest pattern and a few known names."""
     head, dot, _ = pattern.rpartition(".")
     ends = {f"{head}.{name.rpartition('.')[2]}" for name in names} if dot and not WILDCARDS.isdisjoint(head) else ()
     near = difflib.get_close_matches(pattern, [*ends, *names], n=1, cutoff=0.5)
@@ -141,7 +141,7 @@ def similar(pattern: str, names: Sequence[str]) -> str:
 
 
 def names_of(op: Op, graph: Graph) -> Iterator[str]:
-    """The names that the constant operands of a matmul go by, whole and without their last part."""
+    """All names of the constant operands of a matmul, with and without their last part."""
     ties = getattr(graph.weights, "ties", {})
     for _, value in op.operands():
         if graph.is_constant(value):

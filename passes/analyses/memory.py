@@ -1,4 +1,4 @@
-"""Which values may share memory, and so when one value may stand in for a copy of it."""
+"""Which values may share memory, and therefore when a value may replace a copy of it."""
 
 from qcompiler.dialects import aten
 from qcompiler.ir import Graph, Missed, Op, Role, Value
@@ -6,10 +6,10 @@ from qcompiler.ir.op_table import lookup
 from qcompiler.ir.structure import INPUT
 
 OVERLAPPING = ("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided", "aten.unfold")
-"""Views in which several elements may lie at one address; a copy of such a view is laid out anew."""
+"""Views in which several elements may share an address; a copy of such a view has a new layout."""
 
 NEED_STRIDES = ("aten.view", "aten._unsafe_view", "aten.view.dtype", "aten.as_strided", "aten.view_as_complex")
-"""Operations that only work for some strides."""
+"""Operations that work only for some strides."""
 
 
 def viewed(op: Op) -> Value | None:
@@ -36,11 +36,11 @@ def leaves_the_graph(graph: Graph, value: Value) -> bool:
 
 
 def why_not_replaced(graph: Graph, copy: Value, source: Value) -> Missed | None:
-    """Why the readers of `copy`, which has memory of its own, must not read the equal `source`; None if they may."""
+    """Why the users of `copy` must not read the equal `source` instead; None if they may."""
     root = origin(source)
     if leaves_the_graph(graph, copy):
         if root.op.role is Role.STATE or root.op.name == INPUT:
-            return Missed("what leaves the graph must not share memory with what comes in", root)
+            return Missed("an output must not share memory with an input", root)
         if leaves_the_graph(graph, root):
             return Missed("two outputs would be one tensor", source)
     if any(user.name in NEED_STRIDES for user in _readers(graph, copy)):
@@ -48,7 +48,7 @@ def why_not_replaced(graph: Graph, copy: Value, source: Value) -> Missed | None:
         while (before := viewed(chain[-1])) is not None:
             chain.append(before.op)
         if any(op.name in (*OVERLAPPING, "core.input", "core.buffer") for op in chain):
-            return Missed("a view behind it needs the strides of the copy", source)
+            return Missed("a later view needs the strides of the copy", source)
     return None
 
 

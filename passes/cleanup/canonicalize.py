@@ -1,4 +1,4 @@
-"""Brings the many spellings of a matmul with a constant weight to one, `aten.linear`, and drops what does nothing.
+"""Rewrites all forms of a matmul with a constant weight to `aten.linear`, and removes no-ops.
 
     aten.mm(%x, %w)           ->  aten.linear(%x, aten.t(%w))            also matmul
     aten.addmm(%b, %x, %w)    ->  aten.linear(%x, aten.t(%w), %b)
@@ -7,7 +7,7 @@
     aten.t(aten.t(%w))        ->  %w
     aten.clone(%x)            ->  %x          and casts, views and dropouts that change nothing
 
-First in every pipeline: the other passes then know one spelling only.
+First in every pipeline, so that later passes handle one form only.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class MatmulToLinear(Rule):
         if op.attrs:
             return Missed(f"it scales its operands: {', '.join(sorted(op.attrs))} is given")
         if bias is not None and bias.tensor.shape != matrix[1:]:
-            return Missed("what it adds is no bias of one number a column", bias)
+            return Missed("its addend is not a bias of one number per column", bias)
         return {"x": x, "w": w, "bias": bias}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, bias: Value | None, **_: Any) -> None:
@@ -56,7 +56,7 @@ class MatmulToLinear(Rule):
 
 
 class TransposeTwice(Rule):
-    """t(t(x))  ->  x, also when either is spelled transpose or permute"""
+    """t(t(x))  ->  x, also if either is written as transpose or permute"""
 
     root = ("aten.t", "aten.transpose.int", "aten.permute")
 
@@ -65,7 +65,7 @@ class TransposeTwice(Rule):
             return Missed("it does not swap the two dimensions of a matrix")
         inner = op["self"].op
         if inner.name not in self.root or not swaps_both(inner):
-            return Missed("its input is no transposed matrix", op["self"])
+            return Missed("its input is not a transposed matrix", op["self"])
         return {"inner": inner}
 
     def rewrite(self, op: Op, rewriter: Rewriter, inner: Op, **_: Any) -> None:
@@ -74,7 +74,7 @@ class TransposeTwice(Rule):
 
 
 def swaps_both(op: Op) -> bool:
-    """Whether `op`, one of the ways to permute dimensions, transposes a matrix."""
+    """Whether `op`, a permutation of dimensions, transposes a matrix."""
     if len(op["self"].tensor.shape) != 2:
         return False
     if op.name == "aten.t":
@@ -85,7 +85,7 @@ def swaps_both(op: Op) -> bool:
 
 
 class DropNoOp(Rule):
-    """clone(x), cast to its own type, view to its own shape, dropout outside of training  ->  x"""
+    """clone(x), cast to its own type, view to its own shape, dropout outside training  ->  x"""
 
     root = (
         "aten.clone", "aten._to_copy", "aten.to.dtype", "aten.view", "aten.reshape", "aten.expand", "aten.alias",
@@ -100,8 +100,8 @@ class DropNoOp(Rule):
             return Missed("it drops elements")
         strange = sorted(set(op.attrs) - {"dtype", "train"})
         if strange or (op.name == "aten.to.dtype" and len(op.args) > 2):
-            return Missed(f"it may do more than that: {strange[0] if strange else 'copy'} is given")
-        # A view has the memory of its input before and after; a copy had its own.
+            return Missed(f"it may have another effect: {strange[0] if strange else 'copy'} is given")
+        # A view shares the memory of its input; a copy has its own.
         return (None if is_view(op) else why_not_replaced(graph, op.result, x)) or {"x": x}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
@@ -110,15 +110,15 @@ class DropNoOp(Rule):
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """mm, matmul, addmm, … with a constant matrix  ->  linear;  what does nothing  ->  nothing."""
+    """mm, matmul, addmm, … with a constant matrix  ->  linear;  no-ops are removed."""
 
     name: ClassVar[str] = "canonicalize"
     effect: ClassVar[Effect] = Effect.REORDERS
 
     def rules(self) -> Sequence[Rule]:
-        """Spelling first, then what the new spelling makes superfluous."""
+        """Rewrites come first, then removal of operations they make redundant."""
         return (MatmulToLinear(), TransposeTwice(), DropNoOp())
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Only matmuls are worth a reason: that a view is not a no-op surprises nobody."""
+        """Reports reasons for matmuls only: views that are not no-ops are expected."""
         return {name: why for name, why in super().explain(graph).items() if MatmulToLinear().starts_at(graph[name].op)}

@@ -1,8 +1,8 @@
-"""Removes operations that nobody reads, and lets go of weights that nobody reads.
+"""Removes unused operations and frees unused weights.
 
     %unused = aten.relu(%x)   ->   (nothing)
 
-Operations that write, communicate, check or draw random numbers stay.
+Operations that write, communicate, check or draw random numbers are kept.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from qcompiler.pass_manager.pipeline import Effect, Pass
 
 @dataclass(frozen=True)
 class DeadCode(Pass):
-    """Operations without readers and without effects  ->  nothing; their weights leave the store."""
+    """Operations without users and without effects  ->  nothing; their weights leave the store."""
 
     name: ClassVar[str] = "dead-code"
     effect: ClassVar[Effect] = Effect.EXACT
 
     def run(self, graph: Graph) -> bool:
-        """One sweep from the bottom: a reader goes before what it reads."""
+        """One sweep from the bottom: users are removed before their operands."""
         changed = False
         for op in reversed(graph.ops()):
             if not op.effects.ordered and not any(graph.uses(value) for value in op.results):

@@ -1,4 +1,4 @@
-"""Computes now what is constant: quantized weights, and arithmetic on weights; the originals are let go.
+"""Evaluates constant operations, such as quantization of weights and weight arithmetic, and frees the originals.
 
     %w = core.param() {name = "fc1.weight"} : bf16[512, 256]
     %w_q, %w_s = quant.quantize(%w) {…}
@@ -8,9 +8,9 @@
 
     %g = aten.mul.Tensor(%norm.weight, %smooth) : f32[256]      ->     %g = core.param() {name = "norm.weight_folded"}
 
-How a stored weight was computed is kept as its derivation (`graph.derivations`): the writer of a checkpoint must know
-which of the model's own weights it holds. One weight is in memory at a time. A dequantize is never folded: that would
-undo the quantization. A graph without weights (from text) is rewritten in the same way; only the numbers are missing.
+The derivation of each stored weight is kept in `graph.derivations`: the checkpoint writer must know which of the
+model's weights it contains. Weights are processed one at a time to limit memory. A dequantize is never folded, because
+that would undo the quantization. A graph without weights (from text) is rewritten likewise, without numbers.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class QuantizedWeight(Rule):
 
 
 class WeightArithmetic(Rule):
-    """mul(constant, constant), a cast of a constant, cat(constants), …  ->  param, where a computed value reads it"""
+    """mul(constant, constant), a cast of a constant, cat(constants), …  ->  param, if a computed value reads it"""
 
     root = (
         "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.add.Tensor", "aten.add.Scalar",
@@ -57,9 +57,9 @@ class WeightArithmetic(Rule):
         if not graph.is_constant(op.result):
             return Missed("it is computed from the inputs")
         if all(reader.results and graph.is_constant(reader.results[0]) for reader in graph.users(op.result)):
-            return Missed("only constants are computed from it")
+            return Missed("it feeds only other constants")
         if leaves_the_graph(graph, op.result):
-            return Missed("it leaves the graph, and a weight must not")
+            return Missed("it is an output of the graph, and a weight must not be")
         part = set(ancestors(op.result))
         if any(inner.role is Role.DEQUANTIZE for inner in part):
             return Missed("it would undo a quantization")
@@ -69,7 +69,7 @@ class WeightArithmetic(Rule):
         matrices = [source for source in sources if len(source.result.tensor.shape) > 1]
         shared = [source for source in matrices if not part.issuperset(graph.users(source.result))]
         if len(op.result.tensor.shape) > 1 and shared:
-            return Missed("one of its weights is read elsewhere, so that there would be two", shared[0].result)
+            return Missed("one of its weights has other users, so both copies would be stored", shared[0].result)
         if len(op.result.tensor.shape) > 1 and _bytes(op) > sum(map(_bytes, sources)):
             return Missed("it takes more memory than its weights", op.result)
         return {}
@@ -79,7 +79,7 @@ class WeightArithmetic(Rule):
 
 
 def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
-    """Makes weights of the results of `op`, computes them, and lets go of what nobody reads any more."""
+    """Computes the results of `op`, stores them as weights, and frees weights without users."""
     graph, sources = rewriter.graph, parameters_of(op.results[0])
     stem = _named_after(op, sources)
     names = [free_name(graph, f"{stem}{suffix}") for suffix in suffixes]
@@ -99,41 +99,41 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
     for operand in operands:
         rewriter.erase_unread(operand)
     for param, name in zip(params, names, strict=True):
-        graph.rename(param, legal_name(name))  # what was folded may have had that name until now
+        graph.rename(param, legal_name(name))  # the folded operand may have used that name
     for source in sources:
         if source not in graph and source.attrs["name"] in graph.weights:
             del graph.weights[str(source.attrs["name"])]  # pop would load it
 
 
 def is_poisoned(codes: Tensor, scale: Tensor, *_: Tensor) -> bool:
-    """Whether quantization has met a NaN or an infinity, which leaves NaN in the codes or in the scale."""
+    """Whether quantization met a NaN or an infinity, which leaves NaN in the codes or in the scale."""
     if scale.to(torch.float32).isnan().any():
         return True
-    largest = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7C}.get(codes.dtype)  # NaN codes come after these
+    largest = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7C}.get(codes.dtype)  # larger codes are NaN
     return largest is not None and bool((codes.view(torch.int8).bitwise_and(0x7F) > largest).any())
 
 
 def remark_not_finite(op: Op, sources: Sequence[Op], graph: Graph) -> None:
-    """Notes on the readers of a quantized weight that it makes their results NaN, and which of the model's weights."""
+    """Notes on the users of a quantized weight: it makes their results NaN, and which model weights cause it."""
     found = []
     for name in (str(source.attrs["name"]) for source in sources):
         weight = graph.weights[name].to(torch.float32)
         nan, finite = int(weight.isnan().sum()), int(weight.isfinite().sum())
         if finite < weight.numel():
             found.append(f"{name} has {nan} NaN and {weight.numel() - finite - nan} Inf")
-    text = f"{', '.join(found) or 'the weight is not finite once it is smoothed'}, so results are NaN"
+    text = f"{', '.join(found) or 'the weight is not finite after smoothing'}, so results are NaN"
     readers = list(graph.users(op.results[0]))
     for reader in readers:
         for value in reader.results:
             graph.remark(value, text)
-            # The report knows the parts of merged layers, and products of operands that are dequantized first.
+            # The report tracks the parts of merged layers, and matmuls of operands that are dequantized first.
             readers += [user for user in graph.users(value) if reader.role is Role.DEQUANTIZE or user.role is Role.VIEW]
 
 
 def _named_after(op: Op, sources: Sequence[Op]) -> str:
-    """The name of the largest of several weights that a constant is made of, of equal ones the one that stands first.
+    """The name of the largest weight that a constant is computed from; the first of equally large ones.
 
-    With a word behind it where others stand beside that one. Without any, the name of the operand.
+    A suffix tells if there are others. Without any weight, the name of the operand.
     """
     if not sources:
         return op["x"].name
@@ -159,9 +159,9 @@ class FoldConstants(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
 
     def rules(self) -> Sequence[Rule]:
-        """Quantization first: what is computed for it only is gone then."""
+        """Quantization first: operations that are computed only for it are dead afterwards."""
         return (QuantizedWeight(), WeightArithmetic())
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Nothing: an activation is quantized in each call, which surprises nobody."""
+        """Nothing: quantizing an activation in each call is expected."""
         return {}

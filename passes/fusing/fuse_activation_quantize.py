@@ -1,4 +1,4 @@
-"""Makes one operation of a quantization and the arithmetic in front of it, where each number is on its own.
+"""Fuses elementwise arithmetic and the quantization after it into one operation.
 
     %g = aten.silu(%gate)
     %h = aten.mul.Tensor(%g, %up)
@@ -6,9 +6,9 @@
   ->
     %h_q, %h_s = kernel.fused_quantize(%gate, %up) {body = "bf16(bf16(silu(x0)) * x1)", keep = [], …}
 
-Behind fuse-norm-quantize, which takes what reduces rows. The body rounds where the operations did. Bits are equal but
-where torch itself has several ways to compute a function: on a CPU, gelu in f16, and 1 / sqrt in bf16 and f16, whose
-last elements it computes otherwise than those that fill a vector register.
+Runs after fuse-norm-quantize, which fuses row reductions. The fused expression rounds where the operations did. Results
+are bit-exact, except where torch has several ways to compute a function: on a CPU, gelu in f16, and 1 / sqrt in bf16
+and f16, whose last elements torch computes differently from those that fill a vector register.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Puts the arithmetic behind a product, and the quantization of what it gives, into the product's own operation.
+"""Fuses the arithmetic after a matmul, and the quantization of its result, into the matmul.
 
     %y = kernel.scaled_linear(%x_q, %x_s, %w_q, %w_s, %b) {out_dtype = bf16, …}        only %g reads %y
     %g = aten.gelu(%y)
@@ -6,8 +6,8 @@
   ->
     %g_q, %g_s = kernel.fused_linear(%x_q, %x_s, %w_q, %w_s, %b) {body = "bf16(gelu(bf16(y0)))", parts = 1, …}
 
-Where only the two halves of a product are read, as of a merged gate·up product, they are y0 and y1. Behind the passes
-that fuse quantizations, which take a residual sum into the norm behind it. The body rounds where the operations did.
+If only the two halves of a matmul are read, as after merging gate and up, they are y0 and y1. Runs after the passes
+that fuse quantizations, which fuse a residual sum into the next norm. The expression rounds where the operations did.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +26,10 @@ from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 OTHERS = 2
-"""How many operands a body behind a product may have, beside the product and its bias."""
+"""Maximum operands of an epilogue, besides the matmul and its bias."""
 
 PLAIN = {1: "x0", 2: "x0 * x1"}
-"""The body of a kernel.quantize, by the number of its operands."""
+"""The fused expression of a kernel.quantize, by its number of operands."""
 
 SPLITS = ("aten.split_with_sizes", "aten.split.sizes", "aten.split.Tensor", "aten.chunk")
 LONGEST_CHAIN = 64
@@ -37,12 +37,12 @@ LONGEST_CHAIN = 64
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is fused into a product.
+    """The epilogue to fuse into a matmul.
 
     Attributes:
-        last: The operation whose results are those of the fused one.
-        body: What it computes; x0, x1, … are `others`.
-        others: Its operands, beside those of the product.
+        last: The operation whose results become the results of the fused operation.
+        body: The fused expression; x0, x1, … are `others`.
+        others: Its operands, besides the operands of the matmul.
         quantized: The attributes of its quantization, if there is one.
     """
 
@@ -59,7 +59,7 @@ class ProductThenBody(Rule):
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if not takes_body(op.format("x_format"), op.format("w_format")):
-            return Missed(f"only products of {FP8_TILE} and {FP8_BLOCK} take a body")
+            return Missed(f"only matmuls of {FP8_TILE} and {FP8_BLOCK} support an epilogue")
         parts = parts_of(op.result, graph)
         if isinstance(parts, Missed):
             return parts
@@ -89,27 +89,27 @@ def _writes_scales(op: Op) -> bool:
 
 
 def takes_body(x_format: Format, w_format: Format) -> bool:
-    """Whether a kernel multiplies operands in these formats and applies a body to the sums."""
+    """Whether a kernel multiplies operands in these formats and applies an epilogue to the sums."""
     return x_format.decodes_like(FP8_TILE) and w_format.decodes_like(FP8_BLOCK)
 
 
 def parts_of(product: Value, graph: Graph) -> list[Value] | Missed:
-    """A product; or its two halves, where only they are read."""
+    """A matmul; or its two halves, if only they are read."""
     users, columns = graph.users(product), product.tensor.shape[-1]
     cuts = sorted((cut for user in users for cut in cuts_of(user, product)), key=lambda cut: cut[1])
     if not users or not cuts:
         return [product]
     if not isinstance(columns, int) or [cut[1:] for cut in cuts] != [(0, columns // 2), (columns // 2, columns)]:
-        return Missed("it is cut otherwise than in two halves", product)
+        return Missed("it is not split into two halves", product)
     if len(users) > len({cut[0].op for cut in cuts}):
-        return Missed("it is read as a whole, too", product)
+        return Missed("it is also read as a whole", product)
     if columns % 256:
-        return Missed(f"its halves have {columns / 2:g} columns, which is no multiple of 128", product)
+        return Missed(f"its halves have {columns / 2:g} columns, which is not a multiple of 128", product)
     return [cut[0] for cut in cuts]
 
 
 def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
-    """The parts of the columns of a product that an operation gives: each with its first column and the one behind."""
+    """The column ranges of a matmul that an operation returns, each as first column and end."""
     shape = product.tensor.shape
     last = len(shape) - 1
     if op.name == "aten.slice.Tensor" and op.argument("dim") in (-1, last) and op.argument("step") == 1:
@@ -125,17 +125,17 @@ def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
 
 
 def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
-    """A quantization, and the body in front of it if it has one."""
+    """A quantization, and its fused expression if it has one."""
     operands = [value for _, value in op.operands()]
     body = parse(str(op.attrs.get("body", PLAIN[min(len(operands), 2)])))
     if op.attrs.get("keep"):
-        return Missed("the arithmetic behind it has a second result", op.results[2])
+        return Missed("the arithmetic after it has a residual output", op.results[2])
     if body.across:
-        return Missed("the arithmetic behind it reduces whole rows, of which a tile has a part", op.results[0])
+        return Missed("the arithmetic after it reduces whole rows, of which a tile holds only a part", op.results[0])
     if not op.format().decodes_like(FP8_TILE):
-        return Missed(f"it is not quantized to {FP8_TILE} again", op.results[0])
+        return Missed(f"its result is not quantized to {FP8_TILE}", op.results[0])
     if op.results[0].tensor.shape != parts[0].tensor.shape:
-        return Missed("it is quantized with its rows arranged otherwise", op.results[0])
+        return Missed("its result is quantized with a different arrangement of rows", op.results[0])
     named = {f"x{place}": value for place, value in enumerate(operands)}
     spelled = {name: spelling(parts, value) for name, value in named.items() if value in parts}
     body = with_operands(body, spelled)
@@ -143,17 +143,17 @@ def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
 
 
 def arithmetic(readers: Sequence[Op], parts: Sequence[Value], graph: Graph) -> Epilogue | Missed:
-    """As much of what reads the parts of a product as one fused operation can do."""
+    """As many users of the parts of a matmul as one fused operation can compute."""
     elsewhere = [reader for reader in readers if not reader.results]
     if elsewhere:
         return Missed(
-            "it leaves the graph" if elsewhere[0] is graph.return_op else "it is written to a buffer", parts[0]
+            "it is an output of the graph" if elsewhere[0] is graph.return_op else "it is written to a buffer", parts[0]
         )
     if not any(map(term_of, readers)):
         names = ", ".join(sorted({op.name for op in readers}))
-        return Missed(f"what reads it cannot be fused with it: {names}", parts[0])
+        return Missed(f"its users cannot be fused with it: {names}", parts[0])
     limits = Limits(operands=OTHERS + len(parts), kept=0, across=False, views=False)
-    why = Missed("what reads it has no result in common", parts[0])
+    why = Missed("its users have no common result", parts[0])
     for root in results_of(parts, graph):
         region = grow(graph, root, limits, stops=parts)
         if isinstance(region, Missed):
@@ -168,7 +168,7 @@ def arithmetic(readers: Sequence[Op], parts: Sequence[Value], graph: Graph) -> E
 
 
 def results_of(parts: Sequence[Value], graph: Graph) -> list[Value]:
-    """What arithmetic computes of the parts of a product, element by element, the farthest first."""
+    """Results of elementwise arithmetic on the parts of a matmul, the farthest downstream first."""
     found: dict[Value, None] = {}
     pending = list(parts)
     while pending and len(found) < LONGEST_CHAIN:
@@ -177,13 +177,13 @@ def results_of(parts: Sequence[Value], graph: Graph) -> list[Value]:
             if plain and user.result not in found:
                 found[user.result] = None
                 pending.append(user.result)
-    # What only widens a value has no rounding of its own, by which its element type could be told.
+    # An operation that only widens a value does not round, so it cannot determine the element type.
     roots = [value for value in found if same_numbers(value.op) is None]
     return sorted(roots, key=lambda value: graph.rank(value.op), reverse=True)
 
 
 def fused(region: FusionRegion, parts: Sequence[Value]) -> Epilogue | Missed:
-    """A region as the body of a product."""
+    """A region as the fused expression of a matmul."""
     others = [value for value in region.operands if value not in parts]
     named = {f"x{place}": value for place, value in enumerate(others)}
     spelled: dict[Value, Expression] = {value: Name(name) for name, value in named.items()}
@@ -192,21 +192,21 @@ def fused(region: FusionRegion, parts: Sequence[Value]) -> Epilogue | Missed:
 
 
 def finished(last: Op, body: Body, named: Mapping[str, Value], quantized: Mapping[str, Argument]) -> Epilogue | Missed:
-    """An epilogue, unless it reads too much."""
+    """An epilogue, unless it has too many operands."""
     vectors = [name for name, value in named.items() if len(value.tensor.shape) < len(last.results[0].tensor.shape)]
     body, order = in_order(body, vectors)
     if len(order) > OTHERS:
-        return Missed(f"its body would read {len(order)} other tensors, of {OTHERS} at most", last.results[0])
+        return Missed(f"its epilogue would read {len(order)} other tensors, at most {OTHERS}", last.results[0])
     return Epilogue(last, body, tuple(named[name] for name in order), quantized)
 
 
 def spelling(parts: Sequence[Value], part: Value) -> Expression:
-    """A part of a product in a body: the sum, rounded as the product is."""
+    """A part of a matmul in an expression: the sum, rounded as the matmul rounds it."""
     return rounded(Name(f"y{parts.index(part)}"), part.tensor.dtype)
 
 
 def with_operands(body: Body, spelled: Mapping[str, Expression]) -> Body:
-    """A body with expressions in place of operands, which get names where they are read more than once."""
+    """Substitutes expressions for operands; those read more than once get names."""
     reads = [part.name for part in body.expressions() if isinstance(part, Name)]
     taken = {name for name, _ in body.definitions}
     values: dict[str, Expression] = {}

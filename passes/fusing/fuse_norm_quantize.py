@@ -1,4 +1,4 @@
-"""Makes one operation of a norm, the residual sum in front of it, and the quantization behind it.
+"""Fuses a norm, the residual sum before it, and the quantization after it into one operation.
 
     %h = aten.add.Tensor(%x, %r)                         %h is read elsewhere, too
     %n = aten.rms_norm(%h, [256], %w, 1e-06)
@@ -6,9 +6,9 @@
   ->
     %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {body = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
 
-It works for whatever reduces rows by means and is arithmetic else, however the model spells it. The body rounds where
-the operations did. Bits are equal but where torch does not compute a row by row sum and a product in FP32 on their own:
-a layer norm of FP32 tensors multiplies by the gain and adds the bias at once, and one of f16 sums in another order.
+It fuses any arithmetic that reduces rows by means, however the model writes it. The expression rounds where the
+operations did. Results are bit-exact, except where torch fuses or reorders FP32 operations: a layer norm of FP32
+tensors multiplies by the gain and adds the bias in one step, and a layer norm of f16 tensors sums in another order.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from qcompiler.pass_manager.pipeline import Effect, Pass
 
 @dataclass(frozen=True)
 class FuseNormQuantize(Pass):
-    """quantize(norm(x + r))  ->  fused_quantize(x, r), which keeps the sum for others."""
+    """quantize(norm(x + r))  ->  fused_quantize(x, r), with the sum as residual output."""
 
     name: ClassVar[str] = "fuse-norm-quantize"
     effect: ClassVar[Effect] = Effect.REORDERS
@@ -33,5 +33,5 @@ class FuseNormQuantize(Pass):
         return (ArithmeticThenQuantize(across=True),)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """What no reduction computes needs no reason: it is none of this pass's business."""
+        """Omits values that no reduction computes: this pass does not apply to them."""
         return {name: why for name, why in super().explain(graph).items() if why != str(NO_REDUCTION)}

@@ -1,4 +1,4 @@
-"""Takes a multiplication of an activation's channels into the quantization behind it.
+"""Fuses a per-channel multiplication of an activation into the quantization after it.
 
     %x_f32 = aten.mul.Tensor(%x, %factors) : f32[s0, 256]         factors: a constant vector
     %x_smooth = aten._to_copy(%x_f32) {dtype = bf16}
@@ -6,8 +6,8 @@
   ->
     %q, %s = quant.quantize(%x, %factors) {…}
 
-The product is then never stored, and never rounded to bf16. Where that rounding had decided between two codes, the
-other one may come out: about half of the quantization's own error in bf16, and nothing in FP32 or for powers of two.
+The scaled activation is then never stored, and never rounded to bf16. Where that rounding decided between two codes,
+the code may change: about half the error of the quantization itself in bf16, none in FP32 or for powers of two.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ class MulThenQuantize(Rule):
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if op.get("prescale") is not None:
-            return Missed("it has a prescale already")
+            return Missed("it already has a prescale")
         product = op["x"].op
         if product.name == "aten._to_copy" and set(product.attrs) == {"dtype"}:
             product = product["self"].op
         left, right = (product.get("self"), product.get("other")) if product.name == "aten.mul.Tensor" else (None, None)
         if left is None or right is None:
-            return Missed("what it quantizes is no product", op["x"])
+            return Missed("its input is not a multiplication", op["x"])
         for x, factors in ((left, right), (right, left)):
             if self.scales_channels(x, factors, graph):
                 return {"x": x, "factors": factors}
-        return Missed("what it quantizes is no product of an activation and a constant FP32 vector", op["x"])
+        return Missed("its input is not an activation times a constant FP32 vector", op["x"])
 
     def scales_channels(self, x: Value, factors: Value, graph: Graph) -> bool:
-        """Whether `factors` is a constant number for each channel of an activation, multiplied in FP32."""
+        """Whether `factors` is a constant with one number per channel, multiplied in FP32."""
         if not graph.is_constant(factors) or graph.is_constant(x) or factors.tensor.dtype is not DType.f32:
             return False
         return x.tensor.dtype.bits <= 32 and x.tensor.dtype.is_float and factors.tensor.shape == x.tensor.shape[-1:]
@@ -64,5 +64,5 @@ class FusePrescale(Pass):
         return (MulThenQuantize(),)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Nothing: what is not multiplied needs no prescale."""
+        """Nothing: an input that is not a multiplication needs no prescale."""
         return {}

@@ -1,4 +1,4 @@
-"""A quantization and the arithmetic in front of it as one operation: what two passes share.
+"""Fuses a quantization with the arithmetic before it: the rule that two passes share.
 
     %h = aten.add.Tensor(%x, %r)                         %h is read elsewhere, too
     %n = aten.rms_norm(%h, [256], %w, 1e-06)
@@ -6,7 +6,7 @@
   ->
     %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {body = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
 
-It stands where the first reader of what it keeps can stand behind it.
+The fused operation is placed before the first user of its residual outputs.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from qcompiler.dialects.body import Name
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
 
 OPERANDS = 6
-"""How many operands a body may have."""
+"""Maximum operands of a fused expression."""
 
 TURNED_CODES = 4e-3
-"""Relative error that a last bit in front of a quantization may come to behind it: a code that turns is an eighth off,
-and in the few thousand of a small example one is enough for this."""
+"""Relative error that a last-bit difference may cause after quantization: a changed code is off by an eighth, and one
+such code among the few thousand of a small example reaches this error."""
 
-NO_REDUCTION = Missed("no reduction over the row computes it")
+NO_REDUCTION = Missed("it is not computed by a reduction over the row")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ArithmeticThenQuantize(Rule):
     """quantize(arithmetic(x, …))  ->  fused_quantize(x, …)
 
     Attributes:
-        across: Whether for arithmetic with a reduction over the row, or for arithmetic without.
+        across: True for arithmetic with a reduction over the row, False for arithmetic without.
     """
 
     across: bool
@@ -42,7 +42,7 @@ class ArithmeticThenQuantize(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         x, prescale = op["x"], op.get("prescale")
         if op.format().block[0] != 1:
-            return Missed("one scale is for several rows", op.results[1])
+            return Missed("one scale covers several rows", op.results[1])
         limits = Limits(operands=OPERANDS - (prescale is not None), across=self.across)
         region = grow(graph, x, limits, reader=op)
         if isinstance(region, Missed):
@@ -75,10 +75,10 @@ class ArithmeticThenQuantize(Rule):
 
 
 def keep(rewriter: Rewriter, region: FusionRegion, value: Value, new: Value) -> dict[Value, str]:
-    """Makes those that read `value` outside of its region read the result `new`; the names to be given at the end."""
+    """Makes users of `value` outside its region read the result `new`; returns the names to assign at the end."""
     graph, shape, names = rewriter.graph, new.tensor.shape, {}
     readers = region.kept[value]
-    # A view that arranges the rows as the fused operation does is that result itself.
+    # A view that arranges the rows like the fused operation is replaced by the result itself.
     views = [user for user in readers if is_row_view(user) and value.tensor.shape != shape == user.result.tensor.shape]
     if others := [user for user in readers if user not in views]:
         shaped = arranged(rewriter, region, new, value.tensor.shape)
@@ -93,7 +93,7 @@ def keep(rewriter: Rewriter, region: FusionRegion, value: Value, new: Value) -> 
 
 
 def arranged(rewriter: Rewriter, region: FusionRegion, value: Value, shape: tuple[Size, ...]) -> Value:
-    """A tensor with the rows of the region, arranged in a shape that stands somewhere in it, in front of its place."""
+    """A tensor with the rows of the region, reshaped before its place to a shape that occurs in the region."""
     if value.tensor.shape == shape:
         return value
     kind = TensorType(value.tensor.dtype, shape)

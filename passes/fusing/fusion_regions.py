@@ -1,11 +1,11 @@
-"""Regions: the arithmetic behind one value, as far upstream as a body can say it and a fused operation can do it.
+"""Fusion regions: the arithmetic that computes a value, as far upstream as a fused operation can compute it.
 
     %h = aten.add.Tensor(%x, %r)                     %h is read elsewhere, too
     %n = aten.rms_norm(%h, [256], %w)          ->    the region of %n: operands %x, %r, %w; %h is kept
     %q, %s = kernel.quantize(%n)
 
-A region is grown from its root, readers before operands. A value that is read outside of it is a further result of the
-fused operation, which keeps it, or else an operand. Where that breaks a rule, growing begins anew and stops earlier.
+A region grows from its root, users before operands. A value that is also read outside becomes a residual output of the
+fused operation, or else an operand. If that breaks a rule, growing restarts and stops earlier.
 """
 
 import heapq
@@ -17,17 +17,17 @@ from qcompiler.dialects.body import parse
 from qcompiler.ir import Graph, Missed, Op, Size, Value
 
 LONGEST_ROW = 16384
-"""Columns that one program of a kernel can reduce."""
+"""Maximum columns that one program of a kernel can reduce."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a region may have.
+    """The limits of a region.
 
     Attributes:
-        operands: How many operands.
-        kept: How many values that are read outside of it.
-        across: Whether reductions over a row.
+        operands: Maximum number of operands.
+        kept: Maximum number of values that are read outside.
+        across: Whether reductions over a row are allowed.
         views: Whether the rows of its values may be arranged in several ways.
     """
 
@@ -39,17 +39,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class FusionRegion:
-    """Operations that one fused operation can take the place of.
+    """Operations that one fused operation can replace.
 
     Attributes:
-        root: What it computes.
-        ops: Those that compute something, in order.
-        inside: Those, and what only widens a value or arranges its rows, unless it is read elsewhere.
-        operands: What it reads: tensors with the rows of the root, and vectors with one number a column.
-        kept: Its values that are read elsewhere, in order, and by whom; but for the root that is its only result.
-        views: Operations that arrange rows anew on the way; some are read elsewhere, and stay.
-        place: The fused operation can stand in front of this one: behind are all readers of what it computes.
-        late: What its operands need of what stands behind `place`, in order.
+        root: The value that it computes.
+        ops: The operations that compute something, in order.
+        inside: `ops`, and operations that only widen a value or rearrange its rows, unless read elsewhere.
+        operands: Its inputs: tensors with the rows of the root, and vectors with one number per column.
+        kept: Its values that are read elsewhere, in order, with their users; without a root that is the only result.
+        views: Operations in the region that rearrange rows; some are read elsewhere, and remain.
+        place: The fused operation can be placed before this one: all users of its results come after.
+        late: Operations after `place` that its operands depend on, in order.
     """
 
     root: Value
@@ -81,12 +81,12 @@ def grow(
     """The largest region that ends in `root` and breaks no rule, or why there is none.
 
     Args:
-        graph: Where it stands.
-        root: What it computes.
-        limits: What it may have.
-        reader: The operation that is fused with it, which others that read the root are not. Without one, the root is
-            the result of the fused operation.
-        stops: Values that are operands in any case.
+        graph: The graph that contains it.
+        root: The value that it computes.
+        limits: The limits of the region.
+        reader: The operation to fuse it with; other users of the root are not fused. Without one, the root is the
+            result of the fused operation.
+        stops: Values that must be operands.
     """
     columns = root.tensor.shape[-1] if root.tensor.shape else 0
     if not isinstance(columns, int):
@@ -112,23 +112,23 @@ def _source(value: Value, operands: Sequence[Value]) -> Value:
 
 
 Broken = tuple[Value | None, Missed]
-"""Where to stop in order to keep a rule, None where that is no use, and how it was broken."""
+"""Where to stop so that the rule holds (None if that does not help), and how the rule was broken."""
 
 
 class _Attempt:
-    """A region that has been grown for given stops, which may break rules."""
+    """A region grown for given stops; it may break rules."""
 
     def __init__(self, graph: Graph, root: Value, limits: Limits, reader: Op | None, stopped: set[Value]) -> None:
         self.graph, self.root, self.limits, self.reader, self.stopped = graph, root, limits, reader, stopped
         self.columns: Size = root.tensor.shape[-1]
         self.inside: set[Op] = set() if reader is None else {reader}
-        """What reads the region without being elsewhere."""
+        """Users of the region that do not count as outside."""
         self.ops: list[Op] = []
         self.operands: list[Value] = []
         self.kept: list[Value] = []
         self.views: list[Op] = []
         self.head = root
-        """The root, but for what only arranges its rows or widens it."""
+        """The root, without operations that only rearrange its rows or widen it."""
         self._grow()
 
     # Growing
@@ -146,7 +146,7 @@ class _Attempt:
         return -self.graph.rank(value.op), value.index, value
 
     def _take(self, value: Value) -> tuple[Value, ...]:
-        """Puts a value into the region, whose readers there are known, or makes it an operand; what it reads there."""
+        """Adds a value, whose users in the region are known, to the region or its operands; returns its operands."""
         op, elsewhere = value.op, self._elsewhere(value)
         source = None if value in self.stopped else same_numbers(op)
         if source is not None and (self.limits.views or not is_row_view(op)):
@@ -169,9 +169,9 @@ class _Attempt:
 
     def _why_not_across(self) -> Missed | None:
         if not self.limits.across:
-            return Missed("a reduction over the row computes it", self.head)
+            return Missed("it is computed by a reduction over the row", self.head)
         if isinstance(self.columns, int) and self.columns > LONGEST_ROW:
-            return Missed(f"its rows have {self.columns} columns, and those of a reduction {LONGEST_ROW} at most")
+            return Missed(f"its rows have {self.columns} columns; a reduction supports at most {LONGEST_ROW}")
         return None
 
     # Rules
@@ -187,7 +187,7 @@ class _Attempt:
         if self.graph.is_constant(self.head):
             return Missed("it is constant", self.head)
         if term_of(op) is None:
-            return Missed(f"what computes it is no arithmetic on rows: {op.name}", self.head)
+            return Missed(f"it is not computed by row arithmetic, but by {op.name}", self.head)
         if (why := self._why_not_across()) is not None:
             return why
         return Missed("it is read elsewhere", self.head)
@@ -196,12 +196,12 @@ class _Attempt:
         vector = (self.columns,)
         for value in self.operands:
             if value.tensor.shape != vector and not self._is_full(value):
-                return self._reader_of(value), Missed("one number a row can be no operand", value)
+                return self._reader_of(value), Missed("a value with one number per row cannot be an operand", value)
         for value in self.kept:
             if not self._is_full(value):
-                return value, Missed("one number a row is read elsewhere", value)
+                return value, Missed("a value with one number per row is read elsewhere", value)
             if not self._can_arrange_as(value.tensor.shape):
-                return value, Missed("it is read elsewhere, with rows arranged as nothing shows", value)
+                return value, Missed("it is read elsewhere, in an arrangement of rows that cannot be derived", value)
         if all(value.tensor.shape == vector != self.root.tensor.shape for value in self.operands):
             return None, Missed("none of its operands has as many rows")
         return None
@@ -218,45 +218,45 @@ class _Attempt:
         return min(readers, key=self.graph.rank).result
 
     def _can_arrange_as(self, shape: tuple[Size, ...]) -> bool:
-        """Whether a tensor can be given a shape: it is the root's, or that of a view or of an operand."""
+        """Whether a tensor can be reshaped to this shape: that of the root, a view or an operand."""
         return shape in (value.tensor.shape for value in (self.root, *self.operands, *(op.result for op in self.views)))
 
     def _broken_by_numbers(self) -> Broken | None:
         limits = self.limits
         if len(self.kept) > limits.kept:
             first = min(self.kept, key=lambda value: self.graph.rank(value.op))
-            return first, Missed(f"it would keep {len(self.kept)} values that are read elsewhere, of {limits.kept}")
+            return first, Missed(f"it would have {len(self.kept)} residual outputs, at most {limits.kept}")
         if len(self.operands) > limits.operands:
             inner = [op for op in self.ops if op.result is not self.head and self._is_full(op.result)]
             stop = min(inner, key=self.graph.rank).result if inner else None
-            return stop, Missed(f"it would read {len(self.operands)} tensors, of {limits.operands} at most")
+            return stop, Missed(f"it would read {len(self.operands)} tensors, at most {limits.operands}")
         return None
 
     # Order
 
     def _placed(self) -> FusionRegion | Broken:
-        """The region, where it fits between what it reads and what reads it."""
+        """The region, if it fits between its operands and its users."""
         rank = self.graph.rank
         kept = {value: tuple(self._elsewhere(value)) for value in sorted(self.kept, key=lambda value: rank(value.op))}
         readers = [(reader, value) for value in kept for reader in kept[value]]
         end = self.root.op if self.reader is None else self.reader
         place, early = min(((end, None), *readers), key=lambda pair: rank(pair[0]))
-        # The reader has operands of its own, and views are made anew from the sizes that they have.
+        # The user has other operands, and views are rebuilt from their sizes.
         sizes = [value for op in self.views for path, value in op.operands() if path[0] != 0]
         own = [value for _, value in end.operands() if value is not self.root]
         late = self._behind([*self.operands, *sizes, *own], place)
         for op in late:
             if cycle := next((value for _, value in op.operands() if value in kept), None):
-                return cycle, Missed("it would need something that is computed from it", cycle)
+                return cycle, Missed("it would depend on its own result", cycle)
             if op.effects.ordered:
-                return early, Missed(f"{op.name} stands between, which must not be moved", op.results[0])
+                return early, Missed(f"{op.name} lies between and must not be moved", op.results[0])
         return FusionRegion(
             self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), kept,
             tuple(self.views), place, tuple(sorted(late, key=rank)),
         )  # fmt: skip
 
     def _behind(self, values: Iterable[Value], place: Op) -> list[Op]:
-        """The operations behind `place`, it included, that values are computed from."""
+        """Operations from `place` on that values are computed from."""
         found: set[Op] = set()
         stack = [value.op for value in values]
         while stack:

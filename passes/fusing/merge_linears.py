@@ -1,4 +1,4 @@
-"""Makes one linear of those that read one input, so that one kernel has all of their columns.
+"""Merges linears that read one input, so that one GEMM computes all of their columns.
 
     %q = aten.linear(%x, %wq, %bq) : bf16[s0, 256]
     %k = aten.linear(%x, %wk, %bk) : bf16[s0, 128]
@@ -9,8 +9,8 @@
     %q = aten.slice.Tensor(%q_merged, -1, 0, 256) : bf16[s0, 256]
     %k = aten.slice.Tensor(%q_merged, -1, 256, 384) : bf16[s0, 128]
 
-Behind calibration and smoothing, which look at the layers one by one, and in front of the pass that quantizes. A merged
-weight has the codes and the scales that its parts would have had: no block of it reaches from one into the next.
+Runs after calibration and smoothing, which process layers one by one, and before the pass that quantizes. A merged
+weight has the codes and scales that its parts would have had, because no quantization block spans two parts.
 """
 
 from collections.abc import Sequence
@@ -29,24 +29,24 @@ from qcompiler.ir.sizes import product
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 VIEWS = ("aten.view", "aten._unsafe_view")
-"""Views that fail where strides do not allow them; `aten.reshape` copies there."""
+"""Views that fail for some strides; `aten.reshape` copies in that case."""
 
 READ_STRIDES = (
     "aten.as_strided", "aten.view.dtype", "aten.view_as_complex", "aten.sym_stride.int", "aten.sym_storage_offset",
 )  # fmt: skip
-"""Operations that look at strides, for which there is no such substitute."""
+"""Operations that depend on strides and have no such substitute."""
 
 ANY_STRIDES = ("aten", "prims", "core", "quant", "kernel")
-"""Namespaces whose other operations take any strides; an operation of somebody else's may not."""
+"""Namespaces whose other operations accept any strides; custom operations may not."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the linears that share their input with another one.
+    """The decision for each linear that shares its input with another one.
 
     Attributes:
-        groups: Those that become one, two or more each, in order.
-        reasons: The others, in order -> why they are left alone.
+        groups: Linears to merge, two or more each, in order.
+        reasons: The others, in order -> why they are not merged.
     """
 
     groups: Sequence[Sequence[Op]]
@@ -59,10 +59,10 @@ class MergeLinears(Pass):
 
     Attributes:
         w_format: The format that weights will be quantized to.
-        layers: Patterns for names of weights: which linears it is about; as in the pass that quantizes.
-        min_columns: Linears of fewer columns are left alone.
-        static: Whether the pass that quantizes uses the activation scales that stored weights come with. Then linears
-            with different ones stay apart; otherwise a merged weight has none.
+        layers: Patterns for weight names that select linears; the same as in the pass that quantizes.
+        min_columns: Linears with fewer columns are not merged.
+        static: Whether the pass that quantizes uses the activation scales stored with weights. If so, linears with
+            different scales are not merged; otherwise a merged weight has none.
     """
 
     name: ClassVar[str] = "merge-linears"
@@ -74,14 +74,14 @@ class MergeLinears(Pass):
     static: bool = False
 
     def __post_init__(self) -> None:
-        """PassError for a number of columns that does not exist."""
+        """Raises PassError unless `min_columns` is positive."""
         super().__post_init__()
         if self.min_columns < 1:
             need = "1 or more"
             raise PassError(f"option 'min_columns' of pass '{self.name}' is too small", got=self.min_columns, need=need)
 
     def run(self, graph: Graph) -> bool:
-        """Group by group, from top to bottom."""
+        """Processes groups from top to bottom."""
         check_patterns(self.layers, graph)
         groups = self.plan(graph).groups
         for group in groups:
@@ -89,17 +89,17 @@ class MergeLinears(Pass):
         return bool(groups)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Only a linear that shares its input with another one that can be quantized is worth a reason."""
+        """Reports only linears that share their input with another one that can be quantized."""
         reasons = self.plan(graph).reasons
         return {op.result.name: why for op, why in reasons.items() if op.loc.made_by != self.name}
 
     def plan(self, graph: Graph) -> Plan:
-        """Linears of one input follow each other in a group, until something forbids it."""
+        """Adds linears of one input to a group until something forbids it."""
         groups: list[list[Op]] = []
         reasons: dict[Op, str] = {}
         latest: dict[Value, list[Op]] = {}
         ended: set[Value] = set()
-        """Inputs behind whose latest group stands a matmul of another input."""
+        """Inputs whose latest group is followed by a matmul of another input."""
         shared = sharing_an_input(graph)
         for op in graph.ops():
             if op.role is not Role.MATMUL or graph.is_constant(op.results[0]):
@@ -128,12 +128,12 @@ class MergeLinears(Pass):
         return Plan(merged, {op: reasons.get(op, alone) for op in shared if op not in together})
 
     def why_alone(self, op: Op, graph: Graph) -> Missed | None:
-        """Why a linear that can be quantized is merged with no other; None if it may be."""
+        """Why a linear that can be quantized is not merged; None if it may be."""
         columns = op["weight"].tensor.shape[0]
         if missed := why_not_selected(self.layers, op, graph):
             return missed
         if self.w_format.block[0] == ALL or self.w_format.tensor_scale:
-            return Missed("its weight has one scale, which would become that of all that it is merged with")
+            return Missed("its weight has one scale, which all merged layers would have to share")
         if isinstance(columns, int) and columns < self.min_columns:
             return Missed(f"it has {columns} columns, fewer than {self.min_columns}")
         if (bias := op.get("bias")) is not None and not graph.is_constant(bias):
@@ -141,34 +141,32 @@ class MergeLinears(Pass):
         if is_stored_quantized(w := op["weight"]) and not w.op.format().decodes_like(self.w_format):
             return Missed(f"its weight is stored as {w.op.format()}", w)
         if _read_elsewhere(op, graph):
-            return Missed("its weight is read elsewhere, so that there would be two", op["weight"])
+            return Missed("its weight has other users, so both copies would be stored", op["weight"])
         if leaves_the_graph(graph, op.result):
-            return Missed("it leaves the graph, and must not be a part of a larger tensor")
+            return Missed("it is an output of the graph, and must not be part of a larger tensor")
         for reader in readers_through(graph, op.result, is_view):
             if reader.name in READ_STRIDES or reader.name.split(".")[0] not in ANY_STRIDES:
-                return Missed(f"{reader.name} reads it, which may need the strides of a tensor of its own")
+                return Missed(f"{reader.name} reads it and may need contiguous strides")
         return None
 
     def why_apart(self, before: Op, op: Op, ended: bool) -> str | None:
-        """Why one linear cannot stand behind another in a larger one; None if it can."""
+        """Why one linear cannot follow another in a merged one; None if it can."""
         pair, rows = f"{before.result} and {op.result}", before["weight"].tensor.shape[0]
         types = [_weight_type(linear["weight"]) for linear in (before, op)]
         biases = [bias and bias.tensor.dtype for bias in (before.get("bias"), op.get("bias"))]
         if ended:
-            return f"between {pair} stands a matmul of another input"
+            return f"a matmul of another input lies between {pair}"
         if types[0] != types[1]:
             return f"the weights of {pair} are {types[0]} and {types[1]}"
         if None in biases and biases != [None, None]:
-            return f"one of {pair} has a bias, and the other has none"
+            return f"of {pair}, only one has a bias"
         if biases[0] is not biases[1]:
             return f"the biases of {pair} are {biases[0]} and {biases[1]}"
         scales = [x_scale_of(linear["weight"]) for linear in (before, op)]
         if self.static and scales[0] != scales[1]:
             return f"the activation scales of {pair} are {scales[0]} and {scales[1]}"
         if isinstance(rows, int) and rows % self.w_format.block[0]:
-            return (
-                f"{before.result} has {rows} columns, so that {op.result} would begin inside of a block of the weight"
-            )
+            return f"{before.result} has {rows} columns, so that {op.result} would begin inside a block of the weight"
         return None
 
 
@@ -187,7 +185,7 @@ def sharing_an_input(graph: Graph) -> dict[Op, None]:
 
 
 def merge(group: Sequence[Op], graph: Graph, made_by: str) -> None:
-    """Puts one linear in front of the first of a group, and in the place of each its part of the result."""
+    """Inserts one linear before the first of a group, and replaces each by its part of the result."""
     first = group[0]
     rewriter = Rewriter(graph, first, made_by)
     weights, biases = [op["weight"] for op in group], [bias for op in group if (bias := op.get("bias")) is not None]
@@ -203,13 +201,13 @@ def merge(group: Sequence[Op], graph: Graph, made_by: str) -> None:
         part = here.insert("aten.slice.Tensor", merged, -1, start, end, types=[op.result.type]).result
         here.replace(op, part)
         if is_stored_quantized(op["weight"]):
-            here.erase_unread(op["weight"].op)  # or its codes would seem to be read twice
+            here.erase_unread(op["weight"].op)  # or its codes would seem to have two users
         _allow_strides(graph, part, made_by)
         start = end
 
 
 def _read_elsewhere(op: Op, graph: Graph) -> bool:
-    """Whether a matrix that the weight of a linear is made of is read by anything else, under any of its names."""
+    """Whether a matrix that the weight of a linear is computed from has other users, under any of its names."""
 
     def constant(reader: Op) -> bool:
         return bool(reader.results) and graph.is_constant(reader.results[0])
@@ -223,7 +221,7 @@ def _read_elsewhere(op: Op, graph: Graph) -> bool:
 
 
 def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:
-    """Puts what constants are computed by in front of an operation, where it is not there already."""
+    """Moves the operations that compute constants before an operation, unless they already are."""
     behind = set()
     for op in reversed(list(graph)):
         if op is before:
@@ -237,7 +235,7 @@ def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:
 
 
 def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
-    """Constants one behind the other along their first axis; of what is stored quantized, codes and scales."""
+    """Concatenates constants along their first axis; for stored quantized weights, codes and scales."""
     if all(map(is_stored_quantized, values)):
         codes, scales = (_joined(rewriter, [value.op[name] for value in values]) for name in ("data", "scale"))
         attrs, names = dict(values[0].op.attrs), [f"{values[0].name}_merged"]
@@ -251,7 +249,7 @@ def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
 
 
 def _weight_type(weight: Value) -> str:
-    """What the parts of a merged weight must have in common."""
+    """The property that all parts of a merged weight must share."""
     dtype = weight.tensor.dtype
     return f"{weight.op['data'].tensor.dtype} of {dtype}" if is_stored_quantized(weight) else str(dtype)
 
@@ -261,10 +259,10 @@ def _rows(value: Value) -> int:
 
 
 def _allow_strides(graph: Graph, part: Value, made_by: str) -> None:
-    """Makes reshapes of the views behind a part that might not exist for its strides.
+    """Turns views of a part that its strides may not allow into reshapes.
 
-    The rows of a part stand apart, by the same distance each: a view may cut them up and count them differently, but
-    not let an axis run from one row into the next.
+    The rows of a part are not adjacent, but equally spaced: a view may split and regroup rows, but no axis may span
+    two rows.
     """
     for op in list(readers_through(graph, part, is_view)):
         if op.name not in VIEWS:

@@ -1,11 +1,11 @@
-"""The body of a region: its operations as one text, in which only what is read more than once has a name.
+"""The fused expression of a region as text; only values that are read more than once get names.
 
-    %h = aten.add.Tensor(%x, %r) : bf16       kept
+    %h = aten.add.Tensor(%x, %r) : bf16       residual output
     %n = aten.rms_norm(%h, [256], %w)
   ->
     h0 = bf16(x0 + x1); bf16(h0 * rsqrt(mean(h0 * h0) + 1e-06) * x2)          keep = ["h0"]
 
-Names follow from the form of the region alone, so that equal layers of a model have equal bodies, and one kernel.
+Names depend only on the structure of the region, so that equal layers have equal expressions and share one kernel.
 """
 
 from collections import Counter
@@ -21,12 +21,12 @@ ROUNDING = {dtype: name for name, dtype in ROUNDED.items()}
 
 
 def body_of(region: FusionRegion, operands: Mapping[Value, Expression], prescale: Expression | None = None) -> Body:
-    """What a region computes, given how its operands are spelled; its kept values are h0, h1, … in order.
+    """The expression of a region, given the text of its operands; its residual outputs are h0, h1, … in order.
 
     Args:
         region: The region.
         operands: Operand -> an expression for it, such as x0.
-        prescale: What the result is multiplied by, without being rounded again.
+        prescale: A factor that the result is multiplied by, without another rounding.
     """
     writer = _Writer(region, operands)
     result = writer.written()
@@ -34,7 +34,7 @@ def body_of(region: FusionRegion, operands: Mapping[Value, Expression], prescale
 
 
 def in_order(body: Body, vectors: Collection[str] = ()) -> tuple[Body, tuple[str, ...]]:
-    """A body whose operands x0, x1, … are numbered as they are read, vectors last; and what they were called before."""
+    """An expression with operands x0, x1, … numbered in order of use, vectors last; and their previous names."""
     read = dict.fromkeys(part.name for part in body.expressions() if isinstance(part, Name) and part.name[0] == "x")
     before = tuple(sorted((name for name in read if OPERAND.fullmatch(name)), key=lambda name: name in vectors))
     names: dict[str, Expression] = {name: Name(f"x{place}") for place, name in enumerate(before)}
@@ -43,12 +43,12 @@ def in_order(body: Body, vectors: Collection[str] = ()) -> tuple[Body, tuple[str
 
 
 def kept_names(region: FusionRegion) -> tuple[str, ...]:
-    """What a body calls the kept values of its region."""
+    """The names of the region's residual outputs in its expression."""
     return tuple(f"h{place}" for place in range(len(region.kept)))
 
 
 def rounded(expression: Expression, dtype: DType) -> Expression:
-    """An expression, rounded to an element type; without a word where it is FP32, or was rounded so just now."""
+    """An expression rounded to an element type; unchanged for FP32, or if it was just rounded so."""
     name = ROUNDING.get(torch_dtype(dtype))
     if name is None or (isinstance(expression, Call) and expression.function == name):
         return expression
@@ -56,7 +56,7 @@ def rounded(expression: Expression, dtype: DType) -> Expression:
 
 
 def substituted(expression: Expression, values: Mapping[str, Expression]) -> Expression:
-    """An expression with other expressions in place of names."""
+    """Substitutes other expressions for names in an expression."""
     if isinstance(expression, Name):
         return values.get(expression.name, expression)
     if isinstance(expression, Call):
@@ -97,14 +97,14 @@ class _Writer:
         return rounded(substituted(template, values), op.result.tensor.dtype)
 
     def _template(self, op: Op) -> tuple[Expression, list[Value]]:
-        """What an operation computes of x0, x1, …, and the values that those are."""
+        """The expression of an operation over x0, x1, …, and the values these are."""
         term = term_of(op)
         if term is None:
-            raise ValueError(f"{op.name} stands in a region, but is no term")
+            raise ValueError(f"{op.name} is in a region, but is not a term")
         return parse(term.text).result, [self.region.source(value) for value in term.inputs]
 
     def _reads(self) -> Counter[Value]:
-        """How often each value is read in the body."""
+        """How often each value is read in the expression."""
         reads = Counter([self.region.source(self.region.root)])
         for op in self.region.ops:
             template, inputs = self._template(op)
@@ -113,7 +113,7 @@ class _Writer:
 
 
 def _operands(expression: Expression) -> list[str]:
-    """The operands in an expression, as often as they stand there."""
+    """The operands in an expression, once per occurrence."""
     if isinstance(expression, Name):
         return [expression.name] if OPERAND.fullmatch(expression.name) else []
     return [name for arg in expression.args for name in _operands(arg)] if isinstance(expression, Call) else []

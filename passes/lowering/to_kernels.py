@@ -1,4 +1,4 @@
-"""Hands quantized operations over to code generation, and settles the order of the scales in memory.
+"""Lowers quantized operations to the kernel dialect and sets the memory layout of scales.
 
     %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile}
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s) {x_format = #fp8_tile, …}
@@ -6,9 +6,9 @@
     %x_q, %x_s = kernel.quantize(%x) {format = #fp8_tile<scale_layout = "col_major">}
     %y = kernel.scaled_linear(%x_q, %x_s, %w_q, %w_s) {x_format = #fp8_tile<scale_layout = "col_major">, …}
 
-Likewise quant.quantize_static and quant.grouped_linear. Only the scales of an activation's tiles have a layout: with
-one scale a row, or fewer, it makes no difference. Last in the pipeline: what is still in the quant dialect afterwards,
-because no kernel has its format, runs in plain torch.
+The same applies to quant.quantize_static and quant.grouped_linear. Only the tile scales of an activation have a layout:
+with one scale per row or fewer, it makes no difference. Last in the pipeline: operations that remain in the quant
+dialect, because no kernel supports their format, run in plain torch.
 """
 
 from collections.abc import Sequence
@@ -41,9 +41,9 @@ class QuantizeToKernel(Rule):
         scale, format = op.results[1], op.format()
         for use in graph.uses(scale):
             if use.op.role is not Role.QUANTIZED_MATMUL:
-                return Missed(f"its scales are also read by {use.op.name}, which knows one layout only", scale)
+                return Missed(f"its scales are also read by {use.op.name}, which supports one layout only", scale)
             if use.path != use.op.path("x_scale"):
-                return Missed("its scales are read as those of a weight, which have one layout only", scale)
+                return Missed("its scales are read as weight scales, which have one layout only", scale)
             if why := why_not(use.op):
                 return Missed(why, use.op.result)
         rows, columns = format.block
@@ -88,7 +88,7 @@ class ToKernels(Pass):
     """quant  ->  kernel.
 
     Attributes:
-        scale_layout: Order of the activation's scales in memory.
+        scale_layout: Memory order of the activation scales.
     """
 
     name: ClassVar[str] = "to-kernels"
@@ -97,5 +97,5 @@ class ToKernels(Pass):
     scale_layout: Literal["row_major", "col_major"] = "col_major"
 
     def rules(self) -> Sequence[Rule]:
-        """Producers first, since the layout is theirs to say."""
+        """Producers first, because they set the layout."""
         return (QuantizeToKernel(self.scale_layout), StaticToKernel(), LinearToKernel())

@@ -1,4 +1,4 @@
-"""Quantizes batched matmuls with constant matrices, such as the experts of Llama 4: groups of equally many rows.
+"""Quantizes batched matmuls with constant matrices, such as Llama 4 experts, as groups of equal row counts.
 
 %y = aten.bmm(%x, %w) : bf16[8, s0, 512]                   %x is [8, s0, K], %w is [8, K, 512]
 ->
@@ -58,12 +58,12 @@ def _is_batched(x: Value, w: Value) -> bool:
 
 
 def _fixed(w: Value) -> tuple[int, ...]:
-    """The sizes of a weight that are numbers: groups, K and N."""
+    """The sizes of a weight, if fixed: groups, K and N."""
     return tuple(size for size in w.tensor.shape if isinstance(size, int))
 
 
 def _rows(rewriter: Rewriter, x: Value) -> "Value | int":
-    """The number of rows for each matrix: a literal, or a value if only a call says how many."""
+    """The number of rows for each matrix: a literal, or a value if it is known only at run time."""
     rows = x.tensor.shape[1]
     if isinstance(rows, int):
         return rows

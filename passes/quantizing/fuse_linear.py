@@ -1,4 +1,4 @@
-"""Fuses dequantize, dequantize and matmul to one operation that never stores what it dequantized.
+"""Fuses two dequantizes and a matmul into one operation that never stores dequantized operands.
 
     %x_dq = quant.dequantize(%x_q, %x_s)
     %w_dq = quant.dequantize(%w_q, %w_s)
@@ -7,7 +7,7 @@
   ->
     %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %b) {out_dtype = bf16, …}
 
-A cast behind the matmul goes in only when nobody else reads the FP32 result.
+A cast after the matmul is fused only if the FP32 result has no other user.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from qcompiler.pass_manager.pipeline import Effect, Pass
 
 NOT_QUANTIZED = Missed("none of its operands is quantized")
 OUTPUTS = (DType.bf16, DType.f16)
-"""Element types that the fused operation rounds to by itself."""
+"""Element types that the fused operation can round to."""
 
 
 class DequantizeThenLinear(Rule):
-    """linear(dequantize(x, xs), dequantize(w, ws), b)  ->  linear(x, xs, w, ws, b), with the cast behind it, if any"""
+    """linear(dequantize(x, xs), dequantize(w, ws), b)  ->  linear(x, xs, w, ws, b), with the cast after it, if any"""
 
     root = ("aten.linear",)
 
@@ -36,9 +36,9 @@ class DequantizeThenLinear(Rule):
             if value.tensor.dtype is not DType.f32:
                 return Missed(f"it multiplies in {value.tensor.dtype}, not in f32", value)
         if len(w.result.tensor.shape) != 2:
-            return Missed("its weight is no matrix", w.result)
+            return Missed("its weight is not a matrix", w.result)
         if bias is not None and bias.tensor.shape != w.result.tensor.shape[:1]:
-            return Missed("its bias is not one number for each column", bias)
+            return Missed("its bias is not one number per column", bias)
         return {"x": x, "w": w, "bias": _before_cast(bias), "last": _cast_behind(op, graph) or op}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Op, w: Op, bias: Value | None, last: Op, **_: Any) -> None:
@@ -56,7 +56,7 @@ class DequantizeThenLinear(Rule):
 
 
 def _before_cast(bias: Value | None) -> Value | None:
-    """The bias in its own element type: the fused operation widens it to FP32 by itself."""
+    """The bias in its original element type: the fused operation widens it to FP32."""
     if bias is not None and bias.op.name == "aten._to_copy" and bias.op.attrs == {"dtype": DType.f32}:
         source = bias.op["self"]
         return source if source.tensor.dtype in OUTPUTS else bias
@@ -64,7 +64,7 @@ def _before_cast(bias: Value | None) -> Value | None:
 
 
 def _cast_behind(op: Op, graph: Graph) -> Op | None:
-    """The only reader of a linear, when it does nothing but round to a narrower element type."""
+    """The only user of a linear, if it only rounds to a narrower element type."""
     users = graph.users(op.result)
     if len(users) == 1 and users[0].name == "aten._to_copy" and users[0].attrs.get("dtype") in OUTPUTS:
         return users[0] if len(users[0].attrs) == 1 else None
@@ -83,5 +83,5 @@ class FuseLinear(Pass):
         return (DequantizeThenLinear(),)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """A linear without a quantized operand needs no reason: it is none of this pass's business."""
+        """Omits linears without a quantized operand: this pass does not apply to them."""
         return {name: why for name, why in super().explain(graph).items() if why != str(NOT_QUANTIZED)}

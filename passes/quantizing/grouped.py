@@ -1,4 +1,4 @@
-"""Quantizes the products of a mixture of experts: groups of rows, each with a constant matrix of its own.
+"""Quantizes the matmuls of a mixture of experts: groups of rows, each with its own constant matrix.
 
     %y = aten._grouped_mm(%x, %w, %offsets) : bf16[s0, 512]          %w is [experts, K, N]
   ->
@@ -7,7 +7,7 @@
     %w_q, %w_s = quant.quantize(%w_t) {format = #fp8_block}        stored as [experts, N, K]
     %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, %offsets) {out_dtype = bf16, …}
 
-Fused at once: torch has no grouped product in FP32 that all devices run, so there is none to dequantize for.
+Fused directly: torch has no grouped FP32 matmul that runs on all devices, so dequantizing first is not an option.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from qcompiler.ir import Argument, DType, Format, Graph, Match, Missed, Op, Rewr
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 
 ROW_BYTES = 16
-"""The copy engine addresses rows of a multiple of so many bytes."""
+"""The copy engine requires row sizes that are multiples of this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class QuantizeGrouped(Rule):
         return None if self.options.naming_pattern(op, graph) else why_tiny(op["w"])
 
     def why_not_scheme(self) -> Missed | None:
-        """Why the options are none of a grouped product's."""
+        """Why the options do not apply to a grouped matmul."""
         options = self.options
         if options.x_format.decodes_like(FP8_TILE) and options.w_format.decodes_like(FP8_BLOCK):
             return None
         got = f"{options.x_format} and {options.w_format}"
-        return Missed(f"a grouped matmul is quantized to {FP8_TILE} and {FP8_BLOCK} only, this is {got}")
+        return Missed(f"a grouped matmul supports only {FP8_TILE} and {FP8_BLOCK}, the scheme has {got}")
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, offsets: Value, **_: Any) -> None:
         rewriter.replace(op, self.grouped_linear(rewriter, x, w, offsets, op.result.tensor.dtype))
@@ -64,7 +64,7 @@ class QuantizeGrouped(Rule):
         return rewriter.insert("quant.grouped_linear", *operands, attrs={"out_dtype": out, **formats}).result
 
     def weight(self, rewriter: Rewriter, w: Value) -> tuple[Value, ...]:
-        """Codes and scales of `[experts, N, K]`; those that the weights are stored as, when they are."""
+        """Codes and scales of `[experts, N, K]`; the stored ones if the weights are quantized already."""
         if (stored := _stored(w)) is not None:
             return stored["data"], stored["scale"]
         groups, k, n = w.tensor.shape
@@ -79,7 +79,7 @@ class QuantizeGrouped(Rule):
 
 
 def _stored(w: Value) -> Op | None:
-    """The dequantize of `[experts, N, K]` codes that `[experts, K, N]` weights are the transpose of."""
+    """The dequantize of `[experts, N, K]` codes whose transpose is the `[experts, K, N]` weights."""
     if w.op.name != "aten.transpose.int" or not is_stored_quantized(w.op["self"]):
         return None
     axes = (w.op.argument("dim0"), w.op.argument("dim1"))
@@ -87,9 +87,9 @@ def _stored(w: Value) -> Op | None:
 
 
 def _why_not_stored(w: Value) -> Missed | None:
-    """Why weights that are there as codes and scales cannot be multiplied as they are."""
+    """Why weights stored as codes and scales cannot be multiplied as they are."""
     if is_stored_quantized(w):
-        return Missed("its weights are stored quantized with N last, which is not how tensor cores read them", w)
+        return Missed("its weights are stored quantized with N last, a layout that tensor cores cannot read", w)
     if (stored := _stored(w)) is None:
         return None
     if (format := stored.format()).decodes_like(FP8_BLOCK):
@@ -108,9 +108,9 @@ def _why_not_operands(op: Op, offsets: Value | None, graph: Graph) -> Missed | N
     if offsets is None or len(x.tensor.shape) != 2 or len(w.tensor.shape) != 3:
         return Missed("its groups are not groups of rows of one activation", x)
     if offsets.type != TensorType(DType.i32, w.tensor.shape[:1]):
-        return Missed("its offsets are not one i32 for each matrix", offsets)
+        return Missed("its offsets are not one i32 per matrix", offsets)
     if op.name == "aten._grouped_mm" and op.argument("bias") is not None:
-        return Missed("it adds a bias by itself")
+        return Missed("it also adds a bias")
     return None
 
 
@@ -118,7 +118,7 @@ def _why_not_types(op: Op) -> Missed | None:
     x, w = op["x"], op["w"]
     dtypes = (x.tensor.dtype, w.tensor.dtype, op.result.tensor.dtype)
     if any(dtype not in QUANTIZABLE for dtype in dtypes):
-        return Missed(f"it computes {dtypes[2]} of {dtypes[0]} and {dtypes[1]}, not f32, f16 or bf16")
+        return Missed(f"it computes {dtypes[2]} from {dtypes[0]} and {dtypes[1]}, not f32, f16 or bf16")
     return None
 
 
@@ -130,7 +130,7 @@ def _why_not_sizes(op: Op) -> Missed | None:
         return Missed("its weights have no fixed size", w)
     out = op.result.tensor.dtype
     if k % ROW_BYTES != 0:
-        return Missed(f"the grouped kernels need K to be a multiple of {ROW_BYTES}, it is {k}", w)
+        return Missed(f"the grouped kernels need K to be a multiple of {ROW_BYTES}, got {k}", w)
     if n * out.bits // 8 % ROW_BYTES != 0:
-        return Missed(f"the grouped kernels write rows of a multiple of {ROW_BYTES} bytes, {n} of {out} are none", w)
+        return Missed(f"the grouped kernels need output rows of a multiple of {ROW_BYTES} bytes, got {n} of {out}", w)
     return None

@@ -10,13 +10,13 @@
     %y_f32 = aten.linear(%x_dq, %w_dq, %b_f32) : f32[s0, 512]
     %y = aten._to_copy(%y_f32) {dtype = bf16}
 
-With a static scale, from calibration or stored beside the weight in its checkpoint, the activation's part is
+With a static scale, from calibration or stored beside the weight in its checkpoint, the activation becomes
     %x_s = core.param() {name = "x.scale"} : f32[1, 1]
     %x_q = quant.quantize_static(%x, %x_s) {format = #fp8_tensor}
 
-`grouped` and `batched` have the matmuls of groups of rows, such as those of a mixture of experts.
+`grouped` and `batched` handle matmuls of groups of rows, such as those of a mixture of experts.
 
-The graph still runs in plain torch and has the numbers of the quantized model; fuse-linear then makes it fast.
+The graph still runs in plain torch and gives the quantized model's results; fuse-linear then makes it fast.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ from qcompiler.ir import Argument, DType, Format, Graph, Match, Missed, Op, Rewr
 from qcompiler.pass_manager.pipeline import Effect
 
 SHOWN = 3
-"""Layers that an error lists."""
+"""Maximum number of layers in an error."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class QuantizeLinear(Rule):
         return {"x": op["input"], "w": op["weight"], "bias": op.get("bias"), "note": self.note(op, graph)}
 
     def note(self, op: Op, graph: Graph) -> str:
-        """What the report says of a layer that is quantized because a pattern names it; empty for any other."""
+        """The remark on a layer that is quantized because a pattern names it; empty for any other."""
         if (skipped := why_skipped(op, graph)) is None:
             return ""
         kept = "; the embedding keeps its weight in float" if has_lookup(op["weight"], graph) else ""
@@ -94,16 +94,16 @@ class QuantizeLinear(Rule):
         rewriter.erase_unread(w.op)
 
     def weight(self, rewriter: Rewriter, w: Value) -> tuple[Argument, ...]:
-        """The codes and scales of a weight; those that it is stored as, when it is."""
+        """The codes and scales of a weight; the stored ones if it is quantized already."""
         return w.op.args if is_stored_quantized(w) else self.by_own_scale(rewriter, w, self.options.w_format)
 
     def by_own_scale(self, rewriter: Rewriter, value: Value, format: Format) -> tuple[Argument, ...]:
-        """`value` quantized by the scales that it asks for: codes, scales, and a tensor scale if the format has one."""
+        """`value` quantized with computed scales: codes, scales, and a tensor scale if the format has one."""
         names = [f"{value.name}_{part}" for part, _ in zip("qst", format.types(value.tensor.shape), strict=False)]
         return rewriter.insert("quant.quantize", value, attrs={"format": format}, names=names).results
 
     def by_given_scale(self, rewriter: Rewriter, value: Value, wanted: Tensor) -> tuple[Argument, ...]:
-        """`value` quantized by a static scale; readers that want the same one share it."""
+        """`value` quantized with a static scale; users that need the same one share it."""
         graph, attrs = rewriter.graph, {"format": self.options.x_format}
         users = graph.users(value)
         twins = (op for op in users if op.name == "quant.quantize_static" and op.attrs == attrs)
@@ -112,15 +112,15 @@ class QuantizeLinear(Rule):
             scale = new_parameter(rewriter, f"{value.name}.scale", wanted, f"{value.name}_s")
         else:
             scale = twin["scale"]
-            if users.index(rewriter.anchor) < users.index(twin):  # another pass came by there first
+            if users.index(rewriter.anchor) < users.index(twin):  # the other linear was rewritten first
                 graph.move(scale.op, before=rewriter.anchor)
         codes = rewriter.insert("quant.quantize_static", value, scale, attrs=attrs, names=[f"{value.name}_q"])
         return codes.result, scale
 
     def static_scale(self, graph: Graph, value: Value, weight: Value) -> Tensor | None:
-        """One scale for all calls, in the shape of one block's scale; None if calibration saw no token of `value`.
+        """One scale for all calls, shaped like one block's scale; None if calibration saw no token of `value`.
 
-        The scale that the checkpoint has for the input of `weight` is used unchanged; without one, calibration decides.
+        A checkpoint scale for the input of `weight` is used unchanged; without one, calibration computes it.
         """
         options, format = self.options, self.options.x_format
         if (stored := x_scale_of(weight)) is not None:
@@ -148,17 +148,17 @@ class Quantize(SchemeOptions):
     budget: ClassVar[float] = 0.25
 
     def rules(self) -> Sequence[Rule]:
-        """One rule for each kind of product; they also say why a reader of weights is left alone."""
+        """One rule for each kind of matmul; they also report why an operation that reads weights is skipped."""
         return QuantizeLinear(self), QuantizeGrouped(self), QuantizeBatched(self)
 
     def run(self, graph: Graph) -> bool:
-        """The rules, once each pattern of `layers` is known to match and to have the effect that it asks for."""
+        """The rules, after checking that each pattern of `layers` matches and takes effect."""
         self.check_layers(graph)
         self.check_requests(graph)
         return super().run(graph)
 
     def check_requests(self, graph: Graph) -> None:
-        """PassError for a named layer that cannot be quantized, or a pattern all of whose layers cannot be."""
+        """Raises PassError for a named layer that cannot be quantized, or a pattern whose layers all cannot be."""
         for pattern, ops in requested_layers(self.layers, graph).items():
             reasons = {op: why for op in ops if (why := self.why_refused(op, graph))}
             named = [op for op in reasons if naming_pattern(self.layers, op, graph)]
@@ -170,11 +170,11 @@ class Quantize(SchemeOptions):
                 raise PassError(f"layers that '{pattern}' asks to quantize cannot be quantized", got=got, fix=fix)
 
     def why_refused(self, op: Op, graph: Graph) -> str:
-        """Why no rule quantizes a matmul; empty if one does, or if it is quantized already."""
+        """Why no rule quantizes a matmul; empty if one does, or if it is already quantized."""
         answers = [rule.match(op, graph) for rule in self.rules() if rule.starts_at(op)]
         misses = [str(answer) for answer in answers if isinstance(answer, Missed)]
         return "; ".join(misses) if len(misses) == len(answers) and not {*misses} & {*NOT_CANDIDATES} else ""
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """What is quantized already, or reads no weights, needs no reason."""
+        """Omits operations that are already quantized or read no weights."""
         return {name: why for name, why in super().explain(graph).items() if why not in NOT_CANDIDATES}

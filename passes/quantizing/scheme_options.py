@@ -1,4 +1,4 @@
-"""The options that the passes of one scheme share: what is quantized, in which formats, by which scales."""
+"""Options shared by the passes of one scheme: what to quantize, and the formats and scales to use."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,20 +11,20 @@ from qcompiler.ir.formats import FP8_ROW
 from qcompiler.pass_manager.pipeline import Pass
 
 Observer = Literal["absmax", "minmax", "moving_average", "percentile", "mse"]
-"""How a static scale is made from what calibration has seen; see `qcompiler.calibration`."""
+"""Methods for computing a static scale from calibration statistics; see `qcompiler.calibration`."""
 
 
 @dataclass(frozen=True)
 class SchemeOptions(Pass):
-    """The common part of passes that quantize linears, or prepare that.
+    """The common part of passes that quantize linears or prepare for that.
 
     Attributes:
         x_format: The format of activations.
         w_format: The format of weights.
-        static: Whether the activation has one scale, which calibration has found, in place of one in each call.
-        observer: How calibration makes a static scale.
-        percentile: For the observer of that name: how many percent of the magnitudes are not clipped.
-        layers: Patterns for names of weights: which linears it is about, and which are named (see `analyses.layers`).
+        static: Whether the activation has one scale from calibration instead of a scale computed in each call.
+        observer: How calibration computes a static scale.
+        percentile: For the observer "percentile": the percentage of magnitudes that are not clipped.
+        layers: Patterns for weight names that select linears, and which of these are named (see `analyses.layers`).
     """
 
     x_format: Format = FP8_ROW
@@ -35,7 +35,7 @@ class SchemeOptions(Pass):
     layers: tuple[str, ...] = EVERYTHING
 
     def __post_init__(self) -> None:
-        """PassError for blocks that no pass makes, and for options that contradict each other."""
+        """Raises PassError for block sizes that no pass supports, and for contradictory options."""
         super().__post_init__()
         for block in (self.x_format.block, self.w_format.block):
             if any(size > 0 and size & (size - 1) for size in block):
@@ -43,16 +43,16 @@ class SchemeOptions(Pass):
                 raise PassError(f"a block of pass '{self.name}' has an unsupported size", got=list(block), need=need)
         if self.static and (self.x_format.block != (ALL, ALL) or self.x_format.tensor_scale):
             need = "a format with one scale for the tensor, such as #fp8_tensor"
-            raise PassError("only a scale for the whole tensor can be static", got=self.x_format, need=need)
+            raise PassError("a static scale must cover the whole tensor", got=self.x_format, need=need)
         if not 0 < self.percentile <= 100:
-            raise PassError("a percentile lies above 0 and up to 100", got=self.percentile)
+            raise PassError("a percentile must be above 0 and at most 100", got=self.percentile)
 
     def check_layers(self, graph: Graph) -> None:
-        """PassError for a pattern of `layers` that matches nothing."""
+        """Raises PassError for a pattern of `layers` that matches nothing."""
         check_patterns(self.layers, graph)
 
     def why_not(self, op: Op, graph: Graph) -> Missed | None:
-        """Why this scheme leaves a reader of weights alone; None when it quantizes it."""
+        """Why this scheme skips an operation that reads weights; None if it quantizes it."""
         why = why_not_quantized(op, graph)
         if why is None:
             why = why_not_selected(self.layers, op, graph)
@@ -65,7 +65,7 @@ class SchemeOptions(Pass):
         return naming_pattern(self.layers, op, graph)
 
     def why_not_stored(self, w: Value) -> Missed | None:
-        """Why a weight that is there as codes and scales cannot be multiplied as they are; None for any other."""
+        """Why a weight stored as codes and scales cannot be multiplied as it is; None for any other."""
         if not is_stored_quantized(w):
             return None
         if (stored := w.op.format()).decodes_like(self.w_format):

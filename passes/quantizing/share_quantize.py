@@ -1,10 +1,10 @@
-"""One quantize for each value: readers of equal quantizations share the first of them.
+"""Keeps one quantize per value: users of equal quantizations share the first of them.
 
     %q_x, %q_s = quant.quantize(%x) {...}          %q_x, %q_s = quant.quantize(%x) {...}
-    %k_x, %k_s = quant.quantize(%x) {...}    ->    (gone: its readers read the first)
+    %k_x, %k_s = quant.quantize(%x) {...}    ->    (removed: its users read the first)
 
-After fp8-tile, which quantizes the input of each matmul on its own: q, k and v then read one quantized tensor, and two
-matmuls with one weight read one quantized weight, also when each transposes it for itself.
+Runs after fp8-tile, which quantizes the input of each matmul separately. Afterwards q, k and v read one quantized
+tensor, and two matmuls with one weight read one quantized weight, even if each transposes it separately.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ SHAPERS = (Role.VIEW, Role.CAST)
 
 
 class ShareTwin(Rule):
-    """op(x) {a}; op(x) {a}  ->  op(x) {a}, for what quantizes or dequantizes, and for what prepares a weight"""
+    """op(x) {a}; op(x) {a}  ->  op(x) {a}, for operations that quantize, dequantize, or prepare a weight"""
 
     root = (Role.QUANTIZE, Role.DEQUANTIZE, *SHAPERS)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         source = op["data" if op.role is Role.DEQUANTIZE else "x"]
         if not op.effects.repeatable:
-            return Missed("two of it may give different results")
+            return Missed("two calls may give different results")
         if op.role in SHAPERS and not graph.is_constant(op.results[0]):
-            return Missed("it prepares no weight", source)
+            return Missed("it does not prepare a weight", source)
         for other in graph.users(source):
             if other is op:
                 return Missed("it is the first of its kind")
@@ -56,5 +56,5 @@ class ShareQuantize(Pass):
         return (ShareTwin(),)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Nothing: that a value has one quantization is the aim."""
+        """Nothing: one quantization per value is the goal."""
         return {}

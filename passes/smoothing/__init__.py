@@ -1,1 +1,1 @@
-"""SmoothQuant: scales of channels, and their fold into what makes the activation."""
+"""SmoothQuant: computes channel scales and folds them into the producers of activations."""

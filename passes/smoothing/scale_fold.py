@@ -1,4 +1,4 @@
-"""Applies a solved region: what makes the scaled values is divided by s, and the weights that read them are multiplied.
+"""Applies a solved region: divides the producers of scaled values by s, multiplies the weights that read them.
 
     %y = aten.linear(%x, %w)
   ->
@@ -7,8 +7,8 @@
     %w_scaled = aten._to_copy(%w_scaled_f32) {dtype = bf16} : bf16[512, 256]
     %y = aten.linear(%x, %w_scaled)
 
-No parameter is changed: each operation that takes a factor in reads a constant expression of its own, so that weights
-that are shared with others stay what they are.
+No parameter changes: each operation that absorbs a factor reads its own constant expression, so weights shared with
+other operations stay the same.
 """
 
 from dataclasses import dataclass, field
@@ -24,24 +24,24 @@ from qcompiler.ir import Argument, Graph, Op, Rewriter, TensorType, Value
 from qcompiler.ir.op import Path
 
 MATRIX = (LINEAR, "weight")
-"""The one parameter of which a factor multiplies the rows."""
+"""The parameter whose rows a factor multiplies."""
 
 
 def fold(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str, stem: str) -> None:
     """Divides the channels of `region.value` by `s`, and multiplies the weights that read them.
 
-    Values keep their names and types, and outputs their values but for rounding: equal bits in f32 and bf16 where `s`
-    holds powers of two and nothing leaves the range of its type.
+    Values keep their names and types, and outputs are equal except for rounding: bit-exact in f32 and bf16 if `s` holds
+    powers of two and nothing leaves the range of its type.
 
     Args:
         graph: The graph that the region was solved in; other regions may have been folded since.
         region: What `passes.analyses.channel_scale.solve` found.
         s: FP32 [channels], positive, finite, equal within each class of the region; on the device of the weights.
-        made_by: The pass that does this, for locations.
-        stem: What the weights that are added are called: `stem` for s, `stem_inverse` for 1/s.
+        made_by: The pass that applies it, for locations.
+        stem: Base name of the added weights: `stem` for s, `stem_inverse` for 1/s.
 
     Raises:
-        PassError: `s` is no such vector, or an operation of the region has left the graph.
+        PassError: `s` is not such a vector, or an operation of the region is no longer in the graph.
     """
     _check(graph, region, s, made_by)
     factors = _Factors(s.detach(), stem)
@@ -55,22 +55,20 @@ def fold(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str, stem
 
 
 def spread(vector: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """The entries of `vector` that labels stand for, in their shape; 1 for UNSCALED."""
+    """The entries of `vector` at the labels, in the labels' shape; 1 for UNSCALED."""
     at = torch.from_numpy(np.array(labels)).to(vector.device)
     return torch.where(at == UNSCALED, vector.new_ones(()), vector[at.clamp(min=0)])
 
 
 def _check(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str) -> None:
-    """PassError unless `s` is a legal scale of the region, and the region is still there."""
+    """Raises PassError unless `s` is a legal scale of the region and the region is still in the graph."""
     where, need = f"pass '{made_by}'", f"f32[{len(region.classes)}], positive and finite"
     if s.dtype is not torch.float32 or s.shape != (len(region.classes),):
-        got = f"{s.dtype} of the shape {list(s.shape)}"
-        raise PassError(f"the scale of {region.value} has a wrong type or shape", got=got, need=need, where=where)
+        got = f"{s.dtype} of shape {list(s.shape)}"
+        raise PassError(f"the scale of {region.value} has the wrong type or shape", got=got, need=need, where=where)
     if not (s.isfinite() & (s > 0) & (1 / s).isfinite()).all():
         bad = [float(factor) for factor in s if not 0 < factor < torch.inf or not (1 / factor).isfinite()]
-        raise PassError(
-            f"the scale of {region.value} has entries that are no factors", got=bad[0], need=need, where=where
-        )
+        raise PassError(f"the scale of {region.value} has invalid entries", got=bad[0], need=need, where=where)
     first: dict[int, int] = {}
     lead = [first.setdefault(group, channel) for channel, group in enumerate(region.classes)]
     if differ := (s != s[lead]).nonzero().flatten().tolist():
@@ -80,8 +78,8 @@ def _check(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str) ->
             need="equal entries in each class", where=where,
         )  # fmt: skip
     if gone := [op for op in _ops(region) if op not in graph]:
-        fix = "Solve the region again after the graph has changed."
-        raise PassError(f"{gone[0].name} of the region of {region.value} has left the graph", where=where, fix=fix)
+        fix = "Solve the region again after changing the graph."
+        raise PassError(f"{gone[0].name} of the region of {region.value} left the graph", where=where, fix=fix)
 
 
 def _ops(region: FusionRegion) -> list[Op]:
@@ -90,29 +88,29 @@ def _ops(region: FusionRegion) -> list[Op]:
 
 @dataclass
 class _Edit:
-    """What changes at one operation: what it takes in, and the labels of the columns of its weight."""
+    """The changes at one operation: factors that it absorbs, and the labels of its weight's columns."""
 
     absorbers: list[Absorber] = field(default_factory=list)
     columns: Labels | None = None
 
 
 class _Factors:
-    """The vectors that are multiplied with, each one parameter, made where it is first read."""
+    """The factor vectors; each is one parameter, created before its first user."""
 
     def __init__(self, s: torch.Tensor, stem: str) -> None:
         self.s, self.stem = s, stem
         self.made: dict[tuple[object, ...], Value] = {}
 
     def divide(self, labels: Labels, rewriter: Rewriter) -> Value:
-        """1 / s, spread over labels."""
+        """1 / s, indexed by labels."""
         return self.param(1 / self.s, f"{self.stem}_inverse", labels, rewriter)
 
     def multiply(self, labels: Labels, rewriter: Rewriter) -> Value:
-        """The scale itself, spread over labels."""
+        """The scale itself, indexed by labels."""
         return self.param(self.s, self.stem, labels, rewriter)
 
     def param(self, vector: torch.Tensor, name: str, labels: Labels, rewriter: Rewriter) -> Value:
-        """A parameter that holds a vector spread over labels; the same one for equal numbers."""
+        """A parameter that holds a vector indexed by labels; reused for equal numbers."""
         tensor = spread(vector, labels)
         key = (name, *tensor.shape, tensor.cpu().numpy().tobytes())
         if key not in self.made:
@@ -121,7 +119,7 @@ class _Factors:
 
 
 def _rewrite(op: Op, edit: _Edit, factors: _Factors, rewriter: Rewriter) -> None:
-    """Multiplies what one operation reads: constants and parameters that take in 1/s, the weight that takes s."""
+    """Multiplies the operands of one operation: constants and parameters by 1/s, the weight by s."""
     wanted: dict[Path, list[Value]] = {}
     for absorber in edit.absorbers:
         if absorber.kind == "constant":
@@ -145,7 +143,7 @@ def _rewrite(op: Op, edit: _Edit, factors: _Factors, rewriter: Rewriter) -> None
 
 
 def _at(op: Op, path: Path) -> Value:
-    """The value that stands at a path."""
+    """The value at a path."""
     return next(value for at, value in op.operands() if at == path)
 
 
@@ -157,6 +155,6 @@ def _put(arg: Argument, path: Path, new: Value) -> Argument:
 
 
 def _column(rewriter: Rewriter, vector: Value) -> Value:
-    """A vector as a matrix of one column, to multiply the rows of a matrix with."""
+    """A vector as a matrix of one column, to scale the rows of a matrix."""
     kind = TensorType(vector.tensor.dtype, (*vector.tensor.shape, 1))
     return rewriter.insert("aten.unsqueeze", vector, 1, types=[kind], names=[f"{vector.name}_column"]).result

@@ -1,9 +1,9 @@
-"""The scales of SmoothQuant: by the formula, by search, or learned; and the error that they are judged by.
+"""Computes the scales of SmoothQuant (by formula, search or learning), and the error that compares them.
 
     s = max|X|^alpha / max|W|^(1 - alpha)          for each input channel, over all weights that read the activation
 
-Source of the formula: Xiao et al., SmoothQuant, 2023, equation 4. Search and learning look for the scale with the least
-error of the group's outputs, quantized as the scheme will quantize them, on a sample of real rows.
+Source of the formula: Xiao et al., SmoothQuant, 2023, equation 4. Search and learning minimize the error of the group's
+outputs, quantized as the scheme will quantize them, on a sample of real rows.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from qcompiler.ir import ALL, DType, Format
 Alpha = float | Literal["search", "learn"]
 
 BOUNDS = (1e-4, 1e4)
-"""A scale beyond these would leave the range of the weights' element types. They are relative: see `_bounded`."""
+"""Scales beyond these would leave the range of the weights' element types. They are relative: see `_bounded`."""
 
 ALPHAS = tuple(step / 20 for step in range(21))
-"""What a search tries, besides not smoothing at all."""
+"""The alphas that a search tries, besides not smoothing."""
 
 STEPS, RATE = 60, 0.05
-"""Steps of gradient descent on log s, and their size."""
+"""Steps of gradient descent on log s, and the step size."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Reader:
 
     Attributes:
         weight: FP32 `[N, K]`, before smoothing.
-        labels: i64 `[K]`: which channel of the group each of its inputs is; -1 where it is none, and is not scaled.
-        rows: A sample of its input, FP32 `[rows, K]`; None where there is none.
-        absmax: The largest magnitudes in each channel of its input, over all that was seen, FP32 `[K]`: what one scale
-            for the tensor must cover.
+        labels: i64 `[K]`: the group's channel of each input; -1 for inputs that are not scaled.
+        rows: A sample of its input, FP32 `[rows, K]`; None if there is none.
+        absmax: The largest magnitude in each channel of its input over all data seen, FP32 `[K]`: a single scale for
+            the tensor must cover these.
     """
 
     weight: Tensor
@@ -49,7 +49,7 @@ class Reader:
     absmax: Tensor
 
     def part(self, index: int) -> "Reader":
-        """The same with every other row of the sample: with the even ones, or with the odd ones."""
+        """The same with every other row of the sample: the even or the odd ones."""
         rows = self.sample
         return replace(self, rows=rows[index::2] if len(rows) > 1 else rows)
 
@@ -61,25 +61,25 @@ class Reader:
 
     @cached_property
     def unit(self) -> Tensor:
-        """A power of two of the size of the largest output, since squares of small outputs would vanish in FP32."""
+        """A power of two near the largest output; without it, squares of small outputs would underflow in FP32."""
         _, exponent = torch.frexp(self.exact.abs().amax())
         return torch.exp2(exponent.to(torch.float32) - 1)
 
     @property
     def sample(self) -> Tensor:
-        """The rows; PassError where there are none."""
+        """The rows; raises PassError if there are none."""
         if self.rows is None:
-            fix = "Put calibrate{rows=256} in front of it in the pipeline."
-            raise PassError("this needs a sample of the activations, and calibration has taken none", fix=fix)
+            fix = "Put calibrate{rows=256} before it in the pipeline."
+            raise PassError("a sample of the activations is needed, and calibration has none", fix=fix)
         return self.rows
 
 
 def largest(values: Sequence[Tensor], labels: Sequence[Tensor], classes: Tensor) -> Tensor:
-    """The largest of the magnitudes that each class of channels has, FP32 `[channels]`: tied channels share theirs.
+    """The largest magnitude in each class of channels, FP32 `[channels]`: tied channels have the same one.
 
     Args:
-        values: One FP32 vector of magnitudes a reader.
-        labels: Which channel each of them belongs to; -1 for none.
+        values: One FP32 vector of magnitudes per user.
+        labels: The channel that each magnitude belongs to; -1 for none.
         classes: i64 `[channels]`: channels of one class must have one scale.
     """
     found = torch.zeros(len(classes), dtype=torch.float32, device=classes.device)
@@ -98,10 +98,10 @@ def by_formula(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
 
 
 def _bounded(scale: Tensor) -> Tensor:
-    """Scales within `BOUNDS`; if some are not, all are divided by one power of two before they are clamped.
+    """Scales within `BOUNDS`; if some exceed them, all are divided by one power of two, then clamped.
 
-    This makes the median about 1. A factor that all channels share changes nothing that quantization loses, and without
-    it very small or large activations would all get the same scale, a bound.
+    This makes the median about 1. A factor shared by all channels does not affect quantization error; without the
+    division, very small or large activations would all get a bound as their scale.
     """
     if not scale.numel() or bool(((scale >= BOUNDS[0]) & (scale <= BOUNDS[1])).all()):
         return scale
@@ -110,21 +110,21 @@ def _bounded(scale: Tensor) -> Tensor:
 
 
 def to_powers_of_two(scale: Tensor) -> Tensor:
-    """The nearest power of two, by its logarithm."""
+    """The nearest power of two, in logarithm."""
     return torch.exp2(scale.log2().round())
 
 
 def by_search(x_max: Tensor, w_max: Tensor, readers: Sequence[Reader], options: SchemeOptions, pow2: bool) -> Tensor:
-    """The scale among those of `ALPHAS`, and ones, that has the least error."""
+    """The scale with the smallest error among those of `ALPHAS` and all ones."""
     found = [by_formula(x_max, w_max, alpha) for alpha in ALPHAS]
     candidates = [torch.ones_like(x_max), *([to_powers_of_two(scale) for scale in found] if pow2 else found)]
     return min(candidates, key=lambda scale: output_error(scale, readers, options))
 
 
 def by_learning(start: Tensor, classes: Tensor, readers: Sequence[Reader], options: SchemeOptions) -> Tensor:
-    """The best scale on the way of gradient descent on log s, one number a class, from `start`.
+    """The best scale found by gradient descent on log s from `start`, one number per class.
 
-    The codes pass gradients straight through; the scales of blocks are differentiated as they are.
+    Gradients pass straight through the codes; the scales of blocks are differentiated normally.
     """
     ones = torch.zeros_like(start).scatter_reduce(0, classes, torch.ones_like(start), "sum").clamp_min(1)
     log_scale = torch.zeros_like(start).scatter_reduce(0, classes, start.log(), "sum").div_(ones)
@@ -143,7 +143,7 @@ def by_learning(start: Tensor, classes: Tensor, readers: Sequence[Reader], optio
 
 
 def output_error(scale: Tensor, readers: Sequence[Reader], options: SchemeOptions) -> float:
-    """The squared error of the quantized outputs over the squared outputs, summed over the readers."""
+    """The squared error of the quantized outputs over the squared outputs, summed over the users."""
     with torch.no_grad():
         return sum(float(_loss(scale, reader, options)) for reader in readers)
 
@@ -151,7 +151,7 @@ def output_error(scale: Tensor, readers: Sequence[Reader], options: SchemeOption
 def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
     rows, weight = reader.sample, reader.weight
     own = torch.where(reader.labels < 0, 1.0, scale[reader.labels.clamp(min=0)])
-    # What one scale for the tensor must cover is not in the sample, but in all that was seen.
+    # A single scale for the tensor must cover all data seen, not just the sample.
     top = (reader.absmax / own).amax() if options.x_format.block == (ALL, ALL) else None
     x, w = _quantized(rows / own, options.x_format, top), _quantized(weight * own, options.w_format)
     signal = (reader.exact / reader.unit).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
@@ -159,7 +159,7 @@ def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
 
 
 def _quantized(x: Tensor, format: Format, top: Tensor | None = None) -> Tensor:
-    """`x` after quantization, in FP32; by the one scale for that largest magnitude, where it is given."""
+    """`x` after quantization, in FP32; by the one scale for that largest magnitude, if given."""
     tensor_scale: list[Tensor] = []
     if top is None:
         codes, scale, *tensor_scale = numerics.quantize(x, format)

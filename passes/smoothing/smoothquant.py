@@ -5,10 +5,10 @@
                                                         %w_s = w · s
                                                         %y = aten.linear(%n, %w_s)
 
-A group is an activation with all that reads it, found in the dataflow (`analyses.channel_scale`). Where what makes the
-activation can take 1/s, it is folded in, and every reader is compensated, quantized or not. Where it cannot, the
-quantized readers get the activation multiplied by 1/s, which fuse-prescale then takes into their quantization. Which
-of the two it is, and why, is remarked on each linear.
+A group is an activation with all of its users, found from the dataflow (`analyses.channel_scale`). If the producer of
+the activation can absorb 1/s, the pass folds it in and compensates every user, quantized or not. If not, the quantized
+users read the activation multiplied by 1/s, which fuse-prescale then fuses into their quantization. A remark on each
+linear says which was done and why.
 
 Source of the method: Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
 Models, ICML 2023.
@@ -47,13 +47,13 @@ from qcompiler.pass_manager.pipeline import Effect
 
 @dataclass(frozen=True)
 class Group:
-    """An activation, and what reads it.
+    """An activation and its users.
 
     Attributes:
-        value: The activation that was asked about.
-        region: All that must be scaled together, when 1/s can be folded in; else why it cannot.
-        quantized: The linears that the scheme quantizes, with the channel that each of their inputs is.
-        others: The linears that are compensated only.
+        value: The activation to smooth.
+        region: The values that must be scaled together if 1/s can be folded in; else the reason why it cannot.
+        quantized: The linears that the scheme quantizes, with the channel of each of their inputs.
+        others: The linears that are only compensated.
     """
 
     value: Value
@@ -67,12 +67,12 @@ class SmoothQuant(SchemeOptions):
     """linear(norm(h, g), w)  ->  linear(norm(h, g / s), w · s).
 
     Attributes:
-        alpha: How much of an activation's outliers goes into the weights, from 0 to 1; "search" takes the best of a
-            few for each group, "learn" goes on from there by gradient descent on log s.
-        pow2: Whether s is rounded to powers of two; folding is then exact, bit for bit, barring over- and underflow.
-        min_gain: Leaves a group alone unless smoothing makes its error smaller by this part, measured on rows that the
-            choice of s has not seen; None smooths unasked.
-        prescale: Whether to multiply in front of the quantization where 1/s cannot be folded in.
+        alpha: How much of an activation's outliers moves to the weights, from 0 to 1; "search" chooses the best of a
+            few for each group, "learn" continues from that by gradient descent on log s.
+        pow2: Whether s is rounded to powers of two; folding is then bit-exact, barring overflow and underflow.
+        min_gain: Skips a group unless smoothing reduces its error by this fraction, measured on rows not used to choose
+            s; None always smooths.
+        prescale: Whether to multiply before the quantization if 1/s cannot be folded in.
     """
 
     name: ClassVar[str] = "smoothquant"
@@ -84,7 +84,7 @@ class SmoothQuant(SchemeOptions):
     prescale: bool = True
 
     def __post_init__(self) -> None:
-        """PassError for an alpha beyond 0 to 1. Powers of two make the pass exact, which it then declares."""
+        """Raises PassError for an alpha outside 0 to 1. With powers of two, the pass declares itself exact."""
         super().__post_init__()
         if isinstance(self.alpha, float) and not 0 <= self.alpha <= 1:
             raise PassError("option 'alpha' of pass 'smoothquant' is out of range", got=self.alpha, need="0 to 1")
@@ -92,13 +92,13 @@ class SmoothQuant(SchemeOptions):
             object.__setattr__(self, "effect", Effect.EXACT)
 
     def why_not_stored(self, w: Value) -> Missed | None:
-        """A weight that is there as codes and scales takes in no factor."""
+        """A weight stored as codes and scales cannot absorb a factor."""
         if is_stored_quantized(w):
-            return Missed("its weight is stored quantized, and smoothing would quantize it anew", w)
+            return Missed("its weight is stored quantized, and smoothing would quantize it again", w)
         return None
 
     def run(self, graph: Graph) -> bool:
-        """Group by group, from top to bottom."""
+        """Processes groups from top to bottom."""
         self.check_layers(graph)
         done: set[Op] = set()
         changed = False
@@ -111,12 +111,12 @@ class SmoothQuant(SchemeOptions):
         return changed
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Why linears are no candidates; what became of the others is remarked on them."""
+        """Why linears are not candidates; the candidates get remarks."""
         reasons = {op.result.name: self.why_not(op, graph) for op in graph.ops("aten.linear")}
         return {name: str(why) for name, why in reasons.items() if why and str(why) not in NOT_CANDIDATES}
 
     def group_of(self, op: Op, graph: Graph) -> Group:
-        """All that is scaled with the input of `op`."""
+        """All values that are scaled with the input of `op`."""
         value = op["input"]
         region = solve(graph, value)
         if isinstance(region, FusionRegion):
@@ -129,12 +129,12 @@ class SmoothQuant(SchemeOptions):
         return Group(value, region, {op: channels for op in same if self.why_not(op, graph) is None}, {})
 
     def smooth(self, group: Group, graph: Graph) -> bool:
-        """Chooses the scale of a group and applies it; whether it did."""
+        """Chooses and applies the scale of a group; returns whether it did."""
         folded = isinstance(group.region, FusionRegion)
         if not folded and not self.prescale:
-            return self.remark(graph, group, f"not smoothed: {group.region}; and no prescale is wanted")
+            return self.remark(graph, group, f"not smoothed: {group.region}; prescale is off")
         if all(statistics_of(graph, op["input"]).unseen for op in group.quantized):
-            return self.remark(graph, group, "not smoothed: no token came by in calibration, so its scale is neutral")
+            return self.remark(graph, group, "not smoothed: calibration saw no token, so its scale is neutral")
         scale, why = self.choose(group, graph)
         if scale is None:
             return self.remark(graph, group, f"not smoothed: {why}")
@@ -144,13 +144,15 @@ class SmoothQuant(SchemeOptions):
             self.remark(graph, group, f"smoothed, {why}: 1/s is folded into {_absorbers(group.region)}")
         else:
             self.put_in_front(group, scale, stem, graph)
-            self.remark(graph, group, f"smoothed, {why}: 1/s is multiplied in front, since {group.region}")
+            self.remark(
+                graph, group, f"smoothed, {why}: 1/s is multiplied separately, since {group.region}"
+            )
         return True
 
     # The scale
 
     def choose(self, group: Group, graph: Graph) -> tuple[Tensor | None, str]:
-        """The scale of a group, FP32 `[channels]`, and how it was found; None, and why there is none."""
+        """The scale of a group, FP32 `[channels]`, and how it was found; or None, and the reason."""
         weights = {op: _weight(op, graph) for op in (*group.quantized, *group.others)}
         device = next(iter(weights.values())).device
         size = int(group.value.tensor.shape[-1])  # type: ignore[arg-type]  # a candidate's is fixed
@@ -170,7 +172,7 @@ class SmoothQuant(SchemeOptions):
         return scale, how
 
     def fit(self, x_max: Tensor, w_max: Tensor, classes: Tensor, readers: list[Reader]) -> tuple[Tensor, str]:
-        """The scale that the options ask for, and a word on how."""
+        """The scale that the options ask for, and a note on how it was found."""
         if isinstance(self.alpha, float):
             scale = by_formula(x_max, w_max, self.alpha)
             return to_powers_of_two(scale) if self.pow2 else scale, f"alpha {self.alpha:g}"
@@ -183,17 +185,17 @@ class SmoothQuant(SchemeOptions):
         return min((scale, rounded), key=lambda each: output_error(each, half, self)), "s learned"
 
     def judged(self, scale: Tensor, readers: list[Reader]) -> tuple[Tensor | None, str]:
-        """The scale if it makes the error small enough on rows that it was not fitted to, and both errors in words."""
+        """The scale, if it reduces the error enough on rows it was not fitted to, and a text with both errors."""
         unseen = [reader.part(1) for reader in readers]
         plain, smoothed = (output_error(each, unseen, self) ** 0.5 for each in (torch.ones_like(scale), scale))
         words = f"error {plain:.3g} -> {smoothed:.3g}"
         enough = smoothed < plain * (1 - (self.min_gain or 0))
-        return (scale, words) if enough else (None, f"it would not make the error smaller by enough ({words})")
+        return (scale, words) if enough else (None, f"it would not reduce the error enough ({words})")
 
     # The graph
 
     def fold_in(self, region: FusionRegion, scale: Tensor, stem: str, graph: Graph) -> None:
-        """Scales the region, and what calibration knows of its values."""
+        """Scales the region and its calibration statistics."""
         fold(graph, region, scale, self.name, stem)
         known = calibration_of(graph)
         after = {}
@@ -204,7 +206,7 @@ class SmoothQuant(SchemeOptions):
         graph.calibration = known.updated(after)
 
     def put_in_front(self, group: Group, scale: Tensor, stem: str, graph: Graph) -> None:
-        """Multiplies what the quantized readers read, and their weights."""
+        """Multiplies the inputs of the quantized users, and their weights."""
         first = next(iter(group.quantized))
         rewriter = Rewriter(graph, first, self.name)
         x = group.value
@@ -220,14 +222,14 @@ class SmoothQuant(SchemeOptions):
         graph.calibration = known.updated({smooth.name: known.statistics[x.name].scaled(1 / scale.cpu())})
 
     def remark(self, graph: Graph, group: Group, text: str) -> bool:
-        """Says of each quantized linear of the group what became of it; False, for whoever did nothing else."""
+        """Adds the outcome to each quantized linear of the group; returns False, for callers that did nothing else."""
         for op in group.quantized:
             graph.remark(op.result, text)
         return False
 
 
 def _weight(op: Op, graph: Graph) -> Tensor:
-    """The weight of a linear as it is now, FP32."""
+    """The current weight of a linear in FP32."""
     weight = op["weight"]
     found: Tensor = evaluate(weight.op, graph)[weight.index]
     return found.detach().to(torch.float32)

@@ -1,13 +1,13 @@
-"""Artefacts: a compiled model as a folder, without pickle; `compiled.save(folder)` and `qcompiler.load(folder)`.
+"""Artefacts: compiled models saved as folders, without pickle; `compiled.save` and `qcompiler.load`.
 
-    folder/manifest.json                what made it, every other file with its size and SHA-256
-           signature.json               how the model is called
-           report.json                  what became of every reader of weights, and the passes that ran
+    folder/manifest.json                versions, and the size and SHA-256 of every other file
+           signature.json               the calling convention of the model
+           report.json                  the outcome for every user of a weight, and the passes that ran
            derivations.json                how stored weights were computed from the model's
-           stages/00_captured.qir …     the graph as captured and after each pass; the last one is what runs
-           host.py                      the host module: to read, and to compare with what is generated anew
+           stages/00_captured.qir …     the graph as captured and after each pass; the last one runs
+           host.py                      the host module, to read and to compare with regenerated code
            weights.safetensors          or weights-00001-of-0000N.safetensors
-           calibration.safetensors      where there was a calibration
+           calibration.safetensors      if the model was calibrated
 
-Nothing in an artefact is executed: the graph is read, verified, and generates its host module again.
+Loading executes nothing from an artefact: it parses and verifies the graph, and regenerates the host module.
 """

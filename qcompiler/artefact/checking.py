@@ -1,4 +1,4 @@
-"""Looks at all of an artefact, and says what was found: the work of `qcompiler check`."""
+"""Verifies a whole artefact and lists its faults, for `qcompiler check`."""
 
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -25,14 +25,14 @@ from qcompiler.errors import ArtefactError, QCompilerError
 
 @dataclass(frozen=True)
 class Checked:
-    """What an artefact is, and what is wrong with it.
+    """The result of checking an artefact.
 
     Attributes:
-        path: Where it is.
-        manifest: What it says of itself; None when that cannot be read.
-        files: Name -> what is wrong with the file, or None.
-        problems: What is wrong, one sentence each; none when the artefact is as it was saved.
-        extra: Files beside it that it does not list.
+        path: The folder.
+        manifest: The manifest; None if it cannot be read.
+        files: File name -> its fault, or None.
+        problems: All faults, one sentence each; empty if the artefact is as it was saved.
+        extra: Files in the folder that the manifest does not list.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether it is as it was saved, and this qcompiler reads it."""
+        """Whether the artefact is as it was saved and this qcompiler can read it."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -62,14 +62,14 @@ class Checked:
 
 
 def check(folder: str | os.PathLike[str], *, trust: Collection[str] = ()) -> Checked:
-    """Reads every byte of an artefact and holds it to the manifest; parses all stages, and generates the host module.
+    """Checks every byte of an artefact against the manifest, parses all stages, and regenerates the host module.
 
     Args:
-        folder: What `save` was given.
+        folder: The folder given to `save`.
         trust: As for `load`.
 
     Raises:
-        ArtefactError: There is no such folder; what is wrong inside it is returned.
+        ArtefactError: The folder does not exist. Faults inside it are returned instead.
     """
     path = Path(folder).resolve()
     if path.is_dir():
@@ -83,7 +83,7 @@ def check(folder: str | os.PathLike[str], *, trust: Collection[str] = ()) -> Che
 
 
 def check_folder(folder: Folder, trust: Collection[str] = ()) -> Checked:
-    """`check`, of a folder that is open."""
+    """Runs `check` on an open folder."""
     files = {NAME: None, **{name: _problem(partial(folder.verify, name)) for name in folder.manifest.files}}
     problems = tuple(problem for problem in files.values() if problem is not None)
     if not problems:
@@ -92,7 +92,7 @@ def check_folder(folder: Folder, trust: Collection[str] = ()) -> Checked:
 
 
 def _contents(folder: Folder, trust: Collection[str]) -> Iterator[str]:
-    """What is wrong though every file is as it was listed."""
+    """Faults in the contents of files that match the manifest."""
 
     def everything() -> None:
         signature, _ = read_signature(folder)
@@ -116,6 +116,6 @@ def _problem(step: Callable[[], object]) -> str | None:
         step()
     except QCompilerError as error:
         return str(error)
-    except Exception as error:  # whatever the files hold, the answer is one sentence
+    except Exception as error:  # any content of the files gives one sentence
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,8 +1,8 @@
-"""How the weights that passes have made are computed from the model's, as JSON and back.
+"""Converts derivations of weights, from the model's own weights, to JSON and back.
 
     [{"makes": {"fc1.weight_q": 0, "fc1.weight_s": 1}, "graph": ["func @part() -> …", …]}]
 
-Weights that one graph makes together stand together: that they do is what tells whose scale is whose.
+Weights computed by one graph share an entry: this links codes to their scale.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ from qcompiler.ir.graph import PARAM
 
 
 def derivations_to_json(derivations: Mapping[str, Derivation]) -> list[Any]:
-    """All derivations; without locations, which the stages have."""
+    """Serializes all derivations, without locations, which are in the stages."""
     groups: dict[Graph, dict[str, int]] = {}
     for name, derivation in derivations.items():
         groups.setdefault(derivation.graph, {})[name] = derivation.output
@@ -25,11 +25,11 @@ def derivations_to_json(derivations: Mapping[str, Derivation]) -> list[Any]:
 
 
 def derivations_from_json(node: Node, compiled: Graph, trust: Collection[str]) -> dict[str, Derivation]:
-    """What `derivations_to_json` gave; ArtefactError for anything else.
+    """Parses the output of `derivations_to_json`. Raises ArtefactError for anything else.
 
     Args:
         node: The JSON.
-        compiled: The graph whose weights were made: each must be of the type that its derivation gives.
+        compiled: The graph that reads the weights; each must have the type that its derivation computes.
         trust: As for `load`.
     """
     found: dict[str, Derivation] = {}
@@ -38,7 +38,7 @@ def derivations_from_json(node: Node, compiled: Graph, trust: Collection[str]) -
         graph = _graph(item["graph"], trust)
         for name, place in item["makes"].members():
             if name in found:
-                place.wrong("one derivation for each weight")
+                place.wrong("one derivation per weight")
             found[name] = Derivation(graph, _output(place, graph, types.get(name)))
     _check_order(found, node)
     return found
@@ -60,7 +60,7 @@ def _graph(node: Node, trust: Collection[str]) -> Graph:
 
 
 def _output(node: Node, graph: Graph, need: Type | None) -> int:
-    """Which output of a graph is a weight; None for one that the compiled graph does not read any more."""
+    """The index of the output that computes a weight. Without `need`, the compiled graph no longer reads the weight."""
     if node.count() >= len(graph.outputs):
         node.wrong(f"the number of one of {len(graph.outputs)} outputs")
     made = graph.outputs[node.count()]
@@ -70,12 +70,12 @@ def _output(node: Node, graph: Graph, need: Type | None) -> int:
 
 
 def _check_order(derivations: Mapping[str, Derivation], node: Node) -> None:
-    """ArtefactError when a weight would be made of itself."""
+    """Raises ArtefactError if derivations are cyclic."""
     try:
         TopologicalSorter({name: set(_sources(derivation.graph)) for name, derivation in derivations.items()}).prepare()
     except CycleError as error:
         circle = " <- ".join(error.args[1])
-        raise ArtefactError("a weight of the artefact is made of itself", got=circle, where=str(node.file)) from None
+        raise ArtefactError("a weight of the artefact depends on itself", got=circle, where=str(node.file)) from None
 
 
 def _sources(graph: Graph) -> Iterator[str]:

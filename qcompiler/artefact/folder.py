@@ -1,4 +1,4 @@
-"""The files of an artefact: what is there, read by name and held to the manifest."""
+"""The files of an artefact, read by name and checked against the manifest."""
 
 import hashlib
 import os
@@ -15,18 +15,18 @@ from qcompiler.program.folder_kinds import advice
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with a manifest that is in order; its files are looked at when they are asked for.
+    """A folder with a valid manifest; other files are checked when they are requested.
 
     Attributes:
-        path: Where it is.
-        manifest: What it says of itself.
+        path: The path of the folder.
+        manifest: The manifest of the artefact.
     """
 
     path: Path
     manifest: Manifest
 
     def text(self, name: str) -> str:
-        """A text whose size and hash are as listed; ArtefactError names the file otherwise."""
+        """Reads a text. Raises ArtefactError if its size or hash differs from the manifest."""
         path = self.checked(name)
         data = read_bytes(path)
         if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
@@ -34,10 +34,10 @@ class Folder:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise ArtefactError("a file of the artefact is no text", got=error, where=str(path), fix=AGAIN) from None
+            raise ArtefactError("a file of the artefact is not text", got=error, where=str(path), fix=AGAIN) from None
 
     def checked(self, name: str) -> Path:
-        """The path of a listed file that is there, with the size that is listed."""
+        """The path of a listed file. Raises ArtefactError if it is missing or its size differs."""
         path = self.path / name
         size, listed = _size(path), self.manifest.files[name].size
         if size != listed:
@@ -46,7 +46,7 @@ class Folder:
         return path
 
     def verify(self, name: str) -> None:
-        """Reads all of a file; ArtefactError unless it is what the manifest lists."""
+        """Hashes a whole file. Raises ArtefactError if it differs from the manifest."""
         path = self.checked(name)
         try:
             same = hash_file(path) == self.manifest.files[name]
@@ -57,13 +57,13 @@ class Folder:
 
 
 def open_folder(path: Path) -> Folder:
-    """The folder at `path`; ArtefactError when there is none, or it is no artefact."""
+    """Opens the folder at `path`. Raises ArtefactError if it is missing or is not an artefact."""
     if not path.is_dir():
-        need = "a folder that compiled.save has written"
+        need = "a folder that compiled.save wrote"
         raise ArtefactError("there is no artefact", got=path, need=need, fix=advice(path))
     file = path / NAME
     if not file.exists():
-        problem = "the folder is no artefact of qcompiler: it has no manifest"
+        problem = "the folder is not an artefact of qcompiler: it has no manifest"
         raise ArtefactError(problem, got=path, need=str(file), fix=advice(path))
     try:
         return Folder(path, read_manifest(read_bytes(file), file))
@@ -73,7 +73,7 @@ def open_folder(path: Path) -> Folder:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file that is not too long to be a text; ArtefactError otherwise."""
+    """Reads a text file. Raises ArtefactError if it is too long or cannot be read."""
     if (size := _size(path)) > LONGEST:
         raise ArtefactError("a file of the artefact is too long", got=f"{size} bytes", need=LONGEST, where=str(path))
     try:
@@ -84,14 +84,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def extra_files(folder: Folder) -> list[str]:
-    """What is there beside what the manifest lists."""
+    """Files in the folder that the manifest does not list."""
     listed = {NAME, *folder.manifest.files}
     found = (path.relative_to(folder.path).as_posix() for path in sorted(folder.path.rglob("*")) if not path.is_dir())
     return [name for name in found if name not in listed]
 
 
 def check_replaceable(target: Path) -> None:
-    """ArtefactError unless `target` is free, an empty folder, or an artefact with nothing else in it."""
+    """Raises ArtefactError unless `target` is free, an empty folder, or an artefact without other files."""
     if not target.exists() and not target.is_symlink():
         return
     fix = "Save to a folder that is new, empty, or an artefact."
@@ -106,13 +106,13 @@ def check_replaceable(target: Path) -> None:
             "the artefact would replace something else", got=error.problem, where=str(target), fix=fix
         ) from None
     if extra := extra_files(folder):
-        raise ArtefactError("the artefact would replace files that are no part of one", got=", ".join(extra[:5]),
+        raise ArtefactError("the artefact would replace files that are not part of one", got=", ".join(extra[:5]),
                             where=str(target), fix=fix)  # fmt: skip
 
 
 def edited(path: Path) -> ArtefactError:
-    """The error for a file whose hash is not the listed one."""
-    return ArtefactError("a file of the artefact was edited or damaged", got="another SHA-256 than the manifest lists",
+    """The error for a file whose hash differs from the manifest."""
+    return ArtefactError("a file of the artefact was edited or damaged", got="another SHA-256 than in the manifest",
                          where=str(path), fix=AGAIN)  # fmt: skip
 
 
@@ -123,5 +123,5 @@ def _size(path: Path) -> int:
         raise ArtefactError("a file of the artefact is missing", got=error.strerror, where=str(path),
                             fix=AGAIN) from None  # fmt: skip
     if not stat.S_ISREG(found.st_mode):
-        raise ArtefactError("a file of the artefact is no regular file", where=str(path), fix=AGAIN)
+        raise ArtefactError("a file of the artefact is not a regular file", where=str(path), fix=AGAIN)
     return found.st_size

@@ -1,4 +1,4 @@
-"""What a call may leave out or add, as JSON and back; and the sizes of tensors."""
+"""Converts leeways (what a call may omit or add) and tensor sizes to JSON and back."""
 
 from collections.abc import Collection
 from typing import Any
@@ -21,11 +21,11 @@ def leeway_to_json(leeway: Leeway) -> dict[str, Any]:
 
 
 def leeway_from_json(node: Node, known: Collection[str]) -> Leeway:
-    """What `leeway_to_json` gave; ArtefactError for anything else.
+    """Parses the output of `leeway_to_json`. Raises ArtefactError for anything else.
 
     Args:
         node: The JSON.
-        known: The symbols that a call gives values to.
+        known: The symbols that the inputs of a call determine.
     """
     return Leeway(
         {name: from_json(value) for name, value in node["implied"].members()},
@@ -36,12 +36,12 @@ def leeway_from_json(node: Node, known: Collection[str]) -> Leeway:
 
 
 def size_to_json(size: Size) -> int | str:
-    """A number, or the text of an expression."""
+    """A number, or an expression as text."""
     return size if isinstance(size, int) else str(size)
 
 
 def size_from_json(node: Node) -> Size:
-    """What `size_to_json` gave; ArtefactError for anything else."""
+    """Parses the output of `size_to_json`. Raises ArtefactError for anything else."""
     if isinstance(node.value, int):
         return node.count()
     try:

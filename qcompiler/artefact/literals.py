@@ -1,9 +1,9 @@
-"""Python's own values as JSON and back: numbers, strings, None, containers of them, torch's dtypes and devices.
+"""Converts Python literals, containers, and torch dtypes and devices to JSON and back.
 
     1, "a", None, True, [1, 2]    as they are
     nan, (1, 2), torch.bfloat16   {"float": "nan"}, {"tuple": [1, 2]}, {"dtype": "bf16"}
 
-Every other value is only shown: it comes back as an object that prints as the value did.
+Other values do not round-trip: they come back as a `Shown` object with the same repr.
 """
 
 import math
@@ -20,7 +20,7 @@ LONGEST_SHOWN = 200
 
 
 class Shown:
-    """What stands for a value that JSON cannot hold; equal to nothing but itself."""
+    """Placeholder for a value that JSON cannot hold; equal only to itself."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -30,7 +30,7 @@ class Shown:
 
 
 def to_json(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """Converts a value to JSON."""
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -51,7 +51,7 @@ def to_json(value: Any) -> Any:
 
 
 def is_exact(value: Any) -> bool:
-    """Whether a value comes back from JSON as it was."""
+    """Whether a value round-trips through JSON."""
     if type(value) in (list, tuple):
         return all(map(is_exact, value))
     if type(value) is dict:
@@ -61,7 +61,7 @@ def is_exact(value: Any) -> bool:
 
 
 def from_json(node: Node) -> Any:
-    """The value that `to_json` gave; ArtefactError for anything else."""
+    """Parses the output of `to_json`. Raises ArtefactError for anything else."""
     if isinstance(node.value, list):
         return [from_json(item) for item in node.items()]
     if not isinstance(node.value, dict):
@@ -90,13 +90,13 @@ def _dict(node: Node) -> dict[Any, Any]:
 
 
 def dtype_from(node: Node) -> torch.dtype:
-    """The dtype that the IR's name spells."""
+    """The dtype with the given IR name."""
     name = node.text()
     return TORCH_DTYPES[DType[name]] if name in DType.__members__ else node.wrong("a dtype such as bf16")
 
 
 def device_from(node: Node) -> torch.device:
-    """The device that a text spells."""
+    """Parses a device."""
     try:
         return torch.device(node.text())
     except RuntimeError:

@@ -1,12 +1,12 @@
-"""A folder -> a program.
+"""Loads a program from a folder.
 
     manifest ──▶ texts, hashed ──▶ last stage ──▶ Graph, verified ──▶ host module, generated anew
                  weights: sizes, headers ──▶ held to the graph         │ equal to host.py?
                                                                        ▼
                                                                     Program
 
-Nothing that the folder holds is executed, and nothing is imported because the folder names it, but where
-`qcompiler.artefact.structures` has a rule for it.
+Loading executes nothing from the folder, and imports nothing that it names, except as `qcompiler.artefact.structures`
+allows.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -52,9 +52,9 @@ from qcompiler.runtime.weights import Weights
 
 @contextmanager
 def reading(path: Path) -> Iterator[Folder]:
-    """The folder, while nobody replaces it; puts it back first where replacing it was interrupted."""
+    """Opens the folder under a lock against replacement; first restores it if a replacement was interrupted."""
     if not path.parent.is_dir():
-        raise ArtefactError("there is no artefact", got=path, need="a folder that compiled.save has written")
+        raise ArtefactError("there is no artefact", got=path, need="a folder that compiled.save wrote")
     if not path.exists():
         with locked(path.parent):
             recover(path)
@@ -68,7 +68,7 @@ def reading(path: Path) -> Iterator[Folder]:
 def read_program(
     folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str]
 ) -> Program:
-    """All of a folder, verified; `qcompiler.load` has the arguments. Weights are not read yet."""
+    """Reads and verifies a folder, except weight data; `qcompiler.load` documents the arguments."""
     if verify:
         for name in folder.manifest.files:
             folder.verify(name)
@@ -100,12 +100,12 @@ def read_program(
 
 
 def read_signature(folder: Folder) -> tuple[Signature, Forward]:
-    """How the model is called."""
+    """Reads the signature of the model."""
     return signature_from_json(_json(folder, SIGNATURE))
 
 
 def read_config(folder: Folder) -> Callable[[], Any]:
-    """The original model's configuration, made when it is first asked for: importing transformers takes a second."""
+    """The original model's configuration, built lazily: importing transformers takes a second."""
     if CONFIG not in folder.manifest.files:
         return lambda: None
     entries = {name: entry.value for name, entry in _json(folder, CONFIG).members()}
@@ -113,10 +113,10 @@ def read_config(folder: Folder) -> Callable[[], Any]:
 
 
 def read_stages(folder: Folder, trust: Collection[str] | None) -> tuple[Stages, Graph]:
-    """Every stage, hashed now and parsed when it is asked for; and the graph of the last one.
+    """All stages, hashed now and parsed on demand; and the graph of the last one.
 
-    Any stage may be run, or a part of it, so each is held to the operators that it may call; with None for `trust` they
-    are not, and are only to be looked at.
+    Any stage, or part of one, may be run, so each stage is checked for allowed operators. If `trust` is None, stages
+    are not checked and must not be run.
     """
     stages, texts = Stages(), {name: folder.text(file) for name, file in folder.manifest.stages.items()}
     for name, file in folder.manifest.stages.items():
@@ -136,12 +136,12 @@ def _stage(text: str, where: str, trust: Collection[str] | None) -> Graph:
 
 
 def read_derivations(folder: Folder, graph: Graph, trust: Collection[str]) -> dict[str, Derivation]:
-    """How the weights that passes have made are computed from the model's."""
+    """Reads the derivations of weights that passes created."""
     return derivations_from_json(_json(folder, DERIVATIONS), graph, trust)
 
 
 def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
-    """The files of weights, opened; ArtefactError when they do not have what the graph reads."""
+    """Opens the weight files. Raises ArtefactError if they lack weights that the graph reads."""
     manifest = folder.manifest
     paths = [folder.checked(name) for name in manifest.weights]
     files = open_weights(paths, manifest.aliases, manifest.layouts, folder.path / NAME)
@@ -149,14 +149,14 @@ def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
         name, need = str(op.attrs["name"]), op.result.tensor.stored
         if (got := files.type_of(name)) != need:
             raise ArtefactError(
-                "a weight is missing" if got is None else "a weight is of another type than the graph says",
+                "a weight is missing" if got is None else "a weight does not have the type that the graph declares",
                 got=f"{name}: {got}", need=need, where=", ".join(map(str, paths)), fix=AGAIN,
             )  # fmt: skip
     return files
 
 
 def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Collection[str]) -> None:
-    """ArtefactError when the graph is illegal, not what the signature calls, or calls what it must not."""
+    """Raises ArtefactError if the graph is illegal, does not match the signature, or calls a forbidden operator."""
     last = str(folder.path / list(folder.manifest.stages.values())[-1])
     check_operators(graph, trust, last)
     try:
@@ -175,14 +175,14 @@ def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Col
 
 
 def check_host(folder: Folder, graph: Graph, regenerate: bool) -> HostModule:
-    """The host module that the graph gives; ArtefactError when it is not the one in the artefact."""
+    """Generates the host module. Raises ArtefactError if it differs from the one in the artefact."""
     text, host = folder.text(HOST), emit_host_module(graph, folder.manifest.target)
     if text != host.source and not regenerate:
         made_by = folder.manifest.made_by.get("qcompiler")
         raise ArtefactError(
-            "the host module is not what this qcompiler generates from the graph",
+            "the host module differs from what this qcompiler generates from the graph",
             got=f"one that qcompiler {made_by} wrote", where=str(folder.path / HOST),
-            fix="Load it with that version; or let this one write its own: load(folder, regenerate=True).",
+            fix="Load it with that version; or regenerate it here: load(folder, regenerate=True).",
         )  # fmt: skip
     return host
 
@@ -192,23 +192,23 @@ def _json(folder: Folder, name: str) -> Node:
 
 
 def read_report(folder: Folder) -> tuple[Report, tuple[Step, ...], Skipped]:
-    """What became of the readers of weights; the passes that ran; and what each left alone, and why."""
+    """Reads the report, the passes that ran, and what each pass skipped and why."""
     return report_from_json(_json(folder, REPORT))
 
 
 def read_calibration(folder: Folder) -> Calibration | None:
-    """What was seen when the model was compiled; None where the scheme needed no calibration."""
+    """Reads the calibration statistics; None if the model was not calibrated."""
     if folder.manifest.calibration is None:
         return None
     found = Calibration.load(folder.checked(CALIBRATION))
     if found.digest != folder.manifest.calibration:
-        raise ArtefactError("the calibration is not the one of the manifest", where=str(folder.path / CALIBRATION),
+        raise ArtefactError("the calibration does not match the manifest", where=str(folder.path / CALIBRATION),
                             fix=AGAIN)  # fmt: skip
     return found
 
 
 def _later(folder: Folder) -> Callable[[], Calibration | None]:
-    """The calibration, read when it is first asked for."""
+    """The calibration, read lazily."""
     if folder.manifest.calibration is not None:
         folder.checked(CALIBRATION)
     return cache(partial(read_calibration, folder))
@@ -238,6 +238,6 @@ def _device(folder: Folder, given: "torch.device | str | None") -> torch.device:
 
 
 def _target(folder: Folder, device: torch.device) -> Target:
-    """The target of the artefact where the device is of its kind; else that of the device."""
+    """The target of the artefact if it fits the device, else the target of the device."""
     kept = torch.device(folder.manifest.device).type == device.type
     return target_for(folder.manifest.target if kept else AUTO, device)

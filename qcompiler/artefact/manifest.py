@@ -1,4 +1,4 @@
-"""The manifest: what an artefact is, what made it, and every other file with its size and hash."""
+"""The manifest of an artefact: how it was made, and the size and hash of every other file."""
 
 import hashlib
 import platform
@@ -18,35 +18,35 @@ from qcompiler.program.folder_kinds import ARTEFACT
 
 NAME = "manifest.json"
 VERSION = 1
-"""Of the format; a larger one comes from a newer qcompiler."""
+"""Format version; a larger one is from a newer qcompiler."""
 
 SIGNATURE, REPORT, DERIVATIONS, HOST = "signature.json", "report.json", "derivations.json", "host.py"
 CONFIG = "config.json"
 CALIBRATION = "calibration.safetensors"
 FILE = re.compile(r"(signature|report|derivations|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
-"""The files that there can be: no other name is ever opened."""
+"""Allowed file names; no other file is opened."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact says of itself.
+    """The metadata of an artefact.
 
     Attributes:
         made_by: Versions of qcompiler, torch, triton and Python.
-        scheme: The scheme as it was given; None where there was a pipeline.
+        scheme: The scheme as given; None if a pipeline was given.
         overrides: Schemes for some layers.
         pipeline: The passes that ran, as text.
         numerics: The profiles of the quantizations in the graph.
-        target: What the host module is written for.
-        device: Where the model lay, and where its inputs were.
+        target: The target of the host module.
+        device: The device of the model and its inputs.
         source: SHA-256 of the host module.
-        calibration: Digest of the calibration's statistics; None where there was none.
-        stages: Name -> file, in order; the last one is what runs.
-        weights: The files of weights.
+        calibration: Digest of the calibration statistics; None if there was no calibration.
+        stages: Name -> file, in order; the last stage runs.
+        weights: The weight files.
         aliases: See `weight_files.Plan`.
         layouts: See `weight_files.Plan`.
-        files: Every file but the manifest.
+        files: Every file except the manifest.
     """
 
     made_by: Mapping[str, str | None]
@@ -66,12 +66,12 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Of all files but the manifest."""
+        """Total size in bytes of all files except the manifest."""
         return sum(file.size for file in self.files.values())
 
 
 def versions() -> dict[str, str | None]:
-    """Of what makes an artefact here; None for what is not installed."""
+    """Versions of qcompiler and its dependencies; None for a package that is not installed."""
     found: dict[str, str | None] = {"qcompiler": None, "torch": torch.__version__, "triton": None}
     for name in ("qcompiler", "triton"):
         try:
@@ -82,7 +82,7 @@ def versions() -> dict[str, str | None]:
 
 
 def write_manifest(manifest: Manifest) -> str:
-    """The text of a manifest, with the hash of its own contents at the end."""
+    """The text of a manifest, which ends with the hash of its contents."""
     value: dict[str, Any] = {
         "format": ARTEFACT,
         "version": VERSION,
@@ -105,29 +105,29 @@ def write_manifest(manifest: Manifest) -> str:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a manifest with the hash of them, which tells an edited one."""
+    """Adds the hash of a manifest's contents, which reveals edits."""
     contents = {key: item for key, item in value.items() if key != "digest"}
     return {**contents, "digest": hashlib.sha256(canonical(contents)).hexdigest()}
 
 
 def read_manifest(text: bytes, path: Path) -> Manifest:
-    """The manifest that a text spells; ArtefactError when it is foreign, newer, edited or damaged."""
+    """Parses a manifest. Raises ArtefactError if it is foreign, newer, edited or damaged."""
     node = parse(text, path)
     if not isinstance(node.value, dict) or node.value.get("format") != ARTEFACT:
-        raise ArtefactError("this is no manifest of an artefact of qcompiler", got=path,
+        raise ArtefactError("this is not the manifest of an artefact", got=path,
                             need=f'an object with "format": "{ARTEFACT}"')  # fmt: skip
     if (found := node["version"].count()) > VERSION:
         made_by = node.value.get("made_by")
         raise ArtefactError(
             "the artefact is newer than this qcompiler", got=f"format version {found}, made by {made_by}",
-            need=f"version {VERSION}", where=str(path), fix="Load it with the qcompiler that has saved it, or newer.",
+            need=f"version {VERSION}", where=str(path), fix="Load it with the qcompiler that saved it, or a newer one.",
         )  # fmt: skip
     try:
         genuine = sealed(node.value)["digest"] == node["digest"].value
     except (ValueError, RecursionError):
         genuine = False
     if not genuine:
-        raise ArtefactError("the manifest was edited: it has another digest than it says", got=path, fix=AGAIN)
+        raise ArtefactError("the manifest was edited: its digest does not match", got=path, fix=AGAIN)
     return _manifest(node)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of the original model as a text in the artefact, and back."""
+"""Converts the original model's configuration to text for the artefact, and back."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from qcompiler.capture.quiet import third_party_silence
 
 
 def config_to_text(config: Any) -> str | None:
-    """A configuration as JSON: one of transformers, or any other with `to_dict`; None if JSON cannot hold it."""
+    """A configuration with `to_dict`, such as one of transformers, as JSON; None if JSON cannot hold it."""
     if not callable(make := getattr(config, "to_dict", None)):
         return None
     try:
@@ -21,7 +21,7 @@ def config_to_text(config: Any) -> str | None:
 
 
 def config_from_entries(entries: Mapping[str, Any]) -> Any:
-    """The entries as transformers' own class for their `model_type`; as plain attributes where it has none."""
+    """Builds transformers' configuration class for the `model_type`; a plain namespace if there is none."""
     try:
         with third_party_silence():
             return import_module("transformers").AutoConfig.for_model(**entries)

@@ -1,4 +1,4 @@
-"""Which operators the graph of an artefact may call, and whether a device has them."""
+"""Checks which operators an artefact's graph may call, and whether a device supports them."""
 
 from collections.abc import Collection
 
@@ -11,7 +11,7 @@ from qcompiler.ir.op_table import lookup
 from qcompiler.runtime.device import Target
 
 NAMESPACES = ("aten", "prims")
-"""Those of torch that compute tensors from tensors. Others also send, load and run things."""
+"""Namespaces whose operators only compute. Others may also send data, load files or run code."""
 
 TOUCH_FILES = ("aten.from_file", "aten.save")
 
@@ -19,7 +19,7 @@ KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def check_operators(graph: Graph, trust: Collection[str], where: str) -> None:
-    """ArtefactError for an operator that does more than compute, or may do so."""
+    """Raises ArtefactError for an operator that does, or may do, more than compute."""
     for op in graph:
         namespace = op.name.partition(".")[0]
         if op.name.startswith(TOUCH_FILES):
@@ -28,12 +28,12 @@ def check_operators(graph: Graph, trust: Collection[str], where: str) -> None:
             raise ArtefactError(
                 "the graph calls an operator that is neither torch's nor qcompiler's", got=op.name,
                 need=f"operators of {', '.join(NAMESPACES)}", where=where,
-                fix=f'If you know it, and whom the artefact is from: load(folder, trust=["{namespace}"]).',
+                fix=f'If you trust it and the source of the artefact: load(folder, trust=["{namespace}"]).',
             )  # fmt: skip
 
 
 def check_device(graph: Graph, device: torch.device, target: Target, where: str) -> None:
-    """ArtefactError when the device or the target has no kernel for an operator of the graph."""
+    """Raises ArtefactError if the device or the target has no kernel for an operator of the graph."""
     key = KEYS.get(device.type, device.type.upper())
     for op in graph.ops():
         if lookup(op.name) is None:

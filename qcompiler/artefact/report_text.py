@@ -1,4 +1,4 @@
-"""The report on a compilation, its steps, and what each of them left alone, as JSON and back."""
+"""Converts the compilation report, its steps, and what each step skipped to JSON and back."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,17 +10,17 @@ from qcompiler.report.report import Report
 from qcompiler.report.rows import Row
 
 Skipped = Mapping[str, Mapping[str, str]]
-"""Stage -> name of a value -> why the pass left what computes it alone."""
+"""Stage -> name of a value -> why the pass skipped the operation that computes it."""
 
 
 def report_to_json(report: Report, steps: tuple[Step, ...], skipped: Skipped) -> dict[str, Any]:
-    """All in one object. A reason stands there once for all values that a pass has it for."""
+    """Converts to one JSON object. Values of a pass that share a reason are grouped."""
     alone = {stage: _by_reason(reasons) for stage, reasons in skipped.items()}
     return {**asdict(report), "steps": [asdict(step) for step in steps], "skipped": alone}
 
 
 def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], Skipped]:
-    """What `report_to_json` gave; ArtefactError for anything else."""
+    """Parses the output of `report_to_json`. Raises ArtefactError for anything else."""
     rows = tuple(_row(item) for item in node["rows"].items())
     sizes = {key: node[key].count() for key in ("bytes", "bytes_quantized", "bytes_after")}
     steps = tuple(_step(item) for item in node["steps"].items())
@@ -32,7 +32,7 @@ def report_from_json(node: Node) -> tuple[Report, tuple[Step, ...], Skipped]:
 def _row(node: Node) -> Row:
     weights = tuple(name.text() for name in node["weights"].items())
     texts = {key: node[key].text() for key in ("name", "op", "module", "shape", "reason", "remark")}
-    if "format" in node.value:  # artefacts of qcompiler 0.1 do not have it
+    if "format" in node.value:  # artefacts from qcompiler 0.1 do not have it
         texts["format"] = node["format"].text()
     return Row(**texts, weights=weights, bytes=node["bytes"].count(), quantized=node["quantized"].flag())
 

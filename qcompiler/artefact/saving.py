@@ -1,4 +1,4 @@
-"""A compiled model -> a folder, whole or not at all."""
+"""Saves a compiled model to a folder atomically."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from qcompiler.program.program import Program
 
 
 def write_artefact(folder: Path, program: Program, shard_bytes: int) -> None:
-    """Writes a program to a folder, in place of an artefact that is there; `CompiledModel.save` has the arguments."""
+    """Writes a program to a folder and replaces an existing artefact; see `CompiledModel.save` for arguments."""
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
     target = folder.resolve()
@@ -53,22 +53,22 @@ def write_artefact(folder: Path, program: Program, shard_bytes: int) -> None:
 
 
 def failed(error: OSError) -> ArtefactError:
-    """What is said when a disk is full, say."""
+    """The error for a failed write, such as a full disk."""
     return ArtefactError("the artefact cannot be saved", got=error)
 
 
 def stage_files(program: Program) -> dict[str, str]:
-    """Stage -> the file that its text goes to."""
+    """Stage -> the file for its text."""
     return {name: f"stages/{index:02d}_{name}.qir" for index, name in enumerate(program.stages)}
 
 
 def numerics_of(graph: Graph) -> tuple[str, ...]:
-    """The profiles of all quantizations in a graph."""
+    """The numeric profiles of all quantizations in a graph."""
     return tuple(sorted({op.format().profile for op in graph if "format" in op.attrs and op.role is Role.QUANTIZE}))
 
 
 def _texts(program: Program) -> dict[str, str]:
-    """Every file but the weights, the calibration and the manifest."""
+    """Every file except the weights, the calibration and the manifest."""
     stages = {file: f"{program.stages[name]}\n" for name, file in stage_files(program).items()}
     _check_round_trip(program, list(stages.values())[-1])
     return {
@@ -81,7 +81,7 @@ def _texts(program: Program) -> dict[str, str]:
 
 
 def _check_round_trip(program: Program, text: str) -> None:
-    """The last stage must give the program back: it is all that will be read of it."""
+    """Checks that the text of the last stage reproduces the program, since loading reads only that."""
     if text != f"{program.graph}\n":
         raise ArtefactError(
             "the graph was changed since it was compiled", need="the graph as the last pass left it",

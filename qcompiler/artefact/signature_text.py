@@ -1,4 +1,4 @@
-"""How a model is called, as JSON and back: structures, slots, sizes, conditions, and what `forward` looks like."""
+"""Converts a model's signature (structures, slots, sizes, conditions, `forward`) to JSON and back."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ KINDS = (
 
 
 def signature_to_json(signature: Signature, forward: Forward) -> dict[str, Any]:
-    """A signature as JSON; ArtefactError where an argument or a result is of a class that cannot be found again."""
+    """A signature as JSON. Raises ArtefactError if the class of an argument or a result cannot be found again."""
     return {
         "arguments": structure_to_json(signature.in_spec),
         "results": structure_to_json(signature.out_spec),
@@ -50,7 +50,7 @@ def signature_to_json(signature: Signature, forward: Forward) -> dict[str, Any]:
 
 
 def signature_from_json(node: Node) -> tuple[Signature, Forward]:
-    """What `signature_to_json` gave; ArtefactError for anything else."""
+    """Parses the output of `signature_to_json`. Raises ArtefactError for anything else."""
     device = node["device"]
     signature = Signature(
         structure_from_json(node["arguments"]),
@@ -65,14 +65,14 @@ def signature_from_json(node: Node) -> tuple[Signature, Forward]:
         node["slots"].wrong(f"{signature.in_spec.num_leaves} slots, one for each argument")
     if signature.in_spec.type is not tuple or signature.in_spec.num_children != 2:
         node["arguments"].wrong("a tuple of the arguments by position and those by name")
-    if "leeway" in node.value:  # older artefacts have none
+    if "leeway" in node.value:  # older artefacts do not have it
         bound = {name for slot in signature.slots for name in _symbols(slot)}
         signature = replace(signature, leeway=leeway_from_json(node["leeway"], bound))
     return signature, _forward_from_json(node["forward"])
 
 
 def moved(signature: Signature, device: torch.device) -> Signature:
-    """The same for inputs on another device; those that lay elsewhere than the model stay where they are."""
+    """The signature for another device; inputs that were not on the model's device stay where they are."""
     old = signature.device
     if old is None or old == device:
         return signature
@@ -113,7 +113,7 @@ def _slot_from_json(node: Node) -> Slot:
 
 
 def _symbols(slot: Slot) -> Iterator[str]:
-    """The symbols that an input decides."""
+    """The symbols that an input determines."""
     for size in slot.shape if isinstance(slot, TensorSlot) else ():
         if (form := linear(size)) is not None:
             yield form[0]
@@ -144,7 +144,7 @@ def _default_to_json(value: Any) -> Any:
 
 
 def _default_from_json(node: Node) -> Any:
-    """A default that JSON could not hold is none: the argument has to be given."""
+    """The default of an argument; an argument whose default JSON cannot hold becomes required."""
     value = from_json(node["default"]) if node.value else MISSING
     return MISSING if isinstance(value, Shown) else value
 

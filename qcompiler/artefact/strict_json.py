@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: bounded, without duplicates, and read by the type that is wanted."""
+"""Strict reader for untrusted JSON: bounded size, no duplicate keys, typed access."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from qcompiler.errors import ArtefactError
 WIDTH = 100
 
 LONGEST = 256 << 20
-"""Bytes of a text that is read at all."""
+"""Maximum size of a text in bytes."""
 
 
 def render(value: Any) -> str:
-    """JSON text, alike for equal values: what fits stands on one line, the rest with a line for each member."""
+    """Deterministic JSON text: short values on one line, longer ones with one member per line."""
     return _rendered(value, "") + "\n"
 
 
@@ -33,45 +33,45 @@ def _rendered(value: Any, indent: str) -> str:
 
 
 def canonical(value: Any) -> bytes:
-    """The one spelling of a value that is hashed."""
+    """The canonical JSON of a value, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse(text: bytes, file: Path) -> "Node":
-    """The value in `text`; ArtefactError names the file when it is no JSON, or too long."""
+    """Parses `text`. Raises ArtefactError if it is not JSON or too long."""
     if len(text) > LONGEST:
         raise ArtefactError("a file of the artefact is too long", got=f"{len(text)} bytes", need=LONGEST,
                             where=str(file))  # fmt: skip
     try:
         return Node(json.loads(text, object_pairs_hook=_unique, parse_constant=_refused), "", file)
     except (ValueError, RecursionError) as error:
-        raise ArtefactError("a file of the artefact is no JSON", got=error, where=str(file), fix=AGAIN) from None
+        raise ArtefactError("a file of the artefact is not JSON", got=error, where=str(file), fix=AGAIN) from None
 
 
 AGAIN = "It was edited or damaged: save the model again, or copy the artefact again."
 
 
 class Node:
-    """A JSON value that knows where it stands, so that a wrong one is named.
+    """A JSON value with its location, for error messages.
 
     Args:
-        value: What Python's json gave.
-        place: Such as `weights.files[0]`.
-        file: What it was read from.
+        value: The value from Python's json.
+        place: The path in the document, such as `weights.files[0]`.
+        file: The source file.
     """
 
     def __init__(self, value: Any, place: str, file: Path) -> None:
         self.value, self.place, self.file = value, place, file
 
     def wrong(self, need: str) -> NoReturn:
-        """Raises the ArtefactError for a value that is not what is needed."""
+        """Raises ArtefactError for an invalid value."""
         shown = repr(self.value)
         got = shown if len(shown) <= 80 else f"{shown[:77]}..."
         where = f"{self.file}, {self.place}" if self.place else str(self.file)
         raise ArtefactError("the artefact has a wrong value", got=got, need=need, where=where, fix=AGAIN)
 
     def __getitem__(self, key: str) -> "Node":
-        """A member of an object that must be there."""
+        """A required member of an object."""
         if not isinstance(self.value, dict):
             self.wrong("an object")
         if key not in self.value:
@@ -80,7 +80,7 @@ class Node:
 
     @property
     def missing(self) -> bool:
-        """Whether it is null."""
+        """Whether the value is null."""
         return self.value is None
 
     def text(self) -> str:
@@ -92,7 +92,7 @@ class Node:
         return self.value if isinstance(self.value, bool) else self.wrong("true or false")
 
     def count(self) -> int:
-        """An integer that is not negative."""
+        """A nonnegative integer."""
         value = self.value
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         return int(value) if is_count else self.wrong("an integer that is not negative")
@@ -122,9 +122,9 @@ class Node:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("an object has a member twice")
+        raise ValueError("an object has a duplicate member")
     return found
 
 
 def _refused(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,12 +1,12 @@
-"""The structure of a call's arguments and of what it returns, as JSON and back.
+"""Converts the structure of a call's arguments and results to JSON and back.
 
     ((x, {"mask": m}), {})  ->  {"tuple": [{"tuple": ["*", {"dict": [["mask", "*"]]}]}, {"dict": []}]}
 
-torch has a text form of its own, which imports whatever module a text names. An artefact must not choose what is
-imported, so here a class is found by its name only
+torch's own text form imports any module that a text names. An artefact must not choose what is imported, so a class is
+looked up by name only
 
-    among those that the program has registered with torch's pytree, or imported, when it is a named tuple;
-    or in transformers, in the modules that define outputs and caches of models, which are imported if need be.
+    among classes registered with torch's pytree, and named tuples in imported modules;
+    or in the transformers modules that define model outputs and caches, which are imported if needed.
 """
 
 import re
@@ -33,14 +33,14 @@ FACTORIES: dict[str, Any] = {
     "None": None,
     **{kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str)},
 }
-"""What a defaultdict may make."""
+"""Allowed factories of a defaultdict."""
 
 IMPORTABLE = re.compile(r"transformers\.(modeling_outputs|cache_utils|generation\.utils|models(\.\w+)*\.modeling_\w+)")
-"""The modules that a text may have imported: they belong to a library that is installed, and define models."""
+"""Modules that may be imported on request: they are in an installed library and define models."""
 
 
 def structure_to_json(spec: pytree.TreeSpec) -> Any:
-    """A structure as JSON; ArtefactError for one with a class that cannot be found again."""
+    """A structure as JSON. Raises ArtefactError if one of its classes cannot be found again."""
     if spec.is_leaf():
         return LEAF
     children = [structure_to_json(child) for child in spec.children()]
@@ -66,7 +66,7 @@ def structure_to_json(spec: pytree.TreeSpec) -> Any:
 
 
 def structure_from_json(node: Node) -> pytree.TreeSpec:
-    """The structure that `structure_to_json` gave; ArtefactError for anything else, or a class that is not found."""
+    """Parses the output of `structure_to_json`. Raises ArtefactError for anything else or an unknown class."""
     if node.value == LEAF:
         return _A_LEAF
     members = list(node.members())
@@ -77,7 +77,7 @@ def structure_from_json(node: Node) -> pytree.TreeSpec:
 
 
 def moved_structure(spec: pytree.TreeSpec, device: torch.device, new: torch.device) -> pytree.TreeSpec:
-    """The same for tensors on another device, which a cache of transformers says in its context."""
+    """The structure with another device, which transformers caches store in their context."""
     if spec.is_leaf():
         return spec
     context = spec.context
@@ -101,7 +101,7 @@ def _pairs(keys: Any, children: list[Any]) -> list[list[Any]]:
 
 
 def _registered(spec: pytree.TreeSpec, children: list[Any]) -> dict[str, Any]:
-    """A class of somebody's that torch's pytree knows."""
+    """A user class that is registered with torch's pytree."""
     definition = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)
     dump = definition.to_dumpable_context if definition is not None else None
     context = dump(spec.context) if dump is not None else spec.context
@@ -169,7 +169,7 @@ def _class(node: Node) -> pytree.TreeSpec:
     load = definition.from_dumpable_context if definition is not None else None
     context = from_json(node["context"])
     if load is None and not is_cache_context(context, _may_be_named):
-        node["context"].wrong("a context that names no class but those of transformers")
+        node["context"].wrong("a context that names only classes of transformers")
     children = [structure_from_json(item) for item in node["children"].items()]
     return pytree.TreeSpec(kind, load(context) if load is not None else context, children)
 
@@ -179,7 +179,7 @@ def _known(path: str) -> type | None:
 
 
 def _imported(path: str) -> type | None:
-    """A class of transformers, from a module that may be imported; None for any other, or when it is not there."""
+    """A transformers class from an importable module; None if it is another class or does not exist."""
     module, _, name = path.partition(":")
     if IMPORTABLE.fullmatch(module) is None:
         return None
@@ -193,7 +193,7 @@ def _imported(path: str) -> type | None:
 
 
 def _may_be_named(path: str) -> bool:
-    """Whether the state of a cache may name a class."""
+    """Whether the state of a cache may refer to a class."""
     module, _, name = path.partition(":")
     return (IMPORTABLE.fullmatch(module) is not None and name.isidentifier()) or _known(path) is not None
 

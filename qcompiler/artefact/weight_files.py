@@ -1,11 +1,11 @@
-"""Weights in safetensors files: written one tensor at a time, read through a mapping of the file when first touched.
+"""Weights in safetensors files: written one tensor at a time, and memory-mapped when first used.
 
-A file is as the safetensors library writes it, so that it reads them: the length of a header, the header as JSON, the
-tensors without gaps. Written here, because then no second copy of the weights is ever in memory, and because tensors
-whose size allows it begin at multiples of 64 bytes, as in memory: products may differ in bits where they do not.
+The safetensors library can read the files: header length, JSON header, tensors without gaps. We write them ourselves to
+avoid a second copy of the weights in memory, and to align tensors to 64 bytes where their size allows it: results of
+matmuls may depend on alignment in their last bits.
 
-A tensor is stored once, whatever the number of names that it has, and in the order in which it lies in memory: a
-transposed one has its axes permuted in the file, and comes back transposed.
+A tensor with several names is stored once, in its memory order: a transposed tensor has permuted axes in the file and
+is loaded transposed.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from qcompiler.ir import TensorType
 from qcompiler.numerics.dtypes import IR_DTYPES
 
 ALIGNMENT = 64
-"""Bytes; what torch's own allocator aligns to."""
+"""Alignment in bytes, the same as in torch's allocator."""
 
 SHARD_BYTES = 4_000_000_000
-"""Of tensors, in one file."""
+"""Bytes of tensors in one file."""
 
 FORMATS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -44,18 +44,18 @@ CHUNK = 16 << 20
 
 
 def shard_name(number: int, count: int) -> str:
-    """The name of a file, by its number among so many."""
+    """The name of file `number` of `count`."""
     return SINGLE if count == 1 else f"weights-{number:05d}-of-{count:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written where.
+    """The assignment of tensors to files.
 
     Attributes:
-        shards: The tensors of each file, by the name that they are stored under.
-        aliases: Other names of a stored tensor -> that one's name.
-        layouts: Stored name -> the order of the axes in the file, where it is not the tensor's own.
+        shards: The tensors of each file by their stored names.
+        aliases: Other name of a stored tensor -> its stored name.
+        layouts: Stored name -> order of the axes in the file, if it differs from the tensor's.
     """
 
     shards: list[dict[str, Tensor]]
@@ -64,7 +64,7 @@ class Plan:
 
 
 def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Plan:
-    """Which tensors are stored in which file; ArtefactError for one that cannot be."""
+    """Assigns tensors to files. Raises ArtefactError for a tensor that cannot be stored."""
     stored: dict[tuple[Any, ...], str] = {}
     plan = Plan([{}], {}, {})
     size = 0
@@ -86,17 +86,17 @@ def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Plan:
 
 def _check(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FORMATS:
-        raise ArtefactError("a weight is of an element type that safetensors does not have", got=tensor.dtype,
+        raise ArtefactError("safetensors does not have the element type of a weight", got=tensor.dtype,
                             need=", ".join(FORMATS.values()), where=name)  # fmt: skip
     if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         raise ArtefactError("a weight has no data that can be saved", got=f"{type(tensor).__name__} on "
                             f"{tensor.device}", need="a plain tensor with data", where=name)  # fmt: skip
     if name == "__metadata__":
-        raise ArtefactError("safetensors keeps this name for itself", got=name, need="another name of the weight")
+        raise ArtefactError("safetensors reserves this name", got=name, need="another name of the weight")
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two names of the same numbers in the same memory; empty tensors have no memory."""
+    """Key that is equal for views of the same data; empty tensors have no memory."""
     if not tensor.numel():
         return (id(tensor),)
     signs = tensor.is_conj(), tensor.is_neg()
@@ -114,14 +114,14 @@ def _order(tensor: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Written:
-    """A file as it was written: its bytes, and their SHA-256 in hex."""
+    """Size in bytes and SHA-256 (hex) of a written file."""
 
     size: int
     sha256: str
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Writes one file; OSError when that cannot be."""
+    """Writes one file. Raises OSError on failure."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].element_size()))
     header, offset = dict[str, Any](), 0
     for name, tensor in ordered:
@@ -145,7 +145,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
 
 
 class Hashing:
-    """A file that is hashed while it is written."""
+    """Hashes a file while writing it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.hash = file, 0, hashlib.sha256()
@@ -158,12 +158,12 @@ class Hashing:
 
     @property
     def written(self) -> Written:
-        """What the file is by now."""
+        """Size and hash so far."""
         return Written(self.size, self.hash.hexdigest())
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    """The elements in the order of memory, without gaps; from another device piece by piece."""
+    """The elements in memory order, without gaps; copied in chunks from other devices."""
     flat = tensor.detach().permute(_order(tensor)).resolve_conj().resolve_neg().reshape(-1)
     for piece in flat.split(CHUNK):
         yield memoryview(piece.contiguous().cpu().view(torch.uint8).numpy())
@@ -174,10 +174,10 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
 
 @dataclass
 class WeightFiles:
-    """The files of an artefact, opened; their tensors are read when they are asked for.
+    """The open weight files of an artefact; tensors are read on demand.
 
     Attributes:
-        found: Stored name -> its type and the file that has it.
+        found: Stored name -> its type and file.
         aliases: As in `Plan`.
         layouts: As in `Plan`.
     """
@@ -187,12 +187,12 @@ class WeightFiles:
     found: dict[str, "tuple[TensorType, Path, Any]"] = field(default_factory=dict)
 
     def loaders(self, names: Iterable[str], device: torch.device) -> "dict[str, Callable[[], Tensor]]":
-        """A function for each name that gives its tensor; names of one tensor have one function."""
+        """A function per name that returns its tensor; names of one tensor share a function."""
         read = cache(partial(self._read, device=device))
         return {name: partial(read, self.aliases.get(name, name)) for name in names}
 
     def type_of(self, name: str) -> TensorType | None:
-        """The type of a weight as the model has it; None when there is none of that name."""
+        """The type of a weight in the model; None if there is no such weight."""
         stored = self.aliases.get(name, name)
         if stored not in self.found:
             return None
@@ -202,7 +202,7 @@ class WeightFiles:
         return TensorType(kind.dtype, tuple(kind.shape[place] for place in _inverse(order)))
 
     def ties(self) -> dict[str, tuple[str, ...]]:
-        """Name -> all names of the same tensor, for those that have several."""
+        """Name -> all names of the same tensor, for tensors with several names."""
         groups: dict[str, list[str]] = {}
         for name, stored in self.aliases.items():
             groups.setdefault(stored, [stored]).append(name)
@@ -215,7 +215,7 @@ class WeightFiles:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtefactError("a weight cannot be read", got=error, where=f"{path}, {stored}") from error
         if device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor = tensor.clone()  # a small one, or a file that somebody else has written
+            tensor = tensor.clone()  # a small tensor, or a file from another writer
         order = self.layouts.get(stored)
         return tensor.to(device) if order is None else tensor.to(device).permute(_inverse(order))
 
@@ -223,7 +223,7 @@ class WeightFiles:
 def open_weights(
     paths: Iterable[Path], aliases: Mapping[str, str], layouts: Mapping[str, list[int]], manifest: Path
 ) -> WeightFiles:
-    """Opens the files and reads their headers; ArtefactError names a file that is damaged, or contradicts others."""
+    """Opens the files and reads their headers. Raises ArtefactError for a damaged or contradictory file."""
     files = WeightFiles(dict(aliases), dict(layouts))
     for path in paths:
         for name, kind, handle in _header(path):
@@ -246,7 +246,7 @@ def _header(path: Path) -> Iterator[tuple[str, TensorType, Any]]:
     """Name, type and handle of each tensor in a file."""
     try:
         handle: Any = safe_open(path, framework="pt")
-        for name in handle.keys():  # noqa: SIM118  (it is no mapping)
+        for name in handle.keys():  # noqa: SIM118  (it is not a mapping)
             view = handle.get_slice(name)
             if view.get_dtype() not in DTYPES:
                 raise ArtefactError("a weight is of an unknown element type", got=view.get_dtype(), where=str(path))
@@ -256,7 +256,7 @@ def _header(path: Path) -> Iterator[tuple[str, TensorType, Any]]:
 
 
 def hash_file(path: Path) -> Written:
-    """The bytes of a file and their hash."""
+    """Size and hash of a file."""
     hashed, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

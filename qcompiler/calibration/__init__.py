@@ -1,4 +1,4 @@
-"""Calibration: statistics of a graph's values on real inputs, and where they are stored."""
+"""Calibration: collects and stores statistics of a graph's values on real inputs."""
 
 from qcompiler.calibration.calibration import Calibration as Calibration
 from qcompiler.calibration.coverage import Coverage as Coverage

@@ -1,12 +1,12 @@
-"""`Calibration`: what the values of a graph look like on real inputs.
+"""`Calibration`: collects statistics of a graph's values on real inputs.
 
     calibration = Calibration(batches)                  a list of flattened graph inputs for each batch
-    calibration.observe(graph, ["x", "relu"])           one run of the graph a batch, whatever the number of values
+    calibration.observe(graph, ["x", "relu"])           runs the graph once per batch, for any number of values
     calibration.statistics["relu"].amax("absmax", "channel")
     print(calibration.coverage)
     calibration.save("model.calibration.safetensors")
 
-Nothing of the data itself is kept, except for the samples of rows that are asked for.
+The input data is not kept, except for requested samples of rows.
 """
 
 import copy
@@ -33,19 +33,19 @@ Batch = Sequence[Any]
 
 
 class Calibration:
-    """Statistics of the values of one graph, and where more of them would come from.
+    """Statistics of the values of one graph, and the data to collect more.
 
     Attributes:
-        statistics: What was seen, by the name of the value.
-        modules: Where the value stands in the model, by its name; empty where that is not known.
-        batches: The data; None when there is none. A list can be read as often as needed, an iterator once.
+        statistics: Statistics by name of the value.
+        modules: Module path of each value, by name; empty if unknown.
+        batches: The data; None if there is none. A list can be read repeatedly, an iterator once.
     """
 
     def __init__(self, batches: Iterable[Batch] | None = None) -> None:
-        """Checks no more of `batches` than that it can be iterated, since an iterator is read only once."""
+        """Checks only that `batches` is iterable, because an iterator can be read only once."""
         if isinstance(batches, torch.Tensor) or not (batches is None or isinstance(batches, Iterable)):
             need = "an iterable with one list of graph inputs for each batch"
-            raise InputError("the calibration batches are of a wrong type", got=type(batches).__name__, need=need)
+            raise InputError("the calibration batches have the wrong type", got=type(batches).__name__, need=need)
         self.statistics: dict[str, Statistics] = {}
         self.modules: dict[str, str] = {}
         self.batches = batches
@@ -60,21 +60,21 @@ class Calibration:
         rows: int = 0,
         progress: bool | None = None,
     ) -> None:
-        """Runs the graph once for each batch, and keeps the statistics of the values called `names`.
+        """Runs the graph once per batch, and collects statistics of the values called `names`.
 
-        What is known of other values stays; what was known of these is replaced. When something fails, all stays.
+        Replaces existing statistics of these values and keeps all others. On failure, nothing changes.
 
         Args:
             graph: Any legal graph, with its weights.
-            names: Values of the graph with floating-point elements and a last axis of fixed size, inputs included.
+            names: Values with floating-point elements and a last axis of fixed size; inputs are allowed.
             histogram: Whether to keep a histogram of each, which "percentile" and "mse" need.
             rows: How many rows of each to keep as a sample.
-            progress: Whether to show a progress bar on standard error; when left out, if that is a terminal.
+            progress: Whether to show a progress bar on standard error; by default only on a terminal.
 
         Raises:
-            InputError: There is no data, or it was an iterator that has been read; the graph cannot take a batch; or a
-                value has NaN or Inf.
-            QCompilerError: The graph has no value of that name.
+            InputError: There is no data, or it was an iterator that has been consumed; the graph does not accept a
+                batch; or a value contains NaN or Inf.
+            QCompilerError: The graph does not have a value of that name.
         """
         values = list(dict.fromkeys(graph[name] for name in names))
         fresh = {value: Statistics.empty(_channels(value), histogram=histogram, rows=rows) for value in values}
@@ -85,37 +85,37 @@ class Calibration:
             for count, batch in enumerate(batches, 1):
                 _observe_batch(graph, batch, count - 1, fresh)
         if not count:
-            raise InputError("there is no calibration data", got="no batch at all", need="one batch or more")
+            raise InputError("there is no calibration data", got="no batches", need="at least one batch")
         self.statistics.update((value.name, seen) for value, seen in fresh.items())
         self.modules.update((value.name, _module(graph, value)) for value in values)
 
     def check_seen(self, graph: Graph, name: str, *, behind_top_k: bool) -> bool:
-        """Whether any token came by the value called `name`.
+        """Returns whether any token reached the value called `name`.
 
         Args:
-            graph: Where the value stands.
-            name: A value that was observed.
-            behind_top_k: Whether a top-k decides which tokens come by, so that the value belongs to an expert; then it
-                may have seen none, which the coverage shows.
+            graph: The graph that contains the value.
+            name: An observed value.
+            behind_top_k: Whether a top-k selects the tokens that reach the value, as in an expert; such a value may
+                have seen none, which the coverage shows.
 
         Raises:
-            InputError: The value has no statistics; or no row or only zeros were seen, and no top-k accounts for it.
+            InputError: The value has no statistics; or it saw no rows or only zeros, and no top-k explains that.
         """
         if name not in self.statistics:
-            raise InputError("a value was not observed", got=f"%{name}", fix="Observe it first.")
+            raise InputError("a value was not observed", got=f"%{name}", fix="Call observe first.")
         seen = self.statistics[name]
         if seen.unseen and not behind_top_k:
             got = f"{seen.rows} rows of zeros" if seen.rows else "no row"
             raise InputError(
-                f"calibration saw nothing of %{name}", got=f"{got} in {_batches(seen.batches)}",
-                need="one element or more that is not zero", where=_where(graph[name].op),
-                fix="Give calibration data that the model does something with.",
+                f"calibration saw only zeros or no rows in %{name}", got=f"{got} in {_batches(seen.batches)}",
+                need="at least one nonzero element", where=_where(graph[name].op),
+                fix="Use calibration data that activates this part of the model.",
             )  # fmt: skip
         return not seen.unseen
 
     @property
     def coverage(self) -> Coverage:
-        """What was seen of each value, worst first; printing it gives a table."""
+        """Coverage of each value, worst first; printing it gives a table."""
         rows = (
             CoverageRow(
                 name, self.modules.get(name, ""), seen.rows, seen.channels, float(seen.amax("absmax", "tensor")),
@@ -127,27 +127,27 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the statistics, in hex: equal for equal statistics."""
+        """SHA-256 of the statistics, in hex; equal statistics have equal digests."""
         return digest(self._observed())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the statistics to a safetensors file, all of it or nothing; InputError when that cannot be."""
+        """Writes the statistics to a safetensors file, atomically; InputError on failure."""
         write(path, self._observed())
 
     def write_file(self, path: Path) -> None:
-        """Writes the statistics to a new file of a folder that is itself replaced whole; OSError if it cannot."""
+        """Writes the statistics to a new file in a folder that is itself replaced atomically; OSError on failure."""
         write_file(path, self._observed())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Calibration":
-        """What `save` wrote, with equal bits and without batches; InputError names a file that cannot be read."""
+        """Reads a saved file, bit for bit and without batches; InputError names a file that cannot be read."""
         loaded = cls()
         for name, observed in read(path).items():
             loaded.statistics[name], loaded.modules[name] = observed.statistics, observed.module
         return loaded
 
     def updated(self, statistics: Mapping[str, Statistics]) -> "Calibration":
-        """A calibration from the same data that also knows `statistics`; this one stays as it is."""
+        """Returns a calibration from the same data with `statistics` added; this one is unchanged."""
         twin = copy.copy(self)
         twin.statistics, twin.modules = {**self.statistics, **statistics}, dict(self.modules)
         return twin
@@ -161,14 +161,14 @@ class Calibration:
         return {name: Observed(seen, self.modules.get(name, "")) for name, seen in self.statistics.items()}
 
     def _shown(self, progress: bool | None) -> Generator[Batch, None, None]:
-        """The batches, behind a progress bar."""
+        """Yields the batches with a progress bar."""
         if self.batches is None:
             raise InputError("there is no calibration data", fix="Give it: Calibration(batches).")
         source = iter(self.batches)
         if source is self.batches:
             if self._read:
                 fix = "Pass a list, which can be read again."
-                raise InputError("the calibration batches were an iterator, which has been read already", fix=fix)
+                raise InputError("the calibration batches were an iterator, which has already been consumed", fix=fix)
             self._read = True
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         shown = sys.stderr.isatty() if progress is None else progress
@@ -181,7 +181,7 @@ def _observe_batch(graph: Graph, batch: Batch, index: int, wanted: dict[Value, S
     where = f"batches[{index}]"
     if isinstance(batch, torch.Tensor) or not isinstance(batch, Sequence):
         need = f"a list of the {len(graph.inputs)} inputs of the graph"
-        raise InputError("a calibration batch is of a wrong type", got=type(batch).__name__, need=need, where=where)
+        raise InputError("a calibration batch has the wrong type", got=type(batch).__name__, need=need, where=where)
 
     def see(value: Value, result: Any) -> None:
         if (seen := wanted.get(value)) is not None:
@@ -199,17 +199,17 @@ def _observe_batch(graph: Graph, batch: Batch, index: int, wanted: dict[Value, S
         interpret(graph, batch, observe=observe)
     except _NotFinite:
         raise
-    except Exception as error:  # the data are the user's, and an operation may fail in any way
-        raise InputError("the graph cannot take a calibration batch", got=f"{where}: {error}") from error
+    except Exception as error:  # the data is the user's, and an operation may raise any error
+        raise InputError("the graph does not accept a calibration batch", got=f"{where}: {error}") from error
 
 
 class _NotFinite(InputError):
-    """A value that is to be observed has NaN or Inf."""
+    """An observed value contains NaN or Inf."""
 
 
 def _not_finite(value: Value, seen: Statistics, index: int) -> _NotFinite:
     return _NotFinite(
-        f"calibration met numbers in %{value.name} that are not finite",
+        f"calibration found numbers in %{value.name} that are not finite",
         got=f"{seen.nan} NaN and {seen.inf} Inf in batches[{index}]", need="finite numbers", where=_where(value.op),
         fix="Look for the cause in this batch, or in the model itself.",
     )  # fmt: skip
@@ -224,7 +224,7 @@ def _channels(value: Value) -> int:
 
 
 def _module(graph: Graph, value: Value) -> str:
-    """The module that computes a value; where that is not known, the first that reads it."""
+    """Returns the module that computes a value; if unknown, the module of its first user."""
     modules = [value.op.loc.module, *(reader.loc.module for reader in graph.users(value))]
     return next((module for module in modules if module), "")
 

@@ -1,4 +1,4 @@
-"""What a calibration has seen of each value, as a table: worst first."""
+"""Calibration coverage of each value, as a table: worst first."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ HEADINGS = (("value", "left"), ("module", "left"), ("rows", "right"), ("channels
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """What was seen of one value.
+    """Coverage of one value.
 
     Attributes:
-        value: Its name.
-        module: Where it stands in the model.
+        value: Name of the value.
+        module: Its module path in the model.
         rows: Rows seen.
-        channels: The size of its last axis.
-        absmax: The largest magnitude of all channels.
-        unseen: Whether there were no rows, or zeros only.
+        channels: Size of its last axis.
+        absmax: Largest magnitude over all channels.
+        unseen: Whether it saw no rows, or zeros only.
     """
 
     value: str
@@ -32,13 +32,13 @@ class CoverageRow:
 
     @property
     def badness(self) -> tuple[bool, int, float, str]:
-        """What the rows are sorted by: unseen ones, then those with few rows, then those with large magnitudes."""
+        """Sort key: unseen values first, then those with few rows, then those with large magnitudes."""
         return not self.unseen, self.rows, -self.absmax, self.value
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """One row for each value that was observed, worst first; printing it gives a table."""
+    """One row for each observed value, worst first; printing it gives a table."""
 
     rows: tuple[CoverageRow, ...]
 
@@ -48,7 +48,7 @@ class Coverage:
         return tuple(row for row in self.rows if row.unseen)
 
     def summary(self) -> str:
-        """One line."""
+        """Returns a one-line summary."""
         if not self.rows:
             return "no value was observed"
         if not self.unseen:

@@ -1,13 +1,13 @@
-"""Histograms of magnitudes whose bins need no range first: they are read off the bits of the FP32 magnitude.
+"""Histograms of magnitudes with bins fixed in advance: a bin index is taken from the bits of the FP32 magnitude.
 
-    bin = exponent and top mantissa bits         0 is the bin of the zeros; exponents are clipped to [low, low + 48)
+    bin = exponent and top mantissa bits         bin 0 counts zeros; exponents are clipped to [low, low + 48)
 
-A bin is therefore 2^-5 (per tensor) or 2^-3 (per channel) of its power of two wide, every batch falls into the same
-bins, and histograms of parts add up to the histogram of the whole, in any order.
+A bin is therefore 2^-5 (per tensor) or 2^-3 (per channel) of its power of two wide. All batches use the same bins, and
+histograms of parts add up to the histogram of the whole, in any order.
 
-`low` is -24 unless the largest magnitude is below 2^-8 or from 2^24 on; then it follows that magnitude, so that very
-small or large values are resolved as well. When a larger magnitude comes, bins that fall below the new `low` are added
-to the lowest one.
+`low` is -24 unless the largest magnitude is below 2^-8 or at least 2^24; then it follows that magnitude, so that very
+small or large values are resolved too. When a larger magnitude arrives, bins below the new `low` are added to the
+lowest bin.
 """
 
 import math
@@ -20,11 +20,11 @@ from qcompiler import numerics
 from qcompiler.ir import ALL, Format
 
 LOWEST, EXPONENTS = -24, 48
-"""The lowest exponent with bins of its own for ordinary values, and how many have them; smaller and larger values fall
-into the first or the last bin."""
+"""The lowest exponent with its own bins by default, and the number of such exponents; smaller and larger values fall
+into the first or last bin."""
 
 BELOW = 16
-"""How many exponents below that of the largest magnitude have bins of their own, at least."""
+"""Minimum number of exponents below the largest magnitude's that have their own bins."""
 
 TENSOR_BITS, CHANNEL_BITS = 5, 3
 """Mantissa bits of a bin."""
@@ -33,14 +33,14 @@ MANTISSA, BIAS = 23, 127
 """Of FP32."""
 
 POINTS = 4
-"""Magnitudes that stand for a bin when an error is summed: a bin may be wider than a step of an 8-bit format, so that
-the error at its centre alone would say little."""
+"""Sample points per bin for the error sum: a bin may be wider than a step of an 8-bit format, so its center alone is
+not representative."""
 
 RATIOS = tuple(1 - step / 100 for step in range(81))
-"""The clips that are tried, as parts of the largest magnitude: 1, 0.99, … 0.2."""
+"""Candidate clips, as fractions of the largest magnitude: 1, 0.99, … 0.2."""
 
 CHUNK = 1 << 21
-"""Elements that are worked on at a time."""
+"""Elements processed at a time."""
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Histogram:
     Attributes:
         tensor: i64[bins], all channels together.
         channel: i32[C, bins], by channel; holds for up to 2^31 rows.
-        low: The lowest exponent with bins of its own; None before a number other than zero was seen.
+        low: The lowest exponent with its own bins; None until a nonzero number was seen.
     """
 
     tensor: Tensor
@@ -59,7 +59,7 @@ class Histogram:
 
     @classmethod
     def empty(cls, channels: int) -> "Histogram":
-        """A histogram of nothing."""
+        """Returns an empty histogram."""
         tensor = torch.zeros(bin_count(TENSOR_BITS), dtype=torch.int64)
         return cls(tensor, torch.zeros(channels, bin_count(CHANNEL_BITS), dtype=torch.int32))
 
@@ -80,7 +80,7 @@ class Histogram:
             self.channel += counts.to(torch.int32).cpu().view(channels, bins)
 
     def merge(self, other: "Histogram") -> None:
-        """Adds what `other` has counted."""
+        """Adds the counts of `other`."""
         self._raise_to(other.low)
         other = Histogram(other.tensor.clone(), other.channel.clone(), other.low)
         other._raise_to(self.low)
@@ -88,7 +88,7 @@ class Histogram:
         self.channel += other.channel
 
     def _raise_to(self, low: int | None) -> None:
-        """Makes `low` the lowest exponent, if it is not below it yet."""
+        """Raises the lowest exponent to `low`, if `low` is higher."""
         if low is None or (self.low is not None and low <= self.low):
             return
         if self.low is not None:
@@ -98,7 +98,7 @@ class Histogram:
 
 
 def low_for(largest: float) -> int | None:
-    """The lowest exponent with bins of its own, by the largest magnitude; None for zero."""
+    """Returns the lowest exponent with its own bins for a largest magnitude; None for zero."""
     if not largest:
         return None
     exponent = math.frexp(largest)[1]  # the magnitude is below 2 to this power
@@ -106,7 +106,7 @@ def low_for(largest: float) -> int | None:
 
 
 def _moved_down(counts: Tensor, by: int) -> Tensor:
-    """Counts `[..., bins]` that many bins lower; those that would be below the lowest bin are added to it."""
+    """Moves counts `[..., bins]` down by `by` bins; bins that would fall below the lowest are added to it."""
     zeros, others = counts[..., :1], counts[..., 1:]
     by = min(by, others.shape[-1] - 1)
     lowest = others[..., : by + 1].sum(-1, keepdim=True, dtype=counts.dtype)
@@ -114,17 +114,17 @@ def _moved_down(counts: Tensor, by: int) -> Tensor:
 
 
 def bin_count(bits: int) -> int:
-    """The number of bins with `bits` mantissa bits, the one of the zeros included."""
+    """Returns the number of bins with `bits` mantissa bits, the zero bin included."""
     return 1 + (EXPONENTS << bits)
 
 
 def bin_of(magnitude: Tensor, bits: int, low: int | None = None) -> Tensor:
-    """The bin of each FP32 magnitude, i64 in the shape of `magnitude`; without meaning where that is not finite.
+    """Returns the bin of each FP32 magnitude, i64 in the shape of `magnitude`; undefined for non-finite magnitudes.
 
     Args:
         magnitude: FP32, not negative.
         bits: Mantissa bits of a bin.
-        low: The lowest exponent with bins of its own; None for `LOWEST`.
+        low: The lowest exponent with its own bins; None for `LOWEST`.
     """
     first = (LOWEST if low is None else low) + BIAS << bits
     code = (magnitude.contiguous().view(torch.int32) >> MANTISSA - bits) - first
@@ -132,25 +132,25 @@ def bin_of(magnitude: Tensor, bits: int, low: int | None = None) -> Tensor:
 
 
 def edges(bits: int, low: int | None = None) -> tuple[Tensor, Tensor]:
-    """The lower and upper edge of each bin, f64[bins]; the last one is open above. Arguments as in `bin_of`."""
+    """Returns the lower and upper edges of the bins, f64[bins]; the last is open above. Arguments as in `bin_of`."""
     first = (LOWEST if low is None else low) + BIAS << bits
     codes = torch.arange(bin_count(bits), dtype=torch.int32) + first
     upper = (codes << MANTISSA - bits).view(torch.float32).to(torch.float64)
     lower = upper.roll(1)
-    lower[:2] = 0  # the first bin behind the zeros takes everything that is smaller, too
+    lower[:2] = 0  # the first bin after the zeros also counts all smaller magnitudes
     upper[0], upper[-1] = 0, torch.inf
     return lower, upper
 
 
 def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float, low: int | None = None) -> Tensor:
-    """The magnitude that `percent` of the elements do not exceed.
+    """Returns the magnitude that `percent` of the elements do not exceed.
 
-    Ranks are those of `torch.quantile`, linear between elements; elements lie evenly in their bin.
+    Ranks follow `torch.quantile`, linear between elements; elements are assumed evenly spaced in their bin.
 
     Args:
         counts: i64 or i32 `[C, bins]`.
         bits: Mantissa bits of a bin.
-        absmax: The largest magnitude, f32[C]; the result is never above it, and equal to it at 100.
+        absmax: The largest magnitude, f32[C]; the result never exceeds it, and equals it at 100.
         percent: Above 0, up to 100.
         low: As in `bin_of`.
 
@@ -170,7 +170,7 @@ def quantile(counts: Tensor, bits: int, absmax: Tensor, percent: float, low: int
 def _at_rank(
     counts: Tensor, below: Tensor, limits: tuple[Tensor, Tensor], absmax: Tensor, rank: Tensor, last: Tensor
 ) -> Tensor:
-    """The magnitude of the element of that rank, f64[C, 1]; exact for the last."""
+    """Returns the magnitude of the element of that rank, f64[C, 1]; exact for the last rank."""
     lower, upper = limits
     top = absmax.to(torch.float64).unsqueeze(1)
     at = torch.searchsorted(below, rank + 1).clamp_max_(counts.shape[1] - 1)
@@ -181,16 +181,16 @@ def _at_rank(
 
 
 def best_clip(counts: Tensor, bits: int, absmax: Tensor, format: Format, low: int | None = None) -> Tensor:
-    """The clip, among `RATIOS` of absmax, whose codes have the least squared error; the largest of equals.
+    """Returns the clip among `RATIOS` of absmax with the least squared quantization error; ties go to the largest.
 
-    The error is that of `qcompiler.numerics` with the scale of the clip, at absmax itself and at `POINTS` magnitudes a
-    bin, weighted with how often the bin was met.
+    The error follows `qcompiler.numerics` with the scale of the clip, at absmax itself and at `POINTS` magnitudes per
+    bin, weighted by the bin counts.
 
     Args:
         counts: i64 or i32 `[C, bins]`.
         bits: Mantissa bits of a bin.
         absmax: The largest magnitude, f32[C].
-        format: What makes a scale and codes of a clip; its block does not count.
+        format: The format that derives scale and codes from a clip; its block is ignored.
         low: As in `bin_of`.
 
     Returns:
@@ -199,7 +199,7 @@ def best_clip(counts: Tensor, bits: int, absmax: Tensor, format: Format, low: in
     counts = counts.to(torch.float64)
     counts.scatter_add_(1, bin_of(absmax, bits, low).unsqueeze(1), counts.new_full((len(absmax), 1), -1))
     used = counts.any(0).nonzero().squeeze(1)
-    used = used[used > 0]  # a zero is quantized to zero by every scale
+    used = used[used > 0]  # zero is quantized to zero with any scale
     weights = counts[:, used].repeat_interleave(POINTS, 1) / POINTS
     lower, upper = (edge[used].unsqueeze(1) for edge in edges(bits, low))
     place = (torch.arange(POINTS) + 0.5) / POINTS
@@ -221,7 +221,7 @@ def _best(points: Tensor, weights: Tensor, absmax: Tensor, format: Format) -> Te
     for ratio in RATIOS:
         scale = numerics.scale_of(top * ratio, rows)
         codes = numerics.quantize_static(points, scale, rows)
-        # In units of absmax, since the squares of very small numbers would vanish.
+        # In units of absmax, because the squares of very small numbers would underflow.
         error = ((numerics.dequantize(codes, scale, format=rows) - points) / unit).square()
         errors.append((error * weights).sum(1))
     return absmax * torch.tensor(RATIOS)[torch.stack(errors).argmin(0)]

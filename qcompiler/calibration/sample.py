@@ -1,9 +1,9 @@
-"""A sample of rows that depends on which rows were seen, and on nothing else.
+"""A sample of rows that depends only on the set of rows seen.
 
-Each row has a key, which is a hash of its bits; the rows with the smallest keys are kept (bottom-k sampling). Equal
-data therefore give equal samples, whatever the order and the batches, and the samples of two parts give that of the
-whole. A row that is met twice counts once: the padding and the first token of a text, which are the same in every
-batch, do not crowd out the others.
+Each row has a key, a hash of its bits; the rows with the smallest keys are kept (bottom-k sampling). Equal data
+therefore gives equal samples in any order and batching, and the samples of two parts merge into the sample of the
+whole. Duplicate rows count once: padding and the first token of a text, which are equal in every batch, do not crowd
+out other rows.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 
 """The constants of splitmix64 (Steele, Lea and Flood, 2014), as signed numbers."""
 
 CHUNK = 1 << 21
-"""Elements that are hashed at a time."""
+"""Elements hashed at a time."""
 
 
 @dataclass(eq=False)
 class Sample:
-    """Up to `capacity` different rows.
+    """Up to `capacity` distinct rows.
 
     Attributes:
-        capacity: How many rows are kept at most.
+        capacity: Maximum number of rows.
         rows: f32[n, C], by ascending key.
         keys: i64[n].
     """
@@ -35,11 +35,11 @@ class Sample:
 
     @classmethod
     def empty(cls, capacity: int, channels: int) -> "Sample":
-        """A sample of nothing."""
+        """Returns an empty sample."""
         return cls(capacity, torch.zeros(0, channels), torch.zeros(0, dtype=torch.int64))
 
     def update(self, x: Tensor) -> None:
-        """Considers the rows of `x`, floating point `[rows, C]`; those with NaN or Inf are left out."""
+        """Adds the rows of `x`, floating point `[rows, C]`, as candidates; rows with NaN or Inf are skipped."""
         for part in x.split(max(1, CHUNK // max(1, x.shape[1]))):
             rows = part.to(torch.float32)
             finite = rows.isfinite().all(1)
@@ -49,7 +49,7 @@ class Sample:
             self._take(rows[chosen].cpu(), keys[chosen].cpu())
 
     def merge(self, other: "Sample") -> None:
-        """Considers the rows of `other`; keeps no more than the smaller of the two keeps."""
+        """Adds the rows of `other` as candidates; the smaller capacity of the two applies."""
         self.capacity = min(self.capacity, other.capacity)
         self._take(other.rows, other.keys)
 
@@ -60,26 +60,26 @@ class Sample:
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of each row, i64[n] for f32[n, C]: a random linear function, mixed."""
+    """Returns a 64-bit hash of the bits of each row, i64[n] for f32[n, C]: a random linear function, mixed."""
     bits = rows.contiguous().view(torch.int32).to(torch.int64)
     return _mixed((bits * _multipliers(rows.shape[1]).to(rows.device)).sum(1))
 
 
 @cache
 def _multipliers(channels: int) -> Tensor:
-    """One odd number a channel, i64[C]."""
+    """Returns one odd number per channel, i64[C]."""
     return _mixed(torch.arange(1, channels + 1) * GOLDEN) | 1
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64; the arithmetic wraps around."""
+    """The finalizer of splitmix64; arithmetic wraps around."""
     x = (x ^ (x >> 30)) * FIRST
     x = (x ^ (x >> 27)) * SECOND
     return x ^ (x >> 31)
 
 
 def _smallest(keys: Tensor, count: int) -> Tensor:
-    """The places of the `count` smallest different keys, in ascending order."""
+    """Returns the indices of the `count` smallest distinct keys, in ascending order."""
     ordered, places = keys.sort(stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]

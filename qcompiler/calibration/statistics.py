@@ -1,6 +1,6 @@
-"""What is known of one value: ranges by channel, and on request a histogram and a sample; streamed batch by batch.
+"""Statistics of one value: per-channel ranges, and on request a histogram and a sample; updated batch by batch.
 
-The memory that it takes grows with the channels, not with the number of rows.
+Memory grows with the number of channels, not of rows.
 """
 
 import math
@@ -16,37 +16,37 @@ from qcompiler.ir import Format, TensorType
 from qcompiler.ir.formats import INT8_TENSOR
 
 MOMENTUM = 0.9
-"""How much of the moving average each batch leaves."""
+"""Decay of the moving average per batch."""
 
 FROM_RANGES = ("absmax", "minmax", "moving_average")
 FROM_HISTOGRAM = ("percentile", "mse")
 OBSERVERS = (*FROM_RANGES, *FROM_HISTOGRAM)
-"""The ways to make one magnitude of what was observed; `Statistics.amax` says what they mean."""
+"""The observers: ways to reduce statistics to one magnitude; see `Statistics.amax`."""
 
 PER = ("tensor", "channel")
 NATIVE = (torch.float32, torch.float16, torch.bfloat16)
-"""Element types whose extremes are exact in FP32."""
+"""Dtypes whose extremes are exact in FP32."""
 
 
 @dataclass(eq=False)
 class Statistics:
-    """What was seen of one value whose last axis has C channels. All tensors are on the CPU.
+    """Statistics of one value whose last axis has C channels. All tensors are on the CPU.
 
     Attributes:
         channels: C.
-        rows: Rows seen: the products of the leading sizes, summed over the batches.
-        batches: Batches seen, those without rows included.
-        filled: Batches with rows.
+        rows: Number of rows: the product of the leading sizes, summed over batches.
+        batches: Number of batches, including those without rows.
+        filled: Number of batches with rows.
         absmax: The largest magnitude, f32[C]; 0 where nothing was seen.
         minimum: The smallest element, f32[C]; inf where nothing was seen.
         maximum: The largest element, f32[C]; -inf where nothing was seen.
         average: The moving average of the absmax of each batch with rows, f32[C]: old · 0.9 + new · 0.1.
-        first: Where it started: the absmax of the first batch with rows, f32[C].
-        nan: How many NaN were seen. They count nowhere else, nor do infinities.
-        inf: How many infinities were seen.
-        nonfinite_batch: The first batch with NaN or Inf, counted from 0; None where there is none.
-        histogram: How often each magnitude was seen, where that was asked for.
-        sample: Some of the rows, where that was asked for.
+        first: Initial value of the moving average: absmax of the first batch with rows, f32[C].
+        nan: Number of NaN seen. NaN and infinities do not count anywhere else.
+        inf: Number of infinities seen.
+        nonfinite_batch: The first batch with NaN or Inf, counted from 0; None if there is none.
+        histogram: How often each magnitude was seen, if requested.
+        sample: Some of the rows, if requested.
     """
 
     channels: int
@@ -66,7 +66,7 @@ class Statistics:
 
     @classmethod
     def empty(cls, channels: int, *, histogram: bool = False, rows: int = 0) -> "Statistics":
-        """Statistics of nothing, which will have a histogram and a sample of up to `rows` rows, where asked for."""
+        """Returns empty statistics, on request with a histogram and a sample of up to `rows` rows."""
         zeros = torch.zeros(4, channels)
         return cls(
             channels, 0, 0, 0, zeros[0].clone(), zeros[1] + torch.inf, zeros[1] - torch.inf, zeros[2].clone(),
@@ -76,14 +76,14 @@ class Statistics:
 
     @property
     def unseen(self) -> bool:
-        """Whether there were no rows, or zeros only: for an expert of a mixture, that no token came its way."""
+        """Whether there were no rows, or zeros only; for an expert, no token was routed to it."""
         return not bool((self.absmax > 0).any())
 
     def update(self, x: Tensor) -> None:
         """Adds one batch: floating point `[..., C]`; QCompilerError for any other tensor."""
         if x.dim() == 0 or not x.is_floating_point() or x.shape[-1] != self.channels:
             need = f"floating point, with {self.channels} channels on the last axis"
-            raise QCompilerError("this batch does not fit the statistics", got=TensorType.of(x), need=need)
+            raise QCompilerError("the batch does not fit the statistics", got=TensorType.of(x), need=need)
         rows = math.prod(x.shape[:-1])
         self.batches += 1
         if not rows or not self.channels:
@@ -104,7 +104,7 @@ class Statistics:
             self.sample.update(flat)
 
     def _finite_range(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest finite element of each channel; counts the others."""
+        """Returns the smallest and largest finite element of each channel; counts the non-finite ones."""
         low, high = flat.amin(0).float().cpu(), flat.amax(0).float().cpu()
         if low.isfinite().all() and high.isfinite().all():
             return low, high
@@ -117,9 +117,9 @@ class Statistics:
         return low, torch.where(finite, flat, -torch.inf).amax(0).float().cpu()
 
     def merge(self, other: "Statistics") -> None:
-        """Adds what `other` saw, as if its batches came after the own ones; QCompilerError for other channels.
+        """Adds the statistics of `other` as if its batches came later; QCompilerError if the channels differ.
 
-        A histogram stays where both have one; a sample, too, of the smaller size.
+        A histogram is kept if both have one; a sample likewise, with the smaller capacity.
         """
         if other.channels != self.channels:
             problem = "statistics of different values cannot be merged"
@@ -127,7 +127,7 @@ class Statistics:
         if not self.filled:
             self.average, self.first = other.average.clone(), other.first.clone()
         elif other.filled:
-            # `other` started at its first batch; here that batch would have left 0.9 of what was before.
+            # `other` started at its first batch; here that batch would have kept 0.9 of the previous average.
             self.average = other.average + MOMENTUM**other.filled * (self.average - other.first)
         if self.nonfinite_batch is None and other.nonfinite_batch is not None:
             self.nonfinite_batch = self.batches + other.nonfinite_batch
@@ -150,9 +150,9 @@ class Statistics:
             self.sample.merge(other.sample)
 
     def scaled(self, factor: Tensor) -> "Statistics":
-        """What would have been seen of x · factor, for a positive `factor` [C].
+        """Returns the statistics of x · factor, for a positive `factor` [C].
 
-        Exact, but for the histogram, which cannot be known and is left out.
+        Exact, except for the histogram, which cannot be derived and is dropped.
         """
         factor = factor.detach().to("cpu", torch.float32)
         if factor.shape != (self.channels,) or not bool((factor.isfinite() & (factor > 0)).all()):
@@ -173,7 +173,7 @@ class Statistics:
         percentile: float = 99.99,
         format: Format = INT8_TENSOR,
     ) -> Tensor:
-        """The magnitude that the largest code of a quantized value is to stand for.
+        """Returns the magnitude that the largest code of a quantized value represents.
 
         Args:
             observer: "absmax": the largest magnitude. "minmax": the larger of -minimum and maximum. "moving_average":
@@ -182,14 +182,14 @@ class Statistics:
                 whose codes have the least squared error over the histogram.
             per: "tensor" or "channel".
             percentile: For "percentile": above 0, up to 100.
-            format: For "mse": the format that makes a scale and codes of a clip; its block does not count.
+            format: For "mse": the format that derives scale and codes from a clip; its block is ignored.
 
         Returns:
-            FP32, a scalar per tensor and [C] per channel; 0 where nothing was seen. "percentile" and "mse" are never
-            above absmax.
+            FP32, a scalar per tensor and [C] per channel; 0 where nothing was seen. "percentile" and "mse" never exceed
+            absmax.
 
         Raises:
-            QCompilerError: An unknown argument, or no histogram where one is needed.
+            QCompilerError: An argument is unknown, or a required histogram is missing.
         """
         for name, value, known in (("observer", observer, OBSERVERS), ("granularity", per, PER)):
             if value not in known:
@@ -210,10 +210,10 @@ class Statistics:
 
     def _from_histogram(self, observer: str, per: str, percent: float, format: Format) -> Tensor:
         if self.histogram is None:
-            fix = "Observe it with histogram=True, in the pipeline with calibrate{histogram=true}."
+            fix = "Observe it with histogram=True; in a pipeline, use calibrate{histogram=true}."
             if self.rows:
-                fix += " Scaling a value loses its histogram."
-            raise QCompilerError(f"observer {observer!r} needs a histogram, and there is none", fix=fix)
+                fix += " Scaling a value drops its histogram."
+            raise QCompilerError(f"observer {observer!r} needs a histogram, but there is none", fix=fix)
         counts, bits = self.histogram.channel, CHANNEL_BITS
         if per == "tensor":
             counts, bits = self.histogram.tensor.unsqueeze(0), TENSOR_BITS
@@ -224,6 +224,6 @@ class Statistics:
 
 
 def _brief(factor: Tensor) -> str:
-    """A factor in a message: its type, and its smallest entry."""
+    """Describes a factor for a message: its type and its smallest entry."""
     smallest = f" with a smallest entry of {float(factor.min()):.6g}" if factor.numel() else ""
     return f"{TensorType.of(factor)}{smallest}"

@@ -1,8 +1,8 @@
-"""Statistics in one safetensors file: numbers as tensors, everything else as JSON in the file's metadata.
+"""Stores statistics in one safetensors file: numbers as tensors, the rest as JSON in the file's metadata.
 
     <index of the value>.absmax, <index>.histogram.channel, …       metadata: {"qcompiler.calibration": JSON}
 
-The JSON has the format's version, the values with their names and modules, and the digest of it all.
+The JSON contains the format version, the names and modules of the values, and a digest of everything.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from qcompiler.files.replacing import not_replaced, replacing_file
 from qcompiler.runtime.tensor_files import write_tensors
 
 VERSION = 1
-"""Of the format; a file with a larger one comes from a newer qcompiler."""
+"""The format version; a file with a larger version comes from a newer qcompiler."""
 
 KEY = "qcompiler.calibration"
 RANGES = ("absmax", "minimum", "maximum", "average", "first")
@@ -34,11 +34,11 @@ NUMBERS = ("channels", "rows", "batches", "filled", "nan", "inf", "nonfinite_bat
 
 @dataclass(frozen=True)
 class Observed:
-    """What is known of one value.
+    """Statistics of one value with its module.
 
     Attributes:
-        statistics: What was seen of it.
-        module: Where it stands in the model.
+        statistics: Its statistics.
+        module: Its module path in the model.
     """
 
     statistics: Statistics
@@ -46,7 +46,7 @@ class Observed:
 
 
 def write(path: str | os.PathLike[str], values: Mapping[str, Observed]) -> None:
-    """Writes a file; a reader sees the old one or the new one, never half of one. InputError when it cannot be."""
+    """Writes a file atomically; InputError on failure."""
     target = Path(path)
     try:
         with replacing_file(target) as partial:
@@ -58,13 +58,13 @@ def write(path: str | os.PathLike[str], values: Mapping[str, Observed]) -> None:
 
 
 def write_file(path: Path, values: Mapping[str, Observed]) -> None:
-    """Writes a new file; OSError if it cannot be written."""
+    """Writes a new file; OSError on failure."""
     tensors = {key: tensor.contiguous() for key, tensor in _tensors(values).items()}
     write_tensors(tensors, path, {KEY: json.dumps({**_head(values), "digest": digest(values)})})
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Observed]:
-    """What `write` has written; InputError names the file when it is missing, damaged, foreign or newer."""
+    """Reads a file that `write` wrote; InputError names a file that is missing, damaged, unknown or newer."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
@@ -72,17 +72,17 @@ def read(path: str | os.PathLike[str]) -> dict[str, Observed]:
     except (OSError, SafetensorError) as error:
         raise InputError("the calibration file cannot be read", got=f"{path}: {error}") from error
     if text is None:
-        need = "a file that Calibration.save has written"
-        raise InputError("this is no calibration file", got=path, need=need)
+        need = "a file written by Calibration.save"
+        raise InputError("this is not a calibration file", got=path, need=need)
     try:
         head = json.loads(text)
         if head["version"] > VERSION:
             raise _Newer(head["version"])
         values = _restored(head, tensors)
         if digest(values) != head["digest"]:
-            raise ValueError("its contents have another digest than it says")
+            raise ValueError("its contents do not match its digest")
     except _Newer as newer:
-        fix = "Read it with the qcompiler that has written it, or a newer one."
+        fix = "Read it with the version of qcompiler that wrote it, or a newer one."
         raise InputError(
             "the calibration file is newer than this qcompiler", got=f"{path}, version {newer}",
             need=f"version {VERSION}", fix=fix,
@@ -94,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Observed]:
 
 
 def digest(values: Mapping[str, Observed]) -> str:
-    """SHA-256 of names, numbers and tensors, in hex; the order in which values were observed does not count."""
+    """Returns the SHA-256 of names, numbers and tensors, in hex; independent of the observation order."""
     ordered = dict(sorted(values.items()))
     hashed = hashlib.sha256(json.dumps(_head(ordered), sort_keys=True).encode())
     for key, tensor in sorted(_tensors(ordered).items()):
@@ -104,7 +104,7 @@ def digest(values: Mapping[str, Observed]) -> str:
 
 
 class _Newer(Exception):
-    """The file has a version that is not known here."""
+    """The version of the file is unknown to this qcompiler."""
 
 
 def _head(values: Mapping[str, Observed]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _head(values: Mapping[str, Observed]) -> dict[str, Any]:
 
 
 def _bins(low: int | None) -> list[int]:
-    """The exponents that have bins of their own, and the mantissa bits of bins."""
+    """Returns the exponents that have their own bins, and the mantissa bits of bins."""
     low = LOWEST if low is None else low
     return [low, low + EXPONENTS, TENSOR_BITS, CHANNEL_BITS]
 
@@ -132,7 +132,7 @@ def _low_of(bins: Any) -> int:
     for low in range(1 - BIAS, BIAS + 2 - EXPONENTS):
         if bins == _bins(low):
             return low
-    raise ValueError(f"its histograms have bins {bins}, not such as {_bins(LOWEST)}")
+    raise ValueError(f"its histograms have bins {bins}, expected bins such as {_bins(LOWEST)}")
 
 
 def _tensors(values: Mapping[str, Observed]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Capture: a PyTorch model becomes a `Graph` that is checked against the model."""
+"""Capture: turns a PyTorch model into a `Graph` that is checked against the model."""
 
 from qcompiler.capture.capturing import Captured as Captured
 from qcompiler.capture.capturing import capture as capture

@@ -1,11 +1,11 @@
-"""What a model's Python code asks of its data: answered from the example in the trace, and checked in each later call.
+"""Answers a model's Python questions about data from the example, and checks the answers in each later call.
 
     if mask.any():            ->   core.expect(any == False) {message = "... if mask.any(): (model.py:10) is False"}
     for n in sizes.tolist():  ->   core.expect(sizes[0] == 4) {message = "..."}, and so on
 
-The graph is right for all inputs that lead to the same answers. This is useful if they follow from a mask or from the
-sizes of images, and useless if they follow from activations: the choices of a router differ in each call. So an answer
-may depend on integer and boolean inputs, but not on floating-point inputs or parameters.
+The graph is valid for all inputs that lead to the same answers. This is useful if answers depend on a mask or on image
+sizes, and useless if they depend on activations: a router chooses differently in each call. So an answer may depend on
+integer and boolean inputs, but not on floating-point inputs or parameters.
 """
 
 from collections.abc import Collection, Iterator
@@ -29,19 +29,19 @@ from qcompiler.ir.graph import PARAM, Graph
 from qcompiler.ir.op import Op
 from qcompiler.ir.types import TensorType
 
-EXPECTED = "these inputs lead the model's code to another result than the example did: at capture, "
-"""How the message of a check begins."""
+EXPECTED = "these inputs lead the model's code to a different result than the example: at capture, "
+"""Prefix of a check's message."""
 
 MOST_NAMED = 3
-"""Lines of code that the warning names."""
+"""Maximum number of source lines that the warning names."""
 
 QUESTIONS: dict[Any, type] = {
     Tensor.__bool__: bool, Tensor.__int__: int, Tensor.__index__: int, Tensor.__float__: float, Tensor.item: object,
 }  # fmt: skip
-"""What turns a tensor of one element into a Python value, and that value's type."""
+"""Operators that turn a one-element tensor into a Python value, with that value's type."""
 
 MOST_ANSWERS = 1000
-"""A model that asks more often than this decides element by element."""
+"""Maximum number of questions; a model that asks more decides element by element."""
 
 
 class DataDependent(CaptureError):
@@ -53,27 +53,27 @@ def answers_of_example() -> Iterator[None]:
     """Makes torch.export compute with the example's values and answer questions about data from them.
 
     Raises:
-        DataDependent: Within, when the model asks more than MOST_ANSWERS times.
+        DataDependent: Raised inside the block if the model asks more than MOST_ANSWERS times.
     """
     with values_of_example(), _Answers():
         yield
 
 
 def values_of_example() -> AbstractContextManager[Any]:
-    """Makes traced tensors carry the example's values; a traced program is to be decomposed under it, too."""
+    """Makes traced tensors carry the example's values; also needed when the traced program is decomposed."""
     patched: AbstractContextManager[Any] = config.patch(
         fake_tensor_propagate_real_tensors=True,
-        generate_fake_kernels_from_real_mismatches=True,  # torch's rule for sums of int32 says another dtype
+        generate_fake_kernels_from_real_mismatches=True,  # torch's fake kernel for sums of int32 has another dtype
     )
     return patched
 
 
 def settle(graph: Graph, learned: Collection[str]) -> list[str]:
-    """Removes the checks of answers that no input can change; returns a clause on the others for the user, if any.
+    """Removes checks that no input can fail; returns a clause about the others for the user, if any.
 
     Args:
-        graph: As imported; changed in place.
-        learned: The names of the weights that are parameters of the model.
+        graph: The imported graph; changed in place.
+        learned: Names of the weights that are parameters of the model.
 
     Raises:
         DataDependent: An answer depends on a parameter or a floating-point input.
@@ -85,14 +85,14 @@ def settle(graph: Graph, learned: Collection[str]) -> list[str]:
         if not any(source.name == "core.input" for source in sources):
             graph.erase(op)
         elif any(_varies(source, learned) for source in sources):
-            raise DataDependent("the model's course depends on activations", where=str(op.loc) or None)
+            raise DataDependent("the model's control flow depends on activations", where=str(op.loc) or None)
         else:
-            lines[f"{op.loc.file}:{op.loc.line}" if op.loc.file else "an unknown place"] = None
+            lines[f"{op.loc.file}:{op.loc.line}" if op.loc.file else "an unknown location"] = None
     if not lines:
         return []
-    more = f" and {len(lines) - MOST_NAMED} more places" if len(lines) > MOST_NAMED else ""
+    more = f" and {len(lines) - MOST_NAMED} more locations" if len(lines) > MOST_NAMED else ""
     named = ", ".join([*lines][:MOST_NAMED])
-    return [f"the values of tensors that the model's code asks for are fixed to those of the example ({named}{more})"]
+    return [f"tensor values that the model's code reads are fixed to those of the example ({named}{more})"]
 
 
 def _varies(source: Op, learned: Collection[str]) -> bool:
@@ -103,18 +103,18 @@ def _varies(source: Op, learned: Collection[str]) -> bool:
 
 
 class _Answers(TorchFunctionMode):
-    """Answers from the example, and puts an assertion of each answer into the trace."""
+    """Answers questions from the example, and records an assertion of each answer in the trace."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func`, unless it asks for data of a tensor in the trace."""
+        """Runs `func`, or answers it if it reads data of a traced tensor."""
         if func in QUESTIONS and _example(args[0]) is not None:
             answer = self._answer(args[0])
             return answer if QUESTIONS[func] is object else QUESTIONS[func](answer)
-        if func is torch.tensor:  # a list may have tensors of the trace in it, whose values torch would take
+        if func is torch.tensor:  # a list may contain traced tensors, whose values torch would read
             args = pytree.tree_map(self._answer, args)
         out = func(*args, **(kwargs or {}))
         for result in pytree.tree_leaves(out):
@@ -123,7 +123,7 @@ class _Answers(TorchFunctionMode):
         return out
 
     def _answer(self, asked: Any) -> Any:
-        """The value of a traced tensor in the example; anything else as it is."""
+        """Returns the example's value of a traced tensor; anything else unchanged."""
         known = _example(asked) if isinstance(asked, Tensor) else None
         if known is None:
             return asked
@@ -132,7 +132,7 @@ class _Answers(TorchFunctionMode):
         return answer
 
     def _fix_sizes(self, result: Tensor, known: Tensor) -> None:
-        """Fixes the sizes that only data decide, such as those of `nonzero`; torch asserts them in the trace."""
+        """Fixes sizes that depend on data, such as those of `nonzero`; torch asserts them in the trace."""
         for size, example in zip(result.shape, known.shape, strict=True):
             if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
                 self._message(example)
@@ -141,14 +141,14 @@ class _Answers(TorchFunctionMode):
     def _message(self, answer: object) -> str:
         self.count += 1
         if self.count > MOST_ANSWERS:
-            raise DataDependent(f"the model's code asks for values of tensors more than {MOST_ANSWERS} times")
+            raise DataDependent(f"the model's code reads tensor values more than {MOST_ANSWERS} times")
         frame = next((f for f in reversed(extract_stack(limit=40)) if is_users(f.filename)), None)
         place = "" if frame is None else f" ({short_path(frame.filename)}:{frame.lineno})"
         return f"{EXPECTED}{(frame and frame.line) or 'a value'}{place} is {answer}"
 
 
 def _example(tensor: Tensor) -> Tensor | None:
-    """The example's value of a tensor in the trace; None for one outside of it."""
+    """Returns the example's value of a traced tensor; None if the tensor is not traced."""
     inner: Any = tensor
     while isinstance(inner, FunctionalTensor):
         inner = torch._from_functional_tensor(inner.elem)

@@ -1,4 +1,4 @@
-"""A call whose arguments are spelled otherwise than at capture: by name, in another order, more of them or fewer."""
+"""Matches calls whose arguments differ from capture: by name, in another order, with more or fewer arguments."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,26 +12,26 @@ from qcompiler.errors import InputError, did_you_mean
 MISSING: Any = object()
 """A parameter of forward without a default value."""
 
-COMPILE_WITH = "Leave it out here, or compile with it among the example inputs."
-COMPILE_WITHOUT = "To call without it, compile with example inputs that leave it out."
+COMPILE_WITH = "Omit it here, or compile with it among the example inputs."
+COMPILE_WITHOUT = "To call without it, compile with example inputs that omit it."
 
 Added = list[tuple[OptionalTensor, Any]]
-"""Tensors that were not captured, and what they must be equal to in order to change nothing."""
+"""Tensors that were not captured, and the values that they must have to change nothing."""
 
 
 def leaves_by_name(
     spec: pytree.TreeSpec, parameters: Sequence[tuple[str, Any]], leeway: Leeway, call: tuple[Any, Any]
 ) -> tuple[list[Any], Added]:
-    """The leaves of a call in the captured order, None for a tensor that is left out; and what was added.
+    """Returns the leaves of a call in captured order, None for an omitted tensor; and the added arguments.
 
     Args:
         spec: The captured structure of (args, kwargs).
         parameters: Names and default values of forward's parameters.
-        leeway: What may be left out or added.
-        call: The (args, kwargs) that were given.
+        leeway: The arguments that may be omitted or added.
+        call: The (args, kwargs) of the call.
 
     Raises:
-        InputError: An argument is missing, of another structure, or was not captured and changes the meaning.
+        InputError: An argument is missing, has another structure, or was not captured and changes the result.
     """
     args, kwargs = call
     positional, named = spec.children()
@@ -53,7 +53,7 @@ def leaves_by_name(
 
 
 def _added(given: Mapping[str, Any], wanted: Sequence[str], defaults: Mapping[str, Any], leeway: Leeway) -> Added:
-    """The arguments that were not captured, where their entries decide whether they change anything."""
+    """Returns the arguments that were not captured and whose entries decide whether they change the result."""
     found: Added = []
     for name, value in given.items():
         if name in wanted or leeway.may_add(name, value, defaults.get(name, MISSING)):
@@ -70,10 +70,10 @@ def _added(given: Mapping[str, Any], wanted: Sequence[str], defaults: Mapping[st
 
 
 def _leaves(name: str, value: Any, spec: pytree.TreeSpec) -> list[Any]:
-    """The leaves of one argument, which has the captured structure."""
+    """Returns the leaves of one argument, checked against the captured structure."""
     leaves, got = pytree.tree_flatten(value)
     if got != spec:
-        problem = f"the argument {name!r} has another structure than at capture"
+        problem = f"the argument {name!r} has a different structure than at capture"
         found, wanted = _brief(got, value), _brief(spec, spec)
         same_class = got.type is spec.type and isinstance(got.context, Mapping)
         if same_class and (fields := list(_differences(got, spec, ""))):
@@ -84,14 +84,14 @@ def _leaves(name: str, value: Any, spec: pytree.TreeSpec) -> list[Any]:
 
 
 def _differences(got: Any, want: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Fields in which two structures differ, such as a cache's `layers[0].batch_size`, each with both values."""
+    """Yields fields in which two structures differ, such as a cache's `layers[0].batch_size`, with both values."""
     if isinstance(got, pytree.TreeSpec) and isinstance(want, pytree.TreeSpec):
         yield from _differences(got.context, want.context, path)
         for index, pair in enumerate(zip(got.children(), want.children(), strict=False)):
             yield from _differences(*pair, f"{path}[{index}]")
     elif isinstance(got, Mapping) and isinstance(want, Mapping):
         for key in (key for key in got if key in want):
-            below = path if key == "s" else f"{path}.{key}".lstrip(".")  # transformers' word for the state of an object
+            below = path if key == "s" else f"{path}.{key}".lstrip(".")  # transformers' name for an object's state
             yield from _differences(got[key], want[key], below)
     elif isinstance(got, list | tuple) and isinstance(want, list | tuple) and len(got) == len(want):
         for index, pair in enumerate(zip(got, want, strict=True)):
@@ -101,7 +101,7 @@ def _differences(got: Any, want: Any, path: str) -> Iterator[tuple[str, Any, Any
 
 
 def how_to_convert(value: Any) -> str | None:
-    """What to do with a value that is no tensor but could be made one."""
+    """Returns how to convert a value that is not a tensor; None if it cannot be converted."""
     if isinstance(value, Mapping):
         return "Pass its entries by name: model(**batch)."
     numbers = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | int | float)
@@ -109,13 +109,13 @@ def how_to_convert(value: Any) -> str | None:
 
 
 def _names(parameters: Sequence[tuple[str, Any]], count: int) -> list[str]:
-    """The names of the first arguments by position."""
+    """Returns the names of the first positional arguments."""
     names = [name for name, _ in parameters][:count]
     return names + [f"args[{index}]" for index in range(len(names), count)]
 
 
 def _brief(spec: pytree.TreeSpec, value: Any = None) -> str:
-    """A structure on one line: `dict with a, b`, `list of 2`, or, for a single value, what it is."""
+    """Describes a structure on one line: `dict with a, b`, `list of 2`, or the type of a single value."""
     if spec.is_leaf():
         return "one value" if value is spec or isinstance(value, torch.Tensor) else type(value).__name__
     name = getattr(spec.type, "__name__", str(spec.type))

@@ -1,4 +1,4 @@
-"""How many sizes an attempt leaves open: all at first, and fewer when torch.export fails or takes too long."""
+"""Capture attempts with fewer and fewer dynamic sizes, when torch.export fails or takes too long."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Openness:
-    """What an attempt leaves open.
+    """The dynamic sizes of one attempt.
 
     Attributes:
-        shapes: "auto" or another word of `exporting`; None for no size at all.
-        words: What is fixed, for the user; empty when nothing is.
+        shapes: "auto" or another keyword of `exporting`; None for no dynamic sizes.
+        words: The fixed sizes, for the user; empty if there are none.
     """
 
     shapes: str | None
@@ -33,37 +33,37 @@ class Openness:
 
 
 class TooSlow(CaptureError):
-    """An attempt took longer than QCOMPILER_CAPTURE_SECONDS."""
+    """An attempt exceeded QCOMPILER_CAPTURE_SECONDS."""
 
 
 def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T], sizes: str | None = ALL_OPEN) -> tuple[T, str]:
-    """The first result of `attempt`, which is called with fewer and fewer open sizes; and what was fixed for that.
+    """Calls `attempt` with fewer and fewer dynamic sizes; returns the first result, and what was fixed.
 
     Args:
         call: The user's example.
-        attempt: Captures with the sizes open that a word says.
-        sizes: What the first attempt leaves open: ALL_OPEN, or None for no size.
+        attempt: Captures with the dynamic sizes that a keyword selects.
+        sizes: The dynamic sizes of the first attempt: ALL_OPEN, or None for no size.
 
     Returns:
-        The result, and a sentence for the user, which is empty when all sizes were left open.
+        The result, and a sentence for the user; the sentence is empty if all sizes stayed dynamic.
 
     Raises:
-        CaptureError: What the first attempt raised, when none works; or a difference between graph and model at once.
+        CaptureError: The first attempt's error, if none succeeds; raised at once if graph and model differ.
     """
     first: CaptureError | None = None
     for openness in _ladder(call, sizes):
         if (openness.shapes == ANSWERED) != isinstance(first, DataDependent):
-            continue  # answers help with nothing else, and nothing else helps with questions
+            continue  # fixed answers help only with data-dependent questions, and only they help with those
         seconds = None if openness.shapes is None else knobs.current().capture_seconds
-        limit = "no limit of time" if seconds is None else f"{seconds:g} s of CPU time at most"
-        logger.info("tracing: %s; %s", openness.words or "all sizes are open", limit)
+        limit = "no time limit" if seconds is None else f"at most {seconds:g} s of CPU time"
+        logger.info("tracing: %s; %s", openness.words or "all sizes are dynamic", limit)
         try:
             with time_limit(seconds):
                 result = attempt(openness.shapes)
         except OutOfTime:
             knob = f"{knobs.PREFIX}CAPTURE_SECONDS"
             error: CaptureError = TooSlow(
-                f"torch.export took more than {seconds:g} s of CPU time, the limit that {knob} sets"
+                f"torch.export took more than {seconds:g} s of CPU time, the limit set by {knob}"
             )
         except (DataDependent, Untraceable) as failure:
             error = failure
@@ -88,5 +88,5 @@ def _reason(error: CaptureError) -> str:
     if isinstance(error, TooSlow):
         return str(error)
     if isinstance(error, DataDependent):
-        return f"the model's code asks for values of tensors (first at {error.where})"
-    return f"torch.export fails with open sizes ({str(error.got).removesuffix('.')})"
+        return f"the model's code reads tensor values (first at {error.where})"
+    return f"torch.export fails with dynamic sizes ({str(error.got).removesuffix('.')})"

@@ -1,7 +1,7 @@
-"""Looks at indices before a GPU does: an index out of range kills a CUDA context, and with it the user's process.
+"""Checks indices before a GPU uses them: an index out of range kills the CUDA context, and the user's process.
 
-The check of a captured graph tries sizes that a model may not take. On the CPU an index out of range raises; here it
-does so on every device.
+The check of a captured graph tries sizes that the model may not support. On the CPU an index out of range raises; this
+mode makes it raise on every device.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,14 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Indexed = Iterator[tuple[torch.Tensor, int, bool]]
-"""(indices, number of entries that they may address, whether they may count from the end)."""
+"""(indices, number of addressable entries, whether negative indices count from the end)."""
 
 
 class BoundsCheck(TorchDispatchMode):
-    """While entered, every operator that reads or writes by index raises IndexError when an index is out of range."""
+    """While active, every operator that reads or writes by index raises IndexError if an index is out of range."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's constructor is untyped
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -71,4 +71,4 @@ INDEXED: Mapping[str, Callable[[tuple[Any, ...]], Indexed]] = {
     **dict.fromkeys(("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"), _several),
     **dict.fromkeys(("take", "put", "put_"), _flat),
 }  # fmt: skip
-"""Operator -> where its indices are."""
+"""Operator -> its indices."""

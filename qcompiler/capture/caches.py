@@ -1,7 +1,7 @@
-"""transformers' key-value caches as example inputs: those that have no memory yet, and those that no graph can hold.
+"""transformers' key-value caches as example inputs: allocates static caches, and rejects unsupported ones.
 
-A `StaticCache` allocates its tensors in its first call, and only tensors can be inputs. Capture makes the model
-allocate them, in a run on a copy.
+A `StaticCache` allocates its tensors in its first call, but only tensors can be inputs. Capture runs a copy of the
+model once to allocate them.
 """
 
 import copy
@@ -18,10 +18,10 @@ from qcompiler.errors import CaptureError
 
 
 def prepare_caches(model: torch.nn.Module, call: Call) -> None:
-    """Gives memory to the static caches of a call, in place; their contents stay empty.
+    """Allocates the static caches of a call, in place; their contents stay empty.
 
     Raises:
-        CaptureError: A cache counts its tokens in Python, which a graph would take for a constant.
+        CaptureError: A cache counts its tokens in Python, which a graph would record as a constant.
     """
     for path, layer in _layers(call):
         _check_counter(path, layer)
@@ -35,17 +35,17 @@ def prepare_caches(model: torch.nn.Module, call: Call) -> None:
 
 
 def has_cache(call: Call) -> bool:
-    """Whether a cache is among the arguments of a call."""
+    """Whether the arguments of a call include a cache."""
     return any(True for _ in _layers(call))
 
 
 def static_caches(call: Call) -> list[str]:
-    """The names of the arguments that are caches of a maximum length."""
+    """Returns the names of the arguments that are caches of fixed maximum length."""
     return [path for path, layer in _layers(call) if hasattr(layer, "max_cache_len")]
 
 
 def _layers(call: Call) -> Iterator[tuple[str, Any]]:
-    """Each layer of each cache among the arguments, with the name of its argument."""
+    """Yields each layer of each cache among the arguments, with the name of the argument."""
     args, kwargs = call
     named = [*((f"args[{index}]", value) for index, value in enumerate(args)), *kwargs.items()]
     for name, value in named:
@@ -63,8 +63,8 @@ def _check_counter(path: str, layer: Any) -> None:
     if not getattr(layer, "is_sliding", False) or not (static or layer.is_initialized):
         return
     raise CaptureError(
-        f"a cache with a sliding window counts its tokens in Python, so that a graph would fit one step only: {path}",
+        f"a cache with a sliding window counts its tokens in Python, so a graph would be valid for one step: {path}",
         got=type(layer).__name__,
         need="layers that keep all tokens",
-        fix="Make it with transformers.DynamicCache(), without the config: the model's mask applies the window.",
+        fix="Create it with transformers.DynamicCache(), without the config: the model's mask applies the window.",
     )

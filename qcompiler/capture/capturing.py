@@ -1,4 +1,4 @@
-"""`capture`: a PyTorch model becomes a `Graph` that is checked against the model.
+"""`capture`: turns a PyTorch model into a `Graph` that is checked against the model.
 
 The steps, one file each:
 
@@ -45,21 +45,21 @@ from qcompiler.ir.graph import Graph
 from qcompiler.runtime.weights import Weights, named_tensors
 
 REMEDY = (
-    "Capture again for others. To keep a size open, avoid Python loops and branches over it; "
+    "Capture again for other sizes. To keep a size dynamic, avoid Python loops and branches on it; "
     "to fix it without this warning, pass dynamic_shapes."
 )
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A model as a graph.
+    """A captured model.
 
     Attributes:
-        graph: What the model computes, over `graph.weights`: views of the model's own tensors.
-        signature: How a call's arguments become the graph's inputs, and its outputs what the model returns.
-        fixed: What the graph fixes and the model leaves open, as the warning says it.
-        lines: Where the model's code made torch fix a size: `dimension 1 of x` -> `model.py:10`.
-        notes: What the report says of sizes that the graph fixes, and of the checkpoint that the model was read from.
+        graph: The model's computation, over `graph.weights`: views of the model's own tensors.
+        signature: Maps call arguments to graph inputs, and graph outputs to the model's return value.
+        fixed: What the graph fixes although the model does not, as worded in the warning.
+        lines: The source line that made torch fix a size: `dimension 1 of x` -> `model.py:10`.
+        notes: Notes for the report, on fixed sizes and on the model's checkpoint.
     """
 
     graph: Graph
@@ -69,7 +69,7 @@ class Captured:
     notes: tuple[str, ...] = ()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What the graph gives for a call of the model, interpreted op by op; buffers stay as they are."""
+        """Interprets the graph op by op for a call of the model; buffers do not change."""
         inputs, without = self.signature.bind(args, kwargs)
         return self.signature.unflatten(interpret(self.graph, inputs), without)
 
@@ -83,28 +83,28 @@ def capture(
     check: bool = True,
     allow_meta: bool = False,
 ) -> Captured:
-    """The graph of a model, traced with example inputs.
+    """Captures the graph of a model by tracing it with example inputs.
 
-    The model is left as it is: its tensors are shared and never copied, its buffers and configuration restored. A
+    The model is unchanged: its tensors are shared, never copied, and its buffers and configuration are restored. A
     causal language model of transformers is captured without a key-value cache, unless the call passes `use_cache` or
     a cache.
 
     Args:
-        model: A module in evaluation mode on one device, or what torch.export.export gave for one.
+        model: A module in evaluation mode on one device, or the result of torch.export.export.
         args: Positional example inputs: any pytree of tensors, numbers, None and strings.
         kwargs: Example inputs by name.
-        dynamic_shapes: "auto": each dimension is dynamic unless the model fixes it. None: the sizes of the examples
-            alone. Anything else goes to torch.export as it is.
-        check: Whether to run the model and the graph side by side, at the given sizes and at others. Without it, sizes
-            of 0 and 1 are refused wherever a dimension is dynamic, because nobody has tried them.
+        dynamic_shapes: "auto": each dimension is dynamic unless the model fixes it. None: only the sizes of the
+            examples. Anything else is passed to torch.export.
+        check: Whether to compare model and graph at the given sizes and at others. Without the check, dynamic
+            dimensions reject sizes 0 and 1, because they were not tested.
         allow_meta: Whether weights may be on the meta device; the graph is then structure only, and not checked.
 
     Warns:
-        CaptureWarning: "auto" fixes sizes that the model leaves open, or QCOMPILER_CAPTURE_SECONDS were not enough for
-            all sizes.
+        CaptureWarning: "auto" fixes sizes that the model does not, or QCOMPILER_CAPTURE_SECONDS was too short to
+            capture all dynamic sizes.
 
     Raises:
-        CaptureError: The model cannot be traced, or the graph does not compute the same.
+        CaptureError: The model cannot be traced, or graph and model differ.
     """
     call: Call = (tuple(args), dict(kwargs or {}))
     if isinstance(model, ExportedProgram):
@@ -119,11 +119,9 @@ def capture(
 
 
 def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: bool) -> Captured:
-    """A model that has passed the checks, with as many sizes open as work."""
+    """Captures a checked model with as many dynamic sizes as possible."""
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
-        raise CaptureError(
-            "dynamic_shapes is a word that capture does not know", got=repr(dynamic_shapes), need="'auto' or None"
-        )
+        raise CaptureError("dynamic_shapes is not a known keyword", got=repr(dynamic_shapes), need="'auto' or None")
     check = check and not _without_data(model, call)
     if not isinstance(dynamic_shapes, str | None):
         return _captured(model, call, call, dynamic_shapes, check)
@@ -140,7 +138,7 @@ def _of_module(model: torch.nn.Module, call: Call, dynamic_shapes: Any, check: b
 
 
 def _enlarged(model: torch.nn.Module, call: Call, shapes: str | None, check: bool) -> Captured:
-    """A model, by the first variant of the examples that works."""
+    """Captures a model with the first variant of the examples that works."""
     variants = iter([call]) if shapes in (None, ANSWERED) else enlarged(call, partial(does_run, model), has_cache(call))
     errors: list[CaptureError] = []
     for traced in variants:
@@ -154,12 +152,12 @@ def _enlarged(model: torch.nn.Module, call: Call, shapes: str | None, check: boo
 
 
 def _prepare(model: torch.nn.Module, call: Call) -> None:
-    """Gives memory to static caches; a model that does not run is left to the trace, which says more."""
+    """Allocates static caches; if the model does not run, the trace reports the error in more detail."""
     try:
         prepare_caches(model, call)
     except CaptureError:
         raise
-    except Exception:  # whatever the model raises
+    except Exception:  # the model may raise anything
         return
 
 
@@ -177,7 +175,7 @@ def _captured(model: torch.nn.Module, call: Call, traced: Call, dynamic_shapes: 
 
 
 def _from_exported(program: ExportedProgram, call: Call | None, check: bool) -> Captured:
-    """What torch.export made of a model, with its own module to check against."""
+    """Captures an exported program, checked against its own module."""
     tensors = {**program.state_dict, **{k: t for k, t in program.constants.items() if isinstance(t, torch.Tensor)}}
     recorded = program.module_call_graph[0].signature
     names = getattr(recorded, "forward_arg_names", None) or ()
@@ -194,7 +192,7 @@ def _from_exported(program: ExportedProgram, call: Call | None, check: bool) -> 
 
 
 def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Call) -> Captured:
-    """The same with the sizes that the check found to be legal."""
+    """Returns the capture with the sizes that the check found to be valid."""
     try:
         signature = check_graph(captured.graph, captured.signature, model, call, traced)
     except ModelRefused as error:
@@ -207,11 +205,11 @@ def _checked(captured: Captured, model: torch.nn.Module, call: Call, traced: Cal
 
 
 def _check_fit(signature: Signature, call: Call) -> None:
-    """Refuses a graph that was traced at larger sizes and is fixed to them, so that it does not take the example."""
+    """Rejects a graph that was traced at larger sizes, became fixed to them, and does not accept the example."""
     try:
         signature.flatten(*call)
     except InputError as error:
-        raise CaptureError("the graph does not take the example inputs that it was captured for", got=error) from error
+        raise CaptureError("the graph does not accept its own example inputs", got=error) from error
 
 
 def _imported(
@@ -222,7 +220,7 @@ def _imported(
     parameters: tuple[tuple[str, Any], ...],
     answered: bool = False,
 ) -> Captured:
-    """An exported program, decomposed and imported."""
+    """Decomposes and imports an exported program."""
     with values_of_example() if answered else nullcontext():
         functional = decompose(program, answered)
     graph, symbols = import_program(functional, weights, name=name, roles=roles)
@@ -234,11 +232,11 @@ def _imported(
 def _signature(
     program: Functional, graph: Graph, symbols: Symbols, parameters: tuple[tuple[str, Any], ...]
 ) -> Signature:
-    """The calling convention that export recorded."""
+    """Returns the calling convention that export recorded."""
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:
         raise CaptureError(
-            "the exported program does not say how it is called", got="a CallSpec without in_spec or out_spec"
+            "the exported program does not record how it is called", got="a CallSpec without in_spec or out_spec"
         )
     paths = _argument_paths(in_spec, [name for name, _ in parameters])
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -260,7 +258,7 @@ def _signature(
 
 
 def _argument_paths(spec: pytree.TreeSpec, names: list[str]) -> list[str]:
-    """How a user would name each flat argument: `input_ids`, `batch['mask']`."""
+    """Returns each flat argument as a user would write it: `input_ids`, `batch['mask']`."""
     args, kwargs = spec.children()
     heads = [names[i] if i < len(names) else f"args[{i}]" for i in range(args.num_children)] + list(
         kwargs.context or []
@@ -270,13 +268,13 @@ def _argument_paths(spec: pytree.TreeSpec, names: list[str]) -> list[str]:
 
 
 def _parameters(model: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The names and default values of forward's parameters, as far as they can be given by position."""
+    """Returns the names and default values of forward's parameters that can be passed by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = inspect.signature(model.forward).parameters.values()
     return tuple((p.name, MISSING if p.default is p.empty else p.default) for p in found if p.kind in kinds)
 
 
 def _without_data(model: torch.nn.Module, call: Call) -> bool:
-    """Whether a weight or an input is a shape without data, so that nothing can be run."""
+    """Whether a weight or an input has no data, so that nothing can be run."""
     tensors = [*named_tensors(model).values(), *(x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor))]
     return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)

@@ -1,7 +1,7 @@
-"""Holds a captured graph to the model: same outputs, same updates, at several sizes; and finds the least legal sizes.
+"""Compares a captured graph with the model: same outputs and updates at several sizes; finds the smallest valid sizes.
 
-torch.export assumes that no dynamic size is 0 or 1. The graph is tried there as well: where it agrees with the model,
-the range of the symbol is widened; where it does not, the range says so and a call of that size is refused.
+torch.export assumes that no dynamic size is 0 or 1. The check tries these sizes: if graph and model agree, it widens
+the symbol's range; otherwise the range excludes them, and calls of that size are rejected.
 """
 
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ from qcompiler.ir.ranges import Range
 
 
 def check_graph(graph: Graph, signature: Signature, model: torch.nn.Module, call: Call, traced: Call) -> Signature:
-    """Compares graph and model at the given sizes, at other ones, and at 1 and 0.
+    """Compares graph and model at the given sizes, at other sizes, and at 1 and 0.
 
     Args:
-        graph: What was captured.
-        signature: How it is called.
-        model: What it was captured from; buffers that it writes are restored after each run.
+        graph: The captured graph.
+        signature: Its calling convention.
+        model: The captured model; buffers that it writes are restored after each run.
         call: The user's example.
-        traced: The example that was traced with, where sizes of 1 may be larger.
+        traced: The example used for tracing, in which sizes of 1 may be larger.
 
     Returns:
-        The signature with the ranges of the symbols, widened or narrowed by what was found, and without the conditions
-        that do not matter.
+        The signature with the ranges of the symbols widened or narrowed to match the results, and without irrelevant
+        conditions.
 
     Raises:
-        CaptureError: They differ; the message has the output, the shapes and the difference.
+        CaptureError: They differ; the message gives the output, the shapes and the difference.
         ModelRefused: The model does not run on the example.
     """
     judge = _Judge(graph, signature, model)
@@ -54,14 +54,14 @@ def check_graph(graph: Graph, signature: Signature, model: torch.nn.Module, call
 
 
 class _Judge:
-    """Runs graph and model on the same inputs and compares all that comes out."""
+    """Runs graph and model on the same inputs and compares all results."""
 
     def __init__(self, graph: Graph, signature: Signature, model: torch.nn.Module) -> None:
         self.signature, self.runs = signature, Runs(graph, signature, model)
         self.agreed: list[dict[str, int]] = []
 
     def try_compare(self, call: Call, sizes: Mapping[str, int]) -> bool:
-        """Compares at other sizes; False when the example or the model does not allow them."""
+        """Compares at other sizes; False if the example or the model does not allow them."""
         varied = with_sizes(self.signature, call, sizes)
         if varied is None:
             return False
@@ -72,6 +72,6 @@ class _Judge:
         return True
 
     def compare(self, call: Call) -> None:
-        """Raises CaptureError when graph and model differ on a call, ModelRefused when the model does not run."""
+        """Raises CaptureError if graph and model differ on a call, ModelRefused if the model does not run."""
         compare(self.runs, call)
         self.agreed.append(sizes_of(self.signature, call))

@@ -1,14 +1,14 @@
-"""Whether a graph computes what its model computes: the judgment of what comes out of both.
+"""Decides whether a graph computes the same as its model, by comparing their results.
 
-Equal bits pass at once, which is the usual case. Where bits differ, a kernel may have summed in another order, or the
-graph may be wrong. No constant tells these apart at the depth of an LLM in bf16, so they are told apart by experiment:
+Equal bits pass at once, which is the usual case. If bits differ, either a kernel summed in another order, or the graph
+is wrong. No constant separates the two at the depth of an LLM in bf16, so an experiment does:
 
-1. Both run in FP64 (`double`). A wrong graph differs there by far more than 1e-9; a right one does not.
-2. The graph's own rounding error, its distance from FP64, must be like the model's: at most `RATIO` times as large.
-   Where the model was lucky, runs of it with random rounding errors (`noise`) say how large its error may be. An entry
-   that jumps, such as the choice of an expert, jumps in some of those as well.
+1. Both run in FP64 (`double`). A wrong graph differs by far more than 1e-9; a correct one does not.
+2. The graph's rounding error, its distance from FP64, must be similar to the model's: at most `RATIO` times as large.
+   If the model's error happens to be small, runs with random rounding errors (`noise`) show how large it may be. An
+   entry that jumps, such as an expert choice, jumps in some of these runs too.
 
-Without FP64 (an operator has none, memory is short), the second test alone decides, relative to the model's run.
+Without FP64 (an operator lacks support, or memory is short), the second test alone decides, relative to the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,17 +26,17 @@ from qcompiler.capture.runs import ModelRefused, Runs
 from qcompiler.errors import CaptureError
 
 DOUBLE_TOLERANCE = 1e-9
-"""Largest relative difference in FP64, whose rounding noise is about 1e-15: the rest is for ill-conditioned models."""
+"""Largest relative difference in FP64. Its rounding noise is about 1e-15; the margin is for ill-conditioned models."""
 
 RATIO = 4
-"""How much larger the graph's rounding error may be than the model's. Two samples of one rounding noise differ by less:
+"""Largest ratio of the graph's rounding error to the model's. Two samples of one rounding noise differ by less:
 benchmarks/capture_check.py measures it."""
 
 FLOOR = 4
-"""Units in the last place, of the root mean square of an output, that are always allowed."""
+"""Always allowed: units in the last place of an output's root mean square."""
 
 RUNS = 16
-"""Runs with random rounding errors before a graph is refused: enough to see a choice between two near values flip."""
+"""Runs with random rounding errors before a graph is rejected: enough to see a choice between two near values flip."""
 
 PROBLEM = "the captured graph does not compute what the model computes: "
 FIX = (
@@ -45,13 +45,13 @@ FIX = (
 )
 
 Found = Mapping[str, Any]
-"""What a run gives: a value for each output, and for each buffer and input that it writes."""
+"""The results of a run: a value for each output, and for each buffer and input that it writes."""
 
 
 def compare(runs: Runs, call: Call) -> None:
-    """Raises CaptureError when graph and model differ on a call, ModelRefused when the model does not run.
+    """Raises CaptureError if graph and model differ on a call, ModelRefused if the model does not run.
 
-    The model runs once where bits are equal; up to `RUNS` + 2 times where they are not.
+    The model runs once if bits are equal, and up to `RUNS` + 2 times otherwise.
     """
     want, got = runs.of_model(call), runs.of_graph(call)
     shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in runs.named_tensors(call))
@@ -62,7 +62,7 @@ def compare(runs: Runs, call: Call) -> None:
     truth: Found = want
     try:
         exact, other = (_in_double(partial(run, call), differing) for run in (runs.of_model, runs.of_graph))
-    except Exception:  # whatever an operator says that takes no FP64, and memory that is too small for it
+    except Exception:  # an operator without FP64 support may raise anything, and memory may be short
         pass
     else:
         truth = exact
@@ -71,25 +71,25 @@ def compare(runs: Runs, call: Call) -> None:
 
 
 def same_values(first: Callable[..., Found], second: Callable[..., Found], names: Sequence[str]) -> bool:
-    """Whether two runs of models give the same: bit for bit, or in FP64.
+    """Whether two model runs give equal results: bit for bit, or in FP64.
 
     Args:
-        first: Called with nothing, or with the mode and the entrance of a run in FP64.
-        second: The same.
-        names: What to compare of what they give.
+        first: Called without arguments, or with the dispatch mode and the `enter` function of a run in FP64.
+        second: Likewise.
+        names: The results to compare.
     """
     left, right = first(), second()
     try:
         if all(_equal(name, left[name], right[name], "") for name in names):
             return True
         _check_double(_in_double(first, names), _in_double(second, names), "")
-    except Exception:  # they differ, or an operator takes no FP64
+    except Exception:  # they differ, or an operator does not support FP64
         return False
     return True
 
 
 def _equal(what: str, got: Any, want: Any, shapes: str) -> bool:
-    """Whether two values are equal, bit for bit; CaptureError when no rounding explains how they differ."""
+    """Whether two values are bitwise equal; CaptureError if rounding cannot explain the difference."""
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
         if got != want and (got == got or want == want):  # NaN is not equal to itself
             raise CaptureError(f"{PROBLEM}{what} differs", got=got, need=want, where=shapes)
@@ -101,8 +101,8 @@ def _equal(what: str, got: Any, want: Any, shapes: str) -> bool:
 
 
 def _in_double(run: Callable[..., Found], names: Iterable[str]) -> Found:
-    """What a run gives in FP64."""
-    # The operators of MKL-DNN take no FP64, and are chosen by dtype.
+    """Returns the results of a run in FP64."""
+    # MKL-DNN operators do not support FP64, and are selected by dtype.
     with third_party_silence(), torch.backends.mkldnn.flags(enabled=False):
         found = run(DoublePrecision(), widened)
     return {name: value_of(found[name]) for name in names}
@@ -119,7 +119,7 @@ def _check_double(want: Found, got: Found, shapes: str) -> None:
 
 
 def _check_rounding(runs: Runs, call: Call, want: Found, got: Found, truth: Found, shapes: str) -> None:
-    """Compares the graph's distance from `truth` to the model's, which rounds as it does and at random."""
+    """Compares the graph's distance from `truth` with the model's, with and without random rounding errors."""
     distances = {what: Distance.between(got[what], truth[what]) for what in want}
     noise = {what: Distance.of_size(value, _unit(value) * FLOOR / RATIO) for what, value in want.items()}
     for sample in _samples(runs, call, want):
@@ -130,18 +130,18 @@ def _check_rounding(runs: Runs, call: Call, want: Found, got: Found, truth: Foun
     what = beyond[0]
     raise CaptureError(
         f"{PROBLEM}{what} differs by more than rounding explains",
-        got=distances[what], need=f"at most {RATIO} times what rounding does to the model: {noise[what]}", where=shapes,
+        got=distances[what], need=f"at most {RATIO} times the model's own rounding error: {noise[what]}", where=shapes,
         fix=FIX,
     )  # fmt: skip
 
 
 def _samples(runs: Runs, call: Call, want: Found) -> Iterator[Found]:
-    """What the model gives as it rounds, and then with random rounding errors."""
+    """Yields the model's results, first as it rounds, then with random rounding errors."""
     yield want
     for seed in range(RUNS):
         try:
             yield runs.of_model(call, RoundingNoise(seed))
-        except ModelRefused:  # an operator that wants exact values, such as probabilities that sum to 1
+        except ModelRefused:  # an operator requires exact values, such as probabilities that sum to 1
             return
 
 

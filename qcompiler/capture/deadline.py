@@ -1,9 +1,9 @@
-"""A limit to the time that torch.export may take with open sizes.
+"""A time limit for torch.export with dynamic sizes.
 
-Each open size is a symbol, and torch proves facts about expressions of symbols with sympy: for heights and widths of an
-image model with windows, for minutes. There is no way to ask torch.export to stop. Every proof goes through a few
-methods of its `ShapeEnv`, though; within the limit they are replaced by ones that look at the clock first. The clock is
-the CPU time of the thread, so that a busy machine does not change what is captured.
+Each dynamic size is a symbol, and torch proves facts about symbolic expressions with sympy; for heights and widths of
+an image model with windows this takes minutes. torch.export has no way to stop it. But every proof goes through a few
+methods of its `ShapeEnv`; while the limit is active, they check the clock first. The clock is the CPU time of the
+thread, so load on the machine does not change what is captured.
 """
 
 import threading
@@ -16,14 +16,14 @@ from typing import Any
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ENTRANCES = ("_maybe_evaluate_static", "simplify", "bound_sympy")
-"""Methods of ShapeEnv through which proofs go; those that a version of torch does not have are left out.
+"""Methods of ShapeEnv that proofs go through; methods missing in a torch version are skipped.
 
-None of them is on the stack when a guard is made: torch would take this file for the place that asked.
+None of them is on the stack when torch creates a guard: torch would attribute the guard to this file.
 """
 
 
 class OutOfTime(BaseException):
-    """The time is over. Not an Exception: torch and models catch those on their way."""
+    """The time limit was exceeded. Not an Exception, because torch and models catch those."""
 
 
 _running = threading.local()
@@ -34,7 +34,7 @@ _users = 0
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises OutOfTime out of a trace in this thread when it takes more CPU time than `seconds`; None is no limit."""
+    """Raises OutOfTime in this thread if a trace takes more CPU time than `seconds`; None means no limit."""
     if seconds is None:
         yield
         return
@@ -49,7 +49,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def _watch() -> None:
-    """Replaces the entrances, if no other thread has done so."""
+    """Wraps the methods, if no other thread has done so."""
     global _users
     with _lock:
         _users += 1
@@ -62,7 +62,7 @@ def _watch() -> None:
 
 
 def _unwatch() -> None:
-    """Puts the entrances back after the last thread."""
+    """Restores the methods after the last thread."""
     global _users
     with _lock:
         _users -= 1

@@ -1,8 +1,8 @@
-"""From torch's training IR to functional ATen, with the operators that passes look for kept whole.
+"""Decomposes torch's training IR to functional ATen; operators that passes match stay whole.
 
-Of the composite operators those that are not in KEEP are taken apart, each exactly as eager torch would run it, so that
-bits stay equal. Primitive operators (silu, gelu, embedding, addmm, …) always stay. `run_decompositions` does it, makes
-in-place operators functional, and inlines autocast and no-grad regions; most models need none of that, see `inlining`.
+Composite operators not in KEEP are decomposed exactly as eager torch would run them, so bits stay equal. Primitive
+operators (silu, gelu, embedding, addmm, …) always stay. `run_decompositions` does this, makes in-place operators
+functional, and inlines autocast and no-grad regions; most models do not need it, see `inlining`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from qcompiler.errors import CaptureError
 
 KEEP = frozenset(
     {
-        # matrix products
+        # matmuls
         "aten::linear", "aten::matmul", "aten::inner", "aten::conv1d", "aten::conv2d", "aten::conv3d",
         "aten::conv_transpose1d", "aten::conv_transpose2d.input", "aten::conv_transpose3d.input",
         # attention
@@ -30,21 +30,21 @@ KEEP = frozenset(
         "aten::layer_norm", "aten::rms_norm", "aten::group_norm", "aten::instance_norm",
         # activations and gates
         "aten::silu", "aten::gelu", "aten::relu6", "aten::selu", "aten::glu",
-        # whole sequences and pools: their parts are loops over a size, or a second result that nobody reads
+        # sequences and pools: they decompose into loops over a size, or into an unused second result
         "aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input", "aten::max_pool1d",
         "aten::max_pool2d", "aten::max_pool3d", "aten::avg_pool1d", "aten::adaptive_avg_pool1d",
         "aten::adaptive_avg_pool2d", "aten::adaptive_avg_pool3d",
-        # their parts look at the data
+        # their decompositions read data
         "aten::one_hot",
-        # questions about a tensor, whose answers are sizes
+        # size and stride queries
         "aten::sym_size.int", "aten::sym_stride.int", "aten::size.int", "aten::stride.int",
-        # shapes: their parts are strides and clones that say nothing
+        # shapes: they decompose into strides and clones that obscure the meaning
         "aten::pad", "aten::repeat_interleave.self_int", "aten::split.Tensor", "aten::split.sizes", "aten::chunk",
         "aten::unflatten.int", "aten::stack", "aten::where.ScalarOther", "aten::where.ScalarSelf",
         "aten::upsample_nearest2d.vec", "aten::upsample_bilinear2d.vec",
     }
 )  # fmt: skip
-"""Composite operators that a graph shows whole. Version 1; extend it when a pass needs another."""
+"""Composite operators kept whole in a graph. Version 1; add to it when a pass needs another one."""
 
 ASSERTIONS = frozenset(
     {
@@ -66,18 +66,18 @@ class Functional:
     range_constraints: Mapping[sympy.Symbol, Any]
     call_spec: Any
     checks: bool = False
-    """Whether the graph's assertions are part of what it means; otherwise they only repeat the ranges of symbols."""
+    """Whether the graph's assertions are significant; otherwise they only repeat the ranges of symbols."""
 
 
 def decompose(program: ExportedProgram, checks: bool = False) -> Functional:
-    """A program in functional ATen, with KEEP whole; `program` stays as it is.
+    """Returns a program in functional ATen, with KEEP whole; `program` is unchanged.
 
     Args:
-        program: As torch.export gave it.
+        program: The result of torch.export.
         checks: As in `Functional`.
 
     Raises:
-        CaptureError: Control flow, or another operator over sub-graphs, is left; the message has the user's line.
+        CaptureError: Control flow, or another operator on sub-graphs, remains; the message gives the user's line.
     """
     with third_party_silence():
         graph = inline(program, _is_taken_apart, is_assertion)
@@ -87,7 +87,7 @@ def decompose(program: ExportedProgram, checks: bool = False) -> Functional:
     for node in graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
-                "control flow over sub-graphs cannot be part of a graph yet",
+                "control flow with sub-graphs is not supported",
                 got=node.target.name(),
                 where=str(location_of(node)) or None,
                 fix="Write it without torch.cond, while_loop or map, for instance with torch.where.",
@@ -96,7 +96,7 @@ def decompose(program: ExportedProgram, checks: bool = False) -> Functional:
 
 
 def is_assertion(node: torch.fx.Node) -> bool:
-    """Whether a node only checks something, so that the graph leaves it out."""
+    """Whether a node only checks something, so the graph omits it."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target.name().split(".")[0].replace("::", ".") in ASSERTIONS
@@ -104,7 +104,7 @@ def is_assertion(node: torch.fx.Node) -> bool:
 
 
 def _is_taken_apart(op: Any) -> bool:
-    """Whether an operator is a composite that is not kept whole."""
+    """Whether an operator is a composite that is decomposed."""
     return (
         isinstance(op, torch._ops.OpOverload)
         and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
@@ -113,6 +113,6 @@ def _is_taken_apart(op: Any) -> bool:
 
 
 def _table() -> dict[Any, Callable[..., Any]]:
-    """How torch takes apart the composite operators that are not kept; primitives are not in it."""
+    """Returns torch's decompositions of the composite operators to decompose; primitives are not included."""
     whole = torch.export.default_decompositions()
     return {op: whole[op] for op in whole if _is_taken_apart(op)}

@@ -1,4 +1,4 @@
-"""How far two tensors are apart, as the check of a captured graph measures it."""
+"""The distance between two tensors, as used by the check of a captured graph."""
 
 import math
 from collections.abc import Iterator
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 
 CHUNK = 1 << 24
-"""Entries that are compared at a time: a tensor of logits is large, and four times as large in FP64."""
+"""Entries compared at a time: logits are large, and four times as large in FP64."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """The difference of two tensors.
+    """The difference between two tensors.
 
     Attributes:
         rms: Root mean square of the differences between finite entries.
-        largest: The largest of them.
-        unlike: The number of entries that have no difference: other integers, other booleans, NaN or an infinity on
-            one side only.
+        largest: The largest difference between finite entries.
+        unlike: Number of entries without a numeric difference: unequal integers or booleans, NaN or infinity on one
+            side only.
     """
 
     rms: float = 0.0
@@ -32,7 +32,7 @@ class Distance:
 
     @classmethod
     def between(cls, left: torch.Tensor, right: torch.Tensor) -> "Distance":
-        """The distance of two tensors of one shape."""
+        """Returns the distance between two tensors of equal shape."""
         squares, largest, unlike = 0.0, 0.0, 0
         for a, b in zip(_chunks(left), _chunks(right), strict=True):
             if not a.is_floating_point():
@@ -48,27 +48,27 @@ class Distance:
 
     @classmethod
     def of_size(cls, tensor: torch.Tensor, relative: float) -> "Distance":
-        """`relative` times a tensor's own distance from zero."""
+        """Returns `relative` times a tensor's distance from zero."""
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return cls()
         size = cls.between(tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape))
         return cls(size.rms * relative, size.largest * relative)
 
     def within(self, limit: "Distance") -> bool:
-        """Whether no measure is beyond that of `limit`."""
+        """Whether every measure is at most that of `limit`."""
         return self.rms <= limit.rms and self.largest <= limit.largest and self.unlike <= limit.unlike
 
     def or_larger(self, other: "Distance") -> "Distance":
-        """The larger of two distances, measure by measure."""
+        """Returns the larger of two distances, measure by measure."""
         return Distance(max(self.rms, other.rms), max(self.largest, other.largest), max(self.unlike, other.unlike))
 
     def times(self, factor: int) -> "Distance":
-        """Each measure times `factor`."""
+        """Returns the distance with each measure multiplied by `factor`."""
         return Distance(self.rms * factor, self.largest * factor, self.unlike * factor)
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The entries of a tensor, a part at a time; complex ones as pairs."""
+    """Yields the entries of a tensor in chunks; complex ones as pairs."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), CHUNK):

@@ -1,9 +1,9 @@
-"""Runs a model, or its graph, in FP64 while every tensor still says that it is bf16.
+"""Runs a model, or its graph, in FP64 while every tensor still reports its original dtype.
 
-A wrong scale or epsilon hides in the rounding noise of a deep bf16 model. In FP64 the noise is 1e-15 and any wrong
-graph shows. The model's code must not notice: what it reads off a dtype (`torch.finfo(x.dtype)`, a choice of a kernel)
-is part of the graph. So a tensor keeps its dtype and carries its value in FP64 beside it. Weights are widened one at a
-time, when an operator reads them.
+A wrong scale or epsilon hides in the rounding noise of a deep bf16 model. In FP64 the noise is 1e-15, so any wrong
+graph shows. The model's code must not notice: decisions that it bases on a dtype (`torch.finfo(x.dtype)`, a kernel
+choice) are part of the graph. So a tensor keeps its dtype and carries an FP64 value. Weights are widened one at a time,
+when an operator reads them.
 """
 
 import math
@@ -24,10 +24,10 @@ WIDER: Mapping[torch.dtype, torch.dtype] = {
 }
 
 CHUNK = 1 << 26
-"""Weights with more elements than this (a vocabulary) are widened a part at a time."""
+"""Weights with more elements than this (a vocabulary) are widened in parts."""
 
 GATHERS = ("embedding", "index", "index_select", "gather")
-"""Operators that read a part of a weight: it is widened afterwards."""
+"""Operators that read part of a weight: only the result is widened."""
 
 
 class NotWidenable(Exception):
@@ -35,10 +35,10 @@ class NotWidenable(Exception):
 
 
 class WideTensor(torch.Tensor):
-    """A tensor of some dtype whose entries are kept in a wider one.
+    """A tensor that reports one dtype and stores its entries in a wider one.
 
     Attributes:
-        value: The entries.
+        value: The wide entries.
     """
 
     value: torch.Tensor
@@ -49,7 +49,7 @@ class WideTensor(torch.Tensor):
             cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=dtype,
             device=value.device,
         )  # fmt: skip
-        torch._C._set_throw_on_mutable_data_ptr(made)  # a kernel outside of torch must not read through a null pointer
+        torch._C._set_throw_on_mutable_data_ptr(made)  # kernels outside torch must not read through a null pointer
         made.value = value
         return made
 
@@ -57,20 +57,20 @@ class WideTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares a function, and documents a class method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Refuses to run outside of the mode, where entries would be lost."""
-        raise NotWidenable(f"{func} outside of the mode")
+        """Refuses to run outside the mode, because the wide entries would be lost."""
+        raise NotWidenable(f"{func} outside the mode")
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own idiom
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that carries FP64; an ordinary one of a tensor that is not floating-point."""
+    """Returns a copy that carries FP64; a plain copy if the tensor is not floating-point."""
     wider = WIDER.get(tensor.dtype)
     return tensor.clone() if wider is None else WideTensor(tensor.detach().to(wider), tensor.dtype)
 
 
 def value_of(result: Any) -> Any:
-    """The entries of a tensor in FP64; anything else as it is."""
+    """Returns the FP64 entries of a tensor; anything else unchanged."""
     if isinstance(result, WideTensor):
         return result.value
     if isinstance(result, torch.Tensor) and result.dtype in WIDER:
@@ -79,10 +79,10 @@ def value_of(result: Any) -> Any:
 
 
 class DoublePrecision(TorchDispatchMode):
-    """While entered, operators compute in FP64; results carry the dtype that they would have had."""
+    """While active, operators compute in FP64; results report the dtype that they would have had."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's constructor is untyped
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -92,7 +92,7 @@ class DoublePrecision(TorchDispatchMode):
         if func._schema.is_mutable:
             return _in_place(func, args, kwargs)
         if func is torch.ops.aten.view.dtype:
-            raise NotWidenable("a tensor is read as another dtype")
+            raise NotWidenable("a tensor is reinterpreted as another dtype")
         views = any(returned.alias_info is not None for returned in func._schema.returns)
         if (views or name in GATHERS) and not _any_wide(args):
             found = func(*args, **kwargs)
@@ -110,7 +110,7 @@ def _wide_argument(leaf: Any) -> Any:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operator itself on wide arguments; what has no dtype, such as a quotient of integers, is FP64, too."""
+    """Runs the operator itself on wide arguments; new floating-point results, as of integer division, are FP64 too."""
     args, kwargs = pytree.tree_map(_wide_argument, (args, kwargs))
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -121,7 +121,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operator that writes into its first argument."""
+    """Runs an operator that writes into its first argument."""
     written = [index for index, arg in enumerate(func._schema.arguments) if arg.alias_info and arg.alias_info.is_write]
     target = args[0]
     if (
@@ -138,7 +138,7 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _labeled(found: Any, func: Any, args: Any, kwargs: Any) -> Any:
-    """Wide results with the dtypes that the operator would have given."""
+    """Labels wide results with the dtypes that the operator would have returned."""
     leaves, spec = pytree.tree_flatten(found)
     if not any(isinstance(leaf, torch.Tensor) and leaf.dtype in WIDER.values() for leaf in leaves):
         return found
@@ -150,11 +150,11 @@ def _labeled(found: Any, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _dtypes(func: Any, args: Any, kwargs: Any, count: int) -> list[torch.dtype | None]:
-    """The dtypes of an operator's results, from a run without data; by promotion where there is none."""
+    """Returns the result dtypes of an operator from a run without data; by type promotion if that fails."""
     try:
         leaves = pytree.tree_leaves(_without_data(func, args, kwargs))
         return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-    except Exception:  # the sizes of the results depend on data, or the operator has no such implementation
+    except Exception:  # result sizes depend on data, or the operator has no meta implementation
         given = kwargs.get("dtype")
         floats = [
             x.dtype for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dtype in WIDER
@@ -164,7 +164,7 @@ def _dtypes(func: Any, args: Any, kwargs: Any, count: int) -> list[torch.dtype |
 
 
 def _without_data(func: Any, args: Any, kwargs: Any) -> Any:
-    """The results of an operator on the meta device."""
+    """Returns the results of an operator on the meta device."""
 
     def empty(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -177,11 +177,11 @@ def _without_data(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-# Operators with another implementation in FP64
+# Operators with a different implementation in FP64
 
 
 def _attention(func: Any, args: Any, kwargs: Any) -> Any:
-    """Attention by its definition: fused kernels take no FP64. What they return beside it is for gradients alone."""
+    """Attention by its definition: fused kernels do not support FP64. Their extra results are only for gradients."""
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
@@ -199,11 +199,11 @@ def _attention(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
-    """`mm` and `bmm`, which widen a large second operand a part at a time."""
+    """`mm` and `bmm`; a large second operand is widened in parts."""
     left, right = value_of(args[0]), args[1]
     if isinstance(right, WideTensor) or right.numel() <= CHUNK:
         return _run(func, args, kwargs)
-    axis = 1 if right.ndim == 2 else 0  # the columns of a matrix, the matrices of a batch
+    axis = 1 if right.ndim == 2 else 0  # the columns of a matrix, or the matrices of a batch
     parts = math.ceil(right.numel() / CHUNK)
     lefts = left.chunk(parts, 0) if axis == 0 else None
     rights = right.chunk(parts, axis)
@@ -212,19 +212,19 @@ def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
-    """The same for a matmul with a bias."""
+    """`addmm`, like `_matmul` with a bias."""
     if kwargs or isinstance(args[2], WideTensor) or args[2].numel() <= CHUNK:
         return _run(func, args, kwargs)
     return value_of(args[0]) + _matmul(torch.ops.aten.mm.default, args[1:], {})
 
 
 def _grouped(func: Any, args: Any, kwargs: Any) -> Any:
-    """Rows in groups, each times a matrix of its own: the kernel takes bf16 only."""
+    """Grouped GEMM: the kernel supports bf16 only."""
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     rows, matrices, ends = value_of(given["self"]), given["mat2"], given.get("offs")
     if rows.ndim != 2 or matrices.ndim != 3 or ends is None or given.get("bias") is not None:
-        raise NotWidenable(f"{func} of this form")
+        raise NotWidenable(f"{func} with these arguments")
     out = rows.new_zeros(rows.shape[0], matrices.shape[2])
     start = 0
     for end, matrix in zip(ends.tolist(), matrices, strict=True):
@@ -244,4 +244,4 @@ SUBSTITUTES: Mapping[str, Callable[[Any, Any, Any], Any]] = {
     ),
     "mm": _matmul, "bmm": _matmul, "addmm": _addmm, "_grouped_mm": _grouped,
 }  # fmt: skip
-"""Operator -> what runs in its place."""
+"""Operator -> its replacement."""

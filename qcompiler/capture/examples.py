@@ -1,7 +1,6 @@
-"""Example inputs in other sizes: what capture traces with, and what it checks the graph with.
+"""Example inputs in other sizes, for tracing and for checking the graph.
 
-A tensor is resized by reading its own entries again, modulo its size, so that token ids, masks and positions stay
-legal.
+A tensor is resized by repeating its own entries (index modulo size), so token ids, masks and positions stay valid.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,22 +16,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """A call's (args, kwargs)."""
 
 Shapes = list[tuple[int, ...]]
-"""One shape per flat argument; () where it is not a tensor."""
+"""One shape per flat argument; () if it is not a tensor."""
 
 
 def enlarged(call: Call, runs: Callable[[Call], bool], has_cache: bool = False) -> Iterator[Call]:
-    """Ways to trace with other sizes than 1, most general first; the call as it is comes last.
+    """Yields examples without sizes of 1 for tracing, most general first; the last is the original call.
 
-    torch.export takes a dimension of size 1 for a constant. A batch or sequence of 1 is therefore traced as 2: first
-    both leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has a head dimension there),
-    then the first dimension alone. Where a mask is as long as a cache and one new token together, it grows with the
-    tokens, if the model takes that.
+    torch.export treats a dimension of size 1 as a constant. A batch or sequence of 1 is therefore traced as 2: first
+    both leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has its head dimension there),
+    then the first dimension alone. A mask as long as a cache plus one new token grows with the tokens, if the model
+    accepts that.
 
     Args:
         call: The user's example.
         runs: Whether the model runs on a call.
-        has_cache: Whether the call has a key-value cache, of rank 4; its length, and that of queries in a mask of rank
-            4, are the last axis but one.
+        has_cache: Whether the call has a key-value cache, of rank 4; its length, and the query length of a mask of rank
+            4, are the second-to-last axis.
     """
     choices: list[Callable[[torch.Tensor, int], bool]] = [
         *[lambda tensor, axis: axis == 0 or axis == (1 if tensor.ndim < 4 else tensor.ndim - 2)] * has_cache,
@@ -59,7 +58,7 @@ def enlarged(call: Call, runs: Callable[[Call], bool], has_cache: bool = False) 
 
 
 def _with_sums(before: Shapes, grown: Shapes) -> Shapes:
-    """The grown shapes, where a last axis that was the sum of two others stays so if a sequence of 1 grew."""
+    """Returns the grown shapes; a last axis that was the sum of two others remains one if a sequence of 1 grew."""
     pairs = [list(zip(shape, new, strict=True)) for shape, new in zip(before, grown, strict=True)]
     longer = {axis for sizes in pairs for axis, (old, new) in enumerate(sizes) if axis and old != new}
     if not longer:
@@ -77,7 +76,7 @@ def _resized(leaf: Any, shape: tuple[int, ...]) -> Any:
 
 
 def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor of another shape with the same kind of entries; the tensor itself when the shape is its own."""
+    """Returns a tensor of another shape with the same kind of entries; the tensor itself if the shape is unchanged."""
     for axis, size in enumerate(shape):
         if size != tensor.shape[axis]:
             index = torch.arange(size, device=tensor.device) % max(1, tensor.shape[axis])
@@ -86,14 +85,14 @@ def resized(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], call: Call) -> Call:
-    """The same call with `function` applied to every tensor; containers are made anew."""
+    """Returns the call with `function` applied to every tensor; containers are rebuilt."""
     leaves, spec = pytree.tree_flatten(call)
     mapped: Call = pytree.tree_unflatten([function(x) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
     return mapped
 
 
 def sizes_of(signature: Signature, call: Call) -> dict[str, int]:
-    """The value that each symbol has in a call of the captured structure."""
+    """Returns the value of each symbol in a call of the captured structure."""
     found: dict[str, int] = {}
     for slot, leaf in zip(signature.slots, pytree.tree_leaves(call), strict=True):
         for axis, size in enumerate(slot.shape if isinstance(slot, TensorSlot) else ()):
@@ -103,7 +102,7 @@ def sizes_of(signature: Signature, call: Call) -> dict[str, int]:
 
 
 def with_sizes(signature: Signature, call: Call, sizes: Mapping[str, int]) -> Call | None:
-    """A call in which each symbol has the value in `sizes`; None when a tensor would have to grow out of nothing."""
+    """Returns a call in which each symbol has the value in `sizes`; None if an empty tensor would have to grow."""
     leaves, spec = pytree.tree_flatten(call)
     for index, slot in enumerate(signature.slots):
         if not isinstance(slot, TensorSlot):

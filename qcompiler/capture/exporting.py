@@ -1,4 +1,4 @@
-"""Model -> ExportedProgram: the ways to trace, in order, and one clear error when none works."""
+"""Model -> ExportedProgram: tries several ways to trace, and raises one clear error if all fail."""
 
 import linecache
 import re
@@ -28,44 +28,44 @@ DATA_DEPENDENT = frozenset(
         "PendingUnbackedSymbolNotFound",
     }
 )  # fmt: skip
-"""Torch's errors for code whose course depends on the data; by name, because the classes move between versions."""
+"""Torch's errors for data-dependent control flow; by name, because the classes move between versions."""
 
 
 ALL_OPEN = "auto"
-"""Leaves every size open, and lets the model fix those that it must."""
+"""Makes every size dynamic; the model fixes those that it must."""
 
 FLAT_OPEN = "flat"
 """The same without the heights, widths and depths of images."""
 
 ANSWERED = "answered"
-"""Fixes every size, and what the model's code asks of its data: `answers`."""
+"""Fixes every size, and the answers to the code's questions about data: see `answers`."""
 
 
 class Untraceable(CaptureError):
-    """torch.export fails, perhaps because of sizes that are open."""
+    """torch.export fails, possibly because of dynamic sizes."""
 
 
 Attempt = tuple[Callable[[], AbstractContextManager[None]], bool]
-"""What to trace under, and whether in strict mode."""
+"""Context managers for the trace, and whether to use strict mode."""
 
 
 def export_program(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any = "auto"
 ) -> ExportedProgram:
-    """Traces a model with torch.export: as plain Python first, with transformers' patches next, then in strict mode.
+    """Traces a model with torch.export: plainly first, then with transformers' patches, then in strict mode.
 
     A Hugging Face causal model is captured without a key-value cache, unless `kwargs` has `use_cache` or a cache; see
-    `huggingface.tracing_settings`. The model and its configuration are as before afterwards.
+    `huggingface.tracing_settings`. The model and its configuration are restored afterwards.
 
     Args:
         model: In evaluation mode; see `preflight.check_model`.
         args: Positional example inputs.
         kwargs: Example inputs by name.
-        dynamic_shapes: ALL_OPEN, FLAT_OPEN or ANSWERED; None fixes all sizes; anything else is handed to torch.export
-            as it is.
+        dynamic_shapes: ALL_OPEN, FLAT_OPEN or ANSWERED; None fixes all sizes; anything else is passed to torch.export
+            unchanged.
 
     Raises:
-        CaptureError: No way worked. For code whose course depends on data, it quotes the user's line.
+        CaptureError: All attempts failed. For data-dependent control flow, the message quotes the user's line.
     """
     ours = dynamic_shapes is None or isinstance(dynamic_shapes, str)
     args, kwargs = pytree.tree_map(_copies(model, keep=not ours), (tuple(args), dict(kwargs)))
@@ -78,28 +78,28 @@ def export_program(
     with torch.no_grad(), tracing_settings(model, kwargs), third_party_silence(), named, masks_as_given():
         for context, strict in _attempts(model):
             if answered and strict:
-                break  # dynamo asks nothing of tensors; it takes the model's code apart
+                break  # dynamo does not ask tensors for answers; it analyzes the model's bytecode
             answers = answers_of_example() if answered else nullcontext()
             try:
                 kept = same_attributes(model, remove_new=True)
                 with context(), quiet_failure(), kept, idle_conversions(), answers:
                     return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
-            except Exception as error:  # whatever torch or the model raises becomes one sentence below
+            except Exception as error:  # torch or the model may raise anything; it becomes one sentence below
                 errors.append(error)
     raise explain(errors[0]) from errors[0]
 
 
 def _copies(model: torch.nn.Module, keep: bool) -> Callable[[Any], Any]:
-    """Copies tensors before torch.export sees them; any other leaf stays as it is.
+    """Returns a function that copies tensors before torch.export sees them, and returns other leaves unchanged.
 
-    torch.export writes onto a tensor which of its sizes are open, and goes by that in the next export. It tells tensors
-    apart by identity: of `model(input_ids=ids, labels=ids)` the graph would read the labels for both. torch 2.11 also
-    guards on the sizes of the tensor that a view belongs to.
+    torch.export marks on a tensor which sizes are dynamic, and the next export reads the marks. It also identifies
+    tensors by object: for `model(input_ids=ids, labels=ids)` the graph would read the labels for both. torch 2.11 also
+    guards on the sizes of a view's base tensor.
 
     Args:
-        model: Whose parameters and buffers may be arguments, too.
-        keep: Whether to keep a tensor that needs no copy for the last two reasons: a user's own dynamic_shapes may name
-            it.
+        model: Its parameters and buffers may also be arguments.
+        keep: Whether to keep a tensor that does not need a copy for the last two reasons: a user's own dynamic_shapes
+            may refer to it.
     """
     seen = {id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
 
@@ -115,15 +115,15 @@ def _copies(model: torch.nn.Module, keep: bool) -> Callable[[Any], Any]:
 
 
 def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any], flat: bool = False) -> ShapesCollection:
-    """Every dimension of every tensor open; fixed only at sizes 0 and 1, which torch takes for constants anyway.
+    """Makes every dimension of every tensor dynamic, except sizes 0 and 1, which torch treats as constants.
 
     Args:
         args: Positional example inputs.
         kwargs: Example inputs by name.
-        flat: Whether the `spatial_axes` of arguments are fixed, too.
+        flat: Whether to fix the `spatial_axes` of arguments too.
     """
     shapes = ShapesCollection()
-    direct = {id(x) for x in (*args, *kwargs.values())}  # not what is inside of a cache
+    direct = {id(x) for x in (*args, *kwargs.values())}  # not the tensors inside a cache
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, torch.Tensor):
             fixed = spatial_axes(leaf) if flat and id(leaf) in direct else ()
@@ -134,15 +134,15 @@ def automatic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any], flat: bool 
 
 
 def spatial_axes(tensor: torch.Tensor) -> range:
-    """The dimensions after batch and channels of what may be images."""
+    """Returns the dimensions after batch and channels of a tensor that may be an image."""
     return range(2, tensor.ndim) if tensor.is_floating_point() and tensor.ndim >= 4 else range(0)
 
 
 @contextmanager
 def named_keywords(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Shows `**kwargs` of a forward as the names that this call gives, for the duration.
+    """Temporarily shows `**kwargs` of a forward as the names that this call passes.
 
-    torch.export looks for the shapes of such arguments both under their own names and under that of the dictionary.
+    torch.export looks up shapes of such arguments both under their own names and under the name of the dictionary.
     """
     found = signature(model.forward)
     rest = [name for name in kwargs if name not in found.parameters]
@@ -163,7 +163,7 @@ def named_keywords(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterato
 
 
 def explain(error: BaseException) -> CaptureError:
-    """What went wrong in a trace, in one sentence with the user's line."""
+    """Explains a trace failure in one sentence with the user's line."""
     chain = list(_chain(error))
     if isinstance(error, CaptureError):
         return error
@@ -173,21 +173,21 @@ def explain(error: BaseException) -> CaptureError:
         where = f"{line}: {linecache.getline(line.file, line.line).strip()}"
     if any(type(link).__name__ in DATA_DEPENDENT for link in chain):
         return DataDependent(
-            "the model's course depends on the values of a tensor, which a graph cannot know",
+            "the model's control flow depends on tensor values, which a graph cannot represent",
             where=where,
-            fix="Replace the Python if, loop or .item() there by tensor operations such as torch.where, or capture the "
+            fix="Replace the Python if, loop or .item() there with tensor operations such as torch.where, or capture a "
             "part of the model around it.",
         )
     root = chain[-1]
     message = str(root).strip().split("\n")[0].rstrip(".")
     if name := _opaque_output(root, message):
         fix = f"Call torch.export.register_dataclass({name.split('.')[-1]}) first, or return a tuple or a dict."
-        return CaptureError("the model returns an object that hides its tensors", got=name, fix=fix)
+        return CaptureError("the model returns an object of a type that torch.export cannot flatten", got=name, fix=fix)
     return Untraceable("the model cannot be traced", got=f"{type(root).__name__}: {message}", where=where)
 
 
 def _opaque_output(error: BaseException, message: str) -> str | None:
-    """The class of an output that is no pytree, when that is what torch stumbled over."""
+    """Returns the class of an output that is not a pytree, if that caused the error."""
     found = re.search(r"Found <class '([^']*)'> in output, which is not a known type", message)
     if found is None and "weakref.py" in [Path(frame.filename).name for frame in extract_tb(error.__traceback__)[-1:]]:
         found = re.search(r"unhashable type: '(\w+)'", message)  # torch 2.11 puts outputs into a weak set
@@ -202,7 +202,7 @@ def _attempts(model: torch.nn.Module) -> Iterator[Attempt]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and so on down to the root."""
+    """Yields the error, its cause, and so on down to the root."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

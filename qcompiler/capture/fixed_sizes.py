@@ -1,7 +1,7 @@
-"""What capture fixes although the model leaves it open, in words for the user.
+"""Finds what capture fixes although the model does not, as sentences for the user.
 
-A size that weights demand is no news: the model itself takes no other. So the model is run at another size, and only
-what the model takes and the graph does not is listed:
+Sizes that weights require are not listed: the model itself does not accept others. So the model is run at another size,
+and only sizes that the model accepts and the graph does not are listed:
 
     dimension 1 of x is fixed to 7 (model.py:10)
     dimension 0 of ids is at least 2
@@ -26,13 +26,13 @@ from qcompiler.capture.signature import Signature, TensorSlot
 from qcompiler.ir.sizes import symbols
 
 SOURCE = re.compile(r"L\['(?P<name>\w+)'\](?P<rest>.*)\.size\(\)\[(?P<axis>\d+)\]")
-"""How torch names a size of an argument."""
+"""Torch's name for a size of an argument."""
 
 MOST_AXES = 4
-"""Up to so many fixed sizes of equal value are also tried one at a time."""
+"""Up to this many fixed sizes of equal value are also tried one at a time."""
 
 LARGEST_RUN = 4096
-"""No model is run at sizes beyond this one only to find out whether it would run."""
+"""Largest size at which a model is run only to find out whether it works."""
 
 Axis = tuple[int, int]
 """(flat argument, dimension)."""
@@ -41,14 +41,14 @@ Axis = tuple[int, int]
 def fixed_sizes(
     model: torch.nn.Module, signature: Signature, call: Call, lines: Mapping[str, str], skipped: Sequence[str] = ()
 ) -> list[str]:
-    """Each size that is fixed or bounded in the graph, and at another value of which the model runs.
+    """Lists each size that is fixed or bounded in the graph, but not in the model.
 
     Args:
-        model: What was captured.
-        signature: How the graph is called.
+        model: The captured model.
+        signature: The calling convention of the graph.
         call: The user's example.
-        lines: `dimension 1 of x` -> the source line that made torch fix it, where torch knows one.
-        skipped: How paths of arguments begin whose sizes belong to what they are, such as caches of a maximum length.
+        lines: `dimension 1 of x` -> the source line that made torch fix it, if known.
+        skipped: Path prefixes of arguments with inherent sizes, such as caches of a maximum length.
     """
     found = []
     for axes in _equal(signature, skipped).values():
@@ -65,7 +65,7 @@ def fixed_sizes(
 
 
 def specialized_at(program: ExportedProgram) -> dict[str, str]:
-    """`dimension 1 of x` -> the line of the model's code because of which torch gave that size a number."""
+    """Returns `dimension 1 of x` -> the source line of the model that made torch fix that size."""
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
     env = next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
     found: dict[str, str] = {}
@@ -84,12 +84,12 @@ def specialized_at(program: ExportedProgram) -> dict[str, str]:
 
 
 def _name(source: Any) -> str:
-    """The name of an input's size, which some versions of torch compute in a method."""
+    """Returns the name of an input's size, which some versions of torch compute in a method."""
     return str(source.name() if callable(source.name) else source.name)
 
 
 def _equal(signature: Signature, skipped: Sequence[str]) -> dict[int, list[Axis]]:
-    """The fixed dimensions by their size; of those of size 1 only batches and sequences, since others broadcast."""
+    """Groups fixed dimensions by size; of those of size 1 only batches and sequences, because others broadcast."""
     found: dict[int, list[Axis]] = {}
     for index, slot in enumerate(signature.slots):
         if not isinstance(slot, TensorSlot) or slot.path.startswith(tuple(skipped)):
@@ -101,7 +101,7 @@ def _equal(signature: Signature, skipped: Sequence[str]) -> dict[int, list[Axis]
 
 
 def _runs_resized(model: torch.nn.Module, call: Call, axes: Sequence[Axis]) -> bool:
-    """Whether the model runs with these dimensions, all of one size, at another."""
+    """Whether the model runs with these dimensions, all of one size, at another size."""
     leaves, spec = pytree.tree_flatten(call)
     size = int(leaves[axes[0][0]].shape[axes[0][1]])
     for other in (size - 1, size + 1) if size > 1 else (2,) if size else ():
@@ -116,7 +116,7 @@ def _runs_resized(model: torch.nn.Module, call: Call, axes: Sequence[Axis]) -> b
 
 
 def _bounded(model: torch.nn.Module, signature: Signature, call: Call) -> Iterator[str]:
-    """The symbols whose range ends where the model does not."""
+    """Yields the symbols whose range is narrower than the model's."""
     sizes = sizes_of(signature, call)
     for name, bounds in signature.symbols.items():
         if name not in sizes:
@@ -137,7 +137,7 @@ def _runs_at(model: torch.nn.Module, signature: Signature, call: Call, sizes: Ma
 
 
 def _place(signature: Signature, symbol: str) -> str:
-    """The first dimension that a symbol is the size of."""
+    """Returns the first dimension whose size is the symbol."""
     for slot in signature.slots:
         for dim, size in enumerate(slot.shape if isinstance(slot, TensorSlot) else ()):
             if symbol in symbols(size):

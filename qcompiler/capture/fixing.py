@@ -1,10 +1,10 @@
-"""Sizes that turn out to be numbers, or sums of others, are written as such, for passes, kernels and messages to see.
+"""Replaces sizes that are numbers, or sums of other sizes, so that passes, kernels and messages see them.
 
-A classifier behind a flattened image is the usual case of a number: to torch, its rows have `s1*s2` columns for the s1
-and s2 that its weight happens to fit; to a kernel, they have as many as the weight.
+A common number is the input of a classifier after a flattened image: torch gives its rows `s1*s2` columns, for the s1
+and s2 that fit the weight; a kernel needs the number of columns of the weight.
 
-A mask beside a cache is the usual case of a sum. The model asks whether it is too short and whether it is too long, and
-torch keeps both answers without drawing the conclusion:
+A common sum is a mask with a cache. The model asks whether the mask is too short and whether it is too long, and torch
+records both answers without combining them:
 
     mask: i64[s0, s3] where s3 >= s1 + s2, s3 <= s1 + s2   ->   mask: i64[s0, s1 + s2]
 """
@@ -28,7 +28,7 @@ def fixed(graph: Graph, signature: Signature) -> Signature:
 
 
 def related(graph: Graph, signature: Signature) -> Signature:
-    """Replaces each symbol that the conditions make a sum of others by that sum, in `graph` and in the signature."""
+    """Replaces each symbol that the conditions equate to a sum of others, in `graph` and in the signature."""
     while (found := next(_sums(signature), None)) is not None:
         name, total = found
         bounds = signature.symbols[name]
@@ -40,7 +40,7 @@ def related(graph: Graph, signature: Signature) -> Signature:
 
 
 def _sums(signature: Signature) -> Iterator[tuple[str, Size]]:
-    """Each symbol that equals a sum of others, with that sum."""
+    """Yields each symbol that equals a sum of others, with that sum."""
     known: dict[Size, set[str]] = {}
     for condition in signature.conditions:
         difference, relation = condition.left - condition.right, condition.relation
@@ -56,7 +56,7 @@ def _sums(signature: Signature) -> Iterator[tuple[str, Size]]:
 
 
 def _solution(difference: Size, name: str) -> Size | None:
-    """What `name` is when `difference` is 0, if that is a sum without subtractions."""
+    """Solves `difference` = 0 for `name`; None unless the result is a sum without subtractions."""
     terms = difference.terms if isinstance(difference, Expr) else ()
     factor = next((factor for atoms, factor in terms if atoms == (name,)), 0)
     if abs(factor) != 1:
@@ -72,7 +72,7 @@ def _least(size: Size, signature: Signature) -> int:
 
 
 def _replaced(graph: Graph, signature: Signature, sizes: Mapping[str, Size]) -> Signature:
-    """The signature with `sizes` in place of symbols; the types of `graph` are changed in place."""
+    """Returns the signature with symbols replaced by `sizes`; changes the types of `graph` in place."""
     if not sizes:
         return signature
     for value in (*graph.inputs, *(value for op in graph for value in op.results)):

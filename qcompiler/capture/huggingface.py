@@ -1,7 +1,7 @@
-"""What a Hugging Face model needs to be traced. transformers is optional: nothing here imports it unless a model does.
+"""Support for tracing Hugging Face models. transformers is optional: it is imported only if a model uses it.
 
-`tracing_settings` changes what the model computes in the user's eyes (no cache unless one is passed), so that the
-check against the model runs under it too; `tracing_patches` only replaces code that cannot be traced.
+`tracing_settings` changes what the model visibly computes (no cache unless one is passed), so the check against the
+model runs under it too; `tracing_patches` only replaces code that cannot be traced.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +21,16 @@ TORCH_NAMES = (torch.dtype, torch.layout)
 
 
 def pretrained_model(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The model, or the outermost module in it, that is a PreTrainedModel of transformers; None when there is none."""
+    """Returns the outermost PreTrainedModel of transformers, the model or a module in it; None if there is none."""
     return next((module for module in model.modules() if _is_pretrained(module)), None)
 
 
 @contextmanager
 def tracing_settings(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Holds a model to what can be captured, and restores its configuration afterwards.
+    """Sets a model to what can be captured, and restores its configuration afterwards.
 
-    A causal language model makes and returns a key-value cache by default. It is captured without one, unless the call
-    passes `use_cache` or a cache: a graph that only scores or prefills has no use for it, and would return it.
+    A causal language model creates and returns a key-value cache by default. It is captured without one, unless the
+    call passes `use_cache` or a cache: a graph that only scores or prefills does not need one.
     """
     inner = pretrained_model(model)
     with ExitStack() as stack:
@@ -42,7 +42,7 @@ def tracing_settings(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> Itera
 
 
 def implied_arguments(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a transformers model that are no tensors -> the value that None stands for beside `kwargs`."""
+    """Returns non-tensor arguments of a transformers model -> the value that None implies with `kwargs`."""
     if not _is_pretrained(model):
         return {}
     config: Any = model.config
@@ -54,17 +54,17 @@ def implied_arguments(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict
 
 
 def pad_token(model: torch.nn.Module) -> int | None:
-    """The id of the token that pads sequences, where a transformers model names one."""
+    """Returns the id of the padding token, if a transformers model defines one."""
     found = getattr(getattr(model, "config", None), "pad_token_id", None)
     return found if isinstance(found, int) and found >= 0 else None
 
 
 @contextmanager
 def tracing_patches(model: torch.nn.Module) -> Iterator[None]:
-    """transformers' own replacements for code that torch.export cannot trace, in force for the duration.
+    """Temporarily applies transformers' own replacements for code that torch.export cannot trace.
 
     Raises:
-        ImportError: This version of transformers has none.
+        ImportError: This version of transformers has none, or the model is not a transformers model.
     """
     inner = pretrained_model(model)
     if inner is None:
@@ -75,29 +75,29 @@ def tracing_patches(model: torch.nn.Module) -> Iterator[None]:
 
 
 def register_caches(model: torch.nn.Module) -> None:
-    """Makes transformers' caches known to pytree, so that they can be inputs and outputs."""
+    """Registers transformers' caches with pytree, so that they can be inputs and outputs."""
     inner = pretrained_model(model)
     if inner is None:
         return
     try:
         dynamo = _exporter("exporter_dynamo")
-    except ImportError:  # an older transformers; its caches register themselves, or cannot be captured
+    except ImportError:  # an older transformers: its caches register themselves, or cannot be captured
         return
     dynamo.register_cache_pytrees_for_model(inner)
 
 
 def register_cache(kind: type) -> None:
-    """Makes one class of transformers' caches known to pytree; nothing, when it is none."""
+    """Registers a cache class of transformers with pytree; does nothing for other classes."""
     try:
         dynamo = _exporter("exporter_dynamo")
-    except ImportError:  # see above
+    except ImportError:  # as in `register_caches`
         return
     if dynamo.is_cache_class(kind):
         dynamo.register_pytree_node(kind)
 
 
 def cache_layers(value: object) -> list[Any]:
-    """The layers of one of transformers' caches, of both halves where it has two; none of anything else."""
+    """Returns the layers of a transformers cache, of both halves if it has two; empty for anything else."""
     if not any(c.__name__ == "Cache" and c.__module__ == "transformers.cache_utils" for c in type(value).__mro__):
         return []
     halves = [getattr(value, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
@@ -105,11 +105,11 @@ def cache_layers(value: object) -> list[Any]:
 
 
 def is_cache_context(context: Any, may_be_named: Callable[[str], bool]) -> bool:
-    """Whether pytree's context of a cache is harmless: transformers makes an object of each class that it names.
+    """Whether pytree's context of a cache is safe: transformers instantiates each class that the context names.
 
     Args:
-        context: As `to_dumpable_context` gave it, or as read from a text.
-        may_be_named: Whether `module:Class` is such a class.
+        context: The result of `to_dumpable_context`, or as read from a text.
+        may_be_named: Whether `module:Class` is a known cache class.
     """
     if isinstance(context, list | tuple):
         return all(is_cache_context(item, may_be_named) for item in context)
@@ -126,7 +126,7 @@ def is_cache_context(context: Any, may_be_named: Callable[[str], bool]) -> bool:
 
 
 def cache_context_on(context: Any, device: torch.device, new: torch.device) -> Any:
-    """Pytree's context of a cache that lay on `device`, for one that lies on another: it says where its tensors are."""
+    """Returns pytree's context of a cache with its device replaced: the context records where tensors are."""
     if isinstance(context, list):
         return [cache_context_on(item, device, new) for item in context]
     if not isinstance(context, dict):
@@ -137,7 +137,7 @@ def cache_context_on(context: Any, device: torch.device, new: torch.device) -> A
 
 
 def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:
-    """The weight of the head that makes logits, when the model names one."""
+    """Returns the weight of the output head that computes logits, if the model defines one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     weight = getattr(head, "weight", None)
@@ -145,7 +145,7 @@ def output_embeddings(model: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _exporter(name: str) -> Any:
-    """A module of transformers' exporters; to import it imports every model that it patches, and their deprecations."""
+    """Returns a module of transformers' exporters; the import loads every patched model, with deprecation warnings."""
     with third_party_silence():
         return import_module(f"transformers.exporters.{name}")
 
@@ -175,7 +175,7 @@ def _without_cache(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _exportable_experts(model: torch.nn.Module) -> Iterator[None]:
-    """The loop over experts looks at the data; the batched and grouped implementations do not."""
+    """Selects the batched or grouped implementation of experts: the loop over experts reads data."""
     get, put = getattr(model, "get_experts_implementation", None), getattr(model, "set_experts_implementation", None)
     before = get() if callable(get) else {}
     if not callable(put) or "eager" not in before.values():
@@ -183,7 +183,7 @@ def _exportable_experts(model: torch.nn.Module) -> Iterator[None]:
         return
     try:
         put({key: EXPORTABLE_EXPERTS if value == "eager" else value for key, value in before.items()})
-    except ValueError:  # a model without experts says "eager" as well
+    except ValueError:  # a model without experts also reports "eager"
         yield
         return
     try:

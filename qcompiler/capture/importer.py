@@ -1,9 +1,9 @@
-"""ExportedProgram -> Graph: each fx node becomes one operation; torch's literals, sizes and stack traces become ours.
+"""ExportedProgram -> Graph: each fx node becomes one operation; torch's literals, sizes and stack traces are converted.
 
-What becomes what:
+The mapping:
 
 placeholder   -> core.param, core.buffer (one that the model writes), or an input of the graph
-call_function -> aten.*, or core.* for Python's arithmetic on sizes; several results instead of getitem
+call_function -> aten.*, or core.* for Python arithmetic on sizes; multiple results instead of getitem
 output        -> core.update for each mutated buffer and input, then the return
 """
 
@@ -37,25 +37,25 @@ TAG_NAMES = {tag: name for name, tag in TAGS.items()}
 SCALAR_NAMES = {function: f"core.{name}" for name, function in SCALAR_FUNCTIONS.items()}
 CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 IDENTITIES = frozenset({"aten.alias", "aten.detach", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.clone"})
-"""Operators that say nothing in a graph without mutation; clone only where it keeps the memory format."""
+"""Operators without meaning in a graph without mutation; clone only if it preserves the memory format."""
 
 
 def import_program(
     program: Functional, weights: Weights, *, name: str = "main", roles: Mapping[str, str] | None = None
 ) -> tuple[Graph, Symbols]:
-    """The graph of a decomposed program.
+    """Imports a decomposed program as a graph.
 
     Args:
-        program: Functional ATen, as `decompose` leaves it.
-        weights: Where the tensors are found; the graph gets a store with those that it reads.
+        program: Functional ATen, as `decompose` returns it.
+        weights: The source of the tensors; the graph gets a store with those that it reads.
         name: The graph's name.
         roles: Weight name -> role, such as "output_embeddings".
 
     Returns:
-        The graph, and torch's symbols with our names for them.
+        The graph, and the mapping from torch's symbols to ours.
 
     Raises:
-        CaptureError: Something in the program has no place in a graph; the message has the user's line.
+        CaptureError: A graph cannot express a part of the program; the message gives the user's line.
     """
     importer = _Importer(program, weights, name, roles or {})
     importer.placeholders()
@@ -68,16 +68,16 @@ def import_program(
 
 
 def device_of_program(program: Functional) -> torch.device | None:
-    """Where a program's weights lie, or else its inputs; None when it has no tensor."""
+    """Returns the device of a program's weights, or else of its inputs; None if it has no tensor."""
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return next((t.device for t in tensors if t.ndim), tensors[0].device if tensors else None)
 
 
 def guards_of_program(program: Functional) -> list[sympy.Basic]:
-    """The relations between sizes that the model's own Python code has asked about, in torch's terms.
+    """Returns the relations between sizes that the model's own Python code checked, in torch's terms.
 
-    Those that torch's shape rules asked about on the way choose strides, or say what the operators themselves demand.
+    Relations that torch's shape rules checked select strides, or repeat what the operators require.
     """
     values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
     env = next((v.fake_mode.shape_env for v in values if isinstance(v, FakeTensor)), None)
@@ -85,7 +85,7 @@ def guards_of_program(program: Functional) -> list[sympy.Basic]:
 
 
 class _Importer:
-    """The state of one import: the graph as far as it is built, and what each fx node has become."""
+    """The state of one import: the graph so far, and the value of each fx node."""
 
     def __init__(self, program: Functional, weights: Weights, name: str, roles: Mapping[str, str]) -> None:
         self.program, self.weights, self.roles = program, weights, roles
@@ -97,16 +97,16 @@ class _Importer:
         self.live = _live(program.graph, self._is_check)
 
     def _is_check(self, node: torch.fx.Node) -> bool:
-        """Whether a node asserts something that no range of a symbol says."""
+        """Whether a node asserts something that symbol ranges do not cover."""
         if not self.program.checks or node.op != "call_function":
             return False
         name = str(node.target)
         return "assert_scalar" in name or ("assert_async" in name and str(node.args[1]).startswith(EXPECTED))
 
-    # What comes in
+    # Inputs
 
     def placeholders(self) -> None:
-        """The inputs of the graph, in the user's order, then the weights that something reads."""
+        """Adds the inputs of the graph, in the user's order, then the weights that are used."""
         specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         nodes = [(node, specs[node.name]) for node in self.program.graph.nodes if node.op == "placeholder"]
         for node, spec in nodes:
@@ -122,7 +122,7 @@ class _Importer:
                 self._weight(node, str(spec.target), spec.target in written)
             elif spec.kind not in (*CONSTANTS, InputKind.USER_INPUT) and node in self.live:
                 raise CaptureError(
-                    "an input of this kind has no place in a graph", got=f"{node.name}: {spec.kind.name.lower()}"
+                    "inputs of this kind are not supported in a graph", got=f"{node.name}: {spec.kind.name.lower()}"
                 )
         self.graph.weights = Weights(kept, {name: ties for name, ties in self.weights.ties.items() if name in kept})
 
@@ -141,13 +141,13 @@ class _Importer:
         op = self.graph.append(BUFFER if written else PARAM, attrs=attrs, types=[kind], names=[legal_name(target)])
         self.made[node] = self.targets[target] = op.result
 
-    # What happens
+    # Operations
 
     def node(self, node: torch.fx.Node) -> None:
-        """One fx node, as an operation or as the value of another."""
+        """Imports one fx node as an operation, or maps it to an existing value."""
         if node.op == "get_attr":
             raise CaptureError(
-                "a sub-graph or attribute is left after export", got=str(node.target), where=_where(node)
+                "a sub-graph or attribute remains after export", got=str(node.target), where=_where(node)
             )
         if node.target is operator.getitem and isinstance(made := self.made[_node(node.args[0])], tuple):
             self.made[node] = made[int(node.args[1])]  # type: ignore[arg-type]  # an index, as fx builds it
@@ -157,7 +157,7 @@ class _Importer:
         elif node.target in SCALAR_NAMES:
             self._append(node, SCALAR_NAMES[node.target], [self._argument(arg, node) for arg in node.args], {})
         else:
-            raise CaptureError("a graph has no such operation", got=str(node.target), where=_where(node))
+            raise CaptureError("this operation is not supported in a graph", got=str(node.target), where=_where(node))
 
     def _operation(self, node: torch.fx.Node, overload: torch._ops.OpOverload) -> None:
         if self._is_check(node):
@@ -187,18 +187,18 @@ class _Importer:
         self._append(node, name, args, attrs)
 
     def _check(self, node: torch.fx.Node) -> None:
-        """An assertion of torch's as `core.expect`."""
+        """Imports a torch assertion as `core.expect`."""
         condition, message = node.args[:2]
-        if isinstance(condition, torch.fx.Node):  # torch has settled all others
+        if isinstance(condition, torch.fx.Node):  # torch has resolved all others
             known = str(message).startswith(EXPECTED)
-            text = str(message) if known else f"{EXPECTED}a size that follows from the values of a tensor is another"
+            text = str(message) if known else f"{EXPECTED}a size that depends on tensor values differs"
             loc = location_of(node)
             self.graph.append(
                 "core.expect", self._argument(condition, node), attrs={"message": text}, types=[], loc=loc
             )
 
     def _keywords(self, node: torch.fx.Node) -> dict[str, Any]:
-        """The keyword arguments without those that only repeat a default, or the model's own device."""
+        """Returns the keyword arguments, without those that only repeat a default or the model's own device."""
         kept = {}
         for key, value in node.kwargs.items():
             if isinstance(value, torch.device):
@@ -214,7 +214,7 @@ class _Importer:
         return kept
 
     def _is_identity(self, name: str, attrs: Mapping[str, Argument], node: torch.fx.Node, source: Value) -> bool:
-        # A copy that the caller receives stays: without it, the caller would hold an input's own memory.
+        # Keep a copy that the caller receives: otherwise the caller would hold the memory of an input.
         if any(user.op == "output" for user in node.users):
             return False
         plain = attrs in ({}, {"memory_format": Tag("preserve_format")})
@@ -239,10 +239,10 @@ class _Importer:
         )
         self.made[node] = op.results if several or not parts else op.result
 
-    # What goes out
+    # Outputs
 
     def output(self) -> None:
-        """The updates, then the return."""
+        """Adds the updates, then the return."""
         values: Any = self.program.graph.output_node().args[0]
         outputs = []
         for spec, item in zip(self.program.graph_signature.output_specs, values, strict=True):
@@ -252,11 +252,11 @@ class _Importer:
             elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 self.graph.append(UPDATE, self.targets[str(spec.target)], value, types=[])
             elif spec.kind is OutputKind.PARAMETER_MUTATION:
-                fix = "If it does so in its first call only, call it once before; otherwise make it a buffer."
-                raise CaptureError("the model changes a parameter while it runs", got=spec.target, fix=fix)
+                fix = "If this happens in its first call only, call it once before capture; otherwise make it a buffer."
+                raise CaptureError("the model changes a parameter in forward", got=spec.target, fix=fix)
             else:
                 raise CaptureError(
-                    "an output of this kind has no place in a graph", got=f"{spec.target}: {spec.kind.name.lower()}"
+                    "outputs of this kind are not supported in a graph", got=f"{spec.target}: {spec.kind.name.lower()}"
                 )
         self.graph.set_outputs(outputs)
 
@@ -266,7 +266,7 @@ class _Importer:
         if isinstance(value, torch.Tensor):
             if value.dtype not in IR_DTYPES or value.layout is not torch.strided:
                 raise CaptureError(
-                    f"{node.name} has a type that a graph does not know",
+                    f"the type of {node.name} is not supported in a graph",
                     got=f"{value.dtype}, {value.layout}",
                     where=_where(node),
                 )
@@ -281,7 +281,7 @@ class _Importer:
             return ScalarType("float")
         if value is None:
             return NONE
-        raise CaptureError(f"{node.name} is no tensor and no number", got=type(value).__name__, where=_where(node))
+        raise CaptureError(f"{node.name} is not a tensor or a number", got=type(value).__name__, where=_where(node))
 
     def _argument(self, arg: Any, node: torch.fx.Node) -> Argument:
         if isinstance(arg, torch.fx.Node):
@@ -299,23 +299,23 @@ class _Importer:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise CaptureError(
-            "an argument has no place in a graph", got=f"{type(value).__name__} {value}", where=_where(node)
+            "this argument is not supported in a graph", got=f"{type(value).__name__} {value}", where=_where(node)
         )
 
     def _check_device(self, device: torch.device, node: torch.fx.Node) -> None:
         if self.device is None or (device.type == self.device.type and device.index in (None, self.device.index)):
             return
         raise CaptureError(
-            "the model names a device that it does not lie on",
+            "the model names a device that it is not on",
             got=device,
             need=self.device,
             where=_where(node),
-            fix="Make the tensor on the device of an input, such as torch.arange(n, device=x.device).",
+            fix="Create the tensor on the device of an input, such as torch.arange(n, device=x.device).",
         )
 
 
 def _live(graph: torch.fx.Graph, is_check: Callable[[torch.fx.Node], bool]) -> set[torch.fx.Node]:
-    """The nodes that an output depends on; the others only measured something for an assertion."""
+    """Returns the nodes that an output depends on; the others only compute sizes for assertions."""
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in live or _has_effect(node) or is_check(node):

@@ -1,10 +1,10 @@
-"""Takes simple composite operators apart where they stand, so that most graphs need not be traced a second time.
+"""Decomposes simple composite operators in place, so that most graphs need not be traced a second time.
 
-aten.reshape(x, [s0, s1, 576])   ->   aten.clone, aten._unsafe_view      (or aten.view, as the strides of x allow)
+aten.reshape(x, [s0, s1, 576])   ->   aten.clone, aten._unsafe_view      (or aten.view, if the strides of x allow it)
 aten.to.dtype(x, float32)        ->   aten._to_copy                      (or x)
 
-`ExportedProgram.run_decompositions` runs the whole program again, twice, under functionalization. That takes more than
-twice as long as torch.export itself for a decoder of 30 layers. A program without in-place operators does not need it.
+`ExportedProgram.run_decompositions` runs the whole program twice more, under functionalization. For a decoder of 30
+layers that takes more than twice as long as torch.export itself. Programs without in-place operators do not need it.
 """
 
 import operator
@@ -33,24 +33,24 @@ SIMPLE = frozenset(
         "aten::to.other", "aten::true_divide.Scalar", "aten::true_divide.Tensor", "aten::type_as", "aten::view_as",
     }
 )  # fmt: skip
-"""Composites made of primitives alone; others may contain an operator that graphs keep whole, such as a convolution."""
+"""Composites made of primitives only; others may contain an operator that graphs keep whole, such as a convolution."""
 
 HARMLESS = frozenset({"aten::detach_"})
-"""In-place operators that change no data: constants that the model makes go through them."""
+"""In-place operators that change no data: the model's constants pass through them."""
 
 
 class _Unfit(Exception):
-    """The program needs more than this module can do."""
+    """The program needs more than this module supports."""
 
 
 def inline(
     program: ExportedProgram, is_composite: Callable[[Any], bool], is_assertion: Callable[[Node], bool]
 ) -> Graph | None:
-    """A copy of the program's graph without composites; None when the program must be traced again for that.
+    """Returns a copy of the program's graph without composites; None if the program must be traced again.
 
     Args:
-        program: As torch.export gave it. It is left as it is.
-        is_composite: Whether an operator must be taken apart.
+        program: The result of torch.export; unchanged.
+        is_composite: Whether an operator must be decomposed.
         is_assertion: Whether a node only checks something.
     """
     if any(_needs_trace(node, is_composite) and not is_assertion(node) for node in program.graph.nodes):
@@ -78,7 +78,7 @@ def _name(target: Any) -> str:
 
 
 class _Copy:
-    """A graph that grows node by node; `made_of` says what has become of each original node."""
+    """A graph copied node by node; `made_of` maps each original node to its copy."""
 
     def __init__(self, original: Graph, is_composite: Callable[[Any], bool]) -> None:
         self.original, self.is_composite = original, is_composite
@@ -104,7 +104,7 @@ class _Copy:
         if node.op == "placeholder":
             new.name = (
                 node.name
-            )  # the signature knows it by this name, which fx changes where it is a builtin, as `input`
+            )  # the signature refers to this name, which fx changes if it is a builtin, such as `input`
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
             self.sizes.setdefault(value.node.expr, new)
@@ -120,7 +120,7 @@ class _Copy:
         return pytree.tree_map(recorder.node_of, out)
 
     def size(self, expression: sympy.Expr) -> Node:
-        """The node of a size: one that is there, or arithmetic on such."""
+        """Returns the node of a size: an existing one, or arithmetic on existing nodes."""
         if expression not in self.sizes:
             self.sizes[expression] = self._read(expression) if expression.is_Symbol else self._arithmetic(expression)
         return self.sizes[expression]
@@ -130,7 +130,7 @@ class _Copy:
             raise _Unfit
         function = operator.add if expression.is_Add else operator.mul
         parts: list[Any] = [int(part) if part.is_Integer else self.size(part) for part in expression.args]
-        return reduce(partial(self._applied, function), parts)  # type: ignore[no-any-return]  # two parts at least
+        return reduce(partial(self._applied, function), parts)  # type: ignore[no-any-return]  # at least two parts
 
     def _applied(self, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Node:
         new = self.graph.call_function(function, (left, right))
@@ -138,7 +138,7 @@ class _Copy:
         return new
 
     def _read(self, symbol: sympy.Symbol) -> Node:
-        """A node that reads a symbol off an input."""
+        """Returns a node that reads a symbol from an input."""
         for node in self.original.find_nodes(op="placeholder"):
             value = node.meta.get("val")
             for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
@@ -150,20 +150,20 @@ class _Copy:
 
 
 class _Recorder(TorchDispatchMode):
-    """While entered, each operator that runs becomes a node of the copy."""
+    """While active, records each operator that runs as a node of the copy."""
 
     def __init__(self, copy: _Copy, meta: Mapping[str, Any], known: dict[int, Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's constructor is untyped
         self.copy, self.known = copy, known
         self.meta = {key: meta[key] for key in ("stack_trace", "nn_module_stack") if key in meta}
-        self.alive: list[Any] = []  # an id is that of a tensor only as long as the tensor lives
+        self.alive: list[Any] = []  # keeps tensors alive, because ids are reused after a tensor is freed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Runs `func` and records it."""
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.device):  # a question about a tensor
+        if isinstance(out, torch.device):  # a device query
             return out
         if not isinstance(out, torch.Tensor) or func._schema.is_mutable:
             raise _Unfit
@@ -175,7 +175,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def node_of(self, value: Any) -> Any:
-        """The node of a tensor or size; anything else as it is."""
+        """Returns the node of a tensor or size; anything else unchanged."""
         if isinstance(value, torch.Tensor):
             if id(value) not in self.known:
                 raise _Unfit

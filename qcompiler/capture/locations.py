@@ -1,4 +1,4 @@
-"""Where a traced operation comes from: the user's source line and the module path, free of machine paths."""
+"""Where a traced operation comes from: the user's source line and the module path, without absolute paths."""
 
 import re
 import sysconfig
@@ -20,7 +20,7 @@ OURS = str(Path(__file__).parents[1])
 
 
 class Line(NamedTuple):
-    """A line of somebody's source file."""
+    """A line of a source file."""
 
     file: str
     line: int
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 
 def location_of(node: torch.fx.Node) -> Location:
-    """The innermost line outside of torch that led to `node`, and the path of the module that it runs in."""
+    """Returns the innermost line outside torch that created `node`, and the path of its module."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     module = _module_path(str(list(stack.values())[-1][0])) if stack else ""
     found = list(_frames(node.meta.get("stack_trace") or ""))
@@ -40,7 +40,7 @@ def location_of(node: torch.fx.Node) -> Location:
 
 
 def user_line(trace: TracebackType | None) -> Line | None:
-    """The innermost line of a traceback that is neither torch's nor ours."""
+    """Returns the innermost line of a traceback outside torch and qcompiler."""
     found = None
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -51,7 +51,7 @@ def user_line(trace: TracebackType | None) -> Line | None:
 
 
 def short_path(file: str) -> str:
-    """A path that says nothing about the machine.
+    """Returns a path that does not depend on the machine.
 
     `transformers/models/llama/modeling_llama.py` for an installed file, a relative path for one below the working
     directory, and the bare name otherwise.
@@ -66,9 +66,10 @@ def short_path(file: str) -> str:
 
 
 def is_model_code(frame: FrameSummary | str | None) -> bool:
-    """Whether Python code that decides what a model computes runs in a frame.
+    """Whether a stack frame runs Python code that decides what a model computes.
 
-    That is the user's, torch.nn's, and what dynamo interprets; not ours, nor torch's rules for shapes and strides.
+    This includes the user's code, torch.nn, and code that dynamo interprets; not qcompiler, nor torch's rules for
+    shapes and strides.
     """
     if not isinstance(frame, FrameSummary):
         return True
@@ -79,14 +80,14 @@ def is_model_code(frame: FrameSummary | str | None) -> bool:
 
 
 def _frames(trace: str) -> Iterator[Line]:
-    """The user's frames in a printed stack, outermost first."""
+    """Yields the user's frames in a printed stack, outermost first."""
     for match in FRAME.finditer(trace):
         if is_users(match["file"]):
             yield Line(match["file"], int(match["line"]))
 
 
 def is_users(file: str) -> bool:
-    """Whether a source file is neither torch's, nor ours, nor Python's own."""
+    """Whether a source file is outside torch, qcompiler and Python's standard library."""
     # Generated code has names such as <eval_with_key>.3.
     if file.startswith(("<", TORCH, OURS, "torch/")):
         return False
@@ -94,8 +95,8 @@ def is_users(file: str) -> bool:
 
 
 def _module_path(name: str) -> str:
-    """`model.layers.0` for torch's various spellings of a module's place."""
-    if name.startswith("_empty_nn_module_stack"):  # torch's mark for an operation that belongs to no module
+    """Returns `model.layers.0` for torch's various spellings of a module path."""
+    if name.startswith("_empty_nn_module_stack"):  # torch's mark for an operation outside all modules
         return ""
     name = re.sub(r"\['?([^'\]]+)'?\]", r".\1", name)
     return re.sub(r"^(L?__self__|L\.self|self)\.?", "", name).replace("_modules.", "").strip(".")

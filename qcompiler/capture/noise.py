@@ -1,7 +1,7 @@
-"""Monte Carlo arithmetic: a model is run with a random rounding error after each operator.
+"""Monte Carlo arithmetic: runs a model with a random rounding error after each operator.
 
-How far its outputs move is how far another order of additions, or another kernel, may move them. Nothing is assumed
-about depth, width or conditioning, and the model is not touched: a dispatch mode perturbs results on their way.
+The resulting change of the outputs shows how far another order of additions, or another kernel, may change them. It
+assumes nothing about depth, width or conditioning, and does not modify the model: a dispatch mode perturbs results.
 """
 
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ MOVES = frozenset({
     "roll", "scalar_tensor", "scatter", "sort", "stack", "topk", "tril", "triu", "where", "zeros", "zeros_like",
     "constant_pad_nd", "max_pool2d_with_indices", "neg", "abs", "relu", "maximum", "minimum", "clamp", "isin",
 })  # fmt: skip
-"""Operators that round nothing: any implementation gives the same bits."""
+"""Operators that do not round: every implementation gives the same bits."""
 
 
 class RoundingNoise(TorchDispatchMode):
-    """While entered, each entry that an operator computes is off by up to one unit in the last place, at random.
+    """While active, each computed entry is off by up to one unit in the last place, at random.
 
     Args:
-        seed: Of the noise. Its generators are its own: the model's random numbers stay the same.
+        seed: Seed of the noise. It uses separate generators: the model's random numbers are unchanged.
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's constructor is untyped
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs one operator and perturbs what it computed."""
+        """Runs one operator and perturbs its results."""
         found = func(*args, **(kwargs or {}))
         schema = func._schema
         keeps_bits = schema.is_mutable or any(returned.alias_info is not None for returned in schema.returns)

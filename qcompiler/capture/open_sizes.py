@@ -1,8 +1,8 @@
-"""Which sizes of a captured graph are open: finds out by running graph and model at other sizes.
+"""Finds the dynamic sizes of a captured graph by running graph and model at other sizes.
 
-Sizes may depend on each other in ways that torch.export does not see. A mask is as long as the cache and the new tokens
-together, keys are as many as values, and a batch has a symbol in each argument. So sizes move in groups: all at once,
-those of equal size, or one alone, each also with the sums that hold in the example:
+Sizes may depend on each other in ways that torch.export does not see. A mask is as long as the cache plus the new
+tokens, there are as many keys as values, and a batch has a symbol in each argument. So sizes change in groups: all at
+once, those of equal size, or one alone, each also with the sums that hold in the example:
 
     past 5, new 3, mask 8   ->   past 4, new 2, mask 6
 """
@@ -19,13 +19,13 @@ from qcompiler.errors import CaptureError
 from qcompiler.ir.ranges import Range
 
 ASSUMED_LOW = 2
-"""The least size that torch.export assumes for a dynamic dimension."""
+"""The minimum that torch.export assumes for a dynamic dimension."""
 
 STEPS = (-1, 2, -3, 4, 8, 16)
-"""How far sizes are moved for the second comparison; some models take only multiples."""
+"""Size changes for the second comparison; some models accept only multiples."""
 
 MOST_ALONE = 8
-"""With more symbols than this (a cache has one per layer), they are moved in groups of equal size only."""
+"""With more symbols than this (a cache has one per layer), they change only in groups of equal size."""
 
 
 class Judge(Protocol):
@@ -34,7 +34,7 @@ class Judge(Protocol):
     signature: Signature
 
     def try_compare(self, call: Call, sizes: Mapping[str, int]) -> bool:
-        """Compares at other sizes; False when the example or the model does not allow them.
+        """Compares at other sizes; False if the example or the model does not allow them.
 
         Raises:
             GraphRefused: The model runs and the graph does not.
@@ -47,8 +47,8 @@ class Group:
     """Sizes that change together.
 
     Attributes:
-        symbols: Those that are given a value.
-        sums: Those that follow, each as the sum of two others.
+        symbols: The symbols that are set.
+        sums: The symbols that follow, each as the sum of two others.
     """
 
     symbols: tuple[str, ...]
@@ -60,7 +60,7 @@ class Group:
         return (*self.symbols, *(name for name, _ in self.sums))
 
     def at(self, sizes: Mapping[str, int], values: Mapping[str, int]) -> dict[str, int]:
-        """All sizes, with `values` for the symbols of the group."""
+        """Returns all sizes, with `values` for the symbols of the group."""
         moved = {**sizes, **values}
         for name, (first, second) in self.sums:
             moved[name] = moved[first] + moved[second]
@@ -68,9 +68,9 @@ class Group:
 
 
 def unmovable(sizes: Mapping[str, int], ranges: Mapping[str, Range], judge: Judge, call: Call) -> list[str]:
-    """Compares at a second value of each symbol; the symbols of which the model takes no other value.
+    """Compares at a second value of each symbol; returns the symbols that the model supports at no other value.
 
-    Nothing is known about the graph at other values of those.
+    The graph is untested at other values of these symbols.
 
     Raises:
         CaptureError: Graph and model differ.
@@ -85,10 +85,10 @@ def unmovable(sizes: Mapping[str, int], ranges: Mapping[str, Range], judge: Judg
 
 
 def agreeing(judge: Judge, call: Call, sizes: Mapping[str, int], low: int, ranges: Mapping[str, Range]) -> list[str]:
-    """The symbols that may be `low`: the graph agreed with the model there, alone or with others, and never differed.
+    """Returns the symbols that may be `low`: the graph agreed with the model there and never differed.
 
-    A batch may have several symbols (ids and mask), and nothing may run when only one of them is 1. They are tried one
-    at a time, together with those of the same size in the example, and all at once.
+    A batch may have several symbols (ids and mask), and the model may not run if only one of them is 1. They are tried
+    one at a time, together with those of equal size in the example, and all at once.
     """
     free = [symbol for symbol in sizes if ranges[symbol].low == low + 1 and ranges[symbol].low != ranges[symbol].high]
     agreed: set[str] = set()
@@ -108,14 +108,14 @@ def agreeing(judge: Judge, call: Call, sizes: Mapping[str, int], low: int, range
 
 
 def _together(free: list[str], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """What may have to change at once: each symbol alone, those of equal size in the example, and all of them."""
+    """Returns the groups to try: each symbol alone, those of equal size in the example, and all symbols."""
     alone = [(symbol,) for symbol in free] if len(free) <= MOST_ALONE else []
     equal = [tuple(other for other in free if sizes[other] == sizes[symbol]) for symbol in free]
     return list(dict.fromkeys([*alone, *equal, tuple(free)])) if free else []
 
 
 def _with_sums(symbols: tuple[str, ...], sizes: Mapping[str, int]) -> Iterator[Group]:
-    """The symbols by themselves; then with each size that is, in the example, the sum of one of them and another."""
+    """Yields the symbols alone; then with each size that, in the example, is the sum of one of them and another."""
     yield Group(symbols)
     of_size: dict[int, list[str]] = {}
     for name, size in sizes.items():
@@ -133,10 +133,10 @@ def _with_sums(symbols: tuple[str, ...], sizes: Mapping[str, int]) -> Iterator[G
 
 
 def _moves(group: Group, sizes: Mapping[str, int], ranges: Mapping[str, Range], judge: Judge, call: Call) -> bool:
-    """Whether graph and model agree with the group at other sizes: smaller ones first, as tables of positions end."""
+    """Whether graph and model agree with the group at other sizes: smaller first, as position tables are finite."""
     for step in STEPS:
         values: dict[str, int] = {}
-        for symbol in group.symbols:  # where the step leads out of the legal sizes, go the other way
+        for symbol in group.symbols:  # if the step leaves the legal sizes, step in the other direction
             further = sizes[symbol] + step
             values[symbol] = further if _legal(further, ranges.get(symbol)) else sizes[symbol] - step
         moved = group.at(sizes, values)
@@ -144,7 +144,7 @@ def _moves(group: Group, sizes: Mapping[str, int], ranges: Mapping[str, Range], 
             continue
         if not all(condition.holds(moved) for condition in judge.signature.conditions):
             continue
-        with suppress(GraphRefused):  # such sizes are not part of what is captured
+        with suppress(GraphRefused):  # such sizes are not part of the capture
             if judge.try_compare(call, moved):
                 return True
     return False

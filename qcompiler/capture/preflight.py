@@ -1,4 +1,4 @@
-"""What is wrong with a model before it is traced: one sentence each, instead of an error from deep inside torch."""
+"""Checks a model before tracing: reports each problem in one sentence, not as an error from inside torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
@@ -19,18 +19,18 @@ HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-"""Where nn.Module keeps its hooks, and what a user calls them."""
+"""nn.Module's attribute for each kind of hook -> its name for users."""
 
 
 def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
-    """The model, when it can be traced at all.
+    """Returns the model if it can be traced.
 
     Args:
-        model: What the user passed.
-        allow_meta: Whether weights may lie on the meta device (a structure without data).
+        model: The user's argument.
+        allow_meta: Whether weights may be on the meta device (structure without data).
 
     Raises:
-        CaptureError: It is not an eager nn.Module, is compiled already, is in training mode, has hooks, or has weights
+        CaptureError: It is not an eager nn.Module, is already compiled, is in training mode, has hooks, or has weights
             without data, on several devices, or in a tensor subclass.
     """
     module = _check_kind(model)
@@ -43,7 +43,7 @@ def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
 
 
 def check_inputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises CaptureError when the model takes no such arguments, or one lies on another device than the weights."""
+    """Raises CaptureError if the model does not accept the arguments, or one is on another device than the weights."""
     _check_arguments(model, args, kwargs)
     home = device_of(model)
     if home is None:
@@ -51,7 +51,7 @@ def check_inputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
     for path, leaf in pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]:
         if isinstance(leaf, torch.Tensor) and leaf.device != home and (leaf.ndim or leaf.device.type != "cpu"):
             raise CaptureError(
-                f"an example input lies on another device than the model: {pytree.keystr(path)}",
+                f"an example input is on a different device than the model: {pytree.keystr(path)}",
                 got=leaf.device,
                 need=home,
                 fix="Move the input, or the model, with .to(device).",
@@ -61,21 +61,21 @@ def check_inputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[st
 def _check_arguments(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     try:
         takes = signature(model.forward)
-    except (TypeError, ValueError):  # a forward from outside Python shows none
+    except (TypeError, ValueError):  # a forward not written in Python has no signature
         return
     try:
         takes.bind(*args, **kwargs)
     except TypeError as error:
         given = ", ".join([f"{len(args)} by position"] * bool(args) + [repr(name) for name in kwargs]) or "none"
         raise CaptureError(
-            "the example inputs are not what the model's forward takes",
+            "the example inputs do not match the signature of the model's forward",
             got=f"{given}: {error}",
             need=", ".join(map(str, takes.parameters.values())) or "none",
         ) from error
 
 
 def device_of(model: torch.nn.Module) -> torch.device | None:
-    """The device of the weights; None for a model without any."""
+    """Returns the device of the weights; None for a model without weights."""
     return next((tensor.device for _, tensor in _placed(model)), None)
 
 
@@ -94,7 +94,7 @@ def _check_kind(model: object) -> torch.nn.Module:
         )
     if hasattr(model, "_orig_mod"):
         raise CaptureError(
-            "a model that torch.compile wraps cannot be captured",
+            "a model wrapped by torch.compile cannot be captured",
             got=type(model).__name__,
             fix="Pass the model itself; torch.compile may wrap the result.",
         )
@@ -102,13 +102,13 @@ def _check_kind(model: object) -> torch.nn.Module:
 
 
 def _check_compiled(model: torch.nn.Module) -> None:
-    """A compiled model has no layers left to quantize: rejects one, and a model with one inside."""
+    """Rejects a compiled model, and a model that contains one: it has no layers left to quantize."""
     found = next((name for name, module in model.named_modules() if isinstance(module, CompiledModule)), None)
     if found is not None:
         raise CaptureError(
-            f"{_called(found)} is compiled already",
-            need="a model in floating point",
-            fix="Compile the original model: compiled.origin, as long as it is in memory or came from a folder.",
+            f"{_called(found)} is already compiled",
+            need="a floating-point model",
+            fix="Compile the original model: compiled.origin, if it is still in memory or came from a folder.",
         )
 
 
@@ -118,7 +118,7 @@ def _check_mode(model: torch.nn.Module) -> None:
         raise CaptureError(
             "the model is in training mode",
             got=f"{_called(training)}.training is True",
-            fix="Call model.eval() first: a compiled model is for inference.",
+            fix="Call model.eval() first: compiled models are for inference only.",
         )
 
 
@@ -126,7 +126,7 @@ def _check_lazy(model: torch.nn.Module) -> None:
     lazy = next((name for name, tensor in named_tensors(model).items() if is_lazy(tensor)), None)
     if lazy is not None:
         raise CaptureError(
-            f"the weight {lazy!r} has no size yet", fix="Call the model once with real inputs: its layers are lazy."
+            f"the weight {lazy!r} is uninitialized", fix="Call the model once with real inputs to initialize it."
         )
 
 
@@ -134,7 +134,7 @@ def _check_hooks(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise CaptureError(
-                f"accelerate has put a hook on {_called(name)}, so that weights move while the model runs",
+                f"accelerate has put a hook on {_called(name)} that moves weights while the model runs",
                 got=type(module._hf_hook).__name__,
                 fix="Load it on one device without device_map, or call accelerate.hooks.remove_hook_from_submodules.",
             )
@@ -142,14 +142,14 @@ def _check_hooks(model: torch.nn.Module) -> None:
             hooks = [hook for hook in getattr(module, attribute, {}).values() if not _is_recorder(hook)]
             if hooks:
                 raise CaptureError(
-                    f"there is a {words} on {_called(name)}, and a graph cannot call it",
+                    f"{_called(name)} has a {words}, which a graph cannot call",
                     got=getattr(hooks[0], "__qualname__", type(hooks[0]).__name__),
                     fix="Remove it (handle.remove()); for weight norm, call torch.nn.utils.remove_weight_norm.",
                 )
 
 
 def _is_recorder(hook: Callable[..., Any]) -> bool:
-    # transformers leaves its output recorders on the layers after a call with output_hidden_states; they trace well.
+    # transformers leaves its output recorders on the layers after a call with output_hidden_states; they are traceable.
     return str(getattr(hook, "__module__", "")).startswith("transformers.utils.")
 
 
@@ -168,7 +168,7 @@ def _check_data(model: torch.nn.Module) -> None:
     empty = next((name for name, tensor in named_tensors(model).items() if tensor.is_meta), None)
     if empty is not None:
         raise CaptureError(
-            f"the weight {empty!r} lies on the meta device and has no data",
+            f"the weight {empty!r} is on the meta device and has no data",
             fix="Load the weights first, or pass allow_meta=True to capture the structure alone.",
         )
 
@@ -180,12 +180,12 @@ def _check_devices(model: torch.nn.Module) -> None:
     if len(first) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
         raise CaptureError(
-            "the weights lie on several devices", got=places, fix="Move the model with model.to(device)."
+            "the weights are on several devices", got=places, fix="Move the model with model.to(device)."
         )
 
 
 def _placed(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    # torch lets a CPU scalar meet tensors of any device, so that such a buffer says nothing about where a model lies.
+    # torch combines CPU scalars with tensors of any device, so such a buffer does not show the device of the model.
     tensors = list(named_tensors(model).items())
     return ((name, t) for name, t in tensors if t.ndim or t.device.type != "cpu" or len(tensors) == 1)
 

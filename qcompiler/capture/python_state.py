@@ -1,8 +1,8 @@
-"""Python attributes of modules, such as a window size, are after a capture what they were before it.
+"""Restores the Python attributes of modules, such as a window size, after a capture.
 
-Some models write them in forward. Swin makes its windows smaller when an image is, and keeps them so: a run at other
-sizes than the user's would change what the model computes, and a trace would leave symbols behind. Between the runs of
-one capture they change as the model wants: a model that counts its calls has no graph, and must be seen to differ.
+Some models write attributes in forward. Swin shrinks its windows for small images and keeps them small: a run at other
+sizes would change what the model computes, and a trace would leave symbols behind. Between the runs of one capture the
+model may change them: a model that counts its calls has no graph, and the check must see it differ.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 PLAIN = (bool, int, float, str, NoneType, tuple, torch.dtype)
-"""Types of attributes that are restored; sizes are among them."""
+"""Attribute types that are restored, sizes among them."""
 
 CONTAINERS = (list, dict, set)
-"""Types of attributes whose contents are restored as well, but not the contents of what is in them."""
+"""Container types whose contents are restored too, one level deep."""
 
 MISSING = object()
 
 TABLES = ("_buffers", "_parameters", "_modules")
-"""Where a module keeps the attributes that are not plain entries of its `vars`."""
+"""Attributes that nn.Module stores in tables of its own, not directly in `vars`."""
 
 OWN = frozenset(vars(torch.nn.Module()))
-"""What torch itself keeps in every module: hooks, and the tables above."""
+"""torch's own entries in every module: hooks, and the tables above."""
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def same_attributes(model: torch.nn.Module, remove_new: bool = False) -> Iterato
 
     Args:
         model: The model.
-        remove_new: Whether attributes that are new are removed, too. A trace leaves tensors without data in them, which
-            a model that computes a mask once and keeps it would use from then on.
+        remove_new: Whether to remove new attributes as well. A trace leaves tensors without data in them, which a model
+            that caches its mask would use from then on.
     """
     before = [
         (vars(module), {name: value for name, value in vars(module).items() if _is_restored(name, value)})
@@ -62,7 +62,7 @@ def _is_restored(name: str, value: object) -> bool:
 
 
 def _put_back(container: Any, content: Any) -> None:
-    """Gives a list, dict or set its old content, unless it still has that; elements are compared by identity."""
+    """Restores the content of a list, dict or set, unless it is unchanged; elements are compared by identity."""
     if _identities(container) == _identities(content):
         return
     container.clear()

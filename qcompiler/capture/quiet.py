@@ -1,4 +1,4 @@
-"""Keeps the deprecation noise of torch and transformers away from people who can do nothing about it."""
+"""Silences deprecation warnings of torch and transformers that users cannot act on."""
 
 import io
 import logging
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 MODULES = r"(torch|copyreg|transformers|torchao|sympy)(\.|$)"
-"""Whose warnings are silenced. copyreg stands for torch: it shows up when export deep-copies its own tree specs.
-transformers imports torchao where it is installed, and torchao's import warns about its own names."""
+"""Modules whose warnings are silenced. copyreg stands for torch: it appears when export deep-copies its tree specs.
+transformers imports torchao if it is installed, and torchao's import warns about its own names."""
 
 ABOUT_TORCH = r"The tensor attributes? self\."
-"""How a warning begins that export raises in the name of contextlib: recurrent layers look their weights up anew."""
+"""Prefix of a warning that export raises from contextlib: recurrent layers look up their weights again."""
 
 ABOUT_PYTHON = r"Guards may run slower on Python 3\.13\.0"
-"""How a warning begins that torch raises while it traces, and that has nothing to do with a captured graph."""
+"""Prefix of a warning that torch raises while tracing and that does not concern a captured graph."""
 
 CHATTY = (
     "torch.export",
@@ -23,12 +23,12 @@ CHATTY = (
     "torch._subclasses.fake_tensor",
     "torch.fx.experimental.symbolic_shapes",
 )
-"""Loggers that report a trace or a loading that fails before it raises."""
+"""Loggers that report a failed trace or load before it raises."""
 
 
 @contextmanager
 def third_party_silence() -> Iterator[None]:
-    """Ignores warnings that torch and transformers raise about their own code; a model's own warnings pass."""
+    """Ignores warnings of torch and transformers about their own code; the model's own warnings pass."""
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=MODULES)
@@ -39,9 +39,9 @@ def third_party_silence() -> Iterator[None]:
 
 @contextmanager
 def quiet_failure() -> Iterator[None]:
-    """Lets a trace, or the loading of one, fail without torch logging and printing first; its exception says it all.
+    """Keeps torch from logging and printing before a trace or load fails; the exception contains everything.
 
-    What is printed to stderr when it succeeds is kept.
+    Output to stderr is kept on success.
     """
     loggers = [logging.getLogger(name) for name in CHATTY]
     before = [logger.disabled for logger in loggers]

@@ -1,4 +1,4 @@
-"""Runs of a model and of its graph on the same call, with everything that comes out by name."""
+"""Runs a model and its graph on the same call, and returns all results by name."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,15 +22,15 @@ class ModelRefused(Exception):
 
 
 class GraphRefused(CaptureError):
-    """The graph does not run at sizes where the model does: wrong, but never silently so."""
+    """The graph does not run at sizes at which the model does; an error, but not a silent one."""
 
 
 class Runs:
-    """A model and its graph, to be run side by side.
+    """Runs a model and its graph side by side.
 
     Args:
         graph: The captured graph.
-        signature: How it is called.
+        signature: Its calling convention.
         model: The captured model. Buffers that it writes are restored after each run.
     """
 
@@ -43,23 +43,23 @@ class Runs:
     def of_model(
         self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
     ) -> dict[str, Any]:
-        """Outputs, and new values of buffers and inputs, of a run of the model.
+        """Runs the model; returns outputs, and new values of buffers and inputs.
 
         Args:
-            call: Its arguments, which stay as they are.
-            mode: A dispatch mode to run in.
-            enter: Applied to each input tensor and to each buffer that the model writes; gives a new tensor.
+            call: The arguments, which are not changed.
+            mode: A dispatch mode for the run.
+            enter: Applied to each input tensor and to each buffer that the model writes; returns a new tensor.
 
         Raises:
             ModelRefused: The model does not run on this call.
         """
         with self._surroundings(mode):
             args, kwargs = map_tensors(enter, call)
-            passed = dict(self.named_tensors((args, kwargs)))  # the model changes its inputs in place
+            passed = dict(self.named_tensors((args, kwargs)))  # the model may change its inputs in place
             with restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
                 try:
                     out = self.model(*args, **kwargs)
-                except Exception as error:  # anything a model may raise at sizes that it does not take
+                except Exception as error:  # the model may raise anything at unsupported sizes
                     raise ModelRefused(str(error)) from error
                 buffers = dict(self.model.named_buffers())
                 found = self._named_outputs(pytree.tree_leaves(out))
@@ -72,29 +72,29 @@ class Runs:
     def _named_outputs(self, leaves: list[Any]) -> dict[str, Any]:
         if len(leaves) != len(self.paths):
             raise CaptureError(
-                "the model returns another structure than it was traced with",
+                "the model returns a different structure than in the trace",
                 got=f"{len(leaves)} tensors and numbers",
                 need=f"{len(self.paths)}, as in the trace",
-                fix="State in a Python object, such as a cache that counts its tokens, cannot be part of a graph.",
+                fix="A graph cannot contain state in a Python object, such as a cache that counts its tokens.",
             )
         return dict(zip(self.paths, leaves, strict=True))
 
     def returned(
         self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
     ) -> Any:
-        """What the model returns for a call of any structure; ModelRefused when it does not run on it."""
+        """Returns the model's result for a call of any structure; ModelRefused if the model does not accept it."""
         with self._surroundings(mode):
             args, kwargs = map_tensors(enter, call)
             with restored(self.model, self.buffers, enter), tracing_settings(self.model, kwargs):
                 try:
                     return self.model(*args, **kwargs)
-                except Exception as error:  # anything a model may raise for arguments that it does not take
+                except Exception as error:  # the model may raise anything for unsupported arguments
                     raise ModelRefused(str(error)) from error
 
     def of_graph(
         self, call: Call, mode: AbstractContextManager[Any] | None = None, enter: "Entrance" = torch.clone
     ) -> dict[str, Any]:
-        """The same of a run of the graph; GraphRefused when it does not run."""
+        """Runs the graph and returns the same results; GraphRefused if it does not run."""
         with self._surroundings(mode):
             leaves = pytree.tree_leaves(map_tensors(enter, call))
             inputs = [leaf for slot, leaf in zip(self.signature.slots, leaves, strict=True) if hasattr(slot, "name")]
@@ -109,14 +109,14 @@ class Runs:
             }
 
     def named_tensors(self, call: Call) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a call, by the names of the graph's inputs."""
+        """Yields the tensors of a call, by the names of the graph's inputs."""
         for slot, leaf in zip(self.signature.slots, pytree.tree_leaves(call), strict=True):
             if isinstance(slot, TensorSlot):
                 yield slot.name, leaf
 
     @contextmanager
     def _surroundings(self, mode: AbstractContextManager[Any] | None) -> Iterator[None]:
-        """The same random numbers in every run, and the user's generators as they were."""
+        """Uses the same random numbers in every run, and restores the user's generators."""
         device = self.signature.device
         cuda = [device] if device is not None and device.type == "cuda" else []
         bounds = BoundsCheck() if cuda else nullcontext()
@@ -131,14 +131,14 @@ Entrance = Callable[[torch.Tensor], torch.Tensor]
 
 @contextmanager
 def restored(model: torch.nn.Module, names: Iterable[str], enter: Entrance = torch.clone) -> Iterator[None]:
-    """Puts back the buffers that a run of the model writes, whether in place or by another tensor."""
+    """Restores the buffers that a model run writes, in place or by assignment."""
     before = []
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         before.append((module, leaf, getattr(module, leaf)))
     copies = [enter(buffer) for _, _, buffer in before]
-    in_place = enter is torch.clone  # otherwise the run sees the copies, which can hold more than the buffers
+    in_place = enter is torch.clone  # otherwise the run uses the copies, which may be wider than the buffers
     try:
         for (module, leaf, _), copy in zip(before, copies, strict=True):
             if not in_place:
@@ -152,10 +152,10 @@ def restored(model: torch.nn.Module, names: Iterable[str], enter: Entrance = tor
 
 
 def run_aside(model: torch.nn.Module, call: Call) -> None:
-    """Runs a model on a call for what it does to the call's arguments.
+    """Runs a model on a call for its side effects on the arguments.
 
     Raises:
-        Exception: Whatever the model raises.
+        Exception: Any error of the model.
     """
     names = [name for name, _ in model.named_buffers()]
     cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(call))
@@ -165,9 +165,9 @@ def run_aside(model: torch.nn.Module, call: Call) -> None:
 
 
 def does_run(model: torch.nn.Module, call: Call) -> bool:
-    """Whether a model runs on a call; the call's tensors stay as they are."""
+    """Whether a model runs on a call; the call's tensors are not changed."""
     try:
         run_aside(model, map_tensors(torch.clone, call))
-    except Exception:  # anything a model may raise at sizes that it does not take
+    except Exception:  # the model may raise anything at unsupported sizes
         return False
     return True

@@ -1,4 +1,4 @@
-"""How a captured model is called: a user's arguments -> the graph's inputs, its outputs -> the user's structure."""
+"""The calling convention of a captured model: arguments -> graph inputs, graph outputs -> the user's structure."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +19,13 @@ AGAIN = "Capture the model again with an example of this size."
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """A flat argument that is an input of the graph.
+    """A flat argument that is a tensor input of the graph.
 
     Attributes:
-        path: How the user would write it, such as `kwargs['input_ids']`.
+        path: The argument as the user would write it, such as `kwargs['input_ids']`.
         name: The graph input's name.
-        dtype: Its element type.
-        device: Where it must lie.
+        dtype: Its dtype.
+        device: Its required device.
         shape: Its sizes, over the graph's symbols.
     """
 
@@ -38,7 +38,7 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class NumberSlot:
-    """A flat argument that is a number and an input of the graph; `value` is a symbol where it has one."""
+    """A flat argument that is a number and an input of the graph; `value` is its symbol, if it has one."""
 
     path: str
     name: str
@@ -47,7 +47,7 @@ class NumberSlot:
 
 @dataclass(frozen=True)
 class ConstantSlot:
-    """A flat argument that capture has burned in: None, a number, a string."""
+    """A flat argument that capture fixed: None, a number, a string."""
 
     path: str
     value: Any
@@ -58,7 +58,7 @@ Slot = TensorSlot | NumberSlot | ConstantSlot
 
 @dataclass(frozen=True)
 class Condition:
-    """A relation between sizes that decided which way the model's Python code went, such as `s0 > s2`."""
+    """A relation between sizes that selected a branch in the model's Python code, such as `s0 > s2`."""
 
     relation: str
     left: Size
@@ -73,7 +73,7 @@ class Condition:
         return symbols(self.left) | symbols(self.right)
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the relation is true; also when a side has no value: an unknown symbol, or a division by size 0."""
+        """Whether the relation is true; also if a side has no value: an unknown symbol, or a division by size 0."""
         if not self.symbols <= sizes.keys():
             return True
         try:
@@ -90,17 +90,17 @@ RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
 
 @dataclass(frozen=True)
 class Signature:
-    """The calling convention of one captured entry.
+    """The calling convention of a captured model.
 
     Attributes:
         in_spec: The structure of (args, kwargs).
-        out_spec: The structure of what the model returns.
+        out_spec: The structure of the model's return value.
         slots: One for each leaf of `in_spec`, in order.
         symbols: The range of each symbolic size.
-        parameters: The names of forward's parameters that can be given by position, with their default values.
-        device: Where the model and its inputs lie; None when the model has no tensor at all.
-        conditions: What the sizes must fulfil besides their ranges.
-        leeway: What a call may leave out or add.
+        parameters: Names and default values of forward's parameters that can be passed by position.
+        device: The device of the model and its inputs; None if the model has no tensors.
+        conditions: Relations that the sizes must meet besides their ranges.
+        leeway: What a call may omit or add.
     """
 
     in_spec: pytree.TreeSpec
@@ -118,19 +118,19 @@ class Signature:
         return tuple(slot.name for slot in self.slots if not isinstance(slot, ConstantSlot))
 
     def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """The graph's inputs, in order, out of a call's arguments; see `bind`."""
+        """Returns the graph's inputs for a call, in order; see `bind`."""
         return self.bind(args, kwargs)[0]
 
     def bind(
         self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> tuple[list[Any], tuple[str, ...]]:
-        """The graph's inputs, in order, and the paths of outputs that the call does not have.
+        """Returns the graph's inputs, in order, and the paths of outputs that the call does not have.
 
-        An argument may be given by name where it was captured by position, and the other way round; what `leeway`
-        allows may be left out or added.
+        Arguments captured by position may be passed by name, and vice versa; arguments that `leeway` allows may be
+        omitted or added.
 
         Raises:
-            InputError: The structure, a dtype, a device, a rank, a size or a burned-in value is not what was captured.
+            InputError: The structure, a dtype, a device, a rank, a size or a fixed value differs from capture.
         """
         leaves, added = self._leaves(tuple(args), dict(kwargs or {}))
         inputs: list[Any] = []
@@ -157,11 +157,11 @@ class Signature:
         return inputs, tuple(path for _, _, optional in absent for path in optional.without)
 
     def unflatten(self, outputs: Sequence[Any], without: Sequence[str] = ()) -> Any:
-        """What the model would return, out of the graph's outputs.
+        """Converts the graph's outputs to the model's return value.
 
         Args:
-            outputs: All of the graph's.
-            without: The paths of those that the call does not have, as `bind` gives them.
+            outputs: All outputs of the graph.
+            without: Paths of the outputs that the call does not have, as `bind` returns them.
         """
         if not without:
             return pytree.tree_unflatten(list(outputs), self.out_spec)
@@ -170,26 +170,26 @@ class Signature:
         return pytree.tree_unflatten(kept, without_outputs(self.out_spec, paths, dropped))
 
     def output_paths(self) -> list[str]:
-        """Where each flat output stands in what the model returns, such as `['logits']`."""
+        """Returns the path of each flat output in the model's return value, such as `['logits']`."""
         return [path or "the output" for path in leaf_paths(self.out_spec)]
 
     def _bind(self, slot: Slot, axis: int | None, size: Size, got: int, bindings: dict[str, int]) -> None:
-        """Holds one size to its type: a fixed one must be equal, a symbol must be in range and the same everywhere."""
+        """Checks one size against its type: fixed sizes must be equal, symbols in range and equal everywhere."""
         if isinstance(size, int):
             if got != size:
                 raise InputError(
-                    f"{_named(slot, axis)} has another size than at capture", got=got, need=size, fix=AGAIN
+                    f"{_named(slot, axis)} has a different size than at capture", got=got, need=size, fix=AGAIN
                 )
             return
         if (solved := solve(size, got)) is None:
             return
         symbol, value = solved
         if value is None:
-            raise InputError(f"{_named(slot, axis)} does not have a size of the captured form", got=got, need=str(size))
+            raise InputError(f"{_named(slot, axis)} does not match the captured size", got=got, need=str(size))
         bounds = self.symbols.get(symbol, Range())
         if value < bounds.low or (bounds.high is not None and value > bounds.high):
             raise InputError(
-                f"{_named(slot, axis)} is outside of the captured range",
+                f"{_named(slot, axis)} is outside the captured range",
                 got=got,
                 need=f"{size} with {symbol} in {bounds}",
                 fix=AGAIN,
@@ -203,7 +203,7 @@ class Signature:
             )
 
     def _check_rest(self, inputs: Sequence[Any], bindings: Mapping[str, int]) -> None:
-        """The sizes that are no linear expression of one symbol, once all symbols have values; and the conditions."""
+        """Checks sizes that are not linear in one symbol, once all symbols have values; and the conditions."""
         slots = [slot for slot in self.slots if not isinstance(slot, ConstantSlot)]
         for slot, leaf in zip(slots, inputs, strict=True):
             for axis, size in enumerate(slot.shape if isinstance(slot, TensorSlot) else ()):
@@ -218,30 +218,30 @@ class Signature:
         for condition in self.conditions:
             if not condition.holds(bindings):
                 sizes = ", ".join(f"{symbol} = {bindings[symbol]}" for symbol in sorted(condition.symbols))
-                problem = "the model would take another course for these sizes"
+                problem = "the model would take a different branch for these sizes"
                 raise InputError(problem, got=sizes, need=str(condition), fix=AGAIN)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Added]:
-        """One leaf for each slot, None for a tensor that is left out; and what was added and must be looked at."""
+        """Returns one leaf per slot, None for an omitted tensor; and the added arguments that must be checked."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec == self.in_spec:
             return leaves, []
         return leaves_by_name(self.in_spec, self.parameters, self.leeway, (args, kwargs))
 
     def _stand_in(self, slot: TensorSlot, leaf: Any) -> OptionalTensor | None:
-        """What takes the place of an argument that is left out, or whose entries nothing reads."""
+        """Returns the replacement of an argument that is omitted, or whose entries are not read."""
         if slot.name in self.leeway.ignored and isinstance(leaf, torch.Tensor):
             return self.leeway.find(slot.path) or OptionalTensor(slot.path, ANYTHING, slot.shape)
         return self.leeway.find(slot.path) if leaf is None else None
 
 
 def _named(slot: Slot, axis: int | None) -> str:
-    """A number or a dimension of a tensor, in a message."""
+    """Names a number or a tensor dimension, for messages."""
     return slot.path if axis is None else f"dimension {axis} of {slot.path}"
 
 
 def linear(size: Size) -> tuple[str, int, int] | None:
-    """(symbol, factor, offset) for `factor*symbol + offset`; None for any other expression."""
+    """Returns (symbol, factor, offset) for `factor*symbol + offset`; None for any other expression."""
     if isinstance(size, int):
         return None
     terms = [(atoms, factor) for atoms, factor in size.terms if atoms]
@@ -253,7 +253,7 @@ def linear(size: Size) -> tuple[str, int, int] | None:
 
 
 def solve(size: Size, number: int) -> tuple[str, int | None] | None:
-    """The symbol of a linear `size`, and the value that makes it `number` (None: no integer); None if not linear."""
+    """Returns a linear size's symbol and its value for size `number` (None: not an integer); None if not linear."""
     if (form := linear(size)) is None:
         return None
     symbol, factor, offset = form
@@ -263,9 +263,9 @@ def solve(size: Size, number: int) -> tuple[str, int | None] | None:
 
 
 def leaf_paths(spec: pytree.TreeSpec) -> list[str]:
-    """Where each leaf of a structure stands, such as `['batch'][0]`.
+    """Returns the path of each leaf of a structure, such as `['batch'][0]`.
 
-    Read off the structure alone: containers such as a cache cannot be rebuilt around anything but tensors.
+    Uses the structure alone: containers such as a cache can be rebuilt around tensors only.
     """
     if spec.is_leaf():
         return [""]
@@ -283,20 +283,20 @@ def _check_constant(slot: ConstantSlot, leaf: Any, leeway: Leeway) -> None:
         f"{slot.path} is part of the captured graph and cannot change",
         got=got,
         need=repr(slot.value),
-        fix="Capture the model again for the other value.",
+        fix="Capture the model again with the other value.",
     )
 
 
 def _checked_tensor(slot: TensorSlot, leaf: Any, widen: bool) -> Any:
-    """The tensor of a slot, in the captured dtype.
+    """Returns the tensor of a slot, in the captured dtype.
 
     Args:
-        slot: What was captured.
-        leaf: What was given.
-        widen: Whether integers of a narrower dtype are converted.
+        slot: The captured argument.
+        leaf: The given argument.
+        widen: Whether to convert integers of a narrower dtype.
     """
     if leaf is None:
-        problem = f"the argument {slot.path!r} was given at capture, and the graph does not compute without it"
+        problem = f"the argument {slot.path!r} was given at capture, and the graph requires it"
         raise InputError(problem, need=f"{slot.dtype} of rank {len(slot.shape)}", fix=COMPILE_WITHOUT)
     if not isinstance(leaf, torch.Tensor):
         fix = how_to_convert(leaf)
@@ -308,14 +308,14 @@ def _checked_tensor(slot: TensorSlot, leaf: Any, widen: bool) -> Any:
         integers = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex or leaf.dtype == torch.bool)
         if not (widen and integers and torch.promote_types(leaf.dtype, slot.dtype) == slot.dtype):
             fix = f"Convert it with .to({slot.dtype})." if integers else None
-            problem = f"{slot.path} has another dtype than at capture"
+            problem = f"{slot.path} has a different dtype than at capture"
             raise InputError(problem, got=leaf.dtype, need=slot.dtype, fix=fix)
         leaf = leaf.to(slot.dtype)
     if leaf.device != slot.device:
-        raise InputError(f"{slot.path} lies on another device than at capture", got=leaf.device, need=slot.device)
+        raise InputError(f"{slot.path} is on a different device than at capture", got=leaf.device, need=slot.device)
     if leaf.ndim != len(slot.shape):
         raise InputError(
-            f"{slot.path} has another rank than at capture",
+            f"{slot.path} has a different rank than at capture",
             got=tuple(leaf.shape),
             need=f"[{', '.join(map(str, slot.shape))}]",
         )

@@ -1,15 +1,15 @@
-"""Weights that a model holds in 8 bits, as codes and scales: in a captured graph they are `quant.dequantize` of both.
+"""Weights that a model holds in 8 bits, as codes and scales; a captured graph shows them as `quant.dequantize`.
 
     linear.weight: F8_E4M3, linear.weight_scale_inv: F32
   ->
     %w = quant.dequantize(%linear.weight, %linear.weight_scale_inv) {format = #fp8_block, out_dtype = bf16}
     %y = aten.linear(%x, %w)
 
-Beside them a checkpoint may have a static scale for the activation, which the operation carries as `x_scale`.
+A checkpoint may also contain a static scale for the activation, which the operation carries as `x_scale`.
 
-`hold` makes a module's attribute mean the numbers, while codes and scales stay its parameters, under their own names:
-any code that reads the attribute runs, eagerly and traced, and nothing is dequantized for good. `readable` does that to
-modules of others, such as those into which transformers loads FP8 checkpoints, for the duration of a capture.
+`hold` makes a module's attribute return the dequantized weight, while codes and scales remain its parameters, under
+their own names: all code that reads the attribute works, eagerly and traced, and nothing stays dequantized. `readable`
+does this for other modules, such as those into which transformers loads FP8 checkpoints, during a capture.
 """
 
 import math
@@ -26,28 +26,28 @@ from qcompiler.errors import CaptureError
 from qcompiler.numerics import ALL
 
 STORED_WEIGHT = "qcompiler.stored_weight"
-"""The operator of torch that a trace has for one."""
+"""The torch operator that represents such a weight in a trace."""
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-USABLE = "finite numbers that are not negative"  # what scales must be, for messages
+USABLE = "finite numbers that are not negative"  # requirement on scales, for messages
 SCALE = "_scale_inv"
-"""What transformers' modules put behind the name of a weight for that of its scale."""
+"""Suffix that transformers' modules add to a weight's name for its scale."""
 X_SCALE = "activation_scale"
-"""The static scale of an activation in transformers' FP8Linear."""
+"""Name of an activation's static scale in transformers' FP8Linear."""
 
 _NOTES = "_qcompiler_notes"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How one attribute of a module is held.
+    """How one attribute of a module is stored.
 
     Attributes:
         scale: The name of its scale in the same module.
-        block: Rows and columns that share a scale; -1 is the whole of an axis.
-        dtype: What the module computes in.
+        block: Rows and columns that share a scale; -1 means the whole axis.
+        dtype: The compute dtype of the module.
         x_scale: The static scale of the module's input, an FP32 number; None if the checkpoint has none.
-        whole: Whether the checkpoint has one scale for a matrix of a stack, here the scale of each of its blocks.
+        whole: Whether the checkpoint has one scale per matrix of a stack, here repeated for each of its blocks.
     """
 
     scale: str
@@ -61,7 +61,7 @@ class Stored:
 def stored_weight(
     codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype, x_scale: float | None = None
 ) -> Tensor:
-    """The numbers that codes and scales stand for: `numerics.dequantize`. `x_scale` is only recorded in the trace."""
+    """Dequantizes codes and scales: `numerics.dequantize`. `x_scale` is only recorded in the trace."""
     return numerics.dequantize(codes, scale, format=numerics.format_of(block, codes.dtype), out_dtype=dtype)
 
 
@@ -71,7 +71,7 @@ def _(codes: Tensor, scale: Tensor, block: list[int], dtype: torch.dtype, x_scal
 
 
 def hold(module: nn.Module, stored: Mapping[str, Stored]) -> None:
-    """Makes attributes of a module mean what their codes and scales stand for."""
+    """Makes attributes of a module return their dequantized codes and scales."""
     kind = type(module)
     properties: dict[str, Any] = {name: property(_reader(name, how)) for name, how in stored.items()}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -81,17 +81,17 @@ def hold(module: nn.Module, stored: Mapping[str, Stored]) -> None:
 
 
 def held(module: nn.Module) -> Mapping[str, Stored]:
-    """What `hold` was told of a module; nothing for any other."""
+    """Returns the arguments of `hold` for a module; empty for any other module."""
     found: Mapping[str, Stored] = getattr(type(module), "stored_weights", {})
     return found
 
 
 @contextmanager
 def readable(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the FP8 weights of a model can be read as numbers.
+    """Temporarily makes the FP8 weights of a model readable as numbers.
 
     Raises:
-        CaptureError: An FP8 weight has no scale, or one that does not say what it is for, is not finite, or negative.
+        CaptureError: An FP8 weight has no scale, or its scale is ambiguous, not finite, or negative.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
@@ -106,11 +106,11 @@ def readable(model: nn.Module) -> Iterator[None]:
 
 
 def stored_in(module: nn.Module, name: str, model: nn.Module) -> dict[str, Stored]:
-    """The FP8 weights of somebody else's module, and how they are to be read."""
+    """Returns the FP8 weights of a third-party module, and how to read them."""
     if held(module):
         return {}
     weights = [key for key, tensor in module._parameters.items() if tensor is not None and tensor.dtype in FP8]
-    # Code of somebody's own may know what its weights mean; a linear only multiplies with them.
+    # Third-party code may interpret its weights differently; a linear only multiplies with them.
     read = [key for key in weights if hasattr(module, key + SCALE) or isinstance(module, nn.Linear)]
     return {key: _described(module, key, f"{name}.{key}" if name else key, model) for key in read}
 
@@ -119,7 +119,7 @@ def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stor
     scale = getattr(module, key + SCALE, None)
     if not isinstance(scale, Tensor):
         raise CaptureError(
-            f"the weight {name!r} is FP8 and has no scale, so that nobody knows its numbers",
+            f"the FP8 weight {name!r} has no scale, so its values are unknown",
             need=f"a scale beside it, called '{key}{SCALE}'",
             fix="Read the checkpoint with qcompiler.checkpoints.load_model(folder).",
         )
@@ -129,20 +129,20 @@ def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stor
 
 
 def _block(module: nn.Module, scale: Tensor, name: str) -> tuple[int, int]:
-    """What a scale is for, as the module says; one number can only be for the whole."""
+    """Returns the block of a scale, as declared by the module; a single number applies to the whole weight."""
     said = getattr(module, "block_size", None)
     if said is not None:
         return int(said[0]), int(said[1])
     if scale.numel() == 1:
         return ALL, ALL
     raise CaptureError(
-        f"the weight {name!r} does not say which of its elements share a scale",
+        f"the module of weight {name!r} does not say which elements share a scale",
         got=f"scales {list(scale.shape)}", need=f"'block_size' in its {type(module).__name__}",
     )  # fmt: skip
 
 
 def _x_scale(module: nn.Module, key: str, name: str) -> float | None:
-    """The static scale of the activation beside a weight of transformers' FP8Linear."""
+    """Returns the static activation scale of a weight of transformers' FP8Linear."""
     scale = getattr(module, X_SCALE, None) if key == "weight" else None
     if not isinstance(scale, Tensor) or scale.is_meta:
         return None
@@ -150,7 +150,7 @@ def _x_scale(module: nn.Module, key: str, name: str) -> float | None:
 
 
 def one_number(scale: Tensor, what: str) -> float:
-    """The only number in a scale, widened to FP32; CaptureError if there are several, or it is not positive."""
+    """Returns the only number in a scale, widened to FP32; CaptureError if there are several, or it is not positive."""
     numbers = scale.detach().to(torch.float32).flatten().tolist()
     if len(numbers) != 1 or not (math.isfinite(numbers[0]) and numbers[0] > 0):
         got = numbers[0] if len(numbers) == 1 else f"{list(scale.shape)} numbers"
@@ -159,7 +159,7 @@ def one_number(scale: Tensor, what: str) -> float:
 
 
 def knows_x_scales(model: nn.Module) -> bool:
-    """Whether a model has static activation scales beside weights that it holds in 8 bits."""
+    """Whether a model has static activation scales for weights that it holds in 8 bits."""
     stored = (
         how
         for name, module in model.named_modules()
@@ -169,18 +169,18 @@ def knows_x_scales(model: nn.Module) -> bool:
 
 
 def add_notes(model: nn.Module, notes: Iterable[str]) -> None:
-    """Attaches sentences about a model's checkpoint to the model, for the report."""
+    """Attaches notes on a model's checkpoint to the model, for the report."""
     model.__dict__[_NOTES] = (*notes_of(model), *notes)
 
 
 def notes_of(model: nn.Module) -> tuple[str, ...]:
-    """What `add_notes` left."""
+    """Returns the notes of `add_notes`."""
     found: tuple[str, ...] = model.__dict__.get(_NOTES, ())
     return found
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """What a model computes in: as its configuration says, or as its first other weight is."""
+    """Returns the compute dtype of a model: from its configuration, or of its first other weight."""
     said = getattr(getattr(model, "config", None), "dtype", None)
     if isinstance(said, torch.dtype):
         return said
@@ -192,7 +192,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _reader(name: str, how: Stored) -> Any:
     def read(module: nn.Module) -> Tensor:
         codes, scale = module._parameters[name], getattr(module, how.scale)
-        if codes is None or codes.itemsize > 1:  # cast by somebody: then it is what it looks like
+        if codes is None or codes.itemsize > 1:  # converted since `hold`: use it as it is
             return codes  # type: ignore[return-value]
         shape = numerics.scale_shape(codes.shape, how.block)
         wide, block = widened(scale, shape), list(how.block)
@@ -203,11 +203,11 @@ def _reader(name: str, how: Stored) -> Any:
 
 
 def widened(scale: Tensor, shape: list[int]) -> Tensor:
-    """A scale as checkpoints have it, in FP32 and in the shape that blocks ask for; exact.
+    """Converts a scale of a checkpoint to FP32, in the shape that blocks require; exact.
 
     Args:
-        scale: FP32, FP16, BF16, or one byte that is the exponent of a power of two, as such or as a plain byte.
-        shape: With as many elements.
+        scale: FP32, FP16, BF16, or one byte with the exponent of a power of two, in a float or an integer dtype.
+        shape: A shape with as many elements.
     """
     scale = scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale
     scale = scale if scale.dtype is torch.float32 else scale.to(torch.float32)
@@ -215,14 +215,14 @@ def widened(scale: Tensor, shape: list[int]) -> Tensor:
 
 
 def unusable(scale: Tensor) -> str | None:
-    """Why a scale as checkpoints have it cannot be one: its first NaN, infinite or negative element, with its index.
+    """Describes why a checkpoint's scale is unusable: its first NaN, infinite or negative element, with its index.
 
-    None if all elements are right; zero is.
+    None if all elements are usable; zero is usable.
     """
     numbers = widened(scale.detach(), list(scale.shape))
     if not numbers.numel():
         return None
-    low, high = numbers.aminmax()  # NaN if there is one
+    low, high = numbers.aminmax()  # NaN if any element is NaN
     if low >= 0 and high < float("inf"):
         return None
     wrong = ~(numbers.isfinite() & (numbers >= 0))

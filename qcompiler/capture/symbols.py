@@ -18,14 +18,14 @@ HUGE = 2**62
 
 
 class Inexpressible(Exception):
-    """An expression has no counterpart in `qcompiler.ir.sizes`."""
+    """An expression has no equivalent in `qcompiler.ir.sizes`."""
 
 
 class Symbols:
     """The renaming of one program's symbols.
 
     Attributes:
-        names: Torch's symbol -> ours: s0, s1, …, and u0, u1, … for those whose value only the data decide.
+        names: Torch's symbol -> ours: s0, s1, …, and u0, u1, … for symbols that depend on data.
     """
 
     def __init__(self) -> None:
@@ -34,25 +34,25 @@ class Symbols:
         self._unbacked = 0
 
     def size(self, number: Any) -> Size:
-        """A dimension: an integer, or torch's SymInt."""
+        """Converts a dimension: an integer, or torch's SymInt."""
         if not isinstance(number, torch.SymInt):
             return int(number)
         expression = number.node.expr
         try:
             return self.convert(expression)
         except Inexpressible:
-            # A size that the IR cannot spell is still one size: the same expression is the same unknown everywhere.
+            # A size that the IR cannot express is still one size: equal expressions map to the same unknown.
             return self._opaque.setdefault(expression, symbol(self._fresh_unbacked()))
 
     def value(self, number: torch.SymInt) -> Size | None:
-        """The value of a number outside of tensors; None when the IR cannot spell it."""
+        """Converts a number that is not a dimension; None if the IR cannot express it."""
         try:
             return self.convert(number.node.expr)
         except Inexpressible:
             return None
 
     def ranges(self, constraints: Mapping[sympy.Symbol, Any]) -> dict[str, Range]:
-        """The ranges of the symbols that were seen; `constraints` is an ExportedProgram's `range_constraints`."""
+        """Returns the ranges of the symbols seen so far; `constraints` is an ExportedProgram's `range_constraints`."""
         found = {}
         for theirs, ours in self.names.items():
             bounds = constraints.get(theirs)
@@ -66,9 +66,9 @@ class Symbols:
         return found
 
     def conditions(self, guards: Iterable[sympy.Basic]) -> tuple[Condition, ...]:
-        """The relations among `guards` (a ShapeEnv's, simplified) that are over symbols that were seen.
+        """Returns the relations among `guards` (a ShapeEnv's, simplified) over symbols seen so far.
 
-        A bound on a single symbol is left out: the ranges have it. So is what the IR cannot spell.
+        Omits bounds on a single symbol, which the ranges contain, and relations that the IR cannot express.
         """
         found: dict[Condition, None] = {}
         for guard in guards:
@@ -87,7 +87,7 @@ class Symbols:
         return tuple(found)
 
     def convert(self, expression: Any) -> Size:
-        """A sympy expression; Inexpressible when the IR has no word for it."""
+        """Converts a sympy expression; Inexpressible if the IR has no equivalent."""
         if expression.is_Integer:
             return int(expression)
         if expression.is_Symbol:
@@ -106,7 +106,7 @@ class Symbols:
         raise Inexpressible(str(expression))
 
     def _sum(self, expression: sympy.Expr) -> Size:
-        # Fractions cancel only in the whole sum, as in s0/2 + s1/2, so that it is brought to one denominator first.
+        # Fractions may cancel only in the whole sum, as in s0/2 + s1/2, so use one common denominator.
         terms = [term.as_coeff_Mul() for term in expression.args]
         denominator = math.lcm(*(int(factor.q) for factor, _ in terms if factor.is_Rational))
         total: Size = 0
@@ -130,7 +130,7 @@ class Symbols:
     def _name(self, theirs: sympy.Symbol) -> str:
         if theirs not in self.names:
             backed = sum(name.startswith("s") for name in self.names.values())
-            # torch spells symbols that only the data decide u0, u1, …, and all others s0, s1, …
+            # torch names data-dependent symbols u0, u1, …, and all others s0, s1, …
             self.names[theirs] = self._fresh_unbacked() if theirs.name.startswith("u") else f"s{backed}"
         return self.names[theirs]
 
@@ -162,6 +162,6 @@ FUNCTIONS: Mapping[str, Callable[..., Size]] = {
 ROUNDINGS: Mapping[str, Callable[..., Size]] = {
     "CeilToInt": lambda a, b: -floordiv(-a, b),
     "FloorToInt": floordiv,
-    "TruncToInt": floordiv,  # sizes are not negative, so that truncation is the floor
+    "TruncToInt": floordiv,  # sizes are not negative, so truncation equals floor
 }
-"""Roundings of a true division of integers."""
+"""Functions that round a true division of integers."""

@@ -1,4 +1,4 @@
-"""What torch's own modules need to be traced."""
+"""Patches that torch's own modules need for tracing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from torch.nn.modules import transformer
 
 @contextmanager
 def masks_as_given() -> Iterator[None]:
-    """Keeps `nn.Transformer` and its parts from comparing a mask with the causal one, for the duration.
+    """Temporarily keeps `nn.Transformer` and its parts from comparing a mask with the causal mask.
 
-    They look at the values of a mask to find a faster kernel, which a trace cannot do and another call of the captured
-    graph must not rely on. The mask that is given is applied in either case.
+    They read the values of a mask to select a faster kernel, which a trace cannot do, and which later calls of the
+    graph must not rely on. The given mask is applied in either case.
     """
     before = transformer._detect_is_causal_mask
 
@@ -30,10 +30,10 @@ def masks_as_given() -> Iterator[None]:
 
 @contextmanager
 def idle_conversions() -> Iterator[None]:
-    """Makes `module.to(...)` do nothing where nothing changes, for the duration.
+    """Temporarily makes `module.to(...)` a no-op if nothing changes.
 
-    Some models convert a layer to the dtype that it already has, in forward. Outside of a trace that leaves the
-    parameters alone; in a trace torch would swap them for converted ones, which fails.
+    Some models convert a layer in forward to the dtype that it already has. In eager mode that leaves the parameters
+    alone; in a trace torch would replace them with converted ones, which fails.
     """
     before = nn.Module.to
 

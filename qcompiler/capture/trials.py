@@ -1,9 +1,9 @@
-"""Finds out what a call may leave out or add, by running the model both ways.
+"""Finds out what a call may omit or add, by running the model both ways.
 
-    model(ids)                 and  model(ids, attention_mask=ones)   give the same: the mask may be added
-    model(ids, mask, labels)   and  model(ids, mask)                  give the same logits: the labels may be left out
+    model(ids)                 and  model(ids, attention_mask=ones)   return the same: the mask may be added
+    model(ids, mask, labels)   and  model(ids, mask)                  return the same logits: labels may be omitted
 
-A claim must hold bit for bit, or in FP64 where kernels differ; token ids include padding if there is such a token.
+Results must be equal bit for bit, or in FP64 if kernels differ; token ids include padding if there is such a token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,18 +27,18 @@ from qcompiler.ir.sizes import Size, substitute, symbols
 NEUTRAL: Mapping[str, str] = {
     "attention_mask": "ones", "decoder_attention_mask": "ones", "token_type_ids": "zeros", "position_ids": "positions",
 }  # fmt: skip
-"""Argument -> the value of which a model is asked whether it means the same as none."""
+"""Argument -> the value that is tested for being equivalent to omission."""
 
 SIZE = "aten.sym_size.int"
 
 
 def with_leeway(graph: Graph, signature: Signature, model: torch.nn.Module, call: Call) -> Signature:
-    """The signature with what the model itself shows that a call may leave out or add.
+    """Returns the signature with the arguments that, as runs of the model show, a call may omit or add.
 
     Args:
         graph: The captured graph.
-        signature: How it is called.
-        model: What it was captured from. It runs twice for each argument that may be optional.
+        signature: Its calling convention.
+        model: The captured model. It runs twice for each argument that may be optional.
         call: The user's example.
     """
     args, kwargs = call
@@ -60,7 +60,7 @@ def with_leeway(graph: Graph, signature: Signature, model: torch.nn.Module, call
 
 
 class _Trials:
-    """Runs of one model with and without its optional arguments."""
+    """Runs one model with and without its optional arguments."""
 
     def __init__(self, graph: Graph, signature: Signature, model: torch.nn.Module, call: Call) -> None:
         self.graph, self.signature, self.runs = graph, signature, Runs(graph, signature, model)
@@ -76,7 +76,7 @@ class _Trials:
         return all(symbols(size) <= bound for slot in self.slots if slot.name == name for size in slot.shape)
 
     def captured(self, written: set[str]) -> Iterator[OptionalTensor]:
-        """The captured tensors that a call may leave out."""
+        """Yields the captured tensors that a call may omit."""
         for slot in self.slots:
             name = slot.path
             if name not in self.kwargs or slot.name in written or self.defaults.get(name, self) is not None:
@@ -86,7 +86,7 @@ class _Trials:
                 yield replace(found, shape=shape)
 
     def shape_without(self, slot: TensorSlot) -> tuple[Size, ...] | None:
-        """The sizes that a tensor has when it is left out; None where nothing else decides them."""
+        """Returns the sizes that an omitted tensor stands for; None if the other inputs do not define them."""
         if self.is_bound(slot.name):
             return slot.shape
         tokens = self.kwargs.get(self.tokens.path) if self.tokens is not None else None
@@ -95,14 +95,14 @@ class _Trials:
             and isinstance(tokens, torch.Tensor)
             and tokens.shape == self.kwargs[slot.path].shape
         ):
-            return self.tokens.shape  # a mask may have symbols of its own
+            return self.tokens.shape  # a mask may have separate symbols
         if any(self.graph.users(value) for value in self.graph.inputs if value.name == slot.name):
             return None
         least = {name: max(1, bounds.low) for name, bounds in self.signature.symbols.items()}
         return tuple(substitute(size, least) for size in slot.shape)
 
     def added(self) -> Iterator[OptionalTensor]:
-        """The tensors that were not captured, and that a call may add."""
+        """Yields the tensors that were not captured but that a call may add."""
         names = [name for name in NEUTRAL if self.defaults.get(name, self) is None and self.kwargs.get(name) is None]
         if self.tokens is None or not names or self.tokens.path not in self.kwargs:
             return
@@ -117,7 +117,7 @@ class _Trials:
         yield from (OptionalTensor(name, NEUTRAL[name], self.tokens.shape) for name in names)
 
     def may_leave_out(self, slot: TensorSlot, value: str) -> OptionalTensor | None:
-        """What a captured tensor stands for when it is left out; None when the model computes something else then."""
+        """Returns what a captured tensor stands for if omitted; None if omitting it changes the result."""
         given, paths = self.kwargs[slot.path], self.signature.output_paths()
         rest = {name: other for name, other in self.kwargs.items() if name != slot.path}
         if value != ANYTHING:
@@ -129,7 +129,7 @@ class _Trials:
         return OptionalTensor(slot.path, value, slot.shape, tuple(path for path in paths if path in dropped))
 
     def outputs_fed_by(self, name: str) -> frozenset[str]:
-        """The paths of the outputs that depend on the entries of an input; all of them where state depends on it."""
+        """Returns the paths of the outputs that depend on an input's entries; all of them if state depends on it."""
         paths = self.signature.output_paths()
         seen: set[Value] = set()
         stack = [value for value in self.graph.inputs if value.name == name]
@@ -142,7 +142,7 @@ class _Trials:
         return frozenset(path for path, value in zip(paths, self.graph.outputs, strict=True) if value in seen)
 
     def agree(self, fewer: Mapping[str, Any], more: Mapping[str, Any], dropped: frozenset[str] = frozenset()) -> bool:
-        """Whether the model returns the same for two calls, but for outputs that only the second one has."""
+        """Whether the model returns the same for two calls, except for outputs that only the second one has."""
         whole, paths = self.signature.out_spec, self.signature.output_paths()
         kept = [path for path in paths if path not in dropped]
         first = partial(self.values, fewer, kept, without_outputs(whole, paths, dropped) if dropped else whole)
@@ -154,7 +154,7 @@ class _Trials:
     def values(
         self, kwargs: Mapping[str, Any], paths: Sequence[str], spec: pytree.TreeSpec, *how: Any
     ) -> dict[str, Any]:
-        """What the model returns, by path."""
+        """Returns the model's results, by path."""
         leaves, found = pytree.tree_flatten(self.runs.returned((self.args, dict(kwargs)), *how))
         if found != spec:
             raise _OtherStructure
@@ -162,7 +162,7 @@ class _Trials:
 
 
 class _OtherStructure(Exception):
-    """The model returns other things than the graph."""
+    """The model returns a different structure than the graph."""
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -170,12 +170,12 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 def _like(value: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that a value stands for, of the shape, dtype and device of another."""
+    """Creates the tensor for a value name, with the shape, dtype and device of another tensor."""
     return VALUES[value](*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _padded(kwargs: Mapping[str, Any], tokens: TensorSlot | None, pad: int | None) -> dict[str, Any]:
-    """The same arguments with padding at the beginning of each sequence: some models derive a mask from it."""
+    """Returns the arguments with padding at the start of each sequence: some models derive a mask from padding."""
     if tokens is None or pad is None or not isinstance(given := kwargs.get(tokens.path), torch.Tensor):
         return dict(kwargs)
     given = given.clone()

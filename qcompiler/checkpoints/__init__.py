@@ -1,8 +1,8 @@
-"""Checkpoints of the ecosystem: compiled models written as them, and models read from them.
+"""Reads and writes checkpoints in the formats of Hugging Face, vLLM and ModelOpt.
 
 write(compiled, "out", "fp8")                   Hugging Face's block FP8
 write(compiled, "out", "compressed-tensors")    FP8 or INT8
-load_model("out")                               a model whose quantized weights stay codes and scales
+load_model("out")                               a model that keeps quantized weights as codes and scales
 """
 
 from qcompiler.checkpoints.loading import load_model

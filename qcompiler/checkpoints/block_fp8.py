@@ -5,8 +5,8 @@
 
     "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], ...}
 
-In spite of its name the scale is what codes are multiplied by. Activations are quantized in each call, by whoever runs
-the model.
+Despite its name, `weight_scale_inv` is the factor that codes are multiplied by. The engine that runs the model
+quantizes activations in each call.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,16 +26,16 @@ from qcompiler.numerics import ALL
 METHOD = "fp8"
 
 SCALE = "_scale_inv"
-"""What a scale's name has behind that of its weight."""
+"""Suffix of a scale's name."""
 
 SCALES = (SCALE, "_scale")
-"""The same in what is read; AutoFP8 has the second."""
+"""Suffixes that are read; AutoFP8 uses the second."""
 
 SCHEMES = ("dynamic", "static")
-"""Whether activations are scaled in each call, or have a scale in the files."""
+"""Activation scales: computed in each call, or stored in the files."""
 
 SCALE_FORMATS = {"float": torch.float32, "ue8m0": UE8M0}
-"""`scale_fmt` -> the type that scales are stored in."""
+"""`scale_fmt` -> the element type of stored scales."""
 
 KEYS = {
     "quant_method": ANY, "activation_scheme": ANY, "weight_block_size": ANY,  # read below
@@ -44,8 +44,8 @@ KEYS = {
     "ignore": ANY, "exclude_modules": ANY, "dequantize": ANY, "kv_cache_scheme": ANY, "packed_modules_mapping": ANY,
     "quantization_version": ANY, "version": ANY, "producer": ANY, "is_checkpoint_fp8_serialized": ANY,
 }  # fmt: skip
-"""Which keys DeepSeek, Qwen, MiniMax, AutoFP8 and transformers write. The tensors tell what is converted, and the types
-of codes and scales; KV caches stay in float."""
+"""Keys that DeepSeek, Qwen, MiniMax, AutoFP8 and transformers write. The tensors show which layers are quantized and
+the types of codes and scales; KV caches stay in float."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,33 @@ class BlockFp8:
     fix: ClassVar[str] = 'Use format="compressed-tensors", or the scheme "fp8_tile" for these layers.'
 
     def __post_init__(self) -> None:
-        """QCompilerError for a format of scales that there is not."""
+        """Raises QCompilerError if the scale format is unknown."""
         if self.scale_format not in SCALE_FORMATS:
             fix = did_you_mean(str(self.scale_format), SCALE_FORMATS)
-            raise QCompilerError("no such format of scales", got=repr(self.scale_format), fix=fix)
+            raise QCompilerError("no such scale format", got=repr(self.scale_format), fix=fix)
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
-        """Why it cannot hold a quantized weight; None when it can."""
+        """The reason why this format cannot store a quantized weight; None if it can."""
         if weight.codes.dtype is not torch.float8_e4m3fn:
             return f"its codes are {str(weight.codes.dtype).removeprefix('torch.')}, not float8_e4m3fn"
         if min(weight.block) < 1:
             return f"its scales are for {list(weight.block)}, not for blocks such as [128, 128]"
         if weight.x_scale is not None:
-            return "the scale of its activations is fixed, not computed in each call"
+            return "its activation scale is static, not computed in each call"
         if self.scale_format == "ue8m0" and not powers_of_two(weight.scale):
-            return "its scales are no powers of two, as ue8m0 is, and the scheme fp8_tile{scale=ue8m0} makes them"
+            return "its scales are not powers of two, as ue8m0 needs; the scheme fp8_tile{scale=ue8m0} makes them"
         return None
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Codes and scales, by their names in the file."""
+        """Codes and scales by their names in the file."""
         return {name: weight.codes, name + SCALE: weight.scale.to(SCALE_FORMATS[self.scale_format])}
 
     def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
-        """The `quantization_config`; QCompilerError when there are blocks of several sizes."""
+        """The `quantization_config`. Raises QCompilerError if block sizes differ."""
         blocks = {weight.block: name for name, weight in weights.items()}
         if len(blocks) > 1:
             got = ", ".join(f"{list(block)} in '{name}'" for block, name in blocks.items())
-            raise QCompilerError("the format 'fp8' has blocks of one size", got=got, fix=self.fix)
+            raise QCompilerError("the format 'fp8' needs one block size", got=got, fix=self.fix)
         said = {
             "quant_method": METHOD,
             "activation_scheme": "dynamic",
@@ -98,17 +98,17 @@ class BlockFp8:
 
 
 def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
-    """The quantized weights of a folder: each FP8 weight, with the scale beside it.
+    """The quantized weights of a folder: each FP8 weight and its scale.
 
-    Beside DeepSeek's layout this reads AutoFP8's, with `weight_scale` and `input_scale`, and Mistral's, with one number
-    in `weight_scale_inv` and in `activation_scale`.
+    Reads DeepSeek's layout; AutoFP8's, with `weight_scale` and `input_scale`; and Mistral's, with scalar
+    `weight_scale_inv` and `activation_scale`.
 
     Args:
         said: The `quantization_config`.
-        tensors: Those of the folder.
+        tensors: The tensors of the folder.
 
     Raises:
-        QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
+        QCompilerError: The configuration is malformed or not supported, or a scale has no weight.
     """
     check_keys(said, KEYS, "the quantization configuration")
     if (scheme := said.get("activation_scheme", "dynamic")) not in SCHEMES:
@@ -118,7 +118,7 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
         weight = name.removesuffix(SCALE)
         if name.endswith("weight" + SCALE) and (weight not in tensors or tensors.dtype(weight) not in FP8):
             found = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
-            raise QCompilerError(f"a scale belongs to no FP8 weight: '{name}'", got=found, need=f"FP8 in '{weight}'")
+            raise QCompilerError(f"a scale has no FP8 weight: '{name}'", got=found, need=f"FP8 in '{weight}'")
     return {
         name: StoredAs(
             scale_beside(name, tensors, SCALES),
@@ -131,7 +131,7 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
 
 
 def _block(said: Any) -> tuple[int, int]:
-    """The size of a block; a weight without blocks has one scale."""
+    """The block size; without one, a weight has a single scale."""
     if said is None:
         return ALL, ALL
     sizes = [size for size in said if type(size) is int and size > 0] if isinstance(said, list) else []

@@ -1,11 +1,11 @@
-"""Scales of the key-value cache in a checkpoint: kept with the model, not used yet, and written back.
+"""KV cache scales in a checkpoint: kept with the model and written back, but not used yet.
 
     self_attn.k_scale           self_attn.k_proj.k_scale          self_attn.k_proj.output_scale
     self_attn.v_scale           self_attn.v_proj.v_scale          self_attn.v_proj.output_scale
     self_attn.kv_scale          self_attn.qkv_proj.k_scale        self_attn.q_scale
 
-They are for an inference engine that stores its cache in 8 bits. A compiled model returns keys and values in the dtype
-of the model, so nothing reads them here.
+Inference engines with an 8-bit KV cache use them. A compiled model returns keys and values in the dtype of the model
+and does not use them.
 """
 
 import re
@@ -24,20 +24,20 @@ NAMES = re.compile(
     r"(?:^|\.)(?:[kvq]_scale|kv_scale|prob_scale|[kv]_zero_point|kv_cache_scaling_factor"
     r"|(?:k|v|qkv|kv)_proj\.output_scale)$"
 )
-"""What inference engines look for."""
+"""Names that inference engines look for."""
 
 SCHEME = "kv_cache_scheme"
-"""The key of the configuration that says how the cache is quantized."""
+"""The configuration key for the quantization of the cache."""
 
 _KEPT = "_qcompiler_cache_scales"
 
 
 @dataclass(frozen=True)
 class CacheScales:
-    """What a checkpoint says about its key-value cache.
+    """KV cache scales and scheme of a checkpoint.
 
     Attributes:
-        tensors: By their names in the files.
+        tensors: Scales by their names in the files.
         scheme: The `kv_cache_scheme`; None if the configuration has none.
     """
 
@@ -45,7 +45,7 @@ class CacheScales:
     scheme: Mapping[str, Any] | None = None
 
     def __bool__(self) -> bool:
-        """Whether there is anything to keep."""
+        """Whether the checkpoint has scales or a scheme."""
         return bool(self.tensors) or self.scheme is not None
 
     @property
@@ -57,18 +57,18 @@ class CacheScales:
 
 
 def is_cache_scale(name: str) -> bool:
-    """Whether a tensor of a file is a scale of the key-value cache, by its name."""
+    """Whether a tensor's name is the name of a KV cache scale."""
     return NAMES.search(name) is not None
 
 
 def cache_scales_in(said: Mapping[str, Any], tensors: TensorFiles, taken: Collection[str], where: str) -> CacheScales:
-    """The cache scales of a folder with quantized weights.
+    """The KV cache scales of a folder with quantized weights.
 
     Args:
         said: The `quantization_config`.
         tensors: All tensors of the folder.
         taken: Names that belong to quantized weights.
-        where: The file that the configuration is from.
+        where: The configuration file.
 
     Raises:
         QCompilerError: `kv_cache_scheme` is neither an object nor null; a scale has a wrong element type, or is not
@@ -86,23 +86,23 @@ def cache_scales_in(said: Mapping[str, Any], tensors: TensorFiles, taken: Collec
 
 
 def _check(name: str, tensors: TensorFiles) -> None:
-    """Holds a scale to its type and its values."""
+    """Checks the element type and values of a scale."""
     where = str(tensors.folder)
     if tensors.dtype(name) not in SCALE_DTYPES:
         got = str(tensors.dtype(name)).removeprefix("torch.")
         raise QCompilerError(f"a scale of the key-value cache has a wrong element type: '{name}'", got=got,
                              need="a floating-point type", where=where)  # fmt: skip
     if (why := unusable(tensors[name])) is not None:
-        raise QCompilerError(f"a scale of the key-value cache is not a scale: '{name}'", got=why, need=USABLE,
+        raise QCompilerError(f"a scale of the key-value cache is invalid: '{name}'", got=why, need=USABLE,
                              where=where)  # fmt: skip
 
 
 def keep(model: nn.Module, scales: CacheScales) -> None:
-    """Keeps cache scales with a model, outside of its state."""
+    """Attaches cache scales to a model, outside its state dict."""
     model.__dict__[_KEPT] = scales
 
 
 def kept(model: nn.Module) -> CacheScales:
-    """The cache scales of the checkpoint that a model was read from."""
+    """The cache scales from the checkpoint that a model was loaded from."""
     found: CacheScales = model.__dict__.get(_KEPT, CacheScales())
     return found

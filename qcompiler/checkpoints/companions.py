@@ -1,10 +1,10 @@
-"""Tensors beside a quantized weight in a checkpoint: the static scale of its activation, and zero points.
+"""Tensors stored with a quantized weight: the static scale of its activation, and zero points.
 
 mlp.up_proj.weight               codes
 mlp.up_proj.weight_scale         scales of the codes
 mlp.up_proj.input_scale          static scale of the activation, one number ("activation_scale" in Mistral's files)
-mlp.up_proj.weight_zero_point    accepted if it is zero everywhere: then the codes are symmetric
-experts.gate_up_proj             stacked experts; the names beside them begin with "gate_up_proj_"
+mlp.up_proj.weight_zero_point    accepted if all zero: the codes are symmetric
+experts.gate_up_proj             stacked experts; names of their scales begin with "gate_up_proj_"
 """
 
 import math
@@ -26,28 +26,28 @@ ZERO_POINTS = (
 
 
 def stem(weight: str) -> str:
-    """What the names of the tensors beside a weight begin with."""
+    """The prefix of the names of tensors stored with a weight."""
     module, _, key = weight.rpartition(".")
     return f"{module}." * bool(module) if key == WEIGHT else f"{weight}_"
 
 
 def fp8_weights(tensors: TensorFiles) -> list[str]:
-    """The names of the FP8 tensors of a folder that are not zero points."""
+    """Names of the FP8 tensors of a folder that are not zero points."""
     return [name for name in tensors if tensors.dtype(name) in FP8 and not name.endswith(ZERO_POINTS)]
 
 
 def scale_beside(weight: str, tensors: TensorFiles, suffixes: tuple[str, ...]) -> str:
-    """The name of the scale beside a weight: with the first of `suffixes` that there is, or else the first of all."""
+    """The name of a weight's scale: with the first of `suffixes` that exists, or else the first suffix."""
     names = [weight + suffix for suffix in suffixes]
     names += [f"{weight}_{WEIGHT}{suffix}" for suffix in suffixes if not weight.endswith(WEIGHT)]
     return next((name for name in names if name in tensors), names[0])
 
 
 def x_scale_beside(weight: str, tensors: TensorFiles) -> str | None:
-    """The name of the static activation scale beside a weight; None if there is none.
+    """The name of a weight's static activation scale; None if there is none.
 
     Raises:
-        QCompilerError: There are two scales, or one that is not a positive finite number.
+        QCompilerError: There are two scales, or a scale is not a positive finite number.
     """
     names = [stem(weight) + name for name in X_SCALES if stem(weight) + name in tensors]
     if len(names) > 1:
@@ -60,10 +60,10 @@ def x_scale_beside(weight: str, tensors: TensorFiles) -> str | None:
 
 
 def zero_points_beside(weight: str, tensors: TensorFiles) -> tuple[str, ...]:
-    """The names of the zero points beside a weight, all of which are zero.
+    """Names of a weight's zero points, all of which are zero.
 
     Raises:
-        QCompilerError: One is not zero, so the codes are asymmetric.
+        QCompilerError: A zero point is not zero: the codes are asymmetric.
     """
     names = tuple(stem(weight) + name for name in ZERO_POINTS if stem(weight) + name in tensors)
     for name in names:
@@ -77,7 +77,7 @@ def zero_points_beside(weight: str, tensors: TensorFiles) -> tuple[str, ...]:
 
 
 def _check_x_scale(name: str, tensors: TensorFiles, experts: int) -> None:
-    """QCompilerError unless a tensor holds one positive finite number, or one for each of several stacked experts."""
+    """Raises QCompilerError unless a tensor holds one positive finite number, or one per stacked expert."""
     where, dtype, shape = f"{tensors.folder}: {name}", tensors.dtype(name), tensors.shape(name)
     if dtype not in SCALE_DTYPES or dtype.itemsize == 1:
         got, need = str(dtype).removeprefix("torch."), "float32, bfloat16 or float16"

@@ -1,9 +1,9 @@
-"""Reads the configuration of a compressed-tensors checkpoint: which weights are quantized, and how finely.
+"""Reads a compressed-tensors configuration: which weights are quantized, and their granularity.
 
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "block", ...}, ...}}
 
-A group is for modules by name, by `re:` and a regular expression, or by class. A folder does not know classes, so a
-group that names one is for every quantized weight that no other group names.
+A group targets modules by name, by `re:` and a regular expression, or by class. A folder has no classes, so a group
+that targets a class covers every quantized weight that no other group names.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,19 +26,19 @@ WEIGHT, SCALE, OUTPUT_SCALE = "weight", "weight_scale", "output_scale"
 CODES = {"float": torch.float8_e4m3fn, "int": torch.int8}
 STACKED = tuple(CODES.values())
 LONGEST_MATCH = 1.0
-"""Seconds: a pattern such as `(a+)+b` could take years."""
+"""Timeout in seconds: a pattern such as `(a+)+b` could run for years."""
 
 BLOCKS = {"tensor": (ALL, ALL), "channel": (1, ALL)}
 
 
 def _dense(value: Any) -> str | None:
-    """A sparsity configuration that changes no weight."""
+    """Accepts a sparsity configuration that does not change weights."""
     fine = isinstance(value, dict) and value.get("format") in (None, "dense")
     return None if fine else "null, or the format 'dense'"
 
 
 def _no_groups(value: Any) -> str | None:
-    """A transform configuration without transforms."""
+    """Accepts a transform configuration without transforms."""
     return None if value == {"config_groups": {}} else "null: the weights must not be transformed"
 
 
@@ -48,20 +48,21 @@ KEYS = {
     "ignore": ANY, "kv_cache_scheme": ANY, "quantization_status": ANY, "global_compression_ratio": ANY, "version": ANY,
     "run_compressed": ANY, "dequantize": ANY, "use_optimized_inference": ANY,
 }  # fmt: skip
-"""Which keys compressed-tensors and transformers write. The tensors tell what is ignored; caches stay in float."""
+"""Keys that compressed-tensors and transformers write. The tensors show which layers are ignored; KV caches stay in
+float."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One group: what it is for, and how its weights are stored.
+    """A config group: its targets, and how its weights are stored.
 
     Attributes:
-        name: In the configuration.
-        targets: Names of modules, `re:` and a regular expression, or classes.
+        name: The group's key in the configuration.
+        targets: Module names, `re:` and a regular expression, or classes.
         codes: The element type of the weights.
         block: Rows and columns of a weight that share a scale.
         static: Whether activations have scales in the files.
-        zero_points: The names of zero points that must be beside a weight, since the group is asymmetric.
+        zero_points: Names of the zero points that each weight of an asymmetric group must have.
         outputs: Whether the group also quantizes the outputs of its modules.
     """
 
@@ -74,19 +75,19 @@ class Group:
     outputs: bool
 
     def names(self, module: str) -> bool:
-        """Whether it is for a module by name or by a regular expression."""
+        """Whether the group targets a module by name or by a regular expression."""
         return any(_matches(target, module) for target in self.targets)
 
 
 def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
-    """The quantized weights of a folder: each weight with a `weight_scale` beside it.
+    """The quantized weights of a folder: each weight with a `weight_scale`.
 
     Args:
         said: The `quantization_config`.
-        tensors: Those of the folder.
+        tensors: The tensors of the folder.
 
     Raises:
-        QCompilerError: The configuration is malformed or asks for what is not supported, or a scale has no weight.
+        QCompilerError: The configuration is malformed or not supported, or a scale has no weight.
     """
     check_keys(said, KEYS, "the quantization configuration")
     if (format := said.get("format")) not in FORMATS:
@@ -101,13 +102,13 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
         if weight not in tensors or tensors.dtype(weight) is not group.codes:
             got = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
             need = f"{str(group.codes).removeprefix('torch.')} in '{weight}', as {group.name} says"
-            raise QCompilerError(f"a scale belongs to no such weight: '{name}'", got=got, need=need)
+            raise QCompilerError(f"a scale has no matching weight: '{name}'", got=got, need=need)
         found[weight] = _stored_as(weight, name, group, tensors)
     return found
 
 
 def notes(said: Mapping[str, Any]) -> list[str]:
-    """What the report says of groups that do not quantize weights, and of outputs that others quantize."""
+    """Report notes about groups that do not quantize weights, and about outputs that other engines quantize."""
     groups = said.get("config_groups")
     named = groups.items() if isinstance(groups, dict) else ()
     found = [f"the group '{name}' quantizes no weights and is skipped" for name, group in named if _is_empty(group)]
@@ -119,7 +120,7 @@ def notes(said: Mapping[str, Any]) -> list[str]:
 
 
 def _weight_of(name: str, tensors: TensorFiles) -> str | None:
-    """The weight that a tensor is the scale of, stacked experts included; None if it is not a scale of a weight."""
+    """The weight that a scale belongs to, stacked experts included; None if the tensor is not a weight's scale."""
     if name.rpartition(".")[2] == SCALE:
         return name.removesuffix(SCALE) + WEIGHT
     for suffix in (f"_{SCALE}", "_scale"):
@@ -142,7 +143,7 @@ def _stored_as(weight: str, scale: str, group: Group, tensors: TensorFiles) -> S
 
 
 def _is_empty(group: Any) -> bool:
-    """Whether a group says that it has no weights: it quantizes inputs or outputs alone."""
+    """Whether a group declares no weights: it quantizes only inputs or outputs."""
     return isinstance(group, dict) and "weights" in group and group["weights"] is None
 
 
@@ -159,7 +160,7 @@ def _groups(said: Mapping[str, Any]) -> list[Group]:
 
 
 def is_float(said: Mapping[str, Any]) -> bool:
-    """Whether a valid configuration quantizes no weights, only the cache or activations."""
+    """Whether a valid configuration quantizes only the cache or activations, not weights."""
     groups: Mapping[str, Any] = said["config_groups"]
     return all(map(_is_empty, groups.values()))
 
@@ -171,10 +172,10 @@ def _group(name: str, said: Any) -> Group:
         raise QCompilerError(f"the group '{name}' is malformed", need="'targets', a list, and 'weights', an object")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if bits != 8 or not isinstance(kind, str) or kind not in CODES:
-        raise QCompilerError(f"the group '{name}' has weights of another kind", got=f"{kind!r} of {bits!r} bits",
+        raise QCompilerError(f"the group '{name}' has unsupported weights", got=f"{kind!r} of {bits!r} bits",
                              need="'float' or 'int' of 8 bits")  # fmt: skip
     if weights.get("dynamic", False) is not False:
-        raise QCompilerError(f"the weights of group '{name}' have scales of each call", need="'dynamic': false")
+        raise QCompilerError(f"the weights of group '{name}' have dynamic scales", need="'dynamic': false")
     static, block = _is_static(name, said, kind), _block(name, weights)
     check_group(name, said)
     kinds = {"weight": weights, **({"input": said["input_activations"]} if static else {})}
@@ -184,10 +185,10 @@ def _group(name: str, said: Any) -> Group:
 
 
 def _is_static(name: str, group: Mapping[str, Any], kind: str) -> bool:
-    """Whether the activations of a group have one scale each, in the files.
+    """Whether each activation of a group has a static scale in the files.
 
     Raises:
-        QCompilerError: They have static scales of another granularity or format than the kernels take.
+        QCompilerError: The kernels do not support the granularity or format of the static scales.
     """
     activations = group.get("input_activations")
     if not isinstance(activations, dict) or activations.get("dynamic", False) is True:
@@ -196,10 +197,10 @@ def _is_static(name: str, group: Mapping[str, Any], kind: str) -> bool:
     if dynamic is not False or strategy not in ("tensor", None):
         got = f"dynamic {dynamic!r} with strategy {strategy!r}"
         need = "'dynamic': true, or one static scale: 'strategy': \"tensor\""
-        raise QCompilerError(f"the activations of group '{name}' have scales of another kind", got=got, need=need)
+        raise QCompilerError(f"the activations of group '{name}' have unsupported scales", got=got, need=need)
     if (activations.get("type", kind), activations.get("num_bits", 8)) != (kind, 8):
         got = f"{activations.get('type')!r} of {activations.get('num_bits')!r} bits"
-        raise QCompilerError(f"the activations of group '{name}' have another format than its weights", got=got,
+        raise QCompilerError(f"the activations of group '{name}' do not have the format of its weights", got=got,
                              need=f"{kind!r} of 8 bits")  # fmt: skip
     return True
 
@@ -221,7 +222,7 @@ def _block(name: str, weights: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _group_of(module: str, groups: list[Group], modules: Collection[str]) -> Group:
-    """The group of one module; what is the name of another one, such as `lm_head`, is no class."""
+    """The group of one module. A target that is the name of a module, such as `lm_head`, is not a class."""
     found = [group for group in groups if group.names(module)] or [
         group
         for group in groups
@@ -247,4 +248,4 @@ def _matches(target: str, module: str) -> bool:
         raise QCompilerError("a target takes too long to match a name", got=f"{target!r} and {module!r}",
                              need=f"{LONGEST_MATCH} s or less") from error  # fmt: skip
     except (regex.error, ValueError, OverflowError, RecursionError) as error:
-        raise QCompilerError("a target is no regular expression", got=f"{target!r}: {error}") from error
+        raise QCompilerError("a target is not a regular expression", got=f"{target!r}: {error}") from error

@@ -1,11 +1,11 @@
-"""The format of the library compressed-tensors, for 8 bits: `quant_method: compressed-tensors`.
+"""The 8-bit formats of the compressed-tensors library: `quant_method: compressed-tensors`.
 
     model.layers.0.mlp.up_proj.weight          F8_E4M3 or I8 [N, K]
     model.layers.0.mlp.up_proj.weight_scale    F32 [ceil(N / 128), ceil(K / 128)], [N, 1] or [1]
-    model.layers.0.mlp.up_proj.input_scale     F32 [1], where the activation has a fixed scale
+    model.layers.0.mlp.up_proj.input_scale     F32 [1], if the activation has a static scale
 
-Weights that are quantized alike make a group of the configuration. The layers of a group are named in full, unless
-there is one group: then it is for every linear that is not ignored.
+Weights with the same quantization form a config group. A group lists its layers by full name, unless it is the only
+group: then it targets every linear that is not ignored.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,18 +21,18 @@ from qcompiler.numerics import ALL
 METHOD = "compressed-tensors"
 SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 KINDS = {torch.float8_e4m3fn: ("float", "float-quantized"), torch.int8: ("int", "int-quantized")}
-"""Codes -> what the configuration calls them, and the storage format."""
+"""Element type of codes -> its name in the configuration, and the storage format."""
 
 CHANNEL, TENSOR = (1, ALL), (ALL, ALL)
 
 
 class CompressedTensors:
-    """FP8 in blocks, by channel or by tensor; INT8 by channel or by tensor."""
+    """FP8 per block, channel or tensor; INT8 per channel or tensor."""
 
     fix = "Choose another scheme for these layers, or leave them in float: overrides={pattern: None}."
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
-        """Why it cannot hold a quantized weight; None when it can."""
+        """The reason why this format cannot store a quantized weight; None if it can."""
         kind = str(weight.codes.dtype).removeprefix("torch.")
         if weight.codes.dtype not in KINDS:
             return f"its codes are {kind}, not float8_e4m3fn or int8"
@@ -49,7 +49,7 @@ class CompressedTensors:
         return None
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Codes and scales, by their names in the file."""
+        """Codes and scales by their names in the file."""
         beside = stem(name)
         scale = weight.scale.reshape(1) if weight.block == TENSOR else weight.scale
         found = {name: weight.codes, beside + SCALE: scale}
@@ -81,7 +81,7 @@ class CompressedTensors:
 
 
 def _scheme(weight: QuantizedWeight) -> dict[str, Any]:
-    """The configuration of one group, without its targets."""
+    """The configuration of a group, without its targets."""
     kind, stored = KINDS[weight.codes.dtype]
     common = {"num_bits": 8, "type": kind, "symmetric": True}
     return {
@@ -99,7 +99,7 @@ def _strategy(block: tuple[int, int], row: str) -> dict[str, Any]:
 
 
 def _activations(weight: QuantizedWeight) -> dict[str, Any]:
-    """The strategy for activations; where the graph does not say, the one that goes with the weight's."""
+    """The strategy for activations; if the graph does not specify one, the one that matches the weight's."""
     usual = CHANNEL if weight.block in (CHANNEL, TENSOR) else (1, weight.block[1])
     block = weight.x_block or usual
     if block[0] == 1 and block[1] != ALL:

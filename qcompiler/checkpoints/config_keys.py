@@ -1,6 +1,6 @@
-"""Holds the keys of a quantization configuration to those that are known, each with the values that are right.
+"""Checks the keys and values of a quantization configuration against tables of known ones.
 
-A key that no reader knows may change what the weights mean, as a rotation does, so it is an error unless it is empty.
+An unknown key may change the meaning of the weights, as a rotation does, so it is an error unless its value is empty.
 
     KEYS = {"num_bits": one_of(8), "observer": ANY}
     check_keys({"num_bits": 8, "rotation": "hadamard"}, KEYS, "the weights of group 'g'")    # error: 'rotation'
@@ -14,16 +14,16 @@ from qcompiler.errors import QCompilerError, did_you_mean
 LONGEST = 80  # characters of a value in a message
 
 Need = Callable[[Any], str | None]
-"""From the value of a key to what is needed in its place; None if the value is right."""
+"""Maps the value of a key to a description of valid values; None if the value is valid."""
 
 
 def ANY(value: Any) -> str | None:  # noqa: N802  (a constant of the tables)
-    """Every value: the key is read elsewhere, or says nothing of the weights."""
+    """Accepts every value: the key is read elsewhere, or does not affect weights."""
     return None
 
 
 def one_of(*values: Any) -> Need:
-    """Some values; true is not 1."""
+    """Accepts some values; true does not match 1."""
 
     def need(value: Any) -> str | None:
         if any(type(value) is type(known) and value == known for known in values):
@@ -34,17 +34,17 @@ def one_of(*values: Any) -> Need:
 
 
 def nothing(value: Any) -> str | None:
-    """No value: the key is known and means what is not supported."""
+    """Accepts no value: the key is known, but not supported."""
     return "null"
 
 
 def check_keys(said: Mapping[str, Any], known: Mapping[str, Need], what: str) -> None:
-    """QCompilerError for the first key that is not known, or has a value that is not supported.
+    """Raises QCompilerError for the first key that is unknown or has an unsupported value.
 
     Args:
         said: One object of a quantization configuration.
-        known: Key -> the values that are right. A key that is null or an empty list or object is right in any case.
-        what: The object, for the message.
+        known: Key -> valid values. Null and an empty list or object are always valid.
+        what: Name of the object, for the message.
     """
     for key, value in said.items():
         if value is None or value == [] or value == {}:

@@ -1,9 +1,9 @@
-"""Between the names of a checkpoint's files and those of a transformers model, which may stack what files have apart.
+"""Converts tensors between checkpoint files and a transformers model, which may stack tensors.
 
     mlp.experts.0.gate_proj.weight, mlp.experts.0.up_proj.weight, …    <->    mlp.experts.gate_up_proj [E, 2 I, K]
 
-transformers has tables of these conversions, which `stacking` applies to codes and to scales alike. That is exact for
-operations that stack and cut matrices without touching them inside; any other one is refused.
+transformers has tables of these conversions; `stacking` applies them to both codes and scales. This is exact for
+operations that stack and split whole matrices; any other operation is rejected.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from qcompiler.errors import QCompilerError
 
 EXACT = ("MergeModulelist", "Concatenate", "SplitModulelist", "Chunk", "Split")
-"""The operations of transformers' that put matrices together, or take them apart, without touching a matrix inside."""
+"""transformers' operations that join or split whole matrices and keep the order of elements in each."""
 
 Tensors = dict[str, Tensor]
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether transformers has tables for a model."""
+    """Whether transformers has conversion tables for a model."""
     return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__) and hasattr(model, "config")
 
 
 @dataclass
 class Plan:
-    """What makes some tensors of a model out of some tensors of files.
+    """A conversion of some tensors of the files into some tensors of a model.
 
     Attributes:
-        target: The name in the model; if there are several tensors, the name of the first.
-        sources: The names in the files, each with the pattern that it matches.
+        target: The name in the model; for several tensors, the first name.
+        sources: Names in the files, each with the pattern that it matches.
         step: transformers' renaming or conversion.
     """
 
@@ -43,12 +43,12 @@ class Plan:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """The conversions, by the names of transformers' classes."""
+        """Class names of transformers' conversions."""
         return tuple(type(operation).__name__ for operation in getattr(self.step, "operations", ()))
 
     def convert(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
-        """The tensors under the names of the model."""
-        step = deepcopy(self.step)  # transformers collects tensors in it
+        """Converted tensors by their names in the model."""
+        step = deepcopy(self.step)  # transformers accumulates tensors in it
         for name, pattern in self.sources:
             step.add_tensor(self.target, name, pattern, tensors[name])
         found = step.convert(self.target, model=model, config=getattr(model, "config", None))
@@ -56,22 +56,22 @@ class Plan:
 
 
 class _Renamed:
-    """The plan of a model that is not transformers': one tensor under its own name."""
+    """The plan for a model that is not from transformers: one tensor under its own name."""
 
     def __init__(self) -> None:
         self.tensors: Tensors = {}
 
     def add_tensor(self, target: str, name: str, pattern: str, tensor: Tensor) -> None:
-        """As transformers' class has it."""
+        """Same interface as transformers' class."""
         self.tensors[target] = tensor
 
     def convert(self, target: str, **_: Any) -> Tensors:
-        """As transformers' class has it."""
+        """Same interface as transformers' class."""
         return self.tensors
 
 
 def plans(model: nn.Module, names: Iterable[str]) -> list[Plan]:
-    """How the tensors of files become those of a model."""
+    """The conversions from tensors of the files to tensors of a model."""
     if not is_converted(model):
         return [Plan(name, [(name, name)], _Renamed()) for name in names]
     loading = import_module("transformers.core_model_loading")
@@ -83,7 +83,7 @@ def plans(model: nn.Module, names: Iterable[str]) -> list[Plan]:
 
 
 def to_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
-    """Tensors under the names of files -> under those of the model."""
+    """Tensors of the files -> tensors of the model, by name."""
     if not is_converted(model):
         return dict(tensors)
     found: Tensors = {}
@@ -94,14 +94,14 @@ def to_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def names_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Names of tensors in files -> those of the weights of the model that they are, or are parts of."""
+    """Names of tensors in files -> names of the model weights that they are, or are parts of."""
     if not is_converted(model):
         return {name: name for name in names}
     return {name: target for name, (target, _, _) in _renamed(model, names).items()}
 
 
 def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str | None, Any]]:
-    """Name in the files -> that in the model, and the pattern and the conversion of transformers, if there is one."""
+    """Name in the files -> name in the model, and transformers' pattern and conversion, if there is one."""
     loading = import_module("transformers.core_model_loading")
     table = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, loading.WeightRenaming)]
@@ -116,7 +116,7 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, str
 
 
 def to_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
-    """Tensors under the names of the model -> under those of files."""
+    """Tensors of the model -> tensors of the files, by name."""
     if not is_converted(model):
         return dict(tensors)
     found: Tensors = import_module("transformers.core_model_loading").revert_weight_conversion(model, dict(tensors))
@@ -124,7 +124,7 @@ def to_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def operations_on(model: nn.Module, name: str) -> tuple[str, ...]:
-    """What transformers does to a weight of the model when it is written."""
+    """transformers' operations on a model weight when it is written."""
     loading = import_module("transformers.core_model_loading")
     table = getattr(model, "_weight_conversions", None)
     if table is None:
@@ -136,7 +136,7 @@ def operations_on(model: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def check_exact(operations: Iterable[str], name: str) -> None:
-    """QCompilerError for an operation that does not leave matrices whole."""
+    """Raises QCompilerError for an operation that does not keep matrices whole."""
     if wrong := [step for step in operations if step not in EXACT]:
-        problem = f"transformers changes the order inside of '{name}', which codes and scales cannot follow"
+        problem = f"transformers reorders the elements of '{name}', which codes and scales do not support"
         raise QCompilerError(problem, got=wrong[0], need=" or ".join(EXACT))

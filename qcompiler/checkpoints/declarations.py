@@ -1,10 +1,10 @@
-"""Where a checkpoint says that it is quantized, beside the one place that most have.
+"""The places where a checkpoint may declare that it is quantized.
 
-config.json: {"quantization_config": {...}}                      read; also inside of `text_config` and the like
+config.json: {"quantization_config": {...}}                      read; also inside `text_config` and similar
 config.json: {"compression_config": {...}}                       read: the older key for the same content
 hf_quant_config.json: {"quantization": {...}}                    read in `modelopt`
-config.json: {"quantize": "w8a8", ...}, and other files          not read, and named when the tensors do not fit
-config.json: {"transform_config": {...}}                         refused: the weights are not what they look like
+config.json: {"quantize": "w8a8", ...}, and other files          not read; named if the tensors do not fit
+config.json: {"transform_config": {...}}                         rejected: the weights are stored transformed
 """
 
 import re
@@ -20,18 +20,18 @@ KEYS = ("quantization_config", "compression_config")
 FILES = (".json", ".yaml", ".yml")
 
 TRANSFORMS = re.compile(r"^transform_config$|hadamard|quarot|spinquant|(?:^|_)rotations?(?:$|_(?:config|args|type))")
-"""Keys whose value changes what weights mean though no tensor tells."""
+"""Keys that change the meaning of weights without a trace in the tensors."""
 
 
 def declared(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """The quantization configuration in a `config.json`; None if nothing is quantized.
+    """The quantization configuration in `config.json`; None if nothing is quantized.
 
     Args:
         config: The content of the file.
-        where: Its path, for messages.
+        where: The path of the file, for messages.
 
     Raises:
-        QCompilerError: The configuration is not an object, two of them differ, or weights are stored transformed.
+        QCompilerError: A configuration is not an object, two of them differ, or weights are stored transformed.
     """
     found: dict[str, Any] = {}
     for path, value in _entries(config):
@@ -52,7 +52,7 @@ def declared(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
 
 
 def unread(folder: Path, config: Mapping[str, Any], read: Collection[str] = ()) -> str | None:
-    """A sentence that names the keys and files that declare a quantization and are not read; None if there are none.
+    """A sentence that lists keys and files that declare a quantization but are not read; None if there are none.
 
     Args:
         folder: The checkpoint.
@@ -67,7 +67,7 @@ def unread(folder: Path, config: Mapping[str, Any], read: Collection[str] = ()) 
 
 
 def undeclare(config: Any) -> None:
-    """Removes quantization configurations from a configuration of transformers, and 8-bit types to compute in."""
+    """Removes quantization configurations and 8-bit compute dtypes from a transformers configuration."""
     waiting, seen = [config], set[int]()
     while waiting:
         part = waiting.pop()
@@ -76,13 +76,13 @@ def undeclare(config: Any) -> None:
         for key in KEYS:
             entries.pop(key, None)
         if isinstance(dtype := getattr(part, "dtype", None), torch.dtype) and dtype.itemsize == 1:
-            part.dtype = None  # some folders give the type of their codes here
+            part.dtype = None  # some folders store the type of their codes here
         inner = [value for value in entries.values() if isinstance(value, dict) or hasattr(value, "to_json_string")]
         waiting += [value for value in inner if id(value) not in seen]
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value of all entries that are not empty; what is inside of `KEYS` is left to their readers."""
+    """Dotted key -> value of all non-empty entries; does not descend into `KEYS`."""
     waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     while waiting:
         prefix, entries = waiting.pop()

@@ -1,9 +1,9 @@
-"""The tensors of a checkpoint's folder: where each is, what it is, and itself when it is asked for.
+"""The tensors of a checkpoint folder: file, type and shape of each; data is read on demand.
 
-    model.safetensors                      or    model.safetensors.index.json and the files that it names
+    model.safetensors                      or    model.safetensors.index.json and the files that it lists
 
-Nothing is believed: a name that leads out of the folder, a file that is cut off, an index that lists what is not there
-are errors that name the file and the tensor.
+Nothing is trusted: a path that leads out of the folder, a truncated file, or an index that lists a missing tensor is an
+error that names the file and the tensor.
 """
 
 import errno
@@ -26,17 +26,17 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-"""What safetensors calls an element type."""
+"""Names of element types in safetensors."""
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of a folder, read one by one; a tensor that nobody asks for costs nothing.
+    """The tensors of a folder, each read only when requested.
 
     Args:
-        folder: Of a checkpoint.
+        folder: The folder of a checkpoint.
 
     Raises:
-        QCompilerError: A file is missing or broken, or the index does not fit.
+        QCompilerError: A file is missing or broken, or the index does not match the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class TensorFiles(Mapping[str, Tensor]):
             self._open(file, expected, listed)
         if (folder / SINGLE).exists() and SINGLE not in files:
             got = f"{SINGLE} and {INDEX}, which does not list it"
-            fix = "Remove the one that is not meant: other readers take either."
+            fix = "Remove the wrong one: other readers load either."
             raise QCompilerError("the folder holds two checkpoints", got=got, where=str(folder), fix=fix)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -60,7 +60,7 @@ class TensorFiles(Mapping[str, Tensor]):
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self._types  # the inherited test would read the tensor
+        return name in self._types  # the inherited method would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._types)
@@ -77,9 +77,9 @@ class TensorFiles(Mapping[str, Tensor]):
         return self._types[name][1]
 
     def _open(self, file: str, expected: set[str] | None, listed: set[str]) -> None:
-        """Takes in the tensors of one file: those that the index expects there, all of them without an index.
+        """Records the tensors of one file: those that the index lists there, or all if there is no index.
 
-        A tensor that is not listed for any file is an error.
+        A tensor that the index does not list is an error.
         """
         path = self.folder / file
         try:
@@ -104,24 +104,24 @@ class TensorFiles(Mapping[str, Tensor]):
                 self._files[name] = opened
         except (SafetensorError, OSError) as error:
             fix = "It may be cut off: copy it again."
-            raise QCompilerError("a file is no safetensors file", got=error, where=str(path), fix=fix) from error
+            raise QCompilerError("a file is not in safetensors format", got=error, where=str(path), fix=fix) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; QCompilerError for anything else."""
+    """Reads a JSON object from a file. Raises QCompilerError for anything else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise QCompilerError("a file cannot be read as JSON", got=error, where=str(path)) from error
     if not isinstance(document, dict):
-        raise QCompilerError("a file holds no JSON object", got=type(document).__name__, where=str(path))
+        raise QCompilerError("a file does not hold a JSON object", got=type(document).__name__, where=str(path))
     return document
 
 
 def _listed(folder: Path) -> dict[str, set[str] | None]:
-    """The files of a folder -> the tensors that the index expects in them, or None without an index."""
+    """The files of a folder -> the tensors that the index lists in each, or None without an index."""
     if not folder.is_dir():
-        problem = "a checkpoint is a folder, and this is a file" if folder.exists() else "there is no such folder"
+        problem = "a checkpoint is a folder, but this is a file" if folder.exists() else "there is no such folder"
         raise QCompilerError(problem, got=str(folder), fix=advice(folder))
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
@@ -144,7 +144,7 @@ def _listed(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _is_plain(file: str) -> bool:
-    """Whether a name is that of a file in the folder itself, on any system."""
+    """Whether a name is a plain file name, without a folder, on any system."""
     plain = PurePosixPath(file).name == file == PureWindowsPath(file).name
     return plain and file not in ("", ".", "..") and "\0" not in file
 

@@ -1,7 +1,7 @@
-"""Holds the tensors of a checkpoint to those of the model: every one has a place, and every place has one.
+"""Checks that the tensors of a checkpoint match the weights of the model one to one.
 
-Both ways of loading end here, for models in float and for those with quantized weights. A tensor that the model does
-not take may be the scale of a weight, so it is an error unless the architecture itself ignores it.
+Float and quantized models are both checked. A surplus tensor may be the scale of a weight, so it is an error unless the
+architecture itself ignores it.
 """
 
 import re
@@ -15,13 +15,13 @@ from qcompiler.checkpoints.declarations import unread
 from qcompiler.checkpoints.reading import Checkpoint
 from qcompiler.errors import QCompilerError
 
-SHOWN = 5  # names that a message lists
+SHOWN = 5  # names that a message lists at most
 
 
 def check_names(model: nn.Module, found: Collection[str], checkpoint: Checkpoint) -> None:
-    """QCompilerError unless the names of the tensors found, as the model has them, are those of its weights.
+    """Raises QCompilerError unless the names found, converted to the model's, are the names of its weights.
 
-    A weight that the model ties to another one needs no tensor of its own.
+    A weight that is tied to another one needs no tensor.
     """
     state = {*model.state_dict()}
     ties = ties_of(model)
@@ -32,29 +32,29 @@ def check_names(model: nn.Module, found: Collection[str], checkpoint: Checkpoint
 def check_complete(
     model: nn.Module, missing: Iterable[str], surplus: Iterable[str], checkpoint: Checkpoint, other: Iterable[str] = ()
 ) -> None:
-    """QCompilerError for weights that are in no file, tensors that are not of the model, and those of another shape.
+    """Raises QCompilerError for missing weights, surplus tensors, and tensors of the wrong shape.
 
     Args:
-        model: The model; what its class ignores in files is no surplus.
+        model: The model; tensors that its class ignores are not surplus.
         missing: Weights of the model without a tensor.
-        surplus: Tensors of files without a weight.
-        checkpoint: The folder.
-        other: Weights whose tensor has another shape, each with both.
+        surplus: Tensors in the files without a weight.
+        checkpoint: The checkpoint.
+        other: Weights whose tensor has another shape, with both shapes.
     """
     advice = _unread(checkpoint)
     patterns = _ignored(model)
     surplus = [name for name in surplus if not any(re.search(pattern, name) for pattern in patterns)]
     for problem, names, fix in (
-        ("the model has weights that are in no file", missing, advice),
+        ("the files lack weights of the model", missing, advice),
         ("weights have another shape in the files than in the model", other, advice),
-        ("files have tensors that are not of the model", surplus, advice or _about_surplus(surplus, checkpoint)),
+        ("files have tensors that the model lacks", surplus, advice or _about_surplus(surplus, checkpoint)),
     ):
         if found := sorted(names):
             raise QCompilerError(problem, got=listed(found), where=str(checkpoint.folder), fix=fix)
 
 
 def check_element_types(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """QCompilerError if a tensor of integers that is not declared as quantized is for a weight in floating point."""
+    """Raises QCompilerError if a floating-point weight has an integer tensor that is not declared as quantized."""
     tensors, state = checkpoint.tensors, model.state_dict()
     known = checkpoint.stored.keys() | checkpoint.beside
     integers = [name for name in tensors if name not in known and not tensors.dtype(name).is_floating_point]
@@ -68,14 +68,14 @@ def check_element_types(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def check_shape(name: str, wanted: Tensor | None, tensor: Tensor) -> None:
-    """QCompilerError unless a tensor has the shape of the weight in whose place it goes."""
+    """Raises QCompilerError unless a tensor has the shape of the weight that it replaces."""
     if wanted is None or wanted.shape != tensor.shape:
         need = "nothing" if wanted is None else list(wanted.shape)
         raise QCompilerError(f"'{name}' has another shape than in the model", got=list(tensor.shape), need=need)
 
 
 def ties_of(model: nn.Module) -> dict[str, set[str]]:
-    """The name of each tied weight -> all names that are tied to it, and itself."""
+    """Name of each tied weight -> all names tied to it, itself included."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     groups: dict[str, set[str]] = {}
     for target, source in tied.items():
@@ -85,13 +85,13 @@ def ties_of(model: nn.Module) -> dict[str, set[str]]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names of many."""
+    """The first names of a list, for a message."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def _ignored(model: nn.Module) -> list[str]:
-    """Patterns of names in files that the class of a model ignores, and two that transformers ignores everywhere."""
+    """Name patterns that the class of a model ignores, and two that transformers always ignores."""
     patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -103,11 +103,11 @@ def _ignored(model: nn.Module) -> list[str]:
 
 def _about_surplus(names: Iterable[str], checkpoint: Checkpoint) -> str:
     if any("scale" in name or "zero" in name or "offset" in name for name in names):
-        return "They look like parts of quantized weights, in a format that is not read."
+        return "They look like parts of quantized weights, in an unsupported format."
     if not checkpoint.config.get("architectures"):
         return "config.json names no architecture, so that the model has no head: add 'architectures'."
     if checkpoint.method is not None:
-        return "They may change what the quantized weights mean, and are in no format that is read."
+        return "They may change what the quantized weights mean, and their format is not supported."
     return "If they are not needed, load the model with transformers and compile that."
 
 

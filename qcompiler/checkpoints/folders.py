@@ -1,4 +1,4 @@
-"""A checkpoint's folder: written beside its place and then moved there, in shards with an index.
+"""Writes a checkpoint folder atomically: to a temporary sibling that is then moved, in shards with an index.
 
 config.json    model-00001-of-00002.safetensors    model-00002-of-00002.safetensors    model.safetensors.index.json
 """
@@ -22,26 +22,26 @@ COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
     "*.tiktoken", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*",
 )  # fmt: skip
-"""Files that belong to a model and are copied as they are."""
+"""Companion files of a model that are copied unchanged."""
 
 KNOWN = (CONFIG, INDEX, "*.safetensors", *COMPANIONS)
-"""What a folder may hold that is written over."""
+"""Files that may be overwritten in an existing folder."""
 
 
 def write_folder(
     folder: Path, tensors: Mapping[str, Tensor], documents: Mapping[str, Any], companions: Path | None, shard_bytes: int
 ) -> None:
-    """Writes a checkpoint: the folder is complete, or it is not there.
+    """Writes a complete checkpoint folder, or none.
 
     Args:
-        folder: Where; what is there already must be a checkpoint, or empty.
-        tensors: All of them, by name.
-        documents: File name -> what it says, as JSON.
-        companions: A folder whose tokenizer and the like are copied.
-        shard_bytes: A file gets no more tensors than that, but for a single one that is larger.
+        folder: The folder to write; an existing one must be a checkpoint or empty.
+        tensors: All tensors by name.
+        documents: File name -> its JSON content.
+        companions: A folder whose tokenizer and similar files are copied.
+        shard_bytes: Maximum bytes of tensors in a file; a larger tensor gets its own file.
 
     Raises:
-        QCompilerError: There is something else at that place, or it cannot be written.
+        QCompilerError: The folder holds other files, or it cannot be written.
     """
     check_place(folder)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -55,16 +55,16 @@ def write_folder(
 
 
 def check_place(folder: Path) -> None:
-    """QCompilerError when there is something that must not be written over."""
+    """Raises QCompilerError if the path holds anything that must not be overwritten."""
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():
-        raise QCompilerError("a checkpoint is a folder, and there is something else", got=str(folder))
+        raise QCompilerError("a checkpoint is a folder, but the path is not one", got=str(folder))
     strange = [path.name for path in folder.iterdir() if not path.is_file() or not _is_known(path.name)]
     if strange:
         got = f"'{sorted(strange)[0]}' in {folder}"
         fix = "Write to another folder, or empty that one yourself."
-        raise QCompilerError("the folder holds what is no part of a checkpoint", got=got, fix=fix)
+        raise QCompilerError("the folder holds files that are not part of a checkpoint", got=got, fix=fix)
 
 
 def _is_known(name: str) -> bool:
@@ -90,7 +90,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same with memory of their own, where two have the same: a file has it twice then."""
+    """Copies tensors that share memory: the file then stores the data twice."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

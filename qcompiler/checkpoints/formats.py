@@ -1,4 +1,4 @@
-"""What a checkpoint format is, and which there are."""
+"""The checkpoint formats that can be written, and their protocol."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
@@ -12,42 +12,42 @@ from qcompiler.errors import QCompilerError, did_you_mean
 
 
 class Format(Protocol):
-    """How quantized weights are stored, and what the configuration says of them."""
+    """How a format stores quantized weights and describes them in the configuration."""
 
     @property
     def fix(self) -> str:
-        """What to do about weights that it cannot hold."""
+        """Advice for weights that the format cannot store."""
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
-        """Why it cannot hold a quantized weight; None when it can."""
+        """The reason why this format cannot store a quantized weight; None if it can."""
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """A quantized weight as tensors, by their names in the file."""
+        """The tensors of a quantized weight by their names in the file."""
 
     def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
-        """The `quantization_config`, for all quantized weights and the names of the other linears."""
+        """The `quantization_config` for all quantized weights and the names of unconverted layers."""
 
 
 class Float:
-    """High precision: for a model in which nothing is quantized, such as one that is only smoothed."""
+    """High precision, for a model without quantized weights, such as one that is only smoothed."""
 
     fix = "Compile it without quantizing: pipeline=qcompiler.checkpoints.smoothing(scheme), strict=False."
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
-        """Always: it would have to be dequantized."""
+        """Rejects every quantized weight: it would have to be dequantized."""
         return f"it is quantized: {str(weight.codes.dtype).removeprefix('torch.')}"
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Nothing, since no weight comes here."""
+        """Empty: there are no quantized weights."""
         return {}
 
     def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
-        """Nothing."""
+        """Empty: nothing is quantized."""
         return {}
 
 
 def format_called(name: str, scale_format: str) -> Format:
-    """The format of that name; QCompilerError with the nearest one when there is none."""
+    """Looks up a format by name. Raises QCompilerError, which suggests the nearest name."""
     known: dict[str, Format] = {
         "fp8": BlockFp8(scale_format),
         "compressed-tensors": CompressedTensors(),

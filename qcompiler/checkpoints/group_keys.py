@@ -1,4 +1,4 @@
-"""Which keys a group of a quantization configuration may have, and which values: compressed-tensors' and ModelOpt's.
+"""Keys and values that a config group of compressed-tensors or ModelOpt may have.
 
 "group_0": {"targets": ["Linear"], "weights": {...}, "input_activations": {...}, "output_activations": {...}}
 """
@@ -17,20 +17,20 @@ GROUP_KEYS = {
 NUMBERS = {"num_bits": ANY, "type": ANY, "strategy": ANY, "dynamic": ANY, "block_structure": ANY, "symmetric": ANY,
            "scale_dtype": ANY, "zp_dtype": ANY, "observer": ANY, "observer_kwargs": ANY}  # fmt: skip
 WEIGHT_KEYS = {**NUMBERS, "group_size": one_of(-1), "actorder": one_of(False, "weight", "static")}
-"""A `group_size` of -1 is the channel; these orders of GPTQ leave the columns where they are."""
+"""A `group_size` of -1 means the whole channel; these GPTQ orders keep the columns in place."""
 
 INPUT_KEYS = {**NUMBERS, "group_size": ANY, "num_bits": one_of(8), "symmetric": one_of(True), "actorder": one_of(False)}
-"""The scheme that compiles the model chooses the granularity of activations that are scaled in each call."""
+"""The scheme that compiles the model chooses the granularity of dynamic activation scales."""
 
 STATIC_INPUT_KEYS = {**INPUT_KEYS, "symmetric": ANY}
-"""Zero points of static scales are in the files, and are checked there."""
+"""Zero points of static scales are in the files and are checked when read."""
 
 OUTPUT_KEYS = {**NUMBERS, "group_size": ANY, "actorder": ANY}
-"""Outputs are not quantized, so the values do not matter."""
+"""qcompiler does not quantize outputs, so it accepts any value."""
 
 
 def check_group(name: str, said: Mapping[str, Any]) -> None:
-    """QCompilerError for a key of a group that is not known, or has a value that is not supported."""
+    """Raises QCompilerError for a group key that is unknown or has an unsupported value."""
     check_keys(said, GROUP_KEYS, f"the group '{name}'")
     inputs = said.get("input_activations")
     static = isinstance(inputs, dict) and inputs.get("dynamic", False) is False

@@ -1,11 +1,11 @@
-"""From a constant back to the weight of the model that it was made of: what undoes the operations in between.
+"""Recovers a model weight from a constant computed from it, by undoing the operations in between.
 
-    mul(w, 1/s)              ->    w' = the product: the weight takes the factor in
-    mul(add(w, 1), 1/s)      ->    w' = the product - 1, so that the model, which adds 1, computes the product
+    mul(w, 1/s)              ->    w' = the result: the factor is folded into the weight
+    mul(add(w, 1), 1/s)      ->    w' = the result - 1, because the model adds 1
     t(w)                     ->    w' = its transpose
 
-A factor is computed from what a pass has added, and from no weight of the model. Any other operation cannot be undone,
-and is named.
+A factor is computed from constants that a pass added, not from model weights. Any other operation cannot be undone; the
+error names it.
 """
 
 from collections.abc import Iterator
@@ -23,20 +23,20 @@ SUMS = ("aten.add.Tensor", "aten.add.Scalar")
 
 
 def why_not_rows(part: Value, model_names: set[str]) -> str | None:
-    """Why the rows of a constant are not those of its weight; None when they are."""
+    """The reason why a constant's rows are not the rows of its weight; None if they are."""
     turned = False
     for op in _chain(part, model_names):
         if op.name in TRANSPOSES:
             turned = not turned
         elif op.name != PARAM and op.role is not Role.CAST and not _takes_factor(op, model_names):
-            return f"{op.name} computes what is quantized from it"
+            return f"{op.name} computes the quantized tensor from it"
     if turned:
         return "the model stores it transposed, [K, N], and the format has [N, K]"
     return None
 
 
 def restored(part: Value, tensor: Tensor, model_names: set[str]) -> Tensor | str:
-    """The weight with which the model's own operations give `tensor`; or why there is none."""
+    """The weight from which the model's own operations compute `tensor`; or the reason why there is none."""
     for op in _chain(part, model_names):
         if op.name == PARAM:
             return tensor.to(torch_dtype(op.result.tensor.dtype)).contiguous()
@@ -45,15 +45,15 @@ def restored(part: Value, tensor: Tensor, model_names: set[str]) -> Tensor | str
         elif op.name in SUMS and (number := _number(op)) is not None:
             tensor = tensor - number
         elif op.role is not Role.CAST and not _takes_factor(op, model_names):
-            return f"{op.name} computes what was changed from it, and cannot be undone"
+            return f"{op.name} computes the changed value from it and cannot be undone"
         if op.role is Role.CAST:
             wider = torch_dtype(op["x"].tensor.dtype)
             tensor = tensor.to(torch.promote_types(tensor.dtype, wider))
-    return f"it is not found in what computes {part}"
+    return f"it is not among the inputs of {part}"
 
 
 def _chain(part: Value, model_names: set[str]) -> Iterator[Op]:
-    """The operations from a constant to the weight of the model in it."""
+    """The operations from a constant back to its model weight."""
     op = part.op
     while True:
         yield op
@@ -64,13 +64,13 @@ def _chain(part: Value, model_names: set[str]) -> Iterator[Op]:
 
 
 def _takes_factor(op: Op, model_names: set[str]) -> bool:
-    """Whether an operation multiplies by something that a pass has added."""
+    """Whether an operation multiplies by a factor that a pass added."""
     factors = [value for _, value in op.operands() if (names := _names(value)) and not names & model_names]
     return op.name == "aten.mul.Tensor" and len(factors) == 1 and not op.attrs
 
 
 def _number(op: Op) -> float | None:
-    """What is added, when that is a literal."""
+    """The literal that an operation adds, if it is one."""
     number = None if op.attrs else op.argument("other")
     return number if isinstance(number, int | float) and not isinstance(number, bool) else None
 

@@ -1,6 +1,6 @@
-"""Makes a model of a checkpoint's folder: its architecture from transformers, its weights as the files have them.
+"""Loads a model from a checkpoint folder: the architecture from transformers, the weights from the files.
 
-Quantized weights stay codes and scales: modules hold them under the names of the files, and read them as numbers.
+Quantized weights stay codes and scales: modules hold them under the names in the files, and dequantize them when read.
 """
 
 import re
@@ -29,13 +29,13 @@ from qcompiler.errors import QCompilerError
 
 @dataclass(frozen=True)
 class Held:
-    """A quantized weight as a module holds it; modules that are tied share the parameters.
+    """A quantized weight as a module holds it; tied modules share the parameters.
 
     Attributes:
         codes: `[N, K]`, or `[E, N, K]`.
         scale: In the element type of the files.
-        part: How it is stored, and where it is from.
-        x_scale: The static scale of the activation that it is multiplied with; None for stacked experts.
+        part: How the weight is stored, and its source tensors.
+        x_scale: The static scale of the activation; None for stacked experts.
     """
 
     codes: nn.Parameter
@@ -45,15 +45,15 @@ class Held:
 
 
 def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
-    """The model of a folder with `config.json` and safetensors, on the CPU, in evaluation mode; without any network.
+    """Loads the model of a folder with `config.json` and safetensors, on the CPU, in eval mode, without network access.
 
     Args:
-        folder: Its path, or what `read` gave for it.
+        folder: The path, or the result of `read`.
 
     Raises:
-        QCompilerError: The folder is no checkpoint, or a broken one; transformers is missing, or does not know the
-            architecture, or cannot make the model; the files have other tensors than the model, or integers for weights
-            in floating point.
+        QCompilerError: The folder is not a checkpoint, or is broken; transformers is missing, does not know the
+            architecture, or cannot build the model; the tensors do not match the model, or floating-point weights are
+            stored as integers.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
     _check_declared(checkpoint)
@@ -65,7 +65,7 @@ def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
             with _one_sentence("transformers cannot load the model", checkpoint.folder):
                 model = _in_float(kind, config, checkpoint)
         else:
-            with _one_sentence("transformers cannot make the model", checkpoint.folder):
+            with _one_sentence("transformers cannot build the model", checkpoint.folder):
                 model = _skeleton(kind, config, checkpoint)
                 _fill(model, checkpoint)
         _finish(transformers, model, checkpoint)
@@ -73,25 +73,25 @@ def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
 
 
 def _check_declared(checkpoint: Checkpoint) -> None:
-    """QCompilerError if the configuration quantizes weights, and no weight is quantized."""
+    """Raises QCompilerError if the configuration declares quantized weights, but none is quantized."""
     if checkpoint.method is not None and not checkpoint.stored and not checkpoint.is_float:
         fix = "If its weights are in floating point, remove 'quantization_config' from config.json."
         got, where = f"quant_method {checkpoint.method!r}", str(checkpoint.folder)
-        raise QCompilerError("none of the weights is quantized as the checkpoint says", got=got, where=where, fix=fix)
+        raise QCompilerError("no weight is quantized as the checkpoint declares", got=got, where=where, fix=fix)
 
 
 def transformers_library() -> Any:
-    """transformers; QCompilerError when it is not installed."""
+    """The transformers module. Raises QCompilerError if it is not installed."""
     try:
         with third_party_silence():
             return import_module("transformers")
     except ImportError as error:
         fix = "Install it: pip install 'qcompiler[hf]'."
-        raise QCompilerError("a model's architecture comes from transformers, which is missing", fix=fix) from error
+        raise QCompilerError("loading a model needs transformers, which is not installed", fix=fix) from error
 
 
 def _config(transformers: Any, folder: Path) -> Any:
-    """The configuration of the model, in which nothing is quantized: transformers would quantize by itself."""
+    """The model's configuration without quantization, so that transformers does not quantize."""
     with _one_sentence("transformers cannot read the configuration", folder), third_party_silence():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     undeclare(config)
@@ -99,23 +99,23 @@ def _config(transformers: Any, folder: Path) -> Any:
 
 
 def _architecture(transformers: Any, config: Any, checkpoint: Checkpoint) -> Any:
-    """The class of the model; only those of transformers itself, since code of the folder is never run."""
+    """The model class, from transformers only: code in the folder is never run."""
     names, where = config.architectures or [None], str(checkpoint.folder)
     if not isinstance(names, list):
         raise QCompilerError("'architectures' in config.json is not a list", got=repr(names), where=where)
     with _one_sentence("transformers cannot load the architecture", checkpoint.folder):
-        if names[0] is None:  # the base model; a few configurations have several
+        if names[0] is None:  # the base model; a few configurations map to several classes
             kind = transformers.MODEL_MAPPING[type(config)]
             return kind[0] if isinstance(kind, list | tuple) else kind
         kind = getattr(transformers, str(names[0]), None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return kind
-    fix = "Make the model yourself and compile that; code inside of a checkpoint is never run."
-    raise QCompilerError("transformers knows no such architecture", got=repr(names[0]), where=where, fix=fix)
+    fix = "Make the model yourself and compile that; code in a checkpoint is never run."
+    raise QCompilerError("transformers does not know the architecture", got=repr(names[0]), where=where, fix=fix)
 
 
 def _in_float(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
-    """A model in which nothing is quantized, loaded by transformers from the tensors that were read."""
+    """A float model, loaded by transformers from the given tensors."""
     model: nn.Module
     model, info = kind.from_pretrained(
         None, config=config, state_dict=dict(checkpoint.tensors), dtype="auto", output_loading_info=True,
@@ -128,7 +128,7 @@ def _in_float(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _skeleton(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
-    """The model without numbers in its weights. What is no weight, such as frequencies of rotations, is computed."""
+    """The model with weights on the meta device; other buffers, such as RoPE frequencies, are computed."""
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _usual_dtype(checkpoint)
     with import_module("transformers.initialization").no_init_weights():
         model: nn.Module = kind._from_config(config, dtype=dtype)
@@ -136,14 +136,14 @@ def _skeleton(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
 
 
 def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The first 16-bit type of a weight that is not quantized; scales may have another one."""
+    """The first 16-bit dtype of a float weight; scales may have another one."""
     beside = checkpoint.beside
     dtypes = (checkpoint.tensors.dtype(name) for name in checkpoint.tensors if name not in beside)
     return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Puts the tensors of the files into the model; QCompilerError where their names differ from its own."""
+    """Assigns the tensors of the files to the model. Raises QCompilerError if names differ."""
     tensors, stored = checkpoint.tensors, checkpoint.stored
     aside = checkpoint.beside | stored.keys() | (checkpoint.cache.tensors.keys() - model.state_dict().keys())
     plain = to_model(model, {name: tensors[name] for name in tensors if name not in aside})
@@ -165,7 +165,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _finish(transformers: Any, model: nn.Module, checkpoint: Checkpoint) -> None:
-    """What else the folder says of the model: where it is from, how it generates, and what nothing uses."""
+    """Attaches the remaining metadata: the source folder, the generation configuration, and unused scales."""
     folder = checkpoint.folder
     if checkpoint.cache:
         keep(model, checkpoint.cache)
@@ -183,12 +183,12 @@ def _held(part: Part, checkpoint: Checkpoint) -> Held:
 
 
 def _is_stack(part: Part) -> bool:
-    """Whether a weight is of several experts."""
+    """Whether a weight stacks several experts."""
     return len(part.sources) > 1 or part.codes.dim() > 2
 
 
 def _unused_scales(parts: Iterable[Part], checkpoint: Checkpoint) -> Iterator[str]:
-    """Says that activation scales of experts are not kept."""
+    """Notes that activation scales of experts are dropped."""
     stacks = [part for part in parts if _is_stack(part)]
     names = [name for part in stacks for name in part.sources if checkpoint.stored[name].x_scale is not None]
     if names:
@@ -199,7 +199,7 @@ def _unused_scales(parts: Iterable[Part], checkpoint: Checkpoint) -> Iterator[st
 
 
 def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Mapping[str, Held], suffix: str) -> None:
-    """Makes one of what the model ties, but for two weights that differ in the files: transformers keeps those too."""
+    """Ties weights as the model does, except two that differ in the files: transformers keeps both as well."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     found = {*plain, *held}
     quantized: dict[str, str] = {}
@@ -210,7 +210,7 @@ def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Mapping[str, Held]
         elif pair & held.keys():
             quantized[name] = tied.pop(name)
     if callable(tie := getattr(model, "tie_weights", None)):
-        # By this mapping, or what was taken out would be in again; the source may be the one that is in no file.
+        # Use this mapping, or removed names would return; the source may be the name that is missing from the files.
         tie(missing_keys={*model.state_dict()} - found, recompute_mapping=False)
     for name in sorted(quantized, key=lambda name: name not in held):
         given, taking = (name, quantized[name]) if name in held else (quantized[name], name)
@@ -220,7 +220,7 @@ def _tie(model: nn.Module, plain: Mapping[str, Tensor], held: Mapping[str, Held]
 
 
 def _hold(model: nn.Module, name: str, stored: Held, suffix: str) -> None:
-    """Gives a module codes and scales in the place of a weight."""
+    """Replaces a module's weight with codes and scales."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     weight, part = module._parameters[key], stored.part
@@ -249,7 +249,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, wide: "re.Pattern[str] 
 
 
 def _kept_wide(model: nn.Module) -> "re.Pattern[str] | None":
-    """What transformers keeps in FP32 when the rest of a model is narrower."""
+    """Pattern of the names that transformers keeps in FP32 in a narrower model."""
     lists = (getattr(model, key, None) or () for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     words = sorted({word for words in lists for word in words})
     return re.compile("|".join(rf"(?:^|\.){re.escape(word)}(?:\.|$)" for word in words)) if words else None
@@ -257,7 +257,7 @@ def _kept_wide(model: nn.Module) -> "re.Pattern[str] | None":
 
 @contextmanager
 def _one_sentence(problem: str, folder: Path) -> Iterator[None]:
-    """Turns an error of transformers, which may be of any kind, into one of ours with its first line."""
+    """Converts any transformers exception into a QCompilerError with its first line."""
     try:
         yield
     except QCompilerError:

@@ -27,27 +27,27 @@ ALGORITHMS = {
     "FP8_PER_CHANNEL_PER_TOKEN": ((1, ALL), False),
     "FP8_PB_WO": ((128, 128), False),
 }
-"""`quant_algo` -> the block of a weight's scale, and whether activations have static scales."""
+"""`quant_algo` -> block of a weight's scale, and whether activations have static scales."""
 
 CACHE_ALGORITHM = "kv_cache_quant_algo"
 CACHE_SCHEMES: dict[str, dict[str, Any]] = {
     "FP8": {"num_bits": 8, "type": "float", "dynamic": False},
     "INT8": {"num_bits": 8, "type": "int", "dynamic": False},
 }
-"""`kv_cache_quant_algo` -> the `kv_cache_scheme` that other readers take."""
+"""`kv_cache_quant_algo` -> the equivalent `kv_cache_scheme`."""
 
 KEYS = {
     "quant_method": ANY, "quant_algo": ANY, "config_groups": ANY, "kv_cache_scheme": ANY, CACHE_ALGORITHM: ANY,  # read
     "group_size": one_of(128), "has_zero_point": one_of(False), "pre_quant_scale": one_of(False),
     "ignore": ANY, "exclude_modules": ANY, "producer": ANY, "quant_library": ANY, "packed_modules_mapping": ANY,
 }  # fmt: skip
-"""Which keys ModelOpt writes for FP8. A `pre_quant_scale` multiplies activations, as AWQ does."""
+"""Keys that ModelOpt writes for FP8. A `pre_quant_scale` multiplies activations, as AWQ does."""
 
 FILE_KEYS = {"producer": ANY, "quantization": ANY}
 
 
 def separate_config(folder: Path) -> dict[str, Any] | None:
-    """What `hf_quant_config.json` says, with the keys of a `quantization_config`; None if it declares nothing.
+    """`hf_quant_config.json` with the keys of a `quantization_config`; None if it declares nothing.
 
     Raises:
         QCompilerError: The file is not the JSON that ModelOpt writes.
@@ -64,10 +64,10 @@ def separate_config(folder: Path) -> dict[str, Any] | None:
 
 
 def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, StoredAs]:
-    """The quantized weights of a folder: each FP8 weight, with the scales beside it.
+    """The quantized weights of a folder: each FP8 weight and its scales.
 
     Raises:
-        QCompilerError: The algorithm is not supported, or an activation scale or a zero point is wrong.
+        QCompilerError: The algorithm is not supported, or an activation scale or a zero point is invalid.
     """
     algorithm = said.get("quant_algo")
     if algorithm is None and (said.get("kv_cache_scheme") or said.get(CACHE_ALGORITHM)):
@@ -91,12 +91,12 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
 
 
 def is_float(said: Mapping[str, Any]) -> bool:
-    """Whether a valid configuration quantizes no weights, only the cache."""
+    """Whether a valid configuration quantizes only the cache, not weights."""
     return said.get("quant_algo") is None
 
 
 def _check_keys(said: Mapping[str, Any]) -> None:
-    """QCompilerError for a key of the configuration or of its groups that is not known, or has a wrong value."""
+    """Raises QCompilerError for a key of the configuration or its groups that is unknown or has a wrong value."""
     check_keys(said, KEYS, "the quantization configuration")
     groups = said.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):

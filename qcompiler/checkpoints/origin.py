@@ -1,4 +1,4 @@
-"""The model that a checkpoint is written for: what it is made of, and under which names."""
+"""The original model that a checkpoint is written for: its tensors, names and files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,15 +19,15 @@ from qcompiler.runtime.weights import tied_names
 
 @dataclass(frozen=True)
 class Origin:
-    """A model, as far as a checkpoint needs it.
+    """The parts of a model that a checkpoint needs.
 
     Attributes:
         module: The module; its weights may be on the meta device.
-        tensors: Name -> tensor, as a checkpoint in float would have them.
-        ties: Name -> all names of the same parameter, where it has several.
-        twins: Name that files leave out -> that of the weight it is tied to.
-        documents: JSON files beside the tensors: the configuration, where the model has one.
-        folder: Where its tokenizer is found, if anywhere.
+        tensors: Name -> tensor, as in a float checkpoint.
+        ties: Name -> all names of the same parameter, if it has several.
+        twins: Name that the files omit -> the name of the weight that it is tied to.
+        documents: JSON files of the checkpoint: the configuration, if the model has one.
+        folder: The folder with the tokenizer, if any.
     """
 
     module: nn.Module
@@ -38,11 +38,11 @@ class Origin:
     folder: Path | None
 
     def linears(self) -> Iterator[str]:
-        """The names of the modules that are linears."""
+        """Names of the linear modules."""
         return (name for name, module in self.module.named_modules() if isinstance(module, nn.Linear))
 
     def stored(self) -> dict[str, StoredAs]:
-        """The weights that the model holds as codes and scales."""
+        """Weights that the model itself holds as codes and scales."""
         found: dict[str, StoredAs] = {}
         for name, module in self.module.named_modules():
             stem = f"{name}." if name else ""
@@ -52,7 +52,7 @@ class Origin:
         return found
 
     def quantized(self, name: str, how: StoredAs) -> QuantizedWeight:
-        """One of those."""
+        """One weight that the model holds as codes and scales."""
         codes = self.tensors[name]
         scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.block))
         if (x_scale := self._x_scale(name, how)) is None:
@@ -60,14 +60,14 @@ class Origin:
         return QuantizedWeight(codes, scale, how.block, (ALL, ALL), torch.tensor([[x_scale]], dtype=torch.float32))
 
     def _x_scale(self, name: str, how: StoredAs) -> float | None:
-        """The static scale of the activation beside a weight."""
+        """The static activation scale of a weight."""
         if how.x_scale is not None:
             return one_number(self.tensors[how.x_scale], how.x_scale)
         stored = self._held(name)
         return None if stored is None else stored.x_scale
 
     def is_whole(self, name: str) -> bool:
-        """Whether the files of a stack have one scale for each of its matrices."""
+        """Whether the files of a stack have one scale per matrix."""
         stored = self._held(name)
         return stored is not None and stored.whole
 
@@ -77,7 +77,7 @@ class Origin:
 
 
 def origin_of_module(module: nn.Module) -> Origin:
-    """A model in memory."""
+    """The origin for a model in memory."""
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)
     tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
     twins = {name: source for name, source in tied.items() if state.get(name) is state.get(source) is not None}
@@ -105,6 +105,6 @@ def _documents(module: nn.Module) -> dict[str, Any]:
 
 
 def _folder(module: nn.Module) -> Path | None:
-    """The folder that transformers has loaded it from."""
+    """The folder that transformers loaded the model from."""
     path = getattr(getattr(module, "config", None), "name_or_path", "")
     return Path(path) if path and Path(path, CONFIG).is_file() else None

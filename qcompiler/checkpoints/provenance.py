@@ -1,9 +1,9 @@
-"""Which weights of the model a compiled graph holds, and in which form, by how each stored constant was computed.
+"""Traces the constants of a compiled graph to the model's weights through their derivations.
 
     q.weight_merged_q = quantize(cat([q.weight, k.weight]))   ->   q.weight and k.weight: their rows of codes and scales
     norm.weight_folded = cast(norm.weight × 1/s)              ->   norm.weight, changed
 
-The passes record a derivation for each weight that they make (`graph.derivations`); parameter names are never guessed.
+Passes record a derivation for each weight that they create (`graph.derivations`); parameter names are never guessed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,15 +23,15 @@ from qcompiler.ir.graph import PARAM
 
 @dataclass
 class Provenance:
-    """What became of the model's weights, by their names in the model.
+    """How the compiled graph stores the model's weights, by their names in the model.
 
     Attributes:
-        quantized: Those that the graph holds in 8 bits.
-        changed: Those that the graph holds in another value, such as a norm that smoothing has scaled.
-        kept: Those that the graph reads as they are, with their numbers; None where it holds only what the model itself
-            computes from them.
-        scales: Those that are scales of weights that the model itself has in 8 bits.
-        refused: Those that cannot be given back -> why.
+        quantized: Weights that the graph stores in 8 bits.
+        changed: Weights with new values, such as a norm scaled by smoothing.
+        kept: Unchanged weights, with their values; None if the graph stores only a constant that the model itself
+            computes from the weight.
+        scales: Scales of weights that the model itself stores in 8 bits.
+        refused: Weights that cannot be recovered -> the reason.
     """
 
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -41,11 +41,11 @@ class Provenance:
     refused: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, name: str, why: str) -> None:
-        """Notes why a weight cannot be given back; the first reason counts."""
+        """Records why a weight cannot be recovered; the first reason wins."""
         self.refused.setdefault(name, why)
 
     def spread(self, ties: Mapping[str, tuple[str, ...]]) -> None:
-        """Says of each name of a parameter what is known of one of them."""
+        """Copies the result for one name of a tied parameter to its other names."""
         for name, weight in list(self.quantized.items()):
             self.quantized.update(dict.fromkeys(ties.get(name, ()), weight))
         for name, tensor in list(self.changed.items()):
@@ -54,7 +54,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Where a graph multiplies with a quantized weight."""
+    """A quantized weight and its activation in a matmul."""
 
     codes: Value
     scale: Value
@@ -64,10 +64,10 @@ class _Pair:
 
 
 def trace(structure: Graph, compiled: Graph, model_names: set[str]) -> Provenance:
-    """What became of the model's weights.
+    """Traces the model's weights through a compiled graph.
 
     Args:
-        structure: The last stage in which each layer has an operation of its own.
+        structure: The last stage in which each layer is a separate operation.
         compiled: The graph after the last pass, with weights and derivations.
         model_names: The weights that the graph read when it was captured.
     """
@@ -83,7 +83,7 @@ class _Tracer:
         self.done: set[str] = set()
 
     def run(self) -> Provenance:
-        """Quantized weights first; what is left are weights in float."""
+        """Traces quantized weights first, then the remaining float weights."""
         for op in self.structure.ops():
             for pair in _pairs(op, self.structure):
                 self.quantized(pair)
@@ -91,20 +91,20 @@ class _Tracer:
             if str(op.attrs["name"]) not in self.done:
                 self.plain(op)
         for name in self.found.kept.keys() & {*self.found.quantized, *self.found.changed}:
-            self.found.refuse(name, "the graph also reads it as it was")
+            self.found.refuse(name, "the graph also uses it unchanged")
         for name in self.found.changed.keys() & self.found.quantized.keys():
             self.found.refuse(name, "the graph also reads it in float, changed")
         return self.found
 
     def quantized(self, pair: _Pair) -> None:
-        """One quantized weight, or several that were merged."""
+        """Records one quantized weight, or several merged ones."""
         self.done.update(str(param.attrs["name"]) for v in (pair.codes, pair.scale) for param in parameters_of(v))
         if pair.x_scale is not None:
             self.done.update(str(param.attrs["name"]) for param in parameters_of(pair.x_scale))
         source, origin = self.expanded(pair.codes), self.expanded(pair.scale)
         if source.op.role is Role.QUANTIZE:
             if source.op is not origin.op:
-                raise QCompilerError("the scale of a weight is not that of its codes", got=str(pair.scale))
+                raise QCompilerError("the scale of a weight does not belong to its codes", got=str(pair.scale))
             parts = _parts(source.op["x"])
         else:
             self.found.scales |= self.names(origin)
@@ -126,14 +126,14 @@ class _Tracer:
             start = end
 
     def why_not_cut(self, pair: _Pair, start: int) -> str | None:
-        """Whether a merged weight begins inside of a block: its scale would not be its own."""
+        """The reason why a merged weight cannot be split off: it begins inside a block and shares its scale."""
         rows = pair.format.block[0]
         if start and (rows == numerics.ALL or start % rows):
             return f"it was merged into a block of {rows} rows that it does not begin"
         return None
 
     def add(self, name: str, weight: QuantizedWeight) -> None:
-        """A quantized weight of that name, unless there is another one already."""
+        """Records a quantized weight; rejects a second form under the same name."""
         known = self.found.quantized.setdefault(name, weight)
         if not same(known, weight):
             self.found.refuse(name, "the graph holds it in two quantized forms")
@@ -141,7 +141,7 @@ class _Tracer:
             self.found.quantized[name] = weight
 
     def plain(self, op: Op) -> None:
-        """A parameter that is in no quantized form."""
+        """Records a parameter that is not quantized."""
         name = str(op.attrs["name"])
         if name in self.model_names:
             self.found.kept[name] = self.compiled.weights[name]
@@ -149,7 +149,7 @@ class _Tracer:
         if name not in self.compiled.derivations:
             readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
             self.found.refuse(
-                name, f"no weight of the model can take it in: {readers or 'an operation'} reads it in each call"
+                name, f"it cannot be folded into a weight: {readers or 'an operation'} reads it in each call"
             )
             return
         parts, start = _parts(self.expanded(op.result)), 0
@@ -160,7 +160,7 @@ class _Tracer:
             start = end
 
     def changed(self, part: Value, tensor: Tensor) -> None:
-        """What a pass made of one weight of the model."""
+        """Records the value that a pass computed from one model weight."""
         leaves = {str(param.attrs["name"]) for param in parameters_of(part)}
         if leaves <= self.model_names:  # the model's own arithmetic, computed once
             self.found.kept |= dict.fromkeys(leaves, tensor if part.op.name == PARAM else None)
@@ -177,15 +177,15 @@ class _Tracer:
     # Names and numbers
 
     def expanded(self, value: Value) -> Value:
-        """What a stored weight was computed by; the value itself for a weight of the model."""
+        """The value that derives a stored weight; a model weight itself."""
         while value.op.name == PARAM and (derivation := self.compiled.derivations.get(str(value.op.attrs["name"]))):
             if not isinstance(made := derivation.graph.outputs[derivation.output], Value):
-                raise QCompilerError("a derivation gives no tensor", got=repr(made), where=str(value))
+                raise QCompilerError("a derivation does not give a tensor", got=repr(made), where=str(value))
             value = made
         return value
 
     def names(self, value: Value) -> set[str]:
-        """The weights of the model that a value is made of, through all derivations."""
+        """The model weights that a value is computed from, through all derivations."""
         found = set()
         for param in parameters_of(value):
             source = self.expanded(param.result)
@@ -193,17 +193,17 @@ class _Tracer:
         return found & self.model_names
 
     def name_of(self, part: Value) -> str | None:
-        """The only weight of the model in a constant; None, and a refusal, where there is another number of them."""
+        """The single model weight in a constant; otherwise refuses the weights and returns None."""
         names = sorted(self.names(part))
         if len(names) == 1:
             return names[0]
         why = f"one constant is computed from it and {len(names) - 1} other weights of the model"
         for name in names or [part.name]:
-            self.found.refuse(name, why if names else "nothing says which weight of the model it was computed from")
+            self.found.refuse(name, why if names else "its source weight in the model is unknown")
         return None
 
     def tensor(self, value: Value) -> Tensor:
-        """The numbers of a constant."""
+        """The value of a constant."""
         if value.op.name == PARAM:
             stored: Tensor = self.compiled.weights[str(value.op.attrs["name"])]
             return stored
@@ -212,7 +212,7 @@ class _Tracer:
 
 
 def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
-    """The quantized weight that an operation multiplies with, or dequantizes."""
+    """The quantized weights that an operation multiplies or dequantizes."""
     if op.role is Role.QUANTIZED_MATMUL:
         static = _static_scale(op["x"])
         yield _Pair(op["w"], op["w_scale"], op.format("w_format"), op.format("x_format"), static)
@@ -226,14 +226,14 @@ def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
 
 
 def _static_scale(codes: Value) -> Value | None:
-    """The scale of an activation, where calibration has fixed it; None where it is computed in each call."""
+    """The calibrated scale of an activation; None if it is computed in each call."""
     if codes.op.role is not Role.QUANTIZE:
-        raise QCompilerError("nothing says how an activation is quantized", got=codes.op.name, where=str(codes))
+        raise QCompilerError("the quantization of an activation is unknown", got=codes.op.name, where=str(codes))
     return codes.op.get("scale")
 
 
 def _parts(value: Value) -> list[Value]:
-    """What a constant is put together of, row by row; itself when it is not."""
+    """The parts that a constant concatenates along its rows; the constant itself if there is no concatenation."""
     op = value.op
     joined = op.argument("tensors") if op.name == "aten.cat" and op.argument("dim") == 0 else None
     return (
@@ -251,7 +251,7 @@ def _rows(value: Value) -> int:
 
 
 def _with_weights(structure: Graph, compiled: Graph) -> Graph:
-    """A stage with the weights of the compiled graph."""
+    """A stage graph with the weights of the compiled graph."""
     graph = structure.clone()
     graph.weights = compiled.weights
     return graph

@@ -1,4 +1,4 @@
-"""A quantized weight on its way between a compiled model and a file: codes and scales, never dequantized."""
+"""A quantized weight in transit between a compiled model and a file: codes and scales."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,22 @@ from qcompiler import numerics
 from qcompiler.ir import Format
 
 UE8M0 = torch.float8_e8m0fnu
-"""One byte, the exponent of a power of two; PyTorch's own type for it."""
+"""PyTorch's dtype for one byte with the exponent of a power of two."""
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, UE8M0, torch.uint8)
-"""How checkpoints store scales; bytes are the exponents of `UE8M0`."""
+"""Dtypes of scales in checkpoints; bytes are exponents of `UE8M0`."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One weight of the model in 8 bits.
+    """A model weight in 8 bits.
 
     Attributes:
-        codes: `[N, K]`, or `[E, N, K]` for the experts of a mixture.
-        scale: FP32, one for each block, in the shape of `numerics.scale_shape`.
-        block: Rows and columns of a block; -1 is the whole of an axis.
-        x_block: The same for the activations that are multiplied with it; None where nothing says.
-        x_scale: The activations' scale, where calibration has fixed one.
+        codes: `[N, K]`, or `[E, N, K]` for the experts of an MoE layer.
+        scale: FP32, one per block, in the shape of `numerics.scale_shape`.
+        block: Rows and columns of a block; -1 means the whole axis.
+        x_block: Block of the activations; None if not specified.
+        x_scale: Static activation scale from calibration, if any.
     """
 
     codes: Tensor
@@ -39,7 +39,7 @@ class QuantizedWeight:
         return numerics.format_of(self.block, self.codes.dtype)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers that it stands for."""
+        """The dequantized weight."""
         return numerics.dequantize(self.codes, self.scale, format=self.format, out_dtype=dtype)
 
 
@@ -48,10 +48,10 @@ class StoredAs:
     """How a checkpoint stores one quantized weight.
 
     Attributes:
-        scale: The name of its scale.
-        block: Rows and columns of a block; -1 is the whole of an axis.
-        x_scale: The name of the static scale of the activation; None where there is none.
-        unread: The names of tensors that nothing reads: zero points, which are all zero, and scales of outputs.
+        scale: The name of the scale.
+        block: Rows and columns of a block; -1 means the whole axis.
+        x_scale: The name of the static activation scale; None if there is none.
+        unread: Names of unused tensors: all-zero zero points and output scales.
     """
 
     scale: str
@@ -61,22 +61,22 @@ class StoredAs:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The names of all tensors that belong to the weight and are not its codes."""
+        """Names of all tensors that belong to the weight, except its codes."""
         return (self.scale, *((self.x_scale,) if self.x_scale is not None else ()), *self.unread)
 
 
 def powers_of_two(scale: Tensor) -> bool:
-    """Whether FP32 scales can be stored as `UE8M0` without a change of any."""
+    """Whether all FP32 scales can be stored exactly as `UE8M0`."""
     return torch.equal(scale.to(UE8M0).to(torch.float32), scale)
 
 
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    """Whether two are equal in every bit of codes and scales."""
+    """Whether two weights have bit-identical codes and scales."""
     return one.format == other.format and equal_bits(one.codes, other.codes) and equal_bits(one.scale, other.scale)
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same type, shape and bytes; NaN equals itself then."""
+    """Whether two tensors have the same dtype, shape and bytes, so that NaN equals itself."""
     if one.dtype is not other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

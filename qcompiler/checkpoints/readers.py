@@ -1,9 +1,9 @@
-"""What other readers of a checkpoint refuse or misread: transformers 5.24, as tested, and vLLM, from its sources.
+"""Checkpoints that other readers reject or misread: transformers 5.24 (tested) and vLLM (from its sources).
 
-vLLM merges q, k and v, and gate and up, into one weight each, in which every part must begin at a block: it refuses
-other sizes, or reads rows with the scales of other rows. The same holds for what tensor parallelism splits.
+vLLM merges q, k and v, and gate and up, into one weight each. Every part must begin at a block: vLLM rejects other
+sizes, or applies scales to the wrong rows. The same holds for weights split by tensor parallelism.
 Without a GPU, transformers dequantizes block FP8 and derives the block size from the number of scales. For
-compressed-tensors it splits activations into groups, which must be whole.
+compressed-tensors, it splits activations into groups, which must be whole.
 """
 
 import re
@@ -15,7 +15,7 @@ from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.errors import CheckpointWarning
 
 SHOWN = 8
-"""Kinds of layers that a warning names."""
+"""Maximum number of layer kinds in a warning."""
 
 NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
@@ -28,11 +28,11 @@ ROWS = 'compile with scheme="fp8_row" and write the format "compressed-tensors",
 
 
 def warn(format: str, weights: Mapping[str, QuantizedWeight], skipped: Collection[str], stacklevel: int) -> None:
-    """Warns of quantized layers that transformers or vLLM cannot read.
+    """Warns about quantized layers that transformers or vLLM cannot read.
 
     Args:
-        format: Of the checkpoint.
-        weights: The quantized weights by their names in the files.
+        format: The format of the checkpoint.
+        weights: Quantized weights by their names in the files.
         skipped: Weights of routers, vocabulary projections and tiny layers, which are quantized only when named.
         stacklevel: As for `warnings.warn`, counted from the caller.
     """
@@ -58,17 +58,17 @@ def warn(format: str, weights: Mapping[str, QuantizedWeight], skipped: Collectio
 
 
 def _is_ragged(weight: QuantizedWeight) -> bool:
-    """Whether a block of a weight is cut off at its end."""
+    """Whether a weight ends in a partial block."""
     return any(size % block for size, block in _axes(weight))
 
 
 def _fails_by_shape(weight: QuantizedWeight) -> bool:
-    """Whether the number of scales along an axis does not give the size of a block."""
+    """Whether the block size cannot be derived from the number of scales along an axis."""
     return any(size > block and size % block for size, block in _axes(weight))
 
 
 def _fails_in_groups(weight: QuantizedWeight) -> bool:
-    """Whether the activations cannot be cut into whole groups."""
+    """Whether activations cannot be split into whole groups."""
     return any(size % block for size, block in _axes(weight)[1:])
 
 
@@ -79,14 +79,14 @@ _FAILS: Mapping[str, Callable[[QuantizedWeight], bool]] = {
 
 
 def _axes(weight: QuantizedWeight) -> list[tuple[int, int]]:
-    """Each axis of blocks that are not the whole axis: its size and the block's."""
+    """Size and block size of each axis that is divided into blocks."""
     if min(weight.block) < 1 or weight.block[0] == 1:
         return []
     return list(zip(weight.codes.shape[-2:], weight.block, strict=True))
 
 
 def _kinds(weights: Mapping[str, QuantizedWeight]) -> dict[str, list[Any]]:
-    """Layers by their names with `*` in place of numbers, as overrides take them, and the sizes that they have."""
+    """Layer names with `*` for numbers, as in overrides, and the sizes of these layers."""
     kinds: dict[str, list[Any]] = {}
     for name, weight in weights.items():
         sizes = kinds.setdefault(NUMBER.sub("*", name.removesuffix(".weight")), [])
@@ -101,6 +101,6 @@ def _listed(weights: Mapping[str, QuantizedWeight]) -> str:
 
 
 def _advice(weights: Mapping[str, QuantizedWeight]) -> str:
-    """The argument of `compile` that leaves them in float."""
+    """The `compile` argument that skips these layers."""
     first, *others = _kinds(weights)
     return f'Leave them in float, overrides={{"{first}": None{", ..." if others else ""}}}'

@@ -1,7 +1,6 @@
-"""Reads a checkpoint's folder: its configuration, its tensors, and which of them are quantized, in one vocabulary.
+"""Reads a checkpoint folder: configuration, tensors and quantized weights, in one common form.
 
-Pure reading: nothing of the folder is run, no model is made, and each thing that does not fit is an error that names
-the file and the tensor.
+Reading runs no code from the folder and builds no model. Every mismatch is an error that names the file and the tensor.
 """
 
 from collections.abc import Mapping
@@ -32,30 +31,30 @@ READERS = {
     fbgemm_fp8.METHOD: fbgemm_fp8.stored_weights,
     modelopt.METHOD: modelopt.stored_weights,
 }
-"""`quant_method` -> what finds the quantized weights of a folder."""
+"""`quant_method` -> function that finds the quantized weights of a folder."""
 
 NOTES = {compressed_tensors.METHOD: compressed_groups.notes, fbgemm_fp8.METHOD: fbgemm_fp8.notes}
-"""`quant_method` -> what the report says of the configuration."""
+"""`quant_method` -> function that gives report notes about the configuration."""
 
 FLOAT = {compressed_tensors.METHOD: compressed_groups.is_float, modelopt.METHOD: modelopt.is_float}
-"""`quant_method` -> whether a configuration quantizes no weights."""
+"""`quant_method` -> predicate: the configuration does not quantize weights."""
 
-SHOWN = 5  # names that a message lists
+SHOWN = 5  # names that a message lists at most
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has been read.
+    """A checkpoint folder that was read.
 
     Attributes:
-        folder: Where it is.
-        config: What `config.json` says.
-        tensors: All tensors, under their names in the files; each is read when it is asked for.
-        stored: The quantized weights: where their scales are, and what for.
-        method: The `quant_method`; None where nothing is quantized.
-        cache: The scales of the key-value cache.
-        notes: What else the report says about the checkpoint, one sentence each.
-        is_float: Whether the configuration quantizes no weights, only the key-value cache or activations.
+        folder: The path.
+        config: The content of `config.json`.
+        tensors: All tensors by their names in the files, each read on demand.
+        stored: How each quantized weight is stored.
+        method: The `quant_method`; None if nothing is quantized.
+        cache: The KV cache scales.
+        notes: Other report notes about the checkpoint, one sentence each.
+        is_float: Whether the configuration quantizes only the KV cache or activations, not weights.
     """
 
     folder: Path
@@ -69,23 +68,23 @@ class Checkpoint:
 
     @property
     def beside(self) -> set[str]:
-        """The names of all tensors that belong to quantized weights and are not codes."""
+        """Names of all tensors that belong to quantized weights, except codes."""
         return {name for how in self.stored.values() for name in how.beside}
 
     def quantized(self, name: str) -> QuantizedWeight:
-        """One quantized weight, as codes and scales."""
+        """A quantized weight as codes and scales."""
         how, codes = self.stored[name], self.tensors[name]
         if how.x_scale is None:
             return QuantizedWeight(codes, self.scale(name), how.block)
         return QuantizedWeight(codes, self.scale(name), how.block, (ALL, ALL), self.x_scale(name))
 
     def stored_scale(self, name: str) -> Tensor:
-        """The same in the element type of the file."""
+        """The scales of a quantized weight in the element type of the file."""
         how = self.stored[name]
         return self.tensors[how.scale].reshape(numerics.scale_shape(self.tensors.shape(name), how.block))
 
     def x_scale(self, name: str) -> Tensor | None:
-        """The static scale of the activation beside a quantized weight, FP32 `[1, 1]`; for experts `[E, 1]`."""
+        """The static activation scale of a quantized weight, FP32 `[1, 1]`; for experts `[E, 1]`."""
         how = self.stored[name]
         return None if how.x_scale is None else self.tensors[how.x_scale].to(torch.float32).reshape(-1, 1)
 
@@ -96,17 +95,17 @@ class Checkpoint:
 
 
 def read(folder: "str | PathLike[str]") -> Checkpoint:
-    """A checkpoint in safetensors, quantized or not.
+    """Reads a safetensors checkpoint, quantized or not.
 
     Raises:
-        QCompilerError: A file is missing or broken; the quantization is of a kind that is not known, or has a key that
-            is not; a quantized weight has no scale, or one that does not fit, or is not finite, or is negative.
+        QCompilerError: A file is missing or broken; the quantization method or one of its keys is unknown; a quantized
+            weight has no scale, or its scale has the wrong shape, is not finite, or is negative.
     """
     path = checked_path(folder)
     tensors = TensorFiles(path)
     config = read_json(path / CONFIG)
     if (other := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
-        raise QCompilerError("the configuration names other files of weights", got=repr(other), need=SINGLE,
+        raise QCompilerError("the configuration refers to other weight files", got=repr(other), need=SINGLE,
                              where=str(path / CONFIG))  # fmt: skip
     said, where = _said(config, path)
     found = {} if said is None else _stored(said, tensors, where)
@@ -127,7 +126,7 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
 
 
 def _said(config: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The quantization configuration, and the file that it is from; ModelOpt has a separate one, alone or as well."""
+    """The quantization configuration and its file; ModelOpt writes a separate file, alone or in addition."""
     said, where = declared(config, str(folder / CONFIG)), str(folder / CONFIG)
     if said is not None and said.get("quant_method") != modelopt.METHOD:
         return said, where
@@ -154,7 +153,7 @@ def _stored(said: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mappin
 
 
 def _by_expert(name: str, how: StoredAs, tensors: TensorFiles) -> StoredAs:
-    """The same with the block that several stacked experts have: one scale each, or one for each last index."""
+    """Adjusts the block for stacked experts: one scale per expert, or one per last index."""
     shape = tensors.shape(name)
     if len(shape) != 3 or 0 in shape or how.scale not in tensors:
         return how
@@ -167,7 +166,7 @@ def _by_expert(name: str, how: StoredAs, tensors: TensorFiles) -> StoredAs:
 
 
 def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
-    """Holds a scale to its type, its shape and its values: scales are small enough to be read here."""
+    """Checks the type, shape and values of a scale; scales are small enough to be read here."""
     where = f"{tensors.folder}: {how.scale}"
     if how.scale not in tensors:
         raise _without_scale(name, tensors, how.scale)

@@ -1,4 +1,4 @@
-"""The part of a scheme that smooths, without what quantizes: for models that are written in high precision."""
+"""The smoothing part of a scheme without quantization, for models written in high precision."""
 
 from dataclasses import replace
 
@@ -10,11 +10,11 @@ from qcompiler.schemes.named import pipeline
 
 
 def smoothing(scheme: str = "smoothquant_o3") -> Pipeline:
-    """The passes of a scheme up to the smoothing, then those that store the smoothed weights.
+    """The passes of a scheme up to smoothing, then the passes that store the smoothed weights.
 
         compiled = qcompiler.compile(model, pipeline=smoothing("smoothquant_o1"), calibration=batches, strict=False)
 
-    Only what can be folded into weights is smoothed: a model in high precision has no place for other factors.
+    Only factors that fold into weights are applied: a high-precision model has no place for other factors.
 
     Raises:
         PassError: The scheme does not smooth.
@@ -28,5 +28,5 @@ def smoothing(scheme: str = "smoothquant_o3") -> Pipeline:
 
 
 def _folding(step: SmoothQuant) -> SmoothQuant:
-    """The same pass without factors that are multiplied in each call."""
+    """The same pass without factors that need a multiplication in each call."""
     return replace(step, prescale=False)

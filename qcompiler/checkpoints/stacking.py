@@ -1,9 +1,9 @@
-"""Quantized weights between the files of a checkpoint, which may have them apart, and a model, which may stack them.
+"""Converts quantized weights between checkpoint files, one per matrix, and stacked weights of a model.
 
     experts.0.gate_proj.weight [I, K], experts.0.up_proj.weight [I, K], ...    <->    experts.gate_up_proj [E, 2 I, K]
 
-Codes and scales both go through transformers' own conversion, and so do the numbers of rows: they show where a part
-begins. If a part begins inside of a block, the blocks are cut into smaller ones that share a scale, which is exact.
+Codes, scales and row numbers all go through transformers' own conversion; row numbers show where a part begins. If a
+part begins inside a block, blocks are split into smaller ones that share a scale, which is exact.
 """
 
 import math
@@ -20,7 +20,7 @@ from qcompiler.numerics import ALL, scale_shape
 
 TRANSPOSE = "Transpose"
 USUAL = (128, 128)
-"""The blocks of grouped kernels."""
+"""Block sizes of the grouped kernels."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Part:
         codes: `[N, K]`, or `[E, N, K]`.
         scale: In the shape of `numerics.scale_shape`.
         block: Rows and columns of a block, which may be smaller than in the files.
-        sources: The names in the files.
-        whole: Whether the files have one scale for each matrix of a stack, here the scale of each of its blocks.
+        sources: Names in the files.
+        whole: Whether the files have one scale per matrix of a stack, repeated here for each of its blocks.
     """
 
     codes: Tensor
@@ -46,17 +46,17 @@ def stacked(
     model: nn.Module, weights: Iterable[str], codes: Callable[[str], Tensor], scales: Callable[[str], Tensor],
     block: tuple[int, int],
 ) -> dict[str, Part]:  # fmt: skip
-    """Quantized weights of files, with one size of blocks -> the same under the names of the model.
+    """Converts quantized weights of the files, all with one block size, to weights of the model.
 
     Args:
-        model: Of transformers, or any other.
-        weights: Names in the files.
-        codes: Gives the codes of a weight.
-        scales: Gives its scales, in the shape of `numerics.scale_shape`.
-        block: Rows and columns of a block; -1 is the whole of an axis.
+        model: A transformers model, or any other.
+        weights: Names of weights in the files.
+        codes: Returns the codes of a weight.
+        scales: Returns the scales of a weight, in the shape of `numerics.scale_shape`.
+        block: Rows and columns of a block; -1 means the whole axis.
 
     Raises:
-        QCompilerError: The model has the elements in another order.
+        QCompilerError: The model stores the elements in another order.
     """
     found: dict[str, Part] = {}
     for plan in plans(model, weights):
@@ -75,7 +75,7 @@ def stacked(
 
 
 def _for_grouped_kernels(part: Part) -> Part:
-    """Stacked matrices with one scale each, in the blocks that grouped kernels take, if those fit; exact."""
+    """Repeats per-matrix scales of a stack for the blocks of the grouped kernels, if those fit; exact."""
     rows, columns = part.block
     if part.codes.dim() != 3 or columns != ALL or rows == 1:
         return part
@@ -91,7 +91,7 @@ def _for_grouped_kernels(part: Part) -> Part:
 def _joined(
     model: nn.Module, plan: Plan, codes: dict[str, Tensor], scale: dict[str, Tensor], block: tuple[int, int]
 ) -> dict[str, Part]:
-    """The parts of one conversion, in blocks of which none reaches from one part into the next."""
+    """The results of one conversion, in blocks that do not cross from one part into the next."""
     places = plan.convert(model, {name: _row_numbers(part) for name, part in codes.items()})
     sizes = {part.shape[-2] for part in codes.values()}
     rows = math.gcd(*(sizes if block[0] == ALL else (block[0],)), *(_starts(place) for place in places.values()))
@@ -106,12 +106,12 @@ def _joined(
 
 
 def _turned(model: nn.Module, plan: Plan, codes: Tensor, scale: Tensor, block: tuple[int, int]) -> dict[str, Part]:
-    """A stack that the files may have transposed."""
+    """The result for a stack that the files may store transposed."""
     ((name, made),) = plan.convert(model, {plan.sources[0][0]: codes}).items()
     sources = (plan.sources[0][0],)
     if made.shape == codes.shape:
         return {name: Part(made, scale, block, sources)}
-    if block[1] == ALL and scale.shape[-2] == 1:  # one scale for each expert, or for all of them
+    if block[1] == ALL and scale.shape[-2] == 1:  # one scale per expert, or one for all
         return {name: Part(made, scale, block if block[0] == ALL else (made.shape[-2], ALL), sources)}
     if min(block) < 1:
         raise _shared(name, block, "a transposed stack", "blocks such as [128, 128]")
@@ -120,21 +120,21 @@ def _turned(model: nn.Module, plan: Plan, codes: Tensor, scale: Tensor, block: t
 
 
 def unstacked(model: nn.Module, name: str, weight: QuantizedWeight, whole: bool = False) -> dict[str, QuantizedWeight]:
-    """One quantized weight of the model -> those that files have in its place.
+    """Converts a quantized weight of the model to the weights that the files store for it.
 
     Args:
-        model: Of transformers, or any other.
+        model: A transformers model, or any other.
         name: The name of the weight in the model.
-        weight: Of that name.
-        whole: Whether a matrix whose blocks share one scale is written with that scale alone.
+        weight: The quantized weight.
+        whole: Whether a matrix whose blocks share one scale is written with a single scale.
 
     Raises:
-        QCompilerError: The files have the elements in another order, or parts that share a block.
+        QCompilerError: The files store the elements in another order, or parts share a block.
     """
     if is_converted(model):
         operations = operations_on(model, name)
         check_exact(() if operations == (TRANSPOSE,) else operations, name)
-        if operations == (TRANSPOSE,):  # transformers writes such a stack as the model has it
+        if operations == (TRANSPOSE,):  # transformers writes this stack as the model stores it
             return {name: weight}
     codes = to_files(model, {name: weight.codes})
     if [part.shape for part in codes.values()] == [weight.codes.shape]:
@@ -143,12 +143,12 @@ def unstacked(model: nn.Module, name: str, weight: QuantizedWeight, whole: bool 
     block, scale = weight.block, weight.scale
     if whole and bool((scale == scale[:, :1, :1]).all()):
         block, scale = (weight.codes.shape[-2], ALL), scale[:, :1, :1]
-    if block[1] == ALL and block[0] > 1:  # may be cut anywhere: a part with one scale is usual
+    if block[1] == ALL and block[0] > 1:  # can be split anywhere: parts with a single scale are usual
         rows = math.gcd(block[0], *map(_starts, places.values()))
         block, scale = (rows, ALL), _refined(scale, weight.codes.shape[-2], block[0], rows)
     for file, place in places.items():
         if block[0] == ALL or _starts(place) % block[0]:
-            raise _shared(name, block, f"'{file}' begins inside of a block", "whole blocks")
+            raise _shared(name, block, f"'{file}' begins inside a block", "whole blocks")
     scales = to_files(model, {name: scale})
     return {
         file: coarsened(replace(weight, codes=part, scale=scales[file], block=block), whole)
@@ -157,11 +157,11 @@ def unstacked(model: nn.Module, name: str, weight: QuantizedWeight, whole: bool 
 
 
 def coarsened(weight: QuantizedWeight, whole: bool = False) -> QuantizedWeight:
-    """A matrix in the usual blocks, where smaller ones share their scales; otherwise as it is.
+    """Merges small blocks that share scales into usual blocks; returns other weights unchanged.
 
     Args:
-        weight: In any blocks.
-        whole: Whether a matrix in the usual blocks becomes one with a single scale.
+        weight: A weight with any block size.
+        whole: Whether a matrix whose blocks all share one scale gets a single scale.
     """
     rows, columns = weight.block
     if whole and bool((weight.scale == weight.scale[0, 0]).all()):
@@ -177,23 +177,23 @@ def coarsened(weight: QuantizedWeight, whole: bool = False) -> QuantizedWeight:
 
 
 def _row_numbers(codes: Tensor) -> Tensor:
-    """The number of each row, in the shape of a matrix, or of a stack of matrices, with one column."""
+    """The number of each row, in the shape of one column of a matrix or a stack of matrices."""
     return torch.arange(codes.shape[-2]).unsqueeze(1).expand(*codes.shape[:-1], 1)
 
 
 def _starts(places: Tensor) -> int:
-    """The greatest common divisor of where parts begin: in what they come from, and in what they are put into."""
+    """The greatest common divisor of the rows where parts begin, in both source and destination."""
     numbers: Sequence[int] = places.reshape(-1, places.shape[-2])[0].tolist()
     begin = [at for at, row in enumerate(numbers) if at == 0 or row != numbers[at - 1] + 1]
     return math.gcd(*begin, *(numbers[at] for at in begin))
 
 
 def _refined(scale: Tensor, size: int, block: int, rows: int) -> Tensor:
-    """The scales of `size` rows for blocks of `rows` rows in place of `block`; exact."""
+    """Repeats the scales of `size` rows for blocks of `rows` rows instead of `block`; exact."""
     times = (size if block == ALL else block) // rows
     return scale.repeat_interleave(times, -2)[..., : -(-size // rows), :]
 
 
 def _shared(name: str, block: tuple[int, int], got: object, need: object) -> QCompilerError:
-    problem = f"'{name}' cannot be put together or taken apart: its parts share blocks of {list(block)}"
+    problem = f"'{name}' cannot be stacked or split: its parts share blocks of {list(block)}"
     return QCompilerError(problem, got=got, need=need)

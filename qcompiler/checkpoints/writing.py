@@ -1,4 +1,4 @@
-"""Writes a compiled model as a checkpoint of the ecosystem, with the original model's names and configuration."""
+"""Writes a compiled model as a checkpoint with the original model's names and configuration."""
 
 from os import PathLike
 
@@ -24,8 +24,8 @@ from qcompiler.report.report import unfused
 
 SHARD_BYTES = 5 * 10**9
 
-LEAVE = "Leave these in float when you compile: overrides={name: None}; compiled.save keeps any model."
-"""What to do about weights that no format can hold."""
+LEAVE = "Skip these when you compile: overrides={name: None}; compiled.save stores any model."
+"""Advice for weights that no format can store."""
 
 
 def write(
@@ -37,25 +37,25 @@ def write(
     scale_format: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a compiled model as a checkpoint, under the names that the model's own weights have.
+    """Writes a compiled model as a checkpoint under the names of the original model's weights.
 
-    Warns (`CheckpointWarning`) of layers that the format holds, but transformers or vLLM cannot read.
+    Warns (`CheckpointWarning`) about layers that the format can store, but transformers or vLLM cannot read.
 
-    What is quantized is written with the very codes and scales of the compiled graph; what is not, as the model has it.
+    Quantized weights are written with the exact codes and scales of the compiled graph; others as in the model.
 
     Args:
-        compiled: What `qcompiler.compile` gave.
-        folder: Where; a checkpoint that is there already is replaced, anything else is left alone.
-        format: "fp8" (Hugging Face's block FP8), "compressed-tensors", or "float" for a model in which nothing is
-            quantized, such as one that is only smoothed.
-        model: The model that was compiled, or its folder, where nobody else holds it any more; always for a model that
-            `qcompiler.load` gave.
-        scale_format: How "fp8" stores scales: "float", or "ue8m0", one byte, for those that are powers of two. As the
-            model has them already when it is not given, or else as floats.
-        shard_bytes: How large a file may be before another one is begun.
+        compiled: The result of `qcompiler.compile`.
+        folder: The folder to write; an existing checkpoint is replaced, other content is an error.
+        format: "fp8" (Hugging Face's block FP8), "compressed-tensors", or "float" for a model without quantized
+            weights, such as one that is only smoothed.
+        model: The original model or its folder. Required if the model no longer exists in memory, and always for the
+            result of `qcompiler.load`.
+        scale_format: How "fp8" stores scales: "float", or "ue8m0", one byte, for powers of two. By default, the format
+            of the model's own scales, or else "float".
+        shard_bytes: Maximum size of a file in bytes; a larger checkpoint is split.
 
     Raises:
-        QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
+        QCompilerError: The format cannot store some layers, which the error lists; or the folder is not a checkpoint.
     """
     target = checked_path(folder)
     format_called(format, scale_format or "float")
@@ -88,12 +88,12 @@ def _parameters(program: Program) -> set[str]:
 
 
 def _origin(given: object, found: Provenance) -> Origin:
-    """The model that was compiled, as far as its names say."""
+    """Checks that a model has the weights of the compiled one, and returns its origin."""
     module = load_model(given) if isinstance(given, str | PathLike) else given
     if not isinstance(module, nn.Module):
-        problem = "nobody holds the model any more that was compiled"
+        problem = "the original model no longer exists"
         if module is not None:
-            problem = f"a checkpoint has the names of a module, and this was compiled from a {type(module).__name__}"
+            problem = f"a checkpoint needs a module, but this was compiled from a {type(module).__name__}"
         raise QCompilerError(problem, fix="Pass the module or its folder, or one with the same weights: model=...")
     origin = origin_of_module(module)
     for twin in origin.twins.keys() & found.quantized.keys():
@@ -108,19 +108,19 @@ def _origin(given: object, found: Provenance) -> Origin:
     found.spread(origin.ties)
     for name, how in origin.stored().items():
         found.scales.update(how.beside)
-        if name not in found.quantized and name not in origin.twins:  # the graph does not read it
+        if name not in found.quantized and name not in origin.twins:  # the graph does not use it
             found.quantized[name] = origin.quantized(name, how)
     return origin
 
 
 def _scale_format(origin: Origin, found: Provenance) -> str:
-    """That of the scales which the model has itself."""
+    """The format of the model's own scales."""
     bytes_each = {origin.tensors[name].itemsize for name in found.scales if name in origin.tensors}
     return "ue8m0" if bytes_each == {1} else "float"
 
 
 def _weights(origin: Origin, found: Provenance) -> dict[str, QuantizedWeight]:
-    """The quantized weights under their names in the files; what cannot be given back is noted."""
+    """Quantized weights by their names in the files; records weights that cannot be converted."""
     weights: dict[str, QuantizedWeight] = {}
     linears = {*origin.linears()}
     for name, weight in found.quantized.items():
@@ -135,7 +135,7 @@ def _weights(origin: Origin, found: Provenance) -> dict[str, QuantizedWeight]:
 
 
 def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found: Provenance) -> None:
-    """QCompilerError that lists every weight which the format cannot hold, and why."""
+    """Raises QCompilerError that lists every weight that the format cannot store, and why."""
     refused = dict(found.refused)
     for weight_name, weight in weights.items():
         if why := chosen.why_not(weight):
@@ -149,7 +149,7 @@ def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found
 
 
 def _named_layers(program: Program) -> set[str]:
-    """The weights of layers that are not quantized unless they are named."""
+    """Weights of layers that are quantized only when named."""
     stages = program.stages
     graph = stages["canonicalize" if "canonicalize" in stages else "captured"]
     skipped = (op for op in graph.ops("aten.linear") if graph.is_constant(op["weight"]) and why_skipped(op, graph))
@@ -157,7 +157,7 @@ def _named_layers(program: Program) -> set[str]:
 
 
 def _unconverted(origin: Origin, weights: dict[str, QuantizedWeight], program: Program) -> set[str]:
-    """The linears that a reader must leave in float, and other matmuls, which some readers make linears of."""
+    """Names of the linears that readers must keep in float, and of other matmuls that some readers treat as linears."""
     alone = {name for row in program.report.skipped for name in row.weights if name in origin.tensors}
     files = to_files(origin.module, {name: origin.tensors[name] for name in alone})
     names = {*origin.linears(), *map(_module, alone), *map(_module, files)}

@@ -1,4 +1,4 @@
-"""`qcompiler bench`: how long calls of an artefact take, on the device that it is for."""
+"""`qcompiler bench`: measures call latency of an artefact on its device."""
 
 import argparse
 import platform
@@ -26,13 +26,13 @@ from qcompiler.progress import Progress
 
 USUAL_ROWS = (1, 16, 512)
 WARM_UP = 3
-"""Calls before the first that counts: they compile kernels and fill caches."""
+"""Warm-up calls that are not timed: they compile kernels and fill caches."""
 
 QUANTIZED, AGAINST = "artefact", "against"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, and prints a table."""
+    """Measures latency and prints a table."""
     progress = Progress(shown=not options.quiet)
     with progress.showing(), torch.inference_mode():
         progress.stage("loading")
@@ -53,11 +53,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-# What is called
+# Calls
 
 
 def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature]:
-    """What is timed, and how it is called: an artefact, or a folder that an exporter wrote."""
+    """The model to time and its signature: an artefact, or a folder that an exporter wrote."""
     folder = Path(options.artefact)
     if (written := exported_at(folder)) is not None:
         return written[1].load(), written[1].signature()
@@ -66,7 +66,7 @@ def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature
 
 
 def _other(name: str, device: torch.device) -> Callable[..., Any]:
-    """The model to compare with; InputError when it cannot be called as the artefact is."""
+    """The model to compare with. Calls raise InputError if its signature does not match the artefact's."""
     found = load_model(name, str(device)).model
     model = found.module() if isinstance(found, ExportedProgram) else found
 
@@ -75,8 +75,8 @@ def _other(name: str, device: torch.device) -> Callable[..., Any]:
             return model(*args, **kwargs)
         except Exception as error:  # another model's code may fail in any way
             got = f"{name}: {type(error).__name__}: {error}"
-            need = "the model that was compiled, or one that takes the same calls"
-            raise InputError("the model to time beside it cannot be called so", got=got, need=need) from error
+            need = "the original model, or one with the same signature"
+            raise InputError("the model to compare with does not accept the call", got=got, need=need) from error
 
     return call
 
@@ -89,13 +89,13 @@ def _calls(signature: Signature, options: argparse.Namespace) -> Iterator[Call]:
     seen = set()
     for count in options.rows or USUAL_ROWS:
         call = _call_of_rows(signature, count)
-        if (shapes := _shapes(call)) not in seen:  # a model may have an end to its sizes, or none that is open
+        if (shapes := _shapes(call)) not in seen:  # sizes may be bounded, or all fixed
             seen.add(shapes)
             yield call
 
 
 def _call_of_rows(signature: Signature, count: int) -> Call:
-    """A call with so many rows of normal numbers and, where integers are wanted, ones: valid as ids and as masks."""
+    """A call with `count` rows of normal random numbers; integers are ones, valid as ids and masks."""
     generator = torch.Generator().manual_seed(0)
     values = iter(calls_of_rows(signature, [count])[0])
 
@@ -112,7 +112,7 @@ def _call_of_rows(signature: Signature, count: int) -> Call:
 
 
 def _types(call: Call) -> dict[str, str]:
-    """The tensors of a call by argument, such as `f32[16, 256]`."""
+    """Types of a call's tensors by argument, such as `f32[16, 256]`."""
     found = {str(place): value for place, value in enumerate(call.args)} | call.kwargs
     return {name: str(kind) for name, value in found.items() if (kind := TensorType.of(value)) is not None}
 
@@ -121,13 +121,13 @@ def _shapes(call: Call) -> str:
     return ", ".join(f"{name}: {kind}" for name, kind in _types(call).items())
 
 
-# How long it takes
+# Timing
 
 
 def _milliseconds(
     models: Mapping[str, Callable[..., Any]], call: Call, repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Median and least time of a call of each model, which take turns: a device may change its clock at any time."""
+    """Median and minimum time per call of each model; models alternate because device clocks may change."""
     for model in models.values():
         for _ in range(WARM_UP):
             model(*call.args, **call.kwargs)
@@ -147,7 +147,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# What is said of it
+# Output
 
 
 def _device(device: torch.device) -> str:
@@ -162,14 +162,14 @@ def _versions() -> dict[str, str]:
     for name in ("qcompiler", "torch", "triton", "iree-base-runtime"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # triton is there on Linux only, and IREE is optional
+        except PackageNotFoundError:  # triton exists only on Linux, and IREE is optional
             continue
     return found
 
 
 def _print(document: dict[str, Any]) -> None:
     compared = document["against"] is not None
-    headings = ["inputs", "median ms ", "least ms ", *(["against, median ms ", "ratio "] if compared else [])]
+    headings = ["inputs", "median ms ", "min ms ", *(["against, median ms ", "ratio "] if compared else [])]
     rows = []
     for call in document["calls"]:
         own = call["milliseconds"][QUANTIZED]

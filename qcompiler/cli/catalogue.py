@@ -1,4 +1,4 @@
-"""`qcompiler passes` and `qcompiler schemes`: everything there is, that of other distributions included."""
+"""`qcompiler passes` and `qcompiler schemes`: list all, plugins included."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from qcompiler.schemes.named import Scheme, all_schemes, values_of
 
 
 def run(options: argparse.Namespace) -> int:
-    """Lists passes or schemes; what is broken goes to standard error."""
+    """Lists passes or schemes; broken ones go to standard error."""
     listed, broken = _passes() if options.command == "passes" else _schemes()
     if options.json:
         print_json({options.command: listed, "broken": broken})

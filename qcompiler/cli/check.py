@@ -1,4 +1,4 @@
-"""`qcompiler check`: whether an artefact is as it was saved, and can be read here."""
+"""`qcompiler check`: verifies that an artefact is as it was saved and can be read here."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from qcompiler.program.exporters import exported_at
 
 
 def run(options: argparse.Namespace) -> int:
-    """Says what was found; 1 when something is wrong."""
+    """Prints the result; returns 1 if the artefact has faults."""
     if (written := exported_at(Path(options.artefact))) is not None:
         return exported.check(written[1], options.json)
     found = check(options.artefact, trust=options.trust)

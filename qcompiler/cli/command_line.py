@@ -1,11 +1,11 @@
 """The command line.
 
-    qcompiler compile my_package.models:make -o artefact      a model in, an artefact out
-    qcompiler inspect artefact                                what each pass did
-    qcompiler opt -p "canonicalize; fp8-tile" graph.qir       text in, text out
+    qcompiler compile my_package.models:make -o artefact      compile a model to an artefact
+    qcompiler inspect artefact                                show what each pass did
+    qcompiler opt -p "canonicalize; fp8-tile" graph.qir       run passes over a graph's text
 
-What was asked for goes to standard output; progress, remarks and errors go to standard error. Each command is a module
-of its name with a function `run`, imported when it is asked for: help needs no torch.
+Results go to standard output; progress, remarks and errors go to standard error. Each command is a module of its name
+with a function `run`, imported on use: help does not import torch.
 """
 
 import errno
@@ -26,20 +26,20 @@ from qcompiler.files.replacing import FULL
 GOOD, NO, USAGE, INTERNAL, INTERRUPTED, NO_READER = 0, 1, 2, 70, 130, 141
 EXIT_CODES = {
     GOOD: "done",
-    NO: "the answer is no (`check` found a fault), or an error that the message explains",
+    NO: "`check` found a fault, or an error that the message explains",
     USAGE: "the command line is wrong",
-    INTERNAL: "an internal error: a bug, please report it with what `--debug` shows",
+    INTERNAL: "an internal error (a bug): please report it with the output of `--debug`",
     INTERRUPTED: "interrupted, by Ctrl-C",
-    NO_READER: "whoever read the output has stopped reading, as `head` does",
+    NO_READER: "the output pipe was closed, as by `head`",
 }
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
-"""Errors of the system about a path that the user gave."""
+"""System errors about a path that the user gave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status, one of EXIT_CODES."""
+    """Runs a command and returns the exit status, one of EXIT_CODES."""
     options = build_parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal cannot show must not fail the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _warnings_as_lines():
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _flush_or_drop() -> None:
-    """Keeps Python from failing again at exit over output that has no room."""
+    """Keeps Python from failing again at exit when output cannot be flushed."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -78,7 +78,7 @@ def _flush_or_drop() -> None:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Prints our own warnings as lines on standard error, after all other output of a command."""
+    """Prints our own warnings as lines on standard error, after a command's other output."""
     lines: list[str] = []
 
     def show(message: Warning | str, category: type[Warning], *others: Any, **keywords: Any) -> None:
@@ -97,7 +97,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _explain(message: str, debug: bool) -> None:
-    """Tells what went wrong, on standard error; with the traceback in front of it, if that is wanted."""
+    """Prints an error on standard error, after the traceback if `debug`."""
     if debug:
         traceback.print_exc()
     print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`qcompiler compile`: from a model to a folder that holds what was made of it."""
+"""`qcompiler compile`: compiles a model to a folder."""
 
 import argparse
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from qcompiler.runtime.device import check_target, target_names
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles, saves, and prints the report."""
+    """Compiles and saves a model, and prints the report."""
     scheme = DEFAULT_SCHEME if options.scheme is None and options.pipeline is None else options.scheme
     exporters = {} if options.target in target_names() else exporter_targets()
     check_target(options.target, (*target_names(), *exporters))
@@ -42,14 +42,14 @@ def run(options: argparse.Namespace) -> int:
             fix = "Give some: --calibration FILE."
             raise InputError("the passes need calibration data", got=scheme or pipeline, fix=fix)
     output = Path(options.output)
-    exporter.check(output) if exporter else check_replaceable(output.resolve())  # before any work is done
+    exporter.check(output) if exporter else check_replaceable(output.resolve())  # fail before any work
     checkpoints = [_checkpoint(text) for text in options.checkpoint]
     asked = {"pipeline": pipeline} if scheme is None else {"scheme": scheme, "overrides": overrides}
     progress = Progress(shown=not options.quiet, passes=len(pipeline))
     with progress.showing():
         progress.stage("loading")
         loaded = load_model(options.model, options.device, checkpoint)
-        model = loaded.model if checkpoints else None  # held: it has what a checkpoint needs besides
+        model = loaded.model if checkpoints else None  # kept: a checkpoint needs its other parts
         compiled = _compiled(loaded, asked, options, "cpu" if exporter else options.target, progress)
         progress.stage("saving")
         exporter.write(compiled.program, output) if exporter else compiled.save(output)
@@ -59,16 +59,16 @@ def run(options: argparse.Namespace) -> int:
         print_json({"artefact": str(output), "scheme": scheme, "pipeline": str(pipeline),
                     "seconds": progress.seconds, "report": report_document(compiled.report)})  # fmt: skip
     else:
-        shown = "how it is called" if exporter else "what each pass did"
-        print(f"{compiled.report}\n{output} has it; `qcompiler inspect {output}` shows {shown}")
+        shown = "its inputs" if exporter else "what each pass did"
+        print(f"{compiled.report}\nsaved to {output}; `qcompiler inspect {output}` shows {shown}")
     return 0
 
 
 def _checkpoint(text: str) -> tuple[str, str]:
-    """The format and the folder that `FORMAT=DIR` names; checked before any work is done."""
+    """Format and folder from `FORMAT=DIR`, checked before any work."""
     kind, equals, folder = text.partition("=")
     if not equals or not folder:
-        raise InputError("a checkpoint is named wrongly", got=repr(text), need="FORMAT=DIR, such as fp8=out")
+        raise InputError("the checkpoint argument is malformed", got=repr(text), need="FORMAT=DIR, such as fp8=out")
     format_called(kind, "float")
     check_place(Path(folder))
     return kind, folder
@@ -90,24 +90,24 @@ def _compiled(
         target=target,
         strict=not options.allow_unquantized,
         instruments=[progress],
-        progress=False,  # the command shows its own, with the stages before and after
+        progress=False,  # the command shows its own progress, with the stages before and after
     )
 
 
 def _example(loaded: Loaded, options: argparse.Namespace, known: bool) -> Call | None:
-    """What to capture the model on; None leaves it to the calibration data, or to the exported program."""
+    """Example inputs for capture; None uses the calibration data or the exported program."""
     given = options.input or options.example is not None
     if not given and (known or isinstance(loaded.model, ExportedProgram)):
         return None
     example = loaded.example_for(options.input, options.example)
     if example is None:
         fix = 'Give some: --input "x=bf16[4,256]", --example FILE, or a factory that returns the model and its inputs.'
-        raise InputError("the model needs example inputs to be captured on", got="none", fix=fix)
+        raise InputError("capturing the model needs example inputs", got="none", fix=fix)
     return example
 
 
 def _batches(loaded: Loaded, options: argparse.Namespace) -> Iterator[Any]:
-    """The calls in all files of calibration data."""
+    """The calls in all calibration files."""
     for path in options.calibration:
         calls = (
             iter(calls_in(path))
@@ -119,5 +119,5 @@ def _batches(loaded: Loaded, options: argparse.Namespace) -> Iterator[Any]:
 
 
 def report_document(report: Report) -> dict[str, Any]:
-    """A report as JSON has it."""
+    """A report as a JSON document."""
     return {"summary": report.summary(), **asdict(report)}

@@ -1,4 +1,4 @@
-"""`qcompiler completion`: a script for a shell, made from the parser itself."""
+"""`qcompiler completion`: generates a shell completion script from the parser."""
 
 import argparse
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ FOLDERS = ("DIR",)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the script; names of schemes are those that are known now."""
+    """Prints the script, with the currently known scheme names."""
     parser = build_parser()
     choices = {
         "scheme": sorted({*SCHEMES, *offered(GROUP)}),
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every argument of a parser and of its commands."""
+    """All arguments of a parser and its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

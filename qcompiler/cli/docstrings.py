@@ -1,4 +1,4 @@
-"""What classes say of themselves, taken from their docstrings, so that no list of ours goes stale."""
+"""Extracts descriptions from docstrings of classes, so that printed lists stay up to date."""
 
 import inspect
 import re
@@ -13,19 +13,19 @@ _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.M)
 
 
 def first_line(thing: Any) -> str:
-    """The first line of a docstring; for a pass, before -> after."""
+    """The first line of a docstring; for a pass, its "before -> after"."""
     return (inspect.getdoc(thing) or "").partition("\n")[0]
 
 
 def sentence(kind: type[Pass]) -> str:
-    """What a pass does, in a sentence: the first line of its module, where that is about this pass alone."""
+    """One sentence about a pass: the first line of its module, if the module defines only this pass."""
     alone = sum(other.__module__ == kind.__module__ for other in PASSES.values()) == 1
     module = sys.modules.get(kind.__module__)
     return first_line(module) if alone and module is not None and module.__doc__ else ""
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """Attribute -> what the "Attributes:" of the class, or of a class that it is based on, say of it."""
+    """Attribute -> its text under "Attributes:" in the class or a base class."""
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         _, _, listed = (inspect.cleandoc(each.__doc__ or "")).partition("Attributes:\n")
@@ -34,7 +34,7 @@ def attributes(kind: type) -> dict[str, str]:
 
 
 def options_of(kind: type[Pass]) -> list[dict[str, str | None]]:
-    """Each option of a pass: its name, its default as text (None when it must be given), and what it is for."""
+    """Each option of a pass: name, default as text (None if required), and description."""
     says = attributes(kind)
     return [
         {

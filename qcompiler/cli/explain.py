@@ -1,4 +1,4 @@
-"""`qcompiler explain`: what a pipeline will do, in the words of its own passes and options."""
+"""`qcompiler explain`: describes a pipeline from the docstrings of its passes and options."""
 
 import argparse
 import textwrap
@@ -62,12 +62,12 @@ def _explained(stage: str, step: Pass) -> dict[str, Any]:
 
 
 def _is_own(step: Pass, option: "Field[Any]") -> bool:
-    """Whether the pass itself declares an option; an inherited one is the same field as in the base class."""
+    """Whether the pass itself declares an option; an inherited option is the base class's field object."""
     bases = (base for base in type(step).__mro__[1:] if is_dataclass(base))
     return not any(option is inherited for base in bases for inherited in fields(base))
 
 
-# In words
+# As text
 
 
 def _in_words(document: dict[str, Any]) -> Iterator[str]:
@@ -76,10 +76,10 @@ def _in_words(document: dict[str, Any]) -> Iterator[str]:
     data = "needs calibration: give real inputs." if document["needs_calibration"] else "needs no calibration data."
     yield f"It {data}"
     for pattern, scheme in document["overrides"].items():
-        what = "left alone" if scheme is None else f"done by {scheme}"
-        yield f"Layers whose weights are called {pattern} are {what}."
+        what = "skipped" if scheme is None else f"quantized by {scheme}"
+        yield f"Layers whose weights match {pattern} are {what}."
     if document["options"]:
-        yield "\nOptions of the scheme, and their values here:"
+        yield "\nScheme options and their values:"
         yield from _options(document["options"], "  ")
     count = len(document["passes"])
     yield f"\n{count} passes run, in this order:" if count != 1 else "\nOne pass runs:"
@@ -93,12 +93,12 @@ def _in_words(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _promise(effect: str, budget: float) -> str:
-    """What a pass declares about the numbers."""
+    """The numerical effect that a pass declares."""
     more = f", and up to {budget:.3g} of relative error beyond rounding" if budget else ""
     return {
-        Effect.EXACT: "Results stay the same in every bit.",
-        Effect.REORDERS: f"Results change by the order of floating-point operations{more}.",
-        Effect.LOSSY: f"Results change: it may add a relative error of up to {budget:.3g}.",
+        Effect.EXACT: "Results are bit-identical.",
+        Effect.REORDERS: f"Floating-point operations may be reordered{more}.",
+        Effect.LOSSY: f"Adds a relative error of up to {budget:.3g}.",
     }[Effect(effect)]
 
 

@@ -1,4 +1,4 @@
-"""`qcompiler export`: an artefact as MLIR, compiled by IREE for the CPU, or as a checkpoint for other engines."""
+"""`qcompiler export`: writes an artefact as MLIR, an IREE folder, or a checkpoint for other engines."""
 
 import argparse
 from pathlib import Path
@@ -13,35 +13,33 @@ from qcompiler.errors import InputError
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes it, and says where it is."""
+    """Writes the export and prints its path."""
     exported.refuse(options.artefact)
     if options.to in CHECKPOINTS:
         _checkpoint(options)
     else:
         _stage(options)
-    print(f"{options.output} has it")
+    print(f"wrote {options.output}")
     return 0
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
-    """All of the model: on the CPU, since nothing is computed."""
+    """Writes the whole model as a checkpoint, on the CPU, since nothing is computed."""
     if options.stage is not None:
         raise InputError("a checkpoint has no stages", got=f"--stage {options.stage}", fix="Leave --stage out.")
     if options.model is None:
-        fix = "Name the folder, or the module:factory, that was given to `qcompiler compile`: --model MODEL."
-        raise InputError("a checkpoint has parts of the model that an artefact lacks", got="no --model", fix=fix)
+        fix = "Pass the folder or module:factory that `qcompiler compile` got: --model MODEL."
+        raise InputError("a checkpoint needs parts of the model that an artefact lacks", got="no --model", fix=fix)
     check_place(Path(options.output))
-    compiled = qcompiler.load(options.artefact, device="cpu", verify=True, trust=options.trust)  # all is copied
+    compiled = qcompiler.load(options.artefact, device="cpu", verify=True, trust=options.trust)  # copies all weights
     write(compiled, options.output, options.to, model=load_model(options.model, "cpu").model)
 
 
 def _stage(options: argparse.Namespace) -> None:
     if options.model is not None:
         need = f"--to {', '.join(CHECKPOINTS)}"
-        raise InputError("only a checkpoint is written with the help of the model", got=f"--to {options.to}", need=need)
-    compiled = qcompiler.load(
-        options.artefact, verify=options.to not in MLIR, trust=options.trust
-    )  # which copies weights
+        raise InputError("--model is only for checkpoints", got=f"--to {options.to}", need=need)
+    compiled = qcompiler.load(options.artefact, verify=options.to not in MLIR, trust=options.trust)  # copies weights
     if options.to in MLIR:
         compiled.to_mlir(options.stage, MLIR[options.to]).save(options.output)
     else:

@@ -1,4 +1,4 @@
-"""What the commands know of a folder that an exporter wrote, such as one that IREE runs."""
+"""Commands on a folder that an exporter wrote, such as an IREE folder."""
 
 import argparse
 from pathlib import Path
@@ -11,9 +11,9 @@ GRAPHS = ("stage", "diff", "op", "source")
 
 
 def inspect(name: str, found: Exported, options: argparse.Namespace) -> int:
-    """Prints how the model is called; InputError if graphs are asked for."""
+    """Prints the model's signature. Raises InputError if graphs are requested."""
     if asked := [option for option in GRAPHS if getattr(options, option)]:
-        raise InputError(f"{found.kind} holds no graphs", got=f"--{asked[0]}", fix=_keep(name))
+        raise InputError(f"{found.kind} has no graphs", got=f"--{asked[0]}", fix=_keep(name))
     if options.json:
         print_json({name: found.document()})
         return 0
@@ -23,15 +23,15 @@ def inspect(name: str, found: Exported, options: argparse.Namespace) -> int:
 
 
 def refuse(folder: str) -> None:
-    """InputError for such a folder where an artefact is needed."""
+    """Raises InputError for an exporter's folder where an artefact is needed."""
     if (written := exported_at(Path(folder))) is not None:
         name, found = written
-        problem = f"{found.kind} holds no graphs and no report"
+        problem = f"{found.kind} has no graphs or report"
         raise InputError(problem, got=folder, need="an artefact", fix=_keep(name))
 
 
 def check(found: Exported, as_json: bool) -> int:
-    """Prints whether the files are those that were written; 1 if they are not."""
+    """Prints whether the files are unchanged; returns 1 if not."""
     files = found.files()
     problems = [problem for problem in files.values() if problem is not None]
     extra = sorted(path.name for path in found.folder.iterdir() if path.name not in files)
@@ -40,7 +40,7 @@ def check(found: Exported, as_json: bool) -> int:
                     "extra": extra})  # fmt: skip
     else:
         print(f"{found.folder}: {found.title()}")
-        print("\n".join(f"wrong: {problem}" for problem in problems) or "everything is as it was written")
+        print("\n".join(f"wrong: {problem}" for problem in problems) or "all files are unchanged")
         print(*(f"not a part of it: {name}\n" for name in extra), sep="", end="")
     return 1 if problems else 0
 
@@ -48,4 +48,4 @@ def check(found: Exported, as_json: bool) -> int:
 def _keep(name: str) -> str:
     target = exporter_called(name).target
     without = f"compile without --target {target}, and " if target else ""
-    return f"Keep an artefact: {without}make such a folder of it by export --to {name}."
+    return f"Keep an artefact: {without}create this folder with export --to {name}."

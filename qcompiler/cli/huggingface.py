@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, .safetensors and a tokenizer, read from disk and nowhere else.
+"""Hugging Face folders: config.json, .safetensors and a tokenizer, read only from disk.
 
 transformers is optional, and imported only here, when such a folder is named.
 """
@@ -15,23 +15,23 @@ from qcompiler.cli.inputs import Call, lines_of
 from qcompiler.errors import InputError, QCompilerError
 
 SENTENCES = ("A short sentence.", "Another one, which is longer than the first, so that one of them is padded.")
-"""What a model is captured on when nothing else is given and there is a tokenizer."""
+"""Default example text for capture, if there is a tokenizer."""
 
 LONGEST = 512
 
 
 def load_folder(folder: Path, checkpoint: Checkpoint | None = None) -> Any:
-    """The model in a folder, quantized or not, of the class that its config.json names.
+    """Loads the model in a folder, quantized or not, with the class named in config.json.
 
     Raises:
-        QCompilerError: The folder is no checkpoint, or a broken one; or transformers is missing, or does not know it.
+        QCompilerError: The folder is not a checkpoint, or is broken; or transformers is missing, or does not know it.
     """
     with _no_bars():
         return _guarded("the model", folder, lambda: load_model(checkpoint or folder))
 
 
 def example_for(model: Any, folder: Path) -> Call | None:
-    """The arguments of one call: what the tokenizer makes of two sentences, or else the model's own stand-in."""
+    """Arguments of one call: two tokenized sentences, or else the model's own dummy inputs."""
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     tokenizer = tokenizer_in(folder)
@@ -42,9 +42,9 @@ def example_for(model: Any, folder: Path) -> Call | None:
 
 
 def text_calls(folder: Path | None, path: str, batch_size: int, max_length: int) -> Iterator[Call]:
-    """The lines of a text file as calls of the model in `folder`, batch by batch; InputError without a tokenizer.
+    """Batches of lines of a text file as calls of the model in `folder`. Raises InputError without a tokenizer.
 
-    Where the tokenizer has no token to pad with, each line is a call of its own.
+    If the tokenizer has no padding token, each line is a separate call.
     """
     tokenizer = None if folder is None else tokenizer_in(folder)
     if tokenizer is None:
@@ -56,7 +56,7 @@ def text_calls(folder: Path | None, path: str, batch_size: int, max_length: int)
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer in a folder; None when there is none."""
+    """The tokenizer in a folder; None if there is none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
     kind = transformers_library().AutoTokenizer
@@ -65,7 +65,7 @@ def tokenizer_in(folder: Path) -> Any:
 
 
 def _tokenized(tokenizer: Any, texts: Sequence[str], max_length: int) -> Call:
-    """The arguments for some texts, which are padded where they differ in length."""
+    """Tokenized arguments for texts, padded to the same length."""
     padding = len(texts) > 1 and len(set(texts)) > 1
     made = tokenizer([*texts], padding=padding, truncation=True, max_length=max_length, return_tensors="pt")
     return Call(kwargs=dict(made))
@@ -76,14 +76,14 @@ def _guarded(what: str, folder: Path, load: Callable[[], Any]) -> Any:
         return load()
     except QCompilerError:
         raise
-    except Exception as error:  # a damaged folder fails in any way
+    except Exception as error:  # a damaged folder may raise anything
         got = f"{type(error).__name__}: {error}"
         raise InputError(f"{what} cannot be loaded", got=got, where=str(folder)) from error
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Keeps transformers from showing bars: progress is shown already, or not wanted."""
+    """Hides transformers' progress bars: progress is shown already, or not wanted."""
     logging = transformers_library().utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""Calls of a model as a command line gives them: random tensors by type, tensors in files, lines of text.
+"""Model inputs from the command line: random tensors by type, tensors in files, lines of text.
 
 x=bf16[4,256]               random numbers for the argument x
-ids=i64[1,16] in 0..30521   random integers, both ends included
-FILE.safetensors            tensors by the argument's name, or its position: x, or 0
+ids=i64[1,16] in 0..30521   random integers, both bounds included
+FILE.safetensors            tensors by argument name or position: x, or 0
 """
 
 import re
@@ -35,7 +35,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def on(self, device: "torch.device | str | None") -> "Call":
-        """The same on a device; where it is when that is None."""
+        """The call on a device; None keeps it where it is."""
 
         def moved(value: Any) -> Any:
             return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value
@@ -43,7 +43,7 @@ class Call:
         return Call(tuple(map(moved, self.args)), {name: moved(value) for name, value in self.kwargs.items()})
 
     def as_batch(self, where: str) -> Any:
-        """What `compile` takes for a batch of calibration: a tuple or a dict."""
+        """The call as a calibration batch for `compile`: a tuple or a dict."""
         if self.args and self.kwargs:
             need = "all by name, or all by position"
             raise InputError(
@@ -53,13 +53,13 @@ class Call:
 
 
 def random_call(specs: Sequence[str]) -> Call:
-    """A call with the random tensors that these specs describe, the same ones every time; InputError when malformed."""
+    """A call with random tensors (fixed seed) for these specs. Raises InputError if a spec is malformed."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for spec in specs:
         match = SPEC.fullmatch(spec)
         if match is None:
-            raise InputError("the description of an input is malformed", got=repr(spec), need=NEED)
+            raise InputError("an input description is malformed", got=repr(spec), need=NEED)
         if match["name"] in tensors:
             raise InputError("an input is described twice", got=repr(match["name"]))
         kind = _type(spec, match)
@@ -68,7 +68,7 @@ def random_call(specs: Sequence[str]) -> Call:
 
 
 def random_tensor(kind: TensorType, generator: torch.Generator, ends: tuple[int, int] | None = None) -> torch.Tensor:
-    """Normal numbers, or integers between two ends, both included: 0 and 1 when they are left out."""
+    """Normal random numbers, or integers between two inclusive bounds (default 0 and 1)."""
     dtype, shape = torch_dtype(kind.dtype), [int(size) for size in kind.shape if isinstance(size, int)]
     if dtype.is_floating_point or dtype.is_complex:
         wide = torch.complex64 if dtype.is_complex else torch.float32
@@ -78,12 +78,12 @@ def random_tensor(kind: TensorType, generator: torch.Generator, ends: tuple[int,
 
 
 def _type(spec: str, match: re.Match[str]) -> TensorType:
-    whole = [dtype for dtype in DType if dtype.bits >= 8]  # torch has no tensors of 4-bit elements
+    whole = [dtype for dtype in DType if dtype.bits >= 8]  # torch has no tensors with 4-bit elements
     known = {str(dtype): dtype for dtype in whole} | LONG_NAMES
     if match["dtype"] not in known:
         need = ", ".join(map(str, whole))
         raise InputError(
-            "the description of an input has no such element type", got=repr(match["dtype"]), need=need, where=spec
+            "an input description has an unknown element type", got=repr(match["dtype"]), need=need, where=spec
         )
     sizes = [size for part in match["shape"].split(",") if (size := part.strip())]
     return TensorType(known[match["dtype"]], tuple(map(int, sizes)))
@@ -94,8 +94,8 @@ def _range(spec: str, match: re.Match[str], kind: TensorType) -> tuple[int, int]
         return None
     low, high = int(match["low"]), int(match["high"])
     if low > high or kind.dtype.is_float or kind.dtype in (DType.c64, DType.c128):
-        need = "an integer type, and a first number that is not above the second"
-        raise InputError("the description of an input has a range that cannot be", got=repr(spec), need=need)
+        need = "an integer type, and a first bound that is at most the second"
+        raise InputError("an input description has an invalid range", got=repr(spec), need=need)
     return low, high
 
 
@@ -103,10 +103,10 @@ def _range(spec: str, match: re.Match[str], kind: TensorType) -> tuple[int, int]
 
 
 def calls_in(path: str) -> list[Call]:
-    """The calls in a .safetensors file: one, with tensors by argument; or several, as `0.name`, `1.name`, ….
+    """The calls in a .safetensors file: one, with tensors by argument, or several as `0.name`, `1.name`, ….
 
     Raises:
-        InputError: It cannot be read, or mixes the two forms.
+        InputError: The file cannot be read, or mixes the two forms.
     """
     tensors = _load(path)
     numbered = [name for name in tensors if "." in name]
@@ -116,22 +116,22 @@ def calls_in(path: str) -> list[Call]:
     for name, tensor in tensors.items():
         number, dot, argument = name.partition(".")
         if not dot or not number.isdecimal() or not argument:
-            need = "argument names alone, for one call; or number.argument for all, for several"
-            raise InputError("a tensor has a name of another form than the rest", got=repr(name), need=need, where=path)
+            need = "only argument names, for one call; or only number.argument, for several"
+            raise InputError("tensor names in the file mix two forms", got=repr(name), need=need, where=path)
         calls.setdefault(int(number), {})[argument] = tensor
     return [call_of(calls[number], f"call {number} in {path}") for number in sorted(calls)]
 
 
 def example_in(path: str) -> Call:
-    """The one call in a file; InputError when there are more."""
+    """The only call in a file. Raises InputError if there are more."""
     calls = calls_in(path)
     if len(calls) != 1:
-        raise InputError("the example holds several calls", got=f"{len(calls)} in {path}", need="one")
+        raise InputError("the example has several calls", got=f"{len(calls)} in {path}", need="one")
     return calls[0]
 
 
 def call_of(tensors: Mapping[str, torch.Tensor], where: str) -> Call:
-    """A call with these tensors, by name or position; InputError when a position is missing."""
+    """A call with tensors by name or position. Raises InputError if a position is missing."""
     places = sorted(int(name) for name in tensors if name.isdecimal())
     if places != list(range(len(places))):
         raise InputError("a position is missing", got=places, need=list(range(len(places))), where=where)
@@ -145,16 +145,16 @@ def _load(path: str) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError("tensors cannot be read", got=f"{path}: {error}", need="a .safetensors file") from error
     if not tensors:
-        raise InputError("a file holds no tensor", got=path)
+        raise InputError("the file has no tensors", got=path)
     return tensors
 
 
 def lines_of(path: str) -> list[str]:
-    """The lines of a text file that hold something; InputError when there are none."""
+    """The nonempty lines of a text file. Raises InputError if there are none."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("the calibration text cannot be read", got=f"{path}: {error}", need="a text file") from error
     if not lines:
-        raise InputError("the calibration text is empty", got=path, need="one sample a line")
+        raise InputError("the calibration text is empty", got=path, need="one sample per line")
     return lines

@@ -1,4 +1,4 @@
-"""`qcompiler inspect`: what each pass did to a graph, and to a single operation of it."""
+"""`qcompiler inspect`: shows what each pass did to a graph or a single operation."""
 
 import argparse
 import sys
@@ -22,10 +22,10 @@ DROPPABLE = ("options", *reversed(COUNTED), "effect", "changed", "+/-")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Shows a run, or the part of it that is asked for."""
+    """Shows a run, or the requested part of it."""
     if options.stage is None and (options.dot or options.no_locations):
         got = "--dot" if options.dot else "--no-locations"
-        raise InputError("no graph is asked for that could be printed so", got=got, need="--stage NAME beside it")
+        raise InputError("the option needs a graph to print", got=got, need="--stage NAME as well")
     if (written := exported_at(Path(options.path))) is not None:
         return exported.inspect(*written, options)
     record = read_record(options.path)
@@ -54,13 +54,13 @@ def _difference(record: Record, options: argparse.Namespace) -> None:
     if options.json:
         print_json({"before": before, "after": after, "diff": text})
     else:
-        print(text or f"{before} and {after} are alike", file=sys.stdout if text else sys.stderr)
+        print(text or f"{before} and {after} are identical", file=sys.stdout if text else sys.stderr)
 
 
 def _source(record: Record, options: argparse.Namespace) -> None:
     if record.source is None:
         need = "an artefact, which `qcompiler compile` writes"
-        raise InputError("graphs alone have no host module", got=options.path, need=need)
+        raise InputError("bare graphs have no host module", got=options.path, need=need)
     print_json({"source": record.source}) if options.json else sys.stdout.write(record.source)
 
 
@@ -85,7 +85,7 @@ def _overview(record: Record, options: argparse.Namespace) -> None:
 
 
 def _artefact(record: Record) -> dict[str, Any] | None:
-    """How an artefact was made; None for graphs alone."""
+    """How an artefact was made; None for bare graphs."""
     made = record.manifest
     if made is None:
         return None
@@ -94,7 +94,7 @@ def _artefact(record: Record) -> dict[str, Any] | None:
 
 
 def _stages(record: Record) -> Iterator[dict[str, Any]]:
-    """One entry a stage, as JSON has it."""
+    """One JSON entry per stage."""
     before = None
     for name, graph in record.stages.items():
         counts = Counter(op.name.partition(".")[0] for op in graph.ops())
@@ -127,21 +127,21 @@ def _row(stage: dict[str, Any], timed: bool) -> list[object]:
     return [stage["stage"], *(times if timed else []), *counts, *([options] if timed else [])]
 
 
-# One operation, or those of one module
+# One operation, or all operations of one module
 
 SAYS = {
-    "absent": "not there yet",
+    "absent": "does not exist yet",
     "appears": "appears",
-    "same": "the same",
+    "same": "unchanged",
     "changed": "changed",
-    "fused": "fused into what reads it",
+    "fused": "fused into its user",
     "replaced": "replaced",
-    "removed": "removed: nothing reads it any more",
+    "removed": "removed: it has no users",
 }
 
 
 def _histories(found: dict[str, list[Chapter]], options: argparse.Namespace) -> None:
-    """One operation, or each one of a module under a heading."""
+    """Prints the history of one operation, or of each operation of a module under a heading."""
     asked = options.op.removeprefix("%")
     if options.json:
         documents = [

@@ -1,7 +1,7 @@
-"""The model that a command line names: an exported program, a Hugging Face folder, or what a factory gives.
+"""Loads the model named on the command line: an exported program, a Hugging Face folder, or a factory.
 
-model.pt2              torch.export.load, which unpickles: only for files that are trusted
-folder/                config.json and .safetensors; nothing of it is executed, and nothing is downloaded
+model.pt2              torch.export.load, which unpickles: use only trusted files
+folder/                config.json and .safetensors; no code in it is executed, and nothing is downloaded
 package.module:make    imports the module, from the current folder too, and calls make(): the user's own code
 """
 
@@ -27,12 +27,12 @@ NEED = "a .pt2 file, a folder with a config.json, or module:factory"
 
 @dataclass
 class Loaded:
-    """A model as it was found.
+    """A loaded model.
 
     Attributes:
-        model: Until `release` hands it over.
-        example: The arguments of one call, where the source of the model knows some.
-        folder: Of a Hugging Face model.
+        model: The model, until `release` is called.
+        example: The arguments of one call, if the model's source provides them.
+        folder: The folder of a Hugging Face model.
     """
 
     model: Any
@@ -41,31 +41,31 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where its first parameter lies; the CPU when it has none."""
+        """The device of the first parameter; the CPU if there is none."""
         first = next(iter(self.model.parameters()), None)
         return torch.device("cpu") if first is None else first.device
 
     def example_for(self, specs: Sequence[str], file: str | None) -> Call | None:
-        """The call that the command line describes by types or as a file; else the model's own, if it has one."""
+        """The call from the command line, by types or as a file; else the model's own example, if any."""
         call = random_call(specs) if specs else example_in(file) if file is not None else self.example
         return None if call is None else call.on(self.device)
 
     def release(self) -> Any:
-        """The model, which from now on is held by the caller alone: its weights can go one by one."""
+        """Transfers the model to the caller, who can then free its weights one by one."""
         model, self.model = self.model, None
         return model
 
 
 def load_model(name: str, device: str | None = None, checkpoint: Checkpoint | None = None) -> Loaded:
-    """The model that `name` spells, in evaluation mode and on `device`, if one is given.
+    """Loads the model that `name` refers to, in eval mode, on `device` if given.
 
     Args:
-        name: As the command line has it.
+        name: The model argument of the command line.
         device: "cpu" or "cuda"; None leaves the model where it is.
-        checkpoint: What has been read of a folder already.
+        checkpoint: The folder's checkpoint, if it was already read.
 
     Raises:
-        InputError: There is no such model, or it cannot be loaded.
+        InputError: The model does not exist or cannot be loaded.
     """
     _check_device(device)
     path = Path(name)
@@ -103,7 +103,7 @@ def _exported(path: Path, device: str | None) -> Loaded:
     try:
         with third_party_silence(), quiet_failure():
             program = torch.export.load(path)
-    except Exception as error:  # a damaged archive fails in any way
+    except Exception as error:  # a damaged archive may raise anything
         got = f"{path}: {type(error).__name__}: {error}"
         raise InputError(
             "the exported program cannot be loaded", got=got, need="what torch.export.save wrote"
@@ -112,11 +112,11 @@ def _exported(path: Path, device: str | None) -> Loaded:
 
 
 def _made(name: str) -> Loaded:
-    """What a factory gives."""
+    """The result of a factory."""
     factory = _factory(name)
     try:
         made = factory()
-    except Exception as error:  # the user's code may fail in any way
+    except Exception as error:  # user code may raise anything
         raise InputError(
             f"the factory {name} failed",
             got=f"{type(error).__name__}: {error}",
@@ -125,7 +125,7 @@ def _made(name: str) -> Loaded:
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, torch.nn.Module | ExportedProgram):
         need = "a model (torch.nn.Module or ExportedProgram), or a model and its example inputs"
-        raise InputError(f"the factory {name} gives no model", got=type(model).__name__, need=need)
+        raise InputError(f"the factory {name} does not return a model", got=type(model).__name__, need=need)
     if isinstance(inputs, torch.Tensor):
         return Loaded(model, Call((inputs,)))
     if isinstance(inputs, dict):
@@ -133,7 +133,7 @@ def _made(name: str) -> Loaded:
     if inputs is None or isinstance(inputs, tuple | list):
         return Loaded(model, None if inputs is None else Call(tuple(inputs)))
     need = "a tensor, a tuple of arguments, or a dict of arguments by name"
-    raise InputError(f"the factory {name} gives wrong example inputs", got=type(inputs).__name__, need=need)
+    raise InputError(f"the factory {name} returns invalid example inputs", got=type(inputs).__name__, need=need)
 
 
 def _factory(name: str) -> Callable[[], Any]:
@@ -143,7 +143,7 @@ def _factory(name: str) -> Callable[[], Any]:
         sys.path.insert(0, here)
     try:
         found: Any = import_module(module_name)
-    except Exception as error:  # the user's code may fail in any way
+    except Exception as error:  # user code may raise anything
         got = f"{module_name!r}: {type(error).__name__}: {error}"
         need = "a module in the current folder, or one that is installed"
         raise InputError("the module of the factory cannot be imported", got=got, need=need) from error
@@ -153,4 +153,4 @@ def _factory(name: str) -> Callable[[], Any]:
         raise InputError(
             f"module {module_name} has no such factory", got=repr(attribute), need="a function without arguments"
         )
-    return found  # type: ignore[no-any-return]  # a callable is known by calling it
+    return found  # type: ignore[no-any-return]  # a callable's type is known only when called

@@ -1,4 +1,4 @@
-"""`qcompiler opt`: passes over the text of a graph, text in and text out."""
+"""`qcompiler opt`: runs passes over the text of a graph and prints the result."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from qcompiler.schemes.named import pipeline
 
 
 def run(options: argparse.Namespace) -> int:
-    """Reads a graph, runs passes over it, and writes it."""
+    """Reads a graph, runs passes, and writes the graph."""
     steps = Pipeline.parse(options.pipeline) if options.pipeline is not None else pipeline(options.scheme)
     graph = read_graph(options.graph)
     instruments: list[Instrument] = [PrintAfter(*options.print_after)] if options.print_after else []
@@ -26,13 +26,13 @@ def run(options: argparse.Namespace) -> int:
     if options.explain:
         for stage, reasons in done.skipped.items():
             for name, reason in reasons.items():
-                print(f"{stage} left %{name} alone: {reason}", file=sys.stderr)
+                print(f"{stage} skipped %{name}: {reason}", file=sys.stderr)
     _write(options.output, graph.text(locations=not options.no_locations) + "\n")
     return 0
 
 
 def read_graph(name: str) -> Graph:
-    """The graph in a file, or in standard input for "-"; InputError when it cannot be read."""
+    """Reads a graph from a file, or from standard input for "-". Raises InputError if it cannot be read."""
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""How commands print: text as it is, tables for people, JSON for machines."""
+"""Output of commands: plain text, tables and JSON."""
 
 import json
 import sys
@@ -10,26 +10,26 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 160
-"""Columns of a table that goes to a file or a pipe, where nobody looks at a terminal's edge."""
+"""Width in columns of a table that goes to a file or a pipe."""
 
 GAP = 3
-"""Columns between two columns of a table."""
+"""Spaces between two columns of a table."""
 
 
 def console_on(stream: Any) -> Console:
-    """A console that prints text literally; as wide as the terminal, if it is one. It heeds NO_COLOR and COLUMNS."""
+    """A console that prints literal text at the width of the terminal, if any; respects NO_COLOR and COLUMNS."""
     given = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=False)
     return given if given.is_terminal else Console(file=stream, width=WIDTH, markup=False, emoji=False, highlight=False)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], droppable: Sequence[str] = ()) -> None:
-    """Prints a table to standard output, without trailing space.
+    """Prints a table to standard output without trailing spaces.
 
     Args:
-        headings: One a column; a column whose heading ends in a space is flush right, as numbers are.
-        rows: Of cells.
-        droppable: Headings of columns that a terminal can do without, the first to go first. Where there are some, no
-            cell is folded before they are all gone.
+        headings: One per column; a heading that ends in a space right-aligns its column.
+        rows: Rows of cells.
+        droppable: Headings of columns to drop on a narrow terminal, in this order. No cell is folded until all of them
+            are dropped.
     """
     console = console_on(sys.stdout)
     cells = [[heading.strip() for heading in headings], *([str(cell) for cell in row] for row in rows)]
@@ -52,5 +52,5 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], dropp
 
 
 def print_json(document: Any) -> None:
-    """Prints a document to standard output."""
+    """Prints a JSON document to standard output."""
     print(json.dumps(document, indent=2))

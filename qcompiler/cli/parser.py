@@ -1,4 +1,4 @@
-"""What can be asked on the command line: each command, its arguments, and the module that answers it.
+"""The command-line parser: each command, its arguments, and the module that runs it.
 
 This module imports little more than argparse, so that help, usage errors and completion never wait for torch.
 """
@@ -17,30 +17,30 @@ COMMANDS = {
         "completion": "completion",
     }.items()
 }  # fmt: skip
-"""Command -> the module that runs it."""
+"""Command -> module that runs it."""
 
 MLIR = {"mlir-torch": "torch", "mlir-linalg": "linalg"}
 CHECKPOINTS = ("fp8", "compressed-tensors", "float")
 
 MODEL = (
     "an exported program (.pt2), a Hugging Face model folder, or module:factory, a function without arguments that "
-    "gives a model, or a model and its example inputs; .pt2 files and factories run code: use only those you trust"
+    "returns a model, or a model and its example inputs; .pt2 files and factories run code: use only trusted ones"
 )
-SCHEME = 'a scheme, with options in braces if need be: "fp8_tile{k_block=64}"'
-PIPELINE = 'passes in place of a scheme: "canonicalize; fp8-tile; dead-code"'
+SCHEME = 'a scheme, with optional options in braces: "fp8_tile{k_block=64}"'
+PIPELINE = 'passes instead of a scheme: "canonicalize; fp8-tile; dead-code"'
 OVERRIDE = (
-    'another scheme for the layers whose weights a pattern names, "*.down_proj=fp8_row", or none to leave them alone; '
-    "may be given several times, and the last one that fits counts"
+    'another scheme for layers whose weights match a pattern, "*.down_proj=fp8_row", or none to skip them; may be '
+    "given several times, and the last match wins"
 )
-IGNORE = "leave the layers whose weights a pattern names in float, lm_head; may be given several times"
+IGNORE = "skip layers whose weights match a pattern, such as lm_head; may be given several times"
 INPUT = (
-    'random data for one argument: "x=bf16[4,256]", or "ids=i64[1,16] in 0..30521" with the range of integers (0 and 1 '
-    "when left out); once for each argument"
+    'random data for one argument: "x=bf16[4,256]", or "ids=i64[1,16] in 0..30521" with a range of integers (default: '
+    "0 and 1); once per argument"
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose commands all know `--debug`; options may not be abbreviated, since more may come."""
+    """A parser with `--debug` in all commands; abbreviated options are errors, since options may be added."""
 
     def __init__(self, **keywords: object) -> None:
         super().__init__(allow_abbrev=False, **keywords)  # type: ignore[arg-type]  # argparse's own keywords
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; it sets `command` to the name of the one that was given."""
+    """The parser of all commands; it sets `command` to the name of the given command."""
     parser = Parser(prog="qcompiler", description="A quantization compiler for PyTorch models.")
     parser.set_defaults(debug=False)
     parser.add_argument("--version", action=_Version)
@@ -65,7 +65,7 @@ def _sentence(text: str) -> str:
 
 
 class _Version(argparse.Action):
-    """Prints the version; it is looked up only when asked for."""
+    """Prints the version, which is looked up only on request."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version")
@@ -78,7 +78,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-# Arguments that several commands have
+# Shared arguments
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def _example(parser: argparse.ArgumentParser) -> None:
 def _trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="append", default=[], metavar="NAMESPACE",
-        help="operators beside torch's own that the graph may call; may be given several times",
+        help="a namespace of operators, besides torch's own, that the graph may call; may be given several times",
     )  # fmt: skip
 
 
@@ -112,12 +112,12 @@ def _sizes(text: str) -> list[int]:
     """`1,16,512`"""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}; need numbers from 1, such as 1,16,512")
+        raise argparse.ArgumentTypeError(f"got {text!r}; need positive numbers, such as 1,16,512")
     return [int(part) for part in parts]
 
 
 def _form(text: str) -> str:
-    """A form that `export` writes."""
+    """A format that `export` writes."""
     known = (*MLIR, *CHECKPOINTS, *sorted(offered(EXPORTERS)))
     if text not in known:
         raise argparse.ArgumentTypeError(f"got {text!r}; need one of {', '.join(known)}")
@@ -125,13 +125,13 @@ def _form(text: str) -> str:
 
 
 def _count(text: str) -> int:
-    """A whole number from 1."""
+    """A positive integer."""
     if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; need a whole number from 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a positive integer")
     return int(text)
 
 
-# The commands, in the order in which help lists them
+# The commands, in the order of the help text
 
 
 def _compile(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +141,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         "-o",
         metavar="DIR",
         required=True,
-        help="the folder to write: a new or empty one, or an artefact, which is replaced",
+        help="the folder to write: new, empty, or an artefact to replace",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--scheme", "-s", help=f"{SCHEME} (default: fp8_tile)")
@@ -151,28 +151,28 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     _example(parser)
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="FILE",
-        help="data for schemes that need some: a .safetensors file with the arguments of one call, or of several as "
-        "0.name, 1.name, ...; or, for a Hugging Face folder with a tokenizer, a text file with one sample a line; may "
-        "be given several times",
+        help="calibration data: a .safetensors file with the arguments of one call, or of several as 0.name, 1.name, "
+        "...; or, for a Hugging Face folder with a tokenizer, a text file with one sample per line; may be given "
+        "several times",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=_count, default=8, metavar="N", help="lines of text in a batch (default: 8)"
+        "--batch-size", type=_count, default=8, metavar="N", help="lines of text per batch (default: 8)"
     )
     parser.add_argument(
-        "--max-length", type=_count, default=512, metavar="N", help="tokens of a line, at most (default: 512)"
+        "--max-length", type=_count, default=512, metavar="N", help="maximum tokens per line (default: 512)"
     )
     parser.add_argument(
         "--target", default="auto",
-        help='"cpu", "sm_90a", "cuda", "auto", by the device (the default), or "iree-cpu", a folder that IREE runs',
+        help='"auto" (by device, the default), "cpu", "sm_90a", "cuda", or "iree-cpu", a folder that IREE runs',
     )  # fmt: skip
     parser.add_argument("--device", help='where to compile: "cpu" or "cuda" (default: where the model is)')
-    parser.add_argument("--fixed-sizes", action="store_true", help="hold every size to that of the example")
+    parser.add_argument("--fixed-sizes", action="store_true", help="fix all sizes to the example's")
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="FORMAT=DIR",
         help="also write a checkpoint for other engines: fp8 (Hugging Face's block FP8), compressed-tensors, or float "
         "for a model that is only smoothed; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--allow-unquantized", action="store_true", help="be content when nothing could be quantized")
+    parser.add_argument("--allow-unquantized", action="store_true", help="succeed even if nothing is quantized")
     _quiet(parser)
     _json(parser)
 
@@ -180,21 +180,21 @@ def _compile(parser: argparse.ArgumentParser) -> None:
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="an artefact, a folder of dumped graphs, or a .qir file")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--stage", metavar="NAME", help="print the graph as the pass of this name left it")
-    what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print how two stages differ")
+    what.add_argument("--stage", metavar="NAME", help="print the graph after the pass of this name")
+    what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print the difference between two stages")
     what.add_argument(
-        "--op", metavar="NAME", help="print what became of one operation, or of all in a module, pass by pass"
+        "--op", metavar="NAME", help="print the history of one operation, or of all operations of a module, by pass"
     )
     what.add_argument("--source", action="store_true", help="print the generated host module")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--no-locations", action="store_true", help="leave locations out of the graph of --stage")
-    text.add_argument("--dot", action="store_true", help="print the graph of --stage in the language of Graphviz")
+    text.add_argument("--no-locations", action="store_true", help="omit locations from the graph of --stage")
+    text.add_argument("--dot", action="store_true", help="print the graph of --stage as Graphviz DOT")
     _json(parser)
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
-    parser.add_argument("--html", metavar="FILE", help="write it as a page, with the graphs of all stages")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page, with the graphs of all stages")
     parser.add_argument("--against", metavar="MODEL", help=f"add the error of each layer on one call: {MODEL}")
     _example(parser)
     _json(parser)
@@ -212,8 +212,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--rows", type=_sizes, metavar="N,N,...", help="numbers of rows, such as tokens (default: 1,16,512)"
     )
     sizes.add_argument("--input", action="append", default=[], metavar="NAME=TYPE", help=INPUT)
-    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="calls of each size (default: 20)")
-    parser.add_argument("--against", metavar="MODEL", help=f"also time a model that is not quantized: {MODEL}")
+    parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="timed calls per size (default: 20)")
+    parser.add_argument("--against", metavar="MODEL", help=f"also time an unquantized model: {MODEL}")
     _quiet(parser)
     _json(parser)
 
@@ -222,15 +222,15 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
     parser.add_argument(
         "--to", required=True, type=_form, metavar="FORM",
-        help="a text of MLIR, mlir-torch or mlir-linalg; a checkpoint for other engines: fp8 (Hugging Face's block "
+        help="MLIR text, mlir-torch or mlir-linalg; a checkpoint for other engines: fp8 (Hugging Face's block "
         "FP8), compressed-tensors, or float for a model that is only smoothed; or an installed exporter: iree, a "
         "folder that IREE runs on the CPU, or model-explorer, a file with the graphs of all stages",
     )  # fmt: skip
     parser.add_argument("--output", "-o", metavar="PATH", required=True, help="the file or folder to write")
     parser.add_argument(
-        "--stage", metavar="NAME", help="the stage to write as MLIR or by an exporter (default: the last, or all)"
+        "--stage", metavar="NAME", help="the stage to write as MLIR or with an exporter (default: the last, or all)"
     )
-    parser.add_argument("--model", metavar="MODEL", help=f"for a checkpoint, the model that was compiled: {MODEL}")
+    parser.add_argument("--model", metavar="MODEL", help=f"for a checkpoint, the original model: {MODEL}")
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:
@@ -247,19 +247,17 @@ def _opt(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--pipeline", "-p", help='passes, such as "canonicalize; fp8-tile{x_format=#fp8_row}"')
     which.add_argument("--scheme", "-s", help="the pipeline of a scheme")
+    parser.add_argument("--output", "-o", default="-", metavar="FILE", help="output file (default: standard output)")
     parser.add_argument(
-        "--output", "-o", default="-", metavar="FILE", help="where the text goes (default: standard output)"
-    )
-    parser.add_argument(
-        "--print-after", action="append", default=[], metavar="PASS", help='a pass, or "all": print to standard error'
+        "--print-after", action="append", default=[], metavar="PASS", help='a pass, or "all": print the graph after it'
     )
     parser.add_argument("--dump", metavar="DIR", help="write the graph after each pass to numbered files")
     parser.add_argument("--time-passes", action="store_true", help="print the time of each pass to standard error")
     parser.add_argument(
-        "--verify-each", action="store_true", help="also hold each pass to whether it says that it changed the graph"
+        "--verify-each", action="store_true", help="also check whether passes report their changes correctly"
     )
-    parser.add_argument("--explain", action="store_true", help="print to standard error why operations were left alone")
-    parser.add_argument("--no-locations", action="store_true", help="leave locations out of the text")
+    parser.add_argument("--explain", action="store_true", help="print to standard error why operations were skipped")
+    parser.add_argument("--no-locations", action="store_true", help="omit locations from the text")
 
 
 def _completion(parser: argparse.ArgumentParser) -> None:
@@ -267,16 +265,16 @@ def _completion(parser: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "compile": ("compile a model, and save what comes of it", _compile),
+    "compile": ("compile a model and save the result", _compile),
     "inspect": ("show what each pass did", _inspect),
-    "report": ("show what was quantized, and why the rest was not", _report),
+    "report": ("show which layers were quantized, and why others were not", _report),
     "check": ("verify an artefact", _check),
-    "bench": ("measure how long calls of an artefact take", _bench),
-    "export": ("write an artefact as MLIR, compiled by IREE, or as a checkpoint", _export),
-    "explain": ("say what a scheme will do, without a model", _explain),
+    "bench": ("measure the latency of an artefact", _bench),
+    "export": ("write an artefact as MLIR, an IREE folder, or a checkpoint", _export),
+    "explain": ("describe what a scheme does, without a model", _explain),
     "passes": ("list the passes", _json),
     "schemes": ("list the schemes", _json),
     "opt": ("run passes over the text of a graph", _opt),
-    "completion": ("print a script that completes commands in a shell", _completion),
+    "completion": ("print a shell completion script", _completion),
 }
-"""Command -> what help says of it, and what adds its arguments."""
+"""Command -> its help text, and the function that adds its arguments."""

@@ -1,4 +1,4 @@
-"""What there is to inspect: the graphs of a run by stage, and what else is known of it."""
+"""Records of pipeline runs to inspect: graphs by stage, and other data if available."""
 
 import re
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ class Record:
 
     Attributes:
         stages: Name -> the graph as captured, and as each pass left it, in order.
-        steps: What is known of the passes, by stage; nothing where only texts were kept.
-        report: What became of the readers of weights, where that is known.
-        source: The host module, where there is one.
-        manifest: What an artefact says of itself.
+        steps: Data about the passes, by stage; empty if only texts were kept.
+        report: The outcome for users of weights, if known.
+        source: The host module, if there is one.
+        manifest: The manifest of an artefact.
     """
 
     stages: Mapping[str, Graph]
@@ -39,14 +39,14 @@ class Record:
     manifest: Manifest | None = None
 
     def stage(self, name: str) -> Graph:
-        """The graph of a stage; InputError with did-you-mean when there is none."""
+        """The graph of a stage. Raises InputError, which suggests the nearest name."""
         if name not in self.stages:
             raise InputError("no such stage", got=repr(name), fix=did_you_mean(name, self.stages))
         return self.stages[name]
 
 
 def read_record(name: str) -> Record:
-    """What an artefact, a folder of dumped graphs, or a single .qir file has to show; InputError for anything else."""
+    """Reads an artefact, a folder of dumped graphs, or a .qir file. Raises InputError for anything else."""
     path = Path(name)
     if name != "-" and not path.exists():
         need = "an artefact, a folder of dumped graphs, or a .qir file"
@@ -61,12 +61,12 @@ def read_record(name: str) -> Record:
             dumped[numbered(match[1], dumped)] = read_graph(str(file))
     if not dumped:
         need = f"an artefact (with a {MANIFEST}), or graphs such as 00_captured.qir"
-        raise InputError("the folder holds nothing to inspect", got=name, need=need, fix=advice(path))
+        raise InputError("the folder has nothing to inspect", got=name, need=need, fix=advice(path))
     return Record(dumped, {})
 
 
 def _artefact(path: Path) -> Record:
-    """That of an artefact; it is not loaded, since it may be for a device that is not here."""
+    """The record of an artefact, which is not loaded because its device may be absent."""
     with reading(path.resolve()) as artefact:
         stages, _ = read_stages(artefact, trust=None)
         report, steps, _ = read_report(artefact)

@@ -1,4 +1,4 @@
-"""`qcompiler report`: what was quantized, and why the rest was not; as text, JSON, or a page."""
+"""`qcompiler report`: which layers were quantized, and why others were not; as text, JSON or HTML."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from qcompiler.errors import InputError
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the report of an artefact, or writes it as a page; with the errors of layers, if a model is given."""
+    """Prints the report of an artefact or writes it as HTML; with layer errors, if a model is given."""
     exported.refuse(options.artefact)
     with reading(Path(options.artefact).resolve()) as artefact:
         report, *_ = read_report(artefact)
@@ -30,17 +30,17 @@ def run(options: argparse.Namespace) -> int:
         rows = {} if errors is None else {"errors": json.loads(errors.to_json())}
         print_json({**report_document(report), **rows})
     elif options.html is not None:
-        print(f"{report.summary()}\n{options.html} has the page")
+        print(f"{report.summary()}\nwrote {options.html}")
     else:
         print(report if errors is None else f"{report}\n\n{errors}")
     return 0
 
 
 def _errors(compiled: CompiledModel, options: argparse.Namespace) -> ErrorReport:
-    """The error of each layer against the model that is not quantized, on one call."""
+    """The error of each layer relative to the original model on one call."""
     loaded = load_model(options.against, str(compiled.signature.device or "cpu"))
     call = loaded.example_for(options.input, options.example)
     if call is None:
         fix = 'Give some: --input "x=bf16[4,256]", or --example FILE.'
-        raise InputError("errors are measured on a call, and there are no inputs for one", got="none", fix=fix)
+        raise InputError("measuring errors needs example inputs", got="none", fix=fix)
     return attribute_error(compiled, call.as_batch("the call"), loaded.model)

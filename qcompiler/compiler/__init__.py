@@ -1,1 +1,1 @@
-"""From a model to a program, and the callable around it."""
+"""Compilation from a model to a program, and the callable that wraps it."""

@@ -1,4 +1,4 @@
-"""Checks of what the caller of `compile` gave, before any work is done."""
+"""Checks the arguments of `compile` before any work is done."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ DEFAULT_SCHEME = "fp8_tile"
 
 
 def checked_pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | None") -> Pipeline:
-    """The passes to run: the given ones, or the scheme's."""
+    """Returns the passes to run: the given ones, or the scheme's."""
     if pipeline is None:
         return scheme_pipeline(scheme, overrides)
     if overrides is not None:
@@ -43,7 +43,7 @@ def checked_pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | No
 
 
 def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "Batches | Calibration | None":
-    """The calibration data; PassError if there is none, although a pass needs some and the model has no scales."""
+    """Returns the calibration data; PassError if a pass needs it and neither caller nor model provides scales."""
     if given is None and any(isinstance(step, Calibrate) for step in steps) and not brings_scales(model):
         fix = "Give some: compile(..., calibration=batches), a list of real calls of the model."
         raise PassError(f"{who} needs calibration data, and there is none", fix=fix)
@@ -51,14 +51,14 @@ def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "B
 
 
 def static_scheme(scheme: str, overrides: "Mapping[str, str | None] | None") -> str:
-    """The first of the schemes that needs calibration data, for a message."""
+    """Returns the first scheme that needs calibration data, for a message."""
     schemes = [scheme, *(each for each in (overrides or {}).values() if each is not None)]
     static = (each for each in schemes if any(isinstance(step, Calibrate) for step in scheme_pipeline(each)))
     return f"the scheme '{next(static, scheme)}'"
 
 
 def brings_scales(model: Any) -> bool:
-    """Whether a model comes with static activation scales, as many checkpoints do."""
+    """Whether a model has static activation scales, as many checkpoints do."""
     if isinstance(model, Checkpoint):
         return any(how.x_scale is not None for how in model.stored.values())
     if isinstance(model, torch.nn.Module):
@@ -71,7 +71,7 @@ def brings_scales(model: Any) -> bool:
 
 
 def checked_example(args: Any, kwargs: Any) -> Call | None:
-    """The arguments of one call; None if neither is given."""
+    """Returns the arguments of one call; None if neither is given."""
     if args is not None and not isinstance(args, tuple | list):
         named = isinstance(args, Mapping)
         fix = "Write example_kwargs=batch." if named else "For a single argument, write example_inputs=(x,)."
@@ -86,7 +86,7 @@ def checked_example(args: Any, kwargs: Any) -> Call | None:
 
 
 def checked_shapes(dynamic_shapes: Any) -> Any:
-    """`dynamic_shapes`, unless it is a word other than "auto"."""
+    """Returns `dynamic_shapes`; rejects any word other than "auto"."""
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
         raise CaptureError(
             "dynamic_shapes is wrong", got=repr(dynamic_shapes), need='"auto", None, or what torch.export takes'
@@ -95,7 +95,7 @@ def checked_shapes(dynamic_shapes: Any) -> Any:
 
 
 def checked_instruments(instruments: Any) -> tuple[Instrument, ...]:
-    """The given instruments, then those that environment variables ask for."""
+    """Returns the given instruments, then those that environment variables request."""
     found = tuple(instruments) if isinstance(instruments, tuple | list) else (instruments,)
     if wrong := [item for item in found if not isinstance(item, Instrument)]:
         raise PassError(

@@ -1,4 +1,4 @@
-"""`compile`: capture, run the pipeline, generate the host module; and the callable that comes of it.
+"""`compile`: captures a model, runs the pipeline, generates the host module, and returns a callable.
 
 model -> capture -> Graph -> passes -> Graph -> host module -> CompiledModel
 """
@@ -56,39 +56,39 @@ def compile(
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
 ) -> CompiledModel:
-    """A quantized model that is called as the model is.
+    """Compiles a model into a quantized model with the same call signature.
 
-    The model is not changed. Its weights are not copied either: those that are quantized are let go one by one, so
-    when nobody else holds the model, no more than one of them is in memory beside its quantized form.
+    The model is not changed and its weights are not copied. Original weights are released one by one as they are
+    quantized: if nothing else holds the model, at most one of them is in memory beside its quantized form.
 
     Args:
         model: A module in evaluation mode, an exported program, a graph with its weights, or the folder of a
-            checkpoint (see `qcompiler.checkpoints.load_model`). Weights that are FP8 already are taken as they are.
-        scheme: The name of a derivation, with options in braces if need be: `fp8_tile{k_block=64}`; `qcompiler schemes`
+            checkpoint (see `qcompiler.checkpoints.load_model`). Weights that are already FP8 are used as they are.
+        scheme: The name of a derivation, with optional arguments in braces: `fp8_tile{k_block=64}`; `qcompiler schemes`
             lists them.
-        overrides: Another scheme for some layers, or None to leave them alone: `{"*.down_proj": "fp8_row", "lm_head":
-            None}`. Patterns for the names of weights, of which the last one that matches counts; one that matches
-            nothing is an error. A pattern that names a layer has it quantized even if it is a router, a vocabulary
-            projection or tiny (see `passes.analyses.layers`), and it is an error if it cannot be.
-        ignore: Patterns for layers to leave in float, such as `["lm_head"]`; they count after all overrides.
+        overrides: Another scheme for some layers, or None to skip them: `{"*.down_proj": "fp8_row", "lm_head": None}`.
+            Patterns match names of weights; the last match applies. A pattern that matches nothing is an error. A
+            pattern that names a layer quantizes it even if it is a router, a vocabulary projection or tiny (see
+            `passes.analyses.layers`); it is an error if the layer cannot be quantized.
+        ignore: Patterns for layers to keep in floating point, such as `["lm_head"]`; they apply after all overrides.
         calibration: Real calls of the model, for schemes with static scales or smoothing: an iterable of tensors,
-            tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier time. Without
-            `example_inputs` the model is captured on the first of the calls. Not needed for layers whose checkpoint
-            has a static activation scale: that scale is used as it is.
-        pipeline: Passes to run in place of the scheme's, as a value or as text.
-        example_inputs: Positional arguments of one real call. Without them the model is captured at its first call.
+            tuples of arguments or dicts of arguments by name; or a `Calibration` from an earlier run. Without
+            `example_inputs` the model is captured on the first call. Not needed for layers whose checkpoint has a
+            static activation scale, which is used as it is.
+        pipeline: Passes to run instead of the scheme's, as a value or as text.
+        example_inputs: Positional arguments of one real call. Without them, the first call captures the model.
         example_kwargs: Keyword arguments of that call.
-        dynamic_shapes: "auto" leaves every size open that the model leaves open, batch and sequence above all; None
-            fixes all sizes to those of the example; anything else goes to `torch.export`.
-        target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda", the target of the GPU at hand.
-        strict: Whether it is an error when nothing at all could be quantized.
+        dynamic_shapes: "auto" keeps every size dynamic that the model allows, above all batch and sequence; None fixes
+            all sizes to those of the example; anything else is passed to `torch.export`.
+        target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda" for the target of the current GPU.
+        strict: Whether to raise an error if nothing could be quantized.
         instruments: Called around each pass; see `qcompiler.pass_manager.instruments`.
         progress: Whether to show the current stage on standard error, if that is a terminal; QCOMPILER_PROGRESS=0 turns
             it off everywhere.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
-        QCompilerError: The folder holds no checkpoint, or a broken one.
+        QCompilerError: The folder does not contain a valid checkpoint.
         PassError: A scheme, pass or option is unknown, calibration data is missing, or a pass failed.
         InputError: The calibration data does not fit the model.
         CodegenError: The target is unknown or cannot run the graph.
@@ -98,7 +98,7 @@ def compile(
     watching = checked_instruments(instruments)
     steps = checked_pipeline(scheme, overrides, pipeline)
     given: Any = read(model) if isinstance(model, str | PathLike) else model
-    del model  # whoever else holds it may let it go: the graph will have the weights
+    del model  # the caller may free it: the graph will hold the weights
     who = static_scheme(scheme, overrides) if pipeline is None else "the pipeline"
     known = checked_calibration(calibration, steps, given, who)
     shown = Progress(progress and knobs.current().progress, len(steps), summary=False)
@@ -117,7 +117,7 @@ def compile(
 
 
 def _pending(model: Any, settings: Settings) -> PendingModel:
-    """The model, loaded from its folder if it is one, and checked as far as that needs no capture."""
+    """Returns the model, loaded if it is a folder, after all checks that do not need a capture."""
     again = None
     if isinstance(model, Checkpoint):
         settings.progress.stage("loading")

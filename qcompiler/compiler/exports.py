@@ -1,4 +1,4 @@
-"""What a compiled model is written as: a page, an artefact, a checkpoint, MLIR, or the form of an exporter."""
+"""Writes a compiled model as a page, an artefact, a checkpoint, MLIR, or the format of an exporter."""
 
 import os
 from pathlib import Path
@@ -18,14 +18,14 @@ from qcompiler.program.folder_kinds import checked_path
 
 
 class Exports(ProgramViews):
-    """Writing a compiled model; CaptureError while it is not captured yet."""
+    """Exports of a compiled model; CaptureError if it is not captured yet."""
 
     def to_html(self, path: "str | os.PathLike[str]", attribution: "ErrorReport | None" = None) -> None:
-        """Writes the report as one HTML file that needs nothing else: see `qcompiler.html`.
+        """Writes the report as one self-contained HTML file: see `qcompiler.html`.
 
         Args:
-            path: Written whole or not at all.
-            attribution: What `qcompiler.attribute_error` found, to be shown, too.
+            path: The file, which is written atomically.
+            attribution: The result of `qcompiler.attribute_error`, to include in the report.
 
         Raises:
             CaptureError: The model is not captured yet.
@@ -34,72 +34,72 @@ class Exports(ProgramViews):
         write_page(path, html_report(self, attribution))
 
     def save(self, folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Writes the model to a folder that `qcompiler.load` reads: texts, weights in safetensors, no pickle.
+        """Writes the model to a folder that `qcompiler.load` reads: text files and safetensors, no pickle.
 
-        A model that was saved there before is replaced, all of it or not at all. Buffers are saved with the state that
-        calls have left them in.
+        Replaces a model saved there before, atomically. Buffers are saved in the state in which the last call left
+        them.
 
         Args:
-            folder: Its name is free, or that of an artefact.
-            shard_bytes: Weights beyond so many bytes go into several files.
+            folder: A new folder, or an artefact to replace.
+            shard_bytes: Weights larger than this in total are split into several files.
 
         Raises:
-            ArtefactError: The folder is something else, cannot be written, or the model has something that cannot be
-                saved, such as results of a class without a name.
+            ArtefactError: The folder exists and is not an artefact, or cannot be written; or the model contains
+                something that cannot be saved, such as results of a class without a name.
             CaptureError: The model is not captured yet.
         """
         write_artefact(checked_path(folder, ArtefactError), self.program, shard_bytes)
 
     def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
-        """Writes a checkpoint of the ecosystem: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
+        """Writes a checkpoint in a common format: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
 
         Raises:
-            QCompilerError: The format cannot hold some layers, and which; or the folder is something else.
+            QCompilerError: The message lists layers that the format cannot store; or the folder is not a checkpoint.
         """
         write(self, folder, format, **options)
 
     def to_mlir(self, stage: str | None = None, dialect: str = "torch", weights: str = "arguments") -> MlirModule:
-        """A stage as a module of MLIR, through torch-mlir, the extra `mlir`.
+        """Returns a stage as an MLIR module, through torch-mlir (the extra `mlir`).
 
         Args:
-            stage: A name in `stages`; left out, the last.
+            stage: A name in `stages`; the last stage by default.
             dialect: "torch", or "linalg" for linalg on tensors.
-            weights: "arguments" of the function, behind the inputs; "resource", in the text; or "elide", left out.
+            weights: "arguments" of the function, after the inputs; "resource", in the text; or "elide", omitted.
 
         Raises:
             QCompilerError: torch-mlir is not installed.
-            InputError: There is no such dialect, or a weight of the stage is not there any more.
-            CodegenError: Some operations have no form there; the message lists all of them.
+            InputError: The dialect does not exist, or a weight of the stage has been freed.
+            CodegenError: Some operations cannot be lowered; the message lists all of them.
         """
         graph, store = self.program.with_weights(stage)
         return to_mlir(graph, dialect, weights, store=store)
 
     def export(self, exporter: str, output: str | os.PathLike[str], stage: str | None = None, **options: Any) -> Any:
-        """Writes a stage in the form of an installed exporter, and returns what runs it, if anything does.
+        """Writes a stage with an installed exporter, and returns the object that runs it, if there is one.
 
         Args:
-            exporter: Its name: "iree", "model-explorer", or one that another distribution offers.
+            exporter: Its name: "iree", "model-explorer", or one that another distribution provides.
             output: The file or folder to write.
-            stage: A name in `stages`; without it, the last stage, or all for an exporter that shows them.
+            stage: A name in `stages`; by default the last stage, or all stages for an exporter that shows several.
             options: Options of the exporter.
 
         Raises:
-            InputError: There is no such exporter, or it cannot write there.
-            CodegenError: The stage cannot be written in this form.
+            InputError: There is no such exporter, or the output cannot be written.
+            CodegenError: The exporter cannot express the stage.
         """
         return exporter_called(exporter).write(self.program, Path(output), stage, **options)
 
     def to_iree(self, folder: str | os.PathLike[str], stage: str | None = None, cpu: str = "generic") -> Any:
-        """A stage compiled by IREE, the extra `iree`, for the CPU: in a folder, and loaded from there.
+        """Compiles a stage for the CPU with IREE (the extra `iree`), writes it to a folder, and loads it.
 
         Args:
-            folder: Where to write; one that was built before is replaced. `codegen.mlir.iree.load` reads it.
-            stage: A name in `stages`; left out, the last.
+            folder: The output folder; an earlier build is replaced. `codegen.mlir.iree.load` reads it.
+            stage: A name in `stages`; the last stage by default.
             cpu: "generic" runs on any CPU of this kind, "host" targets this CPU.
 
         Raises:
             QCompilerError: torch-mlir or IREE is not installed.
-            InputError: The folder cannot be written, or a weight of the stage is not there any more.
+            InputError: The folder cannot be written, or a weight of the stage has been freed.
             CodegenError: The stage cannot be lowered, or IREE cannot compile it.
         """
         return self.export("iree", folder, stage, cpu=cpu)

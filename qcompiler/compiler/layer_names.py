@@ -1,4 +1,4 @@
-"""Checks the patterns of a pipeline against a model's own names, before the model is captured."""
+"""Checks the layer patterns of a pipeline against the model's names, before capture."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ from qcompiler.pass_manager.pipeline import Pipeline
 
 
 def check_layer_names(pipeline: Pipeline, model: nn.Module) -> None:
-    """PassError for a pattern of a pass's `layers` that matches none of the model's tensors or modules.
+    """Raises PassError if a pattern in a pass's `layers` does not match any tensor or module of the model.
 
-    That a matmul reads the weight is known only after the capture, where the pass itself checks it.
+    Whether a matmul uses the weight is known only after capture, where the pass checks it.
     """
     steps = (step for step in pipeline if isinstance(step, SchemeOptions | MergeLinears | Calibrate))
     if patterns := {pattern for step in steps for pattern in step.layers if step.layers != EVERYTHING}:
@@ -22,7 +22,7 @@ def check_layer_names(pipeline: Pipeline, model: nn.Module) -> None:
 
 
 def _tensors(model: nn.Module) -> Iterator[str]:
-    """The names that weights have in a graph: parameters, buffers, and tensors that are plain attributes."""
+    """The names that weights have in a graph: parameters, buffers, and tensors in plain attributes."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         own = {**module._parameters, **module._buffers, **vars(module)}
         for name, value in own.items():

@@ -1,4 +1,4 @@
-"""`load`: a compiled model from an artefact."""
+"""`load`: reads a compiled model from an artefact."""
 
 import os
 from collections.abc import Collection
@@ -22,21 +22,21 @@ def load(
     regenerate: bool = False,
     trust: Collection[str] = (),
 ) -> CompiledModel:
-    """The compiled model that `CompiledModel.save` wrote, with equal bits.
+    """Loads the compiled model that `CompiledModel.save` wrote, bit for bit.
 
-    All texts are held to their hashes, files of weights to their sizes and headers. On the CPU, weights are read when
-    they are first needed: the files must stay as they are until then.
+    Verifies the hashes of all text files, and the sizes and headers of weight files. On the CPU, weights are read on
+    first use: do not change the files until then.
 
     Args:
-        folder: What `save` was given.
-        device: Where the model goes; left out, where it was compiled.
-        verify: Whether to read all weights now, and hold them to their hashes.
-        regenerate: Whether to accept that this qcompiler writes another host module for the graph than the one that
-            saved it, as another version may. It runs its own.
-        trust: Namespaces of operators, beside torch's own, that the graph may call.
+        folder: The folder passed to `save`.
+        device: The device for the model; by default the one it was compiled for.
+        verify: Whether to read all weights now and verify their hashes.
+        regenerate: Whether to accept that this version of qcompiler generates a different host module for the graph
+            than the version that saved it. The newly generated module runs.
+        trust: Namespaces of operators that the graph may call, in addition to torch's own.
 
     Raises:
-        ArtefactError: A file is missing, damaged, edited, foreign or newer; or the model cannot run here.
+        ArtefactError: A file is missing, damaged, edited, unknown or newer; or the model cannot run here.
     """
     path = checked_path(folder, ArtefactError).resolve()
     try:
@@ -48,7 +48,7 @@ def load(
         if not path.exists():
             error.fix = error.fix or advice(Path(folder))
         raise
-    except Exception as error:  # whatever the files hold, the answer is one sentence
+    except Exception as error:  # report any damage in the files as one error
         raise ArtefactError(
             "the artefact cannot be loaded", got=f"{type(error).__name__}: {error}", where=str(path),
             fix=f"{AGAIN} If it was not edited, please report this.",

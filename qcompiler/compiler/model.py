@@ -22,9 +22,9 @@ NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 
 
 class CompiledModel(Exports, CompiledModule):
-    """A quantized model; called as the model it came from, for inference only.
+    """A quantized model with the call signature of the original model; inference only.
 
-    Its state is a `Program`; without example inputs, a `PendingModel` until the first call.
+    Its state is a `Program`, or without example inputs a `PendingModel` until the first call.
     """
 
     def __init__(self, state: PendingModel | Program) -> None:
@@ -39,12 +39,12 @@ class CompiledModel(Exports, CompiledModule):
         self._state = state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model would answer, from the quantized graph; the first call captures it, if that is still to do.
+        """Runs the quantized graph; the first call captures the model if it is not captured yet.
 
-        No gradients are kept, and autocast is off inside.
+        Gradients are not tracked, and autocast is off inside.
 
         Raises:
-            InputError: The arguments are not of the kind that the model was captured for.
+            InputError: The arguments do not match the captured signature.
         """
         return self._call(args, kwargs)
 
@@ -57,29 +57,29 @@ class CompiledModel(Exports, CompiledModule):
         return program.signature.unflatten(run_host(program.run, self.weights, inputs), without)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The inputs of the graph for a call; InputError when they are not of the kind that it was captured for."""
+        """Returns the graph inputs for a call; InputError if the arguments do not match the captured signature."""
         return list(self.signature.flatten(args, kwargs))
 
     def warmup(
         self, *calls: Any, rows: Iterable[int] | None = None, progress: warming.Progress | None = None,
         workers: int | None = None, **sizes: int | Iterable[int],
     ) -> warming.Warmup:  # fmt: skip
-        """Compiles the kernels that calls would launch, all at one time, without computing anything.
+        """Compiles in parallel all kernels that the calls would launch, without running the model.
 
-            compiled.warmup()                        # for 1, 2, 4, … 8192 rows, as far as the model can have them
-            compiled.warmup(rows=[1, 16, 512])       # tokens: the last free size of the first input; others least
+            compiled.warmup()                        # 1, 2, 4, … 8192 rows, within the ranges of the model
+            compiled.warmup(rows=[1, 16, 512])       # the last dynamic dimension of the first input; others at minimum
             compiled.warmup(s0=1, s1=range(16, 513, 16))
-            compiled.warmup(x, {"input_ids": ids})   # real calls, of which only the sizes matter
+            compiled.warmup(x, {"input_ids": ids})   # real calls; only their sizes are used
 
         Args:
-            calls: Examples as `calibration` takes them: a tensor, a tuple of arguments, a dict of arguments by name.
-            rows: Numbers of rows of the products.
-            progress: Called with the numbers of kernels done and wanted, and the name of the last one.
-            workers: Threads that compile; left out, one for each core.
-            sizes: Values of the graph's symbols, one or several each; every combination of them is looked at.
+            calls: Examples as `calibration` accepts them: a tensor, a tuple of arguments, a dict of arguments by name.
+            rows: Numbers of GEMM rows, such as tokens.
+            progress: Called with the numbers of finished and requested kernels, and the name of the last one.
+            workers: Number of compiler threads; one per core by default.
+            sizes: One or several values for each symbol of the graph; every combination is planned.
 
         Raises:
-            InputError: Such calls are not what the model was captured for, or it has no such symbol.
+            InputError: The calls do not match the captured signature, or the model has no such symbol.
             CaptureError: The model is not captured yet, and there is no call to capture it with.
             CodegenError: A kernel does not compile.
         """
@@ -94,14 +94,14 @@ class CompiledModel(Exports, CompiledModule):
         self, *calls: Any, rows: Iterable[int] | None = None, progress: tuner.Progress | None = None,
         **sizes: int | Iterable[int],
     ) -> tuner.Tuning:  # fmt: skip
-        """Measures which configuration runs each product of such calls fastest, and uses those from now on.
+        """Measures the fastest configuration for each GEMM of the given calls, and uses it from now on.
 
-        The arguments say which calls, as for `warmup`. What is found is kept on disk for the same device, kernels and
-        version of Triton; other processes use it when QCOMPILER_TUNED=1 tells them to. Results may then differ in the
-        order of FP32 additions. The device should have nothing else to do.
+        The arguments select calls, as for `warmup`. Results are cached on disk for the same device, kernels and Triton
+        version; other processes use them if QCOMPILER_TUNED=1 is set. Tuning may change the order of FP32 additions.
+        Keep the device otherwise idle.
 
         Raises:
-            InputError: As `warmup` does; so for CaptureError and CodegenError.
+            InputError, CaptureError, CodegenError: As for `warmup`.
         """
         program = self._captured_by(calls)
         wanted = calls_to_plan(program.signature, calls, rows, sizes)
@@ -113,7 +113,7 @@ class CompiledModel(Exports, CompiledModule):
         return result if note is None else replace(result, note=note)
 
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
-        """The program; the first of `calls` captures it, if that is still to do."""
+        """Returns the program; captures the model with the first of `calls` if it is not captured yet."""
         if isinstance(self._state, PendingModel) and calls:
             return self._compile_now(self._state, *as_call(calls[0], 0))
         return self.program
@@ -124,7 +124,7 @@ class CompiledModel(Exports, CompiledModule):
         with capturing:
             if isinstance(self._state, Program):  # another thread was first
                 return self._state
-            # Asked with the lock in hand: while another thread captures, torch says so in all of them.
+            # Check under the lock: while one thread captures, torch reports compiling in all threads.
             if torch.compiler.is_compiling():
                 raise CaptureError("the model is not captured yet", fix="Call it once before torch.export.")
             with pending.settings.progress.showing():
@@ -133,11 +133,11 @@ class CompiledModel(Exports, CompiledModule):
             return program
 
     def train(self, mode: bool = True) -> "CompiledModel":
-        """Does nothing: a compiled model is always in evaluation mode, whatever happens to the model around it."""
+        """Does nothing: a compiled model is always in evaluation mode, whatever the enclosing model does."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
-        """A copy with tensors of its own; stages and report are shared."""
+        """Returns a copy with its own tensors; stages and report are shared."""
         state = self._state
         twin = memo[id(self)] = type(self)(
             copy.deepcopy(state, memo) if isinstance(state, PendingModel) else state.with_own_weights(memo)
@@ -145,7 +145,7 @@ class CompiledModel(Exports, CompiledModule):
         return twin
 
     def __copy__(self) -> "CompiledModel":
-        """A second handle on the same tensors."""
+        """Returns a second handle on the same tensors."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._modules = dict(self._modules)
@@ -154,19 +154,19 @@ class CompiledModel(Exports, CompiledModule):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuses to be pickled."""
+        """Raises QCompilerError: compiled models cannot be pickled."""
         raise QCompilerError("a compiled model cannot be pickled", fix="Save it: compiled.save(folder).")
 
     def extra_repr(self) -> str:
-        """One line."""
+        """Returns a one-line summary."""
         said = "not captured yet" if isinstance(self._state, PendingModel) else self.report.summary()
         return f"pipeline='{self.settings.pipeline}', {said}"
 
 
 def callable_of(state: PendingModel | Program) -> CompiledModel:
-    """A compiled model whose forward has the signature and documentation of the original model's.
+    """Returns a compiled model whose forward has the signature and documentation of the original model's forward.
 
-    A signature belongs to a class, so the model is an instance of a subclass with the same name.
+    A signature belongs to a class, so the object is an instance of a subclass with the same name.
     """
     shown = state.original.forward
     if shown.signature is None:

@@ -1,4 +1,4 @@
-"""A model that is still to be captured, at its first call."""
+"""A model to be captured at its first call."""
 
 import copy
 import weakref
@@ -13,13 +13,13 @@ from qcompiler.program.program import Program, Settings, build_program, capture_
 
 @dataclass
 class PendingModel:
-    """A model and how to compile it.
+    """A model and its compile settings.
 
     Attributes:
-        model: Held until it is captured. While the passes run only the user holds it, so that its weights can be freed
+        model: Released on capture. While the passes run, only the caller may hold it, so that its weights can be freed
             one by one.
         settings: How to compile.
-        original: What is known of the model afterwards.
+        original: What the compiled model keeps of it.
     """
 
     model: Any
@@ -30,15 +30,15 @@ class PendingModel:
         """Captures the model and runs the pipeline.
 
         Args:
-            call: The arguments of one real call; None for a graph or an exported program, which needs none.
+            call: The arguments of one real call; None for a graph or an exported program, which do not need one.
 
         Raises:
-            CaptureError: The model cannot be captured, or is gone after an earlier attempt failed.
+            CaptureError: The model cannot be captured, or was freed after an earlier attempt failed.
             QCompilerError: The pipeline or code generation failed.
         """
         if self.model is None:
             raise CaptureError(
-                "compiling failed before, and nobody holds the model any more",
+                "an earlier compilation failed, and the model has been freed",
                 fix="Call compile() again with the model.",
             )
         args, kwargs = call or ((), {})
@@ -52,7 +52,7 @@ class PendingModel:
         return replace(program, original=self.original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PendingModel":
-        """The same with a copy of the model."""
+        """Returns a copy, with a copy of the model."""
         twin = replace(self, model=copy.deepcopy(self.model, memo))
         if isinstance(self.original.again, weakref.ref) and twin.model is not None:
             twin.original = replace(self.original, again=weakref.ref(twin.model))

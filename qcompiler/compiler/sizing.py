@@ -1,4 +1,4 @@
-"""Calls of a compiled model of which only the sizes matter: real ones, or inputs without data made from sizes."""
+"""Calls of a compiled model used only for their sizes: real calls, or inputs without data."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,17 +12,17 @@ from qcompiler.ir.sizes import Size, evaluate, symbols
 from qcompiler.program.batches import as_call
 
 USUAL_ROWS = tuple(1 << power for power in range(14))
-"""One number of rows for each range in which a kernel is chosen: 1, 2, 4, … 8192."""
+"""Default numbers of rows, one for each range in which kernel selection differs: 1, 2, 4, … 8192."""
 
 
 def calls_to_plan(
     signature: Signature, calls: Sequence[Any], rows: Iterable[int] | None, sizes: Mapping[str, int | Iterable[int]]
 ) -> list[list[Any]]:
-    """The inputs of the graph for each call that is asked for; for `USUAL_ROWS` when nothing is.
+    """Returns the graph inputs of each requested call; for `USUAL_ROWS` if none is requested.
 
     Args:
-        signature: Of the model.
-        calls: Real calls: a tensor, a tuple of arguments, or a dict of arguments by name each.
+        signature: The signature of the model.
+        calls: Real calls, each a tensor, a tuple of arguments, or a dict of arguments by name.
         rows: See `calls_of_rows`.
         sizes: See `calls_of_sizes`.
     """
@@ -35,10 +35,10 @@ def calls_to_plan(
 
 
 def calls_of_sizes(signature: Signature, sizes: Mapping[str, int | Iterable[int]]) -> list[list[Any]]:
-    """One call for each combination of values of the free symbols, those that are left out at their least.
+    """Returns one call for each combination of values of the free symbols; missing symbols take their minimum.
 
     Raises:
-        InputError: A name is no free symbol of the model, or no combination fulfils the model's conditions.
+        InputError: A name is not a free symbol of the model, or no combination meets the model's conditions.
     """
     free = free_symbols(signature)
     if unknown := [name for name in sizes if name not in free]:
@@ -49,11 +49,11 @@ def calls_of_sizes(signature: Signature, sizes: Mapping[str, int | Iterable[int]
 
 
 def calls_of_rows(signature: Signature, rows: Iterable[int]) -> list[list[Any]]:
-    """One call for each number of rows, such as tokens: one free symbol takes it, the others are at their least.
+    """Returns one call for each number of rows, such as tokens: one free symbol takes it, the others their minimum.
 
-    It is the last one of the first input that has any: the sequence of token ids, not the length of a cache behind
-    them. Where the others are more than 1 it takes the number divided by their product. Numbers beyond the model's
-    ranges are moved to their ends, so that no call is asked for twice. A model without free sizes has one call.
+    The symbol is the last free one of the first input that has any: the sequence length of token ids, not the length
+    of a cache after them. If the product of the other symbols exceeds 1, the number is divided by it. Numbers outside
+    the model's ranges are clamped, and duplicate calls are dropped. A model without free sizes gets one call.
     """
     free = free_symbols(signature)
     if not free:
@@ -67,7 +67,7 @@ def calls_of_rows(signature: Signature, rows: Iterable[int]) -> list[list[Any]]:
 
 
 def _symbol_of_rows(signature: Signature) -> str | None:
-    """The last free symbol of the first tensor that has one."""
+    """Returns the last free symbol of the first tensor that has one."""
     for slot in signature.slots:
         if isinstance(slot, TensorSlot) and (found := [name for size in slot.shape for name in sorted(symbols(size))]):
             return found[-1]
@@ -75,14 +75,14 @@ def _symbol_of_rows(signature: Signature) -> str | None:
 
 
 def free_symbols(signature: Signature) -> list[str]:
-    """The symbols that sizes of inputs decide, in order of appearance."""
+    """Returns the symbols that input sizes define, in order of appearance."""
     shapes = (size for slot in signature.slots if isinstance(slot, TensorSlot) for size in slot.shape)
     found = {name for size in (*shapes, *_numbers(signature)) for name in symbols(size)}
     return [name for name in signature.symbols if name in found]
 
 
 def least(signature: Signature, symbol: str) -> int:
-    """The least value of a symbol with something in it."""
+    """Returns the smallest value of a symbol for which inputs are not empty."""
     return max(signature.symbols[symbol].low, 1)
 
 
@@ -105,7 +105,7 @@ def _calls(signature: Signature, combinations: Sequence[Mapping[str, int]]) -> l
     possible = [values for values in combinations if all(rule.holds(values) for rule in signature.conditions)]
     if not possible:
         need = ", ".join(map(str, signature.conditions))
-        raise InputError("the model would take another course for these sizes", got=combinations[0], need=need)
+        raise InputError("the model would take a different branch for these sizes", got=combinations[0], need=need)
     return [[_stand_in(slot, values) for slot in signature.slots if not isinstance(slot, ConstantSlot)]
             for values in possible]  # fmt: skip
 

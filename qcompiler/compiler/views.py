@@ -1,4 +1,4 @@
-"""What a compiled model shows: the parts of its program, as properties."""
+"""Properties of a compiled model that show parts of its program."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +17,13 @@ from qcompiler.report.report import Report
 
 
 class ProgramViews:
-    """Looking at a compiled model; CaptureError for what is not known until the model is captured."""
+    """Read-only views of a compiled model; CaptureError for views that need a captured model."""
 
     _state: PendingModel | Program
 
     @property
     def program(self) -> Program:
-        """What was compiled: all of the following in one value."""
+        """The compilation result, which contains all of the properties below."""
         if isinstance(self._state, PendingModel):
             raise CaptureError(
                 "the model is not captured yet",
@@ -38,22 +38,22 @@ class ProgramViews:
 
     @property
     def stages(self) -> Stages:
-        """The graph as captured and after each pass, by name, in order."""
+        """The graph after capture and after each pass, by name, in order."""
         return self.program.stages
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The passes that ran: spec, effect, whether it changed the graph, and how long it took."""
+        """The passes that ran: spec, effect, whether the pass changed the graph, and its run time."""
         return self.program.steps
 
     @property
     def report(self) -> Report:
-        """What was quantized, and why the rest was not."""
+        """Which layers were quantized, and why the others were not."""
         return self.program.report
 
     @property
     def skipped(self) -> Mapping[str, Mapping[str, str]]:
-        """Stage -> name of a value -> why that pass left what computes it alone."""
+        """Stage -> name of a value -> why the pass skipped the operation that computes it."""
         return self.program.skipped
 
     @property
@@ -63,43 +63,43 @@ class ProgramViews:
 
     @property
     def calibration(self) -> Calibration | None:
-        """What was seen of the captured graph's values on real calls, to look at, save, and give to `compile` again."""
+        """Statistics of the captured graph's values on real calls, to inspect, save, or pass to `compile` again."""
         return self.program.calibration()
 
     @property
     def device(self) -> torch.device:
-        """The device that it was compiled for and runs on."""
+        """The device that the model was compiled for and runs on."""
         return self.program.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type that the model computes in: that of its first floating-point result."""
+        """The floating-point dtype of the model: that of its first floating-point result."""
         return self.program.dtype
 
     @property
     def signature(self) -> Signature:
-        """How it is called: its arguments as the graph takes them, and the sizes that they may have."""
+        """The calling convention: how arguments map to graph inputs, and the ranges of sizes."""
         return self.program.signature
 
     @property
     def settings(self) -> Settings:
-        """How it was compiled, or will be."""
+        """The compile settings."""
         return self._state.settings
 
     @property
     def pipeline(self) -> Pipeline:
-        """The passes that ran, or will run; PassError when one of a loaded model's is not installed here."""
+        """The passes that ran, or will run; PassError if a pass of a loaded model is not installed."""
         return self.settings.passes
 
     @property
     def origin(self) -> Any:
-        """The model that was compiled, read again where it came from a folder; None when nobody holds it any more."""
+        """The original model, read again if it came from a folder; None if it has been freed."""
         pending = self._state.model if isinstance(self._state, PendingModel) else None
         return self._state.original.again() if pending is None else pending
 
     @property
     def config(self) -> Any:
-        """The original model's configuration, as transformers' models have one; AttributeError without one."""
+        """The original model's configuration, as in transformers models; AttributeError if there is none."""
         if (config := self._state.original.config()) is None:
-            raise AttributeError("the model that was compiled has no config")
+            raise AttributeError("the original model has no config")
         return config

@@ -1,1 +1,1 @@
-"""Where a compiled model loses accuracy, and where it first computes a NaN or an infinity."""
+"""Error analysis: where a compiled model loses accuracy, and where it first computes a NaN or an infinity."""

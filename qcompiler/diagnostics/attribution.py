@@ -1,15 +1,15 @@
-"""Where a quantized model's error comes from: for each quantized operation its own, inherited, and the kernel's.
+"""Error attribution: the own, inherited and kernel error of each quantized operation.
 
     print(qcompiler.attribute_error(fast, batch))
 
-Each number is a signal-to-quantization-noise ratio in dB, 10 · log10(|y|² / |y' - y|²) over the operation's output y in
-the float model; more is better, and infinity means equal:
+Each number is a signal-to-quantization-noise ratio in dB, 10 · log10(|y|² / |y' - y|²), over the operation's output y
+in the float model. Higher is better; infinity means equal:
 
-    own          y' is the quantized operation on the float model's input: what its own codes cost
-    inherited    y' is the float operation on the quantized model's input: what came from upstream
-    kernel       y and y' are the reference and the kernel on equal input: what code generation costs
+    own          y' is the quantized operation on the float model's input: the error of its own quantization
+    inherited    y' is the float operation on the quantized model's input: the error from upstream operations
+    kernel       y and y' are the reference and the kernel on equal input: the error of code generation
 
-All of them are of the product alone, also where it is fused with what stands behind it.
+All three cover the matmul alone, even if it is fused with an epilogue.
 """
 
 import json
@@ -42,14 +42,14 @@ from qcompiler.program.program import HasProgram, Program, capture_model
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """One quantized operation; the numbers are in dB.
+    """One quantized operation; the errors are in dB.
 
     Attributes:
         name: The value that it computes.
-        module: Where it stands in the model.
-        own: What quantizing its operands costs, on the float model's input.
-        inherited: What the error of its input costs, without any of its own.
-        kernel: What the kernel differs from the reference by; infinite when by nothing.
+        module: Its module path in the model.
+        own: Error of quantizing its operands, on the float model's input.
+        inherited: Error caused by its input alone.
+        kernel: Difference between kernel and reference; infinity if they are equal.
     """
 
     name: str
@@ -78,7 +78,7 @@ class ErrorReport:
         return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
 
     def to_json(self) -> str:
-        """The rows as JSON, in order; null stands for infinity, no error at all."""
+        """Returns the rows as JSON, in order; null stands for infinity, which means no error."""
         rows = [
             {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
             for row in map(asdict, self.rows)
@@ -87,17 +87,17 @@ class ErrorReport:
 
 
 def attribute_error(compiled: HasProgram, batch: Any, model: Any = None) -> ErrorReport:
-    """Three numbers for each quantized operation of a compiled model, on one real call.
+    """Computes the own, inherited and kernel error of each quantized operation, on one real call.
 
-    The float model is captured again, since a compiled model lets the float weights go.
+    Captures the float model again, because a compiled model does not keep the float weights.
 
     Args:
-        compiled: What `qcompiler.compile` gave.
+        compiled: The result of `qcompiler.compile`.
         batch: A tensor, a tuple of arguments, or a dict of arguments by name.
-        model: The float model; left out, the very one that was compiled, if somebody still holds it.
+        model: The float model; by default the original model, if it is still in memory.
 
     Raises:
-        InputError: The float model is gone, or the batch does not fit.
+        InputError: The float model has been freed, or the batch does not match the signature.
         PassError: The pipeline does not fuse quantized linears.
     """
     program, (args, kwargs) = compiled.program, as_call(batch, 0)
@@ -106,7 +106,7 @@ def attribute_error(compiled: HasProgram, batch: Any, model: Any = None) -> Erro
     ops = [op for op in graph.ops() if op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None]
     if not ops:
         need = "a pipeline with fuse-linear in it"
-        raise PassError("no quantized linear is fused, so there is nothing to attribute errors to", need=need)
+        raise PassError("the graph has no fused quantized linear to attribute errors to", need=need)
     with torch.no_grad():
         exact = _float_values(float_graph, inputs, [op.result.name for op in ops])
         operands = _operands(graph, inputs, ops)
@@ -115,32 +115,32 @@ def attribute_error(compiled: HasProgram, batch: Any, model: Any = None) -> Erro
 
 
 def _float_graph(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> Graph:
-    """The graph of the float model as the first pass that quantizes gets it: smoothed, but not quantized."""
+    """Returns the float model's graph before the first quantizing pass: smoothed, but not quantized."""
     if model is None:
-        fix = "Hold the model that was compiled, or pass it: attribute_error(compiled, batch, model)."
-        raise InputError("the float model is gone", fix=fix)
+        fix = "Keep the original model, or pass it: attribute_error(compiled, batch, model)."
+        raise InputError("the float model has been freed", fix=fix)
     captured = capture_model(model, args, kwargs, program.settings)
     captured.graph.calibration = program.calibration()
     steps = list(takewhile(lambda step: step.effect is not Effect.LOSSY, program.settings.passes))
-    # What was seen is known already, and what is seen of smoothed values only matters to what quantizes.
+    # Calibration is already done; statistics of smoothed values would matter only to quantizing passes.
     run_pipeline(Pipeline(tuple(step for step in steps if not isinstance(step, Calibrate))), captured.graph)
     return captured.graph
 
 
 def _float_values(graph: Graph, inputs: Sequence[Any], names: Sequence[str]) -> dict[Value, Tensor]:
-    """The inputs and outputs of the linears called `names`."""
+    """Returns the inputs and outputs of the linears called `names`."""
     wanted = {graph[name] for name in names}
     wanted |= {_linear(value)["input"] for value in wanted}
     return _observed(graph, inputs, wanted)
 
 
 def _linear(value: Value) -> Op:
-    """The linear of the float model that computes `value`, through the cast that a quantized one takes in."""
+    """Returns the float linear that computes `value`, looking through the cast that the quantized linear absorbed."""
     return value.op["x"].op if value.op.role is Role.CAST else value.op
 
 
 def _operands(graph: Graph, inputs: Sequence[Any], ops: Sequence[Op]) -> dict[Value, Tensor]:
-    """What goes into quantized linears, before and after quantization, as the reference computes it."""
+    """Returns the inputs of quantized linears, before and after quantization, as the reference computes them."""
     wanted = {value for op in ops for _, value in op.operands()}
     wanted |= {value for op in ops for _, value in op["x"].op.operands()}
     return _observed(graph, inputs, wanted)
@@ -158,14 +158,14 @@ def _observed(graph: Graph, inputs: Sequence[Any], wanted: set[Value]) -> dict[V
 
 @dataclass(frozen=True)
 class _Quantized:
-    """One quantized linear, on the operands that the quantized model gives it."""
+    """One quantized linear, with its operands in the quantized model."""
 
     op: Op
     operands: Mapping[Value, Tensor]
 
     @property
     def quantize(self) -> Op:
-        """What quantizes its input."""
+        """The operation that quantizes its input."""
         return self.op["x"].op
 
     @property
@@ -179,7 +179,7 @@ class _Quantized:
         )
 
     def codes(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The codes and scales of another input, which has gone through the prescale already, if there is one."""
+        """Quantizes another input, to which any prescale is already applied, into codes and scales."""
         quantize = self.quantize
         if is_static(quantize):
             scale = self.operands[self.op["x_scale"]]
@@ -187,7 +187,7 @@ class _Quantized:
         return numerics.quantize(x, quantize.format())
 
     def product(self, codes: Tensor, scale: Tensor, *tensor_scale: Tensor) -> Tensor:
-        """The reference's output for some codes."""
+        """Returns the reference output for the given codes."""
         x_level = tensor_scale[0] if tensor_scale else self.named("x_tensor_scale")
         x_format, w_format = self.op.format("x_format"), self.op.format("w_format")
         return numerics.scaled_linear(
@@ -196,26 +196,26 @@ class _Quantized:
         )  # fmt: skip
 
     def named(self, name: str) -> Tensor | None:
-        """An operand of the linear by its name."""
+        """Returns an operand of the linear by name."""
         value = self.op.get(name)
         return None if value is None else self.operands[value]
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """The element type of the output."""
+        """The dtype of the output."""
         return torch_dtype(out_dtype_of(self.op))
 
     @property
     def met(self) -> Tensor:
-        """The input in the quantized model, FP32, after the prescale."""
+        """The input in the quantized model, FP32, after any prescale."""
         x = self.operands[self.quantize["x"]].to(torch.float32)
         prescale = self.quantize.get("prescale")
         return x if prescale is None else x * self.operands[prescale].to(torch.float32)
 
     def by_kernel(self) -> Tensor:
-        """What the operators that the host module calls make of the reference's codes."""
+        """Returns the output that the host module's operators compute from the reference's codes."""
         codes, scale = self.operands[self.op["x"]], self.operands[self.op["x_scale"]]
-        if self.op.name.startswith("quant."):  # without a kernel, the reference is what runs
+        if self.op.name.startswith("quant."):  # there is no kernel: the reference itself runs
             return self.product(codes, scale)
         blocks = self.op.format("x_format").block, self.op.format("w_format").block
         found: Tensor = torch.ops.qcompiler.scaled_linear(codes, scale, *self.weight, *blocks, self.out_dtype)
@@ -223,7 +223,7 @@ class _Quantized:
 
 
 def _rows(quantized: _Quantized, graph: Graph, float_graph: Graph, exact: Mapping[Value, Tensor]) -> Iterator[ErrorRow]:
-    """One row, or one for each linear that merge-linears has made a part of this one."""
+    """Yields one row, or one for each linear that merge-linears merged into this one."""
     op = quantized.op
     output = float_graph[op.result.name]
     linear = _linear(output)
@@ -245,13 +245,13 @@ def _rows(quantized: _Quantized, graph: Graph, float_graph: Graph, exact: Mappin
 
 
 def _constant(value: Value, graph: Graph) -> Tensor:
-    """A constant of a graph, FP32."""
+    """Returns a constant of a graph as FP32."""
     found: Tensor = evaluate(value.op, graph)[value.index]
     return found.to(torch.float32)
 
 
 def sqnr(y: Tensor, other: Tensor) -> float:
-    """10 · log10(|y|² / |other - y|²), in FP64: infinite for equal tensors, -infinite when only `y` is zero."""
+    """Returns 10 · log10(|y|² / |other - y|²), in FP64: infinity for equal tensors, -infinity if only `y` is zero."""
     signal, noise = (float(t.to(torch.float64).square().sum()) for t in (y, other.to(torch.float64) - y))
     if not noise:
         return math.inf

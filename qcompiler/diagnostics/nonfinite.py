@@ -5,7 +5,7 @@
     %exp = aten.exp at model.py:12 in layers.3.mlp has 0 NaN and 5 Inf in 1024 elements, which reach
     %exp_q = kernel.quantize_static
 
-INT8 codes with a static scale have no place for a NaN or an infinity, so the result of the model may not show one.
+INT8 codes with a static scale cannot represent a NaN or an infinity, so the model's result may not show them.
 """
 
 import math
@@ -25,16 +25,16 @@ from qcompiler.program.program import HasProgram
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Where a NaN or an infinity appears first; printing it gives a sentence.
+    """The first NaN or infinity; printing it gives a sentence.
 
     Attributes:
-        name: The value that has it.
-        op: The operation that computes it; of a weight "core.param", of an argument "core.input".
-        where: Source line and module, as far as they are known.
-        nan: How many elements are NaN.
-        inf: How many elements are infinite.
-        elements: How many elements it has.
-        reaches: The first quantization that reads such numbers, as `%name = operation`, or "output 0".
+        name: The value that contains it.
+        op: The operation that computes the value; "core.param" for a weight, "core.input" for an argument.
+        where: Source line and module, if known.
+        nan: Number of NaN elements.
+        inf: Number of infinite elements.
+        elements: Number of all elements.
+        reaches: The first quantization that reads such elements, as `%name = operation`, or "output 0".
     """
 
     name: str
@@ -54,21 +54,21 @@ class NonFinite:
 
 
 def find_nonfinite(compiled: HasProgram, batch: Any) -> NonFinite | None:
-    """The first NaN or infinity of one call that reaches a quantization or an output, and where it comes from.
+    """Finds the origin of the first NaN or infinity in one call that reaches a quantization or an output.
 
-    The reference computes the call, operation by operation, on the device of the model: slowly, and with the numbers of
-    the compiled model up to the order of additions. Infinities that do not get that far, such as those of an attention
-    mask, are not reported.
+    Runs the reference op by op on the model's device: slow, and equal to the compiled model up to the order of
+    additions. Infinities that do not reach a quantization or an output, such as those of an attention mask, are not
+    reported.
 
     Args:
-        compiled: What `qcompiler.compile` or `qcompiler.load` gave.
+        compiled: The result of `qcompiler.compile` or `qcompiler.load`.
         batch: A tensor, a tuple of arguments, or a dict of arguments by name.
 
     Returns:
-        The origin of the numbers that reach a quantization or an output first; None when none does.
+        The origin of the first non-finite elements that reach a quantization or an output; None if none do.
 
     Raises:
-        InputError: The batch does not fit.
+        InputError: The batch does not match the signature.
         CaptureError: The model is not captured yet.
     """
     program = compiled.program
@@ -89,7 +89,7 @@ def find_nonfinite(compiled: HasProgram, batch: Any) -> NonFinite | None:
 
 @dataclass(frozen=True)
 class _Count:
-    """How many elements of a value are NaN, infinite, and there at all."""
+    """Numbers of NaN, infinite, and all elements of a value."""
 
     nan: int = 0
     inf: int = 0
@@ -111,7 +111,7 @@ def _count(value: Any) -> _Count:
 
 
 def _checked(graph: Graph) -> list[tuple[Value, str]]:
-    """What is quantized, and the outputs, in order; with what reads them."""
+    """Returns the values that are quantized, and the outputs, in order; with their users."""
     read = [
         (op["x"], f"%{op.results[0].name} = {op.name}")
         for op in graph.ops()
@@ -122,7 +122,7 @@ def _checked(graph: Graph) -> list[tuple[Value, str]]:
 
 
 def _origin(value: Value, found: Mapping[Value, _Count]) -> Value:
-    """The value where the NaN of `value` first appear; if it has none, where its infinities do."""
+    """Returns the value where the NaN of `value` first appear; without NaN, where its infinities first appear."""
     kind = "nan" if found[value].nan else "inf"
     while True:
         before = next((operand for _, operand in value.op.operands() if getattr(found[operand], kind)), None)

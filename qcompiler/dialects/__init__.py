@@ -1,4 +1,4 @@
-"""The operations, one file a dialect; importing this package fills the table of `qcompiler.ir.op_table`."""
+"""The dialects, one module each; importing this package fills the operation table."""
 
 from qcompiler.dialects import aten, core, grouped, kernel, quant
 

@@ -1,7 +1,7 @@
-"""The `aten` dialect, and every other namespace of torch: names, dtypes and literals, to torch and back.
+"""The `aten` dialect and all other torch namespaces: converts names, dtypes, and literals.
 
-Operations here are not declared one by one: every functional overload that torch knows is legal, its meaning is torch's
-own, and its types are what capture recorded. `aten.linear` is the default overload, `aten.add.Tensor` a named one.
+Operations are not declared individually: every functional torch overload is allowed, runs as in torch, and has the
+types that capture recorded. `aten.linear` is a default overload, `aten.add.Tensor` a named one.
 """
 
 from functools import cache
@@ -22,12 +22,12 @@ TAGS: dict[str, Any] = {
         torch.strided, torch.sparse_coo, torch.jagged,
     )
 }  # fmt: skip
-"""Memory formats and layouts: literals that are only names."""
+"""Memory formats and layouts, which are tags in the IR."""
 
 
 RUN_AS = {"aten.view": "aten.reshape"}
-"""What is called in place of an operation. A trace turns reshapes into views by the strides that it saw; a call may
-have others, for which the same values need a copy."""
+"""Operation -> the operation to run instead. Tracing turns a reshape into a view based on the example strides; other
+strides may need a copy."""
 
 
 MATMULS = {
@@ -35,32 +35,32 @@ MATMULS = {
     "aten._grouped_mm": 0, "transformers.grouped_mm_fallback": 0, "aten.addmm": 1, "aten.baddbmm": 1, "aten.addmv": 1,
     "aten.einsum": None,
 }  # fmt: skip
-"""Matmuls, as capture may spell them -> the place of the first of the two operands that are multiplied."""
+"""Captured matmul -> index of the first of its two matrix operands."""
 
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
-"""Matmuls of groups of rows, each with a matrix of its own; offsets give the groups."""
+"""Grouped matmuls: each group of rows has its own matrix; offsets define the groups."""
 
 ROLES = {"aten._to_copy": Role.CAST, "aten.to.dtype": Role.CAST, "aten._unsafe_view": Role.VIEW}
-"""Roles that do not follow from a schema."""
+"""Roles that cannot be derived from a schema."""
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem", "_dtensor")
-"""Namespaces whose operations exchange data with other processes."""
+"""Namespaces of operations that communicate with other processes."""
 
 
 def to_torch(literal: Argument) -> Any:
-    """A literal as torch takes it: dtypes and tags become torch's objects."""
+    """Converts a literal for torch: dtypes and tags become torch objects."""
     if isinstance(literal, DType):
         return TORCH_DTYPES[literal]
     return TAGS[literal.name] if isinstance(literal, Tag) else literal
 
 
 def op_name(overload: torch._ops.OpOverload) -> str:
-    """`aten.add.Tensor` for torch's overload; the default overload goes without a name."""
+    """The IR name of a torch overload, such as `aten.add.Tensor`; the default overload has no suffix."""
     return str(overload.name()).replace("::", ".").removesuffix(".default")
 
 
 def overload_of(name: str) -> torch._ops.OpOverload:
-    """Torch's overload for `aten.add.Tensor`, to be called; KeyError when torch knows none."""
+    """The torch overload to call for `aten.add.Tensor`; raises KeyError if torch has none."""
     return _overload(RUN_AS.get(name, name))
 
 
@@ -78,8 +78,8 @@ def _overload(name: str) -> torch._ops.OpOverload:
 
 @cache
 def is_view(name: str) -> bool:
-    """Whether an operation of torch's may return the memory of an argument."""
-    # In evaluation dropout gives back what it got; its schema, and those of the other two, do not say so.
+    """Whether a torch operation may return the memory of an argument."""
+    # In evaluation mode dropout returns its input; the schemas of these three do not declare the alias.
     if name.startswith(("aten.dropout", "aten._unsafe_view", "prims.")):
         return True
     return any(result.alias_info is not None for result in overload_of(name)._schema.returns)
@@ -110,7 +110,7 @@ def _traits(name: str) -> Traits | None:
 
 
 def _is_alias(schema: torch._C.FunctionSchema) -> bool:
-    """Whether every result may share the memory of the first argument, which is a tensor."""
+    """Whether every result may alias the first argument, which is a tensor."""
     tensors = bool(schema.returns) and isinstance(schema.arguments[0].type, torch.TensorType)
     return tensors and all(result.alias_info is not None for result in schema.returns)
 
@@ -127,7 +127,7 @@ def _effects(name: str) -> Effects:
     if overload._schema.is_mutable:
         effects |= Effects.WRITES
     elif not overload._schema.returns:
-        effects |= Effects.CONTROLS  # it is there to raise an error
+        effects |= Effects.CONTROLS  # such an operation only raises errors
     if torch.Tag.nondeterministic_seeded in overload.tags:
         effects |= Effects.RANDOM
     if "empty" in name.split(".")[1]:

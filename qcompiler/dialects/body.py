@@ -1,13 +1,13 @@
-"""The body of a fused operation: arithmetic over the rows of a few tensors, in FP32, as text.
+"""The fused expression of an operation: FP32 arithmetic over the rows of its operands, as text.
 
     h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))
 
-Definitions, each used by those behind it, and at the end the result. All arithmetic is in FP32, and rounding is where
-`bf16` or `f16` says so; hence a body can repeat, bit for bit, what separate operations of torch in those element types
-compute. `x0`, `x1`, … are the operands: tensors of the shape of the result, or vectors with one number for each of its
-columns. In the body of a matmul `y0` is the sum, or `y0` and `y1` are its left and its right half.
+It has definitions, which later definitions may use, and ends with the result. All arithmetic is in FP32; `bf16` and
+`f16` round explicitly, so a fused expression can reproduce separate torch operations in those dtypes bit for bit.
+`x0`, `x1`, … are the operands: tensors with the shape of the result, or vectors with one number per column. In a
+matmul epilogue, `y0` is the accumulator, or `y0` and `y1` are its left and right halves.
 
-Here a body is text, a tree, and its meaning in torch; code generation makes kernels of the tree.
+This module defines the text form, the tree, and its torch definition; code generation emits kernels from the tree.
 """
 
 import re
@@ -27,26 +27,26 @@ from qcompiler.text import Reader, Source, Token
 OPERAND = re.compile(r"[xy](0|[1-9][0-9]*)")
 LARGEST = torch.finfo(torch.float32).max
 MOST_CALLS = 256
-"""Operations of one expression: few enough for every function that walks the tree."""
+"""Maximum operations in one expression, so that recursive functions stay within Python's limit."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """An operand, or what a definition before has defined."""
+    """An operand, or an earlier definition."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Number:
-    """A literal, in FP32."""
+    """An FP32 literal."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function of `FUNCTIONS`, or one of the operators + - * / by that name."""
+    """A call of a function in `FUNCTIONS` or of an operator + - * /."""
 
     function: str
     args: tuple["Expression", ...]
@@ -57,12 +57,12 @@ Expression = Name | Number | Call
 
 @dataclass(frozen=True)
 class Function:
-    """What a body may call.
+    """A function that a fused expression may call.
 
     Attributes:
-        arity: How many arguments it takes.
-        meaning: It in torch, on FP32 tensors.
-        across: Whether a column of its result depends on the whole row.
+        arity: Number of arguments.
+        meaning: The torch definition, on FP32 tensors.
+        across: Whether each column of its result depends on the whole row.
     """
 
     arity: int
@@ -90,12 +90,12 @@ FUNCTIONS: dict[str, Function] = {
     "mean": Function(1, lambda x: x.mean(-1, keepdim=True), across=True),
     "standardize": Function(2, _standardize, across=True),
 }
-"""Everything that can be called. `standardize(x, eps)` is (x - mean(x)) / sqrt(variance(x) + eps), the variance that of
-all the row (not N - 1): a layer norm without gain and bias. `eps` is a number."""
+"""Functions by name. `standardize(x, eps)` is (x - mean(x)) / sqrt(variance(x) + eps) with the population variance of
+the row (divided by N, not N - 1): a layer norm without gain and bias. `eps` is a number."""
 
 
 def _divide(a: Any, b: Any) -> Any:
-    # Torch takes 3.0 / x for 3.0 * (1 / x), and on a GPU x / 3.0 for x * (1 / 3.0): each is rounded twice.
+    # Torch computes 3.0 / x as 3.0 * (1 / x), and on a GPU x / 3.0 as x * (1 / 3.0): both round twice.
     like = a if isinstance(a, Tensor) else b
     top, bottom = (v if isinstance(v, Tensor) else torch.full((), v, device=like.device) for v in (a, b))
     return top / bottom
@@ -110,27 +110,27 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 _STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 ROUNDED: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "f16": torch.float16}
-"""The functions that round, and to what."""
+"""Rounding function -> the dtype that it rounds to."""
 
 
 @dataclass(frozen=True)
 class Body:
-    """Definitions in order, and the result.
+    """A fused expression: definitions in order, and the result.
 
     Attributes:
-        definitions: Pairs of a name and what it stands for.
-        result: The result.
+        definitions: Pairs of name and expression.
+        result: The result expression.
     """
 
     definitions: tuple[tuple[str, Expression], ...]
     result: Expression
 
     def __str__(self) -> str:
-        """The text that `parse` reads."""
+        """The text form; inverse of `parse`."""
         return "; ".join([*(f"{name} = {_text(what)}" for name, what in self.definitions), _text(self.result)])
 
     def expressions(self) -> Iterator[Expression]:
-        """Every part of every expression."""
+        """All subexpressions of the definitions and the result."""
         stack = [self.result, *(what for _, what in reversed(self.definitions))]
         while stack:
             yield (expression := stack.pop())
@@ -138,18 +138,18 @@ class Body:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The operands that are read, sorted by letter and number."""
+        """The operands in use, sorted by letter and number."""
         names = {part.name for part in self.expressions() if isinstance(part, Name) and OPERAND.fullmatch(part.name)}
         return tuple(sorted(names, key=lambda name: (name[0], int(name[1:]))))
 
     @property
     def across(self) -> bool:
-        """Whether a column of the result depends on the whole row."""
+        """Whether each column of the result depends on the whole row."""
         calls = (part.function for part in self.expressions() if isinstance(part, Call))
         return any(FUNCTIONS[name].across for name in calls if name in FUNCTIONS)
 
     def dtype(self, name: str | None = None) -> torch.dtype:
-        """The element type that a definition, or the result, has been rounded to; FP32 where it was not."""
+        """The dtype that a definition or the result is rounded to; FP32 if it is not rounded."""
         defined = dict(self.definitions)
         what = self.result if name is None else defined[name]
         while isinstance(what, Name) and what.name in defined:
@@ -157,11 +157,11 @@ class Body:
         return ROUNDED.get(what.function, torch.float32) if isinstance(what, Call) else torch.float32
 
     def run(self, operands: Mapping[str, Tensor], keep: Sequence[str] = ()) -> tuple[Tensor, ...]:
-        """The result, and the definitions of the names in `keep`, each in its `dtype`, contiguous.
+        """Evaluates the result and the definitions in `keep`, each contiguous in its `dtype`.
 
         Args:
-            operands: Name -> tensor of any floating dtype; all that are not of one shape broadcast to it.
-            keep: Names of definitions.
+            operands: Name -> tensor of any floating dtype; vectors broadcast to the shape of the others.
+            keep: Names of definitions to return.
         """
         values = {name: operands[name].float() for name in self.operands}
         shape = max((value.shape for value in values.values()), key=len)
@@ -169,7 +169,7 @@ class Body:
             values[name] = _run(what, values)
         result = self.result
         if isinstance(result, Call) and result.function in ROUNDED:
-            (result,) = result.args  # `to` rounds, without the way back to FP32
+            (result,) = result.args  # `to` rounds without converting back to FP32
         made = [_run(result, values).to(self.dtype()), *(values[name].to(self.dtype(name)) for name in keep)]
         return tuple(value.expand(shape).contiguous() for value in made)
 
@@ -198,7 +198,7 @@ def _text(what: Expression, strength: int = 0) -> str:
 
 @cache
 def parse(text: str) -> Body:
-    """The body that `text` spells; ParseError if it is malformed."""
+    """Parses a fused expression; raises ParseError if `text` is malformed."""
     reader = _BodyReader(Source(text, "<body>"))
     while reader.now.kind != "end":
         if not reader.accept(";"):
@@ -211,7 +211,7 @@ def parse(text: str) -> Body:
 
 
 class _BodyReader(Reader):
-    """Reads definitions, and the result into `result`."""
+    """Reads definitions and the result."""
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
@@ -220,7 +220,7 @@ class _BodyReader(Reader):
         self.calls = 0
 
     def on_new_row(self) -> bool:
-        """Whether the next token is the first of its row."""
+        """Whether the next token is the first on its line."""
         return self.source.text[: self.now.at].rstrip(" \t").endswith("\n")
 
     def statement(self) -> None:
@@ -231,12 +231,12 @@ class _BodyReader(Reader):
         self.calls = 0
         if self.take().kind == "name" and self.accept("="):
             if start.text in self.definitions or OPERAND.fullmatch(start.text) or start.text in FUNCTIONS:
-                raise self.fail(f"'{start.text}' has a meaning already", start)
+                raise self.fail(f"'{start.text}' is already defined", start)
             if not start.text.isidentifier() or unicodedata.normalize("NFKC", start.text) != start.text:
-                raise self.fail(f"'{start.text}' cannot be the name of a definition", start)
+                raise self.fail(f"'{start.text}' is not a valid definition name", start)
             read = self.expression()
             if isinstance(read, Number):
-                raise self.fail(f"'{start.text}' is a number, which stands where it is used", start)
+                raise self.fail(f"'{start.text}' is defined as a number; write the number where it is used", start)
             self.definitions[start.text] = read
         else:
             self.go_to(start.at)
@@ -249,7 +249,7 @@ class _BodyReader(Reader):
         return self.arithmetic(self.operand(), self.operand, self.call, _STRENGTH)
 
     def operand(self) -> Expression:
-        """A name, a number, a call, or an expression in brackets."""
+        """A name, a number, a call, or an expression in parentheses."""
         token = self.take()
         if token.kind in ("int", "float") and token.text[0] != "+":
             return self.number(token)
@@ -262,7 +262,7 @@ class _BodyReader(Reader):
         if self.accept("("):
             args = self.list_of(self.expression, ")")
             if token.text not in FUNCTIONS:
-                problem = f"there is no function '{token.text}'. {did_you_mean(token.text, FUNCTIONS)}"
+                problem = f"unknown function '{token.text}'. {did_you_mean(token.text, FUNCTIONS)}"
                 raise self.fail(problem, token)
             if len(args) != FUNCTIONS[token.text].arity:
                 problem = f"{token.text} takes {FUNCTIONS[token.text].arity} arguments, but got {len(args)}"
@@ -273,13 +273,13 @@ class _BodyReader(Reader):
         return Name(token.text)
 
     def call(self, function: Token, *args: Expression) -> Call:
-        """A function or an operator with its arguments."""
+        """A call of a function or an operator."""
         self.calls += 1
         if self.calls > MOST_CALLS:
             raise self.fail(f"an expression has more than {MOST_CALLS} operations", function)
         call = Call(function.text, args)
         if all(isinstance(arg, Number) for arg in args):
-            raise self.fail(f"'{_text(call)}' is a number, which is written as one", function)
+            raise self.fail(f"'{_text(call)}' is constant; write its value", function)
         if function.text == "standardize" and not isinstance(args[1], Number):
             raise self.fail(f"the eps of standardize is '{_text(args[1])}', not a number", function)
         return call

@@ -1,4 +1,4 @@
-"""The `core` dialect: what every graph is made of, and arithmetic on sizes."""
+"""The `core` dialect: inputs, weights, updates, return, checks, and arithmetic on sizes."""
 
 import math
 import operator
@@ -14,11 +14,11 @@ from qcompiler.ir.op_table import TEXT, OpDef, declare
 
 
 def expect(condition: Any, message: str) -> None:
-    """The meaning of `core.expect`.
+    """Torch definition of `core.expect`.
 
     Args:
-        condition: A bool, or a tensor with one element. If it is on a GPU, the call waits for it.
-        message: The error if it is false.
+        condition: A bool, or a tensor with one element; a tensor on a GPU causes a synchronization.
+        message: The error message if the condition is false.
 
     Raises:
         InputError: The condition is false.
@@ -31,12 +31,12 @@ def expect(condition: Any, message: str) -> None:
 
 declare(OpDef("core.input", "An argument of the function.", effects=Effects.CONTROLS))
 declare(
-    OpDef("core.return", "The end of the function: its operands are the outputs.", ("*",), effects=Effects.CONTROLS)
+    OpDef("core.return", "The end of the function; its operands are the outputs.", ("*",), effects=Effects.CONTROLS)
 )
 declare(
     OpDef(
         "core.param",
-        "A weight that never changes.",
+        "A weight that does not change.",
         attributes={"name": TEXT},
         optional={"role": TEXT},
         role=Role.STATE,
@@ -45,7 +45,7 @@ declare(
 declare(
     OpDef(
         "core.buffer",
-        "The state that a buffer has when the call begins.",
+        "The value of a buffer at the start of the call.",
         attributes={"name": TEXT},
         role=Role.STATE,
         effects=Effects.READS,
@@ -54,7 +54,7 @@ declare(
 declare(
     OpDef(
         "core.update",
-        "Writes a new value to a buffer or an input when the call ends.",
+        "Writes a new value to a buffer or an input at the end of the call.",
         ("target", "value"),
         types=lambda _: (),
         effects=Effects.WRITES,
@@ -81,7 +81,7 @@ SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sym_not": torch.sym_not, "sym_ite": torch.sym_ite, "sym_sum": torch.sym_sum, "floor": math.floor,
     "ceil": math.ceil, "trunc": math.trunc, "round": round,
 }  # fmt: skip
-"""Python's arithmetic on sizes outside of tensors, as capture meets it; `core.<name>` each."""
+"""Python arithmetic on sizes and other numbers that are not tensors; each is `core.<name>`."""
 
 for _name, _function in SCALAR_FUNCTIONS.items():
-    declare(OpDef(f"core.{_name}", f"Python's `{_name}` on numbers outside of tensors.", ("*",), meaning=_function))
+    declare(OpDef(f"core.{_name}", f"Python's `{_name}` on numbers that are not tensors.", ("*",), meaning=_function))

@@ -1,11 +1,11 @@
-"""The product of groups of rows, each with a matrix of its own: the experts of a mixture, in `quant` and `kernel`.
+"""Grouped GEMM in `quant` and `kernel`: each group of rows has its own weight, as in mixture of experts.
 
 %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[s0, 256], f32[s0, 2]
 %w_q, %w_s = quant.quantize(%w) {format = #fp8_block} : f8e4m3fn[8, 512, 256], f32[8, 4, 2]
 %y = quant.grouped_linear(%x_q, %x_s, %w_q, %w_s, %offsets) {out_dtype = bf16, …} : bf16[s0, 512]
 
-The offsets, i32[8], are those of `aten._grouped_mm`: entry g is the row behind the last of group g, whose first is
-entry g - 1, or 0. Rows behind the last group are zero. A group may be empty; offsets must not decrease.
+The offsets, i32[8], are the offsets of `aten._grouped_mm`: entry g is the end row (exclusive) of group g, which starts
+at entry g - 1, or 0. Rows after the last group are zero. A group may be empty; offsets must not decrease.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.ir.op_table import DTYPE, OpDef, OpError, declare
 
 OPERANDS = ("x", "x_scale", "w", "w_scale", "offsets")
-ROWS_OF_BLOCKS = "blocks of 1 row of x, and not of all rows of w"
+ROWS_OF_BLOCKS = "blocks of 1 row for x, and not of all rows for w"
 
 
 def grouped_linear_types(op: Op) -> tuple[Type, ...]:
@@ -31,7 +31,7 @@ def grouped_linear_types(op: Op) -> tuple[Type, ...]:
     check_stored(op, "x", "x_")
     check_stored(op, "w", "w_")
     if len(x.shape) != 2:
-        raise OpError(f"the activation is {x}, but its rows are in one order: it needs 2 dimensions", "x")
+        raise OpError(f"the activation is {x}, but a grouped linear needs 2 dimensions", "x")
     if len(w.shape) != 3 or x.shape[1] != w.shape[2]:
         raise OpError(f"the weights are {w}, but the activation {x} needs [groups, N, {x.shape[1]}]", "w")
     if _spans_groups(op.format("x_format").block, op.format("w_format").block):
@@ -42,7 +42,7 @@ def grouped_linear_types(op: Op) -> tuple[Type, ...]:
 
 
 def kernel_types(op: Op) -> tuple[Type, ...]:
-    """As `quant.grouped_linear`; the producer of the activation's scales must write the layout that is read."""
+    """Like `quant.grouped_linear`; also checks the memory layout of the activation scales."""
     check_layout(op)
     return grouped_linear_types(op)
 
@@ -58,20 +58,20 @@ def grouped_linear(
     w_format: Format = FP8_BLOCK,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`numerics.scaled_linear` of each group of rows with its own weight; zeros behind the last group.
+    """`numerics.scaled_linear` of each group of rows with its own weight; zeros after the last group.
 
     Args:
         x_q: `[T, K]`, rows sorted by group.
-        x_s: The scale of `x_q`, one or more for each row.
+        x_s: The scales of `x_q`, one or more per row.
         w_q: `[E, N, K]`.
-        w_s: The scale of `w_q`, with rows of its own for each group.
-        offsets: int32 `[E]`, ascending: the row behind the last of each group. The host reads it.
+        w_s: The scales of `w_q`, with separate rows for each group.
+        offsets: int32 `[E]`, ascending: the end row of each group, exclusive. Read on the host.
         x_format: The format of `x_q`, with blocks of one row.
         w_format: The format of `w_q`.
         out_dtype: The dtype of the result, `[T, N]`.
 
     Raises:
-        QCompilerError: The operands do not fit each other.
+        QCompilerError: The operands do not match.
     """
     check_grouped(x_q, w_q, offsets, x_format.block, w_format.block)
     out = x_q.new_zeros((x_q.shape[0], w_q.shape[1]), dtype=out_dtype)
@@ -87,20 +87,20 @@ def grouped_linear(
 
 
 def check_grouped(x_q: Tensor, w_q: Tensor, offsets: Tensor, x_block: Sequence[int], w_block: Sequence[int]) -> None:
-    """Raises QCompilerError for operands that are no grouped product; their scales are not looked at."""
+    """Raises QCompilerError unless the operands form a grouped GEMM; does not check the scales."""
     if x_q.dim() != 2 or w_q.dim() != 3 or x_q.shape[-1] != w_q.shape[2]:
         raise QCompilerError(
-            "the operands of a grouped linear do not fit",
+            "the operands of a grouped linear do not match",
             got=f"x {list(x_q.shape)} and w {list(w_q.shape)}", need="x [T, K] and w [E, N, K]",
         )  # fmt: skip
     if offsets.shape != w_q.shape[:1] or offsets.dtype != torch.int32:
         raise QCompilerError(
-            "the offsets are not one int32 number for each group",
+            "the offsets must be one int32 number per group",
             got=f"{offsets.dtype} {list(offsets.shape)}", need=f"torch.int32 [{w_q.shape[0]}]",
         )  # fmt: skip
     if _spans_groups(x_block, w_block):
         got = f"x_block {list(x_block)} and w_block {list(w_block)}"
-        raise QCompilerError("scales of a grouped linear would span groups", got=got, need=ROWS_OF_BLOCKS)
+        raise QCompilerError("the scales of a grouped linear would span groups", got=got, need=ROWS_OF_BLOCKS)
 
 
 def _spans_groups(x_block: Sequence[int], w_block: Sequence[int]) -> bool:
@@ -110,7 +110,7 @@ def _spans_groups(x_block: Sequence[int], w_block: Sequence[int]) -> bool:
 declare(
     OpDef(
         "quant.grouped_linear",
-        "`quant.linear` of each group of rows with a weight of its own; zeros behind the last group.",
+        "`quant.linear` of each group of rows with its own weight; zeros after the last group.",
         OPERANDS,
         LINEAR_ATTRIBUTES,
         types=grouped_linear_types,
@@ -121,7 +121,7 @@ declare(
 declare(
     OpDef(
         "kernel.grouped_linear",
-        "`quant.grouped_linear`, with the activation's scales in a given order in memory.",
+        "`quant.grouped_linear` with a given memory layout of the activation scales.",
         OPERANDS,
         {"out_dtype": DTYPE, **ACTIVATION_AND_WEIGHT},
         types=kernel_types,

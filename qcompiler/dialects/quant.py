@@ -1,4 +1,4 @@
-"""The `quant` dialect: what the passes yield. Codes and scales are values; their format is an attribute.
+"""The `quant` dialect, produced by passes: codes and scales are values, their format is an attribute.
 
 %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[s0, 256], f32[s0, 2]
 %x_q, %x_s = quant.quantize(%x, %prescale) {format = #int8_row} : i8[s0, 256], f32[s0, 1]
@@ -8,8 +8,8 @@
 %w = quant.dequantize(%w_q, %w_s) {format = #fp8_tensor, out_dtype = bf16, x_scale = 0.02} : bf16[512, 256]
 %y = quant.linear(%x_q, %x_s, %w_q, %w_s, %bias) {out_dtype = bf16, w_format = #fp8_block, x_format = #fp8_tile} : …
 
-`x_scale` on the dequantize of a stored weight is the static scale of the activation that the weight is multiplied with,
-as its checkpoint has it. It does not change the numbers: a pass that quantizes activations with static scales reads it.
+`x_scale` on the dequantize of a stored weight is the static scale that the checkpoint has for the activation that is
+multiplied with the weight. It does not change the result; the pass for static activation scales reads it.
 """
 
 import math
@@ -28,23 +28,23 @@ POSITIVE: tuple[AttributeCheck, str] = (
 
 
 def x_scale_of(weight: Value) -> float | None:
-    """The static scale that a checkpoint has for the activation beside a stored weight; None if there is none."""
+    """The static activation scale that a checkpoint has for a stored weight; None if there is none."""
     scale = weight.op.attrs.get("x_scale") if weight.op.name == "quant.dequantize" else None
     return scale if isinstance(scale, float) else None
 
 
 def is_static(op: Op) -> bool:
-    """Whether an operation quantizes by a scale that is given."""
+    """Whether an operation quantizes with a given scale."""
     return op.role is Role.QUANTIZE and op.get("scale") is not None
 
 
 def out_dtype_of(op: Op) -> DType:
-    """The attribute `out_dtype`, known to have been checked."""
-    return op.attrs["out_dtype"]  # type: ignore[return-value]  # the declaration's check has passed
+    """The attribute `out_dtype`, which must be checked already."""
+    return op.attrs["out_dtype"]  # type: ignore[return-value]  # checked by the declaration
 
 
 def stored_types(op: Op, format: Format, shape: tuple[Size, ...]) -> tuple[TensorType, ...]:
-    """The types of codes and scales of a tensor; OpError if the format cannot store it."""
+    """The types of codes and scales of a tensor; raises OpError if the format cannot store it."""
     try:
         return format.types(shape)
     except QCompilerError as error:
@@ -52,12 +52,12 @@ def stored_types(op: Op, format: Format, shape: tuple[Size, ...]) -> tuple[Tenso
 
 
 def check_stored(op: Op, data: str, prefix: str = "") -> None:
-    """Holds operand `data` and its scales to their format; OpError otherwise.
+    """Checks operand `data` and its scales against their format; raises OpError.
 
     Args:
         op: The operation.
-        data: The name of the codes among the operands.
-        prefix: What the names of the scales, the tensor scale and the format begin with: "x_" or "w_".
+        data: The name of the codes operand.
+        prefix: Prefix of the names of the scales, the tensor scale, and the format: "x_" or "w_".
     """
     name, format, codes = f"{prefix}format", op.format(f"{prefix}format"), op[data].tensor
     if codes.dtype is not format.element:
@@ -83,7 +83,7 @@ def quantize_static_types(op: Op) -> tuple[Type, ...]:
     _check_source(op)
     x, format = op["x"].tensor, op.format()
     if format.tensor_scale:
-        raise OpError(f"{format} has two levels of scales, which cannot be static")
+        raise OpError(f"{format} has two levels of scales, so its scales cannot be static")
     codes, want = stored_types(op, format, x.shape)
     if op["scale"].type != want:
         raise OpError(f"the scale is {op['scale'].type}, but format {format} over {x} needs {want}", "scale")
@@ -91,10 +91,10 @@ def quantize_static_types(op: Op) -> tuple[Type, ...]:
 
 
 def _check_source(op: Op) -> None:
-    """Holds what is quantized, and the prescale, if it is there, to their types."""
+    """Checks the types of `x` and the prescale."""
     x, factors = op["x"].tensor, op.get("prescale")
     if not x.dtype.is_float or x.dtype.bits <= 8 or not x.shape:
-        raise OpError(f"only a floating-point tensor with a dimension can be quantized, not {x}", "x")
+        raise OpError(f"only a floating-point tensor with at least 1 dimension can be quantized, not {x}", "x")
     if factors is not None and not (factors.tensor.dtype.is_float and factors.tensor.shape == x.shape[-1:]):
         raise OpError(f"the prescale is {factors.type}, but {x} needs one number for each channel", "prescale")
 
@@ -111,26 +111,26 @@ def linear_types(op: Op) -> tuple[Type, ...]:
 
 
 def linear_shape(op: Op) -> tuple[Size, ...]:
-    """The shape of the matmul of codes, whose operands are checked, and so is the bias."""
+    """Checks the operands of a quantized matmul and returns the shape of its result."""
     x, w, bias = op["x"].tensor, op["w"].tensor, op.get("bias")
     check_stored(op, "x", "x_")
     check_stored(op, "w", "w_")
     if len(w.shape) != 2 or x.shape[-1] != w.shape[1]:
         raise OpError(f"the weight is {w}, but the activation {x} needs [N, {x.shape[-1]}]", "w")
     if bias is not None and bias.tensor.shape != w.shape[:1]:
-        raise OpError(f"the bias is {bias.type}, but the weight {w} needs {w.shape[0]} of them", "bias")
+        raise OpError(f"the bias is {bias.type}, but the weight {w} needs {w.shape[0]} elements", "bias")
     return (*x.shape[:-1], w.shape[0])
 
 
 def quantize(x: torch.Tensor, prescale: torch.Tensor | None = None, *, format: Format) -> tuple[torch.Tensor, ...]:
-    """The meaning of `quant.quantize`."""
+    """Torch definition of `quant.quantize`."""
     return numerics.quantize(x, format, prescale)
 
 
 def quantize_static(
     x: torch.Tensor, scale: torch.Tensor, prescale: torch.Tensor | None = None, *, format: Format
 ) -> torch.Tensor:
-    """The meaning of `quant.quantize_static`."""
+    """Torch definition of `quant.quantize_static`."""
     return numerics.quantize_static(x, scale, format, prescale)
 
 
@@ -138,7 +138,7 @@ def dequantize(
     data: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor | None = None, *,
     format: Format, out_dtype: torch.dtype, x_scale: float | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The meaning of `quant.dequantize`; only passes read `x_scale`."""
+    """Torch definition of `quant.dequantize`; only passes read `x_scale`."""
     return numerics.dequantize(data, scale, tensor_scale, format=format, out_dtype=out_dtype)
 
 
@@ -148,7 +148,7 @@ LINEAR_ATTRIBUTES: dict[str, tuple[AttributeCheck, str]] = {"out_dtype": DTYPE, 
 declare(
     OpDef(
         "quant.quantize",
-        "Divides each block by a scale of its own and rounds to the codes of a format, as `qcompiler.numerics` says.",
+        "Quantizes each block with a scale computed from the block, as defined in `qcompiler.numerics`.",
         ("x", "prescale?"),
         {"format": FORMAT},
         types=quantize_types,
@@ -159,7 +159,7 @@ declare(
 declare(
     OpDef(
         "quant.quantize_static",
-        "Divides each block by a scale that is given and rounds to the codes of a format.",
+        "Quantizes each block with a given scale.",
         ("x", "scale", "prescale?"),
         {"format": FORMAT},
         types=quantize_static_types,
@@ -182,7 +182,7 @@ declare(
 declare(
     OpDef(
         "quant.linear",
-        "Both operands dequantized, multiplied and summed in FP32, plus the bias, rounded once.",
+        "Dequantizes both operands, multiplies, accumulates, and adds the bias in FP32, and rounds once.",
         (*LINEAR, "x_tensor_scale?", "w_tensor_scale?"),
         LINEAR_ATTRIBUTES,
         types=linear_types,

@@ -1,1 +1,1 @@
-"""Files and folders that are replaced as a whole."""
+"""Atomic replacement of files and folders."""

@@ -1,13 +1,13 @@
-"""A file or a folder that takes another one's place whole: whoever looks sees the old or the new, never half of it.
+"""Atomic replacement of a file or folder: other processes see the old or the new content, never a mix.
 
-Of a folder `model` a process makes these, beside it:
+To replace a folder `model`, a process creates these beside it:
 
-    .model.1f….qcompiler-new   the new one, until all of it is on the disk
-    .model.qcompiler-old       the old one, from the moment it steps aside until the new one has its place
+    .model.1f….qcompiler-new   the new folder, until it is fully on disk
+    .model.qcompiler-old       the old folder, from when it is moved aside until the new one is in place
 
-A process that dies leaves one of three things: the old folder and a half new one; the new folder and the old one aside;
-or, between two renames, the old one aside and a whole new one. Whoever saves or loads next puts the old one back, or
-removes what is left over. Locks on the parent folder keep two of them from doing so at once.
+A process that dies leaves one of three states: the old folder and a partial new one; the new folder and the old one
+aside; or, between the two renames, the old one aside and a complete new one. The next save or load restores the old
+folder or removes the leftovers. Locks on the parent folder keep two processes from doing so at once.
 """
 
 import errno
@@ -22,22 +22,22 @@ from typing import TypeVar
 
 from qcompiler.errors import QCompilerError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used up quota, a limit on the size of files
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, exceeded quota, file size limit
 
 E = TypeVar("E", bound=QCompilerError)
 
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """A path beside `target`, whose file takes its place when the block ends well, and is gone when it does not.
+    """Yields a temporary path beside `target`; the file replaces `target` on success and is deleted on failure.
 
     Raises:
-        OSError: A folder is at `target`, or none around it; before the block begins, and in the user's words for it.
+        OSError: `target` is a folder, or its parent does not exist; raised before the block runs, with the user's path.
     """
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(target.parent))
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         yield partial
@@ -48,15 +48,15 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: Path, failed: Callable[[OSError], QCompilerError], size: int | None = None) -> Iterator[Path]:
-    """A new, empty folder, which takes the place of `target` when the block ends well, and is gone when it does not.
+    """Yields a new, empty folder that replaces `target` on success and is deleted on failure.
 
     Args:
-        target: Its name is free, or that of a folder that may be replaced; who calls this has looked.
-        failed: Makes the error, to which the place is added, that is raised when a file or folder cannot be written or
-            renamed, and `target` is as it was.
-        size: How many bytes will be written, if that is known; for the message of a full disk.
+        target: A free name, or a folder that may be replaced; the caller has already checked.
+        failed: Creates the error to raise if a file or folder cannot be written or renamed; the location is added.
+            `target` is then unchanged.
+        size: Number of bytes to be written, if known; for the full-disk message.
     """
-    target = Path(os.path.abspath(target))  # "." has a name then, and a link stays one
+    target = Path(os.path.abspath(target))  # gives "." a name, and does not resolve links
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.qcompiler-new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def replacing(target: Path, failed: Callable[[OSError], QCompilerError], size: i
                 recover(target)
                 _sweep(target)
                 make_folder(work)
-                maker.enter_context(locked(work))  # as long as its maker lives
+                maker.enter_context(locked(work))  # held as long as the process lives
             try:
                 yield work
                 sync_tree(work)
@@ -79,17 +79,17 @@ def replacing(target: Path, failed: Callable[[OSError], QCompilerError], size: i
 
 
 def not_replaced(said: E, error: OSError, target: Path, size: int | None = None) -> E:
-    """Adds to an error of writing: the place, the room that is needed if the disk is full, and that nothing changed.
+    """Adds to a write error: the location, the required space if the disk is full, and that nothing changed.
 
     Args:
         said: The error to raise.
-        error: The error of the system.
-        target: The file or folder that was to be written.
-        size: How many bytes were to be written, if that is known.
+        error: The OS error.
+        target: The file or folder to be written.
+        size: Number of bytes to be written, if known.
     """
     said.where = str(target)
     if error.errno == errno.EFBIG:
-        said.need = "a higher limit on the size of files (ulimit -f)"
+        said.need = "a higher file size limit (ulimit -f)"
     elif error.errno in FULL:
         said.need = "more room" if size is None else f"room for {size:,} bytes"
         with suppress(OSError):
@@ -100,7 +100,7 @@ def not_replaced(said: E, error: OSError, target: Path, size: int | None = None)
 
 
 def recover(target: Path) -> None:
-    """Puts back a folder whose replacement was interrupted between two renames; the parent is to be locked."""
+    """Restores a folder whose replacement was interrupted between the two renames; the parent must be locked."""
     old = _aside(target)
     if old.is_dir() and not target.exists():
         rename(old, target)
@@ -108,7 +108,7 @@ def recover(target: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Waits until no other process has the folder locked; where it cannot be locked, goes on without."""
+    """Waits for a lock on the folder; continues without one if the folder cannot be locked."""
     with ExitStack() as stack:
         with suppress(OSError):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -134,17 +134,17 @@ def _take_place(work: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Removes what processes that died have left over beside a folder that is whole."""
+    """Removes the leftovers of dead processes beside a complete folder."""
     if target.exists():
         remove_tree(_aside(target))
     for work in target.parent.glob(f".{_escaped(target.name)}.*.qcompiler-new"):
         try:
             handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # its maker has just failed and removed it, or it is no folder and nobody's work
+        except OSError:  # its process has just failed and removed it, or it is not a folder of ours
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # its maker is at work, or there are no locks here
+        except OSError:  # its process is still running, or locks are not supported here
             continue
         finally:
             os.close(handle)
@@ -159,26 +159,26 @@ def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "[*?" else letter for letter in name)
 
 
-# Single steps on the disk
+# Single file system steps
 
 
 def make_folder(path: Path) -> None:
-    """A new folder."""
+    """Creates a folder."""
     path.mkdir()
 
 
 def rename(path: Path, target: Path) -> None:
-    """Gives a folder another name, which an empty folder may have."""
+    """Renames a folder; the new name may be an empty folder."""
     path.rename(target)
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder with all that is in it, as far as that can be done."""
+    """Removes a folder with all its contents, as far as possible."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
+    """Waits until a file or a folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -187,7 +187,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same for all that is in a folder, and the folder itself."""
+    """Waits until a folder and all its contents are on disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)

@@ -1,4 +1,4 @@
-"""The kernels that a compiled graph calls, equal ones together, and the configurations for some numbers of rows.
+"""The kernel calls of a compiled graph, equal calls grouped, with the configurations for some numbers of rows.
 
 32 x kernel.scaled_linear  N 6144  K 4096      16 rows: narrow 16x128x128 ...      4096 rows: warp 256x128x128 ...
 """
@@ -17,11 +17,11 @@ from qcompiler.errors import CodegenError
 from qcompiler.ir import DType, Graph, Op, Role, Value, print_argument
 
 ROWS = (1, 16, 128, 1024, 8192)
-"""The numbers of rows for which configurations are shown: decoding, small batches, prefill."""
+"""Numbers of rows for which configurations are shown: decode, small batches, prefill."""
 
 
 def describe_kernels(graph: Graph) -> dict[str, Any]:
-    """One row for each different call of a kernel, with the names of the values that such calls compute."""
+    """Returns one row for each distinct kernel call, with the names of the values that such calls compute."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for op in graph.ops():
         if not op.name.startswith("kernel."):
@@ -41,7 +41,7 @@ def _type(arg: Any) -> str:
 
 
 def _choices(op: Op) -> list[str]:
-    """The configuration for each of `ROWS`, or why there is none; nothing for what is no product."""
+    """Returns the configuration for each of `ROWS`, or why there is none; empty if the op is not a matmul."""
     return (
         [_choice(op, rows) for rows in ROWS] if op.role is Role.QUANTIZED_MATMUL and op.get("offsets") is None else []
     )
@@ -58,7 +58,7 @@ def _choice(op: Op, rows: int) -> str:
 
 
 def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
-    """The product alone, on a device of 132 multiprocessors, with operands that are aligned."""
+    """Returns the GEMM problem alone, on a device with 132 multiprocessors and aligned operands."""
     n, k = (int(str(size)) for size in op["w"].tensor.shape)
     x, w = op.format("x_format"), op.format("w_format")
     kind: Kind = "tiles" if is_tiled(w.block) else "rows_i8" if w.element is DType.i8 else "rows_f8"
@@ -67,20 +67,20 @@ def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
 
 
 def _fused(op: Op, rows: int) -> str:
-    """One kernel with the body on its way out, or the product alone and the reason."""
+    """Describes one kernel with a fused epilogue, or the GEMM alone and the reason."""
     body = str(op.attrs["body"])
     handed, _ = handed_over(body)
     product = _problem(op, rows, handed.itemsize)
     if not takes_body(op.format("x_format"), op.format("w_format")):
         why = "the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
-        return f"{HOPPER.gemm.choose(product)}, then the body: {why}"
+        return f"{HOPPER.gemm.choose(product)}, then the fused expression: {why}"
     parts, block = parts_of(op), op.format().block if "format" in op.attrs else None
     sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
     facts = (len(op.rest), op.get("bias") is not None, block)
     problem = FusedGemmProblem(*sizes, *facts, scale_columns=product.scale_columns)
     found = HOPPER.fused_gemm.choose(problem)
     if isinstance(found, Separate):
-        return f"{HOPPER.gemm.choose(product)}, then the body: {why_separate(HOPPER.fused_gemm, problem)}"
+        return f"{HOPPER.gemm.choose(product)}, then the fused expression: {why_separate(HOPPER.fused_gemm, problem)}"
     return f"fused: {found}"
 
 

@@ -1,7 +1,7 @@
-"""Data and assets -> one page that needs nothing else.
+"""Combines data and assets into one self-contained page.
 
-The page's security policy lets nothing in but its own scripts and styles, by their hashes, and no connection at all: a
-name in a model that looks like HTML stays a name, and a page that was sent by mail cannot send anything on.
+The content security policy allows only the page's own scripts and styles, by hash, and no connections: names in a
+model cannot inject HTML, and the page cannot send data anywhere.
 """
 
 import base64
@@ -18,7 +18,7 @@ from qcompiler.errors import InputError
 from qcompiler.files.replacing import not_replaced, replacing_file
 
 LIBRARY, LIBRARY_NAME = "vendor/dagre.min.js", "dagre 3.1.3"
-"""Places the nodes of a graph: https://github.com/dagrejs/dagre."""
+"""Lays out the nodes of a graph: https://github.com/dagrejs/dagre."""
 
 LICENCE, LICENCE_NAME = "vendor/dagre.LICENSE.txt", "MIT licence"
 
@@ -26,13 +26,13 @@ SCRIPTS = (
     "elements.js", "data.js", "hierarchy.js", "layout.js", "canvas.js", "draw.js", "strip.js", "search.js", "panel.js",
     "tables.js", "reports.js", "main.js",
 )  # fmt: skip
-"""In this order; they share one scope."""
+"""In load order; they share one scope."""
 
 STYLES = ("page.css", "graph.css", "reports.css")
 
 
 def render_page(title: str, data: dict[str, Any]) -> str:
-    """The text of the page: valid UTF-8 whatever the names in the data are."""
+    """Returns the HTML of the page: valid UTF-8 whatever the names in the data are."""
     style = "\n".join(map(_asset, STYLES))
     library = _asset(LIBRARY)
     script = '(() => {{\n"use strict";\n{}\n}})();'.format("\n".join(map(_asset, SCRIPTS)))
@@ -46,13 +46,13 @@ def render_page(title: str, data: dict[str, Any]) -> str:
         "library": library,
         "script": script,
     }
-    # One sweep over the template alone: nothing that is filled in is looked at again.
+    # Substitute once, over the template only: inserted text is not scanned again.
     page = re.sub(r"@(\w+)@", lambda found: parts[found[1]], _asset("page.html"))
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def write_page(path: "str | os.PathLike[str]", page: str) -> None:
-    """Writes the text of a page: whoever reads the file meanwhile sees the old one or the new one, never a part.
+    """Writes a page atomically: other processes see the old file or the new one, never part of one.
 
     Raises:
         InputError: The file cannot be written.
@@ -68,7 +68,7 @@ def write_page(path: "str | os.PathLike[str]", page: str) -> None:
 
 
 def as_script_data(data: dict[str, Any]) -> str:
-    """JSON in which nothing can end the element that it stands in, and which old parsers of scripts take, too."""
+    """Returns JSON that cannot close its script element and that older JavaScript parsers accept."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 

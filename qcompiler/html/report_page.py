@@ -1,9 +1,9 @@
-"""The report as one HTML file: the pipeline pass by pass, what changed in the graph, and what that cost.
+"""The report as one HTML file: what each pass changed in the graph, how layers were quantized, and the errors.
 
     compiled.to_html("report.html")
     compiled.to_html("report.html", attribution=qcompiler.attribute_error(compiled, batch))
 
-The file holds everything that it needs, opens without a network, and asks for nothing.
+The file is self-contained and works offline.
 """
 
 import math
@@ -18,11 +18,11 @@ from qcompiler.program.program import HasProgram, Program
 
 
 def html_report(compiled: HasProgram, attribution: ErrorReport | None = None) -> str:
-    """The text of the page.
+    """Returns the HTML of the page.
 
     Args:
-        compiled: A model that has been captured and compiled.
-        attribution: What `qcompiler.attribute_error` found; without it the page says how to get it.
+        compiled: A captured and compiled model.
+        attribution: The result of `qcompiler.attribute_error`; without it the page says how to compute it.
 
     Raises:
         CaptureError: The model is not captured yet.
@@ -32,7 +32,7 @@ def html_report(compiled: HasProgram, attribution: ErrorReport | None = None) ->
 
 
 def describe(program: Program, attribution: ErrorReport | None) -> dict[str, Any]:
-    """Everything that the page shows, as JSON takes it."""
+    """Returns all data of the page as JSON-compatible values."""
     report = program.report
     return {
         "name": program.graph.name,
@@ -48,7 +48,7 @@ def describe(program: Program, attribution: ErrorReport | None) -> dict[str, Any
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinities: they are spelled out."""
+    """Spells out infinities, which JSON does not support."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()

@@ -1,8 +1,8 @@
-"""The stages of a pipeline as data for the page: each line once, each stage a list of their numbers.
+"""The stages of a pipeline as data for the page: each distinct line once, each stage a list of line numbers.
 
-    stages: captured [0, 1, 2, 3], fp8-tile [0, 1, 4, 5, 3]        ops: the lines that these numbers stand for
+    stages: captured [0, 1, 2, 3], fp8-tile [0, 1, 4, 5, 3]        ops: the lines with these numbers
 
-Most passes leave most lines as they were, so a pipeline of a dozen stages takes little more room than two of them.
+Most passes change few lines, so a dozen stages take little more space than two.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from qcompiler.pass_manager.runner import Step
 
 
 class Lines:
-    """The operations of all stages, each different one once, in the order in which they were first met."""
+    """The distinct operations of all stages, in order of first appearance."""
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, Location], int] = {}
@@ -24,12 +24,12 @@ class Lines:
         self.ops: list[dict[str, Any]] = []
 
     def of(self, graph: Graph) -> list[int]:
-        """The numbers of a graph's operations, in order."""
+        """Returns the line numbers of a graph's operations, in order."""
         return [self._number(op) for op in graph]
 
     @property
     def places(self) -> list[list[str | int]]:
-        """File, line, module and pass of each location."""
+        """Returns file, line, module and pass of each location."""
         return [[loc.file, loc.line, loc.module, loc.made_by] for loc in self._places]
 
     def _number(self, op: Op) -> int:
@@ -41,7 +41,7 @@ class Lines:
 
 
 def _described(op: Op, text: str, place: int) -> dict[str, Any]:
-    """One operation: its line, and what the page draws, links and lists of it."""
+    """Returns one operation: its line, and the data that the page draws, links and lists."""
     found: dict[str, Any] = {"text": text, "name": op.name, "place": place}
     if op.results:
         found["results"] = [[value.name, str(value.type)] for value in op.results]
@@ -57,12 +57,12 @@ def _described(op: Op, text: str, place: int) -> dict[str, Any]:
 def describe_stages(
     stages: Mapping[str, Graph], steps: Iterable[Step], skipped: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """What the page knows of the graphs.
+    """Returns the page's data on the graphs.
 
     Args:
-        stages: The graph as captured and after each pass.
-        steps: The passes that made them, which may be fewer when the records were not kept.
-        skipped: Stage -> name of a value -> why the pass left alone what computes it.
+        stages: The graph after capture and after each pass.
+        steps: The passes that ran; may be fewer than the stages if records were not kept.
+        skipped: Stage -> name of a value -> why the pass skipped the operation that computes it.
     """
     lines, sentences, ran = Lines(), dict[str, int](), {step.stage: step for step in steps}
     rows = []

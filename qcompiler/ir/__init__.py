@@ -1,4 +1,4 @@
-"""The graph IR: types, operations, graphs, their text, their rules, and rewriting. No torch in here."""
+"""The graph IR: types, operations, graphs, text form, verifier, and rewriting. Does not import torch."""
 
 from qcompiler.ir.diff import diff
 from qcompiler.ir.formats import ALL, Format

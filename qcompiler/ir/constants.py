@@ -1,4 +1,4 @@
-"""Which operations of a graph are constant: computed from parameters and literals alone, so alike in every call."""
+"""Tracks constant operations: those that depend only on parameters and literals."""
 
 import networkx as nx
 
@@ -6,7 +6,7 @@ from qcompiler.ir.op import Op
 
 
 class Constants:
-    """Kept up to date with the network, change by change, so that asking costs nothing."""
+    """The set of constant operations, updated on each graph change so that queries are O(1)."""
 
     def __init__(self, net: "nx.MultiDiGraph[Op]") -> None:
         self._net = net
@@ -16,7 +16,7 @@ class Constants:
         return op in self._constant
 
     def update(self, op: Op) -> None:
-        """Looks again at an operation whose operands have changed, and at its readers if that changes the answer."""
+        """Rechecks an operation whose operands changed, and its users if the result changes."""
         stack = [op]
         while stack:
             op = stack.pop()
@@ -26,5 +26,5 @@ class Constants:
                 stack += self._net.successors(op)
 
     def forget(self, op: Op) -> None:
-        """An operation is gone."""
+        """Removes an erased operation."""
         self._constant.discard(op)

@@ -1,4 +1,4 @@
-"""Facts that follow from the dataflow alone: what a value is made of, and what it reaches."""
+"""Dataflow queries: what a value is computed from, and which operations use it."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +12,7 @@ def parameters_of(value: Value) -> list[Op]:
 
 
 def ancestors(value: Value) -> list[Op]:
-    """The operations that a value is computed from, each once and behind what it reads; the value's own is the last."""
+    """The operations that a value is computed from, each once, in topological order; ends with `value.op`."""
     found: dict[Op, None] = {}
     seen: set[Op] = set()
     stack = [(value.op, False)]
@@ -28,7 +28,7 @@ def ancestors(value: Value) -> list[Op]:
 
 
 def part_of(op: Op) -> Graph:
-    """What computes the results of a constant operation, as a graph of its own: no inputs, and those as outputs."""
+    """The computation of a constant operation as a separate graph without inputs; its outputs are the results."""
     part = Graph("part")
     twin: dict[Value, Value] = {}
 
@@ -45,7 +45,7 @@ def part_of(op: Op) -> Graph:
 
 
 def readers_through(graph: Graph, value: Value, passes: Callable[[Op], bool]) -> Iterator[Op]:
-    """Every operation that reads `value`, directly or through operations for which `passes` holds."""
+    """The operations that use `value`, directly or through operations for which `passes` is true."""
     seen: set[Op] = set()
     stack = [value]
     while stack:

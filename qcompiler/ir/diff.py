@@ -1,4 +1,4 @@
-"""The difference of two graphs, line by line in their text; locations do not count."""
+"""Line diff of the texts of two graphs, without locations."""
 
 import difflib
 
@@ -6,7 +6,7 @@ from qcompiler.ir.graph import Graph
 
 
 def diff(before: Graph, after: Graph, *, context: int = 1) -> str:
-    """A unified diff of the two texts with `context` unchanged lines around each change; empty when they are alike."""
+    """A unified diff of the two texts with `context` unchanged lines around each change; empty if they are equal."""
     lines = difflib.unified_diff(
         before.text(locations=False).splitlines(),
         after.text(locations=False).splitlines(),

@@ -1,4 +1,4 @@
-"""Graph -> DOT, the language of Graphviz, with a cluster for each module.
+"""Graph -> Graphviz DOT, with a cluster for each module.
 
 Path("graph.dot").write_text(graph.to_dot())            dot -Tsvg graph.dot -o graph.svg
 """
@@ -12,7 +12,7 @@ from qcompiler.ir.traits import Role
 
 ENDS = ("core.input", "core.return")
 COLOURS = {"quant": "#ede7f9", "kernel": "#dff2f6"}
-"""Fill of the operations of a dialect; the others are white."""
+"""Dialect -> fill color of its operations; others are white."""
 
 HEAD = """\
   rankdir = TB
@@ -24,7 +24,7 @@ BOX = 'labeljust = l; color = "#c0c6cc"; fontname = "monospace"; fontsize = 10'
 
 @dataclass
 class _Cluster:
-    """A module: the operations that stand in it, and the modules inside it."""
+    """A module: its operations and its submodules."""
 
     ops: list[Op] = field(default_factory=list)
     inside: dict[str, "_Cluster"] = field(default_factory=dict)
@@ -34,8 +34,8 @@ def dot_of(graph: Structure, *, weights: bool = True) -> str:
     """The DOT text of a graph, ending without a newline.
 
     Args:
-        graph: What is drawn.
-        weights: Whether parameters and buffers are nodes, too.
+        graph: The graph to draw.
+        weights: Whether parameters and buffers are nodes.
     """
     drawn = [op for op in graph if weights or op.role is not Role.STATE]
     names = {op: f"n{number}" for number, op in enumerate(drawn)}
@@ -61,7 +61,7 @@ def _cluster(cluster: _Cluster, names: dict[Op, str], path: str, indent: str) ->
 
 
 def _looks(op: Op) -> dict[str, str]:
-    """The attributes of a node: its operation over what it computes."""
+    """The attributes of a node; its label is the op name above its results."""
     label = "\n".join([op.name, *(f"{value}: {value.type}" for value in op.results)])
     looks = {"label": _quoted(label)}
     if op.name in ENDS or op.role is Role.STATE:
@@ -72,7 +72,7 @@ def _looks(op: Op) -> dict[str, str]:
 
 
 def _edges(drawn: list[Op], names: dict[Op, str]) -> Iterator[str]:
-    """One edge for each value that an operation reads, however often."""
+    """One edge for each distinct operand of an operation."""
     for op in drawn:
         for value in dict.fromkeys(value for _, value in op.operands()):
             if value.op in names:
@@ -81,6 +81,6 @@ def _edges(drawn: list[Op], names: dict[Op, str]) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    """A string that DOT shows as it is: in labels, a backslash begins an escape; what cannot be seen is spelled out."""
+    """A DOT string literal: backslashes are escaped, and unprintable characters are spelled out."""
     seen = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return '"' + seen.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

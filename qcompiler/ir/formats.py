@@ -1,17 +1,17 @@
-"""Number formats: how a tensor is stored as codes and scales, as one value that prints and parses.
+"""Number formats: how a tensor is stored as codes and scales.
 
     #fp8_tile                                                        a named format
-    #fp8_tile<profile = "vllm">                                      the same, made by another convention
+    #fp8_tile<profile = "vllm">                                      the same with another quantization profile
     #format<f8e4m3fn, block = [1, 64]>                               spelled out
     #format<f4e2m1fn, block = [1, 8], scale = f8e4m3fn, tensor_scale = true>
 
-A block is a number of rows and columns of the last two dimensions; `ALL` (-1) takes the whole axis:
+A block is a number of rows and columns of the last two dimensions; `ALL` (-1) means the whole axis:
 
     [1, 128]      a tile of an activation              [1, ALL]      a token, or an output channel of a weight
-    [128, 128]    a block of a weight                  [ALL, ALL]    the tensor
-    [ALL, 1]      a channel of an activation, over all tokens: no tensor core can multiply that
+    [128, 128]    a block of a weight                  [ALL, ALL]    the whole tensor
+    [ALL, 1]      a channel of an activation, over all tokens: tensor cores cannot multiply it
 
-All formats are symmetric: a code times its scale is the number. `qcompiler.numerics` computes with them.
+All formats are symmetric: number = code * scale. `qcompiler.numerics` implements the arithmetic.
 """
 
 import math
@@ -25,32 +25,32 @@ from qcompiler.ir.sizes import Expr, Size, ceildiv
 from qcompiler.ir.types import DType, TensorType
 
 ALL = -1
-"""The size of a block that takes the whole of its axis. As rows it takes those of all leading dimensions, too."""
+"""Block size that covers the whole axis; as a number of rows, it also covers all leading dimensions."""
 
 Block = tuple[int, int]
 
 ELEMENTS = {DType.f8e4m3fn: 448.0, DType.f8e5m2: 57344.0, DType.i8: 127.0, DType.f4e2m1fn: 6.0, DType.i4: 7.0}
-"""What codes can be, each with its largest magnitude."""
+"""Code dtypes, each with its largest magnitude."""
 
 SCALES = {DType.f32: math.inf, DType.f8e4m3fn: 448.0, DType.f8e8m0fnu: 2.0**127}
-"""What scales can be, each with its largest value."""
+"""Scale dtypes, each with its largest value."""
 
 TINY = 2.0**-100
-"""The smallest scale of an element without a wide exponent: the kernels, which do without a division instruction, are
-exact down to 2^-101."""
+"""The smallest scale for integer and 4-bit codes: the kernels avoid the division instruction and are exact down to
+2^-101."""
 
 DEFAULT_PROFILE = "deepseek"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One convention of the field for turning a block into codes and a scale.
+    """A published convention for quantizing a block to codes and a scale.
 
     Attributes:
-        name: How the profile is chosen and recorded.
-        fp8_amax_floor: The smallest amax from which an FP8 scale is made, in units of the input.
-        division: `"divide"` is x / s, `"reciprocal"` is x * (1 / s); both steps are rounded to FP32.
-        scale_format: `"f32"`, or `"ue8m0"`: a power of two, never below the FP32 scale.
+        name: The name that selects the profile.
+        fp8_amax_floor: Lower bound on the amax that an FP8 scale is computed from, in units of the input.
+        division: `"divide"` is x / s, `"reciprocal"` is x * (1 / s); each step is rounded to FP32.
+        scale_format: `"f32"`, or `"ue8m0"`: a power of two, at least the FP32 scale.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Profile:
     scale_format: Literal["f32", "ue8m0"]
 
     def amax_floor(self, element: DType) -> float:
-        """The smallest amax from which a scale of codes of that type is made."""
+        """Lower bound on the amax that a scale is computed from, for codes of type `element`."""
         return self.fp8_amax_floor if element.is_float and element.bits >= 8 else ELEMENTS[element] * TINY
 
 
@@ -75,7 +75,7 @@ PROFILES: dict[str, Profile] = {
 
 
 def profile(name: str = DEFAULT_PROFILE) -> Profile:
-    """The profile of that name; raises QCompilerError, with the nearest known name, for any other."""
+    """The profile called `name`; raises QCompilerError with the closest known name if there is none."""
     if name not in PROFILES:
         raise QCompilerError("unknown quantization profile", got=repr(name), fix=did_you_mean(str(name), PROFILES))
     return PROFILES[name]
@@ -86,12 +86,12 @@ class Format:
     """How a tensor is stored as codes and scales.
 
     Attributes:
-        element: Type of the codes, one of `ELEMENTS`. Those below 8 bits are packed along the last dimension, low bits
-            first.
+        element: Dtype of the codes, a key of `ELEMENTS`. Codes below 8 bits are packed along the last dimension, low
+            bits first.
         block: Rows and columns that share a scale.
-        scale: Type of the scales, one of `SCALES`. `numerics` says how a scale is rounded to it.
-        profile: The convention that makes scales and codes, a key of `PROFILES`.
-        tensor_scale: Whether all scales, in E4M3, have a common FP32 factor, made from the tensor's largest magnitude.
+        scale: Dtype of the scales, a key of `SCALES`. `numerics` defines how scales are rounded to it.
+        profile: The convention for computing scales and codes, a key of `PROFILES`.
+        tensor_scale: Whether the E4M3 scales share an FP32 factor, computed from the tensor's largest magnitude.
         scale_layout: Order of the scales in memory: "row_major", or "col_major", in which the scales of one column of
             blocks are adjacent, as a GEMM kernel reads them. It changes neither shapes nor values.
     """
@@ -108,19 +108,21 @@ class Format:
         for name, known in (("element", ELEMENTS), ("scale", SCALES)):
             if getattr(self, name) not in known:
                 need = " or ".join(map(str, known))
-                raise QCompilerError(f"the {name} of a format has a wrong type", got=getattr(self, name), need=need)
+                raise QCompilerError(
+                    f"the {name} of a format has an unsupported dtype", got=getattr(self, name), need=need
+                )
         if not is_block(self.block):
-            need = f"[rows, columns], where {ALL} is the whole of an axis"
-            raise QCompilerError("a block is two positive sizes", got=_listed(self.block), need=need)
+            need = f"[rows, columns], where {ALL} means the whole axis"
+            raise QCompilerError("a block must be two positive sizes", got=_listed(self.block), need=need)
         profile(self.profile)
         if not isinstance(self.tensor_scale, bool) or self.scale_layout not in ("row_major", "col_major"):
             need = 'tensor_scale true or false, scale_layout "row_major" or "col_major"'
             raise QCompilerError("a format is malformed", got=f"{self.tensor_scale} and {self.scale_layout}", need=need)
         if self.tensor_scale and self.scale is not DType.f8e4m3fn:
-            raise QCompilerError("a tensor scale is for scales of limited range", got=self.scale, need=DType.f8e4m3fn)
+            raise QCompilerError("tensor_scale requires scales of limited range", got=self.scale, need=DType.f8e4m3fn)
         if self.scale_layout == "col_major" and self.block[0] != 1:
             got = _listed(self.block)
-            raise QCompilerError("the column-major scale layout is for blocks of 1 row", got=got, need="[1, columns]")
+            raise QCompilerError("the column-major scale layout requires blocks of 1 row", got=got, need="[1, columns]")
 
     @property
     def max(self) -> float:
@@ -133,14 +135,14 @@ class Format:
         return self.element.is_float and self.element.bits == 8
 
     def scale_shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
-        """`scale_shape` for the block of this format."""
+        """The shape of the scales of a tensor in this format."""
         return tuple(scale_shape(shape, self.block))
 
     def types(self, shape: Sequence[Size]) -> tuple[TensorType, ...]:
-        """The types of what a tensor of that shape is stored as: codes, scales, and the tensor scale if there is one.
+        """The types that store a tensor of this shape: codes, scales, and the tensor scale if there is one.
 
         Raises:
-            QCompilerError: The shape has no dimension, or its last one cannot be packed.
+            QCompilerError: The shape has no dimensions, or its last dimension cannot be packed.
         """
         if not shape:
             raise QCompilerError("a tensor without dimensions has no blocks")
@@ -150,19 +152,19 @@ class Format:
         return TensorType(self.element, tuple(shape)), TensorType(self.scale, self.scale_shape(shape)), *tensor_scale
 
     def why_not(self, shape: Sequence[Size]) -> str | None:
-        """Why a tensor of that shape cannot be stored in this format, as a sentence; None if it can."""
+        """Why a tensor of this shape cannot be stored in this format, as a sentence; None if it can."""
         each = 8 // self.element.bits
         if isinstance(shape[-1], int) and shape[-1] % each:
             return f"{self.element} codes are packed {each} in a byte, which does not divide {shape[-1]} columns"
         return None
 
     def bytes(self, shape: Sequence[Size]) -> Size:
-        """Bytes of storage of a tensor of that shape, scales included."""
+        """Storage of a tensor of this shape in bytes, including scales."""
         sizes = [kind.bytes for kind in self.types(shape)]
         return sum(sizes[1:], sizes[0])
 
     def decodes_like(self, other: "Format") -> bool:
-        """Whether codes and scales of both formats mean the same numbers, however they were made."""
+        """Whether both formats decode the same codes and scales to the same numbers."""
         return self._numbers == other._numbers
 
     @property
@@ -177,15 +179,15 @@ class Format:
 
 
 def is_block(block: Any) -> bool:
-    """Whether `block` is rows and columns of a block."""
+    """Whether `block` is a valid (rows, columns) pair."""
     return isinstance(block, tuple) and len(block) == 2 and all(type(n) is int and (n > 0 or n == ALL) for n in block)
 
 
 def scale_shape(shape: Sequence[Any], block: Sequence[int]) -> list[Any]:
-    """The shape of the scales of a tensor: one for each block of its last two dimensions.
+    """The shape of the scales of a tensor: one scale per block of the last two dimensions.
 
-    `[..., ceil(M / rows), ceil(K / columns)]`; with rows `ALL`, which takes the leading dimensions along, `[1, ...]`;
-    for a vector, which counts as one row, `[ceil(K / columns)]`. Sizes may be symbolic, ours or torch's.
+    `[..., ceil(M / rows), ceil(K / columns)]`; if rows is `ALL`, which includes the leading dimensions, `[1, ...]`;
+    for a vector, which is one row, `[ceil(K / columns)]`. Sizes may be symbolic, of this IR or of torch.
     """
     rows, columns = block
     across = 1 if columns == ALL else _ceil_div(shape[-1], columns)
@@ -215,29 +217,29 @@ MXFP4 = Format(DType.f4e2m1fn, (1, 32), DType.f8e8m0fnu)
 MXFP8 = Format(DType.f8e4m3fn, (1, 32), DType.f8e8m0fnu)
 
 FORMATS: dict[str, Format] = {}
-"""The formats that have a name."""
+"""Named formats."""
 
 CHANGES = ("profile", "scale_layout")
-"""Fields that a named format is spelled with where they differ."""
+"""Fields that may differ from the named format and are then printed after its name."""
 
 
 def register_format(name: str, format: Format) -> Format:
-    """Gives a format a name in texts; QCompilerError when the name is taken."""
+    """Names a format for the text form; raises QCompilerError if the name is taken."""
     if name == "format" or FORMATS.setdefault(name, format) != format:
-        raise QCompilerError("two formats have one name", got=repr(name), need="a name that is free")
+        raise QCompilerError("two formats have the same name", got=repr(name), need="an unused name")
     _spelled.cache_clear()
     return format
 
 
 def read_format(name: str, given: Mapping[str, Any]) -> Format:
-    """The format that `#name<given>` spells; `format` is the name of one that is spelled out.
+    """The format that `#name<given>` spells; the name `format` means that all fields are in `given`.
 
     Raises:
-        QCompilerError: There is no such name or field, or the fields do not describe a format.
+        QCompilerError: The name or a field is unknown, or the fields do not describe a valid format.
     """
     known = [field.name for field in fields(Format)]
     if strange := [key for key in given if key not in known]:
-        raise QCompilerError(f"a format has no '{strange[0]}'", fix=did_you_mean(strange[0], known))
+        raise QCompilerError(f"a format has no field '{strange[0]}'", fix=did_you_mean(strange[0], known))
     if name == "format":
         if not {"element", "block"} <= given.keys():
             raise QCompilerError(
@@ -245,7 +247,7 @@ def read_format(name: str, given: Mapping[str, Any]) -> Format:
             )
         return Format(**given)
     if name not in FORMATS:
-        raise QCompilerError("no format has this name", got=repr(name), fix=did_you_mean(name, FORMATS))
+        raise QCompilerError("unknown format", got=repr(name), fix=did_you_mean(name, FORMATS))
     return replace(FORMATS[name], **given)
 
 

@@ -1,7 +1,7 @@
-"""A graph: the structure of one function, what belongs to it, and its forms.
+"""A graph: one function with its weights, remarks, and text form.
 
-Build it with `add_input`, `append` and `set_outputs`; change it with `insert`, `replace`, `erase`, all of which are in
-`qcompiler.ir.structure`. Here are weights and remarks, text, verification, pictures and copies.
+Build it with `add_input`, `append` and `set_outputs`; change it with `insert`, `replace`, `erase`, which are defined in
+`qcompiler.ir.structure`. This module adds weights, remarks, text, verification, export, and copies.
 """
 
 from collections.abc import MutableMapping
@@ -22,7 +22,7 @@ PARAM, BUFFER = "core.param", "core.buffer"
 
 
 class Derivation(NamedTuple):
-    """How a weight that a pass has made is computed from others: a graph without inputs, and which output it is."""
+    """How a weight created by a pass is computed from others: a graph without inputs, and the output index."""
 
     graph: "Graph"
     output: int
@@ -32,11 +32,10 @@ class Graph(Structure):
     """One function. Build it with `add_input`, `append` and `set_outputs`; change it with `insert`, `replace`, `erase`.
 
     Attributes:
-        weights: Name -> tensor for the parameters and buffers; empty in a graph that is structure only.
-        derivations: How the weights that passes have made are computed from the model's, by name.
-        remarks: What a pass has to say of values, by their names; whoever runs a pipeline takes them away at its end.
-        calibration: What was observed of its values on real inputs, see `qcompiler.calibration`; None until somebody
-            calibrates.
+        weights: Name -> tensor for the parameters and buffers; empty in a graph without weights.
+        derivations: Name -> how a weight created by a pass is computed from the model's weights.
+        remarks: Value name -> remark of a pass; the pipeline runner collects and clears them.
+        calibration: Statistics of its values on real inputs, see `qcompiler.calibration`; None before calibration.
     """
 
     def __init__(self, name: str = "main") -> None:
@@ -47,14 +46,14 @@ class Graph(Structure):
         self.calibration: Any = None
 
     def remark(self, value: Value, text: str) -> None:
-        """Notes what a pass did to a value, or why it did nothing, for the report."""
+        """Records for the report what a pass did to a value, or why it did nothing."""
         known = self.remarks.get(value.name)
         self.remarks[value.name] = f"{known}; {text}" if known else text
 
     # Forms
 
     def clone(self, *, weights: bool = True) -> "Graph":
-        """An independent copy of the structure; with `weights`, over the same tensors, derivations and calibration."""
+        """An independent copy of the structure; with `weights`, it shares tensors, derivations, and calibration."""
         copy = Graph(self.name)
         copy.symbols = dict(self.symbols)
         if weights:
@@ -79,13 +78,13 @@ class Graph(Structure):
 
     @classmethod
     def parse(cls, text: str, filename: str = "<text>") -> "Graph":
-        """The graph that `text` spells; ParseError with file:line:column when it is malformed."""
+        """Parses a graph; raises ParseError with file:line:column if `text` is malformed."""
         graph = cls()
         parse_graph(text, filename, graph)
         return graph
 
     def text(self, *, locations: bool = True) -> str:
-        """The text form; without `locations` it is shorter to read, and parses too."""
+        """The text form; without `locations`, it is shorter and still parses."""
         return print_graph(self, locations=locations)
 
     def __str__(self) -> str:
@@ -95,19 +94,19 @@ class Graph(Structure):
         return f"<Graph @{self.name}: {len(self)} operations>"
 
     def _repr_html_(self) -> str:
-        """The text without locations, as notebooks show it: wide lines scroll."""
+        """The text without locations, for notebooks; wide lines scroll."""
         return f'<pre style="white-space: pre; overflow-x: auto">{escape(self.text(locations=False))}</pre>'
 
     def verify(self, after: str = "") -> None:
-        """Holds the graph to the rules of `qcompiler.ir.verifier`; VerifyError names the rule, and the pass `after`."""
+        """Checks the rules of `qcompiler.ir.verifier`; raises VerifyError with the rule and the pass `after`."""
         verify_graph(self, self.weights, after)
 
     def to_networkx(self) -> "nx.MultiDiGraph[Op]":
         """A copy of the network, with the operations in order, for networkx to draw, walk or write.
 
-        The graph carries `name`. Each node is an operation and carries `op` (itself), `name`, `index` (its place in the
-        order) and `text` (its line). Each edge carries `value` (the name), `type`, `result` (which result of its
-        source) and `path` (where in the arguments of its target).
+        The graph has the attribute `name`. Each node is an operation with attributes `op` (itself), `name`, `index`
+        (its position in the order), and `text` (its line). Each edge has attributes `value` (the name), `type`,
+        `result` (result index in its source), and `path` (position in the arguments of its target).
         """
         net: nx.MultiDiGraph[Op] = nx.MultiDiGraph(name=self.name)
         for index, op in enumerate(self):
@@ -118,5 +117,5 @@ class Graph(Structure):
         return net
 
     def to_dot(self, *, weights: bool = True) -> str:
-        """The graph in the language of Graphviz, modules as clusters; without `weights`, parameters are left out."""
+        """The graph in Graphviz DOT, with modules as clusters; without `weights`, parameters are omitted."""
         return dot_of(self, weights=weights)

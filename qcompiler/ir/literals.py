@@ -8,7 +8,7 @@
     format   := '#' name ['<' [field {',' field}] '>']
     field    := dtype | name '=' value
 
-A literal is a value in which a name is a dtype and `#name` is a number format or a tag.
+A literal is a value in which a bare name is a dtype, and `#name` is a number format or a tag.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from qcompiler.text import Source, Token, ValueReader
 
 
 def parse_literal(text: str) -> Argument:
-    """The literal that `text` spells; ParseError if it is not a literal."""
+    """Parses a literal; raises ParseError if `text` is not a literal."""
     reader = LiteralReader(Source(text, "<option>"))
     value: Argument = reader.value()
     reader.expect_end()
@@ -32,7 +32,7 @@ def parse_literal(text: str) -> Argument:
 
 @cache
 def parse_format(text: str) -> Format:
-    """The format that `text` spells, such as `#fp8_tile`; ParseError if it is not a format."""
+    """Parses a format such as `#fp8_tile`; raises ParseError if `text` is not a format."""
     found = parse_literal(text)
     if not isinstance(found, Format):
         raise ParseError(f"{text!r} is not the name of a format. {did_you_mean(text.strip('#'), FORMATS)}")
@@ -40,7 +40,7 @@ def parse_format(text: str) -> Format:
 
 
 def parse_type(text: str) -> Type:
-    """The type that `text` spells, such as `f32[s0, 256]`; ParseError if it is not a type."""
+    """Parses a type such as `f32[s0, 256]`; raises ParseError if `text` is not a type."""
     reader = LiteralReader(Source(text, "<type>"))
     found = reader.type()
     reader.expect_end()
@@ -67,7 +67,7 @@ class LiteralReader(ValueReader):
             raise self.fail(str(error), token) from None
 
     def field(self, fields: dict[str, Argument]) -> None:
-        """A field of a format, added to `fields`: `f8e4m3fn`, the element type, or `block = [1, 64]`."""
+        """Reads a field of a format into `fields`: `f8e4m3fn` (the element type) or `block = [1, 64]`."""
         key = self.expect_kind("name", "a field of a format, such as 'block'")
         named = self.accept("=")
         name = key.text if named else "element"
@@ -82,7 +82,7 @@ class LiteralReader(ValueReader):
         return DType[token.text]
 
     def types(self) -> list[Type]:
-        """One type or more, with commas between."""
+        """One or more types, separated by commas."""
         found = [self.type()]
         while self.accept(","):
             found.append(self.type())
@@ -96,7 +96,7 @@ class LiteralReader(ValueReader):
         if token.text in ("int", "float", "bool"):
             found = self.sizes("(", ")") if self.now.text == "(" else [None]
             if len(found) != 1:
-                raise self.fail(f"{token.text} holds one size, not {len(found)}", token)
+                raise self.fail(f"{token.text} takes one size, not {len(found)}", token)
             return ScalarType(token.text, found[0])  # type: ignore[arg-type]  # one of the three, as just tested
         return TensorType(self.dtype(token), tuple(self.sizes("[", "]")))
 

@@ -1,4 +1,4 @@
-"""The names of one graph's values: which are taken, and which is free next."""
+"""The value names of one graph, and unique new names."""
 
 from collections.abc import Iterable
 
@@ -7,14 +7,14 @@ from qcompiler.ir.op import Value
 
 
 class Names(dict[str, Value]):
-    """Name -> value. What `fresh` answers depends on the names alone, not on the order in which they were taken."""
+    """Name -> value. The result of `fresh` depends only on the names in use, not on the order of their creation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._free: dict[str, int] = {}  # stem -> n: every one of stem_1 … stem_(n - 1) is taken
+        self._free: dict[str, int] = {}  # stem -> n: stem_1 … stem_(n - 1) are all taken
 
     def fresh(self, name: str) -> str:
-        """`name`, or the first free one of `name_1`, `name_2` …; `x_7`, when taken, goes on with `x_8`."""
+        """`name`, or the first free name of `name_1`, `name_2` …; if `x_7` is taken, `x_8` is next."""
         if name not in self:
             return name
         stem, tail = name.rpartition("_")[::2]
@@ -29,7 +29,7 @@ class Names(dict[str, Value]):
         return candidate
 
     def bind(self, value: Value, name: str) -> None:
-        """Calls `value` by `name`, or by what is free."""
+        """Names `value` `name`, made unique if it is taken."""
         value.name = self.fresh(name)
         self[value.name] = value
 
@@ -41,14 +41,14 @@ class Names(dict[str, Value]):
             self._free[stem] = min(self._free[stem], max(1, int(tail)))
 
     def find(self, name: str) -> Value:
-        """The value called `name`, with or without its `%`; QCompilerError with the nearest name when there is none."""
+        """The value called `name`, with or without `%`; raises QCompilerError with the closest name if missing."""
         if (value := self.get(name.removeprefix("%"))) is None:
             name = "%" + name.removeprefix("%")
-            raise QCompilerError(f"no value is called {name}", fix=nearest(name, map(str, self.values())) or None)
+            raise QCompilerError(f"there is no value {name}", fix=nearest(name, map(str, self.values())) or None)
         return value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`Did you mean 'x'?`, without the list of all that is known, which may be long; empty when nothing is near."""
+    """`Did you mean 'x'?` without the list of all known names; empty if no name is close."""
     guess, mark, _ = did_you_mean(name, known).partition("? ")
     return f"{guess}?" if mark and guess.startswith("Did") else ""

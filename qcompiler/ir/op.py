@@ -1,4 +1,4 @@
-"""Values, operations, literals and locations: what a graph is made of."""
+"""Values, operations, literals, and locations."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ from qcompiler.ir.traits import Effects, Role, traits_of
 from qcompiler.ir.types import DType, TensorType, Type
 
 Path = tuple[int | str, ...]
-"""Where an operand sits: (0,) is the first argument, (0, 2) the third of a list there, ("mask",) an attribute."""
+"""Operand position: (0,) is the first argument, (0, 2) the third item of a list there, ("mask",) an attribute."""
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A literal that is only a name to torch, such as a memory format; prints as `#contiguous_format`."""
+    """A literal that is a name in torch, such as a memory format; prints as `#contiguous_format`."""
 
     name: str
 
@@ -26,7 +26,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Location:
-    """Where an operation comes from: source line, module path, and the pass that made it."""
+    """The origin of an operation: source line, module path, and the pass that created it."""
 
     file: str = ""
     line: int = 0
@@ -41,7 +41,7 @@ class Location:
 
 
 class Value:
-    """One result of one operation, named and typed; compared by identity."""
+    """A named, typed result of an operation; compared by identity."""
 
     __slots__ = ("index", "name", "op", "type")
 
@@ -56,9 +56,9 @@ class Value:
 
     @property
     def tensor(self) -> TensorType:
-        """The type, known to be a tensor's; TypeError otherwise."""
+        """The type as a TensorType; raises TypeError if it is not a tensor type."""
         if not isinstance(self.type, TensorType):
-            raise TypeError(f"{self!r} is no tensor")
+            raise TypeError(f"{self!r} is not a tensor")
         return self.type
 
 
@@ -71,7 +71,7 @@ LITERAL_TYPES = (type(None), bool, int, float, str, DType, Format, Tag)
 class Op:
     """One operation: `results = name(args) {attrs}`. Arguments and attributes are trees of values and literals.
 
-    Arguments have the names of the operation's declaration, or of torch's schema: `op["weight"]`, `op.get("bias")`.
+    Argument names come from the operation's declaration or torch's schema: `op["weight"]`, `op.get("bias")`.
     """
 
     name: str
@@ -91,31 +91,31 @@ class Op:
         return value
 
     def operands(self) -> Iterator[tuple[Path, Value]]:
-        """Every value in the arguments and attributes, with its path, in printing order."""
+        """All values in the arguments and attributes, with their paths, in printing order."""
         for index, arg in enumerate(self.args):
             yield from _values(arg, (index,))
         for key in sorted(self.attrs):
             yield from _values(self.attrs[key], (key,))
 
     def __getitem__(self, name: str) -> Value:
-        """The operand called `name`; KeyError if there is no such parameter, TypeError if it is not a value."""
+        """The operand called `name`; raises KeyError if there is no such parameter, TypeError if it is not a value."""
         arg = self.argument(name)
         if not isinstance(arg, Value):
             raise TypeError(f"operand '{name}' of {self.name} is {arg!r}, not a value")
         return arg
 
     def get(self, name: str) -> Value | None:
-        """The operand called `name`; None if the operation has no such parameter, or if it is not a value."""
+        """The operand called `name`; None if there is no such parameter or it is not a value."""
         arg = self._find(name)
         return arg if isinstance(arg, Value) else None
 
     def argument(self, name: str) -> Argument:
-        """The argument or attribute called `name`, or its default; KeyError if there is no such parameter."""
+        """The argument or attribute called `name`, or its default; raises KeyError if there is no such parameter."""
         self.path(name)
         return self._find(name)
 
     def path(self, name: str) -> Path:
-        """Where the argument called `name` is, or would be as an attribute; KeyError if there is no such parameter."""
+        """The path of the argument called `name`, whether set or not; raises KeyError if there is no such parameter."""
         traits = traits_of(self.name)
         name = traits.aliases.get(name, name)
         index = traits.positions.get(name)
@@ -136,7 +136,7 @@ class Op:
         return self.attrs.get(name, default)
 
     def format(self, name: str = "format") -> Format:
-        """The attribute called `name`, known to be a format; TypeError otherwise."""
+        """The attribute called `name` as a Format; raises TypeError if it is not a format."""
         found = self.attrs.get(name)
         if not isinstance(found, Format):
             raise TypeError(f"attribute '{name}' of {self.name} is {found!r}, not a format")
@@ -144,18 +144,18 @@ class Op:
 
     @property
     def rest(self) -> tuple[Argument, ...]:
-        """The arguments after those that have names."""
+        """The arguments after the named ones."""
         start = traits_of(self.name).rest
         return () if start is None else self.args[start:]
 
     @property
     def role(self) -> Role | None:
-        """What the operation is to a pass."""
+        """The role of the operation in passes."""
         return traits_of(self.name).role
 
     @property
     def effects(self) -> Effects:
-        """What the operation does beyond computing results."""
+        """The side effects of the operation."""
         return traits_of(self.name).effects
 
 
@@ -168,7 +168,7 @@ def _values(arg: Argument, path: Path) -> Iterator[tuple[Path, Value]]:
 
 
 def quote(text: str) -> str:
-    """A string as JSON spells it, always on one line; what cannot be seen is escaped."""
+    """A JSON string on one line, with unprintable characters escaped."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 

@@ -1,7 +1,7 @@
-"""The table of operations: each declared once, as data, with its type rule and its meaning.
+"""The operation table: each operation is declared once, with its type rule and torch definition.
 
-A dialect file calls `declare` for its operations. Namespaces that are not ours (aten, and whatever else torch knows)
-are open: `declare_open_namespaces` hands over a resolver, and their types are what capture recorded.
+A dialect module calls `declare` for its operations. Torch's namespaces (aten, prims and others) are open:
+`declare_open_namespaces` registers a resolver for their traits, and their types are recorded by capture.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from qcompiler.ir.types import DType, Type
 
 
 class OpError(QCompilerError):
-    """An operation breaks its own declaration; `operand` is the name or index of the guilty argument, if any."""
+    """An operation violates its declaration; `operand` is the name or index of the argument at fault, if any."""
 
     def __init__(self, problem: str, operand: int | str | None = None) -> None:
         super().__init__(problem)
@@ -30,18 +30,18 @@ Meaning = Callable[..., Any]
 
 @dataclass(frozen=True)
 class OpDef:
-    """What an operation is.
+    """The declaration of an operation.
 
     Attributes:
         name: `dialect.op`.
         doc: One sentence.
-        operands: Names of the arguments, each a value; a name that ends with `?` may be None, `*` takes any tree.
-        attributes: Name -> (check, what the check wants in words); each must be given.
-        optional: The same for attributes that may be left out.
-        types: Result types from the operands and attributes; None where the declared types are taken as they are.
+        operands: Names of the arguments, each a value; a name ending in `?` may be None, `*` accepts any trees.
+        attributes: Name -> (check, description of accepted values); all are required.
+        optional: The same for optional attributes.
+        types: Result types from the operands and attributes; None if the declared types are used as given.
         meaning: The operation in plain torch: operands in order, attributes as keyword arguments.
-        role: What the operation is to a pass; None for anything that no pass treats specially.
-        effects: What it does beyond computing results.
+        role: Its role in passes; None if no pass treats it specially.
+        effects: Its side effects.
     """
 
     name: str
@@ -56,12 +56,12 @@ class OpDef:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The operands that have names."""
+        """The named operands."""
         return tuple(name.removesuffix("?") for name in self.operands if name != "*")
 
     @property
     def traits(self) -> Traits:
-        """What is known of the operation by its name."""
+        """The traits that follow from this declaration."""
         rest = len(self.named) if "*" in self.operands else None
         positions = {name: index for index, name in enumerate(self.named)}
         defaults = dict.fromkeys((*self.attributes, *self.optional))
@@ -75,11 +75,11 @@ _OPEN: list["OpenNamespaces"] = []
 
 @dataclass(frozen=True)
 class OpenNamespaces:
-    """What somebody else knows about operations outside of the table.
+    """A source of operations outside the table.
 
     Attributes:
-        traits: The traits of an operation; None if it is not legal.
-        names: Candidates for did-you-mean.
+        traits: Returns the traits of an operation; None if it is unknown.
+        names: Returns candidates for did-you-mean hints.
     """
 
     traits: Callable[[str], Traits | None]
@@ -87,27 +87,27 @@ class OpenNamespaces:
 
 
 def declare(definition: OpDef) -> OpDef:
-    """Adds an operation to the table; QCompilerError when the name is taken by another declaration."""
+    """Adds an operation to the table; raises QCompilerError if another declaration has the same name."""
     if _TABLE.setdefault(definition.name, definition) is not definition:
-        raise QCompilerError("an operation is declared twice", got=definition.name, need="a name that is free")
+        raise QCompilerError("an operation is declared twice", got=definition.name, need="an unused name")
     _DIALECTS.add(definition.name.split(".")[0])
     set_traits(definition.name, definition.traits)
     return definition
 
 
 def declare_open_namespaces(namespaces: OpenNamespaces) -> None:
-    """Makes operations outside of the table legal."""
+    """Allows operations outside the table."""
     _OPEN.append(namespaces)
     add_resolver(namespaces.traits)
 
 
 def lookup(name: str) -> OpDef | None:
-    """The declaration of an operation of ours, or None."""
+    """The declaration of an operation in the table, or None."""
     return _TABLE.get(name)
 
 
 def declared(role: Role | None = None) -> list[OpDef]:
-    """Every declaration, or those with a role, sorted by name."""
+    """All declarations, or the ones with a given role, sorted by name."""
     return [_TABLE[name] for name in sorted(_TABLE) if role is None or _TABLE[name].role is role]
 
 
@@ -117,7 +117,7 @@ def is_known(name: str) -> bool:
 
 
 def unknown_op(name: str) -> str:
-    """The sentence for an operation that is not known."""
+    """The error message for an unknown operation."""
     names = list(_TABLE)
     if name.split(".")[0] not in _DIALECTS:
         names += [candidate for space in _OPEN for candidate in space.names()]
@@ -130,7 +130,7 @@ def dialects() -> str:
 
 
 def infer_types(op: Op) -> tuple[Type, ...]:
-    """The result types by the operation's own rule; OpError when it has none, or its operands are wrong."""
+    """The result types by the operation's type rule; raises OpError if it has none or the operands are invalid."""
     definition = lookup(op.name)
     if definition is None or definition.types is None:
         raise OpError(f"{op.name} has no type rule, so its result types must be given")
@@ -139,17 +139,17 @@ def infer_types(op: Op) -> tuple[Type, ...]:
 
 
 def check_signature(op: Op, definition: OpDef) -> None:
-    """Holds the arguments and attributes to their declaration; OpError otherwise."""
+    """Checks the arguments and attributes against the declaration; raises OpError."""
     _check_operands(op, definition.operands)
     if missing := sorted(set(definition.attributes) - set(op.attrs)):
-        raise OpError(f"attribute '{missing[0]}' is missing; it wants {definition.attributes[missing[0]][1]}")
+        raise OpError(f"attribute '{missing[0]}' is missing; it must be {definition.attributes[missing[0]][1]}")
     legal = {**definition.attributes, **definition.optional}
     for key, value in op.attrs.items():
         if key not in legal:
             raise OpError(f"{op.name} has no attribute '{key}'. {did_you_mean(key, legal)}")
         check, words = legal[key]
         if not check(value):
-            raise OpError(f"attribute '{key}' is {print_argument(value)}, but {op.name} wants {words}")
+            raise OpError(f"attribute '{key}' is {print_argument(value)}, but {op.name} expects {words}")
 
 
 def _check_operands(op: Op, operands: tuple[str, ...]) -> None:
@@ -164,7 +164,7 @@ def _check_operands(op: Op, operands: tuple[str, ...]) -> None:
             raise OpError(f"argument '{name}' of {op.name} must be a value, but is {print_argument(arg)}", index)
 
 
-# Checks for attributes, each with its words
+# Attribute checks, each with a description of the accepted values
 
 TEXT: tuple[AttributeCheck, str] = (lambda a: isinstance(a, str), "a string")
 INTEGER: tuple[AttributeCheck, str] = (lambda a: isinstance(a, int) and not isinstance(a, bool), "an integer")

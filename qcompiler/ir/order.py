@@ -1,4 +1,4 @@
-"""The order of one graph's operations: a ring that is cheap to change, and ranks that are cheap to compare."""
+"""The order of one graph's operations: a linked ring with ranks, for fast changes and comparisons."""
 
 import math
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from qcompiler.ir.op import Op
 
 GAP = 1 << 64
-"""Between the ranks of neighbours at first: this many halvings, 64, before all ranks are dealt anew."""
+"""Initial distance between neighboring ranks; allows 64 halvings before all ranks are renumbered."""
 
 
 class Order:
-    """Operations in a row; `last` always ends it."""
+    """A sequence of operations; `last` is always at the end."""
 
     def __init__(self, last: Op) -> None:
         self.last = last
@@ -19,7 +19,7 @@ class Order:
         self._rank: dict[Op, float] = {last: math.inf}
 
     def __iter__(self) -> Iterator[Op]:
-        """Every operation, as the order is now: changing it meanwhile is safe."""
+        """Iterates over a snapshot of the order, so the order may change during iteration."""
         row = []
         op = self._next[self.last]
         while op is not self.last:
@@ -31,11 +31,11 @@ class Order:
         return op in self._next
 
     def rank(self, op: Op) -> float:
-        """A number that grows along the order."""
+        """A number that increases along the order."""
         return self._rank[op]
 
     def place(self, op: Op, before: Op) -> None:
-        """Puts `op`, which is not in the row, in front of `before`, which is."""
+        """Inserts `op`, which is not in the order yet, before `before`, which is."""
         previous = self._previous[before]
         self._next[previous] = self._previous[before] = op
         self._next[op], self._previous[op] = before, previous
@@ -48,7 +48,7 @@ class Order:
             self._rank = {op: at * GAP for at, op in enumerate(self, 1)} | {self.last: math.inf}
 
     def remove(self, op: Op) -> None:
-        """Takes `op` out of the row."""
+        """Removes `op` from the order."""
         previous, following = self._previous.pop(op), self._next.pop(op)
         self._next[previous], self._previous[following] = following, previous
         del self._rank[op]

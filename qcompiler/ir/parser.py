@@ -1,4 +1,4 @@
-"""Text -> graph, by recursive descent over this grammar:
+"""Text -> graph: a recursive descent parser for this grammar:
 
     func     := 'func' '@'name '(' [input {',' input}] ')' '->' '(' [claim {',' claim}] ')' [where] '{' {op} return '}'
     input    := %name ':' type [loc]
@@ -9,7 +9,7 @@
     return   := 'return' [value {',' value}]
     loc      := 'loc' '(' [string ':' line] ['in' string] ['by' string] ')'
 
-Comments begin with `//`. Every message is `file:line:column: what is wrong`, then the row and a caret.
+Comments begin with `//`. Error messages are `file:line:column: what is wrong`, then the line and a caret.
 """
 
 import json
@@ -26,13 +26,13 @@ from qcompiler.ir.types import DType, TensorType
 from qcompiler.text import WORDS, Source, Token
 
 IN_HEAD = {
-    "core.input": "an input stands in the head of the function, not in its body",
-    "core.return": "the return is spelled 'return' and stands last",
+    "core.input": "an input belongs in the function header, not in the body",
+    "core.return": "the return is spelled 'return' and must be last",
 }
 
 
 def parse_graph(text: str, filename: str, graph: Structure) -> None:
-    """Reads the one function in `text` into an empty graph; ParseError when it is malformed."""
+    """Reads the function in `text` into an empty graph; raises ParseError if it is malformed."""
     reader = GraphReader(Source(text, filename, comments=True), graph)
     reader.function()
     reader.expect_end()
@@ -48,7 +48,7 @@ class GraphReader(LiteralReader):
         self.graph = graph
 
     def function(self) -> None:
-        """The whole function, checked against the result types that its head claims."""
+        """The whole function; checks the result types in the header against the return."""
         graph = self.graph
         self.expect("func")
         graph.name = self.expect_kind("func", "the name of the function, such as '@main'").text[1:]
@@ -67,7 +67,7 @@ class GraphReader(LiteralReader):
         self.take()
         graph.set_outputs(self.list_of(self.value, "}"))
         if claims != (returned := ", ".join(map(print_claim, graph.outputs))):
-            problem = f"the head says the results are ({claims}), but the return gives ({returned})"
+            problem = f"the header declares the results ({claims}), but the return has ({returned})"
             raise self.fail(problem, claim_at)
 
     def binding(self) -> None:
@@ -77,7 +77,7 @@ class GraphReader(LiteralReader):
         self.graph.add_input(name, self.type(), self.location())
 
     def result_claim(self) -> str:
-        """A type, a literal or a list of them in the head, as text."""
+        """A type, a literal, or a list of them in the function header, as text."""
         if self.now.text == "[":
             self.take()
             return f"[{', '.join(self.list_of(self.result_claim, ']'))}]"
@@ -102,7 +102,7 @@ class GraphReader(LiteralReader):
                 return
 
     def operation(self) -> None:
-        """One operation, appended to the self.graph."""
+        """Reads one operation and appends it to the graph."""
         start = self.now
         names = self.new_names() if start.kind == "value" else []
         op = self.expect_kind("name", "an operation")
@@ -129,7 +129,7 @@ class GraphReader(LiteralReader):
         return names
 
     def new_name(self) -> str:
-        """The name in a `%name` that is being defined."""
+        """The name in the definition of `%name`."""
         token = self.expect_kind("value", "the name of a value, such as '%x'")
         if self.graph.fresh(token.text[1:]) != token.text[1:]:
             raise self.fail(f"{token.text} is defined twice", token)
@@ -144,7 +144,7 @@ class GraphReader(LiteralReader):
         attrs[key.text] = self.value()
 
     def reference(self, token: Token) -> Value:
-        """The value that `%name` refers to, which must stand above."""
+        """The value that `%name` refers to; it must be defined above."""
         try:
             return self.graph[token.text]
         except QCompilerError as error:
@@ -155,7 +155,7 @@ class GraphReader(LiteralReader):
             raise self.fail(f"{token.text} is not defined{guess}", token) from None
 
     def location(self) -> Location | None:
-        """`loc("mlp.py":9 in "fc1" by "fp8-tile")`, if it is next."""
+        """`loc("mlp.py":9 in "fc1" by "fp8-tile")`, if present."""
         if not self.accept("loc"):
             return None
         self.expect("(")

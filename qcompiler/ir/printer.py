@@ -6,7 +6,7 @@
       return %linear
     }
 
-One grammar for all operations; types only where a value is bound; printing a parsed text gives it back.
+All operations share one grammar, types appear only where a value is defined, and the text round-trips.
 """
 
 from qcompiler.ir.op import Argument, Op, Value, print_argument, print_op
@@ -25,12 +25,12 @@ def print_graph(graph: Structure, *, locations: bool = True) -> str:
 
 
 def print_claim(output: Argument) -> str:
-    """What the head says of an output: types instead of values."""
+    """An output in the function header: the type instead of the value."""
     if isinstance(output, tuple):
         return f"[{', '.join(map(print_claim, output))}]"
     return str(output.type) if isinstance(output, Value) else print_argument(output)
 
 
 def print_binding(value: Value, op: Op | None = None) -> str:
-    """`%x: bf16[s0, 256]`, with the location of `op` when it is given and has one."""
+    """`%x: bf16[s0, 256]`, with the location of `op` if `op` is given and has one."""
     return " ".join(filter(None, [f"{value}: {value.type}", str(op.loc) if op else ""]))

@@ -1,11 +1,11 @@
-"""What a symbolic size may be at run time."""
+"""Ranges of symbolic sizes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a symbol may take at run time; `high` None means no upper limit."""
+    """The values that a symbol may take at run time; `high=None` means no upper limit."""
 
     low: int = 0
     high: int | None = None

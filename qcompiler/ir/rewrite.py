@@ -1,4 +1,4 @@
-"""Rewriting: a rule reads before -> condition -> after, and says why it did not match.
+"""Rewrite rules: match a pattern, check a condition, replace; a rule reports why it did not match.
 
     class DoubleNegation(Rule):
         '''neg(neg(x))  ->  x'''
@@ -7,12 +7,12 @@
 
         def match(self, op, graph):
             inner = op["self"].op
-            return {"x": inner["self"]} if inner.name == "aten.neg" else Missed("its input is no neg", op["self"])
+            return {"x": inner["self"]} if inner.name == "aten.neg" else Missed("its input is not a neg", op["self"])
 
         def rewrite(self, op, rewriter, x):
             rewriter.replace(op, x)
 
-A rule holds no state: what `match` finds is what `rewrite` gets.
+Rules are stateless: `rewrite` receives the result of `match`.
 """
 
 from abc import ABC, abstractmethod
@@ -27,12 +27,12 @@ from qcompiler.ir.traits import Role
 from qcompiler.ir.types import Type
 
 SWEEPS = 100
-"""Rewriting that has not ended by then never will."""
+"""Sweeps before rewriting is assumed not to terminate."""
 
 
 @dataclass(frozen=True)
 class Missed:
-    """Why a rule did not match: one clause without a final stop, and the value at fault, where there is one."""
+    """Why a rule did not match: a clause without a final period, and the value at fault, if any."""
 
     why: str
     value: Value | None = None
@@ -51,24 +51,24 @@ class Rule(ABC):
 
     @abstractmethod
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        """What `rewrite` needs, by keyword; or why the rule does not apply at `op`. Changes nothing."""
+        """Keyword arguments for `rewrite`, or why the rule does not apply at `op`. Must not change the graph."""
 
     @abstractmethod
     def rewrite(self, op: Op, rewriter: "Rewriter", /, *_: Any, **match: Any) -> None:
-        """Changes the graph through the rewriter, starting from what `match` found."""
+        """Changes the graph through the rewriter, given the result of `match`."""
 
     def starts_at(self, op: Op) -> bool:
-        """Whether `root` has the name or the role of an operation."""
+        """Whether `root` contains the name or the role of an operation."""
         return op.name in self.root or op.role in self.root
 
     @property
     def name(self) -> str:
-        """The class's name, for messages."""
+        """The class name, for messages."""
         return type(self).__name__
 
 
 class Rewriter:
-    """Changes a graph around one operation: what it inserts stands in front of it and inherits its location."""
+    """Changes a graph around one operation; inserted operations come before it and inherit its location."""
 
     def __init__(self, graph: Graph, anchor: Op, made_by: str) -> None:
         self.graph, self.anchor, self.made_by = graph, anchor, made_by
@@ -83,7 +83,7 @@ class Rewriter:
         types: Iterable[Type] | None = None,
         names: Iterable[str] | None = None,
     ) -> Op:
-        """A new operation in front of the anchor; see `Graph.insert`."""
+        """Inserts an operation before the anchor; see `Graph.insert`."""
         self.changed = True
         loc = replace(self.anchor.loc, made_by=self.made_by)
         op = self.graph.insert(self.anchor, name, *args, attrs=attrs, types=types, names=names, loc=loc)
@@ -91,12 +91,12 @@ class Rewriter:
         return op
 
     def replace(self, op: Op, *values: Value, keep_names: bool = True) -> None:
-        """Makes the readers of `op` read `values`, one a result, and erases `op`.
+        """Replaces the results of `op` by `values`, one per result, and erases `op`.
 
-        Values that this very rewriter has inserted take over the names, unless `keep_names` is false.
+        Values inserted by this rewriter take over the names, unless `keep_names` is false.
         """
         if len(values) != len(op.results):
-            raise PassError(f"{op.name} has {len(op.results)} results, but {len(values)} values are to replace them")
+            raise PassError(f"{op.name} has {len(op.results)} results, but got {len(values)} replacement values")
         self.changed = True
         names = [old.name for old in op.results]
         for old, new in zip(op.results, values, strict=True):
@@ -108,7 +108,7 @@ class Rewriter:
                 self.graph.rename(new, name)
 
     def erase_unread(self, op: Op) -> None:
-        """Erases `op`, and what only it read, as long as nobody reads them and they have no effect."""
+        """Erases `op` and the operations that only it used, if they have no users and no side effects."""
         stack = [op]
         while stack:
             op = stack.pop()
@@ -120,19 +120,21 @@ class Rewriter:
 
 
 def apply_rules(graph: Graph, rules: Sequence[Rule], made_by: str) -> bool:
-    """Applies the rules from top to bottom until none matches; whether anything changed.
+    """Applies the rules in graph order until none matches; returns whether anything changed.
 
-    PassError when rewriting does not come to an end within 100 sweeps.
+    Raises PassError if rewriting does not finish within 100 sweeps.
     """
     for sweep in range(SWEEPS):
         if not (busy := _sweep(graph, rules, made_by)):
             return sweep > 0
     names = ", ".join(dict.fromkeys(rule.name for rule in busy))
-    raise PassError(f"rewriting does not end: after {SWEEPS} sweeps, {names} still matches", where=f"pass '{made_by}'")
+    raise PassError(
+        f"rewriting does not terminate: after {SWEEPS} sweeps, {names} still matches", where=f"pass '{made_by}'"
+    )
 
 
 def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
-    """Tries every rule at every operation once; the rules that changed something."""
+    """Tries every rule at every operation once; returns the rules that changed the graph."""
     busy = []
     for op in graph.ops():
         for rule in rules:
@@ -151,7 +153,7 @@ def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
 
 
 def explain(graph: Graph, rules: Sequence[Rule]) -> list[tuple[Op, Rule, Missed]]:
-    """For each candidate that a rule leaves alone: the operation, the rule, and why."""
+    """Every candidate that a rule does not match: the operation, the rule, and why."""
     skipped = []
     for op in graph.ops():
         for rule in rules:

@@ -1,9 +1,9 @@
-"""Sizes of dimensions: integers, or canonical integer polynomials over symbols.
+"""Dimension sizes: integers, or canonical integer polynomials over symbols.
 
     s0          2*s0 + 1          s0*s1          floordiv(s0 + 127, 128)          max(s0, s1)
 
-A polynomial is kept in one normal form, so that equal sizes are equal objects and print alike. What is no
-polynomial (floor division, modulo, minimum, maximum, or a function this module does not know) is an atom inside it.
+Polynomials are kept in a normal form, so equal sizes compare equal and print the same. Functions that are not
+polynomials (floor division, modulo, minimum, maximum, and unknown functions) are atoms of the polynomial.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from qcompiler.text import Reader, Source, Token
 
 @dataclass(frozen=True)
 class Call:
-    """An atom that is no symbol: a function of sizes."""
+    """An atom that is a function of sizes."""
 
     function: str
     args: "tuple[Size, ...]"
@@ -76,7 +76,7 @@ class Expr:
 
 Size = int | Expr
 
-# What a text may spell: beyond what any tensor has, and little enough to be computed with at once.
+# Limits for parsed sizes: more than any tensor needs, but cheap to compute with.
 LARGEST = 2**64
 HIGHEST_POWER = 64
 MOST_PRODUCTS = 1024
@@ -84,12 +84,12 @@ MOST_PRODUCTS = 1024
 
 @lru_cache(maxsize=1024)
 def symbol(name: str) -> Expr:
-    """The size that a symbol stands for."""
+    """The size of a symbol."""
     return Expr((((name,), 1),))
 
 
 def call(function: str, *args: Size) -> Size:
-    """A function of sizes: evaluated or simplified where that is exact; ValueError when it has no value."""
+    """Calls a function of sizes, simplified where that is exact; raises ValueError if it is undefined."""
     if not args:
         raise ValueError(f"{function} takes at least 1 size, not 0")
     if function in ("max", "min"):
@@ -106,7 +106,7 @@ def call(function: str, *args: Size) -> Size:
 
 
 def floordiv(a: Size, b: Size) -> Size:
-    """a // b; whole multiples of an integer `b` stand outside of the division, common factors are cancelled."""
+    """a // b; multiples of an integer `b` are moved out of the division, and common factors are canceled."""
     if b == 0:
         raise ValueError(f"{a} is divided by zero")
     if isinstance(a, int) and isinstance(b, int):
@@ -125,7 +125,7 @@ def floordiv(a: Size, b: Size) -> Size:
 
 
 def mod(a: Size, b: Size) -> Size:
-    """a % b, with the sign of `b` as in Python; whole multiples of an integer `b` are left out."""
+    """a % b, with the sign of `b` as in Python; multiples of an integer `b` are dropped."""
     if b == 0:
         raise ValueError(f"{a} is divided by zero")
     if isinstance(a, int) and isinstance(b, int):
@@ -139,7 +139,7 @@ def mod(a: Size, b: Size) -> Size:
 
 
 def _extreme(function: str, args: tuple[Size, ...]) -> Size:
-    """max or min: of one integer at most, and never of another max or min of the same kind."""
+    """max or min, flattened, with integer arguments folded into one."""
     flat = {inner for arg in args for inner in _arguments(function, arg)}
     integers = [arg for arg in flat if isinstance(arg, int)]
     kept: list[Size] = [arg for arg in flat if isinstance(arg, Expr)]
@@ -156,7 +156,7 @@ def _arguments(function: str, size: Size) -> tuple[Size, ...]:
 
 def _power(base: Size, exponent: int) -> Size:
     if exponent < 0:
-        raise ValueError(f"{base} has the negative exponent {exponent}")
+        raise ValueError(f"{base} has a negative exponent, {exponent}")
     if exponent > HIGHEST_POWER:
         raise ValueError(f"{base} has the exponent {exponent}, which is more than {HIGHEST_POWER}")
     written_out = isinstance(base, Expr) and exponent <= 8 and len(base.terms) ** exponent <= MOST_PRODUCTS
@@ -170,7 +170,7 @@ def _atom(function: str, *args: Size) -> Size:
 
 
 def ceildiv(a: Size, b: int) -> Size:
-    """The number of blocks of `b` that cover `a`."""
+    """The number of blocks of size `b` that cover `a`."""
     return -(-a // b) if isinstance(a, int) else floordiv(a + (b - 1), b)
 
 
@@ -205,7 +205,7 @@ def symbols(size: Size) -> frozenset[str]:
 
 
 def evaluate(size: Size, bindings: Mapping[str, int]) -> int:
-    """The integer that a size is under `bindings`; KeyError names a symbol or function that has no value."""
+    """Evaluates a size; raises KeyError with the name of a symbol or function that has no value."""
     if isinstance(size, int):
         return size
     total = 0
@@ -220,7 +220,7 @@ def evaluate(size: Size, bindings: Mapping[str, int]) -> int:
 
 
 def substitute(size: Size, bindings: Mapping[str, Size]) -> Size:
-    """`size` with the symbols in `bindings` replaced by their values, which may be sizes again."""
+    """`size` with the symbols in `bindings` replaced by their values, which may be symbolic."""
     if isinstance(size, int) or not symbols(size) & bindings.keys():
         return size
     total: Size = 0
@@ -236,7 +236,7 @@ def substitute(size: Size, bindings: Mapping[str, Size]) -> Size:
 
 
 def parse_size(text: str) -> Size:
-    """The size that `text` spells; ParseError if it is malformed."""
+    """Parses a size; raises ParseError if `text` is malformed."""
     reader = Reader(Source(text, "<size>"))
     size = read_size(reader)
     reader.expect_end()
@@ -244,7 +244,7 @@ def parse_size(text: str) -> Size:
 
 
 def read_size(reader: Reader) -> Size:
-    """The next size: `+ - * //` over integers, symbols, calls and brackets; a minus may only be its first token."""
+    """Reads a size: `+ - * //` over integers, symbols, calls, and brackets; unary minus only as the first token."""
     left: Size = 0 if reader.operator() == "-" else _read_operand(reader)
     if reader.operator() not in STRENGTHS:
         return left
@@ -253,7 +253,7 @@ def read_size(reader: Reader) -> Size:
 
 def _join(reader: Reader, operator: Token, a: Size, b: Size) -> Size:
     if STRENGTHS[operator.text] > 1 and len(_terms(a)) * len(_terms(b)) > MOST_PRODUCTS:
-        raise reader.fail(f"a size is the sum of more than {MOST_PRODUCTS} products", operator)
+        raise reader.fail(f"a size has more than {MOST_PRODUCTS} terms", operator)
     try:
         size = OPERATORS[operator.text](a, b)
     except ValueError as error:

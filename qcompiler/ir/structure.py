@@ -1,8 +1,8 @@
-"""The structure of a graph: one function in SSA form over a networkx multigraph.
+"""The structure of a graph: one SSA function stored in a networkx multigraph.
 
-Nodes are operations; an edge runs from the operation that defines a value to each operation that reads it and carries
-(result index, operand path). The operations also stand in one order, in which they print and run. Inputs are
-`core.input` operations at the top; the last operation is always the one `core.return`.
+Nodes are operations. An edge leads from the operation that defines a value to each user, and carries (result index,
+operand path). Operations also have a total order, in which they print and run. Inputs are `core.input` operations at
+the top; the last operation is always the single `core.return`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,18 +24,18 @@ INPUT, RETURN = "core.input", "core.return"
 
 
 class Use(NamedTuple):
-    """One reader of a value: the operation, and where in its arguments the value stands."""
+    """One use of a value: the user operation and the position in its arguments."""
 
     op: Op
     path: Path
 
 
 class Structure:
-    """The operations of a graph, in order, and the network between them, without weights and text.
+    """The ordered operations of a graph and the dataflow network, without weights and text.
 
     Attributes:
-        name: Printed after `@`.
-        symbols: The range of each symbolic size that has one.
+        name: The function name, printed after `@`.
+        symbols: Symbol -> range, for the symbolic sizes that have a range.
     """
 
     def __init__(self, name: str = "main") -> None:
@@ -51,11 +51,11 @@ class Structure:
     # Reading
 
     def ops(self, name: str | None = None) -> list[Op]:
-        """The operations between the inputs and the return, in order; only those called `name`, when it is given."""
+        """The operations except inputs and return, in order; with `name`, only operations of that name."""
         return [op for op in self if op.name not in (INPUT, RETURN) and name in (None, op.name)]
 
     def __iter__(self) -> Iterator[Op]:
-        """Every operation in order, inputs and return included, as the order is now."""
+        """Iterates over a snapshot of all operations in order, including inputs and return."""
         return iter(self._order)
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Structure:
         return op in self._net
 
     def __getitem__(self, name: str) -> Value:
-        """The value called `name`, with or without its `%`; QCompilerError with the nearest name when there is none."""
+        """The value called `name`, with or without `%`; raises QCompilerError with the closest name if missing."""
         return self._names.find(name)
 
     @property
@@ -75,46 +75,46 @@ class Structure:
 
     @property
     def outputs(self) -> tuple[Argument, ...]:
-        """What the function returns: values and literals."""
+        """The function's outputs: values and literals."""
         return self._return.args
 
     @property
     def return_op(self) -> Op:
-        """The operation that ends the function and reads its outputs."""
+        """The `core.return` operation, which uses the outputs."""
         return self._return
 
     def is_constant(self, value: Value) -> bool:
-        """Whether a value is computed from parameters and literals alone, and so is the same in every call."""
+        """Whether a value depends only on parameters and literals, so it is the same in every call."""
         return value.op in self._constants
 
     def uses(self, value: Value) -> list[Use]:
-        """Every place that reads `value`, the return included, in order."""
+        """All uses of `value` in order, including the return."""
         edges = self._net.out_edges(value.op, data=True)
         found = [Use(reader, data["path"]) for _, reader, data in edges if data["result"] == value.index]
         return sorted(found, key=lambda use: self._order.rank(use.op))
 
     def users(self, value: Value) -> list[Op]:
-        """The operations that read `value`, each once, in order."""
+        """The operations that use `value`, each once, in order."""
         return list(dict.fromkeys(use.op for use in self.uses(value)))
 
     def rank(self, op: Op) -> float:
-        """A number that grows along the order; changing the graph may change it."""
+        """A number that increases along the order; it may change when the graph changes."""
         return self._order.rank(op)
 
     @property
     def names(self) -> Mapping[str, Value]:
-        """Every value by its name; read-only."""
+        """Name -> value, read-only."""
         return MappingProxyType(self._names)
 
     @property
     def network(self) -> "nx.MultiDiGraph[Op]":
-        """The network itself, for networkx to read; changing it raises an error."""
+        """A read-only view of the network, for networkx."""
         return self._net.copy(as_view=True)
 
     # Building
 
     def add_input(self, name: str, type: Type, loc: Location | None = None) -> Value:
-        """Adds a function argument after the ones that are there."""
+        """Adds a function argument after the existing ones."""
         first_body = next(op for op in self if op.name != INPUT)
         return self.insert(first_body, INPUT, types=(type,), names=(name,), loc=loc).result
 
@@ -140,16 +140,16 @@ class Structure:
         names: Iterable[str] | None = None,
         loc: Location | None = None,
     ) -> Op:
-        """Adds an operation in front of `before`.
+        """Adds an operation before `before`.
 
         Args:
             before: An operation of this graph.
-            name: `dialect.op`, with `.overload` where it is not the default one.
+            name: `dialect.op`, plus `.overload` unless it is the default overload.
             *args: Values and literals; lists are tuples.
             attrs: Keyword arguments.
-            types: One type a result; taken from the operation's type rule when left out.
-            names: One name a result, made unique when it is taken; derived from the operation when left out.
-            loc: Where the operation comes from.
+            types: One type per result; inferred by the operation's type rule by default.
+            names: One name per result, made unique if taken; derived from the operation name by default.
+            loc: The source location of the operation.
         """
         self._hold(before)
         op = Op(name, args, dict(attrs or {}), loc or Location())
@@ -161,13 +161,13 @@ class Structure:
         return op
 
     def set_outputs(self, outputs: Iterable[Argument]) -> None:
-        """Sets what the function returns."""
+        """Sets the function's outputs."""
         self.set_args(self._return, tuple(outputs))
 
     # Changing
 
     def set_args(self, op: Op, args: tuple[Argument, ...], attrs: Mapping[str, Argument] | None = None) -> None:
-        """Replaces the arguments of `op` (and its attributes, when given) and rewires the network."""
+        """Replaces the arguments of `op` (and its attributes, if given) and updates the network."""
         self._hold(op)
         self._check_operands(op, args, op.attrs if attrs is None else attrs)
         self._net.remove_edges_from(list(self._net.in_edges(op, keys=True)))
@@ -177,13 +177,13 @@ class Structure:
         self._wire(op)
 
     def replace(self, old: Value, new: Value) -> None:
-        """Makes every reader of `old` read `new`, except the one that makes `new`, which may itself read `old`."""
+        """Replaces `old` by `new` in all users except the operation that defines `new`, which may use `old`."""
         for user in self.users(old):
             if user is not new.op:
                 self.replace_in(user, old, new)
 
     def replace_in(self, op: Op, old: Value, new: Value) -> None:
-        """Makes one operation read `new` wherever it read `old`."""
+        """Replaces `old` by `new` in all operands of one operation."""
 
         def swap(leaf: object) -> object:
             return new if leaf is old else leaf
@@ -191,11 +191,11 @@ class Structure:
         self.set_args(op, map_tree(swap, op.args), {key: map_tree(swap, arg) for key, arg in op.attrs.items()})
 
     def erase(self, op: Op) -> None:
-        """Removes an operation that nobody reads; QCompilerError when somebody does."""
+        """Removes an operation; raises QCompilerError if its results have users."""
         self._hold(op, but_return=True)
         if readers := [reader for value in op.results for reader in self.users(value)]:
-            need = f"no reader, but {readers[0].name} is one of {len(readers)}"
-            raise QCompilerError("an operation that is still read cannot be erased", got=op.name, need=need)
+            need = f"no users, but it has {len(readers)}, such as {readers[0].name}"
+            raise QCompilerError("an operation whose results have users cannot be erased", got=op.name, need=need)
         self._order.remove(op)
         self._net.remove_node(op)
         self._constants.forget(op)
@@ -203,7 +203,7 @@ class Structure:
             self._names.release(value)
 
     def move(self, op: Op, before: Op) -> None:
-        """Puts `op` in front of `before`."""
+        """Moves `op` before `before`."""
         self._hold(op, but_return=True)
         self._hold(before)
         if op is not before:
@@ -211,12 +211,12 @@ class Structure:
             self._order.place(op, before)
 
     def rename(self, value: Value, name: str) -> None:
-        """Gives a value a new name, made unique when it is taken."""
+        """Renames a value; the new name is made unique if it is taken."""
         self._names.release(value)
         self._names.bind(value, name)
 
     def fresh(self, name: str) -> str:
-        """`name`, or `name_1`, `name_2` … when it is taken."""
+        """`name`, or `name_1`, `name_2` … if it is taken."""
         return self._names.fresh(name)
 
     # Private
@@ -225,17 +225,17 @@ class Structure:
         kinds = tuple(infer_types(op) if types is None else types)
         labels = [op.name.partition(".")[2].split(".")[0] or op.name] * len(kinds) if names is None else list(names)
         if len(labels) != len(kinds):
-            raise QCompilerError(f"{op.name} needs one name a result", got=f"{len(labels)} names", need=len(kinds))
+            raise QCompilerError(f"{op.name} needs one name per result", got=f"{len(labels)} names", need=len(kinds))
         op.results = tuple(Value(op, index, "", kind) for index, kind in enumerate(kinds))
         for value, label in zip(op.results, labels, strict=True):
             self._names.bind(value, label)
 
     def _hold(self, op: Op, but_return: bool = False) -> None:
-        """QCompilerError unless `op` stands in this graph (and is not its return, with `but_return`)."""
+        """Raises QCompilerError unless `op` is in this graph (and, with `but_return`, is not its return)."""
         if op not in self._order:
             raise QCompilerError(f"the operation is not in @{self.name}", got=op.name)
         if but_return and op is self._return:
-            raise QCompilerError("the return stands last in every graph and can be neither erased nor moved")
+            raise QCompilerError("the return must be the last operation and cannot be erased or moved")
 
     def _check_operands(self, op: Op, args: tuple[Argument, ...], attrs: Mapping[str, Argument]) -> None:
         for _, value in Op(op.name, args, dict(attrs), op.loc).operands():

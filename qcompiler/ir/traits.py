@@ -1,10 +1,10 @@
-"""What is known of an operation by its name alone: its parameters, its role and its effects.
+"""Traits of an operation, looked up by name: its parameters, role, and effects.
 
     traits_of("quant.dequantize").positions     {"data": 0, "scale": 1}
     traits_of("quant.dequantize").role          Role.DEQUANTIZE
     traits_of("aten.bernoulli").effects         Effects.RANDOM
 
-Declared operations have traits in the table. Torch's operations get them from a resolver, which reads their schemas.
+Declared operations have traits in the table. A resolver derives the traits of torch operations from their schemas.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,56 +14,56 @@ from typing import Any
 
 
 class Role(Enum):
-    """What an operation is to passes and reports, whatever its name; the names of its operands are those used here."""
+    """The role of an operation in passes and reports; the operand names below are the ones that passes use."""
 
     STATE = "reads a parameter or a buffer from the weights store"
-    VIEW = "arranges the elements of x anew, or takes a part of them"
+    VIEW = "rearranges the elements of x, or selects some of them"
     CAST = "converts the element type of x"
     MATMUL = "multiplies x by w in floating point"
     QUANTIZED_MATMUL = "multiplies codes and scales: x, x_scale, w, w_scale"
-    QUANTIZE = "gives the codes of x, and their scales unless it has an operand scale"
-    DEQUANTIZE = "multiplies data, which are codes, by their scale"
+    QUANTIZE = "returns the codes of x, and their scales unless it has a scale operand"
+    DEQUANTIZE = "multiplies data (the codes) by their scale"
 
 
 class Effects(Flag):
-    """What an operation does beyond computing results from its operands, and what else its results depend on."""
+    """Side effects of an operation, and inputs other than its operands."""
 
     PURE = 0
     READS = auto()
-    """The results depend on state, such as a buffer: on what it holds when the call begins."""
+    """The results depend on state, such as the contents of a buffer at the start of the call."""
     WRITES = auto()
-    """It changes state: a buffer, an operand, or something outside of the process."""
+    """It changes state: a buffer, an operand, or something outside the process."""
     COMMUNICATES = auto()
-    """It exchanges data with other processes, which must all take part, in the same order."""
+    """It communicates with other processes, which must all participate in the same order."""
     RANDOM = auto()
-    """It draws random numbers; without it, later operations would draw others."""
+    """It draws random numbers; removing it would change what later operations draw."""
     CONTROLS = auto()
-    """It belongs to the call itself: an argument, the return, or a check that raises an error."""
+    """It is part of the call: an argument, the return, or a check that raises an error."""
     UNDEFINED = auto()
-    """The elements of the results are whatever memory holds."""
+    """The results are uninitialized memory."""
 
     @property
     def ordered(self) -> bool:
-        """Whether it must happen, in the order of the graph: it is neither removed nor moved, even if unused."""
+        """Whether it must run, in graph order: it must not be removed or moved, even if unused."""
         return bool(self & (Effects.WRITES | Effects.COMMUNICATES | Effects.RANDOM | Effects.CONTROLS))
 
     @property
     def repeatable(self) -> bool:
-        """Whether equal operands always give equal results: it may be evaluated early, or shared by its users."""
+        """Whether equal operands always give equal results, so it may be constant-folded or deduplicated."""
         return self is Effects.PURE
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known of an operation by its name.
+    """Properties of an operation that follow from its name.
 
     Attributes:
-        positions: Parameter -> its place among the arguments; the others are given by name, as attributes.
-        defaults: Parameter -> the literal that it has when it is left out.
-        aliases: What the role calls a parameter -> what torch's schema calls it.
-        rest: Place of the first argument without a name; None if all arguments have names.
-        role: What it is to a pass; None for anything that no pass treats specially.
-        effects: What it does beyond computing results.
+        positions: Parameter -> its index in the arguments; other parameters are passed by name, as attributes.
+        defaults: Parameter -> its default literal.
+        aliases: Parameter name in the role -> parameter name in torch's schema.
+        rest: Index of the first unnamed argument; None if all arguments have names.
+        role: Its role in passes; None if no pass treats it specially.
+        effects: Its side effects.
     """
 
     positions: Mapping[str, int] = field(default_factory=dict)
@@ -75,19 +75,19 @@ class Traits:
 
 
 UNKNOWN = Traits(rest=0, effects=Effects.READS | Effects.WRITES)
-"""An operation that nothing declares may do anything."""
+"""Traits of an undeclared operation: it may have any effect."""
 
 _KNOWN: dict[str, Traits] = {}
 _RESOLVERS: list[Callable[[str], Traits | None]] = []
 
 
 def set_traits(name: str, traits: Traits) -> None:
-    """Makes the traits of a declared operation known."""
+    """Registers the traits of a declared operation."""
     _KNOWN[name] = traits
 
 
 def add_resolver(resolver: Callable[[str], Traits | None]) -> None:
-    """Adds a function that gives the traits of operations that are not declared, or None; answers are kept."""
+    """Adds a function that returns the traits of an undeclared operation, or None; results are cached."""
     _RESOLVERS.append(resolver)
 
 

@@ -1,4 +1,4 @@
-"""Types of values, spelled as torch prints them: `bf16[s0, 256]`, `f8e4m3fn[64, 256]`, `int(s0)`, `none`."""
+"""Types of values, printed as torch prints them: `bf16[s0, 256]`, `f8e4m3fn[64, 256]`, `int(s0)`, `none`."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,7 +8,7 @@ from qcompiler.ir.sizes import Size, ceildiv, product, symbols
 
 
 class DType(Enum):
-    """Element types; the value is (spelling, bits an element)."""
+    """Element types; the value is (spelling, bits per element)."""
 
     f64 = ("f64", 64)
     f32 = ("f32", 32)
@@ -38,7 +38,7 @@ class DType(Enum):
 
     @property
     def bits(self) -> int:
-        """Bits an element."""
+        """Bits per element."""
         return self.value[1]
 
     @property
@@ -54,7 +54,7 @@ LONG_NAMES = {
     "int64": DType.i64, "int32": DType.i32, "int16": DType.i16, "int8": DType.i8,
     "uint64": DType.u64, "uint32": DType.u32, "uint16": DType.u16, "uint8": DType.u8, "bool": DType.b8,
 }  # fmt: skip
-"""The element types by the names that array libraries give them."""
+"""Element types by the names that array libraries use."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class TensorType:
 
     @classmethod
     def of(cls, array: Any) -> "TensorType | None":
-        """The type of anything with a `dtype` and a `shape`, such as a tensor of torch; None when there is none."""
+        """The type of an object with `dtype` and `shape`, such as a torch tensor; None if the dtype is unknown."""
         dtype = LONG_NAMES.get(str(getattr(array, "dtype", None)).rpartition(".")[2])
         return None if dtype is None else cls(dtype, tuple(array.shape))
 
     @property
     def elements(self) -> Size:
-        """The product of the sizes."""
+        """The number of elements."""
         return product(self.shape)
 
     @property
     def stored(self) -> "TensorType":
-        """The type of the memory: elements below 8 bits are packed to bytes along the last dimension."""
+        """The type in memory: elements below 8 bits are packed into bytes along the last dimension."""
         if self.dtype.bits >= 8 or not self.shape:
             return self
         *lead, last = self.shape
@@ -88,7 +88,7 @@ class TensorType:
 
     @property
     def bytes(self) -> Size:
-        """Bytes of memory."""
+        """Size in memory, in bytes."""
         return self.stored.elements * (self.stored.dtype.bits // 8)
 
     @property
@@ -99,7 +99,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class ScalarType:
-    """A number outside of any tensor, such as a size; `value` is its symbolic value where that is known."""
+    """A number that is not in a tensor, such as a size; `value` is its symbolic value if known."""
 
     kind: Literal["int", "float", "bool"]
     value: Size | None = None
@@ -115,7 +115,7 @@ class ScalarType:
 
 @dataclass(frozen=True)
 class NoneType:
-    """A result that an operator leaves out."""
+    """The type of a result that an operator does not return."""
 
     def __str__(self) -> str:
         return "none"

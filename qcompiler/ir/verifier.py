@@ -1,23 +1,23 @@
-"""The rules that make a graph legal.
+"""Verifier rules of the graph IR.
 
-    V1   every name is bound once, can be spelled, and is in the graph's table of names, which has no others
-    V2   every operand is a result of an operation that is in the graph
-    V3   every operand is defined above its reader
+    V1   every name is defined once, is valid in text, and is in the graph's name table, which has no other names
+    V2   every operand is a result of an operation in the graph
+    V3   every operand is defined before its user
     V4   the network has no cycle
     V5   every operation is known
-    V6   arguments and attributes are values, literals and tuples of them, and fit the operation's declaration
-    V7   result types are what the operation's type rule says
-    V8   the network's edges agree with the arguments
-    V9   inputs stand first, take nothing and give one value
-    V10  exactly one return stands last, without attributes and results
-    V11  a weight is read by one operation at most, which is either a parameter or a buffer and gives one value
-    V12  an update writes a value of the same type to a buffer or an input, each once
-    V13  every symbol comes from an input, is unbacked (u…), or is in the table of ranges; ranges are not empty
+    V6   arguments and attributes are values, literals, or tuples of them, and match the operation's declaration
+    V7   result types match the operation's type rule
+    V8   the network's edges match the arguments
+    V9   inputs come first, take no arguments, and have one result
+    V10  the last operation is the only return, and has no attributes or results
+    V11  at most one operation reads a weight: a parameter or a buffer with one result
+    V12  an update writes a value of the same type to a buffer or an input, at most once each
+    V13  every symbol is in an input, is unbacked (u…), or has a range; ranges are not empty
     V14  sizes are not negative
-    V15  a weight that is stored has the type that the graph says
+    V15  a stored weight has the type that the graph declares
 
-A broken one is reported with its number, the pass that ran last, the operation, its neighbours in the text, a caret
-under the culprit, and the source line.
+The error message has the rule number, the pass that ran last, the operation, the lines around it, a caret, and the
+source line.
 """
 
 import re
@@ -36,21 +36,21 @@ from qcompiler.ir.types import TensorType
 from qcompiler.text import NAME
 
 WINDOW = 2
-"""Operations shown above and below the guilty one."""
+"""Operations shown above and below the operation at fault."""
 
 RING = 6
-"""Values shown of a cycle."""
+"""Maximum number of values shown in a cycle."""
 
-SPELLING = "it may hold letters, digits, '_', '.', '$' and '-'"
+SPELLING = "use letters, digits, '_', '.', '$' and '-'"
 KEY = re.compile(r"[A-Za-z_][\w.]*")
 SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
 class Broken(NamedTuple):
-    """A broken rule: its number, the operation, a sentence, and where the caret goes.
+    """A violated rule: its number, the operation, the problem, and the caret position.
 
-    The culprit is the index of an argument, or a text in the operation's line (the last such text in it); without one,
-    all of the line is guilty.
+    `culprit` is the index of an argument, or text in the operation's line (its last occurrence); if empty, the caret
+    covers the whole line.
     """
 
     rule: int
@@ -60,11 +60,11 @@ class Broken(NamedTuple):
 
 
 def verify_graph(graph: Structure, weights: Mapping[str, Any], after: str = "") -> None:
-    """Raises VerifyError for the first broken rule.
+    """Raises VerifyError for the first violated rule.
 
     Args:
-        graph: The structure that is held to the rules.
-        weights: Its stored weights by name; empty for structure alone, to which rule V15 does not apply.
+        graph: The graph to check.
+        weights: Its stored weights by name; if empty, rule V15 is not checked.
         after: The name of the pass that ran last.
     """
     broken = next(filter(None, (check(graph) for check in CHECKS)), None) or _stored(graph, weights)
@@ -73,7 +73,7 @@ def verify_graph(graph: Structure, weights: Mapping[str, Any], after: str = "") 
 
 
 def describe(graph: Structure, broken: Broken, after: str) -> str:
-    """The message: a sentence, the neighbouring lines with a caret, and the source line."""
+    """The error message: the problem, the surrounding lines with a caret, and the source line."""
     head = f"after pass '{after}', " if after else ""
     lines = [f"{head}in @{graph.name}: rule V{broken.rule}: {broken.op.name}: {broken.sentence}"]
     order = list(graph)
@@ -101,18 +101,20 @@ def _caret(row: str, broken: Broken) -> tuple[int, int]:
 
 def _names(graph: Structure) -> Broken | None:
     if not NAME.fullmatch(graph.name):
-        return Broken(1, graph.return_op, f"{graph.name!r} is no name of a function; {SPELLING}")
+        return Broken(1, graph.return_op, f"{graph.name!r} is not a valid function name; {SPELLING}")
     values = [value for op in graph for value in op.results]
     count, names = Counter(value.name for value in values), graph.names
     for value in values:
         if count[value.name] > 1:
-            return Broken(1, value.op, f"the name {value} is bound {count[value.name]} times", str(value))
+            return Broken(1, value.op, f"the name {value} is defined {count[value.name]} times", str(value))
         if names.get(value.name) is not value:
-            return Broken(1, value.op, f"{value} is not what the graph's table of names calls {value.name}", str(value))
+            return Broken(
+                1, value.op, f"{value} is not the value called {value.name} in the graph's name table", str(value)
+            )
         if not NAME.fullmatch(value.name):
-            return Broken(1, value.op, f"{value.name!r} is no name of a value; {SPELLING}", str(value))
+            return Broken(1, value.op, f"{value.name!r} is not a valid value name; {SPELLING}", str(value))
     if stale := sorted(set(names) - set(count)):
-        return Broken(1, graph.return_op, f"the graph's table of names has %{stale[0]}, which no operation defines")
+        return Broken(1, graph.return_op, f"the graph's name table has %{stale[0]}, which no operation defines")
     return None
 
 
@@ -122,14 +124,14 @@ def _literals(graph: Structure) -> Broken | None:
         for key, arg in places:
             if (strange := _strange(arg)) is not None:
                 what = f"argument {key}" if isinstance(key, int) else f"attribute '{key}'"
-                return Broken(6, op, f"{what} holds a {strange}, which is no value, literal or tuple", key)
+                return Broken(6, op, f"{what} holds a {strange}, which is not a value, literal, or tuple", key)
             if isinstance(key, str) and not KEY.fullmatch(key):
-                return Broken(6, op, f"{key!r} is no name of an attribute", key)
+                return Broken(6, op, f"{key!r} is not a valid attribute name", key)
     return None
 
 
 def _strange(arg: object) -> str | None:
-    """The name of the first type in a tree that no argument may have."""
+    """The name of the first type in a tree that is not allowed in arguments."""
     if type(arg) is tuple:
         return next(filter(None, map(_strange, arg)), None)
     return None if isinstance(arg, Value) or type(arg) in LITERAL_TYPES else type(arg).__name__
@@ -141,7 +143,9 @@ def _definitions(graph: Structure) -> Broken | None:
         for path, value in op.operands():
             culprit = path[0] if isinstance(path[0], int) and len(path) == 1 else str(value)
             if value.op not in position or value.op.results[value.index : value.index + 1] != (value,):
-                return Broken(2, op, f"operand {value} is dangling: what defined it is not in the graph", culprit)
+                return Broken(
+                    2, op, f"operand {value} is dangling: its defining operation is not in the graph", culprit
+                )
             if position[value.op] >= position[op] and value.op is not op:
                 return Broken(3, op, f"operand {value} is used before it is defined", culprit)
     return None
@@ -177,11 +181,11 @@ def _signatures(graph: Structure) -> Broken | None:
         except QCompilerError as error:
             return Broken(7, op, str(error), _operand(op, error))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            return Broken(7, op, f"the type rule does not hold for these operands: {error}")
+            return Broken(7, op, f"the type rule failed for these operands: {error}")
         if types is not None and types != tuple(value.type for value in op.results):
             got = ", ".join(str(value.type) for value in op.results)
             wanted = ", ".join(map(str, types)) or "nothing"
-            return Broken(7, op, f"the results are {got or 'nothing'}, but the type rule gives {wanted}", got)
+            return Broken(7, op, f"the result types are {got or 'nothing'}, but the type rule requires {wanted}", got)
     return None
 
 
@@ -196,9 +200,9 @@ def _edges(graph: Structure) -> Broken | None:
         wanted = Counter((id(value.op), value.index, path) for path, value in op.operands())
         edges = network.in_edges(op, data=True) if op in graph else []
         if wanted != Counter((id(definer), data["result"], data["path"]) for definer, _, data in edges):
-            return Broken(8, op, "the network does not agree with its arguments; were they changed without set_args?")
+            return Broken(8, op, "the network does not match its arguments; were they changed without set_args?")
     if len(graph) != (count := len(list(graph))):
-        return Broken(8, graph.return_op, f"the network holds {len(graph)} operations, but {count} stand in order")
+        return Broken(8, graph.return_op, f"the network has {len(graph)} operations, but the order has {count}")
     return None
 
 
@@ -209,15 +213,15 @@ def _ends(graph: Structure) -> Broken | None:
             return Broken(6, op, f"the arguments are a {type(op.args).__name__}, not a tuple")
         if op.name == "core.input":
             if body_began:
-                return Broken(9, op, "an input stands below the first operation of the body")
+                return Broken(9, op, "an input is below the first operation of the body")
             if op.args or op.attrs or len(op.results) != 1:
-                return Broken(9, op, "an input takes no arguments and gives one value")
+                return Broken(9, op, "an input takes no arguments and has one result")
         else:
             body_began = True
         if op.name == "core.return" and op is not graph.return_op:
             return Broken(10, op, "there is more than one return")
     if graph.return_op.attrs or graph.return_op.results:
-        return Broken(10, graph.return_op, "the return takes no attributes and gives no value")
+        return Broken(10, graph.return_op, "the return has no attributes and no results")
     return None
 
 
@@ -227,7 +231,7 @@ def _weights(graph: Structure) -> Broken | None:
         if op.role is not Role.STATE:
             continue
         if len(op.results) != 1:
-            return Broken(11, op, f"a parameter or buffer gives one value, not {len(op.results)}")
+            return Broken(11, op, f"a parameter or buffer has one result, not {len(op.results)}")
         name = str(op.attrs["name"])
         if name in seen:
             reader = f"{seen[name].result} ({seen[name].name})"
@@ -237,7 +241,7 @@ def _weights(graph: Structure) -> Broken | None:
 
 
 def _stored(graph: Structure, weights: Mapping[str, Any]) -> Broken | None:
-    # A store may say what it holds, so that nothing is loaded only to be looked at; None means that it cannot tell.
+    # `type_of` gives the type without loading the weight; None means unknown.
     type_of = getattr(weights, "type_of", None) or (lambda name: TensorType.of(weights[name]))
     for op in graph:
         if not weights or op.role is not Role.STATE:
@@ -270,10 +274,10 @@ def _updates(graph: Structure) -> Broken | None:
 def _symbols(graph: Structure) -> Broken | None:
     for name, bounds in graph.symbols.items():
         if bounds.low < 0 or (bounds.high is not None and bounds.high < bounds.low):
-            return Broken(13, graph.return_op, f"the range of {name} is {bounds}: empty, or with negative sizes")
+            return Broken(13, graph.return_op, f"the range of {name} is {bounds}, which is empty or has negative sizes")
     known = set(graph.symbols).union(*(value.type.symbols for value in graph.inputs))
     if odd := sorted(name for name in known if not SYMBOL.fullmatch(name)):
-        return Broken(13, graph.return_op, f"{odd[0]!r} is no name of a symbol")
+        return Broken(13, graph.return_op, f"{odd[0]!r} is not a valid symbol name")
     for op in graph:
         for value in op.results:
             if strange := sorted(s for s in value.type.symbols - known if not s.startswith("u")):

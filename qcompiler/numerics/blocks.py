@@ -1,4 +1,4 @@
-"""Tensors cut into blocks of their last two dimensions, and put together again."""
+"""Splits tensors into blocks of their last two dimensions, and joins them again."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from qcompiler.ir.formats import ALL
 
 
 def into_blocks(x: Tensor, block: Sequence[int]) -> Tensor:
-    """`[..., M, K]` -> `[..., ceil(M / rows), rows, ceil(K / columns), columns]`; a view where nothing is ragged.
+    """`[..., M, K]` -> `[..., ceil(M / rows), rows, ceil(K / columns), columns]`; a view unless padding is needed.
 
-    A block has one element at least, so that there is an amax; one that is `ALL` of nothing is a zero.
+    A block has at least one element, so amax exists; `ALL` of an empty axis is padded to one zero.
     """
     rows, columns = block
     x = x.unsqueeze(0) if x.dim() == 1 else x
@@ -25,21 +25,21 @@ def into_blocks(x: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def _cut(length: int, size: int) -> tuple[int, int]:
-    """How many blocks of `size` cover an axis, and how long each is."""
+    """The number of blocks of `size` that cover an axis, and the length of each."""
     if size == ALL:
         return 1, 1 if isinstance(length, int) and length == 0 else length
     return _ceil_div(length, size), size
 
 
 def _is_ragged(length: int, size: int) -> bool:
-    """Whether an axis must be padded; a symbolic one is padded unasked, since whether it divides would be a guard."""
+    """Whether an axis must be padded; a symbolic axis always is, because testing divisibility would add a guard."""
     if not isinstance(length, int):
         return size not in (1, ALL)
     return length == 0 if size == ALL else length % size != 0
 
 
 def out_of_blocks(blocks: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `into_blocks`, without the padding, in the shape of `like`; contiguous."""
+    """The inverse of `into_blocks`: removes the padding; contiguous, in the shape of `like`."""
     *lead, down, rows, across, columns = blocks.shape
     flat = blocks.reshape(*lead, down * rows, across * columns)
     if like.dim() == 1:
@@ -49,12 +49,12 @@ def out_of_blocks(blocks: Tensor, like: Tensor) -> Tensor:
 
 
 def spread(scale: Tensor, like: Tensor) -> Tensor:
-    """The scales of `like` in the shape of its blocks, with ones for the rows and columns of a block."""
+    """Reshapes the scales of `like` to broadcast over its blocks."""
     return (scale.unsqueeze(0) if like.dim() == 1 else scale).unsqueeze(-2).unsqueeze(-1)
 
 
 def describe(tensor: Tensor) -> str:
-    """The dtype and the shape of a tensor, for messages."""
+    """The dtype and shape of a tensor, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 

@@ -1,4 +1,4 @@
-"""The scaled matmul: both operands dequantized, multiplied and summed in FP32."""
+"""Scaled matmul: dequantizes both operands, multiplies and accumulates in FP32."""
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ def scaled_linear(
     w_format: Format = FP8_BLOCK,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`x @ w.T + bias` of two quantized operands: dequantized to FP32, multiplied and added in FP32, rounded once.
+    """`x @ w.T + bias` of two quantized operands, computed in FP32 and rounded once.
 
-    INT8 operands with one scale for all of K are summed exactly, as by the kernels: `sum * (x_s * w_s) + bias`.
+    INT8 operands with one scale for all of K are summed exactly, as in the kernels: `sum * (x_s * w_s) + bias`.
 
     Args:
         x_q: Codes of `[..., K]`, any number of leading dimensions.
@@ -43,7 +43,7 @@ def scaled_linear(
         out_dtype: The dtype of the result, `[..., N]`.
 
     Raises:
-        QCompilerError: `w_q` is no matrix, the depths differ, or codes or scales do not fit their format.
+        QCompilerError: `w_q` is not a matrix, K differs, or codes or scales do not match their format.
     """
     if sums_integers(x_q, x_format, w_format):
         check_linear(x_q, w_q)
@@ -58,7 +58,7 @@ def scaled_linear(
 
 
 def sums_integers(x_q: Tensor, x_format: Format, w_format: Format) -> bool:
-    """Whether the codes are INT8 with one scale for all of K; what is traced shows FP32 arithmetic instead."""
+    """Whether the codes are INT8 with one scale for all of K; False in traces, which use FP32 arithmetic."""
     formats = (x_format, w_format)
     whole = all(f.element is DType.i8 and f.scale is DType.f32 and f.block in ((1, ALL), (ALL, ALL)) for f in formats)
     return whole and type(x_q) in PLAIN
@@ -68,4 +68,4 @@ def check_linear(x_q: Tensor, w_q: Tensor) -> None:
     """Raises QCompilerError unless `x_q` is `[..., K]` and `w_q` is `[N, K]`."""
     if w_q.dim() != 2 or x_q.dim() == 0 or x_q.shape[-1] != w_q.shape[1]:
         got = f"{describe(x_q)} and {describe(w_q)}"
-        raise QCompilerError("the operands of a scaled linear do not fit", got=got, need="x [..., K] and w [N, K]")
+        raise QCompilerError("the operands of a scaled linear do not match", got=got, need="x [..., K] and w [N, K]")

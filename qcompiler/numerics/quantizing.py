@@ -1,4 +1,4 @@
-"""Quantize and dequantize: from a tensor to codes and scales, and back."""
+"""Quantizes tensors to codes and scales, and dequantizes them."""
 
 from collections.abc import Sequence
 
@@ -13,26 +13,26 @@ from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.numerics.scales import in_full, scale_of, tensor_scale_of
 
 MOST_AT_ONCE = 2**26
-"""Elements of a stack of matrices that are quantized together; more go matrix by matrix, with less memory."""
+"""Maximum elements quantized at once; larger batches are quantized matrix by matrix to save memory."""
 
 
 def quantize(x: Tensor, format: Format = FP8_TILE, prescale: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Quantizes blocks of the last two dimensions with one scale each, computed from the block.
+    """Quantizes blocks of the last two dimensions with one scale per block, computed from the block.
 
     Args:
-        x: Floating point, `[..., M, K]`; leading dimensions are a batch, and a 1-D tensor counts as one row. M may be
-            0, and neither M nor K need be a multiple of the block: the ragged edge counts as padded with zeros.
-        format: What codes and scales are, and how they are made. Its scale layout does not count here.
-        prescale: `[K]`, floating point: what each channel is multiplied by first, in FP32.
+        x: Floating point, `[..., M, K]`; leading dimensions are a batch, and a 1-D tensor is one row. M may be 0, and
+            M and K need not be multiples of the block: edge blocks are padded with zeros.
+        format: The format of codes and scales; its scale layout is ignored.
+        prescale: `[K]`, floating point: factors of the channels, multiplied in FP32 before quantization.
 
     Returns:
-        The codes, with the shape of `x` or, of less than 8 bits, packed into bytes along K; the scale in the shape of
+        The codes, in the shape of `x`, or packed into bytes along K if below 8 bits; the scales in the shape of
         `scale_shape`; and the FP32 tensor scale, if the format has one. All are contiguous. NaN and infinities become
-        NaN codes or a NaN scale, as the table at the top of `numerics` says.
+        NaN codes or a NaN scale; see the table in the docstring of `numerics`.
 
     Raises:
-        QCompilerError: An `x` that is a scalar or not floating, a K that cannot be packed, or a prescale that does not
-            have one number for each channel.
+        QCompilerError: `x` is a scalar or not floating point, K cannot be packed, or the prescale does not have one
+            number for each channel.
     """
     if type(x) is Tensor and x.dim() > 2 and format.block[0] != ALL and x.numel() > MOST_AT_ONCE:
         return _quantize_one_by_one(x, format, prescale)
@@ -41,7 +41,7 @@ def quantize(x: Tensor, format: Format = FP8_TILE, prescale: Tensor | None = Non
 
 
 def _tensor_scale(x: Tensor, format: Format) -> Tensor | None:
-    """The scale of the scales of FP32 numbers, from the finite ones."""
+    """The tensor scale of FP32 numbers, computed from the finite ones."""
     if not format.tensor_scale:
         return None
     if x.numel() == 0:
@@ -50,12 +50,12 @@ def _tensor_scale(x: Tensor, format: Format) -> Tensor | None:
 
 
 def _quantize(x: Tensor, format: Format, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
-    """`quantize` of FP32 numbers whose tensor scale is known."""
+    """`quantize` of FP32 numbers with a given tensor scale."""
     blocks = into_blocks(x, format.block)
     marked = format.block[0] != 1 and format.has_nan
     sizes = blocks.abs()
     if marked:
-        # In place and without a mask: comparing and selecting costs ten times as much on a CPU.
+        # In place and without a mask: compare and select takes ten times as long on a CPU.
         sizes = sizes.nan_to_num_(nan=0.0, posinf=0.0)
     scale = scale_of(sizes.amax((-3, -1), keepdim=True), format, tensor_scale)
     codes = out_of_blocks(encode(blocks, in_full(scale, tensor_scale), format, marked), x)
@@ -64,9 +64,9 @@ def _quantize(x: Tensor, format: Format, tensor_scale: Tensor | None) -> tuple[T
 
 
 def _quantize_one_by_one(x: Tensor, format: Format, prescale: Tensor | None) -> tuple[Tensor, ...]:
-    """`quantize`, matrix by matrix: in FP32 there is one of them at a time."""
+    """`quantize`, matrix by matrix, so only one matrix is in FP32 at a time."""
     kinds = [kind.stored for kind in format.types(x.shape)]
-    codes, scale, *rest = [torch.empty(k.shape, dtype=torch_dtype(k.dtype), device=x.device) for k in kinds]  # type: ignore[arg-type]  # the sizes are numbers
+    codes, scale, *rest = [torch.empty(k.shape, dtype=torch_dtype(k.dtype), device=x.device) for k in kinds]  # type: ignore[arg-type]  # sizes are integers here
     for tensor_scale in rest:
         each = [_tensor_scale(_prescaled(matrix, format, prescale), format) for matrix in x]
         tensor_scale.copy_(torch.stack([one for one in each if one is not None]).amax())
@@ -77,12 +77,12 @@ def _quantize_one_by_one(x: Tensor, format: Format, prescale: Tensor | None) -> 
 
 
 def quantize_static(x: Tensor, scale: Tensor, format: Format = FP8_TENSOR, prescale: Tensor | None = None) -> Tensor:
-    """Quantizes with scales that are known already; finite numbers beyond their range saturate.
+    """Quantizes with given scales; finite numbers outside their range saturate.
 
     Args:
         x: As in `quantize`.
-        scale: Positive, in the type and shape of the format's scales.
-        format: As in `quantize`, without a tensor scale; of its profile only the division counts here.
+        scale: Positive, with the dtype and shape of the format's scales.
+        format: As in `quantize`, without a tensor scale; only the division of its profile is used.
         prescale: As in `quantize`.
 
     Returns:
@@ -106,29 +106,29 @@ def dequantize(
     format: Format = FP8_TILE,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Multiplies each block by its scale, in FP32, and rounds once to `out_dtype`.
+    """Multiplies each block by its scale in FP32 and rounds once to `out_dtype`.
 
     Args:
-        q: Codes as `quantize` makes them, of `[..., M, K]` or `[K]`.
-        scale: In the type and shape of the format's scales; any strides.
-        tensor_scale: FP32, one number, for a format that has it.
-        format: What all of them are.
-        out_dtype: The dtype of the result, which has the shape of what was quantized.
+        q: Codes from `quantize`, for `[..., M, K]` or `[K]`.
+        scale: With the dtype and shape of the format's scales; any strides.
+        tensor_scale: FP32, one number, if the format has a tensor scale.
+        format: The format of the codes and scales.
+        out_dtype: The dtype of the result, which has the shape of the original tensor.
 
     Raises:
         QCompilerError: `q` is not in the format, or the scale does not have one entry for each block.
     """
     if q.dtype != torch_dtype(format.element):
-        raise QCompilerError("these are not the codes of the format", got=describe(q), need=format)
+        raise QCompilerError("the codes do not match the format", got=describe(q), need=format)
     values = decode(q, format)
     check_scale(q, values.shape, scale, format, tensor_scale)
     full = spread(in_full(scale, tensor_scale), values)
-    # In place: on a CPU fresh memory costs more than the arithmetic.
+    # In place: on a CPU, allocating memory costs more than the arithmetic.
     return out_of_blocks(into_blocks(values, format.block).mul_(full), values).to(out_dtype)
 
 
 def _prescaled(x: Tensor, format: Format, prescale: Tensor | None) -> Tensor:
-    """`x` in FP32, each channel times its prescale; QCompilerError when that is no tensor to quantize."""
+    """`x * prescale` in FP32; raises QCompilerError if `x` cannot be quantized."""
     if x.dim() == 0 or not x.is_floating_point():
         raise QCompilerError("cannot quantize this tensor", got=describe(x), need="floating point, 1 dimension or more")
     if why := format.why_not(x.shape):
@@ -147,7 +147,7 @@ def _prescaled(x: Tensor, format: Format, prescale: Tensor | None) -> Tensor:
 def check_scale(
     described: Tensor, shape: Sequence[int], scale: Tensor, format: Format, tensor_scale: Tensor | None = None
 ) -> None:
-    """Holds the scales of a tensor of some shape to their format."""
+    """Checks the scales of a tensor of the given shape against the format; raises QCompilerError."""
     need = scale_shape(shape, format.block) if shape else []
     if not need or list(scale.shape) != need:
         rows, columns = format.block
@@ -155,4 +155,4 @@ def check_scale(
         raise QCompilerError(problem, got=describe(scale), need=need)
     if (tensor_scale is not None) != format.tensor_scale:
         got = "no tensor scale" if tensor_scale is None else "a tensor scale"
-        raise QCompilerError("the scales are not those of the format", got=got, need=format)
+        raise QCompilerError("the scales do not match the format", got=got, need=format)

@@ -1,4 +1,4 @@
-"""Scales: from the largest magnitude of a block to the number that its codes are multiplied by."""
+"""Computes scales from the largest magnitudes of blocks."""
 
 import math
 
@@ -13,12 +13,12 @@ SMALLEST_E8M0 = 2.0**-127
 
 
 def scale_of(amax: Tensor, format: Format = FP8_TENSOR, tensor_scale: Tensor | None = None) -> Tensor:
-    """The scale for each largest magnitude: that of a block, or one that calibration has found.
+    """The scale for each largest magnitude, either of a block or from calibration.
 
     Args:
-        amax: FP32, not negative, any shape; unchanged. The scale of an infinity or NaN is NaN.
-        format: Its profile and elements make the scale, which has the dtype of the format's scales.
-        tensor_scale: FP32, of one element: the scale of scales, for formats that have one.
+        amax: FP32, not negative, any shape; not modified. The scale of an infinity or NaN is NaN.
+        format: Defines the rounding and the dtype of the scale.
+        tensor_scale: FP32, one element, if the format has a tensor scale.
     """
     rule = profile(format.profile)
     if format.scale is DType.f8e8m0fnu and rule.scale_format == "f32":
@@ -26,28 +26,28 @@ def scale_of(amax: Tensor, format: Format = FP8_TENSOR, tensor_scale: Tensor | N
         floor_of_amax = amax.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
         scale = (floor_of_amax * 2.0**-exponent).clamp_min(SMALLEST_E8M0)
     else:
-        # A tensor divisor, because CUDA turns division by a Python number into a multiplication by its reciprocal.
+        # A tensor divisor, because CUDA computes division by a Python number as multiplication by its reciprocal.
         top = torch.full((), format.max, dtype=torch.float32, device=amax.device)
         floored = amax if tensor_scale is not None else amax.clamp_min(rule.amax_floor(format.element))
         scale = floored / top
         if tensor_scale is not None:
             scale = scale / tensor_scale
         if rule.scale_format == "ue8m0":
-            # ceil(log2) on the bits: any mantissa bit carries into the exponent, and is then cleared.
+            # ceil(log2) on the bits: a nonzero mantissa carries into the exponent and is then cleared.
             scale = scale.view(torch.int32).add(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
-    scale = scale + amax * 0  # NaN where the amax is not finite
+    scale = scale + amax * 0  # NaN where amax is not finite
     if format.scale is DType.f32:
         return scale
     return scale.clamp_max(SCALES[format.scale]).to(torch_dtype(format.scale))
 
 
 def tensor_scale_of(amax: Tensor, format: Format) -> Tensor:
-    """The FP32 scale of the scales of a tensor, from its largest finite magnitude."""
+    """The FP32 tensor scale, computed from the largest finite magnitude."""
     top = torch.full((), format.max * SCALES[format.scale], dtype=torch.float32, device=amax.device)
     return amax.clamp_min(profile(format.profile).amax_floor(format.element)) / top
 
 
 def in_full(scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-    """What codes are multiplied by, in FP32."""
+    """The full FP32 scale of the codes: scale * tensor_scale."""
     wide = scale.to(torch.float32)
     return wide if tensor_scale is None else wide * tensor_scale

@@ -1,1 +1,1 @@
-"""Passes and pipelines: their text, how they run, and what watches them."""
+"""Passes, pipelines, the pipeline runner, and instruments."""

@@ -1,4 +1,4 @@
-"""What became of one operation, pass by pass."""
+"""The history of one operation through all passes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ Fate = Literal["absent", "appears", "same", "changed", "fused", "replaced", "rem
 
 @dataclass(frozen=True)
 class Chapter:
-    """What a stage did to the operation.
+    """The effect of one stage on the operation.
 
     Attributes:
-        stage: Its name.
-        fate: What happened.
-        value: The name that the operation's result goes by behind it; empty where there is none.
-        line: The operation's text behind it.
-        new: The operations that this stage put in front of it, or in its place, and from which it is computed now.
+        stage: The name of the stage.
+        fate: What happened to the operation.
+        value: The name of the operation's result after the stage; empty if it does not exist.
+        line: The operation's text after the stage.
+        new: New operations of this stage that the operation, or its replacement, is computed from.
     """
 
     stage: str
@@ -33,10 +33,10 @@ class Chapter:
 
 
 def values_named(stages: Mapping[str, Graph], name: str) -> list[str]:
-    """The values that `name` means: a value, with or without its `%`, or all that a module of the model computes.
+    """The values that `name` selects: one value, with or without `%`, or all values of a module of the model.
 
     Raises:
-        InputError: No stage has such a value or module.
+        InputError: No stage has this value or module.
     """
     name = name.removeprefix("%")
     known = set().union(*map(values_of, stages.values()))
@@ -46,11 +46,11 @@ def values_named(stages: Mapping[str, Graph], name: str) -> list[str]:
     if found := [op.results[0].name for op in computed if op.loc.module == name and op.name != PARAM]:
         return found
     known |= {op.loc.module for op in computed}
-    raise InputError("no stage has such an operation or module", got=name, fix=_nearest(name, known))
+    raise InputError("no stage has this operation or module", got=name, fix=_nearest(name, known))
 
 
 def history(stages: Mapping[str, Graph], name: str) -> list[Chapter]:
-    """One chapter a stage for the value called `name`, which some stage has."""
+    """One chapter per stage for the value called `name`, which must be in at least one stage."""
     names = list(stages)
     chapters = [_first(stages[names[0]], names[0], name)]
     for before, after in pairwise(names):
@@ -79,7 +79,7 @@ def _first(graph: Graph, stage: str, name: str, before: Graph | None = None) -> 
 
 
 def _next(before: Graph, after: Graph, stage: str, last: Chapter) -> Chapter:
-    """What the pass between two graphs did to the value that `last` names."""
+    """The effect of the pass between two graphs on the value that `last` names."""
     alive = values_of(after)
     if last.value in alive:
         op = after[last.value].op
@@ -99,7 +99,7 @@ def _bare(op: Op) -> str:
 
 
 def _made_for(before: Graph, after: Graph, op: Op) -> Iterator[str]:
-    """The operations that `before` did not have and from which `op` is computed, in order."""
+    """The operations that are not in `before` and that `op` is computed from, in order."""
     old, found, waiting = values_of(before), set[Op](), [op]
     while waiting:
         for _, value in waiting.pop().operands():
@@ -110,7 +110,7 @@ def _made_for(before: Graph, after: Graph, op: Op) -> Iterator[str]:
 
 
 def _in_place_of(op: Op, before: Graph, after: Graph, stage: str) -> Iterator[Op]:
-    """The new operations that the pass of this stage made for the place in the model where `op` came from."""
+    """The operations that this stage created for the model location of `op`."""
     old, place, maker = values_of(before), (op.loc.file, op.loc.line, op.loc.module), stage.partition("#")[0]
     for new in after.ops():
         made_here = new.loc.made_by == maker and (new.loc.file, new.loc.line, new.loc.module) == place

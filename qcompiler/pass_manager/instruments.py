@@ -1,4 +1,4 @@
-"""What may be watched around passes, never inside them: time, text, dumps, and the truth of what they declare."""
+"""Instruments that run around passes: timing, printing, dumps, and checks of declared effects."""
 
 import re
 import sys
@@ -18,32 +18,32 @@ from qcompiler.pass_manager.pipeline import Effect, Pass, pass_class
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a pass that has run: whether it says that it changed the graph, and how long it took."""
+    """The result of a pass: whether it reported a change, and its run time."""
 
     changed: bool
     seconds: float
 
 
 class Instrument:
-    """Called around every pass; override what is needed."""
+    """Base class with hooks that are called around every pass."""
 
     def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
-        """Before the first pass; `inputs` are real inputs of the graph, where there are any."""
+        """Called before the first pass; `inputs` are real inputs of the graph, if given."""
 
     def before(self, step: Pass, graph: Graph) -> None:
-        """Before each pass."""
+        """Called before each pass."""
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
-        """After each pass, once its graph has been verified."""
+        """Called after each pass, after its graph is verified."""
 
     def end(self, graph: Graph) -> None:
-        """After the last pass."""
+        """Called after the last pass."""
 
 
 class TimePasses(Instrument):
-    """Collects (pass, milliseconds, changed); `str` is a table, which is printed to `file` at the end, if given.
+    """Collects (pass, milliseconds, changed); `str()` gives a table, printed to `file` at the end if given.
 
-    Only the pass itself is timed: neither the verifier nor other instruments.
+    The times exclude the verifier and other instruments.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -70,7 +70,7 @@ class TimePasses(Instrument):
 
 
 class PrintAfter(Instrument):
-    """Prints the graph after the passes called `names`, or after "all" of them; PassError for an unknown name."""
+    """Prints the graph after the passes in `names`, or after "all" passes; raises PassError for an unknown name."""
 
     def __init__(self, *names: str, file: TextIO | None = None) -> None:
         self.names, self.file = names, file
@@ -79,20 +79,20 @@ class PrintAfter(Instrument):
                 pass_class(name)
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
-        """Prints, when the pass is one of them."""
+        """Prints the graph if the pass is selected."""
         if "all" in self.names or step.name in self.names:
             print(f"// ----- after {step} -----\n{graph}", file=self.file or sys.stderr)
 
 
 class Dump(Instrument):
-    """Writes `00_captured.qir`, `01_canonicalize.qir`, … to a folder; files of that form from an earlier run go."""
+    """Writes `00_captured.qir`, `01_canonicalize.qir`, … to a folder; removes such files of earlier runs."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._count = 0
 
     def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
-        """Writes the graph as captured."""
+        """Writes the captured graph."""
         self._count = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Dump(Instrument):
         self._write("captured", graph)
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
-        """Writes the graph as the pass left it."""
+        """Writes the graph after the pass."""
         self._write(step.name, graph)
 
     def _write(self, name: str, graph: Graph) -> None:
@@ -117,23 +117,23 @@ class Dump(Instrument):
         self._count += 1
 
     def _failed(self, error: OSError) -> PassError:
-        return PassError("graphs cannot be dumped", got=error, need=f"a folder at {self.folder} that can be written")
+        return PassError("graphs cannot be dumped", got=error, need=f"a writable folder at {self.folder}")
 
 
 class CheckChanged(Instrument):
-    """Holds each pass to what it says about having changed the graph."""
+    """Checks that each pass reports correctly whether it changed the graph."""
 
     def before(self, step: Pass, graph: Graph) -> None:
-        """Remembers the text."""
+        """Records the text of the graph."""
         self._text = str(graph)
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
-        """Compares; PassError when the pass told a lie."""
+        """Compares the text; raises PassError if the pass reported the wrong result."""
         if outcome.changed != (str(graph) != self._text):
-            lie = "it changed the graph, but the text is the same"
+            lie = "did not change the graph but returned True"
             raise PassError(
-                f"pass '{step}' says that {lie if outcome.changed else 'it changed nothing, but the text differs'}",
-                fix="Return whether the graph changed from run(); apply_rules() knows.",
+                f"pass '{step}' {lie if outcome.changed else 'changed the graph but returned False'}",
+                fix="Return from run() whether the graph changed; apply_rules() returns it.",
             )
 
 
@@ -141,14 +141,14 @@ TOLERANCE = {
     torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2,
     torch.float8_e4m3fn: 6e-2, torch.float8_e5m2: 0.12,
 }  # fmt: skip
-"""Largest relative error (norm of the difference over norm) that reordering may cause, by the element type."""
+"""Dtype -> largest relative error (norm of the difference over norm) that reordering may cause."""
 
 
 class Validate(Instrument):
-    """Runs the graph before and after each pass on real inputs, and holds the pass to its declared effect.
+    """Runs the graph on real inputs before and after each pass, and checks the declared effect of the pass.
 
-    `errors` has the worst relative error that each pass has added to an output. While a pass runs, the weights that it
-    lets go are still held here; intermediate values are only kept when an error is to be explained.
+    `errors` has the largest relative error that each pass added to an output. While a pass runs, weights that it
+    removes stay in memory; intermediate values are kept only to explain an error.
     """
 
     def __init__(self) -> None:
@@ -157,28 +157,30 @@ class Validate(Instrument):
     def begin(self, graph: Graph, inputs: Sequence[Any] | None) -> None:
         """Runs the captured graph."""
         if inputs is None and graph.inputs:
-            raise PassError("the validate instrument needs real inputs", fix="Give example_inputs to compile().")
+            raise PassError("the validate instrument needs real inputs", fix="Pass example_inputs to compile().")
         self.inputs = list(inputs or ())
         self.errors = {}
         self._old = _run(graph, self.inputs)
 
     def before(self, step: Pass, graph: Graph) -> None:
-        """Keeps the graph, in case that the pass does not keep its word."""
+        """Keeps a copy of the graph, to locate errors."""
         self._graph = graph.clone()
 
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
-        """Runs the graph again; PassError names the pass and the first operation that differs by too much."""
+        """Runs the graph again; raises PassError with the pass and the first operation that differs too much."""
         limit = {Effect.EXACT: None, Effect.REORDERS: step.budget, Effect.LOSSY: step.budget}[step.effect]
         new = _run(graph, self.inputs)
         if missing := sorted(self._old.keys() ^ new.keys()):
-            got = f"{missing[0]} is {'gone' if missing[0] in self._old else 'new'}"
+            got = f"{missing[0]} is {'missing' if missing[0] in self._old else 'new'}"
             raise PassError(
-                f"pass '{step}' changes what the graph yields", got=got, need="the same outputs and updates"
+                f"pass '{step}' changes the outputs or updates of the graph",
+                got=got,
+                need="the same outputs and updates",
             )
         for name, old in self._old.items():
             if not within(old, new[name], limit):
                 raise PassError(
-                    f"pass '{step}' does not keep its word: it declares '{step.effect.value}'",
+                    f"pass '{step}' violates its declared effect '{step.effect.value}'",
                     got=f"{_deviation(old, new[name])} in {name}",
                     need="equal bits" if limit is None else f"at most {allowed(old, limit):.3g}",
                     where=f"{self._first(graph, limit) or name}, the first operation that differs",
@@ -189,7 +191,7 @@ class Validate(Instrument):
         del self._graph
 
     def _first(self, graph: Graph, limit: float | None) -> str | None:
-        """The first operation whose result differs from that of the same name before the pass."""
+        """The first operation whose result differs from the value of the same name before the pass."""
         values: dict[str, Any] = {}
         found: list[str] = []
 
@@ -208,7 +210,7 @@ class Validate(Instrument):
 
 
 def _run(graph: Graph, inputs: Sequence[Any], observe: Any = None) -> dict[str, Any]:
-    """What a graph yields: outputs and updates by name, always from the same random numbers."""
+    """Runs a graph with a fixed random seed; returns outputs and updates by name."""
     updates: dict[str, torch.Tensor] = {}
     devices = sorted({t.device.index for t in inputs if isinstance(t, torch.Tensor) and t.is_cuda})
     with torch.random.fork_rng(devices):
@@ -227,7 +229,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 
 def within(old: Any, new: Any, limit: float | None) -> bool:
-    """Whether `new` is close enough to `old`: equal bits when `limit` is None, else a relative error."""
+    """Whether `new` is close enough to `old`: equal bits if `limit` is None, otherwise by relative error."""
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return type(old) is type(new) and bool(old == new or (old != old and new != new))
     if old.shape != new.shape or old.dtype != new.dtype:
@@ -238,17 +240,17 @@ def within(old: Any, new: Any, limit: float | None) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    # Cloned, since even a tensor of one element may have strides in which its bytes cannot be seen.
+    # Clone, because even a one-element tensor may have strides that do not allow a byte view.
     return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def allowed(old: Any, limit: float) -> float:
-    """The relative error that is allowed: the limit of the pass, and what the element type makes of reordering."""
-    return limit + TOLERANCE.get(getattr(old, "dtype", None), 0.0)  # type: ignore[arg-type]  # None is no key
+    """The allowed relative error: the limit of the pass plus the reordering tolerance of the dtype."""
+    return limit + TOLERANCE.get(getattr(old, "dtype", None), 0.0)  # type: ignore[arg-type]  # None is not a key
 
 
 def relative_error(old: Any, new: Any) -> float:
-    """The norm of the difference over the norm of `old`; 0 for what are no tensors of equal shape."""
+    """The norm of the difference over the norm of `old`; 0 unless both are tensors of the same shape."""
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.shape != new.shape:
         return 0.0
     wide = torch.complex128 if old.is_complex() or new.is_complex() else torch.float64
@@ -266,8 +268,8 @@ def _deviation(old: Any, new: Any) -> str:
     """How two values differ, in words."""
     kinds = TensorType.of(old), TensorType.of(new)
     if kinds[0] is None or kinds[1] is None:
-        return f"{new!r} in the place of {old!r}"
+        return f"{new!r} instead of {old!r}"
     if kinds[0] != kinds[1]:
-        return f"{kinds[1]} in the place of {kinds[0]}"
+        return f"{kinds[1]} instead of {kinds[0]}"
     error = relative_error(old, new)
-    return f"a relative error of {error:.3g}" if error else "other bits of equal value"
+    return f"a relative error of {error:.3g}" if error else "equal values with different bits"

@@ -1,6 +1,6 @@
-"""Under which names a value goes on while passes rewrite a graph.
+"""Tracks the names of a value while passes rewrite a graph.
 
-A pass keeps the name of what it replaces. Where it fuses an operation with its only reader, that one's name stays.
+A pass keeps the name of a value that it replaces. If it fuses an operation with its only user, the user's name stays.
 """
 
 from collections.abc import Set
@@ -10,7 +10,7 @@ from qcompiler.ir import Graph
 
 
 def lineages(graphs: list[Graph]) -> dict[str, list[str]]:
-    """Value of the first graph -> the names that it has gone by, its last one included; without what was removed."""
+    """Value in the first graph -> all its names up to the last graph; omits removed values."""
     found = {value.name: [value.name] for op in graphs[0] for value in op.results}
     for before, after in pairwise(graphs):
         alive = values_of(after)
@@ -24,9 +24,9 @@ def lineages(graphs: list[Graph]) -> dict[str, list[str]]:
 
 
 def fused_into(before: Graph, alive: Set[str], name: str) -> list[str] | None:
-    """The readers, one behind the other, that a value of `before` was fused with, down to the first that is `alive`.
+    """The chain of users that a value of `before` was fused with, up to the first one in `alive`.
 
-    Empty when the value itself is alive; None when it was removed.
+    Empty if the value itself is alive; None if it was removed.
     """
     names = [name]
     while names[-1] not in alive:

@@ -1,11 +1,11 @@
-"""The options of a pass: fields of a dataclass, held to their type hints, in Python and in text.
+"""Pass options: dataclass fields, checked against their type hints, with a text form.
 
     pipeline := [pass] {';' [pass]}
     pass     := word ['{' [option] {',' [option]} '}']
     option   := word '=' (value | word)
 
-A word is a name with dashes, such as `fp8-tile`; as a value it is a string, where the option wants one. A scheme is
-spelled as a pass.
+A word is a name with dashes, such as `fp8-tile`; as a value, it is a string if the option accepts one. Schemes use the
+same syntax as passes.
 """
 
 import re
@@ -20,25 +20,25 @@ from qcompiler.ir.literals import LiteralReader
 from qcompiler.text import WORDS, Token
 
 WORD = re.compile(r"[A-Za-z][\w-]*")
-"""The strings that need no quotes, and the names that passes may have."""
+"""Strings that do not need quotes, and valid pass names."""
 
 DASHED = re.compile(r"[\w-]+")
 DOTTED = re.compile(r"[\w.-]+")
 
 
 def default_of(option: "Field[Any]") -> Any:
-    """The default of an option; MISSING when it must be given."""
+    """The default of an option; MISSING if it is required."""
     return option.default_factory() if option.default_factory is not MISSING else option.default
 
 
 def print_option(value: Any) -> str:
-    """An option's value as text: a string goes without quotes where it cannot be taken for a literal."""
+    """An option's value as text; a string has no quotes unless it could be read as a literal."""
     bare = isinstance(value, str) and WORD.fullmatch(value) and _meaning(value) is MISSING
     return value if bare else print_argument(value)
 
 
 def _meaning(name: str) -> Any:
-    """The literal that a name spells, or MISSING."""
+    """The literal that a name spells; MISSING if it is not a literal."""
     return WORDS[name] if name in WORDS else DType.__members__.get(name, MISSING)
 
 
@@ -46,29 +46,29 @@ class OptionReader(LiteralReader):
     """Reads `name{option=value, option=value}`, with dashes in names."""
 
     def named(self, token: Token) -> Argument:
-        """The dtype that a name inside a list spells."""
+        """The dtype of a name inside a list."""
         if token.text not in DType.__members__:
             raise self.fail(f"'{token.text}' is not a literal; a string inside a list needs quotes", token)
         return DType[token.text]
 
     def options(self, kind: Any, owner: str, names: Iterable[str]) -> dict[str, Any]:
-        """The options in braces, by field; none if there is no brace.
+        """Reads options in braces, by field name; empty if there are no braces.
 
         Args:
-            kind: The dataclass whose fields the options are.
-            owner: What has them, for messages: "pass 'fp8-tile'".
+            kind: The dataclass whose fields are the options.
+            owner: The owner of the options, for messages: "pass 'fp8-tile'".
             names: The fields that may be given.
 
         Raises:
             ParseError: The text is malformed.
-            PassError: An option is unknown, or its value is wrong.
+            PassError: An option is unknown, or its value is invalid.
         """
         given: dict[str, Any] = {}
         if self.accept("{"):
             known = {option.name: option for option in fields(kind) if option.name in set(names)}
             self.separated(lambda: self._option(kind, owner, known, given), ",", "}")
         elif self.now.kind == "name":
-            raise self.fail("options are spelled in braces: {option=value, option=value}", self.now)
+            raise self.fail("options must be in braces: {option=value, option=value}", self.now)
         return given
 
     def _option(self, kind: Any, owner: str, known: "Mapping[str, Field[Any]]", given: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class OptionReader(LiteralReader):
         option = known.get(key.text.replace("-", "_"))
         with self.blaming(key):
             if option is None:
-                fix = did_you_mean(key.text, known) if known else "It has none."
+                fix = did_you_mean(key.text, known) if known else "It has no options."
                 raise PassError(f"{owner} has no such option", got=repr(key.text), fix=fix)
         if option.name in given:
             raise self.fail(f"option '{key.text}' is given twice", key)
@@ -93,7 +93,7 @@ class OptionReader(LiteralReader):
 
 
 def _fitting(meanings: Iterable[Any], kind: Any, owner: str, option: "Field[Any]", text: str) -> Any:
-    """The first meaning of a text that an option's type hint allows; PassError if there is none."""
+    """The first meaning of a text that the option's type hint allows; raises PassError if there is none."""
     for value in meanings:
         try:
             if value is not MISSING:
@@ -104,15 +104,15 @@ def _fitting(meanings: Iterable[Any], kind: Any, owner: str, option: "Field[Any]
 
 
 def hint_of(kind: Any, name: str) -> Any:
-    """The type hint of an option; Any where it cannot be told."""
+    """The type hint of an option; Any if it cannot be resolved."""
     try:
         return get_type_hints(kind).get(name, Any)
-    except NameError:  # a class inside a function, with names that only the function knows
+    except NameError:  # a class inside a function, with local names in its hints
         return Any
 
 
 def converted(value: Any, hint: Any) -> Any:
-    """`value` as the type hint wants it: lists as tuples, integers as floats; ValueError when it does not fit."""
+    """Converts `value` to the type hint: lists to tuples, integers to floats; raises ValueError on a mismatch."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -135,7 +135,7 @@ def converted(value: Any, hint: Any) -> Any:
 
 
 def wrong_value(kind: Any, owner: str, option: "Field[Any]", got: str) -> PassError:
-    """The error for a value that does not fit, with what would."""
+    """The error for an invalid value, with the accepted values."""
     hint, default = hint_of(kind, option.name), default_of(option)
     fix = None
     if get_origin(hint) is Literal:

@@ -1,11 +1,11 @@
-"""Passes and pipelines: values that print, parse, and run.
+"""Passes and pipelines: they print, parse, and run.
 
     Pass.parse("fp8-tile{profile=deepgemm}")      str(pass) is its inverse
     Pipeline.parse("canonicalize; fp8-tile")      str(pipeline) is its inverse
 
-A pass is known by its name as soon as its class is defined. Our own are found in the package `passes`, those of other
-distributions through the entry point `qcompiler.passes`, whose name is the name of the pass; neither is imported before
-a name asks for it.
+Defining a pass class registers it by name. Built-in passes are in the package `passes`; other distributions add passes
+through the entry point group `qcompiler.passes`, with the pass name as the entry point name. Both are imported on first
+lookup.
 """
 
 from abc import ABC
@@ -32,38 +32,38 @@ from qcompiler.pass_manager.options import (
 from qcompiler.text import Source
 
 HOMES = ("passes",)
-"""Packages that define passes when they are imported; only named here, since they stand on a higher floor."""
+"""Packages that define passes on import; given by name because they are on a higher floor."""
 
 GROUP = "qcompiler.passes"
 
 
 class Effect(Enum):
-    """What a pass may do to the numbers; the `Validate` instrument holds it to that."""
+    """How a pass may change numerical results; checked by the `Validate` instrument."""
 
     EXACT = "exact"
     """Equal bits."""
     REORDERS = "reorders"
-    """Equal but for the order of floating-point operations."""
+    """Equal except for the order of floating-point operations."""
     LOSSY = "lossy"
     """Quantizes, within an error budget."""
 
 
 PASSES: dict[str, type["Pass"]] = {}
-"""Every pass class that has been defined, by name."""
+"""All defined pass classes, by name."""
 
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One transformation of a graph: a frozen dataclass whose fields are its options.
+    """A graph transformation: a frozen dataclass whose fields are its options.
 
-    A subclass sets `name` and `effect`, says `before -> after` in its docstring, and gives `rules` or overrides `run`.
-    Options are numbers, strings, dtypes and tuples of them, with type hints, to which their values are held.
+    A subclass sets `name` and `effect`, shows `before -> after` in its docstring, and overrides `rules` or `run`.
+    Options are numbers, strings, dtypes, and tuples of them; values are checked against the type hints.
 
     Attributes:
         name: The name in pipelines, with dashes.
-        effect: What it may do to the numbers.
+        effect: How the pass may change numerical results.
         budget: The largest relative error (norm of the difference over norm) that a lossy pass may add to an output;
-            for one that reorders, what that may come to beyond its rounding, such as codes that it turns.
+            for a reordering pass, the error allowed beyond rounding, for example from codes that change.
     """
 
     name: ClassVar[str]
@@ -76,12 +76,10 @@ class Pass(ABC):
             return
         if not WORD.fullmatch(cls.name):
             need = "letters, digits and dashes, such as 'fp8-tile'"
-            raise PassError(
-                f"the name of pass class {cls.__qualname__} cannot be spelled", got=repr(cls.name), need=need
-            )
+            raise PassError(f"the name of pass class {cls.__qualname__} is not valid", got=repr(cls.name), need=need)
         if cls.effect is Effect.LOSSY and not cls.budget > 0:
             need = "the largest relative error that it may add to an output, such as 0.1"
-            raise PassError(f"pass '{cls.name}' is lossy, but has no budget", got=cls.budget, need=need)
+            raise PassError(f"pass '{cls.name}' is lossy but has no budget", got=cls.budget, need=need)
         known = PASSES.get(cls.name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             need = f"a name that {known.__module__} has not taken"
@@ -89,17 +87,17 @@ class Pass(ABC):
         PASSES[cls.name] = cls
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """A pass; PassError for a class that forgot its name or its decorator."""
+        """Creates a pass; raises PassError if the class lacks a name or the dataclass decorator."""
         if not hasattr(cls, "name"):
-            raise PassError(f"pass class {cls.__qualname__} has no name", fix='Give it one: name: ClassVar[str] = "…".')
-        # Annotations last: from Python 3.14 on, reading them looks up names that only type checkers may know.
+            raise PassError(f"pass class {cls.__qualname__} has no name", fix='Add name: ClassVar[str] = "…".')
+        # Annotations last: from Python 3.14, reading them evaluates names that may exist only for type checkers.
         if "__dataclass_fields__" not in cls.__dict__ and (options := _options(cls)):
-            problem = f"pass class {cls.__qualname__} has options, but is no dataclass"
+            problem = f"pass class {cls.__qualname__} has options but is not a dataclass"
             raise PassError(problem, got=", ".join(options), fix="Put @dataclass(frozen=True) above it.")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Holds the options to their type hints. Lists become tuples and integers floats where those are wanted."""
+        """Checks the options against their type hints; converts lists to tuples and integers to floats as needed."""
         for option in fields(self):
             value = getattr(self, option.name)
             try:
@@ -108,17 +106,17 @@ class Pass(ABC):
                 raise wrong_value(type(self), f"pass '{self.name}'", option, repr(value)) from None
 
     def rules(self) -> Sequence[Rule]:
-        """The rewrites that make up this pass."""
+        """The rewrite rules of this pass."""
         return ()
 
     def run(self, graph: Graph) -> bool:
-        """Changes the graph; whether it did."""
+        """Runs the pass on the graph, in place; returns whether the graph changed."""
         return apply_rules(graph, self.rules(), self.name)
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Why each candidate in `graph` is left alone, by the name of the candidate's first result.
+        """Why each candidate in `graph` is skipped, by the name of the candidate's first result.
 
-        A candidate is an operation that some rule starts at; it is left alone when none of them matches.
+        A candidate is an operation that some rule starts at; it is skipped if no rule matches.
         """
         reasons: dict[str, str] = {}
         rules = self.rules()
@@ -136,7 +134,7 @@ class Pass(ABC):
 
     @classmethod
     def parse(cls, spec: str) -> "Pass":
-        """The pass that `name{option=value, …}` spells; ParseError when malformed, PassError for what is unknown."""
+        """Parses `name{option=value, …}`; raises ParseError if malformed, PassError for unknown names."""
         reader = OptionReader(Source(spec, "<pass>"))
         step = _read_pass(reader)
         reader.expect_end()
@@ -144,19 +142,19 @@ class Pass(ABC):
 
 
 def _options(cls: type[Pass]) -> list[str]:
-    """The options that a class declares itself."""
+    """The options that a class itself declares."""
     return [key for key, hint in get_annotations(cls).items() if "ClassVar" not in str(hint)]
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The class of the pass called `name`; PassError with did-you-mean when there is none."""
+    """The class of the pass called `name`; raises PassError with a did-you-mean hint if there is none."""
     for home in HOMES:
         import_module(home)
     if name not in PASSES and (entry := offered(GROUP).get(name)) is not None:
         load(entry)
         if name not in PASSES:
             raise PassError(
-                "an entry point gives no pass of its name", got=shown(entry), need=f"a pass called {name!r}"
+                "an entry point does not define a pass of its name", got=shown(entry), need=f"a pass called {name!r}"
             )
     if name not in PASSES:
         raise PassError("no such pass", got=repr(name), fix=did_you_mean(name, {*PASSES, *offered(GROUP)}))
@@ -167,7 +165,7 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def _read_pass(reader: OptionReader) -> Pass:
-    """The next pass: `name{option=value, …}`."""
+    """Reads a pass: `name{option=value, …}`."""
     name = reader.word(DASHED, "the name of a pass")
     with reader.blaming(name):
         kind = pass_class(name.text)
@@ -182,14 +180,14 @@ def _read_pass(reader: OptionReader) -> Pass:
 
 
 def numbered(name: str, taken: Iterable[str]) -> str:
-    """`name` for the first pass of that name in a pipeline, `name#2` for the second."""
+    """`name` for the first pass of this name in a pipeline, `name#2` for the second."""
     count = 1 + sum(other.partition("#")[0] == name for other in taken)
     return name if count == 1 else f"{name}#{count}"
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. A value: editing gives a new one; where a pass is wanted, its text will do.
+    """An immutable sequence of passes; edits return a new pipeline, and accept passes as objects or text.
 
         Pipeline.parse("canonicalize; fp8-tile; dead-code").insert_after("fp8-tile", MyPass()).without("dead-code")
 
@@ -199,16 +197,18 @@ class Pipeline:
     passes: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
-        """Takes a list for a tuple; PassError for what is no pass."""
+        """Converts a list to a tuple; raises PassError for an item that is not a pass."""
         object.__setattr__(self, "passes", tuple(self.passes))
         for step in self.passes:
             if not isinstance(step, Pass):
                 fix = f"Write {step.__name__}()." if isinstance(step, type) else None
-                raise PassError("a pipeline holds passes only", got=repr(step), need="an instance of a pass", fix=fix)
+                raise PassError(
+                    "an item of a pipeline is not a pass", got=repr(step), need="an instance of a pass", fix=fix
+                )
 
     @classmethod
     def parse(cls, text: str) -> "Pipeline":
-        """The pipeline that `pass; pass{option=value}; …` spells; ParseError when malformed, PassError when unknown."""
+        """Parses `pass; pass{option=value}; …`; raises ParseError if malformed, PassError for unknown names."""
         reader = OptionReader(Source(text, "<pipeline>"))
         return cls(tuple(reader.separated(lambda: _read_pass(reader), ";")))
 
@@ -223,7 +223,7 @@ class Pipeline:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the passes, each once: the second of a name is called `name#2`."""
+        """Unique names of the passes: the second pass of a name is called `name#2`."""
         names: list[str] = []
         for step in self.passes:
             names.append(numbered(step.name, names))
@@ -237,24 +237,24 @@ class Pipeline:
         return self.passes[self._find(name)]
 
     def insert_before(self, name: str, *passes: Pass | str) -> "Pipeline":
-        """With `passes` in front of the pass called `name`."""
+        """A pipeline with `passes` inserted before the pass called `name`."""
         return self._splice(self._find(name), 0, passes)
 
     def insert_after(self, name: str, *passes: Pass | str) -> "Pipeline":
-        """With `passes` behind the pass called `name`."""
+        """A pipeline with `passes` inserted after the pass called `name`."""
         return self._splice(self._find(name) + 1, 0, passes)
 
     def replace(self, name: str, *passes: Pass | str) -> "Pipeline":
-        """With `passes` in the place of the pass called `name`."""
+        """A pipeline with the pass called `name` replaced by `passes`."""
         return self._splice(self._find(name), 1, passes)
 
     def without(self, name: str) -> "Pipeline":
-        """Without any pass called `name`; `name#2` means the second one alone."""
+        """A pipeline without all passes called `name`; `name#2` removes only the second one."""
         at = self._find(name)
         return Pipeline(tuple(p for i, p in enumerate(self.passes) if i != at and p.name != name))
 
     def append(self, *passes: Pass | str) -> "Pipeline":
-        """With `passes` at the end."""
+        """A pipeline with `passes` added at the end."""
         return self._splice(len(self.passes), 0, passes)
 
     def _splice(self, at: int, remove: int, passes: Iterable[Pass | str]) -> "Pipeline":

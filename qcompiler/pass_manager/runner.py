@@ -1,6 +1,6 @@
-"""Runs a pipeline over a graph: one stage a pass, verified, instrumented, and explained.
+"""Runs a pipeline on a graph: one stage per pass, verified, instrumented, and explained.
 
-When a pass fails unexpectedly, or leaves an illegal graph behind, the text of the graph is kept in a file that the
+If a pass fails unexpectedly or produces an invalid graph, the text of the graph is saved to a file that the error
 message names.
 """
 
@@ -23,24 +23,24 @@ T = TypeVar("T")
 
 
 class NoStage(PassError, KeyError):
-    """No stage has that name."""
+    """There is no stage of this name."""
 
 
 class Stages(Mapping[str, Graph]):
-    """The graph as it was captured and after each pass, by name, in order. Structure only: the weights are not kept.
+    """The graph as captured and after each pass, by name, in order. Weights are not kept.
 
-    A pass that runs a second time is called `name#2`.
+    The second run of a pass is called `name#2`.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[str, Graph | Callable[[], Graph]] = {}
 
     def add(self, name: str, graph: Graph) -> None:
-        """Keeps a copy of the structure of `graph`."""
+        """Stores a copy of the structure of `graph`."""
         self._graphs[numbered(name, self._graphs)] = graph.clone(weights=False)
 
     def add_later(self, name: str, make: Callable[[], Graph]) -> None:
-        """Keeps a function that makes the graph when somebody first asks for it."""
+        """Stores a function that creates the graph on first access."""
         self._graphs[name] = make
 
     def __getitem__(self, name: str) -> Graph:
@@ -63,7 +63,7 @@ class Stages(Mapping[str, Graph]):
         return f"<Stages: {' -> '.join(self._graphs)}>"
 
     def _repr_html_(self) -> str:
-        """One line a stage with the number of its operations, which opens to the graph, as notebooks show it."""
+        """One line per stage with its number of operations, which expands to the graph, for notebooks."""
         rows = (
             f"<details><summary><code>{escape(name)}</code>: {len(graph)} operations</summary>{graph._repr_html_()}"
             "</details>" for name, graph in self.items()
@@ -73,14 +73,14 @@ class Stages(Mapping[str, Graph]):
 
 @dataclass(frozen=True)
 class Step:
-    """One pass that has run.
+    """One pass of a run.
 
     Attributes:
-        stage: The name of the stage that it left.
+        stage: The name of the resulting stage.
         spec: The pass with its options, as text.
-        effect: What it may do to the numbers: "exact", "reorders" or "lossy".
-        changed: Whether it says that it changed the graph.
-        seconds: How long it took, without the verifier and instruments.
+        effect: How the pass may change numerical results: "exact", "reorders" or "lossy".
+        changed: Whether the pass reported a change.
+        seconds: Run time, without the verifier and instruments.
     """
 
     stage: str
@@ -92,15 +92,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a pipeline.
+    """The result of a pipeline run.
 
     Attributes:
         stages: The graph as captured and after each pass.
         steps: The passes, in order.
-        skipped: Stage -> name of an operation -> why that pass left it alone; asked after the pass has run.
-        reasons: Name of an operation -> why it was left alone, by the pass that knows best: the first that quantizes,
-            or else the first that looked.
-        remarks: Name of an operation -> what passes noted on it, one clause a pass.
+        skipped: Stage -> operation name -> why the pass skipped it, determined after the pass.
+        reasons: Operation name -> why it was skipped, from the first quantizing pass, or else the first pass, that
+            gives a reason.
+        remarks: Operation name -> remarks of passes, one clause per pass.
     """
 
     stages: Stages
@@ -112,7 +112,7 @@ class Run:
 
 @dataclass
 class _Record:
-    """A run as far as it has come."""
+    """A run in progress."""
 
     stages: Stages = field(default_factory=Stages)
     steps: list[Step] = field(default_factory=list)
@@ -122,7 +122,7 @@ class _Record:
         self.stages.add(step.name, graph)
         name = list(self.stages)[-1]
         self.steps.append(Step(name, str(step), step.effect.value, outcome.changed, outcome.seconds))
-        reasons = _guarded(f"pass '{step}' failed while it was asked to explain", step, graph, step.explain)
+        reasons = _guarded(f"pass '{step}' failed in explain()", step, graph, step.explain)
         self.skipped[name] = reasons
 
     def finish(self, pipeline: Pipeline, remarks: Mapping[str, str]) -> Run:
@@ -137,21 +137,21 @@ class _Record:
 def run_pipeline(
     pipeline: Pipeline, graph: Graph, *, instruments: Sequence[Instrument] = (), inputs: Sequence[Any] | None = None
 ) -> Run:
-    """Runs every pass over `graph`, in place.
+    """Runs all passes on `graph`, in place.
 
     Args:
         pipeline: The passes.
-        graph: Changed by the passes; verified before the first and after each.
+        graph: Changed by the passes; verified before the first pass and after each pass.
         instruments: Called around each pass, in the given order.
-        inputs: Real inputs of the graph, for the instruments that run it.
+        inputs: Real inputs of the graph, for instruments that run it.
 
     Raises:
         PassError: A pass failed; the message names it.
-        VerifyError: The graph is illegal, or a pass left an illegal one behind.
+        VerifyError: The graph is invalid, or a pass produced an invalid graph.
     """
     record = _Record()
     graph.verify()
-    graph.remarks = {}  # what passes said that ran on their own is not of this run
+    graph.remarks = {}  # discard remarks from standalone runs
     record.stages.add("captured", graph)
     for instrument in instruments:
         instrument.begin(graph, inputs)
@@ -175,7 +175,7 @@ def _run_pass(step: Pass, graph: Graph, stages: Stages) -> Outcome:
     try:
         changed = _guarded(f"pass '{step}' failed", step, before, lambda _: step.run(graph))
     except QCompilerError as error:
-        # What a pass raises on purpose need not name the pass.
+        # Errors that a pass raises may not name the pass.
         if f"pass '{step.name}" not in str(error):
             error.where = f"pass '{step}'" + (f", {error.where}" if error.where else "")
         raise
@@ -183,7 +183,7 @@ def _run_pass(step: Pass, graph: Graph, stages: Stages) -> Outcome:
 
 
 def _guarded(problem: str, step: Pass, graph: Graph, function: Callable[[Graph], T]) -> T:
-    """What `function` says of a graph; when it fails, as nothing should, the text of the graph is kept."""
+    """Calls `function` on a graph; if it fails unexpectedly, saves the text of the graph."""
     try:
         return function(graph)
     except QCompilerError:
@@ -192,10 +192,10 @@ def _guarded(problem: str, step: Pass, graph: Graph, function: Callable[[Graph],
         what, kept = f"{type(error).__name__}: {error}", keep_text(graph, step.name)
         notes = [note.removeprefix("in ") for note in getattr(error, "__notes__", ())]  # rule and op, by `apply_rules`
         if _is_ours(type(step).__module__):
-            fix = f"The graph that it was given is in {kept}; please report it with this message."
+            fix = f"The input graph is in {kept}; please report it with this message."
             raise PassError(f"{problem}: {what}", where="; ".join(notes) or None, fix=fix) from error
         notes += [f"{frame.filename}:{frame.lineno}" for frame in _last_frame_of_others(error)]
-        fix = f"The graph that it was given is in {kept}."
+        fix = f"The input graph is in {kept}."
         raise PassError(f"{problem}: {what}", where="; ".join(notes) or None, fix=fix) from error
 
 
@@ -204,7 +204,7 @@ def _is_ours(module: str) -> bool:
 
 
 def _last_frame_of_others(error: Exception) -> list[traceback.FrameSummary]:
-    """The innermost frame of an error that is not in qcompiler's own code, such as a line of a user's rule."""
+    """The innermost frame of an error outside qcompiler, such as a line of a user's rule."""
     frames = [
         (frame, number) for frame, number in traceback.walk_tb(error.__traceback__)
         if not _is_ours(str(frame.f_globals.get("__name__")))
@@ -216,12 +216,12 @@ def _verify(step: Pass, graph: Graph) -> None:
     try:
         graph.verify(after=step.name)
     except VerifyError as error:
-        error.problem += f"\n  the graph that it left: {keep_text(graph, step.name)}"
+        error.problem += f"\n  the resulting graph: {keep_text(graph, step.name)}"
         raise
 
 
 def keep_text(graph: Graph, label: str) -> Path:
-    """Writes the text of a graph to a new file in the temporary folder; its path."""
+    """Writes the text of a graph to a new file in the temporary folder; returns the path."""
     prefix = f"qcompiler-{re.sub(r'[^A-Za-z0-9_-]', '_', label)}-"
     with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".qir", delete=False, encoding="utf-8") as file:
         file.write(f"{graph}\n")

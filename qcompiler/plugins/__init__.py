@@ -1,1 +1,1 @@
-"""Our own exporters, found by entry points as those of other distributions are: the core imports none of them."""
+"""Built-in exporters, found through entry points like third-party ones: the core does not import them."""

@@ -1,4 +1,4 @@
-"""IREE as an exporter: a folder that IREE's runtime runs on a CPU."""
+"""The IREE exporter: writes a folder that IREE's runtime runs on a CPU."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -25,11 +25,11 @@ class IreeFolder(Exported):
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the folder says of itself."""
+        """The manifest of the folder."""
         return read(self.folder)
 
     def title(self) -> str:
-        """The function, and what compiled it."""
+        """The function and the compiler."""
         function, made = self.manifest.function, self.manifest.compiled
         return f"@{function}, compiled by IREE {made.get('iree')} for the CPU '{made.get('cpu')}'"
 
@@ -38,7 +38,7 @@ class IreeFolder(Exported):
         return asdict(self.manifest)
 
     def inputs(self) -> Mapping[str, str]:
-        """Types as a graph spells them."""
+        """Types of the inputs in graph syntax."""
         return self.manifest.inputs
 
     def facts(self) -> list[str]:
@@ -49,7 +49,7 @@ class IreeFolder(Exported):
         return [f"sizes: {ranges or 'all fixed'}", ", ".join(_counted(count, what) for what, count in counts.items())]
 
     def files(self) -> Mapping[str, str | None]:
-        """Each file against its hash."""
+        """Checks each file against its hash."""
         hashes = self.manifest.hashes
         return {MANIFEST: None} | {
             name: _problem(partial(checked_bytes, self.folder, name, self.manifest)) for name in hashes
@@ -75,7 +75,7 @@ class IreeExporter(Exporter):
     exported = IreeFolder
 
     def check(self, output: Path) -> None:
-        """Looks for torch-mlir, IREE's compiler and its runtime."""
+        """Checks that torch-mlir, IREE's compiler and its runtime are installed."""
         for module, extra in (("torch_mlir.ir", "mlir"), ("iree.compiler", "iree"), ("iree.runtime", "iree")):
             extras.load(module, extra)
         check_replaceable(output)
@@ -83,12 +83,12 @@ class IreeExporter(Exporter):
     def write(  # type: ignore[override]  # options of its own
         self, program: Program, output: Path, stage: str | None = None, cpu: str = "generic"
     ) -> IreeModel:
-        """Writes the folder and loads it.
+        """Writes the folder, then loads it.
 
         Args:
-            program: What was compiled.
+            program: The compiled program.
             output: The folder.
-            stage: A stage by name; None for the last.
+            stage: The name of a stage; None means the last.
             cpu: "generic" runs on any CPU of this kind; "host" targets this CPU.
         """
         graph, store = program.with_weights(stage)

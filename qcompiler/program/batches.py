@@ -1,4 +1,4 @@
-"""Calibration data as users have them: tensors, tuples or dicts, one real call of the model each."""
+"""Calibration data as users provide it: tensors, tuples or dicts, one real call of the model each."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain
@@ -11,38 +11,38 @@ from qcompiler.errors import InputError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 TARGETS = frozenset({"labels"})
-"""Arguments that a dataset has for training, and of which a model computes nothing but a loss."""
+"""Arguments that datasets include for training, which a model uses only to compute a loss."""
 
 NEED = "an iterable of calls of the model: a tensor, a tuple of arguments, or a dict of arguments by name each"
 
 
 class Batches:
-    """Calls of a model, read as often as their source can be.
+    """Calls of a model; can be iterated as often as the source can.
 
     Args:
         source: Any iterable of tensors, tuples or lists of arguments, or dicts of arguments by name.
     """
 
     def __init__(self, source: Iterable[Any]) -> None:
-        """InputError for what holds no batches."""
+        """Raises InputError if `source` is not an iterable of batches."""
         if isinstance(source, torch.Tensor | str | bytes | Mapping) or not isinstance(source, Iterable):
             fix = "Put the one batch into a list." if isinstance(source, torch.Tensor | Mapping) else None
-            raise InputError("calibration is of a wrong type", got=type(source).__name__, need=NEED, fix=fix)
+            raise InputError("calibration has the wrong type", got=type(source).__name__, need=NEED, fix=fix)
         self.source = source
 
     def first(self) -> Call:
-        """The first call, which stays the first one to be read."""
+        """Returns the first call without consuming it."""
         source = iter(self.source)
         try:
             batch = next(source)
         except StopIteration:
-            raise InputError("there is no calibration data", got="no batch at all", need="one batch or more") from None
+            raise InputError("there is no calibration data", got="no batches", need="at least one batch") from None
         if source is self.source:
             self.source = chain([batch], source)
         return as_call(batch, 0)
 
     def flattened(self, signature: Signature) -> Iterable[list[Any]]:
-        """The inputs of the graph, batch by batch; an iterator, which is read once, only if the source is one."""
+        """Returns the graph inputs, batch by batch; a one-time iterator only if the source is one."""
         kind = _SizedFlattened if isinstance(self.source, Sized) else _Flattened
         reading = kind(self.source, signature)
         return iter(reading) if isinstance(self.source, Iterator) else reading
@@ -65,14 +65,14 @@ class _Flattened:
             yield list(inputs)
 
     def without_targets(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The same without labels that the graph does not take: they make a loss, and no statistic needs one."""
+        """Returns the arguments without labels that the graph does not accept: they only affect the loss."""
         paths = {slot.path for slot in self.signature.slots}
         optional = {name for name, default in self.signature.parameters if default is None}
         return {name: value for name, value in kwargs.items() if name in paths or name not in optional & TARGETS}
 
 
 class _SizedFlattened(_Flattened):
-    """One that knows how much there is to read, for a progress bar."""
+    """Batches of known number, for a progress bar."""
 
     source: Any
 
@@ -81,7 +81,7 @@ class _SizedFlattened(_Flattened):
 
 
 def as_call(batch: Any, index: int) -> Call:
-    """The arguments that a batch stands for; InputError for what is none."""
+    """Returns the arguments in a batch; InputError if it does not contain any."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, tuple | list):
@@ -89,5 +89,5 @@ def as_call(batch: Any, index: int) -> Call:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     need = "a tensor, a tuple of arguments, or a dict of arguments by name"
-    raise InputError("a calibration batch is of a wrong type", got=type(batch).__name__, need=need,
+    raise InputError("a calibration batch has the wrong type", got=type(batch).__name__, need=need,
                      where=f"batches[{index}]")  # fmt: skip

@@ -1,11 +1,11 @@
-"""What writes a compiled model in a form of its own, such as a folder that IREE runs: exporters, found by name.
+"""Exporters, found by name: each writes a compiled model in another format, such as a folder that IREE runs.
 
-A distribution offers an exporter as an entry point:
+A distribution provides an exporter as an entry point:
 
     [project.entry-points."qcompiler.exporters"]
     iree = "qcompiler.plugins.iree:IreeExporter"
 
-A folder that an exporter wrote names it in its `manifest.json`: `"format": "qcompiler-iree"`.
+The `manifest.json` of an exported folder names its exporter: `"format": "qcompiler-iree"`.
 """
 
 import json
@@ -23,12 +23,12 @@ MANIFEST, PREFIX = "manifest.json", "qcompiler-"
 
 
 class Exported(ABC):
-    """A folder that an exporter wrote, as the command line looks at it; InputError if its manifest is damaged.
+    """A folder that an exporter wrote, as the command line shows it; InputError if its manifest is damaged.
 
     Attributes:
-        kind: What the folder is, in a message.
-        runs: What runs the model in a program.
-        folder: Where it is.
+        kind: A description of the folder, for messages.
+        runs: The function that loads the model.
+        folder: The path of the folder.
     """
 
     kind: ClassVar[str]
@@ -39,83 +39,83 @@ class Exported(ABC):
 
     @abstractmethod
     def title(self) -> str:
-        """The folder in one line."""
+        """Returns a one-line description of the folder."""
 
     @abstractmethod
     def document(self) -> Mapping[str, Any]:
-        """What the folder says of itself, for JSON."""
+        """Returns the manifest's contents, for JSON."""
 
     @abstractmethod
     def inputs(self) -> Mapping[str, str]:
-        """Name of an input -> its type."""
+        """Returns input name -> type."""
 
     @abstractmethod
     def facts(self) -> list[str]:
-        """What else there is to say of the model, one line each."""
+        """Returns further facts about the model, one line each."""
 
     @abstractmethod
     def files(self) -> Mapping[str, str | None]:
-        """File -> what is wrong with it; None if it is as it was written."""
+        """Returns file -> what is wrong with it; None if it is unchanged."""
 
     @abstractmethod
     def signature(self) -> Signature:
-        """How the model is called."""
+        """Returns the calling convention of the model."""
 
     @abstractmethod
     def load(self) -> Callable[..., Any]:
-        """The model; QCompilerError if a package that runs it is missing."""
+        """Loads the model; QCompilerError if a required package is missing."""
 
 
 class Exporter(ABC):
     """Writes a stage of a program.
 
     Attributes:
-        target: What `qcompiler compile --target` calls the exporter; None if it only takes artefacts.
-        exported: What its folders are; None if it writes no folders.
+        target: The exporter's name in `qcompiler compile --target`; None if it accepts artefacts only.
+        exported: The class of its folders; None if it does not write folders.
     """
 
     target: ClassVar[str | None] = None
     exported: ClassVar[type[Exported] | None] = None
 
-    def check(self, output: Path) -> None:  # noqa: B027  (most have nothing to check)
-        """Raises QCompilerError, before any work is done, if a package is missing or `output` is something else."""
+    def check(self, output: Path) -> None:  # noqa: B027  (most exporters have nothing to check)
+        """Raises QCompilerError before any work is done if a package is missing or `output` cannot be replaced."""
 
     @abstractmethod
     def write(self, program: Program, output: Path, stage: str | None = None, **options: Any) -> Any:
-        """Writes a stage, the last one if it is None, and returns what runs it, if anything does.
+        """Writes a stage, by default the last one, and returns the object that runs it, if there is one.
 
         Raises:
             InputError: `output` cannot be written, or there is no such stage.
-            CodegenError: The stage cannot be written in this form.
+            CodegenError: The exporter cannot express the stage.
         """
 
 
 def exporter_names() -> list[str]:
-    """The names of all installed exporters."""
+    """Returns the names of all installed exporters."""
     return sorted(offered(EXPORTERS))
 
 
 def exporter_called(name: str) -> Exporter:
-    """The exporter of that name; InputError if none is installed."""
+    """Returns the exporter of that name; InputError if it is not installed."""
     entry = offered(EXPORTERS).get(name)
     if entry is None:
         known = exporter_names()
-        fix = did_you_mean(name, known) or "Install the distribution that offers it, or this one again."
+        fix = did_you_mean(name, known) or "Install the distribution that provides it, or reinstall qcompiler."
         raise InputError("no such exporter is installed", got=repr(name), fix=fix)
     found = load(entry, InputError)
     if not isinstance(found, type) or not issubclass(found, Exporter):
-        raise InputError("an entry point gives no exporter", got=shown(entry), need="a class of exporters")
+        raise InputError("an entry point does not provide an exporter", got=shown(entry), need="an Exporter class")
     return found()
 
 
 def exporter_targets() -> dict[str, Exporter]:
-    """Exporters by what `qcompiler compile --target` calls them."""
+    """Returns exporters by their names in `qcompiler compile --target`."""
     exporters = map(exporter_called, exporter_names())
     return {exporter.target: exporter for exporter in exporters if exporter.target is not None}
 
 
 def exported_at(folder: Path) -> tuple[str, Exported] | None:
-    """The exporter that wrote a folder and the folder; None if an installed exporter did not write it."""
+    """Returns the exporter that wrote a folder, and the folder; None if no installed exporter wrote it."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

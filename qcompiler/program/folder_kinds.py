@@ -1,11 +1,11 @@
-"""What is at a path that was expected to be a checkpoint or an artefact, and what to do with it: the end of a message.
+"""Identifies a path that is not the expected checkpoint or artefact, and tells the user what to do with it.
 
     folder/manifest.json                      an artefact            qcompiler.load(folder)
     folder/config.json, *.safetensors         a checkpoint           qcompiler.compile(folder)
-    folder/model.gguf, .onnx, .bin            weights not read       how to convert them
-    meta-llama/Llama-3-8B, and no such path   a name on the Hub      download it first
+    folder/model.gguf, .onnx, .bin            other weights          how to convert them
+    meta-llama/Llama-3-8B, does not exist     a name on the Hub      download it first
 
-Only names of files are looked at, and the `format` of a manifest.
+Only file names and the `format` field of a manifest are read.
 """
 
 import errno
@@ -19,9 +19,9 @@ from pathlib import Path
 from qcompiler.errors import QCompilerError
 from qcompiler.program.exporters import MANIFEST, exported_at
 
-ARTEFACT = "qcompiler artefact"  # format that the manifest of an artefact names
+ARTEFACT = "qcompiler artefact"  # the format in the manifest of an artefact
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-LONGEST = 200  # characters of a path in a message
+LONGEST = 200  # maximum characters of a path in a message
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -37,18 +37,18 @@ FOREIGN = {
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PICKLED),
     **dict.fromkeys((".h5", ".msgpack"), "TensorFlow and Flax weights are not read. Convert them to safetensors."),
 }
-"""Suffix of a file with weights -> what to do with it."""
+"""Suffix of a weights file -> what to do with it."""
 
 
 def checked_path(path: object, error: type[QCompilerError] = QCompilerError) -> Path:
-    """A path of a folder, which may not exist.
+    """Returns a folder path, which may not exist.
 
     Args:
-        path: As the user gave it.
+        path: The user's argument.
         error: The class of error to raise.
 
     Raises:
-        QCompilerError: It is not a path, the system does not accept its name, or the user may not read what is there.
+        QCompilerError: It is not a path, its name is invalid on this system, or the user has no permission to read it.
     """
     try:
         found = Path(path)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def checked_path(path: object, error: type[QCompilerError] = QCompilerError) -> 
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as reason:
-        raise error("a folder cannot be read", got=reason.strerror, where=_short(str(path))) from reason
+        raise error("the folder cannot be read", got=reason.strerror, where=_short(str(path))) from reason
     except (TypeError, ValueError) as reason:
         got = _short(repr(path)) if isinstance(path, str | bytes | os.PathLike) else type(path).__name__
         raise error("this is not a path", got=got, need="the path of a folder") from reason
@@ -69,10 +69,10 @@ def _short(text: str) -> str:
 
 
 def advice(path: Path) -> str | None:
-    """What is at a path, and what to do with it; None if nothing helpful is known.
+    """Describes a path and what to do with it; None if nothing helpful is known.
 
     Args:
-        path: As the user gave it: a relative path that does not exist may be a name on the Hub.
+        path: The user's argument: a relative path that does not exist may be a name on the Hub.
     """
     with suppress(OSError):
         if path.is_dir():
@@ -89,19 +89,19 @@ def _of_file(path: Path) -> str:
     if path.suffix in FOREIGN:
         return FOREIGN[path.suffix]
     if path.suffix in (".safetensors", ".json"):
-        return f"This is a file. Give the folder that it is in: {path.parent}."
-    return "This is a file, and a folder is needed."
+        return f"This is a file. Pass the folder that contains it: {path.parent}."
+    return "This is a file, but a folder is needed."
 
 
 def _of_folder(path: Path) -> str | None:
     files = sorted(file.name for file in path.iterdir() if file.is_file())
     if MANIFEST in files and _format(path / MANIFEST) == ARTEFACT:
-        return "The folder is an artefact of qcompiler: load it with qcompiler.load(folder)."
+        return "The folder is a qcompiler artefact: load it with qcompiler.load(folder)."
     if (written := exported_at(path)) is not None:
         return f"This is {written[1].kind}: load it with {written[1].runs}(folder)."
     tensors = [name for name in files if name.endswith(".safetensors")]
     if "adapter_config.json" in files and {*tensors} <= {"adapter_model.safetensors"}:
-        return "The folder holds an adapter. Merge it into its base model with peft, save that, and give its folder."
+        return "The folder contains an adapter. Merge it into its base model with peft, save that, and pass its folder."
     if tensors and CONFIG in files:
         if INDEX in files or "model.safetensors" in tensors:
             return "The folder is a Hugging Face checkpoint: compile it with qcompiler.compile(folder)."
@@ -113,17 +113,17 @@ def _of_folder(path: Path) -> str | None:
 
 
 def _of_contents(path: Path, files: list[str]) -> str | None:
-    """For a folder without weights."""
+    """Advice for a folder without weights."""
     inner = sorted({file.parent for pattern in ("*", "snapshots/*") for file in path.glob(f"{pattern}/{CONFIG}")})
     if inner:
-        return f"A folder inside of it may be meant: {inner[0]}."
+        return f"A subfolder may be meant: {inner[0]}."
     if not files:
         return "The folder has no files." if any(path.iterdir()) else "The folder is empty."
     return f"The folder has a {CONFIG} and no weights: download them too." if CONFIG in files else None
 
 
 def _format(manifest: Path) -> object:
-    """What a manifest says of its format; None if it is not one."""
+    """Returns the `format` field of a manifest; None if the file is not a manifest."""
     try:
         document = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The model that a program was compiled from, as far as a compiled model remembers it without holding it."""
+"""What a compiled model remembers of the original model without holding it."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
 
 
 class Forward(NamedTuple):
-    """What a user sees of `forward`."""
+    """The user-visible properties of `forward`."""
 
     signature: inspect.Signature | None = None
     doc: str | None = None
@@ -25,12 +25,12 @@ def _none() -> None:
 
 @dataclass(frozen=True)
 class Original:
-    """What is known of the model that was compiled.
+    """Facts about the original model.
 
     Attributes:
         forward: Signature and documentation of its `forward`.
-        config: Gives its configuration, as transformers' models have one; None if it has none.
-        again: Gives the model itself: read again if it came from a folder, None if it is no longer in memory.
+        config: Returns its configuration, as in transformers models; None if it has none.
+        again: Returns the model: read again if it came from a folder, None if it has been freed.
     """
 
     forward: Forward = field(default_factory=Forward)
@@ -39,13 +39,13 @@ class Original:
 
 
 def describe(model: Any, again: Callable[[], Any]) -> Original:
-    """What a compiled model remembers of `model`; `again` gives the model later, without holding it."""
+    """Collects the facts about `model`; `again` returns the model later, without holding it."""
     config = getattr(model, "config", None)
     return Original(_describe_forward(model), lambda: config, again)
 
 
 def _describe_forward(model: object) -> Forward:
-    """Signature and documentation of a model's forward; None for what cannot be found out."""
+    """Returns signature and documentation of a model's forward; None if unknown."""
     try:
         if isinstance(model, Graph):
             either = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -54,6 +54,6 @@ def _describe_forward(model: object) -> Forward:
         if isinstance(model, torch.nn.Module):
             found = inspect.signature(model.forward)
             return Forward(found.replace(parameters=[SELF, *found.parameters.values()]), model.forward.__doc__)
-    except (TypeError, ValueError):  # a forward written in C, a name that is no identifier
+    except (TypeError, ValueError):  # a forward written in C, or an invalid parameter name
         pass
     return Forward()

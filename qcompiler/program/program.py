@@ -1,4 +1,4 @@
-"""From a model to a program: captured, rewritten by the pipeline, and generated as a host module."""
+"""Builds a program from a model: captures it, runs the pipeline, and generates the host module."""
 
 import copy
 import gc
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-import codegen.torch_ops  # noqa: F401  (registers the kernels as operators of torch)
+import codegen.torch_ops  # noqa: F401  (registers the kernels as torch operators)
 from codegen.host import HostModule, emit_host_module, load_host_module
 from passes.quantizing.scheme_options import SchemeOptions
 from qcompiler.calibration import Calibration
@@ -41,20 +41,20 @@ from qcompiler.schemes.stored import stored_scheme
 CPU = torch.device("cpu")
 
 capturing = threading.RLock()
-"""torch.export keeps global state, and two first calls of one model must not both capture it."""
+"""Guards torch.export's global state, and prevents two first calls from capturing the same model."""
 
 _numbers = count()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compile: everything but the model and its inputs.
+    """The compile settings, without the model and its inputs.
 
     Attributes:
-        pipeline: The passes; their text for a model that was loaded, whose passes need not be installed.
-        scheme: What the passes were made from, with its options; None for passes that were given as such.
+        pipeline: The passes; as text for a loaded model, whose passes need not be installed.
+        scheme: The scheme and options that the passes were made from; None if the caller gave the passes.
         overrides: Schemes for some layers.
-        progress: Shows what is going on.
+        progress: Shows the current stage.
     """
 
     pipeline: Pipeline | str
@@ -69,11 +69,11 @@ class Settings:
 
     @property
     def passes(self) -> Pipeline:
-        """The passes as values; PassError when one of a loaded model's is not installed here."""
+        """Returns the passes as values; PassError if a pass of a loaded model is not installed."""
         return Pipeline.parse(self.pipeline) if isinstance(self.pipeline, str) else self.pipeline
 
     def calibration_for(self, signature: Signature) -> Calibration | None:
-        """What is known, or can be found out, of the values of a graph with this signature."""
+        """Returns the statistics, or the data to collect them from, for a graph with this signature."""
         if isinstance(self.calibration, Batches):
             return Calibration(self.calibration.flattened(signature))
         return self.calibration
@@ -81,22 +81,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Program:
-    """What compilation yields: the stages, the report, and the host module with its loaded function.
+    """The result of compilation: the stages, the report, and the host module with its loaded function.
 
     Attributes:
         graph: The graph after the last pass, with the weights.
         stages: "captured", then the graph after each pass, by the pass's name. Structure only.
-        steps: The passes that ran: how long each took, and whether it changed the graph.
-        report: One row for each operation that reads weights: quantized, or why not.
+        steps: The passes that ran, with their run time and whether they changed the graph.
+        report: One row for each operation that uses weights: how it is quantized, or why not.
         host: The generated host module.
         signature: How a call's arguments become the graph's inputs.
-        target: The name of what the host module is written for.
-        device: Where its weights are, and where it runs.
+        target: The name of the target of the host module.
+        device: The device of the weights, on which the host module runs.
         run: The host module's function.
-        settings: How it was compiled, without the instruments and the calibration data.
-        original: The model that was compiled.
-        calibration: Gives what was seen of the captured graph's values; None where no pass needs calibration.
-        skipped: Stage -> name of a value -> why that pass did not change the operation that computes it.
+        settings: The compile settings, without the instruments and the calibration data.
+        original: Facts about the original model.
+        calibration: Returns the statistics of the captured graph's values; None if no pass needs calibration.
+        skipped: Stage -> name of a value -> why the pass skipped the operation that computes it.
     """
 
     graph: Graph
@@ -115,19 +115,19 @@ class Program:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point result; torch's default if there is none."""
+        """The dtype of the first floating-point result; torch's default dtype if there is none."""
         kinds = (value.type for value in self.graph.outputs if isinstance(value, Value))
         dtypes = (torch_dtype(kind.dtype) for kind in kinds if isinstance(kind, TensorType))
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
     def unfused(self) -> Graph:
-        """The last stage in which every layer has its own operation, with the weights."""
+        """The last stage before layers are fused, with the weights."""
         graph = unfused(self.stages.values())[-1].clone()
         graph.weights = self.graph.weights
         return graph
 
     def with_weights(self, stage: str | None) -> tuple[Graph, MutableMapping[str, torch.Tensor]]:
-        """A stage by name, or the last one, and its weights, some of which only the original model may have."""
+        """Returns a stage by name, or the last one, and its weights; some may exist only in the original model."""
         if stage is None:
             return self.graph, self.graph.weights
         model = self.original.again()
@@ -135,7 +135,7 @@ class Program:
         return self.stages[stage], ChainMap(self.graph.weights, before)
 
     def with_own_weights(self, memo: dict[int, Any]) -> "Program":
-        """The same with copies of all tensors."""
+        """Returns a copy with its own tensors."""
         graph = self.graph.clone()
         for name, tensor in graph.weights.items():
             graph.weights[name] = copy.deepcopy(tensor, memo)
@@ -143,22 +143,22 @@ class Program:
 
 
 class HasProgram(Protocol):
-    """A compiled model, as the report, checkpoints and error analysis see it."""
+    """The interface of a compiled model that the report, checkpoints and error analysis use."""
 
     @property
     def program(self) -> Program:
-        """What was compiled; CaptureError for a model that is still to be captured."""
+        """The compilation result; CaptureError if the model is not captured yet."""
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Neither the caller's autocast nor his inference mode: a graph and its weights outlive both."""
+    """Disables the caller's autocast and inference mode: the graph and its weights outlive both."""
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Captured:
-    """A module, an exported program or a graph as a captured graph; CaptureError when that cannot be."""
+    """Captures a module, an exported program or a graph; CaptureError if that fails."""
     if isinstance(model, Graph):
         return graph_as_captured(model)
     try:
@@ -166,7 +166,7 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
         with capturing, plain_torch(), shown.telling("qcompiler.capture"):
             settings.progress.stage("capture")
             return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
-    except (QCompilerError, CaptureWarning):  # a warning only where the user made it an error
+    except (QCompilerError, CaptureWarning):  # a warning arrives here only if the user made it an error
         raise
     except Exception as error:
         problem = f"capturing the model failed unexpectedly: {type(error).__name__}: {error}"
@@ -174,7 +174,7 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
 
 
 def graph_as_captured(graph: Graph) -> Captured:
-    """A copy of `graph` over the same tensors, called with its inputs in order; several outputs come as a tuple."""
+    """Wraps a copy of `graph` over the same tensors, called with its inputs in order; several outputs form a tuple."""
     device = next((tensor.device for tensor in graph.weights.values()), CPU)
     slots = [_slot(value, device) for value in graph.inputs]
     in_spec = pytree.tree_structure((tuple(range(len(slots))), {}))
@@ -194,21 +194,21 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     """Runs the pipeline over a captured graph, in place, and generates the host module.
 
     Args:
-        captured: What `capture_model` gave.
+        captured: The result of `capture_model`.
         settings: How to compile.
-        inputs: Real inputs of the graph, for the instruments that run it.
+        inputs: Real graph inputs, for instruments that run the graph.
     """
     graph, signature = captured.graph, captured.signature
     device = signature.device or CPU
     target = target_for(settings.target, device)
     check_kernels(settings.passes, target)
     graph.calibration = calibration = settings.calibration_for(signature)
-    gc.collect()  # tracing leaves cycles behind, which may hold the model: its weights could not be let go one by one
+    gc.collect()  # tracing leaves cycles that may hold the model and would keep its weights from being freed
     with plain_torch():
         done = run_pipeline(
             settings.passes, graph, instruments=(*settings.instruments, settings.progress), inputs=inputs
         )
-        for op in graph.ops(BUFFER):  # the model keeps its own state
+        for op in graph.ops(BUFFER):  # the model keeps its own buffers
             name = str(op.attrs["name"])
             graph.weights[name] = graph.weights[name].clone()
     report = replace(build_report(done.stages, graph, done.reasons, done.remarks), notes=captured.notes)
@@ -217,41 +217,41 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     host, run = generate(graph, target.name)
     graph.calibration = None
     if calibration is not None and calibration is not settings.calibration:
-        calibration.batches = None  # the statistics stay, the user's data need not
+        calibration.batches = None  # keep the statistics, free the user's data
     return Program(
         graph, done.stages, done.steps, report, host, signature, target.name, device, run,
-        settings=replace(settings, instruments=(), calibration=None),  # which may hold a lot
+        settings=replace(settings, instruments=(), calibration=None),  # these may hold much memory
         calibration=lambda: calibration, skipped=done.skipped,
     )  # fmt: skip
 
 
 def _nothing_quantized(report: Report, settings: Settings, captured: Graph) -> PassError:
-    """The error for a pipeline that quantized nothing, with the scheme that fits a stored model."""
+    """Returns the error for a pipeline that quantized nothing; suggests the scheme that fits a quantized checkpoint."""
     fits = stored_scheme(captured)
-    advice = f'The model is stored quantized: compile it with scheme="{fits}". ' if fits else ""
+    advice = f'The model is already quantized: compile it with scheme="{fits}". ' if fits else ""
     return PassError(
         "nothing was quantized",
         got=f"the pipeline '{settings.pipeline}'",
         need="at least one matmul with a constant operand that a pass quantizes",
         fix=f"{advice}Pass strict=False, or --allow-unquantized on the command line, to accept that. "
-        f"What was left alone, and why:\n{report}",
+        f"Skipped layers and the reasons:\n{report}",
     )
 
 
 def check_kernels(pipeline: Pipeline, target: Target) -> None:
-    """CodegenError for a pass that quantizes as no kernel of the target can multiply."""
+    """Raises CodegenError if a pass quantizes to formats that no kernel of the target supports."""
     for step in pipeline:
         if not isinstance(step, SchemeOptions):
             continue
         if (why := target.why_not(step.x_format, step.w_format)) is not None:
             raise CodegenError(
-                f"pass '{step}' quantizes as no kernel of the target {target.name} can multiply", got=why,
-                fix='Choose another scheme, or compile the model on the CPU for target="cpu", where it is simulated.',
+                f"no kernel of the target {target.name} supports the formats of pass '{step}'", got=why,
+                fix='Choose another scheme, or compile the model on the CPU with target="cpu", which simulates it.',
             )  # fmt: skip
 
 
 def generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple[Any, ...]]]:
-    """The host module, loaded, with its text where tracebacks and debuggers look for it."""
+    """Generates and loads the host module, and registers its source for tracebacks and debuggers."""
     filename = f"<qcompiler host module {next(_numbers)}: {graph.name}>"
     try:
         host = emit_host_module(graph, target)
@@ -261,7 +261,7 @@ def generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple
     except Exception as error:
         raise QCompilerError(
             f"generating the host module failed unexpectedly: {type(error).__name__}: {error}",
-            fix=f"The graph that it was given is in {keep_text(graph, 'host')}; please report both.",
+            fix=f"Its input graph is in {keep_text(graph, 'host')}; please report both.",
         ) from error
     linecache.cache[filename] = (len(host.source), None, host.source.splitlines(True), filename)
     weakref.finalize(run, linecache.cache.pop, filename, None).atexit = False

@@ -1,1 +1,1 @@
-"""What became of every layer: quantized to which format, or why not."""
+"""The report: how each layer was quantized, or why not."""

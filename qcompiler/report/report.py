@@ -1,4 +1,4 @@
-"""What became of every operation that reads weights: quantized, or why not; and how many of the bytes that is."""
+"""The report: each operation that uses weights, quantized or why not, and the share of bytes that is quantized."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,23 +20,23 @@ from qcompiler.report.rows import Row, collapsed
 from qcompiler.schemes.quantized_formats import format_of
 
 NO_REASON = "no pass of this pipeline quantizes it"
-NO_MATMUL = "it is no matmul"
-AS_STORED = "codes and scales as the model has them"
-X_AS_STORED = "codes, scales and the static scale of the activation as the model has them"
-X_UNUSED = "the model's static activation scale is not used: this scheme scales the activation in each call"
-DEAD = "it was removed, since nothing needs what it computes"
+NO_MATMUL = "it is not a matmul"
+AS_STORED = "uses the model's own codes and scales"
+X_AS_STORED = "uses the model's own codes, scales and static activation scale"
+X_UNUSED = "the model's static activation scale is not used: this scheme computes activation scales in each call"
+DEAD = "it was removed because its result is not used"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One row for each operation that reads weights; printing it gives a table, with equal layers in one line.
+    """One row for each operation that uses weights; printing it gives a table with equal layers on one line.
 
     Attributes:
-        rows: In the order of the graph.
-        bytes: Of all parameters, as captured.
-        bytes_quantized: Of those that are in memory in quantized form only.
-        bytes_after: Of all weights after compilation, scales included.
-        notes: What else there is to say of the model, such as what its checkpoint has and nothing uses.
+        rows: In graph order.
+        bytes: Size of all parameters, as captured.
+        bytes_quantized: Size of the parameters that are kept in quantized form only.
+        bytes_after: Size of all weights after compilation, scales included.
+        notes: Further notes on the model, such as unused tensors of its checkpoint.
     """
 
     rows: tuple[Row, ...]
@@ -47,16 +47,16 @@ class Report:
 
     @property
     def quantized(self) -> tuple[Row, ...]:
-        """The rows that are quantized."""
+        """The quantized rows."""
         return tuple(row for row in self.rows if row.quantized)
 
     @property
     def skipped(self) -> tuple[Row, ...]:
-        """The matmuls that are not."""
+        """The matmuls that are not quantized."""
         return tuple(row for row in self.rows if row.is_matmul and not row.quantized)
 
     def summary(self) -> str:
-        """One line."""
+        """Returns a one-line summary."""
         matmuls = sum(row.is_matmul for row in self.rows)
         if not matmuls:
             return f"no matmul has a constant operand; {_size(self.bytes)} of parameters"
@@ -81,7 +81,7 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), self.summary()])
 
     def _repr_html_(self) -> str:
-        """The same table, as notebooks show it."""
+        """Returns the table as HTML for notebooks."""
         headings, rows = self._table()
         head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
         body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
@@ -90,7 +90,7 @@ class Report:
         return f"{table}{notes}<p>{escape(self.summary())}</p>"
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Headings and rows, with a column of remarks if there are any."""
+        """Returns headings and rows, with a column of remarks if there are any."""
         remarked = any(row.remark for row in self.rows)
         headings = ("operation", "module", "weight", "bytes", "quantized", "why not", *(["remarks"] * remarked))
         rows = [
@@ -103,7 +103,7 @@ class Report:
         return headings, rows
 
     def _grouped(self) -> Iterator[Row]:
-        """Every matmul, equal ones of a stack of layers in one row, then one row for each kind of other reader."""
+        """Yields all matmuls, equal layers of a stack in one row, then one row for each kind of other operation."""
         yield from collapsed([row for row in self.rows if row.is_matmul])
         others: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
@@ -118,13 +118,13 @@ class Report:
 def build_report(
     stages: Mapping[str, Graph], compiled: Graph, reasons: Mapping[str, str], remarks: Mapping[str, str] | None = None
 ) -> Report:
-    """The report on what a pipeline did.
+    """Builds the report for a pipeline run.
 
     Args:
-        stages: The graph before the first pass and after each, in order.
-        compiled: The graph after the last.
-        reasons: Why operations were left alone, by the name of their result.
-        remarks: What passes noted on operations, by the name of their result.
+        stages: The graph before the first pass and after each pass, in order.
+        compiled: The graph after the last pass.
+        reasons: Why operations were skipped, by the name of their result.
+        remarks: Remarks of passes on operations, by the name of their result.
     """
     graphs = unfused(stages.values())
     captured, last = graphs[0], graphs[-1]
@@ -151,14 +151,14 @@ def build_report(
 
 
 def unfused(graphs: Iterable[Graph]) -> list[Graph]:
-    """The stages up to the last in which every layer has an operation of its own: behind it, kernels are fused."""
+    """Returns the stages up to the last one before layers are fused into kernels."""
     return list(takewhile(lambda graph: not any(map(is_fused, graph)), graphs))
 
 
 def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
-    """Each operation that is computed from inputs and weights both, with the weights.
+    """Yields each operation with its weights that uses both inputs and weights.
 
-    A matmul of weights alone, such as the two factors of a merged adapter, is a part of the weight that it computes.
+    A matmul of weights alone, such as the two factors of a merged adapter, is part of the weight that it computes.
     """
     for op in graph.ops():
         if not op.results or graph.is_constant(op.results[0]):
@@ -169,7 +169,7 @@ def _readers(graph: Graph) -> Iterator[tuple[Op, list[Op]]]:
 
 
 def _is_quantized(op: Op) -> bool:
-    """Whether an operation multiplies quantized operands, fused with what dequantizes them or not."""
+    """Whether an operation multiplies quantized operands, fused with their dequantization or not."""
     op = _matmul(op)
     if op.role is Role.QUANTIZED_MATMUL:
         return True
@@ -177,12 +177,12 @@ def _is_quantized(op: Op) -> bool:
 
 
 def _matmul(op: Op) -> Op:
-    """The matmul whose result an operation casts, cuts or reshapes; itself for any other."""
+    """Returns the matmul whose result an operation casts, slices or reshapes; any other operation itself."""
     return op["x"].op if op.role in (Role.VIEW, Role.CAST) else op
 
 
 def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
-    """The weights that some pass quantized and that nobody reads in their original form, or that came quantized."""
+    """Returns the weights that a pass quantized and whose originals are unused, and those that came quantized."""
     quantized = {
         str(param.attrs["name"])
         for graph in graphs
@@ -202,7 +202,7 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
 
 
 def _of_stored(op: Op, captured: Graph, became: Op) -> list[str]:
-    """Remarks on a matmul with a weight that the model itself holds quantized."""
+    """Returns remarks on a matmul whose weight the model already holds quantized."""
     constant = [value for _, value in op.operands() if captured.is_constant(value)]
     stored = [inner for value in constant for inner in ancestors(value) if inner.role is Role.DEQUANTIZE]
     if all(x_scale_of(inner.result) is None for inner in stored):
@@ -219,7 +219,7 @@ def _is_static(op: Op) -> bool:
 
 
 def _stored(captured: Graph) -> set[str]:
-    """The codes of weights that the model itself holds quantized."""
+    """Returns the codes of weights that the model already holds quantized."""
     constant = (op for op in captured if op.role is Role.DEQUANTIZE and captured.is_constant(op.result))
     return {str(param.attrs["name"]) for op in constant for param in parameters_of(op["data"])}
 

@@ -1,4 +1,4 @@
-"""The rows of a report; and as one row, those that are equal but for numbers in their names: the layers of a stack.
+"""The rows of a report; rows of equal layers in a stack, whose names differ only in numbers, become one row.
 
 model.layers.0.mlp.up_proj, ..., model.layers.31.mlp.up_proj    ->    model.layers.0-31.mlp.up_proj x32
 """
@@ -13,28 +13,28 @@ from qcompiler.ir import Role
 from qcompiler.ir.traits import traits_of
 
 NUMBERED = re.compile(r"(?<![^.])\d+(?=\.)")
-"""A part of a module's name that is a number and has a part after it: `0` in `layers.0.mlp`, not in `layers.0`."""
+"""A number in a module name that is followed by another part: `0` in `layers.0.mlp`, not in `layers.0`."""
 
 VALUE = re.compile(r"%[\w.#]+")
 OF_VALUE = re.compile(r" \(%[^)]*\)")
-"""The value at fault, at the end of a reason."""
+"""The value in question, at the end of a reason."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One reader of weights.
+    """One operation that uses weights.
 
     Attributes:
         name: The value that it computes.
-        op: What it was when captured.
-        module: Where it stands in the model.
-        weights: The parameters that it reads.
-        shape: The type of the largest of them.
-        bytes: What they take as captured.
-        quantized: Whether it is.
-        reason: Why not; empty when it is.
-        remark: What else a pass noted on it, such as how its input was smoothed, or why it was not.
-        format: How it is quantized, spelled as the scheme that does so, such as "fp8_tile"; empty when it is not.
+        op: Its name in the captured graph.
+        module: Its module path in the model.
+        weights: The parameters that it uses.
+        shape: The type of the largest weight.
+        bytes: Size of the weights, as captured.
+        quantized: Whether it is quantized.
+        reason: Why it is not quantized; empty if it is.
+        remark: Further remarks of passes, such as how its input was smoothed, or why not.
+        format: The scheme that quantizes it this way, such as "fp8_tile"; empty if it is not quantized.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Row:
 
 
 def collapsed(rows: Sequence[Row]) -> Iterator[Row]:
-    """The rows in their order, each group of equal ones as one row in the place of its first."""
+    """Yields the rows in order, each group of equal rows as one row in place of its first."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_kind(row), []).append(row)
@@ -66,7 +66,7 @@ def collapsed(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _kind(row: Row) -> tuple[object, ...]:
-    """What equal rows have in common."""
+    """Returns the fields that equal rows share."""
     if not NUMBERED.search(row.module):
         return (row.name,)
     names = (NUMBERED.sub("#", name) for name in (row.module, *row.weights))
@@ -75,7 +75,7 @@ def _kind(row: Row) -> tuple[object, ...]:
 
 
 def _blocks(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows of one kind in blocks whose numbers are all combinations of a few."""
+    """Yields the rows of one kind in blocks whose layer numbers form a full grid."""
     numbers = list(map(_numbers, rows))
     distinct = [{*column} for column in zip(*numbers, strict=True)]
     if len({*numbers}) == len(rows) == prod(map(len, distinct)):
@@ -89,7 +89,7 @@ def _blocks(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _together(rows: Sequence[Row]) -> Row:
-    """One row for all of a block: the first one's name, the modules as ranges, the bytes of all."""
+    """Merges a block into one row: name of the first, modules as ranges, sum of bytes."""
     first = rows[0]
     if len(rows) == 1:
         return first
@@ -106,7 +106,7 @@ def _together(rows: Sequence[Row]) -> Row:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """One text for all rows: without names of values where those differ."""
+    """Returns one text for all rows, without value names if they differ."""
     if len({*texts}) == 1:
         return texts[0]
     return VALUE.sub("%...", OF_VALUE.sub("", texts[0]))

@@ -1,1 +1,1 @@
-"""What a compiled model needs when it runs."""
+"""Runtime support for compiled models."""

@@ -1,6 +1,6 @@
-"""Targets: what a graph may be compiled for, and which one a model's own device asks for.
+"""Targets: what a graph is compiled for, and how a model's device selects one.
 
-A target is a value, found by its name or by a device. Another distribution offers one under the entry point
+A target is a value, found by name or by device. Another distribution provides one under the entry point
 `qcompiler.targets`:
 
     [project.entry-points."qcompiler.targets"]
@@ -20,25 +20,26 @@ from qcompiler.ir import Format
 
 AUTO = "auto"
 CUDA = "cuda"
-"""The target of the CUDA device that the model is on."""
+"""Selects the target of the CUDA device that the model is on."""
 
 GROUP = "qcompiler.targets"
-"""The entry point of other distributions' targets."""
+"""The entry point for targets of other distributions."""
 
 HOMES = ("codegen.targets",)
-"""Packages that make targets known when they are imported."""
+"""Packages that register targets when they are imported."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a compiled model runs, and what runs it. As it is, it runs any format with plain torch.
+    """Where and how a compiled model runs. This base class runs any format with plain torch.
 
     Attributes:
-        name: What the user writes.
-        device: Type of the torch device.
-        doc: What it is for, a colon, and what runs there.
-        words: What else people write for it; they are told the name.
-        kernels: The line of a host module that makes `kernels` known, which has the operators of `codegen.torch_ops`.
+        name: The name that the user writes.
+        device: The torch device type.
+        doc: What the target is for, a colon, and what runs there.
+        words: Other names that users may write; the error suggests the right name.
+        kernels: The line of a host module that defines `kernels`, the namespace with the operators of
+            `codegen.torch_ops`.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Target:
             )
 
     def why_not(self, x: Format, w: Format) -> str | None:
-        """Why no kernel runs a scaled linear of such operands, in one sentence without a final stop, or None.
+        """Returns why no kernel runs a scaled linear with these formats, a sentence without final period; or None.
 
         Args:
             x: The format of the activation.
@@ -73,40 +74,40 @@ _TARGETS: dict[str, Target] = {}
 
 
 def register(target: TargetType) -> TargetType:
-    """Makes a target known by its name; returns it."""
+    """Registers a target by name and returns it."""
     _TARGETS[target.name] = target
     return target
 
 
 def known_targets() -> dict[str, Target]:
-    """The targets that are imported, by name."""
+    """Returns the imported targets, by name."""
     for home in HOMES:
         import_module(home)
     return _TARGETS
 
 
 def target_names() -> tuple[str, ...]:
-    """Everything that `target=` accepts."""
+    """Returns all names that `target=` accepts."""
     return (*{**known_targets(), **offered(GROUP)}, CUDA, AUTO)
 
 
 def target_named(name: str) -> Target:
-    """The target of that name; CodegenError when there is none."""
+    """Returns the target of that name; CodegenError if there is none."""
     if name not in known_targets() and (entry := offered(GROUP).get(name)) is not None:
         found = load(entry, CodegenError)
         if not isinstance(found, Target) or found.name != name:
-            raise CodegenError("an entry point gives no target of its name", got=shown(entry), need=f"Target({name!r})")
+            raise CodegenError("an entry point does not provide its target", got=shown(entry), need=f"Target({name!r})")
         register(found)
     check_target(name, tuple(_TARGETS))
     return _TARGETS[name]
 
 
 def check_target(name: str, known: Sequence[str] | None = None) -> None:
-    """Raises CodegenError unless `name` is in `known`; whether the device can run the target is not checked.
+    """Raises CodegenError unless `name` is in `known`; does not check whether the device can run the target.
 
     Args:
-        name: What the user wrote.
-        known: Names; left out, those that `target=` accepts.
+        name: The user's argument.
+        known: Accepted names; by default those that `target=` accepts.
     """
     known = target_names() if known is None else known
     if name in known:
@@ -115,17 +116,17 @@ def check_target(name: str, known: Sequence[str] | None = None) -> None:
     meant = next((target for target in known_targets().values() if word in (*target.words, target.device)), None)
     if meant is not None and meant.device == CUDA:
         names, what = ", ".join(sorted(known)), meant.doc.partition(":")[0]
-        fix = f"Use target='{CUDA}' for the GPU that the model is on, or '{meant.name}' for {what}. Known: {names}."
+        fix = f"Use target='{CUDA}' for the model's GPU, or '{meant.name}' for {what}. Known: {names}."
     else:
         fix = did_you_mean(str(name), known)
     raise CodegenError("no such target", got=repr(name), fix=fix)
 
 
 def target_for(name: str, device: torch.device) -> Target:
-    """The target that `name` means for a model on `device`; "auto" and "cuda" depend on the device.
+    """Returns the target that `name` means for a model on `device`; "auto" and "cuda" depend on the device.
 
     Raises:
-        CodegenError: The target is unknown, the device cannot run it, or nothing here runs FP8 on the device.
+        CodegenError: The target is unknown, the device cannot run it, or no target runs FP8 on the device.
     """
     check_target(name)
     if name not in (AUTO, CUDA):
@@ -151,7 +152,7 @@ def target_for(name: str, device: torch.device) -> Target:
 
 
 def _of_type(device: str) -> Iterator[Target]:
-    """The targets of a type of device: first this distribution's, then others'."""
+    """Yields the targets of a device type: first this distribution's, then others'."""
     yield from [target for target in known_targets().values() if target.device == device]
     rest = (target_named(name) for name in offered(GROUP) if name not in _TARGETS)
     yield from (target for target in rest if target.device == device)

@@ -1,4 +1,4 @@
-"""A host module with its tensors: what runs when a compiled model is called."""
+"""The executable form of a compiled model: a host module with its tensors."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from qcompiler.errors import InputError, QCompilerError
 
 
 class CompiledModule(torch.nn.Module):
-    """The base of compiled models, by which lower layers recognize one."""
+    """The base class of compiled models, by which lower layers recognize them."""
 
 
 class HostWeights(torch.nn.Module):
-    """The tensors that a host module reads, as buffers, so that they move and save with the compiled model.
+    """The tensors of a host module as buffers, so that they move and save with the compiled model.
 
     Args:
         names: Attribute -> name in `store`.
-        store: Where the tensors are; it follows when they are moved, so that no tensor is held twice.
-        device: Where they lie, and where the host module makes new tensors.
+        store: The source of the tensors; updated when they move, so that no tensor is held twice.
+        device: The device of the tensors, on which the host module also creates new ones.
     """
 
     def __init__(self, names: Mapping[str, str], store: MutableMapping[str, Tensor], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class HostWeights(torch.nn.Module):
             self.register_buffer(attribute, store[name].detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostWeights":
-        """Moves every tensor; refuses what would change an element type, since the host module is written for these."""
+        """Moves every tensor; rejects dtype changes, because the host module is generated for fixed dtypes."""
         moved: dict[int, Tensor] = {}
         for attribute, tensor in self._buffers.items():
             if tensor is None:
@@ -39,10 +39,10 @@ class HostWeights(torch.nn.Module):
             new = moved.setdefault(id(tensor), fn(tensor))
             if new.dtype != tensor.dtype:
                 raise QCompilerError(
-                    "the element types of a compiled model are fixed",
+                    "the dtypes of a compiled model are fixed",
                     got=f"{attribute} as {new.dtype}",
                     need=tensor.dtype,
-                    fix="Convert the model before it is compiled.",
+                    fix="Convert the model before compiling it.",
                 )
         for attribute, tensor in self._buffers.items():
             if tensor is not None:
@@ -51,7 +51,7 @@ class HostWeights(torch.nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Loads into new memory: what is not quantized is still shared with the model that was compiled."""
+        """Loads into new memory: tensors that are not quantized share memory with the original model."""
         for attribute, tensor in self._buffers.items():
             given = state_dict.get(f"{prefix}{attribute}")
             if tensor is not None and given is not None and given.shape == tensor.shape:
@@ -60,10 +60,10 @@ class HostWeights(torch.nn.Module):
 
 
 def check_device(weights: HostWeights, captured_on: torch.device) -> None:
-    """Raises InputError when the weights were moved away from the device that the model was compiled for."""
+    """Raises InputError if the weights have moved off the device that the model was compiled for."""
     if weights.device != captured_on:
         raise InputError(
-            "the compiled model was moved to a device that it was not compiled for",
+            "the compiled model was moved off the device that it was compiled for",
             got=weights.device,
             need=captured_on,
             fix=f'Move it back with .to("{captured_on}"), or compile the model on the other device.',
@@ -71,9 +71,9 @@ def check_device(weights: HostWeights, captured_on: torch.device) -> None:
 
 
 def run_host(run: Callable[..., tuple[Any, ...]], weights: HostWeights, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The outputs of a host module: without gradients, and with the very element types that the graph says.
+    """Runs a host module without gradients, and with exactly the dtypes of the graph.
 
-    Autocast would change those; under `torch.export` neither switch is thrown, because each would become a sub-graph.
+    Autocast would change dtypes. Under `torch.export` neither switch is set, because each would become a sub-graph.
     """
     if torch.compiler.is_exporting():
         return run(weights, *inputs)

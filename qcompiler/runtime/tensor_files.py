@@ -1,4 +1,4 @@
-"""Writes tensors to a safetensors file, with the errors that any other file has."""
+"""Writes tensors to a safetensors file and raises ordinary OS errors."""
 
 import os
 import re
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file.
+    """Writes a safetensors file.
 
     Args:
-        tensors: By name; contiguous, and no two in the same memory.
+        tensors: By name; contiguous, and without shared memory.
         path: The file, which is replaced if it exists.
-        metadata: Texts in the header of the file.
+        metadata: Entries for the header of the file.
 
     Raises:
-        OSError: The disk is full, the folder does not exist, and the like. safetensors itself raises an error of its
-            own, with the number of the system in its text only.
+        OSError: The disk is full, the folder does not exist, or similar. safetensors raises its own error class, with
+            the OS error number only in its text.
     """
     try:
         save_file({**tensors}, path, None if metadata is None else {**metadata})

@@ -1,10 +1,10 @@
-"""The weights store: name -> tensor, loaded when first read, shared between copies until one of them writes.
+"""The weights store: name -> tensor, loaded on first read, shared between copies until one of them writes.
 
-A store never copies a tensor and never changes one. What a pass writes replaces an entry of its own store; the tensor
-that stood there before is forgotten by this store only.
+A store never copies or changes a tensor. A write by a pass replaces the entry in its own store only; other stores
+keep the old tensor.
 
     model ──from_module──> Weights ──copy()──> Weights of a rewritten graph
-              (views)         shares every tensor; a write stays on the side that wrote
+              (views)         shares every tensor; a write affects only the store that wrote
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -15,11 +15,11 @@ from qcompiler.ir import TensorType
 from qcompiler.numerics.dtypes import ir_dtype
 
 Loader = Callable[[], torch.Tensor]
-"""Makes a tensor when it is first read, for instance from a checkpoint file."""
+"""Creates a tensor when it is first read, for instance from a checkpoint file."""
 
 
 class _Entry:
-    """One tensor or the loader of it; shared between copies of a store, so that a tensor is loaded once."""
+    """One tensor or its loader; shared between copies of a store, so that a tensor is loaded once."""
 
     __slots__ = ("loader", "tensor")
 
@@ -30,7 +30,7 @@ class _Entry:
     def read(self) -> torch.Tensor:
         if self.tensor is None:
             if self.loader is None:
-                raise RuntimeError("a weight has neither a tensor nor a loader")
+                raise RuntimeError("the weight has neither a tensor nor a loader")
             self.tensor, self.loader = self.loader(), None
         return self.tensor
 
@@ -40,8 +40,8 @@ class Weights(MutableMapping[str, torch.Tensor]):
 
     Args:
         entries: Name -> tensor, or a function without arguments that loads it.
-        ties: Groups of names that mean one and the same tensor of the model, as `tied_names` finds them. A group may
-            name tensors that the store does not hold, such as the second name of an embedding that is also the head.
+        ties: Groups of names for the same tensor of the model, as `tied_names` finds them. A group may contain names
+            that are not in the store, such as the second name of an embedding that is also the head.
     """
 
     def __init__(
@@ -54,36 +54,36 @@ class Weights(MutableMapping[str, torch.Tensor]):
 
     @classmethod
     def from_module(cls, model: torch.nn.Module) -> "Weights":
-        """The parameters and buffers of a model, tied ones under each of their names; nothing is copied.
+        """Returns a store over the parameters and buffers of a model, tied ones under each of their names.
 
-        The store holds detached views that share the model's memory, and does not keep the model itself alive.
+        The store holds detached views that share the model's memory, and does not keep the model alive.
         """
         return cls.from_tensors(named_tensors(model))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Weights":
-        """A store over views of `tensors`; names that hold the same object are tied."""
+        """Returns a store over views of `tensors`; names that hold the same object are tied."""
         views = {id(tensor): tensor.detach() for tensor in tensors.values()}
         return cls({name: views[id(tensor)] for name, tensor in tensors.items()}, tied_names(tensors))
 
     @property
     def ties(self) -> Mapping[str, tuple[str, ...]]:
-        """Name -> all names of the same parameter or buffer, itself included, for those that have several."""
+        """Name -> all names of the same parameter or buffer, itself included, for those with several names."""
         return dict(self._ties)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are in memory: tied ones count once, those that are not loaded yet not at all."""
+        """Bytes of the tensors in memory: tied tensors count once, tensors not loaded yet do not count."""
         loaded = {id(e.tensor): e.tensor for e in self._entries.values() if e.tensor is not None}
         return sum(tensor.nbytes for tensor in loaded.values())
 
     def type_of(self, name: str) -> TensorType | None:
-        """The type of a weight; None while it is not loaded, because to look would load it."""
+        """Returns the type of a weight; None if it is not loaded, because checking would load it."""
         tensor = self._entries[name].tensor
         return None if tensor is None else TensorType(ir_dtype(tensor.dtype), tuple(tensor.shape))
 
     def copy(self) -> "Weights":
-        """A store that shares every tensor with this one, and in which writes and deletions stay its own."""
+        """Returns a store that shares every tensor with this one; writes and deletions stay separate."""
         twin = Weights(ties=self._ties)
         twin._entries = dict(self._entries)
         return twin
@@ -92,12 +92,12 @@ class Weights(MutableMapping[str, torch.Tensor]):
         return self._entries[name].read()
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        """Replaces an entry; the name is then tied to no other."""
+        """Replaces an entry; the name is then no longer tied."""
         self._untie(name)
         self._entries[name] = _Entry(tensor)
 
     def __delitem__(self, name: str) -> None:
-        """Drops the reference to a tensor, so that its memory is free when nobody else holds it."""
+        """Drops the reference to a tensor; its memory is freed if there are no other references."""
         del self._entries[name]
         self._untie(name)
 
@@ -123,7 +123,7 @@ class Weights(MutableMapping[str, torch.Tensor]):
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of a model (those that its state_dict leaves out, too), under each of their names."""
+    """Returns all parameters and buffers of a model, non-persistent ones included, under each of their names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -131,10 +131,10 @@ def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tied_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-    """Name -> all names of the same object, for objects with several names.
+    """Returns name -> all names of the same object, for objects with several names.
 
-    Only the identity of the object counts: two tensors at one address may be different views, and an address is used
-    again after its tensor is freed.
+    Only object identity counts: two tensors at one address may be different views, and addresses are reused after a
+    tensor is freed.
     """
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():

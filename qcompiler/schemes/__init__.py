@@ -1,4 +1,4 @@
-"""Schemes: named quantization specs, the pipelines that they stand for, and hints for names from other tools."""
+"""Schemes: named quantization specs, their pipelines, and hints for names from other tools."""
 
 from qcompiler.schemes.named import Options as Options
 from qcompiler.schemes.named import Scheme as Scheme

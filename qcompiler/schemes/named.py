@@ -1,12 +1,12 @@
-"""Schemes: named specs, each a pipeline that prints.
+"""Schemes: named quantization specs and their pipelines.
 
     find("fp8_tile")                                          the spec and its text
     pipeline("fp8_tile{k_block=64}")                          its passes, with an option
-    pipeline("fp8_tile", {"*.down_proj": "fp8_row"}, ignore=["lm_head"])  differently for some layers
+    pipeline("fp8_tile", {"*.down_proj": "fp8_row"}, ignore=["lm_head"])  with overrides for some layers
     list_schemes()                                            each name with one sentence
 
-Other distributions add theirs through the entry point `qcompiler.schemes`, whose name is the scheme's; it is loaded
-when that name is asked for.
+Other distributions add schemes through the entry point group `qcompiler.schemes`, with the scheme name as the entry
+point name; it is loaded on first lookup.
 """
 
 import re
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import passes  # noqa: F401  (to define a pass is to make it known)
+import passes  # noqa: F401  (importing it registers the passes)
 from passes.analyses.layers import EVERYTHING
 from passes.quantizing.scheme_options import Observer
 from passes.smoothing.smooth_scales import Alpha
@@ -39,29 +39,29 @@ from qcompiler.text import Source
 GROUP = "qcompiler.schemes"
 
 NAME = re.compile(r"[\w.-]+(?:\(\))?")
-"""Wide enough for what other tools call their formats, such as `LLM.int8()`, to be answered with a hint."""
+"""Also accepts names from other tools, such as `LLM.int8()`, so they get a hint."""
 
 W_BLOCKS = {"block": (128, 128), "channel": (1, ALL), "tensor": (ALL, ALL)}
-"""What the option `w` of a scheme says, as blocks."""
+"""Values of the scheme option `w` -> weight block."""
 
 K_BLOCKS = (16, 32, 64, 128, 256, 512, ALL)
-"""Columns that a tile of an activation may have; 16 is simulated on the CPU only (see `codegen.support`)."""
+"""Allowed columns of an activation tile; 16 is only simulated on the CPU (see `codegen.support`)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What may be written behind the name of a scheme.
+    """Options of schemes, written after the name.
 
     Attributes:
-        dtype: Type of the codes of activations and weights.
-        k_block: Columns of an activation's tile; -1 for all of them.
-        w: What has one scale in a weight: a block of 128 x 128, an output channel, or the tensor.
+        dtype: Dtype of the codes of activations and weights.
+        k_block: Columns of an activation tile; -1 for the whole row.
+        w: Granularity of weight scales: a block of 128 x 128, an output channel, or the tensor.
         numerics: A profile of `qcompiler.numerics`.
         scale: "ue8m0" rounds scales up to powers of two.
-        observer: How calibration makes a static scale.
-        percentile: For the observer of that name.
-        alpha: How much of an outlier goes into the weights; a number, "search" or "learn".
-        pow2: Whether smoothing scales are powers of two, so that scaling is exact.
+        observer: How calibration computes a static scale.
+        percentile: Used by the observer "percentile".
+        alpha: SmoothQuant migration strength: a number, "search" or "learn".
+        pow2: Whether smoothing scales are powers of two, so scaling is exact.
     """
 
     dtype: DType = DType.f8e4m3fn
@@ -77,14 +77,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named spec.
+    """A named quantization scheme.
 
     Attributes:
-        name: What the user writes.
+        name: The name that users write.
         doc: One sentence.
-        pipeline: The passes, as text; made from the spec where there is one.
-        spec: The same declaratively; only with it can the scheme take options, or be for some layers only.
-        options: The fields of `Options` that may be given with the name.
+        pipeline: The passes, as text; derived from the spec if there is one.
+        spec: The quantization spec; required for options and for overrides of some layers.
+        options: The fields of `Options` that the scheme accepts.
     """
 
     name: str
@@ -94,21 +94,21 @@ class Scheme:
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Spells the pipeline out; PassError when there is neither, or both."""
+        """Derives the pipeline from the spec; raises PassError unless exactly one of the two is given."""
         if bool(self.pipeline) == (self.spec is not None):
-            raise PassError(f"scheme '{self.name}' needs a pipeline or a spec, and not both")
+            raise PassError(f"scheme '{self.name}' needs either a pipeline or a spec")
         if self.spec is not None:
             object.__setattr__(self, "pipeline", str(assemble({self.spec: EVERYTHING})))
 
 
 SCHEMES: dict[str, Scheme] = {}
-"""The schemes that are known without asking other distributions, by name."""
+"""Registered schemes by name, without unloaded entry points."""
 
 
 def register(scheme: Scheme) -> Scheme:
-    """Makes a scheme known by its name; PassError when the name is taken."""
+    """Registers a scheme; raises PassError if the name is taken."""
     if SCHEMES.setdefault(scheme.name, scheme) != scheme:
-        raise PassError("two schemes have one name", got=repr(scheme.name), need="a name that is free")
+        raise PassError("two schemes have the same name", got=repr(scheme.name), need="an unused name")
     return scheme
 
 
@@ -120,49 +120,49 @@ SMOOTH = ("alpha", "pow2", "w")
 for _name, _doc, _spec, _options in (
     ("fp8_tile", "FP8 e4m3: activations in [1, 128] tiles, scaled in each call; weights in [128, 128] blocks, scaled "
      "once (DeepSeek-V3).", QuantizationSpec(), ("k_block", *FP8)),
-    ("fp8_row", "FP8 e4m3: one scale a token, in each call; one scale an output channel of the weight.",
+    ("fp8_row", "FP8 e4m3: one scale per token, computed in each call; one scale per output channel of the weight.",
      QuantizationSpec(FP8_ROW, FP8_ROW), FP8),
-    ("fp8_tensor", "FP8 e4m3: one scale for the activation, in each call; one for the weight.",
+    ("fp8_tensor", "FP8 e4m3: one scale for the activation, computed in each call; one for the weight.",
      QuantizationSpec(FP8_TENSOR, FP8_TENSOR), ("w", *FP8)),
     ("fp8_tensor_static", "FP8 e4m3: one scale for the activation, from calibration; one for the weight.",
      QuantizationSpec(FP8_TENSOR, FP8_TENSOR, static=True), ("w", *STATIC, *FP8)),
-    ("int8_row", "INT8: one scale a token, in each call; one scale an output channel of the weight.",
+    ("int8_row", "INT8: one scale per token, computed in each call; one scale per output channel of the weight.",
      QuantizationSpec(INT8_ROW, INT8_ROW), NUMERICS),
-    ("int8_tensor", "INT8: one scale for the activation, in each call; one for the weight.",
+    ("int8_tensor", "INT8: one scale for the activation, computed in each call; one for the weight.",
      QuantizationSpec(INT8_TENSOR, INT8_TENSOR), ("w", *NUMERICS)),
     ("int8_tensor_static", "INT8: one scale for the activation, from calibration; one for the weight.",
      QuantizationSpec(INT8_TENSOR, INT8_TENSOR, static=True), ("w", *STATIC, *NUMERICS)),
-    ("smoothquant_o1", "INT8, smoothed: one scale a token, in each call; one for the weight (SmoothQuant-O1).",
+    ("smoothquant_o1", "INT8, smoothed: one scale per token, in each call; one for the weight (SmoothQuant-O1).",
      QuantizationSpec(INT8_ROW, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
-    ("smoothquant_o2", "INT8, smoothed: one scale for the activation, in each call; one for the weight "
+    ("smoothquant_o2", "INT8, smoothed: one scale for the activation, computed in each call; one for the weight "
      "(SmoothQuant-O2).", QuantizationSpec(INT8_TENSOR, INT8_TENSOR, smooth="always"), (*SMOOTH, *NUMERICS)),
     ("smoothquant_o3", "INT8, smoothed: one scale for the activation, from calibration; one for the weight "
      "(SmoothQuant-O3).", QuantizationSpec(INT8_TENSOR, INT8_TENSOR, static=True, smooth="always"),
      (*SMOOTH, *STATIC, *NUMERICS)),
-    ("smoothquant_fp8", "FP8 e4m3, smoothed: one scale for the activation, in each call; one for the weight.",
+    ("smoothquant_fp8", "FP8 e4m3, smoothed: one scale for the activation, computed in each call; one for the weight.",
      QuantizationSpec(FP8_TENSOR, FP8_TENSOR, smooth="always"), (*SMOOTH, *FP8)),
-    ("fp8_tile_smooth", "As fp8_tile, with channels smoothed where that was measured to make the error smaller.",
+    ("fp8_tile_smooth", "Like fp8_tile, with channels smoothed where measurements show a smaller error.",
      QuantizationSpec(smooth="measured", alpha="search"), ("k_block", "alpha", "pow2", *FP8)),
-    ("int8_channel_reference", "INT8, one scale for each channel of the activation: simulated only, for comparison.",
+    ("int8_channel_reference", "INT8, one scale per activation channel; simulated only, for comparison.",
      QuantizationSpec(INT8_CHANNEL, INT8_ROW), NUMERICS),
-    ("fp8_channel_reference", "FP8 e4m3, one scale for each channel of the activation: simulated only, for comparison.",
+    ("fp8_channel_reference", "FP8 e4m3, one scale per activation channel; simulated only, for comparison.",
      QuantizationSpec(FP8_CHANNEL, FP8_ROW), FP8),
 ):  # fmt: skip
     register(Scheme(_name, _doc, spec=_spec, options=_options))
 
 
 def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ignore: Sequence[str] = ()) -> Pipeline:
-    """The pipeline of a scheme, to run or to edit.
+    """The pipeline of a scheme, ready to run or edit.
 
     Args:
-        scheme: A name, with options in braces if need be: `fp8_tile{k_block=64, numerics=deepgemm}`.
-        overrides: For some layers another scheme, or None to leave them alone; by patterns for the names of their
-            weights (`passes.analyses.layers`), of which the last one that matches counts. A pattern that names a layer
-            has it quantized even if it is a router, a vocabulary projection or tiny.
-        ignore: Patterns for layers to leave in float; they count after all overrides.
+        scheme: A name, optionally with options in braces: `fp8_tile{k_block=64, numerics=deepgemm}`.
+        overrides: Pattern for weight names (`passes.analyses.layers`) -> another scheme, or None to skip these layers;
+            the last matching pattern wins. A layer that a pattern names is quantized even if it is a router, a
+            vocabulary projection, or tiny.
+        ignore: Patterns for layers to keep in float; they take precedence over overrides.
 
     Raises:
-        PassError: There is no such scheme or option, or the scheme cannot be combined with another.
+        PassError: The scheme or an option is unknown, or the scheme cannot be combined with another.
     """
     overrides = with_ignored(overrides, ignore)
     if overrides is None:
@@ -173,7 +173,7 @@ def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ign
     layers |= {spec: [] for spec in chosen.values() if spec is not None and spec not in layers}
     for pattern, target in chosen.items():
         if not isinstance(pattern, str) or not pattern or pattern.startswith("!"):
-            raise PassError("a pattern of overrides is wrong", got=repr(pattern), need="a name such as '*.down_proj'")
+            raise PassError("a pattern in overrides is invalid", got=repr(pattern), need="a name such as '*.down_proj'")
         for spec, patterns in layers.items():
             if spec == target:
                 patterns.append(pattern)
@@ -183,17 +183,17 @@ def pipeline(scheme: str, overrides: Mapping[str, str | None] | None = None, ign
 
 
 def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[str]) -> Mapping[str, str | None] | None:
-    """The overrides with the patterns to ignore at their end; None when there is neither.
+    """The overrides, followed by the patterns to ignore; None if there are neither.
 
     Raises:
-        PassError: One of them is of a wrong type, or a pattern has an override and is to be ignored as well.
+        PassError: An argument has the wrong type, or a pattern is both overridden and ignored.
     """
     if overrides is not None and not isinstance(overrides, Mapping):
         need = 'a dict such as {"*.down_proj": "fp8_row", "lm_head": None}'
-        raise PassError("overrides is of a wrong type", got=type(overrides).__name__, need=need)
+        raise PassError("overrides has the wrong type", got=type(overrides).__name__, need=need)
     if not isinstance(ignore, list | tuple | set | frozenset):
         fix = "For a single pattern, write ignore=[pattern]."
-        raise PassError("ignore is of a wrong type", got=repr(ignore), need='a list such as ["lm_head"]', fix=fix)
+        raise PassError("ignore has the wrong type", got=repr(ignore), need='a list such as ["lm_head"]', fix=fix)
     if not ignore:
         return overrides
     for pattern in ignore:
@@ -204,7 +204,7 @@ def with_ignored(overrides: Mapping[str, str | None] | None, ignore: Sequence[st
 
 
 def spec_of(text: str) -> QuantizationSpec:
-    """The spec that `name{option=value, …}` spells; PassError for what is unknown, or has no spec."""
+    """The spec of `name{option=value, …}`; raises PassError if a name is unknown or the scheme has no spec."""
     scheme, spec = read_scheme(text)
     if spec is None:
         raise _no_spec(scheme)
@@ -212,14 +212,14 @@ def spec_of(text: str) -> QuantizationSpec:
 
 
 def read_scheme(text: str) -> tuple[Scheme, QuantizationSpec | None]:
-    """The scheme that `name{option=value, …}` names, and its spec with these options, if it has one.
+    """Parses `name{option=value, …}`: the scheme, and its spec with these options if it has a spec.
 
     Raises:
         ParseError: The text is malformed.
-        PassError: There is no such scheme or option, or an option has a wrong value.
+        PassError: The scheme or an option is unknown, or an option has an invalid value.
     """
     if not isinstance(text, str):
-        raise PassError("a scheme is named by a string", got=repr(text), need='such as "fp8_tile"')
+        raise PassError("a scheme must be a string", got=repr(text), need='such as "fp8_tile"')
     reader = OptionReader(Source(text, "<scheme>"))
     name = reader.word(NAME, "the name of a scheme")
     with reader.blaming(name):
@@ -238,10 +238,8 @@ def read_scheme(text: str) -> tuple[Scheme, QuantizationSpec | None]:
 
 
 def _no_spec(scheme: Scheme) -> PassError:
-    fix = "Write its pipeline out, and edit that."
-    return PassError(
-        "a scheme that is only a pipeline has no options and fits all layers", got=repr(scheme.name), fix=fix
-    )
+    fix = "Edit its pipeline instead."
+    return PassError("a scheme without a spec has no options and applies to all layers", got=repr(scheme.name), fix=fix)
 
 
 def values_of(spec: QuantizationSpec) -> Options:
@@ -259,7 +257,7 @@ def changed(
     spec: QuantizationSpec, *, dtype: DType | None = None, k_block: int | None = None, w: str | None = None,
     numerics: str | None = None, scale: str = "f32", **others: Any,
 ) -> QuantizationSpec:  # fmt: skip
-    """The spec with some of `Options` given; PassError for numerics that have no scales of that kind."""
+    """The spec with some `Options` replaced; raises PassError if the numerics profile does not allow the scale."""
     profile = _profile(numerics or spec.x.profile, scale)
     x, weights = (replace(format, element=dtype or format.element, profile=profile) for format in (spec.x, spec.w))
     x = replace(x, block=(1, k_block)) if k_block is not None else x
@@ -271,13 +269,13 @@ def _profile(numerics: str, scale: str) -> str:
     if scale == "f32":
         return numerics
     if numerics not in (DEFAULT_PROFILE, "ue8m0"):
-        need = f"numerics={DEFAULT_PROFILE}, whose other rules the profile 'ue8m0' shares"
-        raise PassError("no numerics profile of this kind has power-of-two scales", got=numerics, need=need)
+        need = f"numerics={DEFAULT_PROFILE}, which the profile 'ue8m0' otherwise matches"
+        raise PassError("this numerics profile does not support power-of-two scales", got=numerics, need=need)
     return "ue8m0"
 
 
 def _check_format(name: str, spec: QuantizationSpec, given: Mapping[str, Any]) -> None:
-    """A scheme's name says whether it is FP8 or INT8; tiles have the sizes that are documented."""
+    """Checks that the dtype matches the scheme (FP8 or INT8) and that the tile size is supported."""
     if given.get("k_block", ALL) not in K_BLOCKS:
         need = ", ".join(map(str, K_BLOCKS[:-1])) + f", or {ALL} for the whole row"
         raise PassError(f"option 'k_block' of scheme '{name}' has a wrong value", got=given["k_block"], need=need)
@@ -287,12 +285,12 @@ def _check_format(name: str, spec: QuantizationSpec, given: Mapping[str, Any]) -
 
 
 def find(name: str) -> Scheme:
-    """The scheme called `name`, without options; PassError with did-you-mean when there is none."""
+    """The scheme called `name`, without options; raises PassError with a did-you-mean hint if there is none."""
     if name not in SCHEMES and (entry := offered(GROUP).get(name)) is not None:
         found = load(entry)
         if not isinstance(found, Scheme) or found.name != name:
             need = f"a qcompiler.Scheme called {name!r}"
-            raise PassError("an entry point gives no scheme of its name", got=shown(entry), need=need)
+            raise PassError("an entry point does not define a scheme of its name", got=shown(entry), need=need)
         register(found)
     if name not in SCHEMES:
         raise PassError("no such scheme", got=repr(name), fix=_suggestion(name, {*SCHEMES, *offered(GROUP)}))
@@ -300,7 +298,7 @@ def find(name: str) -> Scheme:
 
 
 def _suggestion(name: str, known: set[str]) -> str:
-    """What to write in place of a name that is not known: another spelling, or what another tool's name is here."""
+    """The hint for an unknown scheme name: the correct spelling, or the scheme for another tool's name."""
     respelled = [each for each in known if plainly(each) == plainly(name)]
     if not respelled and (sentence := hint(name)):
         return f"{sentence} Known: {', '.join(sorted(known))}."
@@ -308,15 +306,15 @@ def _suggestion(name: str, known: set[str]) -> str:
 
 
 def list_schemes() -> dict[str, str]:
-    """Every scheme by name, with one sentence: ours first, then those of other distributions.
+    """Scheme name -> one sentence: built-in schemes first, then schemes of other distributions.
 
-    A scheme of another distribution that cannot be loaded has the error as its sentence.
+    If a scheme of another distribution cannot be loaded, the sentence is the error.
     """
     return {name: found.doc if isinstance(found, Scheme) else str(found) for name, found in all_schemes().items()}
 
 
 def all_schemes() -> Mapping[str, Scheme | PassError]:
-    """Every scheme, ours first, then those of other distributions; an error in the place of a broken one."""
+    """All schemes, built-in ones first; the error in place of a scheme that cannot be loaded."""
     found: dict[str, Scheme | PassError] = dict(SCHEMES)
     for name in sorted({*offered(GROUP)} - {*found}):
         try:

@@ -1,8 +1,8 @@
-"""From a spec, which says what is wanted, to the passes that do it.
+"""Builds pipelines from quantization specs.
 
     QuantizationSpec(FP8_ROW, FP8_ROW)    ->    canonicalize; dead-code; quantize; share-quantize; fuse-linear; …
 
-Several specs make one pipeline, each for the layers whose weights its patterns name.
+Several specs make one pipeline, each for the layers whose weight names match its patterns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,29 +32,29 @@ from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.pass_manager.pipeline import Pass, Pipeline
 
 HISTOGRAMS = ("percentile", "mse")
-"""Observers that need to know how many values there were of each size."""
+"""Observers that need a histogram of magnitudes."""
 
 SAMPLED_ROWS = 256
-"""Rows of each activation that are kept to measure errors on."""
+"""Rows of each activation that calibration keeps to measure errors."""
 
 MIN_GAIN = 0.02
-"""The part by which smoothing must make the error smaller where it is optional: less is chance, and costs a product."""
+"""Minimum relative error reduction for optional smoothing; less may be noise, not worth the extra work."""
 
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """What a scheme does to a linear, declaratively.
+    """How a scheme quantizes a linear.
 
     Attributes:
         x: The format of activations.
         w: The format of weights.
-        static: Whether an activation's scale comes from calibration; else it is computed in each call.
-        observer: How calibration makes a static scale.
-        percentile: For the observer of that name.
-        smooth: Whether channels of activations are scaled into the weights first: never, always, or where that was
-            measured to make the error smaller.
-        alpha: How much of an outlier goes into the weights; a number, "search" or "learn".
-        pow2: Whether smoothing scales are powers of two, so that scaling is exact.
+        static: Whether activation scales come from calibration; otherwise they are computed in each call.
+        observer: How calibration computes a static scale.
+        percentile: Used by the observer "percentile".
+        smooth: Whether to fold activation channel scales into the weights first: never, always, or where measurements
+            show a smaller error.
+        alpha: SmoothQuant migration strength: a number, "search" or "learn".
+        pow2: Whether smoothing scales are powers of two, so scaling is exact.
     """
 
     x: Format = FP8_TILE
@@ -68,11 +68,11 @@ class QuantizationSpec:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether real inputs must be seen first."""
+        """Whether the pipeline needs calibration inputs."""
         return self.static or self.smooth != "never"
 
     def passes(self, layers: Sequence[str] = EVERYTHING) -> tuple[Pass | None, Quantize]:
-        """The pass that smooths, if any, and the one that quantizes."""
+        """The smoothing pass, if any, and the quantization pass."""
         options: dict[str, Any] = {
             "x_format": self.x, "w_format": self.w, "static": self.static, "observer": self.observer,
             "percentile": self.percentile, "layers": tuple(layers),
@@ -85,7 +85,7 @@ class QuantizationSpec:
         return SmoothQuant(**options, alpha=self.alpha, pow2=self.pow2, min_gain=gain), quantize(**options)
 
     def merging(self, layers: Sequence[str] = EVERYTHING) -> list[Pass]:
-        """The pass that makes one linear of several, where a kernel runs it and no scale spans all of a weight."""
+        """The pass that merges linears, if a kernel supports the formats and no scale spans a whole weight."""
         if self.x.block[1] == 1 or self.w.block == (ALL, ALL) or self.w.tensor_scale:
             return []
         return [MergeLinears(self.w, tuple(layers), static=self.static)]
@@ -95,11 +95,11 @@ def assemble(specs: Mapping[QuantizationSpec, Sequence[str]]) -> Pipeline:
     """One pipeline for several specs, each for the layers that its patterns select."""
     pairs = [spec.passes(layers) for spec, layers in specs.items()]
     smoothing = [smooth for smooth, _ in pairs if smooth is not None]
-    # behind what looks at layers one by one, in front of what quantizes
+    # after passes that treat layers separately, before quantization
     merging = [step for spec, layers in specs.items() for step in spec.merging(layers)]
     return Pipeline(
         (
-            # canonicalize first: the others know one spelling of a matmul; dead-code: the dead is not worth the work
+            # canonicalize first, because other passes expect canonical matmuls; dead-code avoids useless work
             Canonicalize(), DeadCode(),
             *_calibration(specs, smoothing), *merging, *(quantize for _, quantize in pairs), ShareQuantize(),
             *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
@@ -109,7 +109,7 @@ def assemble(specs: Mapping[QuantizationSpec, Sequence[str]]) -> Pipeline:
 
 
 def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
-    """What fuses the kernels with the arithmetic around them, where scales are computed in each call, row by row."""
+    """The passes that fuse kernels with surrounding arithmetic, for dynamic scales per row or tile."""
     rows = [step for step in quantizing if step.x_format.block[0] == 1 and not step.static]
     tiles = [step for step in rows if takes_body(step.x_format, step.w_format)]
     steps: list[Pass] = [FuseNormQuantize(), FuseActivationQuantize()] if rows else []
@@ -117,11 +117,11 @@ def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
 
 
 def _calibration(specs: Mapping[QuantizationSpec, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:
-    """What sees real inputs, and what smooths by that; a histogram of a smoothed value must be taken anew."""
+    """The calibration and smoothing passes; histograms of smoothed values need a second calibration."""
     seen = {spec: layers for spec, layers in specs.items() if spec.needs_calibration}
     if not seen:
         return []
-    # Several specs observe every layer, since one list cannot hold their patterns, and the layers that any names.
+    # With several specs, observe every layer plus all named layers, since one list cannot combine their patterns.
     positive = (p for patterns in seen.values() for p in patterns if not p.startswith("!"))
     layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else tuple(dict.fromkeys((*EVERYTHING, *positive)))
     sampled = any(spec.smooth == "measured" or isinstance(spec.alpha, str) for spec in seen)

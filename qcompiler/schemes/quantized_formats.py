@@ -1,9 +1,9 @@
-"""The formats of a quantized matmul, spelled as the scheme that gives them.
+"""Names the formats of a quantized matmul by the scheme that produces them.
 
     quant.linear {x_format = #fp8_tile, w_format = #fp8_block}       ->    fp8_tile
     quant.linear {x_format = #int8_tensor, w_format = #int8_row}     ->    int8_tensor{w=channel}
 
-Formats that no scheme has are spelled out: `#format<f8e4m3fn, block = [1, 32]> x #fp8_row`.
+Formats without a scheme are printed in full: `#format<f8e4m3fn, block = [1, 32]> x #fp8_row`.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from qcompiler.schemes.named import SCHEMES, W_BLOCKS, Scheme, changed
 
 @dataclass(frozen=True)
 class Formats:
-    """How a matmul's operands are quantized.
+    """The formats of the operands of a matmul.
 
     Attributes:
         x: The format of the activation.
         w: The format of the weight, `[N, K]`.
-        static: Whether the activation's scale is fixed.
+        static: Whether the activation scale is static.
     """
 
     x: Format
@@ -37,7 +37,7 @@ class Formats:
 
 
 def format_of(op: Op) -> str:
-    """The formats of a matmul of quantized operands, fused or not; empty for anything else."""
+    """The formats of a quantized matmul, fused or not; empty for other operations."""
     if op.role is Role.QUANTIZED_MATMUL:
         return str(_formats(op["x"].op, op.format("x_format"), op.format("w_format")))
     if op.role is Role.MATMUL:
@@ -48,12 +48,12 @@ def format_of(op: Op) -> str:
 
 
 def _formats(producer: Op, x: Format, w: Format) -> Formats:
-    """The weight may have been quantized by another convention than the activation, which decides."""
+    """Uses the profile of the activation for the weight, whose profile may differ."""
     return Formats(replace(x, scale_layout="row_major"), replace(w, profile=x.profile), is_static(producer))
 
 
 def _spelled(scheme: Scheme, wanted: Formats) -> Iterator[str]:
-    """A scheme with the options that give the formats, if they can; smoothing is no part of a format."""
+    """The scheme with options that produce the formats, if possible; formats do not include smoothing."""
     spec = scheme.spec
     if spec is None or spec.smooth != "never":
         return

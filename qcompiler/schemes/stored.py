@@ -1,4 +1,4 @@
-"""The scheme that takes the stored weights of a captured graph as they are.
+"""Finds the scheme that keeps the stored quantized weights of a captured graph.
 
 quant.dequantize(codes, scales) {format = #fp8_tensor, x_scale = 0.02}    ->    "fp8_tensor_static"
 """
@@ -17,11 +17,11 @@ STATIC = {
     FP8_ROW: "fp8_tensor_static{w=channel}", FP8_TENSOR: "fp8_tensor_static",
     INT8_ROW: "int8_tensor_static{w=channel}", INT8_TENSOR: "int8_tensor_static",
 }  # fmt: skip
-"""Format of a weight -> the scheme."""
+"""Weight format -> scheme."""
 
 
 def stored_scheme(graph: Graph) -> str | None:
-    """The scheme that fits most stored weights of a graph; None if there are none, or no scheme fits them."""
+    """The scheme that matches the most stored weights of a graph; None if no scheme matches any."""
     names: Counter[str] = Counter()
     for op in graph.ops("quant.dequantize"):
         schemes = DYNAMIC if x_scale_of(op.result) is None else {**DYNAMIC, **STATIC}

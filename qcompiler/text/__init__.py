@@ -1,4 +1,4 @@
-"""The one text grammar of graphs, types, sizes, pipelines, options, schemes and bodies: tokens, lists and values."""
+"""Shared lexer and parser of all text forms: graphs, types, sizes, pipelines, options, schemes, expressions."""
 
 from qcompiler.text.lexer import NAME, Source, Token, legal_name
 from qcompiler.text.reader import Reader

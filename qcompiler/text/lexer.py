@@ -1,4 +1,4 @@
-"""Text -> tokens, each with its offset, so that every message can show the row and a caret."""
+"""Text -> tokens with offsets, so that error messages can show the line and a caret."""
 
 import re
 from collections.abc import Iterator
@@ -20,33 +20,33 @@ WITH_COMMENTS = re.compile(r"(?:\s+|//[^\n]*)*" + TOKENS, re.VERBOSE | re.DOTALL
 WITHOUT_COMMENTS = re.compile(r"\s*" + TOKENS, re.VERBOSE | re.DOTALL)
 
 NAME = re.compile(r"[\w.$-]+")
-"""What may follow the `%` of a value and the `@` of a function."""
+"""A name after the `%` of a value or the `@` of a function."""
 
 
 def legal_name(name: str) -> str:
-    """A name of torch's, such as a weight's, as the text form can spell it."""
+    """A torch name, such as a weight name, made valid for the text form."""
     return re.sub(r"[^\w.$-]", "_", name) or "_"
 
 
 class Token(NamedTuple):
-    """A piece of text: its kind (a group of TOKENS), the text, and its offset."""
+    """A token: its kind (a group of TOKENS), its text, and its offset."""
 
     kind: str
     text: str
     at: int
 
     def __str__(self) -> str:
-        """The token in a message."""
+        """The token for messages."""
         return f"'{self.text}'" if self.text else "the end of the text"
 
 
 class Source:
-    """A text with a name, able to point at a place in itself.
+    """A text with a file name for error messages.
 
     Args:
         text: The text.
-        filename: Its name in messages.
-        comments: Whether `//` begins a comment; otherwise it is an operator.
+        filename: The file name in messages.
+        comments: Whether `//` starts a comment; otherwise it is an operator.
     """
 
     def __init__(self, text: str, filename: str, *, comments: bool = False) -> None:
@@ -54,22 +54,22 @@ class Source:
         self._pattern = WITH_COMMENTS if comments else WITHOUT_COMMENTS
 
     def tokens(self, at: int = 0) -> Iterator[Token]:
-        """Every token from an offset on, without space and comments, then one of kind `end`, which is empty."""
+        """The tokens from an offset on, without space and comments, then an empty token of kind `end`."""
         for match in self._pattern.finditer(self.text, at):
             kind, text, end = match.lastgroup or "", match[match.lastindex or 0], match.end()
             if kind == "wrong":
                 problem = f"unexpected character {text!r}"
                 if text == '"':
-                    problem = "this string does not end on its line, or has an escape that JSON does not know"
+                    problem = "this string is not closed on its line, or has an escape that is not valid JSON"
                 raise self.error(problem, end - 1)
             yield Token(kind, text, end - len(text))
 
     def error(self, problem: str, at: int, width: int = 1) -> ParseError:
-        """`file:line:col: problem`, the row, and a caret below `width` characters."""
+        """The error `file:line:col: problem`, with the line and a caret below `width` characters."""
         return ParseError(self.excerpt(at, width, f" {problem}"))
 
     def excerpt(self, at: int, width: int, problem: str = "") -> str:
-        """`file:line:col:`, the row, and a caret below `width` characters."""
+        """`file:line:col:`, the line, and a caret below `width` characters."""
         line = self.text.count("\n", 0, at) + 1
         start = self.text.rfind("\n", 0, at) + 1
         row = self.text[start:].split("\n", 1)[0].rstrip("\r")

@@ -1,4 +1,4 @@
-"""Reads tokens one at a time: what every parser of ours is made of."""
+"""Base class of all parsers: reads tokens one at a time."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,14 +10,14 @@ from qcompiler.text.lexer import Source, Token
 
 T = TypeVar("T")
 DEEPEST = 64
-"""Brackets inside brackets: far more than any text has, and few enough for every function that walks the tree."""
+"""Maximum nesting of brackets; keeps recursive functions on the tree within Python's limit."""
 
 
 OPENING = {")": "(", "]": "[", "}": "{", ">": "<"}
 
 
 class Reader:
-    """Recursive descent, one token ahead.
+    """Recursive descent with one token of lookahead.
 
     Attributes:
         source: The text.
@@ -30,21 +30,21 @@ class Reader:
         self.go_to(0)
 
     def go_to(self, at: int) -> None:
-        """Reads on at an offset."""
+        """Continues at an offset."""
         self._tokens = self.source.tokens(at)
         self.now = next(self._tokens)
 
     def fail(self, problem: str, token: Token) -> ParseError:
-        """The error for `token`."""
+        """A ParseError at `token`."""
         return self.source.error(problem, token.at, len(token.text))
 
     def since(self, start: Token) -> Token:
-        """Everything from `start` up to the next token, as one token."""
+        """The text from `start` up to the next token, as one token."""
         return Token("text", self.source.text[start.at : self.now.at].rstrip(), start.at)
 
     @contextmanager
     def blaming(self, token: Token) -> Iterator[None]:
-        """Shows `token` in its row, below the message of an error about its meaning."""
+        """Adds an excerpt with `token` to errors raised in the block that are not parse errors."""
         try:
             yield
         except QCompilerError as error:
@@ -53,20 +53,20 @@ class Reader:
             raise
 
     def take(self) -> Token:
-        """The next token; moves on, except at the end."""
+        """Returns the next token and advances, except at the end."""
         token = self.now
         self.now = next(self._tokens, token)
         return token
 
     def accept(self, text: str) -> bool:
-        """Moves past `text` if it is next."""
+        """Skips `text` if it is next; returns whether it was."""
         if self.now.text == text:
             self.take()
             return True
         return False
 
     def expect(self, *texts: str) -> Token:
-        """The next token, which must be one of the given texts; an empty one is the end."""
+        """Takes the next token, which must be one of `texts`; the empty text means the end."""
         if self.now.text not in texts:
             wanted = " or ".join(map(str, (Token("mark", text, 0) for text in texts)))
             opened = OPENING.get(texts[-1]) if self.now.kind == "end" else None
@@ -75,17 +75,17 @@ class Reader:
         return self.take()
 
     def expect_kind(self, kind: str, wanted: str) -> Token:
-        """The next token, which must be of the given kind; `wanted` says so in words."""
+        """Takes the next token, which must be of the given kind; `wanted` describes it in errors."""
         if self.now.kind != kind:
             raise self.fail(f"expected {wanted}, but got {self.now}", self.now)
         return self.take()
 
     def expect_end(self) -> None:
-        """ParseError unless everything is read."""
+        """Raises ParseError unless all text is read."""
         self.expect_kind("end", "the end of the text")
 
     def word(self, pattern: "re.Pattern[str]", wanted: str) -> Token:
-        """What `pattern` matches at the next token, such as a name with dashes; `wanted` says so in words."""
+        """Takes the match of `pattern`, such as a name with dashes; `wanted` describes it in errors."""
         match = pattern.match(self.source.text, self.now.at)
         if match is None:
             raise self.fail(f"expected {wanted}, but got {self.now}", self.now)
@@ -93,7 +93,7 @@ class Reader:
         return Token("word", match[0], match.start())
 
     def operator(self) -> str:
-        """The text of the next token, which is not taken; of a number with a sign, the sign alone is the token."""
+        """The text of the next token, without taking it; splits the sign off a number."""
         token = self.now
         if token.kind in ("int", "float") and token.text[0] in "+-":
             self._tokens = self.source.tokens(token.at + 1)
@@ -101,7 +101,7 @@ class Reader:
         return self.now.text
 
     def list_of(self, item: Callable[[], T], close: str) -> list[T]:
-        """Items with commas between, up to and past `close`."""
+        """Reads items separated by commas, up to and including `close`."""
         self._enter()
         items: list[T] = []
         while not self.accept(close):
@@ -112,7 +112,7 @@ class Reader:
         return items
 
     def bracketed(self, item: Callable[[], T], close: str) -> T:
-        """One item, up to and past `close`."""
+        """Reads one item and `close`."""
         self._enter()
         found = item()
         self.expect(close)
@@ -125,7 +125,7 @@ class Reader:
             raise self.fail(f"brackets are nested more than {DEEPEST} deep", self.now)
 
     def separated(self, item: Callable[[], T], mark: str, close: str = "") -> list[T]:
-        """Items with marks between, and perhaps more marks than that, up to and past `close`, or up to the end."""
+        """Reads items separated by one or more marks, up to and including `close`; an empty `close` means the end."""
         items: list[T] = []
         while self.now.kind != "end" and self.now.text != close:
             if not self.accept(mark):
@@ -143,14 +143,14 @@ class Reader:
         strengths: Mapping[str, int],
         least: int = 1,
     ) -> T:
-        """The value of `left {operator operand}`, from left to right among operators of equal strength.
+        """Reads `left {operator operand}` by precedence; operators of equal precedence are left-associative.
 
         Args:
-            left: The first operand, which has been read.
-            operand: Reads another one.
-            join: The result of an operator, given its token and both sides.
-            strengths: How strongly each operator binds.
-            least: The least strength of an operator that belongs to this expression.
+            left: The first operand, already read.
+            operand: Reads the next operand.
+            join: Returns the result of an operator, given its token and both operands.
+            strengths: Operator -> precedence; higher binds tighter.
+            least: The lowest precedence of the operators in this expression.
         """
         while (strength := strengths.get(self.operator(), 0)) >= least:
             operator = self.take()
@@ -161,5 +161,5 @@ class Reader:
         """The integer that a token spells."""
         try:
             return int(token.text)
-        except ValueError:  # Python's own limit, without which the time would grow with the square of the length
-            raise self.fail(f"this integer has {len(token.text)} digits, which is too many", token) from None
+        except ValueError:  # Python limits the digits, because parsing takes quadratic time
+            raise self.fail(f"this integer has too many digits ({len(token.text)})", token) from None

@@ -1,9 +1,9 @@
-"""Values, as every text of ours spells them.
+"""The grammar of values, shared by all text forms.
 
     value    := None | true | false | inf | nan | integer | float | string | name | #name | %name | list
     list     := '[' [value {',' value}] ']'
 
-Each kind of text says what names stand for.
+Each text form defines the meaning of names.
 """
 
 import json
@@ -18,12 +18,12 @@ WORDS: dict[str, Any] = {"None": None, "true": True, "false": False, "inf": math
 
 
 class ValueReader(Reader, ABC):
-    """Reads values; a subclass says what names and references stand for."""
+    """Reads values; subclasses define the meaning of names and references."""
 
     wanted = "a literal"
 
     def value(self) -> Any:
-        """The next value; lists are tuples."""
+        """Reads a value; lists become tuples."""
         token = self.take()
         match token.kind:
             case "value":
@@ -44,12 +44,12 @@ class ValueReader(Reader, ABC):
 
     @abstractmethod
     def named(self, token: Token) -> Any:
-        """What a name stands for."""
+        """The value of a name."""
 
     @abstractmethod
     def tagged(self, token: Token) -> Any:
-        """What `#name` stands for; it may read on, such as fields between `<` and `>`."""
+        """The value of `#name`; may read more tokens, such as fields between `<` and `>`."""
 
     def reference(self, token: Token) -> Any:
-        """What `%name` stands for."""
+        """The value of `%name`."""
         raise self.fail(f"expected {self.wanted}, but got {token}", token)

@@ -119,7 +119,11 @@ def test_it_is_called_as_the_model_is(fast: CompiledModel, saved: Path) -> None:
     assert shown.parameters["shift"].kind is inspect.Parameter.KEYWORD_ONLY
     assert shown.parameters["scale"].default is None and shown.parameters["x"].default is inspect.Parameter.empty
     assert loaded.forward.__doc__ == "What the model does."
-    for wrong, says in (((X.double(),), "another dtype"), ((X[:, :3],), "another size"), ((X, 2.0), "was not given")):
+    for wrong, says in (
+        ((X.double(),), "different dtype"),
+        ((X[:, :3],), "different size"),
+        ((X, 2.0), "was not given"),
+    ):
         with pytest.raises(InputError, match=says):
             loaded(*wrong)
     assert loaded.warmup(rows=[1, 2]).calls == 2

@@ -82,7 +82,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_cut_off(folder: Path, name: str) -> None:
     os.truncate(folder / name, (folder / name).stat().st_size - 1 - 40 * (name == "manifest.json"))
-    with pytest.raises(ArtefactError, match=f"(is cut off|is no JSON): got .*{name}"):
+    with pytest.raises(ArtefactError, match=f"(is cut off|is not JSON): got .*{name}"):
         qcompiler.load(folder)
     assert not check(folder).ok
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_cut_off(folder: Path, name: str) -> None:
 def test_a_file_with_more_behind_it(folder: Path, name: str) -> None:
     with (folder / name).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ArtefactError, match=f"(has grown|is no JSON): got .*{name}"):
+    with pytest.raises(ArtefactError, match=f"(has grown|is not JSON): got .*{name}"):
         qcompiler.load(folder)
 
 
@@ -133,18 +133,18 @@ def test_what_is_no_artefact(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="there is no artefact"):
         check(tmp_path / "nothing")
     (tmp_path / "other").mkdir()
-    with pytest.raises(ArtefactError, match="no artefact of qcompiler: it has no manifest"):
+    with pytest.raises(ArtefactError, match="not an artefact of qcompiler: it has no manifest"):
         qcompiler.load(tmp_path / "other")
     for text in ('{"name": "web app", "icons": []}', "[1, 2]", "3"):
         (tmp_path / "other" / "manifest.json").write_text(text)
-        with pytest.raises(ArtefactError, match=r"this is no manifest of an artefact of qcompiler: got .*other"):
+        with pytest.raises(ArtefactError, match=r"this is not the manifest of an artefact: got .*other"):
             qcompiler.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, '"\xff', "9" * 5000])
 def test_what_is_no_json(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ArtefactError, match=r"(is no JSON|no manifest of an artefact).*manifest\.json"):
+    with pytest.raises(ArtefactError, match=r"(is not JSON|not the manifest of an artefact).*manifest\.json"):
         qcompiler.load(folder)
 
 
@@ -179,13 +179,13 @@ def test_no_name_leads_out_of_the_folder(folder: Path, name: str) -> None:
 def test_a_pipe_in_the_place_of_a_file_is_not_opened(folder: Path) -> None:
     (folder / "host.py").unlink()
     os.mkfifo(folder / "host.py")
-    with pytest.raises(ArtefactError, match=r"is no regular file \(in .*host\.py"):
+    with pytest.raises(ArtefactError, match=r"is not a regular file \(in .*host\.py"):
         qcompiler.load(folder)
 
 
 def test_a_host_module_that_was_edited_with_care_is_not_executed(folder: Path, fast: CompiledModel) -> None:
     edit(folder, "host.py", "import torch\n", "import torch\nraise SystemExit('executed')\n")
-    with pytest.raises(ArtefactError, match=r"is not what this qcompiler generates from the graph.*host\.py"):
+    with pytest.raises(ArtefactError, match=r"differs from what this qcompiler generates from the graph.*host\.py"):
         qcompiler.load(folder)
     assert not check(folder).ok
     loaded = qcompiler.load(folder, regenerate=True)
@@ -233,7 +233,7 @@ def test_weights_of_another_type(folder: Path) -> None:
     save_file({**tensors, bias: tensors[bias].double()}, path)
     reseal(folder)
     with pytest.raises(
-        ArtefactError, match=rf"another type than the graph says: got {bias}: f64\[128\]; need f32\[128\]"
+        ArtefactError, match=rf"does not have the type that the graph declares: got {bias}: f64\[128\]; need f32\[128\]"
     ):
         qcompiler.load(folder)
     del tensors[bias]

@@ -83,7 +83,8 @@ def test_a_smoothed_model(model: Any, tmp_path: Path) -> None:
 
 
 def test_without_the_model(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(QCompilerError, match=r"nobody holds the model.*Pass the module or its folder.*model=\.\.\."):
+    words = r"the original model no longer exists.*Pass the module or its folder.*model=\.\.\."
+    with pytest.raises(QCompilerError, match=words):
         qcompiler.load(saved).save_checkpoint(tmp_path / "checkpoint", "fp8")
     other = torch.nn.Linear(2, 2)
     with pytest.raises(QCompilerError, match="this is not the model that was compiled"):
@@ -136,7 +137,7 @@ W = '  %w = core.param() {name = "w"} : f32[2]'
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (derivation(W, "  return %w", w=0), "a weight of the artefact is made of itself: got w <- w"),
+        (derivation(W, "  return %w", w=0), "a weight of the artefact depends on itself: got w <- w"),
         (derivation(W, "  return %w", x=1), "got 1; need the number of one of 1 outputs"),
         (derivation(W, "  return %w", x=-1), "got -1; need an integer that is not negative"),
         (derivation("  return %w", x=0), "(?s)a derivation of the artefact cannot be read: .*%w"),
@@ -144,7 +145,7 @@ W = '  %w = core.param() {name = "w"} : f32[2]'
          "calls an operator that reads or writes files"),
         (derivation(W, "  return %w", **{"model.norm.weight": 0}), r"need an output that is a tensor.*bf16\[256\]"),
         (lambda text: text.replace("func @part()", "func @part(%x: f32[2])", 1), "a derivation of the artefact has in"),
-        (lambda text: json.dumps(json.loads(text) * 2), "need one derivation for each weight"),
+        (lambda text: json.dumps(json.loads(text) * 2), "need one derivation per weight"),
         (lambda _: "{}", "need a list"),
     ],
 )  # fmt: skip

@@ -76,9 +76,7 @@ def test_a_limit_on_files_leaves_what_was_there(
         save(compiled, model, tmp_path / "out")
     said = str(error.value)
     assert said.startswith(f"{problem}: got ") and "File too large" in said
-    assert (
-        f"need a higher limit on the size of files (ulimit -f) (in {tmp_path / 'out'}). Nothing was replaced." in said
-    )
+    assert f"need a higher file size limit (ulimit -f) (in {tmp_path / 'out'}). Nothing was replaced." in said
     assert contents(tmp_path) == before
 
 

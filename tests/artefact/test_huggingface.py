@@ -86,5 +86,5 @@ def test_the_state_of_a_cache_names_no_class_of_others(state: list[Any], tmp_pat
     context = {"dict": [["_t", "obj"], ["p", "transformers.cache_utils:DynamicCache"], ["s", {"dict": [["layers", [
         {"dict": state}]]]}]]}  # fmt: skip
     structure = {"class": {"name": "transformers.cache_utils:DynamicCache", "context": context, "children": []}}
-    with pytest.raises(ArtefactError, match="need a context that names no class but those of transformers"):
+    with pytest.raises(ArtefactError, match="need a context that names only classes of transformers"):
         structure_from_json(Node(structure, "", tmp_path))

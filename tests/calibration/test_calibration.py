@@ -368,15 +368,15 @@ def test_scaled_is_what_would_have_been_seen(seed: int) -> None:
         (lambda s: s.amax("percentile", "tensor", percentile=math.nan), "the percentile is out of range: got nan"),
         (
             lambda s: s.amax("mse", "tensor", format=numerics.format_of((1, 1), torch.int16)),
-            "not an 8-bit format: got torch.int16; need torch.float8",
+            "the dtype is not an 8-bit code type: got torch.int16; need torch.float8",
         ),
         (
             lambda s: s.amax("mse", "tensor", format=Format(DType.i8, (1, 1), profile="deepsek")),
             "unknown quantization profile: got 'deepsek'",
         ),
-        (lambda s: s.update(torch.ones(2, 6)), "this batch does not fit the statistics: got f32[2, 6]; need floating"),
-        (lambda s: s.update(torch.ones(2, 5).long()), "this batch does not fit the statistics: got i64[2, 5]; need"),
-        (lambda s: s.update(torch.tensor(1.0)), "this batch does not fit the statistics: got f32[]; need floating poi"),
+        (lambda s: s.update(torch.ones(2, 6)), "the batch does not fit the statistics: got f32[2, 6]; need floating"),
+        (lambda s: s.update(torch.ones(2, 5).long()), "the batch does not fit the statistics: got i64[2, 5]; need"),
+        (lambda s: s.update(torch.tensor(1.0)), "the batch does not fit the statistics: got f32[]; need floating poi"),
         (lambda s: s.scaled(torch.ones(4)), "statistics cannot be scaled by this factor: got f32[4] with a smallest e"),
         (lambda s: s.scaled(-torch.ones(5)), "statistics cannot be scaled by this factor: got f32[5] with a smallest"),
         (lambda s: s.scaled(torch.full((5,), math.inf)), "statistics cannot be scaled by this factor: got f32[5]"),
@@ -393,6 +393,6 @@ def test_observers_that_need_a_histogram_say_so(observer: str) -> None:
     with pytest.raises(QCompilerError) as error:
         seen(batches(0, 9)).amax(observer, "channel")
     assert str(error.value) == (
-        f"observer '{observer}' needs a histogram, and there is none. Observe it with histogram=True, in the pipeline "
-        "with calibrate{histogram=true}. Scaling a value loses its histogram."
+        f"observer '{observer}' needs a histogram, but there is none. Observe it with histogram=True; in a pipeline, "
+        "use calibrate{histogram=true}. Scaling a value drops its histogram."
     )

@@ -106,7 +106,8 @@ def test_an_iterator_is_read_once() -> None:
     with pytest.raises(InputError) as error:
         calibration.observe(graph, ["a"])
     assert str(error.value) == (
-        "the calibration batches were an iterator, which has been read already. Pass a list, which can be read again."
+        "the calibration batches were an iterator, which has already been consumed. Pass a list, "
+        "which can be read again."
     )
     assert list(calibration.statistics) == ["h"]
 
@@ -118,38 +119,38 @@ NAN = [torch.full((1, 2, 8), math.nan, dtype=torch.bfloat16), 1]
     ("batches", "names", "message"),
     [
         (None, ["h"], "there is no calibration data. Give it: Calibration(batches)."),
-        ([], ["h"], "there is no calibration data: got no batch at all; need one batch or more"),
-        (iter([]), ["h"], "there is no calibration data: got no batch at all; need one batch or more"),
+        ([], ["h"], "there is no calibration data: got no batches; need at least one batch"),
+        (iter([]), ["h"], "there is no calibration data: got no batches; need at least one batch"),
         (
             [*data((1, 1)), [torch.ones(1, 1, 8)]], ["h"],
-            "the graph cannot take a calibration batch: got batches[1]: @m takes 2 inputs: got 1; need 2",
+            "the graph does not accept a calibration batch: got batches[1]: @m takes 2 inputs: got 1; need 2",
         ),
         (
             [[torch.ones(1, 1, 7, dtype=torch.bfloat16), 1]], ["h"],
-            "the graph cannot take a calibration batch: got batches[0]: aten.linear failed: ",
+            "the graph does not accept a calibration batch: got batches[0]: aten.linear failed: ",
         ),
         (
             [[torch.ones(1, 1, 7, dtype=torch.bfloat16), 1]], ["x"],
-            "the graph cannot take a calibration batch: got batches[0]: this batch does not fit the statistics: got "
+            "the graph does not accept a calibration batch: got batches[0]: the batch does not fit the statistics: got "
             "bf16[1, 1, 7]; need floating point, with 8 channels",
         ),
         (
             [torch.ones(2, 8)], ["h"],
-            "a calibration batch is of a wrong type: got Tensor; need a list of the 2 inputs of the graph (in batch",
+            "a calibration batch has the wrong type: got Tensor; need a list of the 2 inputs of the graph (in batch",
         ),
-        ([{"x": 1}], ["h"], "a calibration batch is of a wrong type: got dict; need a list of the 2 inputs"),
+        ([{"x": 1}], ["h"], "a calibration batch has the wrong type: got dict; need a list of the 2 inputs"),
         (
             [*data((1, 1)), NAN], ["a", "x"],
-            "calibration met numbers in %x that are not finite: got 16 NaN and 0 Inf in batches[1]; need finite "
+            "calibration found numbers in %x that are not finite: got 16 NaN and 0 Inf in batches[1]; need finite "
             "numbers (in core.input). Look for the cause in this batch, or in the model itself.",
         ),
         (
             [[torch.zeros(1, 2, 8, dtype=torch.bfloat16), 1]], ["log"],
-            "calibration met numbers in %log that are not finite: got 0 NaN and 16 Inf in batches[0]; need finite "
+            "calibration found numbers in %log that are not finite: got 0 NaN and 16 Inf in batches[0]; need finite "
             'numbers (in aten.log loc("m.py":4 in "act")). Look for the cause',
         ),
         (data((1, 1)), ["n"], "%n cannot be observed: got int(s2); need floating point, with a last axis of fixed"),
-        (data((1, 1)), ["hh"], "no value is called %hh. Did you mean '%h'?"),
+        (data((1, 1)), ["hh"], "there is no value %hh. Did you mean '%h'?"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_observed(batches: Any, names: list[str], message: str) -> None:
@@ -172,7 +173,7 @@ def test_the_cause_is_kept() -> None:
 @pytest.mark.parametrize("wrong", [torch.ones(2), 3])
 def test_batches_of_a_wrong_type(wrong: Any) -> None:
     with pytest.raises(
-        InputError, match=r"the calibration batches are of a wrong type: got (Tensor|int); need an iter"
+        InputError, match=r"the calibration batches have the wrong type: got (Tensor|int); need an iter"
     ):
         Calibration(wrong)
 
@@ -197,12 +198,15 @@ def test_zeros_are_an_error_unless_a_top_k_accounts_for_them() -> None:
     with pytest.raises(InputError) as error:
         calibration.check_seen(graph, "h", behind_top_k=False)
     assert str(error.value) == (
-        "calibration saw nothing of %h: got 6 rows of zeros in 2 batches; need one element or more that is not zero "
-        '(in aten.linear loc("m.py":3 in "up")). Give calibration data that the model does something with.'
+        "calibration saw only zeros or no rows in %h: got 6 rows of zeros in 2 batches; need at least one nonzero "
+        'element (in aten.linear loc("m.py":3 in "up")). Use calibration data that activates this part of the model.'
     )
     calibration = Calibration(data((0, 3)))
     calibration.observe(graph, ["h"])
-    with pytest.raises(InputError, match="calibration saw nothing of %h: got no row in 1 batch; need one element"):
+    with pytest.raises(
+        InputError,
+        match="calibration saw only zeros or no rows in %h: got no row in 1 batch; need at least one nonzero element",
+    ):
         calibration.check_seen(graph, "h", behind_top_k=False)
     with pytest.raises(InputError, match="a value was not observed: got %a"):
         calibration.check_seen(graph, "a", behind_top_k=True)
@@ -343,14 +347,14 @@ def test_missing_foreign_and_newer_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the calibration file cannot be read: got .*other"):
         Calibration.load(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(InputError, match=r"this is no calibration file: got .*other; need a file that"):
+    with pytest.raises(InputError, match=r"this is not a calibration file: got .*other; need a file written by"):
         Calibration.load(path)
     save_file({}, path, metadata={"qcompiler.calibration": json.dumps({"version": 7, "new": []})})
     with pytest.raises(InputError) as error:
         Calibration.load(path)
     assert str(error.value) == (
         f"the calibration file is newer than this qcompiler: got {path}, version 7; need version 1. Read it with the "
-        "qcompiler that has written it, or a newer one."
+        "version of qcompiler that wrote it, or a newer one."
     )
     for head in ("{", "[]", "{}", '{"version": "1"}', '{"version": 1, "values": [{"name": "x"}], "digest": ""}'):
         save_file({}, path, metadata={"qcompiler.calibration": head})

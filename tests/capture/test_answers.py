@@ -14,7 +14,7 @@ from qcompiler.capture import answers, capture
 from qcompiler.errors import CaptureError, CaptureWarning, InputError
 from qcompiler.ir import Graph
 
-LIKE_EXAMPLE = "these inputs lead the model's code to another result than the example did"
+LIKE_EXAMPLE = "these inputs lead the model's code to a different result than the example"
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def test_other_values_with_the_same_answers_match_the_model(kind: Callable[[], n
     [
         (Branching, [1, 1, 1, 1, 1, 1], r"if \(mask == 0\).any\(\): \(.*test_answers.py:\d+\) is True"),
         (Splitting, [2, 2, 2], r"parts = .*sizes.tolist\(\)\)\] \(.*test_answers.py:\d+\) is 1"),
-        (Selecting, [1, 1, 1, 1, 0, 1], r"a size that follows from the values of a tensor is another"),
+        (Selecting, [1, 1, 1, 1, 0, 1], r"a size that depends on tensor values differs"),
     ],
 )
 def test_other_answers_are_an_error(kind: Callable[[], nn.Module], other: list[int], said: str) -> None:
@@ -114,7 +114,7 @@ def test_only_answers_that_an_input_can_change_are_checked() -> None:
     assert len(messages) == 1
     assert "(mask == 0).any()" in messages[0]
     assert captured.notes == captured.fixed
-    assert "asks for are fixed to those of the example (" in captured.fixed[-1]
+    assert "reads are fixed to those of the example (" in captured.fixed[-1]
 
 
 def test_the_checks_survive_passes_text_and_artefacts(tmp_path: Path) -> None:
@@ -153,11 +153,11 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("on_weights", [True, False])
 def test_a_branch_on_activations_is_refused(on_weights: bool) -> None:
-    with pytest.raises(CaptureError, match=r"(?s)depends on the values of a tensor.*if scores.sum\(\) > 0"):
+    with pytest.raises(CaptureError, match=r"(?s)depends on tensor values.*if scores.sum\(\) > 0"):
         capture(Routed(on_weights).eval(), (torch.randn(3, 64), torch.tensor([0, 5])))
 
 
 def test_a_model_that_reads_each_element_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "MOST_ANSWERS", 2)
-    with pytest.raises(CaptureError, match="depends on the values of a tensor"):
+    with pytest.raises(CaptureError, match="depends on tensor values"):
         capture(Splitting().eval(), example(Splitting()))

@@ -87,7 +87,7 @@ def test_arguments_without_effect_may_be_added(model: Scorer, plain: Captured) -
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"attention_mask": torch.tensor([[1, 1, 0]])}, "'attention_mask' was not given at capture, where it stands for "
-     "ones: got other entries. Leave it out here, or compile with it among the example inputs."),
+     "ones: got other entries. Omit it here, or compile with it among the example inputs."),
     ({"attention_mask": torch.ones(1, 4)}, r"stands for ones: got shape \(1, 4\); need shape \(1, 3\)"),
     ({"attention_mask": [[1, 1, 1]]}, "stands for ones: got list; need a tensor"),
     ({"position_ids": torch.tensor([[1, 2, 3]])}, "'position_ids' was not given at capture, where it stands for po"),
@@ -128,12 +128,12 @@ class Both(nn.Module):
 def test_equivalence_is_not_assumed_without_evidence() -> None:
     x = tokens(2, 3)
     with_labels = capture(Both().eval(), (x, None, torch.ones(2, 3)))
-    with pytest.raises(InputError, match="'labels' was given at capture, and the graph does not compute without it"):
+    with pytest.raises(InputError, match="'labels' was given at capture, and the graph requires it"):
         with_labels.run(x)
     with pytest.raises(InputError, match=r"'attention_mask' is part|attention_mask is part of the captured graph"):
         with_labels.run(x, torch.ones(2, 3), torch.ones(2, 3))
     with_mask = capture(Both().eval(), (x, torch.ones(2, 3)))
-    with pytest.raises(InputError, match="'attention_mask' was given at capture, and the graph does not compute"):
+    with pytest.raises(InputError, match="'attention_mask' was given at capture, and the graph requires it"):
         with_mask.run(x)
 
 
@@ -158,14 +158,14 @@ def test_integers_are_widened_and_other_dtypes_are_named(model: Scorer, plain: C
         assert torch.equal(plain.run(ids.to(dtype))["logits"], model(ids)["logits"])
     narrow = capture(Written().eval(), (torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.int32)))
     with pytest.raises(
-        InputError, match=r"y has another dtype .* got torch.int64; need torch.int32. Convert it with .to"
+        InputError, match=r"y has a different dtype .* got torch.int64; need torch.int32. Convert it with .to"
     ):
         narrow.run(torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.int64))
-    with pytest.raises(InputError, match="x has another dtype"):  # the model writes to it
+    with pytest.raises(InputError, match="x has a different dtype"):  # the model writes into it
         narrow.run(torch.zeros(3, dtype=torch.int16), torch.ones(3, dtype=torch.int16))
     narrow.run(torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.int16))
     for wrong in (ids.float(), ids > 3):
-        with pytest.raises(InputError, match="ids has another dtype than at capture"):
+        with pytest.raises(InputError, match="ids has a different dtype than at capture"):
             plain.run(wrong)
 
 
@@ -182,11 +182,14 @@ class Written(nn.Module):
             np.ones((2, 3)),
             "ids must be a tensor: got ndarray; need torch.int64 of rank 2. Convert it with torch.as_tensor",
         ),
-        ([[1, 2], [3, 4]], "'ids' has another structure .* got list of 2; need one value. Convert it with torch.as_t"),
+        (
+            [[1, 2], [3, 4]],
+            "'ids' has a different structure .* got list of 2; need one value. Convert it with torch.as_t",
+        ),
         (UserDict(ids=1), r"ids must be a tensor: got UserDict; .* Pass its entries by name: model\(\*\*batch\)"),
         ({"ids": 1}, r"got dict with ids; need one value. Pass its entries by name: model\(\*\*batch\)"),
         ("text", "ids must be a tensor: got 'text'"),
-        (None, "'ids' was given at capture, and the graph does not compute without it"),
+        (None, "'ids' was given at capture, and the graph requires it"),
     ],
 )
 def test_a_value_that_is_not_a_tensor_gets_a_conversion_hint(plain: Captured, wrong: Any, sentence: str) -> None:

@@ -76,13 +76,13 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "other keys",
         lambda x, b: ((x,), {"batch": {"bias": b["bias"]}}),
-        "'batch' has another structure .* got dict with bias; need dict with bias, pair",
+        "'batch' has a different structure .* got dict with bias; need dict with bias, pair",
     ),
-    ("a longer list", lambda x, b: ((x,), {"batch": {**b, "pair": [x, 7, 7]}}), "'batch' has another structure"),
+    ("a longer list", lambda x, b: ((x,), {"batch": {**b, "pair": [x, 7, 7]}}), "'batch' has a different structure"),
     ("no tensor", lambda x, b: ((3,), {"batch": b}), "x must be a tensor: got 3; need torch.float32 of rank 2"),
-    ("dtype", lambda x, b: ((x.double(),), {"batch": b}), "another dtype .* got torch.float64; need torch.float32"),
-    ("device", lambda x, b: ((x.to("meta"),), {"batch": b}), "x lies on another device .* got meta; need cpu"),
-    ("rank", lambda x, b: ((x[0],), {"batch": b}), r"x has another rank .* got \(4,\); need \[s0, s1\]"),
+    ("dtype", lambda x, b: ((x.double(),), {"batch": b}), "different dtype .* got torch.float64; need torch.float32"),
+    ("device", lambda x, b: ((x.to("meta"),), {"batch": b}), "x is on a different device .* got meta; need cpu"),
+    ("rank", lambda x, b: ((x[0],), {"batch": b}), r"x has a different rank .* got \(4,\); need \[s0, s1\]"),
     (
         "contradiction",
         lambda x, b: ((x[:2],), {"batch": b}),
@@ -108,7 +108,7 @@ def test_wrong_calls_get_an_explanation(signature: Signature, make: Any, sentenc
 def test_a_size_that_capture_fixed_is_refused() -> None:
     layer = torch.nn.Linear(4, 2).eval()
     fixed = capture(layer, (torch.randn(3, 4),), dynamic_shapes=None).signature
-    with pytest.raises(InputError, match="dimension 0 of input has another size than at capture: got 5; need 3"):
+    with pytest.raises(InputError, match="dimension 0 of input has a different size than at capture: got 5; need 3"):
         fixed.flatten((torch.randn(5, 4),))
 
 
@@ -124,10 +124,10 @@ def test_sizes_that_would_take_another_branch_are_refused() -> None:
     (out,) = interpret(captured.graph, captured.signature.flatten((x, y)))
     assert torch.equal(out, Branch()(x, y))
     with pytest.raises(
-        InputError, match=r"dimension 0 of x is outside of the captured range: got 3; need s0 with s0 in 4\.\."
+        InputError, match=r"dimension 0 of x is outside the captured range: got 3; need s0 with s0 in 4\.\."
     ):
         captured.signature.flatten((torch.randn(3, 2), torch.randn(2, 2)))
-    with pytest.raises(InputError, match=r"another course for these sizes: got s0 = 5, s2 = 5; need s0 > s2"):
+    with pytest.raises(InputError, match=r"a different branch for these sizes: got s0 = 5, s2 = 5; need s0 > s2"):
         captured.signature.flatten((torch.randn(5, 2), torch.randn(5, 2)))
 
 

@@ -118,7 +118,9 @@ def test_a_bound_of_a_size_that_becomes_a_sum_is_kept() -> None:
     assert types(captured) == ["f32[s0]", "f32[s1]", "f32[s0 + s1]"]
     assert captured.graph.symbols == {"s0": Range(0), "s1": Range(0)}
     assert torch.equal(captured.run(torch.ones(1), torch.ones(1), torch.ones(2)), torch.ones(2))
-    with pytest.raises(InputError, match=r"another course for these sizes: got s0 = 20, s1 = 9; need s0 \+ s1 <= 20"):
+    with pytest.raises(
+        InputError, match=r"a different branch for these sizes: got s0 = 20, s1 = 9; need s0 \+ s1 <= 20"
+    ):
         captured.run(torch.ones(20), torch.ones(9), torch.ones(29))
 
 
@@ -180,7 +182,7 @@ def test_sizes_are_fixed_if_torch_cannot_keep_them_dynamic() -> None:
             raise TypeError("the number of rows must be an int")
         return x * 2
 
-    with pytest.warns(CaptureWarning, match=r"all sizes are fixed .*fails with open sizes \(TypeError: the"):
+    with pytest.warns(CaptureWarning, match=r"all sizes are fixed .*fails with dynamic sizes \(TypeError: the"):
         captured = capture(Function(function), (torch.randn(3, 4),))
     assert types(captured) == ["f32[3, 4]"]
 

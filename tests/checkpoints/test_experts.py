@@ -123,7 +123,7 @@ def test_a_stack_that_shares_blocks_is_not_cut(tmp_path: Path) -> None:
     """Twice 96 rows have two blocks; neither is the block of one half."""
     model = AUTO.from_config(qwen3(96), dtype=torch.float32).eval()
     compiled = qcompiler.compile(model, example_inputs=(IDS,), dynamic_shapes=None)
-    with pytest.raises(QCompilerError, match=r"up_proj\.weight' begins inside of a block; need whole blocks"):
+    with pytest.raises(QCompilerError, match=r"up_proj\.weight' begins inside a block; need whole blocks"):
         compiled.save_checkpoint(tmp_path / "out", "fp8")
 
 

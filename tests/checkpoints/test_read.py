@@ -69,7 +69,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
 def test_from_deepseek_to_compressed_tensors_and_back_every_byte_is_equal(tmp_path: Path) -> None:
     first = deepseek(tmp_path / "deepseek")
     compiled = qcompiler.compile(str(first), example_inputs=(IDS,))
-    assert all(row.remark == "codes and scales as the model has them" for row in compiled.report.quantized)
+    assert all(row.remark == "uses the model's own codes and scales" for row in compiled.report.quantized)
     graph = compiled.stages["fp8-tile"]
     assert not any(graph.is_constant(op["x"]) for op in graph.ops("quant.quantize"))  # activations only
     compiled.save_checkpoint(tmp_path / "compressed", "compressed-tensors")
@@ -122,7 +122,7 @@ def test_codes_and_scales_are_taken_as_they_are() -> None:
     compiled = qcompiler.compile(model, example_inputs=(x,))
     mine = dict(model.named_parameters())
     assert compiled.graph.weights["0.weight"].data_ptr() == mine["0.weight"].data_ptr()
-    assert {row.remark for row in compiled.report.rows} == {"codes and scales as the model has them"}
+    assert {row.remark for row in compiled.report.rows} == {"uses the model's own codes and scales"}
     assert compiled.report.bytes_quantized == (256 + 128) * 256
     want = x
     for name, activation in (("0", torch.nn.functional.relu), ("2", torch.nn.Identity())):
@@ -181,9 +181,9 @@ def test_modules_of_transformers_with_fp8_weights_can_be_compiled(tmp_path: Path
 
 
 def test_an_fp8_weight_without_a_scale_is_an_error() -> None:
-    with pytest.raises(CaptureError, match=r"the weight '0\.weight' is FP8 and has no scale"):
+    with pytest.raises(CaptureError, match=r"the FP8 weight '0\.weight' has no scale"):
         qcompiler.compile(small("scale_of_another_name"), example_inputs=(torch.randn(4, 256),))
-    with pytest.raises(CaptureError, match="does not say which of its elements share a scale"):
+    with pytest.raises(CaptureError, match="does not say which elements share a scale"):
         qcompiler.compile(small(), example_inputs=(torch.randn(4, 256),))
 
 
@@ -198,7 +198,7 @@ def test_a_plain_folder_is_loaded_too(tmp_path: Path) -> None:
     assert not loaded.training and torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert read(tmp_path / "plain").method is None
     edit(tmp_path / "plain" / "config.json", lambda config: config.update(architectures=["OfSomebodyElse"]))
-    with pytest.raises(QCompilerError, match="knows no such architecture"):
+    with pytest.raises(QCompilerError, match="does not know the architecture"):
         load_model(tmp_path / "plain")
 
 

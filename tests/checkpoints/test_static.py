@@ -135,7 +135,9 @@ def test_the_scales_of_the_folder_are_used_as_they_are(
     stored = sorted(float(tensor) for name, tensor in tensors.items() if name.endswith("input_scale"))
     assert sorted(map(float, x_scales(compiled))) == stored and len(stored) == 7
     assert len(compiled.report.quantized) == 7
-    assert all("the static scale of the activation as the model" in row.remark for row in compiled.report.quantized)
+    assert all(
+        "the model's own codes, scales and static activation scale" in row.remark for row in compiled.report.quantized
+    )
     first = next(line for line in str(compiled.stages["captured"]).splitlines() if "x_scale" in line)
     assert "x_scale = 0.0" in first
 
@@ -268,7 +270,7 @@ def test_a_dynamic_scheme_says_that_it_does_not_use_them(llm_compressor: tuple[P
     compiled = compile_static(llm_compressor[0], "fp8_tensor")
     assert len(compiled.report.quantized) == 7 and not compiled.graph.ops("kernel.quantize_static")
     assert all(
-        row.remark.startswith("codes and scales as the model has them; the model's static activation scale is not used")
+        row.remark.startswith("uses the model's own codes and scales; the model's static activation scale is not used")
         for row in compiled.report.quantized
     )
 
@@ -310,7 +312,7 @@ def test_what_lacks_a_scale_is_named(tmp_path: Path, float_model: Path) -> None:
     folder = written(tmp_path / "some", float_model, tensors, compressed(FP8, FP8))
     with pytest.raises(PassError, match=rf"no scale for {LAYER}self_attn\.o_proj\.weight \(.*calibration=batches"):
         compile_static(folder)
-    with pytest.raises(PassError, match=r'stored quantized: compile it with scheme="fp8_tensor_static"'):
+    with pytest.raises(PassError, match=r'already quantized: compile it with scheme="fp8_tensor_static"'):
         compile_static(folder, "int8_row")
     some = compile_static(folder, overrides={"*.o_proj": None})
     assert len(some.report.quantized) == 6

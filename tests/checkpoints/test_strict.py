@@ -110,7 +110,7 @@ def test_what_is_declared_elsewhere_is_named(tmp_path: Path, base: Any, file: st
     path = folder(tmp_path, {k: v for k, v in stored.items() if scales or "scale" not in k}, config, **more)
     if file:
         (path / file).write_text("{}")
-    problem = "files have tensors that are not of the model" if scales else "weights of the model are integers"
+    problem = "files have tensors that the model lacks" if scales else "weights of the model are integers"
     named = file or next(iter(more))
     with pytest.raises(QCompilerError, match=rf"{problem}.*declares a quantization that is not read: .*{named}"):
         load_model(path)
@@ -155,7 +155,7 @@ def test_transformed_weights_are_refused(tmp_path: Path, base: Any, key: str) ->
 )  # fmt: skip
 def test_a_configuration_that_no_weight_follows(tmp_path: Path, base: Any, said: Any) -> None:
     tensors, config = base
-    problem = "none of the weights is quantized as the checkpoint says: got quant_method '{}'"
+    problem = "no weight is quantized as the checkpoint declares: got quant_method '{}'"
     with pytest.raises(QCompilerError, match=problem.format(said["quant_method"])):
         load_model(folder(tmp_path, tensors, config, quantization_config=said))
 
@@ -181,9 +181,9 @@ def way(request: pytest.FixtureRequest, base: Any) -> tuple[dict[str, Tensor], d
 
 def test_tensors_must_be_those_of_the_model(tmp_path: Path, way: Any) -> None:
     tensors, config = way
-    with pytest.raises(QCompilerError, match=r"files have tensors that are not of the model: got model\.more\.weight"):
+    with pytest.raises(QCompilerError, match=r"files have tensors that the model lacks: got model\.more\.weight"):
         load_model(folder(tmp_path, {**tensors, "model.more.weight": torch.ones(2)}, config))
-    with pytest.raises(QCompilerError, match=f"the model has weights that are in no file: got {NORM}"):
+    with pytest.raises(QCompilerError, match=f"the files lack weights of the model: got {NORM}"):
         load_model(folder(tmp_path, {name: t for name, t in tensors.items() if name != NORM}, config))
     with pytest.raises(QCompilerError, match="another shape"):
         load_model(folder(tmp_path, {**tensors, NORM: torch.ones(63, dtype=torch.bfloat16)}, config))
@@ -247,7 +247,7 @@ def test_an_index_must_list_all_that_is_there(tmp_path: Path, base: Any) -> None
 
 
 def test_the_configuration_may_not_name_other_files(tmp_path: Path, base: Any) -> None:
-    with pytest.raises(QCompilerError, match="names other files of weights: got 'other'"):
+    with pytest.raises(QCompilerError, match="refers to other weight files: got 'other'"):
         read(folder(tmp_path, *base, transformers_weights="other"))
 
 
@@ -349,7 +349,7 @@ def test_an_architecture_that_is_none(tmp_path: Path, base: Any, named: Any) -> 
 
 def test_a_head_needs_an_architecture(tmp_path: Path, way: Any) -> None:
     tensors, config = way
-    words = r"not of the model: got lm_head\.weight.*names no architecture, so that the model has no head"
+    words = r"that the model lacks: got lm_head\.weight.*names no architecture, so that the model has no head"
     with pytest.raises(QCompilerError, match=words):
         load_model(folder(tmp_path, tensors, {key: value for key, value in config.items() if key != "architectures"}))
 

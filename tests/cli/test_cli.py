@@ -60,7 +60,7 @@ def test_opt_tells_what_it_is_asked(file: str, tmp_path: Path, capsys: pytest.Ca
     assert out == ""
     assert err.count("// ----- after ") == 12
     assert "ms  changed  fp8-tile\n" in err
-    assert "\nfp8-tile left %n alone: the gain and bias of a norm are applied element by element\n" in err
+    assert "\nfp8-tile skipped %n: the gain and bias of a norm are applied elementwise\n" in err
     assert "kernel.scaled_linear" in target.read_text()
     assert "loc(" not in target.read_text()
     assert len(list(dump.iterdir())) == 13

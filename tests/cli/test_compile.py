@@ -139,7 +139,7 @@ def test_inputs_by_type_by_file_and_from_calibration(here: Path, answer: Answer)
 
 def test_sizes_can_be_held(here: Path) -> None:
     assert main(["compile", "cli_factories:with_inputs", "-o", "out", "--fixed-sizes"]) == 0
-    with pytest.raises(qcompiler.InputError, match="has another size than at capture: got 7; need 4"):
+    with pytest.raises(qcompiler.InputError, match="has a different size than at capture: got 7; need 4"):
         qcompiler.load("out")(torch.randn(7, 256))
 
 
@@ -159,9 +159,12 @@ def test_overrides_and_pipelines(here: Path, answer: Answer) -> None:
         ),
         (
             ["cli_factories:no_model"],
-            "the factory cli_factories:no_model gives no model: got str; need a model (torch.",
+            "the factory cli_factories:no_model does not return a model: got str; need a model (torch.",
         ),
-        (["cli_factories:wrong_inputs"], "the factory cli_factories:wrong_inputs gives wrong example inputs: got int;"),
+        (
+            ["cli_factories:wrong_inputs"],
+            "the factory cli_factories:wrong_inputs returns invalid example inputs: got int;",
+        ),
         (["cli_factories:number"], "module cli_factories has no such factory: got 'number'; need a function without"),
         (["cli_factories:lost"], "module cli_factories has no such factory: got 'lost'"),
         (["not_there:make"], "the module of the factory cannot be imported: got 'not_there': ModuleNotFoundError: "),
@@ -172,7 +175,7 @@ def test_overrides_and_pipelines(here: Path, answer: Answer) -> None:
         (["not_there.pt2"], "there is no such exported program: got not_there.pt2; need a file that torch.export.save"),
         (["cli_factories.py.pt2"], "the exported program cannot be loaded: got cli_factories.py.pt2: "),
         (["."], "the folder holds no checkpoint: got ., which has "),
-        (["cli_factories:network"], "the model needs example inputs to be captured on: got none. Give some: --input "),
+        (["cli_factories:network"], "capturing the model needs example inputs: got none. Give some: --input "),
         (["cli_factories:of_nothing"], "nothing was quantized: got the pipeline "),
         (["cli_factories:with_inputs", "-s", "fp9"], "no such scheme: got 'fp9'"),
         (
@@ -182,13 +185,14 @@ def test_overrides_and_pipelines(here: Path, answer: Answer) -> None:
         (["cli_factories:with_inputs", "-s", ""], "<scheme>:1:1: expected the name of a scheme"),
         (
             ["cli_factories:network", "--input", "x=f32[4,256]"],
-            "the example inputs are not what the model's forward takes: got 'x': missing a required argument: 'input'",
+            "the example inputs do not match the signature of the model's forward: got 'x': "
+            "missing a required argument: 'input'",
         ),
         (["cli_factories:with_inputs", "--override", "x"], "an override is malformed: got 'x'; need PATTERN=SCHEME"),
         (["cli_factories:with_inputs", "-p", "dead-code", "--override", "x=none"], "both overrides and a pipeline are"),
         (
             ["cli_factories:failing", "--target", "gpu"],
-            "no such target: got 'gpu'. Use target='cuda' for the GPU that the model is on, or 'sm_90a' for NVIDIA "
+            "no such target: got 'gpu'. Use target='cuda' for the model's GPU, or 'sm_90a' for NVIDIA "
             "Hopper. Known: auto, cpu, cuda, iree-cpu, sm_90a.",
         ),
         (["cli_factories:with_inputs", "--device", "tpu"], "there is no such device: got 'tpu'"),
@@ -278,7 +282,7 @@ def test_an_artefact_is_checked(artefact: Path, here: Path, answer: Answer, caps
     assert "wrong: a file of the artefact" in capsys.readouterr().out
     assert main(["bench", "out"]) == 1
     assert main(["check", "nowhere"]) == 1
-    assert capsys.readouterr().err.endswith("need a folder that compiled.save has written\n")
+    assert capsys.readouterr().err.endswith("need a folder that compiled.save wrote\n")
 
 
 def test_calls_are_timed(artefact: Path, here: Path, answer: Answer, capsys: Any) -> None:
@@ -299,7 +303,7 @@ def test_a_model_that_takes_other_calls_is_no_internal_error(artefact: Path, her
     assert main(["bench", str(artefact), "--rows", "1", "--against", "cli_factories:narrow"]) == 1
     err = capsys.readouterr().err
     assert err.startswith(
-        "error: the model to time beside it cannot be called so: got cli_factories:narrow: RuntimeErr"
+        "error: the model to compare with does not accept the call: got cli_factories:narrow: RuntimeErr"
     )
 
 
@@ -332,7 +336,10 @@ def test_a_checkpoint_is_written_beside_an_artefact(here: Path, capsys: Any) -> 
     found = qcompiler.checkpoints.read("checkpoint")
     assert [*found.stored] == ["0.weight", "2.weight"]
     capsys.readouterr()
-    for given, message in (("fp9=x", "no such checkpoint format: got 'fp9'"), ("fp8", "a checkpoint is named wrongly")):
+    for given, message in (
+        ("fp9=x", "no such checkpoint format: got 'fp9'"),
+        ("fp8", "the checkpoint argument is malformed"),
+    ):
         assert main([*command, given]) == 1
         assert capsys.readouterr().err.startswith(f"error: {message}")
 

@@ -101,7 +101,7 @@ def test_a_language_model_without_a_tokenizer(folders: Path, tmp_path: Path, cap
 def test_an_image_model_is_given_its_input(folders: Path, tmp_path: Path, capsys: Any) -> None:
     command = ["compile", str(folders / "vit"), "-o", str(tmp_path / "out"), "--json"]
     assert main(command) == 1
-    assert capsys.readouterr().err.startswith("error: the model needs example inputs to be captured on: got none. Give")
+    assert capsys.readouterr().err.startswith("error: capturing the model needs example inputs: got none. Give")
     assert main([*command, "--input", "pixel_values=f32[2,3,32,32]"]) == 0
     assert " matmuls with a constant operand are quantized" in report(capsys)["report"]["summary"]
 
@@ -114,7 +114,7 @@ def test_a_damaged_folder(folders: Path, tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().err.startswith("error: the tokenizer cannot be loaded: got ")
     (damaged / "config.json").write_text('{"architectures": ["MadeUpModel"], "model_type": "bert"}')
     assert main(["compile", str(damaged), "-o", str(tmp_path / "out")]) == 1
-    assert "error: transformers knows no such architecture: got 'MadeUpModel'" in capsys.readouterr().err
+    assert "error: transformers does not know the architecture: got 'MadeUpModel'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -149,12 +149,12 @@ def test_an_artefact_is_exported_as_a_checkpoint(folders: Path, tmp_path: Path, 
     [
         (
             ["--to", "fp8"],
-            "a checkpoint has parts of the model that an artefact lacks: got no --model. Name the folder",
+            "a checkpoint needs parts of the model that an artefact lacks: got no --model. Pass the folder",
         ),
         (["--to", "fp8", "--model", "x", "--stage", "captured"], "a checkpoint has no stages: got --stage captured"),
         (
             ["--to", "mlir-torch", "--model", "x"],
-            "only a checkpoint is written with the help of the model: got --to mlir",
+            "--model is only for checkpoints: got --to mlir",
         ),
         (["--to", "fp8", "--model", "BERT"], "this is not the model that was compiled: got no weight 'model.layers"),
         (["--to", "float", "--model", "LLAMA"], "the format 'float' cannot hold 7 of the weights:"),

@@ -47,12 +47,12 @@ def test_the_same_command_gives_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        (["x"], "the description of an input is malformed: got 'x'; need NAME=TYPE"),
-        (["x=f32[2, y]"], "the description of an input is malformed"),
-        (["x=f33[2]"], "the description of an input has no such element type: got 'f33'; need f64, f32, "),
+        (["x"], "an input description is malformed: got 'x'; need NAME=TYPE"),
+        (["x=f32[2, y]"], "an input description is malformed"),
+        (["x=f33[2]"], "an input description has an unknown element type: got 'f33'; need f64, f32, "),
         (["x=f32[2]", "x=f32[3]"], "an input is described twice: got 'x'"),
-        (["x=f32[2] in 0..3"], "the description of an input has a range that cannot be: got 'x=f32[2] in 0..3'"),
-        (["x=i64[2] in 4..3"], "the description of an input has a range that cannot be"),
+        (["x=f32[2] in 0..3"], "an input description has an invalid range: got 'x=f32[2] in 0..3'"),
+        (["x=i64[2] in 4..3"], "an input description has an invalid range"),
         (["1=f32[2]"], r"a position is missing: got [1]; need [0] (in the inputs)"),
     ],
 )
@@ -89,8 +89,8 @@ def test_a_file_is_several_calls_in_the_order_of_their_numbers(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("0.x", "y"), "a tensor has a name of another form than the rest: got 'y'; need argument names alone"),
-        (("model.x",), "a tensor has a name of another form than the rest: got 'model.x'"),
+        (("0.x", "y"), "tensor names in the file mix two forms: got 'y'; need only argument names"),
+        (("model.x",), "tensor names in the file mix two forms: got 'model.x'"),
         (("0", "2"), "a position is missing: got [0, 2]; need [0, 1]"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_file_of_another_form(names: tuple[str, ...], message: str, tmp_path: 
 
 def test_files_that_do_not_do(tmp_path: Path) -> None:
     several = saved(tmp_path / "a.safetensors", "0.x", "1.x")
-    with pytest.raises(InputError, match=r"the example holds several calls: got 2 in .*a.safetensors; need one"):
+    with pytest.raises(InputError, match=r"the example has several calls: got 2 in .*a.safetensors; need one"):
         example_in(several)
     (tmp_path / "b.safetensors").write_text("nothing of the kind")
     for name in ("b.safetensors", "c.safetensors"):

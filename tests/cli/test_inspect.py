@@ -77,7 +77,7 @@ def test_two_stages_differ(dump: str, capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out.splitlines()
     assert "-  %y = aten.matmul(%n, %w) : f32[s0, 64]" in out and "+  %w_t = aten.t(%w) : f32[64, 256]" in out
     assert main(["inspect", dump, "--diff", "fp8-tile", "share-quantize"]) == 0
-    assert capsys.readouterr() == ("", "fp8-tile and share-quantize are alike\n")
+    assert capsys.readouterr() == ("", "fp8-tile and share-quantize are identical\n")
 
 
 def test_a_narrow_terminal_has_fewer_columns(
@@ -145,8 +145,8 @@ def test_the_history_as_text(dump: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == (
         "captured      appears\n"
         '                %b = core.param() {name = "b"} : f32[64]\n'
-        "canonicalize  the same\n"
-        "dead-code     removed: nothing reads it any more\n"
+        "canonicalize  unchanged\n"
+        "dead-code     removed: it has no users\n"
     )
     found = document(capsys, dump, "--op", "y")
     assert found["operation"] == "y" and found["stages"][-1]["fate"] == "fused"
@@ -184,14 +184,14 @@ def test_a_module_stands_for_what_it_computes(tmp_path: Path, capsys: pytest.Cap
             "error: no such stage: got 'fp8-tyle'. Did you mean 'fp8-tile'? Known: canonicalize, ",
         ),
         (["--diff", "captured", "x"], "error: no such stage: got 'x'. Known: "),
-        (["--op", "w_tt"], "error: no stage has such an operation or module: got w_tt. Did you mean 'w_t'?\n"),
+        (["--op", "w_tt"], "error: no stage has this operation or module: got w_tt. Did you mean 'w_t'?\n"),
         (
             ["--op", "nothing_alike"],
-            "error: no stage has such an operation or module: got nothing_alike. `qcompiler inspect PATH",
+            "error: no stage has this operation or module: got nothing_alike. `qcompiler inspect PATH",
         ),
-        (["--dot"], "error: no graph is asked for that could be printed so: got --dot; need --stage NAME beside it\n"),
-        (["--op", "b", "--no-locations"], "error: no graph is asked for that could be printed so: got --no-locations;"),
-        (["--source"], "error: graphs alone have no host module: got "),
+        (["--dot"], "error: the option needs a graph to print: got --dot; need --stage NAME as well\n"),
+        (["--op", "b", "--no-locations"], "error: the option needs a graph to print: got --no-locations;"),
+        (["--source"], "error: bare graphs have no host module: got "),
     ],
 )
 def test_what_is_not_there(arguments: list[str], message: str, dump: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +204,7 @@ def test_a_single_file_and_a_folder_of_nothing(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "graph.qir").write_text(TEXT)
     assert [stage["stage"] for stage in document(capsys, str(tmp_path / "graph.qir"))["stages"]] == ["graph"]
     assert main(["inspect", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("error: the folder holds nothing to inspect: got ")
+    assert capsys.readouterr().err.startswith("error: the folder has nothing to inspect: got ")
     assert main(["inspect", "nowhere"]) == 1
     assert capsys.readouterr().err == (
         "error: there is nothing to inspect: got nowhere; need an artefact, a folder of dumped graphs, or a .qir file\n"

@@ -83,7 +83,7 @@ def test_inspect_says_how_it_is_called(built: Path, capsys: pytest.CaptureFixtur
     assert f"{built}: @Sequential, compiled by IREE " in out
     assert answer(capsys, "inspect", str(built))["iree"]["inputs"] == {"input": "f32[s0, 256]"}
     assert main(["inspect", str(built), "--stage", "captured"]) == 1
-    assert "a folder that IREE runs holds no graphs: got --stage. Keep an artefact" in capsys.readouterr().err
+    assert "a folder that IREE runs has no graphs: got --stage. Keep an artefact" in capsys.readouterr().err
 
 
 def test_check_finds_damage(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +97,7 @@ def test_check_finds_damage(copied: Path, capsys: pytest.CaptureFixture[str]) ->
     found = answer(capsys, "check", str(copied), status=1)
     assert not found["ok"] and found["extra"] == ["note.txt"] and len(found["problems"]) == 2
     assert "cannot be read" in found["files"]["model.vmfb"]
-    assert "is not the one that was written" in found["files"]["weights.safetensors"]
+    assert "has changed since it was written" in found["files"]["weights.safetensors"]
     assert main(["check", str(copied)]) == 1
     out = capsys.readouterr().out
     assert out.count("wrong: ") == 2 and out.endswith("not a part of it: note.txt\n")
@@ -117,13 +117,13 @@ def test_bench_times_calls_through_iree(
         assert all(0 < each["least"] <= each["median"] for each in call["milliseconds"].values())
     assert "iree-base-runtime" in found["versions"]
     assert main(["bench", "built", "--input", "input=f32[2,255]"]) == 1
-    assert "input 'input' has another shape" in capsys.readouterr().err
+    assert "input 'input' has the wrong shape" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["report"], ["export", "--to", "fp8", "-o", "out", "--model", "x:y"]])
 def test_what_needs_an_artefact_says_so(built: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, str(built)]) == 1
-    message = f"error: a folder that IREE runs holds no graphs and no report: got {built}; need an artefact. Keep an "
+    message = f"error: a folder that IREE runs has no graphs or report: got {built}; need an artefact. Keep an "
     assert capsys.readouterr().err.startswith(message)
 
 
@@ -138,5 +138,5 @@ def test_neither_kind_of_folder_replaces_the_other(
     assert main(["compile", "cli_for_iree:network", "-o", str(artefact), "--quiet"]) == 0
     capsys.readouterr()
     assert main(["compile", "cli_for_iree:network", "--target", "iree-cpu", "-o", str(artefact)]) == 1
-    assert "the folder holds no model that IREE can run" in capsys.readouterr().err
+    assert "the folder does not hold a model that IREE can run" in capsys.readouterr().err
     assert (artefact / "stages").is_dir()

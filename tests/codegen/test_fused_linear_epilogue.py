@@ -99,18 +99,18 @@ GATED = FusedGemmConfig(2, 2, 3)
     [
         (GATED, replace(FINE, m=0), "has nothing to multiply"),
         (GATED, replace(FINE, n=2**30), "has a size beyond 32 bits"),
-        (GATED, replace(FINE, parts=1), "its tiles are made of 2 parts of the weight, here there are 1"),
+        (GATED, replace(FINE, parts=1), "its tiles use 2 parts of the weight, here there are 1"),
         (
             GATED,
             replace(FINE, n=14400),
             "each part of the weight must begin with a block of 128 rows, here they have 14400",
         ),
-        (GATED, replace(FINE, others=3), "a body may read 2 operands beside the sums, this one reads 3"),
+        (GATED, replace(FINE, others=3), "an epilogue may read 2 operands besides the sums, this one reads 3"),
         (GATED, replace(FINE, block=(1, -1)), "a tile of the result holds whole blocks of [1, 128], not of [1, -1]"),
         (GATED, replace(FINE, aligned=False), "operands that start at a multiple of 16 bytes"),
-        (GATED, replace(FINE, k=4100), "the copy engine needs K to be a multiple of 16, it is 4100"),
+        (GATED, replace(FINE, k=4100), "the copy engine needs K to be a multiple of 16, got 4100"),
         (GATED, replace(FINE, scale_columns=False), "the activation's scales in columns"),
-        (GATED, replace(FINE, handed_bytes=4), "sums of 4 bytes handed over, need 281088 bytes of shared memory"),
+        (GATED, replace(FINE, handed_bytes=4), "sums of 4 bytes need 281088 bytes of shared memory"),
     ],
 )
 def test_refusals_say_why(config: FusedGemmConfig, problem: FusedGemmProblem, sentence: str) -> None:
@@ -133,7 +133,7 @@ def test_the_choice_is_valid_and_faster_by_the_estimate(m: int, n: int, k: int, 
     problem = FusedGemmProblem(m, 128 * n, 16 * k, parts, block=(1, 128) if quantized else None)
     chosen = HOPPER.fused_gemm.choose(problem)
     if isinstance(chosen, Separate):
-        assert "separate kernels are estimated to take" in why_separate(HOPPER.fused_gemm, problem)
+        assert "us with separate kernels" in why_separate(HOPPER.fused_gemm, problem)
     else:
         assert HOPPER.fused_gemm.why_not(chosen, problem) is None
         assert HOPPER.fused_gemm.time(chosen, problem) < HOPPER.fused_gemm.time(Separate(), problem)
@@ -141,8 +141,8 @@ def test_the_choice_is_valid_and_faster_by_the_estimate(m: int, n: int, k: int, 
 
 def test_a_refused_problem_gets_the_message_of_a_form_with_its_parts() -> None:
     reasons = {
-        replace(FINE, k=4100): "the copy engine needs K to be a multiple of 16, it is 4100",
-        replace(FINE, parts=1, others=3): "a body may read 2 operands beside the sums, this one reads 3",
+        replace(FINE, k=4100): "the copy engine needs K to be a multiple of 16, got 4100",
+        replace(FINE, parts=1, others=3): "an epilogue may read 2 operands besides the sums, this one reads 3",
     }
     for problem, reason in reasons.items():
         assert HOPPER.fused_gemm.choose(problem) == Separate()

@@ -231,7 +231,7 @@ def test_operations_without_an_implementation() -> None:
         'func @g(%x: f32[4]) -> (f32[4]) {\n  %y = strange.thing(%x) : f32[4] loc("model.py":7)\n  return %y\n}'
     )
     with pytest.raises(
-        CodegenError, match=r'nothing can run this operation: got strange\.thing \(in loc\("model\.py":7\)\)'
+        CodegenError, match=r'no target runs this operation: got strange\.thing \(in loc\("model\.py":7\)\)'
     ):
         emit_host_module(graph, "cpu")
 

@@ -35,7 +35,7 @@ def test_whole_rows_of_both_operands(x_block: tuple[int, int], w_block: tuple[in
         ((1, -1), (128, 128), I8, I8, "here they have [1, -1] and [128, 128]"),
         ((1, -1), (1, -1), E5M2, E5M2, "the kernels multiply f8e4m3fn or i8, not f8e5m2"),
         ((1, -1), (1, -1), E4M3, I8, "both operands in one format, here x is f8e4m3fn and w is i8"),
-        ((1, 128), (1, -1), E4M3, E4M3, "beside a weight in [1, -1] blocks x needs [1, -1] or [-1, -1], not [1, 128]"),
+        ((1, 128), (1, -1), E4M3, E4M3, "with a weight in [1, -1] blocks, x needs [1, -1] or [-1, -1], not [1, 128]"),
         ((2, 128), (128, 128), E4M3, E4M3, "x needs [1, b] with b in 32, 64, 128, 256, 512, or [1, -1] or [-1, -1]"),
         ((1, 48), (128, 128), E4M3, E4M3, "not [1, 48]"),
         ((1, 16), (1, 16), DType.f4e2m1fn, DType.f4e2m1fn, "the kernels multiply f8e4m3fn or i8, not f4e2m1fn"),

@@ -225,5 +225,5 @@ def test_errors_name_the_value() -> None:
         quantize(x, [1, -1], E4M3, "deepseek", "row_major", torch.ones(127))
     with pytest.raises(QCompilerError, match="Did you mean 'vllm'"):
         quantize(x, [1, 128], E4M3, "vlm", "row_major")
-    with pytest.raises(QCompilerError, match="not an 8-bit format"):
+    with pytest.raises(QCompilerError, match="the dtype is not an 8-bit code type"):
         quantize(x, [1, 128], torch.float16, "deepseek", "row_major")

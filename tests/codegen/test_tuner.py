@@ -59,7 +59,7 @@ def test_the_estimate_is_kept_unless_it_is_clearly_beaten() -> None:
     beaten = Measured(PROBLEM, {other: 8.0, estimated: 10.0}, estimated)
     assert beaten.best == other and beaten.ratio == 0.8 and "0.80 of the estimated choice, 10.0 us" in str(beaten)
     text = str(Tuning((close, beaten), "the file"))
-    assert text.startswith("2 products measured, 1 with a better") and text.endswith("kept in the file")
+    assert text.startswith("2 GEMMs measured, 1 with a better") and text.endswith("stored in the file")
 
 
 def test_a_full_disk_keeps_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,4 +164,4 @@ def test_tuning_measures_each_gemm_once(monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert [each.problem for each in result.products] == [PROBLEM, PROBLEMS[1]] and told == [(1, 2), (2, 2)]
     assert result.file == str(tuned.file_of(0)) and tuned.config_for(0, PROBLEM) == another(PROBLEM)
-    assert tuner.tune([crooked], torch.device("cpu")).note == "there is no product to measure"
+    assert tuner.tune([crooked], torch.device("cpu")).note == "there is no GEMM to measure"

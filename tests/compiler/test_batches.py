@@ -42,14 +42,14 @@ def test_what_a_batch_stands_for() -> None:
         with pytest.raises(InputError) as error:
             as_call(wrong, 4)
         assert str(error.value) == (
-            f"a calibration batch is of a wrong type: got {type(wrong).__name__}; need a tensor, a tuple of arguments, "
+            f"a calibration batch has the wrong type: got {type(wrong).__name__}; need a tensor, a tuple of arguments, "
             "or a dict of arguments by name (in batches[4])"
         )
 
 
 @pytest.mark.parametrize("source", [torch.ones(2, 4), "abc", b"abc", {"x": torch.ones(2)}, 3, None, len])
 def test_what_holds_no_batches(source: Any) -> None:
-    with pytest.raises(InputError, match=r"calibration is of a wrong type: got .*; need an iterable of calls") as error:
+    with pytest.raises(InputError, match=r"calibration has the wrong type: got .*; need an iterable of calls") as error:
         Batches(source)
     assert ("Put the one batch into a list." in str(error.value)) == isinstance(source, Tensor | dict)
 
@@ -94,9 +94,7 @@ def test_a_generator_is_read_once_and_its_first_batch_counts(signature: Signatur
 def test_no_batch_at_all() -> None:
     empty: Any
     for empty in ([], iter([])):
-        with pytest.raises(
-            InputError, match="there is no calibration data: got no batch at all; need one batch or more"
-        ):
+        with pytest.raises(InputError, match="there is no calibration data: got no batches; need at least one batch"):
             Batches(empty).first()
 
 
@@ -104,7 +102,7 @@ def test_a_batch_that_does_not_fit_is_named(signature: Signature) -> None:
     wrong = batch(1) | {"x": torch.ones(2, 5)}
     with pytest.raises(InputError) as error:
         list(Batches([batch(0), wrong]).flattened(signature))
-    assert "of x has another size than at capture: got 5; need 4" in str(error.value)
+    assert "of x has a different size than at capture: got 5; need 4" in str(error.value)
     assert error.value.where is not None and error.value.where.startswith("batches[1] of the calibration")
     with pytest.raises(InputError, match=r"the argument 'shift' is missing.*\(in batches\[0\] of the calibration"):
         list(Batches([torch.ones(2, 4)]).flattened(signature))

@@ -345,7 +345,7 @@ def test_moving_away_and_back(fast: CompiledModel) -> None:
     twin.to("meta")
     assert twin.graph.weights["up.weight_q"].is_meta, "no tensor is held where it was"
     with pytest.raises(
-        InputError, match=r"moved to a device that it was not compiled for: got meta; need cpu\. Move it back"
+        InputError, match=r"moved off the device that it was compiled for: got meta; need cpu\. Move it back"
     ):
         twin(X)
 
@@ -355,7 +355,7 @@ def test_element_types_are_fixed(fast: CompiledModel, change: Callable[[nn.Modul
     twin = copy.deepcopy(fast)
     with pytest.raises(
         QCompilerError,
-        match=r"the element types of a compiled model are fixed: got up_bias as torch\.\w+; need torch\.float32",
+        match=r"the dtypes of a compiled model are fixed: got up_bias as torch\.\w+; need torch\.float32",
     ):
         change(nn.Sequential(twin))
     assert torch.equal(twin(X), fast(X))

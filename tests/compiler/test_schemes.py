@@ -117,7 +117,7 @@ def test_a_calibration_of_another_scheme_lacks_what_this_one_needs(graph: Graph)
     assert first.calibration is not None
     first.calibration.batches = None
     with pytest.raises(
-        PassError, match=r"the calibration lacks statistics, and has no data to take them from.*histogram"
+        PassError, match=r"the calibration lacks statistics, and there is no data to compute them from.*histogram"
     ):
         qcompiler.compile(graph, scheme="fp8_tensor_static{observer=mse}", calibration=first.calibration)
 
@@ -128,7 +128,7 @@ def test_a_generator_that_would_have_to_be_read_twice(block: Block, graph: Graph
     with pytest.raises(InputError) as error:
         qcompiler.compile(block, scheme=scheme, calibration=iter(data()))
     assert str(error.value) == (
-        "the calibration batches were an iterator, which has been read already (in pass "
+        "the calibration batches were an iterator, which has already been consumed (in pass "
         "'calibrate{histogram=true}'). "
         "Pass a list, which can be read again."
     )
@@ -154,23 +154,23 @@ def nothing() -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        ([], "there is no calibration data: got no batch at all; need one batch or more"),
-        (nothing(), "there is no calibration data: got no batch at all; need one batch or more"),
-        (X, "calibration is of a wrong type: got Tensor; need an iterable of calls of the model"),
-        ({"x": X}, "calibration is of a wrong type: got dict; need an iterable of calls of the model"),
-        ([X, 3], "a calibration batch is of a wrong type: got int; need a tensor, a tuple of arguments, or a dict of "
+        ([], "there is no calibration data: got no batches; need at least one batch"),
+        (nothing(), "there is no calibration data: got no batches; need at least one batch"),
+        (X, "calibration has the wrong type: got Tensor; need an iterable of calls of the model"),
+        ({"x": X}, "calibration has the wrong type: got dict; need an iterable of calls of the model"),
+        ([X, 3], "a calibration batch has the wrong type: got int; need a tensor, a tuple of arguments, or a dict of "
          "arguments by name (in pass 'calibrate', batches[1])"),
-        ([X, X[..., :31]], "dimension 2 of x has another size than at capture: got 31; need 32"),
+        ([X, X[..., :31]], "dimension 2 of x has a different size than at capture: got 31; need 32"),
         ([X, {"y": X}], "the argument 'y' was not given at capture"),
-        ([X, X.half()], "x has another dtype than at capture: got torch.float16; need torch.float32"),
-        ([X, X * torch.nan], "calibration met numbers in %layer_norm that are not finite: got 320 NaN and 0 Inf in "
+        ([X, X.half()], "x has a different dtype than at capture: got torch.float16; need torch.float32"),
+        ([X, X * torch.nan], "calibration found numbers in %layer_norm that are not finite: got 320 NaN and 0 Inf in "
          "batches[1]; need finite numbers"),
-        ([X * 0], "calibration saw nothing of %"),
-        ([X[:0]], "calibration saw nothing of %layer_norm: got no row in 1 batch"),
+        ([X * 0], "calibration saw only zeros or no rows in %"),
+        ([X[:0]], "calibration saw only zeros or no rows in %layer_norm: got no row in 1 batch"),
     ],
 )  # fmt: skip
 def test_calibration_data_that_will_not_do(block: Block, calibration: Any, message: str) -> None:
-    if message == "calibration saw nothing of %":  # a norm of zeros is its bias
+    if message == "calibration saw only zeros or no rows in %":  # a norm of zeros is its bias
         block = Block().eval()
         nn.init.zeros_(block.norm.bias)
     with pytest.raises(InputError) as error:
@@ -195,7 +195,7 @@ def test_overrides(block: Block, graph: Graph) -> None:
     overrides = {"*": "fp8_row", "gate": None, "down.weight": "int8_tensor{w=channel}"}
     fast = qcompiler.compile(graph, overrides=overrides)
     assert kinds(fast) == {"up": "(1, -1) #fp8_row", "down": "(-1, -1) #int8_row"}
-    assert {row.module: row.reason for row in fast.report.skipped} == {"gate": "the pattern '!gate' leaves it out"}
+    assert {row.module: row.reason for row in fast.report.skipped} == {"gate": "the pattern '!gate' excludes it"}
     assert 1e-4 < error_of(fast, block) < 0.1
 
 
@@ -236,7 +236,7 @@ def test_left_out_readers_of_a_smoothed_value_multiply_weights_that_were_scaled_
         ({"overrides": {}, "pipeline": "fp8-tile"}, "both overrides and a pipeline are given: got {}; need one of "
          'them. Put them into the pipeline: qcompiler.pipeline("fp8_tile", overrides).'),
         ({"scheme": "fp8_row{k_block=64}"}, "scheme 'fp8_row' has no such option: got 'k_block'."),
-        ({"overrides": ["up"]}, "overrides is of a wrong type: got list"),
+        ({"overrides": ["up"]}, "overrides has the wrong type: got list"),
     ],
 )  # fmt: skip
 def test_what_is_refused(graph: Graph, keywords: dict[str, Any], message: str) -> None:
@@ -260,11 +260,11 @@ def test_which_schemes_have_kernels(name: str) -> None:
     with pytest.raises(CodegenError) as error:
         check_kernels(steps, GPU)
     assert str(error.value).startswith(
-        f"pass '{steps['quantize']}' quantizes as no kernel of the target sm_90a can mul"
+        f"no kernel of the target sm_90a supports the formats of pass '{steps['quantize']}'"
     )
     assert "varies along K" in str(error.value)
     assert str(error.value).endswith(
-        'Choose another scheme, or compile the model on the CPU for target="cpu", where it is simulated.'
+        'Choose another scheme, or compile the model on the CPU with target="cpu", which simulates it.'
     )
 
 
@@ -272,7 +272,7 @@ def test_which_schemes_have_kernels(name: str) -> None:
     ("scheme", "why"),
     [
         ("fp8_row{dtype=f8e5m2}", "the kernels multiply f8e4m3fn or i8, not f8e5m2"),
-        ("fp8_tile{k_block=16}", "beside a weight in [128, 128] blocks x needs [1, b] with b in 32, 64, 128, 256, 512"),
+        ("fp8_tile{k_block=16}", "with a weight in [128, 128] blocks, x needs [1, b] with b in 32, 64, 128, 256, 512"),
         ("fp8_tile{k_block=-1}", None),
         ("fp8_tensor{w=block}", None),
         ("int8_tensor{w=block}", "INT8 sums are scaled once, at their end"),

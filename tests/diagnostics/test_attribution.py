@@ -184,14 +184,15 @@ def test_the_float_model_must_be_there(two: Two) -> None:
     with pytest.raises(InputError) as error:
         attribute_error(lonely, X)
     assert str(error.value) == (
-        "the float model is gone. Hold the model that was compiled, or pass it: "
-        "attribute_error(compiled, batch, model)."
+        "the float model has been freed. Keep the original model, or pass it: attribute_error(compiled, batch, model)."
     )
 
 
 def test_what_cannot_be_attributed(two: Two) -> None:
     unfused = qcompiler.compile(two, pipeline="canonicalize; fp8-tile", example_inputs=(X,))
-    with pytest.raises(PassError, match=r"no quantized linear is fused.*need a pipeline with fuse-linear in it"):
+    with pytest.raises(
+        PassError, match=r"the graph has no fused quantized linear.*need a pipeline with fuse-linear in it"
+    ):
         attribute_error(unfused, X)
     fast = qcompiler.compile(two, example_inputs=(X,))
     wrong: Any

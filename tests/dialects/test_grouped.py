@@ -158,7 +158,7 @@ def test_the_verifier_names_what_does_not_fit(changes: dict[str, str], message: 
 def test_errors_name_the_value() -> None:
     x, xs, w, ws = operands(4, 2, 16, 128)
     ends = ends_of([2, 2])
-    with pytest.raises(QCompilerError, match=r"do not fit: got x \[4, 128\] and w \[16, 128\]"):
+    with pytest.raises(QCompilerError, match=r"do not match: got x \[4, 128\] and w \[16, 128\]"):
         grouped_linear(x, xs, w[0], ws[0], ends, *TILES, torch.bfloat16)
     with pytest.raises(QCompilerError, match=r"got torch.int64 \[2\]; need torch.int32 \[2\]"):
         grouped_linear(x, xs, w, ws, ends.long(), *TILES, torch.bfloat16)

@@ -202,7 +202,7 @@ func @f() -> (f32[2]) {
     graph.weights["fc.weight"] = torch.ones(2)
     assert torch.equal(interpret(graph, [])[0], torch.ones(2))
     assert torch.equal(interpret(graph, [], {"fc.weight": torch.zeros(2)})[0], torch.zeros(2))
-    with pytest.raises(InputError, match=r"reads a weight that the weights do not have: got fc\.weight"):
+    with pytest.raises(InputError, match=r"a weight that the graph reads is missing: got fc\.weight"):
         interpret(graph, [], {"other": torch.zeros(2)})
 
 

@@ -232,9 +232,9 @@ def test_tables_filter_and_sort(opened: Opened, report: Path, compiled: Any) -> 
     rows = page.locator("#decisions tbody tr")
     expect(rows).to_have_count(len(fast.report.rows))
     page.get_by_label("matmuls only").check()
-    page.get_by_label("left alone only").check()
+    page.get_by_label("skipped only").check()
     expect(rows).to_have_count(len(fast.report.skipped))
-    page.get_by_label("left alone only").uncheck()
+    page.get_by_label("skipped only").uncheck()
     page.keyboard.press("/")
     page.keyboard.type("layers.1 mlp")
     expect(rows).to_have_count(3)
@@ -291,7 +291,9 @@ def test_an_empty_table_and_a_graph_without_passes(opened: Opened, tmp_path: Pat
     write_page(tmp_path / "page.html", render_page("f", data))
     page = opened.goto(tmp_path / "page.html")
     expect(page.locator("#notice")).to_have_text("There is nothing to draw.")
-    for key, text in zip("2345", ("no operation fits", "to_html(", "holds no weights", "calls no kernel"), strict=True):
+    for key, text in zip(
+        "2345", ("no matching operation", "to_html(", "holds no weights", "does not call any"), strict=True
+    ):
         page.keyboard.press(key)
         expect(page.locator("main > section:not([hidden])")).to_contain_text(text)
 

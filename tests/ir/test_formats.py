@@ -54,18 +54,24 @@ def test_a_format_has_one_spelling(text: str, canonical: str) -> None:
     ("text", "message"),
     [
         ("#format<f8e4m3fn>", "a format needs an element type and a block"),
-        ("#format<bf16, block = [1, 16]>", "the element of a format has a wrong type: got bf16; need f8e4m3fn or"),
-        ("#format<i8, block = [1, 0]>", "a block is two positive sizes: got [1, 0]; need [rows, columns], where -1"),
-        ("#format<i8, block = 3>", "a block is two positive sizes: got 3"),
-        ("#fp8_tile<scale = bf16>", "the scale of a format has a wrong type: got bf16; need f32 or"),
+        (
+            "#format<bf16, block = [1, 16]>",
+            "the element of a format has an unsupported dtype: got bf16; need f8e4m3fn or",
+        ),
+        (
+            "#format<i8, block = [1, 0]>",
+            "a block must be two positive sizes: got [1, 0]; need [rows, columns], where -1",
+        ),
+        ("#format<i8, block = 3>", "a block must be two positive sizes: got 3"),
+        ("#fp8_tile<scale = bf16>", "the scale of a format has an unsupported dtype: got bf16; need f32 or"),
         ('#fp8_tile<profile = "vlm">', "unknown quantization profile: got 'vlm'. Did you mean 'vllm'?"),
         ("#fp8_tile<profile = 7>", "unknown quantization profile: got 7"),
-        ("#fp8_tile<blok = [1, 2]>", "a format has no 'blok'. Did you mean 'block'?"),
+        ("#fp8_tile<blok = [1, 2]>", "a format has no field 'blok'. Did you mean 'block'?"),
         ("#fp8_tile<block = [1, 2], block = [1, 2]>", "the block of a format is given twice"),
-        ("#fp8_tiel<block = [1, 2]>", "no format has this name: got 'fp8_tiel'. Did you mean 'fp8_tile'?"),
+        ("#fp8_tiel<block = [1, 2]>", "unknown format: got 'fp8_tiel'. Did you mean 'fp8_tile'?"),
         ("#fp8_tile<tensor_scale = 1>", "a format is malformed: got 1 and row_major"),
-        ("#fp8_tile<tensor_scale = true>", "a tensor scale is for scales of limited range: got f32; need f8e4m3fn"),
-        ('#fp8_block<scale_layout = "col_major">', "the column-major scale layout is for blocks of 1 row"),
+        ("#fp8_tile<tensor_scale = true>", "tensor_scale requires scales of limited range: got f32; need f8e4m3fn"),
+        ('#fp8_block<scale_layout = "col_major">', "the column-major scale layout requires blocks of 1 row"),
         ("#fp8_tiel", "'#fp8_tiel' is not the name of a format. Did you mean 'fp8_tile'?"),
     ],
 )
@@ -247,7 +253,7 @@ def test_the_matmul(x_format: Format, w_format: Format) -> None:
         numerics.dequantize(q, s, *t, format=f) for q, s, f, t in ((x_q, x_s, x_format, x_t), (w_q, w_s, w_format, w_t))
     )
     assert torch.equal(got, torch.nn.functional.linear(left, right, bias))
-    with pytest.raises(QCompilerError, match="the scales are not those of the format"):
+    with pytest.raises(QCompilerError, match="the scales do not match the format"):
         numerics.dequantize(w_q, w_s, *([] if w_t else [torch.ones(())]), format=w_format)
 
 

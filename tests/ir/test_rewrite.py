@@ -152,7 +152,7 @@ def test_several_results_are_replaced_one_by_one() -> None:
     )
     op = graph["v"].op
     rewriter = Rewriter(graph, op, "sort")
-    with pytest.raises(PassError, match=r"aten\.topk has 2 results, but 1 values are to replace them"):
+    with pytest.raises(PassError, match=r"aten\.topk has 2 results, but got 1 replacement values"):
         rewriter.replace(op, graph["x"])
     assert not rewriter.changed
     made = rewriter.insert("aten.sort", graph["x"], types=[value.type for value in op.results])
@@ -182,7 +182,7 @@ def test_rewriting_that_does_not_end_is_reported() -> None:
     graph = graph_of("%a = aten.neg(%x) : f32[4]", "%y = aten.relu(%a) : f32[4]", returned="%y")
     with pytest.raises(PassError) as caught:
         apply_rules(graph, [DoubleNegation(), Forever()], "loop")
-    assert str(caught.value) == "rewriting does not end: after 100 sweeps, Forever still matches (in pass 'loop')"
+    assert str(caught.value) == "rewriting does not terminate: after 100 sweeps, Forever still matches (in pass 'loop')"
     graph.verify()
 
 

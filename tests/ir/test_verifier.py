@@ -79,37 +79,37 @@ def breaks(rule: int, sentence: str) -> Callable[[Mutation], Mutation]:
     return keep
 
 
-@breaks(1, "is bound 2 times")
+@breaks(1, "is defined 2 times")
 def name_bound_twice(p: Probe) -> tuple[Op, str]:
     p.near.name = p.x.name
     return p.x.op, str(p.x)
 
 
-@breaks(1, "is not what the graph's table of names calls")
+@breaks(1, "is not the value called")
 def name_changed_behind_the_table(p: Probe) -> tuple[Op, str]:
     p.near.name = "elsewhere"
     return p.near.op, "%elsewhere"
 
 
-@breaks(1, "is not what the graph's table of names calls")
+@breaks(1, "is not the value called")
 def name_table_with_another_value(p: Probe) -> tuple[Op, str]:
     p.graph._names[p.near.name] = p.x
     return p.near.op, str(p.near)
 
 
-@breaks(1, "the graph's table of names has %ghost, which no operation defines")
+@breaks(1, "the graph's name table has %ghost, which no operation defines")
 def name_table_with_a_ghost(p: Probe) -> tuple[Op, str]:
     p.graph._names["ghost"] = p.x
     return p.graph.return_op, ""
 
 
-@breaks(1, "'two words' is no name of a value; it may hold letters")
+@breaks(1, "'two words' is not a valid value name; use letters")
 def name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
     p.graph.rename(p.near, "two words")
     return p.near.op, "%two words"
 
 
-@breaks(1, "'two words' is no name of a function")
+@breaks(1, "'two words' is not a valid function name")
 def function_name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
     p.graph.name = "two words"
     return p.graph.return_op, ""
@@ -172,19 +172,19 @@ def unknown_operation_of_a_dialect_of_ours(p: Probe) -> tuple[Op, str]:
     return p.near.op, "quant.linaer"
 
 
-@breaks(6, "argument 0 holds a list, which is no value, literal or tuple")
+@breaks(6, "argument 0 holds a list, which is not a value, literal, or tuple")
 def list_instead_of_a_tuple(p: Probe) -> tuple[Op, str]:
     p.near.op.args = ([1, 2], 3)  # type: ignore[assignment]  # as a careless pass would
     return p.near.op, "[1, 2]"
 
 
-@breaks(6, "attribute 'dtype' holds a dtype, which is no value, literal or tuple")
+@breaks(6, "attribute 'dtype' holds a dtype, which is not a value, literal, or tuple")
 def object_of_torch_as_attribute(p: Probe) -> tuple[Op, str]:
     p.near.op.attrs["dtype"] = (None, torch.float32)  # type: ignore[assignment]  # as a careless pass would
     return p.near.op, "dtype"
 
 
-@breaks(6, "'two words' is no name of an attribute")
+@breaks(6, "'two words' is not a valid attribute name")
 def attribute_name_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
     p.near.op.attrs["two words"] = 1
     return p.near.op, "two words"
@@ -196,36 +196,36 @@ def arguments_in_a_list(p: Probe) -> tuple[Op, str]:
     return p.near.op, ""
 
 
-@breaks(8, "the network does not agree with its arguments; were they changed without set_args?")
+@breaks(8, "the network does not match its arguments; were they changed without set_args?")
 def arguments_changed_behind_the_network(p: Probe) -> tuple[Op, str]:
     p.far.op.args = (p.x,)
     return p.far.op, ""
 
 
-@breaks(8, "the network does not agree with its arguments")
+@breaks(8, "the network does not match its arguments")
 def argument_moved_behind_the_network(p: Probe) -> tuple[Op, str]:
     p.far.op.args = ((p.near,),)
     return p.far.op, ""
 
 
-@breaks(8, "stand in order")
+@breaks(8, "operations, but the order has")
 def operation_in_the_network_alone(p: Probe) -> tuple[Op, str]:
     p.graph._net.add_node(Op("aten.neg", (), {}, Location()))
     return p.graph.return_op, ""
 
 
-@breaks(9, "an input stands below the first operation of the body")
+@breaks(9, "an input is below the first operation of the body")
 def input_in_the_body(p: Probe) -> tuple[Op, str]:
     return p.graph.append("core.input", types=[F32], names=["late"]), ""
 
 
-@breaks(9, "an input takes no arguments and gives one value")
+@breaks(9, "an input takes no arguments and has one result")
 def input_with_an_attribute(p: Probe) -> tuple[Op, str]:
     p.x.op.attrs["a"] = 1
     return p.x.op, ""
 
 
-@breaks(9, "an input takes no arguments and gives one value")
+@breaks(9, "an input takes no arguments and has one result")
 def input_of_two_values(p: Probe) -> tuple[Op, str]:
     return p.graph.insert(next(iter(p.graph)), "core.input", types=[F32, F32], names=["one", "two"]), ""
 
@@ -235,25 +235,25 @@ def second_return(p: Probe) -> tuple[Op, str]:
     return p.graph.append("core.return", p.y, types=[]), ""
 
 
-@breaks(10, "the return takes no attributes and gives no value")
+@breaks(10, "the return has no attributes and no results")
 def return_with_an_attribute(p: Probe) -> tuple[Op, str]:
     p.graph.return_op.attrs["a"] = 1
     return p.graph.return_op, ""
 
 
-@breaks(13, "the range of s9 is 4..3: empty")
+@breaks(13, "the range of s9 is 4..3, which is empty")
 def empty_range(p: Probe) -> tuple[Op, str]:
     p.graph.symbols["s9"] = Range(4, 3)
     return p.graph.return_op, ""
 
 
-@breaks(13, "the range of s9 is -1..: empty, or with negative sizes")
+@breaks(13, "the range of s9 is -1.., which is empty or has negative sizes")
 def negative_range(p: Probe) -> tuple[Op, str]:
     p.graph.symbols["s9"] = Range(-1)
     return p.graph.return_op, ""
 
 
-@breaks(13, "'s 9' is no name of a symbol")
+@breaks(13, "'s 9' is not a valid symbol name")
 def symbol_that_cannot_be_spelled(p: Probe) -> tuple[Op, str]:
     p.graph.symbols["s 9"] = Range()
     return p.graph.return_op, ""

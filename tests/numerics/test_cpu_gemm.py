@@ -97,7 +97,7 @@ def test_the_limit_holds_and_what_came_first_stays() -> None:
 
 def test_operands_that_do_not_fit_are_named() -> None:
     x_q, x_s, w_q, w_s = operands()
-    with pytest.raises(QCompilerError, match="the operands of a scaled linear do not fit"):
+    with pytest.raises(QCompilerError, match="the operands of a scaled linear do not match"):
         scaled_linear_on_cpu(x_q[:, :100], x_s, w_q, w_s, None, (1, 128), (128, 128), torch.float32)
 
 

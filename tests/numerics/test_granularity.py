@@ -328,8 +328,8 @@ def test_errors() -> None:
     for block in ((0, ALL), (1, -2), (ALL,), (1, 2, 3)):
         with pytest.raises(QCompilerError) as error:
             numerics.quantize(x, numerics.format_of(block))
-        need = "need [rows, columns], where -1 is the whole of an axis"
-        assert str(error.value) == f"a block is two positive sizes: got {list(block)}; {need}"
+        need = "need [rows, columns], where -1 means the whole axis"
+        assert str(error.value) == f"a block must be two positive sizes: got {list(block)}; {need}"
         with pytest.raises(QCompilerError, match="two positive sizes"):
             numerics.quantize_static(x, one, numerics.format_of(block))
     with pytest.raises(QCompilerError) as error:
@@ -343,7 +343,7 @@ def test_errors() -> None:
             kind = f"{str(bad.dtype).removeprefix('torch.')}{list(bad.shape)}"
             problem = "the prescale does not have one number for each channel of float32[2, 4]"
             assert str(error.value) == f"{problem}: got {kind}; need float[4]"
-    with pytest.raises(QCompilerError, match=r"not an 8-bit format: got torch.uint8; need torch"):
+    with pytest.raises(QCompilerError, match=r"the dtype is not an 8-bit code type: got torch.uint8; need torch"):
         numerics.quantize_static(x, one, numerics.format_of((-1, -1), torch.uint8))
     with pytest.raises(QCompilerError, match="Did you mean 'vllm'"):
         numerics.scale_of(one, numerics.format_of((1, 1), profile="vlm"))

@@ -302,7 +302,7 @@ def test_errors_say_what_was_got() -> None:
         numerics.profile("deepseak")
     with pytest.raises(QCompilerError, match="unknown quantization profile: got 'x'"):
         numerics.quantize(torch.ones(1, 128), numerics.format_of((1, 128), profile="x"))
-    with pytest.raises(QCompilerError, match=r"not an 8-bit format: got torch\.bfloat16"):
+    with pytest.raises(QCompilerError, match=r"the dtype is not an 8-bit code type: got torch\.bfloat16"):
         numerics.quantize(torch.ones(1, 128), numerics.format_of((1, 128), torch.bfloat16))
     for block in ((128,), (0, 128), (1, -2)):
         with pytest.raises(QCompilerError, match="two positive sizes"):

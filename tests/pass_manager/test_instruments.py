@@ -97,26 +97,27 @@ INPUTS = [torch.randn(4, 16, generator=torch.Generator().manual_seed(1))]
     [
         (
             Scale(),
-            "pass 'test-scale' does not keep its word: it declares 'exact': got a relative error of 1 in output 0; "
+            "pass 'test-scale' violates its declared effect 'exact': got a relative error of 1 in output 0; "
             "need equal bits (in %r = aten.mul.Scalar, the first operation that differs)",
         ),
         (
             Reorders(1.001),
-            "pass 'test-scale{by=1.001}' does not keep its word: it declares 'reorders': got a relative error of 0.001 "
+            "pass 'test-scale{by=1.001}' violates its declared effect 'reorders': got a relative error of 0.001 "
             "in output 0; need at most 2e-05 (in %r = aten.mul.Scalar, the first operation that differs)",
         ),
         (
             Lossy(1.25),
-            "pass 'test-scale{by=1.25}' does not keep its word: it declares 'lossy': got a relative error of 0.25 in "
+            "pass 'test-scale{by=1.25}' violates its declared effect 'lossy': got a relative error of 0.25 in "
             "output 0; need at most 0.1 (in %r = aten.mul.Scalar, the first operation that differs)",
         ),
         (
             Fewer(),
-            "pass 'test-scale' changes what the graph yields: got output 0 is gone; need the same outputs and updates",
+            "pass 'test-scale' changes the outputs or updates of the graph: got output 0 is missing; "
+            "need the same outputs and updates",
         ),
         (
             Retyped(),
-            "pass 'test-scale' does not keep its word: it declares 'exact': got f64[4, 16] in the place of f32[4, 16] "
+            "pass 'test-scale' violates its declared effect 'exact': got f64[4, 16] instead of f32[4, 16] "
             "in output 0; need equal bits (in output 0, the first operation that differs)",
         ),
     ],
@@ -192,7 +193,7 @@ def test_within(old: Any, new: Any, limit: float | None, close: bool) -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (Scale(says=False), r"pass 'test-scale\{says=false\}' says that it changed nothing, but the text differs"),
+        (Scale(says=False), r"pass 'test-scale\{says=false\}' changed the graph but returned False"),
         (Pass.parse("dead-code"), None),
     ],
 )
@@ -211,7 +212,7 @@ def test_check_changed_of_a_boast() -> None:
         def run(self, graph: Graph) -> bool:
             return True
 
-    with pytest.raises(PassError, match="says that it changed the graph, but the text is the same"):
+    with pytest.raises(PassError, match="did not change the graph but returned True"):
         run_pipeline(Pipeline((Boast(),)), graph(), instruments=[CheckChanged()])
 
 

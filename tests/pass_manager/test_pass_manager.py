@@ -120,7 +120,7 @@ def test_other_spellings(spec: str, step: Pass) -> None:
         ),
         (
             "fp8-tile profile=vllm",
-            "<pipeline>:1:10: options are spelled in braces: {option=value, option=value}\nfp8-tile profile=vllm\n"
+            "<pipeline>:1:10: options must be in braces: {option=value, option=value}\nfp8-tile profile=vllm\n"
             "         ^^^^^^^",
         ),
         ("test-options{pair=[1, 64}", "<pipeline>:1:25: expected ',' or ']', but got '}'"),
@@ -134,7 +134,7 @@ def test_other_spellings(spec: str, step: Pass) -> None:
             "fp8-tile{layers=[lm_head]}",
             "<pipeline>:1:18: 'lm_head' is not a literal; a string inside a list needs quotes",
         ),
-        ('fp8-tile{observer="mse}', "<pipeline>:1:19: this string does not end"),
+        ('fp8-tile{observer="mse}', "<pipeline>:1:19: this string is not closed"),
         (
             "fp8-tile{observer}",
             "<pipeline>:1:10: option 'observer' has no value\nfp8-tile{observer}\n         ^^^^^^^^",
@@ -217,7 +217,7 @@ def test_editing_what_is_not_there() -> None:
 
 
 def test_a_class_is_no_pass() -> None:
-    with pytest.raises(PassError, match=r"a pipeline holds passes only: .* Write DeadCode\(\)\."):
+    with pytest.raises(PassError, match=r"an item of a pipeline is not a pass: .* Write DeadCode\(\)\."):
         Pipeline([DeadCode])  # type: ignore[arg-type]  # wrong on purpose
     assert Pipeline([DeadCode()]) == Pipeline((DeadCode(),))  # type: ignore[arg-type]  # what a user may write
 
@@ -225,14 +225,14 @@ def test_a_class_is_no_pass() -> None:
 def test_definitions_that_cannot_work() -> None:
     with pytest.raises(PassError, match="two passes have one name: got 'fp8-tile' in "):
         type("Mine", (Pass,), {"name": "fp8-tile"})
-    with pytest.raises(PassError, match="the name of pass class Mine cannot be spelled: got 'my pass'"):
+    with pytest.raises(PassError, match="the name of pass class Mine is not valid: got 'my pass'"):
         type("Mine", (Pass,), {"name": "my pass"})
-    with pytest.raises(PassError, match="pass 'test-mine' is lossy, but has no budget"):
+    with pytest.raises(PassError, match="pass 'test-mine' is lossy but has no budget"):
         type("Mine", (Pass,), {"name": "test-mine", "effect": Effect.LOSSY})
     with pytest.raises(PassError, match="pass class Mine has no name"):
         type("Mine", (Pass,), {})()
     with pytest.raises(
-        PassError, match=r"pass class Mine has options, but is no dataclass: got width\. Put @dataclass"
+        PassError, match=r"pass class Mine has options but is not a dataclass: got width\. Put @dataclass"
     ):
         type("Mine", (Pass,), {"name": "test-undecorated", "__annotations__": {"width": int}, "width": 1})(width=3)
     assert "test-mine" not in PASSES

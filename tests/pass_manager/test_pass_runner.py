@@ -119,8 +119,7 @@ def test_an_unexpected_failure_keeps_the_graph(monkeypatch: pytest.MonkeyPatch, 
     (kept,) = tmp_path.iterdir()
     line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if '("oops")' in text)
     assert str(error.value) == (
-        f"pass 'test-fails' failed: ZeroDivisionError: oops (in {__file__}:{line}). "
-        f"The graph that it was given is in {kept}."
+        f"pass 'test-fails' failed: ZeroDivisionError: oops (in {__file__}:{line}). The input graph is in {kept}."
     )
     assert kept.read_text() == f"{graph}\n"
     assert isinstance(error.value.__cause__, ZeroDivisionError)
@@ -134,7 +133,7 @@ def test_a_failing_rule_of_a_user_is_named_with_its_line(monkeypatch: pytest.Mon
     line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "approximate=" in text)
     assert str(error.value) == (
         "pass 'test-clumsy' failed: TypeError: Rewriter.insert() got an unexpected keyword argument 'approximate' (in "
-        f'rule Insert, at aten.mm loc("m.py":3); {__file__}:{line}). The graph that it was given is in {kept}.'
+        f'rule Insert, at aten.mm loc("m.py":3); {__file__}:{line}). The input graph is in {kept}.'
     )
 
 
@@ -157,13 +156,13 @@ def test_an_illegal_graph_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         run_pipeline(Pipeline((Fails("illegally"),)), Graph.parse(TEXT))
     (kept,) = tmp_path.iterdir()
     assert str(error.value).startswith("after pass 'test-fails', in @m: rule V1: ")
-    assert str(error.value).endswith(f"\n  the graph that it left: {kept}")
+    assert str(error.value).endswith(f"\n  the resulting graph: {kept}")
     assert "%two words = " in kept.read_text()
 
 
 def test_a_failing_explain_is_a_failing_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(PassError, match=r"^pass 'test-mute' failed while it was asked to explain: KeyError"):
+    with pytest.raises(PassError, match=r"^pass 'test-mute' failed in explain\(\): KeyError"):
         run_pipeline(Pipeline((Mute(),)), Graph.parse(TEXT))
 
 
@@ -195,5 +194,5 @@ def test_rewriting_without_end_names_the_pass_once() -> None:
     with pytest.raises(PassError) as error:
         run_pipeline(Pipeline((Endless(),)), Graph.parse(TEXT))
     assert str(error.value) == (
-        "rewriting does not end: after 100 sweeps, Again still matches (in pass 'canonicalize')"
+        "rewriting does not terminate: after 100 sweeps, Again still matches (in pass 'canonicalize')"
     )

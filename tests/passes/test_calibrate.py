@@ -93,7 +93,7 @@ def test_saved_statistics_need_no_data(tmp_path: Any) -> None:
     with pytest.raises(PassError) as error:
         Calibrate(histogram=True, rows=2).run(again)
     assert str(error.value) == (
-        "the calibration lacks statistics, and has no data to take them from: got none of %x and 1 more with a "
+        "the calibration lacks statistics, and there is no data to compute them from: got none of %x and 1 more with a "
         "histogram and a sample of 2 rows. Give the data: compile(..., calibration=batches)."
     )
 
@@ -111,21 +111,25 @@ def test_a_graph_with_nothing_to_observe_needs_no_data() -> None:
             "there is no calibration data, and this pipeline needs some (in pass 'calibrate'). Give it: "
             "compile(..., calibration=batches), a list of real calls of the model.",
         ),
-        ([1], "the calibration of the graph is of a wrong type: got list; need Calibration"),
+        ([1], "the calibration of the graph has the wrong type: got list; need Calibration"),
         (
             Calibration(),
-            "the calibration lacks statistics, and has no data to take them from: got none of %x and 1 more (in pass "
-            "'calibrate'). Give the data: compile(..., calibration=batches).",
+            "the calibration lacks statistics, and there is no data to compute them from: got none of %x and 1 "
+            "more (in pass 'calibrate'). Give the data: compile(..., calibration=batches).",
         ),
-        (Calibration([]), "there is no calibration data: got no batch at all; need one batch or more"),
+        (Calibration([]), "there is no calibration data: got no batches; need at least one batch"),
         (
             Calibration([[torch.zeros(2, 16), torch.ones(2, 16)]]),
-            "calibration saw nothing of %x: got 2 rows of zeros in 1 batch; need one element or more that is not zero",
+            "calibration saw only zeros or no rows in %x: got 2 rows of zeros in 1 batch; need at least one "
+            "nonzero element",
         ),
-        (Calibration(data(0, 0)), "calibration saw nothing of %x: got no row in 2 batches; need one element or more"),
+        (
+            Calibration(data(0, 0)),
+            "calibration saw only zeros or no rows in %x: got no row in 2 batches; need at least one nonzero element",
+        ),
         (
             Calibration([[torch.ones(1, 16), torch.ones(1, 16)], [torch.full((2, 16), torch.inf), torch.ones(2, 16)]]),
-            "calibration met numbers in %x that are not finite: got 0 NaN and 32 Inf in batches[1]; need finite "
+            "calibration found numbers in %x that are not finite: got 0 NaN and 32 Inf in batches[1]; need finite "
             "numbers (in pass 'calibrate', core.input)",
         ),
     ],
@@ -143,7 +147,7 @@ def test_statistics_of_another_model() -> None:
     with pytest.raises(PassError) as error:
         Calibrate().run(model(calibration))
     assert str(error.value) == (
-        "the calibration is of another model: got 7 channels of %a; need 24. Calibrate this one: "
+        "the calibration belongs to another model: got 7 channels of %a; need 24. Calibrate this one: "
         "compile(..., calibration=batches)."
     )
     assert list(calibration.statistics) == ["a"]
@@ -174,7 +178,7 @@ def test_updating_a_calibration_does_not_change_the_old_one() -> None:
     old, new = graph.calibration, graph.calibration.updated({"s": Statistics.empty(8)})
     assert list(old.statistics) == ["x", "a"] and list(new.statistics) == ["x", "a", "s"]
     assert new.statistics["x"] is old.statistics["x"] and new.modules == old.modules
-    with pytest.raises(InputError, match="which has been read already"):
+    with pytest.raises(InputError, match="which has already been consumed"):
         new.observe(graph, ["h"])
 
 
@@ -240,7 +244,9 @@ def test_layers_after_the_experts_must_see_data(kind: str) -> None:
     graph.calibration = Calibration([[torch.zeros(3, 16)]])
     with pytest.raises(InputError) as error:
         Calibrate().run(graph)
-    assert str(error.value).startswith(f"calibration saw nothing of {values[-1]}: got 3 rows of zeros in 1 batch")
+    assert str(error.value).startswith(
+        f"calibration saw only zeros or no rows in {values[-1]}: got 3 rows of zeros in 1 batch"
+    )
 
 
 def test_a_captured_model() -> None:

@@ -76,7 +76,7 @@ def test_each_form_becomes_a_linear_of_equal_value(spelling: tuple[str, str, str
         ),
         (
             ("b: f32[3, 5], %x: f32[3, 8]", "f32[8, 5]", "aten.addmm(%b, %x, %w)", "f32[3, 5]"),
-            "what it adds is no bias of one number a column (%b)",
+            "its addend is not a bias of one number per column (%b)",
         ),
     ],
 )

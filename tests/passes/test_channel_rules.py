@@ -104,9 +104,9 @@ LEGAL: dict[str, str] = {
 ROWS = "%z = aten.linear(%h, %half) : f32[8, 5]"
 PICKED = "picks along an axis along which the factor varies"
 SUMMED = "sums over an axis along which the factor varies"
-INPUT = "a graph input takes in no scale"
+INPUT = "a graph input cannot absorb a scale"
 ALONG = "the factor varies along more than its last axis"
-SYMBOLIC = "the channels with an axis of the symbolic size"
+SYMBOLIC = "the channels with an axis of symbolic size"
 
 REFUSED: dict[str, tuple[str, str]] = {
     **{
@@ -119,15 +119,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     "aten.dropout": ("%r = aten.dropout(%v, 0.5, true) : f32[s0, 8]", "aten.dropout is in training mode"),
     "aten._to_copy": (
         "%h = aten._to_copy(%v) {dtype = i64} : i64[s0, 8]\n%r = aten.relu(%v) : f32[s0, 8]",
-        "would be no tensor of floating-point numbers, reached through %r (%h)",
+        "would not be a floating-point tensor, reached through %r (%h)",
     ),
     "aten.to.dtype": (
         "%h = aten.to.dtype(%v, f8e4m3fn) : f8e4m3fn[s0, 8]\n%r = aten.relu(%v) : f32[s0, 8]",
-        "would be no tensor of floating-point numbers, reached through %r (%h)",
+        "would not be a floating-point tensor, reached through %r (%h)",
     ),
     "aten.add.Tensor": ("%r = aten.add.Tensor(%v, 1.0) : f32[s0, 8]", "aten.add.Tensor adds 1.0, which has no factor"),
     "aten.sub.Tensor": ("%r = aten.sub.Tensor(%v, %b) : f32[s0, 8]", INPUT + ", reached through %r (%b)"),
-    "aten.mul.Tensor": ("%r = aten.mul.Tensor(%v, %v) : f32[s0, 8]", "both factors of aten.mul.Tensor would be scaled"),
+    "aten.mul.Tensor": ("%r = aten.mul.Tensor(%v, %v) : f32[s0, 8]", "both operands of aten.mul.Tensor would be scaled"),
     "aten.div.Tensor": (
         "%h = aten.div.Tensor(%b, %v) : f32[s0, 8]\n%r = aten.relu(%v) : f32[s0, 8]",
         "aten.div.Tensor does not commute with a scale of its 'other', reached through %r (%h)",
@@ -154,18 +154,18 @@ REFUSED: dict[str, tuple[str, str]] = {
     "aten.transpose.int": ("%h = aten.transpose.int(%u, 0, 1) : f32[8, 4]\n" + ROWS, ALONG),
     "aten.permute": ("%h = aten.permute(%u, [1, 0]) : f32[8, 4]\n" + ROWS, ALONG),
     "aten.flip": ("%n = aten.flip(%c, [0]) : f32[4, 8]\n%r = aten.add.Tensor(%n, %u) : f32[4, 8]", INPUT),
-    "aten.roll": ("%h = aten.roll(%u, [3]) : f32[4, 8]\n", "aten.roll rolls over all axes as if they were one"),
+    "aten.roll": ("%h = aten.roll(%u, [3]) : f32[4, 8]\n", "aten.roll without dims rolls the flattened tensor"),
     "aten.expand": (
         "%e = aten.expand(%u, [2, 4, 8]) : f32[2, 4, 8]\n"
         "%z = aten.softmax.int(%e, -1) : f32[2, 4, 8]", "aten.softmax.int",
     ),
-    "aten.repeat": ("%h = aten.repeat(%u, [1, %count]) : f32[4, 8*s0]", "by a number that is not fixed"),
-    "aten.repeat_interleave.self_int": ("%h = aten.repeat_interleave.self_int(%u, 2) : f32[64]", "along no fixed axis"),
-    "aten.slice.Tensor": ("%h = aten.slice.Tensor(%v, 1, 0, %count) : f32[s0, s0]", "by a number that is not fixed"),
-    "aten.select.int": ("%h = aten.select.int(%v, 1, %count) : f32[s0]", "aten.select.int moves channels by a number"),
+    "aten.repeat": ("%h = aten.repeat(%u, [1, %count]) : f32[4, 8*s0]", "by an amount that is not fixed"),
+    "aten.repeat_interleave.self_int": ("%h = aten.repeat_interleave.self_int(%u, 2) : f32[64]", "is not fixed"),
+    "aten.slice.Tensor": ("%h = aten.slice.Tensor(%v, 1, 0, %count) : f32[s0, s0]", "by an amount that is not fixed"),
+    "aten.select.int": ("%h = aten.select.int(%v, 1, %count) : f32[s0]", "aten.select.int moves channels by an amount"),
     "aten.split.Tensor": (
         "%h.0, %h.1 = aten.split.Tensor(%v, 4, 1) : f32[s0, 4], f32[s0, 4]\n"
-        "%z = aten.mul.Tensor(%h.0, %h.1) : f32[s0, 4]", "both factors",
+        "%z = aten.mul.Tensor(%h.0, %h.1) : f32[s0, 4]", "both operands",
     ),
     "aten.split_with_sizes": (
         "%h.0, %h.1 = aten.split_with_sizes(%v, [4, 4], 1) : f32[s0, 4], f32[s0, 4]\n"
@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "aten.unbind.int": (
         V2 + "%h.0, %h.1 = aten.unbind.int(%h, 1) : f32[s0, 4], f32[s0, 4]\n"
-        "%z = aten.mul.Tensor(%h.0, %h.1) : f32[s0, 4]", "both factors",
+        "%z = aten.mul.Tensor(%h.0, %h.1) : f32[s0, 4]", "both operands",
     ),
     "aten.cat": ("%h = aten.cat([%v, %b], 0) : f32[2*s0, 8]", INPUT + ", reached through %h (%b)"),
     "aten.stack": ("%h = aten.stack([%v, %b], 2) : f32[s0, 8, 2]\n%z = aten.exp(%h) : f32[s0, 8, 2]", "aten.exp"),

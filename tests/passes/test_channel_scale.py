@@ -53,7 +53,7 @@ REFUSED = {
     ),
     "a residual stream that begins in an input": (
         "%n = aten.linear(%x, %w) : f32[s0, 8]\n%r = aten.add.Tensor(%x, %n) : f32[s0, 8]",
-        "a graph input takes in no scale, reached through %r (%x)",
+        "a graph input cannot absorb a scale, reached through %r (%x)",
     ),
     "an embedding": (
         "%n = aten.embedding(%w, %ids) : f32[s0, 8]", "aten.embedding does not commute with a scale (%n)",
@@ -66,16 +66,18 @@ REFUSED = {
         "aten.hardtanh does not commute with a scale (%n)",
     ),
     "an output of the graph": (NORM + "return %n", "an output of the graph must not be scaled (%n)"),
-    "a buffer's new value": (NORM + "core.update(%state, %n)", "what core.update stores must not be scaled (%n)"),
+    "a buffer's new value": (
+        NORM + "core.update(%state, %n)", "a value that core.update stores must not be scaled (%n)"
+    ),
     "a buffer": (
-        "%n = aten.relu(%state) : f32[s0, 8]", "a buffer takes in no scale, reached through %n (%state)",
+        "%n = aten.relu(%state) : f32[s0, 8]", "a buffer cannot absorb a scale, reached through %n (%state)",
     ),
     "a square": (
         NORM + "%h = aten.mul.Tensor(%n, %n) : f32[s0, 8]",
-        "both factors of aten.mul.Tensor would be scaled, so its result twice (%h)",
+        "both operands of aten.mul.Tensor would be scaled, so its result would be scaled twice (%h)",
     ),
     "a product of two scaled values": (
-        NORM + "%a = aten.neg(%n) : f32[s0, 8]\n%h = aten.mul.Tensor(%a, %n) : f32[s0, 8]", "both factors",
+        NORM + "%a = aten.neg(%n) : f32[s0, 8]\n%h = aten.mul.Tensor(%a, %n) : f32[s0, 8]", "both operands",
     ),
     "the weight of a linear": (
         "%n = aten.linear(%u, %w) : f32[4, 8]\n%h = aten.linear(%x, %n) : f32[s0, 4]",
@@ -89,33 +91,34 @@ REFUSED = {
     ),
     "a weight that is computed": (
         NORM + "%h = aten.linear(%n, %u) : f32[s0, 4]",
-        "aten.linear (%h) reads it with a weight that is no constant matrix (%n)",
+        "aten.linear (%h) reads it with a weight that is not a constant matrix (%n)",
     ),
     "a linear with a computed weight": (
         "%n = aten.linear(%x, %u) : f32[s0, 4]",
-        "aten.linear takes in no scale, because %u is computed from the inputs",
+        "aten.linear cannot absorb a scale: %u is computed from the inputs",
     ),
     "a linear with a computed bias": (
         "%s = aten.sum.dim_IntList(%x, [0]) : f32[8]\n%n = aten.linear(%x, %w, %s) : f32[s0, 8]",
-        "aten.linear takes in no scale, because %s is computed from the inputs",
+        "aten.linear cannot absorb a scale: %s is computed from the inputs",
     ),
     "a norm with a computed gain": (
         "%s = aten.sum.dim_IntList(%x, [0]) : f32[8]\n%n = aten.rms_norm(%x, [8], %s) : f32[s0, 8]",
-        "aten.rms_norm takes in no scale, because %s is computed from the inputs",
+        "aten.rms_norm cannot absorb a scale: %s is computed from the inputs",
     ),
     "a norm over two axes": (
         "%gg = aten.expand(%g, [4, 8]) : f32[4, 8]\n  %n = aten.layer_norm(%u, [4, 8], %gg) : f32[4, 8]",
-        "takes in a scale along the last axis of its result only",
+        "can absorb a scale only along the last axis of its result",
     ),
     "a norm without a gain": (
-        "%n = aten.rms_norm(%x, [8]) : f32[s0, 8]", "aten.rms_norm has no gain that could take in the scale (%n)",
+        "%n = aten.rms_norm(%x, [8]) : f32[s0, 8]", "aten.rms_norm has no gain that could absorb the scale (%n)",
     ),
     "the mean that a norm gives": (
         "%a, %n, %c = aten.native_layer_norm(%u, [8], %g, None, 1e-05) : f32[4, 8], f32[4, 1], f32[4, 1]",
-        "takes in a scale along the last axis of its result only",
+        "can absorb a scale only along the last axis of its result",
     ),
     "an addend that nothing scales": (
-        NORM + "%h = aten.add.Tensor(%n, %z) : f32[s0, 8]", "a graph input takes in no scale, reached through %h (%z)",
+        NORM + "%h = aten.add.Tensor(%n, %z) : f32[s0, 8]",
+        "a graph input cannot absorb a scale, reached through %h (%z)",
     ),
     "a part of a value that is also used whole": (
         "%q = aten.linear(%x, %big) : f32[s0, 24]\n%n = aten.slice.Tensor(%q, 1, 8, 16) : f32[s0, 8]\n"
@@ -129,14 +132,14 @@ REFUSED = {
     ),
     "integers in a product": (
         "%i = aten._to_copy(%g) {dtype = i64} : i64[8]\n%n = aten.mul.Tensor(%i, %x) : f32[s0, 8]",
-        "a graph input takes in no scale",
+        "a graph input cannot absorb a scale",
     ),
     "a constant": ("%n = aten.neg(%w) : f32[8, 8]", "it is constant (%n)"),
-    "integers": ("%n = aten.neg(%n8) : i64[8]", "it is no tensor of floating-point numbers (%n)"),
+    "integers": ("%n = aten.neg(%n8) : i64[8]", "it is not a floating-point tensor (%n)"),
     "a symbolic number of channels": ("%n = aten.relu(%free) : f32[8, s0]", "its last axis has no fixed size (%n)"),
     "rows": (
         NORM + "%t = aten.t(%n) : f32[8, s0]\n%h = aten.reshape(%t, [-1]) : f32[8*s0]",
-        "aten.reshape mixes the channels with an axis of the symbolic size s0, reached through %t (%h)",
+        "aten.reshape mixes the channels with an axis of symbolic size s0, reached through %t (%h)",
     ),
 }  # fmt: skip
 
@@ -263,7 +266,7 @@ def test_the_second_factor_is_tried_and_the_last_refusal_reported() -> None:
     assert [absorber.op.result.name for absorber in region.absorbers] == ["a"]
     body = gate + "%a = aten.relu(%x) : f32[s0, 8]\n%n = aten.mul.Tensor(%s, %a) : f32[s0, 8]\n"
     graph = graph_of(body)
-    assert str(solve(graph, graph["n"])) == "a graph input takes in no scale, reached through %n (%x)"
+    assert str(solve(graph, graph["n"])) == "a graph input cannot absorb a scale, reached through %n (%x)"
 
 
 def test_an_endless_search_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +278,7 @@ def test_an_endless_search_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(solve(graph, graph["m12"]), Missed)
     monkeypatch.setattr(channel_scale, "TRIES", 1)
     graph = graph_of("%a = aten.mul.Tensor(%x, %z) : f32[s0, 8]\n%n = aten.mul.Tensor(%a, %z) : f32[s0, 8]")
-    assert "the search for what carries the scale is given up after 1 tries" in str(solve(graph, graph["n"]))
+    assert "the search for operands that carry the scale stopped after 1 tries" in str(solve(graph, graph["n"]))
 
 
 def test_equal_graphs_give_equal_regions() -> None:

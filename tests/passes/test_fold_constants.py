@@ -256,13 +256,14 @@ MISSED = [
     ("  %f = aten.add.Tensor(%b, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", "f",
      "it is computed from the inputs"),  # a buffer may change
     ("  %f = aten.neg(%g) : bf16[64]\n  %h = aten.exp(%f) : bf16[64]\n  %y = aten.mul.Tensor(%x, %h) : f32[3, 64]", "f",
-     "only constants are computed from it"),
+     "it feeds only other constants"),
     ("  %f = aten.neg(%s) : f32[64]\n  %y = aten.view(%f, [1, 64]) : f32[1, 64]", "f",
-     "only constants are computed from it"),
-    ("  %y = aten.neg(%s) : f32[64]", "y", "it leaves the graph, and a weight must not"),
-    ("  %y = aten.neg(%s) : f32[64]\n  core.update(%b, %y)", "y", "it leaves the graph, and a weight must not"),
+     "it feeds only other constants"),
+    ("  %y = aten.neg(%s) : f32[64]", "y", "it is an output of the graph, and a weight must not be"),
+    ("  %y = aten.neg(%s) : f32[64]\n  core.update(%b, %y)", "y",
+     "it is an output of the graph, and a weight must not be"),
     ("  %f = aten.neg(%s) : f32[64]\n  %y = aten.view(%f, [64]) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]",
-     "f", "it leaves the graph, and a weight must not"),
+     "f", "it is an output of the graph, and a weight must not be"),
     ('  %q, %t = quant.quantize(%w) {format = #int8_row<profile = "vllm">} : i8[32, 64], f32[32, 1]\n'
      "  %d = quant.dequantize(%q, %t) {format = #int8_row, out_dtype = f32} : f32[32, 64]\n"
      "  %f = aten._to_copy(%d) {dtype = bf16} : bf16[32, 64]\n  %h = aten._to_copy(%x) {dtype = bf16} : bf16[3, 64]\n"
@@ -271,7 +272,7 @@ MISSED = [
      "  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", "f", "it reads no weights"),
     ("  %f = aten.mul.Tensor(%v, %s) : f32[32, 64]\n  %h = aten.linear(%x, %f) : f32[3, 32]\n"
      "  %y = aten.mm(%h, %v) : f32[3, 64]", "f",
-     "one of its weights is read elsewhere, so that there would be two (%v)"),
+     "one of its weights has other users, so both copies would be stored (%v)"),
     ("  %f = aten._to_copy(%w) {dtype = f32} : f32[32, 64]\n  %y = aten.linear(%x, %f) : f32[3, 32]", "f",
      "it takes more memory than its weights (%f)"),
 ]  # fmt: skip

@@ -105,40 +105,40 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %s = aten.sigmoid(%y) : f32[4, 64]\n"
             "  %v = aten.view(%s, [4, 8, 8]) : f32[4, 8, 8]\n  %t, %i = aten.topk(%v, 2) : f32[4, 8, 2], i64[4, 8, 2]",
-            "it is a router: its product decides a top-k",
+            "it is a router: a top-k selects from its output",
         ),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %i = aten.argmax(%y, -1) : i64[4]\n"
             "  %hot = aten.one_hot(%i, 64) : i64[4, 64]\n",
-            "it is a router: its product decides a top-k",
+            "it is a router: a top-k selects from its output",
         ),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %v, %i = aten.max.dim(%y, -1) : f32[4], i64[4]\n"
             "  %hot = aten.one_hot(%i, 64) : i64[4, 64]\n",
-            "it is a router: its product decides a top-k",
+            "it is a router: a top-k selects from its output",
         ),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %v, %i = aten.kthvalue(%y, 3) : f32[4], i64[4]\n",
-            "it is a router: its product decides a top-k",
+            "it is a router: a top-k selects from its output",
         ),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n  %turns = aten.mul.Tensor(%y, 6.28) : f32[4, 64]\n"
             "  %s = aten.cos(%turns) : f32[4, 64]\n",
-            "it computes an angle: cos reads its product",
+            "it computes an angle: cos reads its output",
         ),
         (W + "  %y = aten.mm(%w, %w) : f32[64, 128]\n", "all of its operands are constant (%w)"),
         (
             W + "  %y = aten.linear(%x, %w) : f32[4, 64]\n".replace("%x", "%free"),
-            "the size that it sums over is not fixed (s0) (%free)",
+            "the size of its reduction dimension is not fixed (s0) (%free)",
         ),
         (
             W + "  %k = aten.relu(%x) : f32[4, 128]\n  %t = aten.t(%k) : f32[128, 4]\n"
             "  %y = aten.mm(%w, %t) : f32[64, 4]\n",
-            "it is not of the form activation times constant matrix (%w)",
+            "it does not multiply an activation by a constant matrix (%w)",
         ),
         (
             W + "  %b = aten.sum.dim_IntList(%x, [1], true) : f32[4, 1]\n  %y = aten.linear(%x, %w, %b) : f32[4, 64]\n",
-            "its bias is not one number for each column (%b)",
+            "its bias is not one number per column (%b)",
         ),
         (
             W + "  %y = aten.linear(%w, %w) : f32[64, 64]\n",
@@ -153,11 +153,11 @@ W = '  %w = core.param() {name = "w"} : f32[64, 128]\n'
             W + '  %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile<profile = "vllm">} : '
             "f8e4m3fn[4, 128], f32[4, 1]\n  %d = quant.dequantize(%x_q, %x_s) {format = #fp8_tile, out_dtype = f32} : "
             "f32[4, 128]\n  %y = aten.linear(%d, %w) : f32[4, 64]\n",
-            "one of its operands is quantized already (%d)",
+            "one of its operands is already quantized (%d)",
         ),
         (
             '  %w = core.param() {name = "w"} : f32[128]\n  %y = aten.rms_norm(%x, [128], %w) : f32[4, 128]\n',
-            "the gain and bias of a norm are applied element by element",
+            "the gain and bias of a norm are applied elementwise",
         ),
         ("  %y = aten.rms_norm(%x, [128]) : f32[4, 128]\n", None),
     ],

@@ -100,7 +100,7 @@ def test_a_deliberately_rounded_bias_stays_rounded() -> None:
     [
         ("aten.linear(%x_dq, %w)", {"y": "one of its operands is not quantized (%w)"}),
         ("aten.linear(%x, %w)", {}),
-        ("aten.linear(%x_dq, %w_dq, %x_s)", {"y": "its bias is not one number for each column (%x_s)"}),
+        ("aten.linear(%x_dq, %w_dq, %x_s)", {"y": "its bias is not one number per column (%x_s)"}),
     ],
 )
 def test_refusals(line: str, reasons: dict[str, str]) -> None:

@@ -98,10 +98,10 @@ def test_of_two_multiplications_the_last_one_is_fused() -> None:
     assert graph["q"].op.args == (graph["h"], graph["f"])
     assert torch.equal(interpret(graph, inputs())[0], before)
     op = graph["q"].op
-    assert str(MulThenQuantize().match(op, graph)) == "it has a prescale already" and not FusePrescale().run(graph)
+    assert str(MulThenQuantize().match(op, graph)) == "it already has a prescale" and not FusePrescale().run(graph)
 
 
-NO_VECTOR = "what it quantizes is no product of an activation and a constant FP32 vector (%p)"
+NO_VECTOR = "its input is not an activation times a constant FP32 vector (%p)"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ NO_VECTOR = "what it quantizes is no product of an activation and a constant FP3
         (WIDE, torch.ones(4, 1), "f32", NO_VECTOR),
         (WIDE, torch.ones(4, 40), "f32", NO_VECTOR),
         (WIDE, torch.ones(1), "f32", NO_VECTOR),
-        (WIDE.replace("%f", "2.0"), PLAIN, "f32", "what it quantizes is no product (%p)"),
-        (WIDE.replace("mul", "add"), PLAIN, "f32", "what it quantizes is no product (%p)"),
+        (WIDE.replace("%f", "2.0"), PLAIN, "f32", "its input is not a multiplication (%p)"),
+        (WIDE.replace("mul", "add"), PLAIN, "f32", "its input is not a multiplication (%p)"),
     ],
 )
 def test_multiplications_that_are_not_fused(body: str, factors: Tensor, x: str, reason: str) -> None:
@@ -137,4 +137,4 @@ def test_a_weight_is_not_prescaled() -> None:
 def test_a_cast_with_other_effects_stays() -> None:
     cast = "  %c = aten._to_copy(%p) {dtype = bf16, memory_format = #contiguous_format} : bf16[4, 40]\n"
     graph = model(f"{WIDE}{cast}  %q, %t = quant.quantize(%c) {Q}\n", PLAIN)
-    assert str(MulThenQuantize().match(graph["q"].op, graph)) == "what it quantizes is no product (%c)"
+    assert str(MulThenQuantize().match(graph["q"].op, graph)) == "its input is not a multiplication (%c)"

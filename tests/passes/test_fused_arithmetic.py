@@ -89,7 +89,7 @@ class Arithmetic:
         w = self.param("w", DType.f8e4m3fn, self.columns, self.columns)
         blocks = (self.columns + 127) // 128
         scale = self.param("s", DType.f32, blocks, blocks)
-        attrs = {"out_dtype": self.dtype, "w_format": FP8_BLOCK, "x_format": TILES}
+        attrs: dict[str, Any] = {"out_dtype": self.dtype, "w_format": FP8_BLOCK, "x_format": TILES}
         self.values.append(self.graph.append("kernel.scaled_linear", *self.codes, w, scale, attrs=attrs).result)
 
 

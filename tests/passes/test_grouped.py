@@ -75,11 +75,11 @@ def test_a_grouped_gemm_is_quantized_fused_and_lowered_to_its_kernel() -> None:
         (one(), Quantize(), "is quantized to #fp8_tile and #fp8_block only, this is"),
         (one(), Fp8Tile(E5M2), "this is #format<f8e5m2, block = [1, 128]> and #fp8_block"),
         (one(), Fp8Tile(NARROW), "this is #format<f8e4m3fn, block = [1, 64]> and #fp8_block"),
-        (one(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' leaves it out"),
-        (one(k=24), Fp8Tile(), "the grouped kernels need K to be a multiple of 16, it is 24 (%w)"),
+        (one(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' excludes it"),
+        (one(k=24), Fp8Tile(), "the grouped kernels need K to be a multiple of 16, got 24 (%w)"),
         (one(n=20), Fp8Tile(), "write rows of a multiple of 16 bytes, 20 of bf16 are none (%w)"),
-        (one("f64"), Fp8Tile(), "it computes f64 of f64 and f64, not f32, f16 or bf16"),
-        (one(bias=", 1.0"), Fp8Tile(), "it adds a bias by itself"),
+        (one("f64"), Fp8Tile(), "it computes f64 from f64 and f64, not f32, f16 or bf16"),
+        (one(bias=", 1.0"), Fp8Tile(), "it also adds a bias"),
     ],
 )
 def test_reasons_for_skipping(graph: Graph, step: Pass, reason: str) -> None:
@@ -104,7 +104,7 @@ func @m(%x: f32[6, 32], %xs: f32[3, 2, 32], %v: f32[3, 32, 16], %offsets: i32[3]
         ("%w, %v, %offsets", "its weights are computed from the inputs (%v)"),
         ("%w, %w, %offsets", "both of its operands are constant (%w)"),
         ("%xs, %w", "its groups are not groups of rows of one activation (%xs)"),
-        ("%x, %w, %long", "its offsets are not one i32 for each matrix (%long)"),
+        ("%x, %w, %long", "its offsets are not one i32 per matrix (%long)"),
     ],
 )
 def test_only_rows_of_an_activation_times_constant_matrices_are_quantized(args: str, reason: str) -> None:
@@ -232,8 +232,8 @@ def test_batched_matmuls_are_groups_of_equal_size(op: str, t: str, rows: int) ->
     ("graph", "step", "reason"),
     [
         (batch(), Quantize(), "a grouped matmul is quantized to #fp8_tile and #fp8_block only"),
-        (batch(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' leaves it out"),
-        (batch(x="f64"), Fp8Tile(), "it computes f64 of f64 and f64, not f32, f16 or bf16"),
+        (batch(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' excludes it"),
+        (batch(x="f64"), Fp8Tile(), "it computes f64 from f64 and f64, not f32, f16 or bf16"),
         (batch(t="144", args="%w, %y"), Fp8Tile(), "it multiplies by a batch of matrices (a weight of 3 dimensions)"),
     ],
 )

@@ -121,12 +121,12 @@ W3 = '  %w3 = core.param() {name = "c.weight"} : f32[128, 128]\n'
         (A + W3 + "  %c = aten.mm(%w3, %w3) : f32[128, 128]\n" + B, [["a", "b"]], {}),
         (
             A + W3 + OTHER + B, [],
-            dict.fromkeys("ab", "between %a and %b stands a matmul of another input"),
+            dict.fromkeys("ab", "a matmul of another input lies between %a and %b"),
         ),
         (A + B.replace("%x", "%z"), [], {}),
         (
             A + B.replace("%w2", "%w2, %v"), [],
-            dict.fromkeys("ab", "one of %a and %b has a bias, and the other has none"),
+            dict.fromkeys("ab", "of %a and %b, only one has a bias"),
         ),
         (
             A + B.replace("%w2", "%w2, %vector"), [],
@@ -134,13 +134,13 @@ W3 = '  %w3 = core.param() {name = "c.weight"} : f32[128, 128]\n'
         ),
         (
             A + B.replace("%w2", "%w1"), [],
-            dict.fromkeys("ab", "its weight is read elsewhere, so that there would be two (%w1)"),
+            dict.fromkeys("ab", "its weight has other users, so both copies would be stored (%w1)"),
         ),
         (
             A + B + "  %t = aten.t(%w2) : f32[128, 256]\n  %e = aten.mm(%x, %t) : f32[s0, 256]\n",
             [],
             {"a": "no other linear of its input can be merged",
-             "b": "its weight is read elsewhere, so that there would be two (%w2)"},
+             "b": "its weight has other users, so both copies would be stored (%w2)"},
         ),
     ],
 )  # fmt: skip
@@ -171,10 +171,10 @@ def test_types_that_differ(line: str, why: str) -> None:
     assert not MergeLinears().run(graph)
 
 
-INSIDE = "{} has 192 columns, so that {} would begin inside of a block of the weight"
+INSIDE = "{} has 192 columns, so that {} would begin inside a block of the weight"
 NOBODY, FEW = "no other linear of its input can be merged", "it has 64 columns, fewer than 128"
-LEFT_OUT = "the pattern '!l1' leaves it out"
-ONE_SCALE = "its weight has one scale, which would become that of all that it is merged with"
+LEFT_OUT = "the pattern '!l1' excludes it"
+ONE_SCALE = "its weight has one scale, which all merged layers would have to share"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_pattern_of_experts_and_their_router_does_not_name_the_router() -> Non
     graph = Graph.parse(EXPERTS)
     assert Fp8Tile(layers=("mlp.*",)).run(graph)
     assert len(graph.ops("quant.grouped_linear")) == 1 and graph["gate"].op.name == "aten.linear"
-    assert Fp8Tile(layers=("mlp.*",)).explain(graph) == {"gate": "it is a router: its product decides a top-k"}
+    assert Fp8Tile(layers=("mlp.*",)).explain(graph) == {"gate": "it is a router: a top-k selects from its output"}
 
 
 @pytest.mark.parametrize("pattern", ["mlp.*", "mlp.exp*", "mlp.experts"])
@@ -167,7 +167,7 @@ def test_a_tied_head_is_quantized_and_the_embedding_stays(tied: Tied, scheme: st
     assert rows["shared_gate"].remark == (
         "named by 'shared_gate', although its weight has fewer than 16 rows or columns: [1, 64]"
     )
-    assert rows["router"].reason == "it is a router: its product decides a top-k" and not rows["router"].quantized
+    assert rows["router"].reason == "it is a router: a top-k selects from its output" and not rows["router"].quantized
     tables = [tensor for tensor in fast.graph.weights.values() if tensor.shape == (96, 64)]
     codes, table = sorted(tables, key=lambda tensor: tensor.itemsize)
     assert codes.dtype is torch.float8_e4m3fn and torch.equal(table, tied.embed.weight)

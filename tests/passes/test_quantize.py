@@ -219,7 +219,7 @@ def test_reasons() -> None:
     graph = qkv()
     step = Quantize(layers=("*_proj", "!*.q_proj"))
     run = run_pipeline(Pipeline((step,)), graph)
-    assert run.reasons == {"q": "the pattern '!*.q_proj' leaves it out"}
+    assert run.reasons == {"q": "the pattern '!*.q_proj' excludes it"}
     assert Quantize(layers=("*o_proj", "*k_proj")).explain(qkv()) == {"q": "no pattern selects it: *o_proj, *k_proj"}
 
 
@@ -227,10 +227,10 @@ def test_reasons() -> None:
     ("options", "message"),
     [
         ({"w_format": Format(DType.i8, (1, 7))}, "a block of pass 'quantize' has an unsupported size: got [1, 7]"),
-        ({"static": True}, "only a scale for the whole tensor can be static: got #fp8_row; need a format with"),
+        ({"static": True}, "a static scale must cover the whole tensor: got #fp8_row; need a format with"),
         ({"x_format": "#fp8_row"}, "option 'x_format' of pass 'quantize' has a wrong value: got '#fp8_row'; need"),
-        ({"percentile": 0.0}, "a percentile lies above 0 and up to 100: got 0.0"),
-        ({"percentile": 101}, "a percentile lies above 0 and up to 100: got 101.0"),
+        ({"percentile": 0.0}, "a percentile must be above 0 and at most 100: got 0.0"),
+        ({"percentile": 101}, "a percentile must be above 0 and at most 100: got 101.0"),
         ({"observer": "median"}, "option 'observer' of pass 'quantize' has a wrong value: got 'median'; need one of a"),
         ({"static": 1}, "option 'static' of pass 'quantize' has a wrong value: got 1; need true or false"),
         ({"layers": "lm_head"}, "option 'layers' of pass 'quantize' has a wrong value: got 'lm_head'; need [a word or"),

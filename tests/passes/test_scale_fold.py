@@ -266,13 +266,13 @@ def test_a_graph_without_weight_data_is_rewritten_too() -> None:
 @pytest.mark.parametrize(
     ("s", "message"),
     [
-        (torch.ones(3), "the scale of %n has a wrong type or shape: got torch.float32 of the shape [3]; need f32[4]"),
-        (torch.ones(4, dtype=torch.float64), "the scale of %n has a wrong type or shape: got torch.float64"),
-        (torch.tensor([1.0, 0.0, 1.0, 1.0]), "the scale of %n has entries that are no factors: got 0.0"),
-        (torch.tensor([1.0, 1.0, -2.0, 1.0]), "the scale of %n has entries that are no factors: got -2.0"),
-        (torch.tensor([1.0, torch.inf, 1.0, 1.0]), "the scale of %n has entries that are no factors: got inf"),
-        (torch.tensor([torch.nan, 1.0, 1.0, 1.0]), "the scale of %n has entries that are no factors: got nan"),
-        (torch.tensor([1.0, 1.0, 1.0, 1e-40]), "the scale of %n has entries that are no factors: got 9.9"),
+        (torch.ones(3), "the scale of %n has the wrong type or shape: got torch.float32 of shape [3]; need f32[4]"),
+        (torch.ones(4, dtype=torch.float64), "the scale of %n has the wrong type or shape: got torch.float64"),
+        (torch.tensor([1.0, 0.0, 1.0, 1.0]), "the scale of %n has invalid entries: got 0.0"),
+        (torch.tensor([1.0, 1.0, -2.0, 1.0]), "the scale of %n has invalid entries: got -2.0"),
+        (torch.tensor([1.0, torch.inf, 1.0, 1.0]), "the scale of %n has invalid entries: got inf"),
+        (torch.tensor([torch.nan, 1.0, 1.0, 1.0]), "the scale of %n has invalid entries: got nan"),
+        (torch.tensor([1.0, 1.0, 1.0, 1e-40]), "the scale of %n has invalid entries: got 9.9"),
     ],
 )
 def test_invalid_scales(s: torch.Tensor, message: str) -> None:

@@ -195,7 +195,7 @@ def test_an_excluded_layer_is_compensated_too() -> None:
     assert relative_error(before, interpret(graph, flat)[0]) < 2e-5
     keys = [op for op in graph.ops("aten.linear") if op.loc.module.endswith("k_proj")]
     assert all(op["weight"].op.name == "aten.mul.Tensor" and op.result.name not in graph.remarks for op in keys)
-    assert "leaves it out" in SmoothQuant(layers=("*", "!*.k_proj")).explain(graph)[keys[0].result.name]
+    assert "excludes it" in SmoothQuant(layers=("*", "!*.k_proj")).explain(graph)[keys[0].result.name]
 
 
 def test_the_users_model_does_not_change() -> None:
@@ -263,7 +263,7 @@ def test_tiles_are_smoothed_only_if_the_error_decreases_enough() -> None:
     batches = [torch.randn(32, 256) for _ in range(4)]
     plain = qcompiler.compile(model, scheme="fp8_tile_smooth", calibration=batches)
     (row,) = plain.report.quantized
-    assert "not smoothed: it would not make the error smaller by enough (error 0.0" in row.remark
+    assert "not smoothed: it would not reduce the error enough (error 0.0" in row.remark
     assert torch.equal(plain(batches[0]), qcompiler.compile(model, example_inputs=(batches[0],))(batches[0]))
     linear.weight[:, ::128] *= 2.0**18  # one weight channel, much larger than its neighbors, spoils their blocks
     norm.weight[::128] /= 2.0**18
@@ -282,16 +282,16 @@ def test_a_scale_that_cannot_be_folded_becomes_a_prescale() -> None:
     fast = qcompiler.compile(model, scheme="smoothquant_o1", calibration=[x])
     first, second = fast.report.quantized
     assert first.remark == (
-        "smoothed, alpha 0.5: 1/s is multiplied in front, since a graph input takes in no scale (%input)"
+        "smoothed, alpha 0.5: 1/s is multiplied separately, since a graph input cannot absorb a scale (%input)"
     )
     assert second.remark == (
-        "smoothed, alpha 0.5: 1/s is multiplied in front, since aten.gelu does not commute with a scale (%gelu)"
+        "smoothed, alpha 0.5: 1/s is multiplied separately, since aten.gelu does not commute with a scale (%gelu)"
     )
     assert [len(op.args) for op in fast.stages["to-kernels"].ops("kernel.quantize")] == [2, 2]  # a prescale
     assert not fast.graph.ops("aten.mul.Tensor")
     pipeline = qcompiler.pipeline("smoothquant_o1").replace("smoothquant", "smoothquant{prescale=false}")
     plain = qcompiler.compile(model, pipeline=pipeline, calibration=[x])
-    assert "not smoothed: aten.gelu does not commute with a scale (%gelu); and no prescale is wanted" in str(
+    assert "not smoothed: aten.gelu does not commute with a scale (%gelu); prescale is off" in str(
         plain.report.quantized[1].remark
     )
 
@@ -315,7 +315,7 @@ def test_an_expert_without_tokens_keeps_a_neutral_scale() -> None:
     batch = torch.randn(4, 16)
     fast = qcompiler.compile(model, scheme="smoothquant_o3", calibration=[batch])
     remarks = {row.module: row.remark for row in fast.report.quantized}
-    assert remarks["second"] == "not smoothed: no token came by in calibration, so its scale is neutral"
+    assert remarks["second"] == "not smoothed: calibration saw no token, so its scale is neutral"
     assert remarks["first"].startswith("smoothed, ")
     assert [row.unseen for row in fast.calibration.coverage.rows] == [True, False]  # type: ignore[union-attr]
     assert [op.name for op in fast.graph.ops() if op.loc.module == "second" and "quantize" in op.name] == [
@@ -327,7 +327,7 @@ def test_an_expert_without_tokens_keeps_a_neutral_scale() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"alpha": 1.5}, "option 'alpha' of pass 'smoothquant' is out of range: got 1.5; need 0 to 1"),
     ({"alpha": "best"}, "option 'alpha' of pass 'smoothquant' has a wrong value: got 'best'"),
-    ({"static": True}, "only a scale for the whole tensor can be static"),
+    ({"static": True}, "a static scale must cover the whole tensor"),
 ])  # fmt: skip
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PassError) as error:

@@ -56,7 +56,7 @@ def test_scales_with_other_users_stay_in_the_quant_dialect() -> None:
     assert graph["x_q"].op.name == "quant.quantize"
     assert graph["y"].op.format("x_format").scale_layout == "row_major"
     assert ToKernels().explain(graph) == {
-        "x_q": "its scales are also read by core.return, which knows one layout only (%x_s)"
+        "x_q": "its scales are also read by core.return, which supports one layout only (%x_s)"
     }
 
 
@@ -65,7 +65,7 @@ def test_a_weight_that_is_quantized_in_each_call() -> None:
     for step in Pipeline.parse("fp8-tile; fuse-linear"):
         step.run(graph)
     ToKernels().run(graph)
-    reason = "its scales are read as those of a weight, which have one layout only (%w_s)"
+    reason = "its scales are read as weight scales, which have one layout only (%w_s)"
     assert ToKernels().explain(graph) == {"w_q": reason}
 
 
@@ -74,7 +74,7 @@ def test_an_unknown_layout() -> None:
         Pass.parse("to-kernels{scale_layout=diagonal}")
 
 
-SIMULATED = "its scales vary from channel to channel, along the sum, where no tensor core can apply them"
+SIMULATED = "its scales vary along K, the reduction dimension, where tensor cores cannot apply them"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def checkpoint(path: Path) -> Path:
 
 
 def test_an_artefact_where_a_checkpoint_is_expected(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = r"the folder holds no checkpoint.* The folder is an artefact of qcompiler: load it with qcompiler\.load\("
+    words = r"the folder holds no checkpoint.* The folder is a qcompiler artefact: load it with qcompiler\.load\("
     for read in (qcompiler.compile, load_model, qcompiler.checkpoints.read):
         with pytest.raises(QCompilerError, match=words):
             read(artefact)
@@ -60,11 +60,11 @@ def test_a_checkpoint_where_an_artefact_is_expected(tmp_path: Path, capsys: pyte
         (["config.json", "pytorch_model.bin"], r"The folder has pytorch_model\.bin\. Pickled weights are never read"),
         (["model.pth"], "Pickled weights are never read"),
         (["config.json", "tf_model.h5"], "TensorFlow and Flax weights are not read"),
-        (["adapter_config.json", "adapter_model.safetensors"], "The folder holds an adapter. Merge it"),
+        (["adapter_config.json", "adapter_model.safetensors"], "The folder contains an adapter. Merge it"),
         (["config.json", "consolidated.safetensors"], r"files have other names: consolidated\.safetensors"),
         (["config.json"], r"The folder has a config\.json and no weights: download them too"),
-        (["snapshots/1f/config.json"], r"A folder inside of it may be meant: .*snapshots/1f"),
-        (["text_encoder/config.json"], r"A folder inside of it may be meant: .*text_encoder"),
+        (["snapshots/1f/config.json"], r"A subfolder may be meant: .*snapshots/1f"),
+        (["text_encoder/config.json"], r"A subfolder may be meant: .*text_encoder"),
         (["a/b"], "The folder has no files"),
         ([], "The folder is empty"),
     ],
@@ -88,13 +88,13 @@ def test_a_folder_for_iree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.safetensors", "Give the folder that it is in"), ("model.gguf", "GGUF weights are not read"),
+        ("model.safetensors", "Pass the folder that contains it"), ("model.gguf", "GGUF weights are not read"),
         ("model.pt2", r"torch\.export\.load"), ("model.bin", "Pickled weights"), ("notes.txt", "a folder is needed"),
     ],
 )  # fmt: skip
 def test_a_file_is_not_a_folder(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_text("")
-    with pytest.raises(QCompilerError, match=f"a checkpoint is a folder, and this is a file: .*{words}"):
+    with pytest.raises(QCompilerError, match=f"a checkpoint is a folder, but this is a file: .*{words}"):
         load_model(tmp_path / name)
     with pytest.raises(ArtefactError, match=f"there is no artefact: .*{words}"):
         qcompiler.load(tmp_path / name)
@@ -124,7 +124,7 @@ def test_other_paths_that_do_not_exist_get_no_advice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("x" * 300, "a folder cannot be read: got File name too long"), ("a\0b", "this is not a path: got 'a"),
+        ("x" * 300, "the folder cannot be read: got File name too long"), ("a\0b", "this is not a path: got 'a"),
         (3, "this is not a path: got int"), (None, "got NoneType"), (b"folder", "got b'folder'"),
     ],
 )  # fmt: skip
@@ -150,5 +150,5 @@ def test_a_folder_that_may_not_be_read_is_an_error_that_says_so(
     with pytest.raises(QCompilerError, match="a file of the checkpoint cannot be read: got Permission denied"):
         qcompiler.checkpoints.read(path)
     monkeypatch.setattr(os, "access", lambda found, mode: False)
-    with pytest.raises(QCompilerError, match="a folder cannot be read: got Permission denied"):
+    with pytest.raises(QCompilerError, match="the folder cannot be read: got Permission denied"):
         qcompiler.checkpoints.read(path)

@@ -45,10 +45,10 @@ def test_every_reader_has_a_row_and_every_refusal_a_reason() -> None:
     found = report(MIXED, pipeline("fp8_tile"))
     assert {row.name: row.reason for row in found.rows} == {
         "e": "an embedding is a lookup, not a matmul",
-        "h": "it is no matmul",
+        "h": "it is not a matmul",
         "y": "",
         "narrow": "",
-        "unread": "it was removed, since nothing needs what it computes",
+        "unread": "it was removed because its result is not used",
         "logits": "it is the vocabulary projection: an embedding has the same weight (%table)",
     }
     assert [row.name for row in found.quantized] == ["y", "narrow"]

@@ -98,7 +98,7 @@ def test_profiles() -> None:
     assert (profile(), profile(numerics="vllm"), profile(scale="ue8m0")) == ("deepseek", "vllm", "ue8m0")
     assert profile(numerics="ue8m0", scale="ue8m0") == profile(numerics="ue8m0") == "ue8m0"
     for name in ("deepgemm", "vllm"):
-        with pytest.raises(PassError, match=f"has power-of-two scales: got {name}; need numerics=deepseek"):
+        with pytest.raises(PassError, match=f"support power-of-two scales: got {name}; need numerics=deepseek"):
             profile(numerics=name, scale="ue8m0")
 
 

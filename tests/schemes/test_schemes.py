@@ -140,13 +140,13 @@ def test_did_you_mean(name: str) -> None:
         ("llm.int8()", PassError, "no such scheme: got 'llm.int8()'. LLM.int8, which keeps outlier columns in float"),
         ("fp8_tile{dtype=i8}", PassError, "option 'dtype' of scheme 'fp8_tile' has a wrong value: got i8; need f8e4m3"),
         ("fp8_row{dtype=bf16}", PassError, "option 'dtype' of scheme 'fp8_row' has a wrong value: got bf16; need f8e4"),
-        ("fp8_tile{scale=ue8m0, numerics=deepgemm}", PassError, "no numerics profile of this kind has power-of-two "
-         "scales: got deepgemm; need numerics=deepseek, whose other rules the profile 'ue8m0' shares"),
+        ("fp8_tile{scale=ue8m0, numerics=deepgemm}", PassError, "this numerics profile does not support power-of-"
+         "two scales: got deepgemm; need numerics=deepseek, which the profile 'ue8m0' otherwise matches"),
         ("fp8_tile{scale=e8m0}", PassError, "option 'scale' of scheme 'fp8_tile' has a wrong value: got e8m0; need one "
          'of "f32", ue8m0'),
         ("fp8_tile{numerics=deepseak}", QCompilerError, "unknown quantization profile: got 'deepseak'. Did you mean '"),
         ("fp8_tensor_static{observer=max}", PassError, "option 'observer' of scheme 'fp8_tensor_static' has a wrong v"),
-        ("fp8_tensor_static{percentile=0}", PassError, "a percentile lies above 0 and up to 100: got 0.0"),
+        ("fp8_tensor_static{percentile=0}", PassError, "a percentile must be above 0 and at most 100: got 0.0"),
         ("smoothquant_o1{alpha=2}", PassError, "option 'alpha' of pass 'smoothquant' is out of range: got 2.0; need 0"),
         ("smoothquant_o1{alpha=guess}", PassError, "option 'alpha' of scheme 'smoothquant_o1' has a wrong value: got "),
         ("smoothquant_o1{pow2=1}", PassError, "option 'pow2' of scheme 'smoothquant_o1' has a wrong value: got 1; nee"),
@@ -154,11 +154,11 @@ def test_did_you_mean(name: str) -> None:
         ("fp8_tile{k_block}", ParseError, "<scheme>:1:10: option 'k_block' has no value"),
         ("fp8_tile{k_block=64, k_block=64}", ParseError, "<scheme>:1:22: option 'k_block' is given twice"),
         ("fp8_tile{k_block=[}", ParseError, "<scheme>:1:19: expected a literal, but got '}'"),
-        ("fp8_tile k_block=64", ParseError, "<scheme>:1:10: options are spelled in braces: {option=value, option="),
+        ("fp8_tile k_block=64", ParseError, "<scheme>:1:10: options must be in braces: {option=value, option="),
         ("fp8_tile{k_block=64", ParseError, "<scheme>:1:20: expected ',' or '}', but got the end of the text"),
         ("", ParseError, "<scheme>:1:1: expected the name of a scheme, but got the end of the text"),
-        (None, PassError, "a scheme is named by a string: got None; need such as \"fp8_tile\""),
-        (SCHEMES["fp8_row"], PassError, "a scheme is named by a string: got Scheme(name='fp8_row'"),
+        (None, PassError, "a scheme must be a string: got None; need such as \"fp8_tile\""),
+        (SCHEMES["fp8_row"], PassError, "a scheme must be a string: got Scheme(name='fp8_row'"),
     ],
 )  # fmt: skip
 def test_wrong_options(text: Any, kind: type[QCompilerError], message: str) -> None:
@@ -173,13 +173,13 @@ def test_wrong_options(text: Any, kind: type[QCompilerError], message: str) -> N
 
 def test_a_name_is_taken_once() -> None:
     assert register(SCHEMES["fp8_tile"]) is SCHEMES["fp8_tile"]
-    with pytest.raises(PassError, match="two schemes have one name: got 'fp8_tile'"):
+    with pytest.raises(PassError, match="two schemes have the same name: got 'fp8_tile'"):
         register(Scheme("fp8_tile", "Another.", "dead-code"))
 
 
 def test_a_scheme_is_a_pipeline_or_a_spec() -> None:
     for given in ({}, {"pipeline": "dead-code", "spec": QuantizationSpec()}):
-        with pytest.raises(PassError, match="scheme 'mine' needs a pipeline or a spec, and not both"):
+        with pytest.raises(PassError, match="scheme 'mine' needs either a pipeline or a spec"):
             Scheme("mine", "Mine.", **given)  # type: ignore[arg-type]  # wrong on purpose
     assert Scheme("mine", "Mine.", spec=QuantizationSpec()).pipeline == SCHEMES["fp8_tile"].pipeline
 
@@ -238,10 +238,10 @@ def test_ignored_layers_are_overrides_without_a_scheme() -> None:
 @pytest.mark.parametrize(
     ("ignore", "message"),
     [
-        ("lm_head", "ignore is of a wrong type: got 'lm_head'; need a list such as [\"lm_head\"]. For a single"),
-        (None, "ignore is of a wrong type: got None"),
+        ("lm_head", "ignore has the wrong type: got 'lm_head'; need a list such as [\"lm_head\"]. For a single"),
+        (None, "ignore has the wrong type: got None"),
         (["a"], "a pattern is both ignored and overridden: got 'a'; need one of them"),
-        (["!a"], "a pattern of overrides is wrong: got '!a'"),
+        (["!a"], "a pattern in overrides is invalid: got '!a'"),
     ],
 )
 def test_wrong_patterns_to_ignore(ignore: Any, message: str) -> None:
@@ -261,13 +261,13 @@ def test_overrides_without_any_are_the_scheme() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["a"], "overrides is of a wrong type: got list; need a dict such as {\"*.down_proj\": \"fp8_row\", \"lm_head"),
-        ("a", "overrides is of a wrong type: got str"),
-        ({"!a": "fp8_row"}, "a pattern of overrides is wrong: got '!a'; need a name such as '*.down_proj'"),
-        ({"": None}, "a pattern of overrides is wrong: got ''"),
-        ({3: None}, "a pattern of overrides is wrong: got 3"),
+        (["a"], "overrides has the wrong type: got list; need a dict such as {\"*.down_proj\": \"fp8_row\", \"lm_head"),
+        ("a", "overrides has the wrong type: got str"),
+        ({"!a": "fp8_row"}, "a pattern in overrides is invalid: got '!a'; need a name such as '*.down_proj'"),
+        ({"": None}, "a pattern in overrides is invalid: got ''"),
+        ({3: None}, "a pattern in overrides is invalid: got 3"),
         ({"a": "fp8_rov"}, "no such scheme: got 'fp8_rov'. Did you mean 'fp8_row'?"),
-        ({"a": 3}, "a scheme is named by a string: got 3"),
+        ({"a": 3}, "a scheme must be a string: got 3"),
     ],
 )  # fmt: skip
 def test_wrong_overrides(overrides: Any, message: str) -> None:
@@ -288,8 +288,8 @@ def test_a_scheme_that_is_only_a_pipeline() -> None:
             with pytest.raises(PassError) as error:
                 pipeline(scheme, overrides)
             assert str(error.value) == (
-                "a scheme that is only a pipeline has no options and fits all layers: got 'my_pipeline'. "
-                "Write its pipeline out, and edit that."
+                "a scheme without a spec has no options and applies to all layers: got 'my_pipeline'. "
+                "Edit its pipeline instead."
             )
     finally:
         del SCHEMES["my_pipeline"]

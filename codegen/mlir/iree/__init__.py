@@ -1,11 +1,11 @@
-"""Graphs compiled by IREE for the CPU: a folder that is built once, and loaded and called anywhere.
+"""Compiles graphs with IREE for the CPU: a folder that is built once, then loaded and called anywhere.
 
     build(graph, "model.iree")
     model = load("model.iree")
     y = model(x)
 
-The folder holds `model.vmfb`, `weights.safetensors`, and `manifest.json` with the hashes of both. IREE's compiler is
-needed to build it, and IREE's runtime to run it: both are the extra `iree`.
+The folder holds `model.vmfb`, `weights.safetensors`, and `manifest.json` with the hashes of both. Building needs IREE's
+compiler, running needs IREE's runtime: both are in the extra `iree`.
 """
 
 from codegen.mlir.iree.building import build

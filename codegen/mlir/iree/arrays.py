@@ -1,4 +1,4 @@
-"""Tensors of torch as arrays of numpy and back, also of the element types that numpy lacks."""
+"""Converts torch tensors to numpy arrays and back, including element types that numpy lacks."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ NAMELESS: dict[torch.dtype, tuple[str, torch.dtype]] = {
     torch.float8_e5m2: ("float8_e5m2", torch.uint8),
     torch.float8_e8m0fnu: ("float8_e8m0fnu", torch.uint8),
 }
-"""What numpy has no type for: its name in ml_dtypes, and a type of torch's of the same size that numpy has."""
+"""Types that numpy lacks: the name in ml_dtypes, and a torch type of the same size that numpy has."""
 
 
 def to_array(tensor: torch.Tensor) -> Any:
@@ -25,7 +25,7 @@ def to_array(tensor: torch.Tensor) -> Any:
 
 
 def to_tensor(array: Any) -> torch.Tensor:
-    """The tensor of an array, which is copied."""
+    """A tensor with a copy of the array."""
     for dtype, (name, bits) in NAMELESS.items():
         if str(array.dtype) == name:
             plain = array.view(f"{'u' if bits is torch.uint8 else ''}int{8 * array.itemsize}")

@@ -1,4 +1,4 @@
-"""From a graph to a folder that IREE's runtime can run on a CPU."""
+"""Builds a folder that IREE's runtime can run on a CPU from a graph."""
 
 import hashlib
 import os
@@ -27,14 +27,14 @@ def build(
     store: Mapping[str, torch.Tensor] | None = None,
     cpu: str = "generic",
 ) -> Path:
-    """Compiles a graph for the CPU and writes a folder that `load` reads; gives its path.
+    """Compiles a graph for the CPU, writes a folder for `load`, and returns its path.
 
     Args:
         graph: Any stage of any pipeline.
-        folder: Where to write; a folder that was built before is replaced.
-        store: Name -> tensor; left out, the graph's own weights.
-        cpu: Which processor IREE compiles for: "generic" runs on any of the kind, "host" is faster and runs on the
-            likes of this one.
+        folder: Where to write; a previously built folder is replaced.
+        store: Name -> tensor; default: the graph's own weights.
+        cpu: The processor to compile for: "generic" runs on any CPU of the architecture, "host" targets this CPU and is
+            faster.
 
     Raises:
         QCompilerError: torch-mlir or IREE is not installed.
@@ -49,7 +49,7 @@ def build(
     for argument in stored:
         bytes_of(argument, found)
     binary = compile_module(module, cpu)
-    # Fresh memory for each: two of them may share theirs, which a file of tensors must not.
+    # Each gets its own memory: tensors may share memory, which a safetensors file does not allow.
     tensors = {argument.name: found[argument.name].detach().cpu().contiguous().clone() for argument in stored}
     size = len(binary) + sum(tensor.nbytes for tensor in tensors.values())
     with replacing(
@@ -64,7 +64,7 @@ def build(
 
 
 def compile_module(module: MlirModule, cpu: str = "generic") -> bytes:
-    """The binary that IREE's compiler makes of a module in linalg.
+    """The binary that IREE's compiler produces from a linalg module.
 
     Raises:
         QCompilerError: IREE's compiler is not installed.
@@ -84,7 +84,7 @@ def _manifest(graph: Graph, module: MlirModule, hashes: Mapping[str, str], cpu: 
     results = iter(range(len(module.results)))
     outputs = [{"result": next(results)} if isinstance(each, Value) else {"literal": each} for each in graph.outputs]
     if any(isinstance(output.get("literal"), tuple) for output in outputs):
-        raise CodegenError("an output of the graph is a list, which the compiled model has no place for")
+        raise CodegenError("an output of the graph is a list, which the compiled model does not support")
     return Manifest(
         function=module.name,
         inputs={argument.name: str(argument.type) for argument in module.arguments if argument.kind == "input"},
@@ -103,18 +103,18 @@ def _version() -> str:
 
 
 def check_replaceable(target: Path) -> None:
-    """InputError unless a folder is new, empty, or was built before and holds nothing else."""
+    """Raises InputError unless a folder is new, empty, or was built before and holds nothing else."""
     if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
         need = "a new folder, or one that was built before"
-        raise InputError("something else stands where the compiled model is to be written", got=target, need=need)
+        raise InputError("the output path of the compiled model is in use", got=target, need=need)
     found = {path.name for path in target.iterdir()}
     if found:
         read_manifest(target)
     if extra := sorted(found - {MANIFEST, MODULE, WEIGHTS}):
-        raise InputError("the folder holds what is no part of a compiled model", got=f"'{extra[0]}' in {target}",
-                         fix="Write to another folder, or move it away.")  # fmt: skip
+        raise InputError("the folder holds files of something else", got=f"'{extra[0]}' in {target}",
+                         fix="Write to another folder, or move the file away.")  # fmt: skip
 
 
 __all__ = ["build", "check_replaceable", "compile_module"]

@@ -1,4 +1,4 @@
-"""The manifest of a folder that IREE's runtime can run: what is in it, and how its function is called. JSON."""
+"""The JSON manifest of a folder that IREE's runtime can run: its contents, and how to call its function."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ class Manifest:
     """How to run a compiled module.
 
     Attributes:
-        function: Its name.
-        inputs: Name -> type, as a graph spells it.
+        function: Name of the function.
+        inputs: Name -> type, in graph syntax.
         stored: The names of the tensors that follow the inputs, in order.
         outputs: For each output the number of a result, or a literal.
-        updates: For each result behind those, the name of the input or stored tensor whose new value it is.
-        symbols: Name of a symbolic size -> the least and the largest that it may be.
+        updates: For each result after the outputs, the name of the input or stored tensor that it updates.
+        symbols: Name of a symbolic size -> its minimum and maximum.
         hashes: File -> SHA-256.
-        compiled: What it was compiled with, for people.
+        compiled: Compilation details, for information only.
     """
 
     function: str
@@ -44,7 +44,7 @@ class Manifest:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether a folder says of itself that IREE runs it, in this version of the format or another."""
+    """Whether a folder has an IREE manifest, in any version of the format."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -53,7 +53,7 @@ def is_built(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a folder; InputError when there is none that this version understands."""
+    """The manifest of a folder; raises InputError if there is none that this version supports."""
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -66,20 +66,20 @@ def read(folder: Path) -> Manifest:
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            "the folder holds no model that IREE can run", got=f"{path}: {error}",
-            need="a folder that compile --target iree-cpu or to_iree() has written",
+            "the folder does not hold a model that IREE can run", got=f"{path}: {error}",
+            need="a folder written by compile --target iree-cpu or to_iree()",
         ) from error  # fmt: skip
 
 
 def checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """The bytes of a file, known to be those that were written; InputError otherwise."""
+    """The bytes of a file, after checking its hash; raises InputError if it has changed."""
     try:
         found = (folder / name).read_bytes()
     except OSError as error:
         raise InputError("a file of the compiled model cannot be read", got=str(error)) from error
     if (got := hashlib.sha256(found).hexdigest()) != manifest.hashes.get(name):
         raise InputError(
-            "a file of the compiled model is not the one that was written",
+            "a file of the compiled model has changed since it was written",
             got=f"{name} with SHA-256 {got[:16]}…", need=f"{str(manifest.hashes.get(name))[:16]}…",
             where=str(folder), fix="Build the folder again.",
         )  # fmt: skip

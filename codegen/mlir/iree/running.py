@@ -1,4 +1,4 @@
-"""Loads a folder that `build` has written, and calls it with tensors of torch."""
+"""Loads a folder written by `build`, and calls its model with torch tensors."""
 
 import os
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from qcompiler.ir.sizes import evaluate, symbols
 
 
 class IreeModel:
-    """A model that IREE has compiled; called with its inputs in order or by name.
+    """A model compiled by IREE; call it with its inputs in order or by name.
 
-    What the model updates, such as a cache, is kept from call to call; updates of inputs are written to them.
+    State that the model updates, such as a cache, persists between calls; updates of inputs are written to them.
 
     Attributes:
-        manifest: What the folder says of itself.
+        manifest: The manifest of the folder.
     """
 
     def __init__(self, manifest: Manifest, binary: bytes, tensors: dict[str, torch.Tensor]) -> None:
@@ -37,10 +37,10 @@ class IreeModel:
         self._function = runtime.load_vm_module(module, _config())[manifest.function]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """The outputs: one, or a tuple of several.
+        """The output, or a tuple of several.
 
         Raises:
-            InputError: The inputs are not of the types that the model was compiled for.
+            InputError: The inputs do not have the types that the model was compiled for.
             CodegenError: IREE failed to run it.
         """
         given = self._bound(inputs, named)
@@ -72,18 +72,18 @@ class IreeModel:
             raise InputError("the model has no such input", got=unknown[0], fix=did_you_mean(unknown[0], names))
         given = dict(zip(names, inputs, strict=False)) | named
         if len(given) != len(names) or len(inputs) + len(named) != len(names):
-            raise InputError("the model takes each of its inputs once", got=sorted(given), need=names)
+            raise InputError("each input must be given exactly once", got=sorted(given), need=names)
         return {name: given[name] for name in names}
 
     def _check(self, given: dict[str, Any]) -> None:
-        """Holds tensors to their element types and shapes, and equal symbols to equal sizes within their limits."""
+        """Checks element types and shapes; equal symbols must have equal sizes within their limits."""
         sizes: dict[str, int] = {}
         for name, kind in self._types.items():
             if kind is None:
                 continue
             found = TensorType.of(given[name])
             if found is None or found.dtype != kind.dtype or len(found.shape) != len(kind.shape):
-                raise InputError(f"input '{name}' is of another type", got=found, need=kind)
+                raise InputError(f"input '{name}' has the wrong type", got=found, need=kind)
             for want, got in zip(kind.shape, found.shape, strict=True):
                 if str(want) in self.manifest.symbols:
                     sizes.setdefault(str(want), int(str(got)))
@@ -92,14 +92,12 @@ class IreeModel:
             for axis, want in enumerate(shape):
                 known = symbols(want) <= sizes.keys()
                 if known and evaluate(want, sizes) != given[name].shape[axis]:
-                    raise InputError(f"input '{name}' has another shape", got=list(given[name].shape), need=kind)
+                    raise InputError(f"input '{name}' has the wrong shape", got=list(given[name].shape), need=kind)
         for symbol, size in sizes.items():
             low, high = self.manifest.symbols[symbol]
             if size < low or (high is not None and size > high):
                 limits = f"{low}..{'' if high is None else high}"
-                raise InputError(
-                    "a size is one that the model was not compiled for", got=f"{symbol} = {size}", need=limits
-                )
+                raise InputError("the model was not compiled for this size", got=f"{symbol} = {size}", need=limits)
 
     def _output(self, place: Any, results: list[Any]) -> Any:
         if "literal" in place:
@@ -109,11 +107,11 @@ class IreeModel:
 
 
 def load(folder: str | os.PathLike[str]) -> IreeModel:
-    """The model in a folder that `build` has written; its files are hashed before anything in them is used.
+    """Loads the model in a folder written by `build`; checks the hash of each file before using it.
 
     Raises:
         QCompilerError: IREE's runtime is not installed.
-        InputError: The folder holds no such model, or a file of it is not the one that was written.
+        InputError: The folder does not hold such a model, or one of its files has changed.
     """
     path = Path(folder)
     manifest = read_manifest(path)
@@ -124,12 +122,12 @@ def load(folder: str | os.PathLike[str]) -> IreeModel:
 @cache
 def _config() -> Any:
     """One device, with its threads, for all models of the process."""
-    # Models may live until Python ends, which the bindings would report as a leak.
+    # Models may live until Python exits, which the bindings would report as a leak.
     load_package("iree.runtime._binding", "iree").disable_leak_checker()
     return load_package("iree.runtime", "iree").Config("local-task")
 
 
 def _parse_type(text: str) -> TensorType | None:
-    """The type that a manifest spells; None for a number, which is passed as it is."""
+    """The type for a type string of a manifest; None for a number, which is passed unchanged."""
     found = parse_type(text)
     return found if isinstance(found, TensorType) else None

@@ -1,7 +1,7 @@
-// The window onto the drawing: scroll to move, pinch or Ctrl-scroll to zoom, drag to move.
+// The viewport of the drawing: scroll to move, pinch or Ctrl-scroll to zoom, drag to move.
 
 const LEAST_READABLE = 0.8;
-/** The zoom below which type is too small, so that less is shown instead. */
+/** Zoom below which text is too small to read, so fewer details are shown. */
 
 class Canvas {
   constructor(svg) {
@@ -47,7 +47,7 @@ class Canvas {
       removeEventListener("pointermove", move);
       removeEventListener("pointerup", end);
       removeEventListener("pointercancel", end);
-      setTimeout(() => (this.moving = false)); // after the click that this was not
+      setTimeout(() => (this.moving = false)); // after the click event that ends the drag
     };
     addEventListener("pointermove", move);
     addEventListener("pointerup", end);
@@ -62,7 +62,7 @@ class Canvas {
     this.apply();
   }
 
-  /** Shows all of the drawing, however small. */
+  /** Shows the whole drawing at any zoom. */
   fit() {
     const { width, height } = this.window;
     this.zoom = Math.max(0.05, Math.min(width / this.extent.width, height / this.extent.height, 1.15));
@@ -71,7 +71,7 @@ class Canvas {
     this.apply();
   }
 
-  /** Shows all of the drawing, or, where that could not be read, what is around a part of it. */
+  /** Shows the whole drawing or, if it would be too small to read, the surroundings of a part. */
   show(part) {
     this.fit();
     if (this.zoom >= LEAST_READABLE) return;
@@ -83,7 +83,7 @@ class Canvas {
     this.apply();
   }
 
-  /** Moves a part of the drawing to the middle, unless it is in sight already. */
+  /** Centers a part of the drawing, unless it is already visible. */
   reveal({ x, y, width, height }, always = false) {
     const { width: w, height: h } = this.window;
     if (this.zoom < 0.5) this.zoom = 0.8;
@@ -96,7 +96,7 @@ class Canvas {
     this.apply();
   }
 
-  /** Keeps a point of the drawing, which has moved from one place to another, where it is on the screen. */
+  /** Keeps a point of the drawing that has moved at the same place on the screen. */
   hold(from, to) {
     this.x += (from.x - to.x) * this.zoom;
     this.y += (from.y - to.y) * this.zoom;

@@ -1,10 +1,10 @@
-// The data of the page, and what a pass did: each operation of two stages with its fate.
+// The data of the page, and how a pass changed each operation between two stages.
 
 const data = JSON.parse(byId("data").textContent);
 
 const FATES = { same: "unchanged", added: "added", removed: "removed", changed: "changed" };
 
-/** An operation of the table, with the names that it computes. */
+/** An operation of the table, with the names of its results. */
 class Operation {
   constructor(row) {
     this.text = row.text;
@@ -28,7 +28,7 @@ class Operation {
     return this.results.map(([, type]) => type).join(", ");
   }
 
-  /** What a search looks through; made when first asked for. */
+  /** The text that a search scans; computed on first use. */
   get haystack() {
     this._haystack ??= `${this.text} ${this.module} ${this.file}`.toLowerCase();
     return this._haystack;
@@ -37,7 +37,7 @@ class Operation {
 
 const operations = data.ops.map((row) => new Operation(row));
 
-/** A graph of the pipeline: its operations in order, and who computes each value. */
+/** A graph of the pipeline: its operations in order, and the operation that computes each value. */
 class Stage {
   constructor(row, index) {
     Object.assign(this, row, { index, ops: row.ops.map((number) => operations[number]) });
@@ -57,7 +57,7 @@ class Stage {
     return this._makers;
   }
 
-  /** Name of a value -> the operations that read it. */
+  /** Name of a value -> its users. */
   get readers() {
     if (!this._readers) {
       this._readers = new Map();
@@ -71,7 +71,7 @@ class Stage {
     return this._readers;
   }
 
-  /** The module that an operation is drawn in: for a weight, which stands in none, the one around all that read it. */
+  /** The module that an operation is drawn in; for a weight, the innermost module around all its users. */
   moduleOf(op) {
     if (!op.isWeight || op.module) return op.module;
     if (!this.makers.has(op.value)) return this.before?.moduleOf(op) ?? "";
@@ -79,7 +79,7 @@ class Stage {
     return paths.length ? paths.reduce(sharedStart).join(".") : "";
   }
 
-  /** Why this pass left what computes a value alone; undefined where it did not, or did not say. */
+  /** Why this pass skipped the operation that computes a value; undefined if it did not, or gave no reason. */
   why(name) {
     const number = this.leftAlone[name];
     return number === undefined ? undefined : data.sentences[number];
@@ -131,6 +131,6 @@ function differences(before, after) {
 
 const stages = data.stages.map((row, index) => new Stage(row, index));
 
-/** Value -> the row on it in the decision table, and in that of errors. */
+/** Value -> its row in the decision table, and in the error table. */
 const decisions = new Map(data.decisions.map((row) => [row.name, row]));
 const errors = new Map((data.errors ?? []).map((row) => [row.name, row]));

@@ -1,6 +1,6 @@
-// A placed view as a drawing.
+// Draws a view after layout.
 
-/** Draws a view into the scene; `act` is called with a node or box that was chosen. */
+/** Draws a view into the scene; `act` is called with the node or box that was clicked. */
 function draw(scene, view, marks, act) {
   const boxes = [...view.boxes].sort((a, b) => a.module.path.length - b.module.path.length);
   show(
@@ -65,7 +65,7 @@ function drawModule(node, marks, act) {
     shape("title", {}, module.path));
 }
 
-/** How many readers there are to which no edge is drawn until the node is selected. */
+/** The number of users whose edges are not drawn until the node is selected. */
 function more(node) {
   return node.more ? shape("text", { x: node.width - 2, y: node.height + 11, class: "more" }, `→ ${node.more} more`) : null;
 }
@@ -102,7 +102,7 @@ function drawEdge(edge, marks) {
     shape("path", { d: path, class: "wide" }, shape("title", {}, names)));
 }
 
-/** A curve through the points that dagre gives, upright at both ends. */
+/** A curve through the points from dagre, vertical at both ends. */
 function smooth(points) {
   const [first, ...rest] = points;
   let path = `M${round(first.x)} ${round(first.y)}`;

@@ -1,4 +1,4 @@
-// Elements are made here and nowhere else, from text that is never read as HTML: a name in a model stays a name.
+// Creates all elements, from text that is never parsed as HTML: names in a model cannot inject markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -20,7 +20,7 @@ function el(tag, props, ...children) {
   return fill(document.createElement(tag), props, children);
 }
 
-/** An element of a drawing. */
+/** An SVG element. */
 function shape(tag, props, ...children) {
   return fill(document.createElementNS(SVG, tag), props, children);
 }
@@ -29,17 +29,17 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-/** Puts an element's children in place of those it has. */
+/** Replaces an element's children. */
 function show(parent, ...children) {
   parent.replaceChildren(...children.flat(Infinity).filter((child) => child !== undefined && child !== null && child !== false));
 }
 
-/** `text`, or its beginning where it is longer than `most` characters. */
+/** Returns `text`, shortened to at most `most` characters. */
 function cut(text, most) {
   return text.length <= most ? text : `${text.slice(0, most - 1)}…`;
 }
 
-/** A number of bytes as the printed report writes it: four digits, and steps of a thousand. */
+/** A number of bytes as the printed report shows it: four digits, decimal units. */
 function size(bytes) {
   let count = bytes;
   for (const unit of ["B", "kB", "MB"]) {
@@ -49,7 +49,7 @@ function size(bytes) {
   return `${Number(count.toPrecision(4))} GB`;
 }
 
-/** A time, in the unit in which it is a handy number. */
+/** A time, in a suitable unit. */
 function time(seconds) {
   if (seconds < 1e-3) return `${(seconds * 1e6).toFixed(0)} µs`;
   return seconds < 1 ? `${(seconds * 1e3).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(2)} s`;

@@ -1,6 +1,6 @@
-// Operations in the tree of modules that they stand in, and the part of it that is open as nodes and edges.
+// The operations in their module tree, and its open part as nodes and edges.
 
-/** One module: those inside it, and the operations that stand in it directly. */
+/** One module: its submodules and its direct operations. */
 class Module {
   constructor(path, name, parent) {
     Object.assign(this, { path, name, parent, modules: new Map(), ops: [], all: [] });
@@ -12,7 +12,7 @@ class Module {
     return this.modules.get(name);
   }
 
-  /** The way from here to where there is a choice, or an operation: what opens in one step. */
+  /** The path from here to the next operation or branch: what opens in one step. */
   get only() {
     return !this.ops.length && this.modules.size === 1 ? [...this.modules.values()][0] : null;
   }
@@ -33,15 +33,15 @@ function moduleTree(stage, ops) {
   return root;
 }
 
-/** The paths of the modules around a path, itself included, outermost first. */
+/** The paths of the modules around a path, including itself, outermost first. */
 function ancestors(path) {
   const parts = path ? path.split(".") : [];
   return parts.map((_, index) => parts.slice(0, index + 1).join("."));
 }
 
 /**
- * The operations of a stage that are looked at: "after" those that are there, "before" those that were, "both" all of
- * them. Weights and sizes are left out unless they are asked for, or changed.
+ * The visible operations of a stage: "after" the pass, "before" it, or "both". Weights and sizes are omitted unless
+ * they are requested, or changed.
  */
 function visibleOps(stage, options) {
   const { fates, removed, twins } = stage.differences;
@@ -58,7 +58,7 @@ function visibleOps(stage, options) {
   return { ops: ops.filter(wanted), fate };
 }
 
-/** The operations after a pass, with what it removed in front of what stood behind that. */
+/** The operations after a pass; removed operations are inserted at their former positions. */
 function interleaved(stage, removed) {
   if (!removed.length) return stage.ops;
   const gone = new Set(removed), waiting = new Map();
@@ -74,8 +74,8 @@ function interleaved(stage, removed) {
 }
 
 /**
- * The edges between operations that a view draws: [from, to, value, whether it was removed]. Beside what the graph reads
- * there is, in "both", what removed operations read, and what was read of them by those that are still there.
+ * The edges between operations that a view draws: [from, to, value, whether it was removed]. In "both", also the edges
+ * into removed operations, and from them to operations that still exist.
  */
 function readings(stage, ops, side) {
   const drawn = new Set(ops), found = [];
@@ -98,7 +98,7 @@ function readings(stage, ops, side) {
   return found;
 }
 
-/** What stands in a view for the maker of a value: for one of the graph before, that of the same result after. */
+/** What a view shows for the operation that computes a value; for an old operation, its successor with the same result. */
 function resolve(maker, drawn, stage, old) {
   if (!maker || drawn.has(maker)) return maker;
   const twin = old ? stage.makers.get(maker.value) : undefined;
@@ -106,8 +106,8 @@ function resolve(maker, drawn, stage, old) {
 }
 
 /**
- * The nodes, boxes and edges that are drawn: what is in a closed module is one node, and edges between the same two
- * nodes are one edge. A module that holds one operation alone is shown as that.
+ * The nodes, boxes and edges to draw: a closed module is one node, and edges between the same two nodes are one edge.
+ * A module with a single operation is shown as that operation.
  */
 function openPart(stage, options, open) {
   const { ops, fate } = visibleOps(stage, options);
@@ -152,7 +152,7 @@ function tally(ops, fate) {
   return counts;
 }
 
-/** The modules to open so that at most so many nodes are drawn: level by level from the outside, each as a whole. */
+/** The modules to open so that at most so many nodes are drawn: level by level from the outside, whole levels only. */
 function opened(stage, options, most) {
   const tree = moduleTree(stage, visibleOps(stage, options).ops);
   const open = new Set();

@@ -1,13 +1,13 @@
-// Where everything goes. dagre lays out each open module by itself, from the top down, and its box is then one node of
-// the module around it. An edge that enters or leaves a box does so through a port in its border, for which dagre
-// finds a place like for any node; the drawn edge is what the layouts on its way give for it, end to end.
+// Layout. dagre lays out each open module separately, top down; its box is then one node of the module around it. An
+// edge that enters or leaves a box passes through a port in its border, which dagre places like any node. The drawn
+// edge joins its parts from the layouts on its way.
 
 const WIDE = { title: 6.7, detail: 6.1 };
-/** Pixels of a character in the two sizes of the drawing's fixed-width type. */
+/** Pixels per character in the two font sizes of the drawing. */
 
 const BOX_HEAD = 24, MARGIN = 14;
 const WIDEST_FAN = 4;
-/** Parts of one box that read the same value, above which most of the edges to them are left out. */
+/** Number of users of one value in a box above which most edges to them are omitted. */
 
 const TOP = "top", BOTTOM = "bottom";
 
@@ -31,13 +31,13 @@ function measure(node) {
   node.height = node.lines[1] ? 42 : 26;
 }
 
-/** The numbers of changes in a closed module, as the drawing shows them. */
+/** The numbers of changes in a closed module, as displayed. */
 function marksOf(counts) {
   const signs = [["added", "+"], ["removed", "−"], ["changed", "~"]];
   return signs.filter(([fate]) => counts[fate]).map(([fate, sign]) => `${sign}${counts[fate]}`);
 }
 
-/** Gives every node, box and edge of a view its place; the extent of the whole. */
+/** Places every node, box and edge of a view; returns the size of the drawing. */
 function place(view) {
   const parts = new Map([...view.nodes, ...view.boxes].map((part) => [part.id, part]));
   const inside = new Map([[null, []]]);
@@ -57,7 +57,7 @@ function place(view) {
   return { width: whole.width, height: whole.height };
 }
 
-/** The boxes around a part, innermost first; null, which is the drawing, last. */
+/** The boxes around a part, innermost first; the last is null, the drawing. */
 function around(part, parts) {
   const found = [];
   for (let id = part.parent; id !== null; id = parts.get(id).parent) found.push(id);
@@ -65,8 +65,8 @@ function around(part, parts) {
 }
 
 /**
- * The way of an edge, as one hop for each box that it passes: out of the boxes around its start, across the innermost
- * box that both ends are in, and into those around its end. Edges from one start share their ports.
+ * The route of an edge, one hop for each box that it crosses: out of the boxes around its start, across the innermost
+ * box that contains both ends, and into those around its end. Edges from one start share their ports.
  */
 function hops(edge, parts) {
   const [from, to] = [parts.get(edge.v), parts.get(edge.w)];
@@ -86,8 +86,8 @@ function hops(edge, parts) {
 }
 
 /**
- * Box -> the hops in it, equal ones once. What many parts of a box read, such as the mask in each layer of a model, is
- * laid out for the first of them only: the edges to the others are long, all alike, and drawn when they are asked for.
+ * Box -> its distinct hops. A value with many users in a box, such as the mask in each layer of a model, gets an edge
+ * to the first user only: the others are long and alike, and are drawn on request.
  */
 function plan(view, parts) {
   const fans = new Map();
@@ -110,10 +110,10 @@ function plan(view, parts) {
   return plans;
 }
 
-/** One box, or the whole drawing: where its parts and ports stand, and where its hops run. */
+/** One box, or the whole drawing: the places of its parts and ports, and the routes of its hops. */
 function layOutLevel(children, hopsHere) {
   const graph = new dagre.graphlib.Graph({ multigraph: true });
-  // Network simplex makes the shorter edges, and takes long for many nodes.
+  // Network simplex gives shorter edges, but is slow for many nodes.
   const ranker = children.length > 150 ? "longest-path" : "network-simplex";
   graph.setGraph({ rankdir: "TB", nodesep: 16, ranksep: 28, edgesep: 10, marginx: MARGIN, marginy: MARGIN, ranker });
   graph.setDefaultEdgeLabel(() => ({}));
@@ -132,7 +132,7 @@ function layOutLevel(children, hopsHere) {
   return cropped(graph, children, ports.in.size > 0, ports.out.size > 0);
 }
 
-/** A level without the ranks of its ports, which then are in its border: they need no room of their own. */
+/** Removes the ranks of ports from a level: ports are in the border and need no space. */
 function cropped(graph, children, above, below) {
   const { width, height } = children.length ? graph.graph() : { width: 0, height: 0 };
   const top = above ? Math.min(...children.map((part) => part.y)) - MARGIN : 0;
@@ -144,7 +144,7 @@ function cropped(graph, children, above, below) {
   return { graph, width, height: bottom - top, x: 0, y: 0 };
 }
 
-/** Holds all ports of one kind in the first or last rank, with everything else on the other side of them. */
+/** Keeps all ports of one kind in the first or last rank, apart from everything else. */
 function fasten(graph, children, ports, end) {
   graph.setNode(end, { width: 0, height: 0 });
   const free = (id) => (end === TOP ? graph.predecessors(id) : graph.successors(id)).length === 0;
@@ -163,7 +163,7 @@ function boxSize(box, layout) {
   return { width: layout.width + box.pad, height: layout.height + BOX_HEAD };
 }
 
-/** From places inside each box to places in the drawing. */
+/** Converts places inside each box to places in the drawing. */
 function settle(layout, inside, children, x, y) {
   Object.assign(layout, { x, y });
   for (const part of children) {
@@ -185,7 +185,7 @@ function trace(edge, parts, whole) {
     const run = graph.edge(v, w, name).points.map((point) => ({ x: point.x + x, y: point.y + y }));
     if (level !== null && v.startsWith("in ")) run[0] = { x: run[0].x, y: parts.get(level).y };
     if (level !== null && w.startsWith("out ")) run[run.length - 1] = { x: run.at(-1).x, y: parts.get(level).y + parts.get(level).height };
-    // Between two hops is a port; the layout around its box only knows that the edge meets the border somewhere.
+    // A port lies between two hops; the layout around its box only knows that the edge meets the border somewhere.
     if (v.startsWith("in ")) points.pop();
     points.push(...(points.length && !v.startsWith("in ") ? run.slice(1) : run));
   }

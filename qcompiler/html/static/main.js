@@ -1,4 +1,4 @@
-// The state of the page, and what changes it: clicks, keys, and the address.
+// The state of the page, and the events that change it: clicks, keys, and the address.
 
 const VIEWS = ["graph", "decisions", "errors", "memory", "kernels"];
 const SIDES = [["before", "Before"], ["both", "Both"], ["after", "After"]];
@@ -57,13 +57,13 @@ function drawToolbar() {
   searched();
 }
 
-/** Shows the whole graph, or what is around the first change in it. */
+/** Shows the whole graph, or the part around its first change. */
 function overview() {
   const changed = drawn.nodes.find((node) => (node.op ? node.fate !== "same" : marksOf(node.counts).length));
   canvas.show(changed ?? drawn.nodes[0] ?? { x: 0, y: 0, width: 0 });
 }
 
-/** Places and draws the open part of the graph again; `hold` is a module whose corner stays where it is. */
+/** Lays out and draws the open part of the graph again; `hold` is a module whose corner must not move. */
 function layOut(hold) {
   const corner = hold && cornerOf(hold);
   drawn = openPart(state.stage, state, state.open);
@@ -146,7 +146,7 @@ function look(view) {
   remember();
 }
 
-/** Selects an operation, opens the modules around it and moves it into sight. */
+/** Selects an operation, opens the modules around it and scrolls to it. */
 function select(op, move = true) {
   state.op = op;
   if (op && move) reach(op);
@@ -170,7 +170,7 @@ function stageHas(op) {
   return state.stage.ops.includes(op) || state.stage.differences.removed.includes(op);
 }
 
-/** Goes to the graph and the operation that computes a value: in this stage, or in the last that has it. */
+/** Opens the graph at the operation that computes a value: in this stage, or in the last stage that has it. */
 function find(name) {
   const stage = [state.stage, ...[...stages].reverse()].find((each) => each.makers.has(name));
   if (!stage) return;

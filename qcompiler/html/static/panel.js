@@ -1,4 +1,4 @@
-// What is known of one operation.
+// The side panel on one operation.
 
 function drawPanel(panel, stage, op, act) {
   const { fates, twins } = stage.differences;
@@ -10,13 +10,13 @@ function drawPanel(panel, stage, op, act) {
     el("h2", {}, op.title),
     section(fate === "changed" ? "Line, before and after" : "Line", fate === "changed" ? changedLine(twins.get(op), op) : el("pre", {}, op.text)),
     section("Decision", names.map(decisionOf)),
-    section("Left alone", whyNot(names)),
+    section("Skipped", whyNot(names)),
     section("Error", errorOf(names)),
     section("Types", table(op.results.map(([name, type]) => [`%${name}`, type]))),
     section("Attributes", table(op.attrs)),
     section("Place", table(placeOf(op))),
     section("Reads", operandsOf(op, stage, act)),
-    section("Read by", readersOf(op, stage, act)));
+    section("Users", readersOf(op, stage, act)));
 }
 
 function section(heading, content) {
@@ -58,7 +58,7 @@ function readersOf(op, stage, act) {
   return items.length ? el("ul", {}, items) : null;
 }
 
-/** What the passes said on why they left the operation alone, each with the pass. */
+/** The reasons why passes skipped the operation, each with the pass. */
 function whyNot(names) {
   const rows = stages.flatMap((stage) => names.map((name) => [stage.name, stage.why(name)]).filter(([, why]) => why));
   return table(rows);

@@ -1,8 +1,8 @@
-// The views beside the graph: decisions, errors, memory, kernels.
+// The other views: decisions, errors, memory, kernels.
 
 const KINDS = [["own", "own"], ["inherited", "inherited"], ["kernel", "kernel"]];
 const LONGEST_BAR = 60;
-/** Decibels of a whole bar: an error below a thousandth is as good as none beside those that matter. */
+/** SQNR in dB of a full bar: relative errors below a thousandth are negligible beside larger ones. */
 
 function drawDecisions(view, select) {
   const columns = [
@@ -18,14 +18,14 @@ function drawDecisions(view, select) {
   if (data.decisions.some((row) => row.remark)) columns.push({ name: "remarks", value: (row) => row.remark });
   const filters = [
     { label: "matmuls only", test: (row) => row.isMatmul },
-    { label: "left alone only", test: (row) => !row.quantized },
+    { label: "skipped only", test: (row) => !row.quantized },
   ];
-  const made = new Table(columns, data.decisions, { filters, act: (row) => select(row.name), empty: "no operation fits" });
+  const made = new Table(columns, data.decisions, { filters, act: (row) => select(row.name), empty: "no matching operation" });
   const lead = `${[...data.notes, data.summary].join(". ")}.`;
   show(view, el("h2", {}, "Decisions"), el("p", { class: "lead" }, lead), made.element);
 }
 
-/** A number of the error report; "inf" is no error at all. */
+/** A number of the error report; "inf" means no error. */
 function decibel(number) {
   if (number === "inf") return "exact";
   return typeof number === "number" ? `${number.toFixed(1)} dB` : String(number);
@@ -33,12 +33,12 @@ function decibel(number) {
 
 function drawErrors(view, select) {
   const lead = el("p", { class: "lead" },
-    `Signal over error of each quantized operation, in decibels: more is better, six more halve the error, and a bar is full from ${LONGEST_BAR} on. `,
+    `Signal-to-quantization-noise ratio of each quantized operation, in dB: higher is better, 6 dB more halve the error, and bars are full at ${LONGEST_BAR} dB. `,
     el("b", {}, "Own"), ": its codes on the float model's input. ", el("b", {}, "Inherited"), ": the float operation on the quantized model's input. ",
     el("b", {}, "Kernel"), ": the kernel against the reference on equal input.");
   if (!data.errors) {
     const call = 'compiled.to_html("report.html", attribution=qcompiler.attribute_error(compiled, batch))';
-    show(view, el("h2", {}, "Errors"), lead, el("p", { class: "empty" }, "This report was written without them. To have them, measure them on a real batch:"), el("pre", {}, call));
+    show(view, el("h2", {}, "Errors"), lead, el("p", { class: "empty" }, "This report does not contain them. Measure them on a real batch:"), el("pre", {}, call));
     return;
   }
   const columns = [
@@ -47,7 +47,7 @@ function drawErrors(view, select) {
     ...KINDS.map(([key, label]) => ({
       name: label, value: (row) => numberOf(row[key]), cell: (row) => bar(row[key], key), kind: "bar",
     })),
-    { name: "most of it", value: mostOf },
+    { name: "largest error", value: mostOf },
   ];
   show(view, el("h2", {}, "Errors"), lead, new Table(columns, data.errors, { act: (row) => select(row.name) }).element);
 }
@@ -56,7 +56,7 @@ function numberOf(number) {
   return number === "inf" ? Infinity : number === "-inf" ? -Infinity : number;
 }
 
-/** Which of the three is the largest error; nothing where there is none. */
+/** Which of the three errors is the largest; empty if there is none. */
 function mostOf(row) {
   const [key, label] = KINDS.reduce((worst, each) => (numberOf(row[each[0]]) < numberOf(row[worst[0]]) ? each : worst));
   return row[key] === "inf" ? "" : label;
@@ -70,7 +70,7 @@ function bar(number, kind) {
   return [picture, el("span", { class: "amount" }, decibel(number))];
 }
 
-/** Bytes of a stage's weights by element type, the most first. */
+/** Bytes of a stage's weights by element type, largest first. */
 function bytesByType(stage) {
   const sums = new Map();
   for (const op of stage.ops) {
@@ -114,7 +114,7 @@ function stack(types, most, order) {
 function drawKernels(view, select) {
   const { rows, kinds } = data.kernels;
   if (!kinds.length) {
-    show(view, el("h2", {}, "Kernels"), el("p", { class: "empty" }, "The last graph calls no kernel of the compiler's own."));
+    show(view, el("h2", {}, "Kernels"), el("p", { class: "empty" }, "The last graph does not call any qcompiler kernel."));
     return;
   }
   const columns = [
@@ -127,6 +127,6 @@ function drawKernels(view, select) {
     ...rows.map((count, index) => ({ name: plural(count, "row"), value: (row) => row.choices[index] ?? "", kind: "code choice" })),
   ];
   show(view, el("h2", {}, "Kernels"),
-    el("p", { class: "lead" }, `Equal calls stand together. The columns of rows show the configuration that a Hopper GPU of 132 multiprocessors is given for that many rows; this model was compiled for the target ${data.target}.`),
+    el("p", { class: "lead" }, `Equal calls are grouped. The row columns show the configuration selected for that many rows on a Hopper GPU with 132 multiprocessors; this model was compiled for the target ${data.target}.`),
     new Table(columns, kinds, { act: (row) => select(row.values[0]) }).element);
 }

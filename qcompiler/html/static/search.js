@@ -1,8 +1,8 @@
-// Search in the operations of a stage, those that the pass removed among them.
+// Search in the operations of a stage, including those that the pass removed.
 
 const MOST_RESULTS = 60;
 
-/** The operations that have every word of a query in their line, module or file, in order. */
+/** The operations that contain every word of a query in their line, module or file, in order. */
 function found(stage, query) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) return [];
@@ -35,7 +35,7 @@ class Search {
     this.count.textContent = this.input.value.trim() ? String(results.length) : "";
     const items = results.slice(0, MOST_RESULTS).map((op, index) =>
       el("li", { role: "option", id: `result-${index}`, class: `fate-${fates.get(op) ?? "same"}`, "aria-selected": "false", onclick: () => this.pick(index) },
-        el("b", {}, op.title), ` ${op.name}`, el("small", {}, op.module || "outside of all modules")));
+        el("b", {}, op.title), ` ${op.name}`, el("small", {}, op.module || "outside all modules")));
     if (results.length > MOST_RESULTS) items.push(el("li", { class: "more" }, `and ${results.length - MOST_RESULTS} more: add a word`));
     show(this.list, items);
     this.open(document.activeElement === this.input);

@@ -1,4 +1,4 @@
-// The strip of passes: what each did, how long it took, and what it may do to the numbers.
+// The strip of passes: what each pass did, its run time, and its effect on the numbers.
 
 const EFFECTS = {
   exact: "exact: equal bits",
@@ -39,7 +39,7 @@ function changeMarks(counts) {
   return signs.filter(([fate]) => counts[fate]).map(([fate, sign]) => el("b", { class: `mark-${fate}` }, `${sign}${counts[fate]}`));
 }
 
-/** Moves the chosen pass into sight, sideways only. */
+/** Scrolls the selected pass into view, horizontally only. */
 function showInStrip(strip) {
   const button = strip.querySelector("[aria-current]");
   if (!button) return;

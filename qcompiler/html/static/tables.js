@@ -1,9 +1,9 @@
-// A table that can be sorted by any column, and filtered by words and by choices.
+// A table that can be sorted by any column, and filtered by words and checkboxes.
 
 class Table {
   /**
-   * columns: [{ name, value(row), cell?(row), number? }]; filters: [{ label, test(row), on? }]; `act` is called with a
-   * row that was chosen.
+   * columns: [{ name, value(row), cell?(row), number? }]; filters: [{ label, test(row), on? }]; `act` is called with
+   * the row that was clicked.
    */
   constructor(columns, rows, { filters = [], act = null, empty = "nothing to show" } = {}) {
     Object.assign(this, { columns, rows, filters, act, empty, sorted: null, up: true });

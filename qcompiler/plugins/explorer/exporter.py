@@ -1,4 +1,4 @@
-"""Model Explorer as an exporter: the stages of a compiled model as one file that it opens."""
+"""The Model Explorer exporter: writes the stages of a compiled model to one file."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from qcompiler.program.program import Program
 
 
 class ModelExplorer(Exporter):
-    """Writes all stages, or a single one, as JSON."""
+    """Writes all stages, or one stage, as JSON."""
 
     def write(  # type: ignore[override]  # no options
         self, program: Program, output: Path, stage: str | None = None
     ) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         stages = program.stages if stage is None else {stage: program.stages[stage]}
         text = json.dumps(graph_collection(program.graph.name, stages))
         try:

@@ -1,9 +1,9 @@
-"""Graphs for Google's Model Explorer, which draws large ones: pip install "qcompiler[explorer]".
+"""Graphs for Google's Model Explorer, which draws large graphs: pip install "qcompiler[explorer]".
 
     Path("stages.json").write_text(json.dumps(graph_collection("my model", compiled.stages)))
     model-explorer stages.json
 
-Files of graph text open without that step: model-explorer graph.qir --extensions=qcompiler.plugins.explorer
+Model Explorer opens graph text directly: model-explorer graph.qir --extensions=qcompiler.plugins.explorer
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from typing import Any
 from qcompiler.ir import Graph, Op, Value, print_argument, print_op
 
 COLOURS = {"added": "#e3f5e9", "changed": "#fdf2d9"}
-"""Background of what a stage has that the one before it had not, or had otherwise."""
+"""Background of operations that a stage added or changed."""
 
 SLASH = "\N{FRACTION SLASH}"
-"""Stands for the slash in a module's name: Model Explorer reads a slash as the way into a module."""
+"""Replaces a slash in a module's name: Model Explorer treats a slash as a path separator."""
 
 
 def graph_collection(name: str, stages: Mapping[str, Graph]) -> dict[str, Any]:
-    """One graph for each stage, as the JSON that Model Explorer opens; operations stand in their modules.
+    """Model Explorer's JSON with one graph per stage, and operations grouped by module.
 
     Args:
-        name: What Model Explorer calls the collection.
-        stages: Graphs by name, such as `compiled.stages`; each is compared with the one in front of it.
+        name: The name of the collection in Model Explorer.
+        stages: Graphs by name, such as `compiled.stages`; each is compared with the previous one.
     """
     graphs, before = [], None
     for number, (stage, graph) in enumerate(stages.items()):
-        # Model Explorer sorts graphs; by these names it keeps their order.
+        # Model Explorer sorts graphs by name; numbers keep their order.
         graphs.append({"id": f"{number:02} {stage}", "nodes": _nodes(graph, before)})
         before = graph
     return {"label": name, "graphs": graphs, "graphSorting": "name_asc"}
@@ -40,7 +40,7 @@ def _nodes(graph: Graph, before: Graph | None) -> list[dict[str, Any]]:
 
 
 def _change(op: Op, old: Mapping[str, str] | None) -> str:
-    """What became of an operation, compared as `qcompiler.diff` does: by its line, without the location."""
+    """How an operation changed, compared as in `qcompiler.diff`: by its line, without the location."""
     if old is None or not op.results:
         return ""
     line = old.get(op.results[0].name)

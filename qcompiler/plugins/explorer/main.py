@@ -1,6 +1,6 @@
-"""What Model Explorer loads for `--extensions=qcompiler.plugins.explorer`: it opens files of graph text.
+"""Model Explorer's extension that opens graph text (`--extensions=qcompiler.plugins.explorer`).
 
-A file that `qcompiler opt --dump` or QCOMPILER_DUMP_DIR numbered brings all stages in its folder along.
+A file numbered by `qcompiler opt --dump` or QCOMPILER_DUMP_DIR also opens the other stages in its folder.
 """
 
 import re
@@ -21,7 +21,7 @@ NUMBERED = re.compile(r"\d\d_([\w-]+)")
 
 
 class QirAdapter(Adapter):  # type: ignore[misc]  # Model Explorer has no types
-    """Graph text -> graphs of Model Explorer, one for each stage."""
+    """Converts graph text to Model Explorer graphs, one per stage."""
 
     metadata: ClassVar[AdapterMetadata] = AdapterMetadata(
         id="qcompiler",
@@ -31,11 +31,11 @@ class QirAdapter(Adapter):  # type: ignore[misc]  # Model Explorer has no types
     )
 
     def convert(self, model_path: str, settings: dict[str, Any]) -> ModelExplorerGraphs:
-        """The graphs of a file, and of the stages beside it.
+        """The graphs of a file and of the other stages in its folder.
 
         Raises:
             InputError: A file cannot be read.
-            ParseError: A file is no graph text.
+            ParseError: A file is not graph text.
         """
         path = Path(model_path)
         stages: dict[str, Graph] = {}

@@ -235,12 +235,12 @@ def test_state_persists_between_calls_and_inputs_are_updated(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((torch.ones(2, 256, dtype=torch.float64),), {}, "input 'x' is of another type: got f64"),
-        ((torch.ones(2, 128),), {}, "input 'x' has another shape"),
-        ((torch.ones(256),), {}, "input 'x' is of another type"),
+        ((torch.ones(2, 256, dtype=torch.float64),), {}, "input 'x' has the wrong type: got f64"),
+        ((torch.ones(2, 128),), {}, "input 'x' has the wrong shape"),
+        ((torch.ones(256),), {}, "input 'x' has the wrong type"),
         ((), {"y": torch.ones(2, 256)}, "no such input: got y. Known: x"),
-        ((), {}, "takes each of its inputs once"),
-        ((torch.ones(2, 256),), {"x": torch.ones(2, 256)}, "takes each of its inputs once"),
+        ((), {}, "each input must be given exactly once"),
+        ((torch.ones(2, 256),), {"x": torch.ones(2, 256)}, "each input must be given exactly once"),
     ],
 )
 def test_wrong_inputs(folder: Path, args: Any, kwargs: Any, message: str) -> None:
@@ -276,7 +276,7 @@ def test_a_folder_that_is_not_a_compiled_model(folder: Path, tmp_path: Path) -> 
 
 def test_only_our_own_output_is_replaced(compiled: CompiledModel, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="something else stands"):
+    with pytest.raises(InputError, match="the output path of the compiled model is in use"):
         build(compiled.graph, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     before = (folder / "manifest.json").stat().st_mtime_ns
