@@ -38,7 +38,6 @@ PRELUDES = {
     "scalars[": "from qcompiler.dialects.core import SCALAR_FUNCTIONS as scalars",
     "expect(": "from qcompiler.dialects.core import expect",
     "lookup(": "from qcompiler.ir.op_table import lookup",
-    "parse_format(": "from qcompiler.ir import parse_format",
 }
 """Imports that a function may need, by the text that requires them; the target defines how to import `kernels`."""
 
@@ -82,6 +81,7 @@ class _Emitter:
     lines: list[str] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=lambda: set(RESERVED))
 
     def module(self) -> HostModule:
@@ -101,6 +101,9 @@ class _Emitter:
         body = "".join(f"    {line}\n" for line in self.lines)
         known = PRELUDES | {"kernels.": target_named(self.target).kernels}
         preludes = [line for mark, line in known.items() if mark in body]
+        if self.formats:  # parsed once, outside the function: torch.compile does not trace the parser
+            preludes.append("from qcompiler.ir import parse_format")
+            preludes += ["", *(f"{name} = parse_format({text!r})" for text, name in self.formats.items())]
         text = "\n".join([self.head(ops), "import torch", *(["", *preludes] if preludes else []), "", ""])
         return HostModule(f"{text}\ndef {entry}({', '.join(['weights', *inputs])}):\n{body}", entry, self.weights)
 
@@ -137,7 +140,7 @@ class _Emitter:
         if isinstance(arg, tuple):
             return f"[{', '.join(map(self.argument, arg))}]"
         if isinstance(arg, Format):
-            return f"parse_format({str(arg)!r})"
+            return self.formats.setdefault(str(arg), self.fresh(str(arg).lstrip("#").partition("<")[0]))
         if isinstance(arg, float) and not math.isfinite(arg):
             return f'float("{arg}")'
         return repr(to_torch(arg))

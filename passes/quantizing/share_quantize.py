@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from passes.analyses.memory import leaves_the_graph
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule
+from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 SHAPERS = (Role.VIEW, Role.CAST)
@@ -25,9 +25,11 @@ class ShareTwin(Rule):
     root = (Role.QUANTIZE, Role.DEQUANTIZE, *SHAPERS)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        source = op["data" if op.role is Role.DEQUANTIZE else "x"]
         if not op.effects.repeatable:
             return Missed("two calls may give different results")
+        source = op.argument("data" if op.role is Role.DEQUANTIZE else "x")
+        if not isinstance(source, Value):
+            return Missed("its operand is not a value")
         if op.role in SHAPERS and not graph.is_constant(op.results[0]):
             return Missed("it does not prepare a weight", source)
         for other in graph.users(source):

@@ -144,9 +144,7 @@ class SmoothQuant(SchemeOptions):
             self.remark(graph, group, f"smoothed, {why}: 1/s is folded into {_absorbers(group.region)}")
         else:
             self.put_in_front(group, scale, stem, graph)
-            self.remark(
-                graph, group, f"smoothed, {why}: 1/s is multiplied separately, since {group.region}"
-            )
+            self.remark(graph, group, f"smoothed, {why}: 1/s is multiplied separately, since {group.region}")
         return True
 
     # The scale

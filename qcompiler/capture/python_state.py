@@ -20,8 +20,10 @@ CONTAINERS = (list, dict, set)
 
 MISSING = object()
 
-TABLES = ("_buffers", "_parameters", "_modules")
-"""Attributes that nn.Module stores in tables of its own, not directly in `vars`."""
+HOOKS = tuple(name for name, value in vars(torch.nn.Module()).items() if "hooks" in name and isinstance(value, dict))
+
+TABLES = ("_buffers", "_parameters", "_modules", *HOOKS)
+"""Entries of nn.Module that are not directly in `vars`. transformers registers hooks in the first call, and a flag."""
 
 OWN = frozenset(vars(torch.nn.Module()))
 """torch's own entries in every module: hooks, and the tables above."""

@@ -164,7 +164,7 @@ def _version(package: str) -> tuple[int, ...]:
 )
 @pytest.mark.timeout(240)
 def test_kernels_under_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )

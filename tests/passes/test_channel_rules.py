@@ -127,7 +127,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "aten.add.Tensor": ("%r = aten.add.Tensor(%v, 1.0) : f32[s0, 8]", "aten.add.Tensor adds 1.0, which has no factor"),
     "aten.sub.Tensor": ("%r = aten.sub.Tensor(%v, %b) : f32[s0, 8]", INPUT + ", reached through %r (%b)"),
-    "aten.mul.Tensor": ("%r = aten.mul.Tensor(%v, %v) : f32[s0, 8]", "both operands of aten.mul.Tensor would be scaled"),
+    "aten.mul.Tensor": (
+        "%r = aten.mul.Tensor(%v, %v) : f32[s0, 8]", "both operands of aten.mul.Tensor would be scaled"
+    ),
     "aten.div.Tensor": (
         "%h = aten.div.Tensor(%b, %v) : f32[s0, 8]\n%r = aten.relu(%v) : f32[s0, 8]",
         "aten.div.Tensor does not commute with a scale of its 'other', reached through %r (%h)",

@@ -113,7 +113,7 @@ def test_a_pattern_without_effect_is_an_error(pattern: str) -> None:
     with pytest.raises(PassError) as error:
         Quantize(layers=(pattern,)).run(Graph.parse(EXPERTS))
     assert str(error.value).startswith(
-        f"layers that '{pattern}' asks to quantize cannot be quantized: got %y: a grouped product is quantized to "
+        f"layers that '{pattern}' asks to quantize cannot be quantized: got %y: a grouped matmul supports only "
     )
     assert ("%gate: it is a router" in str(error.value)) == (pattern == "mlp.*")
 
@@ -193,7 +193,7 @@ def test_a_misspelled_name_is_found_before_capture(
     def fail(*_: Any) -> None:
         raise AssertionError("the model was captured")
 
-    monkeypatch.setattr("qcompiler.compiler.capture_model", fail)
+    monkeypatch.setattr("qcompiler.compiler.pending.capture_model", fail)
     for example in ({}, {"example_inputs": (IDS,)}):
         with pytest.raises(PassError) as error:
             qcompiler.compile(tied, overrides=overrides, ignore=ignore, **example)  # type: ignore[arg-type]
