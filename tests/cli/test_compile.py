@@ -263,7 +263,7 @@ def test_a_report_is_printed_and_written(artefact: Path, here: Path, answer: Ans
     assert "<html" in page.read_text() and "fp8-tile" in page.read_text()
     assert main(["report", str(artefact), "--html", str(here / "no" / "page.html")]) == 1
     assert (
-        f"error: the report cannot be written: got {here / 'no' / 'page.html'}: there is no such folder; need"
+        f"error: the report cannot be written: got {here / 'no' / 'page.html'}: the folder does not exist; need"
         in capsys.readouterr().err
     )
     assert main(["report", str(artefact), "--html", str(here)]) == 1

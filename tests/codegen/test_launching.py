@@ -194,7 +194,7 @@ def test_a_cold_kernel_under_capture_is_an_error(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        says = r"got kernel\(float32\[4, 32\], float32\[4, 32\], None, 9\)\. Before the capture call compiled\.warmup"
+        says = r"got kernel\(float32\[4, 32\], float32\[4, 32\], None, 9\)\. Before the capture, call compiled\.warmup"
         with pytest.raises(CodegenError, match=says):
             launch(KernelCall(kernel, 1, (x, tile(x), None, 9), {}, {}))
         assert not kernel.compiled

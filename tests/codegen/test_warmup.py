@@ -300,7 +300,7 @@ def test_data_dependent_calls_are_reported() -> None:
         return kept + rest
 
     done = warm_up(choosy, CALLS[1:2], CPU)
-    assert len(done.kernels) == 1 and done.note is not None and "depends on data" in str(done)
+    assert len(done.kernels) == 1 and done.note is not None and "depend on data" in str(done)
 
 
 @pytest.mark.usefixtures("_hopper", "_probe")

@@ -315,7 +315,7 @@ def test_errors_say_what_was_got() -> None:
         QCompilerError, match=r"one entry for each \[1, 128\] block .*got float32\[2, 1\]; need \[2, 2\]"
     ):
         numerics.dequantize(q, scale[:, :1])
-    with pytest.raises(QCompilerError, match="do not fit"):
+    with pytest.raises(QCompilerError, match="do not match"):
         numerics.scaled_linear(q, scale, *numerics.quantize(torch.ones(4, 128), numerics.format_of((128, 128))))
 
 

@@ -147,7 +147,7 @@ def test_statistics_of_another_model() -> None:
     with pytest.raises(PassError) as error:
         Calibrate().run(model(calibration))
     assert str(error.value) == (
-        "the calibration belongs to another model: got 7 channels of %a; need 24. Calibrate this one: "
+        "the calibration belongs to another model: got 7 channels of %a; need 24. Calibrate this model: "
         "compile(..., calibration=batches)."
     )
     assert list(calibration.statistics) == ["a"]

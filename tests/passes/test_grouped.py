@@ -72,12 +72,12 @@ def test_a_grouped_gemm_is_quantized_fused_and_lowered_to_its_kernel() -> None:
 @pytest.mark.parametrize(
     ("graph", "step", "reason"),
     [
-        (one(), Quantize(), "is quantized to #fp8_tile and #fp8_block only, this is"),
-        (one(), Fp8Tile(E5M2), "this is #format<f8e5m2, block = [1, 128]> and #fp8_block"),
-        (one(), Fp8Tile(NARROW), "this is #format<f8e4m3fn, block = [1, 64]> and #fp8_block"),
+        (one(), Quantize(), "supports only #fp8_tile and #fp8_block, the scheme has"),
+        (one(), Fp8Tile(E5M2), "the scheme has #format<f8e5m2, block = [1, 128]> and #fp8_block"),
+        (one(), Fp8Tile(NARROW), "the scheme has #format<f8e4m3fn, block = [1, 64]> and #fp8_block"),
         (one(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' excludes it"),
         (one(k=24), Fp8Tile(), "the grouped kernels need K to be a multiple of 16, got 24 (%w)"),
-        (one(n=20), Fp8Tile(), "write rows of a multiple of 16 bytes, 20 of bf16 are none (%w)"),
+        (one(n=20), Fp8Tile(), "need output rows of a multiple of 16 bytes, got 20 of bf16 (%w)"),
         (one("f64"), Fp8Tile(), "it computes f64 from f64 and f64, not f32, f16 or bf16"),
         (one(bias=", 1.0"), Fp8Tile(), "it also adds a bias"),
     ],
@@ -231,7 +231,7 @@ def test_batched_matmuls_are_groups_of_equal_size(op: str, t: str, rows: int) ->
 @pytest.mark.parametrize(
     ("graph", "step", "reason"),
     [
-        (batch(), Quantize(), "a grouped matmul is quantized to #fp8_tile and #fp8_block only"),
+        (batch(), Quantize(), "a grouped matmul supports only #fp8_tile and #fp8_block"),
         (batch(), Fp8Tile(layers=("!experts.w",)), "the pattern '!experts.w' excludes it"),
         (batch(x="f64"), Fp8Tile(), "it computes f64 from f64 and f64, not f32, f16 or bf16"),
         (batch(t="144", args="%w, %y"), Fp8Tile(), "it multiplies by a batch of matrices (a weight of 3 dimensions)"),

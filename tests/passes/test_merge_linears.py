@@ -228,7 +228,7 @@ def test_a_tied_weight_is_not_stored_twice() -> None:
     _, weights = random_inputs(graph)
     graph.weights = Tied(weights)
     reasons = MergeLinears().explain(graph)
-    assert reasons.keys() == {"y0", "y1", "y2"} and "there would be two (%w1)" in reasons["y1"]
+    assert reasons.keys() == {"y0", "y1", "y2"} and "so both copies would be stored (%w1)" in reasons["y1"]
 
 
 def test_a_router_is_not_merged() -> None:

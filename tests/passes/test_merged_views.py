@@ -34,9 +34,9 @@ func @m(%x: f32[s0, s1, 128]) -> (f32[s0, s1, 128], {type}) where s0 in 1.., s1 
 @pytest.mark.parametrize(
     ("reader", "type", "why"),
     [
-        ("%two = aten.view(%k, [%s0, %s1, 2, 64]) : {t}", "f32[s0, s1, 2, 64]", "leaves the graph"),
+        ("%two = aten.view(%k, [%s0, %s1, 2, 64]) : {t}", "f32[s0, s1, 2, 64]", "is an output of the graph"),
         ("%v = aten.transpose.int(%k, 0, 1) : f32[s1, s0, 128]\n  %two = aten.permute(%v, [2, 0, 1]) : {t}",
-         "f32[128, s1, s0]", "leaves the graph"),
+         "f32[128, s1, s0]", "is an output of the graph"),
         ("%v = aten.view(%k, [%s0, %s1, 64, 2]) : f32[s0, s1, 64, 2]\n"
          "  %c = aten.view_as_complex(%v) : c64[s0, s1, 64]\n  %two = aten.abs(%c) : {t}",
          "f32[s0, s1, 64]", "aten.view_as_complex reads it"),

@@ -208,7 +208,5 @@ def test_parts_are_disjoint_and_one_row_is_used_for_both() -> None:
 
 
 def test_without_a_sample_the_message_says_what_to_add() -> None:
-    with pytest.raises(
-        PassError, match=r"needs a sample of the activations.* Put calibrate\{rows=256\} in front of it"
-    ):
+    with pytest.raises(PassError, match=r"a sample of the activations is needed.* Put calibrate\{rows=256\} before it"):
         output_error(torch.ones(2), [Reader(torch.ones(1, 2), torch.arange(2), None, torch.ones(2))], TENSOR)

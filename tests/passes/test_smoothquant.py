@@ -123,7 +123,7 @@ def prepared(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> t
 def outcomes(graph: Graph) -> dict[str, int]:
     """The number of groups with a folded scale, with a prescale, or skipped."""
     seen = {(graph[name].op["input"].name, text) for name, text in graph.remarks.items()}
-    words = {"folded": "is folded into", "in front": "multiplied in front", "alone": "not smoothed"}
+    words = {"folded": "is folded into", "in front": "multiplied separately", "alone": "not smoothed"}
     return {key: sum(word in text for _, text in seen) for key, word in words.items()}
 
 

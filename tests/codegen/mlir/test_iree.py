@@ -24,6 +24,7 @@ from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Argument, DType, Graph, Op, TensorType, Value, map_tree, symbol
+from qcompiler.ir.formats import FP8_TENSOR, FP8_TILE, INT8_ROW
 
 pytest.importorskip("torch_mlir", reason="needs the extra mlir")
 pytest.importorskip("iree.compiler", reason="needs the extra iree")
@@ -92,10 +93,10 @@ def test_nonfinite_values_match_the_interpreter(compiled: CompiledModel, folder:
     graph = Graph("codes")
     x = graph.add_input("x", TensorType(DType.f32, (symbol("s0"), 256)))
     values: list[Value] = []
-    for block, dtype in (((1, 128), DType.f8e4m3fn), ((-1, -1), DType.f8e4m3fn), ((1, -1), DType.i8)):
-        attrs: dict[str, Argument] = {"block": block, "dtype": dtype, "profile": "deepseek"}
+    for format in (FP8_TILE, FP8_TENSOR, INT8_ROW):
+        attrs: dict[str, Argument] = {"format": format}
         quantized = graph.append("quant.quantize", x, attrs=attrs).results
-        attrs = {"block": block, "out_dtype": DType.f32}
+        attrs = {"format": format, "out_dtype": DType.f32}
         values += graph.append("quant.dequantize", *quantized, attrs=attrs).results
     graph.set_outputs(values)
     # Every power of two and its neighborhood, so that some values round up to the smallest normal code.
@@ -258,7 +259,7 @@ def test_a_modified_file_is_not_used(folder: Path, tmp_path: Path, name: str) ->
     changed = bytearray((copy / name).read_bytes())
     changed[len(changed) // 2] ^= 1
     (copy / name).write_bytes(changed)
-    with pytest.raises(InputError, match=f"not the one that was written: got {name}"):
+    with pytest.raises(InputError, match=f"has changed since it was written: got {name}"):
         load(copy)
     (copy / name).unlink()
     with pytest.raises(InputError, match="cannot be read"):
@@ -266,7 +267,7 @@ def test_a_modified_file_is_not_used(folder: Path, tmp_path: Path, name: str) ->
 
 
 def test_a_folder_that_is_not_a_compiled_model(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no model that IREE can run"):
+    with pytest.raises(InputError, match="does not hold a model that IREE can run"):
         load(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
@@ -284,6 +285,6 @@ def test_only_our_own_output_is_replaced(compiled: CompiledModel, folder: Path, 
     assert (folder / "manifest.json").stat().st_mtime_ns > before
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.vmfb", "weights.safetensors"]
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"no part of a compiled model: got 'notes\.txt'"):
+    with pytest.raises(InputError, match=r"holds files of something else: got 'notes\.txt'"):
         build(compiled.graph, folder)
     (folder / "notes.txt").unlink()
