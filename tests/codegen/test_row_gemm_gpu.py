@@ -271,7 +271,7 @@ def test_problems_that_the_kernels_cannot_run_are_refused() -> None:
         linear(x, xs, w, ws, w_block=TENSOR)
     deep = torch.ones(1, DEEPEST_INT8 + 1, dtype=torch.int8, device="cuda")
     one = torch.ones(1, 1, device="cuda")
-    with pytest.raises(CodegenError, match="can pass 32 bits"):
+    with pytest.raises(CodegenError, match="can exceed 32 bits"):
         linear(deep, one, deep, one)
 
 
