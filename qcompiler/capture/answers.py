@@ -5,7 +5,7 @@
 
 The graph is valid for all inputs that lead to the same answers. This is useful if answers depend on a mask or on image
 sizes, and useless if they depend on activations: a router chooses differently in each call. So an answer may depend on
-integer and boolean inputs, but not on floating-point inputs or parameters.
+integer and boolean inputs and buffers, but not on floating-point ones, parameters, or random numbers.
 """
 
 from collections.abc import Collection, Iterator
@@ -24,9 +24,10 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.capture.locations import is_users, short_path
 from qcompiler.errors import CaptureError
-from qcompiler.ir.dataflow import ancestors
-from qcompiler.ir.graph import PARAM, Graph
+from qcompiler.ir.graph import BUFFER, PARAM, Graph
 from qcompiler.ir.op import Op
+from qcompiler.ir.structure import INPUT
+from qcompiler.ir.traits import Effects
 from qcompiler.ir.types import TensorType
 
 EXPECTED = "these inputs lead the model's code to a different result than the example: at capture, "
@@ -76,15 +77,22 @@ def settle(graph: Graph, learned: Collection[str]) -> list[str]:
         learned: Names of the weights that are parameters of the model.
 
     Raises:
-        DataDependent: An answer depends on a parameter or a floating-point input.
+        DataDependent: An answer depends on a parameter, a floating-point input or buffer, or random numbers.
     """
     lines: dict[str, None] = {}
-    for op in graph.ops("core.expect"):
-        asked = op.get("condition")
-        sources = [] if asked is None else ancestors(asked)
-        if not any(source.name == "core.input" for source in sources):
+    changing: set[Op] = set()  # what may differ between calls
+    varying: set[Op] = set()  # what differs in nearly every call, or is made of parameters
+    for op in graph:
+        sources = [value.op for _, value in op.operands()]
+        if _changes(op) or not changing.isdisjoint(sources):
+            changing.add(op)
+        if _varies(op, learned) or not varying.isdisjoint(sources):
+            varying.add(op)
+        if op.name != "core.expect":
+            continue
+        if changing.isdisjoint(sources):
             graph.erase(op)
-        elif any(_varies(source, learned) for source in sources):
+        elif not varying.isdisjoint(sources):
             raise DataDependent("the model's control flow depends on activations", where=str(op.loc) or None)
         else:
             lines[f"{op.loc.file}:{op.loc.line}" if op.loc.file else "an unknown location"] = None
@@ -95,11 +103,20 @@ def settle(graph: Graph, learned: Collection[str]) -> list[str]:
     return [f"tensor values that the model's code reads are fixed to those of the example ({named}{more})"]
 
 
-def _varies(source: Op, learned: Collection[str]) -> bool:
-    """Whether a value is a parameter or a floating-point input."""
-    if source.name == "core.input":
-        return isinstance(source.result.type, TensorType) and source.result.type.dtype.is_float
-    return source.name == PARAM and source.attrs["name"] in learned
+def _changes(op: Op) -> bool:
+    """Whether an operation itself brings something into the graph that may differ between calls."""
+    return op.name in (INPUT, BUFFER) or _is_chance(op)
+
+
+def _varies(op: Op, learned: Collection[str]) -> bool:
+    """Whether an operation is a parameter, a floating-point input or buffer, or gives results by chance."""
+    if op.name in (INPUT, BUFFER):
+        return isinstance(op.result.type, TensorType) and op.result.type.dtype.is_float
+    return _is_chance(op) or (op.name == PARAM and op.attrs["name"] in learned)
+
+
+def _is_chance(op: Op) -> bool:
+    return bool(op.effects & (Effects.RANDOM | Effects.COMMUNICATES))
 
 
 class _Answers(TorchFunctionMode):

@@ -161,3 +161,44 @@ def test_a_model_that_reads_each_element_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(answers, "MOST_ANSWERS", 2)
     with pytest.raises(CaptureError, match="depends on tensor values"):
         capture(Splitting().eval(), example(Splitting()))
+
+
+class Counting(nn.Module):
+    """Takes another branch from its third call on: the answer follows from state, not from an input."""
+
+    step: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+        self.register_buffer("step", torch.zeros((), dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        late = bool(self.step > 1)
+        self.step += 1
+        return linear(self.linear, -x if late else x)
+
+
+def test_an_answer_that_depends_on_a_buffer_is_checked_in_each_call() -> None:
+    model, x = Counting(torch.int64).eval(), torch.randn(3, 64)
+    with pytest.warns(CaptureWarning, match="sizes and values"):
+        compiled = qcompiler.compile(model, scheme="fp8_tile", target="cpu", example_inputs=(x,))
+    first, second = compiled(x), compiled(x)
+    assert torch.equal(first, second)
+    with pytest.raises(InputError, match=LIKE_EXAMPLE):
+        compiled(x)
+
+
+class Tossing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self.linear, x if torch.rand(()) < 2 else -x)
+
+
+@pytest.mark.parametrize("model", [Counting(torch.float32), Tossing()], ids=["a float buffer", "a random number"])
+def test_a_branch_on_a_float_buffer_or_a_random_number_is_refused(model: nn.Module) -> None:
+    with pytest.raises(CaptureError, match="depends on tensor values"):
+        capture(model.eval(), (torch.randn(3, 64),))
