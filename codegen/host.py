@@ -103,7 +103,7 @@ class _Emitter:
         preludes = [line for mark, line in known.items() if mark in body]
         if self.formats:  # parsed once, outside the function: torch.compile does not trace the parser
             preludes.append("from qcompiler.ir import parse_format")
-            preludes += ["", *(f"{name} = parse_format({text!r})" for text, name in self.formats.items())]
+            preludes += ["", *(f"{name} = parse_format({format!r})" for format, name in self.formats.items())]
         text = "\n".join([self.head(ops), "import torch", *(["", *preludes] if preludes else []), "", ""])
         return HostModule(f"{text}\ndef {entry}({', '.join(['weights', *inputs])}):\n{body}", entry, self.weights)
 
@@ -140,7 +140,10 @@ class _Emitter:
         if isinstance(arg, tuple):
             return f"[{', '.join(map(self.argument, arg))}]"
         if isinstance(arg, Format):
-            return self.formats.setdefault(str(arg), self.fresh(str(arg).lstrip("#").partition("<")[0]))
+            text = str(arg)
+            if text not in self.formats:
+                self.formats[text] = self.fresh(text.lstrip("#").partition("<")[0])
+            return self.formats[text]
         if isinstance(arg, float) and not math.isfinite(arg):
             return f'float("{arg}")'
         return repr(to_torch(arg))

@@ -27,12 +27,10 @@ from passes.quantizing.scheme_options import Observer
 from passes.quantizing.share_quantize import ShareQuantize
 from passes.smoothing.smooth_scales import Alpha
 from passes.smoothing.smoothquant import SmoothQuant
+from qcompiler.calibration.statistics import FROM_HISTOGRAM
 from qcompiler.ir import ALL, Format
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 from qcompiler.pass_manager.pipeline import Pass, Pipeline
-
-HISTOGRAMS = ("percentile", "mse")
-"""Observers that need a histogram of magnitudes."""
 
 SAMPLED_ROWS = 256
 """Rows of each activation that calibration keeps to measure errors."""
@@ -125,7 +123,7 @@ def _calibration(specs: Mapping[QuantizationSpec, Sequence[str]], smoothing: Seq
     positive = (p for patterns in seen.values() for p in patterns if not p.startswith("!"))
     layers = tuple(next(iter(seen.values()))) if len(seen) == 1 else tuple(dict.fromkeys((*EVERYTHING, *positive)))
     sampled = any(spec.smooth == "measured" or isinstance(spec.alpha, str) for spec in seen)
-    histograms = [spec for spec in seen if spec.static and spec.observer in HISTOGRAMS]
+    histograms = [spec for spec in seen if spec.static and spec.observer in FROM_HISTOGRAM]
     first = any(spec.smooth == "never" for spec in histograms)
     steps: list[Pass] = [Calibrate(first, SAMPLED_ROWS if sampled else 0, layers), *smoothing]
     if any(spec.smooth != "never" for spec in histograms):

@@ -5,15 +5,9 @@ functions and rounds to FP8 and bfloat16 incorrectly; so expressions round to fl
 """
 
 import math
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from triton_interpreter import needs_interpreter, run_interpreted
 
 SUM = "r = f16(x0 + x1); r"
 GATED = "g = f16(x0 / (1 + x1 * x1)); r = g * x2 - 1; r"
@@ -84,22 +78,10 @@ def _run_all() -> None:
     print("all cases ran")
 
 
-def _version(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version(package).split(".")[:2])
-
-
-@pytest.mark.skipif(
-    _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
-    reason="Triton's interpreter before 3.7 does not support NumPy 2.4",
-)
+@needs_interpreter
 @pytest.mark.timeout(240)
 def test_the_kernel_under_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all cases ran" in done.stdout
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

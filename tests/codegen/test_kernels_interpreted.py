@@ -5,15 +5,9 @@ incorrectly, so codes are checked only where no rounding is needed.
 """
 
 import math
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from triton_interpreter import needs_interpreter, run_interpreted
 
 
 def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
@@ -154,22 +148,10 @@ def _run_all() -> None:
     print("all cases ran")
 
 
-def _version(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version(package).split(".")[:2])
-
-
-@pytest.mark.skipif(
-    _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
-    reason="Triton's interpreter before 3.7 does not support NumPy 2.4",
-)
+@needs_interpreter
 @pytest.mark.timeout(240)
 def test_kernels_under_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all cases ran" in done.stdout
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

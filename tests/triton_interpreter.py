@@ -1,0 +1,32 @@
+"""Runs the kernels of a test file in Triton's interpreter: in a child process, as Triton chooses it when imported."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+needs_interpreter = pytest.mark.skipif(
+    _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
+    reason="Triton's interpreter before 3.7 does not support NumPy 2.4",
+)
+
+
+def run_interpreted(file: str) -> None:
+    """Runs a file as a script in the interpreter; it must exit normally and print that all cases ran."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, file], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all cases ran" in done.stdout
