@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
 VERSIONS = ("3.6", "3.9")
 
 # Compiles the first entry of KERNELS for each kernel, and stops the others before compilation.
@@ -54,7 +55,7 @@ print(json.dumps(dict(version=triton.__version__, rows=rows, missed=missed, gone
 
 def compiled_with(folder: Path) -> dict[str, Any]:
     """The results of the child process with the Triton in this folder."""
-    path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
+    path = os.pathsep.join(map(str, (folder, ROOT, TESTS, TESTS / "codegen")))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
