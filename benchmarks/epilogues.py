@@ -33,7 +33,7 @@ COLD_BYTES = 160_000_000
 class Case(NamedTuple):
     """A fused expression, the parts of its weight, the shapes of its other operands, and whether it quantizes."""
 
-    body: str
+    expression: str
     parts: int
     others: int
     quantized: bool
@@ -71,13 +71,13 @@ class _Operands:
 
     def fused(self, config: FusedGemmConfig) -> None:
         product = GemmOperands(self.x, self.w, self.out, self.xs, self.ws)
-        HOPPER.fused_gemm.launch(config, FusedOperands(self.case.body, product, self.others, self.scale))
+        HOPPER.fused_gemm.launch(config, FusedOperands(self.case.expression, product, self.others, self.scale))
 
     def separate(self) -> list[Tensor]:
         operands = (self.x, self.xs, self.w, self.ws, None, self.others)
         blocks = ((1, 128), (128, 128))
         quantized = QUANTIZED if self.case.quantized else None
-        given = fused_product.FusedLinear(*operands, self.case.body, self.case.parts, *blocks, quantized)
+        given = fused_product.FusedLinear(*operands, self.case.expression, self.case.parts, *blocks, quantized)
         return fused_product.separate(given)
 
     def torch(self) -> Any:
@@ -101,7 +101,7 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
     """One row of the table."""
     case = CASES[name]
     block = (1, 128) if case.quantized else None
-    handed = handed_over(case.body)[0].itemsize
+    handed = handed_over(case.expression)[0].itemsize
     problem = FusedGemmProblem(bucket(m), n, k, case.parts, handed, 2, case.others, block=block)
     family = HOPPER.fused_gemm
     forms = (config for config in family.configs(problem) if isinstance(config, FusedGemmConfig))
@@ -122,7 +122,7 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
     chosen = family.choose(problem)
     taken = times["separate"] if isinstance(chosen, Separate) else measured[str(chosen)]
     return {
-        "body": name,
+        "expression": name,
         "M, N, K": f"{m}, {n}, {k}",
         "torch": times["torch"],
         "two kernels": times["separate"],

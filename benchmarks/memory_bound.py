@@ -27,7 +27,7 @@ class Work(NamedTuple):
     `unfused` takes the operands without the prescale; it returns the value to quantize and the residual output.
     """
 
-    body: str
+    expression: str
     operands: int
     vectors: tuple[int, ...]
     unfused: Callable[..., tuple[Tensor, ...]]
@@ -72,10 +72,10 @@ SMALL = [(name, m, 4096) for name in (*NORMS, "silu, mul") for m in (1, 16, 64)]
 
 def prescaled(work: Work) -> Work:
     """The same work with an unrounded prescale for each channel."""
-    *definitions, result = work.body.split("; ")
-    body = "; ".join([*definitions, f"{result} * x{work.operands}"])
+    *definitions, result = work.expression.split("; ")
+    expression = "; ".join([*definitions, f"{result} * x{work.operands}"])
     return work._replace(
-        body=body, operands=work.operands + 1, vectors=(*work.vectors, work.operands), prescaled=True
+        expression=expression, operands=work.operands + 1, vectors=(*work.vectors, work.operands), prescaled=True
     )  # fmt: skip
 
 
@@ -101,7 +101,9 @@ def measure(
     layout = LAYOUT if block[1] > 0 else "row_major"
 
     def fused() -> list[Tensor]:
-        return torch.ops.qcompiler.fused_quantize(operands, work.body, work.keep, block, dtype, "deepseek", layout)
+        return torch.ops.qcompiler.fused_quantize(
+            operands, work.expression, work.keep, block, dtype, "deepseek", layout
+        )
 
     def unfused() -> tuple[Tensor, Tensor]:
         result = work.unfused(*operands[: len(operands) - prescale])[0]

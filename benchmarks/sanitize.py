@@ -145,14 +145,21 @@ def fused_quantizations() -> Iterator[str]:
     norm = "h = bf16(x0 + x1); n = bf16(h * rsqrt(mean(h * h) + 1e-06)); bf16(x2 * n)"
     for m, k in ((M, 400), (3, 1000)):
         x, r, gain = draw(m, k), draw(m, k, seed=1), draw(1, k)[0]
-        for body, keep, operands in ((norm, ["h"], (x, r, gain)), ("bf16(silu(x0) * x1)", [], (x, r))):
+        for expression, keep, operands in ((norm, ["h"], (x, r, gain)), ("bf16(silu(x0) * x1)", [], (x, r))):
             for block in (TILE, TOKEN):
-                options: Any = (body, keep, block, E4M3, "deepseek", "col_major" if block == TILE else "row_major")
+                options: Any = (
+                    expression,
+                    keep,
+                    block,
+                    E4M3,
+                    "deepseek",
+                    "col_major" if block == TILE else "row_major",
+                )
                 got = ops.fused_quantize([t.cuda() for t in operands], *options)
                 want = ops.fused_quantize(list(operands), *options)
                 close(got[1], want[1])
                 close(got[0].float(), want[0].float())
-                yield f"{body} {block}"
+                yield f"{expression} {block}"
 
 
 def fused_products() -> Iterator[str]:
@@ -161,22 +168,22 @@ def fused_products() -> Iterator[str]:
     for m in (M, 16):
         x, xs = quantized(m, K, TILE, layout="col_major")
         w, ws = quantized(512, K, BLOCK)
-        for body, parts in ((one, 1), (two, 2)):
+        for expression, parts in ((one, 1), (two, 2)):
             others = [draw(m, 512).cuda()] if parts == 1 else []
             operands = (x, xs, w, ws)
             for quantize in ((), (TILE, E4M3, "deepseek", "row_major")):
-                options: Any = (body, parts, TILE, BLOCK, *quantize)
+                options: Any = (expression, parts, TILE, BLOCK, *quantize)
                 want = ops.fused_linear(*(t.cpu() for t in operands), None, [t.cpu() for t in others], *options)
                 close(ops.fused_linear(*operands, None, others, *options)[-1].float(), want[-1].float())
-                yield f"{body}, quantized: {bool(quantize)}"
+                yield f"{expression}, quantized: {bool(quantize)}"
                 for config in HOPPER.fused_gemm.configs(FusedGemmProblem(M, N, K, parts)):
                     if isinstance(config, Separate) or config.parts != parts:
                         continue
                     out, *scale = (torch.empty_like(t, device="cuda") for t in want)
                     product = GemmOperands(x, w, out, xs, ws)
-                    HOPPER.fused_gemm.launch(config, FusedOperands(body, product, others, *scale))
+                    HOPPER.fused_gemm.launch(config, FusedOperands(expression, product, others, *scale))
                     close((scale or [out])[0].float(), want[-1].float())
-                    yield f"{config}: {body}, quantized: {bool(quantize)}"
+                    yield f"{config}: {expression}, quantized: {bool(quantize)}"
 
 
 def grouped_products() -> Iterator[str]:

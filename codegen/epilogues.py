@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from qcompiler.dialects.body import ROUNDED, Body, Call, Expression, Name, parse
+from qcompiler.dialects.fused_expression import ROUNDED, Call, Expression, FusedExpression, Name, parse
 
 
 @cache
@@ -19,15 +19,15 @@ def handed_over(text: str) -> tuple[torch.dtype, str]:
 
     FP32 and the unchanged expression if it reads a sum unrounded or rounds sums in two ways. May raise ParseError.
     """
-    body = parse(text)
-    readers = {reader for part in _whole(body) for reader in _readers(part)}
+    expression = parse(text)
+    readers = {reader for part in _whole(expression) for reader in _readers(part)}
     if len(readers) != 1 or (rounding := readers.pop()) is None:
-        return torch.float32, str(body)
+        return torch.float32, str(expression)
 
     def without(what: Expression) -> Expression:
         return what.args[0] if isinstance(what, Call) and _rounds_a_sum(what) else what
 
-    return ROUNDED[rounding], str(_changed(body, without))
+    return ROUNDED[rounding], str(_changed(expression, without))
 
 
 @cache
@@ -40,20 +40,20 @@ def on_tensors(text: str, others: int) -> tuple[tuple[str, ...], str]:
         text: The fused expression.
         others: Number of its other operands.
     """
-    body = parse(text)
-    sums = tuple(name for name in body.operands if name[0] == "y")
+    expression = parse(text)
+    sums = tuple(name for name in expression.operands if name[0] == "y")
     operands = (*sums, *(f"x{place}" for place in range(others)))
     named = {name: Name(f"x{place}") for place, name in enumerate(operands)}
 
     def renamed(what: Expression) -> Expression:
         return named.get(what.name, what) if isinstance(what, Name) else what
 
-    return sums, str(_changed(body, renamed))
+    return sums, str(_changed(expression, renamed))
 
 
-def _whole(body: Body) -> Iterator[Expression]:
-    yield from (what for _, what in body.definitions)
-    yield body.result
+def _whole(expression: FusedExpression) -> Iterator[Expression]:
+    yield from (what for _, what in expression.definitions)
+    yield expression.result
 
 
 def _readers(what: Expression, reader: str | None = None) -> Iterator[str | None]:
@@ -69,10 +69,10 @@ def _rounds_a_sum(what: Call) -> bool:
     return what.function in ROUNDED and any(True for _ in _readers(what.args[0])) and isinstance(what.args[0], Name)
 
 
-def _changed(body: Body, change: Callable[[Expression], Expression]) -> Body:
+def _changed(expression: FusedExpression, change: Callable[[Expression], Expression]) -> FusedExpression:
     """Replaces each subexpression by the result of `change`, innermost first."""
 
     def walk(what: Expression) -> Expression:
         return change(Call(what.function, tuple(map(walk, what.args))) if isinstance(what, Call) else what)
 
-    return Body(tuple((name, walk(what)) for name, what in body.definitions), walk(body.result))
+    return FusedExpression(tuple((name, walk(what)) for name, what in expression.definitions), walk(expression.result))

@@ -37,7 +37,7 @@ from codegen.quantize.plain import (
     scale_like,
 )
 from qcompiler import numerics
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 from qcompiler.dialects.kernel import fused_linear, fused_quantize
 from qcompiler.errors import CodegenError
 
@@ -91,29 +91,31 @@ def _scaled_linear_fake(
 
 
 def _fused_quantize_fake(
-    operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
-    scale_layout: str,
+    operands: Sequence[Tensor], expression: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype,
+    profile: str, scale_layout: str,
 ) -> list[Tensor]:  # fmt: skip
-    made, x = parse(body), operands[0]
+    made, x = parse(expression), operands[0]
     codes = _quantize_fake(x, block, dtype, profile, scale_layout)
     return [*codes, *(x.new_empty(x.shape, dtype=made.dtype(name)) for name in keep)]
 
 
 def _fused_quantize_reference(
-    operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
-    scale_layout: str,
+    operands: Sequence[Tensor], expression: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype,
+    profile: str, scale_layout: str,
 ) -> list[Tensor]:  # fmt: skip
     check_layout(block, scale_layout)
-    q, scale, *kept = fused_quantize(*operands, body=body, keep=keep, format=numerics.format_of(block, dtype, profile))
+    q, scale, *kept = fused_quantize(
+        *operands, expression=expression, keep=keep, format=numerics.format_of(block, dtype, profile)
+    )
     return [*_laid_out(q, scale, block, scale_layout), *kept]
 
 
 def _fused_linear_fake(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
-    body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
+    expression: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
     dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    result = x_q.new_empty((*x_q.shape[:-1], w_q.shape[0] // parts), dtype=parse(body).dtype())
+    result = x_q.new_empty((*x_q.shape[:-1], w_q.shape[0] // parts), dtype=parse(expression).dtype())
     if block is None or dtype is None or profile is None or scale_layout is None:
         return [result]
     return list(_quantize_fake(result, block, dtype, profile, scale_layout))
@@ -128,11 +130,11 @@ def _multiplied(
 
 def _fused_linear_reference(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
-    body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
+    expression: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
     dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
     run = partial(
-        fused_linear, x_q, x_s, w_q, w_s, bias, *others, body=body, parts=parts, multiply=_multiplied,
+        fused_linear, x_q, x_s, w_q, w_s, bias, *others, expression=expression, parts=parts, multiply=_multiplied,
         x_format=numerics.format_of(x_block, x_q.dtype), w_format=numerics.format_of(w_block, w_q.dtype),
     )  # fmt: skip
     if block is None or dtype is None or profile is None or scale_layout is None:
@@ -159,12 +161,12 @@ _OPERATORS = (
         (scaled_linear_on_cpu, scaled_linear_on_gpu, _scaled_linear_fake),
     ),
     (
-        "fused_quantize(Tensor[] operands, str body, str[] keep, int[] block, ScalarType dtype, str profile, "
+        "fused_quantize(Tensor[] operands, str expression, str[] keep, int[] block, ScalarType dtype, str profile, "
         "str scale_layout) -> Tensor[]",
         (_fused_quantize_reference, fused_quantize_on_gpu, _fused_quantize_fake),
     ),
     (
-        "fused_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, Tensor[] others, str body, "
+        "fused_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, Tensor[] others, str expression, "
         "int parts, int[] x_block, int[] w_block, int[]? block=None, ScalarType? dtype=None, str? profile=None, "
         "str? scale_layout=None) -> Tensor[]",
         (_fused_linear_reference, fused_linear_on_gpu, _fused_linear_fake),

@@ -3,10 +3,10 @@
 Shared by several passes: `candidates` (which operations read weights, and why some are skipped), `layers` (which of
 those a pass selects), `scheme_options` (options of the passes of a scheme), `memory` (which values share memory),
 `constants` (weights that a pass adds), and `grouped` (quantization of mixture-of-experts matmuls). Fusion passes use
-`arithmetic` (what a fused expression can compute), `fusion_regions` (how far a region may extend), `region_bodies` (its
-text) and `fused_producer` (the rule that two of them share). SmoothQuant uses, from the bottom up, `channel_labels`,
-`channel_rules` (what commutes with a per-channel scale), `channel_scale` (what a scale affects), `scale_fold` (the
-rewrite) and `smooth_scales` (the numbers).
+`arithmetic` (what a fused expression can compute), `fusion_regions` (how far a region may extend),
+`region_expressions` (its text) and `fused_producer` (the rule that two of them share). SmoothQuant uses, from the
+bottom up, `channel_labels`, `channel_rules` (what commutes with a per-channel scale), `channel_scale` (what a scale
+affects), `scale_fold` (the rewrite) and `smooth_scales` (the numbers).
 """
 
 from passes.cleanup import canonicalize as canonicalize

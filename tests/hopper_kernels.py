@@ -14,15 +14,15 @@ from codegen.launching.launch import KernelCall
 from codegen.machine_code import MachineCode
 from codegen.quantize.plain import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.body import body_call
 from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands
+from codegen.templates.fused_expression import expression_call
 from codegen.templates.fused_quantize import FusedQuantizeConfig, FusedQuantizeOperands, FusedQuantizeProblem
 from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Kind
 from codegen.templates.gemm_template import GemmTemplate
 from codegen.templates.grouped import GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
 from codegen.templates.quantize import QuantizeConfig, QuantizeOperands, QuantizeProblem
 from qcompiler import numerics
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 from qcompiler.numerics import ALL
 
 E4M3 = torch.float8_e4m3fn
@@ -87,10 +87,10 @@ def launch_grouped(config: GroupedConfig, *operands: Any) -> None:
 
 
 def launch_fused(
-    config: FusedGemmConfig, body: str, x: Tensor, w: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None,
+    config: FusedGemmConfig, expression: str, x: Tensor, w: Tensor, xs: Tensor, ws: Tensor, bias: Tensor | None,
     others: Sequence[Tensor], out: Tensor, out_scale: Tensor | None = None, profile: str = "deepseek",
 ) -> None:  # fmt: skip
-    operands = FusedOperands(body, GemmOperands(x, w, out, xs, ws, bias), others, out_scale, profile)
+    operands = FusedOperands(expression, GemmOperands(x, w, out, xs, ws, bias), others, out_scale, profile)
     HOPPER.fused_gemm.launch(config, operands)
 
 
@@ -169,25 +169,25 @@ def compile_sum_splits(
 
 
 def compile_fused(
-    config: FusedGemmConfig, body: str, *, others: Sequence[torch.dtype] = (), bias_dtype: torch.dtype | None = None,
-    out_dtype: torch.dtype | None = None, columns: int = 640, scale_layout: str = "col_major",
-    profile: str = numerics.DEFAULT_PROFILE,
+    config: FusedGemmConfig, expression: str, *, others: Sequence[torch.dtype] = (),
+    bias_dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None, columns: int = 640,
+    scale_layout: str = "col_major", profile: str = numerics.DEFAULT_PROFILE,
 ) -> MachineCode:  # fmt: skip
     """The GEMM with a fused expression; if `out_dtype` is given, it quantizes the result."""
     rows = config.parts * columns
     x, w = meta(M, K, dtype=E4M3), meta(rows, K, dtype=E4M3)
-    out = meta(M, columns, dtype=out_dtype or parse(body).dtype())
+    out = meta(M, columns, dtype=out_dtype or parse(expression).dtype())
     scales = scale_like(x, 128, "col_major"), meta(-(-rows // 128), K // 128)
     product = GemmOperands(x, w, out, *scales, maybe(bias_dtype, rows))
     more = [meta(M, columns, dtype=dtype) for dtype in others]
     scale = None if out_dtype is None else scale_like(out, 128, scale_layout)
-    return compiled(HOPPER.fused_gemm.calls(config, FusedOperands(body, product, more, scale, profile))[0])
+    return compiled(HOPPER.fused_gemm.calls(config, FusedOperands(expression, product, more, scale, profile))[0])
 
 
-def compile_body(body: str, dtype: torch.dtype = torch.bfloat16) -> MachineCode:
-    made = parse(body)
+def compile_expression(expression: str, dtype: torch.dtype = torch.bfloat16) -> MachineCode:
+    made = parse(expression)
     sums, others = ([meta(M, N, dtype=dtype) for name in made.operands if name[0] == kind] for kind in "yx")
-    return compiled(body_call(body, sums, others, meta(M, N, dtype=made.dtype())))
+    return compiled(expression_call(expression, sums, others, meta(M, N, dtype=made.dtype())))
 
 
 def compile_grouped(
@@ -248,15 +248,15 @@ def compile_scale() -> MachineCode:
 
 
 def compile_fused_quantize(
-    body: str, operands: tuple[torch.dtype, ...], k: int, *, m: int = MANY_ROWS, vectors: tuple[int, ...] = (),
+    expression: str, operands: tuple[torch.dtype, ...], k: int, *, m: int = MANY_ROWS, vectors: tuple[int, ...] = (),
     keep: tuple[str, ...] = (), block_k: int = 128, out_dtype: torch.dtype = E4M3,
     profile: str = numerics.DEFAULT_PROFILE, scale_layout: str = "col_major", config: FusedQuantizeConfig | None = None,
 ) -> MachineCode:  # fmt: skip
     """Quantization of a fused expression; `vectors` are the positions of vector operands."""
-    made, widest = parse(body), max(dtype.itemsize for dtype in operands)
+    made, widest = parse(expression), max(dtype.itemsize for dtype in operands)
     given = [meta(*([k] if i in vectors else [m, k]), dtype=dtype) for i, dtype in enumerate(operands)]
     kept, q = [meta(m, k, dtype=made.dtype(name)) for name in keep], meta(m, k, dtype=out_dtype)
     problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), widest, len(keep))
     tile = config or HOPPER.fused_quantize.choose(problem)
-    operands_ = FusedQuantizeOperands(body, keep, given, kept, q, scale_like(q, block_k, scale_layout), profile)
+    operands_ = FusedQuantizeOperands(expression, keep, given, kept, q, scale_like(q, block_k, scale_layout), profile)
     return compiled(HOPPER.fused_quantize.calls(tile, operands_)[0])

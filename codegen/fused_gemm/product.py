@@ -19,12 +19,12 @@ from codegen.launching.replay import empty, replayed
 from codegen.quantize.fused import fused_quantize_on_gpu
 from codegen.quantize.plain import check_layout, scale_sizes
 from codegen.targets.hopper import HOPPER, check_device
-from codegen.templates.body import MOST_OTHERS, body_call
 from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.fused_expression import MOST_OTHERS, expression_call
 from codegen.templates.gemm import GemmOperands, bucket
 from codegen.templates.hopper import has_scale_columns, multiprocessors
 from qcompiler import numerics
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 
 Quantized = tuple[int, int, torch.dtype, str, str]
 """Rows and columns of a block, format, profile, and the layout of the scales."""
@@ -41,7 +41,7 @@ class FusedLinear(NamedTuple):
     w_s: Tensor
     bias: Tensor | None
     others: Sequence[Tensor]
-    body: str
+    expression: str
     parts: int
     x_block: Sequence[int]
     w_block: Sequence[int]
@@ -50,7 +50,7 @@ class FusedLinear(NamedTuple):
 
 def fused_linear_on_gpu(
     x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None, others: Sequence[Tensor],
-    body: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
+    expression: str, parts: int, x_block: Sequence[int], w_block: Sequence[int], block: Sequence[int] | None = None,
     dtype: torch.dtype | None = None, profile: str | None = None, scale_layout: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The meaning of `kernel.fused_linear` on a CUDA device.
@@ -64,11 +64,11 @@ def fused_linear_on_gpu(
     if block is not None and dtype is not None and profile is not None and scale_layout is not None:
         check_layout(block, scale_layout)
         quantized = (block[0], block[1], dtype, profile, scale_layout)
-    given = FusedLinear(x_q, x_s, w_q, w_s, bias, others, body, parts, x_block, w_block, quantized)
+    given = FusedLinear(x_q, x_s, w_q, w_s, bias, others, expression, parts, x_block, w_block, quantized)
     config = _config(*_facts(given)) if fits(given) else SEPARATE
     if isinstance(config, Separate):
         return separate(given)
-    what, operands = ("fused_linear", body, parts, quantized), (x_q, x_s, w_q, w_s, bias, *others)
+    what, operands = ("fused_linear", expression, parts, quantized), (x_q, x_s, w_q, w_s, bias, *others)
     return list(replayed(_fused, what, operands, config, given))
 
 
@@ -100,50 +100,50 @@ def _facts(given: FusedLinear) -> tuple[Any, ...]:
     x_q, x_s, w_q, quantized = given.x_q, given.x_s, given.w_q, given.quantized
     aligned = (x_q.data_ptr() | w_q.data_ptr()) % 16 == 0
     columns = has_scale_columns(x_s if x_s.dim() == 2 else x_s.reshape(-1, x_s.shape[-1]))
-    sizes = (bucket(x_q.shape[:-1].numel()), *w_q.shape, given.body, given.parts, len(given.others))
+    sizes = (bucket(x_q.shape[:-1].numel()), *w_q.shape, given.expression, given.parts, len(given.others))
     block = None if quantized is None else quantized[:2]
     return (*sizes, given.bias is not None, block, x_q.device.index, aligned, columns)
 
 
 @cache
 def _config(
-    m: int, n: int, k: int, body: str, parts: int, others: int, bias: bool, block: tuple[int, int] | None,
+    m: int, n: int, k: int, expression: str, parts: int, others: int, bias: bool, block: tuple[int, int] | None,
     device: int, aligned: bool, columns: bool,
 ) -> FusedGemmConfig | Separate:  # fmt: skip
-    handed, _ = handed_over(body)
-    sizes = (m, n // parts, k, parts, handed.itemsize, parse(body).dtype().itemsize, others, bias, block)
+    handed, _ = handed_over(expression)
+    sizes = (m, n // parts, k, parts, handed.itemsize, parse(expression).dtype().itemsize, others, bias, block)
     return HOPPER.fused_gemm.choose(FusedGemmProblem(*sizes, multiprocessors(device), aligned, columns))
 
 
 def _fused(config: FusedGemmConfig, given: FusedLinear) -> tuple[Tensor, ...]:
     """One kernel."""
-    x_q, x_s, w_q, w_s, bias, others, body, _, _, _, quantized = given
+    x_q, x_s, w_q, w_s, bias, others, expression, _, _, _, quantized = given
     n = w_q.shape[0] // config.parts
     shape = (*x_q.shape[:-1], n)
     flat = [other if other.dim() == 1 else as_rows(other) for other in others]
-    dtype = parse(body).dtype() if quantized is None else quantized[2]
+    dtype = parse(expression).dtype() if quantized is None else quantized[2]
     with on(x_q.device):
         out = empty(shape, dtype, x_q.device)
         product = GemmOperands(as_rows(x_q), w_q, out.view(-1, n), x_s.reshape(-1, x_s.shape[-1]), w_s, bias)
         if quantized is None:
-            HOPPER.fused_gemm.launch(config, FusedOperands(body, product, flat))
+            HOPPER.fused_gemm.launch(config, FusedOperands(expression, product, flat))
             return (out,)
         _, columns, _, profile, layout = quantized
         sizes, strides = scale_sizes(shape, columns, layout)
         scale = empty(sizes, torch.float32, x_q.device, strides)
-        operands = FusedOperands(body, product, flat, scale.reshape(-1, sizes[-1]), profile)
+        operands = FusedOperands(expression, product, flat, scale.reshape(-1, sizes[-1]), profile)
         HOPPER.fused_gemm.launch(config, operands)
         return out, scale
 
 
 def separate(given: FusedLinear) -> list[Tensor]:
     """The matmul, then the rest of the epilogue."""
-    x_q, x_s, w_q, w_s, bias, others, body, parts, x_block, w_block, quantized = given
-    handed, rest = handed_over(body)
+    x_q, x_s, w_q, w_s, bias, others, expression, parts, x_block, w_block, quantized = given
+    handed, rest = handed_over(expression)
     sums = scaled_linear_on_gpu(x_q, x_s, w_q, w_s, bias, x_block, w_block, handed)
     if quantized is None:
-        what = ("body", body, parts)
-        return [replayed(_run_body, what, (sums, *others), sums, others, body, parts)]
+        what = ("expression", expression, parts)
+        return [replayed(_run_expression, what, (sums, *others), sums, others, expression, parts)]
     halves = dict(zip(("y0", "y1"), sums.chunk(parts, -1), strict=False))
     names, renamed = on_tensors(rest, len(others))
     *block, dtype, profile, layout = quantized
@@ -152,9 +152,9 @@ def separate(given: FusedLinear) -> list[Tensor]:
     )  # fmt: skip
 
 
-def _run_body(sums: Tensor, others: Sequence[Tensor], body: str, parts: int) -> Tensor:
+def _run_expression(sums: Tensor, others: Sequence[Tensor], expression: str, parts: int) -> Tensor:
     """The rest of an epilogue, on the sums of the preceding matmul."""
-    made, (_, rest) = parse(body), handed_over(body)
+    made, (_, rest) = parse(expression), handed_over(expression)
     halves = sums.chunk(parts, -1)
     if len(others) > MOST_OTHERS:
         named = {f"y{place}": y for place, y in enumerate(halves)} | {f"x{place}": x for place, x in enumerate(others)}
@@ -164,5 +164,5 @@ def _run_body(sums: Tensor, others: Sequence[Tensor], body: str, parts: int) -> 
     if out.numel():
         flat = [other.contiguous() if other.dim() == 1 else as_rows(other) for other in others]
         with on(sums.device):
-            launch(body_call(rest, [as_rows(half) for half in halves], flat, out.view(-1, n)))
+            launch(expression_call(rest, [as_rows(half) for half in halves], flat, out.view(-1, n)))
     return out

@@ -1,7 +1,7 @@
 """Warp-specialized Gluon kernel for Hopper: the GEMM of `warp_gemm`, an epilogue, and quantization of its result.
 
     y[m, n]   = bf16(sum over blocks of 128 of K: (a[m, block] . w[n, block]) * scales, + bias[n])
-    out[m, n] = body(y[m, n], others[m, n])    or, for a weight of two stacked parts, of y[m, n] and y[m, N + n]
+    out[m, n] = expression(y[m, n], others[m, n])    or, for a weight of two stacked parts, of y[m, n] and y[m, N + n]
 
 The producer warp and the consumers work as in `warp_gemm`. A consumer rounds its sums, as the epilogue does first, and
 passes them through shared memory to the finishers: warps that run the epilogue, quantize, and store while the consumers
@@ -167,7 +167,7 @@ def _operand(x, stride, rows, columns, inside):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _finish(  # type: ignore[no-untyped-def]
     hand, ready, taken, x0, x0_stride, x1, x1_stride, out, out_scale, m, n, scale_stride_m, scale_stride_k,
-    height, width, BODY: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
+    height, width, EXPRESSION: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
     AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
 ):  # fmt: skip
     """Runs the epilogue on the consumers' sums, a few rows at a time, and stores or quantizes the result."""
@@ -214,7 +214,7 @@ def _finish(  # type: ignore[no-untyped-def]
             y1 = None
             if PARTS == 2:
                 y1 = taking.index(place + SLICES).load(LANES)
-            (result,) = BODY(x0=now0, x1=now1, y0=y0, y1=y1)
+            (result,) = EXPRESSION(x0=now0, x1=now1, y0=y0, y1=y1)
             if step % SLICES == SLICES - 1:
                 mbarrier.arrive(taken.index(group), count=1)
             places = out + rows.to(gl.int64)[:, None] * n + columns[None, :]
@@ -235,7 +235,7 @@ def _finish(  # type: ignore[no-untyped-def]
 def fused_gemm(  # type: ignore[no-untyped-def]
     a, w, a_scale, w_scale, bias, x0, x1, out, out_scale, m, n, k, w_scale_stride_n, w_scale_stride_k,
     x0_stride, x1_stride, scale_stride_m, scale_stride_k,
-    BODY: gl.constexpr, PARTS: gl.constexpr, HANDED: gl.constexpr,
+    EXPRESSION: gl.constexpr, PARTS: gl.constexpr, HANDED: gl.constexpr,
     WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
     AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
 ):  # fmt: skip
@@ -252,9 +252,9 @@ def fused_gemm(  # type: ignore[no-untyped-def]
         bias: [PARTS n] in any floating dtype, or None.
         x0: An operand of the epilogue: [m, n] in any floating dtype, rows `x0_stride` elements apart, columns
             contiguous; [n] with `x0_stride` 0; or None. The same holds for `x1`, which is None if x0 is.
-        out: [m, n], contiguous: of the body's dtype, or float8e4nv, float8e5 or int8 with a scale.
+        out: [m, n], contiguous: of the expression's dtype, or float8e4nv, float8e5 or int8 with a scale.
         out_scale: float32 [m, ceil(n / 128)], any strides, or None.
-        BODY: A function of `codegen.bodies` over sums in HANDED.
+        EXPRESSION: A function of `codegen.fused_expressions` over sums in HANDED.
         PARTS: Stacked parts of the weight: 1, or 2, which are a multiple of 128 rows each.
         HANDED: The element type that sums are rounded to.
         WAVES: Units of 64 rows and one part that each of the two consumers owns, 1 or 2.
@@ -292,7 +292,7 @@ def fused_gemm(  # type: ignore[no-untyped-def]
             (_consume, (gl.constexpr(1), w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
                         w_scale_stride_n, w_scale_stride_k, height, width, WAVES, STAGES, GROUP, WHOLE)),
             (_finish, (hand, ready, taken, x0, x0_stride, x1, x1_stride, out, out_scale, m, n, scale_stride_m,
-                       scale_stride_k, height, width, BODY, PARTS, GROUP, WHOLE,
+                       scale_stride_k, height, width, EXPRESSION, PARTS, GROUP, WHOLE,
                        AMAX_FLOOR, TOP, RECIPROCAL, UE8M0)),
             (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, width, STAGES, GROUP)),
         ],

@@ -1,6 +1,7 @@
 """Triton kernel that computes rows from other tensors by a fused expression and quantizes them without storing them.
 
-`codegen.bodies` compiles the expression; codes and scales are bit-equal to `qcompiler.numerics.quantize` of its result.
+`codegen.fused_expressions` compiles the expression; codes and scales are bit-equal to `qcompiler.numerics.quantize` of
+its result.
 """
 
 import triton
@@ -30,7 +31,7 @@ def store_kept(kept, value, places, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.con
 def fused_quantize(  # type: ignore[no-untyped-def]
     x0, x1, x2, x3, x4, x5, kept0, kept1, q, scale, m,
     x0_stride, x1_stride, x2_stride, x3_stride, x4_stride, x5_stride, scale_stride_m, scale_stride_k,
-    K: tl.constexpr, BODY: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
+    K: tl.constexpr, EXPRESSION: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """q[m, K], scale[m, ceil(K / GROUP)] and the residual outputs of a fused expression over x0, x1, …
@@ -46,7 +47,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         scale: float32 with any two strides, in elements.
         K: Columns of the tensors. The compiler knows it, so it omits the part of a tile outside the row: 5120 columns
             cost 5 / 8 of the tile of 8192 that holds them.
-        BODY: As returned by `codegen.bodies.triton_function`; it returns the result and the residual outputs.
+        EXPRESSION: From `codegen.fused_expressions.triton_function`; it returns the result and the residual outputs.
         AMAX_FLOOR: The profile's floor.
         TOP: The format's largest value.
         RECIPROCAL: x * (1 / scale) instead of x / scale.
@@ -66,7 +67,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     # Masks cost registers and instructions, so they are omitted where nothing is out of bounds.
     inside = None if EVEN else columns < K
     mask = inside if BLOCK_M == 1 else (rows < m)[:, None] if EVEN else (rows < m)[:, None] & inside
-    made = BODY(
+    made = EXPRESSION(
         x0=None if x0 is None else load_operand(x0, x0_stride, rows, columns, inside, mask),
         x1=None if x1 is None else load_operand(x1, x1_stride, rows, columns, inside, mask),
         x2=None if x2 is None else load_operand(x2, x2_stride, rows, columns, inside, mask),

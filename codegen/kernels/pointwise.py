@@ -11,9 +11,9 @@ def _tile(x, stride, rows, columns, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["m"])
-def apply_body(  # type: ignore[no-untyped-def]
+def apply_expression(  # type: ignore[no-untyped-def]
     out, x0, x1, y0, y1, m, n, x0_stride, x1_stride, y0_stride, y1_stride,
-    BODY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXPRESSION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] of the expression on operands of that shape, or vectors [n]. One program computes one tile.
 
@@ -21,7 +21,7 @@ def apply_body(  # type: ignore[no-untyped-def]
         out: bfloat16, float16 or float32, contiguous.
         x0: In any floating dtype, rows `x0_stride` elements apart, columns contiguous; a vector has a stride of 0.
             None if the expression has no such operand. The same holds for the others.
-        BODY: A function of `codegen.bodies`.
+        EXPRESSION: A function of `codegen.fused_expressions`.
         BLOCK_M: Rows of a tile.
         BLOCK_N: Columns of a tile.
     """
@@ -30,7 +30,7 @@ def apply_body(  # type: ignore[no-untyped-def]
     rows = (tile // width).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile % width * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
-    (result,) = BODY(
+    (result,) = EXPRESSION(
         x0=None if x0 is None else _tile(x0, x0_stride, rows, columns, inside),
         x1=None if x1 is None else _tile(x1, x1_stride, rows, columns, inside),
         y0=None if y0 is None else _tile(y0, y0_stride, rows, columns, inside),

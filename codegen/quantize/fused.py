@@ -14,19 +14,21 @@ from codegen.quantize.plain import check_layout, quantize_on_gpu, scale_sizes
 from codegen.targets.hopper import HOPPER, check_device
 from codegen.templates.fused_quantize import FusedQuantizeOperands, FusedQuantizeProblem, why_not_fused_quantize
 from qcompiler import numerics
-from qcompiler.dialects.body import Body, parse
+from qcompiler.dialects.fused_expression import FusedExpression, parse
 
 
 def fused_quantize_on_gpu(
-    operands: Sequence[Tensor], body: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype, profile: str,
-    scale_layout: str,
+    operands: Sequence[Tensor], expression: str, keep: Sequence[str], block: Sequence[int], dtype: torch.dtype,
+    profile: str, scale_layout: str,
 ) -> list[Tensor]:  # fmt: skip
     """The meaning of `kernel.fused_quantize` on a CUDA device, with the scales in the given layout."""
-    what = ("fused_quantize", body, *keep, *block, dtype, profile, scale_layout)
-    return list(replayed(_run, what, operands, operands, body, tuple(keep), block, dtype, profile, scale_layout))
+    what = ("fused_quantize", expression, *keep, *block, dtype, profile, scale_layout)
+    return list(replayed(_run, what, operands, operands, expression, tuple(keep), block, dtype, profile, scale_layout))
 
 
-def why_not_fused(operands: Sequence[Tensor], made: Body, keep: Sequence[str], block: Sequence[int]) -> str | None:
+def why_not_fused(
+    operands: Sequence[Tensor], made: FusedExpression, keep: Sequence[str], block: Sequence[int]
+) -> str | None:
     """Why the kernel does not support it, in one sentence without a final period, or None if it does."""
     x = operands[0]
     if x.dim() == 0 or any(y.shape not in (x.shape, x.shape[-1:]) for y in operands):
@@ -37,10 +39,10 @@ def why_not_fused(operands: Sequence[Tensor], made: Body, keep: Sequence[str], b
 
 
 def _run(
-    operands: Sequence[Tensor], body: str, keep: tuple[str, ...], block: Sequence[int], dtype: torch.dtype,
+    operands: Sequence[Tensor], expression: str, keep: tuple[str, ...], block: Sequence[int], dtype: torch.dtype,
     profile: str, scale_layout: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    made, x = parse(body), operands[0]
+    made, x = parse(expression), operands[0]
     check_device(x.device)
     check_layout(block, scale_layout)
     numerics.profile(profile)
@@ -54,11 +56,13 @@ def _run(
     given = [y.contiguous() if y.dim() == 1 else as_rows(y) for y in operands]
     with on(x.device):
         config = HOPPER.fused_quantize.choose(_problem(operands, made, keep, block))
-        HOPPER.fused_quantize.launch(config, FusedQuantizeOperands(body, keep, given, kept, q, scale, profile))
+        HOPPER.fused_quantize.launch(config, FusedQuantizeOperands(expression, keep, given, kept, q, scale, profile))
     return q, scale, *kept
 
 
-def _problem(operands: Sequence[Tensor], made: Body, keep: Sequence[str], block: Sequence[int]) -> FusedQuantizeProblem:
+def _problem(
+    operands: Sequence[Tensor], made: FusedExpression, keep: Sequence[str], block: Sequence[int]
+) -> FusedQuantizeProblem:
     x, widest = operands[0], max(y.element_size() for y in operands)
     m, k = x.shape[:-1].numel(), x.shape[-1]
     return FusedQuantizeProblem(m, k, (block[0], block[1]), made.across, len(operands), widest, len(keep))

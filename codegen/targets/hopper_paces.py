@@ -4,7 +4,7 @@ Nanoseconds on an H100, fitted to the times of `benchmarks/heuristic.py` and `be
 lower weight.
 """
 
-from codegen.templates.fused import BodyPace, FusedGemmConfig, FusedPace, Separate
+from codegen.templates.fused import ExpressionPace, FusedGemmConfig, FusedPace, Separate
 from codegen.templates.gemm import GemmConfig, Kind, Pace
 from codegen.templates.grouped import GroupedConfig
 
@@ -86,12 +86,12 @@ warp-specialized kernel needs only one tile per multiprocessor; for large K, it 
 tiles, so its large tiles have two orders. Narrow portable tiles wait longer through the copy engine than through
 pointers. Paces are chosen to minimize the loss of the resulting choices on the shapes of `benchmarks/heuristic.py`."""
 
-FUSED_GEMM: dict[FusedGemmConfig | Separate, FusedPace | BodyPace] = {
+FUSED_GEMM: dict[FusedGemmConfig | Separate, FusedPace | ExpressionPace] = {
     FusedGemmConfig(2, 2, 3): FusedPace(460, 710, 1360, 2680, 3390),
     FusedGemmConfig(2, 1, 4): FusedPace(340, 390, 1220, 1720, 3360),
     FusedGemmConfig(1, 2, 3): FusedPace(620, 620, 2440, 7260, 3840),
     FusedGemmConfig(1, 1, 4): FusedPace(480, 390, 670, 1020, 2350),
-    Separate(): BodyPace(2910, 2340),
+    Separate(): ExpressionPace(2910, 2340),
 }
 """The available forms. As above, paces are chosen to minimize the loss of the resulting choices."""
 

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from codegen.bodies import triton_function
 from codegen.epilogues import handed_over
+from codegen.fused_expressions import triton_function
 from codegen.kernels.fused_gemm import fused_gemm
 from codegen.launching.launch import KernelCall
-from codegen.templates.body import EXACT, MOST_OTHERS, padded, row_stride
+from codegen.templates.fused_expression import EXACT, MOST_OTHERS, padded, row_stride
 from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem
 from codegen.templates.hopper import (
     GLUON_TYPES,
@@ -27,7 +27,7 @@ from qcompiler import numerics
 
 @dataclass(frozen=True)
 class FusedGemmProblem:
-    """`body(x[m, k] @ w[parts n, k].T, others)`, FP8 tiles [1, 128] and blocks [128, 128], on one device.
+    """`expression(x[m, k] @ w[parts n, k].T, others)`, FP8 tiles [1, 128] and blocks [128, 128], on one device.
 
     Attributes:
         m: Rows of x, 1 or more.
@@ -109,14 +109,14 @@ class FusedOperands(NamedTuple):
     """The tensors of a matmul with an epilogue.
 
     Attributes:
-        body: The epilogue, a fused expression without a reduction.
+        expression: The epilogue, a fused expression without a reduction.
         product: The matmul's tensors; `out` is `[m, n]`, contiguous, of the epilogue's element type or an 8-bit one.
         others: Up to two tensors `[m, n]` with contiguous rows, or `[n]`.
         out_scale: FP32 `[m, ceil(n / 128)]`, any strides, if the result is quantized.
         profile: A name of `numerics.PROFILES`, for that quantization.
     """
 
-    body: str
+    expression: str
     product: GemmOperands
     others: Sequence[Tensor] = ()
     out_scale: Tensor | None = None
@@ -141,7 +141,7 @@ class FusedPace(NamedTuple):
     bandwidth: int
 
 
-class BodyPace(NamedTuple):
+class ExpressionPace(NamedTuple):
     """Minimum nanoseconds of one more kernel, and bytes per nanosecond of a kernel that runs only an epilogue."""
 
     launch: int
@@ -201,7 +201,7 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
 
     def calls(self, config: FusedGemmConfig, operands: FusedOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        body, product, others, out_scale, profile = operands
+        expression, product, others, out_scale, profile = operands
         x, w, out, w_scale = product.x, product.w, product.out, product.w_scale
         (m, k), n = x.shape, out.shape[1]
         added = padded(others)
@@ -210,9 +210,9 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
             *added, out, out_scale, m, n, k, *w_scale.stride(), *map(row_stride, added),
             *((0, 0) if out_scale is None else out_scale.stride()),
         )  # fmt: skip
-        handed, rest = handed_over(body)
+        handed, rest = handed_over(expression)
         constants = {
-            "BODY": triton_function(rest, (), "gluon"), "PARTS": config.parts, "HANDED": GLUON_TYPES[handed],
+            "EXPRESSION": triton_function(rest, (), "gluon"), "PARTS": config.parts, "HANDED": GLUON_TYPES[handed],
             "WAVES": config.waves, "STAGES": config.stages, "GROUP": config.group, "WHOLE": n % 128 == 0,
             **rounding(profile, out.dtype),
         }  # fmt: skip
@@ -234,7 +234,7 @@ class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
         """See `Template`."""
         return None
 
-    def time(self, config: Separate, problem: FusedGemmProblem, pace: BodyPace) -> float:
+    def time(self, config: Separate, problem: FusedGemmProblem, pace: ExpressionPace) -> float:
         """See `Template`."""
         elements = problem.m * problem.n
         read = elements * (problem.parts * problem.handed_bytes + problem.others * problem.out_bytes)

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from codegen.bodies import triton_function
+from codegen.fused_expressions import triton_function
 from codegen.kernels.fused_quantize import fused_quantize
 from codegen.launching.launch import KernelCall
 from codegen.support import TILE_COLUMNS
@@ -70,7 +70,7 @@ class FusedQuantizeOperands(NamedTuple):
     """The tensors of a fused expression and its quantization.
 
     Attributes:
-        body: A fused expression over x0, x1, ….
+        expression: A fused expression over x0, x1, ….
         keep: Names of the definitions that are residual outputs.
         operands: In a floating dtype, `[m, k]` with contiguous rows or a contiguous vector `[k]`.
         kept: Residual outputs `[..., k]`, contiguous; overwritten.
@@ -79,7 +79,7 @@ class FusedQuantizeOperands(NamedTuple):
         profile: A name of `numerics.PROFILES`.
     """
 
-    body: str
+    expression: str
     keep: tuple[str, ...]
     operands: Sequence[Tensor]
     kept: Sequence[Tensor]
@@ -146,12 +146,12 @@ class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQua
 
     def calls(self, config: FusedQuantizeConfig, operands: FusedQuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        body, keep, given, kept, q, scale, profile = operands
+        expression, keep, given, kept, q, scale, profile = operands
         k = q.shape[-1]
         m, none = q.numel() // k, [None] * (MOST_OPERANDS - len(given))
         strides = [None if x.dim() == 1 else x.stride(0) for x in given] + none
         constants = {
-            "K": k, "BODY": triton_function(body, keep), **rounding(profile, q.dtype),
+            "K": k, "EXPRESSION": triton_function(expression, keep), **rounding(profile, q.dtype),
             "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP": config.group, "VECTOR": config.vector,
         }  # fmt: skip
         arguments = (

@@ -1,4 +1,4 @@
-"""Maps torch operations to fused expressions: row arithmetic in the syntax of `qcompiler.dialects.body`.
+"""Maps torch operations to fused expressions: row arithmetic in the syntax of `qcompiler.dialects.fused_expression`.
 
     %y = aten.rms_norm(%x, [256], %w, 1e-06) : bf16[s0, 256]    ->    bf16(x0 * rsqrt(mean(x0 * x0) + 1e-06) * x1)
 

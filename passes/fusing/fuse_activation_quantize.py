@@ -4,7 +4,7 @@
     %h = aten.mul.Tensor(%g, %up)
     %h_q, %h_s = kernel.quantize(%h) {…}
   ->
-    %h_q, %h_s = kernel.fused_quantize(%gate, %up) {body = "bf16(bf16(silu(x0)) * x1)", keep = [], …}
+    %h_q, %h_s = kernel.fused_quantize(%gate, %up) {expression = "bf16(bf16(silu(x0)) * x1)", keep = [], …}
 
 Runs after fuse-norm-quantize, which fuses row reductions. The fused expression rounds where the operations did. Results
 are bit-exact, except where torch has several ways to compute a function: on a CPU, gelu in f16, and 1 / sqrt in bf16

@@ -4,7 +4,7 @@
     %g = aten.gelu(%y)
     %g_q, %g_s = kernel.quantize(%g) {…}
   ->
-    %g_q, %g_s = kernel.fused_linear(%x_q, %x_s, %w_q, %w_s, %b) {body = "bf16(gelu(bf16(y0)))", parts = 1, …}
+    %g_q, %g_s = kernel.fused_linear(%x_q, %x_s, %w_q, %w_s, %b) {expression = "bf16(gelu(bf16(y0)))", parts = 1, …}
 
 If only the two halves of a matmul are read, as after merging gate and up, they are y0 and y1. Runs after the passes
 that fuse quantizations, which fuse a residual sum into the next norm. The expression rounds where the operations did.
@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from passes.analyses.arithmetic import same_numbers, term_of
 from passes.fusing.fused_producer import TURNED_CODES
 from passes.fusing.fusion_regions import FusionRegion, Limits, grow
-from passes.fusing.region_bodies import body_of, in_order, rounded, substituted
-from qcompiler.dialects.body import Body, Expression, Name, parse
+from passes.fusing.region_expressions import expression_of, in_order, rounded, substituted
+from qcompiler.dialects.fused_expression import Expression, FusedExpression, Name, parse
 from qcompiler.dialects.quant import is_static
 from qcompiler.ir import Argument, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
@@ -41,24 +41,24 @@ class Epilogue:
 
     Attributes:
         last: The operation whose results become the results of the fused operation.
-        body: The fused expression; x0, x1, … are `others`.
+        expression: The fused expression; x0, x1, … are `others`.
         others: Its operands, besides the operands of the matmul.
         quantized: The attributes of its quantization, if there is one.
     """
 
     last: Op
-    body: Body
+    expression: FusedExpression
     others: tuple[Value, ...]
     quantized: Mapping[str, Argument]
 
 
-class ProductThenBody(Rule):
+class ProductThenExpression(Rule):
     """quantize(arithmetic(scaled_linear(x, w), …)), or without the quantize  ->  fused_linear(x, w, …)"""
 
     root = ("kernel.scaled_linear",)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if not takes_body(op.format("x_format"), op.format("w_format")):
+        if not takes_expression(op.format("x_format"), op.format("w_format")):
             return Missed(f"only matmuls of {FP8_TILE} and {FP8_BLOCK} support an epilogue")
         parts = parts_of(op.result, graph)
         if isinstance(parts, Missed):
@@ -75,7 +75,7 @@ class ProductThenBody(Rule):
         args: list[Argument] = [op["x"], op["x_scale"], op["w"], op["w_scale"]]
         args += [bias, *epilogue.others] if bias is not None or epilogue.others else []
         attrs = {key: op.attrs[key] for key in ("w_format", "x_format")}
-        attrs |= {"body": str(epilogue.body), "parts": parts, **epilogue.quantized}
+        attrs |= {"expression": str(epilogue.expression), "parts": parts, **epilogue.quantized}
         made = rewriter.insert("kernel.fused_linear", *args, attrs=attrs)
         rewriter.graph.move(made, before=epilogue.last)
         read = [value.op for _, value in epilogue.last.operands()]
@@ -88,7 +88,7 @@ def _writes_scales(op: Op) -> bool:
     return op.role is Role.QUANTIZE and op.name.startswith("kernel.") and not is_static(op)
 
 
-def takes_body(x_format: Format, w_format: Format) -> bool:
+def takes_expression(x_format: Format, w_format: Format) -> bool:
     """Whether a kernel multiplies operands in these formats and applies an epilogue to the sums."""
     return x_format.decodes_like(FP8_TILE) and w_format.decodes_like(FP8_BLOCK)
 
@@ -127,10 +127,10 @@ def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
 def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
     """A quantization, and its fused expression if it has one."""
     operands = [value for _, value in op.operands()]
-    body = parse(str(op.attrs.get("body", PLAIN[min(len(operands), 2)])))
+    expression = parse(str(op.attrs.get("expression", PLAIN[min(len(operands), 2)])))
     if op.attrs.get("keep"):
         return Missed("the arithmetic after it has a residual output", op.results[2])
-    if body.across:
+    if expression.across:
         return Missed("the arithmetic after it reduces whole rows, of which a tile holds only a part", op.results[0])
     if not op.format().decodes_like(FP8_TILE):
         return Missed(f"its result is not quantized to {FP8_TILE}", op.results[0])
@@ -138,8 +138,8 @@ def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
         return Missed("its result is quantized with a different arrangement of rows", op.results[0])
     named = {f"x{place}": value for place, value in enumerate(operands)}
     spelled = {name: spelling(parts, value) for name, value in named.items() if value in parts}
-    body = with_operands(body, spelled)
-    return finished(op, body, named, {"format": op.format()})
+    expression = with_operands(expression, spelled)
+    return finished(op, expression, named, {"format": op.format()})
 
 
 def arithmetic(readers: Sequence[Op], parts: Sequence[Value], graph: Graph) -> Epilogue | Missed:
@@ -188,16 +188,18 @@ def fused(region: FusionRegion, parts: Sequence[Value]) -> Epilogue | Missed:
     named = {f"x{place}": value for place, value in enumerate(others)}
     spelled: dict[Value, Expression] = {value: Name(name) for name, value in named.items()}
     spelled |= {value: spelling(parts, value) for value in parts}
-    return finished(region.root.op, body_of(region, spelled), named, {})
+    return finished(region.root.op, expression_of(region, spelled), named, {})
 
 
-def finished(last: Op, body: Body, named: Mapping[str, Value], quantized: Mapping[str, Argument]) -> Epilogue | Missed:
+def finished(
+    last: Op, expression: FusedExpression, named: Mapping[str, Value], quantized: Mapping[str, Argument]
+) -> Epilogue | Missed:
     """An epilogue, unless it has too many operands."""
     vectors = [name for name, value in named.items() if len(value.tensor.shape) < len(last.results[0].tensor.shape)]
-    body, order = in_order(body, vectors)
+    expression, order = in_order(expression, vectors)
     if len(order) > OTHERS:
         return Missed(f"its epilogue would read {len(order)} other tensors, at most {OTHERS}", last.results[0])
-    return Epilogue(last, body, tuple(named[name] for name in order), quantized)
+    return Epilogue(last, expression, tuple(named[name] for name in order), quantized)
 
 
 def spelling(parts: Sequence[Value], part: Value) -> Expression:
@@ -205,21 +207,21 @@ def spelling(parts: Sequence[Value], part: Value) -> Expression:
     return rounded(Name(f"y{parts.index(part)}"), part.tensor.dtype)
 
 
-def with_operands(body: Body, spelled: Mapping[str, Expression]) -> Body:
+def with_operands(expression: FusedExpression, spelled: Mapping[str, Expression]) -> FusedExpression:
     """Substitutes expressions for operands; those read more than once get names."""
-    reads = [part.name for part in body.expressions() if isinstance(part, Name)]
-    taken = {name for name, _ in body.definitions}
+    reads = [part.name for part in expression.expressions() if isinstance(part, Name)]
+    taken = {name for name, _ in expression.definitions}
     values: dict[str, Expression] = {}
     first: list[tuple[str, Expression]] = []
-    for name, expression in spelled.items():
-        values[name] = expression
-        if reads.count(name) > 1 and not isinstance(expression, Name):
+    for name, operand in spelled.items():
+        values[name] = operand
+        if reads.count(name) > 1 and not isinstance(operand, Name):
             own = next(free for place in range(len(taken) + 1) if (free := f"p{place}") not in taken)
             taken.add(own)
-            first.append((own, expression))
+            first.append((own, operand))
             values[name] = Name(own)
-    definitions = [(name, substituted(what, values)) for name, what in body.definitions]
-    return Body((*first, *definitions), substituted(body.result, values))
+    definitions = [(name, substituted(what, values)) for name, what in expression.definitions]
+    return FusedExpression((*first, *definitions), substituted(expression.result, values))
 
 
 @dataclass(frozen=True)
@@ -232,4 +234,4 @@ class FuseEpilogue(Pass):
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
-        return (ProductThenBody(),)
+        return (ProductThenExpression(),)

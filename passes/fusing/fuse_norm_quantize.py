@@ -4,7 +4,7 @@
     %n = aten.rms_norm(%h, [256], %w, 1e-06)
     %n_q, %n_s = kernel.quantize(%n) {…}
   ->
-    %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {body = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
+    %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {expression = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
 
 It fuses any arithmetic that reduces rows by means, however the model writes it. The expression rounds where the
 operations did. Results are bit-exact, except where torch fuses or reorders FP32 operations: a layer norm of FP32

@@ -4,7 +4,7 @@
     %n = aten.rms_norm(%h, [256], %w, 1e-06)
     %n_q, %n_s = kernel.quantize(%n) {…}
   ->
-    %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {body = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
+    %n_q, %n_s, %h = kernel.fused_quantize(%x, %r, %w) {expression = "h0 = bf16(x0 + x1); …", keep = ["h0"], …}
 
 The fused operation is placed before the first user of its residual outputs.
 """
@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from passes.analyses.arithmetic import is_row_view
 from passes.fusing.fusion_regions import FusionRegion, Limits, grow
-from passes.fusing.region_bodies import body_of, in_order, kept_names
-from qcompiler.dialects.body import Name
+from passes.fusing.region_expressions import expression_of, in_order, kept_names
+from qcompiler.dialects.fused_expression import Name
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
 
 OPERANDS = 6
@@ -59,9 +59,11 @@ class ArithmeticThenQuantize(Rule):
         named = {f"x{place}": value for place, value in enumerate(operands)}
         spelled = {value: Name(name) for name, value in named.items()}
         vectors = [name for name, value in named.items() if value.tensor.shape == shape[-1:]]
-        body, order = in_order(body_of(region, spelled, None if prescale is None else Name(list(named)[-1])), vectors)
+        expression, order = in_order(
+            expression_of(region, spelled, None if prescale is None else Name(list(named)[-1])), vectors
+        )
         args = [named[name] if name in vectors else arranged(rewriter, region, named[name], shape) for name in order]
-        attrs = {**op.attrs, "body": str(body), "keep": kept_names(region)}
+        attrs = {**op.attrs, "expression": str(expression), "keep": kept_names(region)}
         made = rewriter.insert("kernel.fused_quantize", *args, attrs=attrs)
         graph.move(made, before=region.place)
         names: dict[Value, str] = {}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.analyses.arithmetic import is_row_view, same_numbers, term_of
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 from qcompiler.ir import Graph, Missed, Op, Size, Value
 
 LONGEST_ROW = 16384

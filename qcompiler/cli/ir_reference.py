@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from qcompiler.dialects import body, core
+from qcompiler.dialects import core, fused_expression
 from qcompiler.ir import DType, literals, op_table, parser, verifier
 from qcompiler.ir.op_table import OpDef
 from qcompiler.ir.sizes import FUNCTIONS
@@ -45,7 +45,7 @@ by capture.
 
 def ir_reference() -> str:
     """The complete page."""
-    return "\n".join([HEAD, *_grammar(), *_types(), *_operations(), *_bodies(), *_rules()])
+    return "\n".join([HEAD, *_grammar(), *_types(), *_operations(), *_expressions(), *_rules()])
 
 
 def _grammar() -> Iterator[str]:
@@ -112,14 +112,14 @@ def _arithmetic(declared: Iterable[OpDef]) -> Iterator[str]:
     yield _table(("operation", "is"), rows)
 
 
-def _bodies() -> Iterator[str]:
+def _expressions() -> Iterator[str]:
     yield "## Fused expressions\n"
-    yield "The attribute `body` of `kernel.fused_quantize` and `kernel.fused_linear`:\n"
-    _, example, explained, *_ = (body.__doc__ or "").split("\n\n")
+    yield "The attribute `expression` of `kernel.fused_quantize` and `kernel.fused_linear`:\n"
+    _, example, explained, *_ = (fused_expression.__doc__ or "").split("\n\n")
     yield f"```\n{textwrap.dedent(example)}\n```\n\n{explained}\n"
     rows = (
         (f"`{name}`", str(function.arity), "the whole row" if function.across else "its own column")
-        for name, function in sorted(body.FUNCTIONS.items())
+        for name, function in sorted(fused_expression.FUNCTIONS.items())
     )
     yield _table(("function", "arguments", "each result column depends on"), rows)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qcompiler import numerics
-from qcompiler.dialects.body import Body, parse
+from qcompiler.dialects.fused_expression import FusedExpression, parse
 from qcompiler.dialects.quant import (
     LINEAR,
     linear_shape,
@@ -64,7 +64,7 @@ def check_layout(op: Op) -> None:
 
 def is_fused(op: Op) -> bool:
     """Whether an operation has a fused expression."""
-    return op.name.startswith("kernel.") and "body" in op.attrs
+    return op.name.startswith("kernel.") and "expression" in op.attrs
 
 
 def fused_quantize_types(op: Op) -> tuple[Type, ...]:
@@ -78,7 +78,7 @@ def fused_quantize_types(op: Op) -> tuple[Type, ...]:
     kept: tuple[str, ...] = op.attrs["keep"]  # type: ignore[assignment]  # checked by the declaration
     for name in kept:
         if name not in defined:
-            raise OpError(f"keep has '{name}', which its body does not define")
+            raise OpError(f"keep has '{name}', which its expression does not define")
     return (*stored_types(op, op.format(), shape), *(TensorType(ir_dtype(made.dtype(name)), shape) for name in kept))
 
 
@@ -91,9 +91,9 @@ def fused_linear_types(op: Op) -> tuple[Type, ...]:
         raise OpError(f"{columns} columns cannot be split into {parts} equal parts", "w")
     shape: tuple[Size, ...] = (*rows, columns // parts)
     if wrong := [name for name in made.operands if name[0] == "y" and int(name[1:]) >= parts]:
-        raise OpError(f"its body reads {wrong[0]}, but the accumulator has {parts} parts")
+        raise OpError(f"its expression reads {wrong[0]}, but the accumulator has {parts} parts")
     if made.across:
-        raise OpError("its body needs whole rows, but an output tile has only part of a row")
+        raise OpError("its expression needs whole rows, but an output tile has only part of a row")
     _check_operands(op.rest, len(op.args) - len(op.rest), made, shape)
     if "format" in op.attrs:
         return stored_types(op, op.format(), shape)
@@ -105,42 +105,46 @@ def parts_of(op: Op) -> int:
     return op.attrs["parts"]  # type: ignore[return-value]  # checked by the declaration
 
 
-def _parsed(op: Op) -> Body:
+def _parsed(op: Op) -> FusedExpression:
     try:
-        return parse(str(op.attrs["body"]))
+        return parse(str(op.attrs["expression"]))
     except ParseError as error:
         raise OpError(str(error)) from None
 
 
-def _check_operands(args: tuple[Any, ...], first: int, made: Body, shape: tuple[Size, ...] | None = None) -> None:
+def _check_operands(
+    args: tuple[Any, ...], first: int, made: FusedExpression, shape: tuple[Size, ...] | None = None
+) -> None:
     """Checks the operands of a fused expression, from argument `first` on; `shape` defaults to the first operand's."""
     for place, arg in enumerate(args):
         if not isinstance(arg, Value) or not arg.tensor.dtype.is_float or arg.tensor.dtype.bits not in (16, 32):
-            raise OpError("an operand of a body must be a tensor in bf16, f16, or f32", first + place)
+            raise OpError("an operand of an expression must be a tensor in bf16, f16, or f32", first + place)
         shape = arg.tensor.shape if shape is None else shape
         if arg.tensor.shape not in (shape, shape[-1:]):
             need = f"{list(map(str, shape))} or {list(map(str, shape[-1:]))}"
-            raise OpError(f"operand x{place} is {arg.tensor}, but this body needs {need}", first + place)
+            raise OpError(f"operand x{place} is {arg.tensor}, but this expression needs {need}", first + place)
     read = [name for name in made.operands if name[0] == "x"]
     if read != [f"x{place}" for place in range(len(args))]:
-        raise OpError(f"its body reads {', '.join(read) or 'no operands'}, but it has {len(args)} operands")
+        raise OpError(f"its expression reads {', '.join(read) or 'no operands'}, but it has {len(args)} operands")
 
 
-def fused_quantize(*operands: torch.Tensor, body: str, keep: Sequence[str], format: Format) -> tuple[torch.Tensor, ...]:
+def fused_quantize(
+    *operands: torch.Tensor, expression: str, keep: Sequence[str], format: Format
+) -> tuple[torch.Tensor, ...]:
     """Torch definition of `kernel.fused_quantize`."""
-    result, *kept = parse(body).run({f"x{place}": x for place, x in enumerate(operands)}, keep)
+    result, *kept = parse(expression).run({f"x{place}": x for place, x in enumerate(operands)}, keep)
     return (*numerics.quantize(result, format), *kept)
 
 
 def fused_linear(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None,
-    *others: torch.Tensor, body: str, parts: int, x_format: Format, w_format: Format, format: Format | None = None,
-    multiply: Callable[..., torch.Tensor] = numerics.scaled_linear,
+    *others: torch.Tensor, expression: str, parts: int, x_format: Format, w_format: Format,
+    format: Format | None = None, multiply: Callable[..., torch.Tensor] = numerics.scaled_linear,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Torch definition of `kernel.fused_linear`; `multiply` replaces `numerics.scaled_linear`."""
     sums = multiply(x, x_scale, w, w_scale, bias, x_format=x_format, w_format=w_format, out_dtype=torch.float32)
     named = {f"y{place}": y for place, y in enumerate(sums.chunk(parts, -1))}
-    (result,) = parse(body).run(named | {f"x{place}": x for place, x in enumerate(others)})
+    (result,) = parse(expression).run(named | {f"x{place}": x for place, x in enumerate(others)})
     return (result,) if format is None else numerics.quantize(result, format)
 
 
@@ -185,7 +189,7 @@ declare(
         "kernel.fused_quantize",
         "Evaluates a fused expression row by row and quantizes the result without storing it first.",
         ("x", "*"),
-        {"body": TEXT, "format": FORMAT, "keep": NAMES},
+        {"expression": TEXT, "format": FORMAT, "keep": NAMES},
         types=fused_quantize_types,
         meaning=fused_quantize,
         role=Role.QUANTIZE,
@@ -196,7 +200,7 @@ declare(
         "kernel.fused_linear",
         "`kernel.scaled_linear` in FP32 with a fused epilogue and, if a format is given, quantization.",
         (*LINEAR, "*"),
-        {"body": TEXT, "parts": PARTS, **ACTIVATION_AND_WEIGHT},
+        {"expression": TEXT, "parts": PARTS, **ACTIVATION_AND_WEIGHT},
         {"format": FORMAT},
         types=fused_linear_types,
         meaning=fused_linear,

@@ -10,8 +10,8 @@ from codegen.support import is_tiled
 from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmProblem, Separate, why_separate
 from codegen.templates.gemm import GemmProblem, Kind
-from passes.fusing.fuse_epilogue import takes_body
-from qcompiler.dialects.body import parse
+from passes.fusing.fuse_epilogue import takes_expression
+from qcompiler.dialects.fused_expression import parse
 from qcompiler.dialects.kernel import is_fused, parts_of
 from qcompiler.errors import CodegenError
 from qcompiler.ir import DType, Graph, Op, Role, Value, print_argument
@@ -68,14 +68,14 @@ def _problem(op: Op, rows: int, out_bytes: int) -> GemmProblem:
 
 def _fused(op: Op, rows: int) -> str:
     """Describes one kernel with a fused epilogue, or the GEMM alone and the reason."""
-    body = str(op.attrs["body"])
-    handed, _ = handed_over(body)
+    expression = str(op.attrs["expression"])
+    handed, _ = handed_over(expression)
     product = _problem(op, rows, handed.itemsize)
-    if not takes_body(op.format("x_format"), op.format("w_format")):
+    if not takes_expression(op.format("x_format"), op.format("w_format")):
         why = "the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
         return f"{HOPPER.gemm.choose(product)}, then the fused expression: {why}"
     parts, block = parts_of(op), op.format().block if "format" in op.attrs else None
-    sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(body).dtype().itemsize)
+    sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(expression).dtype().itemsize)
     facts = (len(op.rest), op.get("bias") is not None, block)
     problem = FusedGemmProblem(*sizes, *facts, scale_columns=product.scale_columns)
     found = HOPPER.fused_gemm.choose(problem)

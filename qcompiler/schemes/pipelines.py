@@ -14,7 +14,7 @@ from passes.cleanup.canonicalize import Canonicalize
 from passes.cleanup.dead_code import DeadCode
 from passes.cleanup.fold_constants import FoldConstants
 from passes.fusing.fuse_activation_quantize import FuseActivationQuantize
-from passes.fusing.fuse_epilogue import FuseEpilogue, takes_body
+from passes.fusing.fuse_epilogue import FuseEpilogue, takes_expression
 from passes.fusing.fuse_norm_quantize import FuseNormQuantize
 from passes.fusing.fuse_prescale import FusePrescale
 from passes.fusing.merge_linears import MergeLinears
@@ -109,7 +109,7 @@ def assemble(specs: Mapping[QuantizationSpec, Sequence[str]]) -> Pipeline:
 def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
     """The passes that fuse kernels with surrounding arithmetic, for dynamic scales per row or tile."""
     rows = [step for step in quantizing if step.x_format.block[0] == 1 and not step.static]
-    tiles = [step for step in rows if takes_body(step.x_format, step.w_format)]
+    tiles = [step for step in rows if takes_expression(step.x_format, step.w_format)]
     steps: list[Pass] = [FuseNormQuantize(), FuseActivationQuantize()] if rows else []
     return [*steps, FuseEpilogue()] if tiles else steps
 

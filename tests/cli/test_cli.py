@@ -127,7 +127,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_scheme_with_options(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["opt", "-s", "fp8_row{numerics=vllm}", "--no-locations", file]) == 0
     out = capsys.readouterr().out
-    assert '%n_q, %n_s = kernel.fused_quantize(%x, %g) {body = "' in out
+    assert '%n_q, %n_s = kernel.fused_quantize(%x, %g) {expression = "' in out
     assert '", format = #fp8_row<profile = "vllm">, keep = []}' in out
 
 

@@ -112,7 +112,7 @@ def test_an_operation_is_followed_into_what_it_is_fused_with(stages: Any) -> Non
     made = [line.partition(" = ")[2].partition("(")[0] for line in chapters["fp8-tile"].new]
     assert made == ["quant.quantize", "quant.dequantize", "quant.quantize", "quant.dequantize"]
     assert chapters["fuse-epilogue"].value == "z"
-    assert chapters["fuse-epilogue"].line.startswith("%z = kernel.fused_linear(%n_q, %n_s, %w_q, %w_s) {body =")
+    assert chapters["fuse-epilogue"].line.startswith("%z = kernel.fused_linear(%n_q, %n_s, %w_q, %w_s) {expression =")
 
 
 def test_an_operation_that_nobody_reads_is_removed(stages: Any) -> None:

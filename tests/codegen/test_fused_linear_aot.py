@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hopper_kernels import all_fused_configs, compile_body, compile_fused
+from hopper_kernels import all_fused_configs, compile_expression, compile_fused
 
 from codegen.templates.fused import FusedGemmConfig
 from codegen.templates.hopper import SHARED_MEMORY_LIMIT
@@ -24,11 +24,11 @@ def one_of(parts: int, waves: int) -> FusedGemmConfig:
 
 @pytest.mark.parametrize("config", FORMS, ids=str)
 def test_every_form(config: FusedGemmConfig) -> None:
-    body = SWIGLU if config.parts == 2 else RESIDUAL
+    expression = SWIGLU if config.parts == 2 else RESIDUAL
     others = () if config.parts == 2 else (torch.bfloat16,)
     for out_dtype in (None, E4M3):
         bias = None if config.parts == 2 else torch.bfloat16
-        code = compile_fused(config, body, others=others, bias_dtype=bias, out_dtype=out_dtype)
+        code = compile_fused(config, expression, others=others, bias_dtype=bias, out_dtype=out_dtype)
         assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
         # One step is four instructions of K = 32 into fresh registers; each consumer has its own code.
         assert code.qgmma == 4 * 2 * config.waves and "QGMMA.64x128x32.F32.E4M3.E4M3" in code.sass
@@ -42,7 +42,7 @@ def test_every_form(config: FusedGemmConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "body", "others", "out_dtype", "layout", "profile"),
+    ("parts", "expression", "others", "out_dtype", "layout", "profile"),
     [
         (2, GEGLU, (), E4M3, "row_major", "deepgemm"),
         (2, SWIGLU, (), torch.float8_e5m2, "col_major", "ue8m0"),
@@ -51,10 +51,21 @@ def test_every_form(config: FusedGemmConfig) -> None:
     ],
 )
 def test_bodies_formats_and_layouts(
-    parts: int, body: str, others: tuple[torch.dtype, ...], out_dtype: torch.dtype | None, layout: str, profile: str
+    parts: int,
+    expression: str,
+    others: tuple[torch.dtype, ...],
+    out_dtype: torch.dtype | None,
+    layout: str,
+    profile: str,
 ) -> None:
     code = compile_fused(
-        one_of(parts, 2), body, others=others, out_dtype=out_dtype, scale_layout=layout, profile=profile, columns=4096
+        one_of(parts, 2),
+        expression,
+        others=others,
+        out_dtype=out_dtype,
+        scale_layout=layout,
+        profile=profile,
+        columns=4096,
     )
     assert (code.local_loads, code.local_stores) == (0, 0)
     assert code.qgmma == 16 and code.tma_loads == 2 + parts
@@ -62,9 +73,9 @@ def test_bodies_formats_and_layouts(
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_fp32_sums_and_ragged_columns(parts: int) -> None:
-    body, _ = SUMS[parts]
+    expression, _ = SUMS[parts]
     config = one_of(parts, 1)
-    code = compile_fused(config, body, out_dtype=E4M3, columns=4096 if parts == 2 else 4112)
+    code = compile_fused(config, expression, out_dtype=E4M3, columns=4096 if parts == 2 else 4112)
     assert (code.local_loads, code.local_stores) == (0, 0)
     assert code.shared_memory <= config.shared_memory(4)
 
@@ -72,14 +83,17 @@ def test_fp32_sums_and_ragged_columns(parts: int) -> None:
 def test_multiply_adds_are_where_they_are_written() -> None:
     """The expression rounds a product and then a sum, like separate operations; each promotion is one multiply-add."""
     config = one_of(1, 1)
-    bodies = (RESIDUAL, "bf16(x0 * bf16(y0) + x0)")
-    compiled = [compile_fused(config, body, others=(torch.bfloat16,), bias_dtype=torch.bfloat16) for body in bodies]
+    expressions = (RESIDUAL, "bf16(x0 * bf16(y0) + x0)")
+    compiled = [
+        compile_fused(config, expression, others=(torch.bfloat16,), bias_dtype=torch.bfloat16)
+        for expression in expressions
+    ]
     counts = [len(re.findall(r"\bFFMA\b", code.sass)) for code in compiled]
     assert counts == [2 * 64, 2 * 64]
 
 
-@pytest.mark.parametrize("body", ["bf16(silu(y0) * y1)", "bf16(x0 + y0)", "f16(gelu(y0) * x1 + x0)"])
-def test_an_expression_alone_uses_wide_loads_and_stores(body: str) -> None:
-    code = compile_body(body)
+@pytest.mark.parametrize("expression", ["bf16(silu(y0) * y1)", "bf16(x0 + y0)", "f16(gelu(y0) * x1 + x0)"])
+def test_an_expression_alone_uses_wide_loads_and_stores(expression: str) -> None:
+    code = compile_expression(expression)
     assert code.wide_loads >= 2 and code.wide_stores == 2
     assert (code.local_loads, code.local_stores) == (0, 0)

@@ -19,7 +19,7 @@ from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, Separate, why_separate
 from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 from qcompiler import numerics
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 from qcompiler.dialects.kernel import fused_linear
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
 
@@ -28,7 +28,7 @@ SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
 
 
 @pytest.mark.parametrize(
-    ("body", "dtype", "rest"),
+    ("expression", "dtype", "rest"),
     [
         ("bf16(silu(bf16(y0)) * bf16(y1))", torch.bfloat16, "bf16(silu(y0) * y1)"),
         ("h = f16(y0); f16(h * sigmoid(h) + x0)", torch.float16, "h = y0; f16(h * sigmoid(h) + x0)"),
@@ -41,23 +41,27 @@ SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
         ("bf16(x0)", torch.float32, "bf16(x0)"),
     ],
 )
-def test_sums_are_passed_in_the_dtype_that_the_expression_rounds_to(body: str, dtype: torch.dtype, rest: str) -> None:
-    assert handed_over(body) == (dtype, str(parse(rest)))
+def test_sums_are_passed_in_the_dtype_that_the_expression_rounds_to(
+    expression: str, dtype: torch.dtype, rest: str
+) -> None:
+    assert handed_over(expression) == (dtype, str(parse(rest)))
 
 
 @pytest.mark.parametrize(
-    ("body", "others", "sums", "renamed"),
+    ("expression", "others", "sums", "renamed"),
     [
         ("y0 * y1 + x0", 1, ("y0", "y1"), "x0 * x1 + x2"),
         ("h = y1 - x1; h * x0", 2, ("y1",), "h = x0 - x2; h * x1"),
         ("gelu(y0)", 0, ("y0",), "gelu(x0)"),
     ],
 )
-def test_a_tensor_expression_names_the_sums_first(body: str, others: int, sums: tuple[str, ...], renamed: str) -> None:
-    assert on_tensors(body, others) == (sums, str(parse(renamed)))
+def test_a_tensor_expression_names_the_sums_first(
+    expression: str, others: int, sums: tuple[str, ...], renamed: str
+) -> None:
+    assert on_tensors(expression, others) == (sums, str(parse(renamed)))
 
 
-def bodies() -> st.SearchStrategy[str]:
+def expressions() -> st.SearchStrategy[str]:
     """Expressions of sums, each with or without rounding, and other operands."""
     sums = st.sampled_from(["y0", "y1", "bf16(y0)", "bf16(y1)", "f16(y0)"])
     leaves = sums | st.sampled_from(["x0", "x1", "bf16(x0 * 0.5)"])
@@ -73,14 +77,14 @@ def bodies() -> st.SearchStrategy[str]:
     return st.tuples(whole, whole).map(lambda t: f"h = {t[0]}; bf16(h * {t[1]} + y0 * 0)" if len(t[0]) % 2 else t[0])
 
 
-@given(bodies(), st.integers(0, 2**31))
+@given(expressions(), st.integers(0, 2**31))
 def test_the_rest_of_an_expression_gives_the_same_bits(text: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    body = parse(text)
-    if not any(name[0] == "y" for name in body.operands):
+    expression = parse(text)
+    if not any(name[0] == "y" for name in expression.operands):
         return
     named = {name: torch.randn(3, 5, generator=generator) for name in ("x0", "x1", "y0", "y1")}
-    (want,) = body.run(named)
+    (want,) = expression.run(named)
     dtype, rest = handed_over(text)
     handed = {name: each.to(dtype) if name[0] == "y" else each for name, each in named.items()}
     assert torch.equal(parse(rest).run(handed)[0].float(), want.float())
@@ -161,24 +165,24 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             *tensors, x_format=numerics.format_of(x_block), w_format=numerics.format_of(w_block), out_dtype=dtype
         )
 
-    def quantize(operands: Sequence[Tensor], body: str, *rest: Any) -> list[Tensor]:
+    def quantize(operands: Sequence[Tensor], expression: str, *rest: Any) -> list[Tensor]:
         _, block, dtype, profile, layout = rest
-        calls.append(f"quantize {body}")
-        (result,) = parse(body).run({f"x{place}": x for place, x in enumerate(operands)})
+        calls.append(f"quantize {expression}")
+        (result,) = parse(expression).run({f"x{place}": x for place, x in enumerate(operands)})
         q, scale = numerics.quantize(result, numerics.format_of(block, dtype, profile))
         return [q, scale_like(q, block[1], layout).copy_(scale)]
 
-    def alone(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> KernelCall:
-        calls.append(f"body {body}")
+    def alone(expression: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> KernelCall:
+        calls.append(f"expression {expression}")
         named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
         assert all(each.dim() == 1 or each.stride(-1) == 1 for each in named.values())
-        out.copy_(parse(body).run(named)[0])
+        out.copy_(parse(expression).run(named)[0])
         return KernelCall(None, 1, (out,), {}, {})
 
     monkeypatch.setattr(fused_product, "check_device", lambda device: None)
     monkeypatch.setattr(fused_product, "scaled_linear_on_gpu", product)
     monkeypatch.setattr(fused_product, "fused_quantize_on_gpu", quantize)
-    monkeypatch.setattr(fused_product, "body_call", alone)
+    monkeypatch.setattr(fused_product, "expression_call", alone)
     monkeypatch.setattr(fused_product, "launch", lambda call: None)
     monkeypatch.setattr(fused_product, "replayed", lambda run, what, operands, *arguments: run(*arguments))
     monkeypatch.setattr(fused_product, "_config", lambda *facts: fused_product.SEPARATE)
@@ -188,7 +192,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("leading", [(6,), (2, 3)])
 @pytest.mark.parametrize(
-    ("body", "parts", "vectors", "calls"),
+    ("expression", "parts", "vectors", "calls"),
     [
         (SWIGLU, 2, (), ["product bfloat16", "{} bf16(bf16(silu({0})) * {1})"]),
         ("f16(x0 + f16(y0))", 1, (False,), ["product float16", "{} f16({1} + {0})"]),
@@ -198,7 +202,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 )
 @pytest.mark.parametrize("quantized", [False, True])
 def test_separate_kernels_match_the_reference(
-    on_cpu: list[str], body: str, parts: int, vectors: tuple[bool, ...], calls: list[str], leading: tuple[int, ...],
+    on_cpu: list[str], expression: str, parts: int, vectors: tuple[bool, ...], calls: list[str],
+    leading: tuple[int, ...],
     quantized: bool,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
@@ -207,11 +212,21 @@ def test_separate_kernels_match_the_reference(
     w, ws = numerics.quantize(torch.randn(n * parts, k), numerics.format_of([128, 128], E4M3))
     bias = torch.randn(n * parts).bfloat16()
     others = [torch.randn(n) if vector else torch.randn(*leading, n).bfloat16() for vector in vectors]
-    options: dict[str, Any] = {"x_block": [1, 128], "w_block": [128, 128], "body": body, "parts": parts}
+    options: dict[str, Any] = {"x_block": [1, 128], "w_block": [128, 128], "expression": expression, "parts": parts}
     last: dict[str, Any] = {"block": [1, 128], "dtype": E4M3, "profile": "deepseek"} if quantized else {}
     format = FP8_TILE if quantized else None
     want = fused_linear(
-        x, xs, w, ws, bias, *others, body=body, parts=parts, x_format=FP8_TILE, w_format=FP8_BLOCK, format=format
+        x,
+        xs,
+        w,
+        ws,
+        bias,
+        *others,
+        expression=expression,
+        parts=parts,
+        x_format=FP8_TILE,
+        w_format=FP8_BLOCK,
+        format=format,
     )
     layout: dict[str, Any] = {"scale_layout": "row_major"} if quantized else {}
     got = fused_product.fused_linear_on_gpu(x, xs, w, ws, bias, others, **options, **last, **layout)
@@ -219,7 +234,7 @@ def test_separate_kernels_match_the_reference(
     for mine, theirs in zip(got, want, strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine.float(), theirs.float())
     assert len(on_cpu) == 2 and on_cpu[0] == calls[0]
-    assert on_cpu[1].startswith("quantize" if quantized else "body")
+    assert on_cpu[1].startswith("quantize" if quantized else "expression")
 
 
 def test_separate_kernels_with_many_operands_and_with_no_rows(on_cpu: list[str]) -> None:
@@ -229,7 +244,9 @@ def test_separate_kernels_with_many_operands_and_with_no_rows(on_cpu: list[str])
     call = fused_product.fused_linear_on_gpu
     options = ("bf16(bf16(y0) + x0 * x1 - x2)", 1, [1, 128], [128, 128])
     (got,) = call(x, xs, w, ws, None, others, *options)
-    (want,) = fused_linear(x, xs, w, ws, None, *others, body=options[0], parts=1, x_format=FP8_TILE, w_format=FP8_BLOCK)
+    (want,) = fused_linear(
+        x, xs, w, ws, None, *others, expression=options[0], parts=1, x_format=FP8_TILE, w_format=FP8_BLOCK
+    )
     assert torch.equal(got, want)
     (none,) = call(x[:0], xs[:0], w, ws, None, [other[:0] for other in others[:2]], "bf16(y0 + x0 * x1)", *options[1:])
     assert none.shape == (0, 16) and none.dtype == torch.bfloat16

@@ -13,11 +13,11 @@ from codegen.fused_gemm import product as fused_product
 from codegen.launching.launch import launch
 from codegen.quantize.plain import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.body import body_call
 from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem
+from codegen.templates.fused_expression import expression_call
 from codegen.templates.template import ceil_div
 from qcompiler import numerics
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +61,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def body_of(config: FusedGemmConfig) -> tuple[str, int]:
+def expression_of(config: FusedGemmConfig) -> tuple[str, int]:
     """An expression for a form, and its number of operands other than the sums."""
     return (SWIGLU, 0) if config.parts == 2 else (SCALED, 2)
 
@@ -77,20 +77,20 @@ def others_of(count: int, m: int, n: int) -> list[Tensor]:
 def test_rows_and_garbage_and_equal_bits(config: FusedGemmConfig, m: int) -> None:
     n, k = 384, 1040
     x, xs, w, ws = operands(m, n * config.parts, k)
-    body, count = body_of(config)
+    expression, count = expression_of(config)
     bias = torch.randn(n * config.parts, device="cuda", dtype=torch.bfloat16)
     others = others_of(count, m, n)
-    made = parse(body)
+    made = parse(expression)
     whole = torch.full((m + 9, n), 7.0, dtype=made.dtype(), device="cuda")
     out = whole[:m].fill_(math.nan)
-    launch_fused(config, body, x, w, xs, ws, bias, others, out)
+    launch_fused(config, expression, x, w, xs, ws, bias, others, out)
     sums = exact(x, xs, w, ws, bias).chunk(config.parts, -1)
     named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
     assert relative_error(out, made.run(named)[0]) <= RELATIVE[made.dtype()]
     assert bool((whole[m:] == 7.0).all()), "wrote beyond the last row"
     again = torch.empty_like(out)
     for _ in range(5):
-        launch_fused(config, body, x, w, xs, ws, bias, others, again.fill_(math.nan))
+        launch_fused(config, expression, x, w, xs, ws, bias, others, again.fill_(math.nan))
         assert torch.equal(out, again), "a repeated run gave other bits: a race"
 
 
@@ -109,14 +109,14 @@ def test_codes_match_the_quantized_result(
 ) -> None:  # fmt: skip
     for m, n, k in ((1, 128, 128), (129, 512, 400), (1000, 1408, 2048)):
         x, xs, w, ws = operands(m, n * config.parts, k)
-        body, count = body_of(config)
+        expression, count = expression_of(config)
         others = others_of(count, m, n)
-        result = torch.empty(m, n, dtype=parse(body).dtype(), device="cuda")
-        launch_fused(config, body, x, w, xs, ws, None, others, result)
+        result = torch.empty(m, n, dtype=parse(expression).dtype(), device="cuda")
+        launch_fused(config, expression, x, w, xs, ws, None, others, result)
         want, want_scale = numerics.quantize(result, numerics.format_of((1, 128), dtype, profile))
         codes = torch.full((m + 3, n), 0x55, dtype=torch.uint8, device="cuda")
         scale = scale_like(torch.empty(m + 3, n, device="cuda"), 128, layout).fill_(-1.0)
-        launch_fused(config, body, x, w, xs, ws, None, others, codes[:m].view(dtype), scale[:m], profile)
+        launch_fused(config, expression, x, w, xs, ws, None, others, codes[:m].view(dtype), scale[:m], profile)
         assert torch.equal(codes[:m], want.view(torch.uint8))
         assert torch.equal(scale[:m], want_scale)
         assert bool((codes[m:] == 0x55).all()) and bool((scale[m:] == -1.0).all()), "wrote beyond the last row"
@@ -125,17 +125,17 @@ def test_codes_match_the_quantized_result(
 @pytest.mark.parametrize("config", [form for form in FORMS if form.parts == 1], ids=str)
 @pytest.mark.parametrize("n", [1, 8, 136, 200, 1000])
 def test_columns_that_do_not_fill_a_tile(config: FusedGemmConfig, n: int) -> None:
-    body = "bf16(exp(bf16(y0) * 0.1) + x0)"  # not zero beyond the last column
+    expression = "bf16(exp(bf16(y0) * 0.1) + x0)"  # not zero beyond the last column
     for m, k in ((65, 144), (300, 1104)):
         x, xs, w, ws = operands(m, n, k)
         other, bias = torch.randn(m, n, device="cuda"), torch.randn(n, device="cuda")
         out = torch.full((m * n + 64,), 7.0, dtype=torch.bfloat16, device="cuda")
         result = out[: m * n].view(m, n)
-        launch_fused(config, body, x, w, xs, ws, bias, [other], result)
-        (want,) = parse(body).run({"x0": other, "y0": exact(x, xs, w, ws, bias)})
+        launch_fused(config, expression, x, w, xs, ws, bias, [other], result)
+        (want,) = parse(expression).run({"x0": other, "y0": exact(x, xs, w, ws, bias)})
         assert relative_error(result, want) <= 4e-3 and bool((out[m * n :] == 7.0).all())
         codes, scale = torch.empty(m, n, dtype=E4M3, device="cuda"), torch.empty(m, ceil_div(n, 128), device="cuda")
-        launch_fused(config, body, x, w, xs, ws, bias, [other], codes, scale)
+        launch_fused(config, expression, x, w, xs, ws, bias, [other], codes, scale)
         want_codes, want_scale = numerics.quantize(result, numerics.format_of((1, 128), E4M3))
         assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
 
@@ -143,13 +143,13 @@ def test_columns_that_do_not_fill_a_tile(config: FusedGemmConfig, n: int) -> Non
 @pytest.mark.parametrize("parts", [1, 2])
 def test_sums_that_the_expression_does_not_round(parts: int) -> None:
     config = next(form for form in FORMS if form.parts == parts and form.waves == 1)
-    body = "y0 * 2" if parts == 1 else "y0 - y1 * 0.5"
+    expression = "y0 * 2" if parts == 1 else "y0 - y1 * 0.5"
     assert HOPPER.fused_gemm.why_not(config, FusedGemmProblem(200, 256, 512, parts, handed_bytes=4, block=None)) is None
     x, xs, w, ws = operands(200, 256 * parts, 512)
     out = torch.full((200, 256), math.nan, device="cuda")
-    launch_fused(config, body, x, w, xs, ws, None, [], out)
+    launch_fused(config, expression, x, w, xs, ws, None, [], out)
     sums = exact(x, xs, w, ws, None).chunk(parts, -1)
-    assert relative_error(out, parse(body).run({f"y{place}": y for place, y in enumerate(sums)})[0]) <= 5e-4
+    assert relative_error(out, parse(expression).run({f"y{place}": y for place, y in enumerate(sums)})[0]) <= 5e-4
 
 
 @forms
@@ -158,16 +158,16 @@ def test_nonfinite_values_poison_their_tile_of_the_result(config: FusedGemmConfi
     """A NaN code or NaN scale of a row makes its results NaN; a non-finite column makes one tile of each row NaN."""
     m, n, k = 70, 256, 256
     x, xs, w, ws = operands(m, n * config.parts, k)
-    body = SWIGLU if config.parts == 2 else GELU
+    expression = SWIGLU if config.parts == 2 else GELU
     bias = torch.zeros(n * config.parts, device="cuda")
     for columns in (False, True):
         x.view(torch.uint8)[5, 200], xs[9, 0] = 0x7F, math.nan
         if columns:
             bias[3] = math.inf
         result = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-        launch_fused(config, body, x, w, xs, ws, bias, [], result)
+        launch_fused(config, expression, x, w, xs, ws, bias, [], result)
         codes, scale = torch.empty(m, n, dtype=dtype, device="cuda"), torch.empty(m, n // 128, device="cuda")
-        launch_fused(config, body, x, w, xs, ws, bias, [], codes, scale)
+        launch_fused(config, expression, x, w, xs, ws, bias, [], codes, scale)
         want, want_scale = numerics.quantize(result, numerics.format_of((1, 128), dtype))
         assert result.isnan().all(1).nonzero().flatten().tolist() == [5, 9]
         poisoned = scale.isnan()
@@ -191,7 +191,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rows", [(1,), (3, 5), (2, 150), (2048,)])
 def test_the_operator_on_every_path(case: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    body, parts, kinds, options = CASES[case]
+    expression, parts, kinds, options = CASES[case]
     n, k = 768, 1024
     m = math.prod(rows)
     x, xs, w, ws = operands(m, n * parts, k, garbage=0)
@@ -200,13 +200,13 @@ def test_the_operator_on_every_path(case: str, rows: tuple[int, ...], monkeypatc
     others = [
         torch.randn(*rows, n, device="cuda") if kind == "tensor" else torch.randn(n, device="cuda") for kind in kinds
     ]
-    arguments = (x, xs, w, ws, bias, others, body, parts, [1, 128], [128, 128])
+    arguments = (x, xs, w, ws, bias, others, expression, parts, [1, 128], [128, 128])
     results = {"chosen": torch.ops.qcompiler.fused_linear(*arguments, **options)}
     again = torch.ops.qcompiler.fused_linear(*arguments, **options)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(results["chosen"], again, strict=True))
     monkeypatch.setattr(fused_product, "_config", lambda *facts: fused_product.SEPARATE)
     results["separate"] = torch.ops.qcompiler.fused_linear(*arguments, **options)
-    waves = 1 if body == "bf16(gelu(y0))" else 2
+    waves = 1 if expression == "bf16(gelu(y0))" else 2
     form = next(form for form in FORMS if (form.parts, form.waves) == (parts, waves))
     if options.get("block") != [1, -1]:
         monkeypatch.setattr(fused_product, "_config", lambda *facts: form)
@@ -214,7 +214,7 @@ def test_the_operator_on_every_path(case: str, rows: tuple[int, ...], monkeypatc
         results["one kernel"] = torch.ops.qcompiler.fused_linear(*arguments, **options)
     sums = exact(x.view(m, k), xs.reshape(m, -1), w, ws, bias).view(*rows, -1).chunk(parts, -1)
     named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
-    (want,) = parse(body).run(named)
+    (want,) = parse(expression).run(named)
     for way, result in results.items():
         got = (
             numerics.dequantize(result[0], result[1], format=numerics.format_of(options["block"], result[0].dtype))
@@ -226,17 +226,17 @@ def test_the_operator_on_every_path(case: str, rows: tuple[int, ...], monkeypatc
 
 
 @pytest.mark.parametrize("m", [1, 5, 4099])
-@pytest.mark.parametrize("body", ["bf16(silu(y0) * y1)", "bf16(x0 + y0)", "f16(y0 * x0 + x1)", "y0 / 3"])
-def test_an_expression_alone(body: str, m: int) -> None:
-    made, n = parse(body), 520
+@pytest.mark.parametrize("expression", ["bf16(silu(y0) * y1)", "bf16(x0 + y0)", "f16(y0 * x0 + x1)", "y0 / 3"])
+def test_an_expression_alone(expression: str, m: int) -> None:
+    made, n = parse(expression), 520
     both = torch.randn(m, 2 * n, device="cuda", dtype=torch.bfloat16)
     sums = list(both.chunk(2, -1)) if "y1" in made.operands else [both[:, :n]]
     others = others_of(sum(name[0] == "x" for name in made.operands), m, n)
     whole = torch.full((m + 2, n), 7.0, dtype=made.dtype(), device="cuda")
-    launch(body_call(body, sums, others, whole[:m]))
+    launch(expression_call(expression, sums, others, whole[:m]))
     named = {f"y{place}": y for place, y in enumerate(sums)} | {f"x{place}": x for place, x in enumerate(others)}
     (want,) = made.run(named)
-    if made.dtype() == torch.float32 or "silu" not in body:
+    if made.dtype() == torch.float32 or "silu" not in expression:
         assert torch.equal(whole[:m], want)
     assert relative_error(whole[:m], want) <= 1e-4
     assert bool((whole[m:] == 7.0).all())

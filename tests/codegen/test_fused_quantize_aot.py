@@ -9,10 +9,10 @@ import pytest
 import torch
 from hopper_kernels import compile_fused_quantize
 
-from codegen.bodies import source, triton_function
+from codegen.fused_expressions import source, triton_function
 from codegen.machine_code import MachineCode
 from qcompiler import numerics
-from qcompiler.dialects.body import FUNCTIONS, parse
+from qcompiler.dialects.fused_expression import FUNCTIONS, parse
 from qcompiler.errors import CodegenError, ParseError
 
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -80,7 +80,9 @@ def test_equal_expressions_share_one_function() -> None:
 
 
 def test_another_process_finds_the_same_kernel() -> None:
-    code = f"from codegen.bodies import triton_function\nprint(triton_function({ADD_NORM!r}, ('h',)).cache_key)"
+    code = (
+        f"from codegen.fused_expressions import triton_function\nprint(triton_function({ADD_NORM!r}, ('h',)).cache_key)"
+    )
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == triton_function(ADD_NORM, ("h",)).cache_key

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.bodies import triton_function
+from codegen.fused_expressions import triton_function
 from codegen.kernels.encoding import reciprocal_of, scale_of
 from codegen.kernels.fused_quantize import fused_quantize as kernel
 from codegen.quantize.fused import why_not_fused
 from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler import numerics
-from qcompiler.dialects.body import parse
+from qcompiler.dialects.fused_expression import parse
 
 pytestmark = pytest.mark.gpu
 
@@ -48,30 +48,32 @@ CLOSE = {
 
 
 def fused(
-    operands: Sequence[Tensor], body: str, layout: str = "row_major", profile: str = "deepseek",
+    operands: Sequence[Tensor], expression: str, layout: str = "row_major", profile: str = "deepseek",
     dtype: torch.dtype = E4M3, block: Sequence[int] = (1, 128), keep: Sequence[str] = ("r",),
 ) -> list[Tensor]:  # fmt: skip
-    assert why_not_fused(operands, parse(body), keep, block) is None
+    assert why_not_fused(operands, parse(expression), keep, block) is None
     result: list[Tensor] = torch.ops.qcompiler.fused_quantize(
-        operands, body, list(keep), list(block), dtype, profile, layout
+        operands, expression, list(keep), list(block), dtype, profile, layout
     )
     return result
 
 
 def operands_of(
-    body: str, vectors: Sequence[int], rows: int, columns: int, dtypes: Sequence[torch.dtype] = (B16,)
+    expression: str, vectors: Sequence[int], rows: int, columns: int, dtypes: Sequence[torch.dtype] = (B16,)
 ) -> list[Tensor]:
     seed = torch.Generator().manual_seed(rows + columns)
     return [
         torch.randn((columns,) if place in vectors else (rows, columns), generator=seed)
         .mul(1.0 + place)
         .to(dtypes[place % len(dtypes)])
-        for place in range(len(parse(body).operands))
+        for place in range(len(parse(expression).operands))
     ]
 
 
-def reference(body: str, operands: Sequence[Tensor], keep: Sequence[str] = ("r",), device: str = "cpu") -> list[Tensor]:
-    return list(parse(body).run({f"x{place}": x.to(device) for place, x in enumerate(operands)}, keep)[1:])
+def reference(
+    expression: str, operands: Sequence[Tensor], keep: Sequence[str] = ("r",), device: str = "cpu"
+) -> list[Tensor]:
+    return list(parse(expression).run({f"x{place}": x.to(device) for place, x in enumerate(operands)}, keep)[1:])
 
 
 def assert_same_codes(got: Tensor, want: Tensor) -> None:
@@ -106,23 +108,23 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("dtypes", [(B16,), (F32, B16, F16), (F16, F32)])
 def test_arithmetic_matches_torch_bit_for_bit(name: str, dtypes: Sequence[torch.dtype]) -> None:
-    body, vectors = EXACT[name]
+    expression, vectors = EXACT[name]
     for rows, columns in ((37, 384), (3, 77), (700, 1000)):
-        operands = operands_of(body, vectors, rows, columns, dtypes)
-        q, scale, kept = fused([x.cuda() for x in operands], body)
+        operands = operands_of(expression, vectors, rows, columns, dtypes)
+        q, scale, kept = fused([x.cuda() for x in operands], expression)
         # On the GPU, because some of torch's square roots on a CPU are off by an ulp.
-        assert torch.equal(kept, reference(body, operands, device="cuda")[0])
+        assert torch.equal(kept, reference(expression, operands, device="cuda")[0])
         assert_quantized(q, scale, kept, (1, 128), "deepseek")
 
 
 @pytest.mark.parametrize("name", CLOSE)
 @pytest.mark.parametrize("dtypes", [(B16,), (B16, F32)])
 def test_reductions_and_functions_are_within_a_rounding(name: str, dtypes: Sequence[torch.dtype]) -> None:
-    body, vectors = CLOSE[name]
+    expression, vectors = CLOSE[name]
     for rows, columns in ((37, 384), (3, 77), (700, 1000), (5, 7168), (2, 16384), (600, 4096)):
-        operands = operands_of(body, vectors, rows, columns, dtypes)
-        q, scale, kept = fused([x.cuda() for x in operands], body, "col_major")
-        assert_close(kept, reference(body, operands)[0])
+        operands = operands_of(expression, vectors, rows, columns, dtypes)
+        q, scale, kept = fused([x.cuda() for x in operands], expression, "col_major")
+        assert_close(kept, reference(expression, operands)[0])
         assert_quantized(q, scale, kept, (1, 128), "deepseek")
 
 
@@ -131,10 +133,10 @@ def test_reductions_and_functions_are_within_a_rounding(name: str, dtypes: Seque
 @pytest.mark.parametrize("block_k", [32, 128, 512, numerics.ALL])
 def test_profiles_formats_and_blocks(profile: str, dtype: torch.dtype, block_k: int) -> None:
     for at, (rows, columns) in enumerate(((5, 1056), (513, 320), (2, 4000))):
-        for body, vectors in (EXACT["far from zero"], CLOSE["sum, norm"], CLOSE["prescaled norm"]):
-            operands = [x.cuda() for x in operands_of(body, vectors, rows, columns)]
+        for expression, vectors in (EXACT["far from zero"], CLOSE["sum, norm"], CLOSE["prescaled norm"]):
+            operands = [x.cuda() for x in operands_of(expression, vectors, rows, columns)]
             block, layout = (1, block_k), SCALE_LAYOUTS[at % 2]
-            q, scale, kept = fused(operands, body, layout, profile, dtype, block)
+            q, scale, kept = fused(operands, expression, layout, profile, dtype, block)
             assert_quantized(q, scale, kept, block, profile)
 
 
@@ -143,7 +145,7 @@ def test_nonfinite_values() -> None:
     x = torch.tensor(kinds).repeat(20, 32)
     x[3:] *= torch.randn(17, 384)
     x[10:] = x[10:].nan_to_num(nan=0.5, posinf=3.0, neginf=-3.0).clamp(-1e18, 1e18)  # these tiles have finite scales
-    for body in (
+    for expression in (
         "r = x0; r",
         "r = silu(x0); r",
         "r = gelu_tanh(x0); r",
@@ -153,14 +155,16 @@ def test_nonfinite_values() -> None:
         "r = x0 / (1 + x0); r",
         "r = exp(x0); r",
     ):
-        q, scale, kept = fused([x.cuda()], body, profile="deepgemm")
+        q, scale, kept = fused([x.cuda()], expression, profile="deepgemm")
         # On the GPU, because torch's GELU of infinity is NaN on some CPUs.
-        want = reference(body, [x], device="cuda")[0].cpu()
-        assert torch.equal(kept.cpu().isnan(), want.isnan()), body
-        assert torch.equal(kept.cpu().isinf(), want.isinf()), body
-        assert torch.allclose(kept.cpu(), want, rtol=1e-5, atol=2e-7 if "gelu" in body else 1e-35, equal_nan=True), body
+        want = reference(expression, [x], device="cuda")[0].cpu()
+        assert torch.equal(kept.cpu().isnan(), want.isnan()), expression
+        assert torch.equal(kept.cpu().isinf(), want.isinf()), expression
+        assert torch.allclose(
+            kept.cpu(), want, rtol=1e-5, atol=2e-7 if "gelu" in expression else 1e-35, equal_nan=True
+        ), expression
         assert_quantized(q, scale, kept, (1, 128), "deepgemm")
-        q, scale, kept = fused([x.cuda()], body, dtype=I8)
+        q, scale, kept = fused([x.cuda()], expression, dtype=I8)
         assert_quantized(q, scale, kept, (1, 128), "deepseek")
     q, scale, kept = fused([x.cuda()], "r = x0 * rsqrt(mean(x0 * x0) + 1e-06); r")
     assert kept[:10].isnan().all() and q[:10].float().isnan().all() and scale[:10].isnan().all()
@@ -189,13 +193,13 @@ def test_scales_and_reciprocals_are_correctly_rounded(top: float) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 def test_any_number_of_rows(rows: int, layout: str) -> None:
-    for body, vectors in (EXACT["sum"], CLOSE["norm"]):
-        operands = operands_of(body, vectors, rows, 512)
-        q, scale, kept = fused([x.cuda() for x in operands], body, layout)
+    for expression, vectors in (EXACT["sum"], CLOSE["norm"]):
+        operands = operands_of(expression, vectors, rows, 512)
+        q, scale, kept = fused([x.cuda() for x in operands], expression, layout)
         assert q.shape == (rows, 512) and scale.shape == (rows, 4)
         assert rows == 0 or (scale.stride() == ((4, 1) if layout == "row_major" else (1, (rows + 3) // 4 * 4)))
         assert_quantized(q, scale, kept, (1, 128), "deepseek")
-        assert rows == 0 or bool((kept.cpu() == reference(body, operands)[0]).float().mean() > 0.995)
+        assert rows == 0 or bool((kept.cpu() == reference(expression, operands)[0]).float().mean() > 0.995)
 
 
 def test_slices_views_and_batches() -> None:
@@ -222,22 +226,24 @@ def test_slices_views_and_batches() -> None:
 
 
 def test_six_operands_and_two_residual_outputs() -> None:
-    body = "h = bf16(x0 + x1); g = h * x2 - x3; bf16(standardize(g, 1e-05) * x4) * x5"
-    operands = operands_of(body, (4, 5), 70, 600, (B16, F32, F16))
-    q, scale, h, g = fused([x.cuda() for x in operands], body, keep=("h", "g"))
-    want_h, want_g = reference(body, operands, ("h", "g"))
+    expression = "h = bf16(x0 + x1); g = h * x2 - x3; bf16(standardize(g, 1e-05) * x4) * x5"
+    operands = operands_of(expression, (4, 5), 70, 600, (B16, F32, F16))
+    q, scale, h, g = fused([x.cuda() for x in operands], expression, keep=("h", "g"))
+    want_h, want_g = reference(expression, operands, ("h", "g"))
     assert torch.equal(h.cpu(), want_h) and torch.equal(g.cpu(), want_g)
-    result = parse(body).run({f"x{place}": x for place, x in enumerate(operands)})[0]
+    result = parse(expression).run({f"x{place}": x for place, x in enumerate(operands)})[0]
     _, want_scale = numerics.quantize(result)
     assert torch.allclose(scale.cpu(), want_scale, rtol=1e-2)
     assert torch.allclose(numerics.dequantize(q.cpu(), scale.cpu()), result, rtol=0.07, atol=0.05)
 
 
 def test_problems_that_the_kernel_refuses_are_still_computed() -> None:
-    def check(operands: list[Tensor], body: str, block: list[int], keep: Sequence[str] = ("r",)) -> None:
-        assert why_not_fused(operands, parse(body), keep, block) is not None
-        q, scale, *kept = torch.ops.qcompiler.fused_quantize(operands, body, keep, block, E4M3, "deepseek", "row_major")
-        for got, want in zip(kept, reference(body, operands, keep), strict=True):
+    def check(operands: list[Tensor], expression: str, block: list[int], keep: Sequence[str] = ("r",)) -> None:
+        assert why_not_fused(operands, parse(expression), keep, block) is not None
+        q, scale, *kept = torch.ops.qcompiler.fused_quantize(
+            operands, expression, keep, block, E4M3, "deepseek", "row_major"
+        )
+        for got, want in zip(kept, reference(expression, operands, keep), strict=True):
             assert torch.allclose(got.cpu().float(), want.float(), rtol=1e-2, atol=1e-2)
         assert_quantized(q, scale, kept[-1], block, "deepseek")
 
@@ -255,35 +261,35 @@ def test_offsets_beyond_32_bits() -> None:
     rows, columns = 2**19 + 3, 4096 + 128
     x = torch.randn(64, columns, dtype=B16, device="cuda").repeat(rows // 64 + 1, 1)[:rows]
     assert x.numel() > 2**31
-    for body in ("r = bf16(x0 * 2 - x1); r", "n = rsqrt(mean(x0 * x0) + 1e-06); r = bf16(x0 * n * x1); r"):
-        q, scale, kept = fused([x, x[0]], body, "col_major")
+    for expression in ("r = bf16(x0 * 2 - x1); r", "n = rsqrt(mean(x0 * x0) + 1e-06); r = bf16(x0 * n * x1); r"):
+        q, scale, kept = fused([x, x[0]], expression, "col_major")
         assert_quantized(q[-67:], scale[-67:], kept[-67:], (1, 128), "deepseek")
-        assert_close(kept[-67:], reference(body, [x[-67:], x[0]])[0])
+        assert_close(kept[-67:], reference(expression, [x[-67:], x[0]])[0])
         del q, scale, kept
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses its own deprecated functions
 def test_cuda_graph_capture_and_repeatable_results() -> None:
-    body, vectors = CLOSE["sum, norm"]
-    operands = [x.cuda() for x in operands_of(body, vectors, 64, 1024)]
-    first = fused(operands, body)
+    expression, vectors = CLOSE["sum, norm"]
+    operands = [x.cuda() for x in operands_of(expression, vectors, 64, 1024)]
+    first = fused(operands, expression)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = fused(operands, body)
+        captured = fused(operands, expression)
     operands[0].normal_()
     graph.replay()
-    again = fused(operands, body)
+    again = fused(operands, expression)
     for got, want, old in zip(captured, again, first, strict=True):
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
         assert not torch.equal(got.view(torch.uint8), old.view(torch.uint8))
 
 
 def test_a_new_number_of_rows_compiles_nothing() -> None:
-    body, vectors = CLOSE["norm"]
-    assert triton_function(body, ("r",)) is not None
+    expression, vectors = CLOSE["norm"]
+    assert triton_function(expression, ("r",)) is not None
     counts = []
     for rows in (600, 601, 608, 640, 1000):
         for layout in SCALE_LAYOUTS:
-            fused([x.cuda() for x in operands_of(body, vectors, rows, 384)], body, layout)
+            fused([x.cuda() for x in operands_of(expression, vectors, rows, 384)], expression, layout)
         counts.append(len(kernel.device_caches[torch.cuda.current_device()][0]))
     assert len(set(counts)) == 1, counts

@@ -17,9 +17,10 @@ FAR = "r = relu(1 - x0) + 3; r"  # zeros beyond the last column become 4
 
 
 def _case(
-    body: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, layout: str, spare: int = 0, odd: float = 0.0
+    expression: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, layout: str, spare: int = 0,
+    odd: float = 0.0,
 ) -> None:  # fmt: skip
-    made = parse(body)
+    made = parse(expression)
     operands = []
     for place in range(len(made.operands)):
         dtype = (torch.float32, torch.float16)[place % 2]
@@ -32,10 +33,10 @@ def _case(
     scale = quantization.scale_like(operands[0], block_k, layout).fill_(-1.0)
     problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), 4, len(keep))
     tile = HOPPER.fused_quantize.choose(problem)
-    given = FusedQuantizeOperands(body, keep, operands, [each[:m] for each in kept], q[:m], scale)
+    given = FusedQuantizeOperands(expression, keep, operands, [each[:m] for each in kept], q[:m], scale)
     HOPPER.fused_quantize.launch(tile, given)
     want, *wanted = made.run({f"x{place}": x for place, x in enumerate(operands)}, keep)
-    label = (body, m, k, block_k, layout, tile)
+    label = (expression, m, k, block_k, layout, tile)
     for got, each in zip(kept, wanted, strict=True):
         assert bool((got[m:] == 7.0).all()), (label, "wrote beyond the last row")
         tolerance = (2e-3, 1e-3) if made.across and each.dtype == torch.float16 else (1e-5, 1e-5)
@@ -92,7 +93,7 @@ if __name__ == "__main__":
     from codegen.targets.hopper import HOPPER
     from codegen.templates.fused_quantize import FusedQuantizeOperands, FusedQuantizeProblem
     from qcompiler import numerics
-    from qcompiler.dialects.body import parse
+    from qcompiler.dialects.fused_expression import parse
 
     InterpreterBuilder.create_fma = _fma
     torch.manual_seed(0)

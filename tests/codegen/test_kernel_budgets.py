@@ -15,7 +15,7 @@ from hopper_kernels import (
     all_configs,
     all_fused_configs,
     compile_amax,
-    compile_body,
+    compile_expression,
     compile_fused,
     compile_fused_quantize,
     compile_gemm,
@@ -42,8 +42,8 @@ ROWS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
 
 
 def fused(config: FusedGemmConfig) -> MachineCode:
-    body, others = (SWIGLU, ()) if config.parts == 2 else (RESIDUAL, (B16,))
-    return compile_fused(config, body, others=others, bias_dtype=None if config.parts * config.waves > 2 else B16)
+    expression, others = (SWIGLU, ()) if config.parts == 2 else (RESIDUAL, (B16,))
+    return compile_fused(config, expression, others=others, bias_dtype=None if config.parts * config.waves > 2 else B16)
 
 
 def grouped(config: GroupedConfig) -> MachineCode:
@@ -63,7 +63,7 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
     "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
-    "body alone": partial(compile_body, RESIDUAL),
+    "expression alone": partial(compile_expression, RESIDUAL),
     **{f"{kind}, {config}": partial(compile_row_gemm, config, kind) for kind in ROWS for config in all_configs(kind)},
     **{f"fused, {config}": partial(fused, config) for config in all_fused_configs()},
     **{f"grouped, {config}": partial(grouped, config) for config in GROUPED_CONFIGS},

@@ -51,8 +51,10 @@ def test_no_choice_is_much_slower_than_the_best(name: str, device: str) -> None:
 
 
 # Parts of the weight, operands other than the sums, whether the result is quantized: see `benchmarks/epilogues.py`.
-BODIES = {"SwiGLU, quantize": (2, 0, True), "GELU, quantize": (1, 0, True), "GELU": (1, 0, False),
-          "residual": (1, 1, False)}  # fmt: skip
+EXPRESSIONS = {
+    "SwiGLU, quantize": (2, 0, True), "GELU, quantize": (1, 0, True), "GELU": (1, 0, False),
+    "residual": (1, 1, False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -60,7 +62,7 @@ def test_the_choice_between_one_kernel_and_two(device: str) -> None:
     ratios = []
     for row in json.loads((RESULTS / f"{device}-epilogues.json").read_text())["rows"]:
         m, n, k = map(int, row["M, N, K"].split(", "))
-        parts, others, quantized = BODIES[row["body"]]
+        parts, others, quantized = EXPRESSIONS[row["expression"]]
         problem = FusedGemmProblem(m, n, k, parts, others=others, block=(1, 128) if quantized else None)
         forms = [config for config in all_fused_configs() if config.parts == parts]
         found: dict[object, float] = dict(zip(forms, map(float, row["forms"].split()), strict=True))

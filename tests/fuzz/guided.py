@@ -18,8 +18,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[2]))
 READERS = [
     f"qcompiler.{name}"
-    for name in ("artefact", "body", "calibration.store", "checkpoints", "ir", "knobs", "pass_manager", "pass_options",
-                 "text")
+    for name in ("artefact", "calibration.store", "checkpoints", "dialects", "ir", "knobs", "pass_manager", "text")
 ]  # fmt: skip
 with atheris.instrument_imports(include=READERS):
     from folder_targets import FOLDER_TARGETS

@@ -19,7 +19,7 @@ import qcompiler.schemes.named
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.calibration.store import KEY
-from qcompiler.dialects import body
+from qcompiler.dialects import fused_expression
 from qcompiler.ir import Graph, parse_literal, print_argument
 from qcompiler.pass_manager.pipeline import PASSES, Pass, Pipeline
 from qcompiler.schemes.named import SCHEMES
@@ -98,10 +98,10 @@ def read_literal(given: bytes) -> None:
     same(text, print_argument(parse_literal(text)))
 
 
-def read_body(given: bytes) -> None:
+def read_expression(given: bytes) -> None:
     """The fused expression of an operation."""
-    made = body.parse(text_of(given))
-    same(made, body.parse(str(made)))
+    made = fused_expression.parse(text_of(given))
+    same(made, fused_expression.parse(str(made)))
 
 
 def read_knobs(given: bytes) -> None:
@@ -181,9 +181,9 @@ def _schemes() -> Iterator[str]:
     yield "fp8_tile{k_block=64, dtype=f8e5m2, numerics=deepgemm}"
 
 
-def _bodies() -> Iterator[str]:
+def _expressions() -> Iterator[str]:
     yield from ("x0", "bf16(x0 + x1)", "t0 = bf16(y0); bf16(bf16(tanh(t0)) + t0)", "neg(x0) / (-2.5 - x1 * 1e-06)")
-    yield from re.findall(r'body = "([^"]+)"', "".join(_goldens()))
+    yield from re.findall(r'expression = "([^"]+)"', "".join(_goldens()))
 
 
 SIZES = (
@@ -227,7 +227,9 @@ TEXT_TARGETS = {
     ),
     "size": Target(read_size, _seeds(SIZES), _words("floordiv(", "mod(", "max(", "min(", "pow(", "f(", "s0", "//")),
     "literal": Target(read_literal, _seeds(LITERAL_TEXTS), _words("f8e4m3fn", "1e400", "-inf")),
-    "body": Target(read_body, _seeds(_bodies()), _words("x0", "y0", "standardize(", "mean(", "lambda", "if", "1e39")),
+    "expression": Target(
+        read_expression, _seeds(_expressions()), _words("x0", "y0", "standardize(", "mean(", "lambda", "if", "1e39")
+    ),
     "pipeline": Target(read_pipeline, _seeds(_pipelines()), OPTIONS),
     "pass": Target(read_pass, _seeds(text for line in _pipelines() for text in line.split("; ")), OPTIONS),
     "scheme": Target(read_scheme, _seeds(_schemes()), OPTIONS),

@@ -115,7 +115,7 @@ def test_a_parameter_that_does_not_exist(read: str) -> None:
 def test_operands_of_ours_and_the_rest() -> None:
     graph = Graph.parse("""
     func @f(%x: f32[4, 128], %y: f32[4, 128], %z: f32[128]) -> (f8e4m3fn[4, 128]) {
-      %q, %s = kernel.fused_quantize(%x, %y, %z) {body = "bf16(x0 * x1 + x2)", format = #fp8_tile,
+      %q, %s = kernel.fused_quantize(%x, %y, %z) {expression = "bf16(x0 * x1 + x2)", format = #fp8_tile,
         keep = []} : f8e4m3fn[4, 128], f32[4, 1]
       return %q
     }

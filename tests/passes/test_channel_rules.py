@@ -208,13 +208,13 @@ UNKNOWN = (
 )  # fmt: skip
 
 
-def case(body: str) -> Graph:
+def case(expression: str) -> Graph:
     """The lines between the weights and a linear that uses %r, if it exists; the output is a single number."""
     text = HEAD
-    if "%count" in body:
+    if "%count" in expression:
         text += "  %count = aten.sym_size.int(%a, 0) : int(s0)\n"
-    text += body + "\n"
-    found = re.findall(r"%r = .* : f32\[(.*)\]", body)
+    text += expression + "\n"
+    found = re.findall(r"%r = .* : f32\[(.*)\]", expression)
     if found:
         *lead, last = found[0].split(", ")
         weight = {"8": "%o", "4": "%half", "16": "%twice"}[last]
@@ -222,9 +222,9 @@ def case(body: str) -> Graph:
     return Graph.parse(text + f"  %end = aten.sum({'%y' if found else '%c'}) : f32[]\n  return %end\n}}")
 
 
-def start(body: str) -> str:
+def start(expression: str) -> str:
     """The value whose data a case moves."""
-    return "u" if "%u" in body else "v"
+    return "u" if "%u" in expression else "v"
 
 
 def inputs(rows: int) -> list[torch.Tensor]:
@@ -292,11 +292,11 @@ def test_a_scale_passes_with_equal_bits(name: str, end: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_scale_is_refused(name: str) -> None:
-    body, reason = REFUSED[name]
-    graph = case(body)
+    expression, reason = REFUSED[name]
+    graph = case(expression)
     graph.verify()
     before = str(graph)
-    missed = solve(graph, graph["r" if "%r =" in body else start(body)])
+    missed = solve(graph, graph["r" if "%r =" in expression else start(expression)])
     assert isinstance(missed, Missed), missed
     assert reason in str(missed)
     assert str(graph) == before

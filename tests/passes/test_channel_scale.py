@@ -31,14 +31,14 @@ NORM = "%n = aten.rms_norm(%x, [8], %g) : f32[s0, 8]\n"
 Q = "%q = aten.linear(%n, %w) : f32[s0, 8]\n"
 
 
-def graph_of(body: str, result: str = "%x") -> Graph:
-    graph = Graph.parse(HEAD + body + f"\n  %end = aten.sum({result}) : f32[]\n  return %end\n}}")
+def graph_of(expression: str, result: str = "%x") -> Graph:
+    graph = Graph.parse(HEAD + expression + f"\n  %end = aten.sum({result}) : f32[]\n  return %end\n}}")
     graph.verify()
     return graph
 
 
-def solved(body: str, name: str, result: str = "%x") -> FusionRegion:
-    graph = graph_of(body, result)
+def solved(expression: str, name: str, result: str = "%x") -> FusionRegion:
+    graph = graph_of(expression, result)
     before = str(graph)
     region = solve(graph, graph[name])
     assert isinstance(region, FusionRegion), str(region)
@@ -146,20 +146,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
-    body, reason = REFUSED[name]
-    if body.endswith("return %n"):
-        graph = graph_of(body.removesuffix("return %n"))
+    expression, reason = REFUSED[name]
+    if expression.endswith("return %n"):
+        graph = graph_of(expression.removesuffix("return %n"))
         graph.set_outputs([graph["n"]])
     else:
-        graph = graph_of(body)
+        graph = graph_of(expression)
     missed = solve(graph, graph["n"])
     assert isinstance(missed, Missed), missed
     assert reason in str(missed)
 
 
 def test_a_norm_with_two_users() -> None:
-    body = NORM + Q + "%up = aten.linear(%n, %big) : f32[s0, 24]\n%route = aten.linear(%n, %w2) : f32[s0, 8]\n"
-    region = solved(body + "%top, %at = aten.topk(%route, 2) : f32[s0, 2], i64[s0, 2]", "n")
+    expression = NORM + Q + "%up = aten.linear(%n, %big) : f32[s0, 24]\n%route = aten.linear(%n, %w2) : f32[s0, 8]\n"
+    region = solved(expression + "%top, %at = aten.topk(%route, 2) : f32[s0, 2], i64[s0, 2]", "n")
     assert [(absorber.op.name, absorber.kind, absorber.path) for absorber in region.absorbers] == [
         ("aten.rms_norm", "norm", ())
     ]
@@ -183,17 +183,19 @@ def test_a_number_does_not_tie_all_channels_if_something_else_can_carry_them() -
 
 
 def test_sliced_and_concatenated_reads() -> None:
-    body = NORM + "%a = aten.slice.Tensor(%n, 1, 4, 8) : f32[s0, 4]\n%b = aten.slice.Tensor(%n, 1, 2, 6) : f32[s0, 4]\n"
-    body += "%ha = aten.linear(%a, %half) : f32[s0, 8]\n%c = aten.cat([%b, %a], 1) : f32[s0, 8]\n"
-    region = solved(body + "%hc = aten.linear(%c, %w) : f32[s0, 8]", "n")
+    expression = (
+        NORM + "%a = aten.slice.Tensor(%n, 1, 4, 8) : f32[s0, 4]\n%b = aten.slice.Tensor(%n, 1, 2, 6) : f32[s0, 4]\n"
+    )
+    expression += "%ha = aten.linear(%a, %half) : f32[s0, 8]\n%c = aten.cat([%b, %a], 1) : f32[s0, 8]\n"
+    region = solved(expression + "%hc = aten.linear(%c, %w) : f32[s0, 8]", "n")
     labels = {reader.op.result.name: reader.labels for reader in region.readers}
     assert labels == {"ha": (4, 5, 6, 7), "hc": (2, 3, 4, 5, 4, 5, 6, 7)}
     assert region.classes == tuple(range(8))
 
 
 def test_a_concatenation_with_unscaled_values() -> None:
-    body = NORM + "%c = aten.cat([%z, %n, %z], 1) : f32[s0, 24]\n%t = aten.t(%big) : f32[8, 24]\n"
-    region = solved(body + "%h = aten.linear(%c, %t) : f32[s0, 8]", "n")
+    expression = NORM + "%c = aten.cat([%z, %n, %z], 1) : f32[s0, 24]\n%t = aten.t(%big) : f32[8, 24]\n"
+    region = solved(expression + "%h = aten.linear(%c, %t) : f32[s0, 8]", "n")
     assert region.readers[0].labels == (UNSCALED,) * 8 + tuple(range(8)) + (UNSCALED,) * 8
 
 
@@ -231,29 +233,29 @@ def test_query_heads_that_share_a_value_head_are_tied(attention: str) -> None:
 
 
 def test_a_whole_sequence_is_scaled_for_its_last_token() -> None:
-    body = "%a = aten.rms_norm(%u, [8], %g) : f32[4, 8]\n%n = aten.slice.Tensor(%a, 0, 3, 4) : f32[1, 8]\n"
-    region = solved(body + "%h = aten.linear(%n, %w) : f32[1, 8]", "n")
+    expression = "%a = aten.rms_norm(%u, [8], %g) : f32[4, 8]\n%n = aten.slice.Tensor(%a, 0, 3, 4) : f32[1, 8]\n"
+    region = solved(expression + "%h = aten.linear(%n, %w) : f32[1, 8]", "n")
     assert [labels.shape for labels in region.scaled.values()] == [(1, 8), (1, 8)]
 
 
 def test_one_of_three_fused_projections_is_scaled() -> None:
-    body = "%p = aten.linear(%x, %big) : f32[s0, 24]\n%p3 = aten.view(%p, [-1, 3, 8]) : f32[s0, 3, 8]\n"
-    body += "%a, %b, %n = aten.unbind.int(%p3, 1) : f32[s0, 8], f32[s0, 8], f32[s0, 8]\n"
-    body += "%s = aten.softmax.int(%a, -1) : f32[s0, 8]\n%t = aten.silu(%b) : f32[s0, 8]\n" + Q
-    region = solved(body, "n")
+    expression = "%p = aten.linear(%x, %big) : f32[s0, 24]\n%p3 = aten.view(%p, [-1, 3, 8]) : f32[s0, 3, 8]\n"
+    expression += "%a, %b, %n = aten.unbind.int(%p3, 1) : f32[s0, 8], f32[s0, 8], f32[s0, 8]\n"
+    expression += "%s = aten.softmax.int(%a, -1) : f32[s0, 8]\n%t = aten.silu(%b) : f32[s0, 8]\n" + Q
+    region = solved(expression, "n")
     (absorber,) = region.absorbers
     assert absorber.labels.tolist() == [[UNSCALED] * 16 + list(range(8))]
 
 
 def test_a_value_reached_twice_with_different_labels() -> None:
-    body = NORM + "%f = aten.flip(%n, [1]) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %f) : f32[s0, 8]\n"
-    region = solved(body + "%y = aten.linear(%h, %w) : f32[s0, 8]", "n")
+    expression = NORM + "%f = aten.flip(%n, [1]) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %f) : f32[s0, 8]\n"
+    region = solved(expression + "%y = aten.linear(%h, %w) : f32[s0, 8]", "n")
     assert region.classes == (0, 1, 2, 3, 3, 2, 1, 0)
 
 
 def test_a_linear_that_absorbs_and_uses_a_scale() -> None:
-    body = NORM + Q + "%r = aten.relu(%q) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %r) : f32[s0, 8]\n"
-    region = solved(body + "%y = aten.linear(%h, %w2) : f32[s0, 8]", "n")
+    expression = NORM + Q + "%r = aten.relu(%q) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %r) : f32[s0, 8]\n"
+    region = solved(expression + "%y = aten.linear(%h, %w2) : f32[s0, 8]", "n")
     assert [absorber.op.results[0].name for absorber in region.absorbers] == ["n", "q"]
     assert [reader.op.result.name for reader in region.readers] == ["q", "y"]
 
@@ -264,17 +266,17 @@ def test_the_second_factor_is_tried_and_the_last_refusal_reported() -> None:
         gate + "%a = aten.linear(%x, %w2) : f32[s0, 8]\n%n = aten.mul.Tensor(%s, %a) : f32[s0, 8]\n" + Q, "n"
     )
     assert [absorber.op.result.name for absorber in region.absorbers] == ["a"]
-    body = gate + "%a = aten.relu(%x) : f32[s0, 8]\n%n = aten.mul.Tensor(%s, %a) : f32[s0, 8]\n"
-    graph = graph_of(body)
+    expression = gate + "%a = aten.relu(%x) : f32[s0, 8]\n%n = aten.mul.Tensor(%s, %a) : f32[s0, 8]\n"
+    graph = graph_of(expression)
     assert str(solve(graph, graph["n"])) == "a graph input cannot absorb a scale, reached through %n (%x)"
 
 
 def test_an_endless_search_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = "%m0 = aten.mul.Tensor(%x, %z) : f32[s0, 8]\n"
+    expression = "%m0 = aten.mul.Tensor(%x, %z) : f32[s0, 8]\n"
     for at in range(12):
-        body += f"%m{at + 1} = aten.mul.Tensor(%m{at}, %m{at}) : f32[s0, 8]\n"
-        body += f"%k{at + 1} = aten.mul.Tensor(%m{at + 1}, %z) : f32[s0, 8]\n"
-    graph = graph_of(body)
+        expression += f"%m{at + 1} = aten.mul.Tensor(%m{at}, %m{at}) : f32[s0, 8]\n"
+        expression += f"%k{at + 1} = aten.mul.Tensor(%m{at + 1}, %z) : f32[s0, 8]\n"
+    graph = graph_of(expression)
     assert isinstance(solve(graph, graph["m12"]), Missed)
     monkeypatch.setattr(channel_scale, "TRIES", 1)
     graph = graph_of("%a = aten.mul.Tensor(%x, %z) : f32[s0, 8]\n%n = aten.mul.Tensor(%a, %z) : f32[s0, 8]")
@@ -282,16 +284,18 @@ def test_an_endless_search_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_equal_graphs_give_equal_regions() -> None:
-    body = NORM + Q + "%a = aten.relu(%n) : f32[s0, 8]\n%y = aten.linear(%a, %w2) : f32[s0, 8]"
-    first, second = solved(body, "n"), solved(body, "n")
+    expression = NORM + Q + "%a = aten.relu(%n) : f32[s0, 8]\n%y = aten.linear(%a, %w2) : f32[s0, 8]"
+    first, second = solved(expression, "n"), solved(expression, "n")
     assert [str(value) for value in first.scaled] == [str(value) for value in second.scaled] == ["%n", "%a"]
     assert [str(reader.op.result) for reader in first.readers] == [str(r.op.result) for r in second.readers]
     assert first.classes == second.classes
 
 
 def test_shape_only_operations_may_use_a_scaled_value() -> None:
-    body = NORM + "%size = aten.sym_size.int(%n, 0) : int(s0)\n%mask = aten.ones_like(%n) : f32[s0, 8]\n"
-    region = solved(body + "%h = aten.mul.Tensor(%n, %mask) : f32[s0, 8]\n%y = aten.linear(%h, %w) : f32[s0, 8]", "n")
+    expression = NORM + "%size = aten.sym_size.int(%n, 0) : int(s0)\n%mask = aten.ones_like(%n) : f32[s0, 8]\n"
+    region = solved(
+        expression + "%h = aten.mul.Tensor(%n, %mask) : f32[s0, 8]\n%y = aten.linear(%h, %w) : f32[s0, 8]", "n"
+    )
     assert [str(value) for value in region.scaled] == ["%n", "%h"]
 
 

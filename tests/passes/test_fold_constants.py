@@ -185,15 +185,15 @@ func @m(%x: f32[3, 64]) -> ({outputs}) {{
   %w = core.param() {{name = "fc.weight"}} : bf16[32, 64]
   %v = core.param() {{name = "table"}} : f32[32, 64]
   %b = core.buffer() {{name = "state"}} : f32[64]
-{body}
+{expression}
   return {names}
 }}
 """
 
 
-def folded(body: str, outputs: str = "f32[3, 64]", names: str = "%y") -> tuple[Graph, list[torch.Tensor], Graph]:
+def folded(expression: str, outputs: str = "f32[3, 64]", names: str = "%y") -> tuple[Graph, list[torch.Tensor], Graph]:
     """A graph before and after fold-constants, and its inputs; checks that both compute the same bits."""
-    graph = Graph.parse(ARITHMETIC.format(outputs=outputs, body=body, names=names))
+    graph = Graph.parse(ARITHMETIC.format(outputs=outputs, expression=expression, names=names))
     graph.verify()
     inputs, graph.weights = random_inputs(graph, 4)
     before = graph.clone()
@@ -278,13 +278,13 @@ MISSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "name", "reason"), MISSED)
-def test_values_that_are_not_folded(body: str, name: str, reason: str) -> None:
-    output = next(line for line in body.splitlines() if line.startswith("  %y")).rpartition(" : ")[2]
-    graph = Graph.parse(ARITHMETIC.format(outputs=output, body=body, names="%y"))
+@pytest.mark.parametrize(("expression", "name", "reason"), MISSED)
+def test_values_that_are_not_folded(expression: str, name: str, reason: str) -> None:
+    output = next(line for line in expression.splitlines() if line.startswith("  %y")).rpartition(" : ")[2]
+    graph = Graph.parse(ARITHMETIC.format(outputs=output, expression=expression, names="%y"))
     graph.verify()
     assert str(WeightArithmetic().match(graph[name].op, graph)) == reason
-    graph, _, _ = folded(body, output)
+    graph, _, _ = folded(expression, output)
     assert name in str(graph) and not [param for param in params(graph) if param.endswith("_folded")]
 
 
@@ -297,8 +297,8 @@ def test_a_vector_with_other_users_is_still_folded() -> None:
 
 
 def test_outputs_never_share_memory_with_weights() -> None:
-    body = "  %f = aten.to.dtype(%s, f32) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]"
-    graph, inputs, _ = folded(f"{body}\n  %y = aten.add.Tensor(%h, %f) : f32[3, 64]")
+    expression = "  %f = aten.to.dtype(%s, f32) : f32[64]\n  %h = aten.mul.Tensor(%x, %f) : f32[3, 64]"
+    graph, inputs, _ = folded(f"{expression}\n  %y = aten.add.Tensor(%h, %f) : f32[3, 64]")
     (y,) = interpret(graph, inputs)
     assert y.data_ptr() not in {tensor.data_ptr() for tensor in graph.weights.values()}
     graph, inputs, _ = folded("  %f = aten._to_copy(%s) {dtype = f32} : f32[64]", "f32[64]", "%f")
@@ -309,7 +309,7 @@ def test_outputs_never_share_memory_with_weights() -> None:
 def test_both_rules_without_weight_data() -> None:
     text = ARITHMETIC.format(
         outputs="f32[3, 64]",
-        body="  %f = aten.div.Tensor(%g, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", names="%y",
+        expression="  %f = aten.div.Tensor(%g, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", names="%y",
     )  # fmt: skip
     bare = Graph.parse(text)
     assert FoldConstants().run(bare)

@@ -21,10 +21,10 @@ STATIC = "{format = #int8_tensor} : i8[4, 40]"
 CODES = "i8[4, 40]"
 
 
-def model(body: str, factors: Tensor, x: str = "f32", outputs: str = CODES, returned: str = "%q") -> Graph:
+def model(expression: str, factors: Tensor, x: str = "f32", outputs: str = CODES, returned: str = "%q") -> Graph:
     kind = f"{ {torch.float32: 'f32', torch.bfloat16: 'bf16', torch.float64: 'f64'}[factors.dtype] }"
     graph = Graph.parse(
-        HEAD.format(x=x, f=f"{kind}{list(factors.shape)}", outputs=outputs) + f"{body}  return {returned}\n}}"
+        HEAD.format(x=x, f=f"{kind}{list(factors.shape)}", outputs=outputs) + f"{expression}  return {returned}\n}}"
     )
     graph.verify()
     graph.weights = {"f": factors}
@@ -46,8 +46,8 @@ CAST = "  %c = aten._to_copy(%p) {{dtype = {x}}} : {x}[4, 40]\n"
 @pytest.mark.parametrize("x", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_an_fp32_multiplication_is_fused_with_equal_bits(x: str, swapped: bool) -> None:
-    body = WIDE.replace("%x, %f", "%f, %x") if swapped else WIDE
-    graph = model(f"{body}  %q, %t = quant.quantize(%p) {Q}\n", PLAIN, x)
+    expression = WIDE.replace("%x, %f", "%f, %x") if swapped else WIDE
+    graph = model(f"{expression}  %q, %t = quant.quantize(%p) {Q}\n", PLAIN, x)
     before = interpret(graph, inputs(x))
     run_pipeline(Pipeline((FusePrescale(),)), graph, instruments=[Validate(), CheckChanged()], inputs=inputs(x))
     assert graph["q"].op.args == (graph["x"], graph["f"])
@@ -80,8 +80,8 @@ def test_a_static_quantization() -> None:
 
 
 def test_a_multiplication_with_other_users_stays_for_them() -> None:
-    body = f"{WIDE}  %q, %t = quant.quantize(%p) {Q}\n  %r = quant.quantize_static(%p, %s) {STATIC}\n"
-    graph = model(body, PLAIN, outputs=f"{CODES}, {CODES}, f32[4, 40]", returned="%q, %r, %p")
+    expression = f"{WIDE}  %q, %t = quant.quantize(%p) {Q}\n  %r = quant.quantize_static(%p, %s) {STATIC}\n"
+    graph = model(expression, PLAIN, outputs=f"{CODES}, {CODES}, f32[4, 40]", returned="%q, %r, %p")
     before = interpret(graph, inputs())
     assert FusePrescale().run(graph)
     graph.verify()
@@ -105,7 +105,7 @@ NO_VECTOR = "its input is not an activation times a constant FP32 vector (%p)"
 
 
 @pytest.mark.parametrize(
-    ("body", "factors", "x", "reason"),
+    ("expression", "factors", "x", "reason"),
     [
         (WIDE.replace(": f32", ": f64"), PLAIN, "f64", NO_VECTOR),
         (WIDE.replace(": f32", ": f64"), PLAIN.double(), "f32", NO_VECTOR),
@@ -118,8 +118,8 @@ NO_VECTOR = "its input is not an activation times a constant FP32 vector (%p)"
         (WIDE.replace("mul", "add"), PLAIN, "f32", "its input is not a multiplication (%p)"),
     ],
 )
-def test_multiplications_that_are_not_fused(body: str, factors: Tensor, x: str, reason: str) -> None:
-    graph = model(f"{body}  %q, %t = quant.quantize(%p) {Q}\n", factors, x)
+def test_multiplications_that_are_not_fused(expression: str, factors: Tensor, x: str, reason: str) -> None:
+    graph = model(f"{expression}  %q, %t = quant.quantize(%p) {Q}\n", factors, x)
     text = str(graph)
     missed = MulThenQuantize().match(graph["q"].op, graph)
     assert isinstance(missed, Missed) and str(missed) == reason
@@ -127,11 +127,11 @@ def test_multiplications_that_are_not_fused(body: str, factors: Tensor, x: str, 
 
 
 def test_a_weight_is_not_prescaled() -> None:
-    body = (
+    expression = (
         '  %w = core.param() {name = "w"} : f32[4, 40]\n  %p = aten.mul.Tensor(%w, %f) : f32[4, 40]\n'
         f"  %q, %t = quant.quantize(%p) {Q}\n"
     )
-    assert not FusePrescale().run(model(body, PLAIN))
+    assert not FusePrescale().run(model(expression, PLAIN))
 
 
 def test_a_cast_with_other_effects_stays() -> None:

@@ -145,11 +145,11 @@ def same_bits(fast: CompiledModel) -> None:
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_in_bf16(build: Callable[[], nn.Module]) -> None:
-    bodies, quantizations, left = MODELS[build]
+    expressions, quantizations, left = MODELS[build]
     fast = compiled(build, torch.bfloat16)
     same_bits(fast)
-    found = [str(op.attrs["body"]) for op in fast.graph.ops() if is_fused(op)]
-    assert Counter(found) == Counter(bodies)
+    found = [str(op.attrs["expression"]) for op in fast.graph.ops() if is_fused(op)]
+    assert Counter(found) == Counter(expressions)
     assert len(unfused(fast).ops("kernel.quantize")) == quantizations
     assert len(fast.graph.ops("kernel.quantize")) == left
     skipped = {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"}
@@ -161,7 +161,7 @@ def test_in_f32(build: Callable[[], nn.Module]) -> None:
     fast = compiled(build, torch.float32)
     same_bits(fast)
     assert len(fast.graph.ops("kernel.quantize")) == MODELS[build][2]
-    assert not any("bf16" in str(op.attrs["body"]) for op in fast.graph.ops() if is_fused(op))
+    assert not any("bf16" in str(op.attrs["expression"]) for op in fast.graph.ops() if is_fused(op))
 
 
 def test_every_layer_has_a_row_in_the_error_attribution() -> None:

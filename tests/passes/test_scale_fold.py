@@ -133,8 +133,8 @@ func @m(%x: f32[s0, 4], %ids: i64[s0]) -> (f32[s0, 3]) where s0 in 1.. {
 """
 
 
-def small(body: str, name: str = "n", store: bool = True) -> tuple[Graph, FusionRegion, torch.Tensor]:
-    graph = Graph.parse(HEAD + body + "\n}")
+def small(expression: str, name: str = "n", store: bool = True) -> tuple[Graph, FusionRegion, torch.Tensor]:
+    graph = Graph.parse(HEAD + expression + "\n}")
     inputs, weights = random_inputs(graph, 0, {"s0": 5})
     graph.weights = weights if store else {}
     region = solve(graph, graph[name])
@@ -180,8 +180,8 @@ def test_the_resulting_graph() -> None:
 
 
 def test_the_first_result_of_native_layer_norm() -> None:
-    body = "%n, %a, %b = aten.native_layer_norm(%h, [4], %g, %g, 1e-05) : bf16[s0, 4], f32[s0, 1], f32[s0, 1]"
-    graph, region, x = small(NORM.replace("%n = aten.mul.Tensor(%g, %h) : bf16[s0, 4]", body))
+    expression = "%n, %a, %b = aten.native_layer_norm(%h, [4], %g, %g, 1e-05) : bf16[s0, 4], f32[s0, 1], f32[s0, 1]"
+    graph, region, x = small(NORM.replace("%n = aten.mul.Tensor(%g, %h) : bf16[s0, 4]", expression))
     (want,) = interpret(graph, [x, None])
     fold(graph, region, torch.tensor([1.0, 2.0, 4.0, 0.5]), "smooth", "norm.smooth")
     graph.verify()
@@ -190,7 +190,7 @@ def test_the_first_result_of_native_layer_norm() -> None:
 
 
 def test_weights_with_other_users_do_not_change() -> None:
-    body = """
+    expression = """
   %e = aten.embedding(%w, %ids) : bf16[s0, 4]
   %n = aten.mul.Tensor(%g, %h) : bf16[s0, 4]
   %y = aten.linear(%n, %w) : bf16[s0, 3]
@@ -202,7 +202,7 @@ def test_weights_with_other_users_do_not_change() -> None:
   %out = aten._to_copy(%b) {dtype = f32} : f32[s0, 3]
   return %out
 """
-    graph, region, x = small(body)
+    graph, region, x = small(expression)
     ids = torch.tensor([0, 2, 1, 1, 0])
     stored = {name: tensor.clone() for name, tensor in graph.weights.items()}
     want = interpret(graph, [x, ids])
@@ -286,9 +286,9 @@ def test_invalid_scales(s: torch.Tensor, message: str) -> None:
 
 
 def test_tied_channels_need_equal_factors() -> None:
-    body = NORM.replace("%n =", "%m =").replace("%y =", "%f = aten.flip(%m, [1]) : bf16[s0, 4]\n%n = "
+    expression = NORM.replace("%n =", "%m =").replace("%y =", "%f = aten.flip(%m, [1]) : bf16[s0, 4]\n%n = "
         "aten.add.Tensor(%m, %f) : bf16[s0, 4]\n%y =")  # fmt: skip
-    graph, region, x = small(body)
+    graph, region, x = small(expression)
     assert region.classes == (0, 1, 1, 0)
     with pytest.raises(PassError) as error:
         fold(graph, region, torch.tensor([1.0, 2.0, 2.0, 4.0]), "smooth", "norm.smooth")

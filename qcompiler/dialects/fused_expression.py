@@ -114,7 +114,7 @@ ROUNDED: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Body:
+class FusedExpression:
     """A fused expression: definitions in order, and the result.
 
     Attributes:
@@ -197,20 +197,20 @@ def _text(what: Expression, strength: int = 0) -> str:
 
 
 @cache
-def parse(text: str) -> Body:
+def parse(text: str) -> FusedExpression:
     """Parses a fused expression; raises ParseError if `text` is malformed."""
-    reader = _BodyReader(Source(text, "<body>"))
+    reader = _ExpressionReader(Source(text, "<expression>"))
     while reader.now.kind != "end":
         if not reader.accept(";"):
             reader.statement()
             if not reader.on_new_row():
                 reader.expect(";", "")
     if reader.result is None:
-        raise reader.fail("the body has no result", reader.now)
-    return Body(tuple(reader.definitions.items()), reader.result)
+        raise reader.fail("the expression has no result", reader.now)
+    return FusedExpression(tuple(reader.definitions.items()), reader.result)
 
 
-class _BodyReader(Reader):
+class _ExpressionReader(Reader):
     """Reads definitions and the result."""
 
     def __init__(self, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Functions that a fused expression may call, in Triton: `qcompiler.dialects.body.FUNCTIONS` on FP32 tiles.
+"""Functions that a fused expression may call, in Triton: `qcompiler.dialects.fused_expression.FUNCTIONS` on FP32 tiles.
 
 A value rounded to bfloat16 or float16 is a tile of that type; `wide` converts it back to FP32.
 

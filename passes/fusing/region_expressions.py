@@ -13,14 +13,16 @@ from collections.abc import Collection, Mapping
 
 from passes.analyses.arithmetic import term_of
 from passes.fusing.fusion_regions import FusionRegion
-from qcompiler.dialects.body import OPERAND, ROUNDED, Body, Call, Expression, Name, parse
+from qcompiler.dialects.fused_expression import OPERAND, ROUNDED, Call, Expression, FusedExpression, Name, parse
 from qcompiler.ir import DType, Op, Value
 from qcompiler.numerics.dtypes import torch_dtype
 
 ROUNDING = {dtype: name for name, dtype in ROUNDED.items()}
 
 
-def body_of(region: FusionRegion, operands: Mapping[Value, Expression], prescale: Expression | None = None) -> Body:
+def expression_of(
+    region: FusionRegion, operands: Mapping[Value, Expression], prescale: Expression | None = None
+) -> FusedExpression:
     """The expression of a region, given the text of its operands; its residual outputs are h0, h1, … in order.
 
     Args:
@@ -30,16 +32,18 @@ def body_of(region: FusionRegion, operands: Mapping[Value, Expression], prescale
     """
     writer = _Writer(region, operands)
     result = writer.written()
-    return Body(tuple(writer.definitions), result if prescale is None else Call("*", (result, prescale)))
+    return FusedExpression(tuple(writer.definitions), result if prescale is None else Call("*", (result, prescale)))
 
 
-def in_order(body: Body, vectors: Collection[str] = ()) -> tuple[Body, tuple[str, ...]]:
+def in_order(expression: FusedExpression, vectors: Collection[str] = ()) -> tuple[FusedExpression, tuple[str, ...]]:
     """An expression with operands x0, x1, … numbered in order of use, vectors last; and their previous names."""
-    read = dict.fromkeys(part.name for part in body.expressions() if isinstance(part, Name) and part.name[0] == "x")
+    read = dict.fromkeys(
+        part.name for part in expression.expressions() if isinstance(part, Name) and part.name[0] == "x"
+    )
     before = tuple(sorted((name for name in read if OPERAND.fullmatch(name)), key=lambda name: name in vectors))
     names: dict[str, Expression] = {name: Name(f"x{place}") for place, name in enumerate(before)}
-    definitions = tuple((name, substituted(what, names)) for name, what in body.definitions)
-    return Body(definitions, substituted(body.result, names)), before
+    definitions = tuple((name, substituted(what, names)) for name, what in expression.definitions)
+    return FusedExpression(definitions, substituted(expression.result, names)), before
 
 
 def kept_names(region: FusionRegion) -> tuple[str, ...]:

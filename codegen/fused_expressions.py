@@ -2,15 +2,15 @@
 
     h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))            keep = ["h"]
 
-    def body_5ac1…(x0=None, …, x5=None, y0=None, y1=None, inside=None, columns=None):
+    def expression_5ac1…(x0=None, …, x5=None, y0=None, y1=None, inside=None, columns=None):
         v_h = bf16_sum(x0, x1)
         v_n = rsqrt((mean((wide(v_h) * wide(v_h)), inside, columns) + 1e-06))
         return (wide(bf16_product(x2, bf16((wide(v_h) * v_n)))), v_h,)
 
-A kernel takes the function as a `constexpr` argument. It calls functions of `codegen.kernels.body_functions`. It rounds
-only where the expression says so, so no multiplication and addition may be contracted to a multiply-add: Triton kernels
-are launched with `enable_fp_fusion=False`. Gluon kernels need multiply-adds for their sums, so in their expressions
-multiplications are calls of `times`.
+A kernel takes the function as a `constexpr` argument. It calls functions of `codegen.kernels.expression_functions`. It
+rounds only where the expression says so, so no multiplication and addition may be contracted to a multiply-add: Triton
+kernels are launched with `enable_fp_fusion=False`. Gluon kernels need multiply-adds for their sums, so in their
+expressions multiplications are calls of `times`.
 """
 
 import hashlib
@@ -22,8 +22,18 @@ from typing import Any, Literal, NamedTuple
 import triton
 from triton.experimental import gluon
 
-from codegen.kernels import body_functions
-from qcompiler.dialects.body import FUNCTIONS, OPERATORS, ROUNDED, Body, Call, Expression, Name, Number, parse
+from codegen.kernels import expression_functions
+from qcompiler.dialects.fused_expression import (
+    FUNCTIONS,
+    OPERATORS,
+    ROUNDED,
+    Call,
+    Expression,
+    FusedExpression,
+    Name,
+    Number,
+    parse,
+)
 from qcompiler.errors import CodegenError
 
 OPERANDS = ("x0", "x1", "x2", "x3", "x4", "x5", "y0", "y1")
@@ -32,28 +42,28 @@ OPERANDS = ("x0", "x1", "x2", "x3", "x4", "x5", "y0", "y1")
 PACKED = {"+": "bf16_sum", "*": "bf16_product"}
 """The operators that have a bfloat16 instruction."""
 
-SCOPE = {name: getattr(body_functions, name) for name in (*FUNCTIONS, *PACKED.values(), "wide", "times", "divide")} | {
-    "tl": triton.language
-}
+SCOPE = {
+    name: getattr(expression_functions, name) for name in (*FUNCTIONS, *PACKED.values(), "wide", "times", "divide")
+} | {"tl": triton.language}
 """Globals of the functions; Triton's interpreter also expects its language here."""
 
 Language = Literal["triton", "gluon"]
 
 
 @cache
-def triton_function(body: str, keep: tuple[str, ...] = (), language: Language = "triton") -> Any:
+def triton_function(expression: str, keep: tuple[str, ...] = (), language: Language = "triton") -> Any:
     """The Triton function of a fused expression; the same object for the same arguments.
 
-    It is called with keywords, `BODY(x0=…, y0=…, inside=…, columns=…)`. Operands are FP32, bfloat16 or float16 tiles
-    that broadcast to the tile's shape, [rows, columns], such as [1, columns]. For an expression with a reduction,
+    It is called with keywords, `EXPRESSION(x0=…, y0=…, inside=…, columns=…)`. Operands are FP32, bfloat16 or float16
+    tiles that broadcast to the tile's shape, [rows, columns], such as [1, columns]. For an expression with a reduction,
     `inside` masks the columns of the tile that belong to the row (None if all do), and `columns` is their number.
-    Returns a tuple: the result in FP32, then the values of `keep`, each in the element type of `Body.dtype` and of a
-    shape that broadcasts to the tile's.
+    Returns a tuple: the result in FP32, then the values of `keep`, each in the element type of `FusedExpression.dtype`
+    and of a shape that broadcasts to the tile's.
 
     Name and source depend only on the arguments, so other processes find the kernel in Triton's cache.
 
     Args:
-        body: Text of a fused expression.
+        expression: Text of a fused expression.
         keep: Names of the definitions to return.
         language: Language of the calling kernel: `"triton"`, or `"gluon"`, which supports no reductions.
 
@@ -61,13 +71,15 @@ def triton_function(body: str, keep: tuple[str, ...] = (), language: Language = 
         CodegenError: The expression has an operand without a parameter, or a reduction in Gluon.
         ParseError: The text is not a fused expression.
     """
-    made = parse(body)
+    made = parse(expression)
     if surplus := [name for name in made.operands if name not in OPERANDS]:
         raise CodegenError("a fused kernel has too few parameters", got=", ".join(surplus), need=", ".join(OPERANDS))
     if language == "gluon" and made.across:
-        raise CodegenError("a Gluon kernel holds parts of rows, but this body reduces whole rows", got=repr(body))
+        raise CodegenError(
+            "a Gluon kernel holds parts of rows, but this expression reduces whole rows", got=repr(expression)
+        )
     digest = hashlib.sha256("|".join([str(made), *keep, language]).encode()).hexdigest()[:16]
-    name = f"body_{digest}"
+    name = f"expression_{digest}"
     text = source(made, keep, name, language)
     file = f"<{name}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton reads the source
@@ -77,13 +89,13 @@ def triton_function(body: str, keep: tuple[str, ...] = (), language: Language = 
     return jit(scope[name])
 
 
-def source(body: Body, keep: tuple[str, ...], name: str, language: Language = "triton") -> str:
+def source(expression: FusedExpression, keep: tuple[str, ...], name: str, language: Language = "triton") -> str:
     """The source of the function."""
     # Local names must differ from called functions and parameters.
-    local = {defined: f"v_{defined}" for defined, _ in body.definitions}
-    writer = _Writer(local, dict(body.definitions), language)
-    lines = [f"{local[defined]} = {writer.text(what)}" for defined, what in body.definitions]
-    results = [writer.wide(body.result), *(local[kept] for kept in keep)]
+    local = {defined: f"v_{defined}" for defined, _ in expression.definitions}
+    writer = _Writer(local, dict(expression.definitions), language)
+    lines = [f"{local[defined]} = {writer.text(what)}" for defined, what in expression.definitions]
+    results = [writer.wide(expression.result), *(local[kept] for kept in keep)]
     parameters = ", ".join(f"{operand}=None" for operand in (*OPERANDS, "inside", "columns"))
     lines.append(f"return ({', '.join(results)},)")
     return f"def {name}({parameters}):\n" + "".join(f"    {line}\n" for line in lines)

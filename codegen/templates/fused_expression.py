@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from codegen.bodies import triton_function
-from codegen.kernels.pointwise import apply_body
+from codegen.fused_expressions import triton_function
+from codegen.kernels.pointwise import apply_expression
 from codegen.launching.launch import KernelCall
 from codegen.templates.hopper import ONE_WARPGROUP
 from codegen.templates.template import ceil_div
@@ -20,20 +20,20 @@ ROWS, COLUMNS = 4, 512
 """The tile of a program."""
 
 
-def body_call(body: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> KernelCall:
+def expression_call(expression: str, sums: Sequence[Tensor], others: Sequence[Tensor], out: Tensor) -> KernelCall:
     """The call of the kernel.
 
     Args:
-        body: The fused expression over the sums and the others, without a reduction.
+        expression: The fused expression over the sums and the others, without a reduction.
         sums: `[m, n]` in any floating dtype, one or two, with contiguous rows.
         others: Up to two tensors `[m, n]` with contiguous rows, or `[n]`.
         out: `[m, n]`, contiguous; overwritten.
     """
     m, n = out.shape
     operands = (*padded(others), *padded(sums))
-    constants = {"BODY": triton_function(body), "BLOCK_M": ROWS, "BLOCK_N": COLUMNS}
+    constants = {"EXPRESSION": triton_function(expression), "BLOCK_M": ROWS, "BLOCK_N": COLUMNS}
     arguments = (out, *operands, m, n, *map(row_stride, operands))
-    return KernelCall(apply_body, ceil_div(m, ROWS) * ceil_div(n, COLUMNS), arguments, constants, EXACT)
+    return KernelCall(apply_expression, ceil_div(m, ROWS) * ceil_div(n, COLUMNS), arguments, constants, EXACT)
 
 
 def padded(operands: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The language of bodies: text and tree are one, its meaning is torch's own, and what is no body is refused."""
+"""The language of expressions: text and tree are one, its meaning is torch's own, and other text is refused."""
 
 import ast
 import math
@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from qcompiler.dialects.body import FUNCTIONS, OPERATORS, Body, Call, Expression, Name, Number, parse
+from qcompiler.dialects.fused_expression import (
+    FUNCTIONS,
+    OPERATORS,
+    Call,
+    Expression,
+    FusedExpression,
+    Name,
+    Number,
+    parse,
+)
 from qcompiler.errors import ParseError
 
 ADD_NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
@@ -22,7 +31,7 @@ ELEMENTWISE = sorted(name for name, function in FUNCTIONS.items() if function.ar
 DEFINED = ("h", "inside", "hé")
 
 
-def expressions(known: Sequence[str]) -> st.SearchStrategy[Expression]:
+def trees(known: Sequence[str]) -> st.SearchStrategy[Expression]:
     names: st.SearchStrategy[Expression] = st.sampled_from(known).map(Name)
     numbers: st.SearchStrategy[Expression] = st.floats(-1e30, 1e30).map(Number)
     operators = st.sampled_from(sorted(OPERATORS))
@@ -39,27 +48,27 @@ def expressions(known: Sequence[str]) -> st.SearchStrategy[Expression]:
     return st.recursive(names, calls, max_leaves=10)
 
 
-EXPRESSIONS = [expressions(["x0", "x1", "x12", "y0", *DEFINED[:count]]) for count in range(len(DEFINED) + 1)]
+EXPRESSIONS = [trees(["x0", "x1", "x12", "y0", *DEFINED[:count]]) for count in range(len(DEFINED) + 1)]
 
 
 @st.composite
-def bodies(draw: st.DrawFn) -> Body:
+def expressions(draw: st.DrawFn) -> FusedExpression:
     count = draw(st.integers(0, len(DEFINED)))
     definitions = [(name, draw(EXPRESSIONS[place])) for place, name in enumerate(DEFINED[:count])]
-    return Body(tuple(definitions), draw(EXPRESSIONS[count]))
+    return FusedExpression(tuple(definitions), draw(EXPRESSIONS[count]))
 
 
-@given(bodies())
-def test_what_is_printed_is_what_is_read(body: Body) -> None:
-    assert parse(str(body)) == body
-    assert str(parse(str(body))) == str(body)
+@given(expressions())
+def test_what_is_printed_is_what_is_read(expression: FusedExpression) -> None:
+    assert parse(str(expression)) == expression
+    assert str(parse(str(expression))) == str(expression)
 
 
-@given(bodies())
-def test_the_text_means_in_python_what_the_tree_means(body: Body) -> None:
-    # Python's own grammar says what binds stronger: its tree of the text, fully bracketed, is read as the same body.
-    bracketed = "; ".join(_bracketed(statement) for statement in ast.parse(str(body)).body)
-    assert parse(bracketed) == body
+@given(expressions())
+def test_the_text_means_in_python_what_the_tree_means(expression: FusedExpression) -> None:
+    # Python's grammar defines precedence: its tree of the text, with all parentheses, parses as the same expression.
+    bracketed = "; ".join(_bracketed(statement) for statement in ast.parse(str(expression)).body)
+    assert parse(bracketed) == expression
 
 
 def _bracketed(statement: ast.stmt) -> str:
@@ -102,7 +111,7 @@ def test_operands_are_sorted_by_their_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "across"), [(ADD_NORM, True), ("standardize(x0, 1e-05)", True), ("bf16(silu(x0)) * x1", False)]
 )
-def test_a_body_knows_whether_it_needs_whole_rows(text: str, across: bool) -> None:
+def test_an_expression_knows_whether_it_needs_whole_rows(text: str, across: bool) -> None:
     assert parse(text).across == across
 
 
@@ -152,8 +161,8 @@ MEANINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("text", MEANINGS)
 def test_a_function_means_what_torch_means(text: str) -> None:
     x, y = torch.randn(7, 33, generator=torch.Generator().manual_seed(3)), torch.linspace(-3, 4, 33)
-    body = parse(text)
-    result, *kept = body.run({"x0": x, "x1": y})
+    expression = parse(text)
+    result, *kept = expression.run({"x0": x, "x1": y})
     assert not kept
     assert torch.equal(result.nan_to_num(7.0), MEANINGS[text](x, y).nan_to_num(7.0))
 
@@ -171,7 +180,7 @@ def test_numbers_are_divided_as_ieee_says() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_body_repeats_what_torch_rounds(dtype: torch.dtype) -> None:
+def test_an_expression_repeats_what_torch_rounds(dtype: torch.dtype) -> None:
     x, residual, gain = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype), torch.randn(64).to(dtype)
     text = ADD_NORM if dtype == torch.bfloat16 else ADD_NORM.replace("bf16", "f16")
     result, h = parse(text).run({"x0": x, "x1": residual, "x2": gain}, ["h"])
@@ -191,24 +200,24 @@ def test_results_have_the_shape_of_the_operands() -> None:
 
 
 WRONG = {
-    "": "<body>:1:1: the body has no result",
-    "h = x0": "<body>:1:7: the body has no result",
-    "x0 +": "<body>:1:5: expected a name, a number or a call, but got the end of the text",
+    "": "<expression>:1:1: the expression has no result",
+    "h = x0": "<expression>:1:7: the expression has no result",
+    "x0 +": "<expression>:1:5: expected a name, a number or a call, but got the end of the text",
     "x0 + " * 900 + "x0": "an expression has more than 256 operations",
     "x0 + " * 20000 + "x0": "an expression has more than 256 operations",
     "(" * 20000 + "x0": "brackets are nested more than 64 deep",
     "-" * 20000 + "1": "expected a name, a number or a call, but got '-'",
     "h² = x0; x0": "'h²' is not a valid definition name",
-    "x0 x1": "<body>:1:4: expected ';' or the end of the text, but got 'x1'",
+    "x0 x1": "<expression>:1:4: expected ';' or the end of the text, but got 'x1'",
     "h = x0; h = x1; h": "'h' is already defined",
     "x1 = x0; x1": "'x1' is already defined",
     "exp = x0; exp": "'exp' is already defined",
-    "h, g = x0; h": "<body>:1:1: 'h' is not defined before it is used",
-    "x0; x1": "<body>:1:5: the result must be the last expression",
+    "h, g = x0; h": "<expression>:1:1: 'h' is not defined before it is used",
+    "x0; x1": "<expression>:1:5: the result must be the last expression",
     "h * x0": "'h' is not defined before it is used",
     "g = h; h = x0; g": "'h' is not defined before it is used",
     "x01": "'x01' is not defined",
-    "x0 ** 2": r"<body>:1:5: expected a name, a number or a call, but got '\*'",
+    "x0 ** 2": r"<expression>:1:5: expected a name, a number or a call, but got '\*'",
     "x0 if x1 else x2": "expected ';' or the end of the text, but got 'if'",
     "True * x0": "'True' is not defined",
     "-True * x0": "expected a name, a number or a call, but got '-'",
@@ -228,7 +237,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_no_body_is_refused(text: str) -> None:
+def test_what_is_no_expression_is_refused(text: str) -> None:
     with pytest.raises(ParseError, match=WRONG[text]):
         parse(text)
 
@@ -244,7 +253,7 @@ def test_nothing_but_arithmetic_can_be_said() -> None:
             parse(text)
 
 
-def test_python_does_not_comment_on_a_body() -> None:
+def test_python_does_not_comment_on_an_expression() -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with pytest.raises(ParseError):
