@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -44,12 +45,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, default=0, help="the first seed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` on a machine without a Hopper GPU, with the reason."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a machine without a Hopper GPU, leaves one `gpu` test of each file, which skips with the reason."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and (reason := no_hopper()):
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    if not marked or not (reason := no_hopper()):
+        return
+    counts = Counter(item.path for item in marked)
+    first = {item.path: item for item in reversed(marked)}
+    for path, item in first.items():
+        item.add_marker(pytest.mark.skip(reason=f"{reason} ({counts[path]} tests)"))
+    dropped = {item for item in marked if item is not first[item.path]}
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=[item for item in marked if item in dropped])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -50,7 +50,7 @@ def test_a_wrong_value_is_an_error_that_says_what_is_expected() -> None:
     ):
         Knobs.from_environment({"QCOMPILER_UPDATE": "maybe"})
     with pytest.raises(QCompilerError, match=r"need a path whose ~ names an existing home folder"):
-        Knobs.from_environment({"QCOMPILER_DUMP_DIR": "~nobody-of-this-name/graphs"})
+        Knobs.from_environment({"QCOMPILER_DUMP_DIR": "~no-such-user/graphs"})
 
 
 @pytest.mark.parametrize(

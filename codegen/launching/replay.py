@@ -126,7 +126,7 @@ class _Known(NamedTuple):
 
     def lie_right(self, addresses: Sequence[int]) -> bool:
         """Whether operands that share memory are at the same distance as when recorded."""
-        return all(addresses[second] - addresses[first] == behind for first, second, behind in self.apart)
+        return all(addresses[second] - addresses[first] == distance for first, second, distance in self.apart)
 
 
 _KNOWN: Recent[list[_Known]] = Recent(2048)

@@ -2,7 +2,7 @@
 
 mkdocs takes its pages from one folder. Here they keep their places in the repository, README.md beside docs/, so that
 each link that works there works on the site, and mkdocs checks it. Results of benchmarks are listed in the navigation
-by themselves; any other page must stand in mkdocs.yml, or the build fails.
+by themselves; any other page must be listed in mkdocs.yml, or the build fails.
 """
 
 import re

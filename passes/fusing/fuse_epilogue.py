@@ -93,24 +93,24 @@ def takes_expression(x_format: Format, w_format: Format) -> bool:
     return x_format.decodes_like(FP8_TILE) and w_format.decodes_like(FP8_BLOCK)
 
 
-def parts_of(product: Value, graph: Graph) -> list[Value] | Missed:
+def parts_of(matmul: Value, graph: Graph) -> list[Value] | Missed:
     """A matmul; or its two halves, if only they are read."""
-    users, columns = graph.users(product), product.tensor.shape[-1]
-    cuts = sorted((cut for user in users for cut in cuts_of(user, product)), key=lambda cut: cut[1])
+    users, columns = graph.users(matmul), matmul.tensor.shape[-1]
+    cuts = sorted((cut for user in users for cut in cuts_of(user, matmul)), key=lambda cut: cut[1])
     if not users or not cuts:
-        return [product]
+        return [matmul]
     if not isinstance(columns, int) or [cut[1:] for cut in cuts] != [(0, columns // 2), (columns // 2, columns)]:
-        return Missed("it is not split into two halves", product)
+        return Missed("it is not split into two halves", matmul)
     if len(users) > len({cut[0].op for cut in cuts}):
-        return Missed("it is also read as a whole", product)
+        return Missed("it is also read as a whole", matmul)
     if columns % 256:
-        return Missed(f"its halves have {columns / 2:g} columns, which is not a multiple of 128", product)
+        return Missed(f"its halves have {columns / 2:g} columns, which is not a multiple of 128", matmul)
     return [cut[0] for cut in cuts]
 
 
-def cuts_of(op: Op, product: Value) -> Iterator[tuple[Value, int, int]]:
+def cuts_of(op: Op, matmul: Value) -> Iterator[tuple[Value, int, int]]:
     """The column ranges of a matmul that an operation returns, each as first column and end."""
-    shape = product.tensor.shape
+    shape = matmul.tensor.shape
     last = len(shape) - 1
     if op.name == "aten.slice.Tensor" and op.argument("dim") in (-1, last) and op.argument("step") == 1:
         start = op.argument("start")

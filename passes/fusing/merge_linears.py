@@ -222,16 +222,16 @@ def _read_elsewhere(op: Op, graph: Graph) -> bool:
 
 def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:
     """Moves the operations that compute constants before an operation, unless they already are."""
-    behind = set()
+    later = set()
     for op in reversed(list(graph)):
         if op is before:
             break
-        behind.add(op)
+        later.add(op)
     for value in values:
         for op in ancestors(value):
-            if op in behind:
+            if op in later:
                 graph.move(op, before)
-                behind.discard(op)
+                later.discard(op)
 
 
 def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:

@@ -23,7 +23,7 @@ VALUES: Mapping[str, Callable[..., torch.Tensor]] = {
     "positions": lambda *shape, dtype, device: torch.arange(shape[-1], dtype=dtype, device=device).expand(shape),
     ANYTHING: lambda *shape, dtype, device: torch.zeros((), dtype=dtype, device=device).expand(shape),
 }
-"""Name -> creates the tensor that an omitted argument stands for, from a shape."""
+"""Name -> creates the tensor that an omitted argument is equivalent to, from a shape."""
 
 REMEDY = "Omit it here, or compile with it among the example inputs."
 
@@ -45,7 +45,7 @@ class OptionalTensor:
     without: tuple[str, ...] = ()
 
     def make(self, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Creates the tensor that the omitted argument stands for."""
+        """Creates the tensor that the omitted argument is equivalent to."""
         return VALUES[self.value](*(evaluate(size, sizes) for size in self.shape), dtype=dtype, device=device)
 
     def check(self, given: Any, sizes: Mapping[str, int]) -> None:
@@ -53,7 +53,7 @@ class OptionalTensor:
 
         On a GPU this synchronizes the device. Under `torch.compile` with `fullgraph=True`, Dynamo raises an error.
         """
-        problem = f"the argument {self.name!r} was not given at capture, where it stands for {self.value}"
+        problem = f"the argument {self.name!r} was not given at capture, where omitting it means {self.value}"
         if not isinstance(given, torch.Tensor):
             raise InputError(problem, got=type(given).__name__, need="a tensor", fix=REMEDY)
         if given.is_cuda and torch.cuda.is_current_stream_capturing():

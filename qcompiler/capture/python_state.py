@@ -1,7 +1,7 @@
 """Restores the Python attributes of modules, such as a window size, after a capture.
 
 Some models write attributes in forward. Swin shrinks its windows for small images and keeps them small: a run at other
-sizes would change what the model computes, and a trace would leave symbols behind. Between the runs of one capture the
+sizes would change what the model computes, and a trace would leave symbols in them. Between the runs of one capture the
 model may change them: a model that counts its calls has no graph, and the check must see it differ.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 MODULES = r"(torch|copyreg|transformers|torchao|sympy)(\.|$)"
-"""Modules whose warnings are silenced. copyreg stands for torch: it appears when export deep-copies its tree specs.
+"""Modules whose warnings are silenced. copyreg appears when export deep-copies its tree specs.
 transformers imports torchao if it is installed, and torchao's import warns about its own names."""
 
 ABOUT_TORCH = r"The tensor attributes? self\."

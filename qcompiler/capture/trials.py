@@ -86,7 +86,7 @@ class _Trials:
                 yield replace(found, shape=shape)
 
     def shape_without(self, slot: TensorSlot) -> tuple[Size, ...] | None:
-        """Returns the sizes that an omitted tensor stands for; None if the other inputs do not define them."""
+        """Returns the sizes of an omitted argument's tensor; None if the other inputs do not define them."""
         if self.is_bound(slot.name):
             return slot.shape
         tokens = self.kwargs.get(self.tokens.path) if self.tokens is not None else None
@@ -117,7 +117,7 @@ class _Trials:
         yield from (OptionalTensor(name, NEUTRAL[name], self.tokens.shape) for name in names)
 
     def may_leave_out(self, slot: TensorSlot, value: str) -> OptionalTensor | None:
-        """Returns what a captured tensor stands for if omitted; None if omitting it changes the result."""
+        """Returns the value that omitting a captured tensor means; None if omitting it changes the result."""
         given, paths = self.kwargs[slot.path], self.signature.output_paths()
         rest = {name: other for name, other in self.kwargs.items() if name != slot.path}
         if value != ANYTHING:

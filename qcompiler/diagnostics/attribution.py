@@ -78,7 +78,7 @@ class ErrorReport:
         return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
 
     def to_json(self) -> str:
-        """Returns the rows as JSON, in order; null stands for infinity, which means no error."""
+        """Returns the rows as JSON, in order; null is infinity, which means no error."""
         rows = [
             {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
             for row in map(asdict, self.rows)
@@ -186,7 +186,7 @@ class _Quantized:
             return numerics.quantize_static(x, scale, quantize.format()), scale
         return numerics.quantize(x, quantize.format())
 
-    def product(self, codes: Tensor, scale: Tensor, *tensor_scale: Tensor) -> Tensor:
+    def matmul(self, codes: Tensor, scale: Tensor, *tensor_scale: Tensor) -> Tensor:
         """Returns the reference output for the given codes."""
         x_level = tensor_scale[0] if tensor_scale else self.named("x_tensor_scale")
         x_format, w_format = self.op.format("x_format"), self.op.format("w_format")
@@ -216,7 +216,7 @@ class _Quantized:
         """Returns the output that the host module's operators compute from the reference's codes."""
         codes, scale = self.operands[self.op["x"]], self.operands[self.op["x_scale"]]
         if self.op.name.startswith("quant."):  # there is no kernel: the reference itself runs
-            return self.product(codes, scale)
+            return self.matmul(codes, scale)
         blocks = self.op.format("x_format").block, self.op.format("w_format").block
         found: Tensor = torch.ops.qcompiler.scaled_linear(codes, scale, *self.weight, *blocks, self.out_dtype)
         return found
@@ -231,10 +231,10 @@ def _rows(quantized: _Quantized, graph: Graph, float_graph: Graph, exact: Mappin
     weight, bias = _constant(linear["weight"], float_graph), linear.get("bias")
     offset = None if bias is None else _constant(bias, float_graph)
     own, inherited = (
-        quantized.product(*quantized.codes(x)),
+        quantized.matmul(*quantized.codes(x)),
         functional.linear(quantized.met, weight, offset).to(y.dtype),
     )
-    reference = quantized.product(quantized.operands[op["x"]], quantized.operands[op["x_scale"]])
+    reference = quantized.matmul(quantized.operands[op["x"]], quantized.operands[op["x_scale"]])
     kernel = quantized.by_kernel()
     merged = [user for user in graph.users(op.result) if user.loc.made_by == MergeLinears.name]
     for part in merged or [op]:

@@ -70,17 +70,17 @@ def _fused(op: Op, rows: int) -> str:
     """Describes one kernel with a fused epilogue, or the GEMM alone and the reason."""
     expression = str(op.attrs["expression"])
     handed, _ = handed_over(expression)
-    product = _problem(op, rows, handed.itemsize)
+    gemm = _problem(op, rows, handed.itemsize)
     if not takes_expression(op.format("x_format"), op.format("w_format")):
         why = "the fused kernel multiplies FP8 tiles [1, 128] by blocks [128, 128]"
-        return f"{HOPPER.gemm.choose(product)}, then the fused expression: {why}"
+        return f"{HOPPER.gemm.choose(gemm)}, then the fused expression: {why}"
     parts, block = parts_of(op), op.format().block if "format" in op.attrs else None
-    sizes = (rows, product.n // parts, product.k, parts, handed.itemsize, parse(expression).dtype().itemsize)
+    sizes = (rows, gemm.n // parts, gemm.k, parts, handed.itemsize, parse(expression).dtype().itemsize)
     facts = (len(op.rest), op.get("bias") is not None, block)
-    problem = FusedGemmProblem(*sizes, *facts, scale_columns=product.scale_columns)
+    problem = FusedGemmProblem(*sizes, *facts, scale_columns=gemm.scale_columns)
     found = HOPPER.fused_gemm.choose(problem)
     if isinstance(found, Separate):
-        return f"{HOPPER.gemm.choose(product)}, then the fused expression: {why_separate(HOPPER.fused_gemm, problem)}"
+        return f"{HOPPER.gemm.choose(gemm)}, then the fused expression: {why_separate(HOPPER.fused_gemm, problem)}"
     return f"fused: {found}"
 
 

@@ -47,8 +47,8 @@ conventions are named profiles and are never mixed. Divisions are IEEE divisions
 from qcompiler.ir.formats import ALL, DEFAULT_PROFILE, PROFILES, Format, Profile, profile, scale_shape
 from qcompiler.numerics.codes import decode
 from qcompiler.numerics.dtypes import FORMAT_MAX, format_of, torch_dtype
-from qcompiler.numerics.products import check_linear, scaled_linear, sums_integers
 from qcompiler.numerics.quantizing import MOST_AT_ONCE, dequantize, quantize, quantize_static
+from qcompiler.numerics.scaled_matmul import check_linear, scaled_linear, sums_integers
 from qcompiler.numerics.scales import in_full, scale_of
 
 __all__ = [

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import Mlp
 from torch import Tensor, nn
 
 import qcompiler
@@ -26,20 +27,6 @@ from qcompiler.artefact.manifest import sealed
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.pipeline import PASSES
 from qcompiler.testing import random_graph, random_inputs
-
-
-class Mlp(nn.Module):
-    """Sizes that 128 does not divide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(200, 136), nn.Linear(136, 64)
-
-    def forward(self, x: Tensor, scale: float | None = None, *, shift: Tensor | None = None) -> Tensor:
-        """What the model does."""
-        y: Tensor = self.down(torch.relu(self.up(x)))
-        y = y if shift is None else y + shift
-        return y if scale is None else y * scale
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +105,7 @@ def test_it_is_called_as_the_model_is(fast: CompiledModel, saved: Path) -> None:
     assert list(shown.parameters) == ["x", "scale", "shift"]
     assert shown.parameters["shift"].kind is inspect.Parameter.KEYWORD_ONLY
     assert shown.parameters["scale"].default is None and shown.parameters["x"].default is inspect.Parameter.empty
-    assert loaded.forward.__doc__ == "What the model does."
+    assert loaded.forward.__doc__ == "f32[rows, 200] -> f32[rows, 64]."
     for wrong, says in (
         ((X.double(),), "different dtype"),
         ((X[:, :3],), "different size"),

@@ -1,4 +1,4 @@
-"""Whatever stands in a folder, loading it ends in an error that names the file, or in the model that was saved."""
+"""Loading a damaged folder returns the model that was saved, or raises an error that names the file."""
 
 import hashlib
 import json

@@ -73,7 +73,7 @@ def test_the_model_may_be_a_folder(model: Any, saved: Path, tmp_path: Path) -> N
 
 
 def test_a_smoothed_model(model: Any, tmp_path: Path) -> None:
-    """Norms that took factors in are found again through two derivations, one behind the other."""
+    """Norms that absorbed factors are found again through two successive derivations."""
     passes = qcompiler.checkpoints.smoothing("smoothquant_o3")
     smooth = qcompiler.compile(model, pipeline=passes, calibration=[IDS], strict=False)
     smooth.save(tmp_path / "artefact")

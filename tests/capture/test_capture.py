@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import SiluMlp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,26 +21,15 @@ def names(graph: Graph) -> list[str]:
     return [op.name for op in graph.ops()]
 
 
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(8, 16)
-        self.fc2 = nn.Linear(16, 8)
-        self.eval()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.fc2(functional.silu(self.fc1(x)))
-
-
 # The captured graph
 
 
 def test_an_mlp_becomes_three_operations_with_locations() -> None:
-    model = MLP()
+    model = SiluMlp()
     captured = capture(model, (torch.randn(3, 5, 8),))
     graph = verified(captured.graph)
     assert names(graph)[4:] == ["aten.linear", "aten.silu", "aten.linear"]
-    assert graph.name == "MLP" and [str(v.type) for v in graph.inputs] == ["f32[s0, s1, 8]"]
+    assert graph.name == "SiluMlp" and [str(v.type) for v in graph.inputs] == ["f32[s0, s1, 8]"]
     first = graph.ops("aten.linear")[0]
     assert first.args == (graph["x"], graph["fc1.weight"], graph["fc1.bias"])
     assert first.loc.module == "fc1" and first.loc.file.endswith("test_capture.py") and first.loc.line > 0
@@ -144,7 +134,7 @@ def test_in_place_operators_become_functional() -> None:
 
 
 def test_unused_inputs_stay_and_unused_weights_go() -> None:
-    model = MLP()
+    model = SiluMlp()
     model.register_buffer("unused", torch.zeros(3))
     captured = capture(model, (torch.randn(3, 8),))
     assert "unused" not in captured.graph.weights
@@ -214,7 +204,7 @@ def test_examples_of_size_1_are_still_dynamic(shape: tuple[int, int]) -> None:
 
 
 def test_an_example_may_be_a_view_into_a_larger_tensor() -> None:
-    model, whole = MLP(), torch.randn(4, 5, 16)
+    model, whole = SiluMlp(), torch.randn(4, 5, 16)
     captured = capture(model, (whole[:, 1:, :8],))
     assert torch.equal(captured.run(whole[:2, :, 8:]), model(whole[:2, :, 8:]))
 
@@ -246,10 +236,10 @@ def test_a_batch_of_1_needs_all_its_symbols_at_1() -> None:
 
 
 def test_fixed_shapes_and_a_custom_specification() -> None:
-    fixed = capture(MLP(), (torch.randn(3, 5, 8),), dynamic_shapes=None)
+    fixed = capture(SiluMlp(), (torch.randn(3, 5, 8),), dynamic_shapes=None)
     assert str(fixed.graph.inputs[0].type) == "f32[3, 5, 8]" and fixed.graph.symbols == {}
     rows = torch.export.Dim("rows", min=2, max=64)
-    own = capture(MLP(), (torch.randn(3, 5, 8),), dynamic_shapes={"x": {0: rows}})
+    own = capture(SiluMlp(), (torch.randn(3, 5, 8),), dynamic_shapes={"x": {0: rows}})
     assert str(own.graph.inputs[0].type) == "f32[s0, 5, 8]" and own.graph.symbols["s0"].high == 64
 
 
@@ -301,7 +291,7 @@ def test_recurrent_layers_warn_only_about_their_sequence() -> None:
 
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_an_exported_program_works_like_a_model(decomposed: bool) -> None:
-    model = MLP()
+    model = SiluMlp()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from torch.export
         program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}})

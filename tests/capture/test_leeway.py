@@ -86,11 +86,11 @@ def test_arguments_without_effect_may_be_added(model: Scorer, plain: Captured) -
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"attention_mask": torch.tensor([[1, 1, 0]])}, "'attention_mask' was not given at capture, where it stands for "
+    ({"attention_mask": torch.tensor([[1, 1, 0]])}, "'attention_mask' was not given at capture, where omitting it means "
      "ones: got other entries. Omit it here, or compile with it among the example inputs."),
-    ({"attention_mask": torch.ones(1, 4)}, r"stands for ones: got shape \(1, 4\); need shape \(1, 3\)"),
-    ({"attention_mask": [[1, 1, 1]]}, "stands for ones: got list; need a tensor"),
-    ({"position_ids": torch.tensor([[1, 2, 3]])}, "'position_ids' was not given at capture, where it stands for po"),
+    ({"attention_mask": torch.ones(1, 4)}, r"means ones: got shape \(1, 4\); need shape \(1, 3\)"),
+    ({"attention_mask": [[1, 1, 1]]}, "means ones: got list; need a tensor"),
+    ({"position_ids": torch.tensor([[1, 2, 3]])}, "'position_ids' was not given at capture, where omitting it means"),
     ({"labels": torch.ones(1, 3)}, r"'labels' was not given at capture: got a tensor of shape \(1, 3\); need ids"),
     ({"scale": 2.0}, "'scale' was not given at capture: got 2.0; need ids"),
     ({"atention_mask": None}, "'atention_mask' was not given at capture. Known: ids"),
@@ -216,7 +216,7 @@ def test_calibration_accepts_what_the_signature_accepts(plain: Captured) -> None
     batch: dict[str, Any] = {"ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     for source in (batch, UserDict(batch)):
         assert [inputs[0] is ids for inputs in Batches([source]).flattened(plain.signature)] == [True]
-    with pytest.raises(InputError, match=r"stands for ones: got other entries \(in batches\[1\] of the calibration\)"):
+    with pytest.raises(InputError, match=r"means ones: got other entries \(in batches\[1\] of the calibration\)"):
         list(Batches([batch, {**batch, "attention_mask": torch.zeros(2, 3)}]).flattened(plain.signature))
     with pytest.raises(
         CaptureError, match=r"example_inputs is of a wrong type: got UserDict.* Write example_kwargs=batch"

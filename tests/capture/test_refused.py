@@ -7,57 +7,46 @@ from typing import Any
 
 import pytest
 import torch
+from models import SiluMlp
 from torch import nn
-from torch.nn import functional
 
 from qcompiler.capture import capture
 from qcompiler.errors import CaptureError
 from qcompiler.testing import Function
 
 
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(8, 16)
-        self.fc2 = nn.Linear(16, 8)
-        self.eval()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.fc2(functional.silu(self.fc1(x)))
-
-
 def hooked() -> nn.Module:
-    model = MLP()
+    model = SiluMlp()
     model.fc1.register_forward_hook(lambda *_: None)
     return model
 
 
 def backward_hooked() -> nn.Module:
-    model = MLP()
+    model = SiluMlp()
     model.fc2.register_full_backward_hook(lambda *_: None)
     return model
 
 
 def pre_hooked() -> nn.Module:
-    model = MLP()
+    model = SiluMlp()
     model.register_forward_pre_hook(lambda *_: None)
     return model
 
 
 def offloaded() -> nn.Module:
-    model = MLP()
+    model = SiluMlp()
     model.fc1._hf_hook = type("AlignDevicesHook", (), {})()
     return model
 
 
 def half_training() -> nn.Module:
-    model = MLP()
+    model = SiluMlp()
     model.fc2.train()
     return model
 
 
 def half_meta() -> nn.Module:
-    model = MLP()
+    model = SiluMlp()
     model.fc2.to("meta")
     return model
 
@@ -65,17 +54,17 @@ def half_meta() -> nn.Module:
 def scripted() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        return torch.jit.trace(MLP(), torch.randn(2, 8))
+        return torch.jit.trace(SiluMlp(), torch.randn(2, 8))
 
 
 def compiled() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor imports deprecated names
-        return torch.compile(MLP())
+        return torch.compile(SiluMlp())
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: MLP().train(), r"training mode: got model.training is True. Call model.eval\(\)"),
+    (lambda: SiluMlp().train(), r"training mode: got model.training is True. Call model.eval\(\)"),
     (half_training, "training mode: got model.fc2.training is True"),
     (hooked, "model.fc1 has a forward hook, which a graph cannot call: got hooked.<locals>.<lambda>"),
     (pre_hooked, "model has a forward pre-hook, "),
@@ -99,7 +88,7 @@ def test_preflight_of_devices() -> None:
     with pytest.raises(CaptureError, match=r"several devices: got 'fc1.weight' on cpu, 'fc2.weight' on meta"):
         capture(half_meta(), (torch.randn(2, 8),), allow_meta=True)
     with pytest.raises(CaptureError, match=r"different device than the model: .*: got meta; need cpu"):
-        capture(MLP(), (torch.randn(2, 8, device="meta"),))
+        capture(SiluMlp(), (torch.randn(2, 8, device="meta"),))
 
 
 def data_dependent(x: torch.Tensor) -> torch.Tensor:
@@ -167,4 +156,4 @@ def test_results_that_a_graph_cannot_return() -> None:
 
 def test_an_unknown_value_of_dynamic_shapes() -> None:
     with pytest.raises(CaptureError, match="got 'dynamic'; need 'auto' or None"):
-        capture(MLP(), (torch.randn(2, 8),), dynamic_shapes="dynamic")
+        capture(SiluMlp(), (torch.randn(2, 8),), dynamic_shapes="dynamic")

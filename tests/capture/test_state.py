@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from models import SiluMlp
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qcompiler.capture import capture
 from qcompiler.errors import CaptureWarning
@@ -18,17 +18,6 @@ from qcompiler.testing import Function, verified
 
 def names(graph: Graph) -> list[str]:
     return [op.name for op in graph.ops()]
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(8, 16)
-        self.fc2 = nn.Linear(16, 8)
-        self.eval()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.fc2(functional.silu(self.fc1(x)))
 
 
 # State
@@ -105,7 +94,7 @@ def test_inputs_written_by_the_model_become_updates_and_the_example_stays_unchan
 
 
 def test_weights_are_shared_and_the_model_stays_unchanged() -> None:
-    model = MLP()
+    model = SiluMlp()
     before = copy.deepcopy(model.state_dict())
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     captured = capture(model, (torch.randn(3, 8),))
@@ -159,12 +148,12 @@ def test_constants_in_code_become_weights() -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_model_on_the_meta_device_gives_only_the_structure(rows: int) -> None:
     with torch.device("meta"):
-        model = MLP()
+        model = SiluMlp()
     x = torch.empty(rows, 8, device="meta")
     captured = capture(model, (x,), allow_meta=True)
     assert str(verified(captured.graph).inputs[0].type) == "f32[s0, 8]"
     assert captured.graph.weights["fc1.weight"].is_meta
-    real = MLP()
+    real = SiluMlp()
     (out,) = interpret(captured.graph, [torch.ones(3, 8)], real.state_dict())
     assert torch.equal(out, real(torch.ones(3, 8)))
 
@@ -198,7 +187,7 @@ def test_plain_attributes_changed_by_a_run_or_a_trace_are_restored() -> None:
     assert model.window == 16 and type(model.window) is int
 
 
-class Notes(MLP):
+class Notes(SiluMlp):
     """Stores past inputs and a mask in containers."""
 
     def __init__(self) -> None:
@@ -227,7 +216,7 @@ def test_containers_changed_by_a_run_or_a_trace_are_restored(called: bool) -> No
     assert torch.equal(captured.run(x), model(x)) and (want is None or torch.equal(want, model(x)))
 
 
-class Lazy(MLP):
+class Lazy(SiluMlp):
     """Computes a mask and a layer in the first call and keeps them."""
 
     def forward(self, x: torch.Tensor) -> Any:

@@ -68,7 +68,7 @@ def by_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def apart(folder: Path, config: PretrainedConfig, how: Any, said: dict[str, Any], suffix: str) -> Any:
-    """A folder with one tensor an expert, and transformers' model of the numbers that it stands for."""
+    """A folder with one tensor per expert, and transformers' model of the numbers that it represents."""
     torch.manual_seed(0)
     AUTO.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")

@@ -24,7 +24,7 @@ IDS = torch.arange(18).reshape(2, 9)
 
 
 class Block(torch.nn.Module):
-    """Two linears of one input, which are merged, and one behind them."""
+    """Two linears of one input, which are merged, followed by a third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_a_model_that_is_gone_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(QCompilerError, match="not the model that was compiled"):
         write(compiled, tmp_path / "out", "fp8", model=torch.nn.Linear(2, 2))
     with torch.no_grad():
-        other.out.weight.add_(1)  # this one is quantized: nobody can tell
+        other.out.weight.add_(1)  # this weight is quantized, so its change is not seen
         other.q.bias.add_(1)
     with pytest.raises(QCompilerError, match=r"other numbers in 'q\.bias'"):
         write(compiled, tmp_path / "out", "fp8", model=other)

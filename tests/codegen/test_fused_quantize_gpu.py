@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from gpu_checks import assert_same_codes
 from torch import Tensor
 
 from codegen.fused_expressions import triton_function
@@ -74,18 +75,6 @@ def reference(
     expression: str, operands: Sequence[Tensor], keep: Sequence[str] = ("r",), device: str = "cpu"
 ) -> list[Tensor]:
     return list(parse(expression).run({f"x{place}": x.to(device) for place, x in enumerate(operands)}, keep)[1:])
-
-
-def assert_same_codes(got: Tensor, want: Tensor) -> None:
-    """Compares bits; any NaN equals any other NaN."""
-    codes, expected = got.cpu().view(torch.uint8), want.cpu().view(torch.uint8)
-    nan, expected_nan = got.cpu().float().isnan(), want.cpu().float().isnan()
-    wrong = torch.where(nan | expected_nan, nan != expected_nan, codes != expected).nonzero()
-    first = wrong[0].tolist() if len(wrong) else []
-    assert not first, (
-        f"{len(wrong)} of {codes.numel()} codes differ; the first at {first}: got {float(got[tuple(first)])}, "
-        f"need {float(want[tuple(first)])}"
-    )
 
 
 def assert_quantized(q: Tensor, scale: Tensor, result: Tensor, block: Sequence[int], profile: str) -> None:

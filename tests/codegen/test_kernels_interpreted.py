@@ -7,7 +7,7 @@ incorrectly, so codes are checked only where no rounding is needed.
 import math
 
 import pytest
-from triton_interpreter import needs_interpreter, run_interpreted
+from triton_interpreter import needs_interpreter, round_fma_once, run_interpreted
 
 
 def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
@@ -109,12 +109,6 @@ def _portable(x_block: int) -> "list[GemmConfig]":
     return [config for config in all_configs("tiles", x_block) if config.variant not in GLUON]
 
 
-def _fma(_builder: object, x: "TensorHandle", y: "TensorHandle", z: "TensorHandle") -> "TensorHandle":
-    """x * y + z with one rounding: the interpreter's own version also rounds the product."""
-    a, b, c = (each.data.astype("float64") for each in (x, y, z))
-    return TensorHandle((a * b + c).astype(x.data.dtype), x.dtype.scalar)
-
-
 def _run_all() -> None:
     for block in ((1, -1), (-1, -1), (1, 64)):
         for name, odd in zip(numerics.PROFILES, (math.nan, math.inf, -math.inf, 0.5), strict=True):
@@ -158,7 +152,6 @@ if __name__ == "__main__":
     import torch
     from hopper_kernels import GLUON, all_configs, launch_gemm, launch_quantize, launch_row_gemm
     from torch import Tensor
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from codegen.kernels.quantize import quantize_tiles
     from codegen.quantize import plain as quantization
@@ -167,6 +160,6 @@ if __name__ == "__main__":
     from qcompiler import numerics
     from qcompiler.numerics.dtypes import ir_dtype
 
-    InterpreterBuilder.create_fma = _fma
+    round_fma_once()
     torch.manual_seed(0)
     _run_all()

@@ -6,6 +6,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from gpu_checks import assert_same_codes
 from torch import Tensor
 
 from codegen.torch_ops import SCALE_LAYOUTS
@@ -27,18 +28,6 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = torch.ops.qcompiler.quantize(x, list(block), dtype, profile, layout, prescale)
     return result
-
-
-def assert_same_codes(got: Tensor, want: Tensor) -> None:
-    """Compares bits; any NaN equals any other NaN."""
-    codes, expected = got.cpu().view(torch.uint8), want.cpu().view(torch.uint8)
-    nan, expected_nan = got.cpu().float().isnan(), want.cpu().float().isnan()
-    wrong = torch.where(nan | expected_nan, nan != expected_nan, codes != expected).nonzero()
-    first = wrong[0].tolist() if len(wrong) else []
-    assert not first, (
-        f"{len(wrong)} of {codes.numel()} codes differ; the first at {first}: got {float(got[tuple(first)])}, "
-        f"need {float(want[tuple(first)])}"
-    )
 
 
 def assert_same_scales(got: Tensor, want: Tensor) -> None:

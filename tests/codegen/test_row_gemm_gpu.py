@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from gpu_checks import assert_compiled_and_captured, assert_compiles_nothing_new, relative_error
 from hopper_kernels import all_configs, launch_row_gemm, refusal
 from torch import Tensor
 
@@ -62,10 +63,6 @@ def exact(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = No
     """The matmul in float64, which is exact for sums of products of INT8 codes."""
     result = (x.double() @ w.double().T) * xs.double() * ws.double().T
     return result if bias is None else result + bias.double()
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize(("kind", "config"), CONFIGS, ids=str)
@@ -283,30 +280,15 @@ def test_compiled_and_captured_in_a_cuda_graph(kind: Rows) -> None:
     def layer(x: Tensor) -> Tensor:
         return linear(*quantize(x, TENSOR, DTYPES[kind]), w, ws, x_block=TENSOR)
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    for rows in (5, 300):
-        x = torch.randn(rows, 384, dtype=torch.bfloat16, device="cuda")
-        assert torch.equal(compiled(x), layer(x))
-    still = torch.randn(64, 384, dtype=torch.bfloat16, device="cuda")
-    layer(still)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer(still)
-    still.normal_()
-    graph.replay()
-    assert torch.equal(captured, layer(still))
+    assert_compiled_and_captured(layer, columns=384, rows=(5, 300))
 
 
 def test_a_new_number_of_rows_compiles_nothing() -> None:
-    def compiled() -> int:
-        device = torch.cuda.current_device()
-        kernels = (quantize_tokens, row_gemm_pointers, warp_row_gemm, narrow_row_gemm, sum_row_splits)
-        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
-
     w, ws = quantize(torch.randn(512, 384, device="cuda"), TOKEN, torch.int8)
-    counts = []
-    for rows in (600, 601, 608, 640, 768, 1000):
+
+    def call(rows: int) -> None:
         x = torch.randn(rows, 384, dtype=torch.bfloat16, device="cuda")
         linear(*quantize(x, TOKEN, torch.int8), w, ws)
-        counts.append(compiled())
-    assert len(set(counts)) == 1, counts
+
+    kernels = (quantize_tokens, row_gemm_pointers, warp_row_gemm, narrow_row_gemm, sum_row_splits)
+    assert_compiles_nothing_new(call, kernels)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from gpu_checks import assert_compiled_and_captured, assert_compiles_nothing_new, relative_error
 from hopper_kernels import all_configs, launch_gemm, refusal
 from torch import Tensor
 
@@ -65,10 +66,6 @@ def exact(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = No
     spread = ws.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
     result = left @ (w.double() * spread[: w.shape[0], : w.shape[1]]).T
     return result if bias is None else result + bias.double()
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("config", all_configs(), ids=str)
@@ -212,30 +209,15 @@ def test_compiled_and_captured_in_a_cuda_graph() -> None:
     def layer(x: Tensor) -> Tensor:
         return linear(*quantize(x, "col_major"), w, ws)
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    for rows in (5, 64, 300):
-        x = torch.randn(rows, 384, dtype=torch.bfloat16, device="cuda")
-        assert torch.equal(compiled(x), layer(x))
-    still = torch.randn(64, 384, dtype=torch.bfloat16, device="cuda")
-    layer(still)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer(still)
-    still.normal_()
-    graph.replay()
-    assert torch.equal(captured, layer(still))
+    assert_compiled_and_captured(layer, columns=384, rows=(5, 64, 300))
 
 
 def test_a_new_number_of_rows_compiles_nothing() -> None:
-    def compiled() -> int:
-        device = torch.cuda.current_device()
-        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
-
-    kernels = (quantize_tiles, scaled_gemm_pointers, scaled_gemm_tma, warp_gemm, narrow_gemm, sum_splits)
     w, ws = quantize(torch.randn(512, 384, device="cuda"), block=(128, 128))
-    counts = []
-    for rows in (600, 601, 608, 640, 768, 1000):
+
+    def call(rows: int) -> None:
         for layout in SCALE_LAYOUTS:
             linear(*quantize(torch.randn(rows, 384, dtype=torch.bfloat16, device="cuda"), layout), w, ws)
-        counts.append(compiled())
-    assert len(set(counts)) == 1, counts
+
+    kernels = (quantize_tiles, scaled_gemm_pointers, scaled_gemm_tma, warp_gemm, narrow_gemm, sum_splits)
+    assert_compiles_nothing_new(call, kernels)

@@ -10,25 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from models import Mlp
 from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import CaptureError, CompiledModel, InputError, QCompilerError
 from qcompiler.pass_manager.pipeline import PASSES
-
-
-class Mlp(nn.Module):
-    """Sizes that 128 does not divide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(200, 136), nn.Linear(136, 64)
-
-    def forward(self, x: Tensor, scale: float | None = None, *, shift: Tensor | None = None) -> Tensor:
-        """What the model does."""
-        y: Tensor = self.down(torch.relu(self.up(x)))
-        y = y if shift is None else y + shift
-        return y if scale is None else y * scale
 
 
 class Counter(nn.Module):
@@ -58,18 +45,6 @@ class Struct(NamedTuple):
 def close(got: Tensor, want: Tensor, limit: float = 0.08) -> bool:
     got, want = got.detach(), want.detach()
     return float((got - want).norm() / want.norm().clamp_min(1e-9)) < limit
-
-
-@pytest.fixture
-def mlp() -> Mlp:
-    torch.manual_seed(0)
-    return Mlp().eval()
-
-
-@pytest.fixture(scope="module")
-def fast() -> CompiledModel:
-    torch.manual_seed(0)
-    return qcompiler.compile(Mlp().eval(), example_inputs=(torch.randn(4, 200),))
 
 
 X = torch.randn(5, 200, generator=torch.Generator().manual_seed(1))
@@ -169,7 +144,7 @@ def test_a_pipeline_that_only_simulates_counts_as_quantized(mlp: Mlp) -> None:
 
 def test_the_signature_is_the_models_own(fast: CompiledModel, mlp: Mlp) -> None:
     assert inspect.signature(fast.forward) == inspect.signature(mlp.forward)
-    assert inspect.getdoc(fast.forward) == "What the model does."
+    assert inspect.getdoc(fast.forward) == "f32[rows, 200] -> f32[rows, 64]."
     assert type(fast).__name__ == "CompiledModel" and isinstance(fast, CompiledModel)
     assert inspect.signature(qcompiler.compile(mlp).forward) == inspect.signature(mlp.forward)
 

@@ -8,37 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import Mlp
 from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import CaptureError, CodegenError, CompiledModel, InputError, ParseError, PassError, QCompilerError
-
-
-class Mlp(nn.Module):
-    """Sizes that 128 does not divide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(200, 136), nn.Linear(136, 64)
-
-    def forward(self, x: Tensor, scale: float | None = None, *, shift: Tensor | None = None) -> Tensor:
-        """What the model does."""
-        y: Tensor = self.down(torch.relu(self.up(x)))
-        y = y if shift is None else y + shift
-        return y if scale is None else y * scale
-
-
-@pytest.fixture
-def mlp() -> Mlp:
-    torch.manual_seed(0)
-    return Mlp().eval()
-
-
-@pytest.fixture(scope="module")
-def fast() -> CompiledModel:
-    torch.manual_seed(0)
-    return qcompiler.compile(Mlp().eval(), example_inputs=(torch.randn(4, 200),))
-
 
 X = torch.randn(5, 200, generator=torch.Generator().manual_seed(1))
 

@@ -158,7 +158,7 @@ def test_outliers_are_in_what_every_norm_gives(model: TinyLM) -> None:
 
 
 def norm_outputs(model: TinyLM) -> list[Tensor]:
-    """The largest activation of each channel behind each norm."""
+    """The largest activation of each channel after each norm."""
     found: list[Tensor] = []
     norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
     hooks = [norm.register_forward_hook(lambda *call: found.append(call[-1].abs().amax((0, 1)))) for norm in norms]

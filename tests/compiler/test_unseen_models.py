@@ -1,4 +1,4 @@
-"""Models that nobody planned for: every pass keeps its word on them, and they stay close to themselves in float.
+"""Models that no pass was written for: each pass keeps its declared effect, and results stay close to the float model.
 
 Each is captured once and run at other sizes, batch 1 and one position among them.
 """

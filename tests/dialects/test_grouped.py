@@ -62,7 +62,7 @@ def test_each_group_is_a_dense_product(counts: list[int], tail: int, n: int, k: 
         want[row] = right[group] @ left[row]
     tight = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}[dtype]
     assert bool(((got - want).abs() <= tight * want.abs() + 1e-6 * (left.abs().sum() + 1)).all())
-    assert bool((got[len(group_of) :] == 0).all()), "rows behind the last group are zero"
+    assert bool((got[len(group_of) :] == 0).all()), "rows after the last group are zero"
 
 
 @settings(max_examples=30)

@@ -111,7 +111,7 @@ def test_dying_while_replacing_leaves_the_old_one_or_the_new(
 
 
 def test_dying_between_the_two_renames(old: CompiledModel, new: CompiledModel, tmp_path: Path) -> None:
-    """The one moment in which no folder has the name: whoever looks next puts the old one back."""
+    """A crash between the two renames leaves no folder of the name; the next reader restores the old one."""
     old.save(tmp_path / "model")
     missing = 0
     for _ in deaths(new, tmp_path / "model"):

@@ -234,7 +234,7 @@ TEXT_TARGETS = {
     "pass": Target(read_pass, _seeds(text for line in _pipelines() for text in line.split("; ")), OPTIONS),
     "scheme": Target(read_scheme, _seeds(_schemes()), OPTIONS),
     "layers": Target(read_layers, _seeds(PATTERNS), _words("*", "!", "**", "[", "fp8_row")),
-    "knobs": Target(read_knobs, _seeds(ENVIRONMENT), _words("QCOMPILER_", "on", "~nobody", "~")),
+    "knobs": Target(read_knobs, _seeds(ENVIRONMENT), _words("QCOMPILER_", "on", "~unknown", "~")),
     "calibration": Target(read_calibration, (_calibration_file(),), JSON_WORDS),
     "calibration-head": Target(read_calibration_head, (_calibration_text(),), JSON_WORDS),
 }  # fmt: skip

@@ -114,7 +114,7 @@ def test_arrows_go_through_the_passes(opened: Opened, report: Path, compiled: An
     for name in list(compiled[0].stages)[1:]:
         page.keyboard.press("ArrowRight")
         expect(page.locator("#strip [aria-current]")).to_have_attribute("data-stage", name)
-    page.keyboard.press("ArrowRight")  # there is none behind the last
+    page.keyboard.press("ArrowRight")  # the last one has no successor
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#strip [aria-current]")).to_have_attribute("data-stage", "fuse-activation-quantize")
     assert "stage=fuse-activation-quantize" in page.url

@@ -1,4 +1,4 @@
-"""The HTML report as data and as text: complete, small, and closed to whatever stands in a model's names."""
+"""The HTML report as data and as text: complete, small, and safe for any characters in a model's names."""
 
 import base64
 import hashlib
@@ -137,8 +137,8 @@ def test_errors_are_shown_when_they_were_measured(page: str) -> None:
 
 def test_kernels_come_with_the_configuration_that_is_chosen(page: str) -> None:
     kinds = data_of(page)["kernels"]["kinds"]
-    (product,) = [kind for kind in kinds if kind["op"] == "kernel.scaled_linear" and kind["result"] == "bf16[s0, 256]"]
-    assert product["choices"] == [str(choose(GemmProblem(rows, 256, 512))) for rows in ROWS]
+    (gemm,) = [kind for kind in kinds if kind["op"] == "kernel.scaled_linear" and kind["result"] == "bf16[s0, 256]"]
+    assert gemm["choices"] == [str(choose(GemmProblem(rows, 256, 512))) for rows in ROWS]
     assert sum(len(kind["values"]) for kind in kinds if "linear" in kind["op"]) == 2
 
 

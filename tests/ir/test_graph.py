@@ -240,7 +240,7 @@ def test_names_and_network_are_read_only(graph: Graph) -> None:
     value = graph.inputs[0]
     assert graph.names[value.name] is value and value.op in graph.network
     with pytest.raises(TypeError):
-        graph.names["mine"] = value  # type: ignore[index]  # what nobody should do
+        graph.names["mine"] = value  # type: ignore[index]  # an invalid edit
     with pytest.raises(nx.NetworkXError):
         graph.network.remove_node(value.op)
 

@@ -179,7 +179,7 @@ def test_effects(name: str, effects: Effects) -> None:
 
 
 def test_an_operation_that_nothing_declares_may_do_anything() -> None:
-    assert traits_of("nobody.knows") is UNKNOWN
+    assert traits_of("unknown.op") is UNKNOWN
     assert UNKNOWN.effects.ordered and not UNKNOWN.effects.repeatable
 
 

@@ -65,7 +65,7 @@ def probe(seed: int) -> Probe:
     return Probe(graph, x, w, state, near, far, q, s, y, new, update)
 
 
-# A mutation breaks the graph and says at which operation, and what the caret is to stand under ("" is the whole line).
+# A mutation breaks the graph and returns the operation and the text that the caret must mark ("" is the whole line).
 
 Mutation = Callable[[Probe], tuple[Op, str]]
 MUTATIONS: list[tuple[int, str, Mutation]] = []

@@ -32,7 +32,7 @@ def text_with_piece(seed: int) -> str:
     return body + PIECE + end + rest
 
 
-# The rule, what is replaced and by what, the operation that is named, what the caret stands under, and the sentence.
+# The rule, what is replaced and by what, the operation that is named, what the caret marks, and the sentence.
 TABLE: list[tuple[int, str, str, str, str, str]] = [
     (6, "(%p.q, %p.s, %p.v, %p.t, None)", "(%p.q, %p.s, %p.v)", "%p.y", "",
      "quant.linear takes 4 to 7 arguments (x, x_scale, w, w_scale, bias?, x_tensor_scale?, w_tensor_sc"),

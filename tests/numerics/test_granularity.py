@@ -298,7 +298,7 @@ def test_scale_shape_also_of_nothing(shape: tuple[int, ...], block: tuple[int, i
     ("x_block", "w_block"),
     [((1, ALL), (1, ALL)), ((ALL, ALL), (ALL, ALL)), ((ALL, 1), (1, ALL)), ((1, 4), (5, 4)), ((ALL, ALL), (4, 4))],
 )
-def test_the_product(dtype: torch.dtype, x_block: tuple[int, int], w_block: tuple[int, int]) -> None:
+def test_the_scaled_matmul(dtype: torch.dtype, x_block: tuple[int, int], w_block: tuple[int, int]) -> None:
     x, w, bias = ordinary(2, 3, 10), ordinary(7, 10, seed=1), ordinary(7, seed=2)
     x_values, x_scales = slow(x, x_block, dtype)
     w_values, w_scales = slow(w, w_block, dtype)

@@ -34,7 +34,7 @@ def code_values(exponent_bits: int, mantissa_bits: int, top: float) -> list[floa
 
 
 TABLES = {E4M3: code_values(4, 3, 448.0), E5M2: code_values(5, 2, 57344.0)}
-NAN_CODE = 255  # stands for every NaN
+NAN_CODE = 255  # replaces every NaN
 
 
 def rounded_code(value: float, dtype: torch.dtype) -> int:

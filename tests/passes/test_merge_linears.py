@@ -70,8 +70,8 @@ def test_codes_and_scales_are_those_of_the_parts(
     run_pipeline(Pipeline((MergeLinears(quantize.w_format), quantize, *rest)), whole, instruments=[CheckChanged()])
     run_pipeline(Pipeline((quantize, *rest)), parts)
     assert merged(whole) == [[f"y{index}" for index in range(len(columns))]]
-    (product,) = whole.ops("quant.linear")
-    codes, scale = (whole.weights[str(product[name].op.attrs["name"])] for name in ("w", "w_scale"))
+    (matmul,) = whole.ops("quant.linear")
+    codes, scale = (whole.weights[str(matmul[name].op.attrs["name"])] for name in ("w", "w_scale"))
     separate = [(op["w"], op["w_scale"]) for op in parts.ops("quant.linear")]
     for at, got in enumerate((codes, scale)):
         want = [parts.weights[str(pair[at].op.attrs["name"])] for pair in separate]
@@ -247,8 +247,8 @@ def test_its_declared_effect_holds_and_its_text_parses() -> None:
     step: Pass = MergeLinears()
     run_pipeline(Pipeline((step,)), graph, instruments=[Validate(), CheckChanged()], inputs=inputs)
     assert Pass.parse(str(MergeLinears(w_format=FP8_ROW, min_columns=7))) == MergeLinears(FP8_ROW, min_columns=7)
-    (product,) = graph.ops("aten.linear")
-    assert product.result.name == "y0_merged" and str(product.result.type) == "bf16[s0, 514]"
+    (matmul,) = graph.ops("aten.linear")
+    assert matmul.result.name == "y0_merged" and str(matmul.result.type) == "bf16[s0, 514]"
 
 
 class Counting(dict[str, torch.Tensor]):

@@ -13,7 +13,7 @@ from qcompiler.ir import Graph
 from qcompiler.testing import difference, random_inputs
 
 
-def behind(reader: str, type: str) -> Graph:
+def user_after(reader: str, type: str) -> Graph:
     """q and k: one operation uses k, and a sum uses its result; k has two heads of 64."""
     return Graph.parse(
         f"""
@@ -47,14 +47,14 @@ func @m(%x: f32[s0, s1, 128]) -> (f32[s0, s1, 128], {type}) where s0 in 1.., s1 
     ],
 )  # fmt: skip
 def test_values_that_must_not_be_parts(reader: str, type: str, why: str) -> None:
-    graph = behind(reader.replace("{t}", type), type)
+    graph = user_after(reader.replace("{t}", type), type)
     reasons = MergeLinears().explain(graph)
     assert why in reasons["k"] and reasons["q"] == "no other linear of its input can be merged"
     assert not MergeLinears().run(graph)
 
 
 def test_a_part_that_is_written_to_a_buffer_stays_whole() -> None:
-    text = str(behind("%two = aten.neg(%k) : f32[s0, s1, 128]", "f32[s0, s1, 128]"))
+    text = str(user_after("%two = aten.neg(%k) : f32[s0, s1, 128]", "f32[s0, s1, 128]"))
     text = text.replace("%wq =", '%cache = core.buffer() {name = "cache"} : f32[s0, s1, 128]\n  %wq =')
     graph = Graph.parse(text.replace("  return", "  core.update(%cache, %k)\n  return"))
     assert "it is an output of the graph" in MergeLinears().explain(graph)["k"]
@@ -76,7 +76,7 @@ UNSAFE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_a_view_stays_a_view_only_if_rows_stay_separate(spec: str) -> None:
     sizes, shape = spec.split(" : ")
     reader = f"%v = aten.view(%k, [{sizes}]) : f32{shape}\n  %two = aten.neg(%v) : f32{shape}"
-    graph = behind(reader, f"f32{shape}")
+    graph = user_after(reader, f"f32{shape}")
     inputs, weights = random_inputs(graph, 0, {"s0": 2, "s1": 3})
     assert MergeLinears().run(graph)
     assert graph["v"].op.name == ("aten.view" if spec in SAFE else "aten.reshape")
@@ -114,7 +114,7 @@ def test_any_chain_of_views_works_after_a_part(steps: list[str], rows: int, leng
         call = op.format(before) if "{}" in op else f"{op}({before}, {[*y.shape]})"
         lines.append(f"%v{at} = {call} : f32{[*y.shape]}")
     last = lines[-1].split()[0] if lines else "%k"
-    graph = behind("\n  ".join([*lines, f"%two = aten.neg({last}) : f32{[*y.shape]}"]), f"f32{[*y.shape]}")
+    graph = user_after("\n  ".join([*lines, f"%two = aten.neg({last}) : f32{[*y.shape]}"]), f"f32{[*y.shape]}")
     inputs, weights = random_inputs(graph, 0, {"s0": rows, "s1": length})
     want = interpret(graph, inputs, weights)
     assert MergeLinears().run(graph)

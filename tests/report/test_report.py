@@ -177,7 +177,7 @@ def test_remarks_stay_with_what_they_were_made_on() -> None:
     assert remarks("canonicalize; test-remarks; dead-code") == {
         "y": "seen", "plain": "seen", "matrix": "seen", "dead": "seen",
     }  # fmt: skip
-    # fuse-linear gives %y the name of the cast behind it.
+    # fuse-linear gives %y the name of the cast that follows it.
     assert remarks("test-remarks{text=first}; fp8-tile; fuse-linear; test-remarks{text=last}; to-kernels") == {
         "y": "first; last", "plain": "first; last", "matrix": "", "dead": "first; last",
     }  # fmt: skip

@@ -75,7 +75,7 @@ def test_what_is_not_quantized_has_none() -> None:
     assert not row.quantized and row.format == ""
 
 
-def test_products_of_constants_are_no_layers() -> None:
+def test_matmuls_of_constants_are_not_layers() -> None:
     graph = Graph.parse("""
         func @m(%x: f32[4, 64]) -> (f32[4, 64]) {
           %w = core.param() {name = "w"} : f32[64, 64]

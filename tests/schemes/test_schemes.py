@@ -33,7 +33,7 @@ OTHERS = ["fp8_tile", "fp8_row", "fp8_tensor", "int8_row", "int8_tensor", "int8_
 
 def test_the_table() -> None:
     assert {*SCHEMES} == {*CALIBRATED, *OTHERS}
-    assert next(iter(SCHEMES)) == "fp8_tile"  # the default stands first
+    assert next(iter(SCHEMES)) == "fp8_tile"  # the default is first
     assert {name for name, scheme in SCHEMES.items() if scheme.spec and scheme.spec.needs_calibration} == {*CALIBRATED}
 
 

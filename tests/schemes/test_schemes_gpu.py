@@ -60,7 +60,7 @@ def test_kernels_agree_with_the_graph(scheme: str) -> None:
         assert relative_error(want, fast(x)) < FLIPS
         assert relative_error(model(x), fast(x)) < RUINED.get(scheme, 0.08)
     rows = qcompiler.attribute_error(fast, batches[0]).rows
-    assert all(row.kernel > 50 for row in rows)  # one product on equal operands: the rounding of bf16, or nothing
+    assert all(row.kernel > 50 for row in rows)  # one matmul on equal operands: the rounding of bf16, or nothing
 
 
 @pytest.mark.parametrize("scheme", ["fp8_channel_reference", "int8_channel_reference"])

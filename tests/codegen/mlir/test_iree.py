@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import ResidualMlp
 from torch import nn
 
 import qcompiler
@@ -33,25 +34,14 @@ pytest.importorskip("iree.runtime", reason="needs the extra iree")
 FLOAT, QUANTIZED = 1e-5, 1e-3
 
 
-class Perceptron(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(256)
-        self.up, self.down = nn.Linear(256, 384), nn.Linear(384, 256)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
-        return x + y
-
-
 @pytest.fixture(scope="module")
-def model() -> Perceptron:
+def model() -> ResidualMlp:
     torch.manual_seed(0)
-    return Perceptron().eval()
+    return ResidualMlp().eval()
 
 
 @pytest.fixture(scope="module")
-def compiled(model: Perceptron) -> CompiledModel:
+def compiled(model: ResidualMlp) -> CompiledModel:
     return qcompiler.compile(model, scheme="fp8_tile", example_inputs=(torch.randn(7, 256),))
 
 
@@ -73,14 +63,14 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def test_a_perceptron_as_captured(model: Perceptron, compiled: CompiledModel, tmp_path: Path) -> None:
+def test_an_mlp_as_captured(model: ResidualMlp, compiled: CompiledModel, tmp_path: Path) -> None:
     built = compiled.to_iree(tmp_path / "model", "captured")
     x = torch.randn(7, 256)
     (want,) = interpret(compiled.stages["captured"], [x], tensors(model, compiled))
     assert difference(built(x), want) < FLOAT
 
 
-def test_a_quantized_perceptron_for_any_number_of_rows(compiled: CompiledModel, folder: Path) -> None:
+def test_a_quantized_mlp_for_any_number_of_rows(compiled: CompiledModel, folder: Path) -> None:
     built = load(folder)
     for rows in (1, 2, 7, 128, 130):
         x = torch.randn(rows, 256)

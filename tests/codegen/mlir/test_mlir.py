@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ResidualMlp
 from torch import nn
 
 import qcompiler
@@ -27,17 +28,6 @@ from qcompiler.ir import Graph, Value
 needs_torch_mlir = pytest.mark.skipif(find_spec("torch_mlir") is None, reason="needs the extra mlir")
 
 
-class Perceptron(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(256)
-        self.up, self.down = nn.Linear(256, 384), nn.Linear(384, 256)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
-        return x + y
-
-
 class Unusual(nn.Module):
     """Operations that torch-mlir does not support."""
 
@@ -52,13 +42,13 @@ class Unusual(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model() -> Perceptron:
+def model() -> ResidualMlp:
     torch.manual_seed(0)
-    return Perceptron().eval()
+    return ResidualMlp().eval()
 
 
 @pytest.fixture(scope="module")
-def compiled(model: Perceptron) -> CompiledModel:
+def compiled(model: ResidualMlp) -> CompiledModel:
     return qcompiler.compile(model, scheme="fp8_tile", example_inputs=(torch.randn(7, 256),))
 
 
@@ -70,7 +60,7 @@ def compiled(model: Perceptron) -> CompiledModel:
 def test_stages_have_modules(compiled: CompiledModel, stage: str, dialect: str) -> None:
     """`to_mlir` itself verifies each module and checks its round-trip through text."""
     module = compiled.to_mlir(stage, dialect)
-    assert module.name == "Perceptron" and f"func.func @{module.name}(" in module.text
+    assert module.name == "ResidualMlp" and f"func.func @{module.name}(" in module.text
     assert str(module) == module.text
     assert ("linalg." in module.text) == (dialect == "linalg")
     assert ("torch.aten." in module.text) == (dialect == "torch")
@@ -98,7 +88,7 @@ def test_names_sizes_codes_and_scales_are_kept(compiled: CompiledModel) -> None:
 
 @needs_torch_mlir
 @pytest.mark.parametrize("dialect", ["torch", "linalg"])
-def test_weights_as_resources_and_omitted(model: Perceptron, compiled: CompiledModel, dialect: str) -> None:
+def test_weights_as_resources_and_omitted(model: ResidualMlp, compiled: CompiledModel, dialect: str) -> None:
     whole, elided = (compiled.to_mlir(None, dialect, weights) for weights in ("resource", "elide"))
     for module in (whole, elided):
         assert [argument.kind for argument in module.arguments] == ["input"]
