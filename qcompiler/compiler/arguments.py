@@ -99,7 +99,7 @@ def checked_instruments(instruments: Any) -> tuple[Instrument, ...]:
     found = tuple(instruments) if isinstance(instruments, tuple | list) else (instruments,)
     if wrong := [item for item in found if not isinstance(item, Instrument)]:
         raise PassError(
-            "this is no instrument", got=repr(wrong[0]), need="objects of qcompiler.pass_manager.instruments"
+            "this is not an instrument", got=repr(wrong[0]), need="objects of qcompiler.pass_manager.instruments"
         )
     return (*found, *_instruments_from_environment())
 

@@ -86,8 +86,8 @@ def test_arguments_without_effect_may_be_added(model: Scorer, plain: Captured) -
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"attention_mask": torch.tensor([[1, 1, 0]])}, "'attention_mask' was not given at capture, where omitting it means "
-     "ones: got other entries. Omit it here, or compile with it among the example inputs."),
+    ({"attention_mask": torch.tensor([[1, 1, 0]])}, "'attention_mask' was not given at capture, where omitting it "
+     "means ones: got other entries. Omit it here, or compile with it among the example inputs."),
     ({"attention_mask": torch.ones(1, 4)}, r"means ones: got shape \(1, 4\); need shape \(1, 3\)"),
     ({"attention_mask": [[1, 1, 1]]}, "means ones: got list; need a tensor"),
     ({"position_ids": torch.tensor([[1, 2, 3]])}, "'position_ids' was not given at capture, where omitting it means"),

@@ -67,7 +67,7 @@ WRONG_COMPILES: list[tuple[dict[str, Any], type[QCompilerError], str]] = [
     ({"dynamic_shapes": "atuo"}, CaptureError, "dynamic_shapes is wrong: got 'atuo'"),
     ({"example_inputs": X}, CaptureError, "example_inputs is of a wrong type: got Tensor; need a tuple of arguments."),
     ({"example_kwargs": (X,)}, CaptureError, "example_kwargs is of a wrong type: got tuple"),
-    ({"instruments": ["time"]}, PassError, "this is no instrument: got 'time'"),
+    ({"instruments": ["time"]}, PassError, "this is not an instrument: got 'time'"),
 ]
 
 

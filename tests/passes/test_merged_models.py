@@ -1,6 +1,7 @@
 """Whole models with merged linears: which are merged, equal outputs, and one report row for each layer."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import CompiledModel
+from qcompiler.capture import capture
 from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph
 from qcompiler.runtime.weights import named_tensors
 from qcompiler.testing import difference
 
@@ -46,8 +49,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
+def ids(rows: int, length: int) -> Tensor:
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(rows))
+
+
 def tokens(rows: int, length: int) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(rows))}
+    return {"input_ids": ids(rows, length)}
 
 
 def built(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -55,12 +62,15 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return MODELS[name][0]().to(dtype).eval()
 
 
-def compiled(model: nn.Module, merge: bool, scheme: str = "fp8_tile", **options: Any) -> CompiledModel:
+@cache
+def captured(name: str, dtype: torch.dtype = torch.float32) -> Graph:
+    """A captured model, with its weights; `compile` does not change it."""
+    return capture(built(name, dtype), (), tokens(2, 7)).graph
+
+
+def compiled(model: nn.Module | Graph, merge: bool, scheme: str = "fp8_tile", **options: Any) -> CompiledModel:
     pipeline = qcompiler.pipeline(scheme)
-    return qcompiler.compile(
-        model, example_kwargs=tokens(2, 7), **options,
-        pipeline=pipeline if merge else pipeline.without("merge-linears"),
-    )  # fmt: skip
+    return qcompiler.compile(model, pipeline=pipeline if merge else pipeline.without("merge-linears"), **options)
 
 
 def groups(fast: CompiledModel) -> list[str]:
@@ -79,15 +89,15 @@ def floats(output: Any) -> list[Tensor]:
 
 def assert_same(merged: CompiledModel, apart: CompiledModel, tolerance: float) -> None:
     for rows, length in ((2, 7), (1, 1), (3, 20), (1, 5), (4, 1)):
-        call = tokens(rows, length)
-        for got, want in zip(floats(merged(**call)), floats(apart(**call)), strict=True):
+        x = ids(rows, length)
+        for got, want in zip(floats(merged(x)), floats(apart(x)), strict=True):
             assert difference(got, want) <= tolerance
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
     model = built(name)
-    merged = compiled(model, True)
+    merged = compiled(model, True, example_kwargs=tokens(2, 7))
     assert groups(merged) == MODELS[name][1]
     graph = merged.stages["merge-linears"]
     weights = {**merged.graph.weights, **named_tensors(model)}
@@ -102,8 +112,8 @@ def test_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_compiled_models_and_their_reports_do_not_change(name: str) -> None:
-    model = built(name)
-    merged, apart = compiled(model, True), compiled(model, False)
+    graph = captured(name)
+    merged, apart = compiled(graph, True), compiled(graph, False)
     assert_same(merged, apart, 1e-7)  # FP32 sums in a different order; a later code may differ by one step
     rows = {row.name: row for row in merged.report.rows}
     assert rows == {row.name: row for row in apart.report.rows}, "one row for each layer of the model"
@@ -112,31 +122,36 @@ def test_compiled_models_and_their_reports_do_not_change(name: str) -> None:
 
 
 def test_in_bf16_and_other_schemes() -> None:
-    model = built("qwen2", torch.bfloat16)
+    graph = captured("qwen2", torch.bfloat16)
     for scheme in ("fp8_tile", "int8_row"):
-        merged, apart = compiled(model, True, scheme), compiled(model, False, scheme)
+        merged, apart = compiled(graph, True, scheme), compiled(graph, False, scheme)
         assert groups(merged) == MODELS["qwen2"][1]
         assert_same(merged, apart, 1e-5)
 
 
 def test_channel_scales_have_no_blocks() -> None:
-    fast = compiled(built("llama, odd heads"), True, "fp8_row{numerics=vllm}")
+    graph = captured("llama, odd heads")
+    fast = compiled(graph, True, "fp8_row{numerics=vllm}")
     assert groups(fast) == [GATE_UP]  # k and v have 96 columns, fewer than 128
     twice = qcompiler.pipeline("fp8_row").replace("merge-linears", "merge-linears{w_format=#fp8_row, min_columns=96}")
-    assert groups(qcompiler.compile(built("llama, odd heads"), example_kwargs=tokens(2, 7), pipeline=twice)) == [
-        QKV, GATE_UP,
-    ]  # fmt: skip
+    assert groups(qcompiler.compile(graph, pipeline=twice)) == [QKV, GATE_UP]
 
 
-@pytest.mark.parametrize("scheme", ["fp8_tile_smooth", "fp8_tensor_static{w=channel}"])
-def test_smoothing_and_static_scales_do_not_change(scheme: str) -> None:
-    calibration = [tokens(2, 7), tokens(3, 9)]
+@cache
+def with_outlier() -> Graph:
+    """A captured Llama with large weights and an outlier channel."""
     model = built("llama")
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(5)
         model.get_parameter("model.layers.0.input_layernorm.weight")[3] = 80.0
-    merged, apart = (compiled(model, merge, scheme, calibration=calibration) for merge in (True, False))
+    return capture(model, (), tokens(2, 7)).graph
+
+
+@pytest.mark.parametrize("scheme", ["fp8_tile_smooth", "fp8_tensor_static{w=channel}"])
+def test_smoothing_and_static_scales_do_not_change(scheme: str) -> None:
+    calibration = [(ids(2, 7),), (ids(3, 9),)]
+    merged, apart = (compiled(with_outlier(), merge, scheme, calibration=calibration) for merge in (True, False))
     assert groups(merged) == MODELS["llama"][1]
     assert_same(merged, apart, 1e-7)
     names = {row.name: row.remark for row in apart.report.rows if row.is_matmul}
@@ -147,18 +162,15 @@ def test_smoothing_and_static_scales_do_not_change(scheme: str) -> None:
 
 
 def test_layers_of_two_schemes_are_not_merged() -> None:
-    fast = qcompiler.compile(
-        built("llama"), example_kwargs=tokens(2, 7), overrides={"*.k_proj": "int8_row", "*.up_proj": None}
-    )
+    fast = qcompiler.compile(captured("llama"), overrides={"*.k_proj": "int8_row", "*.up_proj": None})
     assert groups(fast) == ["q_proj v_proj"]
     assert {row.module.rpartition(".")[2] for row in fast.report.skipped} == {"up_proj", "lm_head"}
 
 
 def test_errors_are_attributed_to_each_layer_separately() -> None:
-    model = built("llama")
-    call = tokens(2, 7)
+    graph, call = captured("llama"), (ids(2, 7),)
     rows, want = (
-        {row.name: row for row in qcompiler.attribute_error(compiled(model, merge), call, model).rows}
+        {row.name: row for row in qcompiler.attribute_error(compiled(graph, merge), call, graph).rows}
         for merge in (True, False)
     )
     assert rows.keys() == want.keys() and len(rows) == 7
