@@ -220,7 +220,7 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
 def test_the_front_door_names_a_conflicting_package(package: str, tmp_path: Path) -> None:
     intruder = tmp_path / "intruder" / package
     intruder.mkdir(parents=True)
-    (intruder / "__init__.py").write_text('"""Somebody else\'s."""\n', encoding="utf-8")
+    (intruder / "__init__.py").write_text('"""Another package."""\n', encoding="utf-8")
     done = python("import qcompiler; qcompiler.compile", intruder.parent, ROOT, cwd=tmp_path)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

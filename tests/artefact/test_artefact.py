@@ -1,4 +1,4 @@
-"""`compiled.save` and `qcompiler.load`: what comes back is what was saved, in every bit."""
+"""`compiled.save` and `qcompiler.load`: the loaded model equals the saved one in every bit."""
 
 import copy
 import hashlib
@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def again(compiled: CompiledModel, folder: Path, **options: Any) -> CompiledModel:
-    """Saved, looked at, and loaded; what is loaded saves itself as the same files."""
+    """Saves, checks and loads a model; the loaded model saves the same files."""
     compiled.save(folder / "first")
     found = check(folder / "first")
     assert found.ok, found

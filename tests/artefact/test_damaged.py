@@ -48,7 +48,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
-    """What somebody does who edits an artefact on purpose: all sizes and hashes fit again."""
+    """Edits an artefact as an attacker would: recomputes all sizes and hashes."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for name, entry in manifest["files"].items():
@@ -291,7 +291,7 @@ PATIENT = settings(
 @PATIENT
 @given(st.data())
 def test_fuzz_bytes(saved: Path, fast: CompiledModel, tmp_path: Path, data: st.DataObject) -> None:
-    """Bytes of any file change: it loads only as what it was, or with other JSON blanks."""
+    """Bytes of any file change: the folder does not load, except unchanged or with other JSON blanks."""
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
@@ -339,8 +339,8 @@ def changed(value: Any, data: st.DataObject) -> Any:
 
 @PATIENT
 @given(st.data())
-def test_fuzz_values_by_somebody_who_mends_the_hashes(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Beyond the hashes every value is held to what it must be: an error, or a model."""
+def test_fuzz_values_with_recomputed_hashes(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """With correct hashes, each value is checked: loading returns a model or raises our error."""
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
@@ -357,7 +357,7 @@ def test_fuzz_values_by_somebody_who_mends_the_hashes(saved: Path, tmp_path: Pat
 
 @PATIENT
 @given(st.data())
-def test_fuzz_texts_by_somebody_who_mends_the_hashes(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_fuzz_texts_with_recomputed_hashes(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)

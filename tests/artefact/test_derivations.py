@@ -1,4 +1,4 @@
-"""What checkpoints and the page need of a model is in its artefact: a loaded one writes what the saved one does."""
+"""An artefact has all that checkpoints and the HTML page need: a loaded model writes what the saved one does."""
 
 import hashlib
 import json
@@ -112,7 +112,7 @@ def test_the_page_of_a_loaded_model_says_why(compiled: CompiledModel, saved: Pat
     assert reasons and all(json.dumps(why)[1:-1] in page for why in reasons for page in pages)
 
 
-# Derivations that somebody has edited, who mends the hashes
+# Edited derivations with recomputed hashes
 
 
 def edit(folder: Path, name: str, change: Callable[[str], str]) -> None:

@@ -1,4 +1,4 @@
-"""A full disk is an error in one sentence wherever files are written, and what was there stays as it was."""
+"""A full disk is an error in one sentence wherever files are written, and existing files do not change."""
 
 import os
 import resource

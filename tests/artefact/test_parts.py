@@ -31,14 +31,14 @@ class Color(Enum):
 
 
 class Box:
-    """A container of somebody's."""
+    """A container class of the user."""
 
     def __init__(self, inside: list[Any]) -> None:
         self.inside = inside
 
 
 class Lid:
-    """One with a context that is no number."""
+    """A container whose context is not a number."""
 
     def __init__(self, color: Color) -> None:
         self.color = color

@@ -40,7 +40,7 @@ def seen(data: list[Tensor], **options: Any) -> Statistics:
 
 
 def tensors(statistics: Statistics, *, average: bool = True) -> dict[str, Tensor]:
-    """All that is kept, without what the order of batches decides unless `average`."""
+    """All stored statistics; those that depend on the order of batches only if `average`."""
     found = {key: value for key, value in vars(statistics).items() if isinstance(value, Tensor)}
     if statistics.histogram is not None:
         found |= {"fine": statistics.histogram.tensor, "coarse": statistics.histogram.channel}

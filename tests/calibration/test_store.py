@@ -1,4 +1,4 @@
-"""Calibration of graphs: what is observed, what it says when that cannot be, the table, and the file."""
+"""Calibration of graphs: observed values, errors without usable data, the table, and the file."""
 
 import json
 import math
@@ -328,7 +328,7 @@ def test_a_damaged_file_is_never_taken(tmp_path_factory: pytest.TempPathFactory,
     raw[int(at * len(raw))] ^= 1 << bit
     path.write_bytes(raw)
     loaded = load_or_message(path)
-    # What is no part of the contents, such as a space in the head, may differ.
+    # Bytes that are not part of the contents, such as a space in the head, may differ.
     assert path.name in loaded if isinstance(loaded, str) else equal(loaded, calibration)
 
 

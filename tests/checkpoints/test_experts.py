@@ -1,4 +1,4 @@
-"""FP8 experts: apart or stacked in the files, of any size; held to transformers' model of the dequantized weights."""
+"""FP8 experts, separate or stacked in the files, of any size, against transformers with the dequantized weights."""
 
 import json
 from pathlib import Path

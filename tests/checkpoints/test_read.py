@@ -197,13 +197,13 @@ def test_a_plain_folder_is_loaded_too(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "plain")
     assert not loaded.training and torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert read(tmp_path / "plain").method is None
-    edit(tmp_path / "plain" / "config.json", lambda config: config.update(architectures=["OfSomebodyElse"]))
+    edit(tmp_path / "plain" / "config.json", lambda config: config.update(architectures=["UnknownArchitecture"]))
     with pytest.raises(QCompilerError, match="does not know the architecture"):
         load_model(tmp_path / "plain")
 
 
 def test_two_weights_that_differ_in_the_files_are_not_tied(tmp_path: Path) -> None:
-    """The configuration says tied, and the files have both: transformers takes what the files say."""
+    """The configuration ties two weights that the files store separately: transformers loads the files' values."""
     folder = deepseek(tmp_path / "one")
     edit(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
     tensors = load_file(folder / "model.safetensors")

@@ -16,7 +16,7 @@ AUTO: Any = AutoModelForCausalLM  # without types
 
 
 class Normed(torch.nn.Module):
-    """A norm, two linears that read it, and one that takes in the scale of its columns on the way to another."""
+    """A norm, two linears that read it, and a third linear, whose input scale `up` absorbs."""
 
     def __init__(self) -> None:
         super().__init__()

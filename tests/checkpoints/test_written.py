@@ -194,7 +194,7 @@ def test_the_current_folder_has_a_name_too(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_a_model_that_is_gone_is_asked_for(tmp_path: Path) -> None:
+def test_a_deleted_model_must_be_given_again(tmp_path: Path) -> None:
     model, compiled = block()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     del model

@@ -1,4 +1,4 @@
-"""`qcompiler compile`, and what can be done with what it writes: inspect, report, check, bench."""
+"""`qcompiler compile`, and the commands on its output: inspect, report, check, bench."""
 
 import json
 import logging

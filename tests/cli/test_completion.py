@@ -1,4 +1,4 @@
-"""`qcompiler completion`: scripts that real shells take, and what they complete."""
+"""`qcompiler completion`: the scripts run in real shells, and complete options, values and paths."""
 
 import shutil
 import subprocess

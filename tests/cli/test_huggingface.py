@@ -1,4 +1,4 @@
-"""`qcompiler compile` on Hugging Face folders: the example, calibration by text, and what is wrong with a folder."""
+"""`qcompiler compile` on Hugging Face folders: the example, calibration by text, and errors for broken folders."""
 
 import importlib.util
 import json

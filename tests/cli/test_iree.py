@@ -1,4 +1,4 @@
-"""`qcompiler compile --target iree-cpu`, and what the other commands make of the folder that it writes."""
+"""`qcompiler compile --target iree-cpu`, and the other commands on the folder that it writes."""
 
 import json
 import sys

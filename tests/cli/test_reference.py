@@ -1,4 +1,4 @@
-"""docs/cli.md: its reference is what the parser says.
+"""docs/cli.md: its reference equals the parser's help.
 
 `QCOMPILER_UPDATE=1 pytest tests/cli/test_reference.py` rewrites it; a person reads the diff.
 """

@@ -1,4 +1,4 @@
-"""Whole models compiled for the CPU: exactly what the quantized graph says, and close to the float model.
+"""Whole models compiled for the CPU: equal to the quantized graph, and close to the float model.
 
 Each is captured once, at sizes that 128 does not divide, and run at two shapes.
 """

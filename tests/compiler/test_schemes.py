@@ -1,4 +1,4 @@
-"""`qcompiler.compile` with every scheme: calibration in all its forms, overrides, and what is refused."""
+"""`qcompiler.compile` with every scheme: all forms of calibration, overrides, and errors."""
 
 from collections.abc import Iterator
 from pathlib import Path

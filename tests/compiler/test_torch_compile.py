@@ -1,4 +1,4 @@
-"""A compiled model goes through torch.compile and torch.export as a model does."""
+"""A compiled model works with torch.compile and torch.export like any model."""
 
 from typing import Any, NamedTuple
 

@@ -61,7 +61,7 @@ def report(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Opened:
-    """A page, and what it complained of or asked for."""
+    """A page, with its console messages and requests."""
 
     def __init__(self, page: Page) -> None:
         self.page = page

@@ -1,4 +1,4 @@
-"""Rewriting: rules match or say why not, and what they insert keeps names and locations."""
+"""Rewriting: rules match or say why not, and inserted operations keep names and locations."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class DoubleNegation(Rule):
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         inner = op["self"].op
-        return {"x": inner["self"]} if inner.name == "aten.neg" else Missed("its input is no neg", op["self"])
+        return {"x": inner["self"]} if inner.name == "aten.neg" else Missed("its input is not a neg", op["self"])
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
         inner = op["self"].op
@@ -51,7 +51,7 @@ class Forever(Rule):
 
 
 class Idle(Rule):
-    """relu(x), looked at and left as it is"""
+    """relu(x) matches and is not changed"""
 
     root = ("aten.relu",)
 
@@ -194,8 +194,8 @@ def test_a_rule_that_changes_nothing_does_not_count_as_a_change() -> None:
 def test_explain_says_for_each_candidate_why_it_was_left_alone() -> None:
     graph = graph_of(*NEGATIONS[:2], "%r = aten.relu(%b) : f32[4]", returned="%r")
     rule = DoubleNegation()
-    assert explain(graph, [rule, Idle()]) == [(graph["a"].op, rule, Missed("its input is no neg", graph["x"]))]
-    assert str(Missed("its input is no neg", graph["x"])) == "its input is no neg (%x)"
+    assert explain(graph, [rule, Idle()]) == [(graph["a"].op, rule, Missed("its input is not a neg", graph["x"]))]
+    assert str(Missed("its input is not a neg", graph["x"])) == "its input is not a neg (%x)"
     assert str(Missed("it is alone")) == "it is alone"
     assert rule.name == "DoubleNegation"
 

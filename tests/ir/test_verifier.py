@@ -28,7 +28,7 @@ LINEAR = {"out_dtype": DType.f32, "w_format": FP8_TILE, "x_format": FP8_TILE}
 
 @dataclass(frozen=True)
 class Probe:
-    """A random legal graph, and a piece of it that is known: what the mutations break."""
+    """A random legal graph with a known part, which the mutations break."""
 
     graph: Graph
     x: Value

@@ -72,7 +72,7 @@ def test_a_scale_in_the_memory_of_an_earlier_one_is_another_scale() -> None:
         assert torch.equal(scaled_linear_on_cpu(x_q, x_s, w_q, w_s * factor, None, *blocks), factor * want)
 
 
-def test_nothing_is_kept_of_a_weight_that_is_gone_or_cannot_change_visibly() -> None:
+def test_deleted_weights_and_untracked_changes_are_not_cached() -> None:
     given = operands()
     scaled_linear_on_cpu(*given, None, (1, 128), (128, 128), torch.float32)
     del given

@@ -26,7 +26,7 @@ TABLES = {
     dtype: [v for v in torch.arange(128, dtype=torch.uint8).view(dtype).double().tolist() if math.isfinite(v)]
     for dtype in (E4M3, E5M2)
 }
-"""The finite values from zero up, by code: codes of a float format are in the order of what they mean."""
+"""The finite values from zero up, by code: a float format orders its codes like their values."""
 BLOCKS = [(1, 5), (1, ALL), (ALL, ALL), (ALL, 1), (3, 4), (ALL, 5), (3, ALL)]
 SHAPES = [(11,), (7, 11), (2, 7, 11), (2, 3, 4, 6)]
 

@@ -1,4 +1,4 @@
-"""Passes and pipelines as values: text and back, options held to their types, editing, and messages that help."""
+"""Passes and pipelines as values: text round-trip, types of options, editing, and error messages."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Running a pipeline: stages, reasons, and what is kept when something goes wrong."""
+"""Running a pipeline: stages, reasons, and the files written after a failure."""
 
 from dataclasses import dataclass
 from pathlib import Path

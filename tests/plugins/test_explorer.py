@@ -1,4 +1,4 @@
-"""Graphs for Model Explorer: its JSON, and what it makes of our files."""
+"""Graphs for Model Explorer: its JSON, and graphs read from our files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Equal rows of a report in one line: what is equal, how numbers become ranges, and that no row is lost."""
+"""Equal rows of a report in one line: when rows are equal, ranges of numbers, and that each row appears."""
 
 import re
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_what_is_not_equal_stays_apart() -> None:
                     {"remark": "smoothed"}):  # fmt: skip
         changed = [*plain[:3], replace(plain[3], **changes), *plain[4:]]
         assert modules(*changed) == ["m.0-2,4-5.a x5", "m.3.a"]
-    assert modules(row("0"), row("2"), row("lm_head")) == ["0", "2", "lm_head"]  # a Sequential is no stack
+    assert modules(row("0"), row("2"), row("lm_head")) == ["0", "2", "lm_head"]  # a Sequential is not a stack of layers
 
 
 def test_numbers_that_are_all_combinations() -> None:

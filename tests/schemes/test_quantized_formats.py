@@ -1,4 +1,4 @@
-"""The format of a quantized matmul: the scheme's own spelling, in each form that the matmul goes through."""
+"""The format of a quantized matmul, spelled as in the scheme after each pass that rewrites the matmul."""
 
 from pathlib import Path
 from typing import Any
