@@ -1,4 +1,4 @@
-"""Where a positive factor per channel can be moved: the region of a graph that scaling one value affects.
+"""Where a positive factor per channel can be moved: the scale region, the part of a graph that such a move changes.
 
     %x = aten.mul.Tensor(%gain, %xhat)         %x = aten.mul.Tensor(%gain / s, %xhat)
     %q = aten.linear(%x, %wq)             ->   %q = aten.linear(%x, %wq · s)
@@ -61,7 +61,7 @@ class Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class FusionRegion:
+class ScaleRegion:
     """All changes that dividing the channels of `value` by s requires.
 
     Attributes:
@@ -79,7 +79,7 @@ class FusionRegion:
     readers: tuple[Reader, ...]
 
 
-def solve(graph: Graph, value: Value) -> FusionRegion | Missed:
+def solve(graph: Graph, value: Value) -> ScaleRegion | Missed:
     """The changes needed to scale the last axis of `value`; Missed says what forbids it."""
     if graph.is_constant(value):
         return Missed("it is constant", value)
@@ -305,7 +305,7 @@ class _State:
 
     # The result
 
-    def region(self) -> FusionRegion:
+    def region(self) -> ScaleRegion:
         """The solved region."""
         order = {op: at for at, op in enumerate(self.graph)}
         values = sorted(self.labels, key=lambda value: (order[value.op], value.index))
@@ -321,7 +321,7 @@ class _State:
         classes = tuple(numbers.setdefault(self.find(channel), len(numbers)) for channel in range(len(self.same)))
         absorbers.sort(key=lambda absorber: order[absorber.op])
         readers.sort(key=lambda reader: order[reader.op])
-        return FusionRegion(self.value, classes, {v: self.labels[v] for v in values}, tuple(absorbers), tuple(readers))
+        return ScaleRegion(self.value, classes, {v: self.labels[v] for v in values}, tuple(absorbers), tuple(readers))
 
 
 class _Place(Site):

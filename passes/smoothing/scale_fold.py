@@ -1,4 +1,4 @@
-"""Applies a solved region: divides the producers of scaled values by s, multiplies the weights that read them.
+"""Applies a solved scale region: divides the producers of scaled values by s, multiplies the weights that read them.
 
     %y = aten.linear(%x, %w)
   ->
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from passes.analyses.channel_labels import UNSCALED, Labels, last_axis
-from passes.analyses.channel_scale import LINEAR, PARAMETERS, Absorber, FusionRegion
+from passes.analyses.channel_scale import LINEAR, PARAMETERS, Absorber, ScaleRegion
 from passes.analyses.constants import new_parameter, times
 from qcompiler.errors import PassError
 from qcompiler.ir import Argument, Graph, Op, Rewriter, TensorType, Value
@@ -27,7 +27,7 @@ MATRIX = (LINEAR, "weight")
 """The parameter whose rows a factor multiplies."""
 
 
-def fold(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str, stem: str) -> None:
+def fold(graph: Graph, region: ScaleRegion, s: torch.Tensor, made_by: str, stem: str) -> None:
     """Divides the channels of `region.value` by `s`, and multiplies the weights that read them.
 
     Values keep their names and types, and outputs are equal except for rounding: bit-exact in f32 and bf16 if `s` holds
@@ -60,7 +60,7 @@ def spread(vector: torch.Tensor, labels: Labels) -> torch.Tensor:
     return torch.where(at == UNSCALED, vector.new_ones(()), vector[at.clamp(min=0)])
 
 
-def _check(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str) -> None:
+def _check(graph: Graph, region: ScaleRegion, s: torch.Tensor, made_by: str) -> None:
     """Raises PassError unless `s` is a legal scale of the region and the region is still in the graph."""
     where, need = f"pass '{made_by}'", f"f32[{len(region.classes)}], positive and finite"
     if s.dtype is not torch.float32 or s.shape != (len(region.classes),):
@@ -78,11 +78,11 @@ def _check(graph: Graph, region: FusionRegion, s: torch.Tensor, made_by: str) ->
             need="equal entries in each class", where=where,
         )  # fmt: skip
     if gone := [op for op in _ops(region) if op not in graph]:
-        fix = "Solve the region again after changing the graph."
-        raise PassError(f"{gone[0].name} of the region of {region.value} left the graph", where=where, fix=fix)
+        fix = "Solve the scale region again after changing the graph."
+        raise PassError(f"{gone[0].name} of the scale region of {region.value} left the graph", where=where, fix=fix)
 
 
-def _ops(region: FusionRegion) -> list[Op]:
+def _ops(region: ScaleRegion) -> list[Op]:
     return [*(absorber.op for absorber in region.absorbers), *(reader.op for reader in region.readers)]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from passes.analyses.candidates import NOT_CANDIDATES, is_stored_quantized
 from passes.analyses.channel_labels import last_axis
-from passes.analyses.channel_scale import FusionRegion, solve
+from passes.analyses.channel_scale import ScaleRegion, solve
 from passes.analyses.constants import new_parameter, times
 from passes.quantizing.calibrate import calibration_of, statistics_of
 from passes.quantizing.scheme_options import SchemeOptions
@@ -57,7 +57,7 @@ class Group:
     """
 
     value: Value
-    region: FusionRegion | Missed
+    region: ScaleRegion | Missed
     quantized: Mapping[Op, Tensor]
     others: Mapping[Op, Tensor]
 
@@ -119,7 +119,7 @@ class SmoothQuant(SchemeOptions):
         """All values that are scaled with the input of `op`."""
         value = op["input"]
         region = solve(graph, value)
-        if isinstance(region, FusionRegion):
+        if isinstance(region, ScaleRegion):
             readers = {reader.op: torch.tensor(reader.labels) for reader in region.readers}
             quantized = {op: labels for op, labels in readers.items() if self.why_not(op, graph) is None}
             others = {op: labels for op, labels in readers.items() if op not in quantized}
@@ -130,7 +130,7 @@ class SmoothQuant(SchemeOptions):
 
     def smooth(self, group: Group, graph: Graph) -> bool:
         """Chooses and applies the scale of a group; returns whether it did."""
-        folded = isinstance(group.region, FusionRegion)
+        folded = isinstance(group.region, ScaleRegion)
         if not folded and not self.prescale:
             return self.remark(graph, group, f"not smoothed: {group.region}; prescale is off")
         if all(statistics_of(graph, op["input"]).unseen for op in group.quantized):
@@ -139,7 +139,7 @@ class SmoothQuant(SchemeOptions):
         if scale is None:
             return self.remark(graph, group, f"not smoothed: {why}")
         stem = f"{group.value.name}.smooth"
-        if isinstance(group.region, FusionRegion):
+        if isinstance(group.region, ScaleRegion):
             self.fold_in(group.region, scale, stem, graph)
             self.remark(graph, group, f"smoothed, {why}: 1/s is folded into {_absorbers(group.region)}")
         else:
@@ -154,7 +154,7 @@ class SmoothQuant(SchemeOptions):
         weights = {op: _weight(op, graph) for op in (*group.quantized, *group.others)}
         device = next(iter(weights.values())).device
         size = int(group.value.tensor.shape[-1])  # type: ignore[arg-type]  # a candidate's is fixed
-        tied = group.region.classes if isinstance(group.region, FusionRegion) else range(size)
+        tied = group.region.classes if isinstance(group.region, ScaleRegion) else range(size)
         classes = torch.tensor(list(tied), device=device)
         labels = {op: found.to(device) for op, found in (*group.quantized.items(), *group.others.items())}
         seen = {op: statistics_of(graph, op["input"]) for op in group.quantized}
@@ -192,7 +192,7 @@ class SmoothQuant(SchemeOptions):
 
     # The graph
 
-    def fold_in(self, region: FusionRegion, scale: Tensor, stem: str, graph: Graph) -> None:
+    def fold_in(self, region: ScaleRegion, scale: Tensor, stem: str, graph: Graph) -> None:
         """Scales the region and its calibration statistics."""
         fold(graph, region, scale, self.name, stem)
         known = calibration_of(graph)
@@ -237,6 +237,6 @@ def _rows(seen: Statistics, device: torch.device) -> Tensor | None:
     return None if seen.sample is None else seen.sample.rows.to(device)
 
 
-def _absorbers(region: FusionRegion) -> str:
+def _absorbers(region: ScaleRegion) -> str:
     names = dict.fromkeys(absorber.op.result.name if absorber.op.results else "" for absorber in region.absorbers)
     return ", ".join(f"%{name}" for name in names)

@@ -9,7 +9,7 @@ import torch
 
 from passes.analyses.channel_labels import runs
 from passes.analyses.channel_rules import RULES
-from passes.analyses.channel_scale import FusionRegion, solve
+from passes.analyses.channel_scale import ScaleRegion, solve
 from passes.smoothing.scale_fold import fold
 from qcompiler.dialects.aten import overload_of
 from qcompiler.interpreter import interpret
@@ -255,7 +255,7 @@ def with_weights(graph: Graph) -> Graph:
     return graph
 
 
-def powers_of_two(region: FusionRegion) -> torch.Tensor:
+def powers_of_two(region: ScaleRegion) -> torch.Tensor:
     torch.manual_seed(2)
     return torch.exp2(torch.randint(-3, 4, (max(region.classes) + 1,)).float())[torch.tensor(region.classes)]
 
@@ -283,7 +283,7 @@ def test_a_scale_passes_with_equal_bits(name: str, end: str) -> None:
     want = run(graph)
     value = graph["r"] if end == "result" else graph[start(LEGAL[name])]
     region = solve(graph, value)
-    assert isinstance(region, FusionRegion), str(region)
+    assert isinstance(region, ScaleRegion), str(region)
     assert {graph["r"], graph[start(LEGAL[name])]} <= region.scaled.keys()
     fold(graph, region, powers_of_two(region), "test", "t")
     graph.verify()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from passes.analyses import channel_scale
 from passes.analyses.channel_labels import UNSCALED
-from passes.analyses.channel_scale import FusionRegion, solve
+from passes.analyses.channel_scale import ScaleRegion, solve
 from passes.smoothing.scale_fold import fold
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Missed
@@ -37,11 +37,11 @@ def graph_of(expression: str, result: str = "%x") -> Graph:
     return graph
 
 
-def solved(expression: str, name: str, result: str = "%x") -> FusionRegion:
+def solved(expression: str, name: str, result: str = "%x") -> ScaleRegion:
     graph = graph_of(expression, result)
     before = str(graph)
     region = solve(graph, graph[name])
-    assert isinstance(region, FusionRegion), str(region)
+    assert isinstance(region, ScaleRegion), str(region)
     assert str(graph) == before
     return region
 
@@ -347,7 +347,7 @@ func @m(%x: f32[s0, 8], %gate: f32[s0, 8], %mask: b8[s0, 8], %rows: f32[s0, s0])
     for exact, most in ((True, 0.0), (False, 1e-11)):
         folded = graph.clone()
         again = solve(folded, folded[value.name])
-        assert isinstance(again, FusionRegion) and again.classes == region.classes
+        assert isinstance(again, ScaleRegion) and again.classes == region.classes
         exponents = torch.tensor([rng.uniform(-2, 2) for _ in range(8)])[torch.tensor(region.classes)]
         fold(folded, again, torch.exp2(exponents.round() if exact else exponents), "smooth", value.name)
         folded.verify()

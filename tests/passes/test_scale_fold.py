@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.analyses.channel_scale import FusionRegion, solve
+from passes.analyses.channel_scale import ScaleRegion, solve
 from passes.cleanup.canonicalize import Canonicalize
 from passes.cleanup.fold_constants import FoldConstants
 from passes.smoothing.scale_fold import fold
@@ -72,7 +72,7 @@ def linear_inputs(graph: Graph) -> list[Value]:
     return list(dict.fromkeys(op["input"] for op in graph.ops("aten.linear")))
 
 
-def scale(region: FusionRegion, seed: int, *, exact: bool) -> torch.Tensor:
+def scale(region: ScaleRegion, seed: int, *, exact: bool) -> torch.Tensor:
     """One random factor per class: a power of two, or any number from 1/4 to 4."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.rand(max(region.classes) + 1, generator=generator) * 4 - 2
@@ -85,8 +85,8 @@ def fold_all(graph: Graph, *, exact: bool, seed: int = 0) -> list[bool]:
     legal = []
     for at, value in enumerate(linear_inputs(graph)):
         region = solve(graph, value)
-        legal.append(isinstance(region, FusionRegion))
-        if isinstance(region, FusionRegion):
+        legal.append(isinstance(region, ScaleRegion))
+        if isinstance(region, ScaleRegion):
             fold(graph, region, scale(region, seed + at, exact=exact), "smooth", value.name)
             graph.verify("smooth")
     after = {value.name: str(value.type) for op in graph for value in op.results}
@@ -121,7 +121,7 @@ def test_any_scale_changes_a_model_only_by_rounding(name: str) -> None:
 def test_which_linears_of_llama_share_a_region() -> None:
     graph = captured("llama", torch.float32)
     regions = [solve(graph, value) for value in linear_inputs(graph)]
-    counts = [(len(set(r.classes)), len(r.classes), len(r.readers)) for r in regions if isinstance(r, FusionRegion)]
+    counts = [(len(set(r.classes)), len(r.classes), len(r.readers)) for r in regions if isinstance(r, ScaleRegion)]
     assert counts == [(64, 64, 3), (32, 64, 1), (64, 64, 2), (96, 96, 1), (64, 64, 1)]
 
 
@@ -133,12 +133,12 @@ func @m(%x: f32[s0, 4], %ids: i64[s0]) -> (f32[s0, 3]) where s0 in 1.. {
 """
 
 
-def small(expression: str, name: str = "n", store: bool = True) -> tuple[Graph, FusionRegion, torch.Tensor]:
+def small(expression: str, name: str = "n", store: bool = True) -> tuple[Graph, ScaleRegion, torch.Tensor]:
     graph = Graph.parse(HEAD + expression + "\n}")
     inputs, weights = random_inputs(graph, 0, {"s0": 5})
     graph.weights = weights if store else {}
     region = solve(graph, graph[name])
-    assert isinstance(region, FusionRegion), str(region)
+    assert isinstance(region, ScaleRegion), str(region)
     return graph, region, inputs[0]
 
 
@@ -302,7 +302,7 @@ def test_a_region_of_another_graph() -> None:
     graph, region, _ = small(NORM)
     with pytest.raises(PassError) as error:
         fold(graph.clone(), region, torch.ones(4), "smooth", "norm.smooth")
-    assert "left the graph" in str(error.value) and "Solve the region again" in str(error.value)
+    assert "left the graph" in str(error.value) and "Solve the scale region again" in str(error.value)
 
 
 def test_scaled_weights_are_folded_when_they_are_quantized() -> None:
