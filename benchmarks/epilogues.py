@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from codegen.epilogues import handed_over
-from codegen.fused_gemm import product as fused_product
 from codegen.launching.timing import in_turns
-from codegen.quantize.plain import quantize_on_gpu, scale_like
+from codegen.operators import fused_linear as fused_product
+from codegen.operators.quantize import quantize_on_gpu, scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
 from codegen.templates.gemm import GemmOperands, bucket
 from qcompiler import numerics
 
 E4M3 = torch.float8_e4m3fn
-QUANTIZED = (1, 128, E4M3, numerics.DEFAULT_PROFILE, "col_major")
+QUANTIZED = ((1, 128), E4M3, numerics.DEFAULT_PROFILE, "col_major")
 COLD_BYTES = 160_000_000
 
 
@@ -62,22 +62,22 @@ class _Operands:
     def __init__(self, case: Case, m: int, n: int, k: int) -> None:
         self.case = case
         draw: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-        self.x, self.xs = quantize_on_gpu(torch.randn(m, k, **draw), (1, 128), *QUANTIZED[2:], None)
+        self.x, self.xs = quantize_on_gpu(torch.randn(m, k, **draw), *QUANTIZED, None)
         weight = torch.randn(n * case.parts, k, **draw) / k**0.5
-        self.w, self.ws = quantize_on_gpu(weight, (128, 128), *QUANTIZED[2:4], "row_major", None)
+        self.w, self.ws = quantize_on_gpu(weight, (128, 128), *QUANTIZED[1:3], "row_major", None)
         self.others = [torch.randn(m, n, **draw) for _ in range(case.others)]
         self.out = torch.empty(m, n, device="cuda", dtype=E4M3 if case.quantized else torch.bfloat16)
         self.scale = scale_like(self.out, 128, "col_major") if case.quantized else None
 
     def fused(self, config: FusedGemmConfig) -> None:
         product = GemmOperands(self.x, self.w, self.out, self.xs, self.ws)
-        HOPPER.fused_gemm.launch(config, FusedOperands(self.case.expression, product, self.others, self.scale))
+        FUSED_GEMM.family(HOPPER).launch(config, FusedOperands(self.case.expression, product, self.others, self.scale))
 
     def separate(self) -> list[Tensor]:
         operands = (self.x, self.xs, self.w, self.ws, None, self.others)
         blocks = ((1, 128), (128, 128))
-        quantized = QUANTIZED if self.case.quantized else None
-        given = fused_product.FusedLinear(*operands, self.case.expression, self.case.parts, *blocks, quantized)
+        quantized = QUANTIZED if self.case.quantized else ()
+        given = fused_product.FusedLinear(*operands, self.case.expression, self.case.parts, *blocks, *quantized)
         return fused_product.separate(given)
 
     def torch(self) -> Any:
@@ -103,7 +103,7 @@ def measure(name: str, m: int, n: int, k: int) -> dict[str, Any]:
     block = (1, 128) if case.quantized else None
     handed = handed_over(case.expression)[0].itemsize
     problem = FusedGemmProblem(bucket(m), n, k, case.parts, handed, 2, case.others, block=block)
-    family = HOPPER.fused_gemm
+    family = FUSED_GEMM.family(HOPPER)
     forms = (config for config in family.configs(problem) if isinstance(config, FusedGemmConfig))
     possible = [config for config in forms if family.why_not(config, problem) is None]
     count = COLD_BYTES // (n * case.parts * k)

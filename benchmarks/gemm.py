@@ -21,7 +21,7 @@ from torch.nn import functional
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.launching.timing import in_turns
 from codegen.targets.hopper import HOPPER
-from codegen.templates.gemm import GemmOperands, GemmProblem, bucket
+from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem, bucket
 from qcompiler import numerics
 
 SHAPES = (
@@ -103,7 +103,7 @@ class _Operands:
         self.w, self.ws = torch.ops.qcompiler.quantize(self.right, [128, 128], e4m3, "deepseek", "row_major")
         self.one = torch.ones((), device="cuda")
         self.out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        self.config = HOPPER.gemm.choose(GemmProblem(bucket(m), n, k))
+        self.config = GEMM.family(HOPPER).choose(GemmProblem(bucket(m), n, k))
 
     def launches(self) -> dict[str, Callable[[], torch.Tensor]]:
         """The compared kernels by name."""
@@ -116,7 +116,7 @@ class _Operands:
         return torch.mm(self.left, self.right.T)
 
     def ours(self) -> torch.Tensor:
-        HOPPER.gemm.launch(self.config, GemmOperands(self.x, self.w, self.out, self.xs, self.ws))
+        GEMM.family(HOPPER).launch(self.config, GemmOperands(self.x, self.w, self.out, self.xs, self.ws))
         return self.out
 
     def vendor(self) -> torch.Tensor:

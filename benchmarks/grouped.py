@@ -22,7 +22,7 @@ from torch import Tensor
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.launching.timing import in_turns
 from codegen.targets.hopper import HOPPER
-from codegen.templates.grouped import GroupedProblem
+from codegen.templates.grouped import GROUPED_GEMM, GroupedProblem
 
 try:
     import deep_gemm
@@ -160,7 +160,7 @@ def measure(shape: Projection, weights: Weights, tokens: int, exponent: float) -
         "TFLOP/s": 2 * rows * shape.n * shape.k / ours / 1e6,
         "TB/s of weights": len(given.parts) * shape.n * shape.k / ours / 1e6,
         "error": error,
-        "configuration": str(HOPPER.grouped_gemm.choose(GroupedProblem(rows / shape.experts, shape.experts))),
+        "configuration": str(GROUPED_GEMM.family(HOPPER).choose(GroupedProblem(rows / shape.experts, shape.experts))),
     }
 
 

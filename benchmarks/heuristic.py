@@ -1,11 +1,11 @@
-"""The configuration that `HOPPER.gemm.choose` picks, compared with the fastest of all configurations.
+"""The configuration that `GEMM.family(HOPPER).choose` picks, compared with the fastest of all configurations.
 
     python benchmarks/heuristic.py [--out FOLDER] [--only KIND]     measures all configurations, or those of one kind
     python benchmarks/heuristic.py --table DEVICE [--out FOLDER]    only rewrites the table from earlier times
 
 Each row of the table is a shape: the chosen configuration, the fastest one, and the ratio of their times (1 is ideal).
 Small M is timed twice: warm (one set of operands) and cold (rotating through enough weights that none stays in the
-cache). Configurations alternate. Writing the table repeats the choice, so the paces in `codegen.targets.hopper_paces`
+cache). Configurations alternate. Writing the table repeats the choice, so the paces in `codegen.templates`
 can be fitted without a GPU.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from codegen.launching.timing import in_turns
 from codegen.targets.hopper import HOPPER
-from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Kind, bucket
+from codegen.templates.gemm import GEMM, GemmConfig, GemmOperands, GemmProblem, Kind, bucket
 
 NAME = "heuristic"
 TITLE = "Chosen configurations compared with the fastest: microseconds by CUDA-graph replay, interleaved"
@@ -54,20 +54,20 @@ def shapes(name: str) -> list[tuple[int, int, int]]:
 
 def all_configs(name: str) -> tuple[GemmConfig, ...]:
     kind, x_block = KINDS[name]
-    return HOPPER.gemm.configs(GemmProblem(1, 1, 1, kind=kind, x_block=x_block))
+    return GEMM.family(HOPPER).configs(GemmProblem(1, 1, 1, kind=kind, x_block=x_block))
 
 
 def worth_a_try(config: GemmConfig, problem: GemmProblem) -> bool:
     """Drops configurations that cannot win at large M: tiles for few rows, or of 64 columns for N above 1024."""
     few = config.variant in ("narrow", "split") or (config.block_n < 128 and problem.n > 1024)
-    return HOPPER.gemm.why_not(config, problem) is None and not (problem.m >= 1024 and few)
+    return GEMM.family(HOPPER).why_not(config, problem) is None and not (problem.m >= 1024 and few)
 
 
 def measure(name: str, m: int, n: int, k: int) -> Iterator[Row]:
     """One row per state of the cache: microseconds of each configuration, None if not worth a try."""
     kind, x_block = KINDS[name]
     problem = GemmProblem(m, n, k, kind=kind, x_block=x_block)
-    every = HOPPER.gemm.configs(problem)
+    every = GEMM.family(HOPPER).configs(problem)
     tried = [config for config in every if worth_a_try(config, problem)]
     for cold in (False, True) if m <= COLD_ROWS else (False,):
         sets = [_Operands(name, m, n, k) for _ in range(COLD_BYTES // (n * k) + 1 if cold else 1)]
@@ -92,7 +92,7 @@ class _Operands:
     def launch(self, config: GemmConfig) -> Callable[[], None]:
         x_block = self.x_block if self.kind == "tiles" else None
         operands = GemmOperands(self.x, self.w, self.out, self.xs, self.ws, x_block=x_block)
-        return lambda: HOPPER.gemm.launch(config, operands)
+        return lambda: GEMM.family(HOPPER).launch(config, operands)
 
 
 def _codes(rows: int, k: int, integers: bool) -> Tensor:
@@ -120,7 +120,7 @@ def compared(stored: dict[str, Any]) -> list[Row]:
     table = []
     for (name, m, n, k), states in times.items():
         kind, x_block = KINDS[name]
-        chosen = str(HOPPER.gemm.choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
+        chosen = str(GEMM.family(HOPPER).choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
         line: Row = {"kind": name, "M, N, K": f"{m}, {n}, {k}", "chosen": chosen}
         for cold, title in ((False, "warm"), (True, "cold")):
             found = states.get(cold, {})
@@ -142,7 +142,7 @@ def write_table(stored: dict[str, Any], path: Path) -> None:
         lines.append(
             f"{title.capitalize()}: {good} choices reach 0.9 of the fastest; the minimum is {min(ratios):.2f}."
         )
-    lines.append("The choice uses the paces in `codegen.targets.hopper_paces`, which are fitted to these same times.")
+    lines.append("The choice uses the paces in `codegen.templates`, which are fitted to these same times.")
     harness.write(path.with_suffix(".md"), "\n".join([*lines, "", harness.table(table), ""]))
     print("\n".join(lines))
 

@@ -4,7 +4,7 @@
 
     k_block,size,tflops         k_block -1 is all of K; size is M = N = K
 
-FP8, weights in blocks of 128 x 128, bfloat16 out; `HOPPER.gemm.choose` picks the kernel for each width. Widths
+FP8, weights in blocks of 128 x 128, bfloat16 out; `GEMM.family(HOPPER).choose` picks the kernel for each width. Widths
 alternate in CUDA-graph replays, so they share the device's power limit. `examples/granularity_study.py` plots the file
 together with the error at each width.
 """
@@ -19,7 +19,7 @@ import torch
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.launching.timing import in_turns
 from codegen.targets.hopper import HOPPER
-from codegen.templates.gemm import GemmOperands, GemmProblem
+from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem
 from qcompiler import numerics
 
 K_BLOCKS = (32, 64, 128, 256, 512, numerics.ALL)
@@ -42,9 +42,9 @@ def _launch(size: int, k_block: int) -> Callable[[], object]:
     x, xs = torch.ops.qcompiler.quantize(left, [1, k_block], e4m3, "deepseek", "col_major")
     w, ws = torch.ops.qcompiler.quantize(right, [128, 128], e4m3, "deepseek", "row_major")
     out = torch.empty(size, size, device="cuda", dtype=torch.bfloat16)
-    config = HOPPER.gemm.choose(GemmProblem(size, size, size, x_block=k_block))
+    config = GEMM.family(HOPPER).choose(GemmProblem(size, size, size, x_block=k_block))
     operands = GemmOperands(x, w, out, xs, ws, x_block=k_block)
-    HOPPER.gemm.launch(config, operands)
+    GEMM.family(HOPPER).launch(config, operands)
     some = slice(0, 256)
     want = numerics.scaled_linear(
         x[some],
@@ -57,7 +57,7 @@ def _launch(size: int, k_block: int) -> Callable[[], object]:
     )
     error = harness.relative_error(out[some], want)
     print(f"{size}, k_block {k_block}: {config}, error {error:.2e}", flush=True)
-    return lambda: HOPPER.gemm.launch(config, operands)
+    return lambda: GEMM.family(HOPPER).launch(config, operands)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.direct import kernels
 from codegen.launching import replay
 from codegen.targets.hopper import HOPPER
-from codegen.templates.gemm import GemmOperands, GemmProblem, bucket
+from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem, bucket
 
 E4M3 = torch.float8_e4m3fn
 ROWS, SIZES = (1, 16, 256, 4096), ((4096, 7168), (4096, 4096))
@@ -63,7 +63,7 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
     w, ws = kernels.quantize(right, [128, 128], E4M3, "deepseek", "row_major")
     last = (x, xs, w, ws, None, [1, 128], [128, 128], torch.bfloat16)
     out = kernels.scaled_linear(*last)
-    config = HOPPER.gemm.choose(GemmProblem(bucket(m), n, k))
+    config = GEMM.family(HOPPER).choose(GemmProblem(bucket(m), n, k))
     operators, operands = torch.ops.qcompiler, GemmOperands(x, w, out, xs, ws)
     return {
         "M, N, K": f"{m}, {n}, {k}",
@@ -73,7 +73,7 @@ def measure(m: int, n: int, k: int) -> dict[str, Any]:
         "scaled_linear": microseconds(lambda: kernels.scaled_linear(*last)),
         "scaled_linear, dispatched": microseconds(lambda: operators.scaled_linear(*last)),
         "scaled_linear, in full": in_full(lambda: kernels.scaled_linear(*last)),
-        "launch_gemm": microseconds(partial(HOPPER.gemm.launch, config, operands)),
+        "launch_gemm": microseconds(partial(GEMM.family(HOPPER).launch, config, operands)),
         "torch.mm": microseconds(lambda: torch.mm(left, right.T)),
         "configuration": str(config),
     }

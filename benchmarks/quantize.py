@@ -11,7 +11,7 @@ from typing import Any
 import harness
 import torch
 
-from codegen.torch_ops import SCALE_LAYOUTS
+from codegen.operators.quantize import SCALE_LAYOUTS
 
 E4M3, I8 = torch.float8_e4m3fn, torch.int8
 TILE, TOKEN, TENSOR = (1, 128), (1, -1), (-1, -1)

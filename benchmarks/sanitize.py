@@ -33,8 +33,8 @@ import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.kernel_cache import use_cache_folder
 from codegen.machine_code import disassembly
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FusedGemmProblem, FusedOperands, Separate
-from codegen.templates.gemm import GemmOperands, GemmProblem, Kind
+from codegen.templates.fused import FUSED_GEMM, FusedGemmProblem, FusedOperands, Separate
+from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem, Kind
 from qcompiler import numerics
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -105,10 +105,10 @@ def products() -> Iterator[str]:
         parts = [t.cpu() for t in (x, xs, w, ws, bias)]
         want = numerics.scaled_linear(*parts, x_format=numerics.format_of((1, x_block)), out_dtype=BF16)
         problem = GemmProblem(M, N, K, x_block=x_block)
-        for config in HOPPER.gemm.configs(problem):
-            if HOPPER.gemm.why_not(config, problem) is None:
+        for config in GEMM.family(HOPPER).configs(problem):
+            if GEMM.family(HOPPER).why_not(config, problem) is None:
                 out = torch.full((M, N), math.nan, dtype=BF16).cuda()
-                HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, bias, x_block))
+                GEMM.family(HOPPER).launch(config, GemmOperands(x, w, out, xs, ws, bias, x_block))
                 close(out, want)
                 yield f"x_block {x_block}: {config}"
 
@@ -133,10 +133,10 @@ def row_products() -> Iterator[str]:
         parts = [t.cpu() for t in (x, xs, w, ws)]
         want = numerics.scaled_linear(*parts, x_format=rows, w_format=rows, out_dtype=BF16)
         problem = GemmProblem(M, N, K, kind=kind)
-        for config in HOPPER.gemm.configs(problem):
-            if HOPPER.gemm.why_not(config, problem) is None:
+        for config in GEMM.family(HOPPER).configs(problem):
+            if GEMM.family(HOPPER).why_not(config, problem) is None:
                 out = torch.full((M, N), math.nan, dtype=BF16).cuda()
-                HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, x_block=None))
+                GEMM.family(HOPPER).launch(config, GemmOperands(x, w, out, xs, ws, x_block=None))
                 close(out, want)
                 yield f"{kind}: {config}"
 
@@ -176,12 +176,12 @@ def fused_products() -> Iterator[str]:
                 want = ops.fused_linear(*(t.cpu() for t in operands), None, [t.cpu() for t in others], *options)
                 close(ops.fused_linear(*operands, None, others, *options)[-1].float(), want[-1].float())
                 yield f"{expression}, quantized: {bool(quantize)}"
-                for config in HOPPER.fused_gemm.configs(FusedGemmProblem(M, N, K, parts)):
+                for config in FUSED_GEMM.family(HOPPER).configs(FusedGemmProblem(M, N, K, parts)):
                     if isinstance(config, Separate) or config.parts != parts:
                         continue
                     out, *scale = (torch.empty_like(t, device="cuda") for t in want)
                     product = GemmOperands(x, w, out, xs, ws)
-                    HOPPER.fused_gemm.launch(config, FusedOperands(expression, product, others, *scale))
+                    FUSED_GEMM.family(HOPPER).launch(config, FusedOperands(expression, product, others, *scale))
                     close((scale or [out])[0].float(), want[-1].float())
                     yield f"{config}: {expression}, quantized: {bool(quantize)}"
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.torch_ops import ON_GPU
+import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen.operators.operator import OPERATORS, Operator
 
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _profiled, _transform = torch._C._autograd._profiler_enabled, torch._C._functorch.peek_interpreter_stack
@@ -30,18 +31,18 @@ def unobserved(x: Any) -> bool:
     return not (x.requires_grad and torch.is_grad_enabled())
 
 
-def _direct(name: str, on_gpu: Callable[..., Any]) -> Callable[..., Any]:
+def _direct(name: str, operator: Operator) -> Callable[..., Any]:
     """An operator called with positional arguments, the first of which is a tensor or a list of tensors."""
-    operator = getattr(torch.ops.qcompiler, name)
+    dispatched, on_gpu = getattr(torch.ops.qcompiler, name), operator.on_gpu
 
     def call(*arguments: Any) -> Any:
         first = arguments[0]
         if unobserved(first[0] if type(first) is list else first):
             return on_gpu(*arguments)
-        return operator(*arguments)
+        return dispatched(*arguments)
 
     return call
 
 
-kernels = SimpleNamespace(**{name: _direct(name, on_gpu) for name, on_gpu in ON_GPU.items()})
+kernels = SimpleNamespace(**{name: _direct(name, operator) for name, operator in OPERATORS.items()})
 """The operators that a host module for a GPU calls."""

@@ -23,7 +23,6 @@ from triton.runtime.jit import JITFunction
 from codegen.compile_options import compile_options
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching.launch import KernelCall
-from codegen.templates.hopper import REGISTERS, SHARED_MEMORY_LIMIT
 from qcompiler.errors import CodegenError
 
 TRITON_TYPES = {
@@ -70,16 +69,6 @@ class MachineCode:
     warps: int
     instructions: int
     sass: str
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks that fit on a Hopper multiprocessor at once.
-
-        Registers are allocated per warp in units of 256; there is room for 64 warps and 32 blocks, and a block uses
-        1 KB more shared memory than requested.
-        """
-        by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256 * self.warps)
-        return min(32, 64 // self.warps, by_registers, (SHARED_MEMORY_LIMIT + 1024) // (self.shared_memory + 1024))
 
 
 def compile_call(call: KernelCall, gpu: GPUTarget, target: str) -> MachineCode:

@@ -7,6 +7,7 @@ Two families of kernels multiply 8-bit operands; they differ in where scales are
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 from qcompiler.dialects.kernel import why_no_kernel
 from qcompiler.ir import ALL, DType, Format
@@ -26,6 +27,7 @@ ELEMENTS = (DType.f8e4m3fn, DType.i8)
 """Element types that the tensor cores multiply."""
 
 
+@cache
 def why_not(x: Format, w: Format) -> str | None:
     """Why the GPU kernels cannot run a scaled linear, in one sentence without a final stop, or None if they can.
 

@@ -1,12 +1,22 @@
-"""Extensions that installed distributions provide through entry points."""
+"""Finds extensions: what installed distributions provide through entry points, and what our own packages register."""
 
+from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
 from typing import Any
 
 from qcompiler.errors import PassError, QCompilerError
 
 EXPORTERS = "qcompiler.exporters"
 """Entry-point group of exporters; defined here because the command-line parser must not load torch."""
+
+
+@cache
+def import_modules(package: str) -> None:
+    """Imports the modules of a package, which register what they define, in alphabetical order."""
+    for found in iter_modules(import_module(package).__path__, f"{package}."):
+        import_module(found.name)
 
 
 def offered(group: str) -> dict[str, EntryPoint]:

@@ -12,15 +12,20 @@ from torch import Tensor
 
 from codegen.launching.launch import KernelCall
 from codegen.machine_code import MachineCode
-from codegen.quantize.plain import scale_like
+from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, FusedOperands
+from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, FusedOperands
 from codegen.templates.fused_expression import expression_call
-from codegen.templates.fused_quantize import FusedQuantizeConfig, FusedQuantizeOperands, FusedQuantizeProblem
-from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Kind
+from codegen.templates.fused_quantize import (
+    FUSED_QUANTIZE,
+    FusedQuantizeConfig,
+    FusedQuantizeOperands,
+    FusedQuantizeProblem,
+)
+from codegen.templates.gemm import GEMM, GemmConfig, GemmOperands, GemmProblem, Kind
 from codegen.templates.gemm_template import GemmTemplate
-from codegen.templates.grouped import GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
-from codegen.templates.quantize import QuantizeConfig, QuantizeOperands, QuantizeProblem
+from codegen.templates.grouped import GROUPED_GEMM, GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
+from codegen.templates.quantize import QUANTIZE, QuantizeConfig, QuantizeOperands, QuantizeProblem
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.numerics import ALL
@@ -30,17 +35,17 @@ GLUON = ("warp", "split", "narrow")
 WARP = ("warp", "split")
 MANY_ROWS = 1 << 20
 
-choose, refusal, estimated_time = HOPPER.gemm.choose, HOPPER.gemm.why_not, HOPPER.gemm.time
+choose, refusal, estimated_time = GEMM.family(HOPPER).choose, GEMM.family(HOPPER).why_not, GEMM.family(HOPPER).time
 
 
 def gemm_template(config: GemmConfig) -> GemmTemplate:
-    found = HOPPER.gemm.template(config)
+    found = GEMM.family(HOPPER).template(config)
     assert isinstance(found, GemmTemplate)
     return found
 
 
 def grouped_memory(config: GroupedConfig, out_bytes: int = 2, groups: int = 256) -> int:
-    found = HOPPER.grouped_gemm.template(config)
+    found = GROUPED_GEMM.family(HOPPER).template(config)
     assert isinstance(found, GroupedGemm)
     return found.shared_memory(config, out_bytes, groups)
 
@@ -50,20 +55,20 @@ def shared_memory(config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1)
 
 
 def all_configs(kind: Kind = "tiles", x_block: int = 128) -> tuple[GemmConfig, ...]:
-    return HOPPER.gemm.configs(GemmProblem(1, 1, 1, kind=kind, x_block=x_block))
+    return GEMM.family(HOPPER).configs(GemmProblem(1, 1, 1, kind=kind, x_block=x_block))
 
 
 def all_fused_configs() -> tuple[FusedGemmConfig, ...]:
-    found = HOPPER.fused_gemm.configs(FusedGemmProblem(1, 1, 1, 1))
+    found = FUSED_GEMM.family(HOPPER).configs(FusedGemmProblem(1, 1, 1, 1))
     return tuple(config for config in found if isinstance(config, FusedGemmConfig))
 
 
-GROUPED_CONFIGS = HOPPER.grouped_gemm.configs(GroupedProblem(1))
+GROUPED_CONFIGS = GROUPED_GEMM.family(HOPPER).configs(GroupedProblem(1))
 TALL = next(config for config in GROUPED_CONFIGS if config.block_m == 192)
 
 
 def choose_grouped(mean: float, out_bytes: int = 2) -> GroupedConfig:
-    return HOPPER.grouped_gemm.choose(GroupedProblem(mean, out_bytes=out_bytes))
+    return GROUPED_GEMM.family(HOPPER).choose(GroupedProblem(mean, out_bytes=out_bytes))
 
 
 def launch_gemm(
@@ -71,7 +76,7 @@ def launch_gemm(
     x_block: int = 128,
 ) -> None:  # fmt: skip
     """Scales inside the sum."""
-    HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, bias, x_block))
+    GEMM.family(HOPPER).launch(config, GemmOperands(x, w, out, xs, ws, bias, x_block))
 
 
 def launch_row_gemm(
@@ -79,11 +84,11 @@ def launch_row_gemm(
     promote: bool | None = None,
 ) -> None:  # fmt: skip
     """Scales at the end of the sum."""
-    HOPPER.gemm.launch(config, GemmOperands(x, w, out, xs, ws, bias, None, promote))
+    GEMM.family(HOPPER).launch(config, GemmOperands(x, w, out, xs, ws, bias, None, promote))
 
 
 def launch_grouped(config: GroupedConfig, *operands: Any) -> None:
-    HOPPER.grouped_gemm.launch(config, GroupedOperands(*operands))
+    GROUPED_GEMM.family(HOPPER).launch(config, GroupedOperands(*operands))
 
 
 def launch_fused(
@@ -91,13 +96,13 @@ def launch_fused(
     others: Sequence[Tensor], out: Tensor, out_scale: Tensor | None = None, profile: str = "deepseek",
 ) -> None:  # fmt: skip
     operands = FusedOperands(expression, GemmOperands(x, w, out, xs, ws, bias), others, out_scale, profile)
-    HOPPER.fused_gemm.launch(config, operands)
+    FUSED_GEMM.family(HOPPER).launch(config, operands)
 
 
 def launch_quantize(x: Tensor, q: Tensor, scale: Tensor, block: Sequence[int], *last: Any, known: bool = False) -> None:
     """The operator's launches; profile and prescale come last."""
-    config = HOPPER.quantize.choose(QuantizeProblem(x.shape[0], x.shape[1], (block[0], block[1]), known))
-    HOPPER.quantize.launch(config, QuantizeOperands(x, q, scale, block, *last))
+    config = QUANTIZE.family(HOPPER).choose(QuantizeProblem(x.shape[0], x.shape[1], (block[0], block[1]), known))
+    QUANTIZE.family(HOPPER).launch(config, QuantizeOperands(x, q, scale, block, *last))
 
 
 # Ahead of time
@@ -134,7 +139,7 @@ def compile_gemm(
     w_scale = meta(-(-n // 128), -(-k // 128))
     if not aligned:
         x, w, out, scale, w_scale = map(unaligned, (x, w, out, scale, w_scale))
-    return compiled(HOPPER.gemm.calls(config, GemmOperands(x, w, out, scale, w_scale, bias, x_block))[0])
+    return compiled(GEMM.family(HOPPER).calls(config, GemmOperands(x, w, out, scale, w_scale, bias, x_block))[0])
 
 
 def compile_row_gemm(
@@ -148,7 +153,7 @@ def compile_row_gemm(
     x_scale, w_scale, bias = meta(m, 1), meta(n, 1), maybe(bias_dtype, n)
     if not aligned:
         x, w, out, x_scale, w_scale = map(unaligned, (x, w, out, x_scale, w_scale))
-    calls = HOPPER.gemm.calls(config, GemmOperands(x, w, out, x_scale, w_scale, bias, None, promote))
+    calls = GEMM.family(HOPPER).calls(config, GemmOperands(x, w, out, x_scale, w_scale, bias, None, promote))
     assert len(calls) == (2 if partial else 1)
     return compiled(calls[0])
 
@@ -163,7 +168,7 @@ def compile_sum_splits(
     k = 512 * splits
     x, w, out = meta(16, k, dtype=dtype), meta(128, k, dtype=dtype), meta(16, 128, dtype=out_dtype)
     scales = (scale_like(x, 128, "col_major"), meta(1, k // 128)) if x_block else (meta(16, 1), meta(128, 1))
-    _, last = HOPPER.gemm.calls(config, GemmOperands(x, w, out, *scales, maybe(bias_dtype, 128), x_block))
+    _, last = GEMM.family(HOPPER).calls(config, GemmOperands(x, w, out, *scales, maybe(bias_dtype, 128), x_block))
     assert last.constants["SPLITS"] == splits
     return compiled(last)
 
@@ -181,7 +186,9 @@ def compile_fused(
     product = GemmOperands(x, w, out, *scales, maybe(bias_dtype, rows))
     more = [meta(M, columns, dtype=dtype) for dtype in others]
     scale = None if out_dtype is None else scale_like(out, 128, scale_layout)
-    return compiled(HOPPER.fused_gemm.calls(config, FusedOperands(expression, product, more, scale, profile))[0])
+    return compiled(
+        FUSED_GEMM.family(HOPPER).calls(config, FusedOperands(expression, product, more, scale, profile))[0]
+    )
 
 
 def compile_expression(expression: str, dtype: torch.dtype = torch.bfloat16) -> MachineCode:
@@ -197,7 +204,7 @@ def compile_grouped(
     scales = scale_like(x, 128, "col_major"), meta(groups, N // 128, K // 128)
     out, offsets = meta(M, N, dtype=out_dtype), meta(groups, dtype=torch.int32)
     operands = GroupedOperands(x, w, out, *scales, offsets, M if masked else None)
-    return compiled(HOPPER.grouped_gemm.calls(config, operands)[0])
+    return compiled(GROUPED_GEMM.family(HOPPER).calls(config, operands)[0])
 
 
 def quantize_calls(
@@ -208,8 +215,8 @@ def quantize_calls(
     x, q = meta(m, k, dtype=dtype), meta(m, k, dtype=out_dtype)
     scale = meta(1, 1) if block[0] == ALL else scale_like(x, block[1], scale_layout)
     operands = QuantizeOperands(x, q, scale, block, profile, meta(k) if prescale else None)
-    tile = config or HOPPER.quantize.choose(QuantizeProblem(m, k, block, known))
-    return HOPPER.quantize.calls(tile, operands)
+    tile = config or QUANTIZE.family(HOPPER).choose(QuantizeProblem(m, k, block, known))
+    return QUANTIZE.family(HOPPER).calls(tile, operands)
 
 
 def compile_quantize(
@@ -257,6 +264,6 @@ def compile_fused_quantize(
     given = [meta(*([k] if i in vectors else [m, k]), dtype=dtype) for i, dtype in enumerate(operands)]
     kept, q = [meta(m, k, dtype=made.dtype(name)) for name in keep], meta(m, k, dtype=out_dtype)
     problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), widest, len(keep))
-    tile = config or HOPPER.fused_quantize.choose(problem)
+    tile = config or FUSED_QUANTIZE.family(HOPPER).choose(problem)
     operands_ = FusedQuantizeOperands(expression, keep, given, kept, q, scale_like(q, block_k, scale_layout), profile)
-    return compiled(HOPPER.fused_quantize.calls(tile, operands_)[0])
+    return compiled(FUSED_QUANTIZE.family(HOPPER).calls(tile, operands_)[0])

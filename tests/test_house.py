@@ -280,6 +280,16 @@ def test_nothing_imports_a_plugin() -> None:
     ]
 
 
+def test_no_module_names_a_target() -> None:
+    """Targets are found by name or by device; `codegen.targets.cuda` is what GPU generations have in common."""
+    assert not [
+        f"{module}:{wanted.line} imports {wanted.target}"
+        for module in modules().values()
+        for wanted in imports(module)
+        if wanted.target.startswith("codegen.targets.") and wanted.target != "codegen.targets.cuda"
+    ]
+
+
 def test_every_module_has_a_docstring() -> None:
     assert not [str(path.relative_to(ROOT)) for path in python_files() if not ast.get_docstring(parse(path))]
 

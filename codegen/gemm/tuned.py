@@ -20,8 +20,8 @@ import triton
 from codegen import kernels
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching import replay
-from codegen.targets.hopper import HOPPER
-from codegen.templates.gemm import GemmConfig, GemmProblem
+from codegen.targets.cuda import gpu_at
+from codegen.templates.gemm import GEMM, GemmConfig, GemmFamily, GemmProblem
 from qcompiler import knobs
 from qcompiler.errors import CodegenError
 from qcompiler.files.replacing import not_replaced, replacing_file
@@ -42,16 +42,19 @@ def config_for(device: int, problem: GemmProblem) -> GemmConfig:
 
 @cache
 def _config_for(device: int, problem: GemmProblem) -> GemmConfig:
-    found = _measured(device).get(problem)
-    if found is None or HOPPER.gemm.why_not(found, problem) is not None:
-        return HOPPER.gemm.choose(problem)
-    return found
+    family = _family(device)
+    found = _measured(device, family).get(problem)
+    return family.choose(problem) if found is None or family.why_not(found, problem) is not None else found
+
+
+def _family(device: int) -> GemmFamily:
+    return GEMM.family(gpu_at(torch.device("cuda", device)))
 
 
 def learn(device: int, found: Mapping[GemmProblem, GemmConfig]) -> Path:
     """Uses these configurations in this process and in those with QCOMPILER_TUNED set; returns the file."""
     path = file_of(device)
-    table = read(path, header_of(device)) | _learned.get(device, {}) | dict(found)
+    table = read(path, header_of(device), _family(device)) | _learned.get(device, {}) | dict(found)
     _write(path, header_of(device), table)
     _learned[device] = table
     forget()
@@ -80,13 +83,13 @@ def file_of(device: int) -> Path:
     return Path(use_cache_folder()) / f"qcompiler-tuned-{hashlib.sha256(header.encode()).hexdigest()[:16]}.json"
 
 
-def read(path: Path, header: Mapping[str, Any]) -> dict[GemmProblem, GemmConfig]:
+def read(path: Path, header: Mapping[str, Any], family: GemmFamily) -> dict[GemmProblem, GemmConfig]:
     """The measurements in a file; empty, with a warning, if it is damaged or has another header."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         if whole["header"] != header:
             raise ValueError(f"it was made for {whole['header']}")
-        return dict(_entry(each) for each in whole["products"])
+        return dict(_entry(each, family) for each in whole["products"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -94,16 +97,16 @@ def read(path: Path, header: Mapping[str, Any]) -> dict[GemmProblem, GemmConfig]
         return {}
 
 
-def _measured(device: int) -> dict[GemmProblem, GemmConfig]:
+def _measured(device: int, family: GemmFamily) -> dict[GemmProblem, GemmConfig]:
     if device not in _learned:
-        _learned[device] = read(file_of(device), header_of(device)) if knobs.current().tuned else {}
+        _learned[device] = read(file_of(device), header_of(device), family) if knobs.current().tuned else {}
     return _learned[device]
 
 
-def _entry(entry: Mapping[str, Any]) -> tuple[GemmProblem, GemmConfig]:
+def _entry(entry: Mapping[str, Any], family: GemmFamily) -> tuple[GemmProblem, GemmConfig]:
     """One measurement; raises ValueError for a configuration that does not exist."""
     problem, config = GemmProblem(**entry["problem"]), GemmConfig(**entry["config"])
-    if config not in HOPPER.gemm.configs(problem):
+    if config not in family.configs(problem):
         raise ValueError(f"there is no configuration {config}")
     return problem, config
 

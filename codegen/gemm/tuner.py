@@ -14,8 +14,8 @@ from torch import Tensor
 
 from codegen.gemm import tuned
 from codegen.launching.timing import in_turns
-from codegen.targets.hopper import HOPPER
-from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem
+from codegen.targets.cuda import gpu_at
+from codegen.templates.gemm import GEMM, GemmConfig, GemmFamily, GemmOperands, GemmProblem
 from codegen.templates.template import ceil_div
 from qcompiler.numerics import ALL
 
@@ -100,8 +100,9 @@ def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progre
     found: list[Measured] = []
     with torch.cuda.device(device), torch.no_grad():
         index = torch.cuda.current_device()
+        family = GEMM.family(gpu_at(torch.device("cuda", index)))
         for problem in wanted:
-            found.append(measure(problem))
+            found.append(measure(problem, family))
             if progress is not None:
                 progress(len(found), len(wanted), found[-1])
         if not found:
@@ -110,19 +111,18 @@ def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progre
     return Tuning(tuple(found), str(file))
 
 
-def candidates(problem: GemmProblem) -> list[GemmConfig]:
+def candidates(problem: GemmProblem, family: GemmFamily) -> list[GemmConfig]:
     """The configurations that are worth a measurement, the one with the best estimate first."""
-    possible = [c for c in HOPPER.gemm.configs(problem) if HOPPER.gemm.why_not(c, problem) is None]
-    estimates = {config: HOPPER.gemm.time(config, problem) for config in possible}
+    possible = [config for config in family.configs(problem) if family.why_not(config, problem) is None]
+    estimates = {config: family.time(config, problem) for config in possible}
     limit = SLACK * min(estimates.values(), default=0.0)
     return sorted((c for c in possible if estimates[c] <= limit), key=lambda config: estimates[config])
 
 
-def measure(problem: GemmProblem) -> Measured:
+def measure(problem: GemmProblem, family: GemmFamily) -> Measured:
     """Times all candidates on the current CUDA device; raises CodegenError if none can run the GEMM."""
-    estimated = HOPPER.gemm.choose(problem)
-    sets = _operands(problem)
-    launches = {c: [partial(HOPPER.gemm.launch, c, each) for each in sets] for c in candidates(problem)}
+    estimated, sets = family.choose(problem), _operands(problem)
+    launches = {c: [partial(family.launch, c, each) for each in sets] for c in candidates(problem, family)}
     times = in_turns(launches)
     return Measured(problem, dict(sorted(times.items(), key=lambda item: item[1])), estimated)
 

@@ -11,17 +11,11 @@ from codegen.fused_expressions import triton_function
 from codegen.kernels.fused_gemm import fused_gemm
 from codegen.launching.launch import KernelCall
 from codegen.templates.fused_expression import EXACT, MOST_OTHERS, padded, row_stride
-from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem
-from codegen.templates.hopper import (
-    GLUON_TYPES,
-    MULTIPROCESSORS,
-    SHARED_MEMORY_LIMIT,
-    multiprocessors,
-    scale_columns,
-    tile,
-)
+from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem
+from codegen.templates.hopper import GLUON_TYPES, scale_columns, tile
+from codegen.templates.limits import MULTIPROCESSORS
 from codegen.templates.rounding import rounding
-from codegen.templates.template import Family, Template, ceil_div, first_broken
+from codegen.templates.template import Family, Gpu, KernelOp, Template, ceil_div, first_broken
 from qcompiler import numerics
 
 
@@ -151,9 +145,11 @@ class ExpressionPace(NamedTuple):
 class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
     """One kernel."""
 
+    variant = FusedGemmConfig.variant
+
     def why_not(self, config: FusedGemmConfig, problem: FusedGemmProblem) -> str | None:
         """See `Template`."""
-        shared = config.shared_memory(problem.handed_bytes)
+        shared, unit = config.shared_memory(problem.handed_bytes), self.limits.copy_alignment
         return first_broken((
             (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
             (max(problem.m, problem.n * problem.parts, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
@@ -177,16 +173,16 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
                 problem.block not in (None, (1, 128)),
                 f"a tile of the result holds whole blocks of [1, 128], not of {list(problem.block or ())}",
             ),
-            (not problem.aligned, "the copy engine needs operands that start at a multiple of 16 bytes"),
-            (problem.k % 16 != 0, f"the copy engine needs K to be a multiple of 16, got {problem.k}"),
+            (not problem.aligned, f"the copy engine needs operands that start at a multiple of {unit} bytes"),
+            (problem.k % unit != 0, f"the copy engine needs K to be a multiple of {unit}, got {problem.k}"),
             (
                 not problem.scale_columns,
-                "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
+                f"the copy engine needs the activation's scales in columns that start at multiples of {unit} bytes",
             ),
             (
-                shared > SHARED_MEMORY_LIMIT,
+                shared > self.limits.shared_memory,
                 f"its ring and the passed sums of {problem.handed_bytes} bytes need {shared} bytes of shared "
-                f"memory, a block may use {SHARED_MEMORY_LIMIT}",
+                f"memory, a block may use {self.limits.shared_memory}",
             ),
         ))  # fmt: skip
 
@@ -216,19 +212,19 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
             "WAVES": config.waves, "STAGES": config.stages, "GROUP": config.group, "WHOLE": n % 128 == 0,
             **rounding(profile, out.dtype),
         }  # fmt: skip
-        programs = min(multiprocessors(x.device.index), ceil_div(m, config.rows) * ceil_div(n, 128))
+        tiles = ceil_div(m, config.rows) * ceil_div(n, 128)
+        programs = min(self.limits.multiprocessors_of(x.device.index), tiles)
         return (KernelCall(fused_gemm, programs, arguments, constants, EXACT),)
 
 
 class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
-    """Two kernels.
+    """Two kernels."""
 
-    Args:
-        gemm: The templates of the matmul.
-    """
+    variant = Separate.variant
 
-    def __init__(self, gemm: Family[GemmConfig, GemmProblem, GemmOperands]) -> None:
-        self._gemm = gemm
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(gpu)
+        self._gemm = GEMM.family(gpu)
 
     def why_not(self, config: Separate, problem: FusedGemmProblem) -> None:
         """See `Template`."""
@@ -243,8 +239,23 @@ class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
         return product + (pace.launch + (read + written) / pace.bandwidth) / 1e3
 
     def calls(self, config: Separate, operands: FusedOperands) -> tuple[KernelCall, ...]:
-        """Returns no calls: `codegen.fused_gemm.product` runs the operators one by one."""
+        """Returns no calls: `codegen.operators.fused_linear` runs the operators one by one."""
         return ()
+
+
+FUSED_GEMM = KernelOp[FusedGemmConfig | Separate, FusedGemmProblem, FusedOperands]("matmul with an epilogue")
+"""Paces are chosen to minimize the loss of the choices on the shapes of `benchmarks/epilogues.py`."""
+
+FUSED = {
+    FusedGemmConfig(2, 2, 3): FusedPace(460, 710, 1360, 2680, 3390),
+    FusedGemmConfig(2, 1, 4): FusedPace(340, 390, 1220, 1720, 3360),
+    FusedGemmConfig(1, 2, 3): FusedPace(620, 620, 2440, 7260, 3840),
+    FusedGemmConfig(1, 1, 4): FusedPace(480, 390, 670, 1020, 2350),
+}
+"""Measured on an H100, and with a lower weight on an H200."""
+
+FUSED_GEMM.add(FusedGemm, lambda problem: FUSED, on="sm_90a")
+FUSED_GEMM.add(SeparateKernels, lambda problem: {Separate(): ExpressionPace(2910, 2340)}, on="sm_90a")
 
 
 def why_separate(family: Family[Any, FusedGemmProblem, FusedOperands], problem: FusedGemmProblem) -> str:

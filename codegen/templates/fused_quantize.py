@@ -16,7 +16,7 @@ from codegen.launching.launch import KernelCall
 from codegen.support import TILE_COLUMNS
 from codegen.templates.quantize import LONGEST_ROW
 from codegen.templates.rounding import rounding
-from codegen.templates.template import Template, ceil_div, first_broken
+from codegen.templates.template import KernelOp, Template, ceil_div, first_broken
 from qcompiler import numerics
 from qcompiler.numerics import ALL
 
@@ -136,6 +136,8 @@ def why_not_fused_quantize(problem: FusedQuantizeProblem) -> str | None:
 class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]):
     """The kernel template; each problem has one configuration, so there is nothing to compare."""
 
+    variant = FusedQuantizeConfig.variant
+
     def why_not(self, config: FusedQuantizeConfig, problem: FusedQuantizeProblem) -> str | None:
         """See `Template`."""
         return why_not_fused_quantize(problem)
@@ -161,3 +163,7 @@ class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQua
         options = {"num_warps": config.warps, "enable_fp_fusion": False}
         programs = ceil_div(m, config.block_m) * ceil_div(k, config.block_k)
         return (KernelCall(fused_quantize, programs, arguments, constants, options),)
+
+
+FUSED_QUANTIZE = KernelOp[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]("fused quantization")
+FUSED_QUANTIZE.add(FusedQuantize, fused_quantize_configs)

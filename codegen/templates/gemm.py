@@ -1,13 +1,14 @@
 """The scaled matmul on a GPU: its problems, its configurations, and its operands."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from codegen.templates.hopper import MULTIPROCESSORS
-from codegen.templates.template import ceil_div
+from codegen.templates.limits import MULTIPROCESSORS
+from codegen.templates.template import Family, KernelOp, ceil_div
 from qcompiler.numerics import ALL
 
 Kind = Literal["tiles", "rows_f8", "rows_i8"]
@@ -151,6 +152,22 @@ class Pace(NamedTuple):
     tail: int
     bandwidth: int
     sum: int = 0
+
+
+GEMM = KernelOp[GemmConfig, GemmProblem, GemmOperands]("product")
+"""The scaled matmul. Paces are chosen to minimize the loss of the choices on the shapes of `benchmarks/heuristic.py`;
+`benchmarks/results/h200-gemm-tried.md` and `h100-gemm-tried.md` list the rejected configurations."""
+
+GemmFamily = Family[GemmConfig, GemmProblem, GemmOperands]
+"""Its templates on one target."""
+
+Measured = Mapping[tuple[Kind, int | None], Mapping[GemmConfig, Pace]]
+"""Kind and step of problems -> the configurations of a template, and their paces."""
+
+
+def by_kind(measured: Measured) -> Callable[[GemmProblem], Mapping[GemmConfig, Pace]]:
+    """Looks up the configurations for a problem."""
+    return lambda problem: measured.get((problem.kind, problem.step), {})
 
 
 def tiles_of(config: GemmConfig, m: int, n: int) -> int:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from codegen.launching.launch import KernelCall
 from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Pace, tiles_of
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 from codegen.templates.template import Rule, Template, ceil_div, first_broken
 from qcompiler.numerics import ALL
 
@@ -124,39 +123,40 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
     def _tiles(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
         """Limits of a multiprocessor."""
         whole = problem.kind == "rows_i8"
-        needed, (side, got) = max(config.consumers * 64, 64), self.split_side(config)
+        limits, (side, got) = self.limits, self.split_side(config)
+        needed = max(config.consumers * 64, 64)
         tiles = "one INT32 tile takes" if whole else "two FP32 tiles take"
-        registers, limit = self.registers(config, whole)
+        registers, most = self.registers(config, whole)
         shared = self.shared_memory(config, self.written_bytes(problem), problem.stage_scales)
         return (
             (config.warps % 4 != 0, f"{config.warps} warps are not a whole number of warpgroups of 4"),
             (got % needed != 0, f"{config.warps} warps need a multiple of {needed} {side}, the tile has {got}"),
-            (registers > limit, f"{tiles} {registers} registers per thread, the limit is {limit}"),
+            (registers > most, f"{tiles} {registers} registers per thread, the limit is {most}"),
             (
-                shared > SHARED_MEMORY_LIMIT,
-                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {SHARED_MEMORY_LIMIT}",
+                shared > limits.shared_memory,
+                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {limits.shared_memory}",
             ),
         )
 
     def _copies(self, config: GemmConfig, problem: GemmProblem) -> tuple[Rule, ...]:
         """Requirements of the copy engine."""
-        out_row = problem.n * problem.out_bytes
+        out_row, unit = problem.n * problem.out_bytes, self.limits.copy_alignment
         return (
             (
                 self.copies and not problem.aligned,
-                "the copy engine needs operands that start at a multiple of 16 bytes",
+                f"the copy engine needs operands that start at a multiple of {unit} bytes",
             ),
             (
-                self.copies and problem.k % 16 != 0,
-                f"the copy engine needs K to be a multiple of 16, got {problem.k}",
+                self.copies and problem.k % unit != 0,
+                f"the copy engine needs K to be a multiple of {unit}, got {problem.k}",
             ),
             (
-                self.stores and out_row % 16 != 0,
-                f"the copy engine needs output rows of a multiple of 16 bytes, they have {out_row}",
+                self.stores and out_row % unit != 0,
+                f"the copy engine needs output rows of a multiple of {unit} bytes, they have {out_row}",
             ),
             (
                 self.scale_copies and problem.kind == "tiles" and not problem.scale_columns,
-                "the copy engine needs the activation's scales in columns that start at multiples of 16 bytes",
+                f"the copy engine needs the activation's scales in columns that start at multiples of {unit} bytes",
             ),
         )
 

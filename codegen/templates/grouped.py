@@ -13,8 +13,8 @@ from torch import Tensor
 from codegen.kernels.grouped_gemm import grouped_narrow, grouped_wide
 from codegen.kernels.narrow_gemm import SCALE_BOX
 from codegen.launching.launch import KernelCall
-from codegen.templates.hopper import ONE_WARPGROUP, SHARED_MEMORY_LIMIT, multiprocessors, scale_columns, tile
-from codegen.templates.template import Template, first_broken
+from codegen.templates.hopper import ONE_WARPGROUP, scale_columns, tile
+from codegen.templates.template import KernelOp, Template, first_broken
 
 MOST_GROUPS = 1024
 """Maximum number of groups: each block of threads holds all of them in shared memory."""
@@ -86,12 +86,12 @@ class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
 
     def why_not(self, config: GroupedConfig, problem: GroupedProblem) -> str | None:
         """See `Template`."""
-        shared = self.shared_memory(config, problem.out_bytes, problem.groups)
+        shared, limit = self.shared_memory(config, problem.out_bytes, problem.groups), self.limits.shared_memory
         return first_broken((
             (problem.groups > MOST_GROUPS, f"a block of threads can hold {MOST_GROUPS} groups, not {problem.groups}"),
             (
-                shared > SHARED_MEMORY_LIMIT,
-                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {SHARED_MEMORY_LIMIT}",
+                shared > limit,
+                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {limit}",
             ),
         ))  # fmt: skip
 
@@ -119,7 +119,7 @@ class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
         )  # fmt: skip
         pipeline = {"STAGES": config.stages, "ORDER": config.order, "GROUPS": table_size(groups)}
         constants = {**self.consumers(config), **pipeline}
-        programs = multiprocessors(x.device.index)
+        programs = self.limits.multiprocessors_of(x.device.index)
         return (KernelCall(self.kernel, programs, arguments, constants, ONE_WARPGROUP),)
 
     def box(self, config: GroupedConfig) -> int:
@@ -138,12 +138,14 @@ class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
 class GroupedNarrow(GroupedGemm):
     """Few rows per group, as right operand of the tensor cores; two consumers share the 128 rows of the weight."""
 
+    variant = "narrow"
     kernel = grouped_narrow
 
 
 class GroupedWide(GroupedGemm):
     """Many rows per group; each consumer has 64, stored by the copy engine."""
 
+    variant = "wide"
     kernel = grouped_wide
 
     def box(self, config: GroupedConfig) -> int:
@@ -166,3 +168,24 @@ class GroupedWide(GroupedGemm):
 def table_size(groups: int) -> int:
     """Groups of the table: a power of two, at least one for each lane of a warp."""
     return max(32, 1 << (groups - 1).bit_length())
+
+
+GROUPED_GEMM = KernelOp[GroupedConfig, GroupedProblem, GroupedOperands]("grouped product")
+
+NARROW = {
+    GroupedConfig("narrow", 16, 8): (-1, 8),
+    GroupedConfig("narrow", 32, 8): (8, 16),
+    GroupedConfig("narrow", 64, 8): (16, 32),
+}
+WIDE = {
+    GroupedConfig("wide", 128, 4): (160, 320),
+    GroupedConfig("wide", 192, 4): (32, float("inf")),
+}
+"""Configuration -> the range of mean rows per group in which it is best on an H100.
+
+Group sizes vary, so a narrow tile has room for twice the mean: a group that needs two tiles reads its weights twice.
+Between 160 and 320 rows, two tiles of 128 hold a group about as often as two of 192, and the smaller ones are faster.
+"""
+
+GROUPED_GEMM.add(GroupedNarrow, lambda problem: NARROW, on="sm_90a")
+GROUPED_GEMM.add(GroupedWide, lambda problem: WIDE, on="sm_90a")

@@ -1,4 +1,4 @@
-"""Shared by the templates for Hopper: limits of a multiprocessor, and tensor descriptors for the copy engine."""
+"""Shared by the templates of Gluon kernels: tensor descriptors for the copy engine of Hopper, and options."""
 
 from functools import cache
 from typing import Any
@@ -11,15 +11,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from codegen.launching.launch import descriptor
 from codegen.templates.template import ceil_div
 
-SHARED_MEMORY_LIMIT = 232448
-"""Maximum bytes of shared memory per block."""
-
-REGISTERS = 65536
-"""Registers of a multiprocessor."""
-
-MULTIPROCESSORS = 132
-"""Multiprocessors of an H100 or H200 (SXM): the default device of problems and operands without one."""
-
 ONE_WARPGROUP = {"num_warps": 4}
 """Options of warp-specialized kernels: warps of the first consumer; the kernel requests the others itself."""
 
@@ -30,12 +21,6 @@ GLUON_TYPES = {
     torch.float16: gl.float16,
     torch.float32: gl.float32,
 }
-
-
-@cache
-def multiprocessors(device: int | None) -> int:
-    """How many multiprocessors the CUDA device of that index has."""
-    return MULTIPROCESSORS if device is None else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tile(tensor: Tensor, rows: int, columns: int = 128) -> Any:

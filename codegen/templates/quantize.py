@@ -19,7 +19,7 @@ from codegen.launching.launch import KernelCall
 from codegen.launching.replay import empty
 from codegen.support import TILE_COLUMNS
 from codegen.templates.rounding import rounding
-from codegen.templates.template import Template, ceil_div
+from codegen.templates.template import KernelOp, Template, ceil_div
 from qcompiler import numerics
 from qcompiler.numerics import ALL
 
@@ -139,6 +139,8 @@ def why_not_quantize(block: Sequence[int]) -> str | None:
 class QuantizeTiles(QuantizeTemplate):
     """A scale for `block_k` columns of a row."""
 
+    variant = "tiles"
+
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
         x, q, scale, _, profile, prescale = operands
@@ -149,6 +151,8 @@ class QuantizeTiles(QuantizeTemplate):
 
 class QuantizeTokens(QuantizeTemplate):
     """A scale for each row."""
+
+    variant = "tokens"
 
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
@@ -164,6 +168,8 @@ class QuantizeTokens(QuantizeTemplate):
 
 class QuantizeKnown(QuantizeTemplate):
     """Scales that are given."""
+
+    variant = "known"
 
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
@@ -186,6 +192,8 @@ class QuantizeTensor(QuantizeKnown):
     An empty tensor still has a scale, which the second call computes.
     """
 
+    variant = "tensor"
+
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
         x, q, scale, _, profile, prescale = operands
@@ -207,3 +215,10 @@ def _tiles(config: QuantizeConfig, x: Tensor) -> int:
 def _strides(scale: Tensor) -> tuple[int, int]:
     """Elements between the scales of two rows, and of two blocks of a row; a vector is one row."""
     return scale.stride(-2) if scale.dim() > 1 else 1, scale.stride(-1)
+
+
+QUANTIZE = KernelOp[QuantizeConfig, QuantizeProblem, QuantizeOperands]("quantization")
+
+# Portable kernels with one configuration for a problem, so they run on every GPU without measurements.
+for _template in (QuantizeTiles, QuantizeTokens, QuantizeTensor, QuantizeKnown):
+    QUANTIZE.add(_template, quantize_configs)

@@ -1,17 +1,23 @@
 """The interface of kernel templates, and the choice among the templates that run one operation.
 
-    family.choose(problem)                  the configuration with the least estimated time
-    family.calls(config, operands)          its kernel calls: launched, warmed up, timed, or compiled ahead of time
+    GEMM = KernelOp("product")                       an operation, in the file of its problems and operands
+    GEMM.add(WarpGemm, measured, on="sm_90a")        a template, and its measured times; at the end of its file
+
+    family = GEMM.family(target)                     its templates on a target
+    family.choose(problem)                           the configuration with the least estimated time
+    family.calls(config, operands)                   its kernel calls: launched, timed, or compiled ahead of time
 
 Problems, configurations, and times depend only on sizes, so choices can be tested and explained without a GPU.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from codegen.launching.launch import KernelCall, launch
 from codegen.launching.recent import Recent
+from codegen.templates.limits import Limits
+from qcompiler.entry_points import import_modules
 from qcompiler.errors import CodegenError
 
 
@@ -23,13 +29,34 @@ class Configuration(Protocol):
         """The name of the template."""
 
 
+class Gpu(Protocol):
+    """What templates know of a target: the name under which their times were measured, and its limits."""
+
+    @property
+    def name(self) -> str:
+        """The name of the target."""
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of its multiprocessors and its copy engine."""
+
+
 Config = TypeVar("Config", bound=Configuration)
 Problem = TypeVar("Problem", bound=Hashable)
 Operands = TypeVar("Operands")
 
 
 class Template(ABC, Generic[Config, Problem, Operands]):
-    """One kernel variant."""
+    """One kernel variant on one target.
+
+    Attributes:
+        variant: Its name, which its configurations have, too.
+    """
+
+    variant: ClassVar[str]
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.limits = gpu, gpu.limits
 
     @abstractmethod
     def why_not(self, config: Config, problem: Problem) -> str | None:
@@ -86,13 +113,15 @@ class Family(Generic[Config, Problem, Operands]):
         """
         if (known := self._chosen.get(problem)) is not None:
             return known
-        refusals = {config: self.why_not(config, problem) for config in self._paces(problem)}
+        paces = self._paces(problem)
+        refusals = {config: self.why_not(config, problem) for config in paces}
         possible = [config for config, why in refusals.items() if why is None]
         if not possible:
             reasons = "; ".join(f"{config}: {why}" for config, why in refusals.items())
             message = f"no kernel configuration can run this {self._name}"
-            raise CodegenError(message, got=problem, fix=f"Refused: {reasons}.")
-        best = min(possible, key=lambda config: self.time(config, problem))
+            fix = f"Refused: {reasons}." if reasons else "The target has no template for it."
+            raise CodegenError(message, got=problem, fix=fix)
+        best = min(possible, key=lambda config: self.template(config).time(config, problem, paces[config]))
         self._chosen.put(problem, best)
         return best
 
@@ -104,6 +133,53 @@ class Family(Generic[Config, Problem, Operands]):
         """Launches the calls on the current CUDA stream."""
         for call in self._templates[config.variant].calls(config, operands):
             launch(call)
+
+
+Paces = Callable[[Problem], Mapping[Config, Any]]
+"""Returns the configurations of a template for problems of a kind, with their measured paces."""
+
+
+class _Entry(NamedTuple):
+    template: type[Template[Any, Any, Any]]
+    paces: Paces[Any, Any]
+    target: str | None
+
+
+class KernelOp(Generic[Config, Problem, Operands]):
+    """An operation that GPU kernels run; its templates register themselves.
+
+    Args:
+        name: The operation's name in messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entries: list[_Entry] = []
+        self._families: dict[str, Family[Config, Problem, Operands]] = {}
+
+    def add(
+        self,
+        template: type[Template[Any, Problem, Operands]],
+        paces: Callable[[Problem], Mapping[Any, Any]],
+        on: str | None = None,
+    ) -> None:
+        """Adds a template with the configurations that were measured on the target `on`; None: that need no times."""
+        self._entries.append(_Entry(template, paces, on))
+        self._families.clear()
+
+    def family(self, gpu: Gpu) -> Family[Config, Problem, Operands]:
+        """The templates that can run on a target, and their measured times there."""
+        found = self._families.get(gpu.name)
+        if found is None:
+            import_modules("codegen.templates")
+            entries = [entry for entry in self._entries if entry.target in (None, gpu.name)]
+            templates = {entry.template.variant: entry.template(gpu) for entry in entries}
+
+            def paces(problem: Problem) -> dict[Config, Any]:
+                return {config: pace for entry in entries for config, pace in entry.paces(problem).items()}
+
+            found = self._families[gpu.name] = Family(self._name, templates, paces)
+        return found
 
 
 Rule = tuple[bool, str]

@@ -9,9 +9,9 @@ from codegen.kernels.warp_gemm import warp_gemm
 from codegen.kernels.warp_row_gemm import warp_row_gemm
 from codegen.launching.launch import KernelCall
 from codegen.launching.replay import empty
-from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, tiles_of
+from codegen.templates.gemm import GEMM, GemmConfig, GemmOperands, GemmProblem, Measured, Pace, by_kind, tiles_of
 from codegen.templates.gemm_template import GluonGemmTemplate, add_splits, spans
-from codegen.templates.hopper import ONE_WARPGROUP, SHARED_MEMORY_LIMIT, multiprocessors, scale_columns, tile
+from codegen.templates.hopper import ONE_WARPGROUP, scale_columns, tile
 from codegen.templates.template import ceil_div
 
 REGISTERS_FOR_SUMS = {1: 192, 2: 192, 3: 128}
@@ -21,6 +21,7 @@ REGISTERS_FOR_SUMS = {1: 192, 2: 192, 3: 128}
 class WarpGemm(GluonGemmTemplate):
     """One program per multiprocessor: a producer, and consumers that compute 64 rows per step."""
 
+    variant = "warp"
     slow_when_half_empty = True
 
     def registers(self, config: GemmConfig, whole: bool) -> tuple[int, int]:
@@ -37,7 +38,7 @@ class WarpGemm(GluonGemmTemplate):
         """Output buffers of 64 rows for each consumer: one for each of its waves if all fit, or one."""
         waves = max(config.block_m // max(config.consumers, 1) // 64, 1)
         written = 64 * config.consumers * waves * config.block_n * out_bytes
-        return waves if self.ring(config, stage_scales) + written <= SHARED_MEMORY_LIMIT else 1
+        return waves if self.ring(config, stage_scales) + written <= self.limits.shared_memory else 1
 
     def calls(self, config: GemmConfig, operands: GemmOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
@@ -45,7 +46,7 @@ class WarpGemm(GluonGemmTemplate):
         if x_block is None:
             return self._rows(config, operands)
         m, n, k = operands.sizes
-        sms = multiprocessors(x.device.index)
+        sms = self.limits.multiprocessors_of(x.device.index)
         depth = self.split_depth(config, m, n, k, sms)
         splits = ceil_div(ceil_div(k, 128), depth)
         rows = ceil_div(m, config.block_m) * config.block_m  # per split: the copy engine would write beyond m
@@ -67,7 +68,7 @@ class WarpGemm(GluonGemmTemplate):
         """With scales at the end of the sum."""
         _, _, out, x_scale, w_scale, bias, _, _ = operands
         m, n, k = operands.sizes
-        programs = min(multiprocessors(out.device.index), tiles_of(config, m, n))
+        programs = min(self.limits.multiprocessors_of(out.device.index), tiles_of(config, m, n))
         last = (x_scale, w_scale, bias, m, n, k, *operands.scale_strides)
         buffers = self.out_buffers(config, out.element_size(), 0)
         constants = {**_constants(config), "PROMOTE": operands.promoted, "BUFFERS": buffers}
@@ -78,6 +79,7 @@ class WarpGemm(GluonGemmTemplate):
 class SplitGemm(WarpGemm):
     """The same with K split if there are too few tiles, for scales inside the sum."""
 
+    variant = "split"
     splits = True
 
     def written_bytes(self, problem: GemmProblem) -> int:
@@ -92,3 +94,54 @@ def _tiles(config: GemmConfig, operands: GemmOperands, out: torch.Tensor) -> tup
 def _constants(config: GemmConfig) -> dict[str, int]:
     waves = config.block_m // config.consumers // 64
     return {"CONSUMERS": config.consumers, "WAVES": waves, "STAGES": config.stages, "GROUP": config.group}
+
+
+WARP: Measured = {
+    ("tiles", 128): {
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(370, 730, 3400, 2000),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(290, 560, 1600, 2000),
+        GemmConfig(256, 128, 128, 8, 3, 4, "warp"): Pace(380, 770, 2100, 2100),
+        GemmConfig(192, 128, 128, 12, 4, 2, "warp"): Pace(270, 520, 2600, 2000),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(270, 420, 1800, 3000),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(270, 280, 1400, 3100),
+    },
+    ("tiles", 64): {
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(650, 920, 1800, 2600),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(440, 650, 3000, 2300),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(320, 460, 2400, 2300),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(300, 290, 2900, 2500),
+    },
+    ("tiles", 32): {
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(770, 1270, 2600, 2900),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(550, 860, 4100, 3700),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(400, 620, 3600, 2100),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(340, 300, 4500, 2500),
+    },
+    ("rows_f8", 128): {
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(320, 620, 4500, 4400),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(230, 420, 4500, 2000),
+        GemmConfig(192, 128, 128, 12, 4, 4, "warp"): Pace(240, 430, 3900, 2000),
+        GemmConfig(128, 128, 128, 8, 5, 16, "warp"): Pace(220, 320, 3500, 2700),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(220, 230, 3200, 3100),
+    },
+    ("rows_i8", None): {
+        GemmConfig(192, 128, 128, 12, 4, 4, "warp"): Pace(210, 320, 4500, 2000),
+        GemmConfig(128, 128, 128, 8, 5, 4, "warp"): Pace(160, 170, 4100, 2700),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(180, 240, 2700, 2600),
+    },
+}
+"""Measured on an H100, and with a lower weight on an H200.
+
+The kernel needs only one tile per multiprocessor. For large K, it is faster with fewer consecutive rows of tiles, so
+its large tiles have two orders."""
+
+SPLIT: Measured = {
+    ("tiles", 128): {
+        GemmConfig(128, 64, 128, 8, 6, 16, "split"): Pace(290, 290, 1200, 2700, 4500),
+        GemmConfig(64, 128, 128, 4, 6, 16, "split"): Pace(320, 310, 1400, 2700, 4500),
+        GemmConfig(64, 64, 128, 4, 8, 16, "split"): Pace(210, 220, 2300, 3500, 3200),
+    },
+}
+
+GEMM.add(WarpGemm, by_kind(WARP), on="sm_90a")
+GEMM.add(SplitGemm, by_kind(SPLIT), on="sm_90a")

@@ -15,6 +15,7 @@ from qcompiler.html.kernels import describe_kernels
 from qcompiler.html.page import render_page
 from qcompiler.html.stages import describe_stages
 from qcompiler.program.program import HasProgram, Program
+from qcompiler.runtime.device import target_named
 
 
 def html_report(compiled: HasProgram, attribution: ErrorReport | None = None) -> str:
@@ -43,7 +44,7 @@ def describe(program: Program, attribution: ErrorReport | None) -> dict[str, Any
         **describe_stages(program.stages, program.steps, program.skipped),
         "decisions": [{**asdict(row), "isMatmul": row.is_matmul} for row in report.rows],
         "errors": None if attribution is None else [_numbers(asdict(row)) for row in attribution.rows],
-        "kernels": describe_kernels(program.graph),
+        "kernels": describe_kernels(program.graph, target_named(program.target)),
     }
 
 

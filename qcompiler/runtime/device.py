@@ -1,7 +1,7 @@
 """Targets: what a graph is compiled for, and how a model's device selects one.
 
-A target is a value, found by name or by device. Another distribution provides one under the entry point
-`qcompiler.targets`:
+A target is a value, found by name or by device. Ours are the modules of `codegen.targets`. Another distribution
+provides one under the entry point `qcompiler.targets`:
 
     [project.entry-points."qcompiler.targets"]
     my-target = "my_package.my_target:MY_TARGET"
@@ -9,12 +9,11 @@ A target is a value, found by name or by device. Another distribution provides o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TypeVar
 
 import torch
 
-from qcompiler.entry_points import load, offered, shown
+from qcompiler.entry_points import import_modules, load, offered, shown
 from qcompiler.errors import CodegenError, did_you_mean
 from qcompiler.ir import Format
 
@@ -25,8 +24,8 @@ CUDA = "cuda"
 GROUP = "qcompiler.targets"
 """The entry point for targets of other distributions."""
 
-HOMES = ("codegen.targets",)
-"""Packages that register targets when they are imported."""
+HOME = "codegen.targets"
+"""The package whose modules register targets when they are imported."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ def register(target: TargetType) -> TargetType:
 
 def known_targets() -> dict[str, Target]:
     """Returns the imported targets, by name."""
-    for home in HOMES:
-        import_module(home)
+    import_modules(HOME)
     return _TARGETS
 
 
@@ -134,7 +132,7 @@ def target_for(name: str, device: torch.device) -> Target:
         target.check(device)
         return target
     refused: CodegenError | None = None
-    for target in _of_type(device.type if name == AUTO else CUDA):
+    for target in targets_on(device.type if name == AUTO else CUDA):
         try:
             target.check(device)
         except CodegenError as error:
@@ -151,7 +149,7 @@ def target_for(name: str, device: torch.device) -> Target:
     )
 
 
-def _of_type(device: str) -> Iterator[Target]:
+def targets_on(device: str) -> Iterator[Target]:
     """Yields the targets of a device type: first this distribution's, then others'."""
     yield from [target for target in known_targets().values() if target.device == device]
     rest = (target_named(name) for name in offered(GROUP) if name not in _TARGETS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hopper_kernels import all_fused_configs, compile_expression, compile_fused
 
+from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmConfig
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 E4M3 = torch.float8_e4m3fn
 SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
@@ -33,7 +33,7 @@ def test_every_form(config: FusedGemmConfig) -> None:
         # One step is four instructions of K = 32 into fresh registers; each consumer has its own code.
         assert code.qgmma == 4 * 2 * config.waves and "QGMMA.64x128x32.F32.E4M3.E4M3" in code.sass
         assert (code.tma_loads, code.tma_stores) == (2 + config.parts, 0)
-        assert code.shared_memory <= config.shared_memory() <= SHARED_MEMORY_LIMIT
+        assert code.shared_memory <= config.shared_memory() <= HOPPER.limits.shared_memory
         assert code.wide_stores == (1 if out_dtype else 2), "codes and results must be stored 16 bytes at a time"
         shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code.sass)}
         assert {208, 72, 24} <= shares

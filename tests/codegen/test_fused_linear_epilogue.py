@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codegen.epilogues import handed_over, on_tensors
-from codegen.fused_gemm import product as fused_product
 from codegen.launching.launch import KernelCall
-from codegen.quantize.plain import scale_like
+from codegen.operators import fused_linear as fused_product
+from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem, Separate, why_separate
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
+from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, Separate, why_separate
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.dialects.kernel import fused_linear
@@ -118,29 +117,29 @@ GATED = FusedGemmConfig(2, 2, 3)
     ],
 )
 def test_refusals_say_why(config: FusedGemmConfig, problem: FusedGemmProblem, sentence: str) -> None:
-    why = HOPPER.fused_gemm.why_not(config, problem)
+    why = FUSED_GEMM.family(HOPPER).why_not(config, problem)
     assert why is not None and sentence in why and not why.endswith(".")
-    assert HOPPER.fused_gemm.why_not(config, FINE) is None
+    assert FUSED_GEMM.family(HOPPER).why_not(config, FINE) is None
 
 
 def test_every_form_fits_and_names_itself() -> None:
     assert len({str(config) for config in all_fused_configs()}) == len(all_fused_configs())
     for config in all_fused_configs():
-        assert config.shared_memory() <= SHARED_MEMORY_LIMIT
+        assert config.shared_memory() <= HOPPER.limits.shared_memory
         assert config.rows in (64, 128, 256)
     small = [config for config in all_fused_configs() if config.waves == 1]
-    assert all(config.shared_memory(4) <= SHARED_MEMORY_LIMIT for config in small), "FP32 sums need a form"
+    assert all(config.shared_memory(4) <= HOPPER.limits.shared_memory for config in small), "FP32 sums need a form"
 
 
 @given(st.integers(1, 20000), st.integers(1, 300), st.integers(1, 2000), st.integers(1, 2), st.booleans())
 def test_the_choice_is_valid_and_faster_by_the_estimate(m: int, n: int, k: int, parts: int, quantized: bool) -> None:
     problem = FusedGemmProblem(m, 128 * n, 16 * k, parts, block=(1, 128) if quantized else None)
-    chosen = HOPPER.fused_gemm.choose(problem)
+    chosen = FUSED_GEMM.family(HOPPER).choose(problem)
     if isinstance(chosen, Separate):
-        assert "us with separate kernels" in why_separate(HOPPER.fused_gemm, problem)
+        assert "us with separate kernels" in why_separate(FUSED_GEMM.family(HOPPER), problem)
     else:
-        assert HOPPER.fused_gemm.why_not(chosen, problem) is None
-        assert HOPPER.fused_gemm.time(chosen, problem) < HOPPER.fused_gemm.time(Separate(), problem)
+        assert FUSED_GEMM.family(HOPPER).why_not(chosen, problem) is None
+        assert FUSED_GEMM.family(HOPPER).time(chosen, problem) < FUSED_GEMM.family(HOPPER).time(Separate(), problem)
 
 
 def test_a_refused_problem_gets_the_message_of_a_form_with_its_parts() -> None:
@@ -149,8 +148,8 @@ def test_a_refused_problem_gets_the_message_of_a_form_with_its_parts() -> None:
         replace(FINE, parts=1, others=3): "an epilogue may read 2 operands besides the sums, this one reads 3",
     }
     for problem, reason in reasons.items():
-        assert HOPPER.fused_gemm.choose(problem) == Separate()
-        assert why_separate(HOPPER.fused_gemm, problem) == reason
+        assert FUSED_GEMM.family(HOPPER).choose(problem) == Separate()
+        assert why_separate(FUSED_GEMM.family(HOPPER), problem) == reason
 
 
 @pytest.fixture
@@ -179,7 +178,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         out.copy_(parse(expression).run(named)[0])
         return KernelCall(None, 1, (out,), {}, {})
 
-    monkeypatch.setattr(fused_product, "check_device", lambda device: None)
+    monkeypatch.setattr(fused_product, "gpu_at", lambda device: HOPPER)
     monkeypatch.setattr(fused_product, "scaled_linear_on_gpu", product)
     monkeypatch.setattr(fused_product, "fused_quantize_on_gpu", quantize)
     monkeypatch.setattr(fused_product, "expression_call", alone)
@@ -229,7 +228,8 @@ def test_separate_kernels_match_the_reference(
         format=format,
     )
     layout: dict[str, Any] = {"scale_layout": "row_major"} if quantized else {}
-    got = fused_product.fused_linear_on_gpu(x, xs, w, ws, bias, others, **options, **last, **layout)
+    given = fused_product.FusedLinear(x, xs, w, ws, bias, others, **options, **last, **layout)
+    got = fused_product.fused_linear_on_gpu(*given)
     assert len(got) == len(want)
     for mine, theirs in zip(got, want, strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine.float(), theirs.float())

@@ -9,11 +9,11 @@ from hopper_kernels import all_fused_configs, launch_fused
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
-from codegen.fused_gemm import product as fused_product
 from codegen.launching.launch import launch
-from codegen.quantize.plain import scale_like
+from codegen.operators import fused_linear as fused_product
+from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FusedGemmConfig, FusedGemmProblem
+from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem
 from codegen.templates.fused_expression import expression_call
 from codegen.templates.template import ceil_div
 from qcompiler import numerics
@@ -144,7 +144,8 @@ def test_columns_that_do_not_fill_a_tile(config: FusedGemmConfig, n: int) -> Non
 def test_sums_that_the_expression_does_not_round(parts: int) -> None:
     config = next(form for form in FORMS if form.parts == parts and form.waves == 1)
     expression = "y0 * 2" if parts == 1 else "y0 - y1 * 0.5"
-    assert HOPPER.fused_gemm.why_not(config, FusedGemmProblem(200, 256, 512, parts, handed_bytes=4, block=None)) is None
+    problem = FusedGemmProblem(200, 256, 512, parts, handed_bytes=4, block=None)
+    assert FUSED_GEMM.family(HOPPER).why_not(config, problem) is None
     x, xs, w, ws = operands(200, 256 * parts, 512)
     out = torch.full((200, 256), math.nan, device="cuda")
     launch_fused(config, expression, x, w, xs, ws, None, [], out)

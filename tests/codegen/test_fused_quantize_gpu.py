@@ -13,8 +13,8 @@ from torch import Tensor
 from codegen.fused_expressions import triton_function
 from codegen.kernels.encoding import reciprocal_of, scale_of
 from codegen.kernels.fused_quantize import fused_quantize as kernel
-from codegen.quantize.fused import why_not_fused
-from codegen.torch_ops import SCALE_LAYOUTS
+from codegen.operators.fused_quantize import why_not_fused
+from codegen.operators.quantize import SCALE_LAYOUTS
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
 

@@ -32,9 +32,9 @@ def _case(
     q = torch.full((m + 1, k), 7, dtype=torch.int8)
     scale = quantization.scale_like(operands[0], block_k, layout).fill_(-1.0)
     problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), 4, len(keep))
-    tile = HOPPER.fused_quantize.choose(problem)
+    tile = FUSED_QUANTIZE.family(HOPPER).choose(problem)
     given = FusedQuantizeOperands(expression, keep, operands, [each[:m] for each in kept], q[:m], scale)
-    HOPPER.fused_quantize.launch(tile, given)
+    FUSED_QUANTIZE.family(HOPPER).launch(tile, given)
     want, *wanted = made.run({f"x{place}": x for place, x in enumerate(operands)}, keep)
     label = (expression, m, k, block_k, layout, tile)
     for got, each in zip(kept, wanted, strict=True):
@@ -83,9 +83,9 @@ def test_the_kernel_under_the_interpreter() -> None:
 if __name__ == "__main__":
     import torch
 
-    from codegen.quantize import plain as quantization
+    from codegen.operators import quantize as quantization
     from codegen.targets.hopper import HOPPER
-    from codegen.templates.fused_quantize import FusedQuantizeOperands, FusedQuantizeProblem
+    from codegen.templates.fused_quantize import FUSED_QUANTIZE, FusedQuantizeOperands, FusedQuantizeProblem
     from qcompiler import numerics
     from qcompiler.dialects.fused_expression import parse
 

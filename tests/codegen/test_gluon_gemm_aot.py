@@ -8,9 +8,9 @@ from hopper_kernels import GLUON, all_configs, compile_gemm, compile_sum_splits,
 from hopper_kernels import WARP as WARPS
 
 from codegen.machine_code import MachineCode
+from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmConfig
 from codegen.templates.gemm_template import MOST_SPLITS
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 CONFIGS = [config for config in all_configs() if config.variant in GLUON]
 WARP = [config for config in CONFIGS if config.variant in WARPS]
@@ -22,7 +22,7 @@ def assert_no_spills(code: MachineCode) -> None:
 
 
 def fits(config: GemmConfig, out_dtype: torch.dtype) -> bool:
-    return shared_memory(config, out_dtype.itemsize) <= SHARED_MEMORY_LIMIT
+    return shared_memory(config, out_dtype.itemsize) <= HOPPER.limits.shared_memory
 
 
 @pytest.mark.parametrize("config", WARP, ids=str)

@@ -5,8 +5,8 @@ import torch
 from hopper_kernels import GROUPED_CONFIGS as CONFIGS
 from hopper_kernels import TALL, choose_grouped, compile_grouped, grouped_memory
 
+from codegen.targets.hopper import HOPPER
 from codegen.templates.grouped import MOST_GROUPS, GroupedConfig, table_size
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
 
@@ -35,7 +35,7 @@ def test_machine_code(config: GroupedConfig, groups: int, masked: bool) -> None:
 def test_every_choice_fits_shared_memory_and_every_config_is_chosen(out_bytes: int) -> None:
     chosen = {choose_grouped(mean, out_bytes) for mean in range(400)}
     assert chosen == set(CONFIGS) - ({TALL} if out_bytes == 4 else set())
-    assert all(grouped_memory(config, out_bytes, MOST_GROUPS) <= SHARED_MEMORY_LIMIT for config in chosen)
+    assert all(grouped_memory(config, out_bytes, MOST_GROUPS) <= HOPPER.limits.shared_memory for config in chosen)
 
 
 def test_the_table_size_is_a_power_of_two() -> None:

@@ -5,7 +5,6 @@ the same way are not compiled again.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -29,10 +28,10 @@ from hopper_kernels import (
 )
 
 from codegen.machine_code import MachineCode
+from codegen.targets.hopper import HOPPER
 from codegen.templates.fused import FusedGemmConfig
 from codegen.templates.gemm import Kind
 from codegen.templates.grouped import MOST_GROUPS, GroupedConfig
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 B16, F32 = torch.bfloat16, torch.float32
 NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
@@ -73,24 +72,24 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
 
 def numbers(code: MachineCode) -> tuple[int, ...]:
     """Registers, warps, bytes of shared memory, blocks, tensor core and copy engine instructions, and spills."""
-    used = (code.registers, code.warps, code.shared_memory, code.blocks)
-    return (*used, code.qgmma + code.igmma, code.tma_loads + code.tma_stores, code.local_loads + code.local_stores)
+    used = (code.registers, code.warps, code.shared_memory)
+    counts = (code.qgmma + code.igmma, code.tma_loads + code.tma_stores, code.local_loads + code.local_stores)
+    return (*used, HOPPER.limits.blocks_at_once(*used), *counts)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_budget(name: str, record_property: Callable[[str, object], None]) -> None:
     code = KERNELS[name]()
     assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
-    assert code.blocks >= 1 and code.shared_memory <= SHARED_MEMORY_LIMIT, "no multiprocessor can hold a block"
+    blocks = HOPPER.limits.blocks_at_once(code.registers, code.warps, code.shared_memory)
+    assert blocks >= 1 and code.shared_memory <= HOPPER.limits.shared_memory, "no multiprocessor can hold a block"
     assert 32 * code.warps * code.registers <= 65536 and 0 < code.registers <= 255
     record_property("budget", [name, *numbers(code)])
 
 
 def test_blocks_per_multiprocessor() -> None:
-    code = compile_quantize()
-
     def held(registers: int, shared_memory: int, warps: int) -> int:
-        return replace(code, registers=registers, shared_memory=shared_memory, warps=warps).blocks
+        return HOPPER.limits.blocks_at_once(registers, warps, shared_memory)
 
     assert held(168, 0, 4) == 3  # 168 * 32 * 4 = 21504 of 65536 registers
     assert held(161, 0, 4) == 3 and held(160, 0, 4) == 3 and held(128, 0, 4) == 4

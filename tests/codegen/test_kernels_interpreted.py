@@ -154,7 +154,7 @@ if __name__ == "__main__":
     from torch import Tensor
 
     from codegen.kernels.quantize import quantize_tiles
-    from codegen.quantize import plain as quantization
+    from codegen.operators import quantize as quantization
     from codegen.templates.gemm import GemmConfig, Kind
     from codegen.templates.quantize import quantize_config
     from qcompiler import numerics

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from codegen.launching.launch import KernelCall
-from codegen.quantize.plain import scale_like
+from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.quantize import LONGEST_ROW, QuantizeOperands, QuantizeProblem
+from codegen.templates.quantize import LONGEST_ROW, QUANTIZE, QuantizeOperands, QuantizeProblem
 
 E4M3 = torch.float8_e4m3fn
 BLOCKS = {"tiles": (1, 64), "tokens": (1, -1), "tensor": (-1, -1), "known": (1, 64)}
@@ -19,8 +19,8 @@ kinds = pytest.mark.parametrize("kind", BLOCKS)
 def calls(kind: str, x: Tensor) -> Sequence[KernelCall]:
     q, block = torch.empty(x.shape, dtype=E4M3), BLOCKS[kind]
     scale = torch.empty(1, 1) if kind == "tensor" else scale_like(x, block[1], "col_major")
-    config = HOPPER.quantize.choose(QuantizeProblem(x.shape[0], x.shape[1], block, kind == "known"))
-    return HOPPER.quantize.calls(config, QuantizeOperands(x, q, scale, block))
+    config = QUANTIZE.family(HOPPER).choose(QuantizeProblem(x.shape[0], x.shape[1], block, kind == "known"))
+    return QUANTIZE.family(HOPPER).calls(config, QuantizeOperands(x, q, scale, block))
 
 
 @kinds

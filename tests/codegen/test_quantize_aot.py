@@ -5,7 +5,7 @@ import torch
 from hopper_kernels import compile_amax, compile_known, compile_quantize, compile_tokens
 
 from codegen.machine_code import MachineCode
-from codegen.quantize.plain import SCALE_LAYOUTS
+from codegen.operators.quantize import SCALE_LAYOUTS
 from codegen.templates.quantize import quantize_config
 from qcompiler import numerics
 

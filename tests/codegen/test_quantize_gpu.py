@@ -9,7 +9,7 @@ import torch
 from gpu_checks import assert_same_codes
 from torch import Tensor
 
-from codegen.torch_ops import SCALE_LAYOUTS
+from codegen.operators.quantize import SCALE_LAYOUTS
 from qcompiler import numerics
 
 pytestmark = pytest.mark.gpu

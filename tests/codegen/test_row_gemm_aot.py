@@ -7,9 +7,9 @@ import torch
 from hopper_kernels import all_configs, compile_row_gemm, compile_sum_splits, shared_memory
 
 from codegen.machine_code import MachineCode
+from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmConfig, Kind
 from codegen.templates.gemm_template import MOST_SPLITS
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 
 ROW_KINDS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
 
@@ -51,7 +51,7 @@ def test_every_warp_specialized_kernel(kind: Kind, config: GemmConfig) -> None:
     waves, boxes = config.block_m // 64, config.block_m // config.box
     for out_dtype, bias in OUTPUTS:
         needed = shared_memory(config, out_dtype.itemsize, 0)
-        if needed > SHARED_MEMORY_LIMIT:
+        if needed > HOPPER.limits.shared_memory:
             assert out_dtype == torch.float32
             continue
         # Each way to sum is compiled once; only one of them with the other output types.

@@ -13,8 +13,8 @@ from codegen.kernels.narrow_gemm import narrow_gemm, sum_splits
 from codegen.kernels.quantize import quantize_tiles
 from codegen.kernels.scaled_gemm import scaled_gemm_pointers, scaled_gemm_tma
 from codegen.kernels.warp_gemm import warp_gemm
+from codegen.operators.quantize import SCALE_LAYOUTS
 from codegen.templates.gemm import GemmConfig, GemmProblem
-from codegen.torch_ops import SCALE_LAYOUTS
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu

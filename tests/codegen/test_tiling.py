@@ -8,9 +8,9 @@ from hopper_kernels import WARP as WARPS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmConfig, GemmProblem, Kind, bucket, tiles_of
 from codegen.templates.gemm_template import DEEPEST_INT8, MOST_SPLITS, SHORTEST_SPLIT
-from codegen.templates.hopper import SHARED_MEMORY_LIMIT
 from codegen.templates.quantize import LONGEST_ROW, quantize_config, tensor_config, token_config
 from codegen.templates.template import ceil_div
 from codegen.templates.warp import WarpGemm
@@ -178,7 +178,7 @@ def test_configurations_are_few_and_valid(kind: Kind, x_block: int) -> None:
     for config in configs:
         for out_bytes in (2, 4):
             problem = replace(FINE, out_bytes=out_bytes, kind=kind, x_block=x_block)
-            fits = shared_memory(config, out_bytes, problem.stage_scales) <= SHARED_MEMORY_LIMIT
+            fits = shared_memory(config, out_bytes, problem.stage_scales) <= HOPPER.limits.shared_memory
             assert (refusal(config, problem) is None) == fits
             # The widest tile leaves no room for FP32 rows, which are rare.
             assert fits or (config.variant in WARPS and out_bytes == 4)

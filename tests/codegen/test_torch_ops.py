@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from codegen import torch_ops
+from codegen.operators.quantize import SCALE_LAYOUTS
 from qcompiler import numerics
 from qcompiler.errors import CodegenError, QCompilerError
 
@@ -15,7 +16,7 @@ from qcompiler.errors import CodegenError, QCompilerError
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 E4M3 = torch.float8_e4m3fn
-LAYOUTS = torch_ops.SCALE_LAYOUTS
+LAYOUTS = SCALE_LAYOUTS
 quantize = torch.ops.qcompiler.quantize
 quantize_static = torch.ops.qcompiler.quantize_static
 scaled_linear = torch.ops.qcompiler.scaled_linear

@@ -11,8 +11,9 @@ import torch
 from hopper_kernels import all_configs, choose, estimated_time, refusal
 
 from codegen.gemm import tuned, tuner
-from codegen.gemm.tuner import Measured, Tuning, candidates
-from codegen.templates.gemm import GemmConfig, GemmProblem
+from codegen.gemm.tuner import Measured, Tuning
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GEMM, GemmConfig, GemmFamily, GemmProblem
 from qcompiler import CodegenError, knobs
 
 PROBLEMS = [
@@ -22,7 +23,12 @@ PROBLEMS = [
     GemmProblem(2048, 2048, 2048, kind="rows_i8", out_bytes=4),
 ]  # fmt: skip
 PROBLEM = PROBLEMS[0]
+FAMILY = GEMM.family(HOPPER)
 HEADER = {"format": 1, "device": "NVIDIA H200", "triton": "3.6.0", "kernels": "0123"}
+
+
+def candidates(problem: GemmProblem) -> list[GemmConfig]:
+    return tuner.candidates(problem, FAMILY)
 
 
 def another(problem: GemmProblem) -> GemmConfig:
@@ -35,6 +41,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tuned, "use_cache_folder", lambda: str(tmp_path / "folder"))
     monkeypatch.setattr(tuned, "header_of", lambda device: HEADER | {"device": f"device {device}"})
     monkeypatch.setattr(tuned, "_learned", {})
+    monkeypatch.setattr(tuned, "gpu_at", lambda device: HOPPER)
+    monkeypatch.setattr(tuner, "gpu_at", lambda device: HOPPER)
     tuned.forget()
     yield
     tuned.forget()
@@ -123,22 +131,22 @@ def changed(**changes: Any) -> str:
         (json.dumps({"header": HEADER, "products": [1]}), "TypeError"),
         (changed(block_m=48), "ValueError: there is no configuration"),
         (changed(colour=1), "TypeError"),
-        (changed(kind="rows"), "KeyError"),
+        (changed(kind="rows"), "ValueError: there is no configuration"),
     ],
 )
 def test_damaged_and_foreign_files_are_ignored_with_a_warning(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(text)
     with pytest.warns(UserWarning, match=f"file.json is not used: {says}"):
-        assert tuned.read(path, HEADER) == {}
+        assert tuned.read(path, HEADER, FAMILY) == {}
     assert path.read_text() == text
 
 
 def test_an_intact_file_is_read_and_a_missing_one_gives_none(tmp_path: Path) -> None:
-    assert tuned.read(tmp_path / "none.json", HEADER) == {}
+    assert tuned.read(tmp_path / "none.json", HEADER, FAMILY) == {}
     path = tmp_path / "file.json"
     path.write_text(changed())
-    assert tuned.read(path, HEADER) == {PROBLEM: choose(PROBLEM)}
+    assert tuned.read(path, HEADER, FAMILY) == {PROBLEM: choose(PROBLEM)}
 
 
 def test_another_device_or_kernel_is_another_file(tmp_path: Path) -> None:
@@ -152,7 +160,7 @@ def test_another_device_or_kernel_is_another_file(tmp_path: Path) -> None:
 def test_tuning_measures_each_gemm_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
 
-    def measure(problem: GemmProblem) -> Measured:
+    def measure(problem: GemmProblem, family: GemmFamily) -> Measured:
         return Measured(problem, {another(problem): 1.0, choose(problem): 2.0}, choose(problem))
 
     monkeypatch.setattr(tuner, "measure", measure)

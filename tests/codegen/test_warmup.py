@@ -21,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import qcompiler
-from codegen.gemm.tuned import config_for
+from codegen.gemm import tuned
 from codegen.kernels.quantize import quantize_tiles
 from codegen.launching import launch as launching
 from codegen.launching import replay, warmup
 from codegen.launching.launch import KernelCall
 from codegen.launching.warmup import Blank, Warmup, products_of, warm_up
+from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmProblem
 from qcompiler.capture.signature import Signature
 from qcompiler.compiler.model import CompiledModel
@@ -195,6 +196,7 @@ class Driver:
 @pytest.fixture
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(tuned, "gpu_at", lambda device: HOPPER)
     monkeypatch.setattr(launching, "_COMPILED", {})
     Driver.loaded.clear()
     active = driver._active
@@ -222,7 +224,7 @@ def _probe() -> Iterator[None]:
 
     def probe(x: Tensor, block: int) -> Tensor:
         assert type(x) is Tensor and bool((x == 0).all())
-        config_for(0, GemmProblem(x.shape[0], 128, x.shape[1]))
+        tuned.config_for(0, GemmProblem(x.shape[0], 128, x.shape[1]))
         q, scale = torch.empty(x.shape, dtype=E4M3), torch.empty(x.shape[0], x.shape[1] // block)
         launch_quantize(x, q, scale, (1, block))
         return q

@@ -18,11 +18,13 @@ from codegen.gemm import tuned
 from codegen.gemm.tuner import candidates
 from codegen.launching import launch as launching
 from codegen.launching import replay
-from codegen.templates.gemm import GemmProblem
+from codegen.targets.hopper import HOPPER
+from codegen.templates.gemm import GEMM, GemmProblem
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.errors import CodegenError
 
 pytestmark = pytest.mark.gpu
+FAMILY = GEMM.family(HOPPER)
 
 
 class Mlp(torch.nn.Module):
@@ -105,14 +107,14 @@ def test_tuning_is_used_here_and_on_request(compiled: CompiledModel, tmp_path: P
     result = compiled.tune(x)
     assert len(result.products) == 2 and result.file is not None, str(result)
     for product in result.products:
-        assert list(product.times) == sorted(candidates(product.problem), key=product.times.__getitem__)
+        assert list(product.times) == sorted(candidates(product.problem, FAMILY), key=product.times.__getitem__)
         assert product.ratio <= 1.0 and tuned.config_for(0, product.problem) == product.best
     assert (compiled(x).float() - want.float()).norm() <= 1e-2 * want.float().norm()
     entries = json.loads(Path(result.file).read_text())["products"]
     assert {entry["problem"]["n"] for entry in entries} >= {512, 1024}
     # An impossible measurement shows whether another process reads the file.
     problem = GemmProblem(16, 1024, 512, torch.cuda.get_device_properties(0).multi_processor_count)
-    other = next(config for config in candidates(problem)[::-1] if config != choose(problem))
+    other = next(config for config in candidates(problem, FAMILY)[::-1] if config != choose(problem))
     tuned.learn(0, {problem: other})
     script = (
         f"from codegen.templates.gemm import *; from codegen.gemm import tuned; print(tuned.config_for(0, {problem!r}))"

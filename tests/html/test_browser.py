@@ -286,7 +286,7 @@ def test_an_empty_table_and_a_graph_without_passes(opened: Opened, tmp_path: Pat
     data: dict[str, Any] = {
         "name": "f", "pipeline": "", "target": "cpu", "summary": "nothing", "notes": [], "decisions": [],
         "errors": None, "stages": [{"name": "captured", "ops": [], "leftAlone": {}}],
-        "ops": [], "places": [], "sentences": [], "kernels": {"rows": [], "kinds": []},
+        "ops": [], "places": [], "sentences": [], "kernels": {"rows": [], "gpu": None, "kinds": []},
     }  # fmt: skip
     write_page(tmp_path / "page.html", render_page("f", data))
     page = opened.goto(tmp_path / "page.html")

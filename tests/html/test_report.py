@@ -15,10 +15,11 @@ from hopper_kernels import choose
 from torch import nn
 
 import qcompiler
+from codegen.targets.hopper import HOPPER
 from codegen.templates.gemm import GemmProblem
 from qcompiler.errors import CaptureError, InputError
 from qcompiler.html import html_report
-from qcompiler.html.kernels import ROWS
+from qcompiler.html.kernels import ROWS, describe_kernels
 from qcompiler.html.page import as_script_data
 from qcompiler.ir import print_op
 
@@ -135,11 +136,16 @@ def test_errors_are_shown_when_they_were_measured(page: str) -> None:
     assert {row["kernel"] for row in rows} == {"inf"}
 
 
-def test_kernels_come_with_the_configuration_that_is_chosen(page: str) -> None:
-    kinds = data_of(page)["kernels"]["kinds"]
+def test_kernels_come_with_the_configuration_that_the_target_chooses(compiled: Any, page: str) -> None:
+    described = describe_kernels(compiled.program.graph, HOPPER)
+    assert described["rows"] == ROWS and described["gpu"] == "Hopper GPU with 132 multiprocessors"
+    kinds = described["kinds"]
     (gemm,) = [kind for kind in kinds if kind["op"] == "kernel.scaled_linear" and kind["result"] == "bf16[s0, 256]"]
     assert gemm["choices"] == [str(choose(GemmProblem(rows, 256, 512))) for rows in ROWS]
     assert sum(len(kind["values"]) for kind in kinds if "linear" in kind["op"]) == 2
+    on_cpu = data_of(page)["kernels"]
+    assert on_cpu["rows"] == [] and on_cpu["gpu"] is None and not any(kind["choices"] for kind in on_cpu["kinds"])
+    assert [kind["values"] for kind in on_cpu["kinds"]] == [kind["values"] for kind in kinds]
 
 
 def test_equal_kernels_stand_together() -> None:
@@ -153,7 +159,7 @@ def test_what_cannot_run_on_a_gpu_says_why() -> None:
     fast = qcompiler.compile(
         mlp(), example_inputs=(torch.randn(4, 256, dtype=torch.bfloat16),), scheme="fp8_tile{k_block=16}"
     )
-    kinds = data_of(html_report(fast))["kernels"]["kinds"]
+    kinds = describe_kernels(fast.program.graph, HOPPER)["kinds"]
     choices = [choice for kind in kinds for choice in kind["choices"]]
     assert choices
     assert all(choice.startswith("no kernel: ") for choice in choices)

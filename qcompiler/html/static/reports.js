@@ -112,7 +112,7 @@ function stack(types, most, order) {
 }
 
 function drawKernels(view, select) {
-  const { rows, kinds } = data.kernels;
+  const { rows, gpu, kinds } = data.kernels;
   if (!kinds.length) {
     show(view, el("h2", {}, "Kernels"), el("p", { class: "empty" }, "The last graph does not call any qcompiler kernel."));
     return;
@@ -127,6 +127,6 @@ function drawKernels(view, select) {
     ...rows.map((count, index) => ({ name: plural(count, "row"), value: (row) => row.choices[index] ?? "", kind: "code choice" })),
   ];
   show(view, el("h2", {}, "Kernels"),
-    el("p", { class: "lead" }, `Equal calls are grouped. The row columns show the configuration selected for that many rows on a Hopper GPU with 132 multiprocessors; this model was compiled for the target ${data.target}.`),
+    el("p", { class: "lead" }, `Equal calls are grouped, as compiled for the target ${data.target}.${gpu ? ` The row columns show the configuration selected for that many rows on a ${gpu}.` : ""}`),
     new Table(columns, kinds, { act: (row) => select(row.values[0]) }).element);
 }

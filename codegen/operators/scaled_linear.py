@@ -1,40 +1,25 @@
-"""The scaled matmul on a GPU: operand checks and the choice of a configuration."""
+"""The operator `scaled_linear`: operand checks and the choice of a configuration."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from codegen.gemm.on_cpu import scaled_linear_on_cpu
 from codegen.gemm.tuned import config_for
 from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed
+from codegen.operators.operator import Operator, declare
 from codegen.support import is_tiled
-from codegen.targets.hopper import HOPPER, check_device
-from codegen.templates.gemm import GemmOperands, GemmProblem, Kind, bucket
-from codegen.templates.hopper import has_scale_columns, multiprocessors
+from codegen.targets.cuda import CudaTarget, gpu_at
+from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem, Kind, bucket
+from codegen.templates.hopper import has_scale_columns
 from qcompiler.errors import CodegenError
 from qcompiler.numerics import format_of, scale_shape
 
-_why_not = cache(HOPPER.why_not)
 
-
-def scaled_linear_on_gpu(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, bias: Tensor | None,
-    x_block: Sequence[int], w_block: Sequence[int], out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`numerics.scaled_linear` on a CUDA device.
-
-    Raises:
-        CodegenError: The kernels do not support the operands: see `codegen.support` for blocks and formats.
-    """
-    what = ("scaled_linear", *x_block, *w_block, out_dtype)
-    operands = (x_q, x_s, w_q, w_s, bias)
-    return replayed(_scaled_linear, what, operands, *operands, x_block, w_block, out_dtype)
-
-
-class _Linear(NamedTuple):
+class ScaledLinear(NamedTuple):
     """The arguments of the operator."""
 
     x_q: Tensor
@@ -47,9 +32,20 @@ class _Linear(NamedTuple):
     out_dtype: torch.dtype
 
 
-def _scaled_linear(*arguments: Any) -> Tensor:
-    given = _Linear(*arguments)
-    _check(given)
+def scaled_linear_on_gpu(*arguments: Any) -> Tensor:
+    """`numerics.scaled_linear` on a CUDA device.
+
+    Raises:
+        CodegenError: The kernels do not support the operands: see `codegen.support` for blocks and formats.
+    """
+    *operands, x_block, w_block, out_dtype = arguments
+    return replayed(_run, ("scaled_linear", *x_block, *w_block, out_dtype), operands, *arguments)
+
+
+def _run(*arguments: Any) -> Tensor:
+    given = ScaledLinear(*arguments)
+    gpu = gpu_at(given.x_q.device)
+    _check(given, gpu)
     x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
     n, k = w_q.shape
     out = empty((*x_q.shape[:-1], n), out_dtype, x_q.device)
@@ -62,26 +58,24 @@ def _scaled_linear(*arguments: Any) -> Tensor:
     m = rows.shape[0]
     scales = x_s if flat else x_s.reshape(-1, x_s.shape[-1])
     matrix = out if flat else out.view(-1, n)
-    aligned = (rows.data_ptr() | w_q.data_ptr()) % 16 == 0
+    aligned = (rows.data_ptr() | w_q.data_ptr()) % gpu.limits.copy_alignment == 0
     kind: Kind = "tiles" if is_tiled(w_block) else "rows_i8" if w_q.dtype == torch.int8 else "rows_f8"
     if kind == "tiles" and scales.shape[0] != m:
         scales = scales.expand(m, scales.shape[-1])
     columns = kind == "tiles" and has_scale_columns(scales)
     device = x_q.device.index
-    problem = GemmProblem(
-        bucket(m), n, k, multiprocessors(device), out.element_size(), aligned, kind, x_block[1], columns
-    )  # fmt: skip
+    sizes = (bucket(m), n, k, gpu.limits.multiprocessors_of(device), out.element_size())
+    problem = GemmProblem(*sizes, aligned, kind, x_block[1], columns)
     operands = GemmOperands(rows, w_q, matrix, scales, w_s, bias, x_block[1] if kind == "tiles" else None)
     with on(x_q.device):
-        HOPPER.gemm.launch(config_for(device, problem), operands)
+        GEMM.family(gpu).launch(config_for(device, problem), operands)
     return out
 
 
-def _check(given: _Linear) -> None:
+def _check(given: ScaledLinear, gpu: CudaTarget) -> None:
     """Raises CodegenError, with the actual and expected value, for operands that the kernels do not support."""
     x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
-    check_device(x_q.device)
-    why = _why_not(format_of(x_block, x_q.dtype), format_of(w_block, w_q.dtype))
+    why = gpu.why_not(format_of(x_block, x_q.dtype), format_of(w_block, w_q.dtype))
     if why is not None:
         raise CodegenError(f"no GPU kernel runs this scaled linear: {why}")
     n, k = w_q.shape if w_q.dim() == 2 else (-1, -1)
@@ -114,3 +108,15 @@ def _check(given: _Linear) -> None:
         if got != need:
             raise CodegenError(f"the GPU kernels cannot run this {what}", got=got, need=need)
     raise CodegenError("the GPU kernels cannot write this dtype", got=out_dtype, need=list(FLOATS))
+
+
+def _fake(*arguments: Any) -> Tensor:
+    given = ScaledLinear(*arguments)
+    return given.x_q.new_empty((*given.x_q.shape[:-1], given.w_q.shape[0]), dtype=given.out_dtype)
+
+
+SCALED_LINEAR_SCHEMA = (
+    "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "
+    "ScalarType out_dtype) -> Tensor"
+)
+declare(Operator(SCALED_LINEAR_SCHEMA, scaled_linear_on_cpu, scaled_linear_on_gpu, _fake))

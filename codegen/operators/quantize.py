@@ -1,7 +1,7 @@
-"""Quantization on a GPU: supported inputs, and the layout of the scales.
+"""The operators `quantize` and `quantize_static`, and the layout of the scales.
 
-Quantizations without a template in `codegen.templates.quantize`, such as blocks of a weight, run only once, so torch's
-operators do them.
+On a GPU, quantizations without a template in `codegen.templates.quantize`, such as blocks of a weight, run only once,
+so torch's operators do them.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed
-from codegen.targets.hopper import HOPPER, check_device
-from codegen.templates.quantize import QuantizeOperands, QuantizeProblem, why_not_quantize
+from codegen.operators.operator import Operator, declare
+from codegen.targets.cuda import gpu_at
+from codegen.templates.quantize import QUANTIZE, QuantizeOperands, QuantizeProblem, why_not_quantize
 from codegen.templates.template import ceil_div
 from qcompiler import numerics
 from qcompiler.errors import CodegenError, did_you_mean
@@ -56,6 +57,38 @@ def check_layout(block: Sequence[int], layout: str) -> None:
         raise CodegenError("the column-major scale layout is for blocks of 1 row", got=list(block), need="[1, columns]")
 
 
+def laid_out(q: Tensor, scale: Tensor, block: Sequence[int], layout: str) -> tuple[Tensor, Tensor]:
+    """Codes and their scales, with the scales in the given layout."""
+    return q, scale if layout == "row_major" else scale_like(q, block[1], layout).copy_(scale)
+
+
+def quantize_on_cpu(
+    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`numerics.quantize`, with the scales in the given layout."""
+    check_layout(block, scale_layout)
+    q, scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
+    return laid_out(q, scale, block, scale_layout)
+
+
+def quantize_fake(
+    x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The codes and scales without data."""
+    check_layout(block, scale_layout)
+    q = _codes(x, dtype, profile)
+    if x.dim() == 1 or block[0] == 1:
+        return q, scale_like(x, block[1], scale_layout)
+    return q, x.new_empty(numerics.scale_shape(x.shape, block), dtype=torch.float32)
+
+
+def _codes(x: Tensor, dtype: torch.dtype, profile: str) -> Tensor:
+    numerics.profile(profile)
+    if x.dim() == 0:
+        raise CodegenError("cannot quantize a scalar", need="1 dimension or more")
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def quantize_on_gpu(
     x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +97,19 @@ def quantize_on_gpu(
     return replayed(_quantize, what, (x, prescale), x, block, dtype, profile, scale_layout, prescale)
 
 
-def quantize_static_on_gpu(
+def _quantize_static_on_cpu(
+    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
+) -> Tensor:
+    return numerics.quantize_static(x, scale, numerics.format_of(block, dtype, profile), prescale)
+
+
+def _quantize_static_fake(
+    x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
+) -> Tensor:
+    return _codes(x, dtype, profile)
+
+
+def _quantize_static_on_gpu(
     x: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, prescale: Tensor | None = None
 ) -> Tensor:
     """`numerics.quantize_static` on a CUDA device; the same errors. The host does not wait for the scale."""
@@ -77,8 +122,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor]:
     check_layout(block, scale_layout)
     if not _has_kernel(x, block, dtype, prescale):
-        q, scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
-        return q, scale if scale_layout == "row_major" else scale_like(x, block[1], scale_layout).copy_(scale)
+        return quantize_on_cpu(x, block, dtype, profile, scale_layout, prescale)
     numerics.profile(profile)
     q = empty(x.shape, dtype, x.device)
     if block[0] == ALL:
@@ -95,7 +139,7 @@ def _quantize_static(
 ) -> Tensor:
     has_kernel = _has_kernel(x, block, dtype, prescale) and scale.dtype == torch.float32 and scale.device == x.device
     if not has_kernel or list(scale.shape) != numerics.scale_shape(x.shape, block):
-        return numerics.quantize_static(x, scale, numerics.format_of(block, dtype, profile), prescale)
+        return _quantize_static_on_cpu(x, scale, block, dtype, profile, prescale)
     numerics.profile(profile)
     q = empty(x.shape, dtype, x.device)
     _launch(QuantizeOperands(as_rows(x), q, scale, block, profile, prescale), known=True)
@@ -110,15 +154,28 @@ def _launch(operands: QuantizeOperands, known: bool = False) -> None:
     with on(x.device):
         if prescale is not None:
             operands = operands._replace(prescale=prescale.contiguous())
-        config = HOPPER.quantize.choose(QuantizeProblem(x.shape[0], x.shape[1], (block[0], block[1]), known))
-        HOPPER.quantize.launch(config, operands)
+        family = QUANTIZE.family(gpu_at(x.device))
+        config = family.choose(QuantizeProblem(x.shape[0], x.shape[1], (block[0], block[1]), known))
+        family.launch(config, operands)
 
 
 def _has_kernel(x: Tensor, block: Sequence[int], dtype: torch.dtype, prescale: Tensor | None) -> bool:
     """Whether a kernel runs it; otherwise torch does, or reports the error."""
-    check_device(x.device)
+    gpu_at(x.device)
     known = why_not_quantize(block) is None
     fits = prescale is None or (
         prescale.shape == x.shape[-1:] and prescale.is_floating_point() and prescale.device == x.device
     )
     return known and fits and x.dim() > 0 and x.dtype in FLOATS and dtype in numerics.FORMAT_MAX
+
+
+QUANTIZE_SCHEMA = (
+    "quantize(Tensor x, int[] block, ScalarType dtype, str profile, str scale_layout, Tensor? prescale=None) "
+    "-> (Tensor, Tensor)"
+)
+declare(Operator(QUANTIZE_SCHEMA, quantize_on_cpu, quantize_on_gpu, quantize_fake))
+QUANTIZE_STATIC_SCHEMA = (
+    "quantize_static(Tensor x, Tensor scale, int[] block, ScalarType dtype, str profile, Tensor? prescale=None) "
+    "-> Tensor"
+)
+declare(Operator(QUANTIZE_STATIC_SCHEMA, _quantize_static_on_cpu, _quantize_static_on_gpu, _quantize_static_fake))

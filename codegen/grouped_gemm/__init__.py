@@ -1,1 +1,0 @@
-"""One matmul for each group of rows, such as the tokens of an expert."""

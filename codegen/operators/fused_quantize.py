@@ -1,0 +1,107 @@
+"""The operator `fused_quantize`: quantization of rows computed by a fused expression from other tensors.
+
+On a GPU one kernel does both. Problems that it does not support (see `why_not_fused`) are computed by torch's
+operators, then quantized.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from codegen.launching.launch import FLOATS, as_rows, on
+from codegen.launching.replay import empty, replayed
+from codegen.operators.operator import Operator, declare
+from codegen.operators.quantize import check_layout, laid_out, quantize_fake, quantize_on_gpu, scale_sizes
+from codegen.targets.cuda import gpu_at
+from codegen.templates.fused_quantize import (
+    FUSED_QUANTIZE,
+    FusedQuantizeOperands,
+    FusedQuantizeProblem,
+    why_not_fused_quantize,
+)
+from qcompiler import numerics
+from qcompiler.dialects.fused_expression import FusedExpression, parse
+from qcompiler.dialects.kernel import fused_quantize
+
+
+class FusedQuantize(NamedTuple):
+    """The arguments of the operator."""
+
+    operands: Sequence[Tensor]
+    expression: str
+    keep: Sequence[str]
+    block: Sequence[int]
+    dtype: torch.dtype
+    profile: str
+    scale_layout: str
+
+
+def fused_quantize_on_gpu(*arguments: Any) -> list[Tensor]:
+    """The meaning of `kernel.fused_quantize` on a CUDA device, with the scales in the given layout."""
+    operands, expression, keep, block, *rest = arguments
+    what = ("fused_quantize", expression, *keep, *block, *rest)
+    return list(replayed(_run, what, operands, operands, expression, tuple(keep), block, *rest))
+
+
+def why_not_fused(
+    operands: Sequence[Tensor], made: FusedExpression, keep: Sequence[str], block: Sequence[int]
+) -> str | None:
+    """Why the kernel does not support it, in one sentence without a final period, or None if it does."""
+    x = operands[0]
+    if x.dim() == 0 or any(y.shape not in (x.shape, x.shape[-1:]) for y in operands):
+        return "its operands are neither of one shape nor vectors of the last dimension"
+    if any(y.dtype not in FLOATS or y.device != x.device for y in operands):
+        return "its operands are not all bfloat16, float16 or float32 on one device"
+    return why_not_fused_quantize(_problem(operands, made, keep, block))
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
+    made, x = parse(expression), operands[0]
+    family = FUSED_QUANTIZE.family(gpu_at(x.device))
+    check_layout(block, scale_layout)
+    numerics.profile(profile)
+    if dtype not in numerics.FORMAT_MAX or x.numel() == 0 or why_not_fused(operands, made, keep, block):
+        result, *others = made.run({f"x{place}": y for place, y in enumerate(operands)}, keep)
+        return (*quantize_on_gpu(result, block, dtype, profile, scale_layout, None), *others)
+    q = empty(x.shape, dtype, x.device)
+    sizes, strides = scale_sizes(x.shape, block[1], scale_layout)
+    scale = empty(sizes, torch.float32, x.device, strides)
+    kept = [empty(x.shape, made.dtype(name), x.device) for name in keep]
+    rows = [y.contiguous() if y.dim() == 1 else as_rows(y) for y in operands]
+    with on(x.device):
+        config = family.choose(_problem(operands, made, keep, block))
+        family.launch(config, FusedQuantizeOperands(expression, tuple(keep), rows, kept, q, scale, profile))
+    return q, scale, *kept
+
+
+def _problem(
+    operands: Sequence[Tensor], made: FusedExpression, keep: Sequence[str], block: Sequence[int]
+) -> FusedQuantizeProblem:
+    x, widest = operands[0], max(y.element_size() for y in operands)
+    m, k = x.shape[:-1].numel(), x.shape[-1]
+    return FusedQuantizeProblem(m, k, (block[0], block[1]), made.across, len(operands), widest, len(keep))
+
+
+def _on_cpu(*arguments: Any) -> list[Tensor]:
+    operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
+    check_layout(block, scale_layout)
+    format = numerics.format_of(block, dtype, profile)
+    q, scale, *kept = fused_quantize(*operands, expression=expression, keep=keep, format=format)
+    return [*laid_out(q, scale, block, scale_layout), *kept]
+
+
+def _fake(*arguments: Any) -> list[Tensor]:
+    operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
+    made, x = parse(expression), operands[0]
+    codes = quantize_fake(x, block, dtype, profile, scale_layout)
+    return [*codes, *(x.new_empty(x.shape, dtype=made.dtype(name)) for name in keep)]
+
+
+FUSED_QUANTIZE_SCHEMA = (
+    "fused_quantize(Tensor[] operands, str expression, str[] keep, int[] block, ScalarType dtype, str profile, "
+    "str scale_layout) -> Tensor[]"
+)
+declare(Operator(FUSED_QUANTIZE_SCHEMA, _on_cpu, fused_quantize_on_gpu, _fake))
