@@ -133,14 +133,14 @@ def _fused(config: FusedGemmConfig, given: FusedLinear) -> tuple[Tensor, ...]:
     dtype = parse(expression).dtype() if quantized is None else quantized[2]
     with on(x_q.device):
         out = empty(shape, dtype, x_q.device)
-        product = GemmOperands(as_rows(x_q), w_q, out.view(-1, n), x_s.reshape(-1, x_s.shape[-1]), w_s, bias)
+        gemm = GemmOperands(as_rows(x_q), w_q, out.view(-1, n), x_s.reshape(-1, x_s.shape[-1]), w_s, bias)
         if quantized is None:
-            family.launch(config, FusedOperands(expression, product, flat))
+            family.launch(config, FusedOperands(expression, gemm, flat))
             return (out,)
         _, columns, _, profile, layout = quantized
         sizes, strides = scale_sizes(shape, columns, layout)
         scale = empty(sizes, torch.float32, x_q.device, strides)
-        operands = FusedOperands(expression, product, flat, scale.reshape(-1, sizes[-1]), profile)
+        operands = FusedOperands(expression, gemm, flat, scale.reshape(-1, sizes[-1]), profile)
         family.launch(config, operands)
         return out, scale
 

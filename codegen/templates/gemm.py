@@ -154,7 +154,7 @@ class Pace(NamedTuple):
     sum: int = 0
 
 
-GEMM = KernelOp[GemmConfig, GemmProblem, GemmOperands]("product")
+GEMM = KernelOp[GemmConfig, GemmProblem, GemmOperands]("GEMM")
 """The scaled matmul. Paces are chosen to minimize the loss of the choices on the shapes of `benchmarks/heuristic.py`;
 `benchmarks/results/h200-gemm-tried.md` and `h100-gemm-tried.md` list the rejected configurations."""
 

@@ -170,7 +170,7 @@ def table_size(groups: int) -> int:
     return max(32, 1 << (groups - 1).bit_length())
 
 
-GROUPED_GEMM = KernelOp[GroupedConfig, GroupedProblem, GroupedOperands]("grouped product")
+GROUPED_GEMM = KernelOp[GroupedConfig, GroupedProblem, GroupedOperands]("grouped GEMM")
 
 NARROW = {
     GroupedConfig("narrow", 16, 8): (-1, 8),

@@ -52,8 +52,8 @@ class NarrowGemm(GluonGemmTemplate):
             applied = (scale_columns(x_scale, max(config.box, SCALE_BOX)), w_scale, bias if whole else None)
         arguments = (tile(x, config.box), tile(w, 128), sums, *applied, m, n, k, *strides, depth)
         programs, options = tiles_of(config, m, n) * splits, {"num_warps": config.warps}
-        product = KernelCall(kernel, programs, arguments, constants, options)
-        return (product,) if whole else (product, last)
+        gemm = KernelCall(kernel, programs, arguments, constants, options)
+        return (gemm,) if whole else (gemm, last)
 
 
 NARROW: Measured = {

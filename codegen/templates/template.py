@@ -1,6 +1,6 @@
 """The interface of kernel templates, and the choice among the templates that run one operation.
 
-    GEMM = KernelOp("product")                       an operation, in the file of its problems and operands
+    GEMM = KernelOp("GEMM")                          an operation, in the file of its problems and operands
     GEMM.add(WarpGemm, measured, on="sm_90a")        a template, and its measured times; at the end of its file
 
     family = GEMM.family(target)                     its templates on a target

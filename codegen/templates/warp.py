@@ -59,10 +59,10 @@ class WarpGemm(GluonGemmTemplate):
         buffers = self.out_buffers(config, sums.element_size(), scales["SUBS"])
         constants = {**_constants(config), **scales, "BUFFERS": buffers}
         programs = min(sms, tiles_of(config, m, n) * splits)
-        product = KernelCall(warp_gemm, programs, arguments, constants, ONE_WARPGROUP)
+        gemm = KernelCall(warp_gemm, programs, arguments, constants, ONE_WARPGROUP)
         if splits == 1:
-            return (product,)
-        return product, add_splits(sum_splits, (sums, out, bias, m, rows, n, splits), out, splits)
+            return (gemm,)
+        return gemm, add_splits(sum_splits, (sums, out, bias, m, rows, n, splits), out, splits)
 
     def _rows(self, config: GemmConfig, operands: GemmOperands) -> tuple[KernelCall, ...]:
         """With scales at the end of the sum."""

@@ -188,7 +188,7 @@ def test_a_gpu_generation_of_another_distribution_reuses_templates(
     (call,) = gemm.calls(gemm.choose(problem), GemmOperands(x, w, out, scales.t(), scales[:, :32]))
     assert call.programs == 148
     assert QUANTIZE.family(found).choose(QuantizeProblem(16, 4096, (1, 128))).variant == "tiles"
-    with pytest.raises(CodegenError, match=r"can run this grouped product: got .*The target has no template for it\."):
+    with pytest.raises(CodegenError, match=r"can run this grouped GEMM: got .*The target has no template for it\."):
         GROUPED_GEMM.family(found).choose(GroupedProblem(16))
     assert GEMM.family(HOPPER).choose(problem) != gemm.choose(problem)
 

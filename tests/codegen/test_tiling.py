@@ -261,7 +261,7 @@ def test_the_gluon_kernels_run_all_scales() -> None:
 
 
 def test_no_configuration_is_an_error_with_all_reasons() -> None:
-    with pytest.raises(CodegenError, match="no kernel configuration can run this product") as caught:
+    with pytest.raises(CodegenError, match="no kernel configuration can run this GEMM") as caught:
         choose(replace(FINE, m=2**31))
     assert str(caught.value).count("beyond 32 bits") == len(all_configs())
 
