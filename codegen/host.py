@@ -6,8 +6,8 @@
         del x_q, x_s
         return (linear,)
 
-A value is deleted after its last use. Weights are attributes of `weights`; buffers and inputs that the model mutates
-are written just before the return.
+A value is deleted after its last use. Weights are attributes of `weights`. Buffers and inputs are updated just before
+the return.
 """
 
 import keyword
@@ -25,7 +25,6 @@ from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
 from qcompiler.ir import Argument, Format, Graph, Op, Role, Value
-from qcompiler.ir.graph import UPDATE
 from qcompiler.ir.op_table import lookup
 from qcompiler.ir.structure import INPUT
 from qcompiler.runtime.device import target_named
@@ -93,10 +92,10 @@ class _Emitter:
             self.lines.append("device = weights.device")
         readers = Counter(value for op in self.graph for _, value in op.operands())
         for op in ops:
-            if op.name != UPDATE:  # updates come last, so that the values they read stay alive until then
+            if op.role is not Role.UPDATE:  # updates come last, so that the values they read stay alive until then
                 self.emit(op)
                 self.release(op, readers)
-        outputs = self.update([op for op in ops if op.name == UPDATE])
+        outputs = self.update(self.graph.updates)
         self.lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
         body = "".join(f"    {line}\n" for line in self.lines)
         known = PRELUDES | {"kernels.": target_named(self.target).kernels}

@@ -9,7 +9,8 @@ from typing import Any
 from qcompiler.errors import PassError, QCompilerError
 
 EXPORTERS = "qcompiler.exporters"
-"""Entry-point group of exporters; defined here because the command-line parser must not load torch."""
+CHECKPOINTS = "qcompiler.checkpoints"
+"""Entry-point groups of exporters and checkpoint formats; here because the command-line parser must not load torch."""
 
 
 @cache

@@ -5,6 +5,7 @@ A declared operation runs its torch definition; a torch operation runs as is. No
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -34,7 +35,7 @@ def interpret(
         graph: Any valid graph.
         inputs: One tensor or number for each graph input, in order.
         weights: Name -> tensor; defaults to the weights of the graph.
-        updates: Receives the new values of the buffers and inputs that the graph updates, by value name.
+        updates: Receives the new values of the buffers and inputs that the graph writes, by value name.
             `weights` and `inputs` are not changed.
         observe: Called with each operation and its results, in execution order.
 
@@ -72,6 +73,7 @@ class _Machine:
     ) -> None:
         self.values, self.weights, self.observe = values, weights, observe
         self.updates: dict[str, torch.Tensor] = {}
+        self.written = {value for op in ops for value in op.written}
         self.readers = Counter(value for op in ops for _, value in op.operands())
         tensors = (value for value in values.values() if isinstance(value, torch.Tensor))
         first = next(tensors, None)
@@ -102,8 +104,8 @@ class _Machine:
     def run(self, op: Op) -> tuple[Any, ...]:
         """The results of one operation."""
         if op.role is Role.STATE:
-            return (self.weight(op),)
-        if op.name == "core.update":
+            return (self.state(op) if op.result in self.written else self.weight(op),)
+        if op.role is Role.UPDATE:
             self.updates[op["target"].name] = self.read(op["value"])
             return ()
         definition = lookup(op.name)
@@ -120,6 +122,11 @@ class _Machine:
         if not op.results:
             return ()
         return tuple(out) if isinstance(out, tuple | list) and len(op.results) > 1 else (_only(out),)
+
+    def state(self, op: Op) -> Any:
+        """A copy of the state that later operations write, and that `updates` reports."""
+        self.updates[op.result.name] = copy = deepcopy(self.weight(op))
+        return copy
 
     def weight(self, op: Op) -> torch.Tensor:
         """The tensor of a parameter or buffer."""

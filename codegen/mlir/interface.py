@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qcompiler.ir import Argument, Graph, Op, Type, Value
-from qcompiler.ir.graph import BUFFER, PARAM, UPDATE
+from qcompiler.ir.graph import BUFFER, PARAM
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Interface:
 def interface_of(graph: Graph) -> Interface:
     """The interface of the function that a graph becomes."""
     inputs = [Parameter(value.name, value.type, "input") for value in graph.inputs]
-    updated = {op["target"] for op in graph.ops(UPDATE)}
+    updated = {op["target"] for op in graph.updates}
     stored = [
         Parameter(str(op.attrs["name"]), op.result.type, "state" if op.result in updated else "weight")
         for op in stored_tensors(graph)
     ]
     outputs = [Result(value.name, value.type, "output") for value in output_values(graph)]
-    updates = [Result(_stored_name(op["target"]), op["target"].type, "update") for op in graph.ops(UPDATE)]
+    updates = [Result(_stored_name(op["target"]), op["target"].type, "update") for op in graph.updates]
     return Interface((*inputs, *stored), (*outputs, *updates))
 
 

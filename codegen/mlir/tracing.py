@@ -27,7 +27,6 @@ from qcompiler.dialects.aten import overload_of, to_torch
 from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import makes_tensors
 from qcompiler.ir import Argument, Graph, Op, Role, Value, map_tree
-from qcompiler.ir.graph import UPDATE
 from qcompiler.ir.op_table import lookup
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -100,12 +99,12 @@ class _Builder:
         for op in self.source.ops():
             if op.role is Role.STATE:
                 self.made[op.result] = by_name[str(op.attrs["name"])]
-            elif op.name == UPDATE:
+            elif op.role is Role.UPDATE:
                 self.updates[op["target"]] = self.made[op["value"]]
             else:
                 self.add(op)
         outputs = [self.made[value] for value in output_values(self.source)]
-        self.graph.output((*outputs, *(self.updates[op["target"]] for op in self.source.ops(UPDATE))))
+        self.graph.output((*outputs, *(self.updates[op["target"]] for op in self.source.updates)))
         self.graph.eliminate_dead_code()
         return self.graph
 
@@ -153,6 +152,8 @@ class _Builder:
 
     def fragment(self, op: Op) -> _Fragment:
         """The fragment of one operation; equal operations share it."""
+        if op.written:
+            raise QCompilerError("it writes state during the call, and a function of MLIR has no state")
         key = _key(op)
         if key not in self.fragments:
             self.fragments[key] = self.record(op)

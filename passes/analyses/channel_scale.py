@@ -20,7 +20,7 @@ import numpy as np
 from passes.analyses.candidates import is_stored_quantized
 from passes.analyses.channel_labels import ALL, PART, Fork, Labels, Refused, Site, Slot, last_axis
 from passes.analyses.channel_rules import RULES, SHAPE_ONLY
-from qcompiler.ir import DType, Graph, Missed, Op, TensorType, Value
+from qcompiler.ir import DType, Effects, Graph, Missed, Op, TensorType, Value
 from qcompiler.ir.op import Path
 
 LINEAR = "aten.linear"
@@ -220,7 +220,7 @@ class _State:
         self.at = value, op
         if op.name == "core.input":
             raise Refused("a graph input cannot absorb a scale", value)
-        if op.name == "core.buffer":
+        if op.is_state:
             raise Refused("a buffer cannot absorb a scale", value)
         if op.name in (LINEAR, *NORMS):
             self.absorbed(op, value)
@@ -249,8 +249,8 @@ class _State:
         """Makes a user of a value undo the factor or pass it on."""
         if op.name == "core.return":
             raise Refused("an output of the graph must not be scaled", value)
-        if op.name == "core.update":
-            raise Refused("a value that core.update stores must not be scaled", value)
+        if Effects.WRITES in op.effects:
+            raise Refused(f"a value that {op.name} stores must not be scaled", value)
         if op.name in SHAPE_ONLY:
             return None
         if op.name != LINEAR:

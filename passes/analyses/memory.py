@@ -1,7 +1,7 @@
 """Which values may share memory, and therefore when a value may replace a copy of it."""
 
 from qcompiler.dialects import aten
-from qcompiler.ir import Graph, Missed, Op, Role, Value
+from qcompiler.ir import Effects, Graph, Missed, Op, Role, Value
 from qcompiler.ir.op_table import lookup
 from qcompiler.ir.structure import INPUT
 
@@ -31,8 +31,8 @@ def origin(value: Value) -> Value:
 
 
 def leaves_the_graph(graph: Graph, value: Value) -> bool:
-    """Whether `value`, or a view of it, is an output or is written to a buffer or an input."""
-    return any(user is graph.return_op or user.name == "core.update" for user in _readers(graph, value))
+    """Whether `value`, or a view of it, is an output or an operation that writes state reads it."""
+    return any(user is graph.return_op or Effects.WRITES in user.effects for user in _readers(graph, value))
 
 
 def why_not_replaced(graph: Graph, copy: Value, source: Value) -> Missed | None:
@@ -47,7 +47,7 @@ def why_not_replaced(graph: Graph, copy: Value, source: Value) -> Missed | None:
         chain = [source.op]
         while (before := viewed(chain[-1])) is not None:
             chain.append(before.op)
-        if any(op.name in (*OVERLAPPING, "core.input", "core.buffer") for op in chain):
+        if any(op.name in (*OVERLAPPING, INPUT) or op.is_state for op in chain):
             return Missed("a later view needs the strides of the copy", source)
     return None
 

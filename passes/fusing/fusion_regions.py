@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from passes.analyses.arithmetic import is_row_view, same_numbers, term_of
 from qcompiler.dialects.fused_expression import parse
-from qcompiler.ir import Graph, Missed, Op, Size, Value
+from qcompiler.ir import Effects, Graph, Missed, Op, Role, Size, Value
 
 LONGEST_ROW = 16384
 """Maximum columns that one program of a kernel can reduce."""
@@ -248,7 +248,7 @@ class _Attempt:
         for op in late:
             if cycle := next((value for _, value in op.operands() if value in kept), None):
                 return cycle, Missed("it would depend on its own result", cycle)
-            if op.effects.ordered:
+            if op.effects.ordered or (Effects.READS in op.effects and op.role is not Role.STATE):
                 return early, Missed(f"{op.name} lies between and must not be moved", op.results[0])
         return FusionRegion(
             self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), kept,

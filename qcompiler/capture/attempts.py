@@ -48,11 +48,12 @@ def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T], sizes: str 
         The result, and a sentence for the user; the sentence is empty if all sizes stayed dynamic.
 
     Raises:
-        CaptureError: The first attempt's error, if none succeeds; raised at once if graph and model differ.
+        CaptureError: If no attempt succeeds, the first data-dependent error, or else the first error; raised at once if
+            graph and model differ.
     """
-    first: CaptureError | None = None
+    cause: CaptureError | None = None
     for openness in _ladder(call, sizes):
-        if (openness.shapes == ANSWERED) != isinstance(first, DataDependent):
+        if (openness.shapes == ANSWERED) != isinstance(cause, DataDependent):
             continue  # fixed answers help only with data-dependent questions, and only they help with those
         seconds = None if openness.shapes is None else knobs.current().capture_seconds
         limit = "no time limit" if seconds is None else f"at most {seconds:g} s of CPU time"
@@ -68,10 +69,11 @@ def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T], sizes: str 
         except (DataDependent, Untraceable) as failure:
             error = failure
         else:
-            return result, f"{openness.words}, because {_reason(first)}" if first is not None else ""
+            return result, f"{openness.words}, because {_reason(cause)}" if cause is not None else ""
         logger.info("%s", error)
-        first = first or error
-    raise first or CaptureError("there is nothing to capture")
+        if cause is None or (isinstance(error, DataDependent) and not isinstance(cause, DataDependent)):
+            cause = error
+    raise cause or CaptureError("there is nothing to capture")
 
 
 def _ladder(call: Call, sizes: str | None) -> Iterator[Openness]:

@@ -14,7 +14,7 @@ from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.signature import Signature, TensorSlot
 from qcompiler.errors import CaptureError, QCompilerError
 from qcompiler.interpreter import interpret
-from qcompiler.ir.graph import BUFFER, UPDATE, Graph
+from qcompiler.ir.graph import BUFFER, Graph
 
 
 class ModelRefused(Exception):
@@ -37,7 +37,7 @@ class Runs:
     def __init__(self, graph: Graph, signature: Signature, model: torch.nn.Module) -> None:
         self.graph, self.signature, self.model = graph, signature, model
         self.buffers = [str(op.attrs["name"]) for op in graph.ops(BUFFER)]
-        self.targets = [op["target"] for op in graph.ops(UPDATE)]
+        self.targets = [op["target"] for op in graph.updates]
         self.paths = signature.output_paths()
 
     def of_model(

@@ -20,8 +20,7 @@ from qcompiler.capture.huggingface import implied_arguments, pad_token
 from qcompiler.capture.leeway import ANYTHING, VALUES, Leeway, OptionalTensor, without_outputs
 from qcompiler.capture.runs import ModelRefused, Runs
 from qcompiler.capture.signature import Signature, TensorSlot, linear
-from qcompiler.ir import Graph, Value
-from qcompiler.ir.graph import UPDATE
+from qcompiler.ir import Effects, Graph, Value
 from qcompiler.ir.sizes import Size, substitute, symbols
 
 NEUTRAL: Mapping[str, str] = {
@@ -45,7 +44,7 @@ def with_leeway(graph: Graph, signature: Signature, model: torch.nn.Module, call
     names = [name for name, _ in signature.parameters]
     named: Call = ((), {**dict(zip(names, args, strict=False)), **kwargs}) if len(args) <= len(names) else call
     trials = _Trials(graph, signature, model, named)
-    written = {op["target"].name for op in graph.ops(UPDATE)}
+    written = {op["target"].name for op in graph.updates}
     widened = tuple(
         slot.name for slot in signature.slots
         if isinstance(slot, TensorSlot) and slot.name not in written and _is_integer(slot.dtype)
@@ -136,7 +135,7 @@ class _Trials:
         while stack:
             seen.add(value := stack.pop())
             for user in self.graph.users(value):
-                if user.name == UPDATE:
+                if Effects.WRITES in user.effects:
                     return frozenset(paths)
                 stack += [result for result in user.results if user.name != SIZE and result not in seen]
         return frozenset(path for path, value in zip(paths, self.graph.outputs, strict=True) if value in seen)

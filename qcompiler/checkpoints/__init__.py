@@ -3,6 +3,8 @@
 write(compiled, "out", "fp8")                   Hugging Face's block FP8
 write(compiled, "out", "compressed-tensors")    FP8 or INT8
 load_model("out")                               a model that keeps quantized weights as codes and scales
+
+Each format is a file in `formats/`, or in `read_only/` if it is not written.
 """
 
 from qcompiler.checkpoints.loading import load_model

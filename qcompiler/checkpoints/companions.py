@@ -43,8 +43,8 @@ def scale_beside(weight: str, tensors: TensorFiles, suffixes: tuple[str, ...]) -
     return next((name for name in names if name in tensors), names[0])
 
 
-def x_scale_beside(weight: str, tensors: TensorFiles) -> str | None:
-    """The name of a weight's static activation scale; None if there is none.
+def x_scale_beside(weight: str, tensors: TensorFiles) -> str:
+    """The name of a weight's static activation scale: the first that exists, or else the usual one.
 
     Raises:
         QCompilerError: There are two scales, or a scale is not a positive finite number.
@@ -53,7 +53,7 @@ def x_scale_beside(weight: str, tensors: TensorFiles) -> str | None:
     if len(names) > 1:
         raise QCompilerError(f"'{weight}' has two activation scales", got=", ".join(names), need="one")
     if not names:
-        return None
+        return stem(weight) + X_SCALES[0]
     shape = tensors.shape(weight)
     _check_x_scale(names[0], tensors, experts=shape[0] if len(shape) == 3 else 1)
     return names[0]

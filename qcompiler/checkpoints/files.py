@@ -43,6 +43,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self.folder = folder
         self._types: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         files = _listed(folder)
         listed = {name for expected in files.values() for name in expected or ()}
         for file, expected in files.items():
@@ -76,6 +77,10 @@ class TensorFiles(Mapping[str, Tensor]):
         """The shape of a tensor, without reading it."""
         return self._types[name][1]
 
+    def place(self, name: str) -> str:
+        """The file and the name of a tensor, for messages."""
+        return f"{self._paths[name]}: {name}"
+
     def _open(self, file: str, expected: set[str] | None, listed: set[str]) -> None:
         """Records the tensors of one file: those that the index lists there, or all if there is no index.
 
@@ -101,7 +106,7 @@ class TensorFiles(Mapping[str, Tensor]):
             for name in sorted(found if expected is None else expected):
                 part = opened.get_slice(name)
                 self._types[name] = (_dtype(part.get_dtype(), path, name), tuple(part.get_shape()))
-                self._files[name] = opened
+                self._files[name], self._paths[name] = opened, path
         except (SafetensorError, OSError) as error:
             fix = "It may be cut off: copy it again."
             raise QCompilerError("a file is not in safetensors format", got=error, where=str(path), fix=fix) from error

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from qcompiler.checkpoints import modelopt
 from qcompiler.checkpoints.conversion import names_in_model
 from qcompiler.checkpoints.declarations import unread
 from qcompiler.checkpoints.reading import Checkpoint
@@ -106,10 +105,11 @@ def _about_surplus(names: Iterable[str], checkpoint: Checkpoint) -> str:
         return "They look like parts of quantized weights, in an unsupported format."
     if not checkpoint.config.get("architectures"):
         return "config.json names no architecture, so that the model has no head: add 'architectures'."
-    if checkpoint.method is not None:
+    if checkpoint.format is not None:
         return "They may change what the quantized weights mean, and their format is not supported."
     return "If they are not needed, load the model with transformers and compile that."
 
 
 def _unread(checkpoint: Checkpoint) -> str | None:
-    return unread(checkpoint.folder, checkpoint.config, [modelopt.FILE] * (checkpoint.method == modelopt.METHOD))
+    read = () if checkpoint.format is None else checkpoint.format.files
+    return unread(checkpoint.folder, checkpoint.config, read)

@@ -61,20 +61,20 @@ def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
     config = _config(transformers, checkpoint.folder)
     kind = _architecture(transformers, config, checkpoint)
     with third_party_silence():
-        if checkpoint.method is None:
+        if checkpoint.format is None:
             with _one_sentence("transformers cannot load the model", checkpoint.folder):
                 model = _in_float(kind, config, checkpoint)
         else:
             with _one_sentence("transformers cannot build the model", checkpoint.folder):
                 model = _skeleton(kind, config, checkpoint)
-                _fill(model, checkpoint)
+                _fill(model, checkpoint, checkpoint.format.scale_suffix)
         _finish(transformers, model, checkpoint)
     return model.eval()
 
 
 def _check_declared(checkpoint: Checkpoint) -> None:
     """Raises QCompilerError if the configuration declares quantized weights, but none is quantized."""
-    if checkpoint.method is not None and not checkpoint.stored and not checkpoint.is_float:
+    if checkpoint.format is not None and not checkpoint.stored and not checkpoint.is_float:
         fix = "If its weights are in floating point, remove 'quantization_config' from config.json."
         got, where = f"quant_method {checkpoint.method!r}", str(checkpoint.folder)
         raise QCompilerError("no weight is quantized as the checkpoint declares", got=got, where=where, fix=fix)
@@ -142,7 +142,7 @@ def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _fill(model: nn.Module, checkpoint: Checkpoint, suffix: str) -> None:
     """Assigns the tensors of the files to the model. Raises QCompilerError if names differ."""
     tensors, stored = checkpoint.tensors, checkpoint.stored
     aside = checkpoint.beside | stored.keys() | (checkpoint.cache.tensors.keys() - model.state_dict().keys())
@@ -150,12 +150,11 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     held: dict[str, Held] = {}
     for block in {how.block for how in stored.values()}:
         names = [name for name, how in stored.items() if how.block == block]
-        parts = stacked(model, names, tensors.__getitem__, checkpoint.stored_scale, block)
+        parts = stacked(model, names, checkpoint.codes, checkpoint.stored_scale, block)
         held |= {name: _held(part, checkpoint) for name, part in parts.items()}
     check_names(model, {*plain, *held}, checkpoint)
     check_element_types(model, checkpoint)
     wanted, wide = {*model.state_dict()}, _kept_wide(model)
-    suffix = "_scale_inv" if checkpoint.method == "fp8" else "_scale"
     for name in sorted(wanted & {*held}):
         _hold(model, name, held[name], suffix)
     for name in sorted(wanted & {*plain}):

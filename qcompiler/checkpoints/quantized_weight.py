@@ -15,6 +15,10 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, UE8M0, torch.uint8
 """Dtypes of scales in checkpoints; bytes are exponents of `UE8M0`."""
 
 
+LAST_FINITE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
+"""FP8 dtype -> the bits of its largest number."""
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A model weight in 8 bits.
@@ -38,6 +42,13 @@ class QuantizedWeight:
         """The format of codes and scales."""
         return numerics.format_of(self.block, self.codes.dtype)
 
+    @property
+    def blocked_axes(self) -> list[tuple[int, int]]:
+        """Size and block size of each axis that is divided into blocks."""
+        if min(self.block) < 1 or self.block[0] == 1:
+            return []
+        return list(zip(self.codes.shape[-2:], self.block, strict=True))
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized weight."""
         return numerics.dequantize(self.codes, self.scale, format=self.format, out_dtype=dtype)
@@ -50,7 +61,8 @@ class StoredAs:
     Attributes:
         scale: The name of the scale.
         block: Rows and columns of a block; -1 means the whole axis.
-        x_scale: The name of the static activation scale; None if there is none.
+        x_scale: The name of the static activation scale, if the format declares one; `read` removes it if the files
+            do not have it.
         unread: Names of unused tensors: all-zero zero points and output scales.
     """
 
@@ -63,6 +75,17 @@ class StoredAs:
     def beside(self) -> tuple[str, ...]:
         """Names of all tensors that belong to the weight, except its codes."""
         return (self.scale, *((self.x_scale,) if self.x_scale is not None else ()), *self.unread)
+
+
+def not_finite(codes: Tensor) -> str | None:
+    """The first FP8 code that is NaN or infinite, with its index; None if there is none, or the codes are integers."""
+    if codes.dtype not in LAST_FINITE:
+        return None
+    wrong = codes.view(torch.uint8).bitwise_and(0x7F) > LAST_FINITE[codes.dtype]
+    if not wrong.any():
+        return None
+    at = wrong.nonzero()[0].tolist()
+    return f"{codes[tuple(at)].item():g} at {at}"
 
 
 def powers_of_two(scale: Tensor) -> bool:

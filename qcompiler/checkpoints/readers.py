@@ -8,9 +8,10 @@ compressed-tensors, it splits activations into groups, which must be whole.
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from qcompiler.checkpoints.format import Writer
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.errors import CheckpointWarning
 
@@ -20,18 +21,14 @@ SHOWN = 8
 NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
 VLLM = "vLLM refuses or misreads them where it merges layers, such as q, k and v, and where it splits them across GPUs"
-TRANSFORMERS = {
-    "fp8": "transformers without a GPU derives the block size from the shapes, and misreads or refuses them",
-    "compressed-tensors": "transformers cannot run those whose number of input channels is not a multiple of the block",
-}
 ROWS = 'compile with scheme="fp8_row" and write the format "compressed-tensors", which then has no blocks'
 
 
-def warn(format: str, weights: Mapping[str, QuantizedWeight], skipped: Collection[str], stacklevel: int) -> None:
+def warn(writer: Writer, weights: Mapping[str, QuantizedWeight], skipped: Collection[str], stacklevel: int) -> None:
     """Warns about quantized layers that transformers or vLLM cannot read.
 
     Args:
-        format: The format of the checkpoint.
+        writer: The writer of the checkpoint's format.
         weights: Quantized weights by their names in the files.
         skipped: Weights of routers, vocabulary projections and tiny layers, which are quantized only when named.
         stacklevel: As for `warnings.warn`, counted from the caller.
@@ -39,7 +36,7 @@ def warn(format: str, weights: Mapping[str, QuantizedWeight], skipped: Collectio
     ragged = {name: weight for name, weight in weights.items() if _is_ragged(weight)}
     if ragged:
         block = list(next(iter(ragged.values())).block)
-        sentences = [VLLM] + [TRANSFORMERS[format]] * any(_FAILS[format](weight) for weight in ragged.values())
+        sentences = [VLLM, *dict.fromkeys(filter(None, map(writer.why_unread, ragged.values())))]
         warnings.warn(
             f"{len(ragged)} of {len(weights)} quantized layers in this checkpoint have sizes that are not multiples of "
             f"their block {block}: {_listed(ragged)}. {'. '.join(sentences)}. {_advice(ragged)}, or "
@@ -59,30 +56,7 @@ def warn(format: str, weights: Mapping[str, QuantizedWeight], skipped: Collectio
 
 def _is_ragged(weight: QuantizedWeight) -> bool:
     """Whether a weight ends in a partial block."""
-    return any(size % block for size, block in _axes(weight))
-
-
-def _fails_by_shape(weight: QuantizedWeight) -> bool:
-    """Whether the block size cannot be derived from the number of scales along an axis."""
-    return any(size > block and size % block for size, block in _axes(weight))
-
-
-def _fails_in_groups(weight: QuantizedWeight) -> bool:
-    """Whether activations cannot be split into whole groups."""
-    return any(size % block for size, block in _axes(weight)[1:])
-
-
-_FAILS: Mapping[str, Callable[[QuantizedWeight], bool]] = {
-    "fp8": _fails_by_shape,
-    "compressed-tensors": _fails_in_groups,
-}
-
-
-def _axes(weight: QuantizedWeight) -> list[tuple[int, int]]:
-    """Size and block size of each axis that is divided into blocks."""
-    if min(weight.block) < 1 or weight.block[0] == 1:
-        return []
-    return list(zip(weight.codes.shape[-2:], weight.block, strict=True))
+    return any(size % block for size, block in weight.blocked_axes)
 
 
 def _kinds(weights: Mapping[str, QuantizedWeight]) -> dict[str, list[Any]]:

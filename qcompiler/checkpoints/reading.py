@@ -3,7 +3,7 @@
 Reading runs no code from the folder and builds no model. Every mismatch is an error that names the file and the tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -14,30 +14,16 @@ from torch import Tensor
 
 from qcompiler import numerics
 from qcompiler.capture.stored_weights import USABLE, unusable, widened
-from qcompiler.checkpoints import block_fp8, compressed_groups, compressed_tensors, fbgemm_fp8, modelopt
 from qcompiler.checkpoints.cache_scales import CacheScales, cache_scales_in
 from qcompiler.checkpoints.companions import FP8
 from qcompiler.checkpoints.declarations import declared, unread
 from qcompiler.checkpoints.files import TensorFiles, read_json
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
-from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs
+from qcompiler.checkpoints.format import CheckpointFormat, format_read, names, our_formats
+from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs, not_finite
 from qcompiler.errors import QCompilerError, did_you_mean
 from qcompiler.numerics import ALL
 from qcompiler.program.folder_kinds import checked_path
-
-READERS = {
-    block_fp8.METHOD: block_fp8.stored_weights,
-    compressed_tensors.METHOD: compressed_groups.stored_weights,
-    fbgemm_fp8.METHOD: fbgemm_fp8.stored_weights,
-    modelopt.METHOD: modelopt.stored_weights,
-}
-"""`quant_method` -> function that finds the quantized weights of a folder."""
-
-NOTES = {compressed_tensors.METHOD: compressed_groups.notes, fbgemm_fp8.METHOD: fbgemm_fp8.notes}
-"""`quant_method` -> function that gives report notes about the configuration."""
-
-FLOAT = {compressed_tensors.METHOD: compressed_groups.is_float, modelopt.METHOD: modelopt.is_float}
-"""`quant_method` -> predicate: the configuration does not quantize weights."""
 
 SHOWN = 5  # names that a message lists at most
 
@@ -51,7 +37,7 @@ class Checkpoint:
         config: The content of `config.json`.
         tensors: All tensors by their names in the files, each read on demand.
         stored: How each quantized weight is stored.
-        method: The `quant_method`; None if nothing is quantized.
+        format: The format of the quantized weights; None if the configuration declares no quantization.
         cache: The KV cache scales.
         notes: Other report notes about the checkpoint, one sentence each.
         is_float: Whether the configuration quantizes only the KV cache or activations, not weights.
@@ -61,19 +47,33 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: TensorFiles
     stored: Mapping[str, StoredAs]
-    method: str | None
+    format: CheckpointFormat | None
     cache: CacheScales = field(default_factory=CacheScales)
     notes: tuple[str, ...] = ()
     is_float: bool = False
+
+    @property
+    def method(self) -> str | None:
+        """The `quant_method`; None if the configuration declares no quantization."""
+        return None if self.format is None else self.format.name
 
     @property
     def beside(self) -> set[str]:
         """Names of all tensors that belong to quantized weights, except codes."""
         return {name for how in self.stored.values() for name in how.beside}
 
+    def codes(self, name: str) -> Tensor:
+        """The codes of a quantized weight. Raises QCompilerError if one is NaN or infinite."""
+        codes = self.tensors[name]
+        if (why := not_finite(codes)) is not None:
+            fix = "The file may be damaged: copy it again."
+            raise QCompilerError("a code of a quantized weight is not a number", got=why, need="finite codes",
+                                 where=self.tensors.place(name), fix=fix)  # fmt: skip
+        return codes
+
     def quantized(self, name: str) -> QuantizedWeight:
-        """A quantized weight as codes and scales."""
-        how, codes = self.stored[name], self.tensors[name]
+        """A quantized weight as codes and scales. Raises QCompilerError if a code is NaN or infinite."""
+        how, codes = self.stored[name], self.codes(name)
         if how.x_scale is None:
             return QuantizedWeight(codes, self.scale(name), how.block)
         return QuantizedWeight(codes, self.scale(name), how.block, (ALL, ALL), self.x_scale(name))
@@ -107,49 +107,65 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
     if (other := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
         raise QCompilerError("the configuration refers to other weight files", got=repr(other), need=SINGLE,
                              where=str(path / CONFIG))  # fmt: skip
-    said, where = _said(config, path)
-    found = {} if said is None else _stored(said, tensors, where)
+    declaration = _declaration(config, path)
+    found = {} if declaration is None else _stored(*declaration, tensors)
     stored = {name: _by_expert(name, how, tensors) for name, how in found.items()}
+    unscaled = [name for name, how in stored.items() if how.x_scale is not None and how.x_scale not in tensors]
+    stored |= {name: replace(stored[name], x_scale=None) for name in unscaled}
     for name, how in stored.items():
         _check(name, how, tensors)
     beside = {name for how in stored.values() for name in how.beside}
     for name in tensors:
         if name not in beside and name not in stored and tensors.dtype(name) in FP8:
-            raise _without_scale(name, tensors, fix=unread(path, config) if said is None else None)
-    if said is None:
+            raise _without_scale(name, tensors, fix=unread(path, config) if declaration is None else None)
+    if declaration is None:
         return Checkpoint(path, config, tensors, stored, None)
-    method = said["quant_method"]
+    format, said, where = declaration
     cache = cache_scales_in(said, tensors, beside, where)
-    notes = (*(NOTES[method](said) if method in NOTES else ()), *([cache.note] if cache else ()))
-    is_float = method in FLOAT and FLOAT[method](said)
-    return Checkpoint(path, config, tensors, stored, method, cache, notes, is_float)
+    notes = (*format.notes(said), *_missing_scales(unscaled), *([cache.note] if cache else ()))
+    return Checkpoint(path, config, tensors, stored, format, cache, notes, format.is_float(said))
 
 
 def _said(config: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The quantization configuration and its file; ModelOpt writes a separate file, alone or in addition."""
+    """The quantization configuration and its file; some formats have a separate file, alone or in addition."""
     said, where = declared(config, str(folder / CONFIG)), str(folder / CONFIG)
-    if said is not None and said.get("quant_method") != modelopt.METHOD:
-        return said, where
-    separate = modelopt.separate_config(folder)
-    if said is None and separate is not None:
-        return separate, str(folder / modelopt.FILE)
-    if said is not None and separate is not None and said.get("quant_algo") != separate.get("quant_algo"):
-        got = f"quant_algo {said.get('quant_algo')!r}, and {separate.get('quant_algo')!r} in {modelopt.FILE}"
-        fix = "Remove the wrong one."
-        raise QCompilerError("two quantization configurations differ", got=got, where=where, fix=fix)
+    for format in our_formats().values():
+        named = said is None or said.get("quant_method") == format.name
+        if named and (separate := format.separate(folder, said)) is not None:
+            return separate
     return said, where
 
 
-def _stored(said: Mapping[str, Any], tensors: TensorFiles, where: str) -> Mapping[str, StoredAs]:
+def _declaration(config: Mapping[str, Any], folder: Path) -> tuple[CheckpointFormat, Mapping[str, Any], str] | None:
+    """The format of a folder, the quantization configuration and its file; None if nothing is declared."""
+    said, where = _said(config, folder)
+    if said is None:
+        return None
     method = said.get("quant_method")
-    if not isinstance(method, str) or method not in READERS:
+    if (format := format_read(method)) is None:
+        known = names(lambda format: format.declared)
         raise QCompilerError("an unknown kind of quantization", got=f"quant_method {method!r}", where=where,
-                             fix=did_you_mean(str(method), READERS))  # fmt: skip
+                             fix=did_you_mean(str(method), known))  # fmt: skip
+    return format, said, where
+
+
+def _stored(
+    format: CheckpointFormat, said: Mapping[str, Any], where: str, tensors: TensorFiles
+) -> Mapping[str, StoredAs]:
     try:
-        return READERS[method](said, tensors)
+        return format.read(said, tensors)
     except QCompilerError as error:
         error.where = f"{where}, {error.where}" if error.where else where
         raise
+
+
+def _missing_scales(weights: Sequence[str]) -> Iterator[str]:
+    """A note about weights without the static activation scale that the configuration declares."""
+    if weights:
+        yield (
+            f"the checkpoint declares static activation scales, but has none for {len(weights)} weights, such as "
+            f"'{weights[0]}': the scales of their activations come from calibration, or are computed in each call"
+        )
 
 
 def _by_expert(name: str, how: StoredAs, tensors: TensorFiles) -> StoredAs:

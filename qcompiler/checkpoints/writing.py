@@ -8,7 +8,7 @@ from passes.analyses.candidates import why_skipped
 from qcompiler.checkpoints.cache_scales import SCHEME, kept
 from qcompiler.checkpoints.conversion import to_files
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
-from qcompiler.checkpoints.formats import Format, format_called
+from qcompiler.checkpoints.format import Writer, writer_called
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
@@ -58,24 +58,24 @@ def write(
         QCompilerError: The format cannot store some layers, which the error lists; or the folder is not a checkpoint.
     """
     target = checked_path(folder)
-    format_called(format, scale_format or "float")
+    writer_called(format, scale_format or "float")
     check_place(target)
     program = compiled.program
     found = trace(unfused(program.stages.values())[-1], program.graph, _parameters(program))
     origin = _origin(program.original.again() if model is None else model, found)
     if origin.folder is not None and target.exists() and target.samefile(origin.folder):
         raise QCompilerError("the model is read from this very folder", got=str(target), fix="Write to another one.")
-    chosen = format_called(format, scale_format or _scale_format(origin, found))
+    writer = writer_called(format, scale_format or _scale_format(origin, found))
     weights = _weights(origin, found)
-    _check(format, chosen, weights, found)
-    warn(format, weights, _named_layers(program), stacklevel=3)
+    _check(format, writer, weights, found)
+    warn(writer, weights, _named_layers(program), stacklevel=3)
     plain = {name: found.changed.get(name, tensor) for name, tensor in origin.tensors.items()}
     left = {name: tensor for name, tensor in plain.items() if name not in found.scales | found.quantized.keys()}
     tensors = to_files(origin.module, left)
     for name, weight in weights.items():
-        tensors |= chosen.tensors(name, weight)
+        tensors |= writer.tensors(name, weight)
     documents = dict(origin.documents)
-    if config := chosen.config(weights, _unconverted(origin, weights, program)):
+    if config := writer.config(weights, _unconverted(origin, weights, program)):
         cache = kept(origin.module)
         tensors |= cache.tensors
         config |= {SCHEME: cache.scheme} if cache.scheme is not None else {}
@@ -134,16 +134,16 @@ def _weights(origin: Origin, found: Provenance) -> dict[str, QuantizedWeight]:
     return weights
 
 
-def _check(name: str, chosen: Format, weights: dict[str, QuantizedWeight], found: Provenance) -> None:
+def _check(name: str, writer: Writer, weights: dict[str, QuantizedWeight], found: Provenance) -> None:
     """Raises QCompilerError that lists every weight that the format cannot store, and why."""
     refused = dict(found.refused)
     for weight_name, weight in weights.items():
-        if why := chosen.why_not(weight):
+        if why := writer.why_not(weight):
             refused.setdefault(weight_name, why)
     if refused:
         rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
         problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}"
-        raise QCompilerError(problem, fix=LEAVE if found.refused else chosen.fix)
+        raise QCompilerError(problem, fix=LEAVE if found.refused else writer.fix)
     if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
 

@@ -12,7 +12,7 @@ import qcompiler
 from qcompiler.artefact.folder import check_replaceable
 from qcompiler.checkpoints import read, write
 from qcompiler.checkpoints.folders import check_place
-from qcompiler.checkpoints.formats import format_called
+from qcompiler.checkpoints.format import writer_called
 from qcompiler.cli.huggingface import text_calls
 from qcompiler.cli.inputs import SUFFIX, Call, calls_in
 from qcompiler.cli.models import Loaded, load_model
@@ -69,7 +69,7 @@ def _checkpoint(text: str) -> tuple[str, str]:
     kind, equals, folder = text.partition("=")
     if not equals or not folder:
         raise InputError("the checkpoint argument is malformed", got=repr(text), need="FORMAT=DIR, such as fp8=out")
-    format_called(kind, "float")
+    writer_called(kind, "float")
     check_place(Path(folder))
     return kind, folder
 

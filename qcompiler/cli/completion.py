@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import shtab
 
-from qcompiler.cli.parser import CHECKPOINTS, MLIR, build_parser
+from qcompiler.cli.parser import MLIR, build_parser, checkpoint_formats
 from qcompiler.entry_points import offered
 from qcompiler.program.exporters import exporter_names, exporter_targets
 from qcompiler.runtime.device import target_names
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
         "scheme": sorted({*SCHEMES, *offered(GROUP)}),
         "target": [*target_names(), *exporter_targets()],
         "device": ["cpu", "cuda"],
-        "to": [*MLIR, *exporter_names(), *CHECKPOINTS],
+        "to": [*MLIR, *exporter_names(), *checkpoint_formats()],
     }
     for action in _actions(parser):
         if action.dest in choices:

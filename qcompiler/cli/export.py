@@ -8,14 +8,14 @@ from qcompiler.checkpoints import write
 from qcompiler.checkpoints.folders import check_place
 from qcompiler.cli import exported
 from qcompiler.cli.models import load_model
-from qcompiler.cli.parser import CHECKPOINTS, MLIR
+from qcompiler.cli.parser import MLIR, checkpoint_formats
 from qcompiler.errors import InputError
 
 
 def run(options: argparse.Namespace) -> int:
     """Writes the export and prints its path."""
     exported.refuse(options.artefact)
-    if options.to in CHECKPOINTS:
+    if options.to in checkpoint_formats():
         _checkpoint(options)
     else:
         _stage(options)
@@ -37,7 +37,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     if options.model is not None:
-        need = f"--to {', '.join(CHECKPOINTS)}"
+        need = f"--to {', '.join(checkpoint_formats())}"
         raise InputError("--model is only for checkpoints", got=f"--to {options.to}", need=need)
     compiled = qcompiler.load(options.artefact, verify=options.to not in MLIR, trust=options.trust)  # copies weights
     if options.to in MLIR:

@@ -6,8 +6,10 @@ This module imports little more than argparse, so that help, usage errors and co
 import argparse
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pkgutil import iter_modules
 
-from qcompiler.entry_points import EXPORTERS, offered
+from qcompiler.entry_points import CHECKPOINTS, EXPORTERS, offered
 
 COMMANDS = {
     name: f"qcompiler.cli.{module}"
@@ -20,7 +22,10 @@ COMMANDS = {
 """Command -> module that runs it."""
 
 MLIR = {"mlir-torch": "torch", "mlir-linalg": "linalg"}
-CHECKPOINTS = ("fp8", "compressed-tensors", "float")
+WRITTEN = sorted(
+    found.name.replace("_", "-") for found in iter_modules([str(Path(__file__).parents[1] / "checkpoints" / "formats")])
+)
+"""Our checkpoint formats that can be written, by the names of their files: importing them would load torch."""
 
 MODEL = (
     "an exported program (.pt2), a Hugging Face model folder, or module:factory, a function without arguments that "
@@ -31,6 +36,10 @@ PIPELINE = 'passes instead of a scheme: "canonicalize; fp8-tile; dead-code"'
 OVERRIDE = (
     'another scheme for layers whose weights match a pattern, "*.down_proj=fp8_row", or none to skip them; may be '
     "given several times, and the last match wins"
+)
+CHECKPOINT = (
+    f"{', '.join(WRITTEN[:-1])} or {WRITTEN[-1]} (fp8 is Hugging Face's block FP8, float is for a model that is only "
+    "smoothed)"
 )
 IGNORE = "skip layers whose weights match a pattern, such as lm_head; may be given several times"
 INPUT = (
@@ -116,9 +125,14 @@ def _sizes(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def checkpoint_formats() -> list[str]:
+    """The names of all checkpoint formats that can be written."""
+    return [*WRITTEN, *sorted({*offered(CHECKPOINTS)} - {*WRITTEN})]
+
+
 def _form(text: str) -> str:
     """A format that `export` writes."""
-    known = (*MLIR, *CHECKPOINTS, *sorted(offered(EXPORTERS)))
+    known = (*MLIR, *checkpoint_formats(), *sorted(offered(EXPORTERS)))
     if text not in known:
         raise argparse.ArgumentTypeError(f"got {text!r}; need one of {', '.join(known)}")
     return text
@@ -169,8 +183,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fixed-sizes", action="store_true", help="fix all sizes to the example's")
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="FORMAT=DIR",
-        help="also write a checkpoint for other engines: fp8 (Hugging Face's block FP8), compressed-tensors, or float "
-        "for a model that is only smoothed; may be given several times",
+        help=f"also write a checkpoint for other engines, in the format {CHECKPOINT}; may be given several times",
     )  # fmt: skip
     parser.add_argument("--allow-unquantized", action="store_true", help="succeed even if nothing is quantized")
     _quiet(parser)
@@ -222,9 +235,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
     parser.add_argument(
         "--to", required=True, type=_form, metavar="FORM",
-        help="MLIR text, mlir-torch or mlir-linalg; a checkpoint for other engines: fp8 (Hugging Face's block "
-        "FP8), compressed-tensors, or float for a model that is only smoothed; or an installed exporter: iree, a "
-        "folder that IREE runs on the CPU, or model-explorer, a file with the graphs of all stages",
+        help=f"MLIR text, mlir-torch or mlir-linalg; a checkpoint for other engines: {CHECKPOINT}; or an installed "
+        "exporter: iree, a folder that IREE runs on the CPU, or model-explorer, a file with the graphs of all stages",
     )  # fmt: skip
     parser.add_argument("--output", "-o", metavar="PATH", required=True, help="the file or folder to write")
     parser.add_argument(

@@ -57,6 +57,7 @@ declare(
         "Writes a new value to a buffer or an input at the end of the call.",
         ("target", "value"),
         types=lambda _: (),
+        role=Role.UPDATE,
         effects=Effects.WRITES,
     )
 )

@@ -15,6 +15,7 @@ from qcompiler.ir.op import Op, Value, map_tree, print_op
 from qcompiler.ir.parser import parse_graph
 from qcompiler.ir.printer import print_graph
 from qcompiler.ir.structure import Structure
+from qcompiler.ir.traits import Role
 from qcompiler.ir.verifier import verify_graph
 
 UPDATE = "core.update"
@@ -49,6 +50,11 @@ class Graph(Structure):
         """Records for the report what a pass did to a value, or why it did nothing."""
         known = self.remarks.get(value.name)
         self.remarks[value.name] = f"{known}; {text}" if known else text
+
+    @property
+    def updates(self) -> list[Op]:
+        """The operations that write a buffer or an input at the end of the call."""
+        return [op for op in self.ops() if op.role is Role.UPDATE]
 
     # Forms
 

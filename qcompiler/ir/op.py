@@ -158,6 +158,18 @@ class Op:
         """The side effects of the operation."""
         return traits_of(self.name).effects
 
+    @property
+    def is_state(self) -> bool:
+        """Whether its result is state that the model may change, such as a buffer."""
+        return self.role is Role.STATE and Effects.READS in self.effects
+
+    @property
+    def written(self) -> tuple["Value", ...]:
+        """The state that it writes at once, in graph order; an operation with the role UPDATE writes later."""
+        if Effects.WRITES not in self.effects or self.role is Role.UPDATE:
+            return ()
+        return tuple(value for _, value in self.operands() if value.op.is_state)
+
 
 def _values(arg: Argument, path: Path) -> Iterator[tuple[Path, Value]]:
     if isinstance(arg, Value):

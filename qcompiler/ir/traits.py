@@ -17,6 +17,7 @@ class Role(Enum):
     """The role of an operation in passes and reports; the operand names below are the ones that passes use."""
 
     STATE = "reads a parameter or a buffer from the weights store"
+    UPDATE = "writes value to target, a buffer or an input, at the end of the call"
     VIEW = "rearranges the elements of x, or selects some of them"
     CAST = "converts the element type of x"
     MATMUL = "multiplies x by w in floating point"
@@ -30,9 +31,9 @@ class Effects(Flag):
 
     PURE = 0
     READS = auto()
-    """The results depend on state, such as the contents of a buffer at the start of the call."""
+    """The results depend on state, such as the contents of a buffer."""
     WRITES = auto()
-    """It changes state: a buffer, an operand, or something outside the process."""
+    """It changes state: a buffer, an operand, or something outside the process; at once, unless its role is UPDATE."""
     COMMUNICATES = auto()
     """It communicates with other processes, which must all participate in the same order."""
     RANDOM = auto()

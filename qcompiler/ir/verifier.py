@@ -15,6 +15,7 @@
     V13  every symbol is in an input, is unbacked (u…), or has a range; ranges are not empty
     V14  sizes are not negative
     V15  a stored weight has the type that the graph declares
+    V16  only operations that read or write state use a buffer that is written during the call
 
 The error message has the rule number, the pass that ran last, the operation, the lines around it, a caret, and the
 source line.
@@ -30,8 +31,8 @@ import networkx as nx
 from qcompiler.errors import QCompilerError, VerifyError
 from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, print_argument, print_op, quote
 from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
-from qcompiler.ir.structure import Structure
-from qcompiler.ir.traits import Role
+from qcompiler.ir.structure import INPUT, Structure
+from qcompiler.ir.traits import Effects, Role
 from qcompiler.ir.types import TensorType
 from qcompiler.text import NAME
 
@@ -258,16 +259,28 @@ def _stored(graph: Structure, weights: Mapping[str, Any]) -> Broken | None:
 def _updates(graph: Structure) -> Broken | None:
     written: set[Value] = set()
     for op in graph:
-        if op.name != "core.update":
+        if op.role is not Role.UPDATE:
             continue
         target, new = op["target"], op["value"]
-        if target.op.name not in ("core.buffer", "core.input"):
+        if target.op.name != INPUT and not target.op.is_state:
             return Broken(12, op, f"{target} comes from {target.op.name}, not from a buffer or an input", 0)
         if target.type != new.type:
             return Broken(12, op, f"{target} is {target.type}, but its new value is {new.type}", 1)
         if target in written:
             return Broken(12, op, f"{target} is updated twice", 0)
         written.add(target)
+    return None
+
+
+def _written(graph: Structure) -> Broken | None:
+    for op in graph:
+        for state in op.written:
+            for user in graph.users(state):
+                if user.role is Role.UPDATE or not user.effects & (Effects.READS | Effects.WRITES):
+                    problem = (
+                        f"{op.name} writes {state} during the call, so only operations that read or write state may"
+                    )
+                    return Broken(16, user, f"{problem} use it", str(state))
     return None
 
 
@@ -290,5 +303,5 @@ def _symbols(graph: Structure) -> Broken | None:
 
 CHECKS: tuple[Callable[[Structure], Broken | None], ...] = (
     _names, _ends, _literals, _known, _acyclic, _definitions, _edges,
-    _signatures, _weights, _updates, _symbols,
+    _signatures, _weights, _updates, _written, _symbols,
 )  # fmt: skip

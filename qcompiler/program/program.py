@@ -24,7 +24,7 @@ from qcompiler.capture import Captured, capture
 from qcompiler.capture.arguments import MISSING
 from qcompiler.capture.signature import NumberSlot, Signature, TensorSlot
 from qcompiler.errors import CaptureError, CaptureWarning, CodegenError, PassError, QCompilerError
-from qcompiler.ir import Graph, ScalarType, TensorType, Value
+from qcompiler.ir import Graph, Role, ScalarType, TensorType, Value
 from qcompiler.ir.graph import BUFFER
 from qcompiler.numerics.dtypes import torch_dtype
 from qcompiler.pass_manager.instruments import Instrument
@@ -160,6 +160,7 @@ def plain_torch() -> Iterator[None]:
 def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Captured:
     """Captures a module, an exported program or a graph; CaptureError if that fails."""
     if isinstance(model, Graph):
+        _check_weights(model)
         return graph_as_captured(model)
     try:
         shown = next((one for one in settings.instruments if isinstance(one, Progress)), settings.progress)
@@ -171,6 +172,15 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
     except Exception as error:
         problem = f"capturing the model failed unexpectedly: {type(error).__name__}: {error}"
         raise CaptureError(problem, fix="Please report it together with this message.") from error
+
+
+def _check_weights(graph: Graph) -> None:
+    """Raises CaptureError if a graph lacks a weight, as one that was parsed from text does."""
+    reads = (str(op.attrs["name"]) for op in graph.ops() if op.role is Role.STATE)
+    if missing := [name for name in reads if name not in graph.weights]:
+        got = f"none called '{missing[0]}'" + f", and {len(missing) - 1} others" * (len(missing) > 1)
+        fix = "A text has no weights: add the tensors, graph.weights[name] = tensor."
+        raise CaptureError("the graph reads weights that it does not have", got=got, where=f"@{graph.name}", fix=fix)
 
 
 def graph_as_captured(graph: Graph) -> Captured:

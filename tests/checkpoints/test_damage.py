@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from qcompiler.checkpoints import read
+from qcompiler.checkpoints.quantized_weight import not_finite
 from qcompiler.errors import QCompilerError
 
 GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
@@ -60,3 +61,31 @@ def test_an_index_with_a_name_that_no_file_can_have(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"up.weight": "x" * 300}}))
     with pytest.raises(QCompilerError, match="File name too long"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "number"),
+    [
+        (torch.float8_e4m3fn, 0x7F, "nan"), (torch.float8_e4m3fn, 0xFF, "nan"), (torch.float8_e5m2, 0x7E, "nan"),
+        (torch.float8_e5m2, 0xFD, "nan"), (torch.float8_e5m2, 0x7C, "inf"), (torch.float8_e5m2, 0xFC, "-inf"),
+    ],
+)  # fmt: skip
+def test_a_code_that_is_not_a_number(folder: Path, dtype: torch.dtype, bits: int, number: str) -> None:
+    codes = torch.arange(64, dtype=torch.uint8).reshape(8, 8)
+    codes[5, 3] = bits
+    config = {"quant_method": "fp8", "weight_block_size": None}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    save_file({"up.weight": codes.view(dtype), "up.weight_scale": torch.ones(1)}, folder / "model.safetensors")
+    found = read(folder)
+    with pytest.raises(QCompilerError) as error:
+        found.quantized("up.weight")
+    assert f"a code of a quantized weight is not a number: got {number} at [5, 3]; need finite codes" in str(
+        error.value
+    )
+    assert f"{folder / 'model.safetensors'}: up.weight" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_all_finite_codes_are_read(folder: Path, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    assert not_finite(codes[codes.float().isfinite()].reshape(1, -1)) is None

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qcompiler
 from qcompiler import CheckpointWarning, numerics
+from qcompiler.checkpoints.format import writer_called
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.checkpoints.readers import warn
 from qcompiler.cli import command_line
@@ -26,7 +27,7 @@ def weight(rows: int, columns: int, block: tuple[int, int] = (128, 128)) -> Quan
 def said(format: str, weights: dict[str, QuantizedWeight], skipped: set[str] | None = None) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn(format, weights, skipped or set(), stacklevel=1)
+        warn(writer_called(format, "float"), weights, skipped or set(), stacklevel=1)
     assert all(each.category is CheckpointWarning for each in caught)
     return [str(each.message) for each in caught]
 
@@ -114,7 +115,7 @@ def test_a_named_head_is_written_and_read_by_transformers(tmp_path: Path) -> Non
 
 def test_the_command_line_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with command_line._warnings_as_lines():
-        warn("fp8", {"a.weight": weight(192, 128)}, set(), stacklevel=1)
+        warn(writer_called("fp8", "float"), {"a.weight": weight(192, 128)}, set(), stacklevel=1)
         print("out has it")
     captured = capsys.readouterr()
     assert captured.out == "out has it\n"

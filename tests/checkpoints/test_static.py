@@ -319,3 +319,20 @@ def test_what_lacks_a_scale_is_named(tmp_path: Path, float_model: Path) -> None:
     with_data = compile_static(folder, calibration=[IDS])
     stored = {float(tensor) for name, tensor in tensors.items() if name.endswith("input_scale")}
     assert stored < {*map(float, x_scales(with_data))} and len(with_data.report.quantized) == 7
+
+
+@pytest.mark.parametrize("said", [AUTO_FP8, compressed(FP8, FP8), MODELOPT], ids=lambda said: str(said["quant_method"]))
+def test_static_scales_that_the_files_lack_are_noted(tmp_path: Path, float_model: Path, said: dict[str, Any]) -> None:
+    tensors = quantized(float_model)
+    lost = [name for name in tensors if name.endswith(("q_proj.input_scale", "up_proj.input_scale"))]
+    for name in lost:
+        del tensors[name]
+    found = read(written(tmp_path / "lacks", float_model, tensors, said))
+    assert found.notes == (
+        "the checkpoint declares static activation scales, but has none for 2 weights, such as "
+        f"'{LAYER}mlp.up_proj.weight': the scales of their activations come from calibration, or are computed in each "
+        "call",
+    )
+    lacking = [name for name, how in found.stored.items() if how.x_scale is None]
+    assert sorted(lacking) == sorted(name.replace("input_scale", "weight") for name in lost)
+    assert not read(written(tmp_path / "whole", float_model, quantized(float_model), said)).notes

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import qcompiler
-from qcompiler.checkpoints.formats import format_called
+from qcompiler.checkpoints.format import our_formats, writer_called
 from qcompiler.cli import main
-from qcompiler.cli.parser import CHECKPOINTS
+from qcompiler.cli.parser import WRITTEN
 from qcompiler.errors import QCompilerError
 
 WORDS = ("[PAD]", "[UNK]", "a", "short", "sentence", "another", "one", "which", "is", "longer")
@@ -170,9 +170,10 @@ def test_what_export_refuses(
 
 
 def test_formats_are_those_of_checkpoints() -> None:
-    """The parser has names of its own, so that help needs no torch."""
-    assert {type(format_called(name, "float")).__name__ for name in CHECKPOINTS} == {
-        "BlockFp8", "CompressedTensors", "Float",
-    }  # fmt: skip
-    with pytest.raises(QCompilerError, match=f"Known: {', '.join(sorted(CHECKPOINTS))}"):
-        format_called("none-of-these-names", "float")
+    """The parser reads the names of files, so that help needs no torch."""
+    assert sorted(name for name, format in our_formats().items() if format.writer is not None) == WRITTEN
+    assert WRITTEN == ["compressed-tensors", "float", "fp8"]
+    with pytest.raises(QCompilerError, match=f"no such checkpoint format: .* Known: {', '.join(WRITTEN)}"):
+        writer_called("none-of-these-names", "float")
+    with pytest.raises(QCompilerError, match="the checkpoint format can only be read: got 'modelopt'"):
+        writer_called("modelopt", "float")

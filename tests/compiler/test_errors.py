@@ -97,6 +97,18 @@ def test_what_cannot_be_compiled(mlp: Mlp) -> None:
         qcompiler.compile(mlp.eval(), target="sm_90a", example_inputs=(X,))
 
 
+def test_a_graph_without_its_weights(fast: CompiledModel) -> None:
+    captured = fast.stages["captured"]
+    bare = qcompiler.Graph.parse(str(captured))
+    names = [str(op.attrs["name"]) for op in captured.ops("core.param")]
+    with pytest.raises(CaptureError) as error:
+        qcompiler.compile(bare)
+    assert str(error.value) == (
+        f"the graph reads weights that it does not have: got none called '{names[0]}', and {len(names) - 1} others "
+        f"(in @{captured.name}). A text has no weights: add the tensors, graph.weights[name] = tensor."
+    )
+
+
 def test_a_compiled_model_is_not_compiled_again(mlp: Mlp) -> None:
     message = r"is already compiled: need a floating-point model. Compile the original model"
     fast = qcompiler.compile(mlp, example_inputs=(X,))

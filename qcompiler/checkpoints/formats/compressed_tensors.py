@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.checkpoints import compressed_groups
 from qcompiler.checkpoints.companions import stem
+from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.numerics import ALL
 
@@ -46,6 +48,12 @@ class CompressedTensors:
             return "its activations are int8 with one scale for all tokens, computed in each call"
         if integers and x_block not in (CHANNEL, TENSOR):
             return f"its activations are int8 in tiles of {list(x_block)}"
+        return None
+
+    def why_unread(self, weight: QuantizedWeight) -> str | None:
+        """The reason why transformers cannot split the activation of a weight into whole groups."""
+        if any(size % block for size, block in weight.blocked_axes[1:]):
+            return "transformers cannot run those whose number of input channels is not a multiple of the block"
         return None
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -105,3 +113,14 @@ def _activations(weight: QuantizedWeight) -> dict[str, Any]:
     if block[0] == 1 and block[1] != ALL:
         return {"strategy": "group", "group_size": block[1]}
     return _strategy(block, "token")
+
+
+register(
+    CheckpointFormat(
+        METHOD,
+        read=compressed_groups.stored_weights,
+        writer=lambda _: CompressedTensors(),
+        notes=compressed_groups.notes,
+        is_float=compressed_groups.is_float,
+    )
+)

@@ -14,6 +14,8 @@ from typing import Any
 from qcompiler.checkpoints.companions import fp8_weights, scale_beside, x_scale_beside, zero_points_beside
 from qcompiler.checkpoints.config_keys import ANY, check_keys, one_of
 from qcompiler.checkpoints.files import TensorFiles, read_json
+from qcompiler.checkpoints.folders import CONFIG
+from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.group_keys import check_group
 from qcompiler.checkpoints.quantized_weight import StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
@@ -46,12 +48,23 @@ KEYS = {
 FILE_KEYS = {"producer": ANY, "quantization": ANY}
 
 
-def separate_config(folder: Path) -> dict[str, Any] | None:
-    """`hf_quant_config.json` with the keys of a `quantization_config`; None if it declares nothing.
+def separate(folder: Path, said: Mapping[str, Any] | None) -> tuple[dict[str, Any], str] | None:
+    """The configuration in `hf_quant_config.json`, and its path; None if it adds nothing to `config.json`.
 
     Raises:
-        QCompilerError: The file is not the JSON that ModelOpt writes.
+        QCompilerError: The file is not the JSON that ModelOpt writes, or it differs from `config.json`.
     """
+    if (found := _separate(folder)) is None:
+        return None
+    if said is not None and said.get("quant_algo") != found.get("quant_algo"):
+        got = f"quant_algo {said.get('quant_algo')!r}, and {found.get('quant_algo')!r} in {FILE}"
+        raise QCompilerError("two quantization configurations differ", got=got, where=str(folder / CONFIG),
+                             fix="Remove the wrong one.")  # fmt: skip
+    return (found, str(folder / FILE)) if said is None else None
+
+
+def _separate(folder: Path) -> dict[str, Any] | None:
+    """`hf_quant_config.json` with the keys of a `quantization_config`; None if it declares nothing."""
     path = folder / FILE
     if not path.is_file() or (said := (document := read_json(path)).get("quantization")) is None:
         return None
@@ -103,3 +116,6 @@ def _check_keys(said: Mapping[str, Any]) -> None:
         raise QCompilerError("'config_groups' is not a JSON object with groups", got=repr(groups))
     for name, group in groups.items():
         check_group(name, group)
+
+
+register(CheckpointFormat(METHOD, read=stored_weights, is_float=is_float, separate=separate, files=(FILE,)))

@@ -13,6 +13,7 @@ from typing import Any
 from qcompiler.checkpoints.companions import fp8_weights, scale_beside
 from qcompiler.checkpoints.config_keys import ANY, check_keys
 from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.quantized_weight import StoredAs
 from qcompiler.numerics import ALL
 
@@ -37,3 +38,6 @@ def notes(said: Mapping[str, Any]) -> list[str]:
     """Report notes about the configuration."""
     bound = said.get(BOUND)
     return [] if bound is None else [f"the checkpoint bounds activation scales ({BOUND} {bound}): not applied"]
+
+
+register(CheckpointFormat(METHOD, read=stored_weights, notes=notes))

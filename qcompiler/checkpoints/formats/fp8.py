@@ -19,6 +19,7 @@ from torch import Tensor
 from qcompiler.checkpoints.companions import FP8, fp8_weights, scale_beside, x_scale_beside, zero_points_beside
 from qcompiler.checkpoints.config_keys import ANY, check_keys, one_of
 from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, StoredAs, powers_of_two
 from qcompiler.errors import QCompilerError, did_you_mean
 from qcompiler.numerics import ALL
@@ -75,6 +76,12 @@ class BlockFp8:
             return "its activation scale is static, not computed in each call"
         if self.scale_format == "ue8m0" and not powers_of_two(weight.scale):
             return "its scales are not powers of two, as ue8m0 needs; the scheme fp8_tile{scale=ue8m0} makes them"
+        return None
+
+    def why_unread(self, weight: QuantizedWeight) -> str | None:
+        """The reason why transformers cannot derive the block size of a weight from the number of its scales."""
+        if any(size > block and size % block for size, block in weight.blocked_axes):
+            return "transformers without a GPU derives the block size from the shapes, and misreads or refuses them"
         return None
 
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -138,3 +145,6 @@ def _block(said: Any) -> tuple[int, int]:
     if len(sizes) != 2 or len(said) != 2:
         raise QCompilerError("'weight_block_size' is malformed", got=said, need="two positive numbers, or null")
     return sizes[0], sizes[1]
+
+
+register(CheckpointFormat(METHOD, read=stored_weights, writer=BlockFp8, scale_suffix=SCALE))

@@ -1,0 +1,1 @@
+"""The checkpoint formats that can only be read, one file each."""
