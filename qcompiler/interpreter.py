@@ -14,9 +14,10 @@ import torch
 
 from qcompiler.dialects.aten import overload_of, to_torch
 from qcompiler.errors import InputError, QCompilerError
-from qcompiler.ir import Argument, Graph, Op, Role, Value, map_tree
+from qcompiler.ir import Argument, CacheType, Graph, Op, Role, Value, map_tree
 from qcompiler.ir.dataflow import parameters_of, part_of
 from qcompiler.ir.op_table import lookup
+from qcompiler.runtime.caches import Cache, allocate
 
 Observer = Callable[[Op, tuple[Any, ...]], None]
 
@@ -27,6 +28,7 @@ def interpret(
     weights: Mapping[str, torch.Tensor] | None = None,
     *,
     updates: dict[str, torch.Tensor] | None = None,
+    caches: Mapping[str, Cache] | None = None,
     observe: Observer | None = None,
 ) -> tuple[Any, ...]:
     """Runs `graph` and returns its outputs.
@@ -37,6 +39,7 @@ def interpret(
         weights: Name -> tensor; defaults to the weights of the graph.
         updates: Receives the new values of the buffers and inputs that the graph writes, by value name.
             `weights` and `inputs` are not changed.
+        caches: Name -> cache, changed in place; by default, the graph starts with empty caches.
         observe: Called with each operation and its results, in execution order.
 
     Returns:
@@ -49,7 +52,7 @@ def interpret(
     if len(inputs) != len(graph.inputs):
         raise InputError(f"@{graph.name} takes {len(graph.inputs)} inputs", got=len(inputs), need=len(graph.inputs))
     store = graph.weights if weights is None else weights
-    machine = _Machine(graph, dict(zip(graph.inputs, inputs, strict=True)), store, observe)
+    machine = _Machine(graph, dict(zip(graph.inputs, inputs, strict=True)), store, caches, observe)
     with torch.no_grad():
         for op in graph.ops():
             machine.step(op)
@@ -69,9 +72,14 @@ class _Machine:
     """Holds the live values and runs one operation at a time."""
 
     def __init__(
-        self, ops: Iterable[Op], values: dict[Value, Any], weights: Mapping[str, torch.Tensor], observe: Observer | None
+        self,
+        ops: Iterable[Op],
+        values: dict[Value, Any],
+        weights: Mapping[str, torch.Tensor],
+        caches: Mapping[str, Cache] | None,
+        observe: Observer | None,
     ) -> None:
-        self.values, self.weights, self.observe = values, weights, observe
+        self.values, self.weights, self.caches, self.observe = values, weights, caches, observe
         self.updates: dict[str, torch.Tensor] = {}
         self.written = {value for op in ops for value in op.written}
         self.readers = Counter(value for op in ops for _, value in op.operands())
@@ -104,6 +112,8 @@ class _Machine:
     def run(self, op: Op) -> tuple[Any, ...]:
         """The results of one operation."""
         if op.role is Role.STATE:
+            if isinstance(kind := op.result.type, CacheType):
+                return (self.cache(str(op.attrs["name"]), kind),)
             return (self.state(op) if op.result in self.written else self.weight(op),)
         if op.role is Role.UPDATE:
             self.updates[op["target"].name] = self.read(op["value"])
@@ -122,6 +132,15 @@ class _Machine:
         if not op.results:
             return ()
         return tuple(out) if isinstance(out, tuple | list) and len(op.results) > 1 else (_only(out),)
+
+    def cache(self, name: str, kind: CacheType) -> list[torch.Tensor]:
+        """The tensors of a cache of the caller, or of a new one."""
+        if self.caches is None:
+            return allocate(kind, self.device).tensors
+        if name not in self.caches or self.caches[name].type != kind:
+            got = self.caches[name].type if name in self.caches else "no cache of this name"
+            raise InputError(f"the cache {name!r} that the graph reads is missing", got=got, need=kind)
+        return self.caches[name].tensors
 
     def state(self, op: Op) -> Any:
         """A copy of the state that later operations write, and that `updates` reports."""

@@ -45,6 +45,7 @@ FLOORS = {
     "qcompiler.checkpoints": 7,
     "qcompiler.diagnostics": 7,
     "qcompiler.plugins": 7,
+    "qcompiler.decoding": 8,
     "qcompiler.html": 8,
     "qcompiler.compiler": 9,
     "qcompiler.cli": 10,

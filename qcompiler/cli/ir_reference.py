@@ -30,6 +30,7 @@ tables that the parser, the verifier and the interpreter use. [The graph IR](gra
 DIALECTS = {
     "core": "The parts of every graph, and arithmetic on sizes outside tensors.",
     "quant": "Output of passes: codes and scales are values, and their format is an attribute.",
+    "state": "Key-value caches of a decoder, which a graph appends to and attends over, in place.",
     "kernel": "Input of code generation: like `quant`, with a fixed memory order of scales.",
 }
 """Descriptions of dialects in pipeline order; other dialects come after them."""

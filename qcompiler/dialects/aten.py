@@ -86,6 +86,15 @@ def is_view(name: str) -> bool:
 
 
 @cache
+def is_pointwise(name: str) -> bool:
+    """Whether torch says that each element of the result depends only on the operands' elements at the same place."""
+    try:
+        return torch.Tag.pointwise in _overload(name).tags
+    except (KeyError, IndexError, ValueError):
+        return False
+
+
+@cache
 def _names() -> tuple[str, ...]:
     schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::"))
     names = {f"{schema.name.replace('::', '.')}.{schema.overload_name}".rstrip(".") for schema in schemas}

@@ -1,5 +1,6 @@
 """The graph IR: types, operations, graphs, text form, verifier, and rewriting. Does not import torch."""
 
+from qcompiler.ir.cache_type import CacheType
 from qcompiler.ir.diff import diff
 from qcompiler.ir.formats import ALL, Format
 from qcompiler.ir.graph import Derivation, Graph
@@ -17,6 +18,7 @@ __all__ = [
     "ALL",
     "NONE",
     "Argument",
+    "CacheType",
     "DType",
     "Derivation",
     "Effects",

@@ -1,20 +1,23 @@
 """Text -> literals and types of the graph IR.
 
-    type     := dtype '[' [size {',' size}] ']' | ('int'|'float'|'bool') ['(' size ')'] | 'none'
+    type     := dtype '[' [size {',' size}] ']' | ('int'|'float'|'bool') ['(' size ')'] | 'none' | cache
     size     := ['-'] term {('+' | '-') term}
     term     := factor {('*' | '//') factor}
     factor   := integer | symbol | function '(' size {',' size} ')' | '(' size ')'
 
     format   := '#' name ['<' [field {',' field}] '>']
     field    := dtype | name '=' value
+    cache    := 'cache' '<' (dtype | format) {',' name '=' integer} '>'
 
 A literal is a value in which a bare name is a dtype, and `#name` is a number format or a tag.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from qcompiler.errors import ParseError, QCompilerError, did_you_mean
+from qcompiler.ir.cache_type import CacheType, read_cache
 from qcompiler.ir.formats import FORMATS, Format, read_format
 from qcompiler.ir.op import Argument, Tag
 from qcompiler.ir.sizes import Size, read_size
@@ -93,12 +96,34 @@ class LiteralReader(ValueReader):
         token = self.expect_kind("name", "a type")
         if token.text == "none":
             return NONE
+        if token.text == "cache":
+            return self.cache(token)
         if token.text in ("int", "float", "bool"):
             found = self.sizes("(", ")") if self.now.text == "(" else [None]
             if len(found) != 1:
                 raise self.fail(f"{token.text} takes one size, not {len(found)}", token)
             return ScalarType(token.text, found[0])  # type: ignore[arg-type]  # one of the three, as just tested
         return TensorType(self.dtype(token), tuple(self.sizes("[", "]")))
+
+    def cache(self, token: Token) -> CacheType:
+        """The rest of `cache<bf16, slots = 16, …>`."""
+        fields: dict[str, Any] = {}
+        self.expect("<")
+        self.list_of(lambda: self.cache_field(fields), ">")
+        try:
+            return read_cache(fields)
+        except QCompilerError as error:
+            raise self.fail(str(error), token) from None
+
+    def cache_field(self, fields: dict[str, Any]) -> None:
+        """Reads a field of a cache type into `fields`: `bf16` or `#fp8_row` (the element type), or `slots = 16`."""
+        key, named = self.now, self.now.kind == "name" and self.now.text not in DType.__members__
+        name = self.take().text if named else "element"
+        if name in fields:
+            raise self.fail(f"the {name} of a cache is given twice", key)
+        if named:
+            self.expect("=")
+        fields[name] = self.value()
 
     def sizes(self, opening: str, closing: str) -> Sequence[Size]:
         """Sizes between brackets."""

@@ -16,7 +16,7 @@ from typing import Any
 class Role(Enum):
     """The role of an operation in passes and reports; the operand names below are the ones that passes use."""
 
-    STATE = "reads a parameter or a buffer from the weights store"
+    STATE = "reads a parameter or a buffer from the weights store, or a cache of the caller"
     UPDATE = "writes value to target, a buffer or an input, at the end of the call"
     VIEW = "rearranges the elements of x, or selects some of them"
     CAST = "converts the element type of x"
@@ -31,7 +31,7 @@ class Effects(Flag):
 
     PURE = 0
     READS = auto()
-    """The results depend on state, such as the contents of a buffer."""
+    """The results depend on state, such as the contents of a buffer or a cache."""
     WRITES = auto()
     """It changes state: a buffer, an operand, or something outside the process; at once, unless its role is UPDATE."""
     COMMUNICATES = auto()

@@ -1,5 +1,6 @@
 """Types of values, printed as torch prints them: `bf16[s0, 256]`, `f8e4m3fn[64, 256]`, `int(s0)`, `none`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -57,8 +58,17 @@ LONG_NAMES = {
 """Element types by the names that array libraries use."""
 
 
+class Type(ABC):
+    """The type of a value."""
+
+    @property
+    @abstractmethod
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the sizes of the type."""
+
+
 @dataclass(frozen=True)
-class TensorType:
+class TensorType(Type):
     """A dense tensor: element type and shape."""
 
     dtype: DType
@@ -98,7 +108,7 @@ class TensorType:
 
 
 @dataclass(frozen=True)
-class ScalarType:
+class ScalarType(Type):
     """A number that is not in a tensor, such as a size; `value` is its symbolic value if known."""
 
     kind: Literal["int", "float", "bool"]
@@ -114,7 +124,7 @@ class ScalarType:
 
 
 @dataclass(frozen=True)
-class NoneType:
+class NoneType(Type):
     """The type of a result that an operator does not return."""
 
     def __str__(self) -> str:
@@ -126,5 +136,4 @@ class NoneType:
         return frozenset()
 
 
-Type = TensorType | ScalarType | NoneType
 NONE = NoneType()

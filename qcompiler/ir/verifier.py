@@ -10,12 +10,13 @@
     V8   the network's edges match the arguments
     V9   inputs come first, take no arguments, and have one result
     V10  the last operation is the only return, and has no attributes or results
-    V11  at most one operation reads a weight: a parameter or a buffer with one result
+    V11  at most one operation reads a weight or a cache, and it has one result
     V12  an update writes a value of the same type to a buffer or an input, at most once each
     V13  every symbol is in an input, is unbacked (u…), or has a range; ranges are not empty
     V14  sizes are not negative
     V15  a stored weight has the type that the graph declares
     V16  only operations that read or write state use a buffer that is written during the call
+    V17  a cache comes from an operation that reads state; at most one operation writes it, before the others read it
 
 The error message has the rule number, the pass that ran last, the operation, the lines around it, a caret, and the
 source line.
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 
 from qcompiler.errors import QCompilerError, VerifyError
+from qcompiler.ir.cache_type import CacheType
 from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, print_argument, print_op, quote
 from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
 from qcompiler.ir.structure import INPUT, Structure
@@ -235,8 +237,9 @@ def _weights(graph: Structure) -> Broken | None:
             return Broken(11, op, f"a parameter or buffer has one result, not {len(op.results)}")
         name = str(op.attrs["name"])
         if name in seen:
+            kind = "cache" if isinstance(op.result.type, CacheType) else "weight"
             reader = f"{seen[name].result} ({seen[name].name})"
-            return Broken(11, op, f"the weight {quote(name)} is already read by {reader}", quote(name))
+            return Broken(11, op, f"the {kind} {quote(name)} is already read by {reader}", quote(name))
         seen[name] = op
     return None
 
@@ -245,7 +248,7 @@ def _stored(graph: Structure, weights: Mapping[str, Any]) -> Broken | None:
     # `type_of` gives the type without loading the weight; None means unknown.
     type_of = getattr(weights, "type_of", None) or (lambda name: TensorType.of(weights[name]))
     for op in graph:
-        if not weights or op.role is not Role.STATE:
+        if not weights or op.role is not Role.STATE or isinstance(op.result.type, CacheType):
             continue
         name = str(op.attrs["name"])
         if name not in weights:
@@ -253,6 +256,19 @@ def _stored(graph: Structure, weights: Mapping[str, Any]) -> Broken | None:
         kind, wanted = op.result.type, str(op.result.type)
         if (stored := type_of(name)) not in (None, kind.stored if isinstance(kind, TensorType) else kind):
             return Broken(15, op, f"{op.result} is {wanted}, but the stored weight is {stored}", wanted)
+    return None
+
+
+def _caches(graph: Structure) -> Broken | None:
+    for value in (value for op in graph for value in op.results if isinstance(value.type, CacheType)):
+        if value.op.role is not Role.STATE:
+            return Broken(17, value.op, f"{value} is a cache, but {value.op.name} does not read state", str(value))
+        users = graph.users(value)
+        writers = [user for user in users if Effects.WRITES in user.effects]
+        if len(writers) > 1:
+            return Broken(17, writers[1], f"{value} is already written by an earlier {writers[0].name}", str(value))
+        if writers and users[0] is not writers[0]:
+            return Broken(17, users[0], f"{value} is read before {writers[0].name} writes it", str(value))
     return None
 
 
@@ -303,5 +319,5 @@ def _symbols(graph: Structure) -> Broken | None:
 
 CHECKS: tuple[Callable[[Structure], Broken | None], ...] = (
     _names, _ends, _literals, _known, _acyclic, _definitions, _edges,
-    _signatures, _weights, _updates, _written, _symbols,
+    _signatures, _weights, _updates, _written, _caches, _symbols,
 )  # fmt: skip

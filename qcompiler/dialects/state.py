@@ -1,0 +1,227 @@
+"""The `state` dialect: key-value caches that operations append to and attend over, in place.
+
+    %c = state.cache() {name = "layers.0"} : cache<bf16, slots = 16, heads = 8, capacity = 8192, key = 128, value = 128>
+    state.append(%c, %k, %v, %slots, %lengths)
+    %o = state.attend(%c, %q, %slots, %lengths) {scale = 0.125} : bf16[s0, 32, s1, 128]
+
+Row b of a call continues the sequence in slot `slots[b]`, which already has `lengths[b]` positions. At run time, a
+cache is a list of tensors: key and value, and their scales if the cache has a format (see `CacheType.tensors`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qcompiler import numerics
+from qcompiler.dialects.attention import POSITIVE_FLOAT, WINDOW
+from qcompiler.dialects.attention import attend as attend_to_seen
+from qcompiler.errors import InputError
+from qcompiler.ir import CacheType, DType, Effects, Format, Op, Role, TensorType, Type, Value
+from qcompiler.ir.cache_type import QUANTIZED
+from qcompiler.ir.op_table import TEXT, OpDef, OpError, declare
+
+FORMATS = {numerics.torch_dtype(format.element): format for format in QUANTIZED}
+"""The dtype of a cache's codes -> its format."""
+
+
+def cache_of(value: Value) -> CacheType:
+    """The type of a cache; raises OpError if the value is not a cache."""
+    if not isinstance(value.type, CacheType):
+        raise OpError(f"{value} must be a cache, but is {value.type}", "cache")
+    return value.type
+
+
+def append_types(op: Op) -> tuple[Type, ...]:
+    """(cache, key float[B, G, S, D], value float[B, G, S, V], slots, lengths) -> nothing"""
+    cache, key, value = cache_of(op["cache"]), op["key"].tensor, op["value"].tensor
+    for name, kind, size in (("key", key, cache.key), ("value", value, cache.value)):
+        if len(kind.shape) != 4 or (kind.shape[1], kind.shape[3]) != (cache.heads, size):
+            raise OpError(f"the {name} must be [rows, {cache.heads}, positions, {size}], but is {kind}", name)
+        if kind.dtype is not cache.element and not (isinstance(cache.element, Format) and kind.dtype.is_float):
+            raise OpError(f"the {name} has elements of type {kind.dtype}, but the cache holds {cache.element}", name)
+    if key.shape[:3] != value.shape[:3]:
+        raise OpError(f"the value must have the key's rows and positions, but is {value}", "value")
+    _check_rows(op, key)
+    return ()
+
+
+def attend_types(op: Op) -> tuple[Type, ...]:
+    """(cache, query float[B, H, S, D], slots, lengths, sinks [H]?) -> float[B, H, S, V]"""
+    cache, query = cache_of(op["cache"]), op["query"].tensor
+    if len(query.shape) != 4 or query.shape[3] != cache.key:
+        raise OpError(f"the query must be [rows, heads, positions, {cache.key}], but is {query}", "query")
+    heads = query.shape[1]
+    if not isinstance(heads, int) or heads % cache.heads:
+        raise OpError(f"the query has {heads} heads, which is not a multiple of the cache's {cache.heads}", "query")
+    if isinstance(cache.element, DType) and query.dtype is not cache.element:
+        raise OpError(f"the query has elements of type {query.dtype}, but the cache holds {cache.element}", "query")
+    if op.argument("sinks") is not None and op["sinks"].tensor.shape != (heads,):
+        raise OpError(f"the sinks must be one number per head, [{heads}]", "sinks")
+    _check_rows(op, query)
+    return (TensorType(query.dtype, (*query.shape[:3], cache.value)),)
+
+
+def _check_rows(op: Op, new: TensorType) -> None:
+    need = TensorType(DType.i64, new.shape[:1])
+    for name in ("slots", "lengths"):
+        if op[name].type != need:
+            raise OpError(f"the {name} must be {need}, but are {op[name].type}", name)
+
+
+def append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor) -> None:
+    """Writes keys and values to positions `lengths[b]` … `lengths[b] + S - 1` of slot `slots[b]`, in place.
+
+    Args:
+        cache: Key and value, or their codes followed by the scales of both.
+        key: `[B, G, S, D]`; with a format, each head of each token is quantized with a scale of its own.
+        value: `[B, G, S, V]`.
+        slots: `[B]`, all different.
+        lengths: `[B]`.
+
+    Raises:
+        InputError: A row is outside the slots or the capacity; nothing is written.
+    """
+    _check_fit(cache, slots, lengths, key.shape[2])
+    rows = slots[:, None]
+    places = lengths[:, None] + torch.arange(key.shape[2], device=key.device)
+    for index, new in enumerate((key, value)):
+        format = FORMATS.get(cache[index].dtype)
+        if format is not None:
+            new, scale = numerics.quantize(new, format)
+            cache[2 + index][rows, :, places] = scale[..., 0].transpose(1, 2)
+        cache[index][rows, :, places] = new.transpose(1, 2)
+
+
+def attend(
+    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None = None, *,
+    scale: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention over a cache; reads only the positions that each row needs.
+
+    Args:
+        cache: As in `append`, which has already written the keys and values of this call.
+        query: `[B, H, S, D]`; query i of row b is at position `lengths[b] + i`.
+        slots: `[B]`.
+        lengths: `[B]`, the number of positions before this call.
+        sinks: As in `attention.causal`, also for `scale`, `window` and `softcap`.
+        scale: Factor of the scores.
+        window: Number of latest positions that a query reads, its own included; None for all.
+        softcap: Limits the scores to softcap * tanh(score / softcap).
+
+    Returns:
+        `[B, H, S, V]`, with the memory order of `[B, S, H, V]`. Scores and softmax are in FP32.
+
+    Raises:
+        InputError: A row is outside the slots or the capacity.
+    """
+    rows, heads, new, _ = query.shape
+    _check_fit(cache, slots, lengths, new)
+    out = query.new_empty((rows, new, heads, cache[1].shape[3])).transpose(1, 2)
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        end = length + new
+        start = 0 if window is None else max(0, length + 1 - window)
+        part = [tensor[slot, :, start:end] for tensor in cache]
+        one = _one_token if new == 1 else _several_tokens
+        out[row] = one(part, query[row], sinks, length - start, scale=scale, window=window, softcap=softcap)
+    return out
+
+
+def _check_fit(cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, new: int) -> None:
+    capacity, count = cache[0].shape[2], cache[0].shape[0]
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        if not 0 <= slot < count:
+            raise InputError(f"row {row} uses a slot that the cache does not have", got=slot, need=f"0..{count - 1}")
+        if length < 0 or length + new > capacity:
+            raise InputError(
+                f"row {row} does not fit into the cache",
+                got=f"length {length} and {new} more positions",
+                need=f"at most {capacity} positions",
+                fix="Use a larger capacity, or process fewer positions per call.",
+            )
+
+
+def _one_token(
+    cache: Sequence[Tensor], query: Tensor, sinks: Tensor | None, length: int, *,
+    scale: float, window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """One row with one query, which reads all of `cache`: two batched matrix-vector products."""
+    key, value, *scales = cache
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads, _, size = query.shape
+    scores = query.reshape(key.shape[0], -1, size).to(wide) @ _numbers(key, wide).transpose(1, 2) * scale
+    if scales:
+        scores *= scales[0][:, None]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide).reshape(*scores.shape[:2], 1)], -1)
+    weights = torch.softmax(scores, -1)[..., : key.shape[1]]
+    if scales:
+        weights = weights * scales[1][:, None]
+    return (weights @ _numbers(value, wide)).reshape(heads, 1, -1).to(query.dtype)
+
+
+def _numbers(stored: Tensor, wide: torch.dtype) -> Tensor:
+    """Elements or codes as numbers, without scales."""
+    format = FORMATS.get(stored.dtype)
+    return stored.to(wide) if format is None else numerics.decode(stored, format).to(wide)
+
+
+def _several_tokens(
+    cache: Sequence[Tensor], query: Tensor, sinks: Tensor | None, length: int, *,
+    scale: float, window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """One row with several queries, the first at position `length` of `cache`."""
+    key, value = cache[:2]
+    if len(cache) > 2:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        key, value = (
+            _numbers(codes, wide) * scales[..., None] for codes, scales in zip(cache[:2], cache[2:], strict=True)
+        )
+    query, key, value = query[None].to(key.dtype), key[None], value[None]
+    place = torch.arange(length + query.shape[2], device=query.device)
+    seen = place[length:, None] >= place
+    if window is not None:
+        seen &= place[length:, None] - window < place
+    if softcap is not None or sinks is not None:
+        return attend_to_seen(query, key, value, seen, sinks, scale=scale, softcap=softcap)[0]
+    plain = length == 0 and window is None
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=None if plain else seen, is_causal=plain, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )[0]  # fmt: skip
+
+
+declare(
+    OpDef(
+        "state.cache",
+        "A key-value cache of the caller.",
+        attributes={"name": TEXT},
+        role=Role.STATE,
+        effects=Effects.READS,
+    )
+)
+declare(
+    OpDef(
+        "state.append",
+        "Writes keys and values after the positions that each row's slot already has, in place.",
+        ("cache", "key", "value", "slots", "lengths"),
+        types=append_types,
+        meaning=append,
+        effects=Effects.WRITES,
+    )
+)
+declare(
+    OpDef(
+        "state.attend",
+        "Causal attention of queries over the slots of a cache, after this call's keys and values are appended.",
+        ("cache", "query", "slots", "lengths", "sinks?"),
+        {"scale": POSITIVE_FLOAT},
+        {"window": WINDOW, "softcap": POSITIVE_FLOAT},
+        types=attend_types,
+        meaning=attend,
+        effects=Effects.READS,
+    )
+)
