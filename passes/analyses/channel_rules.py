@@ -293,7 +293,8 @@ def _attention(site: Site) -> None:
     heads, groups = site.shape(value)[-3:-2], site.shape(0)[-3:-2]
 
     def repeated(at: Labels) -> Labels:
-        if not site.argument("enable_gqa") or at.shape[-3] == 1:
+        grouped = site.op.name == "attention.causal" or site.argument("enable_gqa")
+        if not grouped or at.shape[-3] == 1:
             return at
         return np.repeat(at, site.full(groups[0]) // site.full(heads[0]), -3)
 
@@ -310,6 +311,7 @@ _MOVED = "Elements keep their factors when they move."
 _COPIED = "Copies of an element have its factor."
 _PART = "Elements of a part keep their factors."
 _PICKED = "All elements along the axis have one factor, so it does not matter which are picked."
+_ATTENTION = Commutes("Σ p·(d·v) = d·Σ p·v: p does not depend on v.", ("value",), _attention)
 _MATMUL = "Rows of the left operand, or columns of the right one, are rows or columns of the result."
 _CAST = Commutes("Casts between floating types round relatively: d·x becomes d·round(x).", _ONE, _SAME.relate)
 
@@ -366,8 +368,7 @@ RULES: Mapping[str, Commutes] = {
     "aten.mm": Commutes(_MATMUL, ("self", "mat2"), _matmul),
     "aten.bmm": Commutes(_MATMUL, ("self", "mat2"), _matmul),
     "aten.matmul": Commutes(_MATMUL, ("self", "other"), _matmul),
-    "aten.scaled_dot_product_attention": Commutes(
-        "Σ p·(d·v) = d·Σ p·v: p does not depend on v.", ("value",), _attention
-    ),
+    "aten.scaled_dot_product_attention": _ATTENTION,
+    "attention.causal": _ATTENTION,
 }
 """Operation -> why and how a positive factor per channel passes through it."""

@@ -15,6 +15,7 @@ from qcompiler.dialects.aten import overload_of
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Missed, Op, parse_size
 from qcompiler.ir.sizes import Size, evaluate
+from qcompiler.ir.traits import traits_of
 
 HEAD = """
 func @m(%a: f32[s0, 8], %b: f32[s0, 8], %c: f32[4, 8], %q: f32[1, 3, 4], %k: f32[1, 4, 4], %m: b8[s0, 8], %i: i64[3],
@@ -98,6 +99,10 @@ LEGAL: dict[str, str] = {
     "aten.matmul": "%r = aten.matmul(%q, %u) : f32[1, 3, 8]",
     "aten.scaled_dot_product_attention": BATCH
     + "%r = aten.scaled_dot_product_attention(%q, %k, %h) : f32[1, 3, 8]",
+    "attention.causal": "%h = aten.view(%u, [1, 1, 4, 8]) : f32[1, 1, 4, 8]\n"
+    "%n = aten.unsqueeze(%k, 0) : f32[1, 1, 4, 4]\n"
+    "%g = aten.expand(%n, [1, 2, 4, 4]) : f32[1, 2, 4, 4]\n"
+    "%r = attention.causal(%g, %n, %h) {scale = 0.5} : f32[1, 2, 4, 8]",
 }  # fmt: skip
 """Operation -> from %v or %u to %r: a scale of either passes through to the other."""
 
@@ -198,6 +203,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         "%n = aten.unsqueeze(%c, 0) : f32[1, 4, 8]\n" + BATCH
         + "%z = aten.scaled_dot_product_attention(%n, %h, %n) : f32[1, 4, 8]", "of its 'key'",
     ),
+    "attention.causal": (
+        "%n = aten.view(%c, [1, 1, 4, 8]) : f32[1, 1, 4, 8]\n%h = aten.view(%u, [1, 1, 4, 8]) : f32[1, 1, 4, 8]\n"
+        "%z = attention.causal(%n, %h, %n) {scale = 0.5} : f32[1, 1, 4, 8]", "of its 'key'",
+    ),
 }  # fmt: skip
 """Operation -> a case in which %r (or %u or %v, without a %r) must not be scaled, and why."""
 
@@ -265,8 +274,7 @@ def test_each_row_has_a_proof_and_both_tests() -> None:
     assert all(f"{name}(" in LEGAL[name] and f"{name}(" in REFUSED[name][0] for name in RULES)
     for name, rule in RULES.items():
         assert rule.proof.endswith(".")
-        parameters = {argument.name for argument in overload_of(name)._schema.arguments}
-        assert set(rule.carries) <= parameters, name
+        assert set(rule.carries) <= {*traits_of(name).positions}, name
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -330,5 +338,6 @@ def test_the_page_shows_this_table(root: Path) -> None:
     page = (root / "docs" / "smoothquant.md").read_text(encoding="utf-8")
     shown: dict[str, str] = {}
     for names, proof in re.findall(r"^\| (`.*`) \| (.*) \|$", page[page.index("## What commutes") :], re.M):
-        shown |= {f"aten.{name}": proof.replace("\\|", "|") for name in re.findall(r"`([^`]+)`", names)}
+        for name in re.findall(r"`([^`]+)`", names):
+            shown[name if name in RULES else f"aten.{name}"] = proof.replace("\\|", "|")
     assert shown == {name: rule.proof for name, rule in RULES.items()}

@@ -1,0 +1,143 @@
+"""Rewrites attention with a causal mask to one operation without a mask.
+
+    %m = …                                                            b8[s0, 1, s1, s1], proven to be k <= q
+    %o = aten.scaled_dot_product_attention(%q, %k, %v, %m)      ->      attention.causal(%q, %k, %v) {scale = 0.125}
+
+Repeats of the keys' and values' heads for grouped queries are dropped. The mask is removed by `dead-code`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from passes.analyses.causal_masks import CausalMask, Mask, NotCausal, causal_mask
+from passes.attention.eager import MATMULS, Attended, NotAttention, read_attention, softmax_before
+from passes.attention.repeated_heads import before_repeats
+from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
+from qcompiler.pass_manager.pipeline import Effect, Pass
+
+SDPA = "aten.scaled_dot_product_attention"
+NO_SOFTMAX = "its first operand is not a softmax"
+
+
+@dataclass(frozen=True)
+class SdpaToCausal(Rule):
+    """scaled_dot_product_attention(q, k, v, mask)  ->  causal(q, k, v), if the mask is causal, also with a window"""
+
+    consecutive: str
+    root: ClassVar[tuple[str, ...]] = (SDPA,)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if op.argument("dropout_p") != 0:
+            return Missed("it drops elements")
+        mask, scale, size = op.argument("attn_mask"), op.argument("scale"), op["query"].tensor.shape[-1]
+        if scale is None and isinstance(size, int):
+            scale = 1 / math.sqrt(size)
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            return Missed("its scale is not a positive number")
+        masks = (Mask(mask),) if isinstance(mask, Value) else ()
+        found = Attended(op["query"], op["key"], op["value"], float(scale), masks=masks)
+        return proven(op, graph, found, self.consecutive, causal=op.argument("is_causal") is True)
+
+    def rewrite(self, op: Op, rewriter: Rewriter, found: Attended, form: CausalMask, **_: Any) -> None:
+        replace_by_causal(op, rewriter, found, form)
+
+
+@dataclass(frozen=True)
+class EagerToCausal(Rule):
+    """matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)  ->  causal(q, k, v), if the mask is causal"""
+
+    consecutive: str
+    root: ClassVar[tuple[str, ...]] = MATMULS
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        if softmax_before(op) is None:
+            return Missed(NO_SOFTMAX)
+        try:
+            found = read_attention(op, graph)
+        except NotAttention as error:
+            return Missed(error.why, error.value)
+        return proven(op, graph, found, self.consecutive)
+
+    def rewrite(self, op: Op, rewriter: Rewriter, found: Attended, form: CausalMask, **_: Any) -> None:
+        replace_by_causal(op, rewriter, found, form)
+
+
+def proven(op: Op, graph: Graph, found: Attended, consecutive: str, *, causal: bool = False) -> Match | Missed:
+    """The operands and the form of the mask, if `attention.causal` can express the attention, or why it cannot."""
+    shape = scores_shape(found, op)
+    if isinstance(shape, Missed):
+        return shape
+    if causal:
+        return {"found": found, "form": CausalMask()}
+    if not found.masks:
+        return Missed("it reads all keys: it has no mask")
+    form = causal_mask(graph, found.masks, shape, [value for value in graph.inputs if value.name == consecutive])
+    if isinstance(form, NotCausal):
+        return Missed(form.why, form.value)
+    if form.padding:
+        return Missed("its mask is causal, but this value hides further keys", form.padding[0])
+    if form.chunk is not None:
+        return Missed(f"its mask is causal within chunks of {form.chunk} positions", found.masks[0].value)
+    return {"found": found, "form": form}
+
+
+def scores_shape(found: Attended, op: Op) -> tuple[Size, ...] | Missed:
+    """The shape [batch, heads, queries, keys] of the scores, or why `attention.causal` does not take the operands."""
+    query, key, value = (operand.tensor for operand in (found.query, found.key, found.value))
+    if not len(query.shape) == len(key.shape) == len(value.shape) == 4:
+        return Missed("its operands do not have four dimensions: batch, heads, positions and head size")
+    if not query.dtype is key.dtype is value.dtype is op.result.tensor.dtype:
+        return Missed("its queries, keys, values and result have different element types")
+    batch, heads, length, _ = query.shape
+    groups, keys = key.shape[1], key.shape[3 if found.transposed else 2]
+    if not batch == key.shape[0] == value.shape[0]:
+        return Missed("its queries, keys and values have different batch sizes")
+    if groups != value.shape[1] or not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+        return Missed("its keys and values do not have one head for each group of heads of the queries")
+    if length != keys:
+        return Missed(f"it has {length} queries but {keys} keys", found.key)
+    if op.result.tensor.shape != (batch, heads, length, value.shape[3]):
+        return Missed("its mask broadcasts the scores to another shape")
+    return batch, heads, length, keys
+
+
+def replace_by_causal(op: Op, rewriter: Rewriter, found: Attended, form: CausalMask) -> None:
+    """Replaces the last operation of an attention by `attention.causal`."""
+    attrs: dict[str, Argument] = {"scale": found.scale}
+    attrs |= {} if form.window is None else {"window": form.window}
+    attrs |= {} if found.softcap is None else {"softcap": found.softcap}
+    key = straight(rewriter, found.key) if found.transposed else found.key
+    args = [found.query, *before_repeats(rewriter.graph, key, found.value)]
+    args += [] if found.sinks is None else [found.sinks]
+    new = rewriter.insert("attention.causal", *args, attrs=attrs).result
+    rewriter.replace(op, new)
+    for assumed in form.assumed:
+        rewriter.graph.remark(new, f"causal because {assumed} is assumed to count up by 1 in each row")
+
+
+def straight(rewriter: Rewriter, key: Value) -> Value:
+    """A key [batch, groups, size, keys] with its last two dimensions transposed."""
+    *lead, size, keys = key.tensor.shape
+    types = [TensorType(key.tensor.dtype, (*lead, keys, size))]
+    return rewriter.insert("aten.transpose.int", key, 2, 3, types=types, names=[f"{key.name}_straight"]).result
+
+
+@dataclass(frozen=True)
+class Attention(Pass):
+    """attention with a causal mask  ->  `attention.causal` without a mask"""
+
+    name: ClassVar[str] = "attention"
+    effect: ClassVar[Effect] = Effect.REORDERS
+
+    consecutive: str = ""
+    """The name of an input, such as position_ids, that callers promise counts up by 1 along its last axis."""
+
+    def rules(self) -> Sequence[Rule]:
+        """One rule for torch's attention, one for attention that a model spells out."""
+        return (SdpaToCausal(self.consecutive), EagerToCausal(self.consecutive))
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """Reports reasons for attentions only, not for other matmuls."""
+        return {name: why for name, why in super().explain(graph).items() if why != NO_SOFTMAX}
