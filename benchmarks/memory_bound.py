@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from codegen import torch_ops
+import codegen.torch_ops  # noqa: F401  (registers the operators)
+from codegen.operators.quantize import SCALE_LAYOUTS
 
 E4M3 = torch.float8_e4m3fn
-LAYOUT = torch_ops.SCALE_LAYOUTS[1]
+LAYOUT = SCALE_LAYOUTS[1]
 
 
 class Work(NamedTuple):

@@ -1,4 +1,4 @@
-"""The kernels as functional torch operators, in `torch.ops.qcompiler`.
+"""The kernels as torch operators, in `torch.ops.qcompiler`.
 
 On a CPU they run `qcompiler.numerics`; on a GPU they launch the kernels of its target. Each module of
 `codegen.operators` declares some of them, and this module registers all.

@@ -14,6 +14,8 @@ from codegen.launching.launch import KernelCall
 from codegen.machine_code import MachineCode
 from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
+from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
+from codegen.templates.attend_to_cache import ATTEND_TO_CACHE, AttendConfig, AttendOperands, AttendProblem
 from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, FusedOperands
 from codegen.templates.fused_expression import expression_call
 from codegen.templates.fused_quantize import (
@@ -267,3 +269,62 @@ def compile_fused_quantize(
     tile = config or FUSED_QUANTIZE.family(HOPPER).choose(problem)
     operands_ = FusedQuantizeOperands(expression, keep, given, kept, q, scale_like(q, block_k, scale_layout), profile)
     return compiled(FUSED_QUANTIZE.family(HOPPER).calls(tile, operands_)[0])
+
+
+CAPACITY = 8192
+
+
+def meta_cache(
+    dtype: torch.dtype, groups: int, sizes: tuple[int, int], slots: int = 16
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    key, value = (meta(slots, groups, CAPACITY, size, dtype=dtype) for size in sizes)
+    scales = [meta(slots, groups, CAPACITY) if dtype.itemsize == 1 else None for _ in sizes]
+    return key, value, scales[0], scales[1]
+
+
+def choose_attend(batch: int, tokens: int = 1, *, dtype: torch.dtype = torch.bfloat16, **rest: Any) -> AttendConfig:
+    """The configuration for 8 KV heads of 4 query heads each, with a capacity of 8192 positions."""
+    sizes = {"groups": 8, "repeats": 4, "size": 128, "value_size": 128, "capacity": CAPACITY, "window": None}
+    problem = {"multiprocessors": 132, "element_bytes": dtype.itemsize, **sizes, **rest}
+    return ATTEND_TO_CACHE.family(HOPPER).choose(AttendProblem(batch=batch, tokens=tokens, **problem))
+
+
+def attend_calls(
+    dtype: torch.dtype = torch.bfloat16, *, batch: int = 16, tokens: int = 1, groups: int = 8, repeats: int = 4,
+    sizes: tuple[int, int] = (128, 128), config: AttendConfig | None = None, window: int | None = None,
+    softcap: float | None = None, sinks: bool = False,
+) -> Sequence[KernelCall]:  # fmt: skip
+    """Attention over a cache whose elements, unless they are codes, have the dtype of the query."""
+    query_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    heads, rows = groups * repeats, meta(batch, dtype=torch.int64)
+    query = meta(batch, tokens, heads, sizes[0], dtype=query_dtype).transpose(1, 2)
+    out = meta(batch, tokens, heads, sizes[1], dtype=query_dtype)
+    cache, given = meta_cache(dtype, groups, sizes), meta(heads, dtype=query_dtype) if sinks else None
+    chosen = config or choose_attend(
+        batch, tokens, dtype=dtype, groups=groups, repeats=repeats, size=sizes[0], value_size=sizes[1], window=window
+    )
+    operands = AttendOperands(query, cache, rows, rows, given, out, sizes[0] ** -0.5, window, softcap)
+    return ATTEND_TO_CACHE.family(HOPPER).calls(chosen, operands)
+
+
+def compile_attend(dtype: torch.dtype = torch.bfloat16, **rest: Any) -> MachineCode:
+    return compiled(attend_calls(dtype, **rest)[0])
+
+
+def compile_combine(batch: int = 1, **rest: Any) -> MachineCode:
+    """The kernel that adds the splits of a decode step."""
+    return compiled(attend_calls(batch=batch, **rest)[1])
+
+
+def compile_append(
+    dtype: torch.dtype = torch.bfloat16, *, batch: int = 16, tokens: int = 1, sizes: tuple[int, int] = (128, 128)
+) -> MachineCode:
+    """Appending to 8 KV heads; keys and values are slices of one matrix, as after a merged linear."""
+    size = sum(sizes)
+    both = meta(batch, tokens, 8, size, dtype=torch.bfloat16).transpose(1, 2)
+    rows = meta(batch, dtype=torch.int64)
+    operands = AppendOperands(
+        both[..., : sizes[0]], both[..., sizes[0] :], meta_cache(dtype, 8, sizes), rows, rows
+    )  # fmt: skip
+    config = APPEND_TO_CACHE.family(HOPPER).choose(AppendProblem(batch * tokens * 8, max(sizes)))
+    return compiled(APPEND_TO_CACHE.family(HOPPER).calls(config, operands)[0])

@@ -147,7 +147,7 @@ def replayed(
     """Runs `run(*arguments)`, or replays the launches of an earlier such call.
 
     Args:
-        run: An operator on a CUDA device; it returns one or more tensors that it got from `empty`.
+        run: An operator on a CUDA device; it returns tensors that it got from `empty`: one, a tuple, or ().
         what: Everything that its launches depend on besides the operands, including the operator's name.
         operands: All tensors among the arguments.
         arguments: The arguments of `run`.
@@ -244,7 +244,7 @@ class _Tape:
         if None in launches:
             return None
         whole: Any = (tuple(map(_maker, self.made)), tuple(launches), tuple(indices), isinstance(returned, Tensor))
-        return _Plan(self.made[0].get_device(), *whole)
+        return _Plan(self.operands[0].get_device(), *whole)
 
     def _starts(self) -> dict[int, tuple[int, int]]:
         """Storage -> the operand (the first of several) or allocation that starts in it, and where."""

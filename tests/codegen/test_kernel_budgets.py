@@ -14,6 +14,9 @@ from hopper_kernels import (
     all_configs,
     all_fused_configs,
     compile_amax,
+    compile_append,
+    compile_attend,
+    compile_combine,
     compile_expression,
     compile_fused,
     compile_fused_quantize,
@@ -55,6 +58,11 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "quantize, known scale": compile_known,
     "amax of a tensor": compile_amax,
     "scale of a tensor": compile_scale,
+    "append to a cache, f8": partial(compile_append, torch.float8_e4m3fn),
+    "attend to a cache, bf16": compile_attend,
+    "attend to a cache, f8": partial(compile_attend, torch.float8_e4m3fn),
+    "attend to a cache, f8, 512 tokens": partial(compile_attend, torch.float8_e4m3fn, batch=1, tokens=512),
+    "sum of 64 splits of a cache": compile_combine,
     "fused quantize, norm of 4096": partial(
         compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)
     ),

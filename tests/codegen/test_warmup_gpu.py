@@ -90,7 +90,7 @@ def test_without_warmup_the_error_says_how(compiled: CompiledModel) -> None:
 def test_all_usual_rows_and_combinations(compiled: CompiledModel) -> None:
     first = compiled.warmup()
     assert first.calls == 14 and first.kernels
-    symbols = [str(size) for size in compiled.graph.inputs[0].type.shape[:2]]  # type: ignore[union-attr]
+    symbols = [str(size) for size in compiled.graph.inputs[0].tensor.shape[:2]]
     sizes: dict[str, Any] = {symbols[0]: [1, 3], symbols[1]: range(100, 1000, 300)}
     again = compiled.warmup(**sizes)
     assert again.calls == 6

@@ -1,0 +1,68 @@
+"""The operator `append_to_cache`: on a GPU one kernel, which also quantizes; elsewhere `state.append`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from codegen.launching.launch import on
+from codegen.launching.replay import replayed
+from codegen.operators.cache_operands import cache_tensors, check_rows, with_contiguous_sizes
+from codegen.operators.operator import Operator, declare
+from codegen.targets.cuda import gpu_at
+from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
+from qcompiler.dialects import state
+
+
+def append_to_cache_on_gpu(
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
+) -> None:  # fmt: skip
+    """Writes keys and values after the positions that each row's slot already has, in place.
+
+    The host does not wait for slots and lengths, so tokens that do not fit are not written, without an error.
+
+    Args:
+        cache: Contiguous key and value, then the scales of both if they are codes.
+        key: `[batch, heads, tokens, size]`, any strides.
+        value: `[batch, heads, tokens, value size]`, any strides.
+        slots: int64 `[batch]`, all different.
+        lengths: int64 `[batch]`.
+
+    Raises:
+        CodegenError: An operand does not fit the cache, or the GPU has no FP8.
+    """
+    operands = (*cache, key, value, slots, lengths)
+    replayed(_append, ("append_to_cache", len(cache)), operands, cache, key, value, slots, lengths)
+
+
+def append_to_cache_on_cpu(
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
+) -> None:  # fmt: skip
+    """As on a GPU, but raises InputError if a token does not fit; then nothing is written."""
+    state.append(cache, key, value, slots, lengths)
+
+
+def append_to_cache_fake(
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
+) -> None:  # fmt: skip
+    """Nothing: the operator returns nothing, and its schema declares what it writes."""
+
+
+def _append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor) -> tuple[()]:
+    family = APPEND_TO_CACHE.family(gpu_at(key.device))
+    tensors = cache_tensors(cache)
+    heads = tensors.key.shape[1]
+    check_rows(key, heads, tensors.key.shape[3], slots, lengths)
+    check_rows(value, heads, tensors.value.shape[3], slots, lengths)
+    rows = key.shape[:3].numel()
+    if rows:
+        operands = AppendOperands(with_contiguous_sizes(key), with_contiguous_sizes(value), tensors, slots, lengths)
+        config = family.choose(AppendProblem(rows, max(key.shape[3], value.shape[3])))
+        with on(key.device):
+            family.launch(config, operands)
+    return ()
+
+
+APPEND_TO_CACHE_SCHEMA = (
+    "append_to_cache(Tensor(a!)[] cache, Tensor key, Tensor value, Tensor slots, Tensor lengths) -> ()"
+)
+declare(Operator(APPEND_TO_CACHE_SCHEMA, append_to_cache_on_cpu, append_to_cache_on_gpu, append_to_cache_fake))

@@ -1,0 +1,73 @@
+"""The KV cache kernels compiled for Hopper without a GPU: tensor-core instructions, wide loads, no spills."""
+
+import pytest
+import torch
+from hopper_kernels import choose_attend, compile_append, compile_attend, compile_combine
+
+from codegen.machine_code import MachineCode
+from codegen.targets.hopper import HOPPER
+
+E4M3, I8, B16, F16, F32 = torch.float8_e4m3fn, torch.int8, torch.bfloat16, torch.float16, torch.float32
+
+
+def assert_fits(code: MachineCode, blocks: int = 1) -> None:
+    assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
+    assert code.shared_memory <= HOPPER.limits.shared_memory
+    assert HOPPER.limits.blocks_at_once(code.registers, code.warps, code.shared_memory) >= blocks
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16, F16])
+def test_decoding(dtype: torch.dtype) -> None:
+    code = compile_attend(dtype)
+    assert_fits(code, blocks=3)  # one program waits for memory while others multiply
+    assert "HMMA.16816.F32" in code.sass and code.wide_loads >= 8
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16])
+def test_a_chunk_of_tokens_uses_the_wide_instruction(dtype: torch.dtype) -> None:
+    code = compile_attend(dtype, batch=1, tokens=512)
+    assert_fits(code)
+    assert "HGMMA.64x" in code.sass
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (96, 96), (192, 128), (256, 256), (576, 512)])
+@pytest.mark.parametrize("dtype", [E4M3, B16])
+def test_other_head_sizes(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    assert_fits(compile_attend(dtype, sizes=sizes, window=4096, sinks=True))
+
+
+def test_fp32_and_limits_of_scores() -> None:
+    assert_fits(compile_attend(F32))
+    assert_fits(compile_attend(E4M3, tokens=8))  # 32 rows
+    for code in (compile_attend(B16, softcap=50.0), compile_attend(B16, softcap=30.0, window=4096, repeats=2)):
+        assert_fits(code, blocks=3)
+
+
+def test_splits_are_added_in_registers() -> None:
+    for batch in (1, 4, 16):
+        code = compile_combine(batch)
+        assert_fits(code)
+        assert code.wide_loads >= 1
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16])
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_appending(dtype: torch.dtype, tokens: int) -> None:
+    code = compile_append(dtype, tokens=tokens)
+    assert_fits(code)
+    assert code.wide_loads >= 2, "loads have to be 16 bytes wide"
+    assert ("F2FP.SATFINITE.E4M3" in code.sass) == (dtype == E4M3)
+
+
+def test_appending_other_head_sizes() -> None:
+    for sizes in ((96, 96), (192, 128), (576, 512)):
+        assert_fits(compile_append(E4M3, sizes=sizes))
+
+
+def test_the_number_of_splits_fills_the_device() -> None:
+    programs = {batch: batch * 8 * choose_attend(batch).splits for batch in (1, 2, 4, 16, 64, 256)}
+    assert all(count >= 4 * 132 or batch == 1 for batch, count in programs.items())
+    assert choose_attend(256).splits == 1
+    assert choose_attend(1).splits == 64  # no split has fewer than 128 of the 8192 positions
+    assert choose_attend(1, window=1000).splits == 8
+    assert choose_attend(1, 512).splits == 1 and choose_attend(1, 512).block_m == 64
