@@ -7,14 +7,14 @@
         return (linear,)
 
 A value is deleted after its last use. Weights are attributes of `weights`. Buffers and inputs are updated just before
-the return.
+the return. Key-value caches are attributes of `weights`, too: lists of tensors, which operators write in place.
 """
 
 import keyword
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import codegen.torch_ops  # noqa: F401  (registers the operators whose schemas a
 from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
-from qcompiler.ir import Argument, Format, Graph, Op, Role, Value
+from qcompiler.ir import Argument, CacheType, Format, Graph, Op, Role, Value
 from qcompiler.ir.op_table import lookup
 from qcompiler.ir.structure import INPUT
 from qcompiler.runtime.device import target_named
@@ -40,6 +40,9 @@ PRELUDES = {
 }
 """Imports that a function may need, by the text that requires them; the target defines how to import `kernels`."""
 
+CACHE_OPERATORS = {"state.append": "append_to_cache", "state.attend": "attend_to_cache"}
+"""Operations on caches -> their operators, which take operands and attributes in the order of the declaration."""
+
 RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "parse_format", "weights", "device", "float", "getattr"}
 RESERVED |= {*keyword.kwlist, *dir(torch.nn.Module())}
 """Reserved names: those of the module, and attributes that every owner of weights has."""
@@ -53,11 +56,13 @@ class HostModule:
         source: The text.
         entry: The name of its function, which takes (weights, *inputs) and returns a tuple of outputs.
         weights: Attribute of `weights` -> name in the weights store. `weights` also has the attribute `device`.
+        caches: Attribute of `weights` -> name of a key-value cache.
     """
 
     source: str
     entry: str
     weights: dict[str, str]
+    caches: dict[str, str] = field(default_factory=dict)
 
 
 def emit_host_module(graph: Graph, target: str) -> HostModule:
@@ -80,6 +85,7 @@ class _Emitter:
     lines: list[str] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    caches: dict[str, str] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=lambda: set(RESERVED))
 
@@ -104,14 +110,16 @@ class _Emitter:
             preludes.append("from qcompiler.ir import parse_format")
             preludes += ["", *(f"{name} = parse_format({format!r})" for format, name in self.formats.items())]
         text = "\n".join([self.head(ops), "import torch", *(["", *preludes] if preludes else []), "", ""])
-        return HostModule(f"{text}\ndef {entry}({', '.join(['weights', *inputs])}):\n{body}", entry, self.weights)
+        source = f"{text}\ndef {entry}({', '.join(['weights', *inputs])}):\n{body}"
+        return HostModule(source, entry, self.weights, self.caches)
 
-    def head(self, ops: Iterable[Op]) -> str:
+    def head(self, ops: Collection[Op]) -> str:
         """The docstring of the module."""
         dialects = Counter(op.name.partition(".")[0] for op in ops)
-        others = sum(count for dialect, count in dialects.items() if dialect not in ("core", "kernel"))
+        others = sum(count for dialect, count in dialects.items() if dialect not in ("core", "kernel", "state"))
+        kernels = dialects["kernel"] + sum(op.name in CACHE_OPERATORS for op in ops)
         name = self.graph.name.replace("\\", "/").replace('"', "'")
-        return HEAD.format(name=name, target=self.target, kernels=dialects["kernel"], others=others)
+        return HEAD.format(name=name, target=self.target, kernels=kernels, others=others)
 
     # Names
 
@@ -157,10 +165,11 @@ class _Emitter:
     # Operations
 
     def emit(self, op: Op) -> None:
-        """Emits one operation: a line, or only a name for a weight."""
+        """Emits one operation: a line, or only a name for a weight or a cache."""
         if op.role is Role.STATE:
             attribute = self.fresh(str(op.attrs["name"]))
-            self.weights[attribute] = str(op.attrs["name"])
+            named = self.caches if isinstance(op.result.type, CacheType) else self.weights
+            named[attribute] = str(op.attrs["name"])
             self.names[op.result] = f"weights.{attribute}"
             return
         call = self.call(op)
@@ -182,6 +191,10 @@ class _Emitter:
             return f"expect({args[0]}, {attrs['message']})"
         if op.name.startswith("core."):
             return f'scalars["{op.name.removeprefix("core.")}"]({", ".join(args)})'
+        if definition is not None and op.name in CACHE_OPERATORS:
+            names = (*definition.named, *definition.attributes, *definition.optional)
+            given = ", ".join(self.argument(op.argument(name)) for name in names)
+            return f"kernels.{CACHE_OPERATORS[op.name]}({given})"
         if definition is not None:
             return f'lookup("{op.name}").meaning({self.arguments(args, attrs)})'
         if self.needs_device(op):

@@ -22,6 +22,7 @@ from codegen.mlir.tracing import Traced, trace
 from codegen.mlir.unsupported import Refusals, find
 from qcompiler.errors import CodegenError, InputError, did_you_mean
 from qcompiler.ir import Graph
+from qcompiler.runtime.caches import cache_types
 
 DIALECTS = ("torch", "linalg")
 WEIGHTS = ("arguments", "resource", "elide")
@@ -52,6 +53,11 @@ def to_mlir(
     for name, known in ((dialect, DIALECTS), (weights, WEIGHTS)):
         if name not in known:
             raise InputError("to_mlir got an unknown option value", got=repr(name), fix=did_you_mean(str(name), known))
+    if caches := cache_types(graph):
+        raise CodegenError(
+            "a graph with key-value caches cannot be lowered to MLIR", got=f"{len(caches)} caches",
+            fix="Lower a stage before the pass kv-cache.",
+        )  # fmt: skip
     traced = trace(graph, table(safe_casts))
     parameters = traced.interface.parameters
     found = graph.weights if store is None else store

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -158,9 +158,9 @@ class Validate(Instrument):
         """Runs the captured graph."""
         if inputs is None and graph.inputs:
             raise PassError("the validate instrument needs real inputs", fix="Pass example_inputs to compile().")
-        self.inputs = list(inputs or ())
+        self.inputs: Sequence[Any] = list(inputs or ())
         self.errors = {}
-        self._old = _run(graph, self.inputs)
+        self._old: Mapping[str, Any] = _run(graph, self.inputs)
 
     def before(self, step: Pass, graph: Graph) -> None:
         """Keeps a copy of the graph, to locate errors."""
@@ -169,6 +169,9 @@ class Validate(Instrument):
     def after(self, step: Pass, graph: Graph, outcome: Outcome) -> None:
         """Runs the graph again; raises PassError with the pass and the first operation that differs too much."""
         limit = {Effect.EXACT: None, Effect.REORDERS: step.budget, Effect.LOSSY: step.budget}[step.effect]
+        called = self.inputs
+        if outcome.changed:
+            self.inputs, self._old = step.translated(self._graph, self.inputs, self._old)
         new = _run(graph, self.inputs)
         if missing := sorted(self._old.keys() ^ new.keys()):
             got = f"{missing[0]} is {'missing' if missing[0] in self._old else 'new'}"
@@ -183,14 +186,14 @@ class Validate(Instrument):
                     f"pass '{step}' violates its declared effect '{step.effect.value}'",
                     got=f"{_deviation(old, new[name])} in {name}",
                     need="equal bits" if limit is None else f"at most {allowed(old, limit):.3g}",
-                    where=f"{self._first(graph, limit) or name}, the first operation that differs",
+                    where=f"{self._first(graph, limit, called) or name}, the first operation that differs",
                 )
         worst = max((relative_error(old, new[name]) for name, old in self._old.items()), default=0.0)
         self.errors[step.name] = max(worst, self.errors.get(step.name, 0.0))
         self._old = new
         del self._graph
 
-    def _first(self, graph: Graph, limit: float | None) -> str | None:
+    def _first(self, graph: Graph, limit: float | None, called: Sequence[Any]) -> str | None:
         """The first operation whose result differs from the value of the same name before the pass."""
         values: dict[str, Any] = {}
         found: list[str] = []
@@ -204,7 +207,7 @@ class Validate(Instrument):
                     line = f" at {op.loc.file}:{op.loc.line}" if op.loc.file else ""
                     found.append(f"{value} = {op.name}{line}")
 
-        _run(self._graph, self.inputs, keep)
+        _run(self._graph, called, keep)
         _run(graph, self.inputs, compare)
         return found[0] if found else None
 

@@ -9,7 +9,7 @@ lookup.
 """
 
 from abc import ABC
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from importlib import import_module
@@ -112,6 +112,18 @@ class Pass(ABC):
     def run(self, graph: Graph) -> bool:
         """Runs the pass on the graph, in place; returns whether the graph changed."""
         return apply_rules(graph, self.rules(), self.name)
+
+    def translated(
+        self, before: Graph, inputs: Sequence[Any], outputs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """A call after this pass: its inputs, and the outputs that it must give; only an interface pass changes them.
+
+        Args:
+            before: The graph before the pass.
+            inputs: The inputs of a call of that graph.
+            outputs: Its outputs and updates, by name.
+        """
+        return inputs, outputs
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Why each candidate in `graph` is skipped, by the name of the candidate's first result.

@@ -122,6 +122,11 @@ def _of_contents(path: Path, files: list[str]) -> str | None:
     return f"The folder has a {CONFIG} and no weights: download them too." if CONFIG in files else None
 
 
+def is_artefact(folder: Path) -> bool:
+    """Whether a folder has the manifest of an artefact."""
+    return _format(folder / MANIFEST) == ARTEFACT
+
+
 def _format(manifest: Path) -> object:
     """Returns the `format` field of a manifest; None if the file is not a manifest."""
     try:

@@ -185,13 +185,18 @@ def _check_weights(graph: Graph) -> None:
 
 def graph_as_captured(graph: Graph) -> Captured:
     """Wraps a copy of `graph` over the same tensors, called with its inputs in order; several outputs form a tuple."""
+    return Captured(graph.clone(), _signature_of(graph))
+
+
+def _signature_of(graph: Graph) -> Signature:
+    """The signature of a function that takes the inputs of a graph in order."""
     device = next((tensor.device for tensor in graph.weights.values()), CPU)
     slots = [_slot(value, device) for value in graph.inputs]
     in_spec = pytree.tree_structure((tuple(range(len(slots))), {}))
     leaves = tuple(range(len(graph.outputs)))
     out_spec = pytree.tree_structure(leaves[0] if len(leaves) == 1 else leaves)
     parameters = tuple((slot.name, MISSING) for slot in slots)
-    return Captured(graph.clone(), Signature(in_spec, out_spec, tuple(slots), graph.symbols, parameters, device))
+    return Signature(in_spec, out_spec, tuple(slots), graph.symbols, parameters, device)
 
 
 def _slot(value: Value, device: torch.device) -> "TensorSlot | NumberSlot":
@@ -221,6 +226,8 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
         for op in graph.ops(BUFFER):  # the model keeps its own buffers
             name = str(op.attrs["name"])
             graph.weights[name] = graph.weights[name].clone()
+    if tuple(value.name for value in graph.inputs) != signature.input_names:  # a pass changed the interface
+        signature = replace(_signature_of(graph), device=device)
     report = replace(build_report(done.stages, graph, done.reasons, done.remarks), notes=captured.notes)
     if settings.strict and not report.quantized:
         raise _nothing_quantized(report, settings, done.stages["captured"])

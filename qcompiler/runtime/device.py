@@ -144,7 +144,7 @@ def target_for(name: str, device: torch.device) -> Target:
     raise CodegenError(
         "no target runs on the model's device",
         got=device,
-        need=" or ".join(dict.fromkeys(target.device for target in known_targets().values())),
+        need=" or ".join(sorted({target.device for target in known_targets().values()})),
         fix='Move the model with .to("cpu").',
     )
 

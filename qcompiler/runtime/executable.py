@@ -20,10 +20,18 @@ class HostWeights(torch.nn.Module):
         names: Attribute -> name in `store`.
         store: The source of the tensors; updated when they move, so that no tensor is held twice.
         device: The device of the tensors, on which the host module also creates new ones.
+        caches: Attribute -> the tensors of a key-value cache, which are neither moved nor saved.
     """
 
-    def __init__(self, names: Mapping[str, str], store: MutableMapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        store: MutableMapping[str, Tensor],
+        device: torch.device,
+        caches: Mapping[str, list[Tensor]] | None = None,
+    ) -> None:
         super().__init__()
+        self.__dict__.update(caches or {})
         self._names, self._store = dict(names), store
         self.device = device
         self.training = False

@@ -55,7 +55,7 @@ def again(compiled: CompiledModel, folder: Path, **options: Any) -> CompiledMode
     compiled.save(folder / "first")
     found = check(folder / "first")
     assert found.ok, found
-    loaded = qcompiler.load(folder / "first", **options)
+    loaded: CompiledModel = qcompiler.load(folder / "first", **options)
     loaded.save(folder / "second")
     assert files(folder / "first") == files(folder / "second")
     return loaded
@@ -120,7 +120,8 @@ def test_it_is_called_as_the_model_is(fast: CompiledModel, saved: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_torch_compile_takes_it(fast: CompiledModel, saved: Path) -> None:
     torch._dynamo.reset()
-    same(torch.compile(qcompiler.load(saved), backend="eager", fullgraph=True)(X), fast(X))
+    loaded: CompiledModel = qcompiler.load(saved)
+    same(torch.compile(loaded, backend="eager", fullgraph=True)(X), fast(X))
 
 
 def test_its_errors_are_attributed_as_those_of_the_compiled_model(tmp_path: Path) -> None:

@@ -278,7 +278,8 @@ def mutated(data: bytes, draw: st.DataObject) -> bytes:
 def outcome(folder: Path, **options: Any) -> CompiledModel | None:
     """The model, or None after an error of the family; anything else that is raised fails the test."""
     try:
-        return qcompiler.load(folder, **options)
+        loaded: CompiledModel = qcompiler.load(folder, **options)
+        return loaded
     except QCompilerError:
         return None
 

@@ -19,7 +19,8 @@ def again(compiled: CompiledModel, folder: Path) -> CompiledModel:
     compiled.save(folder / "model")
     found = check(folder / "model")
     assert found.ok, found
-    return qcompiler.load(folder / "model", verify=True)
+    loaded: CompiledModel = qcompiler.load(folder / "model", verify=True)
+    return loaded
 
 
 def same(got: Any, want: Any) -> None:

@@ -238,3 +238,16 @@ def test_histograms(numbers: list[int], bins: int) -> None:
 )
 def test_runs_of_dimensions(before: tuple[int, ...], after: tuple[int, ...], found: list[Any]) -> None:
     assert [((a.start, a.stop), (b.start, b.stop)) for a, b in groups(before, after)] == found
+
+
+def test_key_value_caches_are_not_lowered() -> None:
+    kind = "cache<f32, slots = 1, heads = 1, capacity = 4, key = 8, value = 8>"
+    graph = Graph.parse(
+        f"""func @f(%q: f32[1, 1, 1, 8], %slots: i64[1], %lengths: i64[1]) -> (f32[1, 1, 1, 8]) {{
+          %c = state.cache() {{name = "layers.0"}} : {kind}
+          %o = state.attend(%c, %q, %slots, %lengths) {{scale = 1.0}} : f32[1, 1, 1, 8]
+          return %o
+        }}"""
+    )
+    with pytest.raises(CodegenError, match="key-value caches cannot be lowered to MLIR: got 1 caches"):
+        to_mlir(graph)

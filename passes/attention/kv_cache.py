@@ -1,0 +1,180 @@
+"""Gives a causal language model key-value caches: one graph for prefill, from any position, and for decoding.
+
+    func @model(%input_ids: i64[s0, s1]) -> (bf16[s0, s1, 128256])
+      %o = attention.causal(%q, %k, %v) {scale = 0.125}
+      return %logits
+  ->
+    func @model(%input_ids: i64[s0, s1], %slots: i64[s0], %lengths: i64[s0], %last: i64[s0]) -> (bf16[s0, 128256])
+      %cache = state.cache() {name = "layers.0"} : cache<bf16, slots = 16, heads = 8, capacity = 8192, …>
+      state.append(%cache, %k, %v, %slots, %lengths)
+      %o = state.attend(%cache, %q, %slots, %lengths) {scale = 0.125}
+      return %logits_last
+
+Row b continues slot `slots[b]` after its first `lengths[b]` positions, so position i of this call has the number
+`lengths[b] + i`. Legal only if each path from token ids to logits is position-wise or causal, which `analyses.sequence`
+proves. Rows may be padded on the right: positions after `last[b]` write keys that are overwritten before they are read.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from passes.analyses.sequence import Refused, Sequence, analyze
+from passes.attention.last_token import keep_last, only_output
+from passes.attention.position_numbers import batch_and_length, number_positions
+from passes.cleanup.dead_code import DeadCode
+from qcompiler.errors import PassError
+from qcompiler.ir import CacheType, DType, Format, Graph, Op, TensorType, Value
+from qcompiler.ir.formats import FP8_ROW, INT8_ROW
+from qcompiler.pass_manager.pipeline import Effect, Pass
+
+CAUSAL, CACHE = "attention.causal", "state.cache"
+FORMATS: dict[str, Format] = {"fp8": FP8_ROW, "int8": INT8_ROW}
+
+
+@dataclass(frozen=True)
+class KvCache(Pass):
+    """`attention.causal` over all positions  ->  `state.append`, `state.attend` over a cache
+
+    Attributes:
+        format: How keys and values are stored: as codes with one scale per token and head; None for the model's dtype.
+        slots: Number of sequences that the caches hold.
+        capacity: Number of positions of each sequence.
+        logits: The logits of the token `last[b]` of each row b, or of all tokens.
+        ids: The name of the input of token ids.
+        positions: The name of the input of position numbers, if the graph has it; it is removed.
+    """
+
+    name: ClassVar[str] = "kv-cache"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    budget: ClassVar[float] = 0.1
+
+    format: Literal["fp8", "int8"] | None = None
+    slots: int = 1
+    capacity: int = 2048
+    logits: Literal["last", "all"] = "last"
+    ids: str = "input_ids"
+    positions: str = "position_ids"
+
+    def __post_init__(self) -> None:
+        """Raises PassError for sizes that are not positive."""
+        super().__post_init__()
+        for name in ("slots", "capacity"):
+            if getattr(self, name) < 1:
+                problem = f"option '{name}' of pass '{self.name}' is not positive"
+                raise PassError(problem, got=getattr(self, name), need="1 or more")
+
+    def run(self, graph: Graph) -> bool:
+        """Replaces every attention; raises PassError, before any change, if the graph is not causal."""
+        if graph.ops(CACHE):
+            return False
+        sequence = self._proven(graph, self.positions)
+        if not graph.ops(CAUSAL):
+            need = "at least one attention.causal, which the pass 'attention' makes"
+            raise PassError("the graph has no attention to cache", got=f"@{graph.name}", need=need)
+        _check_logits(sequence, only_output(graph))
+        _check_places(graph, sequence, self.capacity)
+        DeadCode().run(graph)
+        batch, length = batch_and_length(graph, sequence)
+        kind = TensorType(DType.i64, (sequence.batch, sequence.length))
+        numbers = graph.add_input("positions", kind)
+        number_positions(graph, sequence, numbers, batch)
+        sequence = self._proven(graph, numbers.name)
+        slots, lengths = (graph.add_input(name, TensorType(DType.i64, kind.shape[:1])) for name in ("slots", "lengths"))
+        if self.logits == "last":
+            keep_last(graph, sequence, graph.add_input("last", slots.type), batch)
+        _count_from(graph, numbers, lengths, length)
+        self._cache_attention(graph, slots, lengths)
+        DeadCode().run(graph)
+        for value in graph.inputs:
+            if not graph.uses(value):
+                graph.erase(value.op)
+        return True
+
+    def translated(
+        self, before: Graph, inputs: List[Any], outputs: Mapping[str, Any]
+    ) -> tuple[List[Any], Mapping[str, Any]]:
+        """The call that begins as many sequences, and as much of them, as the caches hold; see `Pass.translated`."""
+        (ids,) = (given for value, given in zip(before.inputs, inputs, strict=True) if value.name == self.ids)
+        ids = ids[: self.slots, : self.capacity]
+        rows, length = ids.shape
+        zeros = torch.zeros(rows, dtype=torch.int64, device=ids.device)
+        slots = torch.arange(rows, device=ids.device)
+        kept = {name: output[:rows, :length] for name, output in outputs.items()}
+        if self.logits == "all":
+            return [ids, slots, zeros], kept
+        return [ids, slots, zeros, zeros + (length - 1)], {name: output[:, -1] for name, output in kept.items()}
+
+    def _proven(self, graph: Graph, positions: str) -> Sequence:
+        found = analyze(graph, self.ids, positions)
+        if isinstance(found, Refused):
+            raise PassError(
+                "the model cannot run with a key-value cache", got=found.why, where=str(found.op.loc) or None,
+                need="position-wise operations and causal attention between token ids and logits",
+            )  # fmt: skip
+        return found
+
+    def _cache_attention(self, graph: Graph, slots: Value, lengths: Value) -> None:
+        """Replaces each attention; attentions over the same keys and values share a cache."""
+        made: dict[tuple[Value, Value], Value] = {}
+        for op in graph.ops(CAUSAL):
+            pair = op["key"], op["value"]
+            if pair not in made:
+                attrs = {"name": f"layers.{len(made)}"}
+                types = [self._type(op)]
+                made[pair] = graph.insert(op, CACHE, attrs=attrs, types=types, names=["cache"], loc=op.loc).result
+                graph.insert(op, "state.append", made[pair], *pair, slots, lengths, loc=op.loc)
+            args = (made[pair], op["query"], slots, lengths, *op.args[3:])
+            new = graph.insert(op, "state.attend", *args, attrs=op.attrs, loc=op.loc).result
+            graph.replace(op.result, new)
+            name = op.result.name
+            graph.erase(op)
+            graph.rename(new, name)
+
+    def _type(self, op: Op) -> CacheType:
+        key, value = op["key"].tensor, op["value"].tensor
+        heads, size, value_size = key.shape[1], key.shape[3], value.shape[3]
+        if not (isinstance(heads, int) and isinstance(size, int) and isinstance(value_size, int)):
+            got, need = f"{key} and {value}", "heads and head sizes that do not depend on the inputs"
+            raise PassError("a cache cannot hold keys and values of unknown size", got=got, need=need)
+        element = FORMATS[self.format] if self.format else key.dtype
+        return CacheType(element, self.slots, heads, self.capacity, size, value_size)
+
+
+def _check_logits(sequence: Sequence, output: Value) -> None:
+    """Raises PassError unless the output is [batch, positions, …]."""
+    lead = [[digit.kind for digit in axis] for axis in sequence.labels[output].axes[:2]]
+    if lead != [["batch"], ["positions"]]:
+        need = f"[{sequence.batch}, {sequence.length}, vocabulary]"
+        raise PassError("the output of the graph is not the logits of each token", got=output.type, need=need)
+
+
+def _check_places(graph: Graph, sequence: Sequence, capacity: int) -> None:
+    """Raises PassError if the model has learned fewer position embeddings than a slot has positions."""
+    for value, offset in sequence.positions.items():
+        for user in graph.users(value):
+            rows = user["weight"].tensor.shape[0] if user.name == "aten.embedding" else None
+            if isinstance(rows, int) and rows - offset < capacity:
+                raise PassError(
+                    "the model has fewer position embeddings than the cache has positions", got=f"capacity={capacity}",
+                    need=f"at most {rows - offset}, because {user['weight']} has {rows} rows",
+                    where=str(user.loc) or None,
+                )  # fmt: skip
+
+
+def _count_from(graph: Graph, numbers: Value, lengths: Value, length: Value) -> None:
+    """Replaces the input `numbers` by `lengths[b] + 0, lengths[b] + 1, …` for each row b."""
+    batch, positions = numbers.tensor.shape
+    before = next(op for op in graph if graph.rank(op) > graph.rank(length.op))
+    types = [TensorType(DType.i64, (positions,))]
+    place = graph.insert(before, "aten.arange", length, types=types, names=["place"]).result
+    types = [TensorType(DType.i64, (batch, 1))]
+    start = graph.insert(before, "aten.unsqueeze", lengths, 1, types=types, names=["start"]).result
+    name = numbers.name
+    new = graph.insert(before, "aten.add.Tensor", start, place, types=[numbers.type], names=[name]).result
+    graph.replace(numbers, new)
+    graph.erase(numbers.op)
+    graph.rename(new, name)

@@ -1,0 +1,106 @@
+"""The interface between the generation loop and the model that it runs, and the step of a compiled model.
+
+step = compiled_step(program)                  # the last pass of the program is kv-cache
+logits = step(input_ids, slots, lengths, last)
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qcompiler.errors import QCompilerError
+from qcompiler.ir import Value
+from qcompiler.program.program import Program
+from qcompiler.runtime.caches import Cache, allocate, cache_types
+from qcompiler.runtime.executable import HostWeights, run_host
+
+
+class Step(Protocol):
+    """A causal language model over a KV cache with `slots` independent sequences.
+
+    Attributes:
+        vocabulary: Number of logits a token.
+        slots: Number of sequences that the cache holds.
+        capacity: Positions of each slot.
+        device: Where inputs and logits are.
+    """
+
+    vocabulary: int
+    slots: int
+    capacity: int
+    device: torch.device
+
+    def __call__(self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+        """Appends tokens to the cache and returns the logits after one of them in each row, float[B, V].
+
+        Args:
+            input_ids: i64[B, S]. Rows may be padded on the right: positions after `last` are overwritten later.
+            slots: i64[B], the slot of each row.
+            lengths: i64[B], the positions of the slot that are already in the cache.
+            last: i64[B], the index in the row of the token whose logits are returned.
+        """
+
+    def reset(self) -> None:
+        """Forgets all sequences."""
+
+
+class CompiledStep:
+    """One step of a compiled language model: its host module over its weights and caches.
+
+    A call allocates nothing that grows with the lengths of sequences, except on a CPU inside one operation at a time.
+
+    Attributes:
+        vocabulary: Number of logits per token.
+        slots: Number of sequences that the caches hold.
+        capacity: Positions of each slot.
+        device: Where inputs, caches and logits are.
+        caches: Name -> cache.
+    """
+
+    def __init__(self, program: Program, caches: Mapping[str, Cache]) -> None:
+        """Use `compiled_step`."""
+        (output,) = (value for value in program.graph.outputs if isinstance(value, Value))
+        one = next(iter(caches.values())).type
+        self.vocabulary = int(str(output.tensor.shape[-1]))
+        self.slots, self.capacity, self.device, self.caches = one.slots, one.capacity, program.device, caches
+        self._run, self._inputs = program.run, len(program.graph.inputs)
+        tensors = {attribute: caches[name].tensors for attribute, name in program.host.caches.items()}
+        self._weights = HostWeights(program.host.weights, program.graph.weights, program.device, tensors)
+
+    def __call__(self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+        """Appends tokens to the caches and returns logits: see `Step`.
+
+        If the pass kept all logits, the result is float[B, S, V], and `last` is ignored.
+
+        Raises:
+            InputError: On a CPU, a row is outside the slots or the capacity; on a GPU, such tokens are not stored.
+        """
+        logits: Tensor = run_host(self._run, self._weights, (input_ids, slots, lengths, last)[: self._inputs])[0]
+        return logits
+
+    def reset(self) -> None:
+        """Does nothing: `lengths` says how much of a slot is valid."""
+
+
+def compiled_step(program: Program, caches: Mapping[str, Cache] | None = None) -> CompiledStep:
+    """Returns the step of a program whose last pass is `kv-cache`.
+
+    Args:
+        program: With slots and capacity as the pass set them.
+        caches: Caches to share, such as those of another step over the same slots; new ones by default.
+
+    Raises:
+        QCompilerError: The program reads no caches, or the given ones have other types.
+    """
+    need = cache_types(program.graph)
+    if not need:
+        raise QCompilerError("the program has no key-value cache", got=program.settings.pipeline, fix="Run kv-cache.")
+    if caches is None:
+        caches = {name: allocate(kind, program.device) for name, kind in need.items()}
+    for name, kind in need.items():
+        got = caches[name].type if name in caches else "no cache of this name"
+        if got != kind:
+            raise QCompilerError(f"the cache {name!r} does not fit the program", got=got, need=kind)
+    return CompiledStep(program, caches)
