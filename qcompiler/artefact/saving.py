@@ -1,6 +1,8 @@
 """Saves a compiled model to a folder atomically."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from codegen.host import emit_host_module
 from qcompiler.artefact.derivations_text import derivations_to_json
@@ -29,13 +31,25 @@ from qcompiler.ir import Graph, Role
 from qcompiler.program.program import Program
 
 
-def write_artefact(folder: Path, program: Program, shard_bytes: int) -> None:
-    """Writes a program to a folder and replaces an existing artefact; see `CompiledModel.save` for arguments."""
+def write_artefact(
+    folder: Path, program: Program, shard_bytes: int, beside: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes a program to a folder and replaces an existing artefact.
+
+    Args:
+        folder: A new folder, or an artefact to replace.
+        program: The compiled model.
+        shard_bytes: Weights larger than this in total are split into several files.
+        beside: Further text files, such as those of a tokenizer: name -> text.
+
+    Raises:
+        ArtefactError: The folder exists and is not an artefact, or cannot be written.
+    """
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
     target = folder.resolve()
     check_replaceable(target)
-    texts = _texts(program)
+    texts = {**_texts(program), **beside}
     if (described := config_to_text(program.original.config())) is not None:
         texts[CONFIG] = described
     plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
@@ -99,7 +113,7 @@ REPORT_IT = "Please report it, with str(compiled.graph)."
 
 
 def _write_text(path: Path, text: str) -> Written:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         writer = Hashing(file)
         writer.write(text.encode())

@@ -15,10 +15,12 @@ from torch.utils import _pytree as pytree
 
 import qcompiler
 from qcompiler.capture.signature import ConstantSlot, Signature
+from qcompiler.cli import bench_decoding
 from qcompiler.cli.inputs import Call, random_call
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.compiler.sizing import calls_of_rows
+from qcompiler.decoding.decoder import Decoder
 from qcompiler.errors import InputError
 from qcompiler.ir import TensorType
 from qcompiler.program.exporters import exported_at
@@ -32,7 +34,9 @@ QUANTIZED, AGAINST = "artefact", "against"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures latency and prints a table."""
+    """Measures latency, or tokens per second of a decoder, and prints a table."""
+    if options.decode:
+        return bench_decoding.run(options)
     progress = Progress(shown=not options.quiet)
     with progress.showing(), torch.inference_mode():
         progress.stage("loading")
@@ -62,6 +66,8 @@ def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature
     if (written := exported_at(folder)) is not None:
         return written[1].load(), written[1].signature()
     compiled = qcompiler.load(folder, trust=options.trust)
+    if isinstance(compiled, Decoder):
+        raise InputError("the artefact is a decoder", got=options.artefact, fix="Measure it with --decode 1,4,16.")
     return compiled, compiled.signature
 
 

@@ -15,8 +15,8 @@ COMMANDS = {
     name: f"qcompiler.cli.{module}"
     for name, module in {
         "compile": "compile", "inspect": "inspect", "report": "report", "check": "check", "bench": "bench",
-        "export": "export", "explain": "explain", "passes": "catalogue", "schemes": "catalogue", "opt": "opt",
-        "completion": "completion",
+        "generate": "generate", "export": "export", "explain": "explain", "passes": "catalogue", "schemes": "catalogue",
+        "opt": "opt", "completion": "completion",
     }.items()
 }  # fmt: skip
 """Command -> module that runs it."""
@@ -225,10 +225,58 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--rows", type=_sizes, metavar="N,N,...", help="numbers of rows, such as tokens (default: 1,16,512)"
     )
     sizes.add_argument("--input", action="append", default=[], metavar="NAME=TYPE", help=INPUT)
+    sizes.add_argument(
+        "--decode",
+        type=_sizes,
+        metavar="N,N,...",
+        help="for a decoder, numbers of sequences: measure tokens per second",
+    )
+    parser.add_argument(
+        "--context", type=_count, default=128, metavar="N", help="tokens of each prompt, for --decode (default: 128)"
+    )
     parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="timed calls per size (default: 20)")
     parser.add_argument("--against", metavar="MODEL", help=f"also time an unquantized model: {MODEL}")
     _quiet(parser)
     _json(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a decoder's artefact, or a Hugging Face model folder")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT",
+        help="the text to continue, or - for standard input; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a chat message to the model")
+    parser.add_argument(
+        "--max-new-tokens", type=_count, metavar="N", help="maximum number of new tokens (default: 256)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="sample (default: take the most likely token)")
+    parser.add_argument("--top-k", type=_count, metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the tokens that make up this probability")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the most likely one"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="make repeated tokens less likely, if above 1"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of sampling (default: 0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after the end of the text")
+    parser.add_argument("--scheme", "-s", help=f"for a folder, {SCHEME}, or none (default: fp8_tile)")
+    parser.add_argument(
+        "--kv-cache",
+        metavar="FORMAT",
+        help="for a folder, the format of the cache: fp8 or int8 (default: the model's own)",
+    )
+    parser.add_argument(
+        "--max-length", type=_count, metavar="N", help="for a folder, tokens of a prompt and its answer (default: 4096)"
+    )
+    parser.add_argument("--device", help='where to run: "cpu" or "cuda" (default: cpu, or where the artefact was made)')
+    parser.add_argument("--save", metavar="DIR", help="also save the decoder as an artefact")
+    _trust(parser)
+    _quiet(parser)
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -282,6 +330,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "report": ("show which layers were quantized, and why others were not", _report),
     "check": ("verify an artefact", _check),
     "bench": ("measure the latency of an artefact", _bench),
+    "generate": ("generate text with a language model", _generate),
     "export": ("write an artefact as MLIR, an IREE folder, or a checkpoint", _export),
     "explain": ("describe what a scheme does, without a model", _explain),
     "passes": ("list the passes", _json),

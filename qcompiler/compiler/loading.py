@@ -1,14 +1,17 @@
-"""`load`: reads a compiled model from an artefact."""
+"""`load`: reads a compiled model or a decoder from an artefact."""
 
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qcompiler.artefact.loading import read_program, reading
 from qcompiler.artefact.strict_json import AGAIN
-from qcompiler.compiler.model import CompiledModel, callable_of
+from qcompiler.compiler.model import callable_of
+from qcompiler.decoding.decoder import Decoder, is_decoder
+from qcompiler.decoding.tokenizers import read_tokenizer
 from qcompiler.errors import ArtefactError, QCompilerError
 from qcompiler.program.folder_kinds import advice, checked_path
 from qcompiler.program.program import plain_torch
@@ -21,8 +24,8 @@ def load(
     verify: bool = False,
     regenerate: bool = False,
     trust: Collection[str] = (),
-) -> CompiledModel:
-    """Loads the compiled model that `CompiledModel.save` wrote, bit for bit.
+) -> Any:
+    """Loads the `CompiledModel` or the `Decoder` that `save` wrote, bit for bit.
 
     Verifies the hashes of all text files, and the sizes and headers of weight files. On the CPU, weights are read on
     first use: do not change the files until then.
@@ -43,6 +46,8 @@ def load(
         with plain_torch():
             with reading(path) as opened:
                 program = read_program(opened, device, verify, regenerate, trust)
+                if is_decoder(program):
+                    return Decoder(program, *read_tokenizer(opened))
             return callable_of(program)
     except QCompilerError as error:
         if not path.exists():

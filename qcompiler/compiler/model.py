@@ -11,6 +11,7 @@ import torch
 from codegen.gemm import tuner
 from codegen.launching import warmup as warming
 from qcompiler.compiler.exports import Exports
+from qcompiler.compiler.generation import Generation
 from qcompiler.compiler.pending import PendingModel
 from qcompiler.compiler.sizing import calls_to_plan
 from qcompiler.errors import CaptureError, QCompilerError
@@ -21,7 +22,7 @@ from qcompiler.runtime.executable import CompiledModule, HostWeights, check_devi
 NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 
 
-class CompiledModel(Exports, CompiledModule):
+class CompiledModel(Exports, Generation, CompiledModule):
     """A quantized model with the call signature of the original model; inference only.
 
     Its state is a `Program`, or without example inputs a `PendingModel` until the first call.
@@ -52,6 +53,9 @@ class CompiledModel(Exports, CompiledModule):
         program = self._state
         if isinstance(program, PendingModel):
             program = self._compile_now(program, args, kwargs)
+        if program.host.caches:
+            fix = "Use qcompiler.decoder(...), or qcompiler.decoding.step.compiled_step(compiled.program)."
+            raise QCompilerError("the compiled graph reads key-value caches, which a call does not pass", fix=fix)
         check_device(self.weights, program.device)
         inputs, without = program.signature.bind(args, kwargs)
         return program.signature.unflatten(run_host(program.run, self.weights, inputs), without)

@@ -1,0 +1,153 @@
+"""`decoder`: compiles a causal language model for text generation.
+
+model -> capture of whole sequences -> the scheme's passes -> `kv-cache` -> Decoder
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.attention.attention import Attention
+from qcompiler.calibration import Calibration
+from qcompiler.checkpoints.loading import load_model
+from qcompiler.checkpoints.reading import read
+from qcompiler.compiler.arguments import DEFAULT_SCHEME
+from qcompiler.compiler.compiling import compile
+from qcompiler.decoding.cached import POSITIONS, cache_passes
+from qcompiler.decoding.decoder import Decoder
+from qcompiler.decoding.tokenizers import generation_of, tokenizer_in
+from qcompiler.errors import InputError, PassError
+from qcompiler.pass_manager.instruments import Instrument
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.schemes.named import pipeline as scheme_pipeline
+from qcompiler.schemes.named import with_ignored
+
+LONGEST = 4096
+"""Default maximum length of a sequence, if the model allows it."""
+
+EXAMPLE = (2, 19)
+"""Batch and length of the example call: sizes that few models fix."""
+
+FLOAT = "canonicalize; dead-code"
+"""The pipeline without a scheme."""
+
+
+def decoder(
+    model: "torch.nn.Module | str | PathLike[str]",
+    *,
+    scheme: str | None = DEFAULT_SCHEME,
+    kv_cache: str | None = None,
+    max_batch: int = 16,
+    max_length: int | None = None,
+    overrides: Mapping[str, str | None] | None = None,
+    ignore: Sequence[str] = (),
+    calibration: "Iterable[Any] | Calibration | None" = None,
+    tokenizer: Any = None,
+    target: str = "auto",
+    device: "torch.device | str | None" = None,
+    strict: bool = True,
+    instruments: Sequence[Instrument] = (),
+    progress: bool = True,
+) -> Decoder:
+    """Compiles a causal language model for text generation with a KV cache.
+
+    The model is captured once, over whole sequences; the pass `kv-cache` then proves that it is causal, and makes it
+    append to a cache.
+
+    Args:
+        model: A module that maps token ids to logits, or the folder of a checkpoint.
+        scheme: As for `qcompiler.compile`; None quantizes no weights.
+        kv_cache: The format of cached keys and values: "fp8" or "int8", with one scale per token and head; None for the
+            model's own dtype.
+        max_batch: Sequences that the cache holds.
+        max_length: Maximum length of a sequence in tokens, prompt included; by default 4096, or fewer if the model has
+            fewer positions.
+        overrides: As for `qcompiler.compile`.
+        ignore: As for `qcompiler.compile`.
+        calibration: As for `qcompiler.compile`.
+        tokenizer: One of transformers; by default the one in the folder.
+        target: As for `qcompiler.compile`.
+        device: Where the model runs, such as "cuda"; by default where it is.
+        strict: Whether to raise an error if nothing could be quantized; not checked without a scheme.
+        instruments: As for `qcompiler.compile`.
+        progress: As for `qcompiler.compile`.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        PassError: It is not causal, which the message explains; or a scheme or an option is wrong.
+        InputError: The cache does not fit into memory, or the model has fewer positions than `max_length`.
+        QCompilerError: The folder does not contain a valid checkpoint.
+    """
+    cache_passes(kv_cache, max_batch, max_length or LONGEST)  # errors before the model is loaded
+    passes = decoding_pipeline(scheme, with_ignored(overrides, ignore))
+    folder = Path(model) if isinstance(model, str | PathLike) else None
+    found: Any = model if folder is None else load_model(read(folder))
+    del model  # so that weights can be freed one by one
+    if device is not None:
+        found = found.to(device)
+    if tokenizer is None and folder is not None:
+        tokenizer = tokenizer_in(folder)
+    generation = generation_of(found)
+    length = checked_length(max_length, found)
+    example = example_call(found)
+    compiled = compile(
+        found, pipeline=passes, example_kwargs=example, calibration=calibration, target=target,
+        strict=strict and scheme is not None, instruments=instruments, progress=progress,
+    )  # fmt: skip
+    del found
+    return Decoder.of(compiled.program, kv_cache, max_batch, length, tokenizer, generation)
+
+
+def decoding_pipeline(scheme: str | None, overrides: Mapping[str, str | None] | None) -> Pipeline:
+    """Returns the passes before `kv-cache`: those of a scheme, after attention is recognized.
+
+    Raises:
+        PassError: The scheme is unknown, or there are overrides without a scheme.
+    """
+    if scheme is None and overrides is not None:
+        raise PassError("there are overrides, but no scheme that they override", got=dict(overrides),
+                        fix='Give scheme="fp8_tile", or none of both.')  # fmt: skip
+    steps = Pipeline.parse(FLOAT) if scheme is None else scheme_pipeline(scheme, overrides)
+    attention = Attention(consecutive=POSITIONS)
+    if "canonicalize" in steps:
+        return steps.insert_after("canonicalize", attention)
+    return Pipeline((attention, *steps))
+
+
+def example_call(model: Any) -> dict[str, Tensor]:
+    """Returns a call with random token ids i64[2, 19], and their positions if the model takes some."""
+    parameters = inspect.signature(model.forward).parameters
+    name = getattr(model, "main_input_name", None) or next(iter(parameters), "input_ids")
+    vocabulary = getattr(text_config(model), "vocab_size", None) or 2
+    ids = torch.randint(vocabulary, EXAMPLE, generator=torch.Generator().manual_seed(0))
+    pad = getattr(text_config(model), "pad_token_id", None)
+    ids = (
+        torch.where(ids == pad, 1 - min(pad, 1), ids) if isinstance(pad, int) else ids
+    )  # transformers warns of padding
+    call = {name: ids}
+    if POSITIONS in parameters:
+        call[POSITIONS] = torch.arange(EXAMPLE[1]).expand(EXAMPLE).contiguous()
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    return {name: tensor.to(device) for name, tensor in call.items()}
+
+
+def text_config(model: Any) -> Any:
+    """Returns the configuration of a model's language part; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
+
+
+def checked_length(given: int | None, model: Any) -> int:
+    """Returns the maximum length of a sequence; InputError if the model has fewer positions."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    limit = positions if isinstance(positions, int) and positions > 0 else None
+    if given is None:
+        return min(LONGEST, limit or LONGEST)
+    if limit is not None and given > limit:
+        raise InputError("the model has fewer positions than max_length", got=given, need=f"at most {limit}")
+    return given

@@ -1,0 +1,101 @@
+"""From a program of whole sequences to one that appends to a KV cache.
+
+ids [B, S] -> logits [B, S, V]     ->     ids, slots, lengths, last -> logits [B, V], over caches
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from passes.attention.attention import Attention
+from passes.cleanup.dead_code import DeadCode
+from qcompiler.errors import InputError
+from qcompiler.ir import Graph
+from qcompiler.pass_manager.pipeline import Pipeline, numbered
+from qcompiler.pass_manager.runner import Stages, run_pipeline
+from qcompiler.program.program import Program, generate, graph_as_captured, plain_torch
+from qcompiler.runtime.caches import cache_types
+
+PASS = "kv-cache"
+
+POSITIONS = "position_ids"
+"""The input that the cache replaces by positions that count up."""
+
+
+def keeps_cache(graph: Graph) -> bool:
+    """Whether a graph reads KV caches."""
+    return bool(cache_types(graph))
+
+
+def with_cache(program: Program, kv_cache: str | None, slots: int, capacity: int) -> Program:
+    """Returns a program of one step, whose logits are those of one token a row; the given one is not changed.
+
+    Args:
+        program: A causal language model over whole sequences.
+        kv_cache: The format of cached keys and values; None for the model's own dtype.
+        slots: Sequences that the cache holds.
+        capacity: Positions of each sequence.
+
+    Raises:
+        PassError: The model is not causal, or its attention was not recognized; the message names the operation.
+    """
+    return _after(program, _built(program.graph, cache_passes(kv_cache, slots, capacity), program))
+
+
+def cache_passes(kv_cache: str | None, slots: int, capacity: int) -> Pipeline:
+    """Returns the passes that `with_cache` runs.
+
+    Raises:
+        PassError: The format is unknown.
+        InputError: A size is not positive.
+    """
+    for name, value in (("max_batch", slots), ("max_length", capacity)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} is wrong", got=repr(value), need="1 or more")
+    formatted = "" if kv_cache is None else f'format="{kv_cache}", '
+    cached = Pipeline.parse(f"{PASS}{{{formatted}slots={slots}, capacity={capacity}}}")
+    return Pipeline((Attention(consecutive=POSITIONS), DeadCode(), *cached, DeadCode()))
+
+
+def every_logits(program: Program) -> Program:
+    """Returns the program of a step whose logits are those of all tokens, [B, S, V], for one made by `with_cache`."""
+    names = list(program.stages)
+    at = max(place for place, name in enumerate(names) if name.partition("#")[0] == PASS)
+    (spec,) = (step.spec for step in program.steps if step.stage == names[at])
+    cached = Pipeline.parse(spec).passes[0]
+    graph = program.stages[names[at - 1]].clone()
+    graph.weights = program.graph.weights
+    every: Any = replace(cached, **{"logits": "all"})
+    return _built(graph, Pipeline((every,)).append("dead-code"), program)
+
+
+def _built(graph: Graph, passes: Pipeline, program: Program) -> Program:
+    """Runs passes over a copy of a graph of `program`, and generates the host module.
+
+    The result is called with the inputs of its graph, which the passes changed. Its report is that of `program`, since
+    the passes quantize no weights.
+    """
+    new = graph.clone()
+    with plain_torch():
+        done = run_pipeline(passes, new)
+    host, run = generate(new, program.target)
+    return replace(
+        program, graph=new, stages=done.stages, steps=done.steps, skipped=done.skipped, host=host, run=run,
+        signature=graph_as_captured(new).signature, settings=replace(program.settings, pipeline=passes),
+    )  # fmt: skip
+
+
+def _after(program: Program, made: Program) -> Program:
+    """Returns `made` with the stages of `program`, from whose last graph it was made, before its own."""
+    stages, renamed = Stages(), {}
+    for name in program.stages:
+        stages.add_later(name, partial(program.stages.__getitem__, name))
+    for step in made.steps:
+        renamed[step.stage] = numbered(step.stage.partition("#")[0], stages)
+        stages.add_later(renamed[step.stage], partial(made.stages.__getitem__, step.stage))
+    steps = tuple(replace(step, stage=renamed[step.stage]) for step in made.steps)
+    skipped = {renamed.get(stage, stage): reasons for stage, reasons in made.skipped.items()}
+    return replace(
+        made, stages=stages, steps=(*program.steps, *steps), skipped={**program.skipped, **skipped},
+        settings=replace(program.settings, pipeline=f"{program.settings.pipeline}; {made.settings.pipeline}"),
+    )  # fmt: skip
