@@ -126,9 +126,8 @@ def example_call(model: Any) -> dict[str, Tensor]:
     vocabulary = getattr(text_config(model), "vocab_size", None) or 2
     ids = torch.randint(vocabulary, EXAMPLE, generator=torch.Generator().manual_seed(0))
     pad = getattr(text_config(model), "pad_token_id", None)
-    ids = (
-        torch.where(ids == pad, 1 - min(pad, 1), ids) if isinstance(pad, int) else ids
-    )  # transformers warns of padding
+    if isinstance(pad, int):  # transformers warns of padding
+        ids = torch.where(ids == pad, 1 - min(pad, 1), ids)
     call = {name: ids}
     if POSITIONS in parameters:
         call[POSITIONS] = torch.arange(EXAMPLE[1]).expand(EXAMPLE).contiguous()

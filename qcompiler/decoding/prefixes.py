@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.decoding.loop import CHUNK
-from qcompiler.decoding.step import Step
+from qcompiler.decoding.step import Step, step_inputs
 
 
 class Prefixes:
@@ -53,19 +53,7 @@ class Prefixes:
         return logits
 
     def _appended(self, slots: Sequence[int], rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        return self._step(*inputs(slots, rows, starts, self._step.device))
-
-
-def inputs(
-    slots: Sequence[int], rows: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the arguments of a step for rows of different lengths, padded on the right."""
-    width = max(map(len, rows))
-    ids = [[*row, *[0] * (width - len(row))] for row in rows]
-    lasts = [len(row) - 1 for row in rows]
-    columns = (ids, list(slots), list(starts), lasts)
-    first, second, third, fourth = (torch.tensor(each, dtype=torch.int64, device=device) for each in columns)
-    return first, second, third, fourth
+        return self._step(*step_inputs(slots, rows, starts, self._step.device))
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features, SamplingTable
-from qcompiler.decoding.step import Step
+from qcompiler.decoding.step import Step, step_inputs
 
 
 class SlotTable:
@@ -37,11 +37,7 @@ class SlotTable:
 
     def prefill(self, slots: Sequence[int], rows: Sequence[Sequence[int]], start: int) -> Tensor:
         """Appends tokens to slots that hold `start` positions, and returns the logits after each row, [B, V]."""
-        width = max(map(len, rows))
-        ids = self._tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        lengths = torch.full((len(rows),), start, dtype=torch.int64, device=self.step.device)
-        last = self._tensor([len(row) - 1 for row in rows])
-        return self.step(ids, self._tensor(slots), lengths, last)
+        return self.step(*step_inputs(slots, rows, [start] * len(rows), self.step.device))
 
     def first(self, slots: Sequence[int], requests: Sequence[Request], logits: Tensor) -> Tensor:
         """Chooses the first new token of prefilled sequences, i64[B], and enters them in the table."""
@@ -78,5 +74,5 @@ class SlotTable:
             for tensor, before in kept:
                 tensor.copy_(before)
 
-    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.step.device)

@@ -4,7 +4,7 @@ step = compiled_step(program)                  # the last pass of the program is
 logits = step(input_ids, slots, lengths, last)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -44,6 +44,18 @@ class Step(Protocol):
 
     def reset(self) -> None:
         """Forgets all sequences."""
+
+
+def step_inputs(
+    slots: Sequence[int], rows: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the arguments of a step for rows of different lengths, padded on the right."""
+    width = max(map(len, rows))
+    ids = [[*row, *[0] * (width - len(row))] for row in rows]
+    lasts = [len(row) - 1 for row in rows]
+    columns = (ids, list(slots), list(starts), lasts)
+    first, second, third, fourth = (torch.tensor(each, dtype=torch.int64, device=device) for each in columns)
+    return first, second, third, fourth
 
 
 class CompiledStep:

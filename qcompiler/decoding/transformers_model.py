@@ -16,8 +16,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from qcompiler.decoding.generator import Generator
-from qcompiler.decoding.prefixes import Prefixes, inputs
-from qcompiler.decoding.step import Step
+from qcompiler.decoding.prefixes import Prefixes
+from qcompiler.decoding.step import Step, step_inputs
 from qcompiler.errors import InputError
 
 
@@ -113,7 +113,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         found = []
         for at in range(0, len(rows), step.slots):
             part = rows[at : at + step.slots]
-            logits = step(*inputs(range(len(part)), part, [0] * len(part), step.device))
+            logits = step(*step_inputs(range(len(part)), part, [0] * len(part), step.device))
             for row, (first, end) in zip(logits, spans[at : at + step.slots], strict=True):
                 placed = row.new_zeros(width, row.shape[-1])
                 placed[first:end] = row[: end - first]
