@@ -105,7 +105,7 @@ def fits(given: FusedLinear) -> bool:
 
 
 def _facts(given: FusedLinear, quantized: Quantized | None, gpu: CudaTarget) -> tuple[Any, ...]:
-    """The properties that decide which kernels run: the device, and those of a problem."""
+    """The properties that decide which kernels run: the device and the problem's sizes and formats."""
     x_q, x_s, w_q = given.x_q, given.x_s, given.w_q
     aligned = (x_q.data_ptr() | w_q.data_ptr()) % gpu.limits.copy_alignment == 0
     columns = has_scale_columns(x_s if x_s.dim() == 2 else x_s.reshape(-1, x_s.shape[-1]))

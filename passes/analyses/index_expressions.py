@@ -131,7 +131,7 @@ class Site(ABC):
         return self.op.results[self.output].tensor.dtype
 
     def axis(self, name: str = "dim", rank: int | None = None) -> int:
-        """An argument that is an axis, as a nonnegative index into `rank` axes, by default those of the operand."""
+        """An argument that is an axis, as a nonnegative index into `rank` axes; by default, the operand's rank."""
         axis = self.argument(name)
         if not isinstance(axis, int):
             raise self.unknown(f"the axis of {self.op.name} is not fixed")

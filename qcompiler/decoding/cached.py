@@ -28,7 +28,7 @@ def keeps_cache(graph: Graph) -> bool:
 
 
 def with_cache(program: Program, kv_cache: str | None, slots: int, capacity: int) -> Program:
-    """Returns a program of one step, whose logits are those of one token a row; the given one is not changed.
+    """Returns a program of one step, which returns the logits of one token per row; `program` is not changed.
 
     Args:
         program: A causal language model over whole sequences.
@@ -58,7 +58,7 @@ def cache_passes(kv_cache: str | None, slots: int, capacity: int) -> Pipeline:
 
 
 def every_logits(program: Program) -> Program:
-    """Returns the program of a step whose logits are those of all tokens, [B, S, V], for one made by `with_cache`."""
+    """Returns the program of a step which returns the logits of all tokens; for a program of `with_cache`."""
     names = list(program.stages)
     at = max(place for place, name in enumerate(names) if name.partition("#")[0] == PASS)
     (spec,) = (step.spec for step in program.steps if step.stage == names[at])

@@ -25,7 +25,7 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 chooses the most likely token.
-        top_k: Keeps this many tokens, and those that are as likely as the last; None keeps all.
+        top_k: Keeps this many tokens, and others as likely as the last of them; None keeps all.
         top_p: Keeps the most likely tokens whose probabilities reach this sum.
         min_p: Keeps tokens at least this times as likely as the most likely one.
         repetition_penalty: Divides positive logits of tokens in the sequence so far, and multiplies negative ones.

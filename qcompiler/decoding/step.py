@@ -101,7 +101,7 @@ def compiled_step(program: Program, caches: Mapping[str, Cache] | None = None) -
 
     Args:
         program: With slots and capacity as the pass set them.
-        caches: Caches to share, such as those of another step over the same slots; new ones by default.
+        caches: Caches to share with another step over the same slots; by default, new ones.
 
     Raises:
         QCompilerError: The program reads no caches, or the given ones have other types.
