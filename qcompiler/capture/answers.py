@@ -100,7 +100,7 @@ def settle(graph: Graph, learned: Collection[str]) -> list[str]:
         return []
     more = f" and {len(lines) - MOST_NAMED} more locations" if len(lines) > MOST_NAMED else ""
     named = ", ".join([*lines][:MOST_NAMED])
-    return [f"tensor values that the model's code reads are fixed to those of the example ({named}{more})"]
+    return [f"tensor values that the model's code reads are fixed to the example's ({named}{more})"]
 
 
 def _changes(op: Op) -> bool:
@@ -149,7 +149,7 @@ class _Answers(TorchFunctionMode):
         return answer
 
     def _fix_sizes(self, result: Tensor, known: Tensor) -> None:
-        """Fixes sizes that depend on data, such as those of `nonzero`; torch asserts them in the trace."""
+        """Fixes sizes that depend on data, such as the result of `nonzero`; torch asserts them in the trace."""
         for size, example in zip(result.shape, known.shape, strict=True):
             if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
                 self._message(example)

@@ -77,11 +77,11 @@ def with_fewer_sizes(call: Call, attempt: Callable[[str | None], T], sizes: str 
 
 
 def _ladder(call: Call, sizes: str | None) -> Iterator[Openness]:
-    fixed = "all sizes are fixed to those of the example"
+    fixed = "all sizes are fixed to the example's"
     if sizes is not None:
         yield Openness(ALL_OPEN, "")
         if any(isinstance(x, torch.Tensor) and spatial_axes(x) for x in (*call[0], *call[1].values())):
-            yield Openness(FLAT_OPEN, "heights and widths are fixed to those of the example")
+            yield Openness(FLAT_OPEN, "heights and widths are fixed to the example's")
     yield Openness(None, "" if sizes is None else fixed)
     yield Openness(ANSWERED, fixed)
 

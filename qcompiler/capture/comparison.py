@@ -114,8 +114,11 @@ def _check_double(want: Found, got: Found, shapes: str) -> None:
         if not distance.within(limit):
             raise CaptureError(
                 f"{PROBLEM}{what} differs, in FP64 as well",
-                got=distance, need=f"at most {limit}", where=shapes, fix=FIX,
-            )  # fmt: skip
+                got=distance,
+                need=f"at most {limit}",
+                where=shapes,
+                fix=FIX,
+            )
 
 
 def _check_rounding(runs: Runs, call: Call, want: Found, got: Found, truth: Found, shapes: str) -> None:
@@ -130,9 +133,11 @@ def _check_rounding(runs: Runs, call: Call, want: Found, got: Found, truth: Foun
     what = beyond[0]
     raise CaptureError(
         f"{PROBLEM}{what} differs by more than rounding explains",
-        got=distances[what], need=f"at most {RATIO} times the model's own rounding error: {noise[what]}", where=shapes,
+        got=distances[what],
+        need=f"at most {RATIO} times the model's own rounding error: {noise[what]}",
+        where=shapes,
         fix=FIX,
-    )  # fmt: skip
+    )
 
 
 def _samples(runs: Runs, call: Call, want: Found) -> Iterator[Found]:

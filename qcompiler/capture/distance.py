@@ -55,7 +55,7 @@ class Distance:
         return cls(size.rms * relative, size.largest * relative)
 
     def within(self, limit: "Distance") -> bool:
-        """Whether every measure is at most that of `limit`."""
+        """Whether no measure is above the same measure of `limit`."""
         return self.rms <= limit.rms and self.largest <= limit.largest and self.unlike <= limit.unlike
 
     def or_larger(self, other: "Distance") -> "Distance":

@@ -143,10 +143,13 @@ def _labeled(found: Any, func: Any, args: Any, kwargs: Any) -> Any:
     if not any(isinstance(leaf, torch.Tensor) and leaf.dtype in WIDER.values() for leaf in leaves):
         return found
     dtypes = _dtypes(func, args, kwargs, len(leaves))
-    return pytree.tree_unflatten([
-        WideTensor(leaf, dtype) if isinstance(leaf, torch.Tensor) and dtype is not None and dtype in WIDER else leaf
-        for leaf, dtype in zip(leaves, dtypes, strict=True)
-    ], spec)  # fmt: skip
+    return pytree.tree_unflatten(
+        [
+            WideTensor(leaf, dtype) if isinstance(leaf, torch.Tensor) and dtype is not None and dtype in WIDER else leaf
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        ],
+        spec,
+    )
 
 
 def _dtypes(func: Any, args: Any, kwargs: Any, count: int) -> list[torch.dtype | None]:

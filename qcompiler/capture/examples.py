@@ -23,9 +23,9 @@ def enlarged(call: Call, runs: Callable[[Call], bool], has_cache: bool = False) 
     """Yields examples without sizes of 1 for tracing, most general first; the last is the original call.
 
     torch.export treats a dimension of size 1 as a constant. A batch or sequence of 1 is therefore traced as 2: first
-    both leading dimensions of every tensor, then those of tensors up to rank 3 (a mask has its head dimension there),
-    then the first dimension alone. A mask as long as a cache plus one new token grows with the tokens, if the model
-    accepts that.
+    both leading dimensions of every tensor, then the leading dimensions of tensors up to rank 3 (a mask has its head
+    dimension there), then the first dimension alone. A mask as long as a cache plus one new token grows with the
+    tokens, if the model accepts that.
 
     Args:
         call: The user's example.

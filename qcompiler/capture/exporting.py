@@ -24,10 +24,12 @@ from qcompiler.errors import CaptureError
 
 DATA_DEPENDENT = frozenset(
     {
-        "GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException",
+        "GuardOnDataDependentSymNode",
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
         "PendingUnbackedSymbolNotFound",
     }
-)  # fmt: skip
+)
 """Torch's errors for data-dependent control flow; by name, because the classes move between versions."""
 
 

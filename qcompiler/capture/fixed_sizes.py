@@ -89,7 +89,7 @@ def _name(source: Any) -> str:
 
 
 def _equal(signature: Signature, skipped: Sequence[str]) -> dict[int, list[Axis]]:
-    """Groups fixed dimensions by size; of those of size 1 only batches and sequences, because others broadcast."""
+    """Groups fixed dimensions by size; omits dimensions of size 1 that broadcast: all but batches and sequences."""
     found: dict[int, list[Axis]] = {}
     for index, slot in enumerate(signature.slots):
         if not isinstance(slot, TensorSlot) or slot.path.startswith(tuple(skipped)):

@@ -2,9 +2,11 @@
 
 aten.reshape(x, [s0, s1, 576])   ->   aten.clone, aten._unsafe_view      (or aten.view, if the strides of x allow it)
 aten.to.dtype(x, float32)        ->   aten._to_copy                      (or x)
+aten.add_.Tensor(x, y)           ->   aten.add.Tensor
 
 `ExportedProgram.run_decompositions` runs the whole program twice more, under functionalization. For a decoder of 30
-layers that takes more than twice as long as torch.export itself. Programs without in-place operators do not need it.
+layers that takes more than twice as long as torch.export itself. Programs whose in-place operators only write to
+intermediate tensors do not need it.
 """
 
 import operator
@@ -20,17 +22,20 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qcompiler.capture.writes import Writes, layout
+
 SIMPLE = frozenset(
     {
-        "aten::__and__.Scalar", "aten::__and__.Tensor", "aten::__or__.Scalar", "aten::__or__.Tensor",
-        "aten::concat", "aten::contiguous", "aten::diff", "aten::dropout", "aten::expand_as", "aten::feature_dropout",
+        "aten::__and__.Scalar", "aten::__and__.Tensor", "aten::__or__.Scalar", "aten::__or__.Tensor", "aten::concat",
+        "aten::contiguous", "aten::diff", "aten::dropout", "aten::expand_as", "aten::feature_dropout",
         "aten::flatten.using_ints", "aten::float_power.Tensor_Scalar", "aten::greater.Scalar", "aten::greater.Tensor",
-        "aten::less.Scalar", "aten::less.Tensor", "aten::movedim.int", "aten::movedim.intlist", "aten::mT",
-        "aten::multiply.Scalar", "aten::multiply.Tensor", "aten::narrow", "aten::not_equal.Scalar",
-        "aten::not_equal.Tensor", "aten::numpy_T", "aten::ravel", "aten::reshape", "aten::reshape_as",
-        "aten::resolve_conj", "aten::resolve_neg", "aten::square", "aten::subtract.Scalar", "aten::subtract.Tensor",
-        "aten::swapaxes", "aten::swapdims", "aten::to.device", "aten::to.dtype", "aten::to.dtype_layout",
-        "aten::to.other", "aten::true_divide.Scalar", "aten::true_divide.Tensor", "aten::type_as", "aten::view_as",
+        "aten::less.Scalar", "aten::less.Tensor", "aten::max.other", "aten::min.other", "aten::movedim.int",
+        "aten::movedim.intlist", "aten::mT", "aten::multiply.Scalar", "aten::multiply.Tensor", "aten::narrow",
+        "aten::not_equal.Scalar", "aten::not_equal.Tensor", "aten::numpy_T", "aten::ravel", "aten::reshape",
+        "aten::reshape_as", "aten::resolve_conj", "aten::resolve_neg", "aten::square", "aten::subtract.Scalar",
+        "aten::subtract.Tensor", "aten::swapaxes", "aten::swapdims", "aten::to.device", "aten::to.dtype",
+        "aten::to.dtype_layout", "aten::to.other", "aten::true_divide.Scalar", "aten::true_divide.Tensor",
+        "aten::type_as", "aten::view_as",
     }
 )  # fmt: skip
 """Composites made of primitives only; others may contain an operator that graphs keep whole, such as a convolution."""
@@ -53,23 +58,24 @@ def inline(
         is_composite: Whether an operator must be decomposed.
         is_assertion: Whether a node only checks something.
     """
-    if any(_needs_trace(node, is_composite) and not is_assertion(node) for node in program.graph.nodes):
+    writes = Writes(program.graph)
+    if any(_needs_trace(node, is_composite, writes) and not is_assertion(node) for node in program.graph.nodes):
         return None
     try:
         with torch.no_grad():
-            return _Copy(program.graph, is_composite).made()
+            return _Copy(program.graph, is_composite, writes).made()
     except _Unfit:
         return None
 
 
-def _needs_trace(node: Node, is_composite: Callable[[Any], bool]) -> bool:
+def _needs_trace(node: Node, is_composite: Callable[[Any], bool], writes: Writes) -> bool:
     if node.op != "call_function":
         return node.op == "get_attr"
     if not isinstance(node.target, torch._ops.OpOverload):
         return isinstance(node.target, torch._ops.OperatorBase)
     name = _name(node.target)
     if node.target._schema.is_mutable:
-        return name not in HARMLESS
+        return name not in HARMLESS and writes.functional(node) is None
     return is_composite(node.target) and (name not in SIMPLE or "unbacked_bindings" in node.meta)
 
 
@@ -80,8 +86,8 @@ def _name(target: Any) -> str:
 class _Copy:
     """A graph copied node by node; `made_of` maps each original node to its copy."""
 
-    def __init__(self, original: Graph, is_composite: Callable[[Any], bool]) -> None:
-        self.original, self.is_composite = original, is_composite
+    def __init__(self, original: Graph, is_composite: Callable[[Any], bool], writes: Writes) -> None:
+        self.original, self.is_composite, self.writes = original, is_composite, writes
         self.graph = Graph()
         self.made_of: dict[Node, Any] = {}
         self.sizes: dict[sympy.Expr, Node] = {}
@@ -91,8 +97,10 @@ class _Copy:
         for node in self.original.nodes:
             if _name(node.target) in HARMLESS:
                 self.made_of[node] = self.made_of[node.args[0]]
+            elif node.op == "call_function" and self.writes.functional(node) is not None:
+                self._written(node)
             elif isinstance(node.target, torch._ops.OpOverload) and self.is_composite(node.target):
-                self.made_of[node] = self._inlined(node)
+                self.made_of[node] = self._inlined(node, node.target)
             elif node.target is operator.getitem and isinstance(self.made_of[node.args[0]], tuple | list):
                 self.made_of[node] = self.made_of[node.args[0]][node.args[1]]
             else:
@@ -109,14 +117,21 @@ class _Copy:
         if isinstance(value, torch.SymInt):
             self.sizes.setdefault(value.node.expr, new)
 
-    def _inlined(self, node: Node) -> Any:
+    def _written(self, node: Node) -> None:
+        new = self._inlined(node, self.writes.functional(node))
+        if layout(new.meta["val"]) != layout(node.meta["val"]):
+            raise _Unfit  # later operators may depend on the dtype and strides of the written tensor
+        for same in self.writes.same(node):
+            self.made_of[same] = new
+
+    def _inlined(self, node: Node, target: Any) -> Any:
         args, kwargs = pytree.tree_map_only(Node, lambda arg: arg.meta["val"], (node.args, node.kwargs))
         mode = next((x.fake_mode for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)), None)
         if mode is None:
             raise _Unfit
         known = {id(arg.meta["val"]): self.made_of[arg] for arg in node.all_input_nodes}
         with mode, _Recorder(self, node.meta, known) as recorder:
-            out = node.target(*args, **kwargs)  # type: ignore[operator]  # an OpOverload
+            out = target(*args, **kwargs)
         return pytree.tree_map(recorder.node_of, out)
 
     def size(self, expression: sympy.Expr) -> Node:

@@ -2,7 +2,7 @@
 
 Sizes may depend on each other in ways that torch.export does not see. A mask is as long as the cache plus the new
 tokens, there are as many keys as values, and a batch has a symbol in each argument. So sizes change in groups: all at
-once, those of equal size, or one alone, each also with the sums that hold in the example:
+once, all symbols of equal size, or one alone, each also with the sums that hold in the example:
 
     past 5, new 3, mask 8   ->   past 4, new 2, mask 6
 """
@@ -88,7 +88,7 @@ def agreeing(judge: Judge, call: Call, sizes: Mapping[str, int], low: int, range
     """Returns the symbols that may be `low`: the graph agreed with the model there and never differed.
 
     A batch may have several symbols (ids and mask), and the model may not run if only one of them is 1. They are tried
-    one at a time, together with those of equal size in the example, and all at once.
+    one at a time, all of equal size in the example together, and all at once.
     """
     free = [symbol for symbol in sizes if ranges[symbol].low == low + 1 and ranges[symbol].low != ranges[symbol].high]
     agreed: set[str] = set()
@@ -108,7 +108,7 @@ def agreeing(judge: Judge, call: Call, sizes: Mapping[str, int], low: int, range
 
 
 def _together(free: list[str], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """Returns the groups to try: each symbol alone, those of equal size in the example, and all symbols."""
+    """Returns the groups to try: each symbol alone, all symbols of equal size in the example, and all symbols."""
     alone = [(symbol,) for symbol in free] if len(free) <= MOST_ALONE else []
     equal = [tuple(other for other in free if sizes[other] == sizes[symbol]) for symbol in free]
     return list(dict.fromkeys([*alone, *equal, tuple(free)])) if free else []

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from qcompiler import numerics
 from qcompiler.errors import CaptureError
+from qcompiler.ir import Format
 from qcompiler.numerics import ALL
+from qcompiler.numerics.dtypes import ir_dtype
 
 STORED_WEIGHT = "qcompiler.stored_weight"
 """The torch operator that represents such a weight in a trace."""
@@ -44,14 +46,14 @@ class Stored:
 
     Attributes:
         scale: The name of its scale in the same module.
-        block: Rows and columns that share a scale; -1 means the whole axis.
+        format: The format of codes and scale; the module may hold the scale in another dtype.
         dtype: The compute dtype of the module.
         x_scale: The static scale of the module's input, an FP32 number; None if the checkpoint has none.
         whole: Whether the checkpoint has one scale per matrix of a stack, here repeated for each of its blocks.
     """
 
     scale: str
-    block: tuple[int, int]
+    format: Format
     dtype: torch.dtype
     x_scale: float | None = None
     whole: bool = False
@@ -124,8 +126,9 @@ def _described(module: nn.Module, key: str, name: str, model: nn.Module) -> Stor
             fix="Read the checkpoint with qcompiler.checkpoints.load_model(folder).",
         )
     if not scale.is_meta and (why := unusable(scale)) is not None:
-        raise CaptureError(f"the scale of {name!r} is not a scale", got=why, need=USABLE, where=f"{name}{SCALE}")
-    return Stored(key + SCALE, _block(module, scale, name), _dtype(model), _x_scale(module, key, name))
+        raise CaptureError(f"the scale of {name!r} is not a valid scale", got=why, need=USABLE, where=f"{name}{SCALE}")
+    format = Format(ir_dtype(module.get_parameter(key).dtype), _block(module, scale, name))
+    return Stored(key + SCALE, format, _dtype(model), _x_scale(module, key, name))
 
 
 def _block(module: nn.Module, scale: Tensor, name: str) -> tuple[int, int]:
@@ -137,8 +140,9 @@ def _block(module: nn.Module, scale: Tensor, name: str) -> tuple[int, int]:
         return ALL, ALL
     raise CaptureError(
         f"the module of weight {name!r} does not say which elements share a scale",
-        got=f"scales {list(scale.shape)}", need=f"'block_size' in its {type(module).__name__}",
-    )  # fmt: skip
+        got=f"scales {list(scale.shape)}",
+        need=f"'block_size' in its {type(module).__name__}",
+    )
 
 
 def _x_scale(module: nn.Module, key: str, name: str) -> float | None:
@@ -154,7 +158,7 @@ def one_number(scale: Tensor, what: str) -> float:
     numbers = scale.detach().to(torch.float32).flatten().tolist()
     if len(numbers) != 1 or not (math.isfinite(numbers[0]) and numbers[0] > 0):
         got = numbers[0] if len(numbers) == 1 else f"{list(scale.shape)} numbers"
-        raise CaptureError(f"{what} is not a scale", got=got, need="one positive finite number")
+        raise CaptureError(f"{what} is not a valid scale", got=got, need="one positive finite number")
     return float(numbers[0])
 
 
@@ -194,8 +198,8 @@ def _reader(name: str, how: Stored) -> Any:
         codes, scale = module._parameters[name], getattr(module, how.scale)
         if codes is None or codes.itemsize > 1:  # converted since `hold`: use it as it is
             return codes  # type: ignore[return-value]
-        shape = numerics.scale_shape(codes.shape, how.block)
-        wide, block = widened(scale, shape), list(how.block)
+        shape = numerics.scale_shape(codes.shape, how.format.block)
+        wide, block = widened(scale, shape), list(how.format.block)
         numbers: Tensor = torch.ops.qcompiler.stored_weight(codes, wide, block, how.dtype, how.x_scale)
         return numbers
 
@@ -217,7 +221,7 @@ def widened(scale: Tensor, shape: list[int]) -> Tensor:
 def unusable(scale: Tensor) -> str | None:
     """Describes why a checkpoint's scale is unusable: its first NaN, infinite or negative element, with its index.
 
-    None if all elements are usable; zero is usable.
+    None if there is none; zero is usable.
     """
     numbers = widened(scale.detach(), list(scale.shape))
     if not numbers.numel():

@@ -46,9 +46,10 @@ def with_leeway(graph: Graph, signature: Signature, model: torch.nn.Module, call
     trials = _Trials(graph, signature, model, named)
     written = {op["target"].name for op in graph.updates}
     widened = tuple(
-        slot.name for slot in signature.slots
+        slot.name
+        for slot in signature.slots
         if isinstance(slot, TensorSlot) and slot.name not in written and _is_integer(slot.dtype)
-    )  # fmt: skip
+    )
     optional = (*trials.captured(written), *trials.added())
     spare = {item.name for item in optional if item.value == ANYTHING and not item.without}
     unread = {value.name for value in graph.inputs if all(user.name == SIZE for user in graph.users(value))}

@@ -114,7 +114,7 @@ def test_only_answers_that_an_input_can_change_are_checked() -> None:
     assert len(messages) == 1
     assert "(mask == 0).any()" in messages[0]
     assert captured.notes == captured.fixed
-    assert "reads are fixed to those of the example (" in captured.fixed[-1]
+    assert "reads are fixed to the example's (" in captured.fixed[-1]
 
 
 def test_the_checks_survive_passes_text_and_artefacts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ UNTRACEABLE, READS = (
     Untraceable("it cannot be traced", got="RuntimeError: no"),
     DataDependent("it reads", where="m.py:3"),
 )
-FIXED = "all sizes are fixed to those of the example, because "
+FIXED = "all sizes are fixed to the example's, because "
 
 
 def attempted(call: Call, *errors: CaptureError) -> tuple[list[str | None], str]:

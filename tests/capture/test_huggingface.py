@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 # transformers compiles some losses with torch.jit.script on import, which is deprecated on newer Pythons.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 
-SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
 GROUPED = {**SIZE, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -47,25 +47,25 @@ def mixtral() -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.Tensor]]]] = {
-    "llama": (lambda: make("LlamaForCausalLM", "LlamaConfig", **GROUPED), ids),
+    "llama": (lambda: make("LlamaForCausalLM", "LlamaConfig", **{**GROUPED, "num_hidden_layers": 2}), ids),
     "qwen3": (lambda: make("Qwen3ForCausalLM", "Qwen3Config", **GROUPED), masked),
     "gemma3": (
         lambda: make(
-            "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, sliding_window=4,
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **{**GROUPED, "num_hidden_layers": 2}, sliding_window=4,
             layer_types=["sliding_attention", "full_attention"],
         ),
         ids,
     ),
     "gpt2": (
         lambda: make(
-            "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=16,
+            "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=1, n_head=4, vocab_size=96, n_positions=16,
             bos_token_id=1, eos_token_id=2,
         ),
         ids,
     ),
     "opt": (
         lambda: make(
-            "OPTForCausalLM", "OPTConfig", hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2,
+            "OPTForCausalLM", "OPTConfig", hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=1,
             num_attention_heads=4, vocab_size=96, max_position_embeddings=16,
         ),
         masked,
@@ -73,14 +73,14 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.
     "bert": (lambda: make("BertModel", "BertConfig", **SIZE, max_position_embeddings=16), masked),
     "vit": (
         lambda: make(
-            "ViTModel", "ViTConfig", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            "ViTModel", "ViTConfig", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
             image_size=16, patch_size=8,
         ),
         pixels,
     ),
     "t5": (
         lambda: make(
-            "T5EncoderModel", "T5Config", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=96
+            "T5EncoderModel", "T5Config", d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=96
         ),
         masked,
     ),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.nn import functional
 
 from qcompiler.capture.bounds import BoundsCheck
@@ -62,17 +63,53 @@ class Layout(torch.nn.Module):
 
 
 def test_composites_decomposed_in_place_match_torch() -> None:
-    model = Layout().eval()
-    program = export_program(model, (torch.randn(3, 5, 8), torch.ones(3, dtype=torch.bool)), {})
-    with third_party_silence():
-        again = program.run_decompositions(_table())
+    program = export_program(Layout().eval(), (torch.randn(3, 5, 8), torch.ones(3, dtype=torch.bool)), {})
+    assert_made_like_torch(program)
     graph = inline(program, _is_taken_apart, is_assertion)
     assert graph is not None
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
     assert placeholders == [node.name for node in program.graph.nodes if node.op == "placeholder"]
+
+
+def assert_made_like_torch(program: ExportedProgram) -> None:
+    with third_party_silence():
+        again = program.run_decompositions(_table())
+    graph = inline(program, _is_taken_apart, is_assertion)
+    assert graph is not None
     ours: Any = graph.output_node().args[0]
     theirs: Any = again.graph.output_node().args[0]
     assert list(map(spelled, ours)) == list(map(spelled, theirs))
+
+
+def accumulated(x: Tensor) -> Any:
+    total = x * 0
+    total.index_put_((torch.tensor([2, 0]),), x[:2], accumulate=True)
+    total /= total.sum(-1, keepdim=True)
+    late = total[1:]
+    return total, late, torch.where(x > 0, x, 1).masked_fill_(x < -1, 0).add_(1, alpha=2)
+
+
+def overwritten(x: Tensor) -> Any:
+    """The view is read before the second write."""
+    y = x + 1
+    first = y.add_(x)
+    part = y[1:] * 2
+    second = first.copy_(x)
+    return first, second, part, torch.min(y, x)
+
+
+@pytest.mark.parametrize("function", [accumulated, overwritten])
+def test_writes_to_intermediate_tensors_become_functional_like_torchs(function: Callable[[Tensor], Any]) -> None:
+    program = export_program(Function(function), (torch.randn(3, 5),), {})
+    assert any(node.op == "call_function" and node.target._schema.is_mutable for node in program.graph.nodes)
+    assert_made_like_torch(program)
+
+
+def test_a_written_view_is_the_only_one_that_is_read() -> None:
+    program = export_program(Function(lambda x: (x * 3).t().add_(1)), (torch.randn(3, 5),), {})
+    scaled: Any = ("aten.mul.Tensor", ["args_0", 3], [])
+    outputs = decompose(program).graph.output_node().args[0]
+    assert spelled(outputs) == [("aten.add.Tensor", [("aten.t.default", [scaled], []), 1], [])]
 
 
 def spelled(node: Any) -> Any:
@@ -92,11 +129,25 @@ def spelled(node: Any) -> Any:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.clone().add_(1),
+        lambda x: x.add_(1),
+        lambda x: (y := x + 1, y.t(), y.add_(1))[1],
+        lambda x: (y := x + 1, y[1:].add_(1))[0],
+        lambda x: (x.half() * 2).add_(x),
+        lambda x: (x * 2).t_(),
+        lambda x: torch.empty_like(x).uniform_(),
         lambda x: functional.conv1d(x[None], torch.ones(4, 3, 3), padding="same"),
         lambda x: torch.where(x > 0)[0].reshape(-1, 1),
     ],
-    ids=["in place", "contains what is kept", "data decide a size"],
+    ids=[
+        "an input",
+        "read through a view",
+        "written through a view",
+        "other dtype",
+        "other strides",
+        "random",
+        "contains what is kept",
+        "data decide a size",
+    ],
 )
 def test_other_programs_are_traced_again(function: Callable[[Tensor], Tensor]) -> None:
     program = export_program(Function(function), (torch.randn(3, 5),), {})

@@ -159,7 +159,7 @@ def test_sizes_required_by_weights_are_not_reported() -> None:
 def test_fewer_sizes_are_dynamic_when_time_runs_out() -> None:
     """With no time, nothing can be proven about a dynamic size; fixed sizes need no proof."""
     model = nn.Conv2d(3, 4, 3).eval()
-    sentence = r"all sizes are fixed to those of the example, because torch.export took more than 1e-06 s of CPU time"
+    sentence = r"all sizes are fixed to the example's, because torch.export took more than 1e-06 s of CPU time"
     with knobs.scope(capture_seconds=1e-6), pytest.warns(CaptureWarning, match=sentence):
         captured = capture(model, (torch.randn(2, 3, 8, 8),))
     assert types(captured) == ["f32[2, 3, 8, 8]"]
