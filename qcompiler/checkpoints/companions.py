@@ -70,9 +70,11 @@ def zero_points_beside(weight: str, tensors: TensorFiles) -> tuple[str, ...]:
         if torch.count_nonzero(tensors[name].to(torch.float32)):
             raise QCompilerError(
                 f"zero points that are not zero: '{name}'",
-                got="asymmetric quantization", need="symmetric codes, whose zero points are all zero",
-                where=str(tensors.folder), fix="Quantize the model symmetrically.",
-            )  # fmt: skip
+                got="asymmetric quantization",
+                need="symmetric codes, whose zero points are all zero",
+                where=str(tensors.folder),
+                fix="Quantize the model symmetrically.",
+            )
     return names
 
 
@@ -87,4 +89,4 @@ def _check_x_scale(name: str, tensors: TensorFiles, experts: int) -> None:
         raise QCompilerError("an activation scale has a wrong shape", got=list(shape), need=need, where=where)
     scale = tensors[name].to(torch.float32).flatten()
     if wrong := [number for number in scale.tolist() if not (math.isfinite(number) and number > 0)]:
-        raise QCompilerError("this is not a scale", got=wrong[0], need="a positive finite number", where=where)
+        raise QCompilerError("this is not a valid scale", got=wrong[0], need="a positive finite number", where=where)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from qcompiler.checkpoints.cache_scales import is_cache_scale
 from qcompiler.checkpoints.companions import stem, x_scale_beside, zero_points_beside
 from qcompiler.checkpoints.config_keys import ANY, check_keys, nothing
@@ -20,11 +18,12 @@ from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.group_keys import FORMATS, check_group
 from qcompiler.checkpoints.quantized_weight import StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.numerics import ALL
+from qcompiler.ir import ALL, DType, Format
+from qcompiler.numerics import torch_dtype
 
 WEIGHT, SCALE, OUTPUT_SCALE = "weight", "weight_scale", "output_scale"
-CODES = {"float": torch.float8_e4m3fn, "int": torch.int8}
-STACKED = tuple(CODES.values())
+CODES = {"float": DType.f8e4m3fn, "int": DType.i8}
+STACKED = tuple(map(torch_dtype, CODES.values()))
 LONGEST_MATCH = 1.0
 """Timeout in seconds: a pattern such as `(a+)+b` could run for years."""
 
@@ -59,8 +58,7 @@ class Group:
     Attributes:
         name: The group's key in the configuration.
         targets: Module names, `re:` and a regular expression, or classes.
-        codes: The element type of the weights.
-        block: Rows and columns of a weight that share a scale.
+        format: The format of the weights.
         static: Whether activations have scales in the files.
         zero_points: Names of the zero points that each weight of an asymmetric group must have.
         outputs: Whether the group also quantizes the outputs of its modules.
@@ -68,8 +66,7 @@ class Group:
 
     name: str
     targets: tuple[str, ...]
-    codes: torch.dtype
-    block: tuple[int, int]
+    format: Format
     static: bool
     zero_points: tuple[str, ...]
     outputs: bool
@@ -99,9 +96,10 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
         if (weight := _weight_of(name, tensors)) is None:
             continue
         group = _group_of(weight.rpartition(".")[0], groups, modules)
-        if weight not in tensors or tensors.dtype(weight) is not group.codes:
+        codes = torch_dtype(group.format.element)
+        if weight not in tensors or tensors.dtype(weight) is not codes:
             got = str(tensors.dtype(weight)).removeprefix("torch.") if weight in tensors else "nothing"
-            need = f"{str(group.codes).removeprefix('torch.')} in '{weight}', as {group.name} says"
+            need = f"{str(codes).removeprefix('torch.')} in '{weight}', as {group.name} says"
             raise QCompilerError(f"a scale has no matching weight: '{name}'", got=got, need=need)
         found[weight] = _stored_as(weight, name, group, tensors)
     return found
@@ -139,7 +137,7 @@ def _stored_as(weight: str, scale: str, group: Group, tensors: TensorFiles) -> S
     x_scale = x_scale_beside(weight, tensors) if group.static else None
     output = stem(weight) + OUTPUT_SCALE
     outputs = (output,) if group.outputs and output in tensors and not is_cache_scale(output) else ()
-    return StoredAs(scale, group.block, x_scale, (*zero_points, *outputs))
+    return StoredAs(scale, group.format, x_scale, (*zero_points, *outputs))
 
 
 def _is_empty(group: Any) -> bool:
@@ -172,8 +170,11 @@ def _group(name: str, said: Any) -> Group:
         raise QCompilerError(f"the group '{name}' is malformed", need="'targets', a list, and 'weights', an object")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if bits != 8 or not isinstance(kind, str) or kind not in CODES:
-        raise QCompilerError(f"the group '{name}' has unsupported weights", got=f"{kind!r} of {bits!r} bits",
-                             need="'float' or 'int' of 8 bits")  # fmt: skip
+        raise QCompilerError(
+            f"the group '{name}' has unsupported weights",
+            got=f"{kind!r} of {bits!r} bits",
+            need="'float' or 'int' of 8 bits",
+        )
     if weights.get("dynamic", False) is not False:
         raise QCompilerError(f"the weights of group '{name}' have dynamic scales", need="'dynamic': false")
     static, block = _is_static(name, said, kind), _block(name, weights)
@@ -181,7 +182,7 @@ def _group(name: str, said: Any) -> Group:
     kinds = {"weight": weights, **({"input": said["input_activations"]} if static else {})}
     zero_points = (f"{key}_zero_point" for key, each in kinds.items() if each.get("symmetric", True) is not True)
     outputs = bool(said.get("output_activations"))
-    return Group(name, tuple(targets), CODES[kind], block, static, tuple(zero_points), outputs)
+    return Group(name, tuple(targets), Format(CODES[kind], block), static, tuple(zero_points), outputs)
 
 
 def _is_static(name: str, group: Mapping[str, Any], kind: str) -> bool:
@@ -200,8 +201,11 @@ def _is_static(name: str, group: Mapping[str, Any], kind: str) -> bool:
         raise QCompilerError(f"the activations of group '{name}' have unsupported scales", got=got, need=need)
     if (activations.get("type", kind), activations.get("num_bits", 8)) != (kind, 8):
         got = f"{activations.get('type')!r} of {activations.get('num_bits')!r} bits"
-        raise QCompilerError(f"the activations of group '{name}' do not have the format of its weights", got=got,
-                             need=f"{kind!r} of 8 bits")  # fmt: skip
+        raise QCompilerError(
+            f"the activations of group '{name}' do not have the format of its weights",
+            got=got,
+            need=f"{kind!r} of 8 bits",
+        )
     return True
 
 
@@ -245,7 +249,10 @@ def _matches(target: str, module: str) -> bool:
     try:
         return regex.match(target.removeprefix("re:"), module, timeout=LONGEST_MATCH) is not None
     except TimeoutError as error:
-        raise QCompilerError("a target takes too long to match a name", got=f"{target!r} and {module!r}",
-                             need=f"{LONGEST_MATCH} s or less") from error  # fmt: skip
+        raise QCompilerError(
+            "a target takes too long to match a name",
+            got=f"{target!r} and {module!r}",
+            need=f"{LONGEST_MATCH} s or less",
+        ) from error
     except (regex.error, ValueError, OverflowError, RecursionError) as error:
         raise QCompilerError("a target is not a regular expression", got=f"{target!r}: {error}") from error

@@ -40,8 +40,9 @@ def declared(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
             found[path] = value
         elif TRANSFORMS.search(key.lower()) and value:
             fix = "The weights belong to transformed activations. Undo the transform, or compile the original model."
-            raise QCompilerError("weights that are stored transformed are not supported", got=f"the key '{path}'",
-                                 where=where, fix=fix)  # fmt: skip
+            raise QCompilerError(
+                "weights that are stored transformed are not supported", got=f"the key '{path}'", where=where, fix=fix
+            )
     for path, said in found.items():
         if not isinstance(said, dict):
             raise QCompilerError(f"'{path}' is not a JSON object", got=type(said).__name__, where=where)

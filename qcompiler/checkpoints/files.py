@@ -101,8 +101,9 @@ class TensorFiles(Mapping[str, Tensor]):
                 raise QCompilerError("the index expects a tensor that is not in its file", got=lost[0], where=str(path))
             if unlisted := sorted(found - listed if listed else ()):
                 fix = "Other readers load it. Remove it from the file, or list it."
-                raise QCompilerError("a file has a tensor that the index does not list", got=unlisted[0],
-                                     where=str(path), fix=fix)  # fmt: skip
+                raise QCompilerError(
+                    "a file has a tensor that the index does not list", got=unlisted[0], where=str(path), fix=fix
+                )
             for name in sorted(found if expected is None else expected):
                 part = opened.get_slice(name)
                 self._types[name] = (_dtype(part.get_dtype(), path, name), tuple(part.get_shape()))

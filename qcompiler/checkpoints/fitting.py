@@ -62,8 +62,12 @@ def check_element_types(model: nn.Module, checkpoint: Checkpoint) -> None:
     if wrong:
         got = f"{str(tensors.dtype(wrong[0])).removeprefix('torch.')} in {listed(wrong)}"
         fix = _unread(checkpoint)
-        raise QCompilerError("weights of the model are integers in the files, and nothing declares how they are "
-                             "quantized", got=got, where=str(checkpoint.folder), fix=fix)  # fmt: skip
+        raise QCompilerError(
+            "weights of the model are integers in the files, and nothing declares how they are quantized",
+            got=got,
+            where=str(checkpoint.folder),
+            fix=fix,
+        )
 
 
 def check_shape(name: str, wanted: Tensor | None, tensor: Tensor) -> None:

@@ -79,8 +79,11 @@ def _companions(folder: Path | None) -> Iterator[Path]:
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
     shards = _shards(tensors, shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in
-                                               range(1, len(shards) + 1)]  # fmt: skip
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(names, shards, strict=True):
         write_tensors(_apart({key: tensors[key] for key in shard}), folder / name, {"format": "pt"})
     if len(shards) > 1:

@@ -118,9 +118,13 @@ def _in_float(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
     """A float model, loaded by transformers from the given tensors."""
     model: nn.Module
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(checkpoint.tensors), dtype="auto", output_loading_info=True,
+        None,
+        config=config,
+        state_dict=dict(checkpoint.tensors),
+        dtype="auto",
+        output_loading_info=True,
         ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    )
     other = [f"{name} {list(got)}, not {list(need)}" for name, got, need in info["mismatched_keys"]]
     check_complete(model, info["missing_keys"], info["unexpected_keys"], checkpoint, other)
     check_element_types(model, checkpoint)
@@ -148,9 +152,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, suffix: str) -> None:
     aside = checkpoint.beside | stored.keys() | (checkpoint.cache.tensors.keys() - model.state_dict().keys())
     plain = to_model(model, {name: tensors[name] for name in tensors if name not in aside})
     held: dict[str, Held] = {}
-    for block in {how.block for how in stored.values()}:
-        names = [name for name, how in stored.items() if how.block == block]
-        parts = stacked(model, names, checkpoint.codes, checkpoint.stored_scale, block)
+    for format in {how.format for how in stored.values()}:
+        names = [name for name, how in stored.items() if how.format == format]
+        parts = stacked(model, names, checkpoint.codes, checkpoint.stored_scale, format)
         held |= {name: _held(part, checkpoint) for name, part in parts.items()}
     check_names(model, {*plain, *held}, checkpoint)
     check_element_types(model, checkpoint)
@@ -227,7 +231,7 @@ def _hold(model: nn.Module, name: str, stored: Held, suffix: str) -> None:
     dtype = weight.dtype if weight is not None else torch.bfloat16
     module._parameters[key] = stored.codes
     module.register_parameter(key + suffix, stored.scale)
-    hold(module, {key: Stored(key + suffix, part.block, dtype, stored.x_scale, part.whole)})
+    hold(module, {key: Stored(key + suffix, part.format, dtype, stored.x_scale, part.whole)})
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

@@ -48,16 +48,17 @@ class Origin:
             stem = f"{name}." if name else ""
             for key, how in (held(module) or stored_in(module, name, self.module)).items():
                 x_scale = stem + X_SCALE if key == "weight" and stem + X_SCALE in self.tensors else None
-                found[stem + key] = StoredAs(stem + how.scale, how.block, x_scale)
+                found[stem + key] = StoredAs(stem + how.scale, how.format, x_scale)
         return found
 
     def quantized(self, name: str, how: StoredAs) -> QuantizedWeight:
         """One weight that the model holds as codes and scales."""
         codes = self.tensors[name]
-        scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.block))
+        scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.format.block))
         if (x_scale := self._x_scale(name, how)) is None:
-            return QuantizedWeight(codes, scale, how.block)
-        return QuantizedWeight(codes, scale, how.block, (ALL, ALL), torch.tensor([[x_scale]], dtype=torch.float32))
+            return QuantizedWeight(codes, scale, how.format)
+        x_format = how.format.with_block((ALL, ALL))
+        return QuantizedWeight(codes, scale, how.format, x_format, torch.tensor([[x_scale]], dtype=torch.float32))
 
     def _x_scale(self, name: str, how: StoredAs) -> float | None:
         """The static activation scale of a weight."""

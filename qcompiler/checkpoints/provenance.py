@@ -54,10 +54,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A quantized weight and its activation in a matmul."""
+    """A quantized weight, its tensor scale or zero points, and its activation in a matmul."""
 
     codes: Value
     scale: Value
+    level: Value | None
     format: Format
     x_format: Format | None
     x_scale: Value | None
@@ -98,9 +99,8 @@ class _Tracer:
 
     def quantized(self, pair: _Pair) -> None:
         """Records one quantized weight, or several merged ones."""
-        self.done.update(str(param.attrs["name"]) for v in (pair.codes, pair.scale) for param in parameters_of(v))
-        if pair.x_scale is not None:
-            self.done.update(str(param.attrs["name"]) for param in parameters_of(pair.x_scale))
+        read = [value for value in (pair.codes, pair.scale, pair.level, pair.x_scale) if value is not None]
+        self.done.update(str(param.attrs["name"]) for value in read for param in parameters_of(value))
         source, origin = self.expanded(pair.codes), self.expanded(pair.scale)
         if source.op.role is Role.QUANTIZE:
             if source.op is not origin.op:
@@ -111,7 +111,6 @@ class _Tracer:
             parts = _parts(source)
         codes, scale = self.tensor(pair.codes), self.tensor(pair.scale)
         static = None if pair.x_scale is None else self.tensor(pair.x_scale)
-        x_block = None if pair.x_format is None else pair.x_format.block
         start = 0
         for part in parts:
             end = start + _rows(part)
@@ -121,7 +120,7 @@ class _Tracer:
             elif name is not None:
                 down = pair.format.block[0]
                 rows = scale if down == numerics.ALL or len(parts) == 1 else scale[start // down : -(-end // down)]
-                weight = QuantizedWeight(codes[start:end], rows, pair.format.block, x_block, static)
+                weight = QuantizedWeight(codes[start:end], rows, pair.format, pair.x_format, static)
                 self.add(name, weight)
             start = end
 
@@ -137,7 +136,7 @@ class _Tracer:
         known = self.found.quantized.setdefault(name, weight)
         if not same(known, weight):
             self.found.refuse(name, "the graph holds it in two quantized forms")
-        elif known.x_block is None or (known.x_scale is None) != (weight.x_scale is None):
+        elif known.x_format is None or (known.x_scale is None) != (weight.x_scale is None):
             self.found.quantized[name] = weight
 
     def plain(self, op: Op) -> None:
@@ -147,9 +146,9 @@ class _Tracer:
             self.found.kept[name] = self.compiled.weights[name]
             return
         if name not in self.compiled.derivations:
-            readers = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
+            users = ", ".join(str(user.results[0]) for user in self.structure.users(op.result) if user.results)
             self.found.refuse(
-                name, f"it cannot be folded into a weight: {readers or 'an operation'} reads it in each call"
+                name, f"it cannot be folded into a weight: {users or 'an operation'} reads it in each call"
             )
             return
         parts, start = _parts(self.expanded(op.result)), 0
@@ -215,14 +214,17 @@ def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
     """The quantized weights that an operation multiplies or dequantizes."""
     if op.role is Role.QUANTIZED_MATMUL:
         static = _static_scale(op["x"])
-        yield _Pair(op["w"], op["w_scale"], op.format("w_format"), op.format("x_format"), static)
+        format = op.format("w_format")
+        level = op.get(f"w_{format.level}")
+        yield _Pair(op["w"], op["w_scale"], level, format, op.format("x_format"), static)
     elif op.role is Role.DEQUANTIZE and graph.is_constant(op.result):
+        stored = op["data"], op["scale"], op.get(str(op.format().level)), op.format()
         for x in dict.fromkeys(x.op for user in graph.users(op.result) for _, x in user.operands()):
             if x.role is Role.DEQUANTIZE and x is not op:
                 static = _static_scale(x["data"])
-                yield _Pair(op["data"], op["scale"], op.format(), x.format(), static)
+                yield _Pair(*stored, x.format(), static)
                 return
-        yield _Pair(op["data"], op["scale"], op.format(), None, None)
+        yield _Pair(*stored, None, None)
 
 
 def _static_scale(codes: Value) -> Value | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qcompiler import numerics
 from qcompiler.ir import Format
+from qcompiler.ir.formats import Block
 
 UE8M0 = torch.float8_e8m0fnu
 """PyTorch's dtype for one byte with the exponent of a power of two."""
@@ -26,21 +27,21 @@ class QuantizedWeight:
     Attributes:
         codes: `[N, K]`, or `[E, N, K]` for the experts of an MoE layer.
         scale: FP32, one per block, in the shape of `numerics.scale_shape`.
-        block: Rows and columns of a block; -1 means the whole axis.
-        x_block: Block of the activations; None if not specified.
+        format: The format of codes and scales.
+        x_format: The format of the activations; None if not specified.
         x_scale: Static activation scale from calibration, if any.
     """
 
     codes: Tensor
     scale: Tensor
-    block: tuple[int, int]
-    x_block: tuple[int, int] | None = None
+    format: Format
+    x_format: Format | None = None
     x_scale: Tensor | None = None
 
     @property
-    def format(self) -> Format:
-        """The format of codes and scales."""
-        return numerics.format_of(self.block, self.codes.dtype)
+    def block(self) -> Block:
+        """Rows and columns that share a scale."""
+        return self.format.block
 
     @property
     def blocked_axes(self) -> list[tuple[int, int]]:
@@ -60,14 +61,14 @@ class StoredAs:
 
     Attributes:
         scale: The name of the scale.
-        block: Rows and columns of a block; -1 means the whole axis.
+        format: The format of codes and scales; scales may have another dtype in the file, if the numbers are the same.
         x_scale: The name of the static activation scale, if the format declares one; `read` removes it if the files
             do not have it.
         unread: Names of unused tensors: all-zero zero points and output scales.
     """
 
     scale: str
-    block: tuple[int, int]
+    format: Format
     x_scale: str | None = None
     unread: tuple[str, ...] = ()
 
@@ -95,7 +96,11 @@ def powers_of_two(scale: Tensor) -> bool:
 
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     """Whether two weights have bit-identical codes and scales."""
-    return one.format == other.format and equal_bits(one.codes, other.codes) and equal_bits(one.scale, other.scale)
+    return (
+        one.format.decodes_like(other.format)
+        and equal_bits(one.codes, other.codes)
+        and equal_bits(one.scale, other.scale)
+    )
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:

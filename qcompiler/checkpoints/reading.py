@@ -67,21 +67,27 @@ class Checkpoint:
         codes = self.tensors[name]
         if (why := not_finite(codes)) is not None:
             fix = "The file may be damaged: copy it again."
-            raise QCompilerError("a code of a quantized weight is not a number", got=why, need="finite codes",
-                                 where=self.tensors.place(name), fix=fix)  # fmt: skip
+            raise QCompilerError(
+                "a code of a quantized weight is not a number",
+                got=why,
+                need="finite codes",
+                where=self.tensors.place(name),
+                fix=fix,
+            )
         return codes
 
     def quantized(self, name: str) -> QuantizedWeight:
         """A quantized weight as codes and scales. Raises QCompilerError if a code is NaN or infinite."""
         how, codes = self.stored[name], self.codes(name)
         if how.x_scale is None:
-            return QuantizedWeight(codes, self.scale(name), how.block)
-        return QuantizedWeight(codes, self.scale(name), how.block, (ALL, ALL), self.x_scale(name))
+            return QuantizedWeight(codes, self.scale(name), how.format)
+        x_format = how.format.with_block((ALL, ALL))
+        return QuantizedWeight(codes, self.scale(name), how.format, x_format, self.x_scale(name))
 
     def stored_scale(self, name: str) -> Tensor:
         """The scales of a quantized weight in the element type of the file."""
         how = self.stored[name]
-        return self.tensors[how.scale].reshape(numerics.scale_shape(self.tensors.shape(name), how.block))
+        return self.tensors[how.scale].reshape(numerics.scale_shape(self.tensors.shape(name), how.format.block))
 
     def x_scale(self, name: str) -> Tensor | None:
         """The static activation scale of a quantized weight, FP32 `[1, 1]`; for experts `[E, 1]`."""
@@ -91,7 +97,7 @@ class Checkpoint:
     def scale(self, name: str) -> Tensor:
         """The scales of a quantized weight, in FP32 and in the shape of `numerics.scale_shape`."""
         how = self.stored[name]
-        return widened(self.tensors[how.scale], numerics.scale_shape(self.tensors.shape(name), how.block))
+        return widened(self.tensors[how.scale], numerics.scale_shape(self.tensors.shape(name), how.format.block))
 
 
 def read(folder: "str | PathLike[str]") -> Checkpoint:
@@ -105,8 +111,9 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
     tensors = TensorFiles(path)
     config = read_json(path / CONFIG)
     if (other := config.get("transformers_weights")) not in (None, SINGLE, INDEX):
-        raise QCompilerError("the configuration refers to other weight files", got=repr(other), need=SINGLE,
-                             where=str(path / CONFIG))  # fmt: skip
+        raise QCompilerError(
+            "the configuration refers to other weight files", got=repr(other), need=SINGLE, where=str(path / CONFIG)
+        )
     declaration = _declaration(config, path)
     found = {} if declaration is None else _stored(*declaration, tensors)
     stored = {name: _by_expert(name, how, tensors) for name, how in found.items()}
@@ -144,8 +151,12 @@ def _declaration(config: Mapping[str, Any], folder: Path) -> tuple[CheckpointFor
     method = said.get("quant_method")
     if (format := format_read(method)) is None:
         known = names(lambda format: format.declared)
-        raise QCompilerError("an unknown kind of quantization", got=f"quant_method {method!r}", where=where,
-                             fix=did_you_mean(str(method), known))  # fmt: skip
+        raise QCompilerError(
+            "an unknown kind of quantization",
+            got=f"quant_method {method!r}",
+            where=where,
+            fix=did_you_mean(str(method), known),
+        )
     return format, said, where
 
 
@@ -174,10 +185,10 @@ def _by_expert(name: str, how: StoredAs, tensors: TensorFiles) -> StoredAs:
     if len(shape) != 3 or 0 in shape or how.scale not in tensors:
         return how
     scales = tensors.shape(how.scale)
-    if how.block == (ALL, ALL) and scales in (shape[:1], (shape[0], 1), (shape[0], 1, 1)):
-        return replace(how, block=(shape[1], ALL))
-    if how.block == (1, ALL) and scales == (shape[0], 1, shape[2]):  # the model has [E, K, N]
-        return replace(how, block=(shape[1], 1))
+    if how.format.block == (ALL, ALL) and scales in (shape[:1], (shape[0], 1), (shape[0], 1, 1)):
+        return replace(how, format=how.format.with_block((shape[1], ALL)))
+    if how.format.block == (1, ALL) and scales == (shape[0], 1, shape[2]):  # the model has [E, K, N]
+        return replace(how, format=how.format.with_block((shape[1], 1)))
     return how
 
 
@@ -193,15 +204,15 @@ def _check(name: str, how: StoredAs, tensors: TensorFiles) -> None:
     if len(shape) not in (2, 3):
         problem = f"the quantized weight '{name}' is neither a matrix nor a stack of matrices"
         raise QCompilerError(problem, got=list(shape), where=str(tensors.folder))
-    need = numerics.scale_shape(shape, how.block)
+    need = numerics.scale_shape(shape, how.format.block)
     alike = [need, *([need[:-1]] if need[-1] == 1 else []), *([[]] if need == [1, 1] else [])]
     alike += [[need[0], 1, need[1], 1]] if len(shape) == 2 else []  # ModelOpt's blocks
     alike += [need[:1]] if need[1:] == [1, 1] else []
     if got not in alike:
-        problem = f"the scale does not fit its weight {list(shape)} with a scale for each {list(how.block)}"
+        problem = f"the scale does not fit its weight {list(shape)} with a scale for each {list(how.format.block)}"
         raise QCompilerError(problem, got=got, need=need, where=where)
     if (why := unusable(tensors[how.scale])) is not None:
-        raise QCompilerError(f"the scale of '{name}' is not a scale", got=why, need=USABLE, where=where)
+        raise QCompilerError(f"the scale of '{name}' is not a valid scale", got=why, need=USABLE, where=where)
 
 
 def _without_scale(name: str, tensors: TensorFiles, scale: str | None = None, fix: str | None = None) -> QCompilerError:
@@ -214,5 +225,10 @@ def _without_scale(name: str, tensors: TensorFiles, scale: str | None = None, fi
         advice.append(f"Beside it is {', '.join(map(repr, beside[:SHOWN]))}, a name that is not read as its scale.")
     elif scale:
         advice.append("Without a scale its numbers are not known.")
-    return QCompilerError(f"a quantized weight has no scale: '{name}'", got=got, need=need, where=str(tensors.folder),
-                          fix=" ".join(advice) or None)  # fmt: skip
+    return QCompilerError(
+        f"a quantized weight has no scale: '{name}'",
+        got=got,
+        need=need,
+        where=str(tensors.folder),
+        fix=" ".join(advice) or None,
+    )

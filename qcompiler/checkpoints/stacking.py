@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qcompiler.checkpoints.conversion import Plan, check_exact, is_converted, operations_on, plans, to_files
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.errors import QCompilerError
+from qcompiler.ir import Format
 from qcompiler.numerics import ALL, scale_shape
 
 TRANSPOSE = "Transpose"
@@ -30,30 +31,33 @@ class Part:
     Attributes:
         codes: `[N, K]`, or `[E, N, K]`.
         scale: In the shape of `numerics.scale_shape`.
-        block: Rows and columns of a block, which may be smaller than in the files.
+        format: The format of codes and scales, whose blocks may be smaller than in the files.
         sources: Names in the files.
         whole: Whether the files have one scale per matrix of a stack, repeated here for each of its blocks.
     """
 
     codes: Tensor
     scale: Tensor
-    block: tuple[int, int]
+    format: Format
     sources: tuple[str, ...]
     whole: bool = False
 
 
 def stacked(
-    model: nn.Module, weights: Iterable[str], codes: Callable[[str], Tensor], scales: Callable[[str], Tensor],
-    block: tuple[int, int],
-) -> dict[str, Part]:  # fmt: skip
-    """Converts quantized weights of the files, all with one block size, to weights of the model.
+    model: nn.Module,
+    weights: Iterable[str],
+    codes: Callable[[str], Tensor],
+    scales: Callable[[str], Tensor],
+    format: Format,
+) -> dict[str, Part]:
+    """Converts quantized weights of the files, all in one format, to weights of the model.
 
     Args:
         model: A transformers model, or any other.
         weights: Names of weights in the files.
         codes: Returns the codes of a weight.
         scales: Returns the scales of a weight, in the shape of `numerics.scale_shape`.
-        block: Rows and columns of a block; -1 means the whole axis.
+        format: The format of codes and scales.
 
     Raises:
         QCompilerError: The model stores the elements in another order.
@@ -63,20 +67,20 @@ def stacked(
         names = [name for name, _ in plan.sources]
         parts, scale = {name: codes(name) for name in names}, {name: scales(name) for name in names}
         if plan.operations == (TRANSPOSE,):
-            found |= _turned(model, plan, parts[names[0]], scale[names[0]], block)
+            found |= _turned(model, plan, parts[names[0]], scale[names[0]], format)
             continue
         check_exact(plan.operations, plan.target)
         if len(names) == 1 and not plan.operations:
             made = plan.convert(model, parts)
-            found |= {name: Part(tensor, scale[names[0]], block, (names[0],)) for name, tensor in made.items()}
+            found |= {name: Part(tensor, scale[names[0]], format, (names[0],)) for name, tensor in made.items()}
         else:
-            found |= _joined(model, plan, parts, scale, block)
+            found |= _joined(model, plan, parts, scale, format)
     return {name: _for_grouped_kernels(part) for name, part in found.items()}
 
 
 def _for_grouped_kernels(part: Part) -> Part:
     """Repeats per-matrix scales of a stack for the blocks of the grouped kernels, if those fit; exact."""
-    rows, columns = part.block
+    rows, columns = part.format.block
     if part.codes.dim() != 3 or columns != ALL or rows == 1:
         return part
     size = part.codes.shape[-2]
@@ -85,38 +89,45 @@ def _for_grouped_kernels(part: Part) -> Part:
         return part
     groups, down, across = scale_shape(part.codes.shape, USUAL)
     tall = part.scale.expand(groups, -1, -1).repeat_interleave(-(-rows // USUAL[0]), -2)
-    return replace(part, scale=tall.expand(groups, down, across).contiguous(), block=USUAL, whole=True)
+    return replace(
+        part, scale=tall.expand(groups, down, across).contiguous(), format=part.format.with_block(USUAL), whole=True
+    )
 
 
 def _joined(
-    model: nn.Module, plan: Plan, codes: dict[str, Tensor], scale: dict[str, Tensor], block: tuple[int, int]
+    model: nn.Module, plan: Plan, codes: dict[str, Tensor], scale: dict[str, Tensor], format: Format
 ) -> dict[str, Part]:
     """The results of one conversion, in blocks that do not cross from one part into the next."""
     places = plan.convert(model, {name: _row_numbers(part) for name, part in codes.items()})
-    sizes = {part.shape[-2] for part in codes.values()}
+    block, sizes = format.block, {part.shape[-2] for part in codes.values()}
     rows = math.gcd(*(sizes if block[0] == ALL else (block[0],)), *(_starts(place) for place in places.values()))
     finer = {name: _refined(scale[name], part.shape[-2], block[0], rows) for name, part in codes.items()}
     made, scales = plan.convert(model, codes), plan.convert(model, finer)
     smaller = (rows, block[1])
     for name, tensor in made.items():
         if list(scales[name].shape) != scale_shape(tensor.shape, smaller):
-            raise _shared(name, block, f"scales {list(scales[name].shape)} for {list(tensor.shape)}",
-                          scale_shape(tensor.shape, smaller))  # fmt: skip
-    return {name: Part(tensor, scales[name], smaller, tuple(codes)) for name, tensor in made.items()}
+            raise _shared(
+                name,
+                block,
+                f"scales {list(scales[name].shape)} for {list(tensor.shape)}",
+                scale_shape(tensor.shape, smaller),
+            )
+    return {name: Part(tensor, scales[name], format.with_block(smaller), tuple(codes)) for name, tensor in made.items()}
 
 
-def _turned(model: nn.Module, plan: Plan, codes: Tensor, scale: Tensor, block: tuple[int, int]) -> dict[str, Part]:
+def _turned(model: nn.Module, plan: Plan, codes: Tensor, scale: Tensor, format: Format) -> dict[str, Part]:
     """The result for a stack that the files may store transposed."""
     ((name, made),) = plan.convert(model, {plan.sources[0][0]: codes}).items()
-    sources = (plan.sources[0][0],)
+    sources, block = (plan.sources[0][0],), format.block
     if made.shape == codes.shape:
-        return {name: Part(made, scale, block, sources)}
+        return {name: Part(made, scale, format, sources)}
     if block[1] == ALL and scale.shape[-2] == 1:  # one scale per expert, or one for all
-        return {name: Part(made, scale, block if block[0] == ALL else (made.shape[-2], ALL), sources)}
+        whole = block if block[0] == ALL else (made.shape[-2], ALL)
+        return {name: Part(made, scale, format.with_block(whole), sources)}
     if min(block) < 1:
         raise _shared(name, block, "a transposed stack", "blocks such as [128, 128]")
     turned = scale.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
-    return {name: Part(made, turned, (block[1], block[0]), sources)}
+    return {name: Part(made, turned, format.with_block((block[1], block[0])), sources)}
 
 
 def unstacked(model: nn.Module, name: str, weight: QuantizedWeight, whole: bool = False) -> dict[str, QuantizedWeight]:
@@ -151,7 +162,7 @@ def unstacked(model: nn.Module, name: str, weight: QuantizedWeight, whole: bool 
             raise _shared(name, block, f"'{file}' begins inside a block", "whole blocks")
     scales = to_files(model, {name: scale})
     return {
-        file: coarsened(replace(weight, codes=part, scale=scales[file], block=block), whole)
+        file: coarsened(replace(weight, codes=part, scale=scales[file], format=weight.format.with_block(block)), whole)
         for file, part in codes.items()
     }
 
@@ -165,7 +176,7 @@ def coarsened(weight: QuantizedWeight, whole: bool = False) -> QuantizedWeight:
     """
     rows, columns = weight.block
     if whole and bool((weight.scale == weight.scale[0, 0]).all()):
-        return QuantizedWeight(weight.codes, weight.scale[:1, :1], (ALL, ALL))
+        return QuantizedWeight(weight.codes, weight.scale[:1, :1], weight.format.with_block((ALL, ALL)))
     usual = (ALL, ALL) if columns == ALL else (columns, columns)
     if rows in (1, ALL, usual[0]) or (usual[0] != ALL and usual[0] % rows):
         return weight
@@ -173,7 +184,7 @@ def coarsened(weight: QuantizedWeight, whole: bool = False) -> QuantizedWeight:
     scale = weight.scale[::count].contiguous()
     if not torch.equal(scale.repeat_interleave(count, 0)[: len(weight.scale)], weight.scale):
         return weight
-    return replace(weight, scale=scale, block=usual)
+    return replace(weight, scale=scale, format=weight.format.with_block(usual))
 
 
 def _row_numbers(codes: Tensor) -> Tensor:

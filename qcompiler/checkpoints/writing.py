@@ -5,7 +5,7 @@ from os import PathLike
 from torch import nn
 
 from passes.analyses.candidates import why_skipped
-from qcompiler.checkpoints.cache_scales import SCHEME, kept
+from qcompiler.checkpoints.cache_scales import SCHEME, calibrated, kept
 from qcompiler.checkpoints.conversion import to_files
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
 from qcompiler.checkpoints.format import Writer, writer_called
@@ -76,7 +76,7 @@ def write(
         tensors |= writer.tensors(name, weight)
     documents = dict(origin.documents)
     if config := writer.config(weights, _unconverted(origin, weights, program)):
-        cache = kept(origin.module)
+        cache = kept(origin.module) or calibrated(program)
         tensors |= cache.tensors
         config |= {SCHEME: cache.scheme} if cache.scheme is not None else {}
         documents[CONFIG] = {**documents.get(CONFIG, {}), "quantization_config": config}

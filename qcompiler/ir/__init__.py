@@ -56,4 +56,4 @@ __all__ = [
     "print_argument",
     "print_op",
     "symbol",
-]  # fmt: skip
+]

@@ -1,7 +1,8 @@
 """The type of a key-value cache: `cache<bf16, slots = 16, heads = 8, capacity = 8192, key = 128, value = 128>`.
 
 A cache holds the keys and values of one attention layer for several sequences, one sequence per slot. Its element type
-is a dtype, or a format with one scale per token and head: `cache<#fp8_row, slots = 16, …>`.
+is a dtype, a format with one scale per token and head, `cache<#fp8_row, slots = 16, …>`, or one with static scales:
+`cache<#fp8_tensor, slots = 16, …>` has one for all keys and one for all values, which are weights of the graph.
 """
 
 from collections.abc import Mapping
@@ -9,10 +10,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.ir.formats import FP8_ROW, INT8_ROW, Format
+from qcompiler.ir.formats import FP8_ROW, FP8_TENSOR, INT8_ROW, INT8_TENSOR, Format
 from qcompiler.ir.types import DType, TensorType, Type
 
-QUANTIZED = (FP8_ROW, INT8_ROW)
+STATIC = (FP8_TENSOR, INT8_TENSOR)
+"""Formats with static scales."""
+
+QUANTIZED = (FP8_ROW, INT8_ROW, *STATIC)
 """Formats of a cache: a row is one head of one token."""
 
 
@@ -60,13 +64,19 @@ class CacheType(Type):
     def tensors(self) -> tuple[TensorType, ...]:
         """The tensors of a cache: key `[slots, heads, capacity, key]`, value `[slots, heads, capacity, value]`.
 
-        With a format, they hold codes, and FP32 scales of keys and of values follow, each `[slots, heads, capacity]`.
+        With a format, they hold codes. FP32 scales of keys and of values follow, each `[slots, heads, capacity]`,
+        unless they are static.
         """
         lead = (self.slots, self.heads, self.capacity)
         if isinstance(self.element, DType):
             return tuple(TensorType(self.element, (*lead, size)) for size in (self.key, self.value))
         codes = tuple(TensorType(self.element.element, (*lead, size)) for size in (self.key, self.value))
-        return *codes, *(TensorType(self.element.scale, lead),) * 2
+        return codes if self.is_static else (*codes, *(TensorType(self.element.scale, lead),) * 2)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether keys and values have one static scale each."""
+        return self.element in STATIC
 
     @property
     def bytes(self) -> int:

@@ -44,7 +44,7 @@ def part_of(op: Op) -> Graph:
     return part
 
 
-def readers_through(graph: Graph, value: Value, passes: Callable[[Op], bool]) -> Iterator[Op]:
+def users_through(graph: Graph, value: Value, passes: Callable[[Op], bool]) -> Iterator[Op]:
     """The operations that use `value`, directly or through operations for which `passes` is true."""
     seen: set[Op] = set()
     stack = [value]

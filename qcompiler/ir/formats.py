@@ -4,6 +4,7 @@
     #fp8_tile<profile = "vllm">                                      the same with another quantization profile
     #format<f8e4m3fn, block = [1, 64]>                               spelled out
     #format<f4e2m1fn, block = [1, 8], scale = f8e4m3fn, tensor_scale = true>
+    #format<i4, block = [1, 32], symmetric = false>                  codes with zero points
 
 A block is a number of rows and columns of the last two dimensions; `ALL` (-1) means the whole axis:
 
@@ -11,7 +12,8 @@ A block is a number of rows and columns of the last two dimensions; `ALL` (-1) m
     [128, 128]    a block of a weight                  [ALL, ALL]    the whole tensor
     [ALL, 1]      a channel of an activation, over all tokens: tensor cores cannot multiply it
 
-All formats are symmetric: number = code * scale. `qcompiler.numerics` implements the arithmetic.
+number = code * scale, or (code - zero point) * scale if the format is not symmetric. `qcompiler.numerics` implements
+the arithmetic.
 """
 
 import math
@@ -30,7 +32,7 @@ ALL = -1
 Block = tuple[int, int]
 
 ELEMENTS = {DType.f8e4m3fn: 448.0, DType.f8e5m2: 57344.0, DType.i8: 127.0, DType.f4e2m1fn: 6.0, DType.i4: 7.0}
-"""Code dtypes, each with its largest magnitude."""
+"""Code dtypes, each with its largest magnitude in a symmetric format."""
 
 SCALES = {DType.f32: math.inf, DType.f8e4m3fn: 448.0, DType.f8e8m0fnu: 2.0**127}
 """Scale dtypes, each with its largest value."""
@@ -94,6 +96,8 @@ class Format:
         tensor_scale: Whether the E4M3 scales share an FP32 factor, computed from the tensor's largest magnitude.
         scale_layout: Order of the scales in memory: "row_major", or "col_major", in which the scales of one column of
             blocks are adjacent, as a GEMM kernel reads them. It changes neither shapes nor values.
+        symmetric: Whether zero has code 0. If not, each block also has a zero point in i8, the code of zero; the codes
+            are integers and the scales FP32.
     """
 
     element: DType
@@ -102,6 +106,7 @@ class Format:
     profile: str = DEFAULT_PROFILE
     tensor_scale: bool = False
     scale_layout: Literal["row_major", "col_major"] = "row_major"
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         """Raises QCompilerError for fields that do not describe a format."""
@@ -120,6 +125,13 @@ class Format:
             raise QCompilerError("a format is malformed", got=f"{self.tensor_scale} and {self.scale_layout}", need=need)
         if self.tensor_scale and self.scale is not DType.f8e4m3fn:
             raise QCompilerError("tensor_scale requires scales of limited range", got=self.scale, need=DType.f8e4m3fn)
+        if not isinstance(self.symmetric, bool):
+            raise QCompilerError("a format is malformed", got=f"symmetric {self.symmetric}", need="true or false")
+        plain = self.scale is DType.f32 and profile(self.profile).scale_format == "f32"
+        if not self.symmetric and (self.element.is_float or not plain):
+            got = f"{self.element} codes, {self.scale} scales, profile {self.profile}"
+            need = "integer codes, and FP32 scales that are not rounded to powers of two"
+            raise QCompilerError("a format with these codes or scales cannot have zero points", got=got, need=need)
         if self.scale_layout == "col_major" and self.block[0] != 1:
             got = _listed(self.block)
             raise QCompilerError("the column-major scale layout requires blocks of 1 row", got=got, need="[1, columns]")
@@ -128,6 +140,22 @@ class Format:
     def max(self) -> float:
         """The largest magnitude of a code."""
         return ELEMENTS[self.element]
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The smallest and the largest code."""
+        return (-self.max if self.symmetric else -self.max - 1), self.max
+
+    @property
+    def level(self) -> Literal["tensor_scale", "zero_point"] | None:
+        """What a tensor in this format has beside codes and scales."""
+        return "tensor_scale" if self.tensor_scale else None if self.symmetric else "zero_point"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the names of codes, scales, and the level, if there is one."""
+        levels = {"tensor_scale": "_t", "zero_point": "_z"}
+        return ("_q", "_s") if self.level is None else ("_q", "_s", levels[self.level])
 
     @property
     def has_nan(self) -> bool:
@@ -139,7 +167,7 @@ class Format:
         return tuple(scale_shape(shape, self.block))
 
     def types(self, shape: Sequence[Size]) -> tuple[TensorType, ...]:
-        """The types that store a tensor of this shape: codes, scales, and the tensor scale if there is one.
+        """The types that store a tensor of this shape: codes, scales, and the tensor scale or the zero points.
 
         Raises:
             QCompilerError: The shape has no dimensions, or its last dimension cannot be packed.
@@ -148,8 +176,10 @@ class Format:
             raise QCompilerError("a tensor without dimensions has no blocks")
         if why := self.why_not(shape):
             raise QCompilerError(why)
-        tensor_scale = (TensorType(DType.f32, ()),) if self.tensor_scale else ()
-        return TensorType(self.element, tuple(shape)), TensorType(self.scale, self.scale_shape(shape)), *tensor_scale
+        scales = self.scale_shape(shape)
+        levels = {"tensor_scale": TensorType(DType.f32, ()), "zero_point": TensorType(DType.i8, scales)}
+        level = () if self.level is None else (levels[self.level],)
+        return TensorType(self.element, tuple(shape)), TensorType(self.scale, scales), *level
 
     def why_not(self, shape: Sequence[Size]) -> str | None:
         """Why a tensor of this shape cannot be stored in this format, as a sentence; None if it can."""
@@ -163,13 +193,17 @@ class Format:
         sizes = [kind.bytes for kind in self.types(shape)]
         return sum(sizes[1:], sizes[0])
 
+    def with_block(self, block: Block) -> "Format":
+        """The same format with another block."""
+        return replace(self, block=block)
+
     def decodes_like(self, other: "Format") -> bool:
         """Whether both formats decode the same codes and scales to the same numbers."""
         return self._numbers == other._numbers
 
     @property
-    def _numbers(self) -> tuple[DType, Block, DType, bool]:
-        return self.element, self.block, self.scale, self.tensor_scale
+    def _numbers(self) -> tuple[DType, Block, DType, str | None]:
+        return self.element, self.block, self.scale, self.level
 
     def __str__(self) -> str:
         """The text of the format as an attribute."""
@@ -219,7 +253,7 @@ MXFP8 = Format(DType.f8e4m3fn, (1, 32), DType.f8e8m0fnu)
 FORMATS: dict[str, Format] = {}
 """Named formats."""
 
-CHANGES = ("profile", "scale_layout")
+CHANGES = ("profile", "scale_layout", "symmetric")
 """Fields that may differ from the named format and are then printed after its name."""
 
 

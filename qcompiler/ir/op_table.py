@@ -42,6 +42,8 @@ class OpDef:
         meaning: The operation in plain torch: operands in order, attributes as keyword arguments.
         role: Its role in passes; None if no pass treats it specially.
         effects: Its side effects.
+        implements: The operation that `to-kernels` replaces by this one: the same function of the same operands and
+            attributes, except that formats also give the memory layout of scales.
     """
 
     name: str
@@ -53,6 +55,7 @@ class OpDef:
     meaning: Meaning | None = None
     role: Role | None = None
     effects: Effects = Effects.PURE
+    implements: str | None = None
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -109,6 +112,11 @@ def lookup(name: str) -> OpDef | None:
 def declared(role: Role | None = None) -> list[OpDef]:
     """All declarations, or the ones with a given role, sorted by name."""
     return [_TABLE[name] for name in sorted(_TABLE) if role is None or _TABLE[name].role is role]
+
+
+def implementation_of(name: str) -> OpDef | None:
+    """The declaration that implements an operation, or None."""
+    return next((definition for definition in _TABLE.values() if definition.implements == name), None)
 
 
 def is_known(name: str) -> bool:
@@ -174,6 +182,6 @@ DTYPE: tuple[AttributeCheck, str] = (lambda a: isinstance(a, DType), "a dtype su
 
 __all__ = [
     "BOOLEAN", "DTYPE", "INTEGER", "TEXT", "OpDef", "OpError", "OpenNamespaces", "Tag", "check_signature",
-    "declare", "declare_open_namespaces", "declared", "dialects", "infer_types", "is_known", "lookup",
-    "unknown_op",
+    "declare", "declare_open_namespaces", "declared", "dialects", "implementation_of", "infer_types", "is_known",
+    "lookup", "unknown_op",
 ]  # fmt: skip

@@ -90,7 +90,7 @@ class Structure:
     def uses(self, value: Value) -> list[Use]:
         """All uses of `value` in order, including the return."""
         edges = self._net.out_edges(value.op, data=True)
-        found = [Use(reader, data["path"]) for _, reader, data in edges if data["result"] == value.index]
+        found = [Use(user, data["path"]) for _, user, data in edges if data["result"] == value.index]
         return sorted(found, key=lambda use: self._order.rank(use.op))
 
     def users(self, value: Value) -> list[Op]:
@@ -193,8 +193,8 @@ class Structure:
     def erase(self, op: Op) -> None:
         """Removes an operation; raises QCompilerError if its results have users."""
         self._hold(op, but_return=True)
-        if readers := [reader for value in op.results for reader in self.users(value)]:
-            need = f"no users, but it has {len(readers)}, such as {readers[0].name}"
+        if users := [user for value in op.results for user in self.users(value)]:
+            need = f"no users, but it has {len(users)}, such as {users[0].name}"
             raise QCompilerError("an operation whose results have users cannot be erased", got=op.name, need=need)
         self._order.remove(op)
         self._net.remove_node(op)

@@ -10,8 +10,15 @@ magnitude in the block to the largest code:
     q     = round-to-nearest-even(clamp(x / scale))        (profile "deepgemm": x * (1 / scale))
     x'    = q * scale
 
-A static scale is given instead of computed. A prescale multiplies each channel in FP32 before quantization. Formats are
-symmetric: INT8 codes range from -127 to 127, INT4 codes from -7 to 7.
+A static scale is given instead of computed. A prescale multiplies each channel in FP32 before quantization. In a
+symmetric format, INT8 codes range from -127 to 127, INT4 codes from -7 to 7.
+
+Integer codes that are not symmetric use all codes, -128 to 127 or -8 to 7, for a range that includes zero:
+
+    scale      = max(max(x, 0) / n - min(x, 0) / n, floor / 127)       n = 255; for INT4 15, and floor / 7
+    zero point = clamp(round(-128 - min(x, 0) / scale))                the INT8 code of zero
+    q          = clamp(round(x / scale) + zero point)
+    x'         = (q - zero point) * scale
 
 The floor avoids division by zero: a block of zeros gets zero codes and the positive scale floor / format.max. For FP8,
 the floor is the one in the profile's source. FP8 codes have an exponent, so they lose no precision until amax is far

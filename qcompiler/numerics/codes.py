@@ -43,6 +43,19 @@ def encode(blocks: Tensor, scale: Tensor, format: Format, marked: bool) -> Tenso
     return scaled.round_().to(torch.int8)
 
 
+def encode_asymmetric(blocks: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:
+    """Encodes FP32 blocks as unpacked integer codes, `round(x / scale) + zero_point`; the codes of NaN are 0.
+
+    Args:
+        blocks: FP32, split into blocks.
+        scale: FP32, broadcasts to `blocks`.
+        zero_point: FP32, as `scale`: the code of zero.
+        format: The format of the codes.
+    """
+    scaled = blocks * scale.reciprocal() if profile(format.profile).division == "reciprocal" else blocks / scale
+    return scaled.round_().add_(zero_point).clamp_(*format.code_range).nan_to_num_(nan=0.0).to(torch.int8)
+
+
 def _e2m1(scaled: Tensor) -> Tensor:
     """FP4 codes of magnitudes up to 6, rounded to nearest even; torch has no such cast."""
     size = scaled.abs()

@@ -21,6 +21,8 @@ def scaled_linear(
     bias: Tensor | None = None,
     x_tensor_scale: Tensor | None = None,
     w_tensor_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    w_zero_point: Tensor | None = None,
     *,
     x_format: Format = FP8_TILE,
     w_format: Format = FP8_BLOCK,
@@ -38,6 +40,8 @@ def scaled_linear(
         bias: `[N]`, any floating dtype, or None.
         x_tensor_scale: The tensor scale of `x_q`, if its format has one.
         w_tensor_scale: The tensor scale of `w_q`, if its format has one.
+        x_zero_point: The zero points of `x_q`, if its format has them.
+        w_zero_point: The zero points of `w_q`, if its format has them.
         x_format: The format of `x_q`.
         w_format: The format of `w_q`.
         out_dtype: The dtype of the result, `[..., N]`.
@@ -51,8 +55,8 @@ def scaled_linear(
         check_scale(w_q, w_q.shape, w_s, w_format)
         sums = integer_matmul(x_q.reshape(-1, x_q.shape[-1]), w_q).mul_(x_s.reshape(-1, 1) * w_s.T)
         return (sums if bias is None else sums.add_(bias)).view(*x_q.shape[:-1], w_q.shape[0]).to(out_dtype)
-    x = dequantize(x_q, x_s, x_tensor_scale, format=x_format)
-    w = dequantize(w_q, w_s, w_tensor_scale, format=w_format)
+    x = dequantize(x_q, x_s, x_tensor_scale, x_zero_point, format=x_format)
+    w = dequantize(w_q, w_s, w_tensor_scale, w_zero_point, format=w_format)
     check_linear(x, w)
     return functional.linear(x, w, None if bias is None else bias.to(torch.float32)).to(out_dtype)
 
@@ -60,8 +64,8 @@ def scaled_linear(
 def sums_integers(x_q: Tensor, x_format: Format, w_format: Format) -> bool:
     """Whether the codes are INT8 with one scale for all of K; False in traces, which use FP32 arithmetic."""
     formats = (x_format, w_format)
-    whole = all(f.element is DType.i8 and f.scale is DType.f32 and f.block in ((1, ALL), (ALL, ALL)) for f in formats)
-    return whole and type(x_q) in PLAIN
+    plain = all(f.element is DType.i8 and f.scale is DType.f32 and f.symmetric for f in formats)
+    return plain and all(f.block in ((1, ALL), (ALL, ALL)) for f in formats) and type(x_q) in PLAIN
 
 
 def check_linear(x_q: Tensor, w_q: Tensor) -> None:

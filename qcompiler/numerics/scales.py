@@ -47,6 +47,24 @@ def tensor_scale_of(amax: Tensor, format: Format) -> Tensor:
     return amax.clamp_min(profile(format.profile).amax_floor(format.element)) / top
 
 
+def asymmetric_scale_of(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point, in FP32, for the smallest and the largest number of each block.
+
+    The range always contains zero, which is a code, so padding and sparse activations stay exact.
+
+    Args:
+        low: FP32, at most 0, any shape. The scale of a NaN or an infinity is NaN, and its zero point 0.
+        high: FP32, at least 0, the same shape.
+        format: Defines the codes and the smallest range.
+    """
+    least, most = format.code_range
+    steps = torch.full((), most - least, dtype=torch.float32, device=low.device)
+    floor = profile(format.profile).amax_floor(format.element) / most
+    # Each end is divided before the subtraction, which could overflow otherwise.
+    scale = (high / steps - low / steps).clamp_min(floor) + (low + high) * 0
+    return scale, (least - low / scale).round_().clamp_(least, most).nan_to_num_(nan=0.0)
+
+
 def in_full(scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
     """The full FP32 scale of the codes: scale * tensor_scale."""
     wide = scale.to(torch.float32)

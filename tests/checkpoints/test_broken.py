@@ -69,7 +69,7 @@ def test_a_whole_one_is_read(tmp_path: Path, said: dict[str, Any], sharded: bool
 def test_a_target_may_be_the_name_of_one_module_beside_a_class(tmp_path: Path) -> None:
     tensor = {**GROUP, "weights": {**GROUP["weights"], "strategy": "tensor"}, "targets": ["norm"]}
     said = {**COMPRESSED, "config_groups": {"group_0": tensor, "group_1": GROUP}}
-    assert read(folder(tmp_path, said)).stored["up.weight"].block == (1, -1)
+    assert read(folder(tmp_path, said)).stored["up.weight"].format.block == (1, -1)
 
 
 def test_a_pattern_that_would_take_years_is_an_error(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_pattern_that_would_take_years_is_an_error(tmp_path: Path) -> None:
         (lambda tensors: tensors.update({"up.weight_scale_inv": torch.ones(2, 2, dtype=torch.int32)}), ["torch.int32"]),
         (lambda tensors: tensors.update({"up.weight": torch.ones(200, 256)}), ["float32", "FP8 in 'up.weight'"]),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[Any], Any], words: list[str]) -> None:
     path = folder(tmp_path, BLOCKED)
     change_tensors(path, change)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import qcompiler
 from qcompiler import QCompilerError
 from qcompiler.checkpoints import load_model, read
-from qcompiler.checkpoints.cache_scales import kept
+from qcompiler.checkpoints.cache_scales import CacheScales, kept
 from qcompiler.html import html_report
 
 AUTO: Any = AutoModelForCausalLM  # without types
@@ -79,7 +79,7 @@ def test_cache_scales_stand_in_the_report_and_are_written_back(tmp_path: Path, f
     (note,) = compiled.report.notes
     assert note.startswith("the checkpoint has 2 scales for an 8-bit key-value cache: kept and written back")
     assert f"note: {note}" in str(compiled.report)
-    assert note in html_report(compiled)
+    assert json.dumps(note) in html_report(compiled)
     compiled.save(tmp_path / "artefact")
     assert qcompiler.load(tmp_path / "artefact").report == compiled.report
     compiled.save_checkpoint(tmp_path / "back", "compressed-tensors")
@@ -130,7 +130,7 @@ def test_activation_scales_are_positive(tmp_path: Path, float_folder: Path) -> N
     for index, wrong in enumerate((float("inf"), float("nan"), -0.5, 0.0)):
         extra = {f"{ATTENTION}q_proj.input_scale": torch.tensor([wrong])}
         folder = written(tmp_path / str(index), float_folder, extra, config_groups=groups)
-        with pytest.raises(QCompilerError, match=r"this is not a scale.*q_proj\.input_scale"):
+        with pytest.raises(QCompilerError, match=r"this is not a valid scale.*q_proj\.input_scale"):
             read(folder)
 
 
@@ -181,5 +181,20 @@ def test_fbgemm_folders_are_read(tmp_path: Path, float_folder: Path) -> None:
     (first / "config.json").write_text(json.dumps(config))
     found = read(first)
     assert found.notes == ("the checkpoint bounds activation scales (activation_scale_ub 1200.0): not applied",)
-    assert {name: how.block for name, how in found.stored.items()} == dict.fromkeys(want, (1, -1))
+    assert {name: how.format.block for name, how in found.stored.items()} == dict.fromkeys(want, (1, -1))
     assert all(torch.equal(found.quantized(name).dequantized(), numbers) for name, numbers in want.items())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_scale", "v_scale"),
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        ("k_proj.output_scale", "v_proj.output_scale"),
+        ("kv_cache_scaling_factor",),
+        ("qkv_proj.output_scale",),
+    ],
+)
+def test_scales_are_those_of_their_attention_module(names: tuple[str, ...]) -> None:
+    tensors = {ATTENTION + name: torch.tensor([0.5 + index]) for index, name in enumerate(names)}
+    assert CacheScales(tensors).by_module == {ATTENTION.removesuffix("."): (0.5, 0.5 + (len(names) - 1))}

@@ -22,6 +22,7 @@ from qcompiler import QCompilerError, numerics
 from qcompiler.checkpoints import load_model, read
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
 from qcompiler.checkpoints.stacking import coarsened, unstacked
+from qcompiler.ir.formats import FP8_BLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::qcompiler.errors.CheckpointWarning")
 
@@ -105,7 +106,7 @@ def test_experts_of_any_size(tmp_path: Path, size: int, how: Any, said: Any, suf
     loaded: Any = load_model(tmp_path / "apart")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert loaded.model.layers[0].mlp.experts.stored_weights["gate_up_proj"].block == block
+    assert loaded.model.layers[0].mlp.experts.stored_weights["gate_up_proj"].format.block == block
 
 
 def test_blocks_at_the_edge_are_written_as_they_were_read(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_one_scale_for_an_expert_is_that_of_both_halves(tmp_path: Path) -> None:
     part = read(tmp_path / "stack").quantized("model.layers.0.mlp.experts.gate_up_proj")
     model: Any = load_model(tmp_path / "stack")
     held = model.model.layers[0].mlp.experts
-    weight = QuantizedWeight(held._parameters["gate_up_proj"], held.gate_up_proj_scale, (128, 128))
+    weight = QuantizedWeight(held._parameters["gate_up_proj"], held.gate_up_proj_scale, FP8_BLOCK)
     files = unstacked(model, "model.layers.0.mlp.experts.gate_up_proj", weight, whole=True)
     for expert in range(3):
         for key, rows in (("gate_proj", slice(0, 128)), ("up_proj", slice(128, 256))):
@@ -246,10 +247,10 @@ def test_one_scale_for_an_expert_is_that_of_both_halves(tmp_path: Path) -> None:
 def test_smaller_blocks_that_share_scales_become_the_usual_ones() -> None:
     codes = torch.zeros(192, 128).to(E4M3)
     scale = torch.tensor([[1.0], [1.0], [2.0]])
-    usual = coarsened(QuantizedWeight(codes, scale, (64, 128)))
+    usual = coarsened(QuantizedWeight(codes, scale, FP8_BLOCK.with_block((64, 128))))
     assert usual.block == (128, 128) and torch.equal(usual.scale, scale[[0, 2]])
     assert numerics.scale_shape(codes.shape, usual.block) == [2, 1]
-    unequal = QuantizedWeight(codes, scale.flip(0), (64, 128))
+    unequal = QuantizedWeight(codes, scale.flip(0), FP8_BLOCK.with_block((64, 128)))
     assert coarsened(unequal) is unequal
-    tensor = coarsened(QuantizedWeight(codes, torch.ones(3, 1), (64, -1)))
+    tensor = coarsened(QuantizedWeight(codes, torch.ones(3, 1), FP8_BLOCK.with_block((64, -1))))
     assert tensor.block == (-1, -1) and torch.equal(tensor.scale, torch.ones(1, 1))

@@ -22,9 +22,11 @@ MODULE = '''
 import torch
 from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.quantized_weight import StoredAs
+from qcompiler.ir.formats import FP8_ROW
 
 def stored_weights(said, tensors):
-    return {f"{name[:-4]}weight": StoredAs(name, tuple(said["block"])) for name in tensors if name.endswith(".rows")}
+    format = FP8_ROW.with_block(tuple(said["block"]))
+    return {f"{name[:-4]}weight": StoredAs(name, format) for name in tensors if name.endswith(".rows")}
 
 class Rows:
     fix = "Use tiles."

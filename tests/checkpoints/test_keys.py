@@ -30,9 +30,10 @@ def compressed(**group: Any) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
     weights |= group.pop("weights", {})
     return {
-        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
         "config_groups": {"g": {"targets": ["Linear"], "weights": weights, **group}},
-    }  # fmt: skip
+    }
 
 
 def with_empty_group(**group: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import qcompiler
 from qcompiler import CaptureError, PassError, QCompilerError, numerics
 from qcompiler.capture.stored_weights import Stored, hold
 from qcompiler.checkpoints import load_model, read, write
+from qcompiler.ir.formats import FP8_BLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::qcompiler.errors.CheckpointWarning")
 """Sizes that blocks do not divide are what these tests are about; `test_readers.py` has the warnings."""
@@ -26,15 +27,15 @@ UE8M0 = torch.float8_e8m0fnu
 
 
 def deepseek(
-    folder: Path, *, layers: int = 2, scale_dtype: torch.dtype = torch.float32, profile: str = "deepseek"
+    folder: Path, *, dense: int = 0, scale_dtype: torch.dtype = torch.float32, profile: str = "deepseek"
 ) -> Path:
     """A folder such as DeepSeek publishes: each linear in blocks of 128, some of them ragged; experts one by one.
 
-    The first layer has none.
+    It has one layer: a mixture of experts, or no experts if `dense` is 1.
     """
     config = DeepseekV3Config(
-        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=layers, vocab_size=300,
-        first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128,
+        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=1, vocab_size=300,
+        first_k_dense_replace=dense, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128,
         qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
         topk_group=1, n_shared_experts=1,
     )  # fmt: skip
@@ -79,11 +80,11 @@ def test_from_deepseek_to_compressed_tensors_and_back_every_byte_is_equal(tmp_pa
     assert_same_bytes(first, tmp_path / "back")
     assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"version": "1.0"}'
     names = {*load_file(first / "model.safetensors")}
-    assert "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv" in names
+    assert "model.layers.0.mlp.experts.3.up_proj.weight_scale_inv" in names
 
 
 def test_power_of_two_scales_keep_their_one_byte(tmp_path: Path) -> None:
-    first = deepseek(tmp_path / "deepseek", layers=1, scale_dtype=UE8M0, profile="ue8m0")
+    first = deepseek(tmp_path / "deepseek", dense=1, scale_dtype=UE8M0, profile="ue8m0")
     compiled = qcompiler.compile(first, example_inputs=(IDS,), scheme="fp8_tile{scale=ue8m0}")
     write(compiled, tmp_path / "back", "fp8")
     assert_same_bytes(first, tmp_path / "back")
@@ -113,7 +114,7 @@ def small(scale: str = "weight_scale_inv") -> torch.nn.Sequential:
 def held() -> torch.nn.Sequential:
     model = small()
     for layer in (model[0], model[2]):
-        hold(layer, {"weight": Stored("weight_scale_inv", (128, 128), torch.float32)})
+        hold(layer, {"weight": Stored("weight_scale_inv", FP8_BLOCK, torch.float32)})
     return model
 
 

@@ -20,8 +20,9 @@ IDS = torch.arange(12).reshape(1, 12)
 
 
 def weight(rows: int, columns: int, block: tuple[int, int] = (128, 128)) -> QuantizedWeight:
-    codes, scale = numerics.quantize(torch.ones(rows, columns), numerics.format_of(block))
-    return QuantizedWeight(codes, scale, block)
+    format = numerics.format_of(block)
+    codes, scale = numerics.quantize(torch.ones(rows, columns), format)
+    return QuantizedWeight(codes, scale, format)
 
 
 def said(format: str, weights: dict[str, QuantizedWeight], skipped: set[str] | None = None) -> list[str]:

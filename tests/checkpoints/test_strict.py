@@ -33,9 +33,10 @@ def compressed(kind: str = "int", **group: Any) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "dynamic": False}
     weights |= group.pop("weights", {})
     return {
-        "quant_method": "compressed-tensors", "format": f"{kind}-quantized",
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
         "config_groups": {"g": {"targets": ["Linear"], "weights": weights, **group}},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,12 @@ def test_two_configurations_must_agree(tmp_path: Path, base: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "more"),
     [
-        ("hf_quant_config.json", {}), ("quant_model_description.json", {}), ("", {"quantize": "w8a8_dynamic"}),
+        ("hf_quant_config.json", {}),
+        ("quant_model_description.json", {}),
+        ("", {"quantize": "w8a8_dynamic"}),
         ("", {"thinker_config": {"quantization": {"bits": 8}}}),
     ],
-)  # fmt: skip
+)
 def test_what_is_declared_elsewhere_is_named(tmp_path: Path, base: Any, file: str, more: Any, scales: bool) -> None:
     tensors, config = base
     stored = quantized(tensors)
@@ -148,11 +151,13 @@ def test_transformed_weights_are_refused(tmp_path: Path, base: Any, key: str) ->
 @pytest.mark.parametrize(
     "said",
     [
-        BLOCKED, {"quant_method": "fbgemm_fp8"}, {"quant_method": "modelopt", "quant_algo": "FP8"},
+        BLOCKED,
+        {"quant_method": "fbgemm_fp8"},
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
         compressed() | {"kv_cache_scheme": CACHE},
         {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": CACHE},
     ],
-)  # fmt: skip
+)
 def test_a_configuration_that_no_weight_follows(tmp_path: Path, base: Any, said: Any) -> None:
     tensors, config = base
     problem = "no weight is quantized as the checkpoint declares: got quant_method '{}'"
@@ -265,7 +270,7 @@ def test_a_scale_that_is_not_a_number(tmp_path: Path, base: Any, value: float, g
     path = folder(tmp_path, stored, config, quantization_config=compressed())
     with pytest.raises(QCompilerError) as error:
         load_model(path)
-    assert f"the scale of '{UP}' is not a scale: got {got} [3, 0]" in str(error.value)
+    assert f"the scale of '{UP}' is not a valid scale: got {got} [3, 0]" in str(error.value)
     assert f"{path}: {UP}_scale" in str(error.value)
     stored[f"{UP}_scale"][3] = 0
     assert read(folder(tmp_path, stored, config, quantization_config=compressed())).scale(UP)[3] == 0
@@ -276,7 +281,7 @@ def test_the_byte_255_of_an_exponent_is_not_a_number(tmp_path: Path, base: Any, 
     tensors, config = base
     stored = blocked(tensors)
     stored[f"{UP}_scale_inv"] = torch.tensor([[255]], dtype=torch.uint8).view(dtype)
-    with pytest.raises(QCompilerError, match=r"is not a scale: got nan at \[0, 0\]"):
+    with pytest.raises(QCompilerError, match=r"is not a valid scale: got nan at \[0, 0\]"):
         read(folder(tmp_path, stored, config, quantization_config=BLOCKED))
 
 
@@ -297,7 +302,7 @@ def test_scales_of_modules_that_others_loaded() -> None:
     codes, _ = numerics.quantize(layer.weight.detach(), numerics.format_of((-1, -1)))
     layer._parameters["weight"] = torch.nn.Parameter(codes, requires_grad=False)
     layer.register_parameter("weight_scale_inv", torch.nn.Parameter(torch.tensor(math.nan), requires_grad=False))
-    with pytest.raises(CaptureError, match=r"the scale of '0\.weight' is not a scale: got nan; need finite"):
+    with pytest.raises(CaptureError, match=r"the scale of '0\.weight' is not a valid scale: got nan; need finite"):
         qcompiler.compile(model, example_inputs=(torch.randn(2, 128),))
 
 

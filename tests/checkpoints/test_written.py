@@ -157,7 +157,7 @@ def test_layers_of_several_schemes_are_groups(tmp_path: Path) -> None:
         ({"scheme": "fp8_tile"}, "float", ["k.weight: it is quantized", "smoothing"]),
         ({"scheme": "fp8_tile"}, "gguf", ["no such checkpoint format", "compressed-tensors"]),
     ],
-)  # fmt: skip
+)
 def test_what_a_format_cannot_hold_is_refused_with_all_layers(
     tmp_path: Path, options: dict[str, Any], format: str, words: list[str]
 ) -> None:

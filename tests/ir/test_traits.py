@@ -148,9 +148,10 @@ def test_roles(name: str, role: Role | None) -> None:
 
 def test_every_operation_of_a_role_has_the_operands_of_the_role() -> None:
     operands = {
-        Role.QUANTIZE: {"x"}, Role.DEQUANTIZE: {"data", "scale"},
+        Role.QUANTIZE: {"x"},
+        Role.DEQUANTIZE: {"data", "scale"},
         Role.QUANTIZED_MATMUL: {"x", "x_scale", "w", "w_scale"},
-    }  # fmt: skip
+    }
     for role, names in operands.items():
         found = [definition for definition in declared(role)]
         assert found and all(names <= {*definition.named} for definition in found)

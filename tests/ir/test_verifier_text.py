@@ -35,7 +35,7 @@ def text_with_piece(seed: int) -> str:
 # The rule, what is replaced and by what, the operation that is named, what the caret marks, and the sentence.
 TABLE: list[tuple[int, str, str, str, str, str]] = [
     (6, "(%p.q, %p.s, %p.v, %p.t, None)", "(%p.q, %p.s, %p.v)", "%p.y", "",
-     "quant.linear takes 4 to 7 arguments (x, x_scale, w, w_scale, bias?, x_tensor_scale?, w_tensor_sc"),
+     "quant.linear takes 4 to 9 arguments (x, x_scale, w, w_scale, bias?, x_tensor_scale?, w_tensor_sc"),
     (6, "(%p.x) {format", "(%p.x, 1) {format", "%p.q", "1",
      "argument 'prescale?' of quant.quantize must be a value, but is 1"),
     (6, "(%p.x) {format", "(%p.x, None, None) {format", "%p.q", "",

@@ -35,13 +35,15 @@ class CompressedTensors:
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
         """The reason why this format cannot store a quantized weight; None if it can."""
+        if not weight.format.symmetric or (weight.x_format is not None and not weight.x_format.symmetric):
+            return "it or its activation is quantized with zero points"
         kind = str(weight.codes.dtype).removeprefix("torch.")
         if weight.codes.dtype not in KINDS:
             return f"its codes are {kind}, not float8_e4m3fn or int8"
         integers = weight.codes.dtype is torch.int8
         if weight.block not in (CHANNEL, TENSOR) and (integers or min(weight.block) < 1):
             return f"its codes are {kind} with a scale for each {list(weight.block)}"
-        x_block = weight.x_block or CHANNEL
+        x_block = weight.x_format.block if weight.x_format else CHANNEL
         if x_block[0] != 1 and x_block != TENSOR:
             return "its activations have a scale for each channel over all tokens"
         if integers and x_block == TENSOR and weight.x_scale is None:
@@ -109,7 +111,7 @@ def _strategy(block: tuple[int, int], row: str) -> dict[str, Any]:
 def _activations(weight: QuantizedWeight) -> dict[str, Any]:
     """The strategy for activations; if the graph does not specify one, the one that matches the weight's."""
     usual = CHANNEL if weight.block in (CHANNEL, TENSOR) else (1, weight.block[1])
-    block = weight.x_block or usual
+    block = weight.x_format.block if weight.x_format else usual
     if block[0] == 1 and block[1] != ALL:
         return {"strategy": "group", "group_size": block[1]}
     return _strategy(block, "token")

@@ -22,7 +22,7 @@ from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.quantized_weight import UE8M0, QuantizedWeight, StoredAs, powers_of_two
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.numerics import ALL
+from qcompiler.numerics import ALL, format_of
 
 METHOD = "fp8"
 
@@ -129,7 +129,7 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
     return {
         name: StoredAs(
             scale_beside(name, tensors, SCALES),
-            block,
+            format_of(block, tensors.dtype(name)),
             x_scale_beside(name, tensors) if scheme == "static" else None,
             zero_points_beside(name, tensors),
         )

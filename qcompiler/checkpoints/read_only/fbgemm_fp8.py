@@ -15,7 +15,7 @@ from qcompiler.checkpoints.config_keys import ANY, check_keys
 from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.quantized_weight import StoredAs
-from qcompiler.numerics import ALL
+from qcompiler.ir.formats import FP8_ROW
 
 METHOD = "fbgemm_fp8"
 BOUND = "activation_scale_ub"
@@ -31,7 +31,7 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
         QCompilerError: The configuration has an unknown key.
     """
     check_keys(said, KEYS, "the quantization configuration")
-    return {name: StoredAs(scale_beside(name, tensors, ("_scale",)), (1, ALL)) for name in fp8_weights(tensors)}
+    return {name: StoredAs(scale_beside(name, tensors, ("_scale",)), FP8_ROW) for name in fp8_weights(tensors)}
 
 
 def notes(said: Mapping[str, Any]) -> list[str]:

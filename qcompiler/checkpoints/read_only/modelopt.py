@@ -19,7 +19,7 @@ from qcompiler.checkpoints.format import CheckpointFormat, register
 from qcompiler.checkpoints.group_keys import check_group
 from qcompiler.checkpoints.quantized_weight import StoredAs
 from qcompiler.errors import QCompilerError, did_you_mean
-from qcompiler.numerics import ALL
+from qcompiler.numerics import ALL, format_of
 
 METHOD = "modelopt"
 FILE = "hf_quant_config.json"
@@ -58,8 +58,9 @@ def separate(folder: Path, said: Mapping[str, Any] | None) -> tuple[dict[str, An
         return None
     if said is not None and said.get("quant_algo") != found.get("quant_algo"):
         got = f"quant_algo {said.get('quant_algo')!r}, and {found.get('quant_algo')!r} in {FILE}"
-        raise QCompilerError("two quantization configurations differ", got=got, where=str(folder / CONFIG),
-                             fix="Remove the wrong one.")  # fmt: skip
+        raise QCompilerError(
+            "two quantization configurations differ", got=got, where=str(folder / CONFIG), fix="Remove the wrong one."
+        )
     return (found, str(folder / FILE)) if said is None else None
 
 
@@ -88,14 +89,18 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
         return {}  # only the cache is quantized
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         fix = did_you_mean(str(algorithm), ALGORITHMS)
-        raise QCompilerError("an unsupported quantization of ModelOpt", got=f"quant_algo {algorithm!r}",
-                             need=" or ".join(ALGORITHMS), fix=fix)  # fmt: skip
+        raise QCompilerError(
+            "an unsupported quantization of ModelOpt",
+            got=f"quant_algo {algorithm!r}",
+            need=" or ".join(ALGORITHMS),
+            fix=fix,
+        )
     _check_keys(said)
     block, static = ALGORITHMS[algorithm]
     return {
         name: StoredAs(
             scale_beside(name, tensors, ("_scale",)),
-            block,
+            format_of(block, tensors.dtype(name)),
             x_scale_beside(name, tensors) if static else None,
             zero_points_beside(name, tensors),
         )
