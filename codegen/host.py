@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import codegen.torch_ops  # noqa: F401  (registers the operators whose schemas are read)
+from codegen.operators.operator import OPERATOR_NAMES
 from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
@@ -40,12 +41,9 @@ PRELUDES = {
 }
 """Imports that a function may need, by the text that requires them; the target defines how to import `kernels`."""
 
-CACHE_OPERATORS = {"state.append": "append_to_cache", "state.attend": "attend_to_cache"}
-"""Operations on caches -> their operators, which take operands and attributes in the order of the declaration."""
-
 RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "parse_format", "weights", "device", "float", "getattr"}
 RESERVED |= {*keyword.kwlist, *dir(torch.nn.Module())}
-"""Reserved names: those of the module, and attributes that every owner of weights has."""
+"""Names that the module uses, and attributes that every owner of weights has."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,11 @@ class _Emitter:
         ops = self.graph.ops()
         if any(self.needs_device(op) for op in ops):
             self.lines.append("device = weights.device")
-        readers = Counter(value for op in self.graph for _, value in op.operands())
+        uses_left = Counter(value for op in self.graph for _, value in op.operands())
         for op in ops:
             if op.role is not Role.UPDATE:  # updates come last, so that the values they read stay alive until then
                 self.emit(op)
-                self.release(op, readers)
+                self.release(op, uses_left)
         outputs = self.update(self.graph.updates)
         self.lines.append(f"return ({', '.join(outputs)}{',' if len(outputs) == 1 else ''})")
         body = "".join(f"    {line}\n" for line in self.lines)
@@ -115,9 +113,8 @@ class _Emitter:
 
     def head(self, ops: Collection[Op]) -> str:
         """The docstring of the module."""
-        dialects = Counter(op.name.partition(".")[0] for op in ops)
-        others = sum(count for dialect, count in dialects.items() if dialect not in ("core", "kernel", "state"))
-        kernels = dialects["kernel"] + sum(op.name in CACHE_OPERATORS for op in ops)
+        kernels = sum(_kernel_schema(op) is not None for op in ops)
+        others = sum(not op.name.startswith("core.") and op.role is not Role.STATE for op in ops) - kernels
         name = self.graph.name.replace("\\", "/").replace('"', "'")
         return HEAD.format(name=name, target=self.target, kernels=kernels, others=others)
 
@@ -171,6 +168,9 @@ class _Emitter:
             named = self.caches if isinstance(op.result.type, CacheType) else self.weights
             named[attribute] = str(op.attrs["name"])
             self.names[op.result] = f"weights.{attribute}"
+            if op.args:  # the static scales of a cache
+                tensors = ", ".join([f"*weights.{attribute}", *map(self.argument, op.args)])
+                self.lines.append(f"{self.bind(op.result)} = [{tensors}]")
             return
         call = self.call(op)
         targets = ", ".join(self.bind(value) for value in op.results)
@@ -191,10 +191,6 @@ class _Emitter:
             return f"expect({args[0]}, {attrs['message']})"
         if op.name.startswith("core."):
             return f'scalars["{op.name.removeprefix("core.")}"]({", ".join(args)})'
-        if definition is not None and op.name in CACHE_OPERATORS:
-            names = (*definition.named, *definition.attributes, *definition.optional)
-            given = ", ".join(self.argument(op.argument(name)) for name in names)
-            return f"kernels.{CACHE_OPERATORS[op.name]}({given})"
         if definition is not None:
             return f'lookup("{op.name}").meaning({self.arguments(args, attrs)})'
         if self.needs_device(op):
@@ -203,13 +199,15 @@ class _Emitter:
 
     def kernel_call(self, op: Op, schema: torch._C.FunctionSchema) -> str:
         """The call of a kernel's operator: operands in order, then attributes by name."""
-        operands, attrs, args = iter(op.args), _operator_attributes(op), list[str]()
+        remaining, attrs, args = [*op.args], _operator_attributes(op), list[str]()
+        definition = lookup(op.name)
+        operands = definition.named if definition is not None else ()  # tensors, but also numbers of the host
         for parameter in schema.arguments:
             kind = str(parameter.type)
-            if kind == "List[Tensor]":
-                args.append(self.argument(tuple(operands)))
-            elif kind in ("Tensor", "Optional[Tensor]"):
-                args.append(self.argument(next(operands, None)))
+            if kind == "List[Tensor]" and not (remaining and _is_cache(remaining[0])):
+                args.append(self.argument(tuple(remaining)))
+            elif "Tensor" in kind or parameter.name in operands:
+                args.append(self.argument(remaining.pop(0) if remaining else None))
             else:
                 args.append(self.argument(attrs.get(parameter.name)))
         optional = sum(parameter.has_default_value() for parameter in schema.arguments)
@@ -218,11 +216,11 @@ class _Emitter:
             optional -= 1
         return f"kernels.{schema.name.removeprefix('qcompiler::')}({', '.join(args)})"
 
-    def release(self, op: Op, readers: Counter[Value]) -> None:
+    def release(self, op: Op, uses_left: Counter[Value]) -> None:
         """Deletes operands and results after their last use."""
         operands = [value for _, value in op.operands()]
-        readers.subtract(operands)
-        done = dict.fromkeys(value for value in (*operands, *op.results) if not readers[value])
+        uses_left.subtract(operands)
+        done = dict.fromkeys(value for value in (*operands, *op.results) if not uses_left[value])
         # The caller keeps inputs alive, and the store keeps weights alive.
         dead = [self.names[v] for v in done if v.op.name != INPUT and v.op.role is not Role.STATE]
         if dead:
@@ -278,6 +276,11 @@ def _operator_attributes(op: Op) -> dict[str, Argument]:
     return found
 
 
+def _is_cache(arg: Argument) -> bool:
+    """Whether an argument is a cache, which an operator takes as a list of tensors."""
+    return isinstance(arg, Value) and isinstance(arg.type, CacheType)
+
+
 def _returns_list(op: Op) -> bool:
     """Whether torch returns a list, even for a single tensor."""
     schema = _kernel_schema(op)
@@ -288,9 +291,10 @@ def _returns_list(op: Op) -> bool:
 
 
 def _kernel_schema(op: Op) -> torch._C.FunctionSchema | None:
-    """The schema of the operator that runs an operation of the `kernel` dialect, if there is one."""
+    """The schema of the operator that runs an operation, if there is one; other libraries may define it, too."""
     dialect, name = op.name.split(".", 1)
-    operator = getattr(torch.ops.qcompiler, name, None) if dialect == "kernel" else None
+    known = OPERATOR_NAMES.get(op.name) or (name if dialect == "kernel" else "")
+    operator = getattr(torch.ops.qcompiler, known, None) if known else None
     return None if operator is None else operator.default._schema
 
 

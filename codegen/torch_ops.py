@@ -13,14 +13,14 @@ from codegen.operators.operator import OPERATORS
 from qcompiler.entry_points import import_modules
 
 
-def _register() -> torch.library.Library | None:
-    """Defines the operators; returns None if another copy of this module already has."""
+def register() -> torch.library.Library:
+    """Defines the declared operators that are not defined yet; deleting the library would unregister them."""
     import_modules("codegen.operators")
-    if hasattr(torch.ops.qcompiler, "scaled_linear"):
-        return None
     # A fragment, because the namespace may hold more operators than these.
     library = torch.library.Library("qcompiler", "FRAGMENT")
     for name, operator in OPERATORS.items():
+        if hasattr(torch.ops.qcompiler, name):  # by another copy of this module
+            continue
         library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, operator.on_cpu, "CPU")
         library.impl(name, operator.on_gpu, "CUDA")
@@ -28,5 +28,5 @@ def _register() -> torch.library.Library | None:
     return library
 
 
-if "_LIBRARY" not in globals():  # a reload keeps the library, because deleting it would unregister its operators
-    _LIBRARY = _register()
+if "_LIBRARY" not in globals():  # a reload keeps the library
+    _LIBRARY = register()

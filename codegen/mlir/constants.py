@@ -75,9 +75,10 @@ def bytes_of(parameter: Parameter, store: Mapping[str, torch.Tensor]) -> Any:
     """The bytes of a stored tensor, after checking its type; numpy lacks names for some types."""
     if parameter.name not in store:
         raise InputError(
-            "a weight of this stage is no longer in memory", got=parameter.name,
+            "a weight of this stage is no longer in memory",
+            got=parameter.name,
             fix='Keep the compiled model alive, choose the last stage, or ask for weights="arguments".',
-        )  # fmt: skip
+        )
     tensor = store[parameter.name].detach().cpu().contiguous()
     if TensorType.of(tensor) != parameter.type:
         raise CodegenError(

@@ -55,9 +55,10 @@ def to_mlir(
             raise InputError("to_mlir got an unknown option value", got=repr(name), fix=did_you_mean(str(name), known))
     if caches := cache_types(graph):
         raise CodegenError(
-            "a graph with key-value caches cannot be lowered to MLIR", got=f"{len(caches)} caches",
+            "a graph with key-value caches cannot be lowered to MLIR",
+            got=f"{len(caches)} caches",
             fix="Lower a stage before the pass kv-cache.",
-        )  # fmt: skip
+        )
     traced = trace(graph, table(safe_casts))
     parameters = traced.interface.parameters
     found = graph.weights if store is None else store

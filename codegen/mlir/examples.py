@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.utils._sympy.numbers import int_oo
@@ -23,7 +22,7 @@ LEAST = 2
 
 
 class Examples:
-    """Examples over one set of symbols, those of a graph.
+    """Examples over the symbols of one graph.
 
     Attributes:
         mode: Mode in which tensors have no data.
@@ -67,6 +66,8 @@ class Examples:
 
     def _size(self, name: str, limits: Range, wish: int) -> Any:
         """A symbolic size; `wish` is its value during a trace, within the limits."""
+        from torch._dynamo.source import ConstantSource
+
         low = max(limits.low, LEAST)
         if limits.high is not None and limits.high <= low:
             return limits.high

@@ -1,7 +1,7 @@
 """Data-independent implementations of some operations, for tracing.
 
 The grouped matmul reads the group bounds on the host. Here each group's matrix multiplies all rows, and each row
-selects its own group's result: the same numbers, but the work multiplies by the number of groups. A histogram compares
+selects its own group's result: the same numbers, but the work grows with the number of groups. A histogram compares
 each number with each bin.
 """
 
@@ -15,34 +15,41 @@ from qcompiler import numerics
 from qcompiler.ir import Format
 
 
-def grouped(x: Tensor, offsets: Tensor, product: Callable[[int], Tensor], count: int) -> Tensor:
-    """For each row of `x`, the row of `product(group)` for its group; zeros after the last group.
+def grouped(x: Tensor, offsets: Tensor, matmul: Callable[[int], Tensor], count: int) -> Tensor:
+    """For each row of `x`, the row of `matmul(group)` for its group; zeros after the last group.
 
     Args:
         x: `[rows, …]`.
         offsets: The end row of each group.
-        product: Multiplies all rows by one group's matrix.
+        matmul: Multiplies all rows by one group's matrix.
         count: Number of groups.
     """
     rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    out = torch.zeros_like(product(0))
+    out = torch.zeros_like(matmul(0))
     for group in reversed(range(count)):
         inside = rows < offsets[group]
-        out = torch.where(inside.unsqueeze(-1), product(group), out)
+        out = torch.where(inside.unsqueeze(-1), matmul(group), out)
     return out
 
 
 def grouped_linear(
-    x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor, offsets: Tensor, *,
-    x_format: Format, w_format: Format, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    x_q: Tensor,
+    x_s: Tensor,
+    w_q: Tensor,
+    w_s: Tensor,
+    offsets: Tensor,
+    *,
+    x_format: Format,
+    w_format: Format,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """The meaning of `quant.grouped_linear`."""
     x = numerics.dequantize(x_q, x_s, format=x_format)
 
-    def product(group: int) -> Tensor:
+    def matmul(group: int) -> Tensor:
         return torch.nn.functional.linear(x, numerics.dequantize(w_q[group], w_s[group], format=w_format)).to(out_dtype)
 
-    return grouped(x_q, offsets, product, w_q.shape[0])
+    return grouped(x_q, offsets, matmul, w_q.shape[0])
 
 
 def grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, **options: Any) -> Tensor:
@@ -64,7 +71,6 @@ def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
 
 MEANINGS: Mapping[str, Callable[..., Any]] = {
     "quant.grouped_linear": grouped_linear,
-    "kernel.grouped_linear": grouped_linear,
     "aten._grouped_mm": grouped_mm,
     "aten.histc": histc,
     "transformers.grouped_mm_fallback": grouped_mm,

@@ -210,7 +210,8 @@ def _alike(got: Any, want: Any) -> bool:
 
 def _meaning(op: Op) -> Callable[..., Any]:
     definition = lookup(op.name)
-    found = MEANINGS.get(op.name) or (definition.meaning if definition else overload_of(op.name))
+    source = definition.implements or op.name if definition else op.name
+    found = MEANINGS.get(source) or (definition.meaning if definition else overload_of(op.name))
     if found is None:
         raise QCompilerError("it has no implementation in torch")
     return found

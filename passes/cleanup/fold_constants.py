@@ -42,7 +42,7 @@ class QuantizedWeight(Rule):
         return {}
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: object) -> None:
-        store(op, rewriter, ("_q", "_s", "_t")[: len(op.results)])
+        store(op, rewriter, op.format().suffixes)
 
 
 class WeightArithmetic(Rule):
@@ -56,7 +56,7 @@ class WeightArithmetic(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if not graph.is_constant(op.result):
             return Missed("it is computed from the inputs")
-        if all(reader.results and graph.is_constant(reader.results[0]) for reader in graph.users(op.result)):
+        if all(user.results and graph.is_constant(user.results[0]) for user in graph.users(op.result)):
             return Missed("it feeds only other constants")
         if leaves_the_graph(graph, op.result):
             return Missed("it is an output of the graph, and a weight must not be")
@@ -122,12 +122,13 @@ def remark_not_finite(op: Op, sources: Sequence[Op], graph: Graph) -> None:
         if finite < weight.numel():
             found.append(f"{name} has {nan} NaN and {weight.numel() - finite - nan} Inf")
     text = f"{', '.join(found) or 'the weight is not finite after smoothing'}, so results are NaN"
-    readers = list(graph.users(op.results[0]))
-    for reader in readers:
-        for value in reader.results:
+    reached = list(graph.users(op.results[0]))
+    for one in reached:
+        for value in one.results:
             graph.remark(value, text)
             # The report tracks the parts of merged layers, and matmuls of operands that are dequantized first.
-            readers += [user for user in graph.users(value) if reader.role is Role.DEQUANTIZE or user.role is Role.VIEW]
+            users = graph.users(value)
+            reached += [user for user in users if one.role is Role.DEQUANTIZE or user.role is Role.VIEW]
 
 
 def _named_after(op: Op, sources: Sequence[Op]) -> str:

@@ -6,20 +6,21 @@
     %x_q, %x_s = kernel.quantize(%x) {format = #fp8_tile<scale_layout = "col_major">}
     %y = kernel.scaled_linear(%x_q, %x_s, %w_q, %w_s) {x_format = #fp8_tile<scale_layout = "col_major">, …}
 
-The same applies to quant.quantize_static and quant.grouped_linear. Only the tile scales of an activation have a layout:
-with one scale per row or fewer, it makes no difference. Last in the pipeline: operations that remain in the quant
-dialect, because no kernel supports their format, run in plain torch.
+Every operation that the kernel dialect implements is replaced (`OpDef.implements`), here also quant.quantize_static and
+quant.grouped_linear. Only the tile scales of an activation have a layout: with one scale per row or fewer, it makes no
+difference. Last in the pipeline: operations that remain in the quant dialect, because no kernel supports their format,
+run in plain torch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from qcompiler.dialects.kernel import why_no_kernel
+from qcompiler.dialects.quant import is_static
 from qcompiler.ir import ALL, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule
+from qcompiler.ir.op_table import implementation_of
 from qcompiler.pass_manager.pipeline import Effect, Pass
-
-KERNELS = {"quant.linear": "kernel.scaled_linear", "quant.grouped_linear": "kernel.grouped_linear"}
 
 
 def why_not(op: Op) -> str | None:
@@ -29,15 +30,31 @@ def why_not(op: Op) -> str | None:
 
 
 @dataclass(frozen=True)
-class QuantizeToKernel(Rule):
-    """quant.quantize  ->  kernel.quantize, for an activation"""
+class ToKernel(Rule):
+    """quant.*  ->  the operation of the kernel dialect that implements it"""
 
     layout: Literal["row_major", "col_major"]
-    root: ClassVar[tuple[str, ...]] = ("quant.quantize",)
+
+    def starts_at(self, op: Op) -> bool:
+        """Whether an operation is implemented."""
+        return implementation_of(op.name) is not None
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if why := why_not(op):
-            return Missed(why)
+        kernel, why = implementation_of(op.name), why_not(op)
+        if kernel is None or why:
+            return Missed(why or f"no kernel implements {op.name}")
+        if op.role is Role.QUANTIZE and not is_static(op):
+            if isinstance(format := self._written(op, graph), Missed):
+                return format
+            return {"kernel": kernel.name, "format": format}
+        if (scale := op.get("x_scale")) is None:
+            return {"kernel": kernel.name}
+        written = scale.op.attrs.get("format")
+        layout = written.scale_layout if isinstance(written, Format) else "row_major"
+        return {"kernel": kernel.name, "x_format": replace(op.format("x_format"), scale_layout=layout)}
+
+    def _written(self, op: Op, graph: Graph) -> Format | Missed:
+        """The format with a layout of the scales that all users can read."""
         scale, format = op.results[1], op.format()
         for use in graph.uses(scale):
             if use.op.role is not Role.QUANTIZED_MATMUL:
@@ -47,40 +64,10 @@ class QuantizeToKernel(Rule):
             if why := why_not(use.op):
                 return Missed(why, use.op.result)
         rows, columns = format.block
-        return {"format": replace(format, scale_layout=self.layout) if rows == 1 and columns != ALL else format}
+        return replace(format, scale_layout=self.layout) if rows == 1 and columns != ALL else format
 
-    def rewrite(self, op: Op, rewriter: Rewriter, format: Format, **_: Any) -> None:
-        rewriter.replace(op, *rewriter.insert("kernel.quantize", *op.args, attrs={"format": format}).results)
-
-
-class StaticToKernel(Rule):
-    """quant.quantize_static  ->  kernel.quantize_static"""
-
-    root = ("quant.quantize_static",)
-
-    def match(self, op: Op, graph: Graph) -> Match | Missed:
-        return Missed(why) if (why := why_not(op)) else {}
-
-    def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
-        rewriter.replace(op, rewriter.insert("kernel.quantize_static", *op.args, attrs=op.attrs).result)
-
-
-@dataclass(frozen=True)
-class LinearToKernel(Rule):
-    """quant.linear  ->  kernel.scaled_linear; quant.grouped_linear  ->  kernel.grouped_linear"""
-
-    root: ClassVar[tuple[str, ...]] = tuple(KERNELS)
-
-    def match(self, op: Op, graph: Graph) -> Match | Missed:
-        if why := why_not(op):
-            return Missed(why)
-        written = op["x_scale"].op.attrs.get("format")
-        layout = written.scale_layout if isinstance(written, Format) else "row_major"
-        return {"x_format": replace(op.format("x_format"), scale_layout=layout)}
-
-    def rewrite(self, op: Op, rewriter: Rewriter, x_format: Format, **_: Any) -> None:
-        made = rewriter.insert(KERNELS[op.name], *op.args, attrs={**op.attrs, "x_format": x_format})
-        rewriter.replace(op, made.result)
+    def rewrite(self, op: Op, rewriter: Rewriter, kernel: str, **formats: Format) -> None:
+        rewriter.replace(op, *rewriter.insert(kernel, *op.args, attrs={**op.attrs, **formats}).results)
 
 
 @dataclass(frozen=True)
@@ -97,5 +84,5 @@ class ToKernels(Pass):
     scale_layout: Literal["row_major", "col_major"] = "col_major"
 
     def rules(self) -> Sequence[Rule]:
-        """Producers first, because they set the layout."""
-        return (QuantizeToKernel(self.scale_layout), StaticToKernel(), LinearToKernel())
+        """One rule, in graph order: producers set the layout before it reaches their users."""
+        return (ToKernel(self.scale_layout),)

@@ -61,9 +61,9 @@ class Calibrate(Pass):
             self.check_known(graph)
             calibration = calibration_of(graph)
             self.observe_missing(graph, values, calibration)
-            routed = behind_top_k(graph)
+            routed = after_top_k(graph)
             for value in values:
-                calibration.check_seen(graph, value.name, behind_top_k=value in routed)
+                calibration.check_seen(graph, value.name, after_top_k=value in routed)
         return False
 
     def check_known(self, graph: Graph) -> None:
@@ -85,9 +85,10 @@ class Calibrate(Pass):
             if value.name in known and known[value.name].channels != value.tensor.shape[-1]:
                 raise PassError(
                     "the calibration belongs to another model",
-                    got=f"{known[value.name].channels} channels of %{value.name}", need=value.tensor.shape[-1],
+                    got=f"{known[value.name].channels} channels of %{value.name}",
+                    need=value.tensor.shape[-1],
                     fix=f"Calibrate this model: {MORE_DATA}.",
-                )  # fmt: skip
+                )
         missing = [value.name for value in values if not self.is_enough(known.get(value.name))]
         if not missing:
             return
@@ -157,7 +158,7 @@ def saw_no_token(graph: Graph, value: Value) -> bool:
     return statistics_of(graph, value).unseen
 
 
-def behind_top_k(graph: Graph) -> set[Value]:
+def after_top_k(graph: Graph) -> set[Value]:
     """Values that may be zero or have no rows because of a top-k: those inside experts.
 
     The results of a top-k are included, and so are values computed from one. A sum is included only if all of its terms

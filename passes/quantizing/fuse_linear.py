@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from qcompiler.dialects.quant import LEVELS
 from qcompiler.ir import Argument, DType, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
@@ -39,11 +40,11 @@ class DequantizeThenLinear(Rule):
             return Missed("its weight is not a matrix", w.result)
         if bias is not None and bias.tensor.shape != w.result.tensor.shape[:1]:
             return Missed("its bias is not one number per column", bias)
-        return {"x": x, "w": w, "bias": _before_cast(bias), "last": _cast_behind(op, graph) or op}
+        return {"x": x, "w": w, "bias": _before_cast(bias), "last": _cast_after(op, graph) or op}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Op, w: Op, bias: Value | None, last: Op, **_: Any) -> None:
         args: list[Argument] = [x["data"], x["scale"], w["data"], w["scale"], bias]
-        args += [x.get("tensor_scale"), w.get("tensor_scale")]
+        args += [side.get(level) for level in LEVELS for side in (x, w)]
         while args[-1] is None:
             args.pop()
         attrs: dict[str, Argument] = {"out_dtype": last.result.tensor.dtype}
@@ -63,7 +64,7 @@ def _before_cast(bias: Value | None) -> Value | None:
     return bias
 
 
-def _cast_behind(op: Op, graph: Graph) -> Op | None:
+def _cast_after(op: Op, graph: Graph) -> Op | None:
     """The only user of a linear, if it only rounds to a narrower element type."""
     users = graph.users(op.result)
     if len(users) == 1 and users[0].name == "aten._to_copy" and users[0].attrs.get("dtype") in OUTPUTS:

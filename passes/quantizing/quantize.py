@@ -14,7 +14,7 @@ With a static scale, from calibration or stored beside the weight in its checkpo
     %x_s = core.param() {name = "x.scale"} : f32[1, 1]
     %x_q = quant.quantize_static(%x, %x_s) {format = #fp8_tensor}
 
-`grouped` and `batched` handle matmuls of groups of rows, such as those of a mixture of experts.
+`grouped` and `batched` handle matmuls of groups of rows, such as the experts of a mixture.
 
 The graph still runs in plain torch and gives the quantized model's results; fuse-linear then makes it fast.
 """
@@ -32,7 +32,7 @@ from passes.analyses.candidates import (
     has_lookup,
     is_stored_quantized,
     why_skipped,
-)  # fmt: skip
+)
 from passes.analyses.constants import cast, is_weight, new_parameter
 from passes.analyses.layers import naming_pattern, requested_layers
 from passes.quantizing.batched import BATCHED, QuantizeBatched
@@ -98,9 +98,10 @@ class QuantizeLinear(Rule):
         return w.op.args if is_stored_quantized(w) else self.by_own_scale(rewriter, w, self.options.w_format)
 
     def by_own_scale(self, rewriter: Rewriter, value: Value, format: Format) -> tuple[Argument, ...]:
-        """`value` quantized with computed scales: codes, scales, and a tensor scale if the format has one."""
-        names = [f"{value.name}_{part}" for part, _ in zip("qst", format.types(value.tensor.shape), strict=False)]
-        return rewriter.insert("quant.quantize", value, attrs={"format": format}, names=names).results
+        """`value` quantized with computed scales, as the operands of `quant.dequantize`."""
+        names = [value.name + suffix for suffix in format.suffixes]
+        codes, scale, *level = rewriter.insert("quant.quantize", value, attrs={"format": format}, names=names).results
+        return (codes, scale, *level) if format.symmetric else (codes, scale, None, *level)
 
     def by_given_scale(self, rewriter: Rewriter, value: Value, wanted: Tensor) -> tuple[Argument, ...]:
         """`value` quantized with a static scale; users that need the same one share it."""

@@ -41,7 +41,7 @@ class SchemeOptions(Pass):
             if any(size > 0 and size & (size - 1) for size in block):
                 need = f"powers of two, or {ALL} for the whole axis"
                 raise PassError(f"a block of pass '{self.name}' has an unsupported size", got=list(block), need=need)
-        if self.static and (self.x_format.block != (ALL, ALL) or self.x_format.tensor_scale):
+        if self.static and (self.x_format.block != (ALL, ALL) or self.x_format.level):
             need = "a format with one scale for the tensor, such as #fp8_tensor"
             raise PassError("a static scale must cover the whole tensor", got=self.x_format, need=need)
         if not 0 < self.percentile <= 100:

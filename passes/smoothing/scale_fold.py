@@ -48,8 +48,8 @@ def fold(graph: Graph, region: ScaleRegion, s: torch.Tensor, made_by: str, stem:
     edits: dict[Op, _Edit] = {}
     for absorber in region.absorbers:
         edits.setdefault(absorber.op, _Edit()).absorbers.append(absorber)
-    for reader in region.readers:
-        edits.setdefault(reader.op, _Edit()).columns = np.array(reader.labels)
+    for linear in region.linears:
+        edits.setdefault(linear.op, _Edit()).columns = np.array(linear.labels)
     for op in [op for op in graph if op in edits]:
         _rewrite(op, edits[op], factors, Rewriter(graph, op, made_by))
 
@@ -75,15 +75,16 @@ def _check(graph: Graph, region: ScaleRegion, s: torch.Tensor, made_by: str) -> 
         raise PassError(
             f"channels {lead[differ[0]]} and {differ[0]} of {region.value} must have the same scale",
             got=f"{float(s[lead[differ[0]]])} and {float(s[differ[0]])}",
-            need="equal entries in each class", where=where,
-        )  # fmt: skip
+            need="equal entries in each class",
+            where=where,
+        )
     if gone := [op for op in _ops(region) if op not in graph]:
         fix = "Solve the scale region again after changing the graph."
         raise PassError(f"{gone[0].name} of the scale region of {region.value} left the graph", where=where, fix=fix)
 
 
 def _ops(region: ScaleRegion) -> list[Op]:
-    return [*(absorber.op for absorber in region.absorbers), *(reader.op for reader in region.readers)]
+    return [*(absorber.op for absorber in region.absorbers), *(linear.op for linear in region.linears)]
 
 
 @dataclass

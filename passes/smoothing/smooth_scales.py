@@ -32,7 +32,7 @@ STEPS, RATE = 60, 0.05
 
 
 @dataclass(frozen=True)
-class Reader:
+class SmoothedLinear:
     """A linear of the group that will be quantized.
 
     Attributes:
@@ -48,7 +48,7 @@ class Reader:
     rows: Tensor | None
     absmax: Tensor
 
-    def part(self, index: int) -> "Reader":
+    def part(self, index: int) -> "SmoothedLinear":
         """The same with every other row of the sample: the even or the odd ones."""
         rows = self.sample
         return replace(self, rows=rows[index::2] if len(rows) > 1 else rows)
@@ -78,7 +78,7 @@ def largest(values: Sequence[Tensor], labels: Sequence[Tensor], classes: Tensor)
     """The largest magnitude in each class of channels, FP32 `[channels]`: tied channels have the same one.
 
     Args:
-        values: One FP32 vector of magnitudes per user.
+        values: One FP32 vector of magnitudes per linear.
         labels: The channel that each magnitude belongs to; -1 for none.
         classes: i64 `[channels]`: channels of one class must have one scale.
     """
@@ -114,14 +114,16 @@ def to_powers_of_two(scale: Tensor) -> Tensor:
     return torch.exp2(scale.log2().round())
 
 
-def by_search(x_max: Tensor, w_max: Tensor, readers: Sequence[Reader], options: SchemeOptions, pow2: bool) -> Tensor:
-    """The scale with the smallest error among those of `ALPHAS` and all ones."""
+def by_search(
+    x_max: Tensor, w_max: Tensor, linears: Sequence[SmoothedLinear], options: SchemeOptions, pow2: bool
+) -> Tensor:
+    """The scale with the smallest error: one for each of `ALPHAS`, or all ones."""
     found = [by_formula(x_max, w_max, alpha) for alpha in ALPHAS]
     candidates = [torch.ones_like(x_max), *([to_powers_of_two(scale) for scale in found] if pow2 else found)]
-    return min(candidates, key=lambda scale: output_error(scale, readers, options))
+    return min(candidates, key=lambda scale: output_error(scale, linears, options))
 
 
-def by_learning(start: Tensor, classes: Tensor, readers: Sequence[Reader], options: SchemeOptions) -> Tensor:
+def by_learning(start: Tensor, classes: Tensor, linears: Sequence[SmoothedLinear], options: SchemeOptions) -> Tensor:
     """The best scale found by gradient descent on log s from `start`, one number per class.
 
     Gradients pass straight through the codes; the scales of blocks are differentiated normally.
@@ -130,11 +132,11 @@ def by_learning(start: Tensor, classes: Tensor, readers: Sequence[Reader], optio
     log_scale = torch.zeros_like(start).scatter_reduce(0, classes, start.log(), "sum").div_(ones)
     log_scale.requires_grad_()
     optimizer = torch.optim.Adam([log_scale], RATE)
-    best, least = start, output_error(start, readers, options)
+    best, least = start, output_error(start, linears, options)
     with torch.enable_grad():
         for _ in range(STEPS):
             optimizer.zero_grad()
-            loss = torch.stack([_loss(log_scale[classes].exp(), reader, options) for reader in readers]).sum()
+            loss = torch.stack([_loss(log_scale[classes].exp(), linear, options) for linear in linears]).sum()
             if float(loss.detach()) < least:
                 best, least = log_scale.detach()[classes].exp().clamp(*BOUNDS), float(loss.detach())
             loss.backward()
@@ -142,33 +144,37 @@ def by_learning(start: Tensor, classes: Tensor, readers: Sequence[Reader], optio
     return best
 
 
-def output_error(scale: Tensor, readers: Sequence[Reader], options: SchemeOptions) -> float:
-    """The squared error of the quantized outputs over the squared outputs, summed over the users."""
+def output_error(scale: Tensor, linears: Sequence[SmoothedLinear], options: SchemeOptions) -> float:
+    """The squared error of the quantized outputs over the squared outputs, summed over the linears."""
     with torch.no_grad():
-        return sum(float(_loss(scale, reader, options)) for reader in readers)
+        return sum(float(_loss(scale, linear, options)) for linear in linears)
 
 
-def _loss(scale: Tensor, reader: Reader, options: SchemeOptions) -> Tensor:
-    rows, weight = reader.sample, reader.weight
-    own = torch.where(reader.labels < 0, 1.0, scale[reader.labels.clamp(min=0)])
+def _loss(scale: Tensor, linear: SmoothedLinear, options: SchemeOptions) -> Tensor:
+    rows, weight = linear.sample, linear.weight
+    own = torch.where(linear.labels < 0, 1.0, scale[linear.labels.clamp(min=0)])
     # A single scale for the tensor must cover all data seen, not just the sample.
-    top = (reader.absmax / own).amax() if options.x_format.block == (ALL, ALL) else None
+    whole = options.x_format.block == (ALL, ALL) and options.x_format.symmetric
+    top = (linear.absmax / own).amax() if whole else None
     x, w = _quantized(rows / own, options.x_format, top), _quantized(weight * own, options.w_format)
-    signal = (reader.exact / reader.unit).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((x @ w.T - reader.exact) / reader.unit).square().sum() / signal
+    signal = (linear.exact / linear.unit).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((x @ w.T - linear.exact) / linear.unit).square().sum() / signal
 
 
 def _quantized(x: Tensor, format: Format, top: Tensor | None = None) -> Tensor:
     """`x` after quantization, in FP32; by the one scale for that largest magnitude, if given."""
-    tensor_scale: list[Tensor] = []
+    level: list[Tensor] = []
     if top is None:
-        codes, scale, *tensor_scale = numerics.quantize(x, format)
+        codes, scale, *level = numerics.quantize(x, format)
     else:
         scale = numerics.scale_of(top, format).reshape(numerics.scale_shape(x.shape, format.block))
         codes = numerics.quantize_static(x, scale, format)
     with torch.no_grad():
         values = numerics.decode(codes, format)
-    full = numerics.in_full(scale, *tensor_scale)
-    each = numerics.dequantize(torch.ones_like(values, dtype=torch.int8), full, format=Format(DType.i8, format.block))
+    full = numerics.in_full(scale, *level) if format.symmetric else scale
+    ones, plain = torch.ones_like(values, dtype=torch.int8), Format(DType.i8, format.block)
+    each = numerics.dequantize(ones, full, format=plain)
+    if not format.symmetric:
+        values = values - numerics.dequantize(ones, level[0].to(torch.float32), format=plain)
     found: Tensor = x + each * (values - x / each).detach() if x.requires_grad else values * each
     return found

@@ -30,7 +30,7 @@ from passes.quantizing.scheme_options import SchemeOptions
 from passes.smoothing.scale_fold import fold, spread
 from passes.smoothing.smooth_scales import (
     Alpha,
-    Reader,
+    SmoothedLinear,
     by_formula,
     by_learning,
     by_search,
@@ -120,9 +120,9 @@ class SmoothQuant(SchemeOptions):
         value = op["input"]
         region = solve(graph, value)
         if isinstance(region, ScaleRegion):
-            readers = {reader.op: torch.tensor(reader.labels) for reader in region.readers}
-            quantized = {op: labels for op, labels in readers.items() if self.why_not(op, graph) is None}
-            others = {op: labels for op, labels in readers.items() if op not in quantized}
+            linears = {linear.op: torch.tensor(linear.labels) for linear in region.linears}
+            quantized = {op: labels for op, labels in linears.items() if self.why_not(op, graph) is None}
+            others = {op: labels for op, labels in linears.items() if op not in quantized}
             return Group(value, region, quantized, others)
         channels = torch.arange(int(value.tensor.shape[-1]))  # type: ignore[arg-type]  # a candidate's is fixed
         same = [user for user in graph.users(value) if user.name == "aten.linear" and user["input"] is value]
@@ -160,21 +160,22 @@ class SmoothQuant(SchemeOptions):
         seen = {op: statistics_of(graph, op["input"]) for op in group.quantized}
         x_max = largest([seen[op].absmax for op in seen], [labels[op] for op in seen], classes)
         w_max = largest([weights[op].abs().amax(0) for op in weights], [labels[op] for op in weights], classes)
-        readers = [
-            Reader(weights[op], labels[op], _rows(found, device), found.absmax.to(device)) for op, found in seen.items()
+        linears = [
+            SmoothedLinear(weights[op], labels[op], _rows(found, device), found.absmax.to(device))
+            for op, found in seen.items()
         ]
-        scale, how = self.fit(x_max, w_max, classes, readers)
+        scale, how = self.fit(x_max, w_max, classes, linears)
         if self.min_gain is not None:
-            scale_or_none, verdict = self.judged(scale, readers)
+            scale_or_none, verdict = self.judged(scale, linears)
             return scale_or_none, f"{how}, {verdict}" if scale_or_none is not None else verdict
         return scale, how
 
-    def fit(self, x_max: Tensor, w_max: Tensor, classes: Tensor, readers: list[Reader]) -> tuple[Tensor, str]:
+    def fit(self, x_max: Tensor, w_max: Tensor, classes: Tensor, linears: list[SmoothedLinear]) -> tuple[Tensor, str]:
         """The scale that the options ask for, and a note on how it was found."""
         if isinstance(self.alpha, float):
             scale = by_formula(x_max, w_max, self.alpha)
             return to_powers_of_two(scale) if self.pow2 else scale, f"alpha {self.alpha:g}"
-        half = [reader.part(0) for reader in readers]
+        half = [linear.part(0) for linear in linears]
         scale = by_search(x_max, w_max, half, self, self.pow2)
         if self.alpha == "search":
             return scale, "alpha by search"
@@ -182,9 +183,9 @@ class SmoothQuant(SchemeOptions):
         rounded = to_powers_of_two(learned) if self.pow2 else learned
         return min((scale, rounded), key=lambda each: output_error(each, half, self)), "s learned"
 
-    def judged(self, scale: Tensor, readers: list[Reader]) -> tuple[Tensor | None, str]:
+    def judged(self, scale: Tensor, linears: list[SmoothedLinear]) -> tuple[Tensor | None, str]:
         """The scale, if it reduces the error enough on rows it was not fitted to, and a text with both errors."""
-        unseen = [reader.part(1) for reader in readers]
+        unseen = [linear.part(1) for linear in linears]
         plain, smoothed = (output_error(each, unseen, self) ** 0.5 for each in (torch.ones_like(scale), scale))
         words = f"error {plain:.3g} -> {smoothed:.3g}"
         enough = smoothed < plain * (1 - (self.min_gain or 0))

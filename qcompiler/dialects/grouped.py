@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from qcompiler import numerics
-from qcompiler.dialects.kernel import ACTIVATION_AND_WEIGHT, check_layout
+from qcompiler.dialects.kernel import implement
 from qcompiler.dialects.quant import LINEAR_ATTRIBUTES, check_stored, out_dtype_of
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import ALL, DType, Format, Op, Role, TensorType, Type
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
-from qcompiler.ir.op_table import DTYPE, OpDef, OpError, declare
+from qcompiler.ir.op_table import OpDef, OpError, declare
 
 OPERANDS = ("x", "x_scale", "w", "w_scale", "offsets")
 ROWS_OF_BLOCKS = "blocks of 1 row for x, and not of all rows for w"
@@ -39,12 +39,6 @@ def grouped_linear_types(op: Op) -> tuple[Type, ...]:
     if offsets != TensorType(DType.i32, w.shape[:1]):
         raise OpError(f"the offsets are {offsets}, but the weights {w} need i32[{w.shape[0]}]", "offsets")
     return (TensorType(out_dtype_of(op), (x.shape[0], w.shape[1])),)
-
-
-def kernel_types(op: Op) -> tuple[Type, ...]:
-    """Like `quant.grouped_linear`; also checks the memory layout of the activation scales."""
-    check_layout(op)
-    return grouped_linear_types(op)
 
 
 def grouped_linear(
@@ -91,13 +85,15 @@ def check_grouped(x_q: Tensor, w_q: Tensor, offsets: Tensor, x_block: Sequence[i
     if x_q.dim() != 2 or w_q.dim() != 3 or x_q.shape[-1] != w_q.shape[2]:
         raise QCompilerError(
             "the operands of a grouped linear do not match",
-            got=f"x {list(x_q.shape)} and w {list(w_q.shape)}", need="x [T, K] and w [E, N, K]",
-        )  # fmt: skip
+            got=f"x {list(x_q.shape)} and w {list(w_q.shape)}",
+            need="x [T, K] and w [E, N, K]",
+        )
     if offsets.shape != w_q.shape[:1] or offsets.dtype != torch.int32:
         raise QCompilerError(
             "the offsets must be one int32 number per group",
-            got=f"{offsets.dtype} {list(offsets.shape)}", need=f"torch.int32 [{w_q.shape[0]}]",
-        )  # fmt: skip
+            got=f"{offsets.dtype} {list(offsets.shape)}",
+            need=f"torch.int32 [{w_q.shape[0]}]",
+        )
     if _spans_groups(x_block, w_block):
         got = f"x_block {list(x_block)} and w_block {list(w_block)}"
         raise QCompilerError("the scales of a grouped linear would span groups", got=got, need=ROWS_OF_BLOCKS)
@@ -118,14 +114,4 @@ declare(
         role=Role.QUANTIZED_MATMUL,
     )
 )
-declare(
-    OpDef(
-        "kernel.grouped_linear",
-        "`quant.grouped_linear` with a given memory layout of the activation scales.",
-        OPERANDS,
-        {"out_dtype": DTYPE, **ACTIVATION_AND_WEIGHT},
-        types=kernel_types,
-        meaning=grouped_linear,
-        role=Role.QUANTIZED_MATMUL,
-    )
-)
+implement("quant.grouped_linear", "kernel.grouped_linear")

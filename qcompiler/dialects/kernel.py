@@ -4,25 +4,18 @@ Only this dialect uses the `scale_layout` of a format: the memory layout of an a
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import FusedExpression, parse
-from qcompiler.dialects.quant import (
-    LINEAR,
-    linear_shape,
-    linear_types,
-    quantize,
-    quantize_static,
-    quantize_static_types,
-    quantize_types,
-    stored_types,
-)
+from qcompiler.dialects.quant import FORMAT as ANY_FORMAT
+from qcompiler.dialects.quant import LEVELS, LINEAR, linear_shape, stored_types
 from qcompiler.errors import ParseError
 from qcompiler.ir import Argument, DType, Format, Op, Role, Size, TensorType, Type, Value
-from qcompiler.ir.op_table import DTYPE, TEXT, AttributeCheck, OpDef, OpError, declare
+from qcompiler.ir.op_table import TEXT, AttributeCheck, OpDef, OpError, declare, lookup
 from qcompiler.numerics.dtypes import ir_dtype
 
 
@@ -33,12 +26,12 @@ def why_no_kernel(format: Format) -> str | None:
     return (
         None
         if _is_legal(format)
-        else f"kernels need 8-bit codes and one level of FP32 scales, but the format is {format}"
+        else f"kernels need symmetric 8-bit codes and one level of FP32 scales, but the format is {format}"
     )
 
 
 def _is_legal(format: Argument) -> bool:
-    return isinstance(format, Format) and format.element.bits == 8 and format.scale is DType.f32
+    return isinstance(format, Format) and format.element.bits == 8 and format.scale is DType.f32 and format.symmetric
 
 
 FORMAT: tuple[AttributeCheck, str] = (_is_legal, "a format of 8-bit codes and FP32 scales such as #fp8_tile")
@@ -49,14 +42,40 @@ NAMES: tuple[AttributeCheck, str] = (
 PARTS: tuple[AttributeCheck, str] = (lambda a: a in (1, 2) and not isinstance(a, bool), "1 or 2")
 
 
-def scaled_linear_types(op: Op) -> tuple[Type, ...]:
-    """Like `quant.linear`; also checks the memory layout of the activation scales."""
-    check_layout(op)
-    return linear_types(op)
+def implement(source: str, name: str) -> OpDef:
+    """Declares an operation that implements another one: the same, for `FORMAT` and with a memory layout of scales.
+
+    Args:
+        source: The operation of the `quant` dialect, whose operands for tensor scales and zero points are omitted.
+        name: The operation of the `kernel` dialect.
+    """
+    given = lookup(source)
+    if given is None or given.types is None:
+        raise OpError(f"{name} implements {source}, which has no type rule")
+    types = given.types
+
+    def laid_out(op: Op) -> tuple[Type, ...]:
+        check_layout(op)
+        return types(op)
+
+    laid_out.__doc__ = f"Like `{source}`; also checks the memory layout of the activation scales."
+    return declare(
+        replace(
+            given,
+            name=name,
+            doc=f"`{source}` with a given memory layout of the activation scales.",
+            operands=tuple(operand for operand in given.operands if not operand.removesuffix("?").endswith(LEVELS)),
+            attributes={key: FORMAT if check is ANY_FORMAT else check for key, check in given.attributes.items()},
+            types=laid_out,
+            implements=source,
+        )
+    )
 
 
 def check_layout(op: Op) -> None:
-    """Checks that a matmul reads the activation scales in the layout that their producer writes."""
+    """Checks that an operation reads the activation scales in the layout that their producer writes."""
+    if op.get("x_scale") is None:
+        return
     written, read = op["x_scale"].op.attrs.get("format"), op.format("x_format")
     if isinstance(written, Format) and written.scale_layout != read.scale_layout:
         raise OpError(f"{op['x_scale']} is written {written.scale_layout} but read {read.scale_layout}", "x_scale")
@@ -68,7 +87,7 @@ def is_fused(op: Op) -> bool:
 
 
 def fused_quantize_types(op: Op) -> tuple[Type, ...]:
-    """(x float[..., K], others float[..., K] or [K]) -> dtype[..., K], f32[..., scales], those of `keep`"""
+    """(x float[..., K], others float[..., K] or [K]) -> dtype[..., K], f32[..., scales], residual outputs"""
     made = _parsed(op)
     if not op.args:
         raise OpError("it has no operands")
@@ -107,9 +126,12 @@ def parts_of(op: Op) -> int:
 
 def _parsed(op: Op) -> FusedExpression:
     try:
-        return parse(str(op.attrs["expression"]))
+        made = parse(str(op.attrs["expression"]))
     except ParseError as error:
         raise OpError(str(error)) from None
+    if made.indices or made.loads:
+        raise OpError("its expression has indices, which only kernel.pointwise supports")
+    return made
 
 
 def _check_operands(
@@ -151,39 +173,9 @@ def fused_linear(
 ACTIVATION_AND_WEIGHT: dict[str, tuple[AttributeCheck, str]] = {"w_format": FORMAT, "x_format": FORMAT}
 """The formats of a matmul's operands."""
 
-declare(
-    OpDef(
-        "kernel.quantize",
-        "`quant.quantize` with a given memory layout of the scales.",
-        ("x", "prescale?"),
-        {"format": FORMAT},
-        types=quantize_types,
-        meaning=quantize,
-        role=Role.QUANTIZE,
-    )
-)
-declare(
-    OpDef(
-        "kernel.quantize_static",
-        "`quant.quantize_static`.",
-        ("x", "scale", "prescale?"),
-        {"format": FORMAT},
-        types=quantize_static_types,
-        meaning=quantize_static,
-        role=Role.QUANTIZE,
-    )
-)
-declare(
-    OpDef(
-        "kernel.scaled_linear",
-        "`quant.linear` with a given memory layout of the activation scales.",
-        LINEAR,
-        {"out_dtype": DTYPE, **ACTIVATION_AND_WEIGHT},
-        types=scaled_linear_types,
-        meaning=numerics.scaled_linear,
-        role=Role.QUANTIZED_MATMUL,
-    )
-)
+implement("quant.quantize", "kernel.quantize")
+implement("quant.quantize_static", "kernel.quantize_static")
+implement("quant.linear", "kernel.scaled_linear")
 declare(
     OpDef(
         "kernel.fused_quantize",

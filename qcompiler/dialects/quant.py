@@ -3,6 +3,7 @@
 %x_q, %x_s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[s0, 256], f32[s0, 2]
 %x_q, %x_s = quant.quantize(%x, %prescale) {format = #int8_row} : i8[s0, 256], f32[s0, 1]
 %w_q, %w_s, %w_t = quant.quantize(%w) {format = #nvfp4} : f4e2m1fn[512, 256], f8e4m3fn[512, 16], f32[]
+%w_q, %w_s, %w_z = quant.quantize(%w) {format = #format<i8, block = [1, -1], symmetric = false>}
 %x_q = quant.quantize_static(%x, %x_s) {format = #int8_tensor} : i8[s0, 256]
 %x_dq = quant.dequantize(%x_q, %x_s) {format = #fp8_tile, out_dtype = f32} : f32[s0, 256]
 %w = quant.dequantize(%w_q, %w_s) {format = #fp8_tensor, out_dtype = bf16, x_scale = 0.02} : bf16[512, 256]
@@ -22,9 +23,13 @@ from qcompiler.ir import DType, Format, Op, Role, Size, TensorType, Type, Value
 from qcompiler.ir.op_table import DTYPE, AttributeCheck, OpDef, OpError, declare
 
 FORMAT: tuple[AttributeCheck, str] = (lambda a: isinstance(a, Format), "a format such as #fp8_tile")
+LEVELS = ("tensor_scale", "zero_point")
+"""What a tensor may have beside codes and scales: see `Format.level`."""
+
 POSITIVE: tuple[AttributeCheck, str] = (
-    lambda a: isinstance(a, float) and math.isfinite(a) and a > 0, "a positive finite number such as 0.02"
-)  # fmt: skip
+    lambda a: isinstance(a, float) and math.isfinite(a) and a > 0,
+    "a positive finite number such as 0.02",
+)
 
 
 def x_scale_of(weight: Value) -> float | None:
@@ -57,19 +62,22 @@ def check_stored(op: Op, data: str, prefix: str = "") -> None:
     Args:
         op: The operation.
         data: The name of the codes operand.
-        prefix: Prefix of the names of the scales, the tensor scale, and the format: "x_" or "w_".
+        prefix: Prefix of the names of the scales, the tensor scale, the zero points and the format: "x_" or "w_".
     """
-    name, format, codes = f"{prefix}format", op.format(f"{prefix}format"), op[data].tensor
+    format, codes = op.format(f"{prefix}format"), op[data].tensor
     if codes.dtype is not format.element:
-        raise OpError(f"the codes are {codes}, but {name} {format} needs {format.element}", data)
-    _, *scales = stored_types(op, format, codes.shape)
-    for operand, want in zip((f"{prefix}scale", f"{prefix}tensor_scale"), (*scales, None), strict=False):
+        raise OpError(f"the codes are {codes}, but {prefix}format {format} needs {format.element}", data)
+    _, *kinds = stored_types(op, format, codes.shape)
+    present = dict(zip(("scale", format.level), kinds, strict=False))
+    for name in ("scale", *LEVELS):
+        want = present.get(name)
+        operand = f"{prefix}{name}"
         given = op.get(operand)
         if (given and given.type) != want:
             got = given.type if given else "missing"
-            what = operand.removeprefix(prefix).replace("_", " ")
+            what = name.replace("_", " ")
             at = operand if given else data
-            raise OpError(f"the {what} is {got}, but {name} {format} over {codes} needs {want or 'none'}", at)
+            raise OpError(f"the {what} is {got}, but {prefix}format {format} over {codes} needs {want or 'none'}", at)
 
 
 def quantize_types(op: Op) -> tuple[Type, ...]:
@@ -82,8 +90,8 @@ def quantize_static_types(op: Op) -> tuple[Type, ...]:
     """(x float[..., M, K], scale, prescale float[K]?) -> codes[..., M, K]"""
     _check_source(op)
     x, format = op["x"].tensor, op.format()
-    if format.tensor_scale:
-        raise OpError(f"{format} has two levels of scales, so its scales cannot be static")
+    if format.level is not None:
+        raise OpError(f"{format} has a {format.level.replace('_', ' ')}, so its scales cannot be static")
     codes, want = stored_types(op, format, x.shape)
     if op["scale"].type != want:
         raise OpError(f"the scale is {op['scale'].type}, but format {format} over {x} needs {want}", "scale")
@@ -100,13 +108,13 @@ def _check_source(op: Op) -> None:
 
 
 def dequantize_types(op: Op) -> tuple[Type, ...]:
-    """(data codes[..., M, K], scale, tensor_scale f32[]?) -> out_dtype[..., M, K]"""
+    """(data codes[..., M, K], scale, tensor_scale f32[]?, zero_point i8?) -> out_dtype[..., M, K]"""
     check_stored(op, "data")
     return (TensorType(out_dtype_of(op), op["data"].tensor.shape),)
 
 
 def linear_types(op: Op) -> tuple[Type, ...]:
-    """(x codes[..., K], x_scale, w codes[N, K], w_scale, bias [N]?, tensor scales f32[]?) -> out_dtype[..., N]"""
+    """(x codes[..., K], x_scale, w codes[N, K], w_scale, bias [N]?, levels of x and w?) -> out_dtype[..., N]"""
     return (TensorType(out_dtype_of(op), linear_shape(op)),)
 
 
@@ -135,11 +143,17 @@ def quantize_static(
 
 
 def dequantize(
-    data: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor | None = None, *,
-    format: Format, out_dtype: torch.dtype, x_scale: float | None = None,
-) -> torch.Tensor:  # fmt: skip
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    tensor_scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    *,
+    format: Format,
+    out_dtype: torch.dtype,
+    x_scale: float | None = None,
+) -> torch.Tensor:
     """Torch definition of `quant.dequantize`; only passes read `x_scale`."""
-    return numerics.dequantize(data, scale, tensor_scale, format=format, out_dtype=out_dtype)
+    return numerics.dequantize(data, scale, tensor_scale, zero_point, format=format, out_dtype=out_dtype)
 
 
 LINEAR = ("x", "x_scale", "w", "w_scale", "bias?")
@@ -170,8 +184,8 @@ declare(
 declare(
     OpDef(
         "quant.dequantize",
-        "Multiplies each block by its scale, in FP32.",
-        ("data", "scale", "tensor_scale?"),
+        "Subtracts zero points, if the format has them, and multiplies each block by its scale, in FP32.",
+        ("data", "scale", *(f"{level}?" for level in LEVELS)),
         {"format": FORMAT, "out_dtype": DTYPE},
         {"x_scale": POSITIVE},
         types=dequantize_types,
@@ -183,7 +197,7 @@ declare(
     OpDef(
         "quant.linear",
         "Dequantizes both operands, multiplies, accumulates, and adds the bias in FP32, and rounds once.",
-        (*LINEAR, "x_tensor_scale?", "w_tensor_scale?"),
+        (*LINEAR, *(f"{side}_{level}?" for level in LEVELS for side in "xw")),
         LINEAR_ATTRIBUTES,
         types=linear_types,
         meaning=numerics.scaled_linear,

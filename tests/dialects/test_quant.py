@@ -63,9 +63,9 @@ def inputs(x: torch.dtype = torch.float32, f: torch.dtype = torch.float32) -> li
 @pytest.mark.parametrize("dialect", ["quant", "kernel"])
 @pytest.mark.parametrize("dtype", [DType.f8e4m3fn, DType.f8e5m2, DType.i8])
 @pytest.mark.parametrize(
-    ("block", "scale"), [((1, 16), "s0, 6, 3"), ((1, ALL), "s0, 6, 1"), ((ALL, ALL), "1, 1"), ((ALL, 1), "1, 40"),
-                         ((4, 16), "s0, 2, 3")],
-)  # fmt: skip
+    ("block", "scale"),
+    [((1, 16), "s0, 6, 3"), ((1, ALL), "s0, 6, 1"), ((ALL, ALL), "1, 1"), ((ALL, 1), "1, 40"), ((4, 16), "s0, 2, 3")],
+)
 def test_quantize_with_and_without_a_prescale(dialect: str, dtype: DType, block: tuple[int, int], scale: str) -> None:
     code = {DType.f8e4m3fn: torch.float8_e4m3fn, DType.f8e5m2: torch.float8_e5m2, DType.i8: torch.int8}[dtype]
     for x, f in (("f32", "f32"), ("bf16", "f16")):

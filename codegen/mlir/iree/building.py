@@ -93,11 +93,12 @@ def _manifest(graph: Graph, module: MlirModule, hashes: Mapping[str, str], cpu: 
         updates=tuple(result.name for result in module.results if result.kind == "update"),
         symbols={name: (bounds.low, bounds.high) for name, bounds in graph.symbols.items()},
         hashes=hashes,
-        compiled={"iree": _version(), "cpu": cpu},
+        compiled={"iree": compiler_version(), "cpu": cpu},
     )
 
 
-def _version() -> str:
+def compiler_version() -> str:
+    """The version of IREE's compiler."""
     found: Any = load("iree.compiler.version", "iree").VERSION
     return str(found)
 
@@ -113,8 +114,11 @@ def check_replaceable(target: Path) -> None:
     if found:
         read_manifest(target)
     if extra := sorted(found - {MANIFEST, MODULE, WEIGHTS}):
-        raise InputError("the folder holds files of something else", got=f"'{extra[0]}' in {target}",
-                         fix="Write to another folder, or move the file away.")  # fmt: skip
+        raise InputError(
+            "the folder holds files of something else",
+            got=f"'{extra[0]}' in {target}",
+            fix="Write to another folder, or move the file away.",
+        )
 
 
-__all__ = ["build", "check_replaceable", "compile_module"]
+__all__ = ["build", "check_replaceable", "compile_module", "compiler_version"]

