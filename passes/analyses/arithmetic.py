@@ -18,9 +18,9 @@ FLOATS = (DType.bf16, DType.f16, DType.f32)
 """Element types that a fused expression reads and returns."""
 
 FUNCTIONS = {
-    "aten.exp": "exp(x0)", "aten.neg": "neg(x0)", "aten.reciprocal": "1.0 / x0", "aten.relu": "relu(x0)",
-    "aten.rsqrt": "rsqrt(x0)", "aten.sigmoid": "sigmoid(x0)", "aten.silu": "silu(x0)", "aten.sqrt": "sqrt(x0)",
-    "aten.square": "x0 * x0", "aten.tanh": "tanh(x0)",
+    "aten.cos": "cos(x0)", "aten.exp": "exp(x0)", "aten.neg": "neg(x0)", "aten.reciprocal": "1.0 / x0",
+    "aten.relu": "relu(x0)", "aten.rsqrt": "rsqrt(x0)", "aten.sigmoid": "sigmoid(x0)", "aten.silu": "silu(x0)",
+    "aten.sin": "sin(x0)", "aten.sqrt": "sqrt(x0)", "aten.square": "x0 * x0", "aten.tanh": "tanh(x0)",
 }  # fmt: skip
 """Unary operations that take no options."""
 
@@ -58,6 +58,17 @@ def term_of(op: Op) -> Term | None:
     if term is None or not all(_is_float(value) and _fits(value, op.result) for value in term.inputs):
         return None
     return term
+
+
+def broadcast_term(op: Op) -> Term | None:
+    """An operation as a term whose inputs broadcast to its result as in torch, or whose rows do, if it reduces rows."""
+    if len(op.results) != 1 or not _is_float(op.result):
+        return None
+    term = _spelled(op)
+    if term is None or not all(map(_is_float, term.inputs)):
+        return None
+    fits = _has_rows_of if op.name == "aten.mean.dim" else _broadcasts
+    return term if all(fits(value, op.result) for value in term.inputs) else None
 
 
 def same_numbers(op: Op) -> Value | None:
@@ -206,6 +217,20 @@ def _is_exact(number: Argument, result: Value) -> bool:
     dtype = torch_dtype(result.tensor.dtype)
     wide = torch.tensor(number, dtype=torch.float32)
     return bool(wide.to(dtype).float() == wide)
+
+
+def _broadcasts(value: Value, result: Value) -> bool:
+    """Whether an operand broadcasts to the result and is not converted to its type (torch converts scalars)."""
+    own, shape = value.tensor.shape, result.tensor.shape
+    if not own:
+        return value.tensor.dtype is result.tensor.dtype
+    aligned = zip(own, shape[len(shape) - len(own) :], strict=True) if len(own) <= len(shape) else [(0, 1)]
+    return all(size in (1, whole) for size, whole in aligned)
+
+
+def _has_rows_of(value: Value, result: Value) -> bool:
+    """Whether a reduced operand has the rows of the result."""
+    return bool(value.tensor.shape) and value.tensor.shape[:-1] == result.tensor.shape[:-1]
 
 
 def _fits(value: Value, result: Value) -> bool:

@@ -1,7 +1,7 @@
 """Which operations read weights, and why some are not quantized: by dataflow, never by module name."""
 
 from qcompiler.ir import DType, Graph, Missed, Op, Role, TensorType, Value
-from qcompiler.ir.dataflow import parameters_of, readers_through
+from qcompiler.ir.dataflow import parameters_of, users_through
 
 OTHER_READERS = (
     "aten.embedding", "aten.embedding_bag", "aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm",
@@ -87,8 +87,8 @@ def has_lookup(w: Value, graph: Graph) -> bool:
 
 
 def _is_looked_up(param: Value, graph: Graph) -> bool:
-    readers = readers_through(graph, param, lambda op: all(map(graph.is_constant, op.results)))
-    return any(reader.name in LOOKUPS and not all(map(graph.is_constant, reader.results)) for reader in readers)
+    users = users_through(graph, param, lambda op: all(map(graph.is_constant, op.results)))
+    return any(user.name in LOOKUPS and not all(map(graph.is_constant, user.results)) for user in users)
 
 
 def why_no_matmul(op: Op) -> str:
@@ -138,9 +138,9 @@ def _router(op: Op, graph: Graph) -> Missed | None:
 
 def _angle(op: Op, graph: Graph) -> Missed | None:
     """Whether a matmul computes an angle: a relative error of a few percent may exceed a full turn."""
-    for reader in readers_through(graph, op.result, _is_elementwise):
-        if reader.name in ANGLES:
-            return Missed(f"it computes an angle: {reader.name.removeprefix('aten.')} reads its output")
+    for user in users_through(graph, op.result, _is_elementwise):
+        if user.name in ANGLES:
+            return Missed(f"it computes an angle: {user.name.removeprefix('aten.')} reads its output")
     return None
 
 
@@ -149,15 +149,15 @@ def feeds_topk(value: Value, graph: Graph) -> bool:
 
     TOP_1 counts only if the model computes with the selection: a classifier that returns it is not a router.
     """
-    for op in readers_through(graph, value, _is_elementwise):
+    for op in users_through(graph, value, _is_elementwise):
         if op.name in TOP_K or (op.name in TOP_1 and _is_followed(op.results[-1], graph)):
             return True
     return False
 
 
 def _is_followed(value: Value, graph: Graph) -> bool:
-    readers = readers_through(graph, value, _is_elementwise)
-    return any(op.name != "core.return" and not _is_elementwise(op) for op in readers)
+    users = users_through(graph, value, _is_elementwise)
+    return any(op.name != "core.return" and not _is_elementwise(op) for op in users)
 
 
 def _is_elementwise(op: Op) -> bool:

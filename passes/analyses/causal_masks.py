@@ -84,9 +84,21 @@ def causal_mask(
     if isinstance(found, NotCausal):
         for value in filter(_may_be_positions, graph.inputs):
             if isinstance(_recognized(graph, masks, shape, (value,)), CausalMask):
-                promise = f"the option consecutive={value.name} promises that"
-                return NotCausal(f"its mask is causal only if this input counts up by 1; {promise}", value)
+                promise = f"as attention{{consecutive={value.name}}} promises"
+                return NotCausal(f"its mask is causal only if this input counts up by 1, {promise}", value)
     return found
+
+
+def hides_nothing(graph: Graph, mask: Value, shape: tuple[Size, ...]) -> bool:
+    """Whether each query reads each key, for a mask of booleans or addends that broadcasts to `shape`."""
+    elements, rank = Elements(graph), len(mask.tensor.shape)
+    at = tuple(symbol(f"mask.{axis}") for axis in range(len(shape)))
+    facts = in_range(at, shape) | elements.facts
+    try:
+        element = elements.element(mask, at[len(at) - rank :], facts)
+        return _seen(element, Mask(mask), facts) == TRUE
+    except (Unknown, TooComplex):
+        return False
 
 
 def _may_be_positions(value: Value) -> bool:

@@ -53,7 +53,7 @@ class Absorber:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ScaledLinear:
     """An `aten.linear` whose weight undoes the scale: the channel of each column, or UNSCALED."""
 
     op: Op
@@ -69,14 +69,14 @@ class ScaleRegion:
         classes: Channel -> class; the channels of one class must have the same factor.
         scaled: Every value that is scaled and not constant, in order, with its labels; `value` is one of them.
         absorbers: The operations that absorb the factors.
-        readers: The linears that read a scaled value.
+        linears: The linears that read a scaled value.
     """
 
     value: Value
     classes: tuple[int, ...]
     scaled: Mapping[Value, Labels]
     absorbers: tuple[Absorber, ...]
-    readers: tuple[Reader, ...]
+    linears: tuple[ScaledLinear, ...]
 
 
 def solve(graph: Graph, value: Value) -> ScaleRegion | Missed:
@@ -310,18 +310,18 @@ class _State:
         order = {op: at for at, op in enumerate(self.graph)}
         values = sorted(self.labels, key=lambda value: (order[value.op], value.index))
         absorbers = [Absorber(op, "constant", path, labels) for (op, path), labels in self.constants.items()]
-        readers = []
+        linears = []
         for value in values:
             labels, op = self.labels[value], value.op
             if op.name in (LINEAR, *NORMS):
                 absorbers.append(Absorber(op, "linear" if op.name == LINEAR else "norm", (), labels))
-            for reader in (use.op for use in self.graph.uses(value) if use.op.name == LINEAR):
-                readers.append(Reader(reader, tuple(last_axis(labels, value.tensor.shape[-1]).tolist())))
+            for linear in (use.op for use in self.graph.uses(value) if use.op.name == LINEAR):
+                linears.append(ScaledLinear(linear, tuple(last_axis(labels, value.tensor.shape[-1]).tolist())))
         numbers: dict[int, int] = {}
         classes = tuple(numbers.setdefault(self.find(channel), len(numbers)) for channel in range(len(self.same)))
         absorbers.sort(key=lambda absorber: order[absorber.op])
-        readers.sort(key=lambda reader: order[reader.op])
-        return ScaleRegion(self.value, classes, {v: self.labels[v] for v in values}, tuple(absorbers), tuple(readers))
+        linears.sort(key=lambda linear: order[linear.op])
+        return ScaleRegion(self.value, classes, {v: self.labels[v] for v in values}, tuple(absorbers), tuple(linears))
 
 
 class _Place(Site):

@@ -88,6 +88,15 @@ def _selected(site: Site) -> Element:
     return site.join(lambda i: site.element(site.op["self"], (*site.at[:axis], i, *site.at[axis:])), index)
 
 
+def _parted(site: Site, at: Index) -> Index:
+    """A part of a split begins after the parts before it."""
+    axis = site.axis()
+    start: Size = 0
+    for part in site.op.results[: site.output]:
+        start = start + part.tensor.shape[axis]
+    return (*at[:axis], start + at[axis], *at[axis + 1 :])
+
+
 def _flipped(site: Site, at: Index) -> Index:
     dims = site.argument("dims")
     sizes = site.shape("self")
@@ -195,6 +204,10 @@ MOVES: Mapping[str, Row] = {
     "aten.repeat": Row(_COPIED, _moved(_repeated)),
     "aten.repeat_interleave.self_int": Row(_COPIED, _moved(_interleaved)),
     "aten.slice.Tensor": Row("Element i is element start + step * i.", _moved(_sliced)),
+    **{
+        f"aten.{name}": Row("Each part begins where the part before it ends.", _moved(_parted))
+        for name in ("split_with_sizes", "split.sizes", "split.Tensor", "chunk")
+    },
     "aten.flip": Row("Element i is element n - 1 - i.", _moved(_flipped)),
     "aten.select.int": Row("All elements have the given index along the axis.", _selected),
 }  # fmt: skip

@@ -1,7 +1,5 @@
 """Quantized operations, seen along the sequence: a scale for each row or tile is position-wise, a wider one is not."""
 
-from collections.abc import Callable
-
 from passes.analyses.sequence_experts import grouped
 from passes.analyses.sequence_labels import Axis, Label, Mixes, axis_of, broadcast, has_tokens
 from passes.analyses.sequence_site import Answer, Row, Site, Table
@@ -38,7 +36,8 @@ def _quantize(site: Site) -> Answer:
     label = site.label("x")
     site.free("prescale")
     scales = _blocks(site, label, site.op.format())
-    rest = [site.made((), label) for _ in site.op.results[2:]]
+    level = scales if site.op.format().level == "zero_point" else ()
+    rest = [site.made(level, label) for _ in site.op.results[2:]]
     return site.made(label.axes, label), site.made(scales, label), *rest
 
 
@@ -53,12 +52,13 @@ def _stored(site: Site, data: str, prefix: str) -> Label:
     """The label of codes and their scales, which must belong to the same tokens."""
     codes, scale = site.label(data), site.label(f"{prefix}scale")
     site.free(f"{prefix}tensor_scale")
-    if scale.free:
+    zero = site.label(f"{prefix}zero_point") if site.op.get(f"{prefix}zero_point") is not None else Label(())
+    if scale.free and zero.free:
         return codes
     if site.op.format(f"{prefix}format").block[0] != 1:
         raise Mixes(f"the scales of '{data}' of {site.op.name} depend on the tokens, but span rows")
-    lead = broadcast(Label(codes.axes[:-1]), Label(scale.axes[:-1]))
-    return site.made([*lead, codes.axes[-1]], codes, scale)
+    lead = broadcast(*(Label(each.axes[:-1]) for each in (codes, scale, zero)))
+    return site.made([*lead, codes.axes[-1]], codes, scale, zero)
 
 
 def _dequantize(site: Site) -> Answer:
@@ -67,13 +67,13 @@ def _dequantize(site: Site) -> Answer:
 
 
 def _linear(site: Site) -> Answer:
-    label = _product(site)
+    label = _matmul(site)
     return site.made([*label.axes[:-1], axis_of(site.shape()[-1])], label)
 
 
-def _product(site: Site) -> Label:
+def _matmul(site: Site) -> Label:
     """The label of the activation of a quantized matmul, after its weight has been checked."""
-    for name in ("w", "w_scale", "w_tensor_scale", "bias"):
+    for name in ("w", "w_scale", "w_tensor_scale", "w_zero_point", "bias"):
         site.free(name)
     label = _stored(site, "x", "x_")
     site.within(label.axes[-1], "sums over")
@@ -96,35 +96,26 @@ def _joined(site: Site, labels: list[Label]) -> Label:
 def _fused_quantize(site: Site) -> Answer:
     label = _joined(site, site.tensors)
     scales = _blocks(site, label, site.op.format())
-    kept = [label] * (len(site.op.results) - 2)
-    return label, site.made(scales, label), *kept
+    residuals = [label] * (len(site.op.results) - 2)
+    return label, site.made(scales, label), *residuals
 
 
 def _fused_linear(site: Site) -> Answer:
-    product = _product(site)
+    matmul = _matmul(site)
     others = [site.label(arg) for arg in site.op.rest if isinstance(arg, Value)]
-    label = _joined(site, [site.made([*product.axes[:-1], axis_of(site.shape()[-1])], product), *others])
+    label = _joined(site, [site.made([*matmul.axes[:-1], axis_of(site.shape()[-1])], matmul), *others])
     if len(site.op.results) == 1:
         return label
     return label, site.made(_blocks(site, label, site.op.format()), label)
 
 
-def _both(proof: str, apply: Callable[[Site], Answer], *names: str) -> Table:
-    return {name: Row(proof, apply) for name in names}
-
-
 QUANTIZED: Table = {
-    **_both("A scale belongs to one row, so to one token.", _quantize, "quant.quantize", "kernel.quantize"),
-    **_both(
-        "The scale does not depend on tokens.", _quantize_static, "quant.quantize_static", "kernel.quantize_static"
-    ),
-    **_both("Codes and scale of a row belong to its token.", _dequantize, "quant.dequantize"),
-    **_both("Row t of the result depends on row t of the codes.", _linear, "quant.linear", "kernel.scaled_linear"),
-    **_both(
-        "Each row is multiplied by the matrix of its own key.", _grouped_linear,
-        "quant.grouped_linear", "kernel.grouped_linear",
-    ),
-    **_both("A fused expression combines elements of one row.", _fused_quantize, "kernel.fused_quantize"),
-    **_both("A fused expression combines elements of one row.", _fused_linear, "kernel.fused_linear"),
-}  # fmt: skip
-"""Quantized operation -> why and how it is position-wise."""
+    "quant.quantize": Row("A scale belongs to one row, so to one token.", _quantize),
+    "quant.quantize_static": Row("The scale does not depend on tokens.", _quantize_static),
+    "quant.dequantize": Row("Codes and scale of a row belong to its token.", _dequantize),
+    "quant.linear": Row("Row t of the result depends on row t of the codes.", _linear),
+    "quant.grouped_linear": Row("Each row is multiplied by the matrix of its own key.", _grouped_linear),
+    "kernel.fused_quantize": Row("A fused expression combines elements of one row.", _fused_quantize),
+    "kernel.fused_linear": Row("A fused expression combines elements of one row.", _fused_linear),
+}
+"""Quantized operation -> why and how it is position-wise; an operation that implements another one has its row."""

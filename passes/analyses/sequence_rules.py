@@ -16,6 +16,7 @@ from passes.analyses.sequence_quantized import QUANTIZED
 from passes.analyses.sequence_reductions import REDUCTIONS
 from passes.analyses.sequence_site import Answer, Row, Site, Table
 from qcompiler.dialects.aten import is_pointwise
+from qcompiler.ir.op_table import lookup
 
 CAUSAL = "attention.causal"
 
@@ -78,7 +79,10 @@ RULES: Table = {
 
 
 def row_of(name: str) -> Row | None:
-    """The row of an operation; None if nothing is known about it."""
+    """The row of an operation, or of the operation that it implements; None if nothing is known about it."""
+    definition = lookup(name)
+    if definition is not None and definition.implements is not None:
+        name = definition.implements
     return RULES.get(name) or (ELEMENTWISE if is_pointwise(name) else None)
 
 
@@ -87,7 +91,7 @@ def facts_of(site: Site) -> tuple[Fact, ...]:
     row = row_of(site.op.name)
     if row is None:
         raise Mixes(f"{site.op.name} {NO_ROW}")
-    if site.op.name not in RULES and site.op.effects:
+    if row is ELEMENTWISE and site.op.effects:
         raise Mixes(f"{site.op.name} has effects other than its result")
     try:
         answer = row.apply(site)

@@ -3,7 +3,10 @@
     %m = …                                                            b8[s0, 1, s1, s1], proven to be k <= q
     %o = aten.scaled_dot_product_attention(%q, %k, %v, %m)      ->      attention.causal(%q, %k, %v) {scale = 0.125}
 
-Repeats of the keys' and values' heads for grouped queries are dropped. The mask is removed by `dead-code`.
+Repeats of the keys' and values' heads for grouped queries are dropped. The mask is removed by `dead-code`. So is a mask
+that hides nothing:
+
+    %o = aten.scaled_dot_product_attention(%q, %k, %v, %all)    ->      aten.scaled_dot_product_attention(%q, %k, %v)
 """
 
 import math
@@ -11,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes.analyses.causal_masks import CausalMask, Mask, NotCausal, causal_mask
+from passes.analyses.causal_masks import CausalMask, Mask, NotCausal, causal_mask, hides_nothing
 from passes.attention.eager import MATMULS, Attended, NotAttention, read_attention, softmax_before
 from passes.attention.repeated_heads import before_repeats
-from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
+from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value, explain
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 SDPA = "aten.scaled_dot_product_attention"
@@ -62,6 +65,29 @@ class EagerToCausal(Rule):
 
     def rewrite(self, op: Op, rewriter: Rewriter, found: Attended, form: CausalMask, **_: Any) -> None:
         replace_by_causal(op, rewriter, found, form)
+
+
+@dataclass(frozen=True)
+class DropMask(Rule):
+    """scaled_dot_product_attention(q, k, v, mask)  ->  the same without the mask, if it hides nothing"""
+
+    root: ClassVar[tuple[str, ...]] = (SDPA,)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        mask, query, key, value = op.argument("attn_mask"), op["query"].tensor, op["key"].tensor, op["value"].tensor
+        if not isinstance(mask, Value):
+            return Missed("it has no mask")
+        if op.result.tensor.shape != (*query.shape[:-1], value.shape[-1]):
+            return Missed("its mask broadcasts the scores to another shape")
+        if not hides_nothing(graph, mask, (*query.shape[:-1], key.shape[-2])):
+            return Missed("its mask is not proven to hide nothing")
+        return {}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
+        attrs = {name: arg for name, arg in op.attrs.items() if name != "attn_mask"}
+        beyond = op.args[4:]
+        args = (op["query"], op["key"], op["value"], *((None, *beyond) if beyond else ()))
+        rewriter.replace(op, rewriter.insert(SDPA, *args, attrs=attrs, types=[op.result.type]).result)
 
 
 def proven(op: Op, graph: Graph, found: Attended, consecutive: str, *, causal: bool = False) -> Match | Missed:
@@ -135,9 +161,10 @@ class Attention(Pass):
     """The name of an input, such as position_ids, that callers promise counts up by 1 along its last axis."""
 
     def rules(self) -> Sequence[Rule]:
-        """One rule for torch's attention, one for attention that a model spells out."""
-        return (SdpaToCausal(self.consecutive), EagerToCausal(self.consecutive))
+        """Rules for torch's attention and for attention that a model spells out, then for masks without effect."""
+        return (SdpaToCausal(self.consecutive), EagerToCausal(self.consecutive), DropMask())
 
     def explain(self, graph: Graph) -> dict[str, str]:
-        """Reports reasons for attentions only, not for other matmuls."""
-        return {name: why for name, why in super().explain(graph).items() if why != NO_SOFTMAX}
+        """Reports why attentions are not causal; other matmuls and masks that hide keys need no reason."""
+        missed = explain(graph, self.rules()[:2])
+        return {op.result.name: str(why) for op, _, why in missed if why.why != NO_SOFTMAX}

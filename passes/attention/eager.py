@@ -4,7 +4,7 @@
     softmax(cat(q @ k^T * scale + mask, sinks))[..., :-1] @ v       ->      … and sinks
 
 Constant factors, casts between floating types, masks as addends or as choices, and a subtracted maximum may come in any
-order in which they mean the same.
+equivalent order.
 """
 
 import math
@@ -86,7 +86,7 @@ def read_attention(op: Op, graph: Graph) -> Attended:
         _check_cut(op["x"])
         scores, sinks = _without_sinks(scores, graph)
     if op["x"].tensor.shape != scores.tensor.shape:
-        raise NotAttention("its weights are not those of all keys", op["x"])
+        raise NotAttention("its weights do not cover all keys", op["x"])
     found = _Reading(graph).read(scores)
     return replace(found, value=op["w"], sinks=sinks)
 
@@ -116,7 +116,7 @@ def _without_sinks(scores: Value, graph: Graph) -> tuple[Value, Value]:
     match parts:
         case (Value() as kept, Value() as beside) if scores.op.argument("dim") in (-1, 3):
             return kept, _per_head(beside, graph)
-    raise NotAttention("some of its weights are dropped, but not those of sinks", scores)
+    raise NotAttention("some of its weights are dropped that do not belong to sinks", scores)
 
 
 def _per_head(beside: Value, graph: Graph) -> Value:

@@ -22,17 +22,22 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from passes.analyses.constants import new_parameter
 from passes.analyses.sequence import Refused, Sequence, analyze
 from passes.attention.last_token import keep_last, only_output
 from passes.attention.position_numbers import batch_and_length, number_positions
 from passes.cleanup.dead_code import DeadCode
 from qcompiler.errors import PassError
-from qcompiler.ir import CacheType, DType, Format, Graph, Op, TensorType, Value
-from qcompiler.ir.formats import FP8_ROW, INT8_ROW
+from qcompiler.ir import CacheType, DType, Format, Graph, Op, Rewriter, ScalarType, TensorType, Value
+from qcompiler.ir.formats import FP8_ROW, FP8_TENSOR, INT8_ROW, INT8_TENSOR
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 CAUSAL, CACHE = "attention.causal", "state.cache"
-FORMATS: dict[str, Format] = {"fp8": FP8_ROW, "int8": INT8_ROW}
+MORE_DATA = 'qcompiler.decoder(..., kv_cache="fp8_static", calibration=batches)'
+SCALES = ("key_scale", "value_scale")
+FORMATS: dict[str, Format] = {
+    "fp8": FP8_ROW, "int8": INT8_ROW, "fp8_static": FP8_TENSOR, "int8_static": INT8_TENSOR
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,24 +45,28 @@ class KvCache(Pass):
     """`attention.causal` over all positions  ->  `state.append`, `state.attend` over a cache
 
     Attributes:
-        format: How keys and values are stored: as codes with one scale per token and head; None for the model's dtype.
+        format: How keys and values are stored: as codes with one scale per token and head, or with the static scales of
+            each attention ("…_static"), which the pass `cache-scales` sets; None for the model's dtype.
         slots: Number of sequences that the caches hold.
         capacity: Number of positions of each sequence.
         logits: The logits of the token `last[b]` of each row b, or of all tokens.
         ids: The name of the input of token ids.
         positions: The name of the input of position numbers, if the graph has it; it is removed.
+        start: Whether the graph has the input `start`: the length of all rows if the host knows it, as for a chunk of a
+            prompt, else -1. Attention of a long chunk is faster with it.
     """
 
     name: ClassVar[str] = "kv-cache"
     effect: ClassVar[Effect] = Effect.LOSSY
     budget: ClassVar[float] = 0.1
 
-    format: Literal["fp8", "int8"] | None = None
+    format: Literal["fp8", "int8", "fp8_static", "int8_static"] | None = None
     slots: int = 1
     capacity: int = 2048
     logits: Literal["last", "all"] = "last"
     ids: str = "input_ids"
     positions: str = "position_ids"
+    start: bool = False
 
     def __post_init__(self) -> None:
         """Raises PassError for sizes that are not positive."""
@@ -86,8 +95,9 @@ class KvCache(Pass):
         slots, lengths = (graph.add_input(name, TensorType(DType.i64, kind.shape[:1])) for name in ("slots", "lengths"))
         if self.logits == "last":
             keep_last(graph, sequence, graph.add_input("last", slots.type), batch)
+        start = [graph.add_input("start", ScalarType("int"))] if self.start else []
         _count_from(graph, numbers, lengths, length)
-        self._cache_attention(graph, slots, lengths)
+        self._cache_attention(graph, slots, lengths, start)
         DeadCode().run(graph)
         for value in graph.inputs:
             if not graph.uses(value):
@@ -104,35 +114,54 @@ class KvCache(Pass):
         zeros = torch.zeros(rows, dtype=torch.int64, device=ids.device)
         slots = torch.arange(rows, device=ids.device)
         kept = {name: output[:rows, :length] for name, output in outputs.items()}
+        start = [0] * self.start
         if self.logits == "all":
-            return [ids, slots, zeros], kept
-        return [ids, slots, zeros, zeros + (length - 1)], {name: output[:, -1] for name, output in kept.items()}
+            return [ids, slots, zeros, *start], kept
+        return [ids, slots, zeros, zeros + (length - 1), *start], {name: output[:, -1] for name, output in kept.items()}
 
     def _proven(self, graph: Graph, positions: str) -> Sequence:
         found = analyze(graph, self.ids, positions)
         if isinstance(found, Refused):
             raise PassError(
-                "the model cannot run with a key-value cache", got=found.why, where=str(found.op.loc) or None,
+                "the model cannot run with a key-value cache",
+                got=found.why,
+                where=str(found.op.loc) or None,
                 need="position-wise operations and causal attention between token ids and logits",
-            )  # fmt: skip
+            )
         return found
 
-    def _cache_attention(self, graph: Graph, slots: Value, lengths: Value) -> None:
+    def _cache_attention(self, graph: Graph, slots: Value, lengths: Value, start: List[Value]) -> None:
         """Replaces each attention; attentions over the same keys and values share a cache."""
         made: dict[tuple[Value, Value], Value] = {}
         for op in graph.ops(CAUSAL):
             pair = op["key"], op["value"]
             if pair not in made:
                 attrs = {"name": f"layers.{len(made)}"}
-                types = [self._type(op)]
-                made[pair] = graph.insert(op, CACHE, attrs=attrs, types=types, names=["cache"], loc=op.loc).result
+                kind = self._type(op)
+                scales = self._scales(op, graph, f"layers.{len(made)}") if kind.is_static else ()
+                made[pair] = graph.insert(
+                    op, CACHE, *scales, attrs=attrs, types=[kind], names=["cache"], loc=op.loc
+                ).result
                 graph.insert(op, "state.append", made[pair], *pair, slots, lengths, loc=op.loc)
-            args = (made[pair], op["query"], slots, lengths, *op.args[3:])
-            new = graph.insert(op, "state.attend", *args, attrs=op.attrs, loc=op.loc).result
+            args = (made[pair], op["query"], slots, lengths, op.argument("sinks"), *start)
+            args = args if start or args[-1] is not None else args[:-1]
+            rest = {name: attr for name, attr in op.attrs.items() if name not in SCALES}
+            new = graph.insert(op, "state.attend", *args, attrs=rest, loc=op.loc).result
             graph.replace(op.result, new)
             name = op.result.name
             graph.erase(op)
             graph.rename(new, name)
+
+    def _scales(self, op: Op, graph: Graph, layer: str) -> List[Value]:
+        """The static scales of an attention as weights of the graph."""
+        if missing := [name for name in SCALES if name not in op.attrs]:
+            raise PassError(
+                f"an attention has no static scales for a cache of format '{self.format}'",
+                got=f"no {missing[0]} for {op.result}", need="scales from the checkpoint, or calibration data",
+                where=str(op.loc) or None, fix=f"Give the data: {MORE_DATA}.",
+            )  # fmt: skip
+        rewriter = Rewriter(graph, op, self.name)
+        return [new_parameter(rewriter, f"{layer}.{name}", torch.tensor([op.attrs[name]])) for name in SCALES]
 
     def _type(self, op: Op) -> CacheType:
         key, value = op["key"].tensor, op["value"].tensor
@@ -159,10 +188,11 @@ def _check_places(graph: Graph, sequence: Sequence, capacity: int) -> None:
             rows = user["weight"].tensor.shape[0] if user.name == "aten.embedding" else None
             if isinstance(rows, int) and rows - offset < capacity:
                 raise PassError(
-                    "the model has fewer position embeddings than the cache has positions", got=f"capacity={capacity}",
+                    "the model has fewer position embeddings than the cache has positions",
+                    got=f"capacity={capacity}",
                     need=f"at most {rows - offset}, because {user['weight']} has {rows} rows",
                     where=str(user.loc) or None,
-                )  # fmt: skip
+                )
 
 
 def _count_from(graph: Graph, numbers: Value, lengths: Value, length: Value) -> None:

@@ -42,11 +42,11 @@ def number_positions(graph: Graph, sequence: Sequence, numbers: Value, batch: Va
     """
     changed: set[Value] = set()
     for value, offset in sequence.positions.items():
-        readers = [user for user in graph.users(value) if not any(out in sequence.positions for out in user.results)]
-        if readers:
+        users = [user for user in graph.users(value) if not any(out in sequence.positions for out in user.results)]
+        if users:
             new = _like(graph, value, offset, sequence, numbers)
-            for reader in readers:
-                graph.replace_in(reader, value, new)
+            for user in users:
+                graph.replace_in(user, value, new)
             changed.update({new} if new.type != value.type else ())
     for op in graph.ops():
         if any(value in changed for _, value in op.operands()):
@@ -88,14 +88,16 @@ def _types(graph: Graph, op: Op, sequence: Sequence, batch: Value) -> tuple[Type
     if types is None:
         raise PassError(
             "an operation cannot take position numbers that differ between the rows of the batch",
-            got=op, need="an operation that broadcasts them", where=str(op.loc) or None,
+            got=op,
+            need="an operation that broadcasts them",
+            where=str(op.loc) or None,
             fix="Capture the model with position_ids as an input, [batch, positions].",
-        )  # fmt: skip
+        )
     return types
 
 
 def _on_meta(graph: Graph, op: Op, batch: Size) -> tuple[Type, ...] | None:
-    """The result types by torch's shape functions; None if it fails or if sizes other than that of the batch change."""
+    """The result types by torch's shape functions; None if it fails or if a size other than the batch changes."""
     primes = _primes()
     names = {name for value in (*op.results, *(v for _, v in op.operands())) for name in value.type.symbols}
     bound = {name: next(primes) for name in sorted(names | {str(batch)})}

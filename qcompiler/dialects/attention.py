@@ -45,9 +45,17 @@ def causal_types(op: Op) -> tuple[Type, ...]:
 
 
 def causal(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    key_scale: float | None = None,
+    value_scale: float | None = None,
+) -> Tensor:
     """Causal attention in plain torch.
 
     Args:
@@ -58,7 +66,11 @@ def causal(
         scale: Factor of the scores.
         window: Number of latest positions that a query reads, its own included; None for all.
         softcap: Limits the scores to softcap * tanh(score / softcap), as in Gemma 2.
+        key_scale: The static scale of keys in a quantized cache, which the pass `kv-cache` uses; not used here.
+        value_scale: Likewise, of values.
     """
+    if window is not None and isinstance(query.shape[2], int) and window >= query.shape[2]:  # not a traced size
+        window = None
     if window is None and softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -105,7 +117,7 @@ declare(
         "Attention in which each position reads itself and earlier positions.",
         ("query", "key", "value", "sinks?"),
         {"scale": POSITIVE_FLOAT},
-        {"window": WINDOW, "softcap": POSITIVE_FLOAT},
+        {"window": WINDOW, "softcap": POSITIVE_FLOAT, "key_scale": POSITIVE_FLOAT, "value_scale": POSITIVE_FLOAT},
         types=causal_types,
         meaning=causal,
     )

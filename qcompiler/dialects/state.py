@@ -5,7 +5,10 @@
     %o = state.attend(%c, %q, %slots, %lengths) {scale = 0.125} : bf16[s0, 32, s1, 128]
 
 Row b of a call continues the sequence in slot `slots[b]`, which already has `lengths[b]` positions. At run time, a
-cache is a list of tensors: key and value, and their scales if the cache has a format (see `CacheType.tensors`).
+cache is a list of tensors: key and value, and their scales if the cache has a format (see `CacheType.tensors`). Static
+scales are operands, FP32 with one element each:
+
+    %c = state.cache(%key_scale, %value_scale) {name = "layers.0"} : cache<#fp8_tensor, slots = 16, …>
 """
 
 from collections.abc import Sequence
@@ -18,24 +21,40 @@ from qcompiler import numerics
 from qcompiler.dialects.attention import POSITIVE_FLOAT, WINDOW
 from qcompiler.dialects.attention import attend as attend_to_seen
 from qcompiler.errors import InputError
-from qcompiler.ir import CacheType, DType, Effects, Format, Op, Role, TensorType, Type, Value
-from qcompiler.ir.cache_type import QUANTIZED
+from qcompiler.ir import CacheType, DType, Effects, Format, Op, Role, ScalarType, TensorType, Type, Value
+from qcompiler.ir.cache_type import QUANTIZED, STATIC
 from qcompiler.ir.op_table import TEXT, OpDef, OpError, declare
 
-FORMATS = {numerics.torch_dtype(format.element): format for format in QUANTIZED}
-"""The dtype of a cache's codes -> its format."""
+FORMATS = {numerics.torch_dtype(format.element): format for format in QUANTIZED if format not in STATIC}
+"""The dtype of a cache's codes -> its format if each token and head has a scale."""
+
+STATIC_FORMATS = {numerics.torch_dtype(format.element): format for format in STATIC}
+"""The dtype of a cache's codes -> its format if the scales are static."""
+
+SCALE = TensorType(DType.f32, (1,))
+"""The type of a static scale."""
 
 
 def cache_of(value: Value) -> CacheType:
     """The type of a cache; raises OpError if the value is not a cache."""
     if not isinstance(value.type, CacheType):
         raise OpError(f"{value} must be a cache, but is {value.type}", "cache")
+    scales = [scale.type for _, scale in value.op.operands()]
+    if scales != [SCALE, SCALE] * value.type.is_static:
+        need = f"two static scales, {SCALE} each" if value.type.is_static else "no static scales"
+        raise OpError(f"{value} must have {need}, but has {', '.join(map(str, scales)) or 'none'}", "cache")
     return value.type
 
 
 def append_types(op: Op) -> tuple[Type, ...]:
     """(cache, key float[B, G, S, D], value float[B, G, S, V], slots, lengths) -> nothing"""
-    cache, key, value = cache_of(op["cache"]), op["key"].tensor, op["value"].tensor
+    check_append(op, op["key"].tensor, op["value"].tensor)
+    return ()
+
+
+def check_append(op: Op, key: TensorType, value: TensorType) -> None:
+    """Raises OpError unless keys and values of these types fit the cache, slots and lengths of an operation."""
+    cache = cache_of(op["cache"])
     for name, kind, size in (("key", key, cache.key), ("value", value, cache.value)):
         if len(kind.shape) != 4 or (kind.shape[1], kind.shape[3]) != (cache.heads, size):
             raise OpError(f"the {name} must be [rows, {cache.heads}, positions, {size}], but is {kind}", name)
@@ -44,11 +63,10 @@ def append_types(op: Op) -> tuple[Type, ...]:
     if key.shape[:3] != value.shape[:3]:
         raise OpError(f"the value must have the key's rows and positions, but is {value}", "value")
     _check_rows(op, key)
-    return ()
 
 
 def attend_types(op: Op) -> tuple[Type, ...]:
-    """(cache, query float[B, H, S, D], slots, lengths, sinks [H]?) -> float[B, H, S, V]"""
+    """(cache, query float[B, H, S, D], slots, lengths, sinks [H]?, start int?) -> float[B, H, S, V]"""
     cache, query = cache_of(op["cache"]), op["query"].tensor
     if len(query.shape) != 4 or query.shape[3] != cache.key:
         raise OpError(f"the query must be [rows, heads, positions, {cache.key}], but is {query}", "query")
@@ -59,6 +77,8 @@ def attend_types(op: Op) -> tuple[Type, ...]:
         raise OpError(f"the query has elements of type {query.dtype}, but the cache holds {cache.element}", "query")
     if op.argument("sinks") is not None and op["sinks"].tensor.shape != (heads,):
         raise OpError(f"the sinks must be one number per head, [{heads}]", "sinks")
+    if isinstance(start := op.argument("start"), Value) and not isinstance(start.type, ScalarType):
+        raise OpError(f"the start must be one number of the host, but is {start}", "start")
     _check_rows(op, query)
     return (TensorType(query.dtype, (*query.shape[:3], cache.value)),)
 
@@ -75,7 +95,8 @@ def append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, l
 
     Args:
         cache: Key and value, or their codes followed by the scales of both.
-        key: `[B, G, S, D]`; with a format, each head of each token is quantized with a scale of its own.
+        key: `[B, G, S, D]`; with a format, each head of each token is quantized with a scale of its own, or all with
+            the static scale, beyond which they saturate.
         value: `[B, G, S, V]`.
         slots: `[B]`, all different.
         lengths: `[B]`.
@@ -88,15 +109,17 @@ def append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, l
     places = lengths[:, None] + torch.arange(key.shape[2], device=key.device)
     for index, new in enumerate((key, value)):
         format = FORMATS.get(cache[index].dtype)
-        if format is not None:
+        if is_static(cache):
+            new = quantized(new, cache[2 + index], cache[index].dtype)
+        elif format is not None:
             new, scale = numerics.quantize(new, format)
             cache[2 + index][rows, :, places] = scale[..., 0].transpose(1, 2)
         cache[index][rows, :, places] = new.transpose(1, 2)
 
 
 def attend(
-    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None = None, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None = None,
+    start: int | None = None, *, scale: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention over a cache; reads only the positions that each row needs.
 
@@ -106,6 +129,8 @@ def attend(
         slots: `[B]`.
         lengths: `[B]`, the number of positions before this call.
         sinks: As in `attention.causal`, also for `scale`, `window` and `softcap`.
+        start: The length of every row, if the host knows that all are equal; else None or negative. Changes no number,
+            but kernels for whole chunks need it.
         scale: Factor of the scores.
         window: Number of latest positions that a query reads, its own included; None for all.
         softcap: Limits the scores to softcap * tanh(score / softcap).
@@ -114,18 +139,38 @@ def attend(
         `[B, H, S, V]`, with the memory order of `[B, S, H, V]`. Scores and softmax are in FP32.
 
     Raises:
-        InputError: A row is outside the slots or the capacity.
+        InputError: A row is outside the slots or the capacity, or its length is not `start`.
     """
     rows, heads, new, _ = query.shape
     _check_fit(cache, slots, lengths, new)
+    if start is not None and start >= 0 and lengths.tolist() != [start] * rows:
+        raise InputError("the rows do not all have the length that the host promises", got=lengths.tolist(), need=start)
     out = query.new_empty((rows, new, heads, cache[1].shape[3])).transpose(1, 2)
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         end = length + new
-        start = 0 if window is None else max(0, length + 1 - window)
-        part = [tensor[slot, :, start:end] for tensor in cache]
+        first = 0 if window is None else max(0, length + 1 - window)
+        part = part_of(cache, slot, first, end)
         one = _one_token if new == 1 else _several_tokens
-        out[row] = one(part, query[row], sinks, length - start, scale=scale, window=window, softcap=softcap)
+        out[row] = one(part, query[row], sinks, length - first, scale=scale, window=window, softcap=softcap)
     return out
+
+
+def is_static(cache: Sequence[Tensor]) -> bool:
+    """Whether the scales in a cache are static."""
+    return len(cache) > 2 and cache[2].dim() == 1
+
+
+def part_of(cache: Sequence[Tensor], slot: int, start: int, end: int) -> list[Tensor]:
+    """Keys, values and their scales at some positions of a slot, `[G, end - start, …]`."""
+    count = end - start
+    found = [tensor.select(0, slot).narrow(1, start, count) for tensor in (cache[:2] if is_static(cache) else cache)]
+    return found + [scale.expand(cache[0].shape[1], count) for scale in cache[len(found) :]]
+
+
+def quantized(new: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codes of keys or values with a static scale."""
+    codes = numerics.quantize_static(new.flatten(0, -2), scale.reshape(1, 1), STATIC_FORMATS[dtype])
+    return codes.reshape(new.shape)
 
 
 def _check_fit(cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, new: int) -> None:
@@ -198,6 +243,7 @@ declare(
     OpDef(
         "state.cache",
         "A key-value cache of the caller.",
+        ("key_scale?", "value_scale?"),
         attributes={"name": TEXT},
         role=Role.STATE,
         effects=Effects.READS,
@@ -217,7 +263,7 @@ declare(
     OpDef(
         "state.attend",
         "Causal attention of queries over the slots of a cache, after this call's keys and values are appended.",
-        ("cache", "query", "slots", "lengths", "sinks?"),
+        ("cache", "query", "slots", "lengths", "sinks?", "start?"),
         {"scale": POSITIVE_FLOAT},
         {"window": WINDOW, "softcap": POSITIVE_FLOAT},
         types=attend_types,

@@ -254,9 +254,15 @@ def values_of(spec: QuantizationSpec) -> Options:
 
 
 def changed(
-    spec: QuantizationSpec, *, dtype: DType | None = None, k_block: int | None = None, w: str | None = None,
-    numerics: str | None = None, scale: str = "f32", **others: Any,
-) -> QuantizationSpec:  # fmt: skip
+    spec: QuantizationSpec,
+    *,
+    dtype: DType | None = None,
+    k_block: int | None = None,
+    w: str | None = None,
+    numerics: str | None = None,
+    scale: str = "f32",
+    **others: Any,
+) -> QuantizationSpec:
     """The spec with some `Options` replaced; raises PassError if the numerics profile does not allow the scale."""
     profile = _profile(numerics or spec.x.profile, scale)
     x, weights = (replace(format, element=dtype or format.element, profile=profile) for format in (spec.x, spec.w))

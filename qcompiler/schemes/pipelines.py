@@ -1,6 +1,6 @@
 """Builds pipelines from quantization specs.
 
-    QuantizationSpec(FP8_ROW, FP8_ROW)    ->    canonicalize; dead-code; quantize; share-quantize; fuse-linear; …
+    QuantizationSpec(FP8_ROW, FP8_ROW)    ->    canonicalize; attention; dead-code; quantize; share-quantize; …
 
 Several specs make one pipeline, each for the layers whose weight names match its patterns.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from passes.analyses.layers import EVERYTHING
+from passes.attention.attention import Attention
 from passes.cleanup.canonicalize import Canonicalize
 from passes.cleanup.dead_code import DeadCode
 from passes.cleanup.fold_constants import FoldConstants
@@ -84,7 +85,7 @@ class QuantizationSpec:
 
     def merging(self, layers: Sequence[str] = EVERYTHING) -> list[Pass]:
         """The pass that merges linears, if a kernel supports the formats and no scale spans a whole weight."""
-        if self.x.block[1] == 1 or self.w.block == (ALL, ALL) or self.w.tensor_scale:
+        if self.x.block[1] == 1 or self.w.block == (ALL, ALL) or self.w.level is not None:
             return []
         return [MergeLinears(self.w, tuple(layers), static=self.static)]
 
@@ -97,8 +98,9 @@ def assemble(specs: Mapping[QuantizationSpec, Sequence[str]]) -> Pipeline:
     merging = [step for spec, layers in specs.items() for step in spec.merging(layers)]
     return Pipeline(
         (
-            # canonicalize first, because other passes expect canonical matmuls; dead-code avoids useless work
-            Canonicalize(), DeadCode(),
+            # canonicalize first, because other passes expect canonical matmuls; attention before dead-code, which
+            # removes masks, and before passes that measure the model
+            Canonicalize(), Attention(), DeadCode(),
             *_calibration(specs, smoothing), *merging, *(quantize for _, quantize in pairs), ShareQuantize(),
             *([FusePrescale()] if smoothing else ()), FuseLinear(), FoldConstants(), DeadCode(), ToKernels(),
             *_fusing([quantize for _, quantize in pairs]),

@@ -14,9 +14,11 @@ DYNAMIC = {
     INT8_ROW: "int8_row", INT8_TENSOR: "int8_tensor",
 }  # fmt: skip
 STATIC = {
-    FP8_ROW: "fp8_tensor_static{w=channel}", FP8_TENSOR: "fp8_tensor_static",
-    INT8_ROW: "int8_tensor_static{w=channel}", INT8_TENSOR: "int8_tensor_static",
-}  # fmt: skip
+    FP8_ROW: "fp8_tensor_static{w=channel}",
+    FP8_TENSOR: "fp8_tensor_static",
+    INT8_ROW: "int8_tensor_static{w=channel}",
+    INT8_TENSOR: "int8_tensor_static",
+}
 """Weight format -> scheme."""
 
 

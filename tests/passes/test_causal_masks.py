@@ -53,7 +53,7 @@ CAUSAL: dict[str, tuple[str, CausalMask]] = {
         "%r = aten.where.Scalar(%le, 0.0, -65504.0) : f32[s0, s0]",
         CausalMask(),
     ),
-}  # fmt: skip
+}
 
 REFUSED: dict[str, tuple[str, str]] = {
     "everything": (f"%r = aten.alias(%ones) : {M}", "its mask hides nothing"),

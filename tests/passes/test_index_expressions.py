@@ -89,6 +89,17 @@ def legal() -> dict[str, str]:
         "aten.index_select": "aten.index_select(%x, 1, %y) : i64[s0, 4]",
         "aten.gather": "aten.gather(%place, 1, %place) : i64[2, 4]",
     }
+    for name, sizes in (
+        ("split_with_sizes", "[1, 3]"),
+        ("split.sizes", "[1, 3]"),
+        ("split.Tensor", "3"),
+        ("chunk", "2"),
+    ):
+        first, second = {"3": (3, 1), "2": (2, 2)}.get(sizes, (1, 3))
+        cases[f"aten.{name}"] = (
+            f"%a, %b = aten.{name}(%x, {sizes}, -1) : i64[s0, {first}], i64[s0, {second}]\n"
+            f"%r = aten.clone(%b) : i64[s0, {second}]"
+        )
     same = ("contiguous", "alias", "detach", "lift_fresh_copy")
     cases |= {f"aten.{name}": f"aten.{name}(%x) : {X}" for name in same}
     cases |= {f"aten.{name}_like": f"aten.{name}_like(%x) : {X}" for name in ("zeros", "ones")}
@@ -214,8 +225,10 @@ def random_graphs(draw: st.DrawFn) -> Graph:
             draw(st.sampled_from(booleans)) for _ in range(2)
         ]
         if form == "cat":
-            lines += [f"%a{number} = aten.slice.Tensor({picked[0]}, 1, 0, 1) : i64[4, 1]",
-                      f"%b{number} = aten.slice.Tensor({picked[1]}, 1, 0, -1) : i64[4, 3]"]  # fmt: skip
+            lines += [
+                f"%a{number} = aten.slice.Tensor({picked[0]}, 1, 0, 1) : i64[4, 1]",
+                f"%b{number} = aten.slice.Tensor({picked[1]}, 1, 0, -1) : i64[4, 3]",
+            ]
             lines += [f"{name} = aten.cat([%a{number}, %b{number}], -1) : i64[4, 4]"]
         else:
             own = names is booleans and form in UNARY

@@ -100,8 +100,10 @@ def test_position_ids_may_be_an_input() -> None:
         head = f"%{line} = "
         given = "\n".join(
             row.replace("[1, s1", "[s0, s1").replace("[1, 1, s1", "[s0, 1, s1").replace("[1, -1", "[%b, -1")
-            if row.strip().startswith(head) else row for row in given.split("\n")
-        )  # fmt: skip
+            if row.strip().startswith(head)
+            else row
+            for row in given.split("\n")
+        )
     graph = tiny(given)
     step, tokens = with_caches(graph), ids(2, 9)
     want = whole(tiny(), tokens)
@@ -113,7 +115,7 @@ def test_position_ids_may_be_an_input() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", ["slots=2, capacity=16", "capacity=5", "capacity=64, logits=all", "capacity=16, format=int8"]
+    "options", ["slots=2, capacity=16, start=true", "capacity=5", "capacity=64, logits=all", "capacity=16, format=int8"]
 )
 def test_the_instrument_validate_compares_both_interfaces(options: str) -> None:
     validate, pipeline = Validate(), Pipeline.parse(f"kv-cache{{{options}}}")

@@ -29,6 +29,8 @@ MULTIPLIED = "%r = aten._grouped_mm(%sorted, %experts, %ends) : f32[2*s0*s1, 8]"
 MULTIPLIED_TILES = SORTED_TILES + f"%r = quant.grouped_linear(%q, %s, %wq, %ws, %ends) {LAYOUT} : f32[2*s0*s1, 8]"
 CAUSAL = "%g = aten.transpose.int(%h, 1, 2) : f32[s0, 4, s1, 2]\n"
 
+ZEROS = "#int8_row<symmetric = false>"
+
 LEGAL: dict[str, tuple[str, str]] = {
     **{
         f"aten.{name}": (f"%r = aten.{name}(%x, [-1], true) : f32[s0, s1, 1]", ONE)
@@ -93,6 +95,9 @@ LEGAL: dict[str, tuple[str, str]] = {
         '%a = core.param() {name = "a"} : f32[1, 1]\n'
         f"%r = {dialect}.quantize_static(%x, %a) {{format = #fp8_tensor}} : f8e4m3fn[s0, s1, 8]", B_P_8)
        for dialect in ("quant", "kernel")},
+    "quant.dequantize(zero points)": (
+        f"%q, %s, %z = quant.quantize(%x) {{format = {ZEROS}}} : i8[s0, s1, 8], f32[s0, s1, 1], i8[s0, s1, 1]\n"
+        f"%r = quant.dequantize(%q, %s, None, %z) {{format = {ZEROS}, out_dtype = f32}} : f32[s0, s1, 8]", B_P_8),
     "quant.dequantize": (TILES + "%r = quant.dequantize(%q, %s) {format = #fp8_tile, out_dtype = f32} : f32[s0, s1, 8]",
                          B_P_8),
     **{name: (TILES + BLOCKS + f"%r = {name}(%q, %s, %wq, %ws) {LAYOUT} : f32[s0, s1, 8]", B_P_8)
@@ -218,25 +223,25 @@ ILLEGAL: dict[str, tuple[str, str]] = {
 MIXING: dict[str, str] = {
     "bidirectional attention": "%r = aten.scaled_dot_product_attention(%x, %x, %x) : f32[s0, s1, 8]",
     "the mean over positions": "%m = aten.mean.dim(%x, [1], true) : f32[s0, 1, 8]\n"
-                               "%r = aten.sub.Tensor(%x, %m) : f32[s0, s1, 8]",
+    "%r = aten.sub.Tensor(%x, %m) : f32[s0, s1, 8]",
     "the next token": "%r = aten.roll(%x, [-1], [1]) : f32[s0, s1, 8]",
     "backwards": "%r = aten.flip(%x, [1]) : f32[s0, s1, 8]",
     "other rows": "%r = aten.roll(%x, [1], [0]) : f32[s0, s1, 8]",
     "softmax over positions": "%r = aten.softmax.int(%x, 1) : f32[s0, s1, 8]",
     "a convolution": "%u = aten.view(%w, [8, 4, 2]) : f32[8, 4, 2]\n"
-        "%d = aten.slice.Tensor(%c, 1, 0, 4) : f32[s0, 4, s1]\n"
-                     "%e = aten.constant_pad_nd(%d, [0, 1], 0) : f32[s0, 4, s1 + 1]\n"
-                     "%r0 = aten.conv1d(%e, %u) : f32[s0, 8, s1]\n%r = aten.transpose.int(%r0, 1, 2) : f32[s0, s1, 8]",
+    "%d = aten.slice.Tensor(%c, 1, 0, 4) : f32[s0, 4, s1]\n"
+    "%e = aten.constant_pad_nd(%d, [0, 1], 0) : f32[s0, 4, s1 + 1]\n"
+    "%r0 = aten.conv1d(%e, %u) : f32[s0, 8, s1]\n%r = aten.transpose.int(%r0, 1, 2) : f32[s0, s1, 8]",
     "one scale for all tokens": "%y = aten.linear(%x, %w) : f32[s0, s1, 8]\n"
-                                "%q, %s = quant.quantize(%y) {format = #fp8_tensor} : f8e4m3fn[s0, s1, 8], f32[1, 1]\n"
-                                "%r = quant.dequantize(%q, %s) {format = #fp8_tensor, out_dtype = f32} "
-                                ": f32[s0, s1, 8]",
+    "%q, %s = quant.quantize(%y) {format = #fp8_tensor} : f8e4m3fn[s0, s1, 8], f32[1, 1]\n"
+    "%r = quant.dequantize(%q, %s) {format = #fp8_tensor, out_dtype = f32} "
+    ": f32[s0, s1, 8]",
     "the sorted order": ROUTED + "%o = aten.view(%order, [%n0, %n1, 2]) : i64[s0, s1, 2]\n"
-                        "%r = aten.neg(%o) : i64[s0, s1, 2]",
+    "%r = aten.neg(%o) : i64[s0, s1, 2]",
     "a capacity of experts": ROUTED + "%i = aten.argsort(%order) : i64[2*s0*s1]\n"
-        "%m = aten.lt.Scalar(%i, 6) : b8[2*s0*s1]\n"
-                             "%r = aten.view(%m, [%n0, %n1, 2]) : b8[s0, s1, 2]",
-}  # fmt: skip
+    "%m = aten.lt.Scalar(%i, 6) : b8[2*s0*s1]\n"
+    "%r = aten.view(%m, [%n0, %n1, 2]) : b8[s0, s1, 2]",
+}
 """Graphs whose result at a token depends on later tokens or on other rows."""
 
 

@@ -25,7 +25,7 @@ from qcompiler.schemes.named import SCHEMES, find, spec_of
         ("fp8_e5m2", "FP8 e5m2 is an option for the CPU only"),
         ("none bf16", "No scheme keeps the whole model in float"),
     ],
-)  # fmt: skip
+)
 def test_hints(names: str, sentence: str) -> None:
     for name in names.split():
         assert hint(name).startswith(sentence), name

@@ -27,16 +27,18 @@ def steps(*specs: QuantizationSpec) -> Pipeline:
 
 def test_the_default_is_deepseeks() -> None:
     assert str(steps(QuantizationSpec())) == (
-        "canonicalize; dead-code; merge-linears; fp8-tile; share-quantize; fuse-linear; fold-constants; dead-code; "
-        "to-kernels; fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
+        "canonicalize; attention; dead-code; merge-linears; fp8-tile; share-quantize; fuse-linear; fold-constants; "
+        "dead-code; to-kernels; fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
     )
 
 
 def test_every_spec_prints_and_parses() -> None:
     for x, w, dtype, smooth in product(
-        (FP8_TILE, FP8_ROW, FP8_TENSOR, FP8_CHANNEL), (FP8_BLOCK, FP8_ROW, FP8_TENSOR), (DType.f8e4m3fn, DType.i8),
+        (FP8_TILE, FP8_ROW, FP8_TENSOR, FP8_CHANNEL),
+        (FP8_BLOCK, FP8_ROW, FP8_TENSOR),
+        (DType.f8e4m3fn, DType.i8),
         ("never", "always", "measured"),
-    ):  # fmt: skip
+    ):
         x, w = replace(x, element=dtype), replace(w, element=dtype)
         spec = QuantizationSpec(x, w, smooth=smooth)  # type: ignore[arg-type]  # of a product mypy knows no literals
         smoothing, quantize = spec.passes(("a", "!b"))
@@ -83,9 +85,10 @@ def test_the_order_of_several_specs() -> None:
         QuantizationSpec(smooth="always"), QuantizationSpec(FP8_ROW, FP8_ROW), QuantizationSpec(INT8_ROW, INT8_ROW)
     )
     assert found.names == (
-        "canonicalize", "dead-code", "calibrate", "smoothquant", "merge-linears", "merge-linears#2", "merge-linears#3",
-        "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants",
-        "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
+        "canonicalize", "attention", "dead-code", "calibrate", "smoothquant", "merge-linears", "merge-linears#2",
+        "merge-linears#3", "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear",
+        "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize",
+        "fuse-epilogue",
     )  # fmt: skip
 
 
@@ -112,7 +115,7 @@ def test_profiles() -> None:
         ([QuantizationSpec(FP8_CHANNEL, FP8_ROW)], []),
         ([QuantizationSpec(FP8_TENSOR, FP8_ROW, static=True), QuantizationSpec()], [*PRODUCERS, "fuse-epilogue"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_fused_with_the_kernels(specs: list[QuantizationSpec], fusing: list[str]) -> None:
     names = steps(*specs).names
     assert list(names[names.index("to-kernels") + 1 :]) == fusing

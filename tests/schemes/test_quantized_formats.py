@@ -50,11 +50,13 @@ def test_a_format_is_spelled_as_its_scheme(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "format"),
     [
-        ("smoothquant_o1", "#int8_row x #int8_tensor"), ("smoothquant_o1{w=channel}", "int8_row"),
+        ("smoothquant_o1", "#int8_row x #int8_tensor"),
+        ("smoothquant_o1{w=channel}", "int8_row"),
         ("smoothquant_o2", "int8_tensor"),
-        ("smoothquant_o3", "int8_tensor_static"), ("fp8_tile{scale=ue8m0}", "fp8_tile{numerics=ue8m0}"),
+        ("smoothquant_o3", "int8_tensor_static"),
+        ("fp8_tile{scale=ue8m0}", "fp8_tile{numerics=ue8m0}"),
     ],
-)  # fmt: skip
+)
 def test_smoothing_is_no_part_of_a_format(scheme: str, format: str) -> None:
     (row,) = report_of(pipeline(scheme)).rows
     assert row.format == format

@@ -219,9 +219,9 @@ def test_overrides_become_layers(overrides: dict[str, str | None], layers: dict[
 def test_overrides_share_what_stands_around() -> None:
     found = pipeline("fp8_tile", {"a": "smoothquant_o3{observer=mse}", "b": "fp8_tensor_static{observer=percentile}"})
     assert found.names == (
-        "canonicalize", "dead-code", "calibrate", "smoothquant", "calibrate#2", "merge-linears", "fp8-tile",
-        "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants", "dead-code#2",
-        "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
+        "canonicalize", "attention", "dead-code", "calibrate", "smoothquant", "calibrate#2", "merge-linears",
+        "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants",
+        "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
     )  # fmt: skip
     assert str(found["calibrate"]) == str(found["calibrate#2"]) == 'calibrate{histogram=true, layers=["*", "a", "b"]}'
     assert getattr(found["smoothquant"], "layers") == ("a", "!b")  # noqa: B009
@@ -261,7 +261,7 @@ def test_overrides_without_any_are_the_scheme() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["a"], "overrides has the wrong type: got list; need a dict such as {\"*.down_proj\": \"fp8_row\", \"lm_head"),
+        (["a"], 'overrides has the wrong type: got list; need a dict such as {"*.down_proj": "fp8_row", "lm_head'),
         ("a", "overrides has the wrong type: got str"),
         ({"!a": "fp8_row"}, "a pattern in overrides is invalid: got '!a'; need a name such as '*.down_proj'"),
         ({"": None}, "a pattern in overrides is invalid: got ''"),
@@ -269,7 +269,7 @@ def test_overrides_without_any_are_the_scheme() -> None:
         ({"a": "fp8_rov"}, "no such scheme: got 'fp8_rov'. Did you mean 'fp8_row'?"),
         ({"a": 3}, "a scheme must be a string: got 3"),
     ],
-)  # fmt: skip
+)
 def test_wrong_overrides(overrides: Any, message: str) -> None:
     with pytest.raises(PassError) as error:
         pipeline("fp8_tile", overrides)
