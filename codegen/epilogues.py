@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from qcompiler.dialects.fused_expression import ROUNDED, Call, Expression, FusedExpression, Name, parse
+from qcompiler.dialects.expression_nodes import Call, Expression, Name
+from qcompiler.dialects.fused_expression import ROUNDED, FusedExpression, parse
 
 
 @cache
@@ -20,8 +21,8 @@ def handed_over(text: str) -> tuple[torch.dtype, str]:
     FP32 and the unchanged expression if it reads a sum unrounded or rounds sums in two ways. May raise ParseError.
     """
     expression = parse(text)
-    readers = {reader for part in _whole(expression) for reader in _readers(part)}
-    if len(readers) != 1 or (rounding := readers.pop()) is None:
+    users = {user for part in _whole(expression) for user in _users(part)}
+    if len(users) != 1 or (rounding := users.pop()) is None:
         return torch.float32, str(expression)
 
     def without(what: Expression) -> Expression:
@@ -56,17 +57,17 @@ def _whole(expression: FusedExpression) -> Iterator[Expression]:
     yield expression.result
 
 
-def _readers(what: Expression, reader: str | None = None) -> Iterator[str | None]:
+def _users(what: Expression, user: str | None = None) -> Iterator[str | None]:
     """For each sum that is read: the rounding that reads it, or None if another operation reads it."""
     if isinstance(what, Name) and what.name[0] == "y" and what.name[1:].isdigit():
-        yield reader if reader in ROUNDED else None
+        yield user if user in ROUNDED else None
     elif isinstance(what, Call):
         for arg in what.args:
-            yield from _readers(arg, what.function)
+            yield from _users(arg, what.function)
 
 
 def _rounds_a_sum(what: Call) -> bool:
-    return what.function in ROUNDED and any(True for _ in _readers(what.args[0])) and isinstance(what.args[0], Name)
+    return what.function in ROUNDED and any(True for _ in _users(what.args[0])) and isinstance(what.args[0], Name)
 
 
 def _changed(expression: FusedExpression, change: Callable[[Expression], Expression]) -> FusedExpression:

@@ -17,23 +17,15 @@ import hashlib
 import linecache
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import triton
 from triton.experimental import gluon
 
 from codegen.kernels import expression_functions
-from qcompiler.dialects.fused_expression import (
-    FUNCTIONS,
-    OPERATORS,
-    ROUNDED,
-    Call,
-    Expression,
-    FusedExpression,
-    Name,
-    Number,
-    parse,
-)
+from qcompiler.dialects.expression_nodes import Call, Expression, Less, Load, Name, Number, Where
+from qcompiler.dialects.fused_expression import FUNCTIONS, OPERATORS, ROUNDED, FusedExpression, parse
 from qcompiler.errors import CodegenError
 
 OPERANDS = ("x0", "x1", "x2", "x3", "x4", "x5", "y0", "y1")
@@ -93,26 +85,30 @@ def source(expression: FusedExpression, keep: tuple[str, ...], name: str, langua
     """The source of the function."""
     # Local names must differ from called functions and parameters.
     local = {defined: f"v_{defined}" for defined, _ in expression.definitions}
-    writer = _Writer(local, dict(expression.definitions), language)
+    writer = Writer(local, dict(expression.definitions), language)
     lines = [f"{local[defined]} = {writer.text(what)}" for defined, what in expression.definitions]
-    results = [writer.wide(expression.result), *(local[kept] for kept in keep)]
+    results = [writer.wide(expression.result), *(local[name] for name in keep)]
     parameters = ", ".join(f"{operand}=None" for operand in (*OPERANDS, "inside", "columns"))
     lines.append(f"return ({', '.join(results)},)")
     return f"def {name}({parameters}):\n" + "".join(f"    {line}\n" for line in lines)
 
 
-class _Writer(NamedTuple):
+class Writer(NamedTuple):
     """Writes expressions in Python.
 
     Attributes:
         local: Definition -> its name in the text.
         definitions: Definition -> its expression.
         language: Language of the kernel.
+        loads: Load -> the name of its value.
+        condition: Writes the condition of a `where`.
     """
 
     local: Mapping[str, str]
     definitions: Mapping[str, Expression]
     language: Language
+    loads: Mapping[Load, str] = MappingProxyType({})
+    condition: Callable[[Less], str] = str
 
     def wide(self, what: Expression) -> str:
         """An expression in FP32."""
@@ -122,6 +118,10 @@ class _Writer(NamedTuple):
         """An expression in its own element type: its operand's, the type it is rounded to, or FP32."""
         if isinstance(what, Name):
             return self.local.get(what.name, what.name)
+        if isinstance(what, Load):
+            return self.loads[what]
+        if isinstance(what, Where):
+            return f"tl.where({self.condition(what.condition)}, {self.wide(what.then)}, {self.wide(what.other)})"
         if isinstance(what, Number):
             return repr(what.value)
         if what.function == "bf16" and isinstance(inner := what.args[0], Call) and self._is_packed(inner):
@@ -142,4 +142,4 @@ class _Writer(NamedTuple):
     def _may_be_narrow(self, what: Expression) -> bool:
         while isinstance(what, Name) and what.name in self.definitions:
             what = self.definitions[what.name]
-        return isinstance(what, Name) or (isinstance(what, Call) and what.function in ROUNDED)
+        return isinstance(what, Name | Load) or (isinstance(what, Call) and what.function in ROUNDED)

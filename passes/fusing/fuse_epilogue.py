@@ -19,7 +19,8 @@ from passes.analyses.arithmetic import same_numbers, term_of
 from passes.fusing.fused_producer import TURNED_CODES
 from passes.fusing.fusion_regions import FusionRegion, Limits, grow
 from passes.fusing.region_expressions import expression_of, in_order, rounded, substituted
-from qcompiler.dialects.fused_expression import Expression, FusedExpression, Name, parse
+from qcompiler.dialects.expression_nodes import Expression, Name
+from qcompiler.dialects.fused_expression import FusedExpression, parse
 from qcompiler.dialects.quant import is_static
 from qcompiler.ir import Argument, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
@@ -52,7 +53,7 @@ class Epilogue:
     quantized: Mapping[str, Argument]
 
 
-class ProductThenExpression(Rule):
+class MatmulThenExpression(Rule):
     """quantize(arithmetic(scaled_linear(x, w), …)), or without the quantize  ->  fused_linear(x, w, …)"""
 
     root = ("kernel.scaled_linear",)
@@ -63,11 +64,11 @@ class ProductThenExpression(Rule):
         parts = parts_of(op.result, graph)
         if isinstance(parts, Missed):
             return parts
-        readers = list(dict.fromkeys(user for part in parts for user in graph.users(part)))
-        if len(readers) == 1 and _writes_scales(readers[0]):
-            epilogue = quantization(readers[0], parts)
+        users = list(dict.fromkeys(user for part in parts for user in graph.users(part)))
+        if len(users) == 1 and _writes_scales(users[0]):
+            epilogue = quantization(users[0], parts)
         else:
-            epilogue = arithmetic(readers, parts, graph)
+            epilogue = arithmetic(users, parts, graph)
         return epilogue if isinstance(epilogue, Missed) else {"epilogue": epilogue, "parts": len(parts)}
 
     def rewrite(self, op: Op, rewriter: Rewriter, epilogue: Epilogue, parts: int, **_: Any) -> None:
@@ -142,24 +143,24 @@ def quantization(op: Op, parts: Sequence[Value]) -> Epilogue | Missed:
     return finished(op, expression, named, {"format": op.format()})
 
 
-def arithmetic(readers: Sequence[Op], parts: Sequence[Value], graph: Graph) -> Epilogue | Missed:
+def arithmetic(users: Sequence[Op], parts: Sequence[Value], graph: Graph) -> Epilogue | Missed:
     """As many users of the parts of a matmul as one fused operation can compute."""
-    elsewhere = [reader for reader in readers if not reader.results]
+    elsewhere = [user for user in users if not user.results]
     if elsewhere:
         return Missed(
             "it is an output of the graph" if elsewhere[0] is graph.return_op else "it is written to a buffer", parts[0]
         )
-    if not any(map(term_of, readers)):
-        names = ", ".join(sorted({op.name for op in readers}))
+    if not any(map(term_of, users)):
+        names = ", ".join(sorted({op.name for op in users}))
         return Missed(f"its users cannot be fused with it: {names}", parts[0])
-    limits = Limits(operands=OTHERS + len(parts), kept=0, across=False, views=False)
+    limits = Limits(operands=OTHERS + len(parts), residuals=0, across=False, views=False)
     why = Missed("its users have no common result", parts[0])
     for root in results_of(parts, graph):
         region = grow(graph, root, limits, stops=parts)
         if isinstance(region, Missed):
             why = region
             continue
-        outside = [reader for reader in readers if reader not in region.inside]
+        outside = [user for user in users if user not in region.inside]
         if outside:
             why = Missed(f"it is also read by {outside[0].name}", parts[0])
             continue
@@ -234,4 +235,4 @@ class FuseEpilogue(Pass):
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
-        return (ProductThenExpression(),)
+        return (MatmulThenExpression(),)

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from passes.analyses.arithmetic import is_row_view
 from passes.fusing.fusion_regions import FusionRegion, Limits, grow
-from passes.fusing.region_expressions import expression_of, in_order, kept_names
-from qcompiler.dialects.fused_expression import Name
+from passes.fusing.region_expressions import expression_of, in_order, residual_names
+from qcompiler.dialects.expression_nodes import Name
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value
 
 OPERANDS = 6
@@ -44,7 +44,7 @@ class ArithmeticThenQuantize(Rule):
         if op.format().block[0] != 1:
             return Missed("one scale covers several rows", op.results[1])
         limits = Limits(operands=OPERANDS - (prescale is not None), across=self.across)
-        region = grow(graph, x, limits, reader=op)
+        region = grow(graph, x, limits, consumer=op)
         if isinstance(region, Missed):
             return region
         if self.across and not region.across:
@@ -63,11 +63,11 @@ class ArithmeticThenQuantize(Rule):
             expression_of(region, spelled, None if prescale is None else Name(list(named)[-1])), vectors
         )
         args = [named[name] if name in vectors else arranged(rewriter, region, named[name], shape) for name in order]
-        attrs = {**op.attrs, "expression": str(expression), "keep": kept_names(region)}
+        attrs = {**op.attrs, "expression": str(expression), "keep": residual_names(region)}
         made = rewriter.insert("kernel.fused_quantize", *args, attrs=attrs)
         graph.move(made, before=region.place)
         names: dict[Value, str] = {}
-        for value, new in zip(region.kept, made.results[2:], strict=True):
+        for value, new in zip(region.residuals, made.results[2:], strict=True):
             names |= keep(rewriter, region, value, new)
         rewriter.replace(op, *made.results[:2])
         for unread in (region.root.op, *reversed(region.ops)):
@@ -79,10 +79,10 @@ class ArithmeticThenQuantize(Rule):
 def keep(rewriter: Rewriter, region: FusionRegion, value: Value, new: Value) -> dict[Value, str]:
     """Makes users of `value` outside its region read the result `new`; returns the names to assign at the end."""
     graph, shape, names = rewriter.graph, new.tensor.shape, {}
-    readers = region.kept[value]
+    users = region.residuals[value]
     # A view that arranges the rows like the fused operation is replaced by the result itself.
-    views = [user for user in readers if is_row_view(user) and value.tensor.shape != shape == user.result.tensor.shape]
-    if others := [user for user in readers if user not in views]:
+    views = [user for user in users if is_row_view(user) and value.tensor.shape != shape == user.result.tensor.shape]
+    if others := [user for user in users if user not in views]:
         shaped = arranged(rewriter, region, new, value.tensor.shape)
         names[shaped] = value.name
         for user in others:

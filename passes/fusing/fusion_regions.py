@@ -1,7 +1,7 @@
 """Fusion regions: the arithmetic that computes a value, as far upstream as a fused operation can compute it.
 
     %h = aten.add.Tensor(%x, %r)                     %h is read elsewhere, too
-    %n = aten.rms_norm(%h, [256], %w)          ->    the region of %n: operands %x, %r, %w; %h is kept
+    %n = aten.rms_norm(%h, [256], %w)          ->    the region of %n: operands %x, %r, %w; %h is a residual
     %q, %s = kernel.quantize(%n)
 
 A region grows from its root, users before operands. A value that is also read outside becomes a residual output of the
@@ -26,13 +26,13 @@ class Limits:
 
     Attributes:
         operands: Maximum number of operands.
-        kept: Maximum number of values that are read outside.
+        residuals: Maximum number of residual outputs: values that are read outside.
         across: Whether reductions over a row are allowed.
         views: Whether the rows of its values may be arranged in several ways.
     """
 
     operands: int = 6
-    kept: int = 2
+    residuals: int = 2
     across: bool = True
     views: bool = True
 
@@ -46,7 +46,7 @@ class FusionRegion:
         ops: The operations that compute something, in order.
         inside: `ops`, and operations that only widen a value or rearrange its rows, unless read elsewhere.
         operands: Its inputs: tensors with the rows of the root, and vectors with one number per column.
-        kept: Its values that are read elsewhere, in order, with their users; without a root that is the only result.
+        residuals: Its values that are read elsewhere, in order, with their users; without a root, the only result.
         views: Operations in the region that rearrange rows; some are read elsewhere, and remain.
         place: The fused operation can be placed before this one: all users of its results come after.
         late: Operations after `place` that its operands depend on, in order.
@@ -56,7 +56,7 @@ class FusionRegion:
     ops: tuple[Op, ...]
     inside: frozenset[Op]
     operands: tuple[Value, ...]
-    kept: Mapping[Value, tuple[Op, ...]]
+    residuals: Mapping[Value, tuple[Op, ...]]
     views: tuple[Op, ...]
     place: Op
     late: tuple[Op, ...]
@@ -75,7 +75,7 @@ def grow(
     graph: Graph,
     root: Value,
     limits: Limits,
-    reader: Op | None = None,
+    consumer: Op | None = None,
     stops: Iterable[Value] = (),
 ) -> FusionRegion | Missed:
     """The largest region that ends in `root` and breaks no rule, or why there is none.
@@ -84,7 +84,7 @@ def grow(
         graph: The graph that contains it.
         root: The value that it computes.
         limits: The limits of the region.
-        reader: The operation to fuse it with; other users of the root are not fused. Without one, the root is the
+        consumer: The operation to fuse it with; other users of the root are not fused. Without one, the root is the
             result of the fused operation.
         stops: Values that must be operands.
     """
@@ -94,7 +94,7 @@ def grow(
     stopped = set(stops)
     first: Missed | None = None
     while True:
-        attempt = _Attempt(graph, root, limits, reader, stopped)
+        attempt = _Attempt(graph, root, limits, consumer, stopped)
         outcome = attempt.outcome()
         if isinstance(outcome, FusionRegion):
             return outcome
@@ -118,14 +118,14 @@ Broken = tuple[Value | None, Missed]
 class _Attempt:
     """A region grown for given stops; it may break rules."""
 
-    def __init__(self, graph: Graph, root: Value, limits: Limits, reader: Op | None, stopped: set[Value]) -> None:
-        self.graph, self.root, self.limits, self.reader, self.stopped = graph, root, limits, reader, stopped
+    def __init__(self, graph: Graph, root: Value, limits: Limits, consumer: Op | None, stopped: set[Value]) -> None:
+        self.graph, self.root, self.limits, self.consumer, self.stopped = graph, root, limits, consumer, stopped
         self.columns: Size = root.tensor.shape[-1]
-        self.inside: set[Op] = set() if reader is None else {reader}
+        self.inside: set[Op] = set() if consumer is None else {consumer}
         """Users of the region that do not count as outside."""
         self.ops: list[Op] = []
         self.operands: list[Value] = []
-        self.kept: list[Value] = []
+        self.residuals: list[Value] = []
         self.views: list[Op] = []
         self.head = root
         """The root, without operations that only rearrange its rows or widen it."""
@@ -155,11 +155,12 @@ class _Attempt:
             self.head = source if value is self.head else self.head
             return (source,)
         term = None if value in self.stopped or self.graph.is_constant(value) else term_of(op)
-        is_kept = bool(elsewhere) and (self.reader is not None or value is not self.head)
-        if term is None or (parse(term.text).across and self._why_not_across()) or (is_kept and not self.limits.kept):
+        is_residual = bool(elsewhere) and (self.consumer is not None or value is not self.head)
+        is_excess = is_residual and not self.limits.residuals
+        if term is None or (parse(term.text).across and self._why_not_across()) or is_excess:
             self.operands.append(value)
             return ()
-        self.kept += [value] if is_kept else []
+        self.residuals += [value] if is_residual else []
         self.inside.add(op)
         self.ops.append(op)
         return term.inputs
@@ -197,7 +198,7 @@ class _Attempt:
         for value in self.operands:
             if value.tensor.shape != vector and not self._is_full(value):
                 return self._reader_of(value), Missed("a value with one number per row cannot be an operand", value)
-        for value in self.kept:
+        for value in self.residuals:
             if not self._is_full(value):
                 return value, Missed("a value with one number per row is read elsewhere", value)
             if not self._can_arrange_as(value.tensor.shape):
@@ -212,20 +213,18 @@ class _Attempt:
 
     def _reader_of(self, value: Value) -> Value:
         """The first result that is computed from an operand."""
-        readers = [
-            op for op in self.ops if any(_source(operand, self.operands) is value for _, operand in op.operands())
-        ]
-        return min(readers, key=self.graph.rank).result
+        users = [op for op in self.ops if any(_source(operand, self.operands) is value for _, operand in op.operands())]
+        return min(users, key=self.graph.rank).result
 
     def _can_arrange_as(self, shape: tuple[Size, ...]) -> bool:
-        """Whether a tensor can be reshaped to this shape: that of the root, a view or an operand."""
+        """Whether the root, a view or an operand has this shape."""
         return shape in (value.tensor.shape for value in (self.root, *self.operands, *(op.result for op in self.views)))
 
     def _broken_by_numbers(self) -> Broken | None:
         limits = self.limits
-        if len(self.kept) > limits.kept:
-            first = min(self.kept, key=lambda value: self.graph.rank(value.op))
-            return first, Missed(f"it would have {len(self.kept)} residual outputs, at most {limits.kept}")
+        if len(self.residuals) > limits.residuals:
+            first = min(self.residuals, key=lambda value: self.graph.rank(value.op))
+            return first, Missed(f"it would have {len(self.residuals)} residual outputs, at most {limits.residuals}")
         if len(self.operands) > limits.operands:
             inner = [op for op in self.ops if op.result is not self.head and self._is_full(op.result)]
             stop = min(inner, key=self.graph.rank).result if inner else None
@@ -237,25 +236,26 @@ class _Attempt:
     def _placed(self) -> FusionRegion | Broken:
         """The region, if it fits between its operands and its users."""
         rank = self.graph.rank
-        kept = {value: tuple(self._elsewhere(value)) for value in sorted(self.kept, key=lambda value: rank(value.op))}
-        readers = [(reader, value) for value in kept for reader in kept[value]]
-        end = self.root.op if self.reader is None else self.reader
-        place, early = min(((end, None), *readers), key=lambda pair: rank(pair[0]))
+        ordered = sorted(self.residuals, key=lambda value: rank(value.op))
+        residuals = {value: tuple(self._elsewhere(value)) for value in ordered}
+        users = [(user, value) for value in residuals for user in residuals[value]]
+        end = self.root.op if self.consumer is None else self.consumer
+        place, early = min(((end, None), *users), key=lambda pair: rank(pair[0]))
         # The user has other operands, and views are rebuilt from their sizes.
         sizes = [value for op in self.views for path, value in op.operands() if path[0] != 0]
         own = [value for _, value in end.operands() if value is not self.root]
-        late = self._behind([*self.operands, *sizes, *own], place)
+        late = self._defined_after([*self.operands, *sizes, *own], place)
         for op in late:
-            if cycle := next((value for _, value in op.operands() if value in kept), None):
+            if cycle := next((value for _, value in op.operands() if value in residuals), None):
                 return cycle, Missed("it would depend on its own result", cycle)
             if op.effects.ordered or (Effects.READS in op.effects and op.role is not Role.STATE):
                 return early, Missed(f"{op.name} lies between and must not be moved", op.results[0])
         return FusionRegion(
-            self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), kept,
+            self.root, tuple(sorted(self.ops, key=rank)), frozenset(self.inside), tuple(self.operands), residuals,
             tuple(self.views), place, tuple(sorted(late, key=rank)),
         )  # fmt: skip
 
-    def _behind(self, values: Iterable[Value], place: Op) -> list[Op]:
+    def _defined_after(self, values: Iterable[Value], place: Op) -> list[Op]:
         """Operations from `place` on that values are computed from."""
         found: set[Op] = set()
         stack = [value.op for value in values]

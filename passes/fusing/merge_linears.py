@@ -23,7 +23,7 @@ from passes.analyses.memory import is_view, leaves_the_graph
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
 from qcompiler.ir import ALL, Format, Graph, Missed, Op, Rewriter, Role, TensorType, Value
-from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
+from qcompiler.ir.dataflow import ancestors, parameters_of, users_through
 from qcompiler.ir.formats import FP8_BLOCK
 from qcompiler.ir.sizes import product
 from qcompiler.pass_manager.pipeline import Effect, Pass
@@ -36,7 +36,7 @@ READ_STRIDES = (
 )  # fmt: skip
 """Operations that depend on strides and have no such substitute."""
 
-ANY_STRIDES = ("aten", "prims", "core", "quant", "kernel")
+ANY_STRIDES = ("aten", "prims", "core", "attention", "state", "quant", "kernel")
 """Namespaces whose other operations accept any strides; custom operations may not."""
 
 
@@ -132,6 +132,8 @@ class MergeLinears(Pass):
         columns = op["weight"].tensor.shape[0]
         if missed := why_not_selected(self.layers, op, graph):
             return missed
+        if not self.w_format.symmetric:
+            return Missed("its weight has zero points")
         if self.w_format.block[0] == ALL or self.w_format.tensor_scale:
             return Missed("its weight has one scale, which all merged layers would have to share")
         if isinstance(columns, int) and columns < self.min_columns:
@@ -144,9 +146,9 @@ class MergeLinears(Pass):
             return Missed("its weight has other users, so both copies would be stored", op["weight"])
         if leaves_the_graph(graph, op.result):
             return Missed("it is an output of the graph, and must not be part of a larger tensor")
-        for reader in readers_through(graph, op.result, is_view):
-            if reader.name in READ_STRIDES or reader.name.split(".")[0] not in ANY_STRIDES:
-                return Missed(f"{reader.name} reads it and may need contiguous strides")
+        for user in users_through(graph, op.result, is_view):
+            if user.name in READ_STRIDES or user.name.split(".")[0] not in ANY_STRIDES:
+                return Missed(f"{user.name} reads it and may need contiguous strides")
         return None
 
     def why_apart(self, before: Op, op: Op, ended: bool) -> str | None:
@@ -172,12 +174,12 @@ class MergeLinears(Pass):
 
 def sharing_an_input(graph: Graph) -> dict[Op, None]:
     """The linears that can be quantized and whose input another such linear reads, in order."""
-    readers: dict[Value, list[Op]] = {}
+    users: dict[Value, list[Op]] = {}
     for op in graph.ops("aten.linear"):
-        readers.setdefault(op["input"], []).append(op)
+        users.setdefault(op["input"], []).append(op)
     shared = {
         op: None
-        for group in readers.values()
+        for group in users.values()
         if len(group) > 1 and len(able := [op for op in group if why_not_quantized(op, graph) is None]) > 1
         for op in able
     }
@@ -209,15 +211,15 @@ def merge(group: Sequence[Op], graph: Graph, made_by: str) -> None:
 def _read_elsewhere(op: Op, graph: Graph) -> bool:
     """Whether a matrix that the weight of a linear is computed from has other users, under any of its names."""
 
-    def constant(reader: Op) -> bool:
-        return bool(reader.results) and graph.is_constant(reader.results[0])
+    def constant(user: Op) -> bool:
+        return bool(user.results) and graph.is_constant(user.results[0])
 
     ties = getattr(graph.weights, "ties", {})
     matrices = [param for param in parameters_of(op["weight"]) if len(param.result.tensor.shape) > 1]
     names = {alias for param in matrices for alias in ties.get(param.attrs["name"], (param.attrs["name"],))}
     others = {param for param in graph.ops("core.param") if param.attrs["name"] in names}
-    readers = (reader for param in others for reader in readers_through(graph, param.result, constant))
-    return any(reader is not op and not constant(reader) for reader in readers)
+    users = (user for param in others for user in users_through(graph, param.result, constant))
+    return any(user is not op and not constant(user) for user in users)
 
 
 def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:
@@ -249,13 +251,13 @@ def _joined(rewriter: Rewriter, values: Sequence[Value]) -> Value:
 
 
 def _weight_type(weight: Value) -> str:
-    """The property that all parts of a merged weight must share."""
+    """The element types of a weight, as text: equal for all weights that are merged."""
     dtype = weight.tensor.dtype
     return f"{weight.op['data'].tensor.dtype} of {dtype}" if is_stored_quantized(weight) else str(dtype)
 
 
 def _rows(value: Value) -> int:
-    return value.tensor.shape[0]  # type: ignore[return-value]  # that of a weight that can be quantized is fixed
+    return value.tensor.shape[0]  # type: ignore[return-value]  # weights that can be quantized have fixed sizes
 
 
 def _allow_strides(graph: Graph, part: Value, made_by: str) -> None:
@@ -264,7 +266,7 @@ def _allow_strides(graph: Graph, part: Value, made_by: str) -> None:
     The rows of a part are not adjacent, but equally spaced: a view may split and regroup rows, but no axis may span
     two rows.
     """
-    for op in list(readers_through(graph, part, is_view)):
+    for op in list(users_through(graph, part, is_view)):
         if op.name not in VIEWS:
             continue
         shape, columns = op.result.tensor.shape, part.tensor.shape[-1]

@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 
 from passes.analyses.arithmetic import term_of
 from passes.fusing.fusion_regions import FusionRegion
-from qcompiler.dialects.fused_expression import OPERAND, ROUNDED, Call, Expression, FusedExpression, Name, parse
+from qcompiler.dialects.expression_nodes import Call, Expression, Name, parts, rebuilt
+from qcompiler.dialects.fused_expression import OPERAND, ROUNDED, FusedExpression, parse
 from qcompiler.ir import DType, Op, Value
 from qcompiler.numerics.dtypes import torch_dtype
 
@@ -46,9 +47,9 @@ def in_order(expression: FusedExpression, vectors: Collection[str] = ()) -> tupl
     return FusedExpression(definitions, substituted(expression.result, names)), before
 
 
-def kept_names(region: FusionRegion) -> tuple[str, ...]:
+def residual_names(region: FusionRegion) -> tuple[str, ...]:
     """The names of the region's residual outputs in its expression."""
-    return tuple(f"h{place}" for place in range(len(region.kept)))
+    return tuple(f"h{place}" for place in range(len(region.residuals)))
 
 
 def rounded(expression: Expression, dtype: DType) -> Expression:
@@ -63,9 +64,7 @@ def substituted(expression: Expression, values: Mapping[str, Expression]) -> Exp
     """Substitutes other expressions for names in an expression."""
     if isinstance(expression, Name):
         return values.get(expression.name, expression)
-    if isinstance(expression, Call):
-        return Call(expression.function, tuple(substituted(arg, values) for arg in expression.args))
-    return expression
+    return rebuilt(expression, tuple(substituted(part, values) for part in parts(expression)))
 
 
 class _Writer:
@@ -75,7 +74,7 @@ class _Writer:
         self.region = region
         self.values: dict[Value, Expression] = {}
         self.definitions: list[tuple[str, Expression]] = []
-        self.kept = dict(zip(region.kept, kept_names(region), strict=True))
+        self.residuals = dict(zip(region.residuals, residual_names(region), strict=True))
         self.reads = self._reads()
         for value, expression in operands.items():
             self._bind(value, expression)
@@ -87,7 +86,7 @@ class _Writer:
         return self.values[self.region.source(self.region.root)]
 
     def _bind(self, value: Value, expression: Expression) -> None:
-        name = self.kept.get(value)
+        name = self.residuals.get(value)
         if name is None and isinstance(expression, Call) and self.reads[value] > 1:
             name = f"t{sum(defined[0] == 't' for defined, _ in self.definitions)}"
         if name is not None:

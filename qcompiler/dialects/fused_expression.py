@@ -7,6 +7,11 @@ It has definitions, which later definitions may use, and ends with the result. A
 `x0`, `x1`, … are the operands: tensors with the shape of the result, or vectors with one number per column. In a
 matmul epilogue, `y0` is the accumulator, or `y0` and `y1` are its left and right halves.
 
+    where(i3 < 32, neg(x0[i0, i2, i3 + 32]), x0[i0, i2, i3 - 32]) * x1[i0, i3]
+
+In the operation `kernel.pointwise`, each operand has an index instead: one expression for each of its axes, over the
+indices i0, i1, … of the result. `where` evaluates only the part that it chooses.
+
 This module defines the text form, the tree, and its torch definition; code generation emits kernels from the tree.
 """
 
@@ -21,38 +26,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qcompiler.dialects.expression_nodes import (
+    Call,
+    Expression,
+    Less,
+    Load,
+    Name,
+    Number,
+    Where,
+    indices,
+    parts,
+    why_no_index,
+)
 from qcompiler.errors import did_you_mean
+from qcompiler.ir.sizes import Size, read_size
 from qcompiler.text import Reader, Source, Token
 
 OPERAND = re.compile(r"[xy](0|[1-9][0-9]*)")
 LARGEST = torch.finfo(torch.float32).max
 MOST_CALLS = 256
 """Maximum operations in one expression, so that recursive functions stay within Python's limit."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """An operand, or an earlier definition."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Number:
-    """An FP32 literal."""
-
-    value: float
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a function in `FUNCTIONS` or of an operator + - * /."""
-
-    function: str
-    args: tuple["Expression", ...]
-
-
-Expression = Name | Number | Call
 
 
 @dataclass(frozen=True)
@@ -77,12 +70,15 @@ def _standardize(x: Tensor, eps: float) -> Tensor:
 FUNCTIONS: dict[str, Function] = {
     "bf16": Function(1, lambda x: x.bfloat16().float()),
     "f16": Function(1, lambda x: x.half().float()),
+    "f32": Function(1, lambda x: x),
+    "cos": Function(1, torch.cos),
     "exp": Function(1, torch.exp),
     "gelu": Function(1, functional.gelu),
     "gelu_tanh": Function(1, lambda x: functional.gelu(x, approximate="tanh")),
     "neg": Function(1, torch.neg),
     "relu": Function(1, torch.relu),
     "rsqrt": Function(1, torch.rsqrt),
+    "sin": Function(1, torch.sin),
     "sigmoid": Function(1, torch.sigmoid),
     "silu": Function(1, functional.silu),
     "sqrt": Function(1, torch.sqrt),
@@ -91,7 +87,8 @@ FUNCTIONS: dict[str, Function] = {
     "standardize": Function(2, _standardize, across=True),
 }
 """Functions by name. `standardize(x, eps)` is (x - mean(x)) / sqrt(variance(x) + eps) with the population variance of
-the row (divided by N, not N - 1): a layer norm without gain and bias. `eps` is a number."""
+the row (divided by N, not N - 1): a layer norm without gain and bias. `eps` is a number. `f32` changes nothing; as the
+result, it says that a rounded number is stored in FP32."""
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -100,6 +97,9 @@ def _divide(a: Any, b: Any) -> Any:
     top, bottom = (v if isinstance(v, Tensor) else torch.full((), v, device=like.device) for v in (a, b))
     return top / bottom
 
+
+RESERVED = {*FUNCTIONS, "where"}
+"""Names that a definition cannot have."""
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
@@ -134,7 +134,21 @@ class FusedExpression:
         stack = [self.result, *(what for _, what in reversed(self.definitions))]
         while stack:
             yield (expression := stack.pop())
-            stack += reversed(expression.args) if isinstance(expression, Call) else ()
+            stack += reversed(parts(expression))
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """The loads, each once, in order of use."""
+        return tuple(dict.fromkeys(part for part in self.expressions() if isinstance(part, Load)))
+
+    @property
+    def indices(self) -> frozenset[str]:
+        """The indices of the result that its loads and conditions use."""
+        sizes = [size for load in self.loads for size in load.index]
+        for part in self.expressions():
+            if isinstance(part, Where):
+                sizes += (part.condition.left, part.condition.right)
+        return frozenset(index for size in sizes for index in indices(size))
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -163,8 +177,18 @@ class FusedExpression:
             operands: Name -> tensor of any floating dtype; vectors broadcast to the shape of the others.
             keep: Names of definitions to return.
         """
-        values = {name: operands[name].float() for name in self.operands}
-        shape = max((value.shape for value in values.values()), key=len)
+        values: dict[Any, Tensor] = {name: operands[name].float() for name in self.operands}
+        return self.evaluate(values, max((value.shape for value in values.values()), key=len), keep)
+
+    def evaluate(self, values: dict[Any, Tensor], shape: Sequence[int], keep: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        """Like `run`, given everything that the expression reads.
+
+        Args:
+            values: FP32 tensors of names and loads, and boolean ones of conditions, that broadcast to the shape of the
+                result; definitions are added.
+            shape: The shape of the result.
+            keep: Names of definitions to return.
+        """
         for name, what in self.definitions:
             values[name] = _run(what, values)
         result = self.result
@@ -174,18 +198,32 @@ class FusedExpression:
         return tuple(value.expand(shape).contiguous() for value in made)
 
 
-def _run(what: Expression, values: Mapping[str, Any]) -> Any:
+def _run(what: Expression, values: Mapping[Any, Any]) -> Any:
     if isinstance(what, Number):
         return what.value
     if isinstance(what, Name):
         return values[what.name]
+    if isinstance(what, Load):
+        return values[what]
+    if isinstance(what, Where):
+        return _where(values[what.condition], _run(what.then, values), _run(what.other, values))
     function = OPERATORS.get(what.function) or FUNCTIONS[what.function].meaning
     return function(*(_run(arg, values) for arg in what.args))
+
+
+def _where(condition: Tensor, then: Any, other: Any) -> Tensor:
+    device = condition.device
+    then, other = (x if isinstance(x, Tensor) else torch.full((), x, device=device) for x in (then, other))
+    return torch.where(condition, then, other)
 
 
 def _text(what: Expression, strength: int = 0) -> str:
     if isinstance(what, Name):
         return what.name
+    if isinstance(what, Load):
+        return str(what)
+    if isinstance(what, Where):
+        return f"where({what.condition}, {_text(what.then)}, {_text(what.other)})"
     if isinstance(what, Number):
         return repr(what.value)
     if what.function not in OPERATORS:
@@ -230,7 +268,7 @@ class _ExpressionReader(Reader):
             raise self.fail("the result must be the last expression, but this one follows", start)
         self.calls = 0
         if self.take().kind == "name" and self.accept("="):
-            if start.text in self.definitions or OPERAND.fullmatch(start.text) or start.text in FUNCTIONS:
+            if start.text in self.definitions or OPERAND.fullmatch(start.text) or start.text in RESERVED:
                 raise self.fail(f"'{start.text}' is already defined", start)
             if not start.text.isidentifier() or unicodedata.normalize("NFKC", start.text) != start.text:
                 raise self.fail(f"'{start.text}' is not a valid definition name", start)
@@ -259,6 +297,10 @@ class _ExpressionReader(Reader):
             return self.bracketed(self.expression, ")")
         if token.kind != "name":
             raise self.fail(f"expected a name, a number or a call, but got {token}", token)
+        if OPERAND.fullmatch(token.text) and self.accept("["):
+            return Load(token.text, tuple(self.list_of(self.index, "]")))
+        if token.text == "where" and self.accept("("):
+            return self.bracketed(self.where, ")")
         if self.accept("("):
             args = self.list_of(self.expression, ")")
             if token.text not in FUNCTIONS:
@@ -271,6 +313,24 @@ class _ExpressionReader(Reader):
         if token.text not in self.definitions and not OPERAND.fullmatch(token.text):
             raise self.fail(f"'{token.text}' is not defined before it is used", token)
         return Name(token.text)
+
+    def where(self) -> Where:
+        """The arguments of `where`: a condition and two expressions."""
+        left = self.index()
+        self.expect("<")
+        condition = Less(left, self.index())
+        self.expect(",")
+        then = self.expression()
+        self.expect(",")
+        return Where(condition, then, self.expression())
+
+    def index(self) -> Size:
+        """An expression of the indices of the result."""
+        start = self.now
+        size = read_size(self)
+        if (why := why_no_index(size)) is not None:
+            raise self.fail(why, self.since(start))
+        return size
 
     def call(self, function: Token, *args: Expression) -> Call:
         """A call of a function or an operator."""

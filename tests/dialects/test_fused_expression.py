@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from qcompiler.dialects.fused_expression import (
-    FUNCTIONS,
-    OPERATORS,
-    Call,
-    Expression,
-    FusedExpression,
-    Name,
-    Number,
-    parse,
-)
+from qcompiler.dialects.expression_nodes import Call, Expression, Name, Number
+from qcompiler.dialects.fused_expression import FUNCTIONS, OPERATORS, FusedExpression, parse
 from qcompiler.errors import ParseError
 
 ADD_NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
@@ -136,6 +128,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 MEANINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cos(x0)": lambda x, _: x.cos(),
     "exp(x0)": lambda x, _: x.exp(),
     "gelu(x0)": lambda x, _: functional.gelu(x),
     "gelu_tanh(x0)": lambda x, _: functional.gelu(x, approximate="tanh"),
@@ -143,6 +136,7 @@ MEANINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu(x0)": lambda x, _: functional.relu(x),
     "rsqrt(x0)": lambda x, _: x.rsqrt(),
     "sigmoid(x0)": lambda x, _: x.sigmoid(),
+    "sin(x0)": lambda x, _: x.sin(),
     "silu(x0)": lambda x, _: functional.silu(x),
     "sqrt(x0)": lambda x, _: x.sqrt(),
     "tanh(x0)": lambda x, _: x.tanh(),
@@ -169,7 +163,13 @@ def test_a_function_means_what_torch_means(text: str) -> None:
 
 def test_every_function_is_tested() -> None:
     missing = [name for name in FUNCTIONS if not any(f"{name}(" in text for text in MEANINGS)]
-    assert missing == ["bf16", "f16"]  # the next two tests
+    assert missing == ["bf16", "f16", "f32"]  # the next tests
+
+
+def test_f32_says_that_a_rounded_number_is_stored_in_fp32() -> None:
+    x = torch.randn(100)
+    (result,) = parse("f32(bf16(x0))").run({"x0": x})
+    assert result.dtype is torch.float32 and torch.equal(result, x.bfloat16().float())
 
 
 def test_numbers_are_divided_as_ieee_says() -> None:
@@ -223,7 +223,13 @@ WRONG = {
     "-True * x0": "expected a name, a number or a call, but got '-'",
     "mean(x=x0)": "'x' is not defined before it is used",
     "mean(*x0)": r"expected a name, a number or a call, but got '\*'",
-    "cos(x0)": "unknown function 'cos'",
+    "tan(x0)": "unknown function 'tan'",
+    "x0[i0, s0]": "'s0' is not an index of the result such as i0",
+    "x0[mod(i0, -2)]": "is neither floordiv nor mod by a positive integer",
+    "x0[max(i0, 1)]": "is neither floordiv nor mod by a positive integer",
+    "where(i0 > 1, x0[i0], x1[i0])": "expected '<', but got '>'",
+    "where(i0 < 1, x0[i0])": "expected ',', but got '\\)'",
+    "where = x0; where": "'where' is already defined",
     "gelu(x0, x1)": "gelu takes 1 arguments, but got 2",
     "standardize(x0)": "standardize takes 2 arguments, but got 1",
     "standardize(x0, x1)": "the eps of standardize is 'x1', not a number",
@@ -248,7 +254,7 @@ def test_an_unknown_function_is_told_the_nearest() -> None:
 
 
 def test_nothing_but_arithmetic_can_be_said() -> None:
-    for text in ("__import__('os')", "x0.data", "[x0]", "x0[0]", "lambda: x0", "'x0'", "x0 @ x1", "(h := x0)"):
+    for text in ("__import__('os')", "x0.data", "[x0]", "x0[y]", "lambda: x0", "'x0'", "x0 @ x1", "(h := x0)"):
         with pytest.raises(ParseError):
             parse(text)
 

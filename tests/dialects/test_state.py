@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompiler import numerics
 from qcompiler.dialects.attention import causal
 from qcompiler.dialects.state import append, attend
 from qcompiler.errors import InputError, ParseError, QCompilerError, VerifyError
 from qcompiler.interpreter import interpret
-from qcompiler.ir import CacheType, DType, Graph, parse_type
-from qcompiler.ir.formats import FP8_ROW, INT8_ROW
+from qcompiler.ir import CacheType, DType, Format, Graph, parse_type
+from qcompiler.ir.formats import FP8_ROW, FP8_TENSOR, INT8_ROW, INT8_TENSOR
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.runtime.caches import allocate, cache_types
@@ -41,13 +42,13 @@ def test_text_and_types_round_trip() -> None:
     graph.verify()
     assert str(graph) == LAYER
     assert cache_types(graph) == {"layers.0": KIND}
-    for element in (FP8_ROW, INT8_ROW, DType.bf16):
+    for element in (FP8_ROW, INT8_ROW, FP8_TENSOR, DType.bf16):
         kind = CacheType(element, 2, 3, 4, 5, 6)
         assert parse_type(str(kind)) == kind
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    for element in (DType.f32, DType.bf16, FP8_ROW, INT8_ROW):
+    for element in (DType.f32, DType.bf16, FP8_ROW, INT8_ROW, INT8_TENSOR):
         kind = CacheType(element, 2, 3, 4, 5, 6)
         assert kind.bytes == sum(tensor.nbytes for tensor in allocate(kind, "cpu").tensors)
     assert CacheType(FP8_ROW, 16, 8, 8192, 128, 128).bytes == 16 * 8 * 8192 * 2 * (128 + 4)
@@ -164,11 +165,32 @@ def test_the_verifier_keeps_appends_before_attends() -> None:
         ("%q: f32[s0, 4, s1, 8]", "%q: f32[s0, 3, s1, 8]", "the query has 3 heads"),
         ("%slots: i64[s0]", "%slots: i32[s0]", r"the slots must be i64\[s0\], but are i32\[s0\]"),
         ("append(%c,", "append(%q,", "%q must be a cache"),
+        ("cache<f32,", "cache<#fp8_tensor,", r"%c must have two static scales, f32\[1\] each, but has none"),
+        ("state.cache()", "state.cache(%q, %k)", r"%c must have no static scales, but has f32\["),
     ],
 )
 def test_operands_of_wrong_types(old: str, new: str, problem: str) -> None:
     with pytest.raises(QCompilerError, match=problem):
         Graph.parse(LAYER.replace(old, new)).verify()
+
+
+@pytest.mark.parametrize("format", [FP8_TENSOR, INT8_TENSOR])
+def test_static_scales(format: Format) -> None:
+    """Codes are those of `numerics.quantize_static`, in any cut; attention is that over the decoded cache."""
+    kind, scales = CacheType(format, 3, 2, 16, 8, 4), (torch.tensor([0.01]), torch.tensor([0.02]))
+    one, other = ([*allocate(kind, "cpu").tensors, *scales] for _ in range(2))
+    key, value, query = numbers(2, 2, 5, 8), numbers(2, 2, 5, 4, seed=1), numbers(2, 4, 5, 8, seed=2)
+    slots, zeros = torch.tensor([2, 0]), torch.zeros(2, dtype=torch.int64)
+    append(one, key, value, slots, zeros)
+    for start, end in ((0, 3), (3, 4), (4, 5)):
+        append(other, key[:, :, start:end], value[:, :, start:end], slots, zeros + start)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(one, other, strict=True))
+    want = numerics.quantize_static(key.reshape(-1, 8), scales[0][None], format).reshape(key.shape)
+    assert torch.equal(one[0][slots, :, :5].float(), want.float())
+    plain = [codes.float() * scale for codes, scale in zip(one, scales, strict=False)]
+    for new in (5, 1):
+        args = (query[:, :, 5 - new :], slots, zeros + 5 - new)
+        torch.testing.assert_close(attend(one, *args, scale=0.3), attend(plain, *args, scale=0.3))
 
 
 def test_no_cleanup_pass_touches_state() -> None:

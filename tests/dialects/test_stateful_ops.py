@@ -43,8 +43,9 @@ def tally(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declares a dialect with two operations for the time of a test."""
     for module, name in ((op_table, "_TABLE"), (op_table, "_DIALECTS"), (traits, "_KNOWN")):
         monkeypatch.setattr(module, name, getattr(module, name).copy())
-    declare(OpDef("tally.add", "Adds to a total.", ("total", "x"), types=lambda _: (), meaning=_add,
-                  effects=Effects.WRITES))  # fmt: skip
+    declare(
+        OpDef("tally.add", "Adds to a total.", ("total", "x"), types=lambda _: (), meaning=_add, effects=Effects.WRITES)
+    )
     declare(OpDef("tally.read", "The total so far.", ("total",), types=lambda op: (op["total"].type,),
                   meaning=torch.clone, effects=Effects.READS))  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler
-from passes.quantizing.calibrate import Calibrate, activations, behind_top_k, saw_no_token, statistics_of
+from passes.quantizing.calibrate import Calibrate, activations, after_top_k, saw_no_token, statistics_of
 from qcompiler.calibration import Calibration, Statistics
 from qcompiler.capture import capture
 from qcompiler.errors import InputError, PassError, QCompilerError
@@ -239,7 +239,7 @@ def test_experts_without_tokens_are_reported_without_an_error(kind: str) -> None
 @pytest.mark.parametrize("kind", ["gather", "mask"])
 def test_layers_after_the_experts_must_see_data(kind: str) -> None:
     graph = captured(kind).clone()
-    values, routed = list(activations(graph)), behind_top_k(graph)
+    values, routed = list(activations(graph)), after_top_k(graph)
     assert [value in routed for value in values] == [True] * 8 + [False]
     graph.calibration = Calibration([[torch.zeros(3, 16)]])
     with pytest.raises(InputError) as error:

@@ -97,13 +97,12 @@ LEGAL: dict[str, str] = {
     "aten.mm": "%h = aten.select.int(%q, 0, 0) : f32[3, 4]\n%r = aten.mm(%h, %u) : f32[3, 8]",
     "aten.bmm": BATCH + "%r = aten.bmm(%q, %h) : f32[1, 3, 8]",
     "aten.matmul": "%r = aten.matmul(%q, %u) : f32[1, 3, 8]",
-    "aten.scaled_dot_product_attention": BATCH
-    + "%r = aten.scaled_dot_product_attention(%q, %k, %h) : f32[1, 3, 8]",
+    "aten.scaled_dot_product_attention": BATCH + "%r = aten.scaled_dot_product_attention(%q, %k, %h) : f32[1, 3, 8]",
     "attention.causal": "%h = aten.view(%u, [1, 1, 4, 8]) : f32[1, 1, 4, 8]\n"
     "%n = aten.unsqueeze(%k, 0) : f32[1, 1, 4, 4]\n"
     "%g = aten.expand(%n, [1, 2, 4, 4]) : f32[1, 2, 4, 4]\n"
     "%r = attention.causal(%g, %n, %h) {scale = 0.5} : f32[1, 2, 4, 8]",
-}  # fmt: skip
+}
 """Operation -> from %v or %u to %r: a scale of either passes through to the other."""
 
 ROWS = "%z = aten.linear(%h, %half) : f32[8, 5]"

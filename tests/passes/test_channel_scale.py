@@ -163,8 +163,8 @@ def test_a_norm_with_two_users() -> None:
     assert [(absorber.op.name, absorber.kind, absorber.path) for absorber in region.absorbers] == [
         ("aten.rms_norm", "norm", ())
     ]
-    assert [reader.op.result.name for reader in region.readers] == ["q", "up", "route"]
-    assert {reader.labels for reader in region.readers} == {tuple(range(8))}
+    assert [linear.op.result.name for linear in region.linears] == ["q", "up", "route"]
+    assert {linear.labels for linear in region.linears} == {tuple(range(8))}
     assert region.classes == tuple(range(8))
     assert [value.name for value in region.scaled] == ["n"]
 
@@ -188,7 +188,7 @@ def test_sliced_and_concatenated_reads() -> None:
     )
     expression += "%ha = aten.linear(%a, %half) : f32[s0, 8]\n%c = aten.cat([%b, %a], 1) : f32[s0, 8]\n"
     region = solved(expression + "%hc = aten.linear(%c, %w) : f32[s0, 8]", "n")
-    labels = {reader.op.result.name: reader.labels for reader in region.readers}
+    labels = {linear.op.result.name: linear.labels for linear in region.linears}
     assert labels == {"ha": (4, 5, 6, 7), "hc": (2, 3, 4, 5, 4, 5, 6, 7)}
     assert region.classes == tuple(range(8))
 
@@ -196,7 +196,7 @@ def test_sliced_and_concatenated_reads() -> None:
 def test_a_concatenation_with_unscaled_values() -> None:
     expression = NORM + "%c = aten.cat([%z, %n, %z], 1) : f32[s0, 24]\n%t = aten.t(%big) : f32[8, 24]\n"
     region = solved(expression + "%h = aten.linear(%c, %t) : f32[s0, 8]", "n")
-    assert region.readers[0].labels == (UNSCALED,) * 8 + tuple(range(8)) + (UNSCALED,) * 8
+    assert region.linears[0].labels == (UNSCALED,) * 8 + tuple(range(8)) + (UNSCALED,) * 8
 
 
 ATTENTION = """
@@ -257,7 +257,7 @@ def test_a_linear_that_absorbs_and_uses_a_scale() -> None:
     expression = NORM + Q + "%r = aten.relu(%q) : f32[s0, 8]\n%h = aten.add.Tensor(%n, %r) : f32[s0, 8]\n"
     region = solved(expression + "%y = aten.linear(%h, %w2) : f32[s0, 8]", "n")
     assert [absorber.op.results[0].name for absorber in region.absorbers] == ["n", "q"]
-    assert [reader.op.result.name for reader in region.readers] == ["q", "y"]
+    assert [linear.op.result.name for linear in region.linears] == ["q", "y"]
 
 
 def test_the_second_factor_is_tried_and_the_last_refusal_reported() -> None:
@@ -287,7 +287,7 @@ def test_equal_graphs_give_equal_regions() -> None:
     expression = NORM + Q + "%a = aten.relu(%n) : f32[s0, 8]\n%y = aten.linear(%a, %w2) : f32[s0, 8]"
     first, second = solved(expression, "n"), solved(expression, "n")
     assert [str(value) for value in first.scaled] == [str(value) for value in second.scaled] == ["%n", "%a"]
-    assert [str(reader.op.result) for reader in first.readers] == [str(r.op.result) for r in second.readers]
+    assert [str(linear.op.result) for linear in first.linears] == [str(r.op.result) for r in second.linears]
     assert first.classes == second.classes
 
 
@@ -308,8 +308,7 @@ STEPS = (
     "%{o} = aten.flip(%{i}, [1]) : f32[s0, 8]",
     "%{o}a = aten.neg(%{i}) : f32[s0, 8]\n%{o} = aten.add.Tensor(%{i}, %{o}a) {{alpha = 0.5}} : f32[s0, 8]",
     "%{o}a = aten.roll(%{i}, [2], [1]) : f32[s0, 8]\n%{o} = aten.where.self(%mask, %{i}, %{o}a) : f32[s0, 8]",
-    "%{o}a, %{o}b = aten.chunk(%{i}, 2, 1) : f32[s0, 4], f32[s0, 4]\n"
-    "%{o} = aten.cat([%{o}b, %{o}a], 1) : f32[s0, 8]",
+    "%{o}a, %{o}b = aten.chunk(%{i}, 2, 1) : f32[s0, 4], f32[s0, 4]\n%{o} = aten.cat([%{o}b, %{o}a], 1) : f32[s0, 8]",
     "%{o}a = aten.slice.Tensor(%{i}, 1, 2, 6) : f32[s0, 4]\n%{o} = aten.repeat(%{o}a, [1, 2]) : f32[s0, 8]",
     "%{o}a = aten.view(%{i}, [-1, 2, 4]) : f32[s0, 2, 4]\n%{o}b = aten.transpose.int(%{o}a, 1, 2) : f32[s0, 4, 2]\n"
     "%{o} = aten.reshape(%{o}b, [-1, 8]) : f32[s0, 8]",
@@ -318,7 +317,7 @@ STEPS = (
     "%{o} = aten.cat([%{o}d, %{o}d], 1) : f32[s0, 8]",
     "%{o} = aten.matmul(%rows, %{i}) : f32[s0, 8]",
     "%{o} = aten.linear(%{i}, %square, %gain) : f32[s0, 8]",
-)  # fmt: skip
+)
 
 
 @settings(max_examples=50)

@@ -309,8 +309,9 @@ def test_outputs_never_share_memory_with_weights() -> None:
 def test_both_rules_without_weight_data() -> None:
     text = ARITHMETIC.format(
         outputs="f32[3, 64]",
-        expression="  %f = aten.div.Tensor(%g, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]", names="%y",
-    )  # fmt: skip
+        expression="  %f = aten.div.Tensor(%g, %s) : f32[64]\n  %y = aten.mul.Tensor(%x, %f) : f32[3, 64]",
+        names="%y",
+    )
     bare = Graph.parse(text)
     assert FoldConstants().run(bare)
     bare.verify()

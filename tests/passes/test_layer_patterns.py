@@ -87,7 +87,7 @@ def test_valid_patterns(patterns: tuple[str, ...]) -> None:
         (("norm",), "a pattern matches no matmul's weight: got 'norm'."),  # a matmul does not use its weight
         (("zz", "aa"), "a pattern matches no matmul's weight: got 'aa'."),
     ],
-)  # fmt: skip
+)
 def test_patterns_that_match_nothing(patterns: tuple[str, ...], message: str) -> None:
     with pytest.raises(PassError) as error:
         check_patterns(patterns, graph())

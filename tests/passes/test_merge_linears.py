@@ -49,10 +49,12 @@ def merged(graph: Graph) -> list[list[str]]:
 # Codes and scales
 
 QUANTIZERS = [
-    (Fp8Tile(), (128, 128)), (Fp8Tile(w_format=Format(DType.f8e4m3fn, (64, 128))), (64, 128)), (Quantize(), (1, ALL)),
+    (Fp8Tile(), (128, 128)),
+    (Fp8Tile(w_format=Format(DType.f8e4m3fn, (64, 128))), (64, 128)),
+    (Quantize(), (1, ALL)),
     (Quantize(INT8_ROW, INT8_ROW), (1, ALL)),
     (Fp8Tile(replace(FP8_TILE, profile="ue8m0"), replace(FP8_BLOCK, profile="ue8m0")), (128, 128)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("quantize", "block"), QUANTIZERS, ids=lambda each: str(each))

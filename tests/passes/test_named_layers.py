@@ -84,8 +84,9 @@ def test_names_and_patterns() -> None:
     graph = Graph.parse(TEXT)
     asked = requested_layers(("*", "*.gate", "layers.*_A", "!*.up"), graph)
     assert {pattern: [op.result.name for op in ops] for pattern, ops in asked.items()} == {
-        "*.gate": ["gate"], "layers.*_A": ["lora"],
-    }  # fmt: skip
+        "*.gate": ["gate"],
+        "layers.*_A": ["lora"],
+    }
     assert requested_layers(("*",), graph) == {}
 
 

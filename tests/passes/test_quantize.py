@@ -235,7 +235,7 @@ def test_reasons() -> None:
         ({"static": 1}, "option 'static' of pass 'quantize' has a wrong value: got 1; need true or false"),
         ({"layers": "lm_head"}, "option 'layers' of pass 'quantize' has a wrong value: got 'lm_head'; need [a word or"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(QCompilerError) as error:
         Quantize(**options)

@@ -121,7 +121,7 @@ def test_any_scale_changes_a_model_only_by_rounding(name: str) -> None:
 def test_which_linears_of_llama_share_a_region() -> None:
     graph = captured("llama", torch.float32)
     regions = [solve(graph, value) for value in linear_inputs(graph)]
-    counts = [(len(set(r.classes)), len(r.classes), len(r.readers)) for r in regions if isinstance(r, ScaleRegion)]
+    counts = [(len(set(r.classes)), len(r.classes), len(r.linears)) for r in regions if isinstance(r, ScaleRegion)]
     assert counts == [(64, 64, 3), (32, 64, 1), (64, 64, 2), (96, 96, 1), (64, 64, 1)]
 
 
@@ -286,8 +286,9 @@ def test_invalid_scales(s: torch.Tensor, message: str) -> None:
 
 
 def test_tied_channels_need_equal_factors() -> None:
-    expression = NORM.replace("%n =", "%m =").replace("%y =", "%f = aten.flip(%m, [1]) : bf16[s0, 4]\n%n = "
-        "aten.add.Tensor(%m, %f) : bf16[s0, 4]\n%y =")  # fmt: skip
+    expression = NORM.replace("%n =", "%m =").replace(
+        "%y =", "%f = aten.flip(%m, [1]) : bf16[s0, 4]\n%n = aten.add.Tensor(%m, %f) : bf16[s0, 4]\n%y ="
+    )
     graph, region, x = small(expression)
     assert region.classes == (0, 1, 1, 0)
     with pytest.raises(PassError) as error:

@@ -14,7 +14,7 @@ from passes.quantizing.scheme_options import SchemeOptions
 from passes.smoothing.smooth_scales import (
     ALPHAS,
     BOUNDS,
-    Reader,
+    SmoothedLinear,
     by_formula,
     by_learning,
     by_search,
@@ -40,8 +40,8 @@ def paper(x: np.ndarray, weights: list[np.ndarray], alpha: float) -> list[float]
     return scales
 
 
-def reader(rows: Tensor, weight: Tensor, labels: Tensor | None = None) -> Reader:
-    return Reader(weight, torch.arange(weight.shape[1]) if labels is None else labels, rows, rows.abs().amax(0))
+def linear(rows: Tensor, weight: Tensor, labels: Tensor | None = None) -> SmoothedLinear:
+    return SmoothedLinear(weight, torch.arange(weight.shape[1]) if labels is None else labels, rows, rows.abs().amax(0))
 
 
 def outliers(rows: int = 64, channels: int = 128, factor: float = 50.0) -> Tensor:
@@ -99,9 +99,9 @@ def test_activation_magnitude_does_not_change_the_error(size: float) -> None:
     x, w = outliers(), weights()
     for options in (TENSOR, TOKEN):
         for scale in (torch.ones(128), by_formula(x.abs().amax(0), w.abs().amax(0), 0.5)):
-            want = output_error(scale, [reader(x, w)], options)
-            assert output_error(scale, [reader(x * size, w)], options) == want > 0
-    assert output_error(torch.ones(128), [reader(x * 0, w)], TENSOR) == 0
+            want = output_error(scale, [linear(x, w)], options)
+            assert output_error(scale, [linear(x * size, w)], options) == want > 0
+    assert output_error(torch.ones(128), [linear(x * 0, w)], TENSOR) == 0
 
 
 def test_tied_channels_share_their_largest_magnitude() -> None:
@@ -134,7 +134,7 @@ def test_the_error_matches_the_scheme(options: SchemeOptions, per_row: bool) -> 
         y = x @ w.T
         error = fake(x / scale, per_row) @ fake(w * scale, per_row).T - y
         want += float(error.square().sum() / y.square().sum())
-    got = output_error(scale, [reader(x, first), reader(x, second)], options)
+    got = output_error(scale, [linear(x, first), linear(x, second)], options)
     assert got == pytest.approx(want, rel=1e-4)
 
 
@@ -145,9 +145,9 @@ def test_a_tensor_scale_covers_all_observed_values() -> None:
     step = (seen / 2).amax() / 127
     got = torch.round(x / 2 / step) * step @ fake(w * 2, per_row=False).T
     want = float((got - x @ w.T).square().sum() / (x @ w.T).square().sum())
-    assert output_error(scale, [Reader(w, torch.arange(128), x, seen)], TENSOR) == pytest.approx(want, rel=1e-4)
-    assert output_error(scale, [Reader(w, torch.arange(128), x, seen)], TOKEN) == output_error(
-        scale, [reader(x, w)], TOKEN
+    assert output_error(scale, [SmoothedLinear(w, torch.arange(128), x, seen)], TENSOR) == pytest.approx(want, rel=1e-4)
+    assert output_error(scale, [SmoothedLinear(w, torch.arange(128), x, seen)], TOKEN) == output_error(
+        scale, [linear(x, w)], TOKEN
     )
 
 
@@ -156,38 +156,38 @@ def test_labels_map_inputs_to_scales() -> None:
     scale = torch.tensor([2.0, 4.0, 8.0])
     labels = torch.tensor([2, -1, 0, 0])
     each = torch.tensor([8.0, 1.0, 2.0, 2.0])
-    want = output_error(each, [reader(x, w)], TENSOR)
-    assert output_error(scale, [reader(x, w, labels)], TENSOR) == want
+    want = output_error(each, [linear(x, w)], TENSOR)
+    assert output_error(scale, [linear(x, w, labels)], TENSOR) == want
 
 
 @pytest.mark.parametrize("pow2", [False, True])
 @pytest.mark.parametrize("options", [TENSOR, TOKEN, TILE])
 def test_the_search_finds_the_best_point_of_its_grid(options: SchemeOptions, pow2: bool) -> None:
     x, w = outliers(), weights()
-    readers = [reader(x, w)]
+    linears = [linear(x, w)]
     x_max, w_max = x.abs().amax(0), w.abs().amax(0)
-    got = by_search(x_max, w_max, readers, options, pow2)
+    got = by_search(x_max, w_max, linears, options, pow2)
     grid = [by_formula(x_max, w_max, alpha) for alpha in ALPHAS]
     tried = [torch.ones(128), *(map(to_powers_of_two, grid) if pow2 else grid)]
-    assert output_error(got, readers, options) == min(output_error(each, readers, options) for each in tried)
+    assert output_error(got, linears, options) == min(output_error(each, linears, options) for each in tried)
     if options is TENSOR:  # outliers 50 times larger than the rest ruin a tensor scale
-        assert output_error(got, readers, options) < 0.2 * output_error(torch.ones(128), readers, options)
+        assert output_error(got, linears, options) < 0.2 * output_error(torch.ones(128), linears, options)
 
 
 def test_the_search_prefers_no_smoothing_without_a_gain() -> None:
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(3)).sign()  # all channels are equal
-    got = by_search(x.abs().amax(0), torch.ones(128), [reader(x, torch.ones(4, 128))], TENSOR, False)
+    got = by_search(x.abs().amax(0), torch.ones(128), [linear(x, torch.ones(4, 128))], TENSOR, False)
     assert torch.equal(got, torch.ones(128))
 
 
 def test_learning_improves_on_its_start_and_keeps_ties() -> None:
     x, w = outliers(), weights()
-    readers = [reader(x, w)]
+    linears = [linear(x, w)]
     classes = torch.arange(128) // 2
     x_max, w_max = (largest([v.abs().amax(0)], [torch.arange(128)], classes) for v in (x, w))
     start = by_formula(x_max, w_max, 0.2)
-    learned = by_learning(start, classes, readers, TENSOR)
-    assert output_error(learned, readers, TENSOR) < 0.5 * output_error(start, readers, TENSOR)
+    learned = by_learning(start, classes, linears, TENSOR)
+    assert output_error(learned, linears, TENSOR) < 0.5 * output_error(start, linears, TENSOR)
     assert torch.equal(learned[0::2], learned[1::2])
     assert learned.isfinite().all() and (learned > 0).all() and not learned.requires_grad
 
@@ -195,18 +195,18 @@ def test_learning_improves_on_its_start_and_keeps_ties() -> None:
 def test_learning_never_returns_a_worse_result() -> None:
     x, w = torch.randn(32, 128, generator=torch.Generator().manual_seed(7)), weights()
     start = torch.ones(128)
-    learned = by_learning(start, torch.arange(128), [reader(x, w)], TILE)
-    assert output_error(learned, [reader(x, w)], TILE) <= output_error(start, [reader(x, w)], TILE) * (1 + 1e-5)
+    learned = by_learning(start, torch.arange(128), [linear(x, w)], TILE)
+    assert output_error(learned, [linear(x, w)], TILE) <= output_error(start, [linear(x, w)], TILE) * (1 + 1e-5)
 
 
 def test_parts_are_disjoint_and_one_row_is_used_for_both() -> None:
-    whole = reader(torch.arange(10.0).reshape(5, 2), torch.ones(1, 2))
+    whole = linear(torch.arange(10.0).reshape(5, 2), torch.ones(1, 2))
     assert whole.part(0).sample[:, 0].tolist() == [0, 4, 8]
     assert whole.part(1).sample[:, 0].tolist() == [2, 6]
-    single = reader(torch.ones(1, 2), torch.ones(1, 2))
+    single = linear(torch.ones(1, 2), torch.ones(1, 2))
     assert torch.equal(single.part(1).sample, single.sample)
 
 
 def test_without_a_sample_the_message_says_what_to_add() -> None:
     with pytest.raises(PassError, match=r"a sample of the activations is needed.* Put calibrate\{rows=256\} before it"):
-        output_error(torch.ones(2), [Reader(torch.ones(1, 2), torch.arange(2), None, torch.ones(2))], TENSOR)
+        output_error(torch.ones(2), [SmoothedLinear(torch.ones(1, 2), torch.arange(2), None, torch.ones(2))], TENSOR)

@@ -1,0 +1,179 @@
+"""The operation `kernel.pointwise`: results that are fused expressions of operands at indices of their own.
+
+    %q, %k = kernel.pointwise(%qkv, %cos) {expressions = ["bf16(x0[i0, i2, 64*i1 + i3] * x1[i0, i3])", …],
+                                           shapes = ["x0.0, 4, x0.1, 64", …]}
+
+One expression and one shape for each result. A size is a number, or an axis of an operand: `x0.1` is axis 1 of x0.
+Results are contiguous. The operation replaces arithmetic, casts, concatenations and views; see the pass fuse-pointwise.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.dialects.expression_nodes import Less, Where
+from qcompiler.dialects.fused_expression import OPERAND, FusedExpression, parse
+from qcompiler.errors import ParseError
+from qcompiler.ir import Argument, Op, Size, TensorType, Type, Value
+from qcompiler.ir.op_table import AttributeCheck, OpDef, OpError, declare
+from qcompiler.ir.sizes import Call, Expr
+from qcompiler.numerics.dtypes import ir_dtype
+
+TEXTS: tuple[AttributeCheck, str] = (
+    lambda a: isinstance(a, tuple) and bool(a) and all(isinstance(text, str) for text in a),
+    "a list of strings",
+)
+
+AxisSize = int | tuple[int, int]
+"""A size of a result: a number, or (operand, axis)."""
+
+
+def read_shape(text: str) -> tuple[AxisSize, ...]:
+    """The sizes in a text such as "x0.0, 4, x0.1, 64"; raises OpError if it is malformed."""
+    sizes: list[AxisSize] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        operand, dot, axis = part.partition(".")
+        if part.isdecimal() and part.isascii():
+            sizes.append(int(part))
+        elif dot and OPERAND.fullmatch(operand) and operand[0] == "x" and axis.isdecimal() and axis.isascii():
+            sizes.append((int(operand[1:]), int(axis)))
+        else:
+            raise OpError(f"'{part}' in the shape '{text}' is neither a number nor an axis such as x0.1")
+    return tuple(sizes)
+
+
+def pointwise_types(op: Op) -> tuple[Type, ...]:
+    """(operands float[...]) -> float[shape] for each expression, in the dtype that it is rounded to"""
+    return results_of(op, op.args)
+
+
+def results_of(op: Op, operands: Sequence[Argument]) -> tuple[TensorType, ...]:
+    """The types of the results of the attributes `expressions` and `shapes`; raises OpError if they do not fit."""
+    kinds = [_operand_type(arg, place) for place, arg in enumerate(operands)]
+    expressions, shapes = texts_of(op, "expressions"), texts_of(op, "shapes")
+    if len(expressions) != len(shapes):
+        raise OpError(f"it has {len(expressions)} expressions, but {len(shapes)} shapes")
+    made = [_parsed(text) for text in expressions]
+    read = {load.name for each in made for load in each.loads}
+    if read != {f"x{place}" for place in range(len(kinds))}:
+        names = ", ".join(sorted(read)) or "no operands"
+        raise OpError(f"its expressions read {names}, but it has {len(kinds)} operands")
+    return tuple(_result(each, read_shape(shape), kinds) for each, shape in zip(made, shapes, strict=True))
+
+
+def texts_of(op: Op, name: str) -> tuple[str, ...]:
+    """An attribute that is a list of strings, which must be checked already."""
+    return op.attrs[name]  # type: ignore[return-value]  # checked by the declaration
+
+
+def _operand_type(arg: Argument, place: int) -> TensorType:
+    kind = arg.type if isinstance(arg, Value) else None
+    if isinstance(kind, TensorType) and kind.dtype.is_float and kind.dtype.bits in (16, 32):
+        return kind
+    raise OpError("an operand of an expression must be a tensor in bf16, f16, or f32", place)
+
+
+def _parsed(text: str) -> FusedExpression:
+    try:
+        made = parse(text)
+    except ParseError as error:
+        raise OpError(str(error)) from None
+    if made.operands:
+        raise OpError(f"its expression reads {made.operands[0]} without an index")
+    return made
+
+
+def _result(made: FusedExpression, sizes: Sequence[AxisSize], kinds: Sequence[TensorType]) -> TensorType:
+    shape = tuple(size if isinstance(size, int) else _axis(kinds, *size) for size in sizes)
+    for load in made.loads:
+        rank = len(kinds[int(load.name[1:])].shape)
+        if len(load.index) != rank:
+            raise OpError(f"{load} has {len(load.index)} indices, but {load.name} has {rank} axes")
+    if outside := sorted(index for index in made.indices if int(index[1:]) >= len(shape)):
+        raise OpError(f"its expression has the index {outside[-1]}, but its result has {len(shape)} axes")
+    if made.across and not shape:
+        raise OpError("its expression reduces rows, but its result has no axes")
+    return TensorType(ir_dtype(made.dtype()), shape)
+
+
+def _axis(kinds: Sequence[TensorType], operand: int, axis: int) -> Size:
+    if operand >= len(kinds) or axis >= len(kinds[operand].shape):
+        raise OpError(f"its shape names axis {axis} of x{operand}, which does not exist")
+    return kinds[operand].shape[axis]
+
+
+def pointwise(*operands: Tensor, expressions: Sequence[str], shapes: Sequence[str]) -> tuple[Tensor, ...]:
+    """Torch definition of `kernel.pointwise`: gathers what each load reads, then computes."""
+    return tuple(
+        computed(parse(expression), shape_of(shape, operands), operands)
+        for expression, shape in zip(expressions, shapes, strict=True)
+    )
+
+
+def shape_of(text: str, operands: Sequence[Tensor]) -> tuple[int, ...]:
+    """The sizes of a result, given the operands."""
+    return tuple(size if isinstance(size, int) else operands[size[0]].shape[size[1]] for size in read_shape(text))
+
+
+def computed(made: FusedExpression, shape: tuple[int, ...], operands: Sequence[Tensor]) -> Tensor:
+    """One result."""
+    device, rank = operands[0].device, len(shape)
+    if not prod(shape):
+        return torch.empty(shape, dtype=made.dtype(), device=device)
+    axes = {
+        f"i{axis}": torch.arange(size, device=device).view(-1, *[1] * (rank - 1 - axis))
+        for axis, size in enumerate(shape)
+    }
+    values: dict[Any, Tensor] = {}
+    for load in made.loads:
+        values[load] = _gathered(operands[int(load.name[1:])], load.index, axes).float()
+    for part in made.expressions():
+        if isinstance(part, Where):
+            values[part.condition] = _holds(part.condition, axes, device)
+    (result,) = made.evaluate(values, shape)
+    return result
+
+
+def _gathered(x: Tensor, index: Sequence[Size], axes: dict[str, Tensor]) -> Tensor:
+    """The elements at an index; where it is outside, which `where` does not choose, any element."""
+    if not x.numel():
+        return x.new_zeros(())
+    at = [_place(size, axes) for size in index]
+    return x[tuple(each.clamp(0, size - 1) for each, size in zip(at, x.shape, strict=True))] if at else x
+
+
+def _holds(condition: Less, axes: dict[str, Tensor], device: torch.device) -> Tensor:
+    return (_place(condition.left, axes) < _place(condition.right, axes)).to(device)
+
+
+def _place(size: Size, axes: dict[str, Tensor]) -> Tensor:
+    """An index expression as a tensor that broadcasts to the result."""
+    if not isinstance(size, Expr):
+        return torch.tensor(size, device=next((each.device for each in axes.values()), None))
+    total = torch.zeros((), dtype=torch.int64, device=next(iter(axes.values())).device)
+    for atoms, factor in size.terms:
+        term = torch.tensor(factor, device=total.device)
+        for atom in atoms:
+            term = term * (_function(atom, axes) if isinstance(atom, Call) else axes[atom])
+        total = total + term
+    return total
+
+
+def _function(atom: Call, axes: dict[str, Tensor]) -> Tensor:
+    place, by = (_place(arg, axes) for arg in atom.args)
+    return place // by if atom.function == "floordiv" else place % by
+
+
+declare(
+    OpDef(
+        "kernel.pointwise",
+        "Evaluates fused expressions whose operands have indices of their own, all in one kernel.",
+        ("*",),
+        {"expressions": TEXTS, "shapes": TEXTS},
+        types=pointwise_types,
+        meaning=pointwise,
+    )
+)

@@ -1,0 +1,68 @@
+"""Generated pointwise kernels compiled for Hopper without a GPU: full-width loads and stores, no spills."""
+
+import pytest
+import torch
+from pointwise_examples import (
+    ROTARY,
+    SHAPES,
+    compile_norm,
+    compile_pointwise,
+    compile_rotary,
+    compile_rotary_append,
+    meta,
+)
+
+
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_rotary_embedding(tokens: int) -> None:
+    code = compile_rotary(tokens)
+    per_thread = 1 if tokens == 1 else 2
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads == 2 * 5 * per_thread  # x at three indices, the cosine and the sine, for both results
+    assert code.wide_stores == 2 * per_thread
+
+
+def test_a_norm_before_a_rotary_embedding() -> None:
+    text = "t0 = mean(x0[i0, i2, 64*i1 + i3] * x0[i0, i2, 64*i1 + i3]); t1 = rsqrt(t0 + 1e-06);" + ROTARY.replace(
+        "x0[i0, i2, 64*i1 + i3]", "bf16(x3[i3] * bf16(x0[i0, i2, 64*i1 + i3] * t1))"
+    )
+    code = compile_pointwise(
+        (text,), SHAPES[:1], [meta(2, 4096, 256), meta(2, 4096, 64), meta(2, 4096, 64), meta(64)],
+        [meta(2, 4, 4096, 64)],
+    )  # fmt: skip
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_stores == 2
+
+
+@pytest.mark.parametrize("columns", [768, 4096, 16384])
+def test_a_norm_of_a_whole_row(columns: int) -> None:
+    code = compile_norm(columns)
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads and code.wide_stores
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_rotary_embedding_and_append(dtype: torch.dtype, tokens: int) -> None:
+    code = compile_rotary_append(dtype, tokens)
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads >= 5 + 5 + 1
+    assert ("F2FP.SATFINITE.E4M3" in code.sass) == (dtype == torch.float8_e4m3fn)
+
+
+def test_offsets_are_wide_only_if_a_tensor_is_large() -> None:
+    narrow, wide = (
+        compile_pointwise(("bf16(x0[i0, i1] * 2.0)",), ("x0.0, 4096",), [meta(rows, 4096)], [meta(rows, 4096)])
+        for rows in (2**18, 2**20)
+    )
+    assert wide.sass.count(".WIDE") != narrow.sass.count(".WIDE")
+    assert narrow.wide_loads == wide.wide_loads == 2
+
+
+def test_a_transposed_operand_and_other_dtypes() -> None:
+    code = compile_pointwise(
+        ("where(i1 < 3, x0[i0, i1], exp(x1[i1 - 3, i0]))",), ("x0.0, 1027",),
+        [meta(100, 3, dtype=torch.float32), meta(100, 1024, dtype=torch.float16).t()],
+        [meta(100, 1027, dtype=torch.float32)],
+    )  # fmt: skip
+    assert (code.local_loads, code.local_stores) == (0, 0)

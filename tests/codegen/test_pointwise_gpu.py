@@ -1,0 +1,93 @@
+"""Generated pointwise kernels on a Hopper GPU: bit-equal to the torch definition on a CPU."""
+
+import pytest
+import torch
+from pointwise_examples import KEYS, ROTARY, SHAPES
+from torch import Tensor
+
+from qcompiler.dialects.pointwise import pointwise
+
+pytestmark = pytest.mark.gpu
+
+
+def check(expressions: tuple[str, ...], shapes: tuple[str, ...], *operands: Tensor) -> None:
+    wanted = pointwise(*operands, expressions=expressions, shapes=shapes)
+    for _ in range(3):  # the third call is replayed
+        made = torch.ops.qcompiler.pointwise(on_gpu(operands), list(expressions), list(shapes))
+        for got, want in zip(made, wanted, strict=True):
+            assert got.shape == want.shape and got.is_contiguous()
+            bits = torch.int16 if want.itemsize == 2 else torch.int32
+            assert torch.equal(got.cpu().view(bits), want.view(bits)), (expressions, got.shape)
+
+
+def on_gpu(operands: tuple[Tensor, ...]) -> list[Tensor]:
+    """Copies with the same strides."""
+    made = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in operands]
+    for x, y in zip(operands, made, strict=True):
+        y.copy_(x)
+    return made
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (16, 1), (2, 77), (1, 4096)])
+def test_rotary_embedding(batch: int, tokens: int) -> None:
+    qkv = torch.randn(batch, tokens, 520).bfloat16()
+    cos, sin = torch.randn(batch, tokens, 64).bfloat16(), torch.randn(batch, tokens, 64).bfloat16()
+    check((ROTARY, KEYS), SHAPES, qkv[..., :384], cos, sin)
+    check((ROTARY, KEYS), SHAPES, qkv[..., 3:387], cos, sin)  # not aligned
+    check((ROTARY, KEYS), SHAPES, qkv[..., :384].transpose(0, 1).contiguous().transpose(0, 1), cos, sin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (16, 1), (3, 77)])
+def test_append(dtype: torch.dtype, batch: int, tokens: int) -> None:
+    """One kernel writes the same bytes as the two that it replaces; tokens beyond the capacity are not written."""
+    qkv, value = torch.randn(batch, tokens, 384).bfloat16().cuda(), torch.randn(batch, tokens, 2, 48).bfloat16().cuda()
+    cos, sin = (torch.randn(batch, tokens, 64).bfloat16().cuda() for _ in range(2))
+    slots = torch.randperm(batch + 1, device="cuda")[:batch].contiguous()
+    lengths = torch.arange(batch, device="cuda") * 5
+    cache = [torch.zeros(batch + 1, 2, 80, size, device="cuda").to(dtype) for size in (64, 48)]
+    if dtype.itemsize == 1:
+        cache += [torch.zeros(batch + 1, 2, 80, device="cuda") for _ in range(2)]
+    wanted = [each.clone() for each in cache]
+    operands = [qkv, cos, sin, value.transpose(1, 2)]
+    query, key = torch.ops.qcompiler.pointwise(operands[:3], [ROTARY, KEYS], list(SHAPES))
+    torch.ops.qcompiler.append_to_cache(wanted, key, operands[3], slots, lengths)
+    for _ in range(3):  # the third call is replayed
+        (got,) = torch.ops.qcompiler.fused_append(
+            cache, slots, lengths, operands, [KEYS, "bf16(x3[i0, i1, i2, i3])", ROTARY],
+            [SHAPES[1], "x3.0, 2, x3.2, 48", SHAPES[0]],
+        )  # fmt: skip
+    assert torch.equal(got.view(torch.int16), query.view(torch.int16))
+    for one, want in zip(cache, wanted, strict=True):
+        assert torch.equal(one.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("columns", [64, 768, 4096])
+def test_norms(columns: int) -> None:
+    x, gain = torch.randn(37, columns).bfloat16(), torch.randn(columns).bfloat16()
+    text = "t0 = mean(x0[i0, i1] * x0[i0, i1]); bf16(x1[i1] * bf16(x0[i0, i1] * rsqrt(t0 + 1e-06)))"
+    (want,) = pointwise(x, gain, expressions=[text], shapes=[f"x0.0, {columns}"])
+    (got,) = torch.ops.qcompiler.pointwise([x.cuda(), gain.cuda()], [text], [f"x0.0, {columns}"])
+    assert torch.allclose(
+        got.cpu().float(), want.float(), rtol=2**-6, atol=1e-3
+    )  # sums in another order, two roundings
+
+
+def test_cosines_and_sines_are_those_of_torch() -> None:
+    x = (torch.randn(100, 64) * 1000).cuda()
+    cos, sin = torch.ops.qcompiler.pointwise([x], ["cos(x0[i0, i1])", "sin(x0[i0, i1])"], ["x0.0, 64", "x0.0, 64"])
+    assert torch.allclose(cos, x.cos(), rtol=0, atol=2e-7) and torch.allclose(sin, x.sin(), rtol=0, atol=2e-7)
+
+
+def test_indices_and_dtypes() -> None:
+    x, y = torch.randn(37, 64), torch.randn(64, 33).half()
+    check(("where(i1 < 64, x0[i0, i1], f16(relu(x1[i1 - 64, mod(i0, 33)])))",), ("x0.0, 128",), x, y)
+    check(("x0[i1, i0] / 3.0",), ("64, x0.0",), x)
+    check(("bf16(x0[floordiv(i0, 64), mod(i0, 64)] - x1[0, 0])",), ("2368",), x, y)
+    check(("x0[] + 1.0",), ("",), torch.randn(()))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    x = torch.empty(2**21 + 3, 2**10, dtype=torch.bfloat16, device="cuda").normal_()
+    (got,) = torch.ops.qcompiler.pointwise([x], ["bf16(neg(x0[i0, i1]))"], ["x0.0, 1024"])
+    assert torch.equal(got, -x)
