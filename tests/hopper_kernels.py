@@ -275,10 +275,11 @@ CAPACITY = 8192
 
 
 def meta_cache(
-    dtype: torch.dtype, groups: int, sizes: tuple[int, int], slots: int = 16
+    dtype: torch.dtype, groups: int, sizes: tuple[int, int], slots: int = 16, *, static: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     key, value = (meta(slots, groups, CAPACITY, size, dtype=dtype) for size in sizes)
-    scales = [meta(slots, groups, CAPACITY) if dtype.itemsize == 1 else None for _ in sizes]
+    shape = (1,) if static else (slots, groups, CAPACITY)
+    scales = [meta(*shape) if dtype.itemsize == 1 else None for _ in sizes]
     return key, value, scales[0], scales[1]
 
 
@@ -292,14 +293,14 @@ def choose_attend(batch: int, tokens: int = 1, *, dtype: torch.dtype = torch.bfl
 def attend_calls(
     dtype: torch.dtype = torch.bfloat16, *, batch: int = 16, tokens: int = 1, groups: int = 8, repeats: int = 4,
     sizes: tuple[int, int] = (128, 128), config: AttendConfig | None = None, window: int | None = None,
-    softcap: float | None = None, sinks: bool = False,
+    softcap: float | None = None, sinks: bool = False, static: bool = False,
 ) -> Sequence[KernelCall]:  # fmt: skip
     """Attention over a cache whose elements, unless they are codes, have the dtype of the query."""
     query_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     heads, rows = groups * repeats, meta(batch, dtype=torch.int64)
     query = meta(batch, tokens, heads, sizes[0], dtype=query_dtype).transpose(1, 2)
     out = meta(batch, tokens, heads, sizes[1], dtype=query_dtype)
-    cache, given = meta_cache(dtype, groups, sizes), meta(heads, dtype=query_dtype) if sinks else None
+    cache, given = meta_cache(dtype, groups, sizes, static=static), meta(heads, dtype=query_dtype) if sinks else None
     chosen = config or choose_attend(
         batch, tokens, dtype=dtype, groups=groups, repeats=repeats, size=sizes[0], value_size=sizes[1], window=window
     )
@@ -317,14 +318,18 @@ def compile_combine(batch: int = 1, **rest: Any) -> MachineCode:
 
 
 def compile_append(
-    dtype: torch.dtype = torch.bfloat16, *, batch: int = 16, tokens: int = 1, sizes: tuple[int, int] = (128, 128)
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    batch: int = 16,
+    tokens: int = 1,
+    sizes: tuple[int, int] = (128, 128),
+    static: bool = False,
 ) -> MachineCode:
     """Appending to 8 KV heads; keys and values are slices of one matrix, as after a merged linear."""
     size = sum(sizes)
     both = meta(batch, tokens, 8, size, dtype=torch.bfloat16).transpose(1, 2)
     rows = meta(batch, dtype=torch.int64)
-    operands = AppendOperands(
-        both[..., : sizes[0]], both[..., sizes[0] :], meta_cache(dtype, 8, sizes), rows, rows
-    )  # fmt: skip
+    cache = meta_cache(dtype, 8, sizes, static=static)
+    operands = AppendOperands(both[..., : sizes[0]], both[..., sizes[0] :], cache, rows, rows)
     config = APPEND_TO_CACHE.family(HOPPER).choose(AppendProblem(batch * tokens * 8, max(sizes)))
     return compiled(APPEND_TO_CACHE.family(HOPPER).calls(config, operands)[0])

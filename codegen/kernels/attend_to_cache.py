@@ -8,7 +8,7 @@ once for all of them. Lengths are read on the device, so a CUDA graph stays vali
 
 8-bit codes are converted to float16, which holds them exactly. A key's scale multiplies the scores, a value's scale the
 probabilities; both are FP32. The other operands are divided to fit float16's range: each row of the query by a power of
-two, the scaled probabilities by the largest scale of a block.
+two, the scaled probabilities by the largest scale of a block. Static scales are factors of the query and of the result.
 
 The values are the right operand of a matmul, for which shared memory is read transposed. The machine transposes 16 bits
 at once, so two neighboring codes are loaded as one number and become two operands: even and odd columns.
@@ -16,6 +16,8 @@ at once, so two neighboring codes are loaded as one number and become two operan
 
 import triton
 import triton.language as tl
+
+from codegen.kernels.overlap import inputs_ready, let_next_start
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -25,7 +27,9 @@ def _scores(q, factor, k, scales, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):  
     """Scores in units of log 2: [rows, positions] of q [rows, size] and k [size, positions]."""
     s = tl.dot(q, k, input_precision="ieee")
     if scales is not None:
-        s = s * scales[None, :] * factor[:, None]
+        s = s * scales[None, :]
+    if factor is not None:
+        s = s * factor[:, None]
     if SOFTCAP is None:
         s *= SCALE * LOG2_E
     else:
@@ -51,7 +55,7 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
     tokens, tiles, splits, slot_count, capacity, query_stride_b, query_stride_h, query_stride_s,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
+    LEAST: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the positions 0 ... lengths[b] + i of slot slots[b], for token i of row b of the batch.
 
@@ -61,8 +65,8 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
     Args:
         query: [batch, GROUPS * REPEATS, tokens, SIZE] in any floating dtype, sizes contiguous.
         key: [slot_count, GROUPS, capacity, SIZE], contiguous; likewise `value`, with VALUE_SIZE.
-        key_scale: float32 [slot_count, GROUPS, capacity] if key and value are 8-bit codes, else None; likewise
-            `value_scale`. The VALUE_SIZE of codes is even.
+        key_scale: float32 [slot_count, GROUPS, capacity] if key and value are 8-bit codes, or [1] if STATIC, else None;
+            likewise `value_scale`. The VALUE_SIZE of codes is even.
         slots: int64 [batch].
         lengths: int64 [batch].
         sinks: [GROUPS * REPEATS] in any floating dtype, or None.
@@ -72,8 +76,10 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
         query_stride_b: In units of UNIT elements, like the other strides, so that loads can be wide.
         LEAST: Fewest blocks of a split.
     """
-    BLOCK_K: tl.constexpr = triton.next_power_of_2(SIZE)
-    BLOCK_V: tl.constexpr = triton.next_power_of_2(VALUE_SIZE)
+    BLOCK_K: tl.constexpr = max(triton.next_power_of_2(SIZE), 16)  # a matmul has no smaller sides
+    BLOCK_V: tl.constexpr = max(triton.next_power_of_2(VALUE_SIZE), 16)
+    let_next_start()
+    inputs_ready()
     program = tl.program_id(0)
     split, tile = program % splits, program // splits % tiles
     group, batch = program // (splits * tiles) % GROUPS, program // (splits * tiles * GROUPS)
@@ -108,6 +114,8 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
     factor = None
     if key_scale is not None:
         q, factor = _in_float16(q.to(tl.float32))
+        if STATIC:
+            factor *= tl.load(key_scale)
     else:
         q = q.to(key.dtype.element_ty)
 
@@ -139,7 +147,7 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
             mask=inside[:, None] & (across < VALUE_SIZE // CODES)[None, :], other=0,
         )  # fmt: skip
         k_scales = None
-        if key_scale is not None:
+        if key_scale is not None and not STATIC:
             k_scales = tl.load(key_scale + origin + at, mask=inside, other=0.0)
         s = _scores(q, factor, k.to(q.dtype), k_scales, SCALE, SOFTCAP)
         seen = (at[None, :] <= own[:, None]) & inside[None, :]
@@ -154,9 +162,12 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
         total = total * keep + tl.sum(p, axis=1)
         top = higher
         if CODES == 2:
-            v_scales = tl.load(value_scale + origin + at, mask=inside, other=0.0)
-            largest = tl.max(v_scales, axis=0)
-            weights = (p * (v_scales / largest)[None, :]).to(tl.float16)
+            largest = 1.0
+            if not STATIC:
+                v_scales = tl.load(value_scale + origin + at, mask=inside, other=0.0)
+                largest = tl.max(v_scales, axis=0)
+                p *= (v_scales / largest)[None, :]
+            weights = p.to(tl.float16)
             first = v.to(tl.uint8).to(value.dtype.element_ty, bitcast=True).to(tl.float16)
             second = (v >> 8).to(tl.uint8).to(value.dtype.element_ty, bitcast=True).to(tl.float16)
             sums = sums * keep[:, None] + tl.dot(weights, first) * largest
@@ -166,6 +177,8 @@ def attend_to_cache(  # type: ignore[no-untyped-def]
 
     if CODES == 2:
         sums = tl.interleave(sums, odd)
+        if STATIC:
+            sums *= tl.load(value_scale)
         across = tl.arange(0, BLOCK_V)
     sums /= tl.where(total > 0.0, total, 1.0)[:, None]  # a row without positions is zero
     filled = there[:, None] & (across < VALUE_SIZE)[None, :]
@@ -192,6 +205,8 @@ def combine_splits(  # type: ignore[no-untyped-def]
     BLOCK_V: tl.constexpr = triton.next_power_of_2(VALUE_SIZE)
     row = tl.program_id(0).to(tl.int64)
     split, across = tl.arange(0, SPLITS), tl.arange(0, BLOCK_V)
+    let_next_start()
+    inputs_ready()
     log = tl.load(logs + row * splits + split, mask=split < splits, other=float("-inf"))
     top = tl.max(log, axis=0)
     weights = tl.exp2(log - tl.where(top == float("-inf"), 0.0, top))

@@ -93,6 +93,21 @@ def quotients(values, s, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
+def static_quotients(values, s, TOP: tl.constexpr, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """values / s, or values * (1 / s), as accurate as codes need, for one given scale s, which may be any number.
+
+    The cheap division is proven only for some scales.
+    """
+    if RECIPROCAL:
+        scaled = values * tl.div_rn(1.0, s)
+    elif (s >= 2.0**-60) & (s <= 2.0**100):
+        scaled = divide(values, s, reciprocal_of(s), 2 * TOP)
+    else:
+        scaled = tl.div_rn(values, tl.broadcast_to(s, values.shape))
+    return scaled
+
+
+@triton.jit
 def codes(scaled, TOP: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """The 8-bit codes of quotients: saturated, rounded to nearest even, NaN kept where the format has one."""
     if dtype == tl.int8:

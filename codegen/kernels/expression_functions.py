@@ -17,7 +17,7 @@ def wide(x):  # type: ignore[no-untyped-def]
     if x.dtype == tl.bfloat16:
         result = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
-        )  # fmt: skip
+        )
     else:
         result = x.to(tl.float32)
     return result
@@ -28,13 +28,19 @@ def bf16(x):  # type: ignore[no-untyped-def]
     """x rounded to bfloat16: two numbers in one instruction, where the compiler uses two slow ones."""
     return tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 def f16(x):  # type: ignore[no-untyped-def]
     """x rounded to float16."""
     return x.to(tl.float16)
+
+
+@triton.jit
+def f32(x):  # type: ignore[no-untyped-def]
+    """x, which is in FP32 already."""
+    return x
 
 
 @triton.jit
@@ -63,9 +69,7 @@ def times(a, b):  # type: ignore[no-untyped-def]
 
     Any other multiplication, even `libdevice.mul_rn`, may become part of a fused multiply-add, which rounds only once.
     """
-    return tl.inline_asm_elementwise(
-        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-    )  # fmt: skip
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -105,6 +109,18 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def cos(x):  # type: ignore[no-untyped-def]
+    """The cosine; accurate for any x, as torch's is."""
+    return libdevice.cos(x)
+
+
+@triton.jit
+def sin(x):  # type: ignore[no-untyped-def]
+    """The sine, likewise."""
+    return libdevice.sin(x)
+
+
+@triton.jit
 def tanh(x):  # type: ignore[no-untyped-def]
     """The hyperbolic tangent."""
     return libdevice.tanh(x)
@@ -119,9 +135,7 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def reciprocal_of(x):  # type: ignore[no-untyped-def]
     """1 / x within 1 ulp for normal numbers; zero if the result would be subnormal."""
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )  # fmt: skip
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

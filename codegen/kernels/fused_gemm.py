@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotients, scale_of
 from codegen.kernels.gluon_versions import async_load, computed_here, reinterpret
+from codegen.kernels.overlap import inputs_ready, let_next_start
 from codegen.kernels.warp_pipeline import give_turn, tile_of, wait_for_turn
 
 
@@ -27,10 +28,28 @@ def _produce(  # type: ignore[no-untyped-def]
     a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, width,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring, stage after stage, for all tiles of this block of threads."""
-    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
+    """Fills the ring, stage after stage, for all tiles of this block of threads.
+
+    The first stages' weights are loaded while the previous kernel may still run, unless the tile is so large that the
+    registers of this warp do not suffice; then the weights are not what takes the time.
+    """
     PARTS: gl.constexpr = w_ring.shape[0] // STAGES
-    ROWS: gl.constexpr = a_ring.shape[1]
+    BLOCK_M: gl.constexpr = a_ring.shape[1]
+    ROWS: gl.constexpr = a.block_shape[0]
+    SCALES: gl.constexpr = a_scale.block_shape[1]
+    BYTES: gl.constexpr = (ROWS + PARTS * 128) * 128 + SCALES * 4
+    EARLY: gl.constexpr = PARTS * BLOCK_M < 256
+    tile = gl.program_id(0)
+    _, tile_n = tile_of(tile, height, width, GROUP)
+    if EARLY:
+        early = gl.where(tile < height * width, gl.minimum(gl.cdiv(k, 128), STAGES), 0)
+        for turn in range(early):
+            mbarrier.expect(full.index(turn), BYTES)
+            for part in gl.static_range(PARTS):
+                place = turn * PARTS + part
+                async_load(w, [part * n + tile_n * 128, turn * 128], full.index(turn), w_ring.index(place))
+    let_next_start()
+    inputs_ready()
     turn = 0
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
@@ -38,14 +57,16 @@ def _produce(  # type: ignore[no-untyped-def]
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, (BOXES * ROWS + PARTS * 128) * 128 + BOXES * ROWS * 4)
-            for box in gl.static_range(BOXES):
-                row, place = (tile_m * BOXES + box) * ROWS, stage * BOXES + box
-                async_load(a_scale, [block, row], bar, s_ring.index(place))
-                async_load(a, [row, block * 128], bar, a_ring.index(place))
+            new = True
+            if EARLY:
+                new = turn >= early
+            mbarrier.expect(bar, BYTES, pred=new)
+            row = tile_m * BLOCK_M
+            async_load(a_scale, [block, row], bar, s_ring.index(stage).slice(0, SCALES, 1))
+            async_load(a, [row, block * 128], bar, a_ring.index(stage).slice(0, ROWS))
             for part in gl.static_range(PARTS):
                 place = stage * PARTS + part
-                async_load(w, [part * n + tile_n * 128, block * 128], bar, w_ring.index(place))
+                async_load(w, [part * n + tile_n * 128, block * 128], bar, w_ring.index(place), pred=new)
             turn += 1
 
 
@@ -65,9 +86,8 @@ def _consume(  # type: ignore[no-untyped-def]
     WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Multiplies and promotes the units of consumer number WHO: 64 rows and one part of the weight each."""
-    BOXES: gl.constexpr = a_ring.shape[0] // STAGES
     PARTS: gl.constexpr = w_ring.shape[0] // STAGES
-    ROWS: gl.constexpr = a_ring.shape[1]
+    BLOCK_M: gl.constexpr = a_ring.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     LINES: gl.constexpr = gl.SliceLayout(1, SUMS)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
@@ -80,7 +100,7 @@ def _consume(  # type: ignore[no-untyped-def]
     ROW1: gl.constexpr = LAST // PARTS * 64
     NEXT: gl.constexpr = 1 - WHO
     TURNS: gl.constexpr = WAVES == 2
-    scales = reinterpret(s_ring, gl.float32, [STAGES * BOXES, ROWS], FLAT)
+    scales = reinterpret(s_ring, gl.float32, [STAGES, BLOCK_M], FLAT)
     blocks = gl.cdiv(k, 128)
     part_stride = 0
     if PARTS == 2:
@@ -109,19 +129,17 @@ def _consume(  # type: ignore[no-untyped-def]
             if PART1 != PART0:
                 next1 = gl.load(w_scales + PART1 * part_stride + step)
             mbarrier.wait(full.index(stage), phase)
-            box0 = stage * BOXES + ROW0 // ROWS
-            box1 = stage * BOXES + ROW1 // ROWS
             if TURNS:
                 wait_for_turn(WHO)
-            left = a_ring.index(box0).slice(ROW0 % ROWS, 64)
+            left = a_ring.index(stage).slice(ROW0, 64)
             right = w_ring.index(stage * PARTS + PART0).permute((1, 0))
             part = warpgroup_mma(left, right, part, use_acc=False, is_async=True)
             if TURNS:
                 give_turn(NEXT)
-            scale0 = scales.index(box0).slice(ROW0 % ROWS, 64).load(LINES)
+            scale0 = scales.index(stage).slice(ROW0, 64).load(LINES)
             scale1 = scale0
             if ROW1 != ROW0:
-                scale1 = scales.index(box1).slice(ROW1 % ROWS, 64).load(LINES)
+                scale1 = scales.index(stage).slice(ROW1, 64).load(LINES)
             part = warpgroup_mma_wait(0, deps=(part,))
             if WAVES == 1:
                 mbarrier.arrive(free.index(stage), count=1)
@@ -131,7 +149,7 @@ def _consume(  # type: ignore[no-untyped-def]
             total0 = warpgroup_mma_wait(0, deps=(total0,))
             if WAVES == 2:
                 wait_for_turn(WHO)
-                left = a_ring.index(box1).slice(ROW1 % ROWS, 64)
+                left = a_ring.index(stage).slice(ROW1, 64)
                 right = w_ring.index(stage * PARTS + PART1).permute((1, 0))
                 part = warpgroup_mma(left, right, part, use_acc=False, is_async=True)
                 give_turn(NEXT)
@@ -179,6 +197,8 @@ def _finish(  # type: ignore[no-untyped-def]
     SLICES: gl.constexpr = 64 // STEP
     STEPS: gl.constexpr = UNITS // PARTS * SLICES
     taking = reinterpret(hand, hand.dtype, [UNITS * SLICES, STEP, 128], hand.layout)
+    if x0 is not None:  # the sums come later than the producer's wait
+        inputs_ready()
     own_line = gl.arange(0, STEP, gl.SliceLayout(1, LANES))
     lane = gl.arange(0, 128, gl.SliceLayout(0, LANES))
     even = 0
@@ -245,9 +265,12 @@ def fused_gemm(  # type: ignore[no-untyped-def]
     return zero; nothing is written beyond m or n.
 
     Args:
-        a: float8e4nv descriptor, block [64 UNITS / PARTS, 128], where UNITS is 2 WAVES.
+        a: float8e4nv descriptor, block [rows, 128]. A tile has 128 WAVES / PARTS rows; fewer are loaded if m is no
+            larger than the block, because the copy engine is slow at rows outside the tensor. The others then have
+            any values, and are not stored.
         w: float8e4nv descriptor, block [128, 128].
-        a_scale: float32 descriptor of the transposed scales [ceil(k / 128), m], block [1, rows of a's block].
+        a_scale: float32 descriptor of the transposed scales [ceil(k / 128), m], block [1, rows of a's block], at least
+            32 of them.
         w_scale: float32 [PARTS ceil(n / 128), ceil(k / 128)], any strides.
         bias: [PARTS n] in any floating dtype, or None.
         x0: An operand of the epilogue: [m, n] in any floating dtype, rows `x0_stride` elements apart, columns
@@ -265,12 +288,10 @@ def fused_gemm(  # type: ignore[no-untyped-def]
     """
     UNITS: gl.constexpr = 2 * WAVES
     BLOCK_M: gl.constexpr = UNITS // PARTS * 64
-    ROWS: gl.constexpr = a.block_shape[0]
-    BOXES: gl.constexpr = BLOCK_M // ROWS
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
-    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * BOXES, ROWS, 128], a.layout)
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, 128], a.layout)
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * PARTS, 128, 128], w.layout)
-    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES * BOXES, 1, ROWS], a_scale.layout)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], a_scale.layout)
     hand = gl.allocate_shared_memory(HANDED, [UNITS, 64, 128], SWIZZLED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

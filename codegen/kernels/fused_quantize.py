@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotients, scale_of
+from codegen.kernels.overlap import inputs_ready, let_next_start
 
 
 @triton.jit
@@ -21,15 +22,15 @@ def load_operand(x, stride, rows, columns, inside, mask):  # type: ignore[no-unt
 
 
 @triton.jit
-def store_kept(kept, value, places, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_residual(residual, value, places, mask, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
     """Writes a residual output, which may be [rows, 1] or [1, columns]."""
-    tl.store(kept + places, tl.broadcast_to(value, (BLOCK_M, BLOCK_K)).to(kept.dtype.element_ty), mask=mask)
+    tl.store(residual + places, tl.broadcast_to(value, (BLOCK_M, BLOCK_K)).to(residual.dtype.element_ty), mask=mask)
 
 
 # Parameters after M must not cause recompilation: in the column-major layout, the stride along K depends on M.
 @triton.jit(do_not_specialize=["m", "scale_stride_k"])
 def fused_quantize(  # type: ignore[no-untyped-def]
-    x0, x1, x2, x3, x4, x5, kept0, kept1, q, scale, m,
+    x0, x1, x2, x3, x4, x5, residual0, residual1, q, scale, m,
     x0_stride, x1_stride, x2_stride, x3_stride, x4_stride, x5_stride, scale_stride_m, scale_stride_k,
     K: tl.constexpr, EXPRESSION: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
@@ -42,7 +43,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     Args:
         x0: bfloat16, float16 or float32: rows `x0_stride` elements apart with contiguous columns, or, if the stride is
             None, one contiguous row for all. The same holds for the others; unused ones are None.
-        kept0: Contiguous, [m, K], in the element type of the value; or None. Likewise `kept1`.
+        residual0: Contiguous, [m, K], in the element type of the value; or None. Likewise `residual1`.
         q: float8e4nv, float8e5 or int8, contiguous.
         scale: float32 with any two strides, in elements.
         K: Columns of the tensors. The compiler knows it, so it omits the part of a tile outside the row: 5120 columns
@@ -67,6 +68,9 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     # Masks cost registers and instructions, so they are omitted where nothing is out of bounds.
     inside = None if EVEN else columns < K
     mask = inside if BLOCK_M == 1 else (rows < m)[:, None] if EVEN else (rows < m)[:, None] & inside
+    if GROUPS > 1:  # not a scale per row, as weights may have
+        let_next_start()
+    inputs_ready()
     made = EXPRESSION(
         x0=None if x0 is None else load_operand(x0, x0_stride, rows, columns, inside, mask),
         x1=None if x1 is None else load_operand(x1, x1_stride, rows, columns, inside, mask),
@@ -78,10 +82,10 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         columns=K,
     )
     places = rows[:, None] * K + columns
-    if kept0 is not None:
-        store_kept(kept0, made[1], places, mask, BLOCK_M, BLOCK_K)
-    if kept1 is not None:
-        store_kept(kept1, made[2], places, mask, BLOCK_M, BLOCK_K)
+    if residual0 is not None:
+        store_residual(residual0, made[1], places, mask, BLOCK_M, BLOCK_K)
+    if residual1 is not None:
+        store_residual(residual1, made[2], places, mask, BLOCK_M, BLOCK_K)
     values = tl.broadcast_to(made[0], (BLOCK_M, BLOCK_K))
     if not EVEN:
         values = tl.where(inside, values, 0.0)

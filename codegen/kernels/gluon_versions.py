@@ -37,8 +37,6 @@ def computed_here(numbers):  # type: ignore[no-untyped-def]
     ptxas then spills them on entry. An instruction that must not move prevents this. Before 3.9, a no-op.
     """
     if _IS_3_9:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [numbers], dtype=gl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+        return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=gl.int32, is_pure=False, pack=1)
     else:
         return numbers

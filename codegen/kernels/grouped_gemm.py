@@ -26,13 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from codegen.kernels.gluon_versions import async_load, reinterpret
 from codegen.kernels.group_table import entry, find_tile, list_groups, tiles_in
+from codegen.kernels.overlap import inputs_ready, let_next_start
 from codegen.kernels.warp_pipeline import store
 
 
 @gluon.jit
 def _produce(  # type: ignore[no-untyped-def]
     x, w, x_scale, x_ring, w_ring, s_ring, full, free, table, n, k, width, ORDER: gl.constexpr
-):  # fmt: skip
+):
     """Fills the ring, stage by stage, for all tiles of this block of threads; skips boxes after the group."""
     STAGES: gl.constexpr = w_ring.shape[0]
     BOXES: gl.constexpr = x_ring.shape[0] // STAGES
@@ -61,7 +62,7 @@ def _produce(  # type: ignore[no-untyped-def]
 @gluon.jit
 def _clear(  # type: ignore[no-untyped-def]
     WHO: gl.constexpr, out, table, groups, rows, n, CONSUMERS: gl.constexpr
-):  # fmt: skip
+):
     """Writes zeros to the rows after the last group."""
     LANES: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     first = entry(table, 1, groups - 1) + gl.program_id(0) * CONSUMERS + WHO
@@ -128,7 +129,7 @@ def _wide_consumer(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _store_some(out, buffer, total, row, start, end, column, n):  # type: ignore[no-untyped-def]
-    """Writes only those of 64 rows that belong to the group, which the copy engine cannot do."""
+    """Writes only the rows of a 64-row tile that belong to the group, which the copy engine cannot do."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     tma.store_wait(0)  # the previous rows have left the buffer
     buffer.store(total.to(out.dtype.element_ty))
@@ -216,6 +217,8 @@ def grouped_wide(  # type: ignore[no-untyped-def]
     fence_async_shared()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     table = gl.allocate_shared_memory(gl.int32, [3, GROUPS], FLAT)
+    let_next_start()
+    inputs_ready()
     list_groups(offsets, table, groups, rows, capacity, CONSUMERS * 64)
     width = gl.cdiv(n, 128)
     # Argument tuples must be written in the call: in a variable, their constants would become tensors.
@@ -264,6 +267,8 @@ def grouped_narrow(  # type: ignore[no-untyped-def]
     fence_async_shared()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     table = gl.allocate_shared_memory(gl.int32, [3, GROUPS], FLAT)
+    let_next_start()
+    inputs_ready()
     list_groups(offsets, table, groups, rows, capacity, BLOCK_M)
     width = gl.cdiv(n, 128)
     gl.warp_specialize(

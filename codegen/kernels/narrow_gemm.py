@@ -23,27 +23,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from codegen.kernels.gluon_versions import async_load, barrier, reinterpret
+from codegen.kernels.overlap import inputs_ready, let_next_start
 
 SCALE_BOX = 32
 """Minimum scales per stage, because the copy engine writes to multiples of 128 bytes."""
 
 
 @gluon.jit
-def fill(  # type: ignore[no-untyped-def]
-    a, w, a_scale, a_ring, w_ring, s_ring, full, step, block, row, column, there, SPAN: gl.constexpr
-):  # fmt: skip
-    """Loads one block of K, and its scales if there are any, into the stage of that step, if the step exists.
-
-    If `a_scale` and `s_ring` are None, there are no scales.
-    """
+def fill_weight(  # type: ignore[no-untyped-def]
+    w, a_ring, w_ring, s_ring, full, step, block, column, there
+):
+    """Starts to fill the stage of a step, if the step exists: announces all of its bytes, and loads the weight."""
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_M: gl.constexpr = a_ring.shape[1]
-    SUBS: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // STAGES
-    SCALES: gl.constexpr = 0 if s_ring is None else s_ring.shape[2]
+    SCALES: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // STAGES * s_ring.shape[2]
     stage = step % STAGES
     bar = full.index(stage)
-    mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SUBS * SCALES * 4, pred=there)
+    mbarrier.expect(bar, (BLOCK_M + 128) * 128 + SCALES * 4, pred=there)
     async_load(w, [column, block * 128], bar, w_ring.index(stage), pred=there)
+
+
+@gluon.jit
+def fill_activation(  # type: ignore[no-untyped-def]
+    a, a_scale, a_ring, s_ring, full, step, block, row, there, SPAN: gl.constexpr
+):
+    """Loads the activation of a step, and its scales, unless `a_scale` and `s_ring` are None."""
+    STAGES: gl.constexpr = a_ring.shape[0]
+    SUBS: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // STAGES
+    stage = step % STAGES
+    bar = full.index(stage)
     async_load(a, [row, block * 128], bar, a_ring.index(stage), pred=there)
     for sub in gl.static_range(SUBS):
         line = (block * SUBS + sub) // SPAN
@@ -97,7 +105,11 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
     first = split * depth
     steps = gl.minimum(depth, gl.cdiv(k, 128) - first)
     for each in gl.static_range(STAGES):
-        fill(a, w, a_scale, a_ring, w_ring, s_ring, full, each, first + each, row, tile_n * 128, each < steps, SPAN)
+        fill_weight(w, a_ring, w_ring, s_ring, full, each, first + each, tile_n * 128, each < steps)
+    let_next_start()
+    inputs_ready()
+    for each in gl.static_range(STAGES):
+        fill_activation(a, a_scale, a_ring, s_ring, full, each, first + each, row, each < steps, SPAN)
     w_scales = w_scale + tile_n.to(gl.int64) * w_scale_stride_n + first * w_scale_stride_k
     total = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
     part = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
@@ -116,7 +128,8 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
             if sub == SUBS - 1:
                 barrier()  # all warps have read the stage
                 later, there = step + STAGES, step + STAGES < steps
-                fill(a, w, a_scale, a_ring, w_ring, s_ring, full, later, first + later, row, tile_n * 128, there, SPAN)
+                fill_weight(w, a_ring, w_ring, s_ring, full, later, first + later, tile_n * 128, there)
+                fill_activation(a, a_scale, a_ring, s_ring, full, later, first + later, row, there, SPAN)
             total += part * scale[None, :]
 
     columns = tile_n * 128 + gl.arange(0, 128, gl.SliceLayout(1, SUMS))
@@ -130,7 +143,7 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["m", "rows", "splits"])
 def sum_splits(  # type: ignore[no-untyped-def]
     partial, out, bias, m, rows, n, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """out[m, n] = sum over splits of partial[splits, rows, n], first m rows only  (+ bias[n]), in a fixed order.
 
     Args:
@@ -146,6 +159,8 @@ def sum_splits(  # type: ignore[no-untyped-def]
     every = tl.arange(0, SPLITS)[:, None]
     there = (every < splits) & (places < size)[None, :]
     apart = rows.to(tl.int64) * n
+    let_next_start()
+    inputs_ready()
     total = tl.sum(tl.load(partial + every * apart + places[None, :], mask=there, other=0.0), axis=0)
     if bias is not None:
         total += tl.load(bias + places % n, mask=places < size, other=0.0).to(tl.float32)

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from codegen.kernels.gluon_versions import barrier
-from codegen.kernels.narrow_gemm import fill
+from codegen.kernels.narrow_gemm import fill_activation, fill_weight
+from codegen.kernels.overlap import inputs_ready, let_next_start
 
 
 @gluon.jit(do_not_specialize=["m", "a_scale_stride", "w_scale_stride", "depth"])
@@ -62,7 +63,11 @@ def narrow_row_gemm(  # type: ignore[no-untyped-def]
     first = split * depth
     steps = gl.minimum(depth, gl.cdiv(k, 128) - first)
     for each in gl.static_range(STAGES):
-        fill(a, w, None, a_ring, w_ring, None, full, each, first + each, row, column, each < steps, 1)
+        fill_weight(w, a_ring, w_ring, None, full, each, first + each, column, each < steps)
+    let_next_start()
+    inputs_ready()
+    for each in gl.static_range(STAGES):
+        fill_activation(a, None, a_ring, None, full, each, first + each, row, each < steps, 1)
     total = gl.zeros([128, BLOCK_M], KIND, SUMS)
     part = gl.zeros([128, BLOCK_M], KIND, SUMS)
     for step in range(steps):
@@ -77,7 +82,8 @@ def narrow_row_gemm(  # type: ignore[no-untyped-def]
             total = warpgroup_mma_wait(0, deps=(total,))
         barrier()  # all warps have read the stage
         later, there = step + STAGES, step + STAGES < steps
-        fill(a, w, None, a_ring, w_ring, None, full, later, first + later, row, column, there, 1)
+        fill_weight(w, a_ring, w_ring, None, full, later, first + later, column, there)
+        fill_activation(a, None, a_ring, None, full, later, first + later, row, there, 1)
         if PROMOTE:
             total += part
 
@@ -114,6 +120,8 @@ def sum_row_splits(  # type: ignore[no-untyped-def]
     size = m.to(tl.int64) * n
     every = tl.arange(0, SPLITS)[:, None]
     there = (every < splits) & (places < size)[None, :]
+    let_next_start()
+    inputs_ready()
     total = tl.sum(tl.load(partial + every * size + places[None, :], mask=there, other=0), axis=0)
     rows, columns = places // n, places % n
     left = tl.load(a_scale + rows * a_scale_stride, mask=places < size, other=0.0)

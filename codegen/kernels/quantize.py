@@ -16,6 +16,7 @@ from codegen.kernels.encoding import (
     scale_of,
     store_codes,
 )
+from codegen.kernels.overlap import inputs_ready, let_next_start
 
 
 # Parameters after M must not cause recompilation: in the column-major layout, the stride along K depends on M.
@@ -47,6 +48,8 @@ def quantize_tiles(  # type: ignore[no-untyped-def]
     block = tile % blocks
     rows = (tile // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    let_next_start()
+    inputs_ready()
     values = load_values(x, prescale, rows, columns, m, k, x_stride)
     s = scale_of(amax_of_keys(tl.max(magnitude_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)
     # Dividing by a power of two equals multiplying by its exact reciprocal.
@@ -75,6 +78,7 @@ def quantize_tokens(  # type: ignore[no-untyped-def]
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)
+    inputs_ready()  # the next kernel must not start yet: these may be the rows of its weight
     if ONE_STEP:
         values = load_values(x, prescale, rows, columns, m, k, x_stride)
         s = scale_of(amax_of_keys(tl.max(magnitude_keys(values), axis=1)), AMAX_FLOOR, TOP, UE8M0)

@@ -24,7 +24,7 @@ from codegen.kernels.encoding import (
 @triton.jit(do_not_specialize=["m"])
 def partial_amax(  # type: ignore[no-untyped-def]
     x, partial, prescale, m, k, x_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, FINITE: tl.constexpr
-):  # fmt: skip
+):
     """partial[p] = the largest magnitude of x[m, k] in every tile t with t % programs == p; 0 if there is none.
 
     Args:

@@ -19,7 +19,7 @@ from codegen.kernels.scaled_gemm import tile_of
 @triton.jit
 def _rescaled(  # type: ignore[no-untyped-def]
     total, a_scale, w_scale, bias, rows, columns, m, n, a_scale_stride, w_scale_stride
-):  # fmt: skip
+):
     """The sums in FP32, times the product of both scales (which stays in range), plus the bias."""
     left = tl.load(a_scale + rows.to(tl.int64) * a_scale_stride, mask=rows < m, other=0.0)
     right = tl.load(w_scale + columns.to(tl.int64) * w_scale_stride, mask=columns < n, other=0.0)
@@ -40,8 +40,8 @@ def row_gemm_pointers(  # type: ignore[no-untyped-def]
         a: float8e4nv or int8.
         w: The same dtype.
         out: Any floating dtype.
-        a_scale: float32, row m's at m times the stride.
-        w_scale: float32, row n's at n times the stride.
+        a_scale: float32; the scale of row m is at m times the stride.
+        w_scale: float32; the scale of row n is at n times the stride.
         bias: [n] in any floating dtype, or None.
         BLOCK_M: Rows of a tile; at least 64, or the tensor cores are not fully used.
         BLOCK_N: Columns of a tile.

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from codegen.kernels.gluon_versions import async_load, async_store
+from codegen.kernels.overlap import inputs_ready, let_next_start
 
 
 @gluon.jit
@@ -77,16 +78,27 @@ def produce(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Fills the ring, stage by stage, for all tiles of this block of threads.
 
-    If `a_scale` and `s_ring` are None, there are no scales. A ring of scales with several rows for each box of the
-    activation holds the scales of narrow tiles.
+    The first stages' weights are loaded while the previous kernel may still run. If `a_scale` and `s_ring` are None,
+    there are no scales. A ring of scales with several rows for each box of the activation holds the scales of narrow
+    tiles.
     """
     STAGES: gl.constexpr = w_ring.shape[0]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     BOXES: gl.constexpr = a_ring.shape[0] // STAGES
     ROWS: gl.constexpr = a_ring.shape[1]
     SUBS: gl.constexpr = 0 if s_ring is None else s_ring.shape[0] // a_ring.shape[0]
-    turn = 0
+    BYTES: gl.constexpr = (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * SUBS * 4
     tiles = height * width
+    tile = gl.program_id(0)
+    _, tile_n = tile_of(tile if depth is None else tile % tiles, height, width, GROUP)
+    _, first, count = blocks_of(tile, tiles, k, depth)
+    early = gl.where(tile < tiles * splits_of(k, depth), gl.minimum(count, STAGES), 0)
+    for turn in range(early):
+        mbarrier.expect(full.index(turn), BYTES)
+        async_load(w, [tile_n * BLOCK_N, (first + turn) * 128], full.index(turn), w_ring.index(turn))
+    let_next_start()
+    inputs_ready()
+    turn = 0
     for tile in range(gl.program_id(0), tiles * splits_of(k, depth), gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile if depth is None else tile % tiles, height, width, GROUP)
         _, first, count = blocks_of(tile, tiles, k, depth)
@@ -94,7 +106,7 @@ def produce(  # type: ignore[no-untyped-def]
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, (BOXES * ROWS + BLOCK_N) * 128 + BOXES * ROWS * SUBS * 4)
+            mbarrier.expect(bar, BYTES, pred=turn >= early)
             for box in gl.static_range(BOXES):
                 row = (tile_m * BOXES + box) * ROWS
                 place = stage * BOXES + box
@@ -102,7 +114,7 @@ def produce(  # type: ignore[no-untyped-def]
                     line = (block * SUBS + sub) // SPAN
                     async_load(a_scale, [line, row], bar, s_ring.index(place * SUBS + sub))
                 async_load(a, [row, block * 128], bar, a_ring.index(place))
-            async_load(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage))
+            async_load(w, [tile_n * BLOCK_N, block * 128], bar, w_ring.index(stage), pred=turn >= early)
             turn += 1
 
 

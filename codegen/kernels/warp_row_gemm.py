@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from codegen.kernels.overlap import inputs_ready
 from codegen.kernels.warp_pipeline import give_turn, produce, store, tile_of, wait_for_turn
 
 
@@ -46,6 +47,7 @@ def _consume(  # type: ignore[no-untyped-def]
     SPREAD: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     blocks = gl.cdiv(k, 128)
     turn = 0
+    inputs_ready()
     if TURNS and WHO == CONSUMERS - 1:
         give_turn(NEXT)
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):

@@ -145,7 +145,7 @@ _TEMPLATES: Recent[dict[str, Any]] = Recent(4096)
 
 def descriptor(
     tensor_descriptor: Any, tensor: Tensor, shape: list[int], stride: int, block: list[int], *layout: Any
-) -> Any:  # fmt: skip
+) -> Any:
     """A tensor descriptor of a matrix with rows of `stride` elements, validated by Triton once per shape.
 
     Args:

@@ -141,9 +141,7 @@ def forget() -> None:
     _KNOWN.clear()
 
 
-def replayed(
-    run: Callable[..., Result], what: Hashable, operands: Sequence[Tensor | None], *arguments: Any
-) -> Result:  # fmt: skip
+def replayed(run: Callable[..., Result], what: Hashable, operands: Sequence[Tensor | None], *arguments: Any) -> Result:
     """Runs `run(*arguments)`, or replays the launches of an earlier such call.
 
     Args:
@@ -207,7 +205,7 @@ def _comparison(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Uninitialized memory for a result or partial sums; contiguous unless `strides` are given.
 
     Only kernels run by `launch` may write to it: a replayed call runs no torch operators.
@@ -216,7 +214,7 @@ def empty(
         torch.empty(shape, dtype=dtype, device=device)
         if strides is None
         else torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    )  # fmt: skip
+    )
     if state.tape is not None:
         state.tape.made.append(made)
     return made
@@ -266,7 +264,7 @@ def _maker(tensor: Tensor) -> Callable[[], Tensor]:
 
 def _launch(
     kernel: Kernel, programs: int, arguments: Sequence[Any], starts: dict[int, tuple[int, int]]
-) -> _Launch | None:  # fmt: skip
+) -> _Launch | None:
     """A launch with the origins of its addresses; None if a tensor is unknown or Triton's regular launch is used."""
     if kernel.path == "plain":
         return None

@@ -186,9 +186,12 @@ def _with_memory(value: Any) -> Any:
 
 
 def warm_up(
-    run: Callable[..., object], calls: Iterable[Sequence[Any]], device: torch.device, progress: Progress | None = None,
+    run: Callable[..., object],
+    calls: Iterable[Sequence[Any]],
+    device: torch.device,
+    progress: Progress | None = None,
     workers: int | None = None,
-) -> Warmup:  # fmt: skip
+) -> Warmup:
     """Compiles and loads the kernels that `run(*call)` would launch on a CUDA device, for each of `calls`.
 
     Args:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from codegen.cpu.cache import append
 from codegen.launching.launch import on
 from codegen.launching.replay import replayed
 from codegen.operators.cache_operands import cache_tensors, check_rows, with_contiguous_sizes
 from codegen.operators.operator import Operator, declare
 from codegen.targets.cuda import gpu_at
 from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
-from qcompiler.dialects import state
 
 
 def append_to_cache_on_gpu(
@@ -38,7 +38,7 @@ def append_to_cache_on_cpu(
     cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
 ) -> None:  # fmt: skip
     """As on a GPU, but raises InputError if a token does not fit; then nothing is written."""
-    state.append(cache, key, value, slots, lengths)
+    append(cache, key, value, slots, lengths)
 
 
 def append_to_cache_fake(
@@ -65,4 +65,12 @@ def _append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, 
 APPEND_TO_CACHE_SCHEMA = (
     "append_to_cache(Tensor(a!)[] cache, Tensor key, Tensor value, Tensor slots, Tensor lengths) -> ()"
 )
-declare(Operator(APPEND_TO_CACHE_SCHEMA, append_to_cache_on_cpu, append_to_cache_on_gpu, append_to_cache_fake))
+declare(
+    Operator(
+        APPEND_TO_CACHE_SCHEMA,
+        append_to_cache_on_cpu,
+        append_to_cache_on_gpu,
+        append_to_cache_fake,
+        runs="state.append",
+    )
+)

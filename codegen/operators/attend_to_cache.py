@@ -1,4 +1,7 @@
-"""The operator `attend_to_cache`: on a GPU flash decoding; elsewhere `state.attend`.
+"""The operator `attend_to_cache`: on a GPU flash decoding, or torch's causal kernel; elsewhere `state.attend`.
+
+A chunk of a prompt, for which the host knows the length so far, runs torch's kernel over the keys and values that the
+cache holds, as `chunk_attention` reads them. All other calls run our own kernel, which reads lengths on the device.
 
 The result has the memory order [batch, tokens, heads, value size], which the output projection reads as rows.
 """
@@ -7,19 +10,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from codegen.cpu.cache import attend
 from codegen.launching.launch import on
 from codegen.launching.replay import empty, replayed
 from codegen.operators.cache_operands import cache_tensors, check_rows, with_contiguous_sizes
+from codegen.operators.chunk_attention import attend_to_chunk, why_not_chunk
 from codegen.operators.operator import Operator, declare
 from codegen.targets.cuda import gpu_at
 from codegen.templates.attend_to_cache import ATTEND_TO_CACHE, AttendOperands, AttendProblem
-from qcompiler.dialects import state
 from qcompiler.errors import CodegenError
 
 
 def attend_to_cache_on_gpu(
-    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None, scale: float,
-    window: int | None, softcap: float | None,
+    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None, start: int | None,
+    scale: float, window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """Causal attention over a cache to which this call's keys and values are already appended.
 
@@ -32,6 +36,7 @@ def attend_to_cache_on_gpu(
         slots: int64 `[batch]`.
         lengths: int64 `[batch]`.
         sinks: `[heads]`, logits that join the softmax and have no value.
+        start: The length of every row, if the host knows that all are equal; else None or negative.
         scale: Factor of the scores.
         window: Number of latest positions that a token reads, its own included.
         softcap: Limits the scores to softcap * tanh(score / softcap).
@@ -42,6 +47,8 @@ def attend_to_cache_on_gpu(
     Raises:
         CodegenError: An operand does not fit the cache, or no kernel supports the head size.
     """
+    if start is not None and start >= 0 and why_not_chunk(cache, query, sinks, start, window, softcap) is None:
+        return attend_to_chunk(cache, query, slots, start, scale)
     operands = (*cache, query, slots, lengths, sinks)
     what = ("attend_to_cache", len(cache), scale, window, softcap)
     rows = replayed(_attend, what, operands, cache, query, slots, lengths, sinks, scale, window, softcap)
@@ -49,16 +56,16 @@ def attend_to_cache_on_gpu(
 
 
 def attend_to_cache_on_cpu(
-    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None, scale: float,
-    window: int | None, softcap: float | None,
+    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None, start: int | None,
+    scale: float, window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """As on a GPU, but raises InputError for a slot or a position that the cache does not have."""
-    return state.attend(cache, query, slots, lengths, sinks, scale=scale, window=window, softcap=softcap)
+    return attend(cache, query, slots, lengths, sinks, start, scale, window, softcap)
 
 
 def attend_to_cache_fake(
-    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None, scale: float,
-    window: int | None, softcap: float | None,
+    cache: Sequence[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None, start: int | None,
+    scale: float, window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """A result without data."""
     batch, heads, tokens, _ = query.shape
@@ -95,7 +102,15 @@ def _attend(
 
 
 ATTEND_TO_CACHE_SCHEMA = (
-    "attend_to_cache(Tensor[] cache, Tensor query, Tensor slots, Tensor lengths, Tensor? sinks, float scale, "
-    "int? window, float? softcap) -> Tensor"
+    "attend_to_cache(Tensor[] cache, Tensor query, Tensor slots, Tensor lengths, Tensor? sinks, int? start, "
+    "float scale, int? window, float? softcap) -> Tensor"
 )
-declare(Operator(ATTEND_TO_CACHE_SCHEMA, attend_to_cache_on_cpu, attend_to_cache_on_gpu, attend_to_cache_fake))
+declare(
+    Operator(
+        ATTEND_TO_CACHE_SCHEMA,
+        attend_to_cache_on_cpu,
+        attend_to_cache_on_gpu,
+        attend_to_cache_fake,
+        runs="state.attend",
+    )
+)

@@ -17,7 +17,7 @@ class CacheTensors(NamedTuple):
     Attributes:
         key: `[slots, groups, capacity, size]`, contiguous.
         value: `[slots, groups, capacity, value size]`, contiguous.
-        key_scale: FP32 `[slots, groups, capacity]`, contiguous; None unless the cache is quantized.
+        key_scale: FP32 `[slots, groups, capacity]`, contiguous, or `[1]`, static; None unless the cache is quantized.
         value_scale: Likewise.
     """
 
@@ -39,12 +39,14 @@ def cache_tensors(cache: Sequence[Tensor]) -> CacheTensors:
         )
     sizes = key.shape[:3]
     fits = key.dim() == value.dim() == 4 and value.shape[:3] == sizes
-    fits &= all(scale.shape == sizes and scale.dtype == torch.float32 for scale in scales)
+    shapes = {scale.shape for scale in scales}
+    fits &= shapes <= {sizes} or shapes == {torch.Size([1])}
+    fits &= all(scale.dtype == torch.float32 for scale in scales)
     if not fits or not all(tensor.is_contiguous() for tensor in cache):
         raise CodegenError(
             "the tensors of the cache do not match each other",
             got=", ".join(_described(tensor) for tensor in cache),
-            need="[slots, heads, capacity, size] and FP32 scales [slots, heads, capacity], contiguous",
+            need="[slots, heads, capacity, size] and FP32 scales [slots, heads, capacity] or [1], contiguous",
         )
     return CacheTensors(key, value, *(scales or (None, None)))
 
@@ -62,9 +64,10 @@ def check_rows(new: Tensor, heads: int | None, size: int, slots: Tensor, lengths
     for name, each in (("slots", slots), ("lengths", lengths)):
         if each.shape != new.shape[:1] or each.dtype != torch.int64 or not each.is_contiguous():
             raise CodegenError(
-                f"the {name} must be one number for each row of the batch", got=_described(each),
+                f"the {name} must be one number for each row of the batch",
+                got=_described(each),
                 need=f"int64[{new.shape[0]}], contiguous",
-            )  # fmt: skip
+            )
 
 
 def with_contiguous_sizes(x: Tensor) -> Tensor:

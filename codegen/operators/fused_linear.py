@@ -6,19 +6,20 @@ epilogue, with quantization (`fused_quantize`) or without (`codegen.kernels.poin
 """
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from codegen.cpu.expressions import evaluate
+from codegen.cpu.gemm import scaled_linear_on_cpu
 from codegen.epilogues import handed_over, on_tensors
-from codegen.gemm.on_cpu import scaled_linear_on_cpu
 from codegen.launching.launch import as_rows, launch, on
 from codegen.launching.replay import empty, replayed
 from codegen.operators.fused_quantize import fused_quantize_on_gpu
 from codegen.operators.operator import Operator, declare
-from codegen.operators.quantize import check_layout, laid_out, quantize_fake, scale_sizes
+from codegen.operators.quantize import check_layout, quantize_fake, quantize_on_cpu, scale_sizes
 from codegen.operators.scaled_linear import scaled_linear_on_gpu
 from codegen.targets.cuda import CudaTarget, gpu_at
 from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, FusedOperands, Separate
@@ -27,8 +28,6 @@ from codegen.templates.gemm import GemmOperands, bucket
 from codegen.templates.hopper import has_scale_columns
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
-from qcompiler.dialects.kernel import fused_linear
-from qcompiler.ir import Format
 
 Quantized = tuple[int, int, torch.dtype, str, str]
 """Rows and columns of a block, format, profile, and the layout of the scales."""
@@ -189,26 +188,14 @@ def _fake(*arguments: Any) -> list[Tensor]:
 
 def _on_cpu(*arguments: Any) -> list[Tensor]:
     given = FusedLinear(*arguments)
-    run = partial(
-        fused_linear,
-        *given[:5],
-        *given.others,
-        expression=given.expression,
-        parts=given.parts,
-        multiply=_multiplied,
-        x_format=numerics.format_of(given.x_block, given.x_q.dtype),
-        w_format=numerics.format_of(given.w_block, given.w_q.dtype),
-    )
-    if given.quantized is None:
-        return list(run())
-    *block, dtype, profile, layout = given.quantized
-    q, scale = run(format=numerics.format_of(block, dtype, profile))
-    return list(laid_out(q, scale, block, layout))
-
-
-def _multiplied(*operands: Any, x_format: Format, w_format: Format, out_dtype: torch.dtype) -> Tensor:
-    x_q, x_s, w_q, w_s, bias = operands
-    return scaled_linear_on_cpu(x_q, x_s, w_q, w_s, bias, x_format.block, w_format.block, out_dtype)
+    quantized = given.quantized
+    sums = scaled_linear_on_cpu(*given[:5], given.x_block, given.w_block, torch.float32)
+    named = {f"y{place}": y for place, y in enumerate(sums.chunk(given.parts, -1))}
+    (result,) = evaluate(given.expression, named | {f"x{place}": x for place, x in enumerate(given.others)})
+    if quantized is None:
+        return [result]
+    *block, dtype, profile, layout = quantized
+    return list(quantize_on_cpu(result, block, dtype, profile, layout))
 
 
 FUSED_LINEAR_SCHEMA = (

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from codegen.cpu.expressions import evaluate
 from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed
 from codegen.operators.operator import Operator, declare
-from codegen.operators.quantize import check_layout, laid_out, quantize_fake, quantize_on_gpu, scale_sizes
+from codegen.operators.quantize import check_layout, quantize_fake, quantize_on_cpu, quantize_on_gpu, scale_sizes
 from codegen.targets.cuda import gpu_at
 from codegen.templates.fused_quantize import (
     FUSED_QUANTIZE,
@@ -23,7 +24,6 @@ from codegen.templates.fused_quantize import (
 )
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import FusedExpression, parse
-from qcompiler.dialects.kernel import fused_quantize
 
 
 class FusedQuantize(NamedTuple):
@@ -69,12 +69,12 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     q = empty(x.shape, dtype, x.device)
     sizes, strides = scale_sizes(x.shape, block[1], scale_layout)
     scale = empty(sizes, torch.float32, x.device, strides)
-    kept = [empty(x.shape, made.dtype(name), x.device) for name in keep]
+    residuals = [empty(x.shape, made.dtype(name), x.device) for name in keep]
     rows = [y.contiguous() if y.dim() == 1 else as_rows(y) for y in operands]
     with on(x.device):
         config = family.choose(_problem(operands, made, keep, block))
-        family.launch(config, FusedQuantizeOperands(expression, tuple(keep), rows, kept, q, scale, profile))
-    return q, scale, *kept
+        family.launch(config, FusedQuantizeOperands(expression, tuple(keep), rows, residuals, q, scale, profile))
+    return q, scale, *residuals
 
 
 def _problem(
@@ -88,9 +88,8 @@ def _problem(
 def _on_cpu(*arguments: Any) -> list[Tensor]:
     operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
     check_layout(block, scale_layout)
-    format = numerics.format_of(block, dtype, profile)
-    q, scale, *kept = fused_quantize(*operands, expression=expression, keep=keep, format=format)
-    return [*laid_out(q, scale, block, scale_layout), *kept]
+    result, *residuals = evaluate(expression, {f"x{place}": y for place, y in enumerate(operands)}, keep)
+    return [*quantize_on_cpu(result, block, dtype, profile, scale_layout), *residuals]
 
 
 def _fake(*arguments: Any) -> list[Tensor]:

@@ -162,11 +162,15 @@ def _check(given: GroupedLinear, out: Tensor, unit: int) -> None:
         and out.dtype in FLOATS
         and list(x_s.shape) == numerics.scale_shape(x_q.shape, X_BLOCK)
         and list(w_s.shape) == numerics.scale_shape(w_q.shape, WEIGHT_BLOCK)
-        and w_q.is_contiguous() and w_s.is_contiguous() and w_q.data_ptr() % unit == 0
-        and k % unit == 0 and row % unit == 0 and groups <= MOST_GROUPS
+        and w_q.is_contiguous()
+        and w_s.is_contiguous()
+        and w_q.data_ptr() % unit == 0
+        and k % unit == 0
+        and row % unit == 0
+        and groups <= MOST_GROUPS
         and max(x_q.shape[0], groups * n, k) < 2**31
         and x_q.device == x_s.device == w_q.device == w_s.device == offsets.device
-    )  # fmt: skip
+    )
     if fits:
         return
     facts = (

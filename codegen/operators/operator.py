@@ -17,18 +17,31 @@ class Operator(NamedTuple):
         on_cpu: Runs on CPU tensors, by `qcompiler.numerics`; gets the arguments in schema order.
         on_gpu: Launches the kernels of the target of a CUDA device.
         fake: The results without data, and the errors that depend only on shapes and dtypes.
+        runs: The operation that host modules run through the operator, `kernel.<name>` by default. The schema has
+            its operands in order, then its attributes by name; a format's are `block`, `dtype`, `profile` and
+            `scale_layout`, with the prefix of the format.
     """
 
     schema: str
     on_cpu: Callable[..., Any]
     on_gpu: Callable[..., Any]
     fake: Callable[..., Any]
+    runs: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in `torch.ops.qcompiler`."""
+        return self.schema.partition("(")[0]
 
 
 OPERATORS: dict[str, Operator] = {}
 """The declared operators, by name."""
 
+OPERATOR_NAMES: dict[str, str] = {}
+"""Operation -> the name of the operator that runs it."""
+
 
 def declare(operator: Operator) -> None:
     """Declares an operator."""
-    OPERATORS[operator.schema.partition("(")[0]] = operator
+    OPERATORS[operator.name] = operator
+    OPERATOR_NAMES[operator.runs or f"kernel.{operator.name}"] = operator.name

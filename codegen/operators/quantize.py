@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codegen.cpu.quantize import quantize
 from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed
 from codegen.operators.operator import Operator, declare
@@ -57,18 +58,13 @@ def check_layout(block: Sequence[int], layout: str) -> None:
         raise CodegenError("the column-major scale layout is for blocks of 1 row", got=list(block), need="[1, columns]")
 
 
-def laid_out(q: Tensor, scale: Tensor, block: Sequence[int], layout: str) -> tuple[Tensor, Tensor]:
-    """Codes and their scales, with the scales in the given layout."""
-    return q, scale if layout == "row_major" else scale_like(q, block[1], layout).copy_(scale)
-
-
 def quantize_on_cpu(
     x: Tensor, block: Sequence[int], dtype: torch.dtype, profile: str, scale_layout: str, prescale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`numerics.quantize`, with the scales in the given layout."""
     check_layout(block, scale_layout)
-    q, scale = numerics.quantize(x, numerics.format_of(block, dtype, profile), prescale)
-    return laid_out(q, scale, block, scale_layout)
+    scale = None if scale_layout == "row_major" or x.dim() == 0 else scale_like(x, block[1], scale_layout)
+    return quantize(x, block, dtype, profile, prescale, scale, for_matmul=True)
 
 
 def quantize_fake(

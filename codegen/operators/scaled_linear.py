@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from codegen.gemm.on_cpu import scaled_linear_on_cpu
+from codegen.cpu.gemm import scaled_linear_on_cpu
 from codegen.gemm.tuned import config_for
 from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed

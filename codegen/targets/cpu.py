@@ -2,4 +2,8 @@
 
 from qcompiler.runtime.device import Target, register
 
-CPU = register(Target("cpu", "cpu", "plain torch, with the numerics of the kernels"))
+CPU = register(
+    Target(
+        "cpu", "cpu", "plain torch, with the numerics of the kernels", kernels="from codegen.direct import kernels"
+    )
+)  # fmt: skip

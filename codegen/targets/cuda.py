@@ -83,7 +83,7 @@ def gpu_at(device: torch.device) -> CudaTarget:
             need=f"compute capability {_text(FP8_FROM)} or later",
             fix="Compile the model for the target 'cpu' on this machine.",
         )
-    for target in targets_on(CUDA):  # lazily: ours first, so that those of other distributions are loaded if needed
+    for target in targets_on(CUDA):  # lazily and ours first: other distributions are loaded only if needed
         if isinstance(target, CudaTarget):
             if target.capability == capability:
                 return target

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from codegen.kernels.append_to_cache import append_to_cache
 from codegen.launching.launch import KernelCall
-from codegen.templates.rounding import rounding
+from codegen.templates.rounding import cache_rounding
 from codegen.templates.template import KernelOp, Template, ceil_div
-from qcompiler import numerics
 
 
 class AppendProblem(NamedTuple):
@@ -47,6 +45,7 @@ class AppendOperands(NamedTuple):
         key: [batch, groups, tokens, size]; the last stride is 1.
         value: [batch, groups, tokens, value size]; likewise.
         cache: Key, value, and their scales or None: [slots, groups, capacity, ...], contiguous; written in place.
+            Static scales are [1] and only read.
         slots: int64 [batch], contiguous.
         lengths: int64 [batch], contiguous.
     """
@@ -69,14 +68,7 @@ class AppendToCache(Template[AppendConfig, AppendProblem, AppendOperands]):
     """The one variant."""
 
     variant = AppendConfig.variant
-
-    def why_not(self, config: AppendConfig, problem: AppendProblem) -> str | None:
-        """See `Template`."""
-        return None
-
-    def time(self, config: AppendConfig, problem: AppendProblem, pace: None) -> float:
-        """See `Template`."""
-        return 0.0
+    overlaps = True
 
     def calls(self, config: AppendConfig, operands: AppendOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
@@ -86,9 +78,8 @@ class AppendToCache(Template[AppendConfig, AppendProblem, AppendOperands]):
         unit = stride_unit(key, value)
         strides = (stride // unit for tensor in (key, value) for stride in tensor.stride()[:3])
         arguments = (key, value, *cache, slots, lengths, rows, tokens, cache[0].shape[0], cache[0].shape[2], *strides)
-        quantized = cache[2] is not None
         constants = {
-            **rounding(numerics.DEFAULT_PROFILE, cache[0].dtype if quantized else torch.float8_e4m3fn),
+            **cache_rounding(cache),
             "GROUPS": groups, "SIZE": size, "VALUE_SIZE": value.shape[3], "UNIT": unit, "BLOCK_M": config.block_m,
         }  # fmt: skip
         programs = 2 * ceil_div(rows, config.block_m)

@@ -30,14 +30,17 @@ STAGE_BYTES = 32768
 """Bytes of keys and values in a block of positions; three programs of three such blocks fit on a multiprocessor."""
 
 DECODE_REGISTERS, MOST_REGISTERS = 168, 255
-"""Registers of a thread. 168 let three programs of four warps run on a multiprocessor; without a number, the compiler
-spills a few to fit a fourth."""
+"""Registers of a thread. 168 let three programs of four warps run on a multiprocessor, and suffice for blocks of up to
+64 positions; without a number, the compiler spills a few to fit a fourth."""
 
 LARGEST_SIZE = 1024
 """Head size of a tile in shared memory."""
 
-PROGRAMS_DECODE, PROGRAMS_CHUNK = 4, 1
-"""Programs for each multiprocessor that splitting aims at: few rows wait for memory, many rows compute."""
+PROGRAMS = 2
+"""Programs that run on a multiprocessor at once; a few more would need a second round."""
+
+MOST_POSITIONS = 8192
+"""Positions of a split, so that rows of different lengths keep all multiprocessors busy."""
 
 
 class AttendProblem(NamedTuple):
@@ -93,7 +96,7 @@ class AttendOperands(NamedTuple):
 
     Attributes:
         query: [batch, heads, tokens, size] in a floating dtype; the last stride is 1.
-        cache: Key, value, and their scales or None: [slots, groups, capacity, ...], contiguous.
+        cache: Key, value, and their scales or None: [slots, groups, capacity, ...], contiguous, or static scales [1].
         slots: int64 [batch], contiguous.
         lengths: int64 [batch], contiguous.
         sinks: [heads], contiguous, or None.
@@ -119,7 +122,7 @@ def attend_configs(problem: AttendProblem) -> Mapping[AttendConfig, None]:
     rows = problem.repeats * problem.tokens
     block_m = 64 if rows > 32 and not _misread(problem) else 32 if rows > 16 else 16
     row_bytes = (padded(problem.size) + padded(problem.value_size)) * problem.element_bytes
-    block_n = min(max(1 << (STAGE_BYTES // row_bytes).bit_length() - 1, 16), 64)
+    block_n = min(max(1 << (STAGE_BYTES // row_bytes).bit_length() - 1, 16), 128 if block_m == 16 else 64)
     if problem.element_bytes == 4:  # multiplied in FP32, without tensor cores
         block_m, block_n = 16, 16
     stages = 3 if row_bytes * block_n <= STAGE_BYTES and problem.element_bytes < 4 else 2
@@ -136,10 +139,10 @@ def splits(problem: AttendProblem, tile: AttendConfig) -> int:
     """Splits that give each multiprocessor enough programs, as far as the positions suffice."""
     programs = problem.batch * problem.groups * ceil_div(problem.repeats * problem.tokens, tile.block_m)
     positions = problem.capacity if problem.window is None else min(problem.capacity, problem.window + problem.tokens)
-    wanted = PROGRAMS_DECODE if tile.block_m == 16 else PROGRAMS_CHUNK
-    return max(
-        min(ceil_div(wanted * problem.multiprocessors, programs), ceil_div(positions, LEAST_POSITIONS), MOST_SPLITS), 1
-    )
+    fill = PROGRAMS * problem.multiprocessors // programs
+    most = min(ceil_div(positions, LEAST_POSITIONS), MOST_SPLITS)
+    least = ceil_div(positions, MOST_POSITIONS) if tile.block_m == 16 else 1
+    return max(min(max(fill, least), most), 1)
 
 
 def padded(size: int) -> int:
@@ -151,6 +154,7 @@ class AttendToCache(Template[AttendConfig, AttendProblem, AttendOperands]):
     """The one variant: each program reads one split of the positions."""
 
     variant = AttendConfig.variant
+    overlaps = True
 
     def why_not(self, config: AttendConfig, problem: AttendProblem) -> str | None:
         """See `Template`."""
@@ -160,10 +164,6 @@ class AttendToCache(Template[AttendConfig, AttendProblem, AttendOperands]):
             (config.block_m >= 64 and _misread(problem), f"tiles of 64 rows misread codes of {value_size} columns"),
             (problem.element_bytes == 1 and value_size % 2 == 1, f"the 8-bit values of a head are odd: {value_size}"),
         ))  # fmt: skip
-
-    def time(self, config: AttendConfig, problem: AttendProblem, pace: None) -> float:
-        """See `Template`."""
-        return 0.0
 
     def calls(self, config: AttendConfig, operands: AttendOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
@@ -186,8 +186,10 @@ class AttendToCache(Template[AttendConfig, AttendProblem, AttendOperands]):
             "SCALE": operands.scale, "WINDOW": operands.window, "SOFTCAP": operands.softcap, "GROUPS": groups,
             "REPEATS": heads // groups, "SIZE": size, "VALUE_SIZE": value_size, "UNIT": unit,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "LEAST": ceil_div(LEAST_POSITIONS, config.block_n),
+            "STATIC": cache[2] is not None and cache[2].dim() == 1,
         }  # fmt: skip
-        light = config.block_m == 16 and padded(size) + padded(value_size) <= 384 and cache[0].element_size() < 4
+        small = config.block_m == 16 and config.block_n <= 64
+        light = small and padded(size) + padded(value_size) <= 384 and cache[0].element_size() < 4
         registers = DECODE_REGISTERS if light else MOST_REGISTERS
         options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": registers}
         programs = batch * groups * tiles * config.splits

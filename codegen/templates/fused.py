@@ -52,7 +52,7 @@ class FusedGemmProblem:
     scale_columns: bool = True
 
     @property
-    def product(self) -> GemmProblem:
+    def gemm(self) -> GemmProblem:
         """The matmul alone."""
         rest = (self.sms, self.handed_bytes, self.aligned)
         return GemmProblem(self.m, self.parts * self.n, self.k, *rest, scale_columns=self.scale_columns)
@@ -104,14 +104,14 @@ class FusedOperands(NamedTuple):
 
     Attributes:
         expression: The epilogue, a fused expression without a reduction.
-        product: The matmul's tensors; `out` is `[m, n]`, contiguous, of the epilogue's element type or an 8-bit one.
+        gemm: The matmul's tensors; `out` is `[m, n]`, contiguous, of the epilogue's element type or an 8-bit one.
         others: Up to two tensors `[m, n]` with contiguous rows, or `[n]`.
         out_scale: FP32 `[m, ceil(n / 128)]`, any strides, if the result is quantized.
         profile: A name of `numerics.PROFILES`, for that quantization.
     """
 
     expression: str
-    product: GemmOperands
+    gemm: GemmOperands
     others: Sequence[Tensor] = ()
     out_scale: Tensor | None = None
     profile: str = numerics.DEFAULT_PROFILE
@@ -146,63 +146,66 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
     """One kernel."""
 
     variant = FusedGemmConfig.variant
+    overlaps = True
 
     def why_not(self, config: FusedGemmConfig, problem: FusedGemmProblem) -> str | None:
         """See `Template`."""
         shared, unit = config.shared_memory(problem.handed_bytes), self.limits.copy_alignment
-        return first_broken((
-            (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
-            (max(problem.m, problem.n * problem.parts, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
+        return first_broken(
             (
-                config.parts != problem.parts,
-                f"its tiles use {config.parts} parts of the weight, here there are {problem.parts}",
-            ),
-            (
-                problem.parts > 1 and problem.n % 128 != 0,
-                f"each part of the weight must begin with a block of 128 rows, here they have {problem.n}",
-            ),
-            (
-                problem.others > MOST_OTHERS,
-                f"an epilogue may read {MOST_OTHERS} operands besides the sums, this one reads {problem.others}",
-            ),
-            (
-                problem.bias and config.parts * config.waves > 2,
-                "its consumers have no registers for a bias with two units of two parts",
-            ),
-            (
-                problem.block not in (None, (1, 128)),
-                f"a tile of the result holds whole blocks of [1, 128], not of {list(problem.block or ())}",
-            ),
-            (not problem.aligned, f"the copy engine needs operands that start at a multiple of {unit} bytes"),
-            (problem.k % unit != 0, f"the copy engine needs K to be a multiple of {unit}, got {problem.k}"),
-            (
-                not problem.scale_columns,
-                f"the copy engine needs the activation's scales in columns that start at multiples of {unit} bytes",
-            ),
-            (
-                shared > self.limits.shared_memory,
-                f"its ring and the passed sums of {problem.handed_bytes} bytes need {shared} bytes of shared "
-                f"memory, a block may use {self.limits.shared_memory}",
-            ),
-        ))  # fmt: skip
+                (min(problem.m, problem.n, problem.k) < 1, f"{problem} has nothing to multiply"),
+                (max(problem.m, problem.n * problem.parts, problem.k) >= 2**31, f"{problem} has a size beyond 32 bits"),
+                (
+                    config.parts != problem.parts,
+                    f"its tiles use {config.parts} parts of the weight, here there are {problem.parts}",
+                ),
+                (
+                    problem.parts > 1 and problem.n % 128 != 0,
+                    f"each part of the weight must begin with a block of 128 rows, here they have {problem.n}",
+                ),
+                (
+                    problem.others > MOST_OTHERS,
+                    f"an epilogue may read {MOST_OTHERS} operands besides the sums, this one reads {problem.others}",
+                ),
+                (
+                    problem.bias and config.parts * config.waves > 2,
+                    "its consumers have no registers for a bias with two units of two parts",
+                ),
+                (
+                    problem.block not in (None, (1, 128)),
+                    f"a tile of the result holds whole blocks of [1, 128], not of {list(problem.block or ())}",
+                ),
+                (not problem.aligned, f"the copy engine needs operands that start at a multiple of {unit} bytes"),
+                (problem.k % unit != 0, f"the copy engine needs K to be a multiple of {unit}, got {problem.k}"),
+                (
+                    not problem.scale_columns,
+                    f"the copy engine needs the activation's scales in columns that start at multiples of {unit} bytes",
+                ),
+                (
+                    shared > self.limits.shared_memory,
+                    f"its ring and the passed sums of {problem.handed_bytes} bytes need {shared} bytes of shared "
+                    f"memory, a block may use {self.limits.shared_memory}",
+                ),
+            )
+        )
 
     def time(self, config: FusedGemmConfig, problem: FusedGemmProblem, pace: FusedPace) -> float:
         """See `Template`."""
         rounds = ceil_div(ceil_div(problem.m, config.rows) * ceil_div(problem.n, 128), problem.sms)
         step = pace.alone if rounds == 1 else pace.busy
         if 2 * problem.m <= config.rows:
-            step *= 2  # the copy engine is slow in a tile of which half lies outside its tensor
+            step *= 2  # as measured: the tensor cores do not hide the copies of a tile that is half empty
         weights = problem.parts * problem.n * problem.k / pace.bandwidth
         return (max(rounds * (ceil_div(problem.k, 128) * step + pace.tail), weights) + pace.finish) / 1e3
 
     def calls(self, config: FusedGemmConfig, operands: FusedOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        expression, product, others, out_scale, profile = operands
-        x, w, out, w_scale = product.x, product.w, product.out, product.w_scale
+        expression, gemm, others, out_scale, profile = operands
+        x, w, out, w_scale = gemm.x, gemm.w, gemm.out, gemm.w_scale
         (m, k), n = x.shape, out.shape[1]
-        added = padded(others)
+        added, rows = padded(others), loaded_rows(config, m)
         arguments = (
-            tile(x, config.rows), tile(w, 128), scale_columns(product.x_scale, config.rows), w_scale, product.bias,
+            tile(x, rows), tile(w, 128), scale_columns(gemm.x_scale, max(rows, 32)), w_scale, gemm.bias,
             *added, out, out_scale, m, n, k, *w_scale.stride(), *map(row_stride, added),
             *((0, 0) if out_scale is None else out_scale.stride()),
         )  # fmt: skip
@@ -215,6 +218,11 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
         tiles = ceil_div(m, config.rows) * ceil_div(n, 128)
         programs = min(self.limits.multiprocessors_of(x.device.index), tiles)
         return (KernelCall(fused_gemm, programs, arguments, constants, EXACT),)
+
+
+def loaded_rows(config: FusedGemmConfig, m: int) -> int:
+    """Rows of x that are loaded for a tile: a power of two of at least 16, all of the tile's unless m is smaller."""
+    return min(config.rows, max(16, 1 << (m - 1).bit_length()))
 
 
 class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
@@ -235,8 +243,8 @@ class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
         elements = problem.m * problem.n
         read = elements * (problem.parts * problem.handed_bytes + problem.others * problem.out_bytes)
         written = elements * (problem.out_bytes if problem.block is None else 1)
-        product = self._gemm.time(self._gemm.choose(problem.product), problem.product)
-        return product + (pace.launch + (read + written) / pace.bandwidth) / 1e3
+        alone = self._gemm.time(self._gemm.choose(problem.gemm), problem.gemm)
+        return alone + (pace.launch + (read + written) / pace.bandwidth) / 1e3
 
     def calls(self, config: Separate, operands: FusedOperands) -> tuple[KernelCall, ...]:
         """Returns no calls: `codegen.operators.fused_linear` runs the operators one by one."""

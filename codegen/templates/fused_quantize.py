@@ -21,7 +21,7 @@ from qcompiler import numerics
 from qcompiler.numerics import ALL
 
 MOST_OPERANDS = 6
-MOST_KEPT = 2
+MOST_RESIDUALS = 2
 
 
 class FusedQuantizeProblem(NamedTuple):
@@ -34,7 +34,7 @@ class FusedQuantizeProblem(NamedTuple):
         whole_rows: The expression needs whole rows.
         operands: Number of its operands.
         operand_bytes: Bytes per element of the widest operand.
-        kept: Number of residual outputs.
+        residuals: Number of residual outputs.
     """
 
     m: int
@@ -43,7 +43,7 @@ class FusedQuantizeProblem(NamedTuple):
     whole_rows: bool = False
     operands: int = 1
     operand_bytes: int = 2
-    kept: int = 0
+    residuals: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FusedQuantizeOperands(NamedTuple):
         expression: A fused expression over x0, x1, ….
         keep: Names of the definitions that are residual outputs.
         operands: In a floating dtype, `[m, k]` with contiguous rows or a contiguous vector `[k]`.
-        kept: Residual outputs `[..., k]`, contiguous; overwritten.
+        residuals: Residual outputs `[..., k]`, contiguous; overwritten.
         q: An 8-bit format `[..., k]`, contiguous; overwritten.
         scale: FP32 of `numerics.scale_shape`, any strides; overwritten.
         profile: A name of `numerics.PROFILES`.
@@ -82,7 +82,7 @@ class FusedQuantizeOperands(NamedTuple):
     expression: str
     keep: tuple[str, ...]
     operands: Sequence[Tensor]
-    kept: Sequence[Tensor]
+    residuals: Sequence[Tensor]
     q: Tensor
     scale: Tensor
     profile: str = numerics.DEFAULT_PROFILE
@@ -90,22 +90,22 @@ class FusedQuantizeOperands(NamedTuple):
 
 def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuantizeConfig, None]:
     """The configuration for a problem; it depends only on the sizes."""
-    m, k, (_, block_k), kept = problem.m, problem.k, problem.block, problem.kept
+    m, k, (_, block_k), residuals = problem.m, problem.k, problem.block, problem.residuals
     if problem.whole_rows or block_k == ALL:
-        return {_row_config(m, k, block_k, problem.operand_bytes > 2 or kept > 0): None}
+        return {_row_config(m, k, block_k, problem.operand_bytes > 2 or residuals > 0): None}
     columns = 512
     if m > 512:
         # The widest block of which little lies outside the row.
         columns = next((size for size in (2048, 1024) if -k % size < k // 16), 512)
     columns = max(min(columns, 1 << max((k - 1).bit_length(), 4)), block_k)
-    return {FusedQuantizeConfig(1, columns, block_k, max(columns // 1024, 1), 8 if kept else 16): None}
+    return {FusedQuantizeConfig(1, columns, block_k, max(columns // 1024, 1), 8 if residuals else 16): None}
 
 
 def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfig:
-    """Whole rows: 64 numbers per thread, or 32 if there are few rows or much state per number."""
+    """Whole rows: 64 numbers per thread, 32 if there is much state per number, 16 if there are few rows."""
     columns = max(1 << max((k - 1).bit_length(), 4), block_k)
     if m <= 512:
-        block_m, shares = 1, columns // 1024
+        block_m, shares = 1, columns // 512
     else:
         block_m = max(1024 // columns, 1)
         shares = block_m * k // 1024 if heavy else block_m * columns // 2048
@@ -119,36 +119,36 @@ def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfi
 def why_not_fused_quantize(problem: FusedQuantizeProblem) -> str | None:
     """Why the kernel cannot run a problem, in one sentence without a final period, or None if it can."""
     rows, columns = problem.block
-    operands, kept = problem.operands, problem.kept
-    return first_broken((
+    operands, residuals = problem.operands, problem.residuals
+    return first_broken(
         (
-            operands > MOST_OPERANDS or kept > MOST_KEPT,
-            f"it has {operands} operands and {kept} residual outputs, at most {MOST_OPERANDS} and {MOST_KEPT}",
-        ),
-        (rows != 1 or columns not in (ALL, *TILE_COLUMNS), f"it is quantized in {[rows, columns]} blocks"),
-        (
-            (problem.whole_rows or columns == ALL) and problem.k > LONGEST_ROW,
-            f"a program cannot hold rows of {problem.k} columns",
-        ),
-    ))  # fmt: skip
+            (
+                operands > MOST_OPERANDS or residuals > MOST_RESIDUALS,
+                f"it has {operands} operands and {residuals} residual outputs, "
+                f"at most {MOST_OPERANDS} and {MOST_RESIDUALS}",
+            ),
+            (rows != 1 or columns not in (ALL, *TILE_COLUMNS), f"it is quantized in {[rows, columns]} blocks"),
+            (
+                (problem.whole_rows or columns == ALL) and problem.k > LONGEST_ROW,
+                f"a program cannot hold rows of {problem.k} columns",
+            ),
+        )
+    )
 
 
 class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]):
     """The kernel template; each problem has one configuration, so there is nothing to compare."""
 
     variant = FusedQuantizeConfig.variant
+    overlaps = True
 
     def why_not(self, config: FusedQuantizeConfig, problem: FusedQuantizeProblem) -> str | None:
         """See `Template`."""
         return why_not_fused_quantize(problem)
 
-    def time(self, config: FusedQuantizeConfig, problem: FusedQuantizeProblem, pace: None) -> float:
-        """See `Template`."""
-        return 0.0
-
     def calls(self, config: FusedQuantizeConfig, operands: FusedQuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        expression, keep, given, kept, q, scale, profile = operands
+        expression, keep, given, residuals, q, scale, profile = operands
         k = q.shape[-1]
         m, none = q.numel() // k, [None] * (MOST_OPERANDS - len(given))
         strides = [None if x.dim() == 1 else x.stride(0) for x in given] + none
@@ -157,7 +157,7 @@ class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQua
             "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP": config.group, "VECTOR": config.vector,
         }  # fmt: skip
         arguments = (
-            *given, *none, *kept, *[None] * (MOST_KEPT - len(kept)), q, scale, m, *strides,
+            *given, *none, *residuals, *[None] * (MOST_RESIDUALS - len(residuals)), q, scale, m, *strides,
             scale.stride(-2) if scale.dim() > 1 else 1, scale.stride(-1),
         )  # fmt: skip
         options = {"num_warps": config.warps, "enable_fp_fusion": False}

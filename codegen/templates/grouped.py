@@ -82,18 +82,24 @@ class GroupedOperands(NamedTuple):
 class GroupedGemm(Template[GroupedConfig, GroupedProblem, GroupedOperands]):
     """The common part of the variants."""
 
+    overlaps = True
     kernel: ClassVar[Any]
 
     def why_not(self, config: GroupedConfig, problem: GroupedProblem) -> str | None:
         """See `Template`."""
         shared, limit = self.shared_memory(config, problem.out_bytes, problem.groups), self.limits.shared_memory
-        return first_broken((
-            (problem.groups > MOST_GROUPS, f"a block of threads can hold {MOST_GROUPS} groups, not {problem.groups}"),
+        return first_broken(
             (
-                shared > limit,
-                f"{config.stages} stages need {shared} bytes of shared memory, a block may use {limit}",
-            ),
-        ))  # fmt: skip
+                (
+                    problem.groups > MOST_GROUPS,
+                    f"a block of threads can hold {MOST_GROUPS} groups, not {problem.groups}",
+                ),
+                (
+                    shared > limit,
+                    f"{config.stages} stages need {shared} bytes of shared memory, a block may use {limit}",
+                ),
+            )
+        )
 
     def shared_memory(self, config: GroupedConfig, out_bytes: int = 2, groups: int = 256) -> int:
         """An upper estimate of the shared memory of a block, in bytes: the ring, the table, and the output tile."""

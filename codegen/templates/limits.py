@@ -23,6 +23,7 @@ class Limits:
         blocks: Maximum blocks on a multiprocessor.
         copy_alignment: The copy engine reads and writes matrices that start, and whose rows start, at multiples of
             this number of bytes.
+        overlap: Whether a kernel can start while the previous one still runs: see `codegen.kernels.overlap`.
     """
 
     multiprocessors: int
@@ -33,6 +34,7 @@ class Limits:
     warps: int = 64
     blocks: int = 32
     copy_alignment: int = 16
+    overlap: bool = False
 
     def multiprocessors_of(self, device: int | None) -> int:
         """How many multiprocessors the CUDA device of that index has."""

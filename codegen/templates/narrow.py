@@ -18,6 +18,7 @@ class NarrowGemm(GluonGemmTemplate):
     """A tile of 128 rows of the weight and few rows of the activation."""
 
     variant = "narrow"
+    overlaps = True
     splits = True
     stores = False
 

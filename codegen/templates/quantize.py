@@ -124,10 +124,6 @@ class QuantizeTemplate(Template[QuantizeConfig, QuantizeProblem, QuantizeOperand
         """See `Template`."""
         return why_not_quantize(problem.block)
 
-    def time(self, config: QuantizeConfig, problem: QuantizeProblem, pace: None) -> float:
-        """See `Template`."""
-        return 0.0
-
 
 def why_not_quantize(block: Sequence[int]) -> str | None:
     """Why no kernel quantizes in such blocks, in one sentence without a final period, or None if one does."""
@@ -140,6 +136,7 @@ class QuantizeTiles(QuantizeTemplate):
     """A scale for `block_k` columns of a row."""
 
     variant = "tiles"
+    overlaps = True
 
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
@@ -153,6 +150,7 @@ class QuantizeTokens(QuantizeTemplate):
     """A scale for each row."""
 
     variant = "tokens"
+    overlaps = True
 
     def calls(self, config: QuantizeConfig, operands: QuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""

@@ -51,20 +51,22 @@ class Template(ABC, Generic[Config, Problem, Operands]):
 
     Attributes:
         variant: Its name, which its configurations have, too.
+        overlaps: Its kernels follow the rules of `codegen.kernels.overlap`.
     """
 
     variant: ClassVar[str]
+    overlaps: ClassVar[bool] = False
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu, self.limits = gpu, gpu.limits
 
-    @abstractmethod
     def why_not(self, config: Config, problem: Problem) -> str | None:
         """Why `config` cannot run `problem`, in one sentence without a final period, or None if it can."""
+        return None
 
-    @abstractmethod
     def time(self, config: Config, problem: Problem, pace: Any) -> float:
-        """Estimated microseconds at the measured `pace` of the configuration."""
+        """Estimated microseconds at the measured `pace`; 0 if each problem has one configuration."""
+        return 0.0
 
     @abstractmethod
     def calls(self, config: Config, operands: Operands) -> Sequence[KernelCall]:
@@ -127,11 +129,15 @@ class Family(Generic[Config, Problem, Operands]):
 
     def calls(self, config: Config, operands: Operands) -> Sequence[KernelCall]:
         """The kernel calls of a configuration for operands that it supports; nothing is checked."""
-        return self.template(config).calls(config, operands)
+        template = self.template(config)
+        calls = template.calls(config, operands)
+        if not (template.overlaps and template.limits.overlap):
+            return calls
+        return [call._replace(options={**call.options, "launch_pdl": True}) for call in calls]
 
     def launch(self, config: Config, operands: Operands) -> None:
         """Launches the calls on the current CUDA stream."""
-        for call in self._templates[config.variant].calls(config, operands):
+        for call in self.calls(config, operands):
             launch(call)
 
 

@@ -22,6 +22,7 @@ class WarpGemm(GluonGemmTemplate):
     """One program per multiprocessor: a producer, and consumers that compute 64 rows per step."""
 
     variant = "warp"
+    overlaps = True
     slow_when_half_empty = True
 
     def registers(self, config: GemmConfig, whole: bool) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def check(
     sinks = torch.randn(heads, device="cuda") if sink else None
     scale = sizes[0] ** -0.5
     for _ in range(3):  # the second call is recorded, the third replayed
-        got = kernels.attend_to_cache(cache, query, slots, before, sinks, scale, window, softcap)
+        got = kernels.attend_to_cache(cache, query, slots, before, sinks, None, scale, window, softcap)
         want = reference(cache, query, slots, before, sinks, scale=scale, window=window, softcap=softcap)
         assert got.shape == want.shape and got.dtype == query.dtype
         assert error(got, want) < ERRORS[dtype], (dtype, lengths, tokens, repeats, sizes)
@@ -173,7 +173,7 @@ def test_a_graph_follows_lengths_on_the_device() -> None:
 
     def step() -> Tensor:
         kernels.append_to_cache(cache, key, key, slots, lengths)
-        result: Tensor = kernels.attend_to_cache(cache, query, slots, lengths, None, 0.1, None, None)
+        result: Tensor = kernels.attend_to_cache(cache, query, slots, lengths, None, None, 0.1, None, None)
         return result
 
     step()
@@ -199,5 +199,18 @@ def test_a_large_cache_needs_64_bit_offsets() -> None:
     kernels.append_to_cache(cache, key, key, slot, lengths)
     codes, _ = numerics.quantize(key.cpu(), state.FORMATS[I8])
     assert torch.equal(cache[0][-1, :, -300:].cpu(), codes[0])
-    out = kernels.attend_to_cache(cache, key[:, :, -1:], slot, lengths + 299, None, 0.1, 300, None)
+    out = kernels.attend_to_cache(cache, key[:, :, -1:], slot, lengths + 299, None, None, 0.1, 300, None)
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16, F16])
+def test_long_chunks_with_a_known_start(dtype: torch.dtype) -> None:
+    """By torch's kernels: keys and values of codes are rounded to bfloat16."""
+    for start, tokens in ((0, 512), (0, 1111), (512, 700), (1237, 513)):
+        cache, slots = filled(dtype, [start + tokens] * 2, 2, 3001)
+        query = torch.randn(2, tokens, 8, 128, device="cuda").to(query_dtype(dtype)).transpose(1, 2)
+        lengths = torch.full((2,), start, device="cuda")
+        got = kernels.attend_to_cache(cache, query, slots, lengths, None, start, 0.1, None, None)
+        want = reference(cache, query, slots, lengths, scale=0.1)
+        assert got.shape == want.shape and got.dtype == query.dtype and got.transpose(1, 2).is_contiguous()
+        assert error(got, want) < max(ERRORS[dtype], 5e-3 if dtype.itemsize == 1 else 0.0), (dtype, start, tokens)

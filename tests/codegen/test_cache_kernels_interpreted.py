@@ -30,11 +30,17 @@ def _reference(
 
 
 def _cache(
-    dtype: "torch.dtype", slots: int, groups: int, capacity: int, sizes: tuple[int, int]
+    dtype: "torch.dtype", slots: int, groups: int, capacity: int, sizes: tuple[int, int], static: bool
 ) -> "tuple[Tensor, Tensor, Tensor | None, Tensor | None]":
     key, value = (torch.randn(slots, groups, capacity, size) for size in sizes)
     if dtype.itemsize > 1:
         return key.to(dtype), value.to(dtype), None, None
+    if static:
+        scales = torch.tensor([0.02]), torch.tensor([3.7])
+        key, value = (
+            state.quantized(each * 40 * scale, scale, dtype) for each, scale in zip((key, value), scales, strict=True)
+        )
+        return key, value, *scales
     spread = torch.randn(slots, groups, capacity, 1).mul(4).exp()  # scales of neighbors differ by far
     (key, key_scale), (value, value_scale) = (
         numerics.quantize(each, numerics.format_of((1, -1), dtype)) for each in (key, value * spread)
@@ -46,13 +52,14 @@ def _attend(
     dtype: "torch.dtype", lengths: list[int], tokens: int, repeats: int, sizes: tuple[int, int] = (64, 64), *,
     capacity: int = 50, splits: int = 1, window: int | None = None, softcap: float | None = None, sink: bool = False,
     groups: int = 2, block_m: int = 16, block_n: int = 16, query_dtype: "torch.dtype | None" = None,
+    static: bool = False,
 ) -> None:  # fmt: skip
     batch, heads, scale = len(lengths), groups * repeats, sizes[0] ** -0.5
-    cache = _cache(dtype, batch + 1, groups, capacity, sizes)
+    cache = _cache(dtype, batch + 1, groups, capacity, sizes, static)
     slots = torch.randperm(batch + 1)[:batch]
     for row, length in enumerate(lengths):
         for tensor in cache:
-            if tensor is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            if tensor is not None and tensor.dim() > 1 and tensor.is_floating_point() and tensor.itemsize > 1:
                 tensor[slots[row], :, length + tokens :] = math.nan
                 tensor[slots[row], :, : max(length + 1 - (window or capacity), 0)] = math.nan
     query = torch.randn(batch, tokens, heads, sizes[0]).mul(3).bfloat16()  # float16 holds these up to a power of two
@@ -65,7 +72,7 @@ def _attend(
     ATTEND_TO_CACHE.family(HOPPER).launch(AttendConfig(block_m, block_n, 4, 2, splits), operands)
     key, value = (codes.double() for codes in cache[:2])
     if cache[2] is not None and cache[3] is not None:
-        key, value = key * cache[2][..., None], value * cache[3][..., None]
+        key, value = key * cache[2][..., None].double(), value * cache[3][..., None].double()
     error = size = 0.0
     for row, length in enumerate(lengths):
         slot = int(slots[row])
@@ -79,7 +86,7 @@ def _attend(
 
 def _append(
     dtype: "torch.dtype", source: "torch.dtype", lengths: list[int], slots: list[int], tokens: int,
-    sizes: tuple[int, int], groups: int = 2, capacity: int = 9,
+    sizes: tuple[int, int], groups: int = 2, capacity: int = 9, static: float | None = None,
 ) -> None:  # fmt: skip
     """Compares with a loop over tokens; rows that do not fit change nothing."""
     batch, count = len(lengths), 4
@@ -92,11 +99,15 @@ def _append(
     quantized = dtype.itemsize == 1
     cache = [torch.full((count, groups, capacity, size), 5.0).to(dtype) for size in sizes]
     scales = [torch.full((count, groups, capacity), 5.0) for _ in sizes] if quantized else []
+    if static is not None:
+        scales = [torch.tensor([static]), torch.tensor([0.5 * static])]
     want = [each.clone() for each in (*cache, *scales)]
     for index, new in enumerate((key, value)):
-        codes, scale = (
-            numerics.quantize(new, numerics.format_of((1, -1), dtype)) if quantized else (new.to(dtype), None)
-        )
+        codes, scale = new.to(dtype), None
+        if static is not None:
+            codes = state.quantized(new, scales[index], dtype)
+        elif quantized:
+            codes, scale = numerics.quantize(new, numerics.format_of((1, -1), dtype))
         for row in range(batch):
             for token in range(tokens):
                 slot, position = slots[row], lengths[row] + token
@@ -141,6 +152,12 @@ def _run_all() -> None:
         for source in sources:
             _append(dtype, source, [0, 7, 8], [3, 0, 1], 1, (64, 64))
             _append(dtype, source, [0, 7, 3], [2, 0, 1], 4, (80, 24))
+    for dtype in (f8, i8):
+        for tokens, splits in ((1, 1), (3, 2)):
+            _attend(dtype, [0, 40], tokens, 3, (24, 40), splits=splits, static=True, sink=True)
+        _append(dtype, b16, [0, 7, 3], [2, 0, 1], 4, (80, 24), static=0.25)
+    for static in (0.01, 2.0**-70, 2.0**120):  # the last two need a true division
+        _append(i8, b16, [0, 7], [2, 0], 2, (16, 24), static=static)
     _append(i8, f32, [-1, 2, 9, 0], [0, 4, 1, -1], 2, (16, 16))
     print("all cases ran")
 
@@ -161,6 +178,7 @@ if __name__ == "__main__":
     from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
     from codegen.templates.attend_to_cache import ATTEND_TO_CACHE, AttendConfig, AttendOperands
     from qcompiler import numerics
+    from qcompiler.dialects import state
 
     round_fma_once()
     InterpreterBuilder.create_dot = _dot

@@ -1,0 +1,101 @@
+"""Kernels that overlap wait for the ones before them, and start the next one only if they cannot write its weight."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hopper_kernels import (
+    GROUPED_CONFIGS,
+    all_configs,
+    all_fused_configs,
+    compile_append,
+    compile_attend,
+    compile_combine,
+    compile_fused,
+    compile_fused_quantize,
+    compile_gemm,
+    compile_grouped,
+    compile_quantize,
+    compile_row_gemm,
+    compile_sum_splits,
+    compile_tokens,
+    quantize_calls,
+)
+
+from codegen.machine_code import MachineCode
+from codegen.targets.hopper import HOPPER
+from codegen.templates.quantize import QUANTIZE, QuantizeOperands, QuantizeProblem
+
+E4M3, B16 = torch.float8_e4m3fn, torch.bfloat16
+WAIT, START = "ACQBULK", "PREEXIT"
+SUM = "bf16(y0 + x0)"
+
+
+def waits(code: MachineCode) -> bool:
+    return WAIT in code.sass
+
+
+def starts(code: MachineCode) -> bool:
+    return START in code.sass
+
+
+def gemm(variant: str, kind: str = "tiles") -> MachineCode:
+    config = next(each for each in all_configs(kind) if each.variant == variant)  # type: ignore[arg-type]
+    return compile_gemm(config) if kind == "tiles" else compile_row_gemm(config, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        pytest.param(lambda: gemm("narrow"), id="narrow"),
+        pytest.param(lambda: gemm("warp"), id="warp"),
+        pytest.param(lambda: gemm("split"), id="split"),
+        pytest.param(lambda: gemm("narrow", "rows_f8"), id="narrow rows"),
+        pytest.param(lambda: gemm("warp", "rows_f8"), id="warp rows"),
+        pytest.param(lambda: compile_sum_splits(4), id="sum of splits"),
+        pytest.param(lambda: compile_sum_splits(4, "rows_f8"), id="sum of splits of rows"),
+        pytest.param(lambda: compile_fused(all_fused_configs()[1], SUM, others=(B16,)), id="fused"),
+        pytest.param(lambda: compile_grouped(GROUPED_CONFIGS[0]), id="grouped"),
+        pytest.param(lambda: compile_quantize(), id="quantize tiles"),
+        pytest.param(lambda: compile_fused_quantize("bf16(x0 + x1)", (B16, B16), 4096, m=16), id="fused quantize"),
+        pytest.param(lambda: compile_append(E4M3), id="append"),
+        pytest.param(lambda: compile_attend(E4M3), id="attend"),
+        pytest.param(lambda: compile_combine(), id="combine"),
+    ],
+)
+def test_a_kernel_waits_for_earlier_ones_and_lets_the_next_one_start(compiled: Callable[[], MachineCode]) -> None:
+    code = compiled()
+    assert waits(code) and starts(code)
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        pytest.param(lambda: compile_tokens(4096), id="quantize tokens"),
+        pytest.param(
+            lambda: compile_fused_quantize("bf16(x0 + x1)", (B16, B16), 4096, block_k=-1), id="fused quantize"
+        ),
+    ],
+)
+def test_a_kernel_that_may_write_a_weight_does_not_let_the_next_one_start(compiled: Callable[[], MachineCode]) -> None:
+    code = compiled()
+    assert waits(code) and not starts(code)
+
+
+def test_weights_are_loaded_before_the_wait() -> None:
+    """The first load through the copy engine comes earlier in the machine code than the wait."""
+    for code in (gemm("narrow"), gemm("narrow", "rows_f8")):
+        assert code.sass.index("UTMALDG") < code.sass.index(WAIT)
+
+
+def test_a_generation_without_the_feature_has_none_of_the_instructions() -> None:
+    other = replace(HOPPER, name="other", limits=replace(HOPPER.limits, overlap=False))
+    x, q = (torch.empty(64, 512, dtype=dtype, device="meta") for dtype in (B16, E4M3))
+    family = QUANTIZE.family(other)
+    config = family.choose(QuantizeProblem(64, 512, (1, 128)))
+    scale = torch.empty(64, 4, device="meta")
+    (call,) = family.calls(config, QuantizeOperands(x, q, scale, (1, 128), "deepseek"))
+    (own,) = quantize_calls(B16, 64, 512, (1, 128), E4M3)
+    assert "launch_pdl" in own.options and "launch_pdl" not in call.options
+    assert not waits(other.compile(call))
