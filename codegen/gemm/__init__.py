@@ -1,1 +1,1 @@
-"""The scaled matmul: supported formats, choice of configuration, launch, and the operator that checks operands."""
+"""Measured configurations of the GEMM: the tuner that measures them, and their choice."""

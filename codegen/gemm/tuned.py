@@ -52,7 +52,7 @@ def _family(device: int) -> GemmFamily:
 
 
 def learn(device: int, found: Mapping[GemmProblem, GemmConfig]) -> Path:
-    """Uses these configurations in this process and in those with QCOMPILER_TUNED set; returns the file."""
+    """Uses these configurations in this process and in processes with QCOMPILER_TUNED set; returns the file."""
     path = file_of(device)
     table = read(path, header_of(device), _family(device)) | _learned.get(device, {}) | dict(found)
     _write(path, header_of(device), table)
@@ -89,7 +89,7 @@ def read(path: Path, header: Mapping[str, Any], family: GemmFamily) -> dict[Gemm
         whole = json.loads(path.read_text(encoding="utf-8"))
         if whole["header"] != header:
             raise ValueError(f"it was made for {whole['header']}")
-        return dict(_entry(each, family) for each in whole["products"])
+        return dict(_entry(each, family) for each in whole["gemms"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -114,14 +114,15 @@ def _entry(entry: Mapping[str, Any], family: GemmFamily) -> tuple[GemmProblem, G
 def _write(path: Path, header: Mapping[str, Any], table: Mapping[GemmProblem, GemmConfig]) -> None:
     """Writes the file atomically."""
     entries = [{"problem": dataclasses.asdict(p), "config": dataclasses.asdict(c)} for p, c in table.items()]
-    text = json.dumps({"header": dict(header), "products": entries}, indent=1)
+    text = json.dumps({"header": dict(header), "gemms": entries}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise not_replaced(CodegenError("the tuned configurations cannot be saved", got=error), error, path,
-                           len(text)) from error  # fmt: skip
+        raise not_replaced(
+            CodegenError("the tuned configurations cannot be saved", got=error), error, path, len(text)
+        ) from error
 
 
 @cache

@@ -71,28 +71,28 @@ class Tuning:
     """The results of a tuner.
 
     Attributes:
-        products: Each GEMM that was measured.
+        gemms: Each GEMM that was measured.
         file: Where the winners are stored; None if there was nothing to measure.
         note: Why nothing, or not everything, was measured.
     """
 
-    products: tuple[Measured, ...] = ()
+    gemms: tuple[Measured, ...] = ()
     file: str | None = None
     note: str | None = None
 
     def __str__(self) -> str:
         """A line for each GEMM."""
-        better = sum(each.best != each.estimated for each in self.products)
-        head = f"{len(self.products)} GEMMs measured, {better} with a better configuration than the estimated one"
+        better = sum(each.best != each.estimated for each in self.gemms)
+        head = f"{len(self.gemms)} GEMMs measured, {better} with a better configuration than the estimated one"
         last = [text for text in (self.note, self.file and f"stored in {self.file}") if text]
-        return "\n".join([head, *map(str, self.products), *last])
+        return "\n".join([head, *map(str, self.gemms), *last])
 
 
 def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progress | None = None) -> Tuning:
     """Measures GEMMs on an otherwise idle CUDA device, and uses the winners from now on.
 
     Args:
-        problems: The GEMMs; those whose operands are not aligned have few choices and are skipped.
+        problems: The GEMMs; a GEMM with unaligned operands has few choices and is skipped.
         device: The CUDA device.
         progress: Called after each GEMM.
     """

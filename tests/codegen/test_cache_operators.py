@@ -38,7 +38,7 @@ def test_the_operators_run_the_state_dialect(element: DType | object) -> None:
         key, value, query = new(tokens, 2).to(dtype), new(tokens, 2, 8).to(dtype), new(tokens, 6).to(dtype)
         append(mine, key, value, SLOTS, lengths)
         state.append(theirs, key, value, SLOTS, lengths)
-        out = attend(mine, query, SLOTS, lengths, torch.ones(6), 0.3, 3, 5.0)
+        out = attend(mine, query, SLOTS, lengths, torch.ones(6), None, 0.3, 3, 5.0)
         want = state.attend(theirs, query, SLOTS, lengths, torch.ones(6), scale=0.3, window=3, softcap=5.0)
         assert torch.equal(out, want) and out.transpose(1, 2).is_contiguous()
         lengths += tokens
@@ -49,15 +49,17 @@ def test_the_schemas_and_fakes_are_correct() -> None:
     tensors, key, value = cache(DType.f32, 8), new(3, 2), new(3, 2, 8)
     for test in ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"):
         torch.library.opcheck(append, (tensors, key, value, SLOTS, LENGTHS), test_utils=test)
-        torch.library.opcheck(attend, (tensors, new(3, 4), SLOTS, LENGTHS, None, 0.3, None, None), test_utils=test)
+        torch.library.opcheck(
+            attend, (tensors, new(3, 4), SLOTS, LENGTHS, None, None, 0.3, None, None), test_utils=test
+        )
 
 
 def test_torch_compile_keeps_the_order_of_appends_and_reads() -> None:
     def step(tensors: list[Tensor], key: Tensor, value: Tensor, query: Tensor, lengths: Tensor) -> Tensor:
         append(tensors, key, value, SLOTS, lengths)
-        first = attend(tensors, query, SLOTS, lengths, None, 0.3, None, None)
+        first = attend(tensors, query, SLOTS, lengths, None, None, 0.3, None, None)
         append(tensors, key * 2, value * 2, SLOTS, lengths)
-        result: Tensor = first + attend(tensors, query, SLOTS, lengths, None, 0.3, None, None)
+        result: Tensor = first + attend(tensors, query, SLOTS, lengths, None, None, 0.3, None, None)
         return result
 
     torch._dynamo.reset()

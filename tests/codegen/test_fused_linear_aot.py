@@ -32,7 +32,9 @@ def test_every_form(config: FusedGemmConfig) -> None:
         assert (code.local_loads, code.local_stores) == (0, 0), "registers were spilled to local memory"
         # One step is four instructions of K = 32 into fresh registers; each consumer has its own code.
         assert code.qgmma == 4 * 2 * config.waves and "QGMMA.64x128x32.F32.E4M3.E4M3" in code.sass
-        assert (code.tma_loads, code.tma_stores) == (2 + config.parts, 0)
+        # The first stages of the weight are loaded by instructions of their own, in small tiles.
+        early = config.parts if config.parts * config.rows < 256 else 0
+        assert (code.tma_loads, code.tma_stores) == (2 + config.parts + early, 0)
         assert code.shared_memory <= config.shared_memory() <= HOPPER.limits.shared_memory
         assert code.wide_stores == (1 if out_dtype else 2), "codes and results must be stored 16 bytes at a time"
         shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code.sass)}

@@ -106,7 +106,7 @@ def test_rows_and_garbage_and_equal_bits(config: FusedGemmConfig, m: int) -> Non
 )
 def test_codes_match_the_quantized_result(
     config: FusedGemmConfig, layout: str, dtype: torch.dtype, profile: str
-) -> None:  # fmt: skip
+) -> None:
     for m, n, k in ((1, 128, 128), (129, 512, 400), (1000, 1408, 2048)):
         x, xs, w, ws = operands(m, n * config.parts, k)
         expression, count = expression_of(config)

@@ -102,7 +102,10 @@ def test_the_source_is_the_expression_in_python() -> None:
 def test_every_function_compiles(name: str) -> None:
     args = "x0, 1e-05" if FUNCTIONS[name].arity == 2 else "x0"
     code = compile_fused_quantize(f"{name}({args}) / 3 + 1 / x0", (B16,), 1000, m=8)
-    assert (code.local_loads, code.local_stores) == (0, 0)
+    if name in ("cos", "sin"):  # large angles are reduced with a table in local memory
+        assert code.local_loads > 0
+    else:
+        assert (code.local_loads, code.local_stores) == (0, 0)
 
 
 def test_expressions_that_cannot_become_functions_are_refused() -> None:

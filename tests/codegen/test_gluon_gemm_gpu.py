@@ -23,9 +23,7 @@ ROWS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 191, 193, 257, 4095)
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 5e-4, torch.float32: 4e-4}
 
 
-def operands(
-    m: int, n: int, k: int, x_block: int = 128, garbage: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def operands(m: int, n: int, k: int, x_block: int = 128, garbage: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Distinct codes and scales; `garbage` rows of NaN follow the rows of x, and NaN scales follow its scales."""
     generator = torch.Generator("cuda").manual_seed(m + n + k)
 

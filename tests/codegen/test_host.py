@@ -22,7 +22,7 @@ GOLDEN = '''\
 
 import torch
 
-kernels = torch.ops.qcompiler
+from codegen.direct import kernels
 
 
 def mlp(weights, x):

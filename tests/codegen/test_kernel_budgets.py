@@ -29,6 +29,7 @@ from hopper_kernels import (
     compile_sum_splits,
     compile_tokens,
 )
+from pointwise_examples import compile_norm, compile_rotary, compile_rotary_append
 
 from codegen.machine_code import MachineCode
 from codegen.targets.hopper import HOPPER
@@ -63,18 +64,19 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "attend to a cache, f8": partial(compile_attend, torch.float8_e4m3fn),
     "attend to a cache, f8, 512 tokens": partial(compile_attend, torch.float8_e4m3fn, batch=1, tokens=512),
     "sum of 64 splits of a cache": compile_combine,
-    "fused quantize, norm of 4096": partial(
-        compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)
-    ),
+    "fused quantize, norm of 4096": partial(compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)),
     "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
     "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
+    "rotary embedding": compile_rotary,
+    "rotary embedding and append, f8": compile_rotary_append,
+    "norm of 4096": compile_norm,
     "expression alone": partial(compile_expression, RESIDUAL),
     **{f"{kind}, {config}": partial(compile_row_gemm, config, kind) for kind in ROWS for config in all_configs(kind)},
     **{f"fused, {config}": partial(fused, config) for config in all_fused_configs()},
     **{f"grouped, {config}": partial(grouped, config) for config in GROUPED_CONFIGS},
-}  # fmt: skip
+}
 """Name -> the code chosen for many rows in bf16."""
 
 

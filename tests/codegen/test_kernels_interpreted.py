@@ -69,9 +69,7 @@ def _row_gemm(config: "GemmConfig", dtype: "torch.dtype", m: int, n: int, k: int
     store = torch.full((m + 3, n), 7.0)
     launch_row_gemm(config, x, w, store[:m], xs, ws, addend)
     x_format, w_format = numerics.format_of(x_block, dtype), numerics.format_of(w_block, dtype)
-    want = numerics.scaled_linear(
-        x, xs, w, ws, addend, x_format=x_format, w_format=w_format, out_dtype=torch.float32
-    )  # fmt: skip
+    want = numerics.scaled_linear(x, xs, w, ws, addend, x_format=x_format, w_format=w_format, out_dtype=torch.float32)
     assert float((store[:m] - want).norm() / want.norm()) < 1e-5, (config, dtype, m, n, k)
     assert bool((store[m:] == 7.0).all()), (config, "wrote beyond the last row")
 

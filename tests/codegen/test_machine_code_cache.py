@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from hopper_kernels import compile_quantize
-from machine_code_cache import DAYS, delete_old, kept, read, write
+from kept_files import DAYS, delete_old
+from machine_code_cache import kept, read, write
 
 from codegen import machine_code
 from codegen.machine_code import MachineCode

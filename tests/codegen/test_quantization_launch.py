@@ -32,7 +32,7 @@ def test_constants_come_last_and_in_order(kind: str, rows: int) -> None:
         assert kernel.arg_names == [*kernel.arg_names[: len(arguments)], *constants]
         tensors = [name for name, each in zip(kernel.arg_names, arguments, strict=False) if isinstance(each, Tensor)]
         assert tensors == [name for name in ("x", "partial", "q", "scale") if name in kernel.arg_names]
-        assert programs >= 1 and options.keys() == {"num_warps"}
+        assert programs >= 1 and options.keys() - {"launch_pdl"} == {"num_warps"}
 
 
 @kinds
@@ -43,7 +43,5 @@ def test_compiled_kernels_do_not_depend_on_the_number_of_rows(kind: str) -> None
 
 @kinds
 def test_compiled_kernels_depend_on_depth_and_stride(kind: str) -> None:
-    matrices = (
-        torch.zeros(8, 256), torch.zeros(8, 192), torch.zeros(8, 300)[:, :256], torch.zeros(8, 2 * LONGEST_ROW)
-    )  # fmt: skip
+    matrices = (torch.zeros(8, 256), torch.zeros(8, 192), torch.zeros(8, 300)[:, :256], torch.zeros(8, 2 * LONGEST_ROW))
     assert len({calls(kind, x)[0].key() for x in matrices}) == 4

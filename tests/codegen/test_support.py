@@ -41,7 +41,7 @@ def test_whole_rows_of_both_operands(x_block: tuple[int, int], w_block: tuple[in
         ((1, 16), (1, 16), DType.f4e2m1fn, DType.f4e2m1fn, "the kernels multiply f8e4m3fn or i8, not f4e2m1fn"),
         ((1, 128), (64, 64), E4M3, E4M3, "a weight needs [128, 128], [1, -1] or [-1, -1], not [64, 64]"),
     ],
-)  # fmt: skip
+)
 def test_each_refusal_is_a_sentence(
     x_block: tuple[int, int], w_block: tuple[int, int], x_dtype: DType, w_dtype: DType, sentence: str
 ) -> None:

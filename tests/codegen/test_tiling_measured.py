@@ -52,9 +52,11 @@ def test_no_choice_is_much_slower_than_the_best(name: str, device: str) -> None:
 
 # Parts of the weight, operands other than the sums, whether the result is quantized: see `benchmarks/epilogues.py`.
 EXPRESSIONS = {
-    "SwiGLU, quantize": (2, 0, True), "GELU, quantize": (1, 0, True), "GELU": (1, 0, False),
+    "SwiGLU, quantize": (2, 0, True),
+    "GELU, quantize": (1, 0, True),
+    "GELU": (1, 0, False),
     "residual": (1, 1, False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -113,11 +113,12 @@ def test_a_configuration_that_cannot_run_is_not_used() -> None:
 def changed(**changes: Any) -> str:
     """A file whose only GEMM has this change."""
     product: dict[str, dict[str, Any]] = {
-        "problem": dataclasses.asdict(PROBLEM), "config": dataclasses.asdict(choose(PROBLEM))
-    }  # fmt: skip
+        "problem": dataclasses.asdict(PROBLEM),
+        "config": dataclasses.asdict(choose(PROBLEM)),
+    }
     for name, value in changes.items():
         product["config" if name in product["config"] else "problem"][name] = value
-    return json.dumps({"header": HEADER, "products": [product]})
+    return json.dumps({"header": HEADER, "gemms": [product]})
 
 
 @pytest.mark.parametrize(
@@ -127,8 +128,8 @@ def changed(**changes: Any) -> str:
         (changed()[:-20], "JSONDecodeError"),
         ("[]", "TypeError"),
         ("{}", "KeyError: 'header'"),
-        (json.dumps({"header": HEADER | {"triton": "3.7.0"}, "products": []}), "ValueError: it was made for"),
-        (json.dumps({"header": HEADER, "products": [1]}), "TypeError"),
+        (json.dumps({"header": HEADER | {"triton": "3.7.0"}, "gemms": []}), "ValueError: it was made for"),
+        (json.dumps({"header": HEADER, "gemms": [1]}), "TypeError"),
         (changed(block_m=48), "ValueError: there is no configuration"),
         (changed(colour=1), "TypeError"),
         (changed(kind="rows"), "ValueError: there is no configuration"),
@@ -170,6 +171,6 @@ def test_tuning_measures_each_gemm_once(monkeypatch: pytest.MonkeyPatch) -> None
     result = tuner.tune(
         [PROBLEM, PROBLEMS[1], PROBLEM, crooked], torch.device("cpu"), lambda done, of, _: told.append((done, of))
     )
-    assert [each.problem for each in result.products] == [PROBLEM, PROBLEMS[1]] and told == [(1, 2), (2, 2)]
+    assert [each.problem for each in result.gemms] == [PROBLEM, PROBLEMS[1]] and told == [(1, 2), (2, 2)]
     assert result.file == str(tuned.file_of(0)) and tuned.config_for(0, PROBLEM) == another(PROBLEM)
     assert tuner.tune([crooked], torch.device("cpu")).note == "there is no GEMM to measure"

@@ -123,9 +123,7 @@ class Bounded(torch.nn.Module):
 def test_bounds_and_relations_between_sizes_are_kept() -> None:
     n = torch.export.Dim("n", min=4, max=64)
     pair = torch.randn(8, 128), torch.randn(16, 128)
-    model = qcompiler.compile(
-        Bounded().eval(), example_inputs=pair, dynamic_shapes={"x": {0: n}, "y": {0: 2 * n}}
-    )  # fmt: skip
+    model = qcompiler.compile(Bounded().eval(), example_inputs=pair, dynamic_shapes={"x": {0: n}, "y": {0: 2 * n}})
     calls = calls_to_plan(model.signature, (), None, {})
     assert [(x.shape[0], y.shape[0]) for x, y in calls] == [(4, 8), (8, 16), (16, 32), (32, 64), (64, 128)]
     assert all(blank.dtype == torch.float32 and blank.device == CPU for call in calls for blank in call)

@@ -105,12 +105,12 @@ def test_tuning_is_used_here_and_on_request(compiled: CompiledModel, tmp_path: P
     x = inputs(2, 8)
     want = compiled(x)
     result = compiled.tune(x)
-    assert len(result.products) == 2 and result.file is not None, str(result)
-    for product in result.products:
+    assert len(result.gemms) == 2 and result.file is not None, str(result)
+    for product in result.gemms:
         assert list(product.times) == sorted(candidates(product.problem, FAMILY), key=product.times.__getitem__)
         assert product.ratio <= 1.0 and tuned.config_for(0, product.problem) == product.best
     assert (compiled(x).float() - want.float()).norm() <= 1e-2 * want.float().norm()
-    entries = json.loads(Path(result.file).read_text())["products"]
+    entries = json.loads(Path(result.file).read_text())["gemms"]
     assert {entry["problem"]["n"] for entry in entries} >= {512, 1024}
     # An impossible measurement shows whether another process reads the file.
     problem = GemmProblem(16, 1024, 512, torch.cuda.get_device_properties(0).multi_processor_count)
