@@ -43,7 +43,9 @@ class RecomputingStep:
     def reset(self) -> None:
         self.tokens = torch.zeros(self.slots, self.capacity, dtype=torch.int64)
 
-    def __call__(self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor, start: int | None = None
+    ) -> Tensor:
         rows = []
         self.calls.append((input_ids.shape[0], input_ids.shape[1]))
         for ids, slot, length, at in zip(input_ids, slots.tolist(), lengths.tolist(), last.tolist(), strict=True):

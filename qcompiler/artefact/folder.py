@@ -106,22 +106,31 @@ def check_replaceable(target: Path) -> None:
             "the artefact would replace something else", got=error.problem, where=str(target), fix=fix
         ) from None
     if extra := extra_files(folder):
-        raise ArtefactError("the artefact would replace files that are not part of one", got=", ".join(extra[:5]),
-                            where=str(target), fix=fix)  # fmt: skip
+        raise ArtefactError(
+            "the artefact would replace files that are not part of one",
+            got=", ".join(extra[:5]),
+            where=str(target),
+            fix=fix,
+        )
 
 
 def edited(path: Path) -> ArtefactError:
     """The error for a file whose hash differs from the manifest."""
-    return ArtefactError("a file of the artefact was edited or damaged", got="another SHA-256 than in the manifest",
-                         where=str(path), fix=AGAIN)  # fmt: skip
+    return ArtefactError(
+        "a file of the artefact was edited or damaged",
+        got="another SHA-256 than in the manifest",
+        where=str(path),
+        fix=AGAIN,
+    )
 
 
 def _size(path: Path) -> int:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise ArtefactError("a file of the artefact is missing", got=error.strerror, where=str(path),
-                            fix=AGAIN) from None  # fmt: skip
+        raise ArtefactError(
+            "a file of the artefact is missing", got=error.strerror, where=str(path), fix=AGAIN
+        ) from None
     if not stat.S_ISREG(found.st_mode):
         raise ArtefactError("a file of the artefact is not a regular file", where=str(path), fix=AGAIN)
     return found.st_size

@@ -150,8 +150,11 @@ def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
         if (got := files.type_of(name)) != need:
             raise ArtefactError(
                 "a weight is missing" if got is None else "a weight does not have the type that the graph declares",
-                got=f"{name}: {got}", need=need, where=", ".join(map(str, paths)), fix=AGAIN,
-            )  # fmt: skip
+                got=f"{name}: {got}",
+                need=need,
+                where=", ".join(map(str, paths)),
+                fix=AGAIN,
+            )
     return files
 
 
@@ -170,8 +173,9 @@ def check_against(folder: Folder, graph: Graph, signature: Signature, trust: Col
             "the graph is not the one that the signature calls",
             got=f"inputs {', '.join(inputs)} and {len(graph.outputs)} outputs",
             need=f"inputs {', '.join(signature.input_names)} and {signature.out_spec.num_leaves} outputs",
-            where=last, fix=AGAIN,
-        )  # fmt: skip
+            where=last,
+            fix=AGAIN,
+        )
 
 
 def check_host(folder: Folder, graph: Graph, regenerate: bool) -> HostModule:
@@ -181,9 +185,10 @@ def check_host(folder: Folder, graph: Graph, regenerate: bool) -> HostModule:
         made_by = folder.manifest.made_by.get("qcompiler")
         raise ArtefactError(
             "the host module differs from what this qcompiler generates from the graph",
-            got=f"one that qcompiler {made_by} wrote", where=str(folder.path / HOST),
+            got=f"one that qcompiler {made_by} wrote",
+            where=str(folder.path / HOST),
             fix="Load it with that version; or regenerate it here: load(folder, regenerate=True).",
-        )  # fmt: skip
+        )
     return host
 
 
@@ -202,8 +207,9 @@ def read_calibration(folder: Folder) -> Calibration | None:
         return None
     found = Calibration.load(folder.checked(CALIBRATION))
     if found.digest != folder.manifest.calibration:
-        raise ArtefactError("the calibration does not match the manifest", where=str(folder.path / CALIBRATION),
-                            fix=AGAIN)  # fmt: skip
+        raise ArtefactError(
+            "the calibration does not match the manifest", where=str(folder.path / CALIBRATION), fix=AGAIN
+        )
     return found
 
 
@@ -221,19 +227,26 @@ def _device(folder: Folder, given: "torch.device | str | None") -> torch.device:
     try:
         device = torch.device(folder.manifest.device if given is None else given)
     except (RuntimeError, TypeError) as error:
-        raise ArtefactError("there is no such device", got=given or folder.manifest.device, need="cpu or cuda",
-                            where=str(folder.path)) from error  # fmt: skip
+        raise ArtefactError(
+            "there is no such device", got=given or folder.manifest.device, need="cpu or cuda", where=str(folder.path)
+        ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ArtefactError(
-                f"the artefact is for {device}, and torch finds no such device here", where=str(folder.path),
+                f"the artefact is for {device}, and torch finds no such device here",
+                where=str(folder.path),
                 fix='Load it on the CPU, where the kernels are simulated: load(folder, device="cpu").',
-            )  # fmt: skip
+            )
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         elif device.index >= torch.cuda.device_count():
-            raise ArtefactError("there is no such device", got=device, need=f"one of {torch.cuda.device_count()}",
-                                where=str(folder.path), fix='Choose one: load(folder, device="cuda:0").')  # fmt: skip
+            raise ArtefactError(
+                "there is no such device",
+                got=device,
+                need=f"one of {torch.cuda.device_count()}",
+                where=str(folder.path),
+                fix='Choose one: load(folder, device="cuda:0").',
+            )
     return device
 
 

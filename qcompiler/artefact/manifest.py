@@ -25,9 +25,11 @@ CONFIG = "config.json"
 CALIBRATION = "calibration.safetensors"
 TOKENIZER = "tokenizer"
 """The folder for a decoder's tokenizer and generation configuration."""
-FILE = re.compile(r"(signature|report|derivations|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
-                  r"tokenizer/(\w+/)?\w[\w-]*\.(json|jinja|txt)|"
-                  r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors")  # fmt: skip
+FILE = re.compile(
+    r"(signature|report|derivations|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
+    r"tokenizer/(\w+/)?\w[\w-]*\.(json|jinja|txt)|"
+    r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors"
+)
 """Allowed file names; no other file is opened."""
 
 
@@ -100,10 +102,12 @@ def write_manifest(manifest: Manifest) -> str:
         "calibration": manifest.calibration,
         "stages": [{"name": name, "file": file} for name, file in manifest.stages.items()],
         "weights": {
-            "files": list(manifest.weights), "aliases": dict(manifest.aliases), "layouts": dict(manifest.layouts),
+            "files": list(manifest.weights),
+            "aliases": dict(manifest.aliases),
+            "layouts": dict(manifest.layouts),
         },
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
-    }  # fmt: skip
+    }
     return render(sealed(value))
 
 
@@ -117,14 +121,18 @@ def read_manifest(text: bytes, path: Path) -> Manifest:
     """Parses a manifest. Raises ArtefactError if it is foreign, newer, edited or damaged."""
     node = parse(text, path)
     if not isinstance(node.value, dict) or node.value.get("format") != ARTEFACT:
-        raise ArtefactError("this is not the manifest of an artefact", got=path,
-                            need=f'an object with "format": "{ARTEFACT}"')  # fmt: skip
+        raise ArtefactError(
+            "this is not the manifest of an artefact", got=path, need=f'an object with "format": "{ARTEFACT}"'
+        )
     if (found := node["version"].count()) > VERSION:
         made_by = node.value.get("made_by")
         raise ArtefactError(
-            "the artefact is newer than this qcompiler", got=f"format version {found}, made by {made_by}",
-            need=f"version {VERSION}", where=str(path), fix="Load it with the qcompiler that saved it, or a newer one.",
-        )  # fmt: skip
+            "the artefact is newer than this qcompiler",
+            got=f"format version {found}, made by {made_by}",
+            need=f"version {VERSION}",
+            where=str(path),
+            fix="Load it with the qcompiler that saved it, or a newer one.",
+        )
     try:
         genuine = sealed(node.value)["digest"] == node["digest"].value
     except (ValueError, RecursionError):

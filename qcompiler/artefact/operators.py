@@ -26,10 +26,12 @@ def check_operators(graph: Graph, trust: Collection[str], where: str) -> None:
             raise ArtefactError("the graph calls an operator that reads or writes files", got=op.name, where=where)
         if lookup(op.name) is None and namespace not in (*NAMESPACES, *trust):
             raise ArtefactError(
-                "the graph calls an operator that is neither torch's nor qcompiler's", got=op.name,
-                need=f"operators of {', '.join(NAMESPACES)}", where=where,
+                "the graph calls an operator that is neither torch's nor qcompiler's",
+                got=op.name,
+                need=f"operators of {', '.join(NAMESPACES)}",
+                where=where,
                 fix=f'If you trust it and the source of the artefact: load(folder, trust=["{namespace}"]).',
-            )  # fmt: skip
+            )
 
 
 def check_device(graph: Graph, device: torch.device, target: Target, where: str) -> None:
@@ -47,5 +49,9 @@ def check_device(graph: Graph, device: torch.device, target: Target, where: str)
 
 
 def _impossible(op: Op, device: torch.device, why: str, where: str) -> ArtefactError:
-    return ArtefactError(f"the model cannot run on {device}", got=why, where=f"{where}, %{op.results[0].name}",
-                         fix="Load it on the device that it was compiled for, or compile it again.")  # fmt: skip
+    return ArtefactError(
+        f"the model cannot run on {device}",
+        got=why,
+        where=f"{where}, %{op.results[0].name}",
+        fix="Load it on the device that it was compiled for, or compile it again.",
+    )

@@ -40,7 +40,7 @@ def write_artefact(
         folder: A new folder, or an artefact to replace.
         program: The compiled model.
         shard_bytes: Weights larger than this in total are split into several files.
-        beside: Further text files, such as those of a tokenizer: name -> text.
+        beside: Further text files, such as a tokenizer's: name -> text.
 
     Raises:
         ArtefactError: The folder exists and is not an artefact, or cannot be written.
@@ -98,9 +98,10 @@ def _check_round_trip(program: Program, text: str) -> None:
     """Checks that the text of the last stage reproduces the program, since loading reads only that."""
     if text != f"{program.graph}\n":
         raise ArtefactError(
-            "the graph was changed since it was compiled", need="the graph as the last pass left it",
+            "the graph was changed since it was compiled",
+            need="the graph as the last pass left it",
             fix="Compile the changed graph: qcompiler.compile(graph, pipeline=...).",
-        )  # fmt: skip
+        )
     try:
         again = emit_host_module(Graph.parse(text), program.target)
     except QCompilerError as error:

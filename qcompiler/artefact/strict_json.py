@@ -40,8 +40,9 @@ def canonical(value: Any) -> bytes:
 def parse(text: bytes, file: Path) -> "Node":
     """Parses `text`. Raises ArtefactError if it is not JSON or too long."""
     if len(text) > LONGEST:
-        raise ArtefactError("a file of the artefact is too long", got=f"{len(text)} bytes", need=LONGEST,
-                            where=str(file))  # fmt: skip
+        raise ArtefactError(
+            "a file of the artefact is too long", got=f"{len(text)} bytes", need=LONGEST, where=str(file)
+        )
     try:
         return Node(json.loads(text, object_pairs_hook=_unique, parse_constant=_refused), "", file)
     except (ValueError, RecursionError) as error:

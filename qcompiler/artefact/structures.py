@@ -108,9 +108,10 @@ def _registered(spec: pytree.TreeSpec, children: list[Any]) -> dict[str, Any]:
     if not is_exact(context):
         raise ArtefactError(
             "a model's arguments or results have a structure that cannot be saved",
-            got=f"{path_of(spec.type)} with {context!r}", need="a context of numbers and strings",
+            got=f"{path_of(spec.type)} with {context!r}",
+            need="a context of numbers and strings",
             fix="Register the class with a to_dumpable_context and a from_dumpable_context.",
-        )  # fmt: skip
+        )
     return {"name": path_of(spec.type), "context": to_json(context), "children": children}
 
 
@@ -204,9 +205,12 @@ def _not_found(path: str, need: str, node: Node) -> ArtefactError:
     if IMPORTABLE.fullmatch(module):
         fix = 'Install a transformers that has it: pip install "qcompiler[hf]".'
     return ArtefactError(
-        "the model's arguments or results are of a class that is not known here", got=path, need=need,
-        where=f"{node.file}, {node.place}", fix=fix,
-    )  # fmt: skip
+        "the model's arguments or results are of a class that is not known here",
+        got=path,
+        need=need,
+        where=f"{node.file}, {node.place}",
+        fix=fix,
+    )
 
 
 KINDS: dict[str, Callable[[Node], pytree.TreeSpec]] = {

@@ -86,11 +86,19 @@ def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Plan:
 
 def _check(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FORMATS:
-        raise ArtefactError("safetensors does not have the element type of a weight", got=tensor.dtype,
-                            need=", ".join(FORMATS.values()), where=name)  # fmt: skip
+        raise ArtefactError(
+            "safetensors does not have the element type of a weight",
+            got=tensor.dtype,
+            need=", ".join(FORMATS.values()),
+            where=name,
+        )
     if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise ArtefactError("a weight has no data that can be saved", got=f"{type(tensor).__name__} on "
-                            f"{tensor.device}", need="a plain tensor with data", where=name)  # fmt: skip
+        raise ArtefactError(
+            "a weight has no data that can be saved",
+            got=f"{type(tensor).__name__} on {tensor.device}",
+            need="a plain tensor with data",
+            where=name,
+        )
     if name == "__metadata__":
         raise ArtefactError("safetensors reserves this name", got=name, need="another name of the weight")
 
@@ -232,13 +240,23 @@ def open_weights(
             files.found[name] = (kind, path, handle)
     for name, stored in aliases.items():
         if stored not in files.found or name in files.found:
-            raise ArtefactError("an alias of a weight is wrong", got=f"{name} for {stored}",
-                                need="another name of a stored weight", where=str(manifest), fix=AGAIN)  # fmt: skip
+            raise ArtefactError(
+                "an alias of a weight is wrong",
+                got=f"{name} for {stored}",
+                need="another name of a stored weight",
+                where=str(manifest),
+                fix=AGAIN,
+            )
     for name, order in layouts.items():
         rank = len(files.found[name][0].shape) if name in files.found else -1
         if sorted(order) != list(range(rank)):
-            raise ArtefactError("the layout of a weight is wrong", got=f"{name}: {order}",
-                                need="an order of the axes of a weight", where=str(manifest), fix=AGAIN)  # fmt: skip
+            raise ArtefactError(
+                "the layout of a weight is wrong",
+                got=f"{name}: {order}",
+                need="an order of the axes of a weight",
+                where=str(manifest),
+                fix=AGAIN,
+            )
     return files
 
 

@@ -20,8 +20,9 @@ def run(options: argparse.Namespace) -> int:
         progress.stage("loading")
         llm = qcompiler.load(options.artefact, trust=options.trust)
         if not isinstance(llm, Decoder):
-            raise InputError("the artefact is not a decoder", got=options.artefact,
-                             need="one that qcompiler.decoder(…).save wrote")  # fmt: skip
+            raise InputError(
+                "the artefact is not a decoder", got=options.artefact, need="one that qcompiler.decoder(…).save wrote"
+            )
         progress.stage("measuring")
         rows = [measured(llm, batch, options.context, options.repeats) for batch in options.decode]
     document = {"artefact": options.artefact, "device": str(llm.step.device), "context": options.context,

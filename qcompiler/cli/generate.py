@@ -45,16 +45,28 @@ def _decoder(options: argparse.Namespace) -> Decoder:
     if not is_artefact(path):
         scheme = None if options.scheme == NOTHING else options.scheme or DEFAULT_SCHEME
         return qcompiler.decoder(
-            path, scheme=scheme, kv_cache=options.kv_cache, max_batch=1, max_length=options.max_length,
-            device=options.device, progress=not options.quiet,
-        )  # fmt: skip
+            path,
+            scheme=scheme,
+            kv_cache=options.kv_cache,
+            max_batch=1,
+            max_length=options.max_length,
+            device=options.device,
+            progress=not options.quiet,
+        )
     if given := [name for name in FOR_FOLDERS if getattr(options, name) is not None]:
-        raise InputError(f"--{given[0].replace('_', '-')} has no effect on an artefact", got=options.model,
-                         need="the folder of the model that it was made from")  # fmt: skip
+        raise InputError(
+            f"--{given[0].replace('_', '-')} has no effect on an artefact",
+            got=options.model,
+            need="the folder of the model that it was made from",
+        )
     loaded = qcompiler.load(path, device=options.device, trust=options.trust)
     if isinstance(loaded, CompiledModel):
-        raise InputError("the artefact is a compiled model without a cache", got=options.model, need="a decoder",
-                         fix="Make one: qcompiler.decoder(folder).save(artefact), or generate --save DIR.")  # fmt: skip
+        raise InputError(
+            "the artefact is a compiled model without a cache",
+            got=options.model,
+            need="a decoder",
+            fix="Make one: qcompiler.decoder(folder).save(artefact), or generate --save DIR.",
+        )
     return loaded  # type: ignore[no-any-return]  # load returns one of both
 
 

@@ -116,8 +116,9 @@ def _arithmetic(declared: Iterable[OpDef]) -> Iterator[str]:
 def _expressions() -> Iterator[str]:
     yield "## Fused expressions\n"
     yield "The attribute `expression` of `kernel.fused_quantize` and `kernel.fused_linear`:\n"
-    _, example, explained, *_ = (fused_expression.__doc__ or "").split("\n\n")
-    yield f"```\n{textwrap.dedent(example)}\n```\n\n{explained}\n"
+    _, *shown, _ = (fused_expression.__doc__ or "").split("\n\n")
+    for example, explained in zip(shown[::2], shown[1::2], strict=True):
+        yield f"```\n{textwrap.dedent(example)}\n```\n\n{explained}\n"
     rows = (
         (f"`{name}`", str(function.arity), "the whole row" if function.across else "its own column")
         for name, function in sorted(fused_expression.FUNCTIONS.items())

@@ -176,9 +176,10 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=_count, default=512, metavar="N", help="maximum tokens per line (default: 512)"
     )
     parser.add_argument(
-        "--target", default="auto",
+        "--target",
+        default="auto",
         help='"auto" (by device, the default), "cpu", "sm_90a", "cuda", or "iree-cpu", a folder that IREE runs',
-    )  # fmt: skip
+    )
     parser.add_argument("--device", help='where to compile: "cpu" or "cuda" (default: where the model is)')
     parser.add_argument("--fixed-sizes", action="store_true", help="fix all sizes to the example's")
     parser.add_argument(
@@ -268,7 +269,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         metavar="FORMAT",
-        help="for a folder, the format of the cache: fp8 or int8 (default: the model's own)",
+        help="for a folder, the format of the cache: fp8, int8 or fp8_static (default: the model's own)",
     )
     parser.add_argument(
         "--max-length", type=_count, metavar="N", help="for a folder, tokens of a prompt and its answer (default: 4096)"

@@ -79,7 +79,7 @@ def compile(
         example_inputs: Positional arguments of one real call. Without them, the first call captures the model.
         example_kwargs: Keyword arguments of that call.
         dynamic_shapes: "auto" keeps every size dynamic that the model allows, above all batch and sequence; None fixes
-            all sizes to those of the example; anything else is passed to `torch.export`.
+            all sizes to the example's; anything else is passed to `torch.export`.
         target: "auto" (by the model's device), "cpu", "sm_90a", or "cuda" for the target of the current GPU.
         strict: Whether to raise an error if nothing could be quantized.
         instruments: Called around each pass; see `qcompiler.pass_manager.instruments`.

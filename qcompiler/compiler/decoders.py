@@ -7,13 +7,16 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from passes.attention.attention import Attention
+from passes.attention.cache_scales import CacheScales
+from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.calibration import Calibration
+from qcompiler.checkpoints.cache_scales import kept
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.reading import read
 from qcompiler.compiler.arguments import DEFAULT_SCHEME
@@ -24,6 +27,7 @@ from qcompiler.decoding.tokenizers import generation_of, tokenizer_in
 from qcompiler.errors import InputError, PassError
 from qcompiler.pass_manager.instruments import Instrument
 from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.runtime.device import check_target, target_for
 from qcompiler.schemes.named import pipeline as scheme_pipeline
 from qcompiler.schemes.named import with_ignored
 
@@ -33,7 +37,10 @@ LONGEST = 4096
 EXAMPLE = (2, 19)
 """Batch and length of the example call: sizes that few models fix."""
 
-FLOAT = "canonicalize; dead-code"
+STATIC_FORMATS = get_args(get_type_hints(CacheScales)["format"])
+"""Formats of a cache with static scales."""
+
+FLOAT = "canonicalize; attention; dead-code"
 """The pipeline without a scheme."""
 
 
@@ -62,8 +69,9 @@ def decoder(
     Args:
         model: A module that maps token ids to logits, or the folder of a checkpoint.
         scheme: As for `qcompiler.compile`; None quantizes no weights.
-        kv_cache: The format of cached keys and values: "fp8" or "int8", with one scale per token and head; None for the
-            model's own dtype.
+        kv_cache: The format of cached keys and values: "fp8" or "int8", with one scale per token and head; "fp8_static"
+            or "int8_static", with one scale for all keys of a layer and one for all values, from the checkpoint or
+            from `calibration`; None for the model's own dtype.
         max_batch: Sequences that the cache holds.
         max_length: Maximum length of a sequence in tokens, prompt included; by default 4096, or fewer if the model has
             fewer positions.
@@ -83,11 +91,14 @@ def decoder(
         InputError: The cache does not fit into memory, or the model has fewer positions than `max_length`.
         QCompilerError: The folder does not contain a valid checkpoint.
     """
+    check_target(target)
     cache_passes(kv_cache, max_batch, max_length or LONGEST)  # errors before the model is loaded
     passes = decoding_pipeline(scheme, with_ignored(overrides, ignore))
     folder = Path(model) if isinstance(model, str | PathLike) else None
     found: Any = model if folder is None else load_model(read(folder))
     del model  # so that weights can be freed one by one
+    if kv_cache in STATIC_FORMATS:
+        passes = passes.append(static_scales(kv_cache, found, passes))
     if device is not None:
         found = found.to(device)
     if tokenizer is None and folder is not None:
@@ -95,28 +106,48 @@ def decoder(
     generation = generation_of(found)
     length = checked_length(max_length, found)
     example = example_call(found)
+    for_target = target_for(target, next(iter(example.values())).device).passes
     compiled = compile(
-        found, pipeline=passes, example_kwargs=example, calibration=calibration, target=target,
-        strict=strict and scheme is not None, instruments=instruments, progress=progress,
+        found, pipeline=passes.append(*cache_passes(kv_cache, max_batch, length), for_target), example_kwargs=example,
+        calibration=calibration, target=target, strict=strict and scheme is not None, instruments=instruments,
+        progress=progress,
     )  # fmt: skip
     del found
-    return Decoder.of(compiled.program, kv_cache, max_batch, length, tokenizer, generation)
+    return Decoder(compiled.program, tokenizer, generation)
 
 
 def decoding_pipeline(scheme: str | None, overrides: Mapping[str, str | None] | None) -> Pipeline:
-    """Returns the passes before `kv-cache`: those of a scheme, after attention is recognized.
+    """Returns the passes before `kv-cache`: those of a scheme, with attention recognized for consecutive positions.
 
     Raises:
         PassError: The scheme is unknown, or there are overrides without a scheme.
     """
     if scheme is None and overrides is not None:
-        raise PassError("there are overrides, but no scheme that they override", got=dict(overrides),
-                        fix='Give scheme="fp8_tile", or none of both.')  # fmt: skip
+        raise PassError(
+            "there are overrides, but no scheme that they override",
+            got=dict(overrides),
+            fix='Give scheme="fp8_tile", or none of both.',
+        )
     steps = Pipeline.parse(FLOAT) if scheme is None else scheme_pipeline(scheme, overrides)
     attention = Attention(consecutive=POSITIONS)
-    if "canonicalize" in steps:
+    if attention.name in steps:
+        return steps.replace(attention.name, attention)
+    if "canonicalize" in steps:  # a scheme of another distribution
         return steps.insert_after("canonicalize", attention)
     return Pipeline((attention, *steps))
+
+
+def static_scales(kv_cache: Any, model: Any, passes: Pipeline) -> CacheScales:
+    """Returns the pass that sets the static scales of a cache: from the checkpoint of a model, or from calibration.
+
+    It runs after the scheme, on the keys and values that the cache will hold. Smoothing changes them, so the scales of
+    the checkpoint do not fit them any more.
+    """
+    stored = kept(model)
+    if stored.format != kv_cache or SmoothQuant.name in passes:
+        return CacheScales(kv_cache)
+    known = tuple(f"{module} {key!r} {value!r}" for module, (key, value) in stored.by_module.items())
+    return CacheScales(kv_cache, known)
 
 
 def example_call(model: Any) -> dict[str, Tensor]:

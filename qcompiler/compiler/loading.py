@@ -55,6 +55,8 @@ def load(
         raise
     except Exception as error:  # report any damage in the files as one error
         raise ArtefactError(
-            "the artefact cannot be loaded", got=f"{type(error).__name__}: {error}", where=str(path),
+            "the artefact cannot be loaded",
+            got=f"{type(error).__name__}: {error}",
+            where=str(path),
             fix=f"{AGAIN} If it was not edited, please report this.",
-        ) from error  # fmt: skip
+        ) from error

@@ -65,9 +65,13 @@ class CompiledModel(Exports, Generation, CompiledModule):
         return list(self.signature.flatten(args, kwargs))
 
     def warmup(
-        self, *calls: Any, rows: Iterable[int] | None = None, progress: warming.Progress | None = None,
-        workers: int | None = None, **sizes: int | Iterable[int],
-    ) -> warming.Warmup:  # fmt: skip
+        self,
+        *calls: Any,
+        rows: Iterable[int] | None = None,
+        progress: warming.Progress | None = None,
+        workers: int | None = None,
+        **sizes: int | Iterable[int],
+    ) -> warming.Warmup:
         """Compiles in parallel all kernels that the calls would launch, without running the model.
 
             compiled.warmup()                        # 1, 2, 4, … 8192 rows, within the ranges of the model
@@ -95,9 +99,12 @@ class CompiledModel(Exports, Generation, CompiledModule):
         return warming.warm_up(partial(program.run, self.weights), wanted, program.device, progress, workers)
 
     def tune(
-        self, *calls: Any, rows: Iterable[int] | None = None, progress: tuner.Progress | None = None,
+        self,
+        *calls: Any,
+        rows: Iterable[int] | None = None,
+        progress: tuner.Progress | None = None,
         **sizes: int | Iterable[int],
-    ) -> tuner.Tuning:  # fmt: skip
+    ) -> tuner.Tuning:
         """Measures the fastest configuration for each GEMM of the given calls, and uses it from now on.
 
         The arguments select calls, as for `warmup`. Results are cached on disk for the same device, kernels and Triton

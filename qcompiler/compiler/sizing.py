@@ -106,8 +106,10 @@ def _calls(signature: Signature, combinations: Sequence[Mapping[str, int]]) -> l
     if not possible:
         need = ", ".join(map(str, signature.conditions))
         raise InputError("the model would take a different branch for these sizes", got=combinations[0], need=need)
-    return [[_stand_in(slot, values) for slot in signature.slots if not isinstance(slot, ConstantSlot)]
-            for values in possible]  # fmt: skip
+    return [
+        [_stand_in(slot, values) for slot in signature.slots if not isinstance(slot, ConstantSlot)]
+        for values in possible
+    ]
 
 
 def _stand_in(slot: Any, values: Mapping[str, int]) -> Any:

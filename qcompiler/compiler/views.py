@@ -73,7 +73,7 @@ class ProgramViews:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype of the model: that of its first floating-point result."""
+        """The floating-point dtype of the model, taken from its first floating-point result."""
         return self.program.dtype
 
     @property

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from passes.attention.attention import Attention
+from passes.attention.position_tables import PositionTables
 from passes.cleanup.dead_code import DeadCode
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
@@ -15,6 +16,7 @@ from qcompiler.pass_manager.pipeline import Pipeline, numbered
 from qcompiler.pass_manager.runner import Stages, run_pipeline
 from qcompiler.program.program import Program, generate, graph_as_captured, plain_torch
 from qcompiler.runtime.caches import cache_types
+from qcompiler.runtime.device import target_named
 
 PASS = "kv-cache"
 
@@ -39,7 +41,27 @@ def with_cache(program: Program, kv_cache: str | None, slots: int, capacity: int
     Raises:
         PassError: The model is not causal, or its attention was not recognized; the message names the operation.
     """
+    program = _before_target(program)
     return _after(program, _built(program.graph, cache_passes(kv_cache, slots, capacity), program))
+
+
+def _before_target(program: Program) -> Program:
+    """Returns a program before the passes of its target, which run again after `kv-cache`; the host module remains."""
+    of_target = {step.name for step in Pipeline.parse(target_named(program.target).passes)}
+    names = list(program.stages)
+    kept = names[: next(at for at in range(len(names), 0, -1) if names[at - 1].partition("#")[0] not in of_target)]
+    if kept == names:
+        return program
+    stages = Stages()
+    for name in kept:
+        stages.add_later(name, partial(program.stages.__getitem__, name))
+    graph = stages[kept[-1]].clone()
+    graph.weights = program.graph.weights
+    steps = tuple(step for step in program.steps if step.stage in kept)
+    passes = "; ".join(step.spec for step in steps)
+    return replace(
+        program, graph=graph, stages=stages, steps=steps, settings=replace(program.settings, pipeline=passes)
+    )
 
 
 def cache_passes(kv_cache: str | None, slots: int, capacity: int) -> Pipeline:
@@ -53,8 +75,8 @@ def cache_passes(kv_cache: str | None, slots: int, capacity: int) -> Pipeline:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is wrong", got=repr(value), need="1 or more")
     formatted = "" if kv_cache is None else f'format="{kv_cache}", '
-    cached = Pipeline.parse(f"{PASS}{{{formatted}slots={slots}, capacity={capacity}}}")
-    return Pipeline((Attention(consecutive=POSITIONS), DeadCode(), *cached, DeadCode()))
+    cached = Pipeline.parse(f"{PASS}{{{formatted}slots={slots}, capacity={capacity}, start=true}}")
+    return Pipeline((Attention(consecutive=POSITIONS), PositionTables(), DeadCode(), *cached, DeadCode()))
 
 
 def every_logits(program: Program) -> Program:
@@ -70,12 +92,12 @@ def every_logits(program: Program) -> Program:
 
 
 def _built(graph: Graph, passes: Pipeline, program: Program) -> Program:
-    """Runs passes over a copy of a graph of `program`, and generates the host module.
+    """Runs passes, then the passes of the target, over a copy of a graph, and generates the host module.
 
-    The result is called with the inputs of its graph, which the passes changed. Its report is that of `program`, since
+    The result is called with the inputs of its graph, which the passes changed. It has the report of `program`, since
     the passes quantize no weights.
     """
-    new = graph.clone()
+    new, passes = graph.clone(), passes.append(target_named(program.target).passes)
     with plain_torch():
         done = run_pipeline(passes, new)
     host, run = generate(new, program.target)

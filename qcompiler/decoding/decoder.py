@@ -12,6 +12,7 @@ from typing import Any
 
 from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.weight_files import SHARD_BYTES
+from qcompiler.checkpoints.writing import write
 from qcompiler.decoding.cached import every_logits, keeps_cache, with_cache
 from qcompiler.decoding.generator import Generator
 from qcompiler.decoding.loop import CHUNK
@@ -62,9 +63,14 @@ class Decoder(Generator):
 
     @classmethod
     def of(
-        cls, program: Program, kv_cache: str | None, max_batch: int, max_length: int, tokenizer: Any = None,
+        cls,
+        program: Program,
+        kv_cache: str | None,
+        max_batch: int,
+        max_length: int,
+        tokenizer: Any = None,
         generation: Mapping[str, Any] | None = None,
-    ) -> "Decoder":  # fmt: skip
+    ) -> "Decoder":
         """Returns a decoder for a program over whole sequences; `qcompiler.decoder` documents the arguments."""
         return cls(with_cache(program, kv_cache, max_batch, max_length), tokenizer, generation)
 
@@ -90,10 +96,10 @@ class Decoder(Generator):
 
     @property
     def memory(self) -> Memory:
-        """Bytes of weights, cache and recorded CUDA graphs; weights and cache are known before the first token."""
+        """Bytes by purpose; weights and cache are known before the first token."""
         weights = self.program.graph.weights
         tensors = {weights[name].data_ptr(): weights[name].nbytes for name in self.program.host.weights.values()}
-        return Memory(sum(tensors.values()), self._cache_bytes, self._decode.nbytes)
+        return Memory(sum(tensors.values()), self._cache_bytes, self._decode.nbytes, self._step.copies)
 
     def save(self, folder: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
         """Writes an artefact with the tokenizer, from which `qcompiler.load` makes the decoder again.
@@ -107,6 +113,14 @@ class Decoder(Generator):
         """
         texts = tokenizer_texts(self.tokenizer, self._generation)
         write_artefact(checked_path(folder, ArtefactError), self.program, shard_bytes, texts)
+
+    def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
+        """Writes a checkpoint in a common format, with the static scales of the cache: see `checkpoints.write`.
+
+        Raises:
+            QCompilerError: The message lists layers that the format cannot store; or the folder is not a checkpoint.
+        """
+        write(self, folder, format, **options)
 
     def for_transformers(self) -> Any:
         """Returns a `PreTrainedModel` with `generate`, for pipelines and evaluation harnesses of transformers.

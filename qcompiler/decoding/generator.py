@@ -98,7 +98,7 @@ class Generator:
     ) -> Stream:
         """Returns an iterator over the answer to one prompt as it is generated: pieces of text, or ids.
 
-        The arguments are those of `generate`. Pieces of text together are the text that `generate` returns; text that
+        Takes the arguments of `generate`. Pieces of text together are the text that `generate` returns; text that
         a stop string may begin in is held back until that is decided.
 
         Raises:

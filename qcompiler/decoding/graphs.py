@@ -1,12 +1,14 @@
 """Runs decode steps: directly, or as recorded CUDA graphs, one for each batch size and set of sampling features.
 
-    RecordedDecode(table, recorder)([3, 0, 5], features)  ->  table.advance(…), recorded for 4 rows; the last one pads
+    step = RecordedDecode(table, recorder).prepare([3, 0, 5], features)
+    tokens = step()        table.advance(…), recorded for 4 rows; the last one pads
 
 A recorded step reads and writes the tensors of the slot table, and a tensor of slot numbers for its batch size. A batch
 between two recorded sizes is padded with a slot that is not active.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,14 +19,18 @@ from qcompiler.decoding.slot_table import SlotTable
 
 
 class Decode(Protocol):
-    """Advances the sequences in some slots by one token."""
+    """Advances sequences by one token at a time."""
 
     @property
     def nbytes(self) -> int:
         """Device memory that recorded steps hold."""
 
-    def __call__(self, slots: Sequence[int], features: Features) -> Tensor:
-        """Returns the new tokens, i64[len(slots)], which the next call may overwrite."""
+    def prepare(self, slots: Sequence[int], features: Features) -> Callable[[], Tensor]:
+        """Returns the step of the sequences in some slots, which is valid until the next call of `prepare`.
+
+        A step returns the new tokens, i64[len(slots)], which the next step may overwrite. As long as the same sequences
+        run, no other work of the host is needed.
+        """
 
     def warm_up(self) -> None:
         """Does what would delay the first steps."""
@@ -50,16 +56,12 @@ class DirectDecode:
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
-        self._slots: tuple[int, ...] = ()
-        self._batch = table.tokens[:0]
 
-    def __call__(self, slots: Sequence[int], features: Features) -> Tensor:
-        """Returns the new tokens of the slots, i64[len(slots)]."""
-        if tuple(slots) != self._slots:
-            self._slots = tuple(slots)
-            self._table.activate(slots)
-            self._batch = torch.tensor(slots, dtype=torch.int64, device=self._table.step.device)
-        return self._table.advance(self._batch, features)
+    def prepare(self, slots: Sequence[int], features: Features) -> Callable[[], Tensor]:
+        """Returns the step of the sequences in some slots: see `Decode`."""
+        self._table.activate(slots)
+        batch = torch.tensor(slots, dtype=torch.int64, device=self._table.step.device)
+        return partial(self._table.advance, batch, features)
 
     def warm_up(self) -> None:
         """Does nothing."""
@@ -75,21 +77,20 @@ class RecordedDecode:
             for size in batch_sizes(table.step.slots)
         }
         self._replays: dict[tuple[int, Features], Callable[[], Tensor]] = {}
-        self._slots: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Device memory that the recorded steps hold."""
         return self._recorder.nbytes
 
-    def __call__(self, slots: Sequence[int], features: Features) -> Tensor:
-        """Returns the new tokens of the slots, i64[len(slots)]; the next call overwrites them."""
-        size = next(size for size in self._batches if size >= len(slots))
-        if tuple(slots) != self._slots:
-            self._slots = tuple(slots)
-            self._table.activate(slots)
-            self._batches[size].copy_(torch.tensor(padded(slots, size, self._table.step.slots)))
-        return self._replay(size, features)()[: len(slots)]
+    def prepare(self, slots: Sequence[int], features: Features) -> Callable[[], Tensor]:
+        """Returns the step of the sequences in some slots: see `Decode`."""
+        count = len(slots)
+        size = next(size for size in self._batches if size >= count)
+        replay = self._replay(size, features)
+        self._table.activate(slots)
+        self._batches[size].copy_(torch.tensor(padded(slots, size, self._table.step.slots)))
+        return replay if size == count else lambda: replay()[:count]
 
     def warm_up(self) -> None:
         """Records greedy steps of all batch sizes, the largest first, so that the others fit into its memory."""

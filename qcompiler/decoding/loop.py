@@ -2,19 +2,22 @@
 
     waiting ──a free slot──▶ prefill, in chunks ──▶ decode all running sequences together ──ended──▶ the slot is free
 
-The host launches the next decode step before it reads the tokens of the last one, so the device never waits. A
-sequence that ends by its contents is therefore noticed one step late on such devices; the extra token is dropped.
+On a GPU, the host launches the next decode step before it reads the tokens of the last one, so the device never waits.
+A sequence that ends by its contents is therefore noticed one step late; the extra token is dropped. As long as the same
+sequences run, the host only launches a prepared step, starts the copy of its tokens, and reads those of the last step.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qcompiler.decoding.graphs import Decode
+from qcompiler.decoding.readback import Readback
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features
 from qcompiler.decoding.slot_table import SlotTable
@@ -49,6 +52,21 @@ class _Row:
     ended: bool = False
 
 
+@dataclass
+class _Batch:
+    """Sequences that decode together.
+
+    Attributes:
+        rows: The sequences.
+        step: Computes their next tokens.
+        left: Steps until one of them reaches its limit.
+    """
+
+    rows: Sequence[_Row]
+    step: Callable[[], Tensor]
+    left: int
+
+
 class _Flight(NamedTuple):
     """Tokens under way to the host, one for each row."""
 
@@ -69,7 +87,8 @@ class Loop:
     def __init__(self, table: SlotTable, decode: Decode, *, chunk: int = CHUNK, lag: int | None = None) -> None:
         self._table, self._decode, self._chunk = table, decode, chunk
         self._lag = int(table.step.device.type == "cuda") if lag is None else lag
-        self._busy = False
+        self._readback = Readback(table.step.device, table.step.slots)
+        self._busy = Lock()  # of one run, which may end in another thread
         self.runs = 0
         """Number of runs so far: each overwrites the cache."""
 
@@ -79,50 +98,75 @@ class Loop:
         Raises:
             InputError: Another run is not finished.
         """
-        if self._busy:
+        if not self._busy.acquire(blocking=False):
             raise InputError("the decoder is busy", got="another stream that is not finished",
                              fix="Read the other stream to its end, or close() it.")  # fmt: skip
-        self._busy = True
         self.runs += 1
         try:
             yield from self._run(requests)
         finally:
-            self._busy = False
+            self._busy.release()
 
-    @torch.no_grad()  # for each step, not for what the caller does between two tokens
     def _run(self, requests: Iterable[Request]) -> Iterator[Produced]:
         waiting = deque(_Row(number, request, -1) for number, request in enumerate(requests))
         free = deque(range(self._table.step.slots))
         running: list[_Row] = []
         flights: deque[_Flight] = deque()
+        batch: _Batch | None = None
         while waiting or running or flights:
-            entering = []
-            while waiting and free:
-                row = waiting.popleft()
-                row.slot = free.popleft()
-                entering.append(row)
-            flights.extend(self._prefilled(entering))
-            running += entering
-            batch = [row for row in running if row.launched < row.request.limit]
-            if batch:
+            if waiting and free:
+                entering = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
+                for row in entering:
+                    row.slot = free.popleft()
+                flights.extend(self._prefilled(entering))
+                running += entering
+                batch = None
+            if batch is None or not batch.left:
+                batch = self._batch([row for row in running if row.launched < row.request.limit])
+            if batch is not None:
                 flights.append(self._decoded(batch))
-            while len(flights) > (self._lag if batch else 0):
-                yield from _received(flights.popleft())
-            free.extend(row.slot for row in running if row.ended)
-            running = [row for row in running if not row.ended]
+            ended = False
+            while len(flights) > (0 if batch is None else self._lag):
+                for produced in _received(flights.popleft()):
+                    ended |= produced.ended
+                    yield produced
+            if ended:
+                free.extend(row.slot for row in running if row.ended)
+                running = [row for row in running if not row.ended]
+                batch = None
 
-    def _prefilled(self, entering: Sequence[_Row]) -> Iterator[_Flight]:
+    # Gradients are disabled here for each step, and not for what the caller does between two tokens.
+
+    @torch.no_grad()
+    def _prefilled(self, entering: Sequence[_Row]) -> list[_Flight]:
         """Prefills the prompts of new rows, and starts the copy of their first tokens."""
+        flights = []
         for rows in prefill_groups(entering, self._chunk):
             slots, prompts = [row.slot for row in rows], [row.request.prompt for row in rows]
             for start in range(0, max(map(len, prompts)), self._chunk):
                 logits = self._table.prefill(slots, [p[start : start + self._chunk] for p in prompts], start)
             new = self._table.first(slots, [row.request for row in rows], logits)
-            yield _flight(rows, new)
+            flights.append(self._flight(rows, new))
+        return flights
 
-    def _decoded(self, batch: Sequence[_Row]) -> _Flight:
-        features = Features.of(row.request.sampling for row in batch)
-        return _flight(batch, self._decode([row.slot for row in batch], features))
+    @torch.no_grad()
+    def _batch(self, rows: Sequence[_Row]) -> _Batch | None:
+        """Prepares the step of some rows; returns None if there are none."""
+        if not rows:
+            return None
+        step = self._decode.prepare([row.slot for row in rows], Features.of(row.request.sampling for row in rows))
+        return _Batch(rows, step, min(row.request.limit - row.launched for row in rows))
+
+    @torch.no_grad()
+    def _decoded(self, batch: _Batch) -> _Flight:
+        batch.left -= 1
+        return self._flight(batch.rows, batch.step())
+
+    def _flight(self, rows: Sequence[_Row], tokens: Tensor) -> _Flight:
+        """Starts the copy of new tokens to the host."""
+        for row in rows:
+            row.launched += 1
+        return _Flight(rows, self._readback.start(tokens))
 
 
 def prefill_groups(rows: Iterable[_Row], chunk: int) -> Iterator[list[_Row]]:
@@ -147,21 +191,3 @@ def _received(flight: _Flight) -> Iterator[Produced]:
         row.received += 1
         row.ended = row.request.ends(token) or row.received == row.request.limit
         yield Produced(row.number, token, row.ended)
-
-
-def _flight(rows: Sequence[_Row], tokens: Tensor) -> _Flight:
-    """Starts the copy of new tokens to the host."""
-    for row in rows:
-        row.launched += 1
-    if tokens.device.type != "cuda":
-        return _Flight(rows, tokens.clone().tolist)
-    copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    copy.copy_(tokens, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read() -> list[int]:
-        arrived.synchronize()
-        return copy.tolist()
-
-    return _Flight(rows, read)

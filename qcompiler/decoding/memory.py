@@ -18,19 +18,23 @@ class Memory:
         weights: The weights of the compiled graph.
         cache: Keys, values and scales of all slots.
         graphs: Memory that recorded CUDA graphs hold, so far.
+        copies: Dequantized weights that the target cpu keeps between calls, so far; shown if there are any.
     """
 
     weights: int
     cache: int
     graphs: int = 0
+    copies: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.cache + self.graphs
+        return self.weights + self.cache + self.graphs + self.copies
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "cache": self.cache, "graphs": self.graphs, "total": self.total}
+        parts = {"weights": self.weights, "cache": self.cache, "graphs": self.graphs}
+        parts |= {"copies": self.copies} if self.copies else {}
+        parts["total"] = self.total
         return "\n".join(f"{name:<8}{shown(nbytes):>12}" for name, nbytes in parts.items())
 
     __repr__ = __str__

@@ -2,7 +2,7 @@
 
     logits ─penalty─▶ ─temperature─▶ ─top-k, top-p, min-p─▶ + Gumbel noise ─▶ argmax
 
-The order of the steps and their meaning are those of transformers. A row's choice depends on its logits, its settings
+The steps, their order and their meaning follow transformers. A row's choice depends on its logits, its settings
 and its position only, so a row alone and the same row in any batch give the same token.
 """
 
@@ -17,6 +17,9 @@ from qcompiler.decoding.noise import gumbel
 from qcompiler.errors import InputError
 
 SEEDS = range(-(2**63), 2**63)
+
+LONGEST_PART, SHORTEST_PART = 512, 32
+"""Logits in a part of a row that a GPU reduces on its own: a power of two that divides the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,11 @@ class SamplingTable:
             positions: i64[B], the index of the new token in its sequence, which counts the noise.
             features: At least those that the rows use.
         """
-        logits = logits.float()
+        if features.penalty or features.noise:
+            logits = logits.float()
         if features.penalty:
             logits = _penalized(logits, self.penalty[slots, None], self.seen[slots])
-        new = logits.argmax(-1)
+        new = largest(logits)
         if features.noise:
             temperature = self.temperature[slots]
             scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
@@ -150,11 +154,25 @@ class SamplingTable:
                     scaled, self.top_k[slots, None], self.top_p[slots, None], self.log_min_p[slots, None]
                 )
                 scaled = scaled.masked_fill(scaled < least, -math.inf)
-            drawn = (scaled + gumbel(self.seed[slots], positions, self.vocabulary)).argmax(-1)
+            drawn = largest(scaled + gumbel(self.seed[slots], positions, self.vocabulary))
             new = torch.where(temperature > 0, drawn, new)
         if features.penalty:
             self.seen[slots, new] = True
         return new
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Returns the first index of the largest logit of each row, i64[B], as `argmax(-1)` does; logits [B, V].
+
+    On a GPU torch reduces each row with one block of threads, so long rows are reduced in parts first.
+    """
+    rows, columns = logits.shape
+    width = math.gcd(columns, LONGEST_PART)
+    if not logits.is_cuda or columns < 4 * width or width < SHORTEST_PART:
+        return logits.argmax(-1)
+    best, place = logits.view(rows, columns // width, width).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    return (part * width + place.gather(1, part)).squeeze(1)
 
 
 def _penalized(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:

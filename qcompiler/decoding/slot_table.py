@@ -37,7 +37,7 @@ class SlotTable:
 
     def prefill(self, slots: Sequence[int], rows: Sequence[Sequence[int]], start: int) -> Tensor:
         """Appends tokens to slots that hold `start` positions, and returns the logits after each row, [B, V]."""
-        return self.step(*step_inputs(slots, rows, [start] * len(rows), self.step.device))
+        return self.step(*step_inputs(slots, rows, [start] * len(rows), self.step.device), start)
 
     def first(self, slots: Sequence[int], requests: Sequence[Request], logits: Tensor) -> Tensor:
         """Chooses the first new token of prefilled sequences, i64[B], and enters them in the table."""

@@ -10,11 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from codegen.cpu.gemm import kept_bytes
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Value
 from qcompiler.program.program import Program
 from qcompiler.runtime.caches import Cache, allocate, cache_types
 from qcompiler.runtime.executable import HostWeights, run_host
+
+UNKNOWN = -1
+"""The graph input `start` if the host does not know the lengths."""
 
 
 class Step(Protocol):
@@ -32,7 +36,9 @@ class Step(Protocol):
     capacity: int
     device: torch.device
 
-    def __call__(self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor, start: int | None = None
+    ) -> Tensor:
         """Appends tokens to the cache and returns the logits after one of them in each row, float[B, V].
 
         Args:
@@ -40,6 +46,7 @@ class Step(Protocol):
             slots: i64[B], the slot of each row.
             lengths: i64[B], the positions of the slot that are already in the cache.
             last: i64[B], the index in the row of the token whose logits are returned.
+            start: The length of all rows, if the caller knows it; long chunks are faster with it.
         """
 
     def reset(self) -> None:
@@ -61,7 +68,8 @@ def step_inputs(
 class CompiledStep:
     """One step of a compiled language model: its host module over its weights and caches.
 
-    A call allocates nothing that grows with the lengths of sequences, except on a CPU inside one operation at a time.
+    A call allocates nothing that grows with the lengths of sequences, except inside one operation at a time: on a
+    CPU, and on a GPU for long chunks of a prompt.
 
     Attributes:
         vocabulary: Number of logits per token.
@@ -77,11 +85,13 @@ class CompiledStep:
         one = next(iter(caches.values())).type
         self.vocabulary = int(str(output.tensor.shape[-1]))
         self.slots, self.capacity, self.device, self.caches = one.slots, one.capacity, program.device, caches
-        self._run, self._inputs = program.run, len(program.graph.inputs)
+        self._run, self._inputs = program.run, [value.name for value in program.graph.inputs]
         tensors = {attribute: caches[name].tensors for attribute, name in program.host.caches.items()}
         self._weights = HostWeights(program.host.weights, program.graph.weights, program.device, tensors)
 
-    def __call__(self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor, start: int | None = None
+    ) -> Tensor:
         """Appends tokens to the caches and returns logits: see `Step`.
 
         If the pass kept all logits, the result is float[B, S, V], and `last` is ignored.
@@ -89,11 +99,18 @@ class CompiledStep:
         Raises:
             InputError: On a CPU, a row is outside the slots or the capacity; on a GPU, such tokens are not stored.
         """
-        logits: Tensor = run_host(self._run, self._weights, (input_ids, slots, lengths, last)[: self._inputs])[0]
+        given = {"slots": slots, "lengths": lengths, "last": last, "start": UNKNOWN if start is None else start}
+        inputs = [given.get(name, input_ids) for name in self._inputs]
+        logits: Tensor = run_host(self._run, self._weights, inputs)[0]
         return logits
 
     def reset(self) -> None:
         """Does nothing: `lengths` says how much of a slot is valid."""
+
+    @property
+    def copies(self) -> int:
+        """Bytes of dequantized weights that the target cpu keeps between calls, so far."""
+        return kept_bytes(self._weights.buffers())
 
 
 def compiled_step(program: Program, caches: Mapping[str, Cache] | None = None) -> CompiledStep:

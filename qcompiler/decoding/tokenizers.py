@@ -39,7 +39,7 @@ def tokenizer_texts(tokenizer: Any, generation: Mapping[str, Any]) -> dict[str, 
     """Returns the files that an artefact keeps of a tokenizer and a generation configuration: name -> text.
 
     Raises:
-        ArtefactError: A file is not text, as those of tokenizers that run without the library `tokenizers`.
+        ArtefactError: A file is not text: its tokenizer runs without the library `tokenizers`.
     """
     found = (
         {f"{TOKENIZER}/{GENERATION}": f"{json.dumps(dict(generation), indent=2, default=str)}\n"} if generation else {}

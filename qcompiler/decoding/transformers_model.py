@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qcompiler.decoding.generator import Generator
 from qcompiler.decoding.prefixes import Prefixes
@@ -113,7 +114,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         found = []
         for at in range(0, len(rows), step.slots):
             part = rows[at : at + step.slots]
-            logits = step(*step_inputs(range(len(part)), part, [0] * len(part), step.device))
+            logits = step(*step_inputs(range(len(part)), part, [0] * len(part), step.device), 0)
             for row, (first, end) in zip(logits, spans[at : at + step.slots], strict=True):
                 placed = row.new_zeros(width, row.shape[-1])
                 placed[first:end] = row[: end - first]
@@ -147,6 +148,7 @@ def as_transformers(
     config: Any, generator: Generator, every: Callable[[], Step], generation: dict[str, Any]
 ) -> PreTrainedModel:
     """Returns a decoder as a model, under the class name of the original model, by which pipelines know its task."""
-    names = getattr(config, "architectures", None) or [DecoderForCausalLM.__name__]
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, DecoderForCausalLM.__name__)
+    names = getattr(config, "architectures", None) or ([usual] if isinstance(usual, str) else usual)
     kind = type(str(names[0]), (DecoderForCausalLM,), {"__doc__": DecoderForCausalLM.__doc__})
     return kind(config, generator, every, generation)  # type: ignore[no-any-return]  # a class made at run time

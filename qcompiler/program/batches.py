@@ -89,5 +89,6 @@ def as_call(batch: Any, index: int) -> Call:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     need = "a tensor, a tuple of arguments, or a dict of arguments by name"
-    raise InputError("a calibration batch has the wrong type", got=type(batch).__name__, need=need,
-                     where=f"batches[{index}]")  # fmt: skip
+    raise InputError(
+        "a calibration batch has the wrong type", got=type(batch).__name__, need=need, where=f"batches[{index}]"
+    )

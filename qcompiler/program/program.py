@@ -217,6 +217,8 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     device = signature.device or CPU
     target = target_for(settings.target, device)
     check_kernels(settings.passes, target)
+    if settings.scheme is not None:  # passes that the caller gave run as they are
+        settings = replace(settings, pipeline=settings.passes.append(target.passes))
     graph.calibration = calibration = settings.calibration_for(signature)
     gc.collect()  # tracing leaves cycles that may hold the model and would keep its weights from being freed
     with plain_torch():
@@ -262,9 +264,10 @@ def check_kernels(pipeline: Pipeline, target: Target) -> None:
             continue
         if (why := target.why_not(step.x_format, step.w_format)) is not None:
             raise CodegenError(
-                f"no kernel of the target {target.name} supports the formats of pass '{step}'", got=why,
+                f"no kernel of the target {target.name} supports the formats of pass '{step}'",
+                got=why,
                 fix='Choose another scheme, or compile the model on the CPU with target="cpu", which simulates it.',
-            )  # fmt: skip
+            )
 
 
 def generate(graph: Graph, target: str) -> tuple[HostModule, Callable[..., tuple[Any, ...]]]:

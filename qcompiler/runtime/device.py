@@ -39,6 +39,7 @@ class Target:
         words: Other names that users may write; the error suggests the right name.
         kernels: The line of a host module that defines `kernels`, the namespace with the operators of
             `codegen.torch_ops`.
+        passes: Passes that prepare a graph for its kernels, as text; they run after all others.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Target:
     doc: str
     words: tuple[str, ...] = ()
     kernels: str = "kernels = torch.ops.qcompiler"
+    passes: str = ""
 
     def check(self, device: torch.device) -> None:
         """Raises CodegenError unless the target runs on the device."""

@@ -146,7 +146,7 @@ def test_the_manifest(saved: Path) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     assert manifest["made_by"]["torch"] == torch.__version__ and manifest["made_by"]["qcompiler"]
     assert (manifest["scheme"], manifest["numerics"], manifest["target"]) == ("fp8_tile", ["deepseek"], "cpu")
-    assert manifest["pipeline"].startswith("canonicalize; dead-code;") and manifest["calibration"] is None
+    assert manifest["pipeline"].startswith("canonicalize; attention; dead-code;") and manifest["calibration"] is None
     assert manifest["source"] == manifest["files"]["host.py"]["sha256"]
     assert sealed(manifest)["digest"] == manifest["digest"]
     for item in manifest["stages"]:

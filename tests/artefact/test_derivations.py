@@ -141,14 +141,16 @@ W = '  %w = core.param() {name = "w"} : f32[2]'
         (derivation(W, "  return %w", x=1), "got 1; need the number of one of 1 outputs"),
         (derivation(W, "  return %w", x=-1), "got -1; need an integer that is not negative"),
         (derivation("  return %w", x=0), "(?s)a derivation of the artefact cannot be read: .*%w"),
-        (derivation('  %w = aten.from_file("/etc/hostname", false, 2) : f32[2]', "  return %w", x=0),
-         "calls an operator that reads or writes files"),
+        (
+            derivation('  %w = aten.from_file("/etc/hostname", false, 2) : f32[2]', "  return %w", x=0),
+            "calls an operator that reads or writes files",
+        ),
         (derivation(W, "  return %w", **{"model.norm.weight": 0}), r"need an output that is a tensor.*bf16\[256\]"),
         (lambda text: text.replace("func @part()", "func @part(%x: f32[2])", 1), "a derivation of the artefact has in"),
         (lambda text: json.dumps(json.loads(text) * 2), "need one derivation per weight"),
         (lambda _: "{}", "need a list"),
     ],
-)  # fmt: skip
+)
 def test_wrong_derivations(folder: Path, change: Callable[[str], str], says: str) -> None:
     edit(folder, "derivations.json", change)
     with pytest.raises(ArtefactError, match=says) as found:

@@ -63,9 +63,7 @@ def test_a_cache_goes_in_and_comes_out(tmp_path: Path) -> None:
     assert torch.equal(got.logits, want.logits) and type(got) is type(want)
     mine, theirs = got.past_key_values, want.past_key_values
     assert type(mine) is transformers.DynamicCache and mine.get_seq_length() == theirs.get_seq_length() == 8
-    pairs: list[tuple[Tensor, Tensor]] = [
-        (a.keys, b.keys) for a, b in zip(mine.layers, theirs.layers, strict=True)
-    ]  # fmt: skip
+    pairs: list[tuple[Tensor, Tensor]] = [(a.keys, b.keys) for a, b in zip(mine.layers, theirs.layers, strict=True)]
     assert all(torch.equal(a, b) for a, b in pairs)
     again = loaded(**call, past_key_values=mine)
     assert again.past_key_values.get_seq_length() == 9

@@ -58,12 +58,12 @@ def test_opt_tells_what_it_is_asked(file: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["opt", "--scheme", "fp8_tile", *asked, file]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("// ----- after ") == 12
+    assert err.count("// ----- after ") == 13
     assert "ms  changed  fp8-tile\n" in err
     assert "\nfp8-tile skipped %n: the gain and bias of a norm are applied elementwise\n" in err
     assert "kernel.scaled_linear" in target.read_text()
     assert "loc(" not in target.read_text()
-    assert len(list(dump.iterdir())) == 13
+    assert len(list(dump.iterdir())) == 14
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

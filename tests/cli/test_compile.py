@@ -104,7 +104,7 @@ def test_a_factory_gives_model_and_inputs(factory: str, here: Path, answer: Answ
     found = answer("compile", f"cli_factories:{factory}", "-o", "out")
     assert [row["quantized"] for row in found["report"]["rows"] if row["op"] == "aten.linear"] == [True, True]
     assert [*found["seconds"]] == ["loading", "capture", "passes", "code generation", "saving"]
-    assert found["scheme"] == "fp8_tile" and found["pipeline"].startswith("canonicalize; dead-code; ")
+    assert found["scheme"] == "fp8_tile" and found["pipeline"].startswith("canonicalize; attention; dead-code; ")
     compiled = qcompiler.load(here / "out")
     assert compiled(torch.randn(7, 256)).shape == (7, 128)
 

@@ -22,9 +22,9 @@ TEXT = """func @m(%x: f32[s0, 256]) -> (f32[s0, 64]) where s0 in 1.. {
   return %z
 }
 """
-STAGES = ["captured", "canonicalize", "dead-code", "merge-linears", "fp8-tile", "share-quantize", "fuse-linear",
-          "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize",
-          "fuse-epilogue"]  # fmt: skip
+STAGES = ["captured", "canonicalize", "attention", "dead-code", "merge-linears", "fp8-tile", "share-quantize",
+          "fuse-linear", "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize",
+          "fuse-activation-quantize", "fuse-epilogue"]  # fmt: skip
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_an_operation_is_followed_into_what_it_is_fused_with(stages: Any) -> Non
 
 def test_an_operation_that_nobody_reads_is_removed(stages: Any) -> None:
     assert fates(stages, "b") == {"captured": "appears", "dead-code": "removed"}
-    assert [chapter.stage for chapter in history(stages, "b")] == STAGES[:3]
+    assert [chapter.stage for chapter in history(stages, "b")] == STAGES[:4]
 
 
 def test_an_operation_that_a_pass_makes_appears(stages: Any) -> None:
@@ -146,6 +146,7 @@ def test_the_history_as_text(dump: str, capsys: pytest.CaptureFixture[str]) -> N
         "captured      appears\n"
         '                %b = core.param() {name = "b"} : f32[64]\n'
         "canonicalize  unchanged\n"
+        "attention     unchanged\n"
         "dead-code     removed: it has no users\n"
     )
     found = document(capsys, dump, "--op", "y")
@@ -181,7 +182,7 @@ def test_a_module_stands_for_what_it_computes(tmp_path: Path, capsys: pytest.Cap
     [
         (
             ["--stage", "fp8-tyle"],
-            "error: no such stage: got 'fp8-tyle'. Did you mean 'fp8-tile'? Known: canonicalize, ",
+            "error: no such stage: got 'fp8-tyle'. Did you mean 'fp8-tile'? Known: attention, canonicalize, ",
         ),
         (["--diff", "captured", "x"], "error: no such stage: got 'x'. Known: "),
         (["--op", "w_tt"], "error: no stage has this operation or module: got w_tt. Did you mean 'w_t'?\n"),

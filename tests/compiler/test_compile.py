@@ -83,8 +83,8 @@ def test_each_pass_leaves_a_record(fast: CompiledModel) -> None:
 
 def test_stages_report_source_and_graph(fast: CompiledModel) -> None:
     assert list(fast.stages) == [
-        "captured", "canonicalize", "dead-code", "merge-linears", "fp8-tile", "share-quantize", "fuse-linear",
-        "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize",
+        "captured", "canonicalize", "attention", "dead-code", "merge-linears", "fp8-tile", "share-quantize",
+        "fuse-linear", "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize",
         "fuse-epilogue",
     ]  # fmt: skip
     assert "quant.dequantize" in str(fast.stages["fp8-tile"])

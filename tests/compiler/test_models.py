@@ -1,6 +1,6 @@
 """Whole models compiled for the CPU: equal to the quantized graph, and close to the float model.
 
-Each is captured once, at sizes that 128 does not divide, and run at two shapes.
+Each is captured once, at sizes that 128 does not divide, and run at two shapes. Most have one layer, the others two.
 """
 
 import math
@@ -19,13 +19,13 @@ from qcompiler.testing import difference
 
 VOCABULARY = 300
 DECODER: dict[str, Any] = {
-    "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
 }  # fmt: skip
 ENCODER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 136,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
 }
 
@@ -79,7 +79,7 @@ def masked(rows: int, length: int) -> Call:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dict[str, str]]] = {
     "mlp": (Mlp, lambda rows, length: {"x": torch.randn(rows, length, 200)}, {}),
     "attention": (Attention, lambda rows, length: {"x": torch.randn(rows, length, 160)}, {}),
-    "llama": (decoder(hf.LlamaForCausalLM, hf.LlamaConfig), tokens, {"lm_head": PROJECTION}),
+    "llama": (decoder(hf.LlamaForCausalLM, hf.LlamaConfig, num_hidden_layers=2), tokens, {"lm_head": PROJECTION}),
     "qwen3": (
         decoder(hf.Qwen3ForCausalLM, hf.Qwen3Config, head_dim=32, tie_word_embeddings=True),
         masked,
@@ -87,7 +87,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dic
     ),
     "gemma3": (
         decoder(
-            hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, head_dim=32, sliding_window=8,
+            hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, head_dim=32, sliding_window=8, num_hidden_layers=2,
             layer_types=["sliding_attention", "full_attention"],
         ),
         tokens,
@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dic
     "gpt2": (
         lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(
-                n_embd=128, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
+                n_embd=128, n_layer=1, n_head=4, n_positions=64, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
             )
         ),
         tokens,
@@ -119,7 +119,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Call], dic
     ),
     "t5": (
         lambda: hf.T5EncoderModel(
-            hf.T5Config(d_model=64, d_ff=136, d_kv=16, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+            hf.T5Config(d_model=64, d_ff=136, d_kv=16, num_layers=1, num_heads=4, vocab_size=VOCABULARY)
         ),
         tokens,
         {},

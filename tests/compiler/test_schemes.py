@@ -202,9 +202,11 @@ def test_overrides(block: Block, graph: Graph) -> None:
 def test_overrides_where_one_value_is_read_by_several_schemes(block: Block, graph: Graph) -> None:
     for layer, other in (("gate", "up"), ("up", "gate")):
         static = qcompiler.compile(
-            graph, scheme="int8_tensor_static", calibration=data(),
+            graph,
+            scheme="int8_tensor_static",
+            calibration=data(),
             overrides={layer: "int8_tensor_static{w=channel}", "down": "smoothquant_o3{observer=mse}"},
-        )  # fmt: skip
+        )
         assert kinds(static)[layer] == "(-1, -1) #int8_row" and kinds(static)[other] == "(-1, -1) #int8_tensor"
         assert len(static.graph.ops("kernel.quantize_static")) == 2  # one for the two that agree on their input
         assert error_of(static, block) < 0.1
@@ -231,7 +233,7 @@ def test_left_out_readers_of_a_smoothed_value_multiply_weights_that_were_scaled_
          'yers=["*", "!gaet"]}\'). Did you mean \'gate\'? Known: gate, gate.bias, gate.weight and 5 more.'),
         ({"overrides": {"layers.*": "fp8_row"}}, "a pattern matches no matmul's weight: got 'layers.*' (in pass"),
         ({"overrides": {"up": "fp8_rov"}}, "no such scheme: got 'fp8_rov'. Did you mean 'fp8_row'?"),
-        ({"overrides": {"*": None}}, "nothing was quantized: got the pipeline 'canonicalize; dead-code; merge-linears"),
+        ({"overrides": {"*": None}}, "nothing was quantized: got the pipeline 'canonicalize; attention; dead-code; "),
         ({"overrides": {"up": "int8_tensor_static"}}, "the scheme 'int8_tensor_static' needs calibration data"),
         ({"overrides": {}, "pipeline": "fp8-tile"}, "both overrides and a pipeline are given: got {}; need one of "
          'them. Put them into the pipeline: qcompiler.pipeline("fp8_tile", overrides).'),

@@ -131,11 +131,12 @@ MODELS: dict[str, Case] = {
             hf.T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=96)
         ),
         lambda rows, length: {
-            **tokens(rows, length), "decoder_input_ids": torch.randint(3, 90, (rows, max(1, length // 2)))
+            **tokens(rows, length),
+            "decoder_input_ids": torch.randint(3, 90, (rows, max(1, length // 2))),
         },
         SIZES,
     ),
-}  # fmt: skip
+}
 CAUSAL = ("bf16-hidden-states", "mistral-window", "gpt-oss")
 
 

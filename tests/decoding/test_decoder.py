@@ -34,16 +34,19 @@ def wanted(model: Any, new: int) -> list[list[int]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def llama() -> tuple[Any, Decoder]:
-    model = models.llama()
+def decoder_of(model: Any) -> tuple[Any, Decoder]:
     return model, made(model)
 
 
+@pytest.fixture(scope="module")
+def llama() -> tuple[Any, Decoder]:
+    return decoder_of(models.llama())
+
+
 @pytest.mark.parametrize("name", models.QUICK)
-def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
-    model = models.MODELS[name]()
-    assert made(model).generate(PROMPTS, max_new_tokens=12, ignore_eos=True) == wanted(model, 12)
+def test_greedy_tokens_are_those_of_transformers(name: str, request: pytest.FixtureRequest) -> None:
+    model, llm = request.getfixturevalue("llama") if name == "llama" else decoder_of(models.MODELS[name]())
+    assert llm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True) == wanted(model, 12)
 
 
 @pytest.mark.matrix
@@ -114,8 +117,12 @@ def test_a_quantized_model_and_cache() -> None:
     llm = made(models.llama(), scheme="fp8_tile", kv_cache="fp8")
     assert len(llm.report.quantized) == 14
     assert llm.memory.cache == 2 * 2 * 3 * 2 * 32 * (8 + 4)
+    assert llm.memory.copies == 0
     together = llm.generate(PROMPTS, max_new_tokens=6, ignore_eos=True)
     assert together == [llm.generate(prompt, max_new_tokens=6, ignore_eos=True) for prompt in PROMPTS]
+    codes = [weight for weight in llm.graph.weights.values() if weight.dtype == torch.float8_e4m3fn]
+    assert llm.memory.copies == sum(4 * weight.numel() for weight in codes) > 0
+    assert "\ncopies" in repr(llm.memory)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +195,10 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "--kv-cache has no effect on an artefact" in capsys.readouterr().err
     assert main(["bench", saved]) == 1
     assert "the artefact is a decoder" in capsys.readouterr().err
+
+
+def test_the_kernel_of_attention_gets_the_start_that_the_host_knows(llama: tuple[Any, Decoder]) -> None:
+    """Otherwise long chunks would run through the kernel for decoding."""
+    _, llm = llama
+    (call, _) = (line for line in llm.source.splitlines() if "kernels.attend_to_cache(" in line)
+    assert "slots, lengths, None, start, " in call

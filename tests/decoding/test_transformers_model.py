@@ -19,7 +19,9 @@ from qcompiler.errors import InputError
 class EveryStep(RecomputingStep):
     """The logits of all positions, [B, S, V]."""
 
-    def __call__(self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor, start: int | None = None
+    ) -> Tensor:
         assert not lengths.any()
         return torch.as_tensor(self.model(input_ids).logits)
 
@@ -83,6 +85,7 @@ def test_it_has_the_properties_of_the_original() -> None:
     assert other.device == torch.device("cpu") and other.dtype == torch.float32 and other.can_generate()
     assert other.config.vocab_size == 64 and other.config is not model.config and not other.training
     assert other.to("cpu") is other
+    assert type(other).__name__ == type(model).__name__, "pipelines know the task of a model by its class"
 
 
 @pytest.mark.parametrize(
