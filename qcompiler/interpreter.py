@@ -82,7 +82,7 @@ class _Machine:
         self.values, self.weights, self.caches, self.observe = values, weights, caches, observe
         self.updates: dict[str, torch.Tensor] = {}
         self.written = {value for op in ops for value in op.written}
-        self.readers = Counter(value for op in ops for _, value in op.operands())
+        self.uses_left = Counter(value for op in ops for _, value in op.operands())
         tensors = (value for value in values.values() if isinstance(value, torch.Tensor))
         first = next(tensors, None)
         if first is None:
@@ -101,19 +101,21 @@ class _Machine:
         if len(results) != len(op.results):
             raise QCompilerError(
                 f"{op.name} returned a number of results that does not match the graph",
-                got=len(results), need=len(op.results), where=str(op.loc) or None,
-            )  # fmt: skip
+                got=len(results),
+                need=len(op.results),
+                where=str(op.loc) or None,
+            )
         self.values.update(zip(op.results, results, strict=True))
-        self.readers.subtract(value for _, value in op.operands())
+        self.uses_left.subtract(value for _, value in op.operands())
         for value in (*(value for _, value in op.operands()), *op.results):
-            if not self.readers[value]:
+            if not self.uses_left[value]:
                 self.values.pop(value, None)
 
     def run(self, op: Op) -> tuple[Any, ...]:
         """The results of one operation."""
         if op.role is Role.STATE:
             if isinstance(kind := op.result.type, CacheType):
-                return (self.cache(str(op.attrs["name"]), kind),)
+                return ([*self.cache(str(op.attrs["name"]), kind), *map(self.read, op.args)],)
             return (self.state(op) if op.result in self.written else self.weight(op),)
         if op.role is Role.UPDATE:
             self.updates[op["target"].name] = self.read(op["value"])

@@ -89,13 +89,13 @@ class Calibration:
         self.statistics.update((value.name, seen) for value, seen in fresh.items())
         self.modules.update((value.name, _module(graph, value)) for value in values)
 
-    def check_seen(self, graph: Graph, name: str, *, behind_top_k: bool) -> bool:
+    def check_seen(self, graph: Graph, name: str, *, after_top_k: bool) -> bool:
         """Returns whether any token reached the value called `name`.
 
         Args:
             graph: The graph that contains the value.
             name: An observed value.
-            behind_top_k: Whether a top-k selects the tokens that reach the value, as in an expert; such a value may
+            after_top_k: Whether a top-k selects the tokens that reach the value, as in an expert; such a value may
                 have seen none, which the coverage shows.
 
         Raises:
@@ -104,13 +104,15 @@ class Calibration:
         if name not in self.statistics:
             raise InputError("a value was not observed", got=f"%{name}", fix="Call observe first.")
         seen = self.statistics[name]
-        if seen.unseen and not behind_top_k:
+        if seen.unseen and not after_top_k:
             got = f"{seen.rows} rows of zeros" if seen.rows else "no row"
             raise InputError(
-                f"calibration saw only zeros or no rows in %{name}", got=f"{got} in {_batches(seen.batches)}",
-                need="at least one nonzero element", where=_where(graph[name].op),
+                f"calibration saw only zeros or no rows in %{name}",
+                got=f"{got} in {_batches(seen.batches)}",
+                need="at least one nonzero element",
+                where=_where(graph[name].op),
                 fix="Use calibration data that activates this part of the model.",
-            )  # fmt: skip
+            )
         return not seen.unseen
 
     @property
@@ -118,11 +120,15 @@ class Calibration:
         """Coverage of each value, worst first; printing it gives a table."""
         rows = (
             CoverageRow(
-                name, self.modules.get(name, ""), seen.rows, seen.channels, float(seen.amax("absmax", "tensor")),
+                name,
+                self.modules.get(name, ""),
+                seen.rows,
+                seen.channels,
+                float(seen.amax("absmax", "tensor")),
                 seen.unseen,
             )
             for name, seen in self.statistics.items()
-        )  # fmt: skip
+        )
         return Coverage(tuple(sorted(rows, key=lambda row: row.badness)))
 
     @property
@@ -210,9 +216,11 @@ class _NotFinite(InputError):
 def _not_finite(value: Value, seen: Statistics, index: int) -> _NotFinite:
     return _NotFinite(
         f"calibration found numbers in %{value.name} that are not finite",
-        got=f"{seen.nan} NaN and {seen.inf} Inf in batches[{index}]", need="finite numbers", where=_where(value.op),
+        got=f"{seen.nan} NaN and {seen.inf} Inf in batches[{index}]",
+        need="finite numbers",
+        where=_where(value.op),
         fix="Look for the cause in this batch, or in the model itself.",
-    )  # fmt: skip
+    )
 
 
 def _channels(value: Value) -> int:
@@ -225,7 +233,7 @@ def _channels(value: Value) -> int:
 
 def _module(graph: Graph, value: Value) -> str:
     """Returns the module that computes a value; if unknown, the module of its first user."""
-    modules = [value.op.loc.module, *(reader.loc.module for reader in graph.users(value))]
+    modules = [value.op.loc.module, *(user.loc.module for user in graph.users(value))]
     return next((module for module in modules if module), "")
 
 

@@ -132,8 +132,10 @@ class Statistics:
         if self.nonfinite_batch is None and other.nonfinite_batch is not None:
             self.nonfinite_batch = self.batches + other.nonfinite_batch
         self.rows, self.batches, self.filled = (
-            self.rows + other.rows, self.batches + other.batches, self.filled + other.filled,
-        )  # fmt: skip
+            self.rows + other.rows,
+            self.batches + other.batches,
+            self.filled + other.filled,
+        )
         self.nan, self.inf = self.nan + other.nan, self.inf + other.inf
         self.minimum, self.maximum = self.minimum.minimum(other.minimum), self.maximum.maximum(other.maximum)
         self.absmax = self.absmax.maximum(other.absmax)

@@ -84,9 +84,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Observed]:
     except _Newer as newer:
         fix = "Read it with the version of qcompiler that wrote it, or a newer one."
         raise InputError(
-            "the calibration file is newer than this qcompiler", got=f"{path}, version {newer}",
-            need=f"version {VERSION}", fix=fix,
-        ) from None  # fmt: skip
+            "the calibration file is newer than this qcompiler",
+            got=f"{path}, version {newer}",
+            need=f"version {VERSION}",
+            fix=fix,
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         fix = "Calibrate again."
         raise InputError("the calibration file is damaged", got=f"{path}: {error}", fix=fix) from error

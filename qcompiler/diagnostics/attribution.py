@@ -29,7 +29,7 @@ from torch.nn import functional
 from passes.fusing.merge_linears import MergeLinears
 from passes.quantizing.calibrate import Calibrate
 from qcompiler import numerics
-from qcompiler.dialects.quant import is_static, out_dtype_of
+from qcompiler.dialects.quant import LEVELS, is_static, out_dtype_of
 from qcompiler.errors import InputError, PassError
 from qcompiler.interpreter import evaluate, interpret
 from qcompiler.ir import Graph, Op, Role, Value
@@ -186,14 +186,21 @@ class _Quantized:
             return numerics.quantize_static(x, scale, quantize.format()), scale
         return numerics.quantize(x, quantize.format())
 
-    def matmul(self, codes: Tensor, scale: Tensor, *tensor_scale: Tensor) -> Tensor:
+    def matmul(self, codes: Tensor, scale: Tensor, *rest: Tensor) -> Tensor:
         """Returns the reference output for the given codes."""
-        x_level = tensor_scale[0] if tensor_scale else self.named("x_tensor_scale")
         x_format, w_format = self.op.format("x_format"), self.op.format("w_format")
+        levels = {name: self.named(name) for name in (f"{side}_{level}" for level in LEVELS for side in "xw")}
+        if rest:
+            levels[f"x_{x_format.level}"] = rest[0]
         return numerics.scaled_linear(
-            codes, scale, *self.weight, x_level, self.named("w_tensor_scale"),
-            x_format=x_format, w_format=w_format, out_dtype=self.out_dtype,
-        )  # fmt: skip
+            codes,
+            scale,
+            *self.weight,
+            *levels.values(),
+            x_format=x_format,
+            w_format=w_format,
+            out_dtype=self.out_dtype,
+        )
 
     def named(self, name: str) -> Tensor | None:
         """Returns an operand of the linear by name."""

@@ -57,7 +57,7 @@ def find_nonfinite(compiled: HasProgram, batch: Any) -> NonFinite | None:
     """Finds the origin of the first NaN or infinity in one call that reaches a quantization or an output.
 
     Runs the reference op by op on the model's device: slow, and equal to the compiled model up to the order of
-    additions. Infinities that do not reach a quantization or an output, such as those of an attention mask, are not
+    additions. Infinities that do not reach a quantization or an output, such as the -inf of an attention mask, are not
     reported.
 
     Args:

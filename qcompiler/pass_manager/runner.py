@@ -66,8 +66,9 @@ class Stages(Mapping[str, Graph]):
         """One line per stage with its number of operations, which expands to the graph, for notebooks."""
         rows = (
             f"<details><summary><code>{escape(name)}</code>: {len(graph)} operations</summary>{graph._repr_html_()}"
-            "</details>" for name, graph in self.items()
-        )  # fmt: skip
+            "</details>"
+            for name, graph in self.items()
+        )
         return "".join(rows)
 
 
@@ -206,9 +207,10 @@ def _is_ours(module: str) -> bool:
 def _last_frame_of_others(error: Exception) -> list[traceback.FrameSummary]:
     """The innermost frame of an error outside qcompiler, such as a line of a user's rule."""
     frames = [
-        (frame, number) for frame, number in traceback.walk_tb(error.__traceback__)
+        (frame, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
         if not _is_ours(str(frame.f_globals.get("__name__")))
-    ]  # fmt: skip
+    ]
     return list(traceback.StackSummary.extract(iter(frames[-1:]), lookup_lines=False))
 
 

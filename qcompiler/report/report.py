@@ -13,7 +13,7 @@ from passes.analyses.candidates import OTHER_READERS, why_no_matmul
 from qcompiler.dialects.kernel import is_fused
 from qcompiler.dialects.quant import is_static, x_scale_of
 from qcompiler.ir import Graph, Op, Role, TensorType
-from qcompiler.ir.dataflow import ancestors, parameters_of, readers_through
+from qcompiler.ir.dataflow import ancestors, parameters_of, users_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.pass_manager.lineage import lineages
 from qcompiler.report.rows import Row, collapsed
@@ -195,7 +195,7 @@ def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
         return op.role is not Role.QUANTIZE and bool(op.results) and compiled.is_constant(op.results[0])
 
     for param in compiled.ops(PARAM):
-        ends = [op for op in readers_through(compiled, param.result, constant) if not constant(op)]
+        ends = [op for op in users_through(compiled, param.result, constant) if not constant(op)]
         if any(op.role is not Role.QUANTIZE for op in ends):
             quantized.discard(str(param.attrs["name"]))
     return quantized | _stored(graphs[0])
