@@ -18,12 +18,15 @@ CPU_TORCH := torch==2.13.0+cpu triton==3.8.*
 TRITONS := 3.6 3.9
 OLDEST := torch==2.11.* triton==3.6.*
 NEWEST := torch==2.14.* triton==3.8.*
-# Outside the checkout, so that pip fetches them once.
+# Outside the checkout, so that pip fetches these once, and a new clone finds mypy's cache.
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qcompiler
 # Models for the zoo; their other dependencies are already installed, or not needed to build models from configurations.
 ZOO_PACKAGES := diffusers==0.42.1 peft==0.21.2
 
 RUN := $(VENV)/bin/python
+LM_EVAL := $(VENV)/lm-eval
+MYPY = MYPY_CACHE_DIR="$(CACHE)/mypy" $(RUN) -m mypy
+PYTEST = pytest -n $(JOBS) --dist worksteal --durations 10
 # Stamps contain the folder: the editable install of a moved or copied venv points to another folder.
 HERE := $(shell pwd | cksum | cut -d' ' -f1)
 DEMO_READY := $(VENV)/ready-$(HERE)-demo
@@ -36,7 +39,7 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo chat test lint types unit matrix versions gpu format docs fuzz study zoo bench clean distclean
+.PHONY: help demo chat test lint types unit matrix versions lm-eval gpu format docs fuzz study zoo bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +50,14 @@ demo: $(DEMO_READY) ## compile a sentence-embedding model, run it and print what
 chat: $(CHAT_READY) ## compile a chat model, and compare its answers with the float model's
 	@$(RUN) examples/chat.py
 
-test: lint types unit ## run all checks of CI
+# mypy uses one core, so it runs beside the tests. It prints its result when it finishes, and errors again at the end.
+test: lint ## run all checks of CI
+	@echo "== mypy and pytest"
+	@log=$$(mktemp); trap 'kill $$mypy 2>/dev/null; rm -f "$$log"; exit 130' INT TERM; \
+	{ $(MYPY) >"$$log" 2>&1; status=$$?; printf '\n== mypy\n'; cat "$$log"; exit $$status; } & mypy=$$!; \
+	$(RUN) -m $(PYTEST); tests=$$?; \
+	wait $$mypy; types=$$?; [ $$types = 0 ] || cat "$$log"; rm -f "$$log"; \
+	[ $$tests = 0 ] && [ $$types = 0 ]
 
 lint: $(TEST_READY) ## check format and lint
 	@echo "== ruff"
@@ -56,11 +66,11 @@ lint: $(TEST_READY) ## check format and lint
 
 types: $(TEST_READY) ## check types
 	@echo "== mypy"
-	@$(RUN) -m mypy
+	@$(MYPY)
 
 unit: $(TEST_READY) ## run the tests, including those of the built wheel
 	@echo "== pytest"
-	@$(RUN) -m pytest -n $(JOBS) --dist worksteal --durations 10
+	@$(RUN) -m $(PYTEST)
 
 matrix: $(TEST_READY) ## run the tests of attention and caches on all architectures
 	@echo "== pytest -m matrix"
@@ -69,6 +79,12 @@ matrix: $(TEST_READY) ## run the tests of attention and caches on all architectu
 versions: ## run a short suite with the oldest and the newest torch, Triton and Python (some gigabytes each)
 	@$(call SHORT_SUITE,oldest,$(OLDEST),python3.11 python3.12 python3.13 python3.14)
 	@$(call SHORT_SUITE,newest,$(NEWEST),python3.14 python3.13 python3.12 python3.11)
+
+lm-eval: $(TEST_READY) ## compare lm-eval's scores of a decoder and of its model, in an environment with lm-eval
+	@[ -x $(LM_EVAL)/bin/python ] || $(RUN) -m venv $(LM_EVAL)
+	@$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$($(LM_EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth"
+	@$(LM_EVAL)/bin/python -m pip install -qq "lm-eval>=0.4.9"
+	@PYTHONPATH=. $(LM_EVAL)/bin/python -m pytest tests/decoding/test_lm_eval.py
 
 gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 	@$(RUN) -m pytest -m gpu

@@ -1,5 +1,6 @@
 """Shared by all tests: markers, hypothesis profiles, and an environment isolated from network and caller."""
 
+import gc
 import os
 import sys
 
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import kept_files
 import pytest
 from hypothesis import settings
 from rich.box import SIMPLE
@@ -25,6 +27,8 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 ROOT = Path(__file__).parents[1]
+
+_frozen = 0  # modules at the last gc.freeze
 
 
 @cache
@@ -57,6 +61,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = {item for item in marked if item is not first[item.path]}
     items[:] = [item for item in items if item not in dropped]
     config.hook.pytest_deselected(items=[item for item in marked if item in dropped])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_not_garbage() -> None:
+    """Hides imported modules from the garbage collector, which otherwise takes a quarter of the time of compilation.
+
+    A full collection visits all objects, and most of them are the code of torch, transformers and sympy.
+    """
+    global _frozen
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -104,9 +121,19 @@ def _own_knobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = base.parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cache")
         folder.mkdir(exist_ok=True)
         patch.setenv("QCOMPILER_CACHE_DIR", str(folder))
-        if machine_code := sys.modules.get("codegen.machine_code"):  # only if loaded: importing triton takes a second
-            import machine_code_cache
-
-            patch.setattr(machine_code, "compile_source", machine_code_cache.kept(machine_code.compile_source))
-            machine_code_cache.delete_old()
+        _keep_compiled_files(patch)
         yield
+
+
+def _keep_compiled_files(patch: pytest.MonkeyPatch) -> None:
+    """Looks up kernels and IREE modules on disk; only if a test file loaded their compilers, which takes seconds."""
+    if machine_code := sys.modules.get("codegen.machine_code"):
+        import machine_code_cache
+
+        patch.setattr(machine_code, "compile_source", machine_code_cache.kept(machine_code.compile_source))
+        kept_files.delete_old(machine_code_cache.FOLDER)
+    if building := sys.modules.get("codegen.mlir.iree.building"):
+        import iree_cache
+
+        patch.setattr(building, "compile_module", iree_cache.kept(building.compile_module))
+        kept_files.delete_old(iree_cache.FOLDER)

@@ -54,7 +54,12 @@ FLOORS = {
 }
 
 # (module, module imported inside a function): the reason. All other imports are at the top.
-LATE_IMPORTS: dict[tuple[str, str], str] = {}
+LATE_IMPORTS: dict[tuple[str, str], str] = {
+    (
+        "codegen.mlir.examples",
+        "torch._dynamo.source",
+    ): "torch._dynamo takes a second, and loading a model needs none of it"
+}
 
 # Modules that read the environment, with the reason. All others use `qcompiler.knobs`.
 READS_ENVIRONMENT = {"qcompiler.knobs": "it is the one place for it"}

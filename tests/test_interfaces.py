@@ -114,8 +114,10 @@ def test_a_missing_name_is_found() -> None:
         "y = torch.gone if hasattr(torch, 'gone') else torch.relu\nfrom torch.utils import _pytree\n_pytree.tree_map"
     )
     assert [each.partition(" ")[2].partition(" ")[0] for each in missing(source)] == [
-        "torch.nothing", "torch.nn.Nothing.more", "torch._C._none",
-    ]  # fmt: skip
+        "torch.nothing",
+        "torch.nn.Nothing.more",
+        "torch._C._none",
+    ]
 
 
 def test_the_c_launch_function_has_a_known_signature() -> None:

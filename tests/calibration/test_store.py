@@ -194,9 +194,9 @@ def test_zeros_are_an_error_unless_a_top_k_accounts_for_them() -> None:
     graph = model()
     calibration = Calibration([[torch.zeros(1, 3, 8, dtype=torch.bfloat16), 1]] * 2)
     calibration.observe(graph, ["h"])
-    assert not calibration.check_seen(graph, "h", behind_top_k=True)
+    assert not calibration.check_seen(graph, "h", after_top_k=True)
     with pytest.raises(InputError) as error:
-        calibration.check_seen(graph, "h", behind_top_k=False)
+        calibration.check_seen(graph, "h", after_top_k=False)
     assert str(error.value) == (
         "calibration saw only zeros or no rows in %h: got 6 rows of zeros in 2 batches; need at least one nonzero "
         'element (in aten.linear loc("m.py":3 in "up")). Use calibration data that activates this part of the model.'
@@ -207,12 +207,12 @@ def test_zeros_are_an_error_unless_a_top_k_accounts_for_them() -> None:
         InputError,
         match="calibration saw only zeros or no rows in %h: got no row in 1 batch; need at least one nonzero element",
     ):
-        calibration.check_seen(graph, "h", behind_top_k=False)
+        calibration.check_seen(graph, "h", after_top_k=False)
     with pytest.raises(InputError, match="a value was not observed: got %a"):
-        calibration.check_seen(graph, "a", behind_top_k=True)
+        calibration.check_seen(graph, "a", after_top_k=True)
     seen = Calibration(data((1, 1)))
     seen.observe(graph, ["h"])
-    assert seen.check_seen(graph, "h", behind_top_k=False)
+    assert seen.check_seen(graph, "h", after_top_k=False)
 
 
 def test_coverage_is_a_table_with_the_worst_first() -> None:

@@ -179,13 +179,14 @@ def _checkpoints() -> Mapping[str, Folder]:
         "separate": ({"model.safetensors": plain | one}, {}),
         "fbgemm": ({"model.safetensors": plain | channel}, {top: FBGEMM}),
         "sharded": (
-            {"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block}, {top: BLOCK_FP8}
+            {"model-00001-of-00002.safetensors": plain, "model-00002-of-00002.safetensors": block},
+            {top: BLOCK_FP8},
         ),
         "elsewhere": (
             {"model.safetensors": exponents},
             {"text_config": {top: BLOCK_FP8}, "quantize": "w8a8", "transformers_weights": None, "rotation": None},
         ),
-    }  # fmt: skip
+    }
     for kind, (files, said) in made.items():
         path = folder() / "checkpoints" / kind
         path.mkdir(parents=True)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 READERS = [
     f"qcompiler.{name}"
     for name in ("artefact", "calibration.store", "checkpoints", "dialects", "ir", "knobs", "pass_manager", "text")
-]  # fmt: skip
+]
 with atheris.instrument_imports(include=READERS):
     from folder_targets import FOLDER_TARGETS
     from targets import TEXT_TARGETS, Target, folder

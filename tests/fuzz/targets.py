@@ -184,6 +184,7 @@ def _schemes() -> Iterator[str]:
 def _expressions() -> Iterator[str]:
     yield from ("x0", "bf16(x0 + x1)", "t0 = bf16(y0); bf16(bf16(tanh(t0)) + t0)", "neg(x0) / (-2.5 - x1 * 1e-06)")
     yield from re.findall(r'expression = "([^"]+)"', "".join(_goldens()))
+    yield from re.findall(r'"([^"]*x0\[[^"]+)"', "".join(_goldens()))
 
 
 SIZES = (
@@ -222,13 +223,28 @@ JSON_WORDS = _words('"version"', '"values"', "true", "NaN", "1e999", '"name"', "
 
 TEXT_TARGETS = {
     "graph": Target(
-        read_graph, _seeds(_graphs()),
+        read_graph,
+        _seeds(_graphs()),
         _words("core.param", "core.update", "quant.linear", "aten.add.Tensor", "int(s0)", "s0", "u0", "loc(", "%x"),
     ),
     "size": Target(read_size, _seeds(SIZES), _words("floordiv(", "mod(", "max(", "min(", "pow(", "f(", "s0", "//")),
     "literal": Target(read_literal, _seeds(LITERAL_TEXTS), _words("f8e4m3fn", "1e400", "-inf")),
     "expression": Target(
-        read_expression, _seeds(_expressions()), _words("x0", "y0", "standardize(", "mean(", "lambda", "if", "1e39")
+        read_expression,
+        _seeds(_expressions()),
+        _words(
+            "x0",
+            "y0",
+            "standardize(",
+            "where(i0 < 2, ",
+            "mean(",
+            "lambda",
+            "if",
+            "1e39",
+            "x1[i0, ",
+            "mod(",
+            "floordiv(",
+        ),
     ),
     "pipeline": Target(read_pipeline, _seeds(_pipelines()), OPTIONS),
     "pass": Target(read_pass, _seeds(text for line in _pipelines() for text in line.split("; ")), OPTIONS),
@@ -237,4 +253,4 @@ TEXT_TARGETS = {
     "knobs": Target(read_knobs, _seeds(ENVIRONMENT), _words("QCOMPILER_", "on", "~unknown", "~")),
     "calibration": Target(read_calibration, (_calibration_file(),), JSON_WORDS),
     "calibration-head": Target(read_calibration_head, (_calibration_text(),), JSON_WORDS),
-}  # fmt: skip
+}

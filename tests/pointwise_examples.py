@@ -1,0 +1,55 @@
+"""Fused expressions of rotary embeddings, and pointwise kernels compiled for Hopper without a GPU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from codegen.machine_code import MachineCode
+from codegen.targets.hopper import HOPPER
+from codegen.templates.pointwise import POINTWISE, Appended, PointwiseOperands, PointwiseProblem
+
+ROTARY = (
+    "bf16(bf16(x0[i0, i2, 64*i1 + i3] * x1[i0, i2, i3])"
+    " + bf16(where(i3 < 32, bf16(neg(x0[i0, i2, 64*i1 + i3 + 32])), x0[i0, i2, 64*i1 + i3 - 32]) * x2[i0, i2, i3]))"
+)
+"""Four heads of 64 columns, from the first columns of a merged matmul."""
+
+KEYS = ROTARY.replace("64*i1 + i3", "64*i1 + i3 + 256")
+"""Two heads, from the columns after those."""
+
+SHAPES = ("x0.0, 4, x0.1, 64", "x0.0, 2, x0.1, 64")
+
+
+def meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def compile_pointwise(
+    expressions: tuple[str, ...], shapes: tuple[str, ...], operands: Sequence[Tensor], out: Sequence[Tensor],
+    cache: Appended | None = None,
+) -> MachineCode:  # fmt: skip
+    """With a cache, `out` has the results after the first two."""
+    family = POINTWISE.family(HOPPER)
+    config = family.choose(PointwiseProblem(sum(each.numel() for each in out), len(operands)))
+    (call,) = family.calls(config, PointwiseOperands(expressions, shapes, operands, out, cache))
+    return HOPPER.compile(call)
+
+
+def compile_rotary(tokens: int = 4096) -> MachineCode:
+    operands = [meta(1, tokens, 512)[..., :384], meta(1, tokens, 64), meta(1, tokens, 64)]
+    return compile_pointwise((ROTARY, KEYS), SHAPES, operands, [meta(1, 4, tokens, 64), meta(1, 2, tokens, 64)])
+
+
+def compile_rotary_append(dtype: torch.dtype = torch.float8_e4m3fn, tokens: int = 1) -> MachineCode:
+    operands = [meta(16, tokens, 384), meta(16, tokens, 64), meta(16, tokens, 64), meta(16, 2, tokens, 64)]
+    scale = None if dtype == torch.bfloat16 else meta(16, 2, 1024, dtype=torch.float32)
+    stored, numbers = meta(16, 2, 1024, 64, dtype=dtype), meta(16, dtype=torch.int64)
+    expressions = (KEYS, "bf16(x3[i0, i1, i2, i3])", ROTARY)
+    cache = Appended((stored, stored, scale, scale), numbers, numbers)
+    return compile_pointwise(expressions, (SHAPES[1], *SHAPES[::-1]), operands, [meta(16, 4, tokens, 64)], cache)
+
+
+def compile_norm(columns: int = 4096) -> MachineCode:
+    text = "t0 = mean(x0[i0, i1] * x0[i0, i1]); bf16(x1[i1] * bf16(x0[i0, i1] * rsqrt(t0 + 1e-06)))"
+    return compile_pointwise((text,), (f"x0.0, {columns}",), [meta(16, columns), meta(columns)], [meta(16, columns)])
