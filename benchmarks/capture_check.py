@@ -180,7 +180,8 @@ FAULTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "gpt2": {
         "a dropped bias": (r"addmm\(%transformer\.h\.7\.mlp\.c_fc\.bias, ", "mm("),
         "erf for tanh in GELU": (
-            r"(pow\.Tensor_Scalar\((%\w+), 3\.0\)[^\n]*h\.7\.mlp\.act.*?)mul\.Tensor\(%\w+, %\w+\)", r"\1gelu(\2)"
+            r"(pow\.Tensor_Scalar\((%\w+), 3\.0\)[^\n]*h\.7\.mlp\.act.*?)mul\.Tensor\(%\w+, %\w+\)",
+            r"\1gelu(\2)",
         ),
         "0.0447 for 0.044715 in GELU": (r"0\.044715(?=.*h\.7\.mlp)", "0.0447"),
         "positions off by one": (r"(%\w+ = aten\.add\.Tensor\(%arange, )0", r"\g<1>1"),
@@ -191,7 +192,7 @@ FAULTS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "another layer's router": (r"%model\.layers\.4(\.mlp\.gate\.weight\))", r"%model.layers.3\1"),
         "k and v swapped": (r"(attention_4 = .*?\(%\w+, )(%\w+), (%\w+)", r"\1\3, \2"),
     },
-}  # fmt: skip
+}
 """Model -> fault -> (regular expression for part of the graph's text, replacement)."""
 
 

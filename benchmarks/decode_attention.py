@@ -124,7 +124,9 @@ def measure(batch: int, context: int, dtype: torch.dtype, copy: float, quick: bo
         config: launches(work, config) for config in (chosen, *tried(chosen, QUICK if quick else ALL))
     }
     runs["append"] = appends(work)
-    got = kernels.attend_to_cache(work.caches[0], work.query, work.slots, work.lengths, None, SIZE**-0.5, None, None)
+    got = kernels.attend_to_cache(
+        work.caches[0], work.query, work.slots, work.lengths, None, None, SIZE**-0.5, None, None
+    )
     error = None
     if dtype == torch.bfloat16:
         runs["flash"] = flash(work)

@@ -89,7 +89,7 @@ class _Operands:
                 self.x, w.T, self.xs, kind.BlockWise1x128, ws.t(), kind.BlockWise128x128, output_dtype=torch.bfloat16
             )
             for w, ws in weights
-        ]  # fmt: skip
+        ]
         if self.case.others:
             result = self.others[0] + sums[0]
         else:

@@ -220,8 +220,9 @@ def main() -> None:
     harness.gpu_report("gemm-granularities", title, rows)
     pairs = (("FP8 token x channel",) * 2, ("FP8 tensor x tensor",) * 2, ("INT8 token x channel", "INT8, int32 out"))
     many = [row for row in rows if int(row["M, N, K"].split(",")[0]) >= 1024]
-    lines = [_line(f"{ours}, M >= 1024, x cuBLAS", [row[ours] / row[f"cuBLAS {its}"] for row in many])
-             for ours, its in pairs]  # fmt: skip
+    lines = [
+        _line(f"{ours}, M >= 1024, x cuBLAS", [row[ours] / row[f"cuBLAS {its}"] for row in many]) for ours, its in pairs
+    ]
     harness.gpu_report("gemm-granularities-summary", "Geometric means of ratios", lines)
 
 

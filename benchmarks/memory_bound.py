@@ -77,7 +77,7 @@ def prescaled(work: Work) -> Work:
     expression = "; ".join([*definitions, f"{result} * x{work.operands}"])
     return work._replace(
         expression=expression, operands=work.operands + 1, vectors=(*work.vectors, work.operands), prescaled=True
-    )  # fmt: skip
+    )
 
 
 def operands_of(work: Work, m: int, k: int, sliced: bool) -> list[Tensor]:

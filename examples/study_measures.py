@@ -26,9 +26,11 @@ OPTIONS = (
     "fp8_tile{scale=ue8m0}", "fp8_tile{dtype=f8e5m2}",
 )  # fmt: skip
 SENTENCE_OPTIONS = (
-    "smoothquant_o1{w=channel}", "smoothquant_o2{w=channel}", "smoothquant_o2{alpha=search}",
+    "smoothquant_o1{w=channel}",
+    "smoothquant_o2{w=channel}",
+    "smoothquant_o2{alpha=search}",
     "smoothquant_o2{alpha=search, w=channel}",
-)  # fmt: skip
+)
 QUICK_OPTIONS = ("smoothquant_o3",)
 
 K_BLOCKS = (32, 64, 128, 256, 512, -1)
@@ -60,10 +62,12 @@ def embedding_error(want: Tensor, got: Tensor) -> Row:
     nearest, wanted = ((each @ each.T).fill_diagonal_(-1).argmax(1) for each in (got, want))
     same = (nearest == wanted).double()
     return {
-        "cosine_mean": float(cosine.mean()), "cosine_worst": float(cosine.min()),
-        "error_mean": float(1 - cosine.mean()), "error_worst": float(1 - cosine.min()),
+        "cosine_mean": float(cosine.mean()),
+        "cosine_worst": float(cosine.min()),
+        "error_mean": float(1 - cosine.mean()),
+        "error_worst": float(1 - cosine.min()),
         "nearest_same": float(same.mean()),
-    }  # fmt: skip
+    }
 
 
 def language_rows(subject: LanguageModel, schemes: Sequence[str], factors: Sequence[float], what: str) -> list[Row]:
@@ -82,9 +86,11 @@ def loss_increase(subject: LanguageModel, losses: Tensor) -> Row:
     """
     more = losses.double() - subject.float_losses.double()
     return {
-        "loss": float(losses.double().mean()), "perplexity": math.exp(float(losses.double().mean())),
-        "increase": float(more.mean()), "standard_error": float(more.std() / math.sqrt(len(more))),
-    }  # fmt: skip
+        "loss": float(losses.double().mean()),
+        "perplexity": math.exp(float(losses.double().mean())),
+        "increase": float(more.mean()),
+        "standard_error": float(more.std() / math.sqrt(len(more))),
+    }
 
 
 def float_rows(subject: LanguageModel) -> list[Row]:

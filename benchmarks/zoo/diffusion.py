@@ -57,9 +57,10 @@ def dit() -> Subject:
         norm_num_groups=8,
     )
     return model, lambda rows, _: {
-        "hidden_states": torch.randn(rows, 4, 8, 8), "timestep": torch.randint(0, 50, (rows,)),
+        "hidden_states": torch.randn(rows, 4, 8, 8),
+        "timestep": torch.randint(0, 50, (rows,)),
         "class_labels": torch.randint(0, 50, (rows,)),
-    }  # fmt: skip
+    }
 
 
 @subject(FAMILY, "transformer2d")
@@ -68,8 +69,9 @@ def transformer2d() -> Subject:
     model = diffuser("Transformer2DModel", num_attention_heads=4, attention_head_dim=16, in_channels=32,
                      num_layers=2, norm_num_groups=8, cross_attention_dim=48)  # fmt: skip
     return model, lambda rows, length: {
-        "hidden_states": torch.randn(rows, 32, 8, 8), "encoder_hidden_states": torch.randn(rows, length, 48)
-    }  # fmt: skip
+        "hidden_states": torch.randn(rows, 32, 8, 8),
+        "encoder_hidden_states": torch.randn(rows, length, 48),
+    }
 
 
 @subject(FAMILY, "pixart")
@@ -79,9 +81,11 @@ def pixart() -> Subject:
                      num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64, caption_channels=48,
                      norm_num_groups=8, use_additional_conditions=False)  # fmt: skip
     return model, lambda rows, length: {
-        "hidden_states": torch.randn(rows, 4, 8, 8), "encoder_hidden_states": torch.randn(rows, length, 48),
-        "timestep": torch.randint(0, 50, (rows,)), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }  # fmt: skip
+        "hidden_states": torch.randn(rows, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(rows, length, 48),
+        "timestep": torch.randint(0, 50, (rows,)),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
 
 
 @subject(FAMILY, "sd3")
@@ -91,9 +95,11 @@ def sd3() -> Subject:
                      attention_head_dim=16, num_attention_heads=4, joint_attention_dim=48, caption_projection_dim=64,
                      pooled_projection_dim=32, pos_embed_max_size=16)  # fmt: skip
     return model, lambda rows, length: {
-        "hidden_states": torch.randn(rows, 4, 8, 8), "encoder_hidden_states": torch.randn(rows, length, 48),
-        "pooled_projections": torch.randn(rows, 32), "timestep": torch.rand(rows) * 50,
-    }  # fmt: skip
+        "hidden_states": torch.randn(rows, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(rows, length, 48),
+        "pooled_projections": torch.randn(rows, 32),
+        "timestep": torch.rand(rows) * 50,
+    }
 
 
 @subject(FAMILY, "flux")

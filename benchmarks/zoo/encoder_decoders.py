@@ -51,9 +51,10 @@ def fsmt() -> Subject:
     sizes = {"src_vocab_size": TINY["vocab_size"], "tgt_vocab_size": TINY["vocab_size"], "langs": ["en", "de"]}
     model, calls = pair("FSMTForConditionalGeneration", **sizes)
     return model, lambda rows, length: {
-        **calls(rows, length), "decoder_attention_mask": torch.ones(rows, length // 2, dtype=torch.long),
+        **calls(rows, length),
+        "decoder_attention_mask": torch.ones(rows, length // 2, dtype=torch.long),
         "use_cache": False,
-    }  # fmt: skip
+    }
 
 
 add(FAMILY, "fsmt", fsmt)
@@ -63,8 +64,9 @@ def t5gemma() -> Subject:
     """Two Gemmas joined by cross-attention."""
     side = {**TINY, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention",
             "full_attention"]}  # fmt: skip
-    return pretrained("T5GemmaForConditionalGeneration", "T5GemmaConfig", encoder=side, decoder=side,
-                      vocab_size=TINY["vocab_size"]), translation  # fmt: skip
+    return pretrained(
+        "T5GemmaForConditionalGeneration", "T5GemmaConfig", encoder=side, decoder=side, vocab_size=TINY["vocab_size"]
+    ), translation
 
 
 add(FAMILY, "t5gemma", t5gemma)

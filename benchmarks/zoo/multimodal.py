@@ -33,9 +33,11 @@ def seeing(pieces: int, **more: torch.Tensor) -> Inputs:
         ids = torch.randint(3, IMAGE - 2, (rows, length + pieces + 1))
         ids[:, 1 : 1 + pieces] = IMAGE
         return {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), **more,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            **more,
             "pixel_values": torch.randn(rows, 3, 32, 32),
-        }  # fmt: skip
+        }
 
     return call
 
@@ -129,8 +131,9 @@ def paligemma() -> Subject:
     )
     inputs = seeing(16)
     return model, lambda rows, length: {
-        **(call := inputs(rows, length)), "token_type_ids": torch.zeros_like(call["input_ids"])
-    }  # fmt: skip
+        **(call := inputs(rows, length)),
+        "token_type_ids": torch.zeros_like(call["input_ids"]),
+    }
 
 
 @subject(FAMILY, "gemma3-vision")
@@ -142,8 +145,9 @@ def gemma3_vision() -> Subject:
                        image_token_index=IMAGE, boi_token_index=98, eoi_token_index=99)  # fmt: skip
     inputs = seeing(4)
     return model, lambda rows, length: {
-        **(call := inputs(rows, length)), "token_type_ids": (call["input_ids"] == IMAGE).long()
-    }  # fmt: skip
+        **(call := inputs(rows, length)),
+        "token_type_ids": (call["input_ids"] == IMAGE).long(),
+    }
 
 
 @subject(FAMILY, "idefics2")
@@ -227,9 +231,10 @@ def qwen2_vl_text() -> Subject:
     """The decoder alone, over embeddings and positions along three axes."""
     model = qwen2_vl()[0].get_submodule("model.language_model")
     return model, lambda rows, length: {
-        "inputs_embeds": torch.randn(rows, length, 64), "attention_mask": torch.ones(rows, length, dtype=torch.int64),
+        "inputs_embeds": torch.randn(rows, length, 64),
+        "attention_mask": torch.ones(rows, length, dtype=torch.int64),
         "position_ids": torch.arange(length).expand(3, rows, -1).clone(),
-    }  # fmt: skip
+    }
 
 
 @subject(FAMILY, "qwen2.5-vl")

@@ -24,9 +24,10 @@ def transformer() -> Subject:
     """nn.Transformer, with a causal mask for its target."""
     model = nn.Transformer(WIDTH, HEADS, 2, 2, INNER, batch_first=True)
     return model, lambda rows, length: {
-        "src": torch.randn(rows, length, WIDTH), "tgt": torch.randn(rows, length // 2, WIDTH),
+        "src": torch.randn(rows, length, WIDTH),
+        "tgt": torch.randn(rows, length // 2, WIDTH),
         "tgt_mask": nn.Transformer.generate_square_subsequent_mask(length // 2),
-    }  # fmt: skip
+    }
 
 
 @subject(FAMILY, "torch-encoder")
@@ -57,8 +58,9 @@ class CrossAttention(nn.Module):
 def cross_attention() -> Subject:
     """Queries and keys of different lengths."""
     return CrossAttention(), lambda rows, length: {
-        "query": torch.randn(rows, length // 2, WIDTH), "memory": torch.randn(rows, length, 48)
-    }  # fmt: skip
+        "query": torch.randn(rows, length // 2, WIDTH),
+        "memory": torch.randn(rows, length, 48),
+    }
 
 
 class Recurrent(nn.Module):
@@ -195,5 +197,6 @@ class TwoTowers(nn.Module):
 def towers() -> Subject:
     """A recommender."""
     return TwoTowers(), lambda rows, length: {
-        "user": torch.randint(0, 50, (rows,)), "bags": torch.randint(0, 50, (length, 4))
-    }  # fmt: skip
+        "user": torch.randint(0, 50, (rows,)),
+        "bags": torch.randint(0, 50, (length, 4)),
+    }

@@ -67,8 +67,9 @@ def whisper() -> Subject:
     """Mel features of a fixed length, and a transcript."""
     model = pretrained("WhisperForConditionalGeneration", "WhisperConfig", **SPEECH_TO_TEXT)
     return model, lambda rows, length: {
-        "input_features": torch.randn(rows, 16, 48), "decoder_input_ids": tokens(rows, length // 2)["input_ids"]
-    }  # fmt: skip
+        "input_features": torch.randn(rows, 16, 48),
+        "decoder_input_ids": tokens(rows, length // 2)["input_ids"],
+    }
 
 
 @subject(FAMILY, "speech-to-text")
@@ -95,5 +96,6 @@ def moonshine() -> Subject:
     }
     model = pretrained("MoonshineForConditionalGeneration", "MoonshineConfig", **options)
     return model, lambda rows, length: {
-        "input_values": torch.randn(rows, 400 * length), "decoder_input_ids": tokens(rows, length // 2)["input_ids"]
-    }  # fmt: skip
+        "input_values": torch.randn(rows, 400 * length),
+        "decoder_input_ids": tokens(rows, length // 2)["input_ids"],
+    }

@@ -64,10 +64,12 @@ def decision_transformer() -> Subject:
 
     def call(rows: int, length: int) -> Call:
         return {
-            "states": torch.randn(rows, length, 6), "actions": torch.randn(rows, length, 3),
-            "rewards": torch.randn(rows, length, 1), "returns_to_go": torch.randn(rows, length, 1),
+            "states": torch.randn(rows, length, 6),
+            "actions": torch.randn(rows, length, 3),
+            "rewards": torch.randn(rows, length, 1),
+            "returns_to_go": torch.randn(rows, length, 1),
             "timesteps": torch.arange(length).expand(rows, -1).clone(),
             "attention_mask": torch.ones(rows, length, dtype=torch.int64),
-        }  # fmt: skip
+        }
 
     return pretrained("DecisionTransformerModel", "DecisionTransformerConfig", **options), call

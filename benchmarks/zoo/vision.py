@@ -96,8 +96,9 @@ def backbone() -> Any:
     """The configuration of a small residual network."""
     from transformers import ResNetConfig
 
-    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic",
-                        out_features=["stage2"])  # fmt: skip
+    return ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
 
 
 def detector(name: str, **changes: Any) -> Subject:
