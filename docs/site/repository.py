@@ -30,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The theme's files, and those of the repository in place of those of the one folder."""
+    """The theme's files, and the repository's instead of the one folder's."""
     theme = [file for file in files if not Path(file.abs_src_path or "").is_relative_to(config.docs_dir)]
     ours = [
         File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in _shown(config)
