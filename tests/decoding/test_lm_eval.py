@@ -1,8 +1,14 @@
-"""lm-eval gives a decoder without quantization the scores of the model itself; `make lm-eval` installs lm-eval."""
+"""lm-eval gives a decoder without quantization the scores of the model itself; `make lm-eval` installs lm-eval.
 
+The scores of a quantized decoder differ by what its logits do.
+"""
+
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from decoding_models import byte_tokenizer, llama
 
 import qcompiler
@@ -12,6 +18,7 @@ harnesses: Any = pytest.importorskip("lm_eval.models.huggingface", reason=WHY)
 api: Any = pytest.importorskip("lm_eval.api.instance", reason=WHY)
 
 PAIRS = (("The sky is", " blue"), ("A", " b c"), ("One two three", " four"), ("x", "yz"))
+TEXTS = ("The sky is blue over the sea.", "A b c is what follows, and then d.", "One two three four five six.")
 LONG = "A text that is longer than the window of the model, which has sixty positions only."
 
 
@@ -39,3 +46,59 @@ def test_scores_are_those_of_the_model() -> None:
     assert [greedy for _, greedy in got[0]] == [greedy for _, greedy in want[0]]
     numbers = [[each for each, _ in found[0]] + found[1] for found in (got, want)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def task(kind: Any, folder: Path, name: str, docs: list[dict[str, Any]], **how: Any) -> Any:
+    """A task over documents in a local file."""
+    file = folder / f"{name}.json"
+    file.write_text("\n".join(map(json.dumps, docs)), encoding="utf-8")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
+    return kind(config={"task": name, **data, "metadata": {"version": 1}, **how})
+
+
+def results(model: Any, tokenizer: Any, folder: Path) -> tuple[float, float]:
+    """Accuracy of a multiple choice, and the perplexity of a byte, over local files."""
+    evaluator, kind = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.api.task").ConfigurableTask
+    questions = [
+        {"question": f"{number} comes before", "choices": [" 1", " 22", " abc", " z"], "answer": number % 4}
+        for number in range(12)
+    ]
+    choice = task(
+        kind, folder, "local_choice", questions, output_type="multiple_choice", doc_to_text="{{question}}",
+        doc_to_choice="choices", doc_to_target="answer", metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+    reading = task(
+        kind, folder, "local_text", [{"text": text} for text in TEXTS], output_type="loglikelihood_rolling",
+        doc_to_text="", doc_to_target="{{text}}", metric_list=[{"metric": "byte_perplexity"}],
+    )  # fmt: skip
+    harness = harnesses.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=60)
+    found = evaluator.simple_evaluate(model=harness, tasks=[choice, reading], bootstrap_iters=0)["results"]
+    return found["local_choice"]["acc,none"], found["local_text"]["byte_perplexity,none"]
+
+
+def log_likelihood(model: Any, tokenizer: Any) -> float:
+    """Of all texts, each after the end token, as lm-eval computes it."""
+    total = 0.0
+    for text in TEXTS:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].float().log_softmax(-1)
+        total += float(logits.gather(1, ids[0, 1:, None]).sum())
+    return total
+
+
+@pytest.mark.filterwarnings("default")
+def test_tasks_over_local_files(tmp_path: Path) -> None:
+    model, tokenizer = llama(vocab_size=300), byte_tokenizer()
+    options: dict[str, Any] = {"max_batch": 3, "max_length": 64, "tokenizer": tokenizer, "progress": False}
+    plain, quantized = (
+        qcompiler.decoder(model, scheme=scheme, kv_cache=cache, **options).for_transformers()
+        for scheme, cache in ((None, None), ("fp8_tile", "fp8"))
+    )
+    want = results(model, tokenizer, tmp_path)
+    assert results(plain, tokenizer, tmp_path) == pytest.approx(want, rel=1e-5)
+    accuracy, perplexity = results(quantized, tokenizer, tmp_path)
+    assert 0 <= accuracy <= 1 and perplexity != pytest.approx(want[1], rel=1e-5)
+    bytes_ = sum(len(text.encode()) for text in TEXTS)
+    changed = (log_likelihood(quantized, tokenizer) - log_likelihood(model, tokenizer)) / bytes_
+    assert perplexity / want[1] == pytest.approx(float(torch.tensor(-changed).exp()), rel=1e-4)
