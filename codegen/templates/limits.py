@@ -1,5 +1,6 @@
 """What a GPU generation can hold and address, as far as templates depend on it."""
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
 
@@ -52,6 +53,21 @@ class Limits:
         by_registers = self.registers // (-(-registers * 32 // unit) * unit * warps)
         by_memory = (self.shared_memory + self.reserved) // (shared_memory + self.reserved)
         return min(self.blocks, self.warps // warps, by_registers, by_memory)
+
+
+RECORDS_OVERLAP = 12030
+"""The first version of the CUDA driver, 12.3, that can record overlapping kernels in a CUDA graph."""
+
+
+@cache
+def driver_overlaps() -> bool:
+    """Whether the CUDA driver is at least `RECORDS_OVERLAP`; True without one, as for compilation ahead of time."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return True
+    return bool(failed) or version.value >= RECORDS_OVERLAP
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from codegen.launching.launch import KernelCall, launch
 from codegen.launching.recent import Recent
-from codegen.templates.limits import Limits
+from codegen.templates.limits import Limits, driver_overlaps
 from qcompiler.entry_points import import_modules
 from qcompiler.errors import CodegenError
 
@@ -131,7 +131,7 @@ class Family(Generic[Config, Problem, Operands]):
         """The kernel calls of a configuration for operands that it supports; nothing is checked."""
         template = self.template(config)
         calls = template.calls(config, operands)
-        if not (template.overlaps and template.limits.overlap):
+        if not (template.overlaps and template.limits.overlap and driver_overlaps()):
             return calls
         return [call._replace(options={**call.options, "launch_pdl": True}) for call in calls]
 

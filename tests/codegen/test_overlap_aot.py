@@ -1,7 +1,9 @@
 """Kernels that overlap wait for the ones before them, and start the next one only if they cannot write its weight."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from hopper_kernels import (
 
 from codegen.machine_code import MachineCode
 from codegen.targets.hopper import HOPPER
+from codegen.templates.limits import driver_overlaps
 from codegen.templates.quantize import QUANTIZE, QuantizeOperands, QuantizeProblem
 
 E4M3, B16 = torch.float8_e4m3fn, torch.bfloat16
@@ -87,6 +90,24 @@ def test_weights_are_loaded_before_the_wait() -> None:
     """The first load through the copy engine comes earlier in the machine code than the wait."""
     for code in (gemm("narrow"), gemm("narrow", "rows_f8")):
         assert code.sass.index("UTMALDG") < code.sass.index(WAIT)
+
+
+def test_an_old_driver_gets_kernels_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    def option(version: int) -> bool:
+        class Driver:
+            def cuDriverGetVersion(self, found: Any) -> int:  # noqa: N802  # a function of the driver
+                found._obj.value = version
+                return 0
+
+        driver_overlaps.cache_clear()
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+        (call,) = quantize_calls(B16, 64, 512, (1, 128), E4M3)
+        return "launch_pdl" in call.options
+
+    try:
+        assert [option(version) for version in (12020, 12030, 13000)] == [False, True, True]
+    finally:
+        driver_overlaps.cache_clear()
 
 
 def test_a_generation_without_the_feature_has_none_of_the_instructions() -> None:
