@@ -126,15 +126,15 @@ def bf16_step(model: Any, batch: int, context: int) -> Callable[[], object]:
     cache = transformers.StaticCache(config=model.config, max_cache_len=context + 1)
     heads, size = model.config.num_key_value_heads, model.config.head_dim
     cache.early_initialization(batch, heads, size, torch.bfloat16, "cuda")
-    for layer in cache.layers:
-        if hasattr(layer, "cumulative_length"):  # counts appended tokens since transformers 5.20
-            layer.cumulative_length.fill_(context)
+    counts = [layer.cumulative_length for layer in cache.layers if hasattr(layer, "cumulative_length")]
     ids = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
     place = torch.full((batch, 1), context, device="cuda")
     seen = torch.ones(batch, 1, 1, context + 1, dtype=torch.bool, device="cuda")
     named: dict[str, Any] = {CACHE: cache}
 
     def step() -> Tensor:
+        for count in counts:  # of appended tokens, since transformers 5.20: each step fills the last position
+            count.fill_(context)
         out = model(ids, position_ids=place, attention_mask=seen, use_cache=True, **named)
         return out.logits[:, -1].argmax(-1)  # type: ignore[no-any-return]  # transformers has no types
 

@@ -4,7 +4,7 @@
     python benchmarks/host_time.py --model FOLDER       on a GPU, with recorded steps of that model
 
 Without a model, decode steps do nothing, so the CPU time of a run is the time of the loop. With a model, the wall time
-of a run is compared with that of equally many replays of the same CUDA graph in a row.
+of a run is compared with equally many replays of the same CUDA graph in a row.
 """
 
 import argparse

@@ -28,7 +28,7 @@ class CacheScales(Pass):
 
     Attributes:
         format: The format of the cache.
-        known: Scales of a checkpoint: the path of an attention module, the scale of its keys and that of its values,
+        known: Scales of a checkpoint: the path of an attention module, the scales of its keys and values,
             separated by spaces.
     """
 

@@ -89,7 +89,7 @@ def _worthwhile(graph: Graph, op: Op) -> PointwiseRegion | Missed:
         return Missed(f"its expression has more than {MOST_EXPRESSIONS} nodes")
     for size in op.results[0].tensor.shape:
         if not isinstance(size, int) and _axis_with(size, region.operands) is None:
-            return Missed(f"its size {size} is not that of an axis of its operands")
+            return Missed(f"no axis of its operands has its size {size}")
     return region
 
 

@@ -73,7 +73,7 @@ class CacheScales:
 
     @property
     def by_module(self) -> dict[str, tuple[float, float]]:
-        """The scale of keys and that of values by the path of the attention module, where both are one number."""
+        """The scales of keys and values by the path of the attention module, where both are one number."""
         keys, values = dict[str, float](), dict[str, float]()
         for name, tensor in self.tensors.items():
             found = next(filter(None, (pattern.fullmatch(name) for pattern in ONE_SCALE)), None)

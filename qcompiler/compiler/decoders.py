@@ -117,7 +117,7 @@ def decoder(
 
 
 def decoding_pipeline(scheme: str | None, overrides: Mapping[str, str | None] | None) -> Pipeline:
-    """Returns the passes before `kv-cache`: those of a scheme, with attention recognized for consecutive positions.
+    """Returns the passes before `kv-cache`: a scheme's passes, with attention recognized for consecutive positions.
 
     Raises:
         PassError: The scheme is unknown, or there are overrides without a scheme.

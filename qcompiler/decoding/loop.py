@@ -4,7 +4,7 @@
 
 On a GPU, the host launches the next decode step before it reads the tokens of the last one, so the device never waits.
 A sequence that ends by its contents is therefore noticed one step late; the extra token is dropped. As long as the same
-sequences run, the host only launches a prepared step, starts the copy of its tokens, and reads those of the last step.
+sequences run, the host only launches a prepared step, starts the copy of its tokens, and reads the last step's.
 """
 
 from collections import deque

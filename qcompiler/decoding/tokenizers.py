@@ -9,6 +9,7 @@ from typing import Any
 from qcompiler.artefact.folder import Folder
 from qcompiler.artefact.manifest import TOKENIZER
 from qcompiler.capture.quiet import third_party_silence
+from qcompiler.checkpoints.files import read_json
 from qcompiler.checkpoints.loading import transformers_library
 from qcompiler.errors import ArtefactError, QCompilerError
 
@@ -75,15 +76,7 @@ def generation_in(folder: Path) -> dict[str, Any]:
         QCompilerError: The file is not a JSON object.
     """
     path = folder / GENERATION
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise QCompilerError("the generation configuration cannot be read", got=error, where=str(path)) from error
-    if not isinstance(found, dict):
-        raise QCompilerError("the generation configuration is not an object", got=type(found).__name__, where=str(path))
-    return found
+    return read_json(path) if path.is_file() else {}
 
 
 def generation_of(model: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """An operation with a GPU kernel is three files: its declaration, its kernel, and its operator with the template.
 
-Each test adds one from outside: the declaration here, the other two files in folders that join those of `codegen`.
+Each test adds one from outside: the declaration here, the other two files in folders that extend `codegen`'s.
 """
 
 import sys

@@ -31,7 +31,7 @@ class Tower(nn.Module):
 
 @pytest.fixture
 def _only_new_objects() -> Iterator[None]:
-    """Hides existing objects from the garbage collector: searching those of earlier tests takes seconds."""
+    """Hides existing objects from the garbage collector: searching what earlier tests left takes seconds."""
     gc.collect()
     gc.freeze()
     yield

@@ -176,7 +176,7 @@ def test_operands_of_wrong_types(old: str, new: str, problem: str) -> None:
 
 @pytest.mark.parametrize("format", [FP8_TENSOR, INT8_TENSOR])
 def test_static_scales(format: Format) -> None:
-    """Codes are those of `numerics.quantize_static`, in any cut; attention is that over the decoded cache."""
+    """Codes equal `numerics.quantize_static`'s, in any cut; attention reads the decoded cache."""
     kind, scales = CacheType(format, 3, 2, 16, 8, 4), (torch.tensor([0.01]), torch.tensor([0.02]))
     one, other = ([*allocate(kind, "cpu").tensors, *scales] for _ in range(2))
     key, value, query = numbers(2, 2, 5, 8), numbers(2, 2, 5, 4, seed=1), numbers(2, 4, 5, 8, seed=2)

@@ -76,7 +76,7 @@ def test_any_cut_of_any_model(kind: str, positions: bool) -> None:
 
 @pytest.mark.parametrize(("kind", "positions"), kinds(("llama", True)))
 def test_any_cut_of_a_quantized_model(kind: str, positions: bool) -> None:
-    """Rounding of attention may change single codes, so the error is that of a few codes, not of quantization."""
+    """Rounding of attention may change single codes, so a few codes make the error, not quantization."""
     graph = captured(kind, positions=positions)
     tokens = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(6))
     quantized = after(graph, f"{FRONT}; {pipeline('fp8_tile')}")
