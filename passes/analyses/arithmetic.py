@@ -80,7 +80,7 @@ def same_numbers(op: Op) -> Value | None:
         return None
     if op.name in VIEWS:
         return x if x.tensor.shape[-1] == y.tensor.shape[-1] else None
-    if _is_cast(op) and y.tensor.dtype in (DType.f32, x.tensor.dtype):
+    if is_cast(op) and y.tensor.dtype in (DType.f32, x.tensor.dtype):
         return x
     return None
 
@@ -147,7 +147,7 @@ def _gelu(op: Op) -> Term | None:
 
 
 def _cast(op: Op) -> Term | None:
-    return Term("x0", (op["x"],)) if _is_cast(op) else None
+    return Term("x0", (op["x"],)) if is_cast(op) else None
 
 
 def _mean(op: Op) -> Term | None:
@@ -197,7 +197,7 @@ SPECIAL: dict[str, Callable[[Op], Term | None]] = {
 }  # fmt: skip
 
 
-def _is_cast(op: Op) -> bool:
+def is_cast(op: Op) -> bool:
     """Whether an operation only converts the element type."""
     return op.role is Role.CAST and (
         (set(op.attrs) == {"dtype"} and len(op.args) == 1) or (not op.attrs and len(op.args) == 2)

@@ -1,14 +1,15 @@
-"""Proves that a mask is causal, possibly with a window, chunks or padding, or says why it is not.
+"""Proves that a mask is causal, possibly with a window, chunks, padding or a linear bias, or says why it is not.
 
     mask[b, h, q, k]  =  k <= q and q - 4 < k           ->   CausalMask(window=4)
     mask[b, h, q, k]  =  0.0 if k <= q else -inf        ->   CausalMask()
+    mask[b, h, q, k]  =  %s(h) * k if k <= q else -inf  ->   CausalMask(slopes=…)
 
 Names and order of the operations do not matter: the elements of the mask become linear inequalities, and a mask is
 causal if they imply k <= q and the other way around.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from passes.analyses.inequalities import (
     nonnegative,
     simplified,
 )
+from passes.analyses.linear_biases import NotLinear, Slopes, slopes_of
+from passes.analyses.real_numbers import Real, real
 from qcompiler.ir import DType, Graph, Size, TensorType, Value
 from qcompiler.ir.sizes import Call, Expr, call, symbol, symbols
 
@@ -44,19 +47,32 @@ class CausalMask:
         chunk: Only keys of the query's own chunk of `chunk` positions; None for all.
         padding: Values that hide further keys, independent of the query.
         assumed: Inputs that must count up by 1 along their last axis.
+        from_zero: Whether these must begin at 0.
+        slopes: What the masks add to the scores of the keys that are read, per position; None if nothing.
     """
 
     window: int | None = None
     chunk: int | None = None
     padding: tuple[Value, ...] = ()
     assumed: tuple[Value, ...] = ()
+    from_zero: bool = False
+    slopes: Slopes | None = None
 
 
 class Mask(NamedTuple):
-    """A mask of scores: booleans or addends. True means that the query reads the key, or not if `inverted`."""
+    """A mask of scores: booleans or addends. True means that the query reads the key, or not if `inverted`.
+
+    Attributes:
+        value: Broadcasts to the scores.
+        inverted: Whether True hides a key.
+        factor: A positive factor of the addends.
+        folded: The number of heads if the first of three axes holds rows of the batch and heads; None for an own axis.
+    """
 
     value: Value
     inverted: bool = False
+    factor: float = 1.0
+    folded: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,9 @@ class NotCausal:
 
 
 def causal_mask(
-    graph: Graph, masks: Sequence[Mask], shape: tuple[Size, ...], consecutive: Collection[Value] = ()
-) -> CausalMask | NotCausal:
+    graph: Graph, masks: Sequence[Mask], shape: tuple[Size, ...], consecutive: Collection[Value] = (), *,
+    from_zero: bool = False,
+) -> CausalMask | NotCausal:  # fmt: skip
     """The form of masks that together are causal, or why they are not.
 
     Args:
@@ -77,15 +94,19 @@ def causal_mask(
         masks: At least one; each value broadcasts to `shape`.
         shape: The shape of the scores, [batch, heads, queries, keys], as many queries as keys.
         consecutive: Inputs that may be assumed to count up by 1 along their last axis.
+        from_zero: Whether these may be assumed to begin at 0.
     """
     found = _recognized(graph, masks, shape, ())
     if isinstance(found, NotCausal) and consecutive:
         found = _recognized(graph, masks, shape, tuple(consecutive))
+    if isinstance(found, NotCausal) and consecutive and from_zero:
+        found = _recognized(graph, masks, shape, tuple(consecutive), from_zero=True)
     if isinstance(found, NotCausal):
-        for value in filter(_may_be_positions, graph.inputs):
-            if isinstance(_recognized(graph, masks, shape, (value,)), CausalMask):
-                promise = f"as attention{{consecutive={value.name}}} promises"
-                return NotCausal(f"its mask is causal only if this input counts up by 1, {promise}", value)
+        for value, zero in product(filter(_may_be_positions, graph.inputs), (False, True)):
+            if isinstance(_recognized(graph, masks, shape, (value,), from_zero=zero), CausalMask):
+                how, option = ("from 0", ", from_zero=true") if zero else ("by 1", "")
+                promise = f"as attention{{consecutive={value.name}{option}}} promises"
+                return NotCausal(f"its mask is causal only if this input counts up {how}, {promise}", value)
     return found
 
 
@@ -96,7 +117,8 @@ def hides_nothing(graph: Graph, mask: Value, shape: tuple[Size, ...]) -> bool:
     facts = in_range(at, shape) | elements.facts
     try:
         element = elements.element(mask, at[len(at) - rank :], facts)
-        return _seen(element, Mask(mask), facts) == TRUE
+        cases = _visible(element, Mask(mask), facts)
+        return not any(bias.terms for _, bias in cases) and _seen(cases, facts) == TRUE
     except (Unknown, TooComplex):
         return False
 
@@ -106,18 +128,23 @@ def _may_be_positions(value: Value) -> bool:
 
 
 def _recognized(
-    graph: Graph, masks: Sequence[Mask], shape: tuple[Size, ...], assumed: tuple[Value, ...]
+    graph: Graph, masks: Sequence[Mask], shape: tuple[Size, ...], assumed: tuple[Value, ...], *, from_zero: bool = False
 ) -> CausalMask | NotCausal:
-    elements = Elements(graph, consecutive=assumed)
+    elements = Elements(graph, consecutive=assumed, from_zero=from_zero, heads=symbols(HEAD))
     at = (BATCH, HEAD, QUERY, KEY)
     facts = in_range(at, shape) | elements.facts
-    seen = TRUE
+    cases: Cases = [(TRUE, Real())]
     try:
         for mask in masks:
-            rank = len(mask.value.tensor.shape)
-            element = elements.element(mask.value, at[4 - rank :], facts)
-            seen = simplified(both(seen, _seen(element, mask, facts)), facts)
-        return _classified(graph, seen, masks[0].value, facts, assumed)
+            place = at if mask.folded is None else (BATCH * mask.folded + HEAD, QUERY, KEY)
+            element = elements.element(mask.value, place[len(place) - len(mask.value.tensor.shape) :], facts)
+            cases = _joined(cases, _visible(element, mask, facts), facts)
+        form = _classified(graph, _seen(cases, facts), masks[0].value, facts, assumed)
+        if isinstance(form, NotCausal):
+            return form
+        return replace(form, from_zero=from_zero, slopes=slopes_of(cases, HEAD, QUERY, KEY, facts))
+    except NotLinear as error:
+        return NotCausal(str(error), masks[-1].value)
     except Unknown as error:
         return NotCausal(f"its mask is not computed from indices alone: {error.why}", error.value)
     except TooComplex:
@@ -130,18 +157,34 @@ def in_range(at: Index, shape: tuple[Size, ...]) -> Conjunction:
     return next(iter(limits), frozenset())
 
 
-def _seen(element: Element, mask: Mask, facts: Conjunction) -> Condition:
-    """Where the query reads the key."""
+Cases = list[tuple[Condition, Real]]
+"""Where the query reads the key, and what is added to its score there."""
+
+
+def _visible(element: Element, mask: Mask, facts: Conjunction) -> Cases:
     if mask.value.tensor.dtype is DType.b8:
         truth = element.truth(facts)
-        return simplified(negation(truth), facts) if mask.inverted else truth
+        return [(simplified(negation(truth), facts) if mask.inverted else truth, Real())]
     visible = []
     for condition, number in element.cases:
-        if number == 0:
-            visible.append(condition)
-        elif not isinstance(number, int | float) or not number <= HIDDEN:
+        if isinstance(number, Expr | Real):
+            visible.append((condition, real(number) * mask.factor))
+        elif number == 0:
+            visible.append((condition, Real()))
+        elif not number * mask.factor <= HIDDEN:
             raise Unknown(f"it adds {number} to scores, which neither keeps a key (0) nor hides it (-inf)", mask.value)
-    return simplified(either(*visible), facts)
+    return visible
+
+
+def _joined(cases: Cases, others: Cases, facts: Conjunction) -> Cases:
+    """The keys that two masks show, and the sum of their addends."""
+    joined = [(simplified(both(a, b), facts), x + y) for a, x in cases for b, y in others]
+    return [case for case in joined if case[0]]
+
+
+def _seen(cases: Cases, facts: Conjunction) -> Condition:
+    """Where the query reads the key."""
+    return simplified(either(*(condition for condition, _ in cases)), facts)
 
 
 def _classified(

@@ -1,21 +1,23 @@
 """Where the elements of moved values come from, as chains of simple conditions that a kernel evaluates.
 
     %y = aten.cat([%a, %b], 1)              y[i0, i1]  =  a[i0, i1] if i1 < 32, else b[i0, i1 - 32]
+    %y = aten.embedding(%w, %ids)           y[i0, i1, i2]  =  w[%ids(i0, i1), i2]
 
-Only moves to places that do not depend on data, by the rows of `index_moves`.
+By the rows of `index_moves`. A place may depend on elements of integer tensors.
 """
 
 from dataclasses import dataclass
 
-from passes.analyses.index_expressions import Element, Index, Site, Unknown, constant
+from passes.analyses.index_expressions import Element, Index, Number, Site, Unknown, constant
 from passes.analyses.index_moves import MOVES, PICKS
 from passes.analyses.inequalities import Condition, Conjunction, TooComplex, negation, simplified
+from passes.analyses.integer_elements import TENSOR, IntegerElements
 from qcompiler.dialects.expression_nodes import Less, why_no_index
 from qcompiler.ir import Size, Value
 from qcompiler.ir.sizes import Call, Expr, call
 
-MOVING = {**MOVES, **{name: PICKS[name] for name in ("aten.cat", "aten.stack")}}
-"""Operations that only move elements, to places that do not depend on data -> their rows."""
+MOVING = {**MOVES, **PICKS}
+"""Operations that only move elements -> their rows."""
 
 LEAF = "%leaf"
 
@@ -44,15 +46,16 @@ def place_of(value: Value, at: Index, guard: Conjunction = frozenset()) -> Place
     return Place(value, tuple(0 if n == 1 else i for i, n in zip(at, value.tensor.shape, strict=True)), guard)
 
 
-def sources_of(place: Place, facts: Conjunction) -> tuple[Source, ...] | None:
+def sources_of(place: Place, facts: Conjunction, integers: IntegerElements) -> tuple[Source, ...] | None:
     """Where an element of a moved value comes from; None if that cannot be written as indices and conditions.
 
     Args:
         place: An element of the result of an operation in `MOVING`.
         facts: The limits of indices and sizes.
+        integers: The elements of integer values.
     """
     found: list[tuple[Value, Index, Conjunction]] = []
-    site = _MovingSite(place, facts | place.guard, found)
+    site = _MovingSite(place, facts | place.guard, found, integers)
     try:
         cases = MOVING[place.value.op.name].element(site).cases
         return _chained(list(cases), found, facts, place.guard)
@@ -61,25 +64,31 @@ def sources_of(place: Place, facts: Conjunction) -> tuple[Source, ...] | None:
 
 
 class _MovingSite(Site):
-    """Notes which elements a row asks for; each is an unknown with a number."""
+    """Notes which elements a row asks for; each is an unknown with a number. Elements of integers are their values."""
 
     def __init__(
-        self, place: Place, facts: Conjunction, found: list[tuple[Value, Index, Conjunction]], at: Index | None = None
-    ) -> None:
+        self, place: Place, facts: Conjunction, found: list[tuple[Value, Index, Conjunction]],
+        integers: IntegerElements, at: Index | None = None,
+    ) -> None:  # fmt: skip
         self.op, self.output, self.at = place.value.op, place.value.index, place.at if at is None else at
-        self.facts, self._place, self._found = facts, place, found
+        self.facts, self._place, self._found, self._integers = facts, place, found, integers
 
     def element(self, value: Value, at: Index) -> Element:
+        if not value.tensor.dtype.is_float:
+            element = self._integers.element(value, at, self.facts)
+            if element is None:
+                raise self.unknown("its index cannot be read by a kernel")
+            return constant(element)
         self._found.append((value, at, self.facts))
         return constant(call(LEAF, len(self._found) - 1))
 
     def assuming(self, condition: Condition, at: Index) -> Site:
         (more,) = condition if len(condition) == 1 else (frozenset(),)
-        return _MovingSite(self._place, self.facts | more, self._found, at)
+        return _MovingSite(self._place, self.facts | more, self._found, self._integers, at)
 
 
 def _chained(
-    cases: list[tuple[Condition, float | Size]],
+    cases: list[tuple[Condition, Number]],
     found: list[tuple[Value, Index, Conjunction]],
     facts: Conjunction,
     guard: Conjunction,
@@ -102,18 +111,18 @@ def _chained(
             (otherwise,) = negation(frozenset({frozenset({size})}))
             guard = guard | otherwise
         place = _place(case[1], found, facts)
-        if place is None or (less is not None and (why_no_index(less.left) or why_no_index(less.right))):
+        if place is None or (less is not None and any(why_no_index(side, TENSOR) for side in (less.left, less.right))):
             return None
         chain.append((less, place))
     return tuple(chain)
 
 
-def _place(number: float | Size, found: list[tuple[Value, Index, Conjunction]], facts: Conjunction) -> Place | None:
+def _place(number: Number, found: list[tuple[Value, Index, Conjunction]], facts: Conjunction) -> Place | None:
     match number:
         case Expr(terms=(((Call("%leaf", (int(which),)),), 1),)):
             value, at, held = found[which]
             place = place_of(value, at, held - facts)
-            return None if any(map(why_no_index, place.at)) else place
+            return None if any(why_no_index(index, TENSOR) for index in place.at) else place
     return None
 
 

@@ -33,6 +33,7 @@ from passes.analyses.inequalities import (
     simplified,
     zero,
 )
+from passes.analyses.real_numbers import Real, real
 from qcompiler.ir import Argument, DType, Size, TensorType, Value
 from qcompiler.ir.sizes import Expr, call, floordiv, mod, symbol, symbols
 from qcompiler.numerics.dtypes import torch_dtype
@@ -44,9 +45,8 @@ def _arange(site: Site) -> Element:
     """Element i is start + step * i."""
     start = site.size(site.argument("start")) if site.op.name != "aten.arange" else 0
     step = site.size(site.argument("step")) if site.op.name == "aten.arange.start_step" else 1
-    if site.dtype.is_float:
-        raise site.unknown("it counts in floating point")
-    return constant(start + step * site.at[0])
+    number = start + step * site.at[0]
+    return site.real(real(number), "it counts in floating point") if site.dtype.is_float else constant(number)
 
 
 def _filled(name: str) -> Callable[[Site], Element]:
@@ -82,9 +82,11 @@ def _cast(site: Site, element: Element) -> Element:
 
 def _cast_number(site: Site, number: Number) -> Element:
     if site.dtype.is_float:
-        if isinstance(number, Expr):
-            raise site.unknown("it converts a number that varies to floating point")
+        if isinstance(number, Expr | Real):
+            return site.real(real(number), "it converts a number that varies to floating point")
         return constant(torch.tensor(number, dtype=torch_dtype(site.dtype)).item())
+    if isinstance(number, Real):
+        raise site.unknown("it converts a floating-point number that varies to an integer")
     if isinstance(number, Expr):
         if site.dtype.bits < 32:
             raise site.unknown("it converts a number that varies to a small integer type")
@@ -131,9 +133,9 @@ def _compared(name: str) -> Callable[[Site], Element]:
 
     def row(site: Site) -> Element:
         def compare(a: Number, b: Number) -> Element:
-            if not isinstance(a, float) and not isinstance(b, float):
+            if isinstance(a, int | Expr) and isinstance(b, int | Expr):
                 return boolean(COMPARISONS[name](a - b))
-            if isinstance(a, Expr) or isinstance(b, Expr):
+            if isinstance(a, Expr | Real) or isinstance(b, Expr | Real):
                 raise site.unknown("it compares a number that varies with floating point")
             return constant(getattr(operator, name)(a, b))
 
@@ -178,8 +180,8 @@ def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[[Site], Element
         def apply(a: Number, b: Number) -> Element:
             if not site.dtype.is_float:
                 return constant(function(a, b))
-            if isinstance(a, Expr) or isinstance(b, Expr):
-                raise site.unknown("it mixes a number that varies with floating point")
+            if isinstance(a, Expr | Real) or isinstance(b, Expr | Real):
+                return site.real(function(real(a), real(b)), "it mixes a number that varies with floating point")
             kind = torch_dtype(site.dtype)
             return constant(function(torch.tensor(a, dtype=kind), torch.tensor(b, dtype=kind)).item())
 
@@ -238,8 +240,33 @@ def _by_positive(function: Callable[[Size, Size], Size]) -> Callable[[Site], Ele
     return row
 
 
+def _quotient(site: Site) -> Element:
+    """The quotient in floating point by a constant."""
+    divisor = site.operand(site.argument("other")).only
+    if not isinstance(divisor, int | float) or divisor == 0:
+        raise site.unknown("it does not divide by a constant")
+
+    def divide(a: Any, b: Any) -> Any:
+        return a * (1 / divisor) if isinstance(a, Real) else a / b
+
+    return _arithmetic(divide)(site)
+
+
 def _negative(site: Site) -> Element:
     return site.join(lambda number: constant(-number), site.operand(site.argument("self")))
+
+
+def _magnitude(site: Site) -> Element:
+    def absolute(number: Number) -> Element:
+        if isinstance(number, int | float):
+            return constant(abs(number))
+        if isinstance(number, Real):
+            raise site.unknown("it takes the magnitude of a floating-point number that varies")
+        inside = simplified(nonnegative(number), site.facts)
+        cases = [(inside, constant(number)), (negation(inside), constant(-number))]
+        return choose([case for case in cases if case[0]], site.facts)
+
+    return site.join(absolute, site.operand(site.argument("self")))
 
 
 def _cumsum(site: Site) -> Element:
@@ -301,6 +328,8 @@ ARITHMETIC: Mapping[str, Row] = {
     **{f"aten.rsub.{kind}": Row(_INT, _sum(-1, reverse=True)) for kind in _SCALARS},
     **{f"aten.mul.{kind}": Row(_INT, _product) for kind in _SCALARS},
     "aten.neg": Row("The negative of the element.", _negative),
+    "aten.abs": Row("The element or its negative, by its sign.", _magnitude),
+    **{f"aten.div.{kind}": Row("The product with the reciprocal.", _quotient) for kind in _SCALARS},
     "aten.minimum": Row("The smaller of two integers.", _extreme("min")),
     "aten.maximum": Row("The larger of two integers.", _extreme("max")),
     "aten.floor_divide": Row(_QUOTIENT, _by_positive(floordiv)),

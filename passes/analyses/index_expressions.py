@@ -19,6 +19,7 @@ from passes.analyses.inequalities import (
     TRUE,
     Condition,
     Conjunction,
+    TooComplex,
     both,
     either,
     impossible,
@@ -27,12 +28,13 @@ from passes.analyses.inequalities import (
     simplified,
     zero,
 )
+from passes.analyses.real_numbers import Real
 from qcompiler.ir import Argument, DType, Op, Size, TensorType, Value
 from qcompiler.ir.sizes import Expr, call
 from qcompiler.ir.types import ScalarType
 
-Number = Size | float
-"""An integer expression, or a floating-point constant."""
+Number = Size | float | Real
+"""An integer expression, a floating-point constant, or a real number that varies."""
 
 Index = tuple[Size, ...]
 """The indices of one element."""
@@ -50,7 +52,7 @@ class Unknown(Exception):
 class Element:
     """One element: a number for each of several conditions. Exactly one condition holds for each index.
 
-    Booleans are 0 and 1. A floating-point element has Python floats as numbers.
+    Booleans are 0 and 1. A floating-point element has Python floats as numbers, or real numbers that vary.
     """
 
     cases: tuple[tuple[Condition, Number], ...]
@@ -67,6 +69,8 @@ class Element:
 
 
 def _not_zero(number: Number) -> Condition:
+    if isinstance(number, Real):
+        raise TooComplex  # it ignores rounding
     if isinstance(number, Expr):
         return negation(zero(number))
     return TRUE if number else FALSE
@@ -104,6 +108,8 @@ class Site(ABC):
     output: int
     facts: Conjunction
     """What holds for the indices and sizes."""
+    rounds: bool = True
+    """Whether numbers must be exact, so that floating-point numbers that vary are unknown."""
 
     @abstractmethod
     def element(self, value: Value, at: Index) -> Element:
@@ -116,6 +122,12 @@ class Site(ABC):
     def unknown(self, why: str) -> Unknown:
         """The reason why the element has no expression."""
         return Unknown(why, self.op.results[self.output])
+
+    def real(self, number: Real, why: str) -> Element:
+        """A real number that varies; raises Unknown with the reason if numbers must be exact."""
+        if self.rounds:
+            raise self.unknown(why)
+        return constant(number.rounded(self.dtype))
 
     def argument(self, name: str) -> Argument:
         """The argument that torch's schema calls `name`, or its default."""

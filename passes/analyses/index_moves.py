@@ -10,9 +10,19 @@ from collections.abc import Callable, Mapping
 from passes.analyses.channel_labels import runs
 from passes.analyses.index_arithmetic import converted
 from passes.analyses.index_expressions import Element, Index, Row, Site, choose, constant
-from passes.analyses.inequalities import TRUE, Condition, both, impossible, nonnegative, simplified, zero
+from passes.analyses.inequalities import (
+    TRUE,
+    Condition,
+    both,
+    implies,
+    impossible,
+    negation,
+    nonnegative,
+    simplified,
+    zero,
+)
 from qcompiler.ir import DType, Size, Value
-from qcompiler.ir.sizes import call, floordiv, mod
+from qcompiler.ir.sizes import Call, Expr, call, floordiv, mod
 
 # Elements of one operand
 
@@ -43,10 +53,21 @@ def _reshaped(site: Site, at: Index) -> Index:
             position = position * new[axis] + at[axis]
         wide = [axis for axis in left if old[axis] != 1]
         for axis in reversed(wide[1:]):
-            found[axis], position = mod(position, old[axis]), floordiv(position, old[axis])
+            position, found[axis] = _divided(site, position, old[axis])
         if wide:
             found[wide[0]] = position
     return tuple(found)
+
+
+def _divided(site: Site, position: Size, size: Size) -> tuple[Size, Size]:
+    """Quotient and remainder; for a * size + b, where b is proven to be inside, a and b."""
+    rest = mod(position, size)
+    match rest:
+        case Expr(terms=(((Call("mod", (inner, int())),), 1),)):
+            inside = both(nonnegative(inner), nonnegative(size - 1 - inner))
+            if implies(frozenset({site.facts}), inside, frozenset()):
+                return floordiv(position - inner, size), inner
+    return floordiv(position, size), rest
 
 
 def _permuted(site: Site, at: Index) -> Index:
@@ -105,8 +126,10 @@ def _flipped(site: Site, at: Index) -> Index:
 
 
 def _repeated(site: Site, at: Index) -> Index:
-    own = site.shape("self")
-    return tuple(mod(i, size) for i, size in zip(at[len(at) - len(own) :], own, strict=True))
+    own, all_sizes = site.shape("self"), site.op.results[site.output].tensor.shape
+    sizes = all_sizes[len(at) - len(own) :]
+    once = zip(at[len(at) - len(own) :], own, sizes, strict=True)
+    return tuple(i if size == repeated else _divided(site, i, size)[1] for i, size, repeated in once)
 
 
 def _interleaved(site: Site, at: Index) -> Index:
@@ -132,6 +155,29 @@ def _concatenated(site: Site) -> Element:
             part = site.assuming(inside, (*site.at[:axis], place, *site.at[axis + 1 :]))
             cases.append((inside, converted(part, value)))
         start = start + size
+    return choose(cases, site.facts)
+
+
+def _copied(site: Site) -> Element:
+    return converted(site, site.op["src"])
+
+
+def _replaced(site: Site) -> Element:
+    """The source's elements from start to end; the others are those of the first operand."""
+    axis, at = site.axis(), site.at
+    start, size = site.argument("start"), site.shape("self")[axis]
+    if site.argument("step") != 1:
+        raise site.unknown("it replaces elements that are not next to each other")
+    first = _from_start(site, 0 if start is None else site.size(start), size)
+    place, count = at[axis] - first, site.shape("src")[axis]
+    inside = simplified(both(nonnegative(place), nonnegative(count - place - 1)), site.facts)
+    cases: list[tuple[Condition, Element]] = []
+    if inside:
+        part = site.assuming(inside, (*at[:axis], place, *at[axis + 1 :]))
+        cases.append((inside, part.operand(site.op["src"], part.at)))
+    for beyond in simplified(negation(inside), site.facts):
+        outside: Condition = frozenset({beyond})
+        cases.append((outside, site.assuming(outside, at).operand(site.op["self"], at)))
     return choose(cases, site.facts)
 
 
@@ -181,6 +227,12 @@ def _index_selected(site: Site) -> Element:
     return site.join(lambda i: site.element(x, (*at[:axis], i, *at[axis + 1 :])), index)
 
 
+def _embedded(site: Site) -> Element:
+    *at, column = site.at
+    row = site.element(site.op["indices"], tuple(at))
+    return site.join(lambda i: site.element(site.op["weight"], (i, column)), row)
+
+
 # The table
 
 _ORDER = "The elements in row-major order stay the same."
@@ -217,9 +269,12 @@ _PICK = "Each element is one of the operand's, at an index that is computed."
 
 PICKS: Mapping[str, Row] = {
     "aten.cat": Row("An element of the first part that reaches so far.", _concatenated),
+    "aten.copy": Row("The elements of the second operand, which broadcasts.", _copied),
+    "aten.slice_scatter": Row("From start to end the elements of the second operand.", _replaced),
     "aten.stack": Row("An element of the operand that the index along the new axis names.", _stacked),
     "aten.index.Tensor": Row(_PICK, _indexed),
     "aten.index_select": Row(_PICK, _index_selected),
     "aten.gather": Row(_PICK, _gathered),
+    "aten.embedding": Row(_PICK, _embedded),
 }
 """Operation -> why and where each element of its result is, in an operand or at an index that depends on elements."""

@@ -33,7 +33,7 @@ MOST_CONJUNCTIONS = 64
 
 
 class TooComplex(Exception):
-    """A condition has too many cases to decide."""
+    """A condition has too many cases to decide, or depends on a number that ignores rounding."""
 
 
 def nonnegative(size: Size) -> Condition:

@@ -129,7 +129,7 @@ ELEMENTWISE_RULES: Table = {
         (
             "aten._to_copy", "aten.to.dtype", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy",
             "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar", "aten.masked_fill.Tensor",
-            "aten.floor_divide", "aten.floor_divide.Scalar", "aten.hardswish",
+            "aten.floor_divide", "aten.floor_divide.Scalar", "aten.hardswish", "aten.polar", "aten.complex",
         ),
         Row(_EACH, elementwise),
     ),

@@ -31,7 +31,8 @@ from passes.analyses.sequence_labels import (
     has_tokens,
 )
 from passes.analyses.sequence_site import Answer, Row, Site, Table
-from qcompiler.ir import Argument, DType, Size, Value
+from qcompiler.ir import Argument, DType, ScalarType, Size, Value
+from qcompiler.ir.sizes import product
 
 # Sorting
 
@@ -127,6 +128,9 @@ def grouped(site: Site, x: Label, offsets: Value | None, weights: Size) -> Label
 
     Row i holds the entry order[i], its key is its expert, and the ends of the groups count the keys up to each expert.
     """
+    if offsets is not None and _equal_groups(offsets, x, weights):
+        site.within(x.axes[1], "sums over")
+        return site.made([x.axes[0], axis_of(site.shape()[1])], x)
     groups = None if offsets is None else site.fact(offsets)
     if not isinstance(groups, Groups) or not groups.ends or groups.limit != weights:
         raise Mixes(f"the groups of {site.op.name} are not the ends of the groups of one sorted key")
@@ -134,6 +138,26 @@ def grouped(site: Site, x: Label, offsets: Value | None, weights: Size) -> Label
         raise Mixes(f"the rows of {site.op.name} are {x}, which are not in the order of its groups")
     site.within(x.axes[1], "sums over")
     return site.made([x.axes[0], axis_of(site.shape()[1])], x)
+
+
+def _equal_groups(offsets: Value, x: Label, weights: Size) -> bool:
+    """Whether group e ends at row (e + 1) * rows, where `rows` is the number of tokens: a group for each copy of all.
+
+    arange(1, E + 1) * rows, and rows [E*batch*positions, 32], as for Llama 4, where each expert reads all tokens
+    """
+    ends = offsets.op
+    if ends.name != "aten.mul.Tensor" or ends["self"].op.name != "aten.arange.start":
+        return False
+    count, rows = ends["self"].op, ends.argument("other")
+    size = rows.type.value if isinstance(rows, Value) and isinstance(rows.type, ScalarType) else rows
+    copies, *tokens = x.axes[0] or (None,)
+    return (
+        isinstance(weights, int)
+        and (count.argument("start"), count.argument("end")) == (1, weights + 1)
+        and copies == Digit("other", weights)
+        and has_tokens(tuple(tokens))
+        and size == product(tuple(digit.size for digit in tokens))
+    )
 
 
 def _grouped(site: Site) -> Answer:

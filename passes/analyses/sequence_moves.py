@@ -11,6 +11,7 @@ from passes.analyses.sequence_labels import (
     Mixes,
     axis_of,
     broadcast,
+    divide,
     has_tokens,
     join,
     plain,
@@ -56,17 +57,26 @@ def _copy(site: Site) -> Label:
 
 
 def _repeat(site: Site) -> Label:
-    """Copies along axes: legal along axes of size 1, and along axes without tokens."""
+    """Copies along axes. Copies of all tokens, one after the other, make an axis that counts copies, then tokens."""
     label = site.label("self")
     shape = site.shape()
     old = (((),) * (len(shape) - len(label.axes))) + label.axes
     sizes = (*(1,) * (len(shape) - len(label.axes)), *site.op["self"].tensor.shape)
     axes = []
     for axis, size, new in zip(old, sizes, shape, strict=True):
+        copies = divide(new, size)
+        if size != new and has_tokens(axis) and _in_order(site, axis) and isinstance(copies, int):
+            axes.append((*axis_of(copies), *axis))
+            continue
         if size != new and axis:
             site.within(axis, "repeats")
         axes.append(axis if size == new else site.fixed(new) if axis else axis_of(new))
     return site.made(axes, label, known=label.known)
+
+
+def _in_order(site: Site, axis: Axis) -> bool:
+    """Whether the tokens along an axis, which is repeated as a whole, are in their own order."""
+    return site.op.name == "aten.repeat" and not any(digit.kind == "sorted" for digit in axis)
 
 
 def part(site: Site, label: Label, axis: int, size: Size, new: Size) -> Axis:
@@ -221,6 +231,19 @@ def _scatter(site: Site) -> Label:
     return site.made(axes, *parts)
 
 
+def _paired(site: Site) -> Label:
+    """view_as_complex: the two elements of the last axis become one."""
+    label = site.label("self")
+    site.within(label.axes[-1], "joins pairs along")
+    return site.made(label.axes[:-1], label)
+
+
+def _unpaired(site: Site) -> Label:
+    """view_as_real: each element becomes two along a new axis."""
+    label = site.label("self")
+    return site.made([*label.axes, axis_of(2)], label)
+
+
 def _one_hot(site: Site) -> Label:
     label = site.label("self")
     return site.made([*label.axes, site.fixed(site.shape()[-1])], label, known=Below(2))
@@ -267,6 +290,8 @@ MOVES: Table = {
     "aten.scatter.value": Row("Each token writes along an axis that holds only its own elements.", _scatter),
     "aten.scatter.src": Row("Each token writes along an axis that holds only its own elements.", _scatter),
     "aten.scatter_add": Row("Each token adds along an axis that holds only its own elements.", _scatter),
+    "aten.view_as_complex": Row("A pair that belongs to one token becomes a number of this token.", _paired),
+    "aten.view_as_real": Row("Both parts of a number belong to its token.", _unpaired),
     "aten.one_hot": Row("The new axis depends on the element that it replaces.", _one_hot),
 }
 """Operation that moves elements -> why and how it is position-wise."""

@@ -25,6 +25,7 @@ def _causal(site: Site) -> Label:
     """Batch and positions must be whole axes of query, key and value."""
     labels = [site.label(name) for name in ("query", "key", "value")]
     site.free("sinks")
+    site.free("slopes")
     for name, label in zip(("query", "key", "value"), labels, strict=True):
         batch, heads, positions, size = label.axes
         kinds = [[digit.kind for digit in axis] for axis in (batch, positions)]

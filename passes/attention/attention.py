@@ -3,8 +3,9 @@
     %m = …                                                            b8[s0, 1, s1, s1], proven to be k <= q
     %o = aten.scaled_dot_product_attention(%q, %k, %v, %m)      ->      attention.causal(%q, %k, %v) {scale = 0.125}
 
-Repeats of the keys' and values' heads for grouped queries are dropped. The mask is removed by `dead-code`. So is a mask
-that hides nothing:
+Repeats of the keys' and values' heads for grouped queries are dropped. A window and chunks become attributes, and the
+slopes of a bias that is linear in the key's position an operand. The mask is removed by `dead-code`. So is a mask that
+hides nothing:
 
     %o = aten.scaled_dot_product_attention(%q, %k, %v, %all)    ->      aten.scaled_dot_product_attention(%q, %k, %v)
 """
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from passes.analyses.causal_masks import CausalMask, Mask, NotCausal, causal_mask, hides_nothing
+from passes.analyses.linear_biases import Slopes
 from passes.attention.eager import MATMULS, Attended, NotAttention, read_attention, softmax_before
+from passes.attention.folded_heads import replace_joined
 from passes.attention.repeated_heads import before_repeats
+from passes.attention.slopes import StoreSlopes, insert_slopes, why_no_vector
 from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, Size, TensorType, Value, explain
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
@@ -29,6 +33,7 @@ class SdpaToCausal(Rule):
     """scaled_dot_product_attention(q, k, v, mask)  ->  causal(q, k, v), if the mask is causal, also with a window"""
 
     consecutive: str
+    from_zero: bool
     root: ClassVar[tuple[str, ...]] = (SDPA,)
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
@@ -41,7 +46,9 @@ class SdpaToCausal(Rule):
             return Missed("its scale is not a positive number")
         masks = (Mask(mask),) if isinstance(mask, Value) else ()
         found = Attended(op["query"], op["key"], op["value"], float(scale), masks=masks)
-        return proven(op, graph, found, self.consecutive, causal=op.argument("is_causal") is True)
+        if op.argument("is_causal") is True:
+            return proven(op, graph, found, CausalMask())
+        return proven(op, graph, found, recognized(op, graph, found, self.consecutive, from_zero=self.from_zero))
 
     def rewrite(self, op: Op, rewriter: Rewriter, found: Attended, form: CausalMask, **_: Any) -> None:
         replace_by_causal(op, rewriter, found, form)
@@ -52,6 +59,7 @@ class EagerToCausal(Rule):
     """matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)  ->  causal(q, k, v), if the mask is causal"""
 
     consecutive: str
+    from_zero: bool
     root: ClassVar[tuple[str, ...]] = MATMULS
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
@@ -61,7 +69,7 @@ class EagerToCausal(Rule):
             found = read_attention(op, graph)
         except NotAttention as error:
             return Missed(error.why, error.value)
-        return proven(op, graph, found, self.consecutive)
+        return proven(op, graph, found, recognized(op, graph, found, self.consecutive, from_zero=self.from_zero))
 
     def rewrite(self, op: Op, rewriter: Rewriter, found: Attended, form: CausalMask, **_: Any) -> None:
         replace_by_causal(op, rewriter, found, form)
@@ -90,23 +98,40 @@ class DropMask(Rule):
         rewriter.replace(op, rewriter.insert(SDPA, *args, attrs=attrs, types=[op.result.type]).result)
 
 
-def proven(op: Op, graph: Graph, found: Attended, consecutive: str, *, causal: bool = False) -> Match | Missed:
-    """The operands and the form of the mask, if `attention.causal` can express the attention, or why it cannot."""
+def recognized(op: Op, graph: Graph, found: Attended, consecutive: str, *, from_zero: bool) -> CausalMask | Missed:
+    """The form of the masks of an attention, or why `attention.causal` cannot express them."""
     shape = scores_shape(found, op)
     if isinstance(shape, Missed):
         return shape
-    if causal:
-        return {"found": found, "form": CausalMask()}
     if not found.masks:
         return Missed("it reads all keys: it has no mask")
-    form = causal_mask(graph, found.masks, shape, [value for value in graph.inputs if value.name == consecutive])
+    promised = [value for value in graph.inputs if value.name == consecutive]
+    form = causal_mask(graph, found.masks, shape, promised, from_zero=from_zero)
     if isinstance(form, NotCausal):
         return Missed(form.why, form.value)
     if form.padding:
         return Missed("its mask is causal, but this value hides further keys", form.padding[0])
-    if form.chunk is not None:
-        return Missed(f"its mask is causal within chunks of {form.chunk} positions", found.masks[0].value)
+    return form
+
+
+def proven(op: Op, graph: Graph, found: Attended, form: CausalMask | Missed) -> Match | Missed:
+    """The operands and the form of the mask, if `attention.causal` can express the attention, or why it cannot."""
+    shape = scores_shape(found, op)
+    for missed in (shape, form):
+        if isinstance(missed, Missed):
+            return missed
+    assert isinstance(form, CausalMask)
+    if form.slopes is not None and (why := _why_no_slopes(graph, form.slopes, found)):
+        return Missed(why, found.masks[0].value)
     return {"found": found, "form": form}
+
+
+def _why_no_slopes(graph: Graph, slopes: Slopes, found: Attended) -> str | None:
+    if found.sinks is not None and not slopes.exact:
+        return "its bias moves the scores of the keys against its sinks"
+    heads = found.query.tensor.shape[1]
+    assert isinstance(heads, int)  # checked by scores_shape
+    return why_no_vector(graph, slopes, heads)
 
 
 def scores_shape(found: Attended, op: Op) -> tuple[Size, ...] | Missed:
@@ -124,7 +149,7 @@ def scores_shape(found: Attended, op: Op) -> tuple[Size, ...] | Missed:
         return Missed("its keys and values do not have one head for each group of heads of the queries")
     if length != keys:
         return Missed(f"it has {length} queries but {keys} keys", found.key)
-    if op.result.tensor.shape != (batch, heads, length, value.shape[3]):
+    if op.result.tensor.shape not in ((batch, heads, length, value.shape[3]), (batch * heads, length, value.shape[3])):
         return Missed("its mask broadcasts the scores to another shape")
     return batch, heads, length, keys
 
@@ -133,14 +158,22 @@ def replace_by_causal(op: Op, rewriter: Rewriter, found: Attended, form: CausalM
     """Replaces the last operation of an attention by `attention.causal`."""
     attrs: dict[str, Argument] = {"scale": found.scale}
     attrs |= {} if form.window is None else {"window": form.window}
+    attrs |= {} if form.chunk is None else {"chunk": form.chunk}
     attrs |= {} if found.softcap is None else {"softcap": found.softcap}
     key = straight(rewriter, found.key) if found.transposed else found.key
-    args = [found.query, *before_repeats(rewriter.graph, key, found.value)]
-    args += [] if found.sinks is None else [found.sinks]
+    args: list[Argument] = [found.query, *before_repeats(rewriter.graph, key, found.value)]
+    args += [] if found.sinks is None and form.slopes is None else [found.sinks]
+    if form.slopes is not None:
+        heads = found.query.tensor.shape[1]
+        assert isinstance(heads, int)  # checked by scores_shape
+        args.append(insert_slopes(rewriter, form.slopes, heads))
     new = rewriter.insert("attention.causal", *args, attrs=attrs).result
-    rewriter.replace(op, new)
+    replace_joined(rewriter, op, new)
+    if form.slopes is not None and form.slopes.narrow is not None:
+        rewriter.graph.remark(new, f"its bias is computed in FP32, but the model rounds it to {form.slopes.narrow}")
     for assumed in form.assumed:
-        rewriter.graph.remark(new, f"causal because {assumed} is assumed to count up by 1 in each row")
+        how = "from 0" if form.from_zero else "by 1"
+        rewriter.graph.remark(new, f"causal because {assumed} is assumed to count up {how} in each row")
 
 
 def straight(rewriter: Rewriter, key: Value) -> Value:
@@ -160,9 +193,13 @@ class Attention(Pass):
     consecutive: str = ""
     """The name of an input, such as position_ids, that callers promise counts up by 1 along its last axis."""
 
+    from_zero: bool = False
+    """Whether callers promise that this input begins at 0, on which masks of chunks depend."""
+
     def rules(self) -> Sequence[Rule]:
-        """Rules for torch's attention and for attention that a model spells out, then for masks without effect."""
-        return (SdpaToCausal(self.consecutive), EagerToCausal(self.consecutive), DropMask())
+        """Rules for torch's attention and for attention that a model spells out; masks without effect; slopes."""
+        promised = self.consecutive, self.from_zero
+        return (SdpaToCausal(*promised), EagerToCausal(*promised), DropMask(), StoreSlopes())
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Reports why attentions are not causal; other matmuls and masks that hide keys need no reason."""

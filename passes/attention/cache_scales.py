@@ -5,14 +5,15 @@
     %o = attention.causal(%q, %k, %v) {scale = 0.125, key_scale = 0.0625, value_scale = 0.015625}
 
 A scale is the largest magnitude of all keys, or values, of an attention over the largest code; `kv-cache` uses it if
-its format is static. Attentions that have scales keep them; the result of the attention is the same.
+its format is static. Attentions that have scales keep them; the result of the attention is the same. Values within the
+keys have the scale of the keys.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from passes.attention.kv_cache import CAUSAL, FORMATS, SCALES
+from passes.attention.kv_cache import CAUSAL, FORMATS, SCALES, is_within
 from passes.quantizing.calibrate import calibration_of, statistics_of
 from qcompiler import numerics
 from qcompiler.errors import PassError
@@ -51,7 +52,7 @@ class CacheScales(Pass):
         known = {module: (float(key), float(value)) for module, key, value in map(str.split, self.known)}
         changed = False
         for op in graph.ops(CAUSAL):
-            if op.loc.module in known:
+            if op.loc.module in known and not is_within(op):  # the checkpoint's are those of each head
                 set_scales(graph, op, *known[op.loc.module])
                 changed = True
         ops = [op for op in graph.ops(CAUSAL) if not {*SCALES} <= op.attrs.keys()]
@@ -64,7 +65,8 @@ class CacheScales(Pass):
         for value in values:
             calibration.check_seen(graph, value.name, after_top_k=False)
         for op in ops:
-            set_scales(graph, op, *(self._scale(graph, op[name]) for name in ("key", "value")))
+            names = ("key", "key" if is_within(op) else "value")
+            set_scales(graph, op, *(self._scale(graph, op[name]) for name in names))
         return True
 
     def _scale(self, graph: Graph, value: Value) -> float:

@@ -4,7 +4,7 @@
     softmax(cat(q @ k^T * scale + mask, sinks))[..., :-1] @ v       ->      … and sinks
 
 Constant factors, casts between floating types, masks as addends or as choices, and a subtracted maximum may come in any
-equivalent order.
+equivalent order. Batch and heads may share an axis in some of the operations, as in BLOOM.
 """
 
 import math
@@ -17,11 +17,13 @@ from passes.analyses.elements import Elements
 from passes.analyses.index_expressions import Index, Unknown
 from passes.analyses.index_moves import MOVES
 from passes.analyses.inequalities import TooComplex
-from qcompiler.ir import Argument, Graph, Op, Role, TensorType, Value
+from passes.attention.folded_heads import joins, split_before, splits
+from qcompiler.ir import Argument, Graph, Op, Role, Size, TensorType, Value
 from qcompiler.ir.sizes import call, symbol
 
 SOFTMAX = ("aten.softmax.int", "aten._softmax")
 MATMULS = ("aten.matmul", "aten.bmm")
+PRODUCTS = (*MATMULS, "aten.baddbmm")
 
 
 class NotAttention(Exception):
@@ -58,10 +60,13 @@ class Attended:
 
 
 def softmax_before(op: Op) -> Op | None:
-    """The softmax whose result, cast or cut along the last axis, is the first operand of a matmul; None if none is."""
+    """The softmax whose result is the first operand of a matmul; None if none is.
+
+    In between, the result may be cast, cut along the last axis, and its batch and heads joined.
+    """
     weights = op["x"] if op.name in MATMULS else None
     while weights is not None and weights.op.name not in SOFTMAX:
-        moves = weights.op.role is Role.CAST or weights.op.name == "aten.slice.Tensor"
+        moves = weights.op.role is Role.CAST or weights.op.name == "aten.slice.Tensor" or joins(weights.op)
         weights = weights.op["self"] if moves else None
     return None if weights is None else weights.op
 
@@ -82,13 +87,24 @@ def read_attention(op: Op, graph: Graph) -> Attended:
         raise NotAttention("its softmax is not over the last dimension", softmax.result)
     scores = _without_shift(scores)
     sinks = None
-    if op["x"].tensor.shape != scores.tensor.shape:
+    if op["x"].tensor.shape[-1] != scores.tensor.shape[-1]:
         _check_cut(op["x"])
         scores, sinks = _without_sinks(scores, graph)
-    if op["x"].tensor.shape != scores.tensor.shape:
+    if op["x"].tensor.shape[-1] != scores.tensor.shape[-1]:
         raise NotAttention("its weights do not cover all keys", op["x"])
-    found = _Reading(graph).read(scores)
-    return replace(found, value=op["w"], sinks=sinks)
+    batch, heads = scores.tensor.shape[:2]
+    found = _Reading(graph, heads).read(scores)
+    query, key, value = (_with_heads(graph, each, batch, heads) for each in (found.query, found.key, op["w"]))
+    return replace(found, query=query, key=key, value=value, sinks=sinks)
+
+
+def _with_heads(graph: Graph, operand: Value, batch: Size, heads: Size) -> Value:
+    """The operand [batch, heads, …] of a matmul over four axes, or over three that join batch and heads."""
+    if len(operand.tensor.shape) != 3:
+        return operand
+    if (found := split_before(graph, operand, batch, heads)) is None:
+        raise NotAttention("one of its operands does not have separate axes for batch and heads", operand)
+    return found
 
 
 def _check_cut(weights: Value) -> None:
@@ -141,23 +157,27 @@ class _Reading:
     """Follows scores from the softmax down to the matmul of queries and keys.
 
     Attributes:
+        heads: The number of heads.
         masks: The masks so far.
         factor: The product of the constant factors since the softmax, or since the tanh.
         softcap: The product of the factors after the tanh; None before it is found.
     """
 
     graph: Graph
+    heads: Size
     masks: list[Mask] = field(default_factory=list)
     factor: Fraction = Fraction(1)
     softcap: Fraction | None = None
 
     def read(self, scores: Value) -> Attended:
         """The attention without its value; raises NotAttention if an operation does not belong to one."""
-        while scores.op.name not in MATMULS:
+        while scores.op.name not in PRODUCTS:
             step = STEPS.get(scores.op.name)
             if step is None:
                 raise NotAttention(f"its scores pass through {scores.op.name}, which is not part of attention", scores)
             scores = step(self, scores.op)
+        if scores.op.name == "aten.baddbmm":
+            self.summed(scores.op)
         query, key = scores.op["x"], scores.op["w"]
         straight = swaps_last(key.op)
         scale = self.factor if self.softcap is None else self.factor * self.softcap
@@ -182,6 +202,21 @@ class _Reading:
             raise NotAttention("its scores are multiplied by a value that is not a positive constant", op.result)
         self.factor *= 1 / Fraction(number) if inverse else Fraction(number)
         return scores
+
+    def joined(self, op: Op) -> Value:
+        """Scores [batch, heads, queries, keys] as [batch * heads, queries, keys], or the other way around."""
+        if not joins(op) and not splits(op):
+            raise NotAttention(f"its scores pass through {op.name}, which is not part of attention", op.result)
+        return op["self"]
+
+    def summed(self, op: Op) -> None:
+        """alpha * q @ k^T + beta * mask"""
+        beta, alpha = self.number(op.argument("beta")), self.number(op.argument("alpha"))
+        if alpha is None or beta is None or not 0 < alpha < math.inf or not 0 <= beta < math.inf:
+            raise NotAttention("its scores are multiplied by a value that is not a positive constant", op.result)
+        if beta:
+            self.masked(op, op.result, Mask(op["self"], factor=beta))
+        self.factor *= Fraction(alpha)
 
     def capped(self, op: Op) -> Value:
         """tanh(scores)"""
@@ -216,10 +251,12 @@ class _Reading:
         return self.masked(op, op["self"], Mask(op["mask"], inverted=True))
 
     def masked(self, op: Op, scores: Value, mask: Mask) -> Value:
-        """Adds a mask, which must be the last operation on scores before the softmax, apart from other masks."""
-        if self.factor != 1 or self.softcap is not None:
-            raise NotAttention("its scores have an addend or a mask before they are scaled or limited", op.result)
-        self.masks.append(mask)
+        """Adds a mask, with the factor of the scores after it; a limit must not come after it."""
+        if self.softcap is not None:
+            raise NotAttention("its scores have an addend or a mask before they are limited", op.result)
+        joined = len(op.result.tensor.shape) == 3
+        factor = mask.factor * float(self.factor)
+        self.masks.append(mask._replace(factor=factor, folded=self.heads if joined else None))
         return scores
 
     def number(self, arg: Argument) -> float | None:
@@ -237,7 +274,7 @@ class _Reading:
     def hides(self, arg: Argument) -> bool:
         """Whether a score of this value hides a key."""
         number = self.number(arg)
-        return number is not None and number <= HIDDEN
+        return number is not None and number * float(self.factor) <= HIDDEN
 
 
 STEPS: Mapping[str, Callable[[_Reading, Op], Value]] = {
@@ -247,6 +284,9 @@ STEPS: Mapping[str, Callable[[_Reading, Op], Value]] = {
     "aten.mul.Scalar": _Reading.scaled,
     "aten.div.Tensor": _Reading.scaled,
     "aten.div.Scalar": _Reading.scaled,
+    "aten.view": _Reading.joined,
+    "aten.reshape": _Reading.joined,
+    "aten._unsafe_view": _Reading.joined,
     "aten.tanh": _Reading.capped,
     "aten.add.Tensor": _Reading.added,
     "aten.where.self": _Reading.chosen,
@@ -263,7 +303,7 @@ def reaches_matmul(value: Value) -> bool:
     waiting = [value]
     while waiting:
         op = waiting.pop().op
-        if op.name in MATMULS:
+        if op.name in PRODUCTS:
             return True
         if op.name in STEPS:
             waiting += [operand for _, operand in op.operands()]
@@ -271,9 +311,10 @@ def reaches_matmul(value: Value) -> bool:
 
 
 def swaps_last(op: Op) -> bool:
-    """Whether an operation transposes the last two of four dimensions."""
+    """Whether an operation transposes the last two of three or four dimensions."""
+    rank = len(op.results[0].tensor.shape) if op.name in ("aten.permute", "aten.transpose.int") else 0
     if op.name == "aten.permute":
-        dims = op.argument("dims")
-        return isinstance(dims, tuple) and [d % 4 for d in dims if isinstance(d, int)] == [0, 1, 3, 2]
-    axes = [op.argument(name) for name in ("dim0", "dim1")] if op.name == "aten.transpose.int" else []
-    return sorted(axis % 4 for axis in axes if isinstance(axis, int)) == [2, 3]
+        dims, swapped = op.argument("dims"), [*range(rank - 2), rank - 1, rank - 2]
+        return isinstance(dims, tuple) and [d % rank for d in dims if isinstance(d, int)] == swapped
+    axes = [op.argument(name) for name in ("dim0", "dim1")] if rank else []
+    return sorted(axis % rank for axis in axes if isinstance(axis, int)) == [rank - 2, rank - 1]

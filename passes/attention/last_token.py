@@ -4,9 +4,11 @@
   %logits = aten.linear(%norm, %head) : bf16[s0, s1, 128256]
   return %logits
 ->
-  %norm_last = aten.index.Tensor(%norm, [%row, %last]) : bf16[s0, 4096]
+  %norm_last = aten.gather(%norm, 1, %last) : bf16[s0, 1, 4096]           (with %last expanded to this shape)
   %logits = aten.linear(%norm_last, %head) : bf16[s0, 1, 128256]          (with the position axis kept as size 1)
   return %logits[:, 0]
+
+`gather`, unlike `index`, takes no negative indices, so that a kernel need not test for them.
 """
 
 from passes.analyses.sequence import Sequence
@@ -33,10 +35,8 @@ def keep_last(graph: Graph, sequence: Sequence, last: Value, batch: Value) -> No
     if not cut or not _narrow(after, cut, sequence):
         cut, after = {output}, {graph.return_op}
     first = next(op for op in graph if op in after)
-    row_type = TensorType(last.tensor.dtype, (sequence.batch,))
-    row = graph.insert(first, "aten.arange", batch, types=[row_type], names=["row"]).result
     for value in sorted(cut, key=lambda value: graph.rank(value.op)):
-        new = _gathered(graph, first, value, row, last)
+        new = _gathered(graph, first, value, batch, last)
         for user in graph.users(value):
             if user in after:
                 graph.replace_in(user, value, new)
@@ -83,14 +83,26 @@ def _narrow(after: set[Op], cut: set[Value], sequence: Sequence) -> bool:
     return True
 
 
-def _gathered(graph: Graph, before: Op, value: Value, row: Value, last: Value) -> Value:
+def _gathered(graph: Graph, before: Op, value: Value, batch: Value, last: Value) -> Value:
     """The elements of one token of each row, [batch, 1, …]."""
-    dtype, (batch, _, *rest) = value.tensor.dtype, value.tensor.shape
-    name, loc = f"{value.name}_last", value.op.loc
-    types = [TensorType(dtype, (batch, *rest))]
-    token = graph.insert(before, "aten.index.Tensor", value, (row, last), types=types, names=[name], loc=loc).result
-    types = [TensorType(dtype, (batch, 1, *rest))]
-    return graph.insert(before, "aten.unsqueeze", token, 1, types=types, names=[name], loc=loc).result
+    shape = (value.tensor.shape[0], 1, *value.tensor.shape[2:])
+    ones = TensorType(last.tensor.dtype, (shape[0], *(1 for _ in shape[1:])))
+    column: Argument = (batch, *(1 for _ in shape[1:]))
+    token = graph.insert(before, "aten.view", last, column, types=[ones], names=["last"]).result
+    sizes = tuple(_size(graph, before, value, axis) for axis in range(2, len(shape)))
+    whole = TensorType(last.tensor.dtype, shape)
+    index = graph.insert(before, "aten.expand", token, (batch, 1, *sizes), types=[whole], names=["last"]).result
+    types, names = [TensorType(value.tensor.dtype, shape)], [f"{value.name}_last"]
+    return graph.insert(before, "aten.gather", value, 1, index, types=types, names=names, loc=value.op.loc).result
+
+
+def _size(graph: Graph, before: Op, value: Value, axis: int) -> Argument:
+    """The size of an axis as an argument."""
+    size = value.tensor.shape[axis]
+    if isinstance(size, int):
+        return size
+    types = [ScalarType("int", size)]
+    return graph.insert(before, "aten.sym_size.int", value, axis, types=types, names=["size"]).result
 
 
 def _shorten(graph: Graph, op: Op, after: set[Op], sequence: Sequence, batch: Value) -> None:

@@ -52,6 +52,9 @@ def legal() -> dict[str, str]:
         "aten.logical_not": f"aten.logical_not(%x) : {B}",
         "aten.bitwise_not": f"aten.bitwise_not(%x) : {X}",
         "aten.neg": f"aten.neg(%x) : {X}",
+        "aten.abs": f"aten.abs(%x) : {X}",
+        "aten.div.Tensor": "aten.full([2], 5.0) : f32[2]\n%r = aten.div.Tensor(%r0, 3) : f32[2]",
+        "aten.div.Scalar": "aten.full([2], 5.0) : f32[2]\n%r = aten.div.Scalar(%r0, 3.0) : f32[2]",
         "aten.minimum": f"aten.minimum(%x, %k) : {X}",
         "aten.maximum": f"aten.maximum(%x, %y) : {X}",
         "aten.floor_divide": f"aten.floor_divide(%x, 3) : {X}",
@@ -84,10 +87,14 @@ def legal() -> dict[str, str]:
         "aten.select.int": "aten.select.int(%x, 1, -1) : i64[s0]",
         "aten.cat": "aten.cat([%k, %x, %k], -1) : i64[s0, 6]",
         "aten.stack": "aten.stack([%y, %j], -1) : i64[4, 2]",
+        "aten.copy": f"aten.copy(%x, %y) : {X}",
+        "aten.slice_scatter": "aten.slice.Tensor(%x, 1, 2, 4) : i64[s0, 2]\n"
+        f"%r = aten.slice_scatter(%x, %r0, 1, -3, 3) : {X}",
         "aten.index.Tensor": "aten.slice.Tensor(%place, 1, 0, 2) : i64[2, 2]\n"
         "%far = aten.sub.Tensor(%r0, 4) : i64[2, 2]\n%r = aten.index.Tensor(%x, [None, %far]) : i64[s0, 2, 2]",
         "aten.index_select": "aten.index_select(%x, 1, %y) : i64[s0, 4]",
         "aten.gather": "aten.gather(%place, 1, %place) : i64[2, 4]",
+        "aten.embedding": "aten.t(%place) : i64[4, 2]\n%r = aten.embedding(%r0, %y) : i64[4, 2]",
     }
     for name, sizes in (
         ("split_with_sizes", "[1, 3]"),
@@ -126,8 +133,11 @@ REFUSED: dict[str, str] = {
     "positive constant": f"%r = aten.remainder.Scalar(%x, -3) : {X}",
     "divide integers by a positive": f"%r = aten.floor_divide(%x, %y) : {X}",
     "round its quotient down": f'%r = aten.div.Tensor_mode(%x, 2) {{rounding_mode = "trunc"}} : {X}',
+    "does not divide by a constant": f"%r = aten.div.Tensor(%x, %y) : {F}",
     "compares floating-point numbers": "%h = aten.ones([2]) : f32[2]\n%r = aten.minimum(%h, %h) : f32[2]",
     "selects elements with a mask": "%r = aten.index.Tensor(%y, [%n]) : i64[3]",
+    "are not next to each other": "%h = aten.slice.Tensor(%x, 1, 2, 4) : i64[s0, 2]\n"
+    f"%r = aten.slice_scatter(%x, %h, 1, 0, 4, 2) : {X}",
     "this value has floating-point numbers": f"%r = aten.tril(%f) : {F}",
 }
 

@@ -27,6 +27,8 @@ LEGAL: dict[str, tuple[str, str]] = {
     "aten.floor_divide": (ROUTED + "%r = aten.floor_divide(%x, 2) : f32[s0, s1, 8]", B_P_8),
     "aten.floor_divide.Scalar": ("%r = aten.floor_divide.Scalar(%x, 2) : f32[s0, s1, 8]", B_P_8),
     "aten.div.Tensor_mode": ('%r = aten.div.Tensor_mode(%x, 2) {rounding_mode = "floor"} : f32[s0, s1, 8]', B_P_8),
+    "aten.polar": ("%r = aten.polar(%x, %x) : c64[s0, s1, 8]", B_P_8),
+    "aten.complex": ("%r = aten.complex(%x, %x) : c64[s0, s1, 8]", B_P_8),
     "aten.dropout": ("%r = aten.dropout(%x, 0.5, false) : f32[s0, s1, 8]", B_P_8),
     "aten.sym_size.int": ("%r = aten.view(%t, [%n0, %n1, 8]) : f32[s0, s1, 8]", B_P_8),
     "aten.sym_numel": ("%n = aten.sym_numel(%x) : int(8*s0*s1)\n%r = aten.view(%x, [%n]) : f32[8*s0*s1]",
@@ -65,7 +67,11 @@ LEGAL: dict[str, tuple[str, str]] = {
     "aten.expand": ("%u = aten.unsqueeze(%p, 0) : i64[1, s1]\n%r = aten.expand(%u, [%n0, -1]) : i64[s0, s1]",
                     "[=s0, positions]"),
     "aten.copy": ("%z = aten.zeros([%n0, %n1, 8]) : f32[s0, s1, 8]\n%r = aten.copy(%z, %x) : f32[s0, s1, 8]", B_P_8),
-    "aten.repeat": ("%r = aten.repeat(%x, [1, 1, 3]) : f32[s0, s1, 24]", "[batch, positions, 24]"),
+    "aten.repeat": ("%u = aten.repeat(%x, [1, 1, 3]) : f32[s0, s1, 24]\n"
+                    "%r = aten.repeat(%u, [1, 2, 1]) : f32[s0, 2*s1, 24]", "[batch, 2*positions, 24]"),
+    "aten.view_as_complex": ("%r = aten.view_as_complex(%h) : c64[s0, s1, 4]", "[batch, positions, 4]"),
+    "aten.view_as_real": ("%u = aten.complex(%x, %x) : c64[s0, s1, 8]\n"
+                          "%r = aten.view_as_real(%u) : f32[s0, s1, 8, 2]", "[batch, positions, 8, 2]"),
     "aten.repeat_interleave.self_int": ("%r = aten.repeat_interleave.self_int(%h, 3, 2) : f32[s0, s1, 12, 2]",
                                         "[batch, positions, 12, 2]"),
     "aten.slice.Tensor": ("%u = aten.slice.Tensor(%x, 1, 0, 9223372036854775807) : f32[s0, s1, 8]\n"
@@ -123,6 +129,8 @@ ILLEGAL: dict[str, tuple[str, str]] = {
     "aten.floor_divide.Scalar": (ROUTED + "%r = aten.floor_divide.Scalar(%order, 2) : i64[2*s0*s1]", ORDER),
     "aten.div.Tensor_mode": (ROUTED + '%r = aten.div.Tensor_mode(%order, 2) {rounding_mode = "trunc"} : i64[2*s0*s1]',
                              "without rounding down"),
+    "aten.polar": (THIRD + "%r = aten.polar(%x, %z) : c64[s0, s1, 8]", PAIRS),
+    "aten.complex": (THIRD + "%r = aten.complex(%x, %z) : c64[s0, s1, 8]", PAIRS),
     "aten.dropout": ("%r = aten.dropout(%x, 0.5, true) : f32[s0, s1, 8]", "is in training mode"),
     "aten.sym_size.int": ("%r = aten.mul.Tensor(%x, %n1) : f32[s0, s1, 8]", "reads %n1, which is a size"),
     "aten.sym_numel": ("%n = aten.sym_numel(%x) : int(8*s0*s1)\n%r = aten.div.Tensor(%x, %n) : f32[s0, s1, 8]",
@@ -169,7 +177,10 @@ ILLEGAL: dict[str, tuple[str, str]] = {
                      "%r = aten.add.Tensor(%x, %z) : f32[s0, s1, 8]", PAIRS),
     "aten.expand": (ROUTED + "%r = aten.expand(%order, [2, -1]) : i64[2, 2*s0*s1]", ORDER),
     "aten.copy": (ROUTED + "%r = aten.copy(%expert, %order) : i64[2*s0*s1]", ORDER),
-    "aten.repeat": ("%r = aten.repeat(%x, [1, 2, 1]) : f32[s0, 2*s1, 8]", "aten.repeat repeats the positions"),
+    "aten.repeat": (ROUTED + "%r = aten.repeat(%sorted, [2, 1]) : f32[4*s0*s1, 8]", "aten.repeat repeats all tokens"),
+    "aten.view_as_complex": ("%r = aten.view_as_complex(%c) : c64[s0, 8]", "joins pairs along the positions"),
+    "aten.view_as_real": (ROUTED + "%u = aten.complex(%order, %order) : c64[2*s0*s1]\n"
+                          "%r = aten.view_as_real(%u) : f32[2*s0*s1, 2]", ORDER),
     "aten.repeat_interleave.self_int": ("%r = aten.repeat_interleave.self_int(%x, 2, 0) : f32[2*s0, s1, 8]",
                                         "repeats the rows of the batch"),
     "aten.slice.Tensor": ("%r = aten.slice.Tensor(%x, 1, 1) : f32[s0, s1 - 1, 8]", KEEPS),

@@ -26,6 +26,13 @@ from qcompiler.interpreter import interpret
 FEW, ONE, NONE = "[batch, positions, 2]", "[batch, positions, 1]", "[batch, positions]"
 SORTED, ENTRIES = "[sorted, 8]", "[batch*positions*2, 8]"
 MULTIPLIED = "%r = aten._grouped_mm(%sorted, %experts, %ends) : f32[2*s0*s1, 8]"
+REPEATED = (
+    '%experts = core.param() {name = "experts"} : f32[8, 8, 8]\n'
+    "%copies = aten.repeat(%t, [8, 1]) : f32[8*s0*s1, 8]\n"
+    "%q, %s = quant.quantize(%copies) {format = #fp8_tile} : f8e4m3fn[8*s0*s1, 8], f32[8*s0*s1, 1]\n"
+    "%wq, %ws = quant.quantize(%experts) {format = #fp8_block} : f8e4m3fn[8, 8, 8], f32[8, 1, 1]\n"
+)
+MULTIPLIED_COPIES = f"%r = quant.grouped_linear(%q, %s, %wq, %ws, %ends) {LAYOUT} : f32[8*s0*s1, 8]"
 MULTIPLIED_TILES = SORTED_TILES + f"%r = quant.grouped_linear(%q, %s, %wq, %ws, %ends) {LAYOUT} : f32[2*s0*s1, 8]"
 CAUSAL = "%g = aten.transpose.int(%h, 1, 2) : f32[s0, 4, s1, 2]\n"
 
@@ -104,6 +111,8 @@ LEGAL: dict[str, tuple[str, str]] = {
        for name in ("quant.linear", "kernel.scaled_linear")},
     **{f"{dialect}.grouped_linear": (ROUTED + GROUPS + MULTIPLIED_TILES.replace("r = quant", f"r = {dialect}"), SORTED)
        for dialect in ("quant", "kernel")},
+    "quant.grouped_linear(equal groups)": (REPEATED + "%steps = aten.arange.start(1, 9) {dtype = i32} : i32[8]\n"
+        f"%ends = aten.mul.Tensor(%steps, %nt) : i32[8]\n{MULTIPLIED_COPIES}", "[8*batch*positions, 8]"),
     "kernel.fused_quantize": (
         '%r, %s = kernel.fused_quantize(%x) {expression = "x0 * rsqrt(mean(x0 * x0) + 1e-06)", format = #fp8_tile, '
         "keep = []} : f8e4m3fn[s0, s1, 8], f32[s0, s1, 1]", B_P_8),
@@ -212,6 +221,12 @@ ILLEGAL: dict[str, tuple[str, str]] = {
         "reads all positions: the pass attention has not shown that its mask is causal"),
     **{f"aten.{name}": (f"%r = aten.{name}(%x) : f32[]", "combines all tokens")
        for name in ("sum", "mean", "max", "min", "any", "all")},
+    "quant.grouped_linear(groups across tokens)": (
+        REPEATED + "%steps = aten.arange.start(1, 9) {dtype = i32} : i32[8]\n"
+        f"%ends = aten.mul.Tensor(%steps, %n1) : i32[8]\n{MULTIPLIED_COPIES}", "are not the ends of"),
+    "quant.grouped_linear(shifted groups)": (
+        REPEATED + "%steps = aten.arange.start(0, 8) {dtype = i32} : i32[8]\n"
+        f"%ends = aten.mul.Tensor(%steps, %nt) : i32[8]\n{MULTIPLIED_COPIES}", "are not the ends of"),
     "core.buffer": ('%b = core.buffer() {name = "b"} : f32[8]\n%r = aten.add.Tensor(%x, %b) : f32[s0, s1, 8]',
                     "core.buffer reads a buffer"),
     "core.update": ('%b = core.buffer() {name = "b"} : f32[8]\n%v = aten.select.int(%x, 0, 0) : f32[s1, 8]\n'
