@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qcompiler.dialects.pointwise import TEXTS, pointwise, results_of
-from qcompiler.dialects.state import append, check_append
+from qcompiler.dialects.state import CAPACITY, append, check_append
 from qcompiler.ir import Effects, Op, Type
 from qcompiler.ir.op_table import OpDef, OpError, declare
 
@@ -32,11 +32,11 @@ def fused_append_types(op: Op) -> tuple[Type, ...]:
 
 def fused_append(
     cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, *operands: Tensor, expressions: Sequence[str],
-    shapes: Sequence[str],
+    shapes: Sequence[str], capacity: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Torch definition of `state.fused_append`; raises InputError as `state.append` does."""
     key, value, *others = pointwise(*operands, expressions=expressions, shapes=shapes)
-    append(cache, key, value, slots, lengths)
+    append(cache, key, value, slots, lengths, capacity=capacity)
     return tuple(others)
 
 
@@ -46,6 +46,7 @@ declare(
         "Evaluates fused expressions, writes the first two results as `state.append` does, and returns the others.",
         ("cache", "slots", "lengths", "*"),
         {"expressions": TEXTS, "shapes": TEXTS},
+        {"capacity": CAPACITY},
         types=fused_append_types,
         meaning=fused_append,
         effects=Effects.WRITES,

@@ -12,6 +12,10 @@ matmul epilogue, `y0` is the accumulator, or `y0` and `y1` are its left and righ
 In the operation `kernel.pointwise`, each operand has an index instead: one expression for each of its axes, over the
 indices i0, i1, … of the result. `where` evaluates only the part that it chooses.
 
+    cos(number(x0(i0) + i1) * x1[i2])               x2[x3(i0, i1), i2]
+
+An index may also depend on elements of integer operands, such as x0(i0); `number` is an index as a number.
+
 This module defines the text form, the tree, and its torch definition; code generation emits kernels from the tree.
 """
 
@@ -29,16 +33,20 @@ from torch.nn import functional
 from qcompiler.dialects.expression_nodes import (
     Call,
     Expression,
+    IndexNumber,
     Less,
     Load,
     Name,
     Number,
     Where,
+    elements,
     indices,
     parts,
+    sizes,
     why_no_index,
 )
 from qcompiler.errors import did_you_mean
+from qcompiler.ir.sizes import Call as Element
 from qcompiler.ir.sizes import Size, read_size
 from qcompiler.text import Reader, Source, Token
 
@@ -98,7 +106,7 @@ def _divide(a: Any, b: Any) -> Any:
     return top / bottom
 
 
-RESERVED = {*FUNCTIONS, "where"}
+RESERVED = {*FUNCTIONS, "number", "where"}
 """Names that a definition cannot have."""
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -142,13 +150,17 @@ class FusedExpression:
         return tuple(dict.fromkeys(part for part in self.expressions() if isinstance(part, Load)))
 
     @property
+    def elements(self) -> tuple[Element, ...]:
+        """The elements of integer operands, each once, in order of use."""
+        return tuple(dict.fromkeys(each for size in self._sizes() for each in elements(size)))
+
+    @property
     def indices(self) -> frozenset[str]:
-        """The indices of the result that its loads and conditions use."""
-        sizes = [size for load in self.loads for size in load.index]
-        for part in self.expressions():
-            if isinstance(part, Where):
-                sizes += (part.condition.left, part.condition.right)
-        return frozenset(index for size in sizes for index in indices(size))
+        """The indices of the result that its loads, numbers and conditions use."""
+        return frozenset(index for size in self._sizes() for index in indices(size))
+
+    def _sizes(self) -> Iterator[Size]:
+        return (size for part in self.expressions() for size in sizes(part))
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -184,8 +196,8 @@ class FusedExpression:
         """Like `run`, given everything that the expression reads.
 
         Args:
-            values: FP32 tensors of names and loads, and boolean ones of conditions, that broadcast to the shape of the
-                result; definitions are added.
+            values: FP32 tensors of names, loads and numbers of indices, and boolean ones of conditions, that broadcast
+                to the shape of the result; definitions are added.
             shape: The shape of the result.
             keep: Names of definitions to return.
         """
@@ -203,7 +215,7 @@ def _run(what: Expression, values: Mapping[Any, Any]) -> Any:
         return what.value
     if isinstance(what, Name):
         return values[what.name]
-    if isinstance(what, Load):
+    if isinstance(what, Load | IndexNumber):
         return values[what]
     if isinstance(what, Where):
         return _where(values[what.condition], _run(what.then, values), _run(what.other, values))
@@ -222,6 +234,8 @@ def _text(what: Expression, strength: int = 0) -> str:
         return what.name
     if isinstance(what, Load):
         return str(what)
+    if isinstance(what, IndexNumber):
+        return f"number({what.size})"
     if isinstance(what, Where):
         return f"where({what.condition}, {_text(what.then)}, {_text(what.other)})"
     if isinstance(what, Number):
@@ -301,6 +315,8 @@ class _ExpressionReader(Reader):
             return Load(token.text, tuple(self.list_of(self.index, "]")))
         if token.text == "where" and self.accept("("):
             return self.bracketed(self.where, ")")
+        if token.text == "number" and self.accept("("):
+            return IndexNumber(self.bracketed(self.index, ")"))
         if self.accept("("):
             args = self.list_of(self.expression, ")")
             if token.text not in FUNCTIONS:

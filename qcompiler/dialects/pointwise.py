@@ -4,7 +4,8 @@
                                            shapes = ["x0.0, 4, x0.1, 64", …]}
 
 One expression and one shape for each result. A size is a number, or an axis of an operand: `x0.1` is axis 1 of x0.
-Results are contiguous. The operation replaces arithmetic, casts, concatenations and views; see the pass fuse-pointwise.
+Integer operands are parts of indices only, and operands may be named by shapes only. Results are contiguous. The
+operation replaces arithmetic, casts, concatenations and views; see the pass fuse-pointwise.
 """
 
 from collections.abc import Sequence
@@ -14,18 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.dialects.expression_nodes import Less, Where
+from qcompiler.dialects.expression_nodes import IndexNumber, Load, Where, elements
 from qcompiler.dialects.fused_expression import OPERAND, FusedExpression, parse
 from qcompiler.errors import ParseError
-from qcompiler.ir import Argument, Op, Size, TensorType, Type, Value
+from qcompiler.ir import Argument, DType, Op, Size, TensorType, Type, Value
 from qcompiler.ir.op_table import AttributeCheck, OpDef, OpError, declare
-from qcompiler.ir.sizes import Call, Expr
+from qcompiler.ir.sizes import Expr
 from qcompiler.numerics.dtypes import ir_dtype
 
 TEXTS: tuple[AttributeCheck, str] = (
     lambda a: isinstance(a, tuple) and bool(a) and all(isinstance(text, str) for text in a),
     "a list of strings",
 )
+
+INTEGERS = (DType.i32, DType.i64)
+"""Element types of operands that are parts of indices."""
 
 AxisSize = int | tuple[int, int]
 """A size of a result: a number, or (operand, axis)."""
@@ -46,7 +50,7 @@ def read_shape(text: str) -> tuple[AxisSize, ...]:
 
 
 def pointwise_types(op: Op) -> tuple[Type, ...]:
-    """(operands float[...]) -> float[shape] for each expression, in the dtype that it is rounded to"""
+    """(operands float[...] or int[...]) -> float[shape] for each expression, in the dtype that it is rounded to"""
     return results_of(op, op.args)
 
 
@@ -57,11 +61,27 @@ def results_of(op: Op, operands: Sequence[Argument]) -> tuple[TensorType, ...]:
     if len(expressions) != len(shapes):
         raise OpError(f"it has {len(expressions)} expressions, but {len(shapes)} shapes")
     made = [_parsed(text) for text in expressions]
-    read = {load.name for each in made for load in each.loads}
-    if read != {f"x{place}" for place in range(len(kinds))}:
-        names = ", ".join(sorted(read)) or "no operands"
-        raise OpError(f"its expressions read {names}, but it has {len(kinds)} operands")
-    return tuple(_result(each, read_shape(shape), kinds) for each, shape in zip(made, shapes, strict=True))
+    sizes = [read_shape(shape) for shape in shapes]
+    _check_operands(made, sizes, kinds)
+    return tuple(_result(each, shape, kinds) for each, shape in zip(made, sizes, strict=True))
+
+
+def _check_operands(
+    made: Sequence[FusedExpression], sizes: Sequence[Sequence[AxisSize]], kinds: Sequence[TensorType]
+) -> None:
+    """Raises OpError unless each operand is used, and integers are read only as parts of indices."""
+    loaded = {load.name for each in made for load in each.loads}
+    counted = {element.function for each in made for element in each.elements}
+    named = {f"x{size[0]}" for shape in sizes for size in shape if not isinstance(size, int)}
+    used = loaded | counted | named
+    if used != {f"x{place}" for place in range(len(kinds))}:
+        names = ", ".join(sorted(used)) or "no operands"
+        raise OpError(f"its expressions and shapes name {names}, but it has {len(kinds)} operands")
+    for place, kind in enumerate(kinds):
+        wrong = counted if kind.dtype.is_float else loaded
+        if f"x{place}" in wrong:
+            how = f"x{place}[…]" if kind.dtype.is_float else f"an index such as x{place}(i0)"
+            raise OpError(f"its elements are {kind.dtype}, so an expression reads them as {how}", place)
 
 
 def texts_of(op: Op, name: str) -> tuple[str, ...]:
@@ -71,9 +91,11 @@ def texts_of(op: Op, name: str) -> tuple[str, ...]:
 
 def _operand_type(arg: Argument, place: int) -> TensorType:
     kind = arg.type if isinstance(arg, Value) else None
-    if isinstance(kind, TensorType) and kind.dtype.is_float and kind.dtype.bits in (16, 32):
-        return kind
-    raise OpError("an operand of an expression must be a tensor in bf16, f16, or f32", place)
+    if isinstance(kind, TensorType):
+        dtype = kind.dtype
+        if dtype in INTEGERS or (dtype.is_float and dtype.bits in (16, 32)):
+            return kind
+    raise OpError("an operand of an expression must be a tensor in bf16, f16, f32, i32, or i64", place)
 
 
 def _parsed(text: str) -> FusedExpression:
@@ -88,10 +110,12 @@ def _parsed(text: str) -> FusedExpression:
 
 def _result(made: FusedExpression, sizes: Sequence[AxisSize], kinds: Sequence[TensorType]) -> TensorType:
     shape = tuple(size if isinstance(size, int) else _axis(kinds, *size) for size in sizes)
-    for load in made.loads:
-        rank = len(kinds[int(load.name[1:])].shape)
-        if len(load.index) != rank:
-            raise OpError(f"{load} has {len(load.index)} indices, but {load.name} has {rank} axes")
+    reads = {str(load): (load.name, load.index) for load in made.loads}
+    reads |= {str(element): (element.function, element.args) for element in made.elements}
+    for read, (name, index) in reads.items():
+        rank = len(kinds[int(name[1:])].shape)
+        if len(index) != rank:
+            raise OpError(f"{read} has {len(index)} indices, but {name} has {rank} axes")
     if outside := sorted(index for index in made.indices if int(index[1:]) >= len(shape)):
         raise OpError(f"its expression has the index {outside[-1]}, but its result has {len(shape)} axes")
     if made.across and not shape:
@@ -123,48 +147,64 @@ def computed(made: FusedExpression, shape: tuple[int, ...], operands: Sequence[T
     device, rank = operands[0].device, len(shape)
     if not prod(shape):
         return torch.empty(shape, dtype=made.dtype(), device=device)
-    axes = {
-        f"i{axis}": torch.arange(size, device=device).view(-1, *[1] * (rank - 1 - axis))
-        for axis, size in enumerate(shape)
-    }
+    numbers = _Numbers(device)
+    for axis, size in enumerate(shape):
+        numbers.known[f"i{axis}"] = torch.arange(size, device=device).view(-1, *[1] * (rank - 1 - axis))
+    for element in made.elements:
+        numbers.known[element] = _read(operands[int(element.function[1:])], list(map(numbers.of, element.args)))
     values: dict[Any, Tensor] = {}
-    for load in made.loads:
-        values[load] = _gathered(operands[int(load.name[1:])], load.index, axes).float()
     for part in made.expressions():
-        if isinstance(part, Where):
-            values[part.condition] = _holds(part.condition, axes, device)
+        if isinstance(part, Load):
+            values[part] = _loaded(operands[int(part.name[1:])], part, numbers)
+        elif isinstance(part, IndexNumber):
+            values[part] = numbers.of(part.size).float()
+        elif isinstance(part, Where):
+            values[part.condition] = numbers.of(part.condition.left) < numbers.of(part.condition.right)
     (result,) = made.evaluate(values, shape)
     return result
 
 
-def _gathered(x: Tensor, index: Sequence[Size], axes: dict[str, Tensor]) -> Tensor:
-    """The elements at an index; where it is outside, which `where` does not choose, any element."""
+def _loaded(x: Tensor, load: Load, numbers: "_Numbers") -> Tensor:
+    """The elements of a load in FP32; NaN where an index that depends on elements of integers is outside."""
+    at = [numbers.of(size) for size in load.index]
+    found = _read(x, at).float()
+    for place, size, index in zip(at, x.shape, load.index, strict=True):
+        if any(elements(index)):
+            found = torch.where((place >= 0) & (place < size), found, torch.nan)
+    return found
+
+
+def _read(x: Tensor, at: Sequence[Tensor]) -> Tensor:
+    """The elements at an index; where it is outside, any element."""
     if not x.numel():
         return x.new_zeros(())
-    at = [_place(size, axes) for size in index]
     return x[tuple(each.clamp(0, size - 1) for each, size in zip(at, x.shape, strict=True))] if at else x
 
 
-def _holds(condition: Less, axes: dict[str, Tensor], device: torch.device) -> Tensor:
-    return (_place(condition.left, axes) < _place(condition.right, axes)).to(device)
+class _Numbers:
+    """The values of index expressions, as tensors that broadcast to the result.
 
+    Attributes:
+        known: The values of indices, by name, and of elements of integer operands.
+    """
 
-def _place(size: Size, axes: dict[str, Tensor]) -> Tensor:
-    """An index expression as a tensor that broadcasts to the result."""
-    if not isinstance(size, Expr):
-        return torch.tensor(size, device=next((each.device for each in axes.values()), None))
-    total = torch.zeros((), dtype=torch.int64, device=next(iter(axes.values())).device)
-    for atoms, factor in size.terms:
-        term = torch.tensor(factor, device=total.device)
-        for atom in atoms:
-            term = term * (_function(atom, axes) if isinstance(atom, Call) else axes[atom])
-        total = total + term
-    return total
+    def __init__(self, device: torch.device) -> None:
+        self.known: dict[Any, Tensor] = {}
+        self._device = device
 
+    def of(self, size: Size) -> Tensor:
+        """The value of an index expression."""
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        for atoms, factor in size.terms if isinstance(size, Expr) else (((), size),):
+            term = torch.tensor(factor, device=self._device)
+            for atom in atoms:
+                term = term * (self.known[atom] if atom in self.known else self._rounded(atom))
+            total = total + term
+        return total
 
-def _function(atom: Call, axes: dict[str, Tensor]) -> Tensor:
-    place, by = (_place(arg, axes) for arg in atom.args)
-    return place // by if atom.function == "floordiv" else place % by
+    def _rounded(self, atom: Any) -> Tensor:
+        place, by = map(self.of, atom.args)
+        return place // by if atom.function == "floordiv" else place % by
 
 
 declare(

@@ -3,6 +3,12 @@
 A cache holds the keys and values of one attention layer for several sequences, one sequence per slot. Its element type
 is a dtype, a format with one scale per token and head, `cache<#fp8_row, slots = 16, …>`, or one with static scales:
 `cache<#fp8_tensor, slots = 16, …>` has one for all keys and one for all values, which are weights of the graph.
+
+The cache of a layer with a window may be a ring: `cache<bf16, …, capacity = 8192, …, ring = 3072>` holds the latest
+3072 positions of up to 8192.
+
+In `cache<bf16, …, heads = 1, …, key = 576, value = 512, within = true>`, the values are the first 512 elements of the
+keys, as in attention over a latent: only keys are stored.
 """
 
 from collections.abc import Mapping
@@ -28,9 +34,12 @@ class CacheType(Type):
         element: The dtype of keys and values, or the format of their codes and scales, one of `QUANTIZED`.
         slots: Number of sequences.
         heads: Number of key heads, which is also the number of value heads.
-        capacity: Number of positions of each slot.
+        capacity: Maximum length of a sequence.
         key: Size of one head of a key.
         value: Size of one head of a value.
+        ring: Number of positions that a slot holds, fewer than `capacity`: position p is stored at p % ring, where it
+            overwrites position p - ring. None: a slot holds all positions.
+        within: Whether a value is the first elements of its key, so that only keys, and their scales, are stored.
     """
 
     element: DType | Format
@@ -39,6 +48,8 @@ class CacheType(Type):
     capacity: int
     key: int
     value: int
+    ring: int | None = None
+    within: bool = False
 
     def __post_init__(self) -> None:
         """Raises QCompilerError for an element type that caches do not support, and for sizes that are not positive."""
@@ -50,10 +61,19 @@ class CacheType(Type):
             size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise QCompilerError(f"the size '{name}' of a cache is wrong", got=size, need="a positive integer")
+        if self.ring is not None and not (type(self.ring) is int and 0 < self.ring < self.capacity):
+            need = f"a positive integer below the capacity, {self.capacity}"
+            raise QCompilerError("the size 'ring' of a cache is wrong", got=self.ring, need=need)
+        if not isinstance(self.within, bool):
+            raise QCompilerError("'within' of a cache is wrong", got=self.within, need="true or false")
+        if self.within and self.value >= self.key:
+            got, need = f"key = {self.key}, value = {self.value}", "values that are smaller than the keys"
+            raise QCompilerError("values within the keys of a cache must be a part of them", got=got, need=need)
 
     def __str__(self) -> str:
-        sizes = (f"{name} = {getattr(self, name)}" for name in SIZES)
-        return f"cache<{', '.join([str(self.element), *sizes])}>"
+        names = SIZES if self.ring is None else (*SIZES, "ring")
+        sizes = (f"{name} = {getattr(self, name)}" for name in names)
+        return f"cache<{', '.join([str(self.element), *sizes, *['within = true'] * self.within])}>"
 
     @property
     def symbols(self) -> frozenset[str]:
@@ -61,17 +81,22 @@ class CacheType(Type):
         return frozenset()
 
     @property
-    def tensors(self) -> tuple[TensorType, ...]:
-        """The tensors of a cache: key `[slots, heads, capacity, key]`, value `[slots, heads, capacity, value]`.
+    def held(self) -> int:
+        """Number of positions that a slot holds at once."""
+        return self.ring or self.capacity
 
-        With a format, they hold codes. FP32 scales of keys and of values follow, each `[slots, heads, capacity]`,
-        unless they are static.
+    @property
+    def tensors(self) -> tuple[TensorType, ...]:
+        """The stored tensors: key `[slots, heads, held, key]`, value `[slots, heads, held, value]`.
+
+        With a format, they hold codes. FP32 scales of keys and of values follow, each `[slots, heads, held]`, unless
+        they are static. Values within the keys, and their scales, are not stored.
         """
-        lead = (self.slots, self.heads, self.capacity)
+        lead, stored = (self.slots, self.heads, self.held), (self.key,) if self.within else (self.key, self.value)
         if isinstance(self.element, DType):
-            return tuple(TensorType(self.element, (*lead, size)) for size in (self.key, self.value))
-        codes = tuple(TensorType(self.element.element, (*lead, size)) for size in (self.key, self.value))
-        return codes if self.is_static else (*codes, *(TensorType(self.element.scale, lead),) * 2)
+            return tuple(TensorType(self.element, (*lead, size)) for size in stored)
+        codes = tuple(TensorType(self.element.element, (*lead, size)) for size in stored)
+        return codes if self.is_static else (*codes, *(TensorType(self.element.scale, lead),) * len(stored))
 
     @property
     def is_static(self) -> bool:
@@ -84,16 +109,17 @@ class CacheType(Type):
         return sum(size for kind in self.tensors if isinstance(size := kind.bytes, int))
 
 
-SIZES = tuple(field.name for field in fields(CacheType))[1:]
-"""The sizes, in printing order."""
+SIZES = tuple(field.name for field in fields(CacheType))[1:-2]
+"""The sizes that each cache has, in printing order."""
 
 
 def read_cache(given: Mapping[str, Any]) -> CacheType:
     """The cache type with the fields `given`; raises QCompilerError if one is missing, unknown or invalid."""
-    known = ("element", *SIZES)
+    needed = ("element", *SIZES)
+    known = (*needed, "ring", "within")
     if strange := [key for key in given if key not in known]:
         raise QCompilerError(f"a cache has no field '{strange[0]}'", fix=did_you_mean(strange[0], known))
-    if missing := [key for key in known if key not in given]:
+    if missing := [key for key in needed if key not in given]:
         need = "cache<bf16, slots = 16, heads = 8, capacity = 8192, key = 128, value = 128>"
         raise QCompilerError(f"the {missing[0]} of a cache is missing", need=need)
     return CacheType(**given)

@@ -10,11 +10,12 @@ from qcompiler.ir import Graph
 from qcompiler.ir.op_table import OpError
 
 GRAPH = """
-func @m(%x: bf16[s0, 8], %y: f32[4], %n: i64[3]) -> (bf16[s0, 4]) where s0 in 1.. {{
+func @m(%x: bf16[s0, 8], %y: f32[4], %n: i64[3], %m: b8[3]) -> (bf16[s0, 4]) where s0 in 1.. {{
   %r = kernel.pointwise({operands}) {{expressions = [{expressions}], shapes = [{shapes}]}} : bf16[s0, 4]
   return %r
 }}
 """
+MASK = torch.zeros(3, dtype=torch.bool)
 
 
 def graph(expressions: str, shapes: str = '"x0.0, 4"', operands: str = "%x") -> Graph:
@@ -27,11 +28,25 @@ def test_indices_and_conditions() -> None:
     )
     made.verify()
     x, y = torch.randn(3, 8).bfloat16(), torch.randn(4)
-    (got,) = interpret(made, [x, y, torch.zeros(3, dtype=torch.int64)])
+    (got,) = interpret(made, [x, y, torch.zeros(3, dtype=torch.int64), MASK])
     for i0 in range(3):
         for i1 in range(4):
             first = x[i0, 2 * i1 + 1].float() if i1 < 2 else -y[i1 // 2]
             assert got[i0, i1] == (first + x[0, i1 % 3].float()).bfloat16()
+
+
+def test_elements_of_integers_in_indices() -> None:
+    made = graph('"bf16(x0[x1(mod(i0, 3)) + 1, i1] + number(x1(mod(i0, 3)) - 2*i1) * x2[i1])"', operands="%x, %n, %y")
+    made.verify()
+    x, y, n = torch.randn(3, 8).bfloat16(), torch.randn(4), torch.tensor([1, -1, 0])
+    (got,) = interpret(made, [x, y, n, MASK])
+    for i0 in range(3):
+        want = x[n[i0] + 1, :4].float() + (n[i0] - 2 * torch.arange(4)) * y
+        assert torch.equal(got[i0], want.bfloat16())
+    (got,) = interpret(made, [x, y, torch.tensor([2, -2, 1]), MASK])  # rows 3 and -1 do not exist
+    assert got.isnan().all(1).tolist() == [True, True, False]
+    (number,) = pointwise(torch.tensor([2**24 + 1, 2**60 + 1]), expressions=["number(x0(i0) + 2)"], shapes=["x0.0"])
+    assert number.tolist() == [2**24 + 4, 2**60]
 
 
 def test_no_elements_and_no_axes() -> None:
@@ -49,11 +64,16 @@ def test_no_elements_and_no_axes() -> None:
         ('"bf16(x0[i0, i2])"', '"x0.0, 4"', "%x", "has the index i2, but its result has 2 axes"),
         ('"bf16(where(i3 < 1, x0[i0, i1], 0.0))"', '"x0.0, 4"', "%x", "has the index i3"),
         ('"bf16(x0 + x0[i0, i1])"', '"x0.0, 4"', "%x", "its expression reads x0 without an index"),
-        ('"bf16(x0[i0, i1])"', '"x0.0, 4"', "%x, %y", "its expressions read x0, but it has 2 operands"),
+        ('"bf16(x0[i0, i1])"', '"x0.0, 4"', "%x, %y", "its expressions and shapes name x0, but it has 2 operands"),
         ('"bf16(x0[i0, i1])"', '"x0.2, 4"', "%x", "its shape names axis 2 of x0, which does not exist"),
         ('"bf16(x0[i0, i1])"', '"x0, 4"', "%x", "'x0' in the shape 'x0, 4' is neither a number nor an axis"),
         ('"bf16(x0[i0, i1])"', '"x0.0, 4", "4"', "%x", "it has 1 expressions, but 2 shapes"),
-        ('"bf16(x0[i0])"', '"x0.0, 4"', "%n", "must be a tensor in bf16, f16, or f32"),
+        ('"bf16(x0[i0])"', '"x0.0, 4"', "%m", "must be a tensor in bf16, f16, f32, i32, or i64"),
+        ('"bf16(x0[i0])"', '"x0.0, 4"', "%n", r"its elements are i64, so an expression reads them as an index such as"),
+        ('"bf16(number(x0(i0, i1)))"', '"x0.0, 4"', "%x", r"its elements are bf16, .* reads them as x0\[…\]"),
+        ('"bf16(number(x0(i0, i1)))"', '"x0.0, 4"', "%n", r"x0\(i0, i1\) has 2 indices, but x0 has 1 axes"),
+        ('"bf16(x0[x1(x1(i0)), i1])"', '"x0.0, 4"', "%x, %n", "inside of 'x1.* can only be added and multiplied"),
+        ('"bf16(x0[mod(x1(i0), 3), i1])"', '"x0.0, 4"', "%x, %n", "inside of 'mod.* can only be added and multiplied"),
         ('"bf16(x0[i0, "', '"x0.0, 4"', "%x", "expected"),
         ('"x0[i0, i1]"', '"x0.0, 4"', "%x", r"f32\[s0, 4\]"),
     ],

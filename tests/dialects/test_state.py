@@ -1,5 +1,6 @@
 """The state dialect: caches that a graph appends to and attends over give causal attention, token by token."""
 
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -51,12 +52,39 @@ def test_bytes_are_those_of_the_tensors() -> None:
     for element in (DType.f32, DType.bf16, FP8_ROW, INT8_ROW, INT8_TENSOR):
         kind = CacheType(element, 2, 3, 4, 5, 6)
         assert kind.bytes == sum(tensor.nbytes for tensor in allocate(kind, "cpu").tensors)
+        within = CacheType(element, 2, 3, 4, 6, 5, within=True)
+        assert parse_type(str(within)) == within
+        stored = [*dict.fromkeys(tensor.data_ptr() for tensor in allocate(within, "cpu").tensors)]
+        key, *rest = within.tensors
+        assert within.bytes < kind.bytes and len(stored) == 1 + len(rest) and key.shape == (2, 3, 4, 6)
     assert CacheType(FP8_ROW, 16, 8, 8192, 128, 128).bytes == 16 * 8 * 8192 * 2 * (128 + 4)
+
+
+@pytest.mark.parametrize("element", [DType.f32, FP8_ROW, INT8_ROW])
+def test_values_within_the_keys_are_written_once(element: DType | Format) -> None:
+    """As if the values were stored beside the keys, with the scales of the keys."""
+    kind = CacheType(element, slots=2, heads=1, capacity=8, key=6, value=4)
+    apart, within = allocate(kind, "cpu").tensors, allocate(replace(kind, within=True), "cpu").tensors
+    slots, lengths, query = torch.tensor([1, 0]), torch.tensor([0, 0]), numbers(2, 3, 5, 6)
+    key = numbers(2, 1, 5, 6, seed=1)
+    for cache in (apart, within):
+        append(cache, key, torch.full((2, 1, 5, 4), torch.nan), slots, lengths)
+    assert torch.equal(within[0].float(), apart[0].float())
+    apart[1] = apart[0][..., :4].contiguous()
+    apart[3:] = apart[2:3]
+    assert torch.equal(
+        attend(within, query, slots, lengths, scale=0.5), attend(apart, query, slots, lengths, scale=0.5)
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        (
+            "cache<bf16, slots = 2, heads = 1, capacity = 4, key = 8, value = 8, within = true>",
+            "must be a part of them",
+        ),
+        ("cache<bf16, slots = 2, heads = 1, capacity = 4, key = 8, value = 4, within = 1>", "'within' of a cache"),
         ("cache<bf16, slots = 2, heads = 1, capacity = 4, key = 8>", "the value of a cache is missing"),
         ("cache<bf16, slots = 2, slots = 1, heads = 1, capacity = 4, key = 8, value = 8>", "given twice"),
         ("cache<bf16, slots = 0, heads = 1, capacity = 4, key = 8, value = 8>", "size 'slots' of a cache is wrong"),
@@ -70,26 +98,29 @@ def test_malformed_cache_types(text: str, problem: str) -> None:
         parse_type(text)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"window": 5, "softcap": 1.5}])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_any_cut_equals_causal_attention(options: dict[str, float], sinks: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 3}, {"softcap": 2.0}, {"window": 5, "softcap": 1.5}, {"chunk": 5}, {"chunk": 6, "window": 4}],
+)
+@pytest.mark.parametrize(("sinks", "slopes"), [(False, False), (True, False), (False, True), (True, True)])
+def test_any_cut_equals_causal_attention(options: dict[str, float], sinks: bool, slopes: bool) -> None:
     random, graph = Random(0), Graph.parse(LAYER)
     attend_op = graph["o"].op
     graph.set_args(attend_op, attend_op.args, {**attend_op.attrs, **options})
-    sink = numbers(4, seed=4) if sinks else None
-    if sinks:
-        value = graph.add_input("sinks", parse_type("f32[4]"))
-        graph.set_args(attend_op, (*attend_op.args, value))
+    sink, slope = numbers(4, seed=4) if sinks else None, numbers(4, seed=5) if slopes else None
+    beside = {name: given for name, given in (("sinks", sink), ("slopes", slope)) if given is not None}
+    values = {name: graph.add_input(name, parse_type("f32[4]")) for name in beside}
+    graph.set_args(attend_op, (*attend_op.args, values.get("sinks"), None, values.get("slopes")))
     graph.verify()
     q, k, v = numbers(2, 4, 16, 8, seed=1), numbers(2, 2, 16, 8, seed=2), numbers(2, 2, 16, 4, seed=3)
-    want = causal(q, k, v, sink, scale=0.25, **options)  # type: ignore[arg-type]  # window is an integer
+    want = causal(q, k, v, sink, slope, scale=0.25, **options)  # type: ignore[arg-type]  # window is an integer
     for _ in range(5):
         cuts = sorted({0, 16, *(random.randint(1, 15) for _ in range(random.randint(0, 15)))})
         caches, got = {"layers.0": allocate(KIND, "cpu")}, list[Tensor]()
         for start, end in pairwise(cuts):
             lengths, slots = torch.full((2,), start), torch.tensor([2, 0])
             part = [x[:, :, start:end] for x in (q, k, v)]
-            got += interpret(graph, [*part, slots, lengths, *([sink] if sinks else [])], caches=caches)
+            got += interpret(graph, [*part, slots, lengths, *beside.values()], caches=caches)
         torch.testing.assert_close(torch.cat(got, 2), want, rtol=1e-5, atol=1e-6)
 
 
@@ -165,6 +196,11 @@ def test_the_verifier_keeps_appends_before_attends() -> None:
         ("%q: f32[s0, 4, s1, 8]", "%q: f32[s0, 3, s1, 8]", "the query has 3 heads"),
         ("%slots: i64[s0]", "%slots: i32[s0]", r"the slots must be i64\[s0\], but are i32\[s0\]"),
         ("append(%c,", "append(%q,", "%q must be a cache"),
+        (
+            "%slots, %lengths) {scale",
+            "%slots, %lengths, None, None, %q) {scale",
+            r"the slopes must be f32\[4\], but are f32\[s0",
+        ),
         ("cache<f32,", "cache<#fp8_tensor,", r"%c must have two static scales, f32\[1\] each, but has none"),
         ("state.cache()", "state.cache(%q, %k)", r"%c must have no static scales, but has f32\["),
     ],
