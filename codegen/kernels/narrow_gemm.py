@@ -107,13 +107,13 @@ def narrow_gemm(  # type: ignore[no-untyped-def]
     for each in gl.static_range(STAGES):
         fill_weight(w, a_ring, w_ring, s_ring, full, each, first + each, tile_n * 128, each < steps)
     let_next_start()
+    w_scales = w_scale + tile_n.to(gl.int64) * w_scale_stride_n + first * w_scale_stride_k
+    w_next = gl.load(w_scales)
     inputs_ready()
     for each in gl.static_range(STAGES):
         fill_activation(a, a_scale, a_ring, s_ring, full, each, first + each, row, each < steps, SPAN)
-    w_scales = w_scale + tile_n.to(gl.int64) * w_scale_stride_n + first * w_scale_stride_k
     total = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
     part = gl.zeros([128, BLOCK_M], gl.float32, SUMS)
-    w_next = gl.load(w_scales)
     for step in range(steps):
         stage = step % STAGES
         w_now = w_next

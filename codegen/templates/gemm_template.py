@@ -27,6 +27,7 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
 
     Attributes:
         splits: K is split if there are too few tiles for the device.
+        together: Programs that run on a multiprocessor at once; the stages leave shared memory for as many.
         slow_when_half_empty: A tile of which half lies outside its tensor takes twice the time.
         copies: The copy engine loads the operands.
         stores: The copy engine stores the result.
@@ -34,6 +35,7 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
     """
 
     splits: ClassVar[bool] = False
+    together: ClassVar[int] = 1
     slow_when_half_empty: ClassVar[bool] = False
     copies: ClassVar[bool] = True
     stores: ClassVar[bool] = True
@@ -52,19 +54,19 @@ class GemmTemplate(Template[GemmConfig, GemmProblem, GemmOperands]):
         """
         depth = self.split_depth(config, problem.m, problem.n, problem.k, problem.sms)
         splits = ceil_div(ceil_div(problem.k, config.block_k), depth)
-        rounds = ceil_div(tiles_of(config, problem.m, problem.n) * splits, problem.sms)
-        step = pace.alone if rounds == 1 else max(pace.alone, rounds * pace.busy)
+        programs = ceil_div(tiles_of(config, problem.m, problem.n) * splits, problem.sms)
+        step = pace.alone if programs == 1 else max(pace.alone, programs * pace.busy)
         if self.slow_when_half_empty and 2 * problem.m <= config.block_m:
             step *= 2
         steps = max(depth * step, problem.n * problem.k / pace.bandwidth)
-        return (steps + rounds * pace.tail + (pace.sum if splits > 1 else 0)) / 1e3
+        return (steps + ceil_div(programs, self.together) * pace.tail + (pace.sum if splits > 1 else 0)) / 1e3
 
     def split_depth(self, config: GemmConfig, m: int, n: int, k: int, sms: int) -> int:
         """Steps of K in one split: all of them, unless the kernel splits K and there are too few tiles for `sms`."""
         steps = ceil_div(k, config.block_k)
         if not self.splits:
             return steps
-        splits = min(sms // tiles_of(config, m, n), steps // SHORTEST_SPLIT, MOST_SPLITS)
+        splits = min(self.together * sms // tiles_of(config, m, n), steps // SHORTEST_SPLIT, MOST_SPLITS)
         return ceil_div(steps, max(splits, 1))
 
     def shared_memory(self, config: GemmConfig, out_bytes: int = 2, stage_scales: int = 1) -> int:

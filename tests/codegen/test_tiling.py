@@ -117,9 +117,10 @@ def test_splits_fill_the_device_and_none_is_empty(m: int, n: int, k: int, sms: i
     depth = split_depth(NARROW, m, n, k, sms)
     splits = ceil_div(steps, depth)
     assert (splits - 1) * depth < steps <= splits * depth
-    assert splits == 1 or (splits <= MOST_SPLITS and tiles * splits <= sms and depth >= SHORTEST_SPLIT)
+    assert splits == 1 or (splits <= MOST_SPLITS and tiles * splits <= 2 * sms and depth >= SHORTEST_SPLIT)
     assert split_depth(WARP, m, n, k, sms) == steps
-    assert split_depth(replace(NARROW, block_m=64, variant="split"), m, n, k, sms) == depth
+    # Two programs of the narrow kernel run on a multiprocessor, and one of the other.
+    assert split_depth(replace(NARROW, block_m=64, variant="split"), m, n, k, 2 * sms) == depth
 
 
 I8 = GemmConfig(128, 128, 128, 4, 3, 16, "tma")
@@ -218,7 +219,7 @@ def test_big_gemms_use_the_copy_engine_and_small_ones_small_tiles() -> None:
     assert choose(FINE).variant == "warp"
     assert choose(replace(FINE, scale_columns=False)).variant == "tma"
     for m in (16, 32):
-        assert choose(GemmProblem(m, 4096, 7168)) == replace(NARROW, block_m=m)
+        assert choose(GemmProblem(m, 4096, 7168)) == replace(NARROW, block_m=m, stages={16: 6, 32: 5}[m])
     assert choose(GemmProblem(64, 4096, 7168)).variant == choose(GemmProblem(128, 4096, 7168)).variant == "split"
     small = choose(GemmProblem(64, 4096, 7168, scale_columns=False))
     assert small.block_m * small.block_n < TMA.block_m * TMA.block_n
@@ -257,7 +258,7 @@ def test_the_gluon_kernels_run_all_scales() -> None:
     for m in (16, 64):
         for kind, x_block in FAMILIES:
             config = choose(GemmProblem(m, 4096, 7168, kind=kind, x_block=x_block))
-            assert config.variant in ("narrow", "split") and m <= config.block_m <= 64
+            assert config.variant in ("narrow", "split") and min(m, 32) <= config.block_m <= 64
 
 
 def test_no_configuration_is_an_error_with_all_reasons() -> None:

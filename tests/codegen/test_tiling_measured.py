@@ -21,9 +21,9 @@ KINDS: dict[str, tuple[Kind, int]] = {
 kinds = pytest.mark.parametrize("name", KINDS)
 
 
-def times(name: str, device: str = "h100") -> dict[tuple[int, int, int, bool], dict[str, float]]:
+def times(name: str) -> dict[tuple[int, int, int, bool], dict[str, float]]:
     """(Shape, whether weights came from memory) -> configuration -> microseconds."""
-    stored: dict[str, Any] = json.loads((RESULTS / f"{device}-heuristic.json").read_text())
+    stored: dict[str, Any] = json.loads((RESULTS / "h100-heuristic.json").read_text())
     names = stored["configs"][name]
     return {
         (row["m"], row["n"], row["k"], row["cold"]): {
@@ -35,16 +35,13 @@ def times(name: str, device: str = "h100") -> dict[tuple[int, int, int, bool], d
 
 
 @kinds
-@pytest.mark.parametrize("device", DEVICES)
-def test_no_choice_is_much_slower_than_the_best(name: str, device: str) -> None:
+def test_no_choice_is_much_slower_than_the_best(name: str) -> None:
+    """On an H100; the times on an H200 are of kernels that did not overlap yet."""
     kind, x_block = KINDS[name]
     ratios = {}
-    for (m, n, k, cold), found in times(name, device).items():
+    for (m, n, k, cold), found in times(name).items():
         chosen = str(choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
-        if chosen in found:
-            ratios[m, n, k, cold] = min(found.values()) / found[chosen]
-    # The newest configurations were timed on only one device.
-    assert device != "h100" or len(ratios) == len(times(name, device)), "choices that were not timed"
+        ratios[m, n, k, cold] = min(found.values()) / found[chosen]
     assert len(ratios) > 30
     assert not {shape: ratio for shape, ratio in ratios.items() if ratio < 0.85}
     assert sum(ratio < 0.9 for ratio in ratios.values()) <= 1
@@ -75,6 +72,4 @@ def test_the_choice_between_one_kernel_and_two(device: str) -> None:
 
 @kinds
 def test_exactly_the_configurations_that_can_be_chosen_were_measured(name: str) -> None:
-    assert {config for found in times(name, "h100").values() for config in found} == set(
-        map(str, all_configs(*KINDS[name]))
-    )
+    assert {config for found in times(name).values() for config in found} == set(map(str, all_configs(*KINDS[name])))
