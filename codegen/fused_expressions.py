@@ -24,7 +24,8 @@ import triton
 from triton.experimental import gluon
 
 from codegen.kernels import expression_functions
-from qcompiler.dialects.expression_nodes import Call, Expression, Less, Load, Name, Number, Where
+from codegen.pointwise_reads import IndexWriter, Read
+from qcompiler.dialects.expression_nodes import Call, Expression, IndexNumber, Load, Name, Number, Where
 from qcompiler.dialects.fused_expression import FUNCTIONS, OPERATORS, ROUNDED, FusedExpression, parse
 from qcompiler.errors import CodegenError
 
@@ -100,15 +101,15 @@ class Writer(NamedTuple):
         local: Definition -> its name in the text.
         definitions: Definition -> its expression.
         language: Language of the kernel.
-        loads: Load -> the name of its value.
-        condition: Writes the condition of a `where`.
+        loads: Load -> the name of its value; likewise elements of integer operands.
+        indices: Writes index expressions and the conditions of `where`.
     """
 
     local: Mapping[str, str]
     definitions: Mapping[str, Expression]
     language: Language
-    loads: Mapping[Load, str] = MappingProxyType({})
-    condition: Callable[[Less], str] = str
+    loads: Mapping[Read, str] = MappingProxyType({})
+    indices: IndexWriter = IndexWriter({})
 
     def wide(self, what: Expression) -> str:
         """An expression in FP32."""
@@ -121,7 +122,11 @@ class Writer(NamedTuple):
         if isinstance(what, Load):
             return self.loads[what]
         if isinstance(what, Where):
-            return f"tl.where({self.condition(what.condition)}, {self.wide(what.then)}, {self.wide(what.other)})"
+            return (
+                f"tl.where({self.indices.condition(what.condition)}, {self.wide(what.then)}, {self.wide(what.other)})"
+            )
+        if isinstance(what, IndexNumber):
+            return self.indices.number(what.size)
         if isinstance(what, Number):
             return repr(what.value)
         if what.function == "bf16" and isinstance(inner := what.args[0], Call) and self._is_packed(inner):

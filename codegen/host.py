@@ -25,7 +25,7 @@ from codegen.operators.operator import OPERATOR_NAMES
 from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
-from qcompiler.ir import Argument, CacheType, Format, Graph, Op, Role, Value
+from qcompiler.ir import Argument, CacheType, DType, Format, Graph, Op, Role, TensorType, Value
 from qcompiler.ir.op_table import lookup
 from qcompiler.ir.structure import INPUT
 from qcompiler.runtime.device import target_named
@@ -37,11 +37,24 @@ HEAD = '''\
 PRELUDES = {
     "scalars[": "from qcompiler.dialects.core import SCALAR_FUNCTIONS as scalars",
     "expect(": "from qcompiler.dialects.core import expect",
+    "linear_of_rows(": "from codegen.cpu.linear import linear as linear_of_rows",
     "lookup(": "from qcompiler.ir.op_table import lookup",
 }
 """Imports that a function may need, by the text that requires them; the target defines how to import `kernels`."""
 
-RESERVED = {"torch", "expect", "scalars", "kernels", "lookup", "parse_format", "weights", "device", "float", "getattr"}
+RESERVED = {
+    "torch",
+    "expect",
+    "scalars",
+    "kernels",
+    "linear_of_rows",
+    "lookup",
+    "parse_format",
+    "weights",
+    "device",
+    "float",
+    "getattr",
+}
 RESERVED |= {*keyword.kwlist, *dir(torch.nn.Module())}
 """Names that the module uses, and attributes that every owner of weights has."""
 
@@ -193,6 +206,8 @@ class _Emitter:
             return f'scalars["{op.name.removeprefix("core.")}"]({", ".join(args)})'
         if definition is not None:
             return f'lookup("{op.name}").meaning({self.arguments(args, attrs)})'
+        if self.may_be_matrix_times_vector(op):
+            return f"linear_of_rows({', '.join(args)})"
         if self.needs_device(op):
             attrs.setdefault("device", "device")
         return f"{_torch_path(op.name)}({self.arguments(args, attrs)})"
@@ -225,6 +240,15 @@ class _Emitter:
         dead = [self.names[v] for v in done if v.op.name != INPUT and v.op.role is not Role.STATE]
         if dead:
             self.lines.append(f"del {', '.join(dead)}")
+
+    def may_be_matrix_times_vector(self, op: Op) -> bool:
+        """Whether an operation is a linear that `codegen.cpu.linear` computes faster if it has one row."""
+        if op.name != "aten.linear" or op.attrs or target_named(self.target).device != "cpu":
+            return False
+        kinds = [arg.type for arg in op.args if isinstance(arg, Value)]
+        return len(kinds) == len(op.args) == 2 and all(
+            isinstance(kind, TensorType) and kind.dtype is DType.bf16 for kind in kinds
+        )
 
     def needs_device(self, op: Op) -> bool:
         """Whether an operation needs a device argument."""

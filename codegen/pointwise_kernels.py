@@ -12,8 +12,10 @@
             tl.store(out0 + …, bf16_product(l0, l1).to(out0.dtype.element_ty), mask=inside)
 
 The rows of a result are all its axes but the last, which is contiguous. A program computes a tile of one result. All
-loads of a tile come first, so that they wait for memory together; a load that `where` guards is masked. The kernel of
-`state.fused_append` stores its first two results in a key-value cache instead.
+loads of a tile come first, so that they wait for memory together: elements of integer operands, which are parts of
+indices, then all others. A load that `where` guards is masked, and so is one whose index depends on integer operands:
+outside its operand it is NaN. The kernel of `state.fused_append` stores its first two results in a key-value cache
+instead.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ import linecache
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import triton
@@ -28,10 +31,21 @@ import triton
 from codegen.fused_expressions import SCOPE, Writer
 from codegen.kernels.append_to_cache import store_rows
 from codegen.kernels.overlap import inputs_ready, let_next_start
-from qcompiler.dialects.expression_nodes import Expression, Less, Load, Where, indices, parts
+from codegen.pointwise_reads import (
+    Guard,
+    IndexWriter,
+    Read,
+    computed_axes,
+    moving_axes,
+    needed,
+    reads_of,
+    source_of,
+    terms_of,
+)
+from qcompiler.dialects.expression_nodes import Less, Load, indices
 from qcompiler.dialects.fused_expression import FusedExpression, parse
 from qcompiler.dialects.pointwise import AxisSize, read_shape
-from qcompiler.ir.sizes import Call, Size
+from qcompiler.ir.sizes import Size
 
 WIDEST = 1024
 """Maximum columns of a tile."""
@@ -42,13 +56,36 @@ OVERLAP = {"inputs_ready": inputs_ready, "let_next_start": let_next_start}
 UNKNOWN_WIDTH = 256
 """Columns of a tile if a result has any number of columns."""
 
-
-Guard = tuple[tuple[Less, bool], ...]
-"""Conditions that all have to hold, or not."""
-
-
 CACHE = ("key", "value", "key_scale", "value_scale", "slots", "lengths", "slot_count", "capacity")
 ROUNDING = ("AMAX_FLOOR", "TOP", "RECIPROCAL", "UE8M0")
+CACHE_CONSTANTS = (*ROUNDING, "RING")
+
+
+class Operands(NamedTuple):
+    """How a kernel reads its operands; an axis is (operand, axis).
+
+    Attributes:
+        read: The operands that are arguments; shapes may name others.
+        integers: Those that are parts of indices; their strides are not in units of `UNIT`.
+        sizes: The axes that are sizes of results, or limits of indices that depend on integers.
+        strides: The axes whose strides are arguments, in units of `UNIT` elements.
+        adjacent: The axes whose elements are next to each other.
+    """
+
+    read: tuple[int, ...]
+    integers: frozenset[int]
+    sizes: tuple[tuple[int, int], ...]
+    strides: tuple[tuple[int, int], ...]
+    adjacent: frozenset[tuple[int, int]]
+
+    def size(self, size: AxisSize) -> int | str:
+        """A number, or the argument that is a size."""
+        return size if isinstance(size, int) else f"n{self.sizes.index(size)}"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the arguments that are sizes and strides."""
+        return (*(f"n{place}" for place in range(len(self.sizes))), *map(_stride, self.strides))
 
 
 class PointwiseKernel(NamedTuple):
@@ -56,16 +93,15 @@ class PointwiseKernel(NamedTuple):
 
     Attributes:
         function: The Triton function; takes results, operands, sizes, strides, then its constants.
-        sizes: The axes of operands that are sizes of results.
-        strides: The axes of operands whose strides it takes, in units of `UNIT` elements.
+        given: Its operands, sizes and strides.
         widths: Columns of a tile of each result.
 
-    If it appends to a cache, it takes the arguments in `CACHE` after the results, and the constants in `ROUNDING` last.
+    If it appends to a cache, it takes the arguments in `CACHE` after the results, and the constants in
+    `CACHE_CONSTANTS` last.
     """
 
     function: Any
-    sizes: tuple[tuple[int, int], ...]
-    strides: tuple[tuple[int, int], ...]
+    given: Operands
     widths: tuple[int, ...]
 
 
@@ -83,28 +119,35 @@ def pointwise_kernel(
     """
     made = [parse(text) for text in expressions]
     sizes = [read_shape(text) for text in shapes]
-    named = tuple(dict.fromkeys(size for shape in sizes for size in shape if not isinstance(size, int)))
-    loads = [load for each in made for load in each.loads]
-    strides = tuple(sorted({pair for load in loads for pair in _moving(load)} - {*adjacent}))
+    given = _operands(made, sizes, adjacent)
     digest = hashlib.sha256("|".join([*expressions, *shapes, str((adjacent, append))]).encode()).hexdigest()[:16]
     name = f"pointwise_{digest}"
-    text = _source(name, made, sizes, named, strides, {*adjacent}, append)
+    text = _source(name, made, sizes, given, append)
     file = f"<{name}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton reads the source
     scope: dict[str, Any] = {"__name__": __name__, "store_rows": store_rows, **SCOPE, **OVERLAP}
     exec(compile(text, file, "exec"), scope)
-    numbers = [*(f"n{place}" for place in range(len(named))), *map(_stride, strides)]
-    function = triton.jit(scope[name], do_not_specialize=[*numbers, *(CACHE[-2:] if append else ())])
+    function = triton.jit(scope[name], do_not_specialize=[*given.numbers, *(CACHE[-2:] if append else ())])
     widths = tuple(
         _width(shape, each.across or (append and place < 2))
         for place, (each, shape) in enumerate(zip(made, sizes, strict=True))
     )
-    return PointwiseKernel(function, named, strides, widths)
+    return PointwiseKernel(function, given, widths)
 
 
-def _moving(load: Load) -> Iterator[tuple[int, int]]:
-    """The axes along which the index of a load is not zero."""
-    return ((int(load.name[1:]), axis) for axis, index in enumerate(load.index) if index != 0)
+def _operands(
+    made: Sequence[FusedExpression], shapes: Sequence[Sequence[AxisSize]], adjacent: Sequence[tuple[int, int]]
+) -> Operands:
+    reads: list[Read] = [*chain.from_iterable(each.elements for each in made)]
+    reads += chain.from_iterable(each.loads for each in made)
+    lengths = [size for shape in shapes for size in shape if not isinstance(size, int)]
+    return Operands(
+        read=tuple(sorted({source_of(read)[0] for read in reads})),
+        integers=frozenset(source_of(read)[0] for read in reads if not isinstance(read, Load)),
+        sizes=tuple(dict.fromkeys([*lengths, *(axis for read in reads for axis in computed_axes(read))])),
+        strides=tuple(sorted({axis for read in reads for axis in moving_axes(read)} - {*adjacent})),
+        adjacent=frozenset(adjacent),
+    )
 
 
 def _stride(axis: tuple[int, int]) -> str:
@@ -121,23 +164,21 @@ def _width(shape: Sequence[AxisSize], whole: bool) -> int:
 
 
 def _source(
-    name: str, made: Sequence[FusedExpression], shapes: Sequence[Sequence[AxisSize]],
-    named: Sequence[tuple[int, int]], strides: Sequence[tuple[int, int]], adjacent: set[tuple[int, int]], append: bool,
+    name: str, made: Sequence[FusedExpression], shapes: Sequence[Sequence[AxisSize]], given: Operands, append: bool
 ) -> str:  # fmt: skip
     """The source of the function."""
     results = [f"out{place}" for place in range(2 if append else 0, len(made))] + [*(CACHE if append else ())]
-    operands = sorted({load.name for each in made for load in each.loads}, key=lambda name: int(name[1:]))
-    numbers = [*(f"n{place}" for place in range(len(named))), *map(_stride, strides)]
+    operands = [f"x{place}" for place in given.read]
     constants = [
-        f"{constant}: tl.constexpr" for constant in ("UNIT", "ELEMENTS", "WIDE", *(ROUNDING if append else ()))
+        f"{constant}: tl.constexpr" for constant in ("UNIT", "ELEMENTS", "WIDE", *(CACHE_CONSTANTS if append else ()))
     ]
     lines = [*_overlap(made), "program = tl.program_id(0)"]
     for place, (each, shape) in enumerate(zip(made, shapes, strict=True)):
-        sizes = [size if isinstance(size, int) else f"n{named.index(size)}" for size in shape]
+        sizes = [given.size(size) for size in shape]
         cache = CACHE[place] if append and place < 2 else None
         width = _width(shape, each.across or cache is not None)
-        lines += _Tile(place, each, sizes, width, adjacent, cache).lines()
-    parameters = ", ".join([*results, *operands, *numbers, *constants])
+        lines += _Tile(place, each, sizes, width, given, cache).lines()
+    parameters = ", ".join([*results, *operands, *given.numbers, *constants])
     return f"def {name}({parameters}):\n" + "".join(f"    {line}\n" for line in lines)
 
 
@@ -155,7 +196,7 @@ class _Tile:
     made: FusedExpression
     sizes: Sequence[int | str]
     width: int
-    adjacent: set[tuple[int, int]]
+    given: Operands
     cache: str | None
 
     @property
@@ -193,18 +234,16 @@ class _Tile:
 
     def computed(self, columns: int | str) -> Iterator[str]:
         """Loads, arithmetic, and the store."""
-        guards: dict[Load, dict[Guard, None]] = {}
-        for what in (*(what for _, what in self.made.definitions), self.made.result):
-            for load, guard in _guarded(what, ()):
-                guards.setdefault(load, {})[guard] = None
-        loads = {load: f"l{place}" for place, load in enumerate(guards)}
-        for load, name in loads.items():
-            yield f"{name} = {self.load(load, () if () in guards[load] else tuple(guards[load]))}"
+        reads = reads_of([*(what for _, what in self.made.definitions), self.made.result])
+        names = {read: f"{'l' if isinstance(read, Load) else 'e'}{place}" for place, read in enumerate(reads)}
+        index = IndexWriter(names)
+        for read, guards in reads.items():
+            yield f"{names[read]} = {self.load(read, needed(guards), index)}"
         if self.made.across:
             yield f"inside = {'None' if columns == self.width else 'column_inside'}"
             yield f"columns = {columns}"
         local = {name: f"v_{name}" for name, _ in self.made.definitions}
-        writer = Writer(local, dict(self.made.definitions), "triton", loads, condition)
+        writer = Writer(local, dict(self.made.definitions), "triton", names, index)
         for name, what in self.made.definitions:
             yield f"{local[name]} = {writer.text(what)}"
         result = f"({writer.text(self.made.result)})"
@@ -220,83 +259,45 @@ class _Tile:
         yield "slot = tl.load(slots + i0, mask=row_inside, other=-1)"
         yield "position = tl.load(lengths + i0, mask=row_inside, other=-1) + i2"
         yield "fits = (slot >= 0) & (slot < slot_count) & (position >= 0) & (position < capacity)"
-        yield f"places = (slot * {heads} + i1) * capacity + position"
+        yield "held = capacity if RING is None else RING"
+        yield "stored = position if RING is None else position % RING"
+        yield f"places = (slot * {heads} + i1) * held + stored"
         yield f"values = tl.where(column_inside, {result}.to(tl.float32), 0.0)"
         arguments = ["values", cache, f"{cache}_scale", "places", "fits", "column", *ROUNDING, str(size)]
         yield f"store_rows({', '.join(arguments)})"
 
-    def load(self, load: Load, guards: Sequence[Guard]) -> str:
-        """The elements of a load where one of the guards holds, of the shape of the tile or one that broadcasts."""
-        read = {index for size in load.index for index in indices(size)}
-        read |= {index for guard in guards for less, _ in guard for index in _indices_of(less)}
-        masks = ["row_inside"] if read - {self.column} else []
-        masks += ["column_inside"] if self.column in read else []
+    def load(self, read: Read, guards: Sequence[Guard], writer: IndexWriter) -> str:
+        """The elements of a read where one of the guards holds, of the shape of the tile or one that broadcasts."""
+        operand, index = source_of(read)
+        used = {each for size in index for each in indices(size)}
+        used |= {each for guard in guards for less, _ in guard for each in _indices_of(less)}
+        masks = ["row_inside"] if used - {self.column} else []
+        masks += ["column_inside"] if self.column in used else []
+        for axis in computed_axes(read):
+            place = writer.text(index[axis[1]])
+            masks.append(f"({place} >= 0) & ({place} < {self.given.size(axis)})")
+        other = "0" if not isinstance(read, Load) else 'float("nan")' if any(computed_axes(read)) else "0.0"
+        address = self.address(operand, index, writer)
         if guards:
-            masks.append(f"({' | '.join(map(_guard_text, guards))})")
+            masks.append(writer.any_of(guards))
             # The guards may vary where the address does not.
-            whole = " + ".join([*(["row * 0"] if read - {self.column} else []),
-                                *(["column * 0"] if self.column in read else [])])  # fmt: skip
-            return f"tl.load({self.address(load)} + ({whole}), mask={' & '.join(masks)}, other=0.0)"
-        if not masks:
-            return f"tl.load({self.address(load)})"
-        return f"tl.load({self.address(load)}, mask={' & '.join(masks)}, other=0.0)"
+            address += " + (" + " + ".join([*(["row * 0"] if used - {self.column} else []),
+                                           *(["column * 0"] if self.column in used else [])]) + ")"  # fmt: skip
+        text = f"tl.load({address}, mask={' & '.join(masks)}, other={other})" if masks else f"tl.load({address})"
+        return text if isinstance(read, Load) else f"{text}.to(tl.int64)"
 
-    def address(self, load: Load) -> str:
-        """The addresses of a load: first what is equal in a row, then what varies along it."""
-        operand = int(load.name[1:])
-        equal, varying = [load.name], list[str]()
-        for axis, index in enumerate(load.index):
-            step = "" if (operand, axis) in self.adjacent else f" * ({_stride((operand, axis))} * UNIT)"
-            for term in _terms(index):
-                text = f"{_text(term)}{step}"
+    def address(self, operand: int, index: Sequence[Size], writer: IndexWriter) -> str:
+        """The addresses of a read: first what is equal in a row, then what varies along it."""
+        equal, varying = [f"x{operand}"], list[str]()
+        unit = "" if operand in self.given.integers else " * UNIT"
+        for axis, size in enumerate(index):
+            step = "" if (operand, axis) in self.given.adjacent else f" * ({_stride((operand, axis))}{unit})"
+            for term in terms_of(size):
+                text = f"{writer.text(term)}{step}"
                 (varying if self.column in indices(term) else equal).append(text)
         return " + ".join([f"({' + '.join(equal)})", *([f"({' + '.join(varying)})"] if varying else [])])
-
-
-def _guarded(what: Expression, guard: Guard) -> Iterator[tuple[Load, Guard]]:
-    """The loads of an expression, each with the conditions under which it is evaluated."""
-    if isinstance(what, Load):
-        yield what, guard
-    elif isinstance(what, Where):
-        yield from _guarded(what.then, (*guard, (what.condition, True)))
-        yield from _guarded(what.other, (*guard, (what.condition, False)))
-    else:
-        for part in parts(what):
-            yield from _guarded(part, guard)
-
-
-def _guard_text(guard: Guard) -> str:
-    return f"({' & '.join(f'({condition(less, holds)})' for less, holds in guard)})"
-
-
-def condition(less: Less, holds: bool = True) -> str:
-    """A condition, or its opposite, as Triton code."""
-    return f"{_text(less.left)} {'<' if holds else '>='} {_text(less.right)}"
 
 
 def _indices_of(less: Less) -> Iterator[str]:
     yield from indices(less.left)
     yield from indices(less.right)
-
-
-def _terms(size: Size) -> list[Size]:
-    """The terms of a sum."""
-    if isinstance(size, int):
-        return [size] if size else []
-    return [type(size)(((atoms, factor),)) if atoms else factor for atoms, factor in size.terms]
-
-
-def _text(size: Size) -> str:
-    """An index expression as Triton code; operands of // and % are not negative."""
-    if isinstance(size, int):
-        return str(size)
-    terms = []
-    for atoms, factor in size.terms:
-        factors = [_function(atom) if isinstance(atom, Call) else atom for atom in atoms]
-        terms.append(" * ".join([*([] if factor == 1 and atoms else [str(factor)]), *factors]))
-    return f"({' + '.join(terms)})"
-
-
-def _function(atom: Call) -> str:
-    inner, by = atom.args
-    return f"({_text(inner)} {'//' if atom.function == 'floordiv' else '%'} {by})"

@@ -15,7 +15,13 @@ from codegen.machine_code import MachineCode
 from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
 from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
-from codegen.templates.attend_to_cache import ATTEND_TO_CACHE, AttendConfig, AttendOperands, AttendProblem
+from codegen.templates.attend_to_cache import (
+    ATTEND_TO_CACHE,
+    AttendConfig,
+    AttendOperands,
+    AttendProblem,
+    QuantizedRows,
+)
 from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, FusedOperands
 from codegen.templates.fused_expression import expression_call
 from codegen.templates.fused_quantize import (
@@ -27,7 +33,9 @@ from codegen.templates.fused_quantize import (
 from codegen.templates.gemm import GEMM, GemmConfig, GemmOperands, GemmProblem, Kind
 from codegen.templates.gemm_template import GemmTemplate
 from codegen.templates.grouped import GROUPED_GEMM, GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
+from codegen.templates.next_tokens import NEXT_TOKENS, NextTokensOperands, NextTokensProblem
 from codegen.templates.quantize import QUANTIZE, QuantizeConfig, QuantizeOperands, QuantizeProblem
+from codegen.templates.read_cache import READ_CACHE, ReadOperands, ReadProblem
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.numerics import ALL
@@ -275,11 +283,20 @@ CAPACITY = 8192
 
 
 def meta_cache(
-    dtype: torch.dtype, groups: int, sizes: tuple[int, int], slots: int = 16, *, static: bool = False
+    dtype: torch.dtype,
+    groups: int,
+    sizes: tuple[int, int],
+    slots: int = 16,
+    *,
+    static: bool = False,
+    held: int = CAPACITY,
+    within: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    key, value = (meta(slots, groups, CAPACITY, size, dtype=dtype) for size in sizes)
-    shape = (1,) if static else (slots, groups, CAPACITY)
+    key, value = (meta(slots, groups, held, size, dtype=dtype) for size in sizes)
+    shape = (1,) if static else (slots, groups, held)
     scales = [meta(*shape) if dtype.itemsize == 1 else None for _ in sizes]
+    if within:
+        return key, key[..., : sizes[1]], scales[0], scales[0]
     return key, value, scales[0], scales[1]
 
 
@@ -293,18 +310,31 @@ def choose_attend(batch: int, tokens: int = 1, *, dtype: torch.dtype = torch.bfl
 def attend_calls(
     dtype: torch.dtype = torch.bfloat16, *, batch: int = 16, tokens: int = 1, groups: int = 8, repeats: int = 4,
     sizes: tuple[int, int] = (128, 128), config: AttendConfig | None = None, window: int | None = None,
-    softcap: float | None = None, sinks: bool = False, static: bool = False,
+    softcap: float | None = None, sinks: bool = False, static: bool = False, tile: int | None = None,
+    slopes: bool = False, chunk: int | None = None, ring: int | None = None, within: bool = False,
 ) -> Sequence[KernelCall]:  # fmt: skip
-    """Attention over a cache whose elements, unless they are codes, have the dtype of the query."""
+    """Attention over a cache whose elements, unless they are codes, have the dtype of the query.
+
+    With a `tile`, the result is quantized. With a `ring`, the cache holds that many positions.
+    """
     query_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
     heads, rows = groups * repeats, meta(batch, dtype=torch.int64)
     query = meta(batch, tokens, heads, sizes[0], dtype=query_dtype).transpose(1, 2)
-    out = meta(batch, tokens, heads, sizes[1], dtype=query_dtype)
-    cache, given = meta_cache(dtype, groups, sizes, static=static), meta(heads, dtype=query_dtype) if sinks else None
+    out: torch.Tensor | QuantizedRows = meta(batch, tokens, heads, sizes[1], dtype=query_dtype)
+    if tile is not None:
+        width = heads * sizes[1]
+        scale = meta(batch, width // tile, tokens).transpose(1, 2)
+        out = QuantizedRows(meta(batch, tokens, width, dtype=E4M3), scale, tile, "deepseek")
+    cache = meta_cache(dtype, groups, sizes, static=static, held=ring or CAPACITY, within=within)
+    given = meta(heads, dtype=query_dtype) if sinks else None
     chosen = config or choose_attend(
-        batch, tokens, dtype=dtype, groups=groups, repeats=repeats, size=sizes[0], value_size=sizes[1], window=window
-    )
-    operands = AttendOperands(query, cache, rows, rows, given, out, sizes[0] ** -0.5, window, softcap)
+        batch, tokens, dtype=dtype, groups=groups, repeats=repeats, size=sizes[0], value_size=sizes[1],
+        window=window or chunk, within=within,
+    )  # fmt: skip
+    capacity, biases = CAPACITY if ring else None, meta(heads, dtype=torch.float32) if slopes else None
+    operands = AttendOperands(
+        query, cache, rows, rows, given, out, sizes[0] ** -0.5, window, softcap, capacity, chunk, biases
+    )  # fmt: skip
     return ATTEND_TO_CACHE.family(HOPPER).calls(chosen, operands)
 
 
@@ -314,7 +344,7 @@ def compile_attend(dtype: torch.dtype = torch.bfloat16, **rest: Any) -> MachineC
 
 def compile_combine(batch: int = 1, **rest: Any) -> MachineCode:
     """The kernel that adds the splits of a decode step."""
-    return compiled(attend_calls(batch=batch, **rest)[1])
+    return compiled(attend_calls(batch=batch, **rest)[-1])
 
 
 def compile_append(
@@ -324,12 +354,32 @@ def compile_append(
     tokens: int = 1,
     sizes: tuple[int, int] = (128, 128),
     static: bool = False,
+    ring: int | None = None,
+    within: bool = False,
 ) -> MachineCode:
     """Appending to 8 KV heads; keys and values are slices of one matrix, as after a merged linear."""
     size = sum(sizes)
     both = meta(batch, tokens, 8, size, dtype=torch.bfloat16).transpose(1, 2)
     rows = meta(batch, dtype=torch.int64)
-    cache = meta_cache(dtype, 8, sizes, static=static)
-    operands = AppendOperands(both[..., : sizes[0]], both[..., sizes[0] :], cache, rows, rows)
+    cache = meta_cache(dtype, 8, sizes, static=static, held=ring or CAPACITY, within=within)
+    capacity = CAPACITY if ring else None
+    operands = AppendOperands(both[..., : sizes[0]], both[..., sizes[0] :], cache, rows, rows, capacity)
     config = APPEND_TO_CACHE.family(HOPPER).choose(AppendProblem(batch * tokens * 8, max(sizes)))
     return compiled(APPEND_TO_CACHE.family(HOPPER).calls(config, operands)[0])
+
+
+def compile_read(dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, int] = (128, 128)) -> MachineCode:
+    """Reading 4096 positions of 8 KV heads of two slots."""
+    rows = meta(2, dtype=torch.int64)
+    key, value = (meta(2, 8, 4096, size, dtype=torch.bfloat16) for size in sizes)
+    config = READ_CACHE.family(HOPPER).choose(ReadProblem(2 * 8 * 4096, max(sizes)))
+    calls = READ_CACHE.family(HOPPER).calls(config, ReadOperands(meta_cache(dtype, 8, sizes), rows, key, value))
+    return compiled(calls[0])
+
+
+def compile_next_tokens(rows: int, columns: int) -> list[MachineCode]:
+    family = NEXT_TOKENS.family(HOPPER)
+    logits = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+    tables = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(6))
+    config = family.choose(NextTokensProblem(rows, columns))
+    return [HOPPER.compile(call) for call in family.calls(config, NextTokensOperands(logits, *tables))]

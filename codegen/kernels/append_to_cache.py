@@ -74,16 +74,17 @@ def append_to_cache(  # type: ignore[no-untyped-def]
     key, value, key_cache, value_cache, key_scale, value_scale, slots, lengths, rows, tokens, slot_count, capacity,
     key_stride_b, key_stride_h, key_stride_s, value_stride_b, value_stride_h, value_stride_s,
     AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr, UE8M0: tl.constexpr, GROUPS: tl.constexpr,
-    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Token i of row b becomes position lengths[b] + i of slot slots[b]; nothing is written outside the cache.
 
-    A row is one token and head. The first half of the programs appends keys, the second half values.
+    A row is one token and head. The first half of the programs appends keys, the second half values. Without the second
+    half, values are within the keys.
 
     Args:
         key: [batch, GROUPS, tokens, SIZE] in any floating dtype, sizes contiguous; likewise `value`, with VALUE_SIZE.
-        key_cache: [slot_count, GROUPS, capacity, SIZE], contiguous; likewise `value_cache`, with VALUE_SIZE.
-        key_scale: float32 [slot_count, GROUPS, capacity], contiguous, or static [1], or None: the cache is not
+        key_cache: [slot_count, GROUPS, RING or capacity, SIZE], contiguous; likewise `value_cache`, with VALUE_SIZE.
+        key_scale: float32 [slot_count, GROUPS, RING or capacity], contiguous, or static [1], or None: the cache is not
             quantized; likewise `value_scale`.
         slots: int64 [batch].
         lengths: int64 [batch].
@@ -91,6 +92,7 @@ def append_to_cache(  # type: ignore[no-untyped-def]
         key_stride_b: In units of UNIT elements, like all strides, so that loads can be wide.
         AMAX_FLOOR: As in `codegen.kernels.quantize`; likewise `TOP`, `RECIPROCAL` and `UE8M0`.
         BLOCK_M: Rows of a program, a power of two.
+        RING: Positions of a slot, of which position p is at p % RING; None if all `capacity` positions have a place.
     """
     half = tl.cdiv(rows, BLOCK_M)
     program = tl.program_id(0)
@@ -101,7 +103,9 @@ def append_to_cache(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + batch, mask=row < rows, other=-1)
     position = tl.load(lengths + batch, mask=row < rows, other=-1) + token
     inside = (slot >= 0) & (slot < slot_count) & (position >= 0) & (position < capacity)
-    places = (slot * GROUPS + group) * capacity + position
+    held = capacity if RING is None else RING
+    stored = position if RING is None else position % RING
+    places = (slot * GROUPS + group) * held + stored
     if program < half:
         _append(
             key, key_cache, key_scale, row, places, inside, tokens, key_stride_b * UNIT, key_stride_h * UNIT,

@@ -134,3 +134,29 @@ def store_codes(q, encoded, rows, columns, m, k):  # type: ignore[no-untyped-def
     """Writes codes to the contiguous q[m, k], and nothing outside it."""
     inside = (rows < m)[:, None] & (columns < k)[None, :]
     tl.store(q + rows[:, None] * k + columns[None, :], encoded, mask=inside)
+
+
+@triton.jit
+def store_tiles(  # type: ignore[no-untyped-def]
+    values, q, scale, places, lines, scale_stride_k, inside, columns, size,
+    TILE: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr, UE8M0: tl.constexpr,
+):  # fmt: skip
+    """Quantizes rows [m, n] in tiles of TILE columns, as `quantize_tiles` does, and stores their first `size` columns.
+
+    Args:
+        values: FP32; 0 in columns from `size` on. n is a multiple of TILE.
+        places: [m, 1], where the codes of a row begin in q.
+        lines: [m, 1], where the scales of a row begin in `scale`.
+        scale_stride_k: Elements between the scales of two tiles of a row.
+        inside: [m, 1], the rows to store.
+        columns: 0 ... n - 1, [1, n].
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    tiles = tl.reshape(values, (ROWS, COLUMNS // TILE, TILE))
+    s = scale_of(amax_of_keys(tl.max(magnitude_keys(tiles), axis=2)), AMAX_FLOOR, TOP, UE8M0)
+    scaled = quotients(tiles, s[:, :, None], RECIPROCAL or UE8M0)
+    encoded = tl.reshape(codes(scaled, TOP, q.dtype.element_ty), (ROWS, COLUMNS))
+    tl.store(q + places + columns, encoded, mask=inside & (columns < size))
+    across = tl.arange(0, COLUMNS // TILE)[None, :]
+    tl.store(scale + lines + across.to(tl.int64) * scale_stride_k, s, mask=inside & (across * TILE < size))

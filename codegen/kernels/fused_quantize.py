@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotients, scale_of
-from codegen.kernels.overlap import inputs_ready, let_next_start
+from codegen.kernels.overlap import inputs_ready, let_next_start, prefetch
 
 
 @triton.jit
@@ -19,6 +19,15 @@ def load_operand(x, stride, rows, columns, inside, mask):  # type: ignore[no-unt
     else:
         values = tl.load(x + rows[:, None] * stride + columns, mask=mask, other=None if mask is None else 0.0)
     return values
+
+
+@triton.jit
+def _prefetch_vector(x, stride, start, K: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Moves the columns of a vector that a tile reads to the L2 cache, such as the gains of a norm."""
+    if x is not None and stride is None:
+        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = triton.next_power_of_2((BLOCK_K + LINE - 1) // LINE)
+        prefetch(x + tl.minimum(start + tl.arange(0, LINES) * LINE, K - 1))
 
 
 @triton.jit
@@ -34,6 +43,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     x0_stride, x1_stride, x2_stride, x3_stride, x4_stride, x5_stride, scale_stride_m, scale_stride_k,
     K: tl.constexpr, EXPRESSION: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """q[m, K], scale[m, ceil(K / GROUP)] and the residual outputs of a fused expression over x0, x1, …
 
@@ -57,6 +67,7 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         BLOCK_K: Columns of a tile, a power of two, a multiple of `GROUP`.
         GROUP: Columns that share a scale; `BLOCK_K`, spanning the row, for one scale per row.
         VECTOR: Maximum consecutive columns per thread.
+        AHEAD: Move vectors to the L2 cache while earlier kernels run: nothing else may have read them for long.
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     GROUPS: tl.constexpr = BLOCK_K // GROUP
@@ -70,6 +81,13 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     mask = inside if BLOCK_M == 1 else (rows < m)[:, None] if EVEN else (rows < m)[:, None] & inside
     if GROUPS > 1:  # not a scale per row, as weights may have
         let_next_start()
+    if AHEAD:
+        _prefetch_vector(x0, x0_stride, start, K, BLOCK_K)
+        _prefetch_vector(x1, x1_stride, start, K, BLOCK_K)
+        _prefetch_vector(x2, x2_stride, start, K, BLOCK_K)
+        _prefetch_vector(x3, x3_stride, start, K, BLOCK_K)
+        _prefetch_vector(x4, x4_stride, start, K, BLOCK_K)
+        _prefetch_vector(x5, x5_stride, start, K, BLOCK_K)
     inputs_ready()
     made = EXPRESSION(
         x0=None if x0 is None else load_operand(x0, x0_stride, rows, columns, inside, mask),

@@ -11,8 +11,11 @@ does before costs no time: its launch, its set-up, and loads of weights.
 `let_next_start` allows the next kernel to start as soon as all blocks of threads of this one have started. Matmuls read
 weights and their scales early, so a kernel that may write these does not call it; torch's kernels never do.
 
-Both are instructions only in kernels compiled with the option `launch_pdl`, and do nothing elsewhere: on GPUs without
-this feature, and in the interpreter. Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch".
+`prefetch` moves data to the L2 cache. It needs no wait: the cache is coherent, so data that an earlier kernel writes
+later is simply written there. Its addresses may depend on numbers that are read early, and read again after the wait.
+
+All three are instructions only in kernels compiled with the option `launch_pdl`, and do nothing elsewhere: on GPUs
+without this feature, and in the interpreter. Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch".
 """
 
 from typing import Any
@@ -30,13 +33,19 @@ def let_next_start(_semantic: Any = None) -> None:
     _emit("griddepcontrol.launch_dependents;", _semantic)
 
 
-for _function in (inputs_ready, let_next_start):
+def prefetch(addresses: Any, _semantic: Any = None) -> None:
+    """Starts to move the lines of 128 bytes at these addresses to the L2 cache; `prefetch.global.L2`."""
+    _emit("prefetch.global.L2 [$1];", _semantic, addresses)
+
+
+for _function in (inputs_ready, let_next_start, prefetch):
     # Not by Triton's decorator: its functions cannot be called without a compiler, as the interpreter does.
     setattr(_function, core.TRITON_BUILTIN, True)
 
 
-def _emit(instruction: str, semantic: Any) -> None:
+def _emit(instruction: str, semantic: Any, *arguments: Any) -> None:
     if semantic is not None and getattr(semantic.builder.options, "launch_pdl", False):
+        text, registers = f"{instruction} // $0 is not used", ",".join(["=r", *["l" for _ in arguments]])
         core.inline_asm_elementwise(
-            f"{instruction} // $0 is not used", "=r", [], dtype=core.int32, is_pure=False, pack=1, _semantic=semantic
+            text, registers, list(arguments), dtype=core.int32, is_pure=False, pack=1, _semantic=semantic
         )

@@ -130,7 +130,8 @@ class Kernel:
                 ready += sizes
                 ready += strides
             else:
-                ready.append(argument.data_ptr() if isinstance(argument, Tensor | Address) else argument)
+                # Most arguments that are not tensors are integers, for which isinstance(…, Tensor) is slow.
+                ready.append(argument if argument is None or argument.__class__ is int else argument.data_ptr())
         ready += self.constants
         return ready
 

@@ -55,12 +55,13 @@ class KernelCall(NamedTuple):
         found: list[Hashable] = [id(kernel), *options.values(), *constants.values()]
         tensor = None
         for value, specialized in zip(arguments, _specialized(kernel), strict=False):
-            if value is None:
-                found.append(None)
-            elif value.__class__ is int:
+            kind = value.__class__
+            if kind is int:
                 if specialized:
                     found.append(value)
-            elif isinstance(value, Tensor):
+            elif value is None:
+                found.append(None)
+            elif kind is Tensor or isinstance(value, Tensor):
                 tensor = value
                 found += value.dtype, value.data_ptr() & 15 == 0
             else:  # these two determine a descriptor's layout, too

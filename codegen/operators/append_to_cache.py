@@ -11,10 +11,11 @@ from codegen.operators.cache_operands import cache_tensors, check_rows, with_con
 from codegen.operators.operator import Operator, declare
 from codegen.targets.cuda import gpu_at
 from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
+from qcompiler.dialects.cache_positions import check_call
 
 
 def append_to_cache_on_gpu(
-    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor, capacity: int | None = None
 ) -> None:  # fmt: skip
     """Writes keys and values after the positions that each row's slot already has, in place.
 
@@ -26,36 +27,43 @@ def append_to_cache_on_gpu(
         value: `[batch, heads, tokens, value size]`, any strides.
         slots: int64 `[batch]`, all different.
         lengths: int64 `[batch]`.
+        capacity: Maximum length of a sequence if the cache is a ring, where position p is stored at p % ring; None if
+            it is not.
 
     Raises:
         CodegenError: An operand does not fit the cache, or the GPU has no FP8.
+        InputError: A row has more tokens than the ring.
     """
-    operands = (*cache, key, value, slots, lengths)
-    replayed(_append, ("append_to_cache", len(cache)), operands, cache, key, value, slots, lengths)
+    operands, what = (*cache, key, value, slots, lengths), ("append_to_cache", len(cache), capacity)
+    replayed(_append, what, operands, cache, key, value, slots, lengths, capacity)
 
 
 def append_to_cache_on_cpu(
-    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor, capacity: int | None = None
 ) -> None:  # fmt: skip
     """As on a GPU, but raises InputError if a token does not fit; then nothing is written."""
-    append(cache, key, value, slots, lengths)
+    append(cache, key, value, slots, lengths, capacity)
 
 
 def append_to_cache_fake(
-    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor, capacity: int | None = None
 ) -> None:  # fmt: skip
     """Nothing: the operator returns nothing, and its schema declares what it writes."""
 
 
-def _append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor) -> tuple[()]:
+def _append(
+    cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, lengths: Tensor, capacity: int | None
+) -> tuple[()]:  # fmt: skip
     family = APPEND_TO_CACHE.family(gpu_at(key.device))
     tensors = cache_tensors(cache)
     heads = tensors.key.shape[1]
     check_rows(key, heads, tensors.key.shape[3], slots, lengths)
     check_rows(value, heads, tensors.value.shape[3], slots, lengths)
+    check_call(tensors.key.shape[2], key.shape[2], capacity)
     rows = key.shape[:3].numel()
     if rows:
-        operands = AppendOperands(with_contiguous_sizes(key), with_contiguous_sizes(value), tensors, slots, lengths)
+        new = with_contiguous_sizes(key), with_contiguous_sizes(value)
+        operands = AppendOperands(*new, tensors, slots, lengths, capacity)
         config = family.choose(AppendProblem(rows, max(key.shape[3], value.shape[3])))
         with on(key.device):
             family.launch(config, operands)
@@ -63,7 +71,8 @@ def _append(cache: Sequence[Tensor], key: Tensor, value: Tensor, slots: Tensor, 
 
 
 APPEND_TO_CACHE_SCHEMA = (
-    "append_to_cache(Tensor(a!)[] cache, Tensor key, Tensor value, Tensor slots, Tensor lengths) -> ()"
+    "append_to_cache(Tensor(a!)[] cache, Tensor key, Tensor value, Tensor slots, Tensor lengths, "
+    "int? capacity=None) -> ()"
 )
 declare(
     Operator(

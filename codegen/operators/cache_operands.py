@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from codegen.launching.launch import FLOATS
-from qcompiler.dialects.state import FORMATS
+from qcompiler.dialects.state import FORMATS, is_within
 from qcompiler.errors import CodegenError
 
 
@@ -15,9 +15,9 @@ class CacheTensors(NamedTuple):
     """The tensors of a cache.
 
     Attributes:
-        key: `[slots, groups, capacity, size]`, contiguous.
-        value: `[slots, groups, capacity, value size]`, contiguous.
-        key_scale: FP32 `[slots, groups, capacity]`, contiguous, or `[1]`, static; None unless the cache is quantized.
+        key: `[slots, groups, held, size]`, contiguous; `held` is the size of a ring, or the capacity.
+        value: `[slots, groups, held, value size]`, contiguous, or a view of the first elements of the keys.
+        key_scale: FP32 `[slots, groups, held]`, contiguous, or `[1]`, static; None unless the cache is quantized.
         value_scale: Likewise.
     """
 
@@ -42,11 +42,14 @@ def cache_tensors(cache: Sequence[Tensor]) -> CacheTensors:
     shapes = {scale.shape for scale in scales}
     fits &= shapes <= {sizes} or shapes == {torch.Size([1])}
     fits &= all(scale.dtype == torch.float32 for scale in scales)
+    if fits and is_within(cache):
+        fits = value.stride() == key.stride() and value.data_ptr() == key.data_ptr()
+        cache = (key, *scales)
     if not fits or not all(tensor.is_contiguous() for tensor in cache):
         raise CodegenError(
             "the tensors of the cache do not match each other",
             got=", ".join(_described(tensor) for tensor in cache),
-            need="[slots, heads, capacity, size] and FP32 scales [slots, heads, capacity] or [1], contiguous",
+            need="[slots, heads, positions, size] and FP32 scales [slots, heads, positions] or [1], contiguous",
         )
     return CacheTensors(key, value, *(scales or (None, None)))
 

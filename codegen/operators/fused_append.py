@@ -13,13 +13,14 @@ from codegen.operators.operator import Operator, declare
 from codegen.targets.cuda import gpu_at
 from codegen.templates.pointwise import POINTWISE, Appended, PointwiseOperands, PointwiseProblem
 from qcompiler.dialects import fused_append
+from qcompiler.dialects.cache_positions import check_call
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.dialects.pointwise import shape_of
 
 
 def fused_append_on_gpu(
     cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, operands: Sequence[Tensor], expressions: Sequence[str],
-    shapes: Sequence[str],
+    shapes: Sequence[str], capacity: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Computes keys, values and others; writes keys and values as `append_to_cache` does, and returns the others.
 
@@ -28,18 +29,21 @@ def fused_append_on_gpu(
         operands: In a floating dtype, any strides.
         expressions: Of keys `[batch, heads, tokens, size]`, values `[batch, heads, tokens, value size]`, and others.
         shapes: As in `kernel.pointwise`.
+        capacity: As for `append_to_cache`.
 
     Raises:
         CodegenError: The keys do not fit the cache, or the GPU has no FP8.
+        InputError: A row has more tokens than the ring of a cache.
     """
-    what = ("fused_append", len(cache), *expressions, *shapes)
+    what = ("fused_append", len(cache), capacity, *expressions, *shapes)
     given = (*cache, slots, lengths, *operands)
-    return list(replayed(_run, what, given, cache, slots, lengths, operands, tuple(expressions), tuple(shapes)))
+    rest = tuple(expressions), tuple(shapes), capacity
+    return list(replayed(_run, what, given, cache, slots, lengths, operands, *rest))
 
 
 def _run(
     cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, operands: Sequence[Tensor], expressions: tuple[str, ...],
-    shapes: tuple[str, ...],
+    shapes: tuple[str, ...], capacity: int | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     device, tensors = operands[0].device, cache_tensors(cache)
     sizes = [shape_of(shape, operands) for shape in shapes]
@@ -47,11 +51,12 @@ def _run(
     heads = tensors.key.shape[1]
     for size, each, stored in zip(sizes, made, tensors[:2], strict=False):
         check_rows(torch.empty(size, dtype=each.dtype(), device="meta"), heads, stored.shape[3], slots, lengths)
+    check_call(tensors.key.shape[2], sizes[0][2], capacity)
     out = [empty(size, each.dtype(), device) for size, each in zip(sizes[2:], made[2:], strict=True)]
     elements = sum(map(prod, sizes))
     if elements:
         family = POINTWISE.family(gpu_at(device))
-        appended = Appended((tensors.key, tensors.value, tensors.key_scale, tensors.value_scale), slots, lengths)
+        appended = Appended(tensors, slots, lengths, capacity)
         with on(device):
             config = family.choose(PointwiseProblem(elements, len(operands)))
             family.launch(config, PointwiseOperands(expressions, shapes, operands, out, appended))
@@ -60,14 +65,17 @@ def _run(
 
 def _on_cpu(
     cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, operands: Sequence[Tensor], expressions: Sequence[str],
-    shapes: Sequence[str],
+    shapes: Sequence[str], capacity: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    return [*fused_append.fused_append(cache, slots, lengths, *operands, expressions=expressions, shapes=shapes)]
+    made = fused_append.fused_append(
+        cache, slots, lengths, *operands, expressions=expressions, shapes=shapes, capacity=capacity
+    )
+    return [*made]
 
 
 def _fake(
     cache: Sequence[Tensor], slots: Tensor, lengths: Tensor, operands: Sequence[Tensor], expressions: Sequence[str],
-    shapes: Sequence[str],
+    shapes: Sequence[str], capacity: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     pairs = zip(expressions[2:], shapes[2:], strict=True)
     device = operands[0].device
@@ -76,6 +84,6 @@ def _fake(
 
 FUSED_APPEND_SCHEMA = (
     "fused_append(Tensor(a!)[] cache, Tensor slots, Tensor lengths, Tensor[] operands, str[] expressions, "
-    "str[] shapes) -> Tensor[]"
+    "str[] shapes, int? capacity=None) -> Tensor[]"
 )
 declare(Operator(FUSED_APPEND_SCHEMA, _on_cpu, fused_append_on_gpu, _fake, runs="state.fused_append"))

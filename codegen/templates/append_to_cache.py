@@ -10,6 +10,7 @@ from codegen.kernels.append_to_cache import append_to_cache
 from codegen.launching.launch import KernelCall
 from codegen.templates.rounding import cache_rounding
 from codegen.templates.template import KernelOp, Template, ceil_div
+from qcompiler.dialects.state import is_within
 
 
 class AppendProblem(NamedTuple):
@@ -44,10 +45,11 @@ class AppendOperands(NamedTuple):
     Attributes:
         key: [batch, groups, tokens, size]; the last stride is 1.
         value: [batch, groups, tokens, value size]; likewise.
-        cache: Key, value, and their scales or None: [slots, groups, capacity, ...], contiguous; written in place.
-            Static scales are [1] and only read.
+        cache: Key, value, and their scales or None: [slots, groups, held, ...], contiguous; written in place. Static
+            scales are [1] and only read. Values within the keys are not written.
         slots: int64 [batch], contiguous.
         lengths: int64 [batch], contiguous.
+        capacity: Maximum length of a sequence if the cache is a ring of `held` positions; None if it is not.
     """
 
     key: Tensor
@@ -55,6 +57,7 @@ class AppendOperands(NamedTuple):
     cache: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     slots: Tensor
     lengths: Tensor
+    capacity: int | None = None
 
 
 def append_configs(problem: AppendProblem) -> Mapping[AppendConfig, None]:
@@ -72,17 +75,19 @@ class AppendToCache(Template[AppendConfig, AppendProblem, AppendOperands]):
 
     def calls(self, config: AppendConfig, operands: AppendOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        key, value, cache, slots, lengths = operands
+        key, value, cache, slots, lengths, capacity = operands
+        slot_count, _, held, _ = cache[0].shape
         batch, groups, tokens, size = key.shape
         rows = batch * groups * tokens
         unit = stride_unit(key, value)
         strides = (stride // unit for tensor in (key, value) for stride in tensor.stride()[:3])
-        arguments = (key, value, *cache, slots, lengths, rows, tokens, cache[0].shape[0], cache[0].shape[2], *strides)
+        arguments = (key, value, *cache, slots, lengths, rows, tokens, slot_count, capacity or held, *strides)
         constants = {
             **cache_rounding(cache),
             "GROUPS": groups, "SIZE": size, "VALUE_SIZE": value.shape[3], "UNIT": unit, "BLOCK_M": config.block_m,
+            "RING": held if capacity else None,
         }  # fmt: skip
-        programs = 2 * ceil_div(rows, config.block_m)
+        programs = (1 if is_within(cache) else 2) * ceil_div(rows, config.block_m)  # the second half appends values
         return (KernelCall(append_to_cache, programs, arguments, constants, {"num_warps": config.warps}),)
 
 

@@ -9,16 +9,20 @@ The number of splits depends only on sizes that a CUDA graph fixes. The kernel d
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from codegen.kernels.attend_to_cache import attend_to_cache, combine_splits
 from codegen.launching.launch import KernelCall
 from codegen.launching.replay import empty
 from codegen.templates.append_to_cache import stride_unit
+from codegen.templates.quantize import QuantizeOperands, QuantizeTiles, quantize_config
+from codegen.templates.rounding import rounding
 from codegen.templates.template import KernelOp, Template, ceil_div, first_broken
+from qcompiler import numerics
 
 LEAST_POSITIONS = 128
 """Positions that are worth a program: fewer do not pay for adding another split."""
@@ -43,6 +47,12 @@ MOST_POSITIONS = 8192
 """Positions of a split, so that rows of different lengths keep all multiprocessors busy."""
 
 
+AHEAD = True
+"""Whether a decode step reads its first positions ahead, while earlier kernels still run."""
+
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
 class AttendProblem(NamedTuple):
     """Attention over a cache.
 
@@ -55,8 +65,9 @@ class AttendProblem(NamedTuple):
         value_size: Head size of values.
         capacity: Positions of a slot.
         element_bytes: Bytes of an element of the cache.
-        window: Positions that a token reads, or None for all.
+        window: Positions that a token reads at most, or None for all.
         multiprocessors: Of the device.
+        within: Whether the values are the first elements of the keys.
     """
 
     batch: int
@@ -69,6 +80,7 @@ class AttendProblem(NamedTuple):
     element_bytes: int
     window: int | None
     multiprocessors: int
+    within: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,19 +103,39 @@ class AttendConfig:
     variant: ClassVar[str] = "flash"
 
 
+class QuantizedRows(NamedTuple):
+    """A result that is quantized: each token's heads are one row.
+
+    Attributes:
+        codes: An 8-bit format [batch, tokens, heads * value size], contiguous; overwritten.
+        scale: FP32 [batch, tokens, scales], any strides whose leading two collapse; overwritten.
+        tile: Columns that share a scale: a divisor of the value size, or a multiple.
+        profile: A name of `numerics.PROFILES`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    tile: int
+    profile: str
+
+
 class AttendOperands(NamedTuple):
     """The tensors of the operation.
 
     Attributes:
         query: [batch, heads, tokens, size] in a floating dtype; the last stride is 1.
-        cache: Key, value, and their scales or None: [slots, groups, capacity, ...], contiguous, or static scales [1].
+        cache: Key, value, and their scales or None: [slots, groups, held, ...], contiguous, or static scales [1].
         slots: int64 [batch], contiguous.
         lengths: int64 [batch], contiguous.
         sinks: [heads], contiguous, or None.
-        out: The memory of the result, contiguous [batch, tokens, heads, value size]; overwritten.
+        out: The memory of the result, contiguous [batch, tokens, heads, value size]; overwritten. Or the result is
+            quantized, after it is rounded to the dtype of the query.
         scale: Factor of the scores.
-        window: As in `AttendProblem`.
+        window: Latest positions that a token reads, or None for all.
         softcap: Limit of the scores, or None.
+        capacity: Maximum length of a sequence if the cache is a ring of `held` positions; None if it is not.
+        chunk: Positions of a chunk, of which a token reads only its own, or None for all.
+        slopes: float32 [heads], contiguous, or None.
     """
 
     query: Tensor
@@ -111,10 +143,13 @@ class AttendOperands(NamedTuple):
     slots: Tensor
     lengths: Tensor
     sinks: Tensor | None
-    out: Tensor
+    out: Tensor | QuantizedRows
     scale: float
     window: int | None = None
     softcap: float | None = None
+    capacity: int | None = None
+    chunk: int | None = None
+    slopes: Tensor | None = None
 
 
 def attend_configs(problem: AttendProblem) -> Mapping[AttendConfig, None]:
@@ -160,6 +195,7 @@ class AttendToCache(Template[AttendConfig, AttendProblem, AttendOperands]):
         """See `Template`."""
         largest, value_size = max(problem.size, problem.value_size), problem.value_size
         return first_broken((
+            (problem.within, "the values are within the keys"),
             (largest > LARGEST_SIZE, f"a head has {largest} elements, more than {LARGEST_SIZE}"),
             (config.block_m >= 64 and _misread(problem), f"tiles of 64 rows misread codes of {value_size} columns"),
             (problem.element_bytes == 1 and value_size % 2 == 1, f"the 8-bit values of a head are odd: {value_size}"),
@@ -168,42 +204,72 @@ class AttendToCache(Template[AttendConfig, AttendProblem, AttendOperands]):
     def calls(self, config: AttendConfig, operands: AttendOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
         query, cache, out = operands.query, operands.cache, operands.out
-        batch, heads, tokens, size = query.shape
-        slot_count, groups, capacity, value_size = cache[1].shape
-        tiles = ceil_div(heads // groups * tokens, config.block_m)
-        partial, logs = out, None
+        batch, heads, tokens, _ = query.shape
+        value_size = cache[1].shape[3]
+        rows = (batch, tokens, heads)
         if config.splits > 1:
-            rows = (batch, tokens, heads, config.splits)
-            partial = empty((*rows, value_size), torch.float32, query.device)
-            logs = empty(rows, torch.float32, query.device)
-        unit = stride_unit(query)
-        strides = (stride // unit for stride in query.stride()[:3])
-        arguments = (
-            query, *cache, operands.slots, operands.lengths, operands.sinks, partial, logs, tokens, tiles,
-            config.splits, slot_count, capacity, *strides,
-        )  # fmt: skip
-        constants = {
-            "SCALE": operands.scale, "WINDOW": operands.window, "SOFTCAP": operands.softcap, "GROUPS": groups,
-            "REPEATS": heads // groups, "SIZE": size, "VALUE_SIZE": value_size, "UNIT": unit,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "LEAST": ceil_div(LEAST_POSITIONS, config.block_n),
-            "STATIC": cache[2] is not None and cache[2].dim() == 1,
-        }  # fmt: skip
-        small = config.block_m == 16 and config.block_n <= 64
-        light = small and padded(size) + padded(value_size) <= 384 and cache[0].element_size() < 4
-        registers = DECODE_REGISTERS if light else MOST_REGISTERS
-        options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": registers}
-        programs = batch * groups * tiles * config.splits
-        first = KernelCall(attend_to_cache, programs, arguments, constants, options)
-        return (first,) if logs is None else (first, _combination(partial, logs, out))
+            partial = empty((*rows, config.splits, value_size), torch.float32, query.device)
+            logs = empty((*rows, config.splits), torch.float32, query.device)
+            return _attention(config, operands, partial, logs), combination(partial, logs, out, query.dtype)
+        if isinstance(out, Tensor) or value_size % out.tile == 0:
+            return (_attention(config, operands, out, None),)
+        # Several heads share a scale, and different programs may compute them.
+        heads_of = empty((*rows, value_size), query.dtype, query.device)
+        matrix = QuantizeOperands(heads_of.view(batch * tokens, -1), *out[:2], (1, out.tile), out.profile)
+        last = QuantizeTiles(self.gpu).calls(quantize_config(batch * tokens, out.tile), matrix)
+        return _attention(config, operands, heads_of, None), *last
 
 
-def _combination(partial: Tensor, logs: Tensor, out: Tensor) -> KernelCall:
+def _attention(
+    config: AttendConfig, operands: AttendOperands, out: Tensor | QuantizedRows, logs: Tensor | None
+) -> KernelCall:
+    """The call that reads the cache, and writes the result or, with `logs`, the sums of the splits."""
+    query, cache = operands.query, operands.cache
+    batch, heads, tokens, size = query.shape
+    slot_count, groups, held, value_size = cache[1].shape
+    tiles = ceil_div(heads // groups * tokens, config.block_m)
+    unit = stride_unit(query)
+    strides = (stride // unit for stride in query.stride()[:3])
+    written, scale_strides, quantized = _stored(out)
+    arguments = (
+        query, *cache, operands.slots, operands.lengths, operands.sinks, operands.slopes, *written, logs, tokens,
+        tiles, config.splits, slot_count, operands.capacity or held, *strides, *scale_strides,
+    )  # fmt: skip
+    constants = {
+        "SCALE": operands.scale, "WINDOW": operands.window, "CHUNK": operands.chunk, "SOFTCAP": operands.softcap,
+        "GROUPS": groups, "REPEATS": heads // groups, "SIZE": size, "VALUE_SIZE": value_size, "UNIT": unit,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "LEAST": ceil_div(LEAST_POSITIONS, config.block_n),
+        "STATIC": cache[2] is not None and cache[2].dim() == 1, "RING": held if operands.capacity else None,
+        "AHEAD": AHEAD and tokens == 1, **quantized,
+    }  # fmt: skip
+    small = config.block_m == 16 and config.block_n <= 64
+    light = small and padded(size) + padded(value_size) <= 384 and cache[0].element_size() < 4
+    registers = DECODE_REGISTERS if light else MOST_REGISTERS
+    options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": registers}
+    return KernelCall(attend_to_cache, batch * groups * tiles * config.splits, arguments, constants, options)
+
+
+def combination(partial: Tensor, logs: Tensor, out: Tensor | QuantizedRows, dtype: torch.dtype) -> KernelCall:
     """The call that adds the splits."""
-    *rows, splits, value_size = partial.shape
-    constants = {"VALUE_SIZE": value_size, "SPLITS": padded(splits)}
-    warps = min(max(padded(splits) * padded(value_size) // 2048, 1), 8)
-    programs = torch.Size(rows).numel()
-    return KernelCall(combine_splits, programs, (partial, logs, out, splits), constants, {"num_warps": warps})
+    batch, tokens, heads, splits, value_size = partial.shape
+    together = 1 if isinstance(out, Tensor) else max(out.tile // value_size, 1)
+    written, scale_strides, quantized = _stored(out)
+    constants = {
+        "VALUE_SIZE": value_size, "SPLITS": padded(splits), "HEADS": heads, "TOGETHER": together,
+        "DTYPE": TRITON_TYPES[dtype], **quantized,
+    }  # fmt: skip
+    warps = min(max(padded(splits) * together * padded(value_size) // 2048, 1), 8)
+    programs, arguments = batch * tokens * ceil_div(heads, together), (partial, logs, *written, splits, *scale_strides)
+    return KernelCall(combine_splits, programs, arguments, constants, {"num_warps": warps})
+
+
+def _stored(out: Tensor | QuantizedRows) -> tuple[tuple[Tensor, Tensor | None], tuple[int, int], dict[str, Any]]:
+    """The result's memory and its scales, the strides of the scales, and the constants of the quantization."""
+    if isinstance(out, Tensor):
+        return (out, None), (0, 0), {"TILE": 1, **rounding(numerics.DEFAULT_PROFILE, torch.float8_e4m3fn)}
+    codes, scale, tile, profile = out
+    strides = (scale.stride(1), scale.stride(2))
+    return (codes, scale), strides, {"TILE": tile, **rounding(profile, codes.dtype)}
 
 
 ATTEND_TO_CACHE = KernelOp[AttendConfig, AttendProblem, AttendOperands]("attention over a cache")

@@ -23,6 +23,12 @@ from qcompiler.numerics import ALL
 MOST_OPERANDS = 6
 MOST_RESIDUALS = 2
 
+FEW_ROWS = 512
+"""Rows up to which the latency of memory limits the kernel."""
+
+AHEAD = True
+"""Whether a kernel of few rows reads its vectors ahead, while earlier kernels still run."""
+
 
 class FusedQuantizeProblem(NamedTuple):
     """A fused expression on rows, and their quantization.
@@ -94,7 +100,7 @@ def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuanti
     if problem.whole_rows or block_k == ALL:
         return {_row_config(m, k, block_k, problem.operand_bytes > 2 or residuals > 0): None}
     columns = 512
-    if m > 512:
+    if m > FEW_ROWS:
         # The widest block of which little lies outside the row.
         columns = next((size for size in (2048, 1024) if -k % size < k // 16), 512)
     columns = max(min(columns, 1 << max((k - 1).bit_length(), 4)), block_k)
@@ -104,7 +110,7 @@ def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuanti
 def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfig:
     """Whole rows: 64 numbers per thread, 32 if there is much state per number, 16 if there are few rows."""
     columns = max(1 << max((k - 1).bit_length(), 4), block_k)
-    if m <= 512:
+    if m <= FEW_ROWS:
         block_m, shares = 1, columns // 512
     else:
         block_m = max(1024 // columns, 1)
@@ -155,6 +161,7 @@ class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQua
         constants = {
             "K": k, "EXPRESSION": triton_function(expression, keep), **rounding(profile, q.dtype),
             "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP": config.group, "VECTOR": config.vector,
+            "AHEAD": AHEAD and m <= FEW_ROWS,
         }  # fmt: skip
         arguments = (
             *given, *none, *residuals, *[None] * (MOST_RESIDUALS - len(residuals)), q, scale, m, *strides,

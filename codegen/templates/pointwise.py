@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -55,7 +55,7 @@ class PointwiseOperands(NamedTuple):
     Attributes:
         expressions: One for each result.
         shapes: The shapes of the results, as in `kernel.pointwise`.
-        operands: In a floating dtype, any strides.
+        operands: In a floating dtype, or int32 or int64 if they are parts of indices; any strides.
         out: The results, contiguous; overwritten. With a cache, those after the first two.
         cache: Where the first two results are appended.
     """
@@ -71,15 +71,28 @@ class Appended(NamedTuple):
     """A key-value cache, and where in it a call appends.
 
     Attributes:
-        tensors: Key, value, and their scales or None: [slots, heads, capacity, ...], contiguous; written in place.
-            Static scales are [1] and only read.
+        tensors: Key, value, and their scales or None: [slots, heads, held, ...], contiguous; written in place. Static
+            scales are [1] and only read.
         slots: int64 [batch], contiguous.
         lengths: int64 [batch], contiguous.
+        capacity: Maximum length of a sequence if the cache is a ring of `held` positions; None if it is not.
     """
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     slots: Tensor
     lengths: Tensor
+    capacity: int | None = None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of a kernel, as in `pointwise_kernels.CACHE`."""
+        slot_count, _, held, _ = self.tensors[0].shape
+        return (*self.tensors, self.slots, self.lengths, slot_count, self.capacity or held)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of a kernel, as in `pointwise_kernels.CACHE_CONSTANTS`."""
+        return {**cache_rounding(self.tensors), "RING": self.tensors[0].shape[2] if self.capacity else None}
 
 
 def pointwise_configs(problem: PointwiseProblem) -> Mapping[PointwiseConfig, None]:
@@ -106,17 +119,19 @@ class Pointwise(Template[PointwiseConfig, PointwiseProblem, PointwiseOperands]):
         expressions, shapes, given, out, cache = operands
         kernel = pointwise_kernel(expressions, shapes, adjacent_axes(given), cache is not None)
         elements = max(config.elements, *kernel.widths)
-        strides = [given[place].stride(axis) for place, axis in kernel.strides]
-        unit = 16 // min(each.element_size() for each in (*given, *out))
-        unit = unit if all(stride % unit == 0 for stride in strides) else 1
-        sizes = (given[place].shape[axis] for place, axis in kernel.sizes)
-        appended = (
-            () if cache is None else (*cache.tensors, *cache[1:], cache.tensors[0].shape[0], cache.tensors[0].shape[2])
-        )
-        arguments = (*out, *appended, *given, *sizes, *(stride // unit for stride in strides))
-        constants = {"UNIT": unit, "ELEMENTS": elements, "WIDE": max(map(_extent, (*given, *out))) >= NARROW}
+        reads, integers = kernel.given.read, kernel.given.integers
+        read = [given[place] for place in reads]
+        floats = [given[place] for place in reads if place not in integers]
+        strides = [(place in integers, given[place].stride(axis)) for place, axis in kernel.given.strides]
+        unit = 16 // min(each.element_size() for each in (*floats, *out))
+        unit = unit if all(whole or stride % unit == 0 for whole, stride in strides) else 1
+        sizes = (given[place].shape[axis] for place, axis in kernel.given.sizes)
+        appended = () if cache is None else cache.arguments
+        steps = (stride if whole else stride // unit for whole, stride in strides)
+        arguments = (*out, *appended, *read, *sizes, *steps)
+        constants = {"UNIT": unit, "ELEMENTS": elements, "WIDE": max(map(_extent, (*read, *out))) >= NARROW}
         if cache is not None:
-            constants |= cache_rounding(cache.tensors)
+            constants |= cache.constants
         shaped = [shape_of(shape, given) for shape in shapes]
         programs = sum(
             ceil_div(prod(shape[:-1]), elements // width) * ceil_div(shape[-1] if shape else 1, width)

@@ -133,7 +133,7 @@ class Family(Generic[Config, Problem, Operands]):
         calls = template.calls(config, operands)
         if not (template.overlaps and template.limits.overlap and driver_overlaps()):
             return calls
-        return [call._replace(options={**call.options, "launch_pdl": True}) for call in calls]
+        return [KernelCall(*call[:-1], {**call.options, "launch_pdl": True}) for call in calls]
 
     def launch(self, config: Config, operands: Operands) -> None:
         """Launches the calls on the current CUDA stream."""

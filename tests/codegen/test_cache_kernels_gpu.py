@@ -8,6 +8,7 @@ from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
 from codegen.direct import kernels
+from codegen.operators.chunk_attention import stored, stored_on_gpu
 from codegen.targets.hopper import HOPPER
 from codegen.templates.attend_to_cache import ATTEND_TO_CACHE, AttendConfig, AttendOperands
 from qcompiler import numerics
@@ -51,17 +52,18 @@ def filled(
 
 
 def reference(
-    cache: list[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None = None, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    cache: list[Tensor], query: Tensor, slots: Tensor, lengths: Tensor, sinks: Tensor | None = None,
+    slopes: Tensor | None = None, *,
+    scale: float, window: int | None = None, softcap: float | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The state dialect in FP64 on the CPU, over the decoded cache."""
     key, value = (tensor.cpu().double() for tensor in cache[:2])
     if len(cache) > 2:
         key, value = key * cache[2].cpu()[..., None], value * cache[3].cpu()[..., None]
-    given = None if sinks is None else sinks.cpu()
+    given, biases = (None if each is None else each.cpu() for each in (sinks, slopes))
     return state.attend(
-        [key, value], query.cpu().double(), slots.cpu(), lengths.cpu(), given, scale=scale, window=window,
-        softcap=softcap,
+        [key, value], query.cpu().double(), slots.cpu(), lengths.cpu(), given, None, biases, scale=scale,
+        window=window, softcap=softcap, chunk=chunk,
     )  # fmt: skip
 
 
@@ -72,6 +74,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def check(
     dtype: torch.dtype, lengths: list[int], tokens: int, repeats: int, *, groups: int = 2, capacity: int = 3001,
     sizes: tuple[int, int] = (128, 128), sink: bool = False, window: int | None = None, softcap: float | None = None,
+    slope: bool = False, chunk: int | None = None,
 ) -> None:  # fmt: skip
     """Lengths include the new tokens, which are already appended."""
     cache, slots = filled(dtype, lengths, groups, capacity, sizes)
@@ -79,10 +82,13 @@ def check(
     query = torch.randn(len(lengths), tokens, heads, sizes[0], device="cuda").to(query_dtype(dtype)).transpose(1, 2)
     before = torch.tensor(lengths, device="cuda") - tokens
     sinks = torch.randn(heads, device="cuda") if sink else None
+    slopes = 0.5 ** torch.arange(1, heads + 1, device="cuda") if slope else None
     scale = sizes[0] ** -0.5
     for _ in range(3):  # the second call is recorded, the third replayed
-        got = kernels.attend_to_cache(cache, query, slots, before, sinks, None, scale, window, softcap)
-        want = reference(cache, query, slots, before, sinks, scale=scale, window=window, softcap=softcap)
+        got = kernels.attend_to_cache(cache, query, slots, before, sinks, None, slopes, scale, window, softcap, chunk)
+        want = reference(
+            cache, query, slots, before, sinks, slopes, scale=scale, window=window, softcap=softcap, chunk=chunk
+        )
         assert got.shape == want.shape and got.dtype == query.dtype
         assert error(got, want) < ERRORS[dtype], (dtype, lengths, tokens, repeats, sizes)
 
@@ -108,6 +114,48 @@ def test_other_head_sizes(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
         check(dtype, [70, 333], tokens, 3, sizes=sizes, capacity=401)
 
 
+def latents(
+    dtype: torch.dtype, lengths: list[int], sizes: tuple[int, int], capacity: int = 3001
+) -> tuple[list[Tensor], Tensor]:
+    """A cache with its values within the keys, filled by appends of keys alone, and the slots."""
+    key, _, *scales = caches(dtype, len(lengths) + 1, 1, capacity, sizes)
+    cache = [key, key[..., : sizes[1]], *scales[:1] * 2]
+    slots = torch.randperm(len(lengths) + 1, device="cuda")[: len(lengths)]
+    for row, length in enumerate(lengths):
+        new = torch.randn(1, length, 1, sizes[0], device="cuda").to(query_dtype(dtype)).transpose(1, 2)
+        unused = torch.full_like(new[..., : sizes[1]], math.nan)
+        zero = torch.zeros(1, dtype=torch.int64, device="cuda")
+        kernels.append_to_cache(cache, new, unused, slots[row : row + 1], zero)
+    return cache, slots
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16, F16, F32])
+@pytest.mark.parametrize(
+    ("heads", "sizes", "lengths", "tokens"),
+    [
+        (128, (576, 512), [1, 64, 65, 3000], 1),
+        (128, (576, 512), [70, 129, 1000], 33),
+        (16, (576, 512), [1, 2999], 2),
+        (16, (576, 512), [2048] * 40, 1),
+        (20, (320, 256), [5, 777], 3),
+        (4, (20, 16), [5, 300], 3),
+    ],
+)
+def test_attention_to_a_latent(
+    dtype: torch.dtype, heads: int, sizes: tuple[int, int], lengths: list[int], tokens: int
+) -> None:
+    if dtype == F32 and sizes[0] > 512:
+        lengths = lengths[:2]
+    lengths = [max(length, tokens) for length in lengths]
+    cache, slots = latents(dtype, lengths, sizes)
+    query = torch.randn(len(lengths), tokens, heads, sizes[0], device="cuda").to(query_dtype(dtype)).transpose(1, 2)
+    before = torch.tensor(lengths, device="cuda") - tokens
+    want = reference(cache, query, slots, before, scale=0.05)
+    for _ in range(3):  # the second call is recorded, the third replayed
+        got = kernels.attend_to_cache(cache, query, slots, before, None, None, None, 0.05, None, None, None)
+        assert error(got, want) < ERRORS[query_dtype(dtype)]
+
+
 @pytest.mark.parametrize("dtype", [E4M3, B16])
 def test_windows_sinks_and_soft_caps(dtype: torch.dtype) -> None:
     for window in (1, 7, 64, 1000):
@@ -116,6 +164,16 @@ def test_windows_sinks_and_soft_caps(dtype: torch.dtype) -> None:
     for tokens in (1, 64):
         check(dtype, [64, 2222], tokens, 4, sink=True)
         check(dtype, [64, 2222], tokens, 4, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16, F32])
+def test_slopes_and_chunks(dtype: torch.dtype) -> None:
+    for tokens in (1, 33, 64):
+        check(dtype, [64, 65, 2222], tokens, 4, slope=True)
+        check(dtype, [64, 65, 2222], tokens, 4, slope=True, window=100, sink=True, softcap=9.0)
+        for chunk in (1, 48, 64, 1000, 4096):
+            check(dtype, [64, 65, 2222], tokens, 4, chunk=chunk)
+        check(dtype, [64, 65, 2222], tokens, 3, chunk=100, window=70, slope=True)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, B16])
@@ -132,6 +190,32 @@ def test_every_configuration_gives_the_same_numbers(dtype: torch.dtype) -> None:
                 operands = AttendOperands(query, tensors, slots, before, None, out, 0.1)
                 ATTEND_TO_CACHE.family(HOPPER).launch(AttendConfig(16, block_n, warps, stages, splits), operands)
                 assert error(out.transpose(1, 2), want) < ERRORS[dtype], (block_n, warps, stages, splits)
+
+
+@pytest.mark.parametrize("layout", ["row_major", "col_major"])
+@pytest.mark.parametrize("dtype", [E4M3, B16])
+@pytest.mark.parametrize(("value_size", "tile"), [(128, 128), (128, 32), (64, 64), (64, 128), (96, 32)])
+def test_attention_that_quantizes_equals_both_kernels(
+    dtype: torch.dtype, value_size: int, tile: int, layout: str
+) -> None:
+    """Bit for bit, if the same programs add the splits; else up to the order of additions."""
+    quantization = ([1, tile], E4M3, "deepseek", layout)
+    for lengths, tokens in (([700, 2], 1), ([700, 33], 20), ([300, 5] * 40, 1), ([600], 600)):
+        cache, slots = filled(dtype, lengths, 8, 1024, (128, value_size))
+        query = torch.randn(len(lengths), tokens, 24, 128, device="cuda", dtype=B16).transpose(1, 2)
+        before = torch.tensor(lengths, device="cuda") - tokens
+        given = (cache, query, slots, before, None, 0 if tokens == 600 else None, None, 0.1, None, None, None, None)
+        want_codes, want_scales = kernels.quantize(
+            kernels.attend_to_cache(*given).transpose(1, 2).flatten(2), *quantization
+        )
+        for _ in range(3):  # the second call is recorded, the third replayed
+            codes, scales = kernels.fused_attend(*given, *quantization)
+            assert codes.shape == want_codes.shape and scales.stride() == want_scales.stride()
+            if tile <= value_size:
+                assert torch.equal(codes.view(I8), want_codes.view(I8)) and torch.equal(scales, want_scales)
+            else:
+                assert error(scales.double(), want_scales.cpu().double()) < 1e-2
+                assert float((codes.view(I8) != want_codes.view(I8)).float().mean()) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [E4M3, I8, B16, F32])
@@ -173,7 +257,7 @@ def test_a_graph_follows_lengths_on_the_device() -> None:
 
     def step() -> Tensor:
         kernels.append_to_cache(cache, key, key, slots, lengths)
-        result: Tensor = kernels.attend_to_cache(cache, query, slots, lengths, None, None, 0.1, None, None)
+        result: Tensor = kernels.attend_to_cache(cache, query, slots, lengths, None, None, None, 0.1, None, None, None)
         return result
 
     step()
@@ -190,6 +274,26 @@ def test_a_graph_follows_lengths_on_the_device() -> None:
         lengths += 1
 
 
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16, F32])
+@pytest.mark.parametrize(("window", "ring"), [(100, 399), (128, 1024)])
+def test_rings_give_equal_bits(dtype: torch.dtype, window: int, ring: int) -> None:
+    """Ragged rows that wrap around several times, in chunks and single tokens, with padding on the right."""
+    capacity, slots = 4096, torch.tensor([2, 0, 3], device="cuda")
+    full, held = caches(dtype, 4, 2, capacity), caches(dtype, 4, 2, ring)
+    lengths, sinks = torch.tensor([0, 0, 0], device="cuda"), torch.randn(8, device="cuda")
+    for tokens in (300, 1, 1, 37, 300, 299, 1, 1, 1, 16, 300, 300, 1):
+        key, query = (
+            torch.randn(3, tokens, heads, 128, device="cuda").to(query_dtype(dtype)).transpose(1, 2) for heads in (2, 8)
+        )
+        kernels.append_to_cache(full, key, key, slots, lengths)
+        kernels.append_to_cache(held, key, key, slots, lengths, capacity)
+        rest = (query, slots, lengths, sinks, None, None, 0.1, window, None, None)
+        want, got = kernels.attend_to_cache(full, *rest), kernels.attend_to_cache(held, *rest, capacity)
+        assert bool(want.isfinite().all()) and torch.equal(got, want), (tokens, lengths.tolist())
+        lengths = lengths + torch.tensor([tokens, max(tokens - 30, 1), (tokens + 1) // 2], device="cuda")
+    assert lengths.tolist()[0] > 3 * ring // 2
+
+
 def test_a_large_cache_needs_64_bit_offsets() -> None:
     slots, groups, capacity = 40, 8, 65536
     cache = caches(I8, slots, groups, capacity)
@@ -199,7 +303,7 @@ def test_a_large_cache_needs_64_bit_offsets() -> None:
     kernels.append_to_cache(cache, key, key, slot, lengths)
     codes, _ = numerics.quantize(key.cpu(), state.FORMATS[I8])
     assert torch.equal(cache[0][-1, :, -300:].cpu(), codes[0])
-    out = kernels.attend_to_cache(cache, key[:, :, -1:], slot, lengths + 299, None, None, 0.1, 300, None)
+    out = kernels.attend_to_cache(cache, key[:, :, -1:], slot, lengths + 299, None, None, None, 0.1, 300, None, None)
     assert bool(out.isfinite().all())
 
 
@@ -210,7 +314,16 @@ def test_long_chunks_with_a_known_start(dtype: torch.dtype) -> None:
         cache, slots = filled(dtype, [start + tokens] * 2, 2, 3001)
         query = torch.randn(2, tokens, 8, 128, device="cuda").to(query_dtype(dtype)).transpose(1, 2)
         lengths = torch.full((2,), start, device="cuda")
-        got = kernels.attend_to_cache(cache, query, slots, lengths, None, start, 0.1, None, None)
+        got = kernels.attend_to_cache(cache, query, slots, lengths, None, start, None, 0.1, None, None, None)
         want = reference(cache, query, slots, lengths, scale=0.1)
         assert got.shape == want.shape and got.dtype == query.dtype and got.transpose(1, 2).is_contiguous()
         assert error(got, want) < max(ERRORS[dtype], 5e-3 if dtype.itemsize == 1 else 0.0), (dtype, start, tokens)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8, B16, F16])
+def test_a_chunk_reads_what_the_cache_stores(dtype: torch.dtype) -> None:
+    for batch, end, sizes in ((1, 700, (128, 128)), (3, 1237, (192, 128)), (2, 5, (80, 64))):
+        cache, slots = filled(dtype, [end] * batch, 2, 1500, sizes)
+        got = stored_on_gpu(cache, slots, end, query_dtype(dtype))
+        for one, other in zip(got, stored(cache, slots, end, query_dtype(dtype)), strict=True):
+            assert torch.equal(one, other), (dtype, batch, end, sizes)

@@ -16,6 +16,7 @@ from qcompiler.runtime.caches import allocate
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 append, attend = torch.ops.qcompiler.append_to_cache, torch.ops.qcompiler.attend_to_cache
+fused_attend = torch.ops.qcompiler.fused_attend
 ELEMENTS = (DType.f32, DType.bf16, FP8_ROW, INT8_ROW)
 SLOTS, LENGTHS = torch.tensor([2, 0]), torch.tensor([0, 0])
 
@@ -38,8 +39,11 @@ def test_the_operators_run_the_state_dialect(element: DType | object) -> None:
         key, value, query = new(tokens, 2).to(dtype), new(tokens, 2, 8).to(dtype), new(tokens, 6).to(dtype)
         append(mine, key, value, SLOTS, lengths)
         state.append(theirs, key, value, SLOTS, lengths)
-        out = attend(mine, query, SLOTS, lengths, torch.ones(6), None, 0.3, 3, 5.0)
-        want = state.attend(theirs, query, SLOTS, lengths, torch.ones(6), scale=0.3, window=3, softcap=5.0)
+        slopes = torch.linspace(0.1, 0.5, 6)
+        out = attend(mine, query, SLOTS, lengths, torch.ones(6), None, slopes, 0.3, 3, 5.0, 4)
+        want = state.attend(
+            theirs, query, SLOTS, lengths, torch.ones(6), None, slopes, scale=0.3, window=3, softcap=5.0, chunk=4
+        )
         assert torch.equal(out, want) and out.transpose(1, 2).is_contiguous()
         lengths += tokens
     assert all(torch.equal(one.float(), other.float()) for one, other in zip(mine, theirs, strict=True))
@@ -50,16 +54,32 @@ def test_the_schemas_and_fakes_are_correct() -> None:
     for test in ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"):
         torch.library.opcheck(append, (tensors, key, value, SLOTS, LENGTHS), test_utils=test)
         torch.library.opcheck(
-            attend, (tensors, new(3, 4), SLOTS, LENGTHS, None, None, 0.3, None, None), test_utils=test
+            attend, (tensors, new(3, 4), SLOTS, LENGTHS, None, None, None, 0.3, None, None, None), test_utils=test
         )
+
+
+@pytest.mark.parametrize("layout", ["row_major", "col_major"])
+def test_attention_that_quantizes_equals_both_operators(layout: str) -> None:
+    tensors, query = cache(INT8_ROW), new(3, 8)
+    append(tensors, new(3, 2), new(3, 2), SLOTS, LENGTHS)
+    quantization = ([1, 32], torch.int8, "deepseek")
+    given = (tensors, query, SLOTS, LENGTHS, None, 0, torch.rand(8), 0.3, 2, None, 2, None)
+    rows = attend(*given).transpose(1, 2).flatten(2)
+    for got, want in zip(
+        fused_attend(*given, *quantization, layout), torch.ops.qcompiler.quantize(rows, *quantization, layout),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(got, want) and got.stride() == want.stride()
+    for test in ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"):
+        torch.library.opcheck(fused_attend, (*given, *quantization, layout), test_utils=test)
 
 
 def test_torch_compile_keeps_the_order_of_appends_and_reads() -> None:
     def step(tensors: list[Tensor], key: Tensor, value: Tensor, query: Tensor, lengths: Tensor) -> Tensor:
         append(tensors, key, value, SLOTS, lengths)
-        first = attend(tensors, query, SLOTS, lengths, None, None, 0.3, None, None)
+        first = attend(tensors, query, SLOTS, lengths, None, None, None, 0.3, None, None, None)
         append(tensors, key * 2, value * 2, SLOTS, lengths)
-        result: Tensor = first + attend(tensors, query, SLOTS, lengths, None, None, 0.3, None, None)
+        result: Tensor = first + attend(tensors, query, SLOTS, lengths, None, None, None, 0.3, None, None, None)
         return result
 
     torch._dynamo.reset()

@@ -38,26 +38,24 @@ def test_a_chunk_attends_to_what_the_cache_stores(element: DType | Format, start
 @pytest.mark.parametrize("format", [FP8_ROW, INT8_ROW], ids=str)
 def test_stored_values_are_rounded_once(format: Format) -> None:
     cache, _ = filled(format, 9, torch.bfloat16)
-    for index in (0, 1):
+    for index, got in enumerate(stored(cache, SLOTS, 9 + TOKENS, torch.bfloat16)):
         exact = numerics.dequantize(cache[index], cache[2 + index][..., None], format=format)[SLOTS, :, : 9 + TOKENS]
-        assert torch.equal(stored(cache, index, SLOTS, 9 + TOKENS, torch.bfloat16), exact.to(torch.bfloat16))
+        assert torch.equal(got, exact.to(torch.bfloat16))
 
 
 def test_which_chunks_torch_runs() -> None:
     long = LEAST_TOKENS
     cache = [torch.empty(1, 2, 2 * long, 64, dtype=torch.bfloat16, device="meta")] * 2
     query = torch.empty(1, 4, long, 64, dtype=torch.bfloat16, device="meta")
-    sinks = torch.empty(4, device="meta")
-    assert why_not_chunk(cache, query, None, long, None, None) is None
-    assert why_not_chunk(cache, query, None, 0, long, None) is None, "the window hides nothing"
-    for reason, *arguments in (
-        ("it has 511 tokens", query[:, :, 1:], None, 0, None, None),
-        ("it ends at position 1025", query, None, long + 1, None, None),
-        ("its window of 1023 positions hides some of 1024", query, None, long, 2 * long - 1, None),
-        ("torch's kernels have no limit", query, sinks, 0, None, None),
-        ("torch's kernels have no limit", query, None, 0, None, 5.0),
-        ("torch's kernels do not compute in torch.float32", query.float(), None, 0, None, None),
+    assert why_not_chunk(cache, query, long, None, beside=False) is None
+    assert why_not_chunk(cache, query, 0, long, beside=False) is None, "the window hides nothing"
+    for reason, queries, start, reach, beside in (
+        ("it has 511 tokens", query[:, :, 1:], 0, None, False),
+        ("it ends at position 1025", query, long + 1, None, False),
+        ("its mask of 1023 positions hides some of 1024", query, long, 2 * long - 1, False),
+        ("torch's kernels have no limit", query, 0, None, True),
+        ("torch's kernels do not compute in torch.float32", query.float(), 0, None, False),
     ):
-        assert str(why_not_chunk(cache, *arguments)).startswith(reason)
+        assert str(why_not_chunk(cache, queries, start, reach, beside=beside)).startswith(reason)
     latent = [cache[0], torch.empty(1, 2, 2 * long, 32, dtype=torch.bfloat16, device="meta")]
-    assert str(why_not_chunk(latent, query, None, 0, None, None)).startswith("its heads of 64 and 32 elements")
+    assert str(why_not_chunk(latent, query, 0, None, beside=False)).startswith("its heads of 64 and 32 elements")

@@ -15,7 +15,7 @@ from qcompiler.dialects import state
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.errors import InputError
 from qcompiler.ir import CacheType, DType
-from qcompiler.ir.formats import FP8_ROW, INT8_ROW
+from qcompiler.ir.formats import FP8_ROW, FP8_TENSOR, INT8_ROW
 from qcompiler.numerics import ALL
 from qcompiler.runtime.caches import allocate
 
@@ -125,23 +125,49 @@ def test_a_sum_of_two_bf16_tensors_is_one_call() -> None:
 
 @pytest.mark.parametrize("element", [DType.bf16, DType.f32, FP8_ROW, INT8_ROW])
 @pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (5, 4.0, True)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks", "slopes", "chunk"),
+    [
+        (None, None, False, False, None),
+        (5, 4.0, True, False, None),
+        (None, None, False, True, 6),
+        (5, 4.0, True, True, 6),
+    ],
+)
 def test_caches_equal_the_state_dialect(
-    element: Any, rows: int, window: int | None, softcap: float | None, sinks: bool
+    element: Any, rows: int, window: int | None, softcap: float | None, sinks: bool, slopes: bool, chunk: int | None
 ) -> None:
     kind = CacheType(element, slots=rows + 1, heads=2, capacity=40, key=16, value=16)
     mine, theirs = allocate(kind, "cpu").tensors, allocate(kind, "cpu").tensors
     dtype = torch.bfloat16 if element is DType.bf16 else torch.float32
     slots, lengths = torch.arange(rows) + 1, torch.arange(rows) % 7
-    sink = torch.randn(6) if sinks else None
+    sink, slope = torch.randn(6) if sinks else None, torch.rand(6) if slopes else None
     for tokens in (4, 1, 1, 9, 1):
         key, value = (torch.randn(rows, tokens, 2, 16).to(dtype).transpose(1, 2) for _ in range(2))
         query = torch.randn(rows, tokens, 6, 16).to(dtype).transpose(1, 2)
         cache.append(mine, key, value, slots, lengths)
         state.append(theirs, key, value, slots, lengths)
-        got = cache.attend(mine, query, slots, lengths, sink, None, 0.3, window, softcap)
-        want = state.attend(theirs, query, slots, lengths, sink, scale=0.3, window=window, softcap=softcap)
+        got = cache.attend(mine, query, slots, lengths, sink, None, slope, 0.3, window, softcap, chunk)
+        forms: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap, "chunk": chunk}
+        want = state.attend(theirs, query, slots, lengths, sink, None, slope, **forms)
         assert same(got, want)
+        lengths = lengths + tokens
+    assert all(same(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("element", [DType.bf16, FP8_ROW, INT8_ROW, FP8_TENSOR])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_values_within_the_keys_equal_the_state_dialect(element: Any, rows: int) -> None:
+    kind = CacheType(element, slots=rows, heads=1, capacity=20, key=20, value=16, within=True)
+    static = [torch.tensor([0.02])] * 2 if kind.is_static else []
+    mine, theirs = ([*allocate(kind, "cpu").tensors, *static] for _ in range(2))
+    slots, lengths = torch.arange(rows), torch.arange(rows) % 7
+    for tokens in (4, 1, 1):
+        key, query = (torch.randn(rows, heads, tokens, 20).bfloat16() for heads in (1, 4))
+        cache.append(mine, key, key[..., :16], slots, lengths)
+        state.append(theirs, key, key[..., :16], slots, lengths)
+        got = cache.attend(mine, query, slots, lengths, None, None, None, 0.3, None, None, None)
+        assert same(got, state.attend(theirs, query, slots, lengths, scale=0.3))
         lengths = lengths + tokens
     assert all(same(one, other) for one, other in zip(mine, theirs, strict=True))
 
@@ -153,7 +179,7 @@ def test_rows_outside_the_cache_are_named(slot: int, length: int) -> None:
     with pytest.raises(InputError, match="row 0"):
         cache.append(tensors, new, new, *rest)
     with pytest.raises(InputError, match="row 0"):
-        cache.attend(tensors, new, *rest, None, None, 1.0, None, None)
+        cache.attend(tensors, new, *rest, None, None, None, 1.0, None, None, None)
     assert not any(tensor.any() for tensor in tensors)
 
 

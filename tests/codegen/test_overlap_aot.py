@@ -1,6 +1,7 @@
 """Kernels that overlap wait for the ones before them, and start the next one only if they cannot write its weight."""
 
 import ctypes
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -64,7 +65,12 @@ def gemm(variant: str, kind: str = "tiles") -> MachineCode:
         pytest.param(lambda: compile_fused_quantize("bf16(x0 + x1)", (B16, B16), 4096, m=16), id="fused quantize"),
         pytest.param(lambda: compile_append(E4M3), id="append"),
         pytest.param(lambda: compile_attend(E4M3), id="attend"),
+        pytest.param(
+            lambda: compile_attend(E4M3, groups=1, repeats=128, sizes=(576, 512), within=True), id="attend to a latent"
+        ),
         pytest.param(lambda: compile_combine(), id="combine"),
+        pytest.param(lambda: compile_attend(E4M3, batch=64, tile=128), id="attend and quantize"),
+        pytest.param(lambda: compile_combine(tile=128), id="combine and quantize"),
     ],
 )
 def test_a_kernel_waits_for_earlier_ones_and_lets_the_next_one_start(compiled: Callable[[], MachineCode]) -> None:
@@ -90,6 +96,29 @@ def test_weights_are_loaded_before_the_wait() -> None:
     """The first load through the copy engine comes earlier in the machine code than the wait."""
     for code in (gemm("narrow"), gemm("narrow", "rows_f8")):
         assert code.sass.index("UTMALDG") < code.sass.index(WAIT)
+
+
+def test_the_scale_of_a_weight_is_loaded_before_the_wait() -> None:
+    before, _, _ = gemm("narrow").sass.partition(WAIT)
+    assert len(re.findall(r"LDG\.E ", before)) == 1
+
+
+def test_gains_of_a_norm_are_moved_to_l2_before_the_wait() -> None:
+    norm = "bf16(x2 * bf16((x0 + x1) * rsqrt(mean(x0 * x0) + 1e-06)))"
+    few, many = (compile_fused_quantize(norm, (B16,) * 3, 4096, vectors=(2,), m=m).sass for m in (1, 4096))
+    before, _, after = few.partition(WAIT)
+    assert before.count("CCTL.E.PF2") == 1 and "LDG" not in before and "CCTL.E.PF2" not in after
+    assert "CCTL.E.PF2" not in many
+
+
+def test_attention_moves_its_first_positions_to_l2_before_the_wait() -> None:
+    """Slots and lengths are read before it for their addresses, and again after it."""
+    before, _, after = compile_attend(E4M3, batch=1).sass.partition(WAIT)
+    assert before.count("CCTL.E.PF2") == 4, "keys, values, and the scales of both"
+    for part in (before, after):
+        assert len(re.findall(r"LDG\.E(\.64)?\.STRONG", part)) == 2
+    assert "LDGSTS" not in before and "STG" not in before
+    assert "CCTL.E.PF2" not in compile_attend(E4M3, batch=1, tokens=512).sass
 
 
 def test_an_old_driver_gets_kernels_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pointwise_examples import (
     compile_pointwise,
     compile_rotary,
     compile_rotary_append,
+    compile_step_tables,
     meta,
 )
 
@@ -34,6 +35,13 @@ def test_a_norm_before_a_rotary_embedding() -> None:
     assert code.wide_stores == 2
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (16, 1), (1, 4096)])
+def test_rows_of_an_embedding_and_a_table_of_positions(batch: int, tokens: int) -> None:
+    code = compile_step_tables(batch, tokens)
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads and code.wide_stores
+
+
 @pytest.mark.parametrize("columns", [768, 4096, 16384])
 def test_a_norm_of_a_whole_row(columns: int) -> None:
     code = compile_norm(columns)
@@ -48,6 +56,12 @@ def test_rotary_embedding_and_append(dtype: torch.dtype, tokens: int) -> None:
     assert (code.local_loads, code.local_stores) == (0, 0)
     assert code.wide_loads >= 5 + 5 + 1
     assert ("F2FP.SATFINITE.E4M3" in code.sass) == (dtype == torch.float8_e4m3fn)
+
+
+def test_rotary_embedding_and_append_to_a_ring() -> None:
+    code, full = compile_rotary_append(capacity=4096), compile_rotary_append()
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads == full.wide_loads and code.registers <= full.registers + 16
 
 
 def test_offsets_are_wide_only_if_a_tensor_is_large() -> None:

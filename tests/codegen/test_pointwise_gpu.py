@@ -5,6 +5,7 @@ import torch
 from pointwise_examples import KEYS, ROTARY, SHAPES
 from torch import Tensor
 
+import codegen.torch_ops  # noqa: F401  (registers the operators)
 from qcompiler.dialects.pointwise import pointwise
 
 pytestmark = pytest.mark.gpu
@@ -37,10 +38,26 @@ def test_rotary_embedding(batch: int, tokens: int) -> None:
     check((ROTARY, KEYS), SHAPES, qkv[..., :384].transpose(0, 1).contiguous().transpose(0, 1), cos, sin)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (16, 1), (2, 77), (1, 4096)])
+def test_elements_of_integers_in_indices(batch: int, tokens: int, kind: torch.dtype) -> None:
+    """Rows of an embedding, angles of positions, and one token of each row."""
+    words, ids = torch.randn(300, 1096).bfloat16(), torch.randint(300, (batch, tokens)).to(kind)
+    lengths, last = torch.randint(9000, (batch,)).to(kind), torch.randint(tokens, (batch,)).to(kind)
+    expressions = ("bf16(x0[x1(i0, i1), i2])", "number(i1 + x3(i0)) * x2[i2]", "bf16(x4[i0, x5(i0), i1] * 3.0)")
+    shapes = ("x1.0, x1.1, 1096", "x1.0, x1.1, 64", "x4.0, 40")
+    check(expressions, shapes, words, ids, torch.rand(64), lengths, torch.randn(batch, tokens, 40).bfloat16(), last)
+    outside = torch.ops.qcompiler.pointwise([words.cuda(), (ids + 300).cuda()], [expressions[0]], [shapes[0]])[0]
+    assert bool(outside.isnan().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (16, 1), (3, 77)])
-def test_append(dtype: torch.dtype, batch: int, tokens: int) -> None:
-    """One kernel writes the same bytes as the two that it replaces; tokens beyond the capacity are not written."""
+@pytest.mark.parametrize(("batch", "tokens", "capacity"), [(1, 1, None), (16, 1, None), (3, 77, None), (3, 77, 85)])
+def test_append(dtype: torch.dtype, batch: int, tokens: int, capacity: int | None) -> None:
+    """One kernel writes the same bytes as the two that it replaces; tokens beyond the capacity are not written.
+
+    With a capacity, the cache is a ring of 80 positions.
+    """
     qkv, value = torch.randn(batch, tokens, 384).bfloat16().cuda(), torch.randn(batch, tokens, 2, 48).bfloat16().cuda()
     cos, sin = (torch.randn(batch, tokens, 64).bfloat16().cuda() for _ in range(2))
     slots = torch.randperm(batch + 1, device="cuda")[:batch].contiguous()
@@ -51,11 +68,11 @@ def test_append(dtype: torch.dtype, batch: int, tokens: int) -> None:
     wanted = [each.clone() for each in cache]
     operands = [qkv, cos, sin, value.transpose(1, 2)]
     query, key = torch.ops.qcompiler.pointwise(operands[:3], [ROTARY, KEYS], list(SHAPES))
-    torch.ops.qcompiler.append_to_cache(wanted, key, operands[3], slots, lengths)
+    torch.ops.qcompiler.append_to_cache(wanted, key, operands[3], slots, lengths, capacity)
     for _ in range(3):  # the third call is replayed
         (got,) = torch.ops.qcompiler.fused_append(
             cache, slots, lengths, operands, [KEYS, "bf16(x3[i0, i1, i2, i3])", ROTARY],
-            [SHAPES[1], "x3.0, 2, x3.2, 48", SHAPES[0]],
+            [SHAPES[1], "x3.0, 2, x3.2, 48", SHAPES[0]], capacity,
         )  # fmt: skip
     assert torch.equal(got.view(torch.int16), query.view(torch.int16))
     for one, want in zip(cache, wanted, strict=True):

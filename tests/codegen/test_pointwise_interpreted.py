@@ -37,14 +37,16 @@ def _case(
 
 
 def _append(
-    dtype: "torch.dtype", batch: int, tokens: int, lengths: list[int], *, capacity: int = 9, value: int = 8
+    dtype: "torch.dtype", batch: int, tokens: int, lengths: list[int], *, capacity: int = 9, value: int = 8,
+    ring: int | None = None,
 ) -> None:  # fmt: skip
     """Rotated keys and plain values in one kernel; the tensors of the cache equal those after `state.append`."""
     slots, starts = torch.randperm(batch + 1)[:batch], torch.tensor(lengths)
     qkv, values = torch.randn(batch, tokens, 40).half(), torch.randn(batch, tokens, 2, value).half().transpose(1, 2)
     cos, sin = torch.randn(tokens, 8).half(), torch.randn(tokens, 8).half()
-    kept = [torch.zeros(batch + 1, 2, capacity, size, dtype=dtype) for size in (8, value)]
-    kept += [torch.zeros(batch + 1, 2, capacity) for _ in range(2 if dtype == torch.int8 else 0)]
+    held, limit = ring or capacity, None if ring is None else capacity
+    kept = [torch.zeros(batch + 1, 2, held, size, dtype=dtype) for size in (8, value)]
+    kept += [torch.zeros(batch + 1, 2, held) for _ in range(2 if dtype == torch.int8 else 0)]
     wanted = [each.clone() for each in kept]
     expressions = (KEYS, "f16(x3[i0, i1, i2, i3])", ROTARY)
     shapes = ("x0.0, 2, x0.1, 8", f"x3.0, 2, x3.2, {value}", "x0.0, 3, x0.1, 8")
@@ -54,10 +56,10 @@ def _append(
         fits = max(min(tokens, capacity - length), 0)
         if fits:
             one = slice(row, row + 1)
-            state.append(wanted, key[one, :, :fits], new[one, :, :fits], slots[one], starts[one])
+            state.append(wanted, key[one, :, :fits], new[one, :, :fits], slots[one], starts[one], capacity=limit)
     out = torch.zeros_like(query)
     padded = (kept[0], kept[1], *(kept[2:] or (None, None)))
-    given = PointwiseOperands(expressions, shapes, operands, [out], Appended(padded, slots, starts))
+    given = PointwiseOperands(expressions, shapes, operands, [out], Appended(padded, slots, starts, limit))
     POINTWISE.family(HOPPER).launch(PointwiseConfig(64, 1), given)
     assert torch.equal(out.view(torch.int16), query.view(torch.int16))
     for got, want in zip(kept, wanted, strict=True):
@@ -96,6 +98,14 @@ def _run_all() -> None:
         _append(dtype, 1, 1, [0])
         _append(dtype, 3, 4, [2, 0, 5], value=6)
         _append(dtype, 2, 3, [8, 7])
+        _append(dtype, 3, 4, [2, 0, 5], ring=6)
+    rows, starts = torch.tensor([[4, 0], [2, 2], [1, 5]]), torch.tensor([7, -3, 2**24 + 1])  # row 5 does not exist
+    counted = ("x0[x1(i0, i1), i2] * 2.0", "number(x2(i0) + i1) * x3[i2]", "number(3*x2(0) - 2*i0)")
+    _case(counted, ("x1.0, x1.1, 8", "x1.0, x1.1, 8", "700"), x, rows, starts, torch.randn(8))
+    narrow = rows.int().t().contiguous().t()
+    _case(("x0[i0, x1(i0, 1) - 2*x1(1, 0), 1]",), ("x1.0",), torch.randn(5, 6, 2), narrow)
+    guarded = "where(x1(i0) < 2, 0.5, where(i1 < 4, x0[x1(i0), i1], x0[x2(i0 - 1) + i1 - 4, 0]))"
+    _case((guarded,), ("3, 8",), x, torch.tensor([1, 3, 4]), torch.tensor([0, 1]))
     print("all cases ran")
 
 
