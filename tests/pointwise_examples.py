@@ -41,15 +41,27 @@ def compile_rotary(tokens: int = 4096) -> MachineCode:
     return compile_pointwise((ROTARY, KEYS), SHAPES, operands, [meta(1, 4, tokens, 64), meta(1, 2, tokens, 64)])
 
 
-def compile_rotary_append(dtype: torch.dtype = torch.float8_e4m3fn, tokens: int = 1) -> MachineCode:
+def compile_rotary_append(
+    dtype: torch.dtype = torch.float8_e4m3fn, tokens: int = 1, *, capacity: int | None = None
+) -> MachineCode:
+    """The cache holds 1024 positions; with a capacity, it is a ring."""
     operands = [meta(16, tokens, 384), meta(16, tokens, 64), meta(16, tokens, 64), meta(16, 2, tokens, 64)]
     scale = None if dtype == torch.bfloat16 else meta(16, 2, 1024, dtype=torch.float32)
     stored, numbers = meta(16, 2, 1024, 64, dtype=dtype), meta(16, dtype=torch.int64)
     expressions = (KEYS, "bf16(x3[i0, i1, i2, i3])", ROTARY)
-    cache = Appended((stored, stored, scale, scale), numbers, numbers)
+    cache = Appended((stored, stored, scale, scale), numbers, numbers, capacity)
     return compile_pointwise(expressions, (SHAPES[1], *SHAPES[::-1]), operands, [meta(16, 4, tokens, 64)], cache)
 
 
 def compile_norm(columns: int = 4096) -> MachineCode:
     text = "t0 = mean(x0[i0, i1] * x0[i0, i1]); bf16(x1[i1] * bf16(x0[i0, i1] * rsqrt(t0 + 1e-06)))"
     return compile_pointwise((text,), (f"x0.0, {columns}",), [meta(16, columns), meta(columns)], [meta(16, columns)])
+
+
+def compile_step_tables(batch: int = 1, tokens: int = 1) -> MachineCode:
+    """What a decode step computes before its first layer: rows of an embedding, and angles of positions."""
+    integers, vector = meta(batch, tokens, dtype=torch.int64), meta(64, dtype=torch.float32)
+    operands = [meta(32000, 4096), integers, vector, meta(batch, dtype=torch.int64)]
+    expressions = ("bf16(x0[x1(i0, i1), i2])", "bf16(number(i1 + x3(i0)) * x2[i2])")
+    out = [meta(batch, tokens, 4096), meta(batch, tokens, 64)]
+    return compile_pointwise(expressions, ("x1.0, x1.1, 4096", "x1.0, x1.1, 64"), operands, out)

@@ -134,10 +134,10 @@ def remark_not_finite(op: Op, sources: Sequence[Op], graph: Graph) -> None:
 def _named_after(op: Op, sources: Sequence[Op]) -> str:
     """The name of the largest weight that a constant is computed from; the first of equally large ones.
 
-    A suffix tells if there are others. Without any weight, the name of the operand.
+    A suffix tells if there are others. Without any weight, the name of the operand that is quantized, or of the result.
     """
     if not sources:
-        return op["x"].name
+        return op["x"].name if op.role is Role.QUANTIZE else op.result.name
     joined = len(sources) > 1 and any(inner.name == "aten.cat" for inner in ancestors(op.results[0]))
     return str(max(reversed(sources), key=_elements).attrs["name"]) + "_merged" * joined
 

@@ -18,7 +18,7 @@ from passes.fusing.region_expressions import rounded
 from qcompiler.dialects.expression_nodes import Load
 from qcompiler.dialects.fused_expression import FusedExpression
 from qcompiler.dialects.pointwise import texts_of
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Value
+from qcompiler.ir import Argument, CacheType, Graph, Match, Missed, Op, Rewriter, Rule, Value
 from qcompiler.ir.rewrite import explain
 from qcompiler.ir.sizes import symbol
 from qcompiler.pass_manager.pipeline import Effect, Pass
@@ -34,6 +34,8 @@ class AppendComputedKeys(Rule):
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         key, value = op["key"], op["value"]
         made = key.op
+        if isinstance(cache := op["cache"].type, CacheType) and cache.within:
+            return Missed("the cache has no values besides the keys", op["cache"])
         if made.name != POINTWISE:
             return Missed(f"the keys are not computed by {POINTWISE}, but by {made.name}", key)
         appended = (key, value) if value.op is made else (key,)
@@ -57,7 +59,9 @@ class AppendComputedKeys(Rule):
             operands.append(value)
             first.append(_as_it_is(value, len(operands) - 1))
         chosen = [*first, *texts.values()]
-        attrs = {"expressions": tuple(text for text, _ in chosen), "shapes": tuple(shape for _, shape in chosen)}
+        attrs: dict[str, Argument] = {
+            "expressions": tuple(text for text, _ in chosen), "shapes": tuple(shape for _, shape in chosen), **op.attrs
+        }  # fmt: skip
         args = (op["cache"], op["slots"], op["lengths"], *operands)
         new = rewriter.insert("state.fused_append", *args, attrs=attrs)
         rewriter.replace(op)

@@ -8,23 +8,24 @@
   ->
     %qr, %kr = kernel.pointwise(%qkv, %cos, %sin) {expressions = ["bf16(bf16(x0[i0, i2, 64*i1 + i3] * x1[…]) + …", …]}
 
-Runs last, after the passes that fuse with quantizations, matmuls and norms. A region (see `pointwise_regions`) is fused
-if it replaces at least two kernels. Regions that read a common tensor become results of one operation, if nothing reads
-the results of the first before the last is computed. Expressions round where the operations did: the bits are equal,
-except where a device has several ways to compute a function.
+Runs last, after the passes that fuse with quantizations, matmuls and norms. Regions (see `pointwise_regions`) become
+results of one operation if they read a common tensor, or if no other kernel runs between them, and if nothing reads the
+results of the first before the last is computed. An operation is fused if it replaces at least two kernels. Expressions
+round where the operations did: the bits are equal, except where a device has several ways to compute a function.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from passes.fusing.pointwise_regions import MOST_OPERANDS, PointwiseRegion, copies, grow, is_pointwise
-from qcompiler.dialects.expression_nodes import Expression, Load, parts, rebuilt
+from passes.analyses.integer_elements import is_integer
+from passes.fusing.pointwise_regions import MOST_OPERANDS, PointwiseRegion, copies, grow, is_operand, is_pointwise
+from qcompiler.dialects.expression_nodes import Expression, Load, parts, rebuilt, renamed, resized
 from qcompiler.dialects.fused_expression import FusedExpression
-from qcompiler.ir import Graph, Missed, Op, Rewriter, Size, Value
+from qcompiler.ir import Graph, Missed, Op, Rewriter, Role, Size, TensorType, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
-MOST_RESULTS = 4
+MOST_RESULTS = 6
 MOST_EXPRESSIONS = 400
 """Maximum nodes of an expression, so that a kernel compiles quickly."""
 
@@ -69,32 +70,40 @@ class FusePointwise(Pass):
         for op in reversed(graph.ops()):
             if op in inside or not is_pointwise(op) or graph.is_constant(op.results[0]):
                 continue
-            region = _worthwhile(graph, op)
+            region = _possible(graph, op)
             if isinstance(region, Missed):
                 reasons[op] = str(region)
             else:
                 found.append(region)
                 inside |= {*region.launches}
-        return Plan(tuple(map(tuple, _joined(graph, found[::-1]))), reasons)
+        kernels = _joined(graph, found[::-1])
+        for region, *others in kernels:
+            if not others and len(region.launches) < 2:
+                what = "copies elements" if copies(region.root.op) else "computes"
+                why = f"torch also {what} this in one kernel, and nothing around it can be fused"
+                reasons[region.root.op] = why
+        ordered = {op: reasons[op] for op in sorted(reasons, key=graph.rank, reverse=True)}
+        return Plan(tuple(tuple(each) for each in kernels if each[0].root.op not in reasons), ordered)
 
 
-def _worthwhile(graph: Graph, op: Op) -> PointwiseRegion | Missed:
+def _possible(graph: Graph, op: Op) -> PointwiseRegion | Missed:
+    """The region of an operation, whose operands have all its sizes."""
     region = grow(graph, op.results[0])
     if isinstance(region, Missed):
         return region
-    if len(region.launches) < 2:
-        what = "copies elements" if copies(op) else "computes"
-        return Missed(f"torch also {what} this in one kernel, and nothing around it can be fused")
     if sum(1 for _ in region.expression.expressions()) > MOST_EXPRESSIONS:
         return Missed(f"its expression has more than {MOST_EXPRESSIONS} nodes")
     for size in op.results[0].tensor.shape:
         if not isinstance(size, int) and _axis_with(size, region.operands) is None:
-            return Missed(f"no axis of its operands has its size {size}")
+            sized = next((value for value in graph.inputs if is_operand(value) and size in value.tensor.shape), None)
+            if sized is None:
+                return Missed(f"no axis of its operands has its size {size}")
+            region = replace(region, operands=(*region.operands, sized))
     return region
 
 
 def _joined(graph: Graph, regions: Sequence[PointwiseRegion]) -> list[list[PointwiseRegion]]:
-    """Regions in order, joined with an earlier one where they read a common tensor and may run together."""
+    """Regions in order, joined with an earlier one where they may run together."""
     groups: list[list[PointwiseRegion]] = []
     for region in regions:
         group = next((each for each in reversed(groups) if _may_join(graph, region, each)), None)
@@ -107,11 +116,30 @@ def _joined(graph: Graph, regions: Sequence[PointwiseRegion]) -> list[list[Point
 
 def _may_join(graph: Graph, region: PointwiseRegion, group: Sequence[PointwiseRegion]) -> bool:
     operands = {value for each in group for value in each.operands}
-    if not operands & {*region.operands} or len(operands | {*region.operands}) > MOST_OPERANDS:
+    if len(group) >= MOST_RESULTS or len(operands | {*region.operands}) > MOST_OPERANDS:
         return False
     users = [user for each in group for user in graph.users(each.root)]
     place = graph.rank(region.root.op)
-    return len(group) < MOST_RESULTS and all(graph.rank(user) > place for user in users)
+    if not all(graph.rank(user) > place for user in users):
+        return False
+    return bool(operands & {*region.operands}) or _are_adjacent(graph, (*group, region))
+
+
+def _are_adjacent(graph: Graph, regions: Sequence[PointwiseRegion]) -> bool:
+    """Whether only views and operations on integers and sizes are between the operations of regions without norms."""
+    if any(region.expression.across for region in regions):
+        return False
+    own = {op for region in regions for op in region.launches}
+    first, last = min(map(graph.rank, own)), max(map(graph.rank, own))
+    return all(_is_small(graph, op) for op in graph if first < graph.rank(op) < last and op not in own)
+
+
+def _is_small(graph: Graph, op: Op) -> bool:
+    """Whether an operation runs no kernel, or only computes integers."""
+    if op.role is Role.VIEW or not op.results:
+        return op.role is Role.VIEW
+    results = (value for value in op.results if isinstance(value.type, TensorType))
+    return graph.is_constant(op.results[0]) or all(map(is_integer, results))
 
 
 def fuse(
@@ -125,10 +153,10 @@ def fuse(
         now: Roots that are replaced already -> new values.
         made_by: The name of the pass.
     """
-    operands = list(dict.fromkeys(region.read_by(load) for region in regions for load in region.expression.loads))
+    operands = _operands(regions)
     last = max((region.root.op for region in regions), key=graph.rank)
     attrs = {
-        "expressions": tuple(str(renumbered(region, operands)) for region in regions),
+        "expressions": tuple(str(_renumbered(region, operands)) for region in regions),
         "shapes": tuple(_shape_text(region.root.tensor.shape, operands) for region in regions),
     }
     loc = replace(last.loc, made_by=made_by)
@@ -143,16 +171,30 @@ def fuse(
     return {region.root: new for region, new in zip(regions, made.results, strict=True)}
 
 
-def renumbered(region: PointwiseRegion, operands: Sequence[Value]) -> FusedExpression:
+def _operands(regions: Sequence[PointwiseRegion]) -> list[Value]:
+    """The tensors that the regions read, and others only for sizes that none of these has."""
+    operands = list(dict.fromkeys(region.operands[source] for region in regions for source in region.sources()))
+    for region in regions:
+        for size in region.root.tensor.shape:
+            if not isinstance(size, int) and _axis_with(size, operands) is None:
+                operands.append(next(value for value in region.operands if size in value.tensor.shape))
+    return operands
+
+
+def _renumbered(region: PointwiseRegion, operands: Sequence[Value]) -> FusedExpression:
     """The expression of a region over the operands x0, x1, … of the fused operation."""
 
-    def renamed(what: Expression) -> Expression:
-        if isinstance(what, Load):
-            return Load(f"x{operands.index(region.read_by(what))}", what.index)
-        return rebuilt(what, tuple(map(renamed, parts(what))))
+    def name(old: str) -> str:
+        return f"x{operands.index(region.operands[int(old[1:])])}"
 
-    definitions = tuple((name, renamed(what)) for name, what in region.expression.definitions)
-    return FusedExpression(definitions, renamed(region.expression.result))
+    def written(what: Expression) -> Expression:
+        what = resized(what, lambda size: renamed(size, name))
+        if isinstance(what, Load):
+            return Load(name(what.name), what.index)
+        return rebuilt(what, tuple(map(written, parts(what))))
+
+    definitions = tuple((each, written(what)) for each, what in region.expression.definitions)
+    return FusedExpression(definitions, written(region.expression.result))
 
 
 def _shape_text(shape: Sequence[Size], operands: Sequence[Value]) -> str:

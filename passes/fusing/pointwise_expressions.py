@@ -10,12 +10,24 @@ Reductions over rows are always definitions, since they need all elements of a r
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from passes.analyses.element_moves import Place, Source
 from passes.fusing.region_expressions import rounded
-from qcompiler.dialects.expression_nodes import Call, Expression, Load, Name, Where, parts, rebuilt
+from qcompiler.dialects.expression_nodes import (
+    Call,
+    Expression,
+    IndexNumber,
+    Less,
+    Load,
+    Name,
+    Where,
+    parts,
+    rebuilt,
+    renamed,
+)
 from qcompiler.dialects.fused_expression import FUNCTIONS, FusedExpression, parse
-from qcompiler.ir import Value
+from qcompiler.ir import Size, Value
 from qcompiler.numerics.dtypes import torch_dtype
 
 
@@ -51,12 +63,30 @@ class Moved:
         return tuple(place for _, place in self.sources)
 
 
-Recipe = Computed | Moved
+@dataclass(frozen=True)
+class Counted:
+    """An element that is an integer expression, rounded to FP32.
+
+    Attributes:
+        number: Over indices and elements of integer tensors.
+    """
+
+    number: Size
+    places: ClassVar[tuple[Place, ...]] = ()
 
 
-def expression_of_region(root: Place, recipes: Mapping[Place, Recipe], operands: Sequence[Value]) -> FusedExpression:
-    """The expression of an element; elements without a recipe are loads of operands, x0 the first of them."""
-    return _Writer(recipes, operands).written(root)
+Recipe = Computed | Moved | Counted
+
+
+def expression_of_region(
+    root: Place, recipes: Mapping[Place, Recipe], operands: Sequence[Value]
+) -> tuple[FusedExpression, tuple[str, ...]]:
+    """The expression of an element, and the integer tensors, such as "%ids", that are its operands after `operands`.
+
+    Elements without a recipe are loads of operands, x0 the first of them.
+    """
+    writer = _Writer(recipes, operands)
+    return writer.written(root), tuple(writer.integers)
 
 
 def operands_of(text: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -79,6 +109,7 @@ class _Writer:
 
     def __init__(self, recipes: Mapping[Place, Recipe], operands: Sequence[Value]) -> None:
         self.recipes, self.operands = recipes, operands
+        self.integers: dict[str, str] = {}  # integer tensor -> operand
         self.definitions: dict[str, Expression] = {}
         self.made: dict[Place, Expression] = {}
         self.reads = Counter(place for recipe in recipes.values() for place in recipe.places)
@@ -105,7 +136,9 @@ class _Writer:
     def _written(self, place: Place) -> Expression:
         recipe = self.recipes.get(place)
         if recipe is None:
-            return Load(f"x{self.operands.index(place.value)}", place.at)
+            return Load(f"x{self.operands.index(place.value)}", tuple(map(self._index, place.at)))
+        if isinstance(recipe, Counted):
+            return IndexNumber(self._index(recipe.number))
         if isinstance(recipe, Computed):
             direct = {name: self.expression(read) for name, read in recipe.direct}
             rows = {name: self.expression(read) for name, read in recipe.rows}
@@ -114,8 +147,14 @@ class _Writer:
         made = self.expression(last)
         for less, source in before:
             assert less is not None  # only the last source has no condition
-            made = Where(less, self.expression(source), made)
+            condition = Less(self._index(less.left), self._index(less.right))
+            made = Where(condition, self.expression(source), made)
         return made
+
+    def _index(self, size: Size) -> Size:
+        """An index whose integer tensors are operands."""
+        next_name = f"x{len(self.operands) + len(self.integers)}"
+        return renamed(size, lambda tensor: self.integers.setdefault(tensor, next_name))
 
     def _filled(self, what: Expression, direct: Mapping[str, Expression], rows: Mapping[str, Expression]) -> Expression:
         """A term with expressions for its operands; its reductions are definitions."""

@@ -9,23 +9,29 @@
 A region grows from its root, users before operands. Each value is asked for the elements that its users need; a move
 (view, slice, transpose, concatenation …) passes the question on with another index. A value stays an operand if
 
-* a user outside the region needs it, too, unless it is a view, which costs nothing;
+* a user outside the region needs it, too, unless it is a view, which costs nothing, or cheap to compute from tensors
+  that are smaller than it;
 * an expensive function would compute one of its elements several times: at several indices, or for each copy of a
   broadcast element, except for a number of a whole row with few copies;
 * its index, or what computes it, cannot be written in a fused expression.
+
+An index may depend on elements of integer tensors: rows of an embedding, positions that count up from a length. The
+arithmetic on these integers becomes part of the index.
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from passes.analyses.arithmetic import FLOATS, Term, broadcast_term
+from passes.analyses.arithmetic import FLOATS, Term, broadcast_term, is_cast
 from passes.analyses.element_moves import MOVING, Place, place_of, sources_of
-from passes.analyses.inequalities import Conjunction
+from passes.analyses.inequalities import Conjunction, impossible, nonnegative
+from passes.analyses.integer_elements import IntegerElements, is_integer
 from passes.fusing.fusion_regions import LONGEST_ROW
-from passes.fusing.pointwise_expressions import Computed, Moved, Recipe, expression_of_region, operands_of
-from qcompiler.dialects.expression_nodes import Call, Load, indices
+from passes.fusing.pointwise_expressions import Computed, Counted, Moved, Recipe, expression_of_region, operands_of
+from qcompiler.dialects.expression_nodes import Call, elements, indices
 from qcompiler.dialects.fused_expression import FusedExpression, parse
-from qcompiler.ir import Graph, Missed, Op, Role, TensorType, Value
+from qcompiler.ir import DType, Graph, Missed, Op, Role, Size, TensorType, Value
 from qcompiler.ir.sizes import Expr, product, symbol
 
 CHEAP = {"+", "-", "*", "neg", "relu", "bf16", "f16"}
@@ -51,7 +57,7 @@ class PointwiseRegion:
     Attributes:
         root: The value that it computes.
         expression: The expression; operand `x0` is `operands[0]`, and so on.
-        operands: What it reads.
+        operands: What it reads, and values that only have its sizes.
         launches: The operations it replaces that run a kernel each.
     """
 
@@ -60,9 +66,10 @@ class PointwiseRegion:
     operands: tuple[Value, ...]
     launches: tuple[Op, ...]
 
-    def read_by(self, load: Load) -> Value:
-        """The operand that a load of the expression reads."""
-        return self.operands[int(load.name[1:])]
+    def sources(self) -> tuple[int, ...]:
+        """The operands that the expression reads, by number, in order of use."""
+        reads = (*(load.name for load in self.expression.loads), *(each.function for each in self.expression.elements))
+        return tuple(int(name[1:]) for name in reads)
 
 
 def copies(op: Op) -> bool:
@@ -72,7 +79,18 @@ def copies(op: Op) -> bool:
 
 def is_pointwise(op: Op) -> bool:
     """Whether an operation may be in a region and costs a kernel: arithmetic, a cast or a copy of floats."""
-    return _is_float(op.results) and (copies(op) or (broadcast_term(op) is not None and op.name != "aten.mean.dim"))
+    computes = counts(op) or (broadcast_term(op) is not None and op.name != "aten.mean.dim")
+    return _is_float(op.results) and (copies(op) or computes)
+
+
+def is_operand(value: Value) -> bool:
+    """Whether a fused operation may read a value: a tensor of floats, or of integers that are parts of indices."""
+    return _is_float((value,)) or is_integer(value)
+
+
+def counts(op: Op) -> bool:
+    """Whether an operation converts integers to FP32."""
+    return is_cast(op) and is_integer(op["x"]) and op.result.tensor.dtype is DType.f32
 
 
 def grow(graph: Graph, root: Value) -> PointwiseRegion | Missed:
@@ -85,17 +103,18 @@ def grow(graph: Graph, root: Value) -> PointwiseRegion | Missed:
         if len(growth.operands) <= MOST_OPERANDS or not growth.computed[1:]:
             break
         stopped.add(growth.computed[-1])  # the first in the graph
-    if not growth.operands:
-        return Missed("it reads no tensor", root)
-    if state := next(filter(_is_state, growth.operands), None):
-        return Missed("it reads a buffer that the model may change in between", state)
-    if len(growth.operands) > MOST_OPERANDS:
-        return Missed(f"it would read {len(growth.operands)} tensors, at most {MOST_OPERANDS}", root)
     if not growth.computed:
         return Missed("its elements cannot be written as indices of its operands", root)
-    expression = expression_of_region(place_of(root, growth.at), growth.recipes, growth.operands)
+    expression, integers = expression_of_region(place_of(root, growth.at), growth.recipes, growth.operands)
+    operands = (*growth.operands, *map(growth.integers.tensor, integers))
+    if not operands:
+        return Missed("it reads no tensor", root)
+    if len(operands) > MOST_OPERANDS:
+        return Missed(f"it would read {len(operands)} tensors, at most {MOST_OPERANDS}", root)
+    if state := next(filter(_is_state, operands), None):
+        return Missed("it reads a buffer that the model may change in between", state)
     launches = tuple(value.op for value in growth.computed)
-    return PointwiseRegion(root, expression, tuple(growth.operands), launches)
+    return PointwiseRegion(root, expression, operands, launches)
 
 
 class _Growth:
@@ -104,7 +123,7 @@ class _Growth:
     def __init__(self, graph: Graph, root: Value, stopped: set[Value]) -> None:
         self.graph, self.root, self.stopped = graph, root, stopped
         self.at = tuple(symbol(f"i{axis}") for axis in range(len(root.tensor.shape)))
-        self.facts = self._facts()
+        self.facts, self.integers = self._facts(), IntegerElements(graph)
         self.inside: set[Op] = set()
         self.computed: list[Value] = []
         """Values that a kernel each would compute, users first."""
@@ -134,10 +153,11 @@ class _Growth:
             self.operands.append(value)
             return []
         self.recipes |= recipes
-        if all(user in self.inside for part in value.op.results for user in self.graph.users(part)) or not self.inside:
-            self.inside.add(value.op)
         if value.op.role is not Role.VIEW:
+            self.inside.add(value.op)
             self.computed.append(value)
+        elif all(user in self.inside for part in value.op.results for user in self.graph.users(part)):
+            self.inside.add(value.op)
         read: list[Value] = []
         for recipe in recipes.values():
             for place in recipe.places:
@@ -153,25 +173,36 @@ class _Growth:
             return False
         if len(self._needed[value]) > MOST_INDICES or len(self.computed) >= MOST_ARITHMETIC:
             return False
-        if (op.role is Role.VIEW and op.name in MOVING) or value is self.root:
+        if _is_moving_view(op) or value is self.root:
             return True
-        return all(user in self.inside for user in self.graph.users(value)) and self._is_computed_once(value)
+        if all(user in self.inside for user in self.graph.users(value)):
+            return self._is_computed_once(value)
+        return self._is_better_repeated(value)
 
     def _is_computed_once(self, value: Value) -> bool:
         """Whether no expensive function computes an element of the value several times."""
-        term = broadcast_term(value.op)
-        if term is None:
-            return True
-        functions = {part.function for part in parse(term.text).expressions() if isinstance(part, Call)}
-        if functions <= CHEAP:
+        if _is_cheap(value.op):
             return True
         (at, *more) = {place.at for place in self._needed[value]}
         *rows, columns = self.root.tensor.shape or (1,)
         if more:
             return False
         if self.at and not any(str(self.at[-1]) in indices(size) for size in at):  # computed once for a row
-            return any(product(tuple(rows)) == value.tensor.elements * times for times in range(1, MOST_REPEATS + 1))
-        return value.tensor.elements == product((*rows, columns))
+            if any(product(tuple(rows)) == value.tensor.elements * times for times in range(1, MOST_REPEATS + 1)):
+                return True
+            return _are_among(rows, value.tensor.shape)
+        return _are_among((*rows, columns), value.tensor.shape) or value.tensor.elements == product((*rows, columns))
+
+    def _is_better_repeated(self, value: Value) -> bool:
+        """Whether each user had better compute the value again: that is cheap, and reads less than the value."""
+        users = self.graph.users(value)
+        if not _is_cheap(value.op) or not all(is_pointwise(user) or _is_moving_view(user) for user in users):
+            return False
+        read = {each for _, each in value.op.operands() if isinstance(each.type, TensorType)}
+        total: Size = sum((each.tensor.elements for each in read), start=0)
+        sizes = (each.tensor.elements - 1 for each in (value, *read))
+        facts = self.facts | {size for size in sizes if isinstance(size, Expr)}
+        return impossible(nonnegative(total - value.tensor.elements), facts)
 
     def _recipes(self, value: Value) -> dict[Place, Recipe] | None:
         """The recipe for each element that is needed; None if one of them has none."""
@@ -185,8 +216,11 @@ class _Growth:
 
     def _recipe(self, place: Place) -> Recipe | None:
         op = place.value.op
+        if counts(op):
+            number = self.integers.element(op["x"], place.at, self.facts | place.guard)
+            return None if number is None else Counted(number)
         if op.name in MOVING:
-            sources = sources_of(place, self.facts)
+            sources = sources_of(place, self.facts, self.integers)
             if sources is None:
                 return None
             return Moved(tuple((less, self._anywhere_in_row(source)) for less, source in sources))
@@ -215,7 +249,9 @@ class _Growth:
             return None
         column = str(self.at[-1])
         leading = {index for size in place.at[:-1] for index in indices(size)}
-        if column in leading or any(index != column for fact in place.guard for index in indices(fact)):
+        if column in leading or any(
+            index != column or any(elements(fact)) for fact in place.guard for index in indices(fact)
+        ):
             return None
         if "standardize" in term.text and place.at[-1] != self.at[-1]:
             return None  # its result is not the same for the whole row
@@ -232,7 +268,35 @@ class _Growth:
         column = str(self.at[-1])
         if any(column in indices(size) for size in place.at):
             return place
-        return replace(place, guard=frozenset(fact for fact in place.guard if {*indices(fact)} != {column}))
+        return replace(place, guard=frozenset(fact for fact in place.guard if not _is_of(fact, column)))
+
+
+def _is_of(fact: Size, column: str) -> bool:
+    """Whether a fact is about a column, and not about elements of integers."""
+    return {*indices(fact)} == {column} and not any(elements(fact))
+
+
+def _is_moving_view(op: Op) -> bool:
+    return op.role is Role.VIEW and op.name in MOVING
+
+
+def _is_cheap(op: Op) -> bool:
+    """Whether an operation may compute an element more than once."""
+    term = None if counts(op) else broadcast_term(op)
+    if term is None:
+        return True
+    return {part.function for part in parse(term.text).expressions() if isinstance(part, Call)} <= CHEAP
+
+
+def _are_among(sizes: Sequence[Size], shape: Sequence[Size]) -> bool:
+    """Whether a shape has all of some sizes, besides others: then it has as many elements, or more."""
+    left = [*shape]
+    for size in sizes:
+        if size != 1:
+            if size not in left:
+                return False
+            left.remove(size)
+    return True
 
 
 def _is_state(value: Value) -> bool:

@@ -17,6 +17,7 @@ from passes.analyses.candidates import why_not_quantized
 from passes.quantizing.grouped import QuantizeGrouped
 from passes.quantizing.scheme_options import SchemeOptions
 from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, ScalarType, TensorType, Value
+from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.sizes import product
 
 BATCHED = ("aten.bmm", "aten.matmul")
@@ -34,6 +35,8 @@ class QuantizeBatched(Rule):
         x, w = op["x"], op["w"]
         if not graph.is_constant(w) or graph.is_constant(x) or not _is_batched(x, w) or op.attrs:
             return why_not_quantized(op, graph) or Missed("it is not a matmul of an activation and a constant matrix")
+        if any(len(source.result.tensor.shape) == 2 for source in parameters_of(w)):
+            return Missed("its matrices are parts of one matrix, which checkpoints store as the weight of a linear", w)
         return QuantizeGrouped(self.options).why_not(op, graph) or {"x": x, "w": w}
 
     def rewrite(self, op: Op, rewriter: Rewriter, x: Value, w: Value, **_: Any) -> None:

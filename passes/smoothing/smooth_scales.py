@@ -6,6 +6,7 @@ Source of the formula: Xiao et al., SmoothQuant, 2023, equation 4. Search and le
 outputs, quantized as the scheme will quantize them, on a sample of real rows.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -72,6 +73,16 @@ class SmoothedLinear:
             fix = "Put calibrate{rows=256} before it in the pipeline."
             raise PassError("a sample of the activations is needed, and calibration has none", fix=fix)
         return self.rows
+
+
+def lost_to_smoothing(weight: Tensor, factors: Tensor) -> float:
+    """Returns by how many dB the rounding error of a weight grows if its columns are scaled, for one integer scale.
+
+    The error is proportional to the largest magnitude, the signal to the root of the mean square; negative if it
+    shrinks.
+    """
+    before, after = (float(w.abs().max() / w.square().mean().sqrt()) for w in (weight, weight * factors))
+    return 20 * math.log10(after / before)
 
 
 def largest(values: Sequence[Tensor], labels: Sequence[Tensor], classes: Tensor) -> Tensor:

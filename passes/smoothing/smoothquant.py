@@ -8,7 +8,7 @@
 A group is an activation with all of its users, found from the dataflow (`analyses.channel_scale`). If the producer of
 the activation can absorb 1/s, the pass folds it in and compensates every user, quantized or not. If not, the quantized
 users read the activation multiplied by 1/s, which fuse-prescale then fuses into their quantization. A remark on each
-linear says which was done and why.
+linear says which was done and why, and whether smoothing makes a weight that has one scale too uneven.
 
 Source of the method: Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
 Models, ICML 2023.
@@ -35,14 +35,18 @@ from passes.smoothing.smooth_scales import (
     by_learning,
     by_search,
     largest,
+    lost_to_smoothing,
     output_error,
     to_powers_of_two,
 )
 from qcompiler.calibration import Statistics
 from qcompiler.errors import PassError
 from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Missed, Op, Rewriter, Value
+from qcompiler.ir import ALL, DType, Graph, Missed, Op, Rewriter, Value
 from qcompiler.pass_manager.pipeline import Effect
+
+MOST_LOST = 10.0
+"""The dB that the rounding of a weight with one scale may lose to smoothing without a remark."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,14 @@ class SmoothQuant(SchemeOptions):
         scale, why = self.choose(group, graph)
         if scale is None:
             return self.remark(graph, group, f"not smoothed: {why}")
+        lost = self.lost(group, scale, graph)
         stem = f"{group.value.name}.smooth"
         if isinstance(group.region, ScaleRegion):
             self.fold_in(group.region, scale, stem, graph)
-            self.remark(graph, group, f"smoothed, {why}: 1/s is folded into {_absorbers(group.region)}")
+            self.remark(graph, group, f"smoothed, {why}: 1/s is folded into {_absorbers(group.region)}", lost)
         else:
             self.put_in_front(group, scale, stem, graph)
-            self.remark(graph, group, f"smoothed, {why}: 1/s is multiplied separately, since {group.region}")
+            self.remark(graph, group, f"smoothed, {why}: 1/s is multiplied separately, since {group.region}", lost)
         return True
 
     # The scale
@@ -220,10 +225,20 @@ class SmoothQuant(SchemeOptions):
         known = calibration_of(graph)
         graph.calibration = known.updated({smooth.name: known.statistics[x.name].scaled(1 / scale.cpu())})
 
-    def remark(self, graph: Graph, group: Group, text: str) -> bool:
+    def lost(self, group: Group, scale: Tensor, graph: Graph) -> dict[Op, str]:
+        """What to say of weights with one integer scale in which smoothing leaves few codes for most columns."""
+        found = {}
+        if self.w_format.block == (ALL, ALL) and self.w_format.element is DType.i8:
+            for op, labels in group.quantized.items():
+                loss = lost_to_smoothing(_weight(op, graph), spread(scale, labels.numpy()))
+                if loss > MOST_LOST:
+                    found[op] = f"; its weight has one scale and loses {loss:.0f} dB: use w=channel, or alpha=search"
+        return found
+
+    def remark(self, graph: Graph, group: Group, text: str, more: Mapping[Op, str] | None = None) -> bool:
         """Adds the outcome to each quantized linear of the group; returns False, for callers that did nothing else."""
         for op in group.quantized:
-            graph.remark(op.result, text)
+            graph.remark(op.result, text + (more or {}).get(op, ""))
         return False
 
 

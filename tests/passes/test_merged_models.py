@@ -170,11 +170,12 @@ def test_layers_of_two_schemes_are_not_merged() -> None:
 def test_errors_are_attributed_to_each_layer_separately() -> None:
     graph, call = captured("llama"), (ids(2, 7),)
     rows, want = (
-        {row.name: row for row in qcompiler.attribute_error(compiled(graph, merge), call, graph).rows}
+        {row.name: row for row in qcompiler.attribute_error(compiled(graph, merge), call, graph, outputs=True).rows}
         for merge in (True, False)
     )
     assert rows.keys() == want.keys() and len(rows) == 7
     for name, row in rows.items():
         assert row.module == want[name].module
         assert row.own == pytest.approx(want[name].own, abs=0.01)
+        assert row.outputs == pytest.approx(want[name].outputs, abs=0.01)
         assert row.inherited == pytest.approx(want[name].inherited, abs=0.05) or min(row.inherited, 120) == 120

@@ -1,5 +1,6 @@
 """The pass smoothquant on whole models: equal outputs, correct reports, and repair of damage from outliers."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,8 +14,10 @@ import qcompiler
 from passes.cleanup.canonicalize import Canonicalize
 from passes.quantizing.calibrate import Calibrate
 from passes.smoothing.smoothquant import SmoothQuant
+from qcompiler import numerics
 from qcompiler.calibration import Calibration
 from qcompiler.capture import capture
+from qcompiler.diagnostics.error_report import sqnr
 from qcompiler.errors import PassError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
@@ -31,6 +34,7 @@ SIZE: dict[str, Any] = {
 GROUPED: dict[str, Any] = {
     **SIZE, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+O1 = "smoothquant_o1"
 TENSOR: dict[str, Any] = {"x_format": INT8_TENSOR, "w_format": INT8_TENSOR}
 
 
@@ -292,6 +296,32 @@ def test_a_scale_that_cannot_be_folded_becomes_a_prescale() -> None:
     assert "not smoothed: aten.gelu does not commute with a scale (%gelu); prescale is off" in str(
         plain.report.quantized[1].remark
     )
+
+
+@torch.no_grad()
+def test_a_weight_with_one_scale_that_smoothing_makes_uneven_is_remarked() -> None:
+    """A channel that is 1000 times the others becomes a column of the weight that is 32 times the others."""
+    torch.manual_seed(0)
+    norm, linear = nn.LayerNorm(256), nn.Linear(256, 128)
+    model = nn.Sequential(norm, linear).eval()
+    norm.weight[7] *= 1000
+    x = torch.randn(64, 256)
+
+    def remark(scheme: str) -> str:
+        (row,) = qcompiler.compile(model, scheme=scheme, calibration=[x]).report.quantized
+        return row.remark
+
+    found = re.search(r"; its weight has one scale and loses (\d+) dB: use w=channel, or alpha=search$", remark(O1))
+    smoothed = linear.weight.clone()
+    smoothed[:, 7] *= 1000**0.5
+    plain, uneven = (
+        sqnr(w, numerics.dequantize(*numerics.quantize(w, INT8_TENSOR), format=INT8_TENSOR))
+        for w in (linear.weight, smoothed)
+    )
+    assert found is not None and float(found[1]) == pytest.approx(plain - uneven, abs=2)
+    assert "loses" not in remark(O1 + "{w=channel}") and "loses" not in remark("smoothquant_fp8")
+    norm.weight[7] /= 1000
+    assert "loses" not in remark(O1)
 
 
 @torch.no_grad()
