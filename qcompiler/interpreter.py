@@ -30,6 +30,7 @@ def interpret(
     updates: dict[str, torch.Tensor] | None = None,
     caches: Mapping[str, Cache] | None = None,
     observe: Observer | None = None,
+    replaced: Mapping[Value, torch.Tensor] | None = None,
 ) -> tuple[Any, ...]:
     """Runs `graph` and returns its outputs.
 
@@ -41,6 +42,7 @@ def interpret(
             `weights` and `inputs` are not changed.
         caches: Name -> cache, changed in place; by default, the graph starts with empty caches.
         observe: Called with each operation and its results, in execution order.
+        replaced: Results of operations -> tensors that their users read instead.
 
     Returns:
         The outputs, in order.
@@ -52,7 +54,7 @@ def interpret(
     if len(inputs) != len(graph.inputs):
         raise InputError(f"@{graph.name} takes {len(graph.inputs)} inputs", got=len(inputs), need=len(graph.inputs))
     store = graph.weights if weights is None else weights
-    machine = _Machine(graph, dict(zip(graph.inputs, inputs, strict=True)), store, caches, observe)
+    machine = _Machine(graph, dict(zip(graph.inputs, inputs, strict=True)), store, caches, observe, replaced or {})
     with torch.no_grad():
         for op in graph.ops():
             machine.step(op)
@@ -78,8 +80,10 @@ class _Machine:
         weights: Mapping[str, torch.Tensor],
         caches: Mapping[str, Cache] | None,
         observe: Observer | None,
+        replaced: Mapping[Value, torch.Tensor],
     ) -> None:
         self.values, self.weights, self.caches, self.observe = values, weights, caches, observe
+        self.replaced = replaced
         self.updates: dict[str, torch.Tensor] = {}
         self.written = {value for op in ops for value in op.written}
         self.uses_left = Counter(value for op in ops for _, value in op.operands())
@@ -105,7 +109,8 @@ class _Machine:
                 need=len(op.results),
                 where=str(op.loc) or None,
             )
-        self.values.update(zip(op.results, results, strict=True))
+        for value, result in zip(op.results, results, strict=True):
+            self.values[value] = self.replaced.get(value, result)
         self.uses_left.subtract(value for _, value in op.operands())
         for value in (*(value for _, value in op.operands()), *op.results):
             if not self.uses_left[value]:

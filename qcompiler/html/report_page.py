@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from qcompiler.diagnostics.attribution import ErrorReport
+from qcompiler.diagnostics.error_report import ErrorReport
 from qcompiler.html.kernels import describe_kernels
 from qcompiler.html.page import render_page
 from qcompiler.html.stages import describe_stages

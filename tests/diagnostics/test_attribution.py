@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import qcompiler
 from qcompiler import ErrorReport, InputError, PassError, attribute_error, numerics
-from qcompiler.diagnostics.attribution import ErrorRow, sqnr
+from qcompiler.diagnostics.error_report import ErrorRow, sqnr
 from qcompiler.numerics import ALL
 
 

@@ -131,6 +131,5 @@ function differences(before, after) {
 
 const stages = data.stages.map((row, index) => new Stage(row, index));
 
-/** Value -> its row in the decision table, and in the error table. */
+/** Value -> its row in the decision table. */
 const decisions = new Map(data.decisions.map((row) => [row.name, row]));
-const errors = new Map((data.errors ?? []).map((row) => [row.name, row]));

@@ -74,7 +74,8 @@ function decisionOf(name) {
 }
 
 function errorOf(names) {
-  return names.map((name) => errors.get(name)).filter(Boolean).map((row) => table(KINDS.map(([key, label]) => [label, decibel(row[key])])));
+  const rows = (data.errors ?? []).filter((row) => names.includes(row.name));
+  return rows.map((row) => table(kindsOf(row).map(([key, label]) => [`${row.part} ${label}`.trim(), decibel(row[key])])));
 }
 
 function changedLine(before, after) {

@@ -1,6 +1,7 @@
 // The other views: decisions, errors, memory, kernels.
 
 const KINDS = [["own", "own"], ["inherited", "inherited"], ["kernel", "kernel"]];
+const OUTPUTS = ["outputs", "outputs"];
 const LONGEST_BAR = 60;
 /** SQNR in dB of a full bar: relative errors below a thousandth are negligible beside larger ones. */
 
@@ -31,20 +32,26 @@ function decibel(number) {
   return typeof number === "number" ? `${number.toFixed(1)} dB` : String(number);
 }
 
+/** The errors that a row has; the error of the model's outputs only if it was measured. */
+function kindsOf(row) {
+  return row.outputs == null ? KINDS : [...KINDS, OUTPUTS];
+}
+
 function drawErrors(view, select) {
   const lead = el("p", { class: "lead" },
     `Signal-to-quantization-noise ratio of each quantized operation, in dB: higher is better, 6 dB more halve the error, and bars are full at ${LONGEST_BAR} dB. `,
     el("b", {}, "Own"), ": its codes on the float model's input. ", el("b", {}, "Inherited"), ": the float operation on the quantized model's input. ",
-    el("b", {}, "Kernel"), ": the kernel against the reference on equal input.");
+    el("b", {}, "Kernel"), ": the kernel against the reference on equal input. ",
+    el("b", {}, "Outputs"), ", if measured: the model's outputs if only this operation is quantized.");
   if (!data.errors) {
     const call = 'compiled.to_html("report.html", attribution=qcompiler.attribute_error(compiled, batch))';
     show(view, el("h2", {}, "Errors"), lead, el("p", { class: "empty" }, "This report does not contain them. Measure them on a real batch:"), el("pre", {}, call));
     return;
   }
   const columns = [
-    { name: "operation", value: (row) => `%${row.name}`, kind: "code" },
+    { name: "operation", value: (row) => `%${row.name} ${row.part}`.trim(), kind: "code" },
     { name: "module", value: (row) => row.module, kind: "code" },
-    ...KINDS.map(([key, label]) => ({
+    ...(data.errors.some((row) => row.outputs != null) ? [...KINDS, OUTPUTS] : KINDS).map(([key, label]) => ({
       name: label, value: (row) => numberOf(row[key]), cell: (row) => bar(row[key], key), kind: "bar",
     })),
     { name: "largest error", value: mostOf },
