@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qcompiler.checkpoints.files import TensorFiles
+from qcompiler.checkpoints.layer_schemes import LayerSchemes
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, StoredAs
 from qcompiler.entry_points import CHECKPOINTS, import_modules, load, offered, shown
 from qcompiler.errors import QCompilerError, did_you_mean
@@ -28,6 +29,10 @@ class Writer(Protocol):
     @property
     def fix(self) -> str:
         """Advice for weights that the format cannot store."""
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Other tools that read the format: names in `readers.READERS`."""
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
         """The reason why this format cannot store a quantized weight; None if it can."""
@@ -57,6 +62,7 @@ class CheckpointFormat:
             None if there is none. Gets the folder and the configuration in `config.json`, if there is one.
         files: Names of the other files.
         scale_suffix: Suffix that a loaded model adds to the name of a weight for its scales.
+        schemes: Returns the schemes that a configuration declares; None if it declares none.
     """
 
     name: str
@@ -68,6 +74,7 @@ class CheckpointFormat:
     separate: Callable[[Path, Mapping[str, Any] | None], tuple[dict[str, Any], str] | None] = lambda *_: None
     files: tuple[str, ...] = ()
     scale_suffix: str = "_scale"
+    schemes: Callable[[Mapping[str, Any]], LayerSchemes | None] = lambda _: None
 
 
 _FORMATS: dict[str, CheckpointFormat] = {}

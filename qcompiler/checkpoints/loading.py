@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.stored_weights import Stored, add_notes, hold
 from qcompiler.checkpoints.cache_scales import keep
-from qcompiler.checkpoints.conversion import to_model
+from qcompiler.checkpoints.conversion import names_in_model, to_model
 from qcompiler.checkpoints.declarations import undeclare
 from qcompiler.checkpoints.fitting import check_complete, check_element_types, check_names, check_shape
+from qcompiler.checkpoints.layer_schemes import LayerSchemes
 from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.checkpoints.stacking import Part, stacked
 from qcompiler.errors import QCompilerError
+
+_SCHEMES = "_qcompiler_schemes"
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,28 @@ def _finish(transformers: Any, model: nn.Module, checkpoint: Checkpoint) -> None
     folder = checkpoint.folder
     if checkpoint.cache:
         keep(model, checkpoint.cache)
+    if checkpoint.schemes is not None:
+        model.__dict__[_SCHEMES] = _in_model(checkpoint.schemes, model)
     add_notes(model, checkpoint.notes)
     if (config := getattr(model, "config", None)) is not None:
         config._name_or_path = str(folder)
     if hasattr(model, "generation_config") and (folder / "generation_config.json").is_file():
         with _one_sentence("transformers cannot read the generation configuration", folder):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def schemes_of(model: nn.Module) -> LayerSchemes | None:
+    """The schemes that the checkpoint of a model declares, under the model's names; None if it declares none."""
+    found: LayerSchemes | None = model.__dict__.get(_SCHEMES)
+    return found
+
+
+def _in_model(schemes: LayerSchemes, model: nn.Module) -> LayerSchemes:
+    """Translates names in the files; drops those that the model does not have, such as parts of stacked weights."""
+    names = {f"{name}.weight": scheme for name, scheme in schemes.overrides.items()}
+    places, state = names_in_model(model, names), model.state_dict()
+    kept = {places[name]: scheme for name, scheme in names.items() if places[name] in state}
+    return LayerSchemes(schemes.scheme, {name.removesuffix(".weight"): scheme for name, scheme in kept.items()})
 
 
 def _held(part: Part, checkpoint: Checkpoint) -> Held:

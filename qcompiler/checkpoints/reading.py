@@ -20,6 +20,7 @@ from qcompiler.checkpoints.declarations import declared, unread
 from qcompiler.checkpoints.files import TensorFiles, read_json
 from qcompiler.checkpoints.folders import CONFIG, INDEX, SINGLE
 from qcompiler.checkpoints.format import CheckpointFormat, format_read, names, our_formats
+from qcompiler.checkpoints.layer_schemes import LayerSchemes
 from qcompiler.checkpoints.quantized_weight import SCALE_DTYPES, QuantizedWeight, StoredAs, not_finite
 from qcompiler.errors import QCompilerError, did_you_mean
 from qcompiler.numerics import ALL
@@ -41,6 +42,7 @@ class Checkpoint:
         cache: The KV cache scales.
         notes: Other report notes about the checkpoint, one sentence each.
         is_float: Whether the configuration quantizes only the KV cache or activations, not weights.
+        schemes: The scheme of each layer, if the configuration declares them.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Checkpoint:
     cache: CacheScales = field(default_factory=CacheScales)
     notes: tuple[str, ...] = ()
     is_float: bool = False
+    schemes: LayerSchemes | None = None
 
     @property
     def method(self) -> str | None:
@@ -130,7 +133,8 @@ def read(folder: "str | PathLike[str]") -> Checkpoint:
     format, said, where = declaration
     cache = cache_scales_in(said, tensors, beside, where)
     notes = (*format.notes(said), *_missing_scales(unscaled), *([cache.note] if cache else ()))
-    return Checkpoint(path, config, tensors, stored, format, cache, notes, format.is_float(said))
+    is_float, schemes = format.is_float(said), format.schemes(said)
+    return Checkpoint(path, config, tensors, stored, format, cache, notes, is_float, schemes)
 
 
 def _said(config: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any] | None, str]:

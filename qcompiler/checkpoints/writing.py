@@ -13,7 +13,7 @@ from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits
-from qcompiler.checkpoints.readers import warn
+from qcompiler.checkpoints.readers import ANY, Written, check_reader
 from qcompiler.checkpoints.stacking import unstacked
 from qcompiler.errors import QCompilerError
 from qcompiler.ir.dataflow import parameters_of
@@ -34,28 +34,30 @@ def write(
     format: str,
     *,
     model: "nn.Module | str | PathLike[str] | None" = None,
+    reader: str | None = ANY,
     scale_format: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a compiled model as a checkpoint under the names of the original model's weights.
-
-    Warns (`CheckpointWarning`) about layers that the format can store, but transformers or vLLM cannot read.
 
     Quantized weights are written with the exact codes and scales of the compiled graph; others as in the model.
 
     Args:
         compiled: The result of `qcompiler.compile`.
         folder: The folder to write; an existing checkpoint is replaced, other content is an error.
-        format: "fp8" (Hugging Face's block FP8), "compressed-tensors", or "float" for a model without quantized
-            weights, such as one that is only smoothed.
+        format: "fp8" (Hugging Face's block FP8), "compressed-tensors", "qcompiler" for any scheme, or "float" for a
+            model without quantized weights, such as one that is only smoothed.
         model: The original model or its folder. Required if the model no longer exists in memory, and always for the
             result of `qcompiler.load`.
+        reader: The tool that will read the checkpoint: "vllm", "transformers", or "any". Layers that it cannot read or
+            would change are an error. None writes all that the format can store.
         scale_format: How "fp8" stores scales: "float", or "ue8m0", one byte, for powers of two. By default, the format
             of the model's own scales, or else "float".
         shard_bytes: Maximum size of a file in bytes; a larger checkpoint is split.
 
     Raises:
-        QCompilerError: The format cannot store some layers, which the error lists; or the folder is not a checkpoint.
+        QCompilerError: The format cannot store some layers, or the reader cannot read some, which the error lists; or
+            the folder is not a checkpoint.
     """
     target = checked_path(folder)
     writer_called(format, scale_format or "float")
@@ -68,14 +70,15 @@ def write(
     writer = writer_called(format, scale_format or _scale_format(origin, found))
     weights = _weights(origin, found)
     _check(format, writer, weights, found)
-    warn(writer, weights, _named_layers(program), stacklevel=3)
+    unconverted = _unconverted(origin, weights, program)
+    check_reader(reader, Written(writer, weights, unconverted, _named_layers(program)))
     plain = {name: found.changed.get(name, tensor) for name, tensor in origin.tensors.items()}
     left = {name: tensor for name, tensor in plain.items() if name not in found.scales | found.quantized.keys()}
     tensors = to_files(origin.module, left)
     for name, weight in weights.items():
         tensors |= writer.tensors(name, weight)
     documents = dict(origin.documents)
-    if config := writer.config(weights, _unconverted(origin, weights, program)):
+    if config := writer.config(weights, unconverted):
         cache = kept(origin.module) or calibrated(program)
         tensors |= cache.tensors
         config |= {SCHEME: cache.scheme} if cache.scheme is not None else {}

@@ -127,7 +127,7 @@ for _name, _doc, _spec, _options in (
     ("fp8_tensor_static", "FP8 e4m3: one scale for the activation, from calibration; one for the weight.",
      QuantizationSpec(FP8_TENSOR, FP8_TENSOR, static=True), ("w", *STATIC, *FP8)),
     ("int8_row", "INT8: one scale per token, computed in each call; one scale per output channel of the weight.",
-     QuantizationSpec(INT8_ROW, INT8_ROW), NUMERICS),
+     QuantizationSpec(INT8_ROW, INT8_ROW), ("w", *NUMERICS)),
     ("int8_tensor", "INT8: one scale for the activation, computed in each call; one for the weight.",
      QuantizationSpec(INT8_TENSOR, INT8_TENSOR), ("w", *NUMERICS)),
     ("int8_tensor_static", "INT8: one scale for the activation, from calibration; one for the weight.",

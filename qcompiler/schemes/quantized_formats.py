@@ -29,11 +29,14 @@ class Formats:
     w: Format
     static: bool = False
 
-    def __str__(self) -> str:
+    @property
+    def scheme(self) -> str | None:
+        """The scheme that has these formats, with as few options as possible; None if there is none."""
         spelled = [text for scheme in SCHEMES.values() for text in _spelled(scheme, self)]
-        if spelled:
-            return min(spelled, key=lambda text: text.count("="))
-        return f"{self.x} x {self.w}" + " static" * self.static
+        return min(spelled, key=lambda text: text.count("="), default=None)
+
+    def __str__(self) -> str:
+        return self.scheme or f"{self.x} x {self.w}" + " static" * self.static
 
 
 def format_of(op: Op) -> str:

@@ -14,7 +14,7 @@ import qcompiler
 from qcompiler.checkpoints import format as formats
 from qcompiler.checkpoints import read, write
 from qcompiler.cli.parser import build_parser, checkpoint_formats
-from qcompiler.errors import CheckpointWarning, QCompilerError
+from qcompiler.errors import QCompilerError
 
 MODULE = '''
 """One byte for each weight, and one scale for each row: `quant_method: rows8`."""
@@ -30,6 +30,7 @@ def stored_weights(said, tensors):
 
 class Rows:
     fix = "Use tiles."
+    readers = ("transformers",)
 
     def why_not(self, weight):
         return None if weight.codes.dtype is torch.float8_e4m3fn else "its codes are not FP8"
@@ -70,10 +71,10 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def test_a_format_of_one_file_is_written_and_read(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(128, 192)).eval()
     fast = qcompiler.compile(model, example_inputs=(torch.randn(4, 128),), target="cpu")
-    with pytest.warns(
-        CheckpointWarning, match=r"\* \[192, 128\]\. vLLM .* across GPUs\. their engine skips them\. Leave"
-    ):
+    with pytest.raises(QCompilerError, match=r"  \* \[192, 128\]: their engine skips them\. Leave") as caught:
         write(fast, tmp_path / "out", "rows8", model=model)
+    assert "vLLM" not in str(caught.value), "vLLM does not know the format"
+    write(fast, tmp_path / "out", "rows8", model=model, reader=None)
     assert {*load_file(tmp_path / "out" / "model.safetensors")} == {"0.weight", "0.rows", "0.bias"}
     found = read(tmp_path / "out")
     assert (found.method, found.notes, {*found.stored}) == ("rows8", ("by rows",), {"0.weight"})
@@ -85,7 +86,7 @@ def test_a_format_of_one_file_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_the_command_line_offers_it_without_loading_it() -> None:
-    assert checkpoint_formats() == ["compressed-tensors", "float", "fp8", "rows8", "rows9"]
+    assert checkpoint_formats() == ["compressed-tensors", "float", "fp8", "qcompiler", "rows8", "rows9"]
     assert build_parser().parse_args(["export", "a", "--to", "rows8", "-o", "b"]).to == "rows8"
     assert "made_up_rows" not in sys.modules
 

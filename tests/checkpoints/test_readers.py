@@ -1,6 +1,5 @@
-"""Warnings of checkpoints that transformers or vLLM cannot read: which layers, which readers, what helps."""
+"""Checkpoints that transformers or vLLM cannot read are refused: which layers, which readers, what helps."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qcompiler
-from qcompiler import CheckpointWarning, numerics
+from qcompiler import QCompilerError, numerics
 from qcompiler.checkpoints.format import writer_called
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
-from qcompiler.checkpoints.readers import warn
-from qcompiler.cli import command_line
+from qcompiler.checkpoints.readers import Written, check_reader
 
 AUTO: Any = AutoModelForCausalLM  # without types
 IDS = torch.arange(12).reshape(1, 12)
@@ -25,30 +23,45 @@ def weight(rows: int, columns: int, block: tuple[int, int] = (128, 128)) -> Quan
     return QuantizedWeight(codes, scale, format)
 
 
-def said(format: str, weights: dict[str, QuantizedWeight], skipped: set[str] | None = None) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warn(writer_called(format, "float"), weights, skipped or set(), stacklevel=1)
-    assert all(each.category is CheckpointWarning for each in caught)
-    return [str(each.message) for each in caught]
+def refused(
+    format: str, weights: dict[str, QuantizedWeight], reader: str = "any", plain: set[str] | None = None,
+    named: set[str] | None = None,
+) -> str | None:  # fmt: skip
+    """The message of the error, if there is one."""
+    try:
+        check_reader(reader, Written(writer_called(format, "float"), weights, plain or set(), named or set()))
+    except QCompilerError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("format", ["fp8", "compressed-tensors"])
-def test_what_all_readers_read_is_no_matter_for_a_warning(format: str) -> None:
-    assert said(format, {"a.weight": weight(128, 256), "b.weight": weight(384, 128)}) == []
-    assert said(format, {}) == []
-    assert said("compressed-tensors", {"a.weight": weight(200, 72, (1, -1)), "b.weight": weight(7, 9, (-1, -1))}) == []
+def test_what_all_readers_read(format: str) -> None:
+    assert refused(format, {"a.weight": weight(128, 256), "b.weight": weight(384, 128)}) is None
+    assert refused(format, {}) is None
+    assert (
+        refused("compressed-tensors", {"a.weight": weight(200, 72, (1, -1)), "b.weight": weight(7, 9, (-1, -1))})
+        is None
+    )
 
 
-def test_the_warning_names_layers_readers_and_what_helps() -> None:
+def test_the_error_names_layers_readers_and_what_helps() -> None:
     weights = {f"m.{i}.q.weight": weight(192, 128) for i in range(3)} | {"m.0.k.weight": weight(128, 128)}
-    assert said("fp8", weights) == [
-        "3 of 4 quantized layers in this checkpoint have sizes that are not multiples of their block [128, 128]: "
-        "m.*.q [192, 128]. vLLM refuses or misreads them where it merges layers, such as q, k and v, and where it "
-        "splits them across GPUs. transformers without a GPU derives the block size from the shapes, and misreads or "
-        'refuses them. Leave them in float, overrides={"m.*.q": None}, or compile with scheme="fp8_row" and write the '
-        'format "compressed-tensors", which then has no blocks.'
-    ]
+    assert refused("fp8", weights) == (
+        "other tools cannot read 3 of 4 quantized layers, or would change them:\n"
+        "  m.*.q [192, 128]: vLLM refuses or misreads sizes that are not multiples of the block [128, 128] where it "
+        "merges layers, such as q, k and v, and where it splits them across GPUs\n"
+        "  m.*.q [192, 128]: transformers without a GPU derives the block size from the shapes, and misreads or "
+        'refuses them. Leave them in float, overrides={"m.*.q": None}; or: scheme="fp8_row" and '
+        'format="compressed-tensors" have no blocks; or pass reader=None to write the checkpoint regardless.'
+    )
+    only = refused("fp8", weights, "vllm")
+    assert only is not None and only.startswith("vLLM cannot read 3 of 4") and "transformers" not in only
+
+
+def test_no_reader_and_an_unknown_one() -> None:
+    check_reader(None, Written(writer_called("fp8", "float"), {"a.weight": weight(192, 128)}))
+    assert str(refused("fp8", {}, "vlm")).startswith("no such reader of checkpoints: got 'vlm'. Did you mean 'vllm'?")
 
 
 @pytest.mark.parametrize(
@@ -60,21 +73,39 @@ def test_the_warning_names_layers_readers_and_what_helps() -> None:
     ],
 )  # fmt: skip
 def test_transformers_is_named_where_it_fails(format: str, sizes: tuple[int, int], fails: bool) -> None:
-    (text,) = said(format, {"a.weight": weight(*sizes)})
-    assert ("transformers" in text) is fails and "vLLM" in text
+    assert (refused(format, {"a.weight": weight(*sizes)}, "transformers") is not None) is fails
+    assert "vLLM" in str(refused(format, {"a.weight": weight(*sizes)}))
 
 
 def test_layers_that_are_quantized_only_when_named() -> None:
-    (text,) = said("fp8", {"lm_head.weight": weight(256, 128), "up.weight": weight(128, 128)}, {"lm_head.weight", "x"})
-    assert text.startswith(
-        "1 of 2 quantized layers in this checkpoint are routers, vocabulary projections or tiny: lm_h"
-    )
-    assert text.endswith('no place for their scales. Leave them in float, overrides={"lm_head": None}.')
+    weights = {"lm_head.weight": weight(256, 128), "up.weight": weight(128, 128)}
+    text = refused("fp8", weights, named={"lm_head.weight", "x"})
+    assert text is not None and text.startswith("other tools cannot read 1 of 2 quantized layers")
+    assert "  lm_head [256, 128]: vLLM builds most routers" in text and 'overrides={"lm_head": None}' in text
+    assert refused("fp8", weights, "transformers", named={"lm_head.weight"}) is None
+
+
+def test_layers_that_vllm_merges_with_layers_in_float() -> None:
+    weights = {"m.q_proj.weight": weight(128, 128), "m.gate_proj.weight": weight(128, 128)}
+    text = refused("fp8", weights, plain={"m.k_proj", "m.v_proj", "other.up_proj"})
+    assert text is not None and "  m.q_proj [128, 128]: vLLM merges them with layers that are not quantized" in text
+    assert "gate_proj" not in text, "its partner is in another module"
+    assert refused("fp8", weights, "transformers", plain={"m.k_proj"}) is None
+
+
+def test_scales_that_vllm_replaces_by_the_largest() -> None:
+    same = {f"m.{part}_proj.weight": weight(128, 128, (-1, -1)) for part in "qkv"}
+    assert refused("compressed-tensors", same) is None
+    codes, scale = numerics.quantize(torch.full((128, 128), 3.0), numerics.format_of((-1, -1)))
+    other = same | {"m.k_proj.weight": QuantizedWeight(codes, scale, numerics.format_of((-1, -1)))}
+    text = refused("compressed-tensors", other)
+    assert text is not None and "quantizes them again with the largest of their scales" in text
+    assert "m.q_proj" in text and 'scheme="fp8_row" has scales that it does not change' in text
 
 
 def test_many_kinds_are_cut_short() -> None:
-    (text,) = said("fp8", {f"part{chr(97 + i)}.weight": weight(192, 128) for i in range(12)})
-    assert "; and 4 more kinds. " in text and 'overrides={"parta": None, ...}' in text
+    text = str(refused("fp8", {f"part{chr(97 + i)}.weight": weight(192, 128) for i in range(12)}))
+    assert "; and 4 more kinds: vLLM" in text and '"parth": None, …}' in text
 
 
 def llama(hidden: int) -> Any:
@@ -86,41 +117,37 @@ def llama(hidden: int) -> Any:
     return AUTO.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def test_a_ragged_model_is_written_with_a_warning_at_the_callers_line(tmp_path: Path) -> None:
+def test_a_ragged_model_is_refused_or_written_regardless(tmp_path: Path) -> None:
     model = llama(192)
     fast = qcompiler.compile(model, example_inputs=(IDS,))
     for format in ("fp8", "compressed-tensors"):
-        with pytest.warns(CheckpointWarning, match="7 of 7 quantized layers") as caught:
+        with pytest.raises(QCompilerError, match="other tools cannot read 7 of 7 quantized layers"):
             fast.save_checkpoint(tmp_path / format, format)
-        assert [each.filename for each in caught] == [__file__] and (tmp_path / format / "config.json").exists()
-    with pytest.raises(RuntimeError, match="unflatten"):  # what the warning is about
+        assert not (tmp_path / format).exists()
+        fast.save_checkpoint(tmp_path / format, format, reader=None)
+        assert (tmp_path / format / "config.json").exists()
+    with pytest.raises(RuntimeError, match="unflatten"):  # what the error prevents
         AUTO.from_pretrained(tmp_path / "compressed-tensors", dtype=torch.bfloat16)(IDS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", CheckpointWarning)
-        with pytest.raises(CheckpointWarning):
-            fast.save_checkpoint(tmp_path / "none", "fp8")
-    assert not (tmp_path / "none").exists()
 
 
 @torch.no_grad()
-def test_a_named_head_is_written_and_read_by_transformers(tmp_path: Path) -> None:
+def test_a_named_head_is_read_by_transformers_but_not_by_vllm(tmp_path: Path) -> None:
     model = llama(128)
     fast = qcompiler.compile(model, example_inputs=(IDS,), overrides={"lm_head": "fp8_tile"})
-    with pytest.warns(
-        CheckpointWarning, match=r"1 of 8 quantized layers .* vocabulary projections .* lm_head \[128, 128\]"
-    ):
-        fast.save_checkpoint(tmp_path / "out", "fp8")
+    with pytest.raises(QCompilerError, match=r"vLLM cannot read 1 of 8 .*\n  lm_head \[128, 128\]: vLLM builds"):
+        fast.save_checkpoint(tmp_path / "out", "fp8", reader="vllm")
+    fast.save_checkpoint(tmp_path / "out", "fp8", reader="transformers")
     exact, read = model(IDS).logits, AUTO.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)(IDS).logits
     assert float((read - exact).float().norm() / exact.float().norm()) < 0.1
 
 
-def test_the_command_line_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with command_line._warnings_as_lines():
-        warn(writer_called("fp8", "float"), {"a.weight": weight(192, 128)}, set(), stacklevel=1)
-        print("out has it")
-    captured = capsys.readouterr()
-    assert captured.out == "out has it\n"
-    assert captured.err.startswith("warning: 1 of 1 quantized layers in this checkpoint have sizes that are not")
-    with command_line._warnings_as_lines(), pytest.warns(DeprecationWarning, match="another's"):
-        warnings.warn("another's", DeprecationWarning, stacklevel=1)
-    assert capsys.readouterr().err == ""
+@torch.no_grad()
+def test_a_partly_quantized_model(tmp_path: Path) -> None:
+    model = llama(128)
+    fast = qcompiler.compile(model, example_inputs=(IDS,), overrides={"*.k_proj": None, "*.up_proj": None})
+    with pytest.raises(QCompilerError, match="cannot read 3 of 5 quantized layers") as caught:
+        fast.save_checkpoint(tmp_path / "out", "fp8")
+    assert str(caught.value).count("\n") == 1 and "q_proj" in str(caught.value) and "gate_proj" in str(caught.value)
+    fast.save_checkpoint(tmp_path / "out", "fp8", reader="transformers")
+    exact, read = model(IDS).logits, AUTO.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)(IDS).logits
+    assert float((read - exact).float().norm() / exact.float().norm()) < 0.1

@@ -50,7 +50,7 @@ def test_a_format_is_spelled_as_its_scheme(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "format"),
     [
-        ("smoothquant_o1", "#int8_row x #int8_tensor"),
+        ("smoothquant_o1", "int8_row{w=tensor}"),
         ("smoothquant_o1{w=channel}", "int8_row"),
         ("smoothquant_o2", "int8_tensor"),
         ("smoothquant_o3", "int8_tensor_static"),

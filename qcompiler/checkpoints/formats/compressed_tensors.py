@@ -32,6 +32,7 @@ class CompressedTensors:
     """FP8 per block, channel or tensor; INT8 per channel or tensor."""
 
     fix = "Choose another scheme for these layers, or leave them in float: overrides={pattern: None}."
+    readers = ("vllm", "transformers")
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
         """The reason why this format cannot store a quantized weight; None if it can."""

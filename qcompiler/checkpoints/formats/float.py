@@ -13,6 +13,7 @@ class FloatWriter:
     """Writes no quantized weights."""
 
     fix = "Compile it without quantizing: pipeline=qcompiler.checkpoints.smoothing(scheme), strict=False."
+    readers = ("vllm", "transformers")
 
     def why_not(self, weight: QuantizedWeight) -> str | None:
         """Rejects every quantized weight: it would have to be dequantized."""

@@ -59,6 +59,7 @@ class BlockFp8:
 
     scale_format: str = "float"
     fix: ClassVar[str] = 'Use format="compressed-tensors", or the scheme "fp8_tile" for these layers.'
+    readers: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
 
     def __post_init__(self) -> None:
         """Raises QCompilerError if the scale format is unknown."""
