@@ -1,0 +1,108 @@
+"""The quantization method "qcompiler" of vLLM: reads `quantization_config`, and chooses a method for each layer."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
+
+from codegen.support import why_not
+from qcompiler.checkpoints.layer_schemes import METHOD, LayerSchemes
+from qcompiler.errors import QCompilerError
+from qcompiler.schemes.pipelines import QuantizationSpec
+from qcompiler.vllm.linear import QCompilerLinearMethod
+
+
+@register_quantization_config(METHOD)
+class QCompilerConfig(QuantizationConfig):
+    """The schemes of a folder that qcompiler wrote."""
+
+    def __init__(self, schemes: LayerSchemes, cache_scheme: object = None) -> None:
+        super().__init__()
+        self.schemes = schemes
+        # vLLM's static scales are for FP8; it skips scales of other caches.
+        self.has_cache_scales = isinstance(cache_scheme, dict) and cache_scheme.get("type") == "float"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The `quant_method`."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Dtypes that the kernels quantize and write."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Hopper."""
+        return 90
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in `config.json`."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QCompilerConfig":
+        """Reads the configuration; raises QCompilerError if it is malformed, or of a newer qcompiler."""
+        return cls(LayerSchemes.read(config, "quantization_config"), config.get("kv_cache_scheme"))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Renames layers as vLLM does for a model."""
+        self.schemes = LayerSchemes(self.schemes.scheme, hf_to_vllm_mapper.apply_dict(dict(self.schemes.overrides)))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for a layer; None for vLLM's own.
+
+        Raises:
+            QCompilerError: The parts of a merged layer have different schemes, the device cannot run the scheme, or the
+                plug-in does not support the layer.
+        """
+        if isinstance(layer, LinearBase):
+            spec = self._spec(prefix)
+            return UnquantizedLinearMethod() if spec is None else QCompilerLinearMethod(spec, prefix)
+        if isinstance(layer, ParallelLMHead | RoutedExperts):
+            self._check_in_float(layer, prefix)
+        return BaseKVCacheMethod(self) if isinstance(layer, Attention) and self.has_cache_scales else None
+
+    def _spec(self, prefix: str) -> QuantizationSpec | None:
+        """The quantization spec of a layer, whose parts must agree."""
+        parts = self._parts(prefix)
+        found = {self.schemes.of(part): part for part in parts}
+        if len(found) > 1:
+            got = ", ".join(f"{scheme or 'float'} in '{part}'" for scheme, part in found.items())
+            last = [part.rpartition(".")[2] for part in parts]
+            raise QCompilerError(
+                f"vLLM merges {', '.join(last)} into one layer, and they have different schemes",
+                got=got,
+                need="one scheme",
+                fix=f'Compile with equal overrides: {{"*.{last[0]}": SCHEME, ...}}.',
+            )
+        spec = self.schemes.spec(parts[0])
+        if spec is not None and current_platform.is_cuda() and (why := why_not(spec.x, spec.w)) is not None:
+            raise QCompilerError(f"no GPU kernel runs the scheme of '{prefix}'", got=why, fix="Choose another scheme.")
+        return spec
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The names in the files of the layers that vLLM merges into one."""
+        path, dot, last = prefix.rpartition(".")
+        return [f"{path}{dot}{name}" for name in self.packed_modules_mapping.get(last, [last])]
+
+    def _check_in_float(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Raises QCompilerError if a layer is quantized for which there is no method."""
+        inner = [scheme for name, scheme in self.schemes.overrides.items() if name.startswith(f"{prefix}.")]
+        names = self._parts(prefix)
+        quantized = any(self.schemes.of(name) for name in names) if not inner else any(inner)
+        if quantized:
+            raise QCompilerError(
+                f"the plug-in does not run a quantized {type(layer).__name__}",
+                got=f"'{prefix}'",
+                fix=f'Leave it in float: overrides={{"*{prefix.rpartition(".")[2]}*": None}}.',
+            )

@@ -1,0 +1,190 @@
+"""vLLM's layers over qcompiler's kernels, bit for bit, on one and on several simulated GPUs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompiler import QCompilerError, numerics
+from qcompiler.numerics import torch_dtype
+from qcompiler.schemes.named import spec_of
+
+WHY = "needs vLLM: make engine"
+linear: Any = pytest.importorskip("vllm.model_executor.layers.linear", reason=WHY)
+parameter: Any = pytest.importorskip("vllm.model_executor.parameter", reason=WHY)
+settings: Any = pytest.importorskip("vllm.config", reason=WHY)
+distributed: Any = pytest.importorskip("vllm.distributed", reason=WHY)
+QCompilerConfig: Any = pytest.importorskip("qcompiler.vllm.config", reason=WHY).QCompilerConfig
+
+HEADS, KV_HEADS, HEAD, DEPTH = 6, 2, 32, 160  # widths 192, 64 and 64
+PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM's layers need: a configuration and a group of one process."""
+    with settings.set_current_vllm_config(settings.VllmConfig()):
+        file = tmp_path_factory.mktemp("group") / "file"
+        distributed.init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        distributed.initialize_model_parallel(1)
+        yield
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends to be one of several processes."""
+
+    def be(rank: int, world: int) -> None:
+        for module in (linear, parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: world)
+
+    return be
+
+
+def configured(scheme: str, overrides: dict[str, Any] | None = None) -> Any:
+    said = {"quant_method": "qcompiler", "version": 1, "scheme": scheme, "overrides": overrides or {}}
+    config = QCompilerConfig.from_config(said)
+    config.packed_modules_mapping = {"qkv_proj": [*PARTS], "gate_up_proj": ["gate_proj", "up_proj"]}
+    return config
+
+
+def files(scheme: str, widths: tuple[int, ...], depth: int = DEPTH) -> list[dict[str, Tensor]]:
+    """The tensors of some linears."""
+    spec, generator, found = spec_of(scheme), torch.Generator().manual_seed(0), []
+    for at, width in enumerate(widths):
+        codes, scale = numerics.quantize(torch.randn(width, depth, generator=generator) * 3.0**at, spec.w)[:2]
+        static = {"input_scale": torch.tensor([0.02 * (1 + at // 2)])} if spec.static else {}
+        found.append({"weight": codes, "weight_scale": scale, **static, "bias": torch.randn(width).bfloat16()})
+    return found
+
+
+def load(layer: Any, tensors: dict[str, Tensor], *shard: Any) -> None:
+    for name, tensor in tensors.items():
+        getattr(layer, name).weight_loader(getattr(layer, name), tensor, *shard)
+
+
+def reference(scheme: str, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """The linear in plain operations of `numerics`."""
+    spec = spec_of(scheme)
+    if spec.static:
+        x_s = tensors["input_scale"].reshape(1, 1)
+        x_q = numerics.quantize_static(x, x_s, spec.x)
+    else:
+        x_q, x_s = numerics.quantize(x, spec.x)[:2]
+    return numerics.scaled_linear(
+        x_q, x_s, tensors["weight"], tensors["weight_scale"], tensors.get("bias"), x_format=spec.x, w_format=spec.w
+    )
+
+
+def made(kind: Any, *sizes: Any, scheme: str, prefix: str, **options: Any) -> Any:
+    with torch.device("cpu"):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return kind(*sizes, quant_config=configured(scheme), prefix=prefix, return_bias=False, **options)
+        finally:
+            torch.set_default_dtype(default)
+
+
+SCHEMES = (
+    "fp8_tile", "fp8_tile{k_block=64, numerics=vllm}", "fp8_row", "int8_row", "int8_row{w=tensor}", "fp8_tensor",
+    "fp8_tensor_static", "int8_tensor_static{w=channel}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_merged_q_k_v_has_the_bits_of_its_parts(scheme: str) -> None:
+    layer = made(linear.QKVParallelLinear, DEPTH, HEAD, HEADS, KV_HEADS, scheme=scheme, prefix="a.qkv_proj")
+    tensors = files(scheme, (192, 64, 64))
+    for shard, part in zip("qkv", tensors, strict=True):
+        load(layer, part, shard)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, DEPTH).bfloat16()
+    assert torch.equal(layer(x), torch.cat([reference(scheme, x, part) for part in tensors], -1))
+    assert layer.weight.dtype is torch_dtype(spec_of(scheme).w.element)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "world"), [("fp8_row", 2), ("int8_row", 2), ("fp8_tensor_static", 2), ("fp8_row", 3)]
+)
+def test_q_k_v_on_several_gpus(scheme: str, world: int, gpus: Any) -> None:
+    heads, kv_heads = (6, 2) if world == 2 else (6, 1)  # on 3 GPUs, each holds the same keys and values
+    tensors = files(scheme, (heads * HEAD, kv_heads * HEAD, kv_heads * HEAD))
+    x = torch.randn(5, DEPTH).bfloat16()
+    whole = [reference(scheme, x, part) for part in tensors]
+    for rank in range(world):
+        gpus(rank, world)
+        layer = made(linear.QKVParallelLinear, DEPTH, HEAD, heads, kv_heads, scheme=scheme, prefix="a.qkv_proj")
+        for shard, part in zip("qkv", tensors, strict=True):
+            load(layer, part, shard)
+        layer.quant_method.process_weights_after_loading(layer)
+        shares = [y.chunk(world if at == 0 or kv_heads > 1 else 1, -1) for at, y in enumerate(whole)]
+        want = torch.cat([each[rank if len(each) > 1 else 0] for each in shares], -1)
+        assert torch.equal(layer(x), want), rank
+
+
+def test_gate_and_up_on_two_gpus_are_cut_at_blocks(gpus: Any) -> None:
+    tensors, x = files("fp8_tile", (512, 512)), torch.randn(3, DEPTH).bfloat16()
+    whole = [reference("fp8_tile", x, part) for part in tensors]
+    for rank in range(2):
+        gpus(rank, 2)
+        layer = made(linear.MergedColumnParallelLinear, DEPTH, [512, 512], scheme="fp8_tile", prefix="a.gate_up_proj")
+        for shard, part in enumerate(tensors):
+            load(layer, part, shard)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert torch.equal(layer(x), torch.cat([each.chunk(2, -1)[rank] for each in whole], -1))
+
+
+@pytest.mark.parametrize("scheme", ["fp8_tile", "int8_row", "int8_tensor_static"])
+def test_a_row_parallel_layer_quantizes_its_share_of_the_input(scheme: str, gpus: Any) -> None:
+    ((tensors),) = files(scheme, (96,), 512)
+    del tensors["bias"]
+    x = torch.randn(3, 512).bfloat16()
+    for rank in range(2):
+        gpus(rank, 2)
+        layer = made(linear.RowParallelLinear, 512, 96, scheme=scheme, prefix="a.down_proj", bias=False,
+                     reduce_results=False)  # fmt: skip
+        load(layer, tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+        columns = tensors["weight_scale"].shape[1]
+        share = {**tensors, "weight": tensors["weight"].chunk(2, 1)[rank].contiguous()}
+        share["weight_scale"] = tensors["weight_scale"].chunk(2 if columns > 1 else 1, 1)[rank if columns > 1 else 0]
+        mine = x.chunk(2, 1)[rank]
+        assert torch.equal(layer(mine), reference(scheme, mine, share)), rank
+
+
+def test_a_cut_inside_a_block_is_refused_before_weights_load(gpus: Any) -> None:
+    gpus(0, 2)
+    with pytest.raises(QCompilerError, match=r"would cut 'a\.gate_up_proj' inside a block: got 160 of 320 output"):
+        made(linear.MergedColumnParallelLinear, DEPTH, [320, 320], scheme="fp8_tile", prefix="a.gate_up_proj")
+    with pytest.raises(QCompilerError, match=r"would cut 'a\.down_proj' inside a block: got 160 of 320 input"):
+        made(linear.RowParallelLinear, 320, 128, scheme="fp8_tile", prefix="a.down_proj")
+
+
+def test_parts_with_different_schemes_are_refused() -> None:
+    config = configured("fp8_tile", {"a.k_proj": "fp8_row", "a.v_proj": None})
+    layer = made(linear.RowParallelLinear, 128, 128, scheme="fp8_tile", prefix="a.o_proj")
+    with pytest.raises(QCompilerError, match=r"vLLM merges q_proj, k_proj, v_proj .*fp8_row in 'a\.k_proj', float in"):
+        config.get_quant_method(layer, "a.qkv_proj")
+    assert isinstance(configured("fp8_tile", {"a.o_proj": None}).get_quant_method(layer, "a.o_proj"),
+                      linear.UnquantizedLinearMethod)  # fmt: skip
+    with pytest.raises(QCompilerError, match="the checkpoint was written by a newer qcompiler"):
+        QCompilerConfig.from_config({"version": 99})
+
+
+def test_scales_of_an_fp8_cache_are_loaded() -> None:
+    attention: Any = pytest.importorskip("vllm.model_executor.layers.attention")
+    caches: Any = pytest.importorskip("vllm.model_executor.layers.quantization.kv_cache")
+    said = {"version": 1, "scheme": "fp8_tile", "kv_cache_scheme": {"type": "float", "num_bits": 8}}
+    layer = attention.Attention.__new__(attention.Attention)  # its class decides
+    assert isinstance(QCompilerConfig.from_config(said).get_quant_method(layer, "a.attn"), caches.BaseKVCacheMethod)
+    assert configured("fp8_tile").get_quant_method(layer, "a.attn") is None
+
+
+def test_a_scale_that_the_files_lack_is_an_error() -> None:
+    layer = made(linear.RowParallelLinear, 256, 96, scheme="fp8_tile", prefix="a.o_proj", bias=False)
+    with pytest.raises(QCompilerError, match=r"the files lack a scale, .*: got 'a\.o_proj\.weight_scale'"):
+        layer.quant_method.process_weights_after_loading(layer)
