@@ -12,13 +12,12 @@ from qcompiler.compiler.decoders import decoder as decoder
 from qcompiler.compiler.loading import load as load
 from qcompiler.compiler.model import CompiledModel as CompiledModel
 from qcompiler.decoding.decoder import Decoder as Decoder
-from qcompiler.diagnostics.attribution import ErrorReport as ErrorReport
 from qcompiler.diagnostics.attribution import attribute_error as attribute_error
+from qcompiler.diagnostics.error_report import ErrorReport as ErrorReport
 from qcompiler.diagnostics.nonfinite import NonFinite as NonFinite
 from qcompiler.diagnostics.nonfinite import find_nonfinite as find_nonfinite
 from qcompiler.errors import ArtefactError as ArtefactError
 from qcompiler.errors import CaptureError as CaptureError
-from qcompiler.errors import CheckpointWarning as CheckpointWarning
 from qcompiler.errors import CodegenError as CodegenError
 from qcompiler.errors import InputError as InputError
 from qcompiler.errors import ParseError as ParseError

@@ -69,10 +69,6 @@ class ArtefactError(QCompilerError):
     """A saved model cannot be written or read: a file is missing, corrupt, edited, foreign, or too new."""
 
 
-class CheckpointWarning(UserWarning):
-    """The written checkpoint is valid, but transformers or vLLM cannot read it."""
-
-
 class CaptureWarning(UserWarning):
     """A captured graph fixes sizes that are dynamic in the model."""
 

@@ -13,14 +13,17 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
     CohereConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -35,10 +38,13 @@ class RecomputingStep:
 
     def __init__(self, model: Any, *, slots: int = 3, capacity: int = 32) -> None:
         self.model = model
-        self.slots, self.capacity, self.device = slots, capacity, torch.device("cpu")
+        self.slots, self.capacity, self.chunk, self.device = slots, capacity, capacity, torch.device("cpu")
         self.vocabulary = int(self.model.config.vocab_size)
         self.calls: list[tuple[int, int]] = []  # the sizes of input_ids
         self.reset()
+
+    def keeps(self, start: int, written: int) -> bool:
+        return True
 
     def reset(self) -> None:
         self.tokens = torch.zeros(self.slots, self.capacity, dtype=torch.int64)
@@ -111,6 +117,19 @@ MODELS: dict[str, Callable[..., Any]] = {
     "cohere": grouped(CohereConfig),
     "olmo2": grouped(Olmo2Config),
     "mixtral": grouped(MixtralConfig, num_local_experts=4, num_experts_per_tok=2),
+    "bloom": lambda: tiny(BloomConfig(**COMMON)),
+    "mpt": lambda: tiny(MptConfig(**COMMON, max_seq_len=128)),
+    "falcon-alibi": lambda: tiny(FalconConfig(**COMMON, alibi=True)),
+    "llama4": grouped(
+        Llama4TextConfig,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        attention_chunk_size=6,
+        no_rope_layers=[1, 0],
+        num_local_experts=4,
+        moe_layers=[1],
+        floor_scale=4,
+    ),
     "qwen3-moe": grouped(Qwen3MoeConfig, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 

@@ -13,14 +13,11 @@ import io
 import os
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from qcompiler.cli.parser import COMMANDS, build_parser
-from qcompiler.errors import CheckpointWarning, QCompilerError
+from qcompiler.errors import QCompilerError
 from qcompiler.files.replacing import FULL
 
 GOOD, NO, USAGE, INTERNAL, INTERRUPTED, NO_READER = 0, 1, 2, 70, 130, 141
@@ -42,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal cannot show must not fail the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _warnings_as_lines():
-            status: int = import_module(COMMANDS[options.command]).run(options)
+        status: int = import_module(COMMANDS[options.command]).run(options)
         sys.stdout.flush()
         return status
     except QCompilerError as error:
@@ -74,26 +70,6 @@ def _flush_or_drop() -> None:
         sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as above)
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Prints our own warnings as lines on standard error, after a command's other output."""
-    lines: list[str] = []
-
-    def show(message: Warning | str, category: type[Warning], *others: Any, **keywords: Any) -> None:
-        if issubclass(category, CheckpointWarning):
-            lines.append(f"warning: {message}")
-        else:
-            usual(message, category, *others, **keywords)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", CheckpointWarning)
-        usual, warnings.showwarning = warnings.showwarning, show
-        try:
-            yield
-        finally:
-            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
 
 
 def _explain(message: str, debug: bool) -> None:

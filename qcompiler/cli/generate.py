@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler.compiler.arguments import DEFAULT_SCHEME
+from qcompiler.compiler.arguments import AUTO
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.errors import InputError
@@ -43,7 +43,7 @@ def _decoder(options: argparse.Namespace) -> Decoder:
     """The decoder in an artefact, or compiled from a folder."""
     path = Path(options.model)
     if not is_artefact(path):
-        scheme = None if options.scheme == NOTHING else options.scheme or DEFAULT_SCHEME
+        scheme = None if options.scheme == NOTHING else options.scheme or AUTO
         return qcompiler.decoder(
             path,
             scheme=scheme,

@@ -41,6 +41,9 @@ CHECKPOINT = (
     f"{', '.join(WRITTEN[:-1])} or {WRITTEN[-1]} (fp8 is Hugging Face's block FP8, float is for a model that is only "
     "smoothed)"
 )
+NO_READER = "none"
+"""The choice of `--reader` that checks nothing."""
+
 IGNORE = "skip layers whose weights match a pattern, such as lm_head; may be given several times"
 INPUT = (
     'random data for one argument: "x=bf16[4,256]", or "ids=i64[1,16] in 0..30521" with a range of integers (default: '
@@ -210,6 +213,10 @@ def _report(parser: argparse.ArgumentParser) -> None:
     _artefact(parser)
     parser.add_argument("--html", metavar="FILE", help="write an HTML page, with the graphs of all stages")
     parser.add_argument("--against", metavar="MODEL", help=f"add the error of each layer on one call: {MODEL}")
+    parser.add_argument(
+        "--outputs", action="store_true",
+        help="with --against, add the error of the model's outputs if only one layer is quantized, for each layer",
+    )  # fmt: skip
     _example(parser)
     _json(parser)
 
@@ -292,6 +299,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--stage", metavar="NAME", help="the stage to write as MLIR or with an exporter (default: the last, or all)"
     )
     parser.add_argument("--model", metavar="MODEL", help=f"for a checkpoint, the original model: {MODEL}")
+    parser.add_argument(
+        "--reader", choices=("any", "vllm", "transformers", NO_READER),
+        help="for a checkpoint, the tool that will read it; layers that it cannot read are an error (default: any)",
+    )  # fmt: skip
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,12 @@ from qcompiler.cli import exported
 from qcompiler.cli.compile import report_document
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
-from qcompiler.compiler.model import CompiledModel
-from qcompiler.diagnostics.attribution import ErrorReport, attribute_error
+from qcompiler.diagnostics.attribution import attribute_error
+from qcompiler.diagnostics.error_report import ErrorReport
 from qcompiler.errors import InputError
+from qcompiler.html.page import write_page
+from qcompiler.html.report_page import html_report
+from qcompiler.program.program import HasProgram
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
         compiled = qcompiler.load(options.artefact, trust=options.trust)
         errors = None if options.against is None else _errors(compiled, options)
         if options.html is not None:
-            compiled.to_html(options.html, errors)
+            write_page(options.html, html_report(compiled, errors))
     if options.json:
         rows = {} if errors is None else {"errors": json.loads(errors.to_json())}
         print_json({**report_document(report), **rows})
@@ -36,11 +39,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _errors(compiled: CompiledModel, options: argparse.Namespace) -> ErrorReport:
+def _errors(compiled: HasProgram, options: argparse.Namespace) -> ErrorReport:
     """The error of each layer relative to the original model on one call."""
-    loaded = load_model(options.against, str(compiled.signature.device or "cpu"))
+    loaded = load_model(options.against, str(compiled.program.device))
     call = loaded.example_for(options.input, options.example)
     if call is None:
         fix = 'Give some: --input "x=bf16[4,256]", or --example FILE.'
         raise InputError("measuring errors needs example inputs", got="none", fix=fix)
-    return attribute_error(compiled, call.as_batch("the call"), loaded.model)
+    return attribute_error(compiled, call.as_batch("the call"), loaded.model, outputs=options.outputs)

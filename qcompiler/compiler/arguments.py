@@ -11,6 +11,7 @@ from passes.quantizing.calibrate import Calibrate
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.stored_weights import knows_x_scales
+from qcompiler.checkpoints.loading import schemes_of
 from qcompiler.checkpoints.reading import Checkpoint
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import CaptureError, PassError
@@ -20,17 +21,21 @@ from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.program.batches import Batches, Call
 from qcompiler.schemes.named import pipeline as scheme_pipeline
 
+AUTO = "auto"
+"""The scheme and overrides that a model's checkpoint declares, or else `DEFAULT_SCHEME`."""
+
 DEFAULT_SCHEME = "fp8_tile"
 
 
 def checked_pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | None") -> Pipeline:
     """Returns the passes to run: the given ones, or the scheme's."""
     if pipeline is None:
-        return scheme_pipeline(scheme, overrides)
+        return scheme_pipeline(DEFAULT_SCHEME if scheme == AUTO else scheme, overrides)
     if overrides is not None:
-        fix = f'Put them into the pipeline: qcompiler.pipeline("{scheme}", overrides).'
+        name = DEFAULT_SCHEME if scheme == AUTO else scheme
+        fix = f'Put them into the pipeline: qcompiler.pipeline("{name}", overrides).'
         raise PassError("both overrides and a pipeline are given", got=overrides, need="one of them", fix=fix)
-    if scheme != DEFAULT_SCHEME:
+    if scheme != AUTO:
         fix = f'Edit the scheme\'s own: qcompiler.pipeline("{scheme}").insert_after(...).'
         raise PassError(
             "both a scheme and a pipeline are given", got=f"{scheme!r} and '{pipeline}'", need="one of them", fix=fix
@@ -40,6 +45,24 @@ def checked_pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | No
     if not isinstance(pipeline, Pipeline):
         raise PassError("the pipeline is of a wrong type", got=type(pipeline).__name__, need="a Pipeline, or its text")
     return pipeline
+
+
+def chosen_schemes(
+    scheme: str | None, overrides: "Mapping[str, str | None] | None", model: Any
+) -> "tuple[str | None, Mapping[str, str | None] | None]":
+    """Returns the scheme and the overrides, with those of the model's checkpoint in place of "auto".
+
+    Args:
+        scheme: A scheme, "auto", or None.
+        overrides: The caller's overrides, which apply after those of the checkpoint.
+        model: The model, loaded.
+    """
+    if scheme != AUTO:
+        return scheme, overrides
+    declared = schemes_of(model) if isinstance(model, torch.nn.Module) else None
+    if declared is None:
+        return DEFAULT_SCHEME, overrides
+    return declared.scheme, {**declared.overrides, **(overrides or {})} or None
 
 
 def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "Batches | Calibration | None":
@@ -53,6 +76,7 @@ def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "B
 def static_scheme(scheme: str, overrides: "Mapping[str, str | None] | None") -> str:
     """Returns the first scheme that needs calibration data, for a message."""
     schemes = [scheme, *(each for each in (overrides or {}).values() if each is not None)]
+    schemes = [DEFAULT_SCHEME if each == AUTO else each for each in schemes]
     static = (each for each in schemes if any(isinstance(step, Calibrate) for step in scheme_pipeline(each)))
     return f"the scheme '{next(static, scheme)}'"
 

@@ -5,6 +5,7 @@ model -> capture -> Graph -> passes -> Graph -> host module -> CompiledModel
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -18,12 +19,13 @@ from qcompiler.capture.preflight import check_model
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.compiler.arguments import (
-    DEFAULT_SCHEME,
+    AUTO,
     checked_calibration,
     checked_example,
     checked_instruments,
     checked_pipeline,
     checked_shapes,
+    chosen_schemes,
     static_scheme,
 )
 from qcompiler.compiler.layer_names import check_layer_names
@@ -43,7 +45,7 @@ from qcompiler.schemes.named import with_ignored
 def compile(
     model: "torch.nn.Module | ExportedProgram | Graph | str | PathLike[str]",
     *,
-    scheme: str = DEFAULT_SCHEME,
+    scheme: str = AUTO,
     overrides: Mapping[str, str | None] | None = None,
     ignore: Sequence[str] = (),
     calibration: "Iterable[Any] | Calibration | None" = None,
@@ -65,7 +67,8 @@ def compile(
         model: A module in evaluation mode, an exported program, a graph with its weights, or the folder of a
             checkpoint (see `qcompiler.checkpoints.load_model`). Weights that are already FP8 are used as they are.
         scheme: The name of a derivation, with optional arguments in braces: `fp8_tile{k_block=64}`; `qcompiler schemes`
-            lists them.
+            lists them. "auto" is what a checkpoint in qcompiler's own format declares, with its overrides, or else
+            fp8_tile.
         overrides: Another scheme for some layers, or None to skip them: `{"*.down_proj": "fp8_row", "lm_head": None}`.
             Patterns match names of weights; the last match applies. A pattern that matches nothing is an error. A
             pattern that names a layer quantizes it even if it is a router, a vocabulary projection or tiny (see
@@ -122,6 +125,10 @@ def _pending(model: Any, settings: Settings) -> PendingModel:
     if isinstance(model, Checkpoint):
         settings.progress.stage("loading")
         again, model = partial(load_model, model.folder), load_model(model)
+    if settings.scheme == AUTO:
+        scheme, overrides = chosen_schemes(AUTO, settings.overrides, model)
+        steps = checked_pipeline(str(scheme), overrides, None)
+        settings = replace(settings, pipeline=steps, scheme=scheme, overrides=overrides)
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
         check_layer_names(settings.passes, model)

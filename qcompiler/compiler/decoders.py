@@ -14,15 +14,17 @@ from torch import Tensor
 
 from passes.attention.attention import Attention
 from passes.attention.cache_scales import CacheScales
+from passes.attention.latent_attention import LatentAttention
 from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.calibration import Calibration
 from qcompiler.checkpoints.cache_scales import kept
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.reading import read
-from qcompiler.compiler.arguments import DEFAULT_SCHEME
+from qcompiler.compiler.arguments import AUTO, DEFAULT_SCHEME, chosen_schemes
 from qcompiler.compiler.compiling import compile
 from qcompiler.decoding.cached import POSITIONS, cache_passes
 from qcompiler.decoding.decoder import Decoder
+from qcompiler.decoding.loop import CHUNK
 from qcompiler.decoding.tokenizers import generation_of, tokenizer_in
 from qcompiler.errors import InputError, PassError
 from qcompiler.pass_manager.instruments import Instrument
@@ -47,10 +49,12 @@ FLOAT = "canonicalize; attention; dead-code"
 def decoder(
     model: "torch.nn.Module | str | PathLike[str]",
     *,
-    scheme: str | None = DEFAULT_SCHEME,
+    scheme: str | None = AUTO,
     kv_cache: str | None = None,
+    latent: bool = True,
     max_batch: int = 16,
     max_length: int | None = None,
+    max_chunk: int = CHUNK,
     overrides: Mapping[str, str | None] | None = None,
     ignore: Sequence[str] = (),
     calibration: "Iterable[Any] | Calibration | None" = None,
@@ -72,9 +76,13 @@ def decoder(
         kv_cache: The format of cached keys and values: "fp8" or "int8", with one scale per token and head; "fp8_static"
             or "int8_static", with one scale for all keys of a layer and one for all values, from the checkpoint or
             from `calibration`; None for the model's own dtype.
+        latent: Whether layers whose keys and values are all computed from one latent, as in DeepSeek, cache the latent;
+            else the keys and values of each head.
         max_batch: Sequences that the cache holds.
         max_length: Maximum length of a sequence in tokens, prompt included; by default 4096, or fewer if the model has
             fewer positions.
+        max_chunk: Maximum number of tokens that one call computes for prompts; longer prompts are cut into chunks.
+            Layers with a window of W tokens keep only the latest W - 1 + max_chunk tokens, if `max_length` is larger.
         overrides: As for `qcompiler.compile`.
         ignore: As for `qcompiler.compile`.
         calibration: As for `qcompiler.compile`.
@@ -92,11 +100,13 @@ def decoder(
         QCompilerError: The folder does not contain a valid checkpoint.
     """
     check_target(target)
-    cache_passes(kv_cache, max_batch, max_length or LONGEST)  # errors before the model is loaded
-    passes = decoding_pipeline(scheme, with_ignored(overrides, ignore))
+    cache_passes(kv_cache, max_batch, max_length or LONGEST, max_chunk)  # errors before the model is loaded
+    overrides = with_ignored(overrides, ignore)
+    decoding_pipeline(DEFAULT_SCHEME if scheme == AUTO else scheme, overrides, latent)  # the same
     folder = Path(model) if isinstance(model, str | PathLike) else None
     found: Any = model if folder is None else load_model(read(folder))
     del model  # so that weights can be freed one by one
+    passes = decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent)
     if kv_cache in STATIC_FORMATS:
         passes = passes.append(static_scales(kv_cache, found, passes))
     if device is not None:
@@ -106,9 +116,10 @@ def decoder(
     generation = generation_of(found)
     length = checked_length(max_length, found)
     example = example_call(found)
+    caching = cache_passes(kv_cache, max_batch, length, max_chunk)
     for_target = target_for(target, next(iter(example.values())).device).passes
     compiled = compile(
-        found, pipeline=passes.append(*cache_passes(kv_cache, max_batch, length), for_target), example_kwargs=example,
+        found, pipeline=passes.append(*caching, for_target), example_kwargs=example,
         calibration=calibration, target=target, strict=strict and scheme is not None, instruments=instruments,
         progress=progress,
     )  # fmt: skip
@@ -116,8 +127,13 @@ def decoder(
     return Decoder(compiled.program, tokenizer, generation)
 
 
-def decoding_pipeline(scheme: str | None, overrides: Mapping[str, str | None] | None) -> Pipeline:
+def decoding_pipeline(
+    scheme: str | None, overrides: Mapping[str, str | None] | None, latent: bool = True
+) -> Pipeline:  # fmt: skip
     """Returns the passes before `kv-cache`: a scheme's passes, with attention recognized for consecutive positions.
+
+    With `latent`, attention over keys and values that are linear in a latent becomes attention over the latent, before
+    any pass that measures or quantizes the weights of these linears.
 
     Raises:
         PassError: The scheme is unknown, or there are overrides without a scheme.
@@ -129,12 +145,14 @@ def decoding_pipeline(scheme: str | None, overrides: Mapping[str, str | None] | 
             fix='Give scheme="fp8_tile", or none of both.',
         )
     steps = Pipeline.parse(FLOAT) if scheme is None else scheme_pipeline(scheme, overrides)
-    attention = Attention(consecutive=POSITIONS)
+    attention = Attention(consecutive=POSITIONS, from_zero=True)
     if attention.name in steps:
-        return steps.replace(attention.name, attention)
-    if "canonicalize" in steps:  # a scheme of another distribution
-        return steps.insert_after("canonicalize", attention)
-    return Pipeline((attention, *steps))
+        steps = steps.replace(attention.name, attention)
+    elif "canonicalize" in steps:  # a scheme of another distribution
+        steps = steps.insert_after("canonicalize", attention)
+    else:
+        steps = Pipeline((attention, *steps))
+    return steps.insert_after(attention.name, LatentAttention()) if latent else steps
 
 
 def static_scales(kv_cache: Any, model: Any, passes: Pipeline) -> CacheScales:

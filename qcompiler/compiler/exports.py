@@ -9,7 +9,7 @@ from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.checkpoints.writing import write
 from qcompiler.compiler.views import ProgramViews
-from qcompiler.diagnostics.attribution import ErrorReport
+from qcompiler.diagnostics.error_report import ErrorReport
 from qcompiler.errors import ArtefactError
 from qcompiler.html.page import write_page
 from qcompiler.html.report_page import html_report
@@ -51,7 +51,7 @@ class Exports(ProgramViews):
         write_artefact(checked_path(folder, ArtefactError), self.program, shard_bytes)
 
     def save_checkpoint(self, folder: str | os.PathLike[str], format: str, **options: Any) -> None:
-        """Writes a checkpoint in a common format: "fp8", "compressed-tensors" or "float"; see `checkpoints.write`.
+        """Writes a checkpoint: "fp8", "compressed-tensors", "qcompiler" or "float"; see `checkpoints.write`.
 
         Raises:
             QCompilerError: The message lists layers that the format cannot store; or the folder is not a checkpoint.

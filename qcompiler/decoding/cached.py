@@ -10,6 +10,7 @@ from typing import Any
 from passes.attention.attention import Attention
 from passes.attention.position_tables import PositionTables
 from passes.cleanup.dead_code import DeadCode
+from qcompiler.decoding.loop import CHUNK
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.pipeline import Pipeline, numbered
@@ -29,7 +30,7 @@ def keeps_cache(graph: Graph) -> bool:
     return bool(cache_types(graph))
 
 
-def with_cache(program: Program, kv_cache: str | None, slots: int, capacity: int) -> Program:
+def with_cache(program: Program, kv_cache: str | None, slots: int, capacity: int, chunk: int = CHUNK) -> Program:
     """Returns a program of one step, which returns the logits of one token per row; `program` is not changed.
 
     Args:
@@ -37,12 +38,13 @@ def with_cache(program: Program, kv_cache: str | None, slots: int, capacity: int
         kv_cache: The format of cached keys and values; None for the model's own dtype.
         slots: Sequences that the cache holds.
         capacity: Positions of each sequence.
+        chunk: Largest number of tokens of a row in one call.
 
     Raises:
         PassError: The model is not causal, or its attention was not recognized; the message names the operation.
     """
     program = _before_target(program)
-    return _after(program, _built(program.graph, cache_passes(kv_cache, slots, capacity), program))
+    return _after(program, _built(program.graph, cache_passes(kv_cache, slots, capacity, chunk), program))
 
 
 def _before_target(program: Program) -> Program:
@@ -64,31 +66,44 @@ def _before_target(program: Program) -> Program:
     )
 
 
-def cache_passes(kv_cache: str | None, slots: int, capacity: int) -> Pipeline:
+def cache_passes(kv_cache: str | None, slots: int, capacity: int, chunk: int = CHUNK) -> Pipeline:
     """Returns the passes that `with_cache` runs.
 
     Raises:
         PassError: The format is unknown.
         InputError: A size is not positive.
     """
-    for name, value in (("max_batch", slots), ("max_length", capacity)):
+    for name, value in (("max_batch", slots), ("max_length", capacity), ("max_chunk", chunk)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is wrong", got=repr(value), need="1 or more")
     formatted = "" if kv_cache is None else f'format="{kv_cache}", '
-    cached = Pipeline.parse(f"{PASS}{{{formatted}slots={slots}, capacity={capacity}, start=true}}")
-    return Pipeline((Attention(consecutive=POSITIONS), PositionTables(), DeadCode(), *cached, DeadCode()))
+    sizes = f"slots={slots}, capacity={capacity}, chunk={chunk}"
+    cached = Pipeline.parse(f"{PASS}{{{formatted}{sizes}, start=true}}")
+    return Pipeline(
+        (Attention(consecutive=POSITIONS, from_zero=True), PositionTables(), DeadCode(), *cached, DeadCode())
+    )
+
+
+def chunk_of(program: Program) -> int:
+    """Returns the `chunk` of `with_cache`."""
+    chunk = getattr(_cache_pass(program)[1], "chunk", None)
+    return chunk if isinstance(chunk, int) else CHUNK
 
 
 def every_logits(program: Program) -> Program:
     """Returns the program of a step which returns the logits of all tokens; for a program of `with_cache`."""
+    stage, cached = _cache_pass(program)
     names = list(program.stages)
-    at = max(place for place, name in enumerate(names) if name.partition("#")[0] == PASS)
-    (spec,) = (step.spec for step in program.steps if step.stage == names[at])
-    cached = Pipeline.parse(spec).passes[0]
-    graph = program.stages[names[at - 1]].clone()
+    graph = program.stages[names[names.index(stage) - 1]].clone()
     graph.weights = program.graph.weights
     every: Any = replace(cached, **{"logits": "all"})
     return _built(graph, Pipeline((every,)).append("dead-code"), program)
+
+
+def _cache_pass(program: Program) -> tuple[str, Any]:
+    """The stage of the pass `kv-cache`, and the pass with its options."""
+    step = next(step for step in reversed(program.steps) if step.stage.partition("#")[0] == PASS)
+    return step.stage, Pipeline.parse(step.spec).passes[0]
 
 
 def _built(graph: Graph, passes: Pipeline, program: Program) -> Program:

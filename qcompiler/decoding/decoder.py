@@ -13,7 +13,7 @@ from typing import Any
 from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.checkpoints.writing import write
-from qcompiler.decoding.cached import every_logits, keeps_cache, with_cache
+from qcompiler.decoding.cached import chunk_of, every_logits, keeps_cache, with_cache
 from qcompiler.decoding.generator import Generator
 from qcompiler.decoding.loop import CHUNK
 from qcompiler.decoding.memory import Memory, check_fits
@@ -38,7 +38,8 @@ class Decoder(Generator):
         program: A program whose last pass is `kv-cache`.
         tokenizer: One of transformers, for prompts and answers in text.
         generation: Entries of the model's generation configuration.
-        chunk: Positions that one prefill call computes, padding included.
+        chunk: Positions that one prefill call computes, padding included; by default, the largest for which the cache
+            was made.
 
     Raises:
         InputError: The cache does not fit into memory.
@@ -50,16 +51,16 @@ class Decoder(Generator):
         tokenizer: Any = None,
         generation: Mapping[str, Any] | None = None,
         *,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         self.program, self._generation = program, dict(generation or {})
-        caches = cache_types(program.graph).values()
+        caches = list(cache_types(program.graph).values())
         self._cache_bytes = sum(each.bytes for each in caches)
-        largest = next(iter(caches))
-        check_fits(self._cache_bytes, program.device, largest.slots, largest.capacity)
+        fixed = sum(each.bytes for each in caches if each.ring is not None)
+        check_fits(self._cache_bytes, program.device, caches[0].slots, caches[0].capacity, fixed)
         stops = stop_tokens_of(self._generation, program.original.config(), tokenizer)
         self._step = compiled_step(program)
-        super().__init__(self._step, tokenizer, stops, chunk=chunk)
+        super().__init__(self._step, tokenizer, stops, chunk=chunk or chunk_of(program))
 
     @classmethod
     def of(
@@ -70,9 +71,10 @@ class Decoder(Generator):
         max_length: int,
         tokenizer: Any = None,
         generation: Mapping[str, Any] | None = None,
+        max_chunk: int = CHUNK,
     ) -> "Decoder":
         """Returns a decoder for a program over whole sequences; `qcompiler.decoder` documents the arguments."""
-        return cls(with_cache(program, kv_cache, max_batch, max_length), tokenizer, generation)
+        return cls(with_cache(program, kv_cache, max_batch, max_length, max_chunk), tokenizer, generation)
 
     @property
     def report(self) -> Report:

@@ -3,8 +3,8 @@
     step = RecordedDecode(table, recorder).prepare([3, 0, 5], features)
     tokens = step()        table.advance(…), recorded for 4 rows; the last one pads
 
-A recorded step reads and writes the tensors of the slot table, and a tensor of slot numbers for its batch size. A batch
-between two recorded sizes is padded with a slot that is not active.
+A recorded step reads and writes the tensors of the slot table, and the rows of its batch size. A batch between two
+recorded sizes is padded with a slot that is not active.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.decoding.sampling import Features
-from qcompiler.decoding.slot_table import SlotTable
+from qcompiler.decoding.slot_table import Rows, SlotTable
 
 
 class Decode(Protocol):
@@ -60,8 +60,9 @@ class DirectDecode:
     def prepare(self, slots: Sequence[int], features: Features) -> Callable[[], Tensor]:
         """Returns the step of the sequences in some slots: see `Decode`."""
         self._table.activate(slots)
-        batch = torch.tensor(slots, dtype=torch.int64, device=self._table.step.device)
-        return partial(self._table.advance, batch, features)
+        rows = Rows.empty(len(slots), self._table.step.device)
+        self._table.load(rows, slots)
+        return partial(self._table.advance, rows, features)
 
     def warm_up(self) -> None:
         """Does nothing."""
@@ -72,10 +73,7 @@ class RecordedDecode:
 
     def __init__(self, table: SlotTable, recorder: Recorder) -> None:
         self._table, self._recorder = table, recorder
-        self._batches = {
-            size: torch.zeros(size, dtype=torch.int64, device=table.step.device)
-            for size in batch_sizes(table.step.slots)
-        }
+        self._rows = {size: Rows.empty(size, table.step.device) for size in batch_sizes(table.step.slots)}
         self._replays: dict[tuple[int, Features], Callable[[], Tensor]] = {}
 
     @property
@@ -86,23 +84,24 @@ class RecordedDecode:
     def prepare(self, slots: Sequence[int], features: Features) -> Callable[[], Tensor]:
         """Returns the step of the sequences in some slots: see `Decode`."""
         count = len(slots)
-        size = next(size for size in self._batches if size >= count)
+        size = next(size for size in self._rows if size >= count)
         replay = self._replay(size, features)
         self._table.activate(slots)
-        self._batches[size].copy_(torch.tensor(padded(slots, size, self._table.step.slots)))
+        self._table.load(self._rows[size], padded(slots, size, self._table.step.slots))
         return replay if size == count else lambda: replay()[:count]
 
     def warm_up(self) -> None:
         """Records greedy steps of all batch sizes, the largest first, so that the others fit into its memory."""
-        for size in reversed(self._batches):
+        for size in reversed(self._rows):
             self._replay(size, Features())
 
     def _replay(self, size: int, features: Features) -> Callable[[], Tensor]:
         key = (size, features)
         if key not in self._replays:
             with self._table.unchanged():
-                batch = self._batches[size]
-                self._replays[key] = self._recorder.record(lambda: self._table.advance(batch, features))
+                rows = self._rows[size]
+                self._table.refresh(rows)  # recording writes the cache after these lengths
+                self._replays[key] = self._recorder.record(lambda: self._table.advance(rows, features))
         return self._replays[key]
 
 

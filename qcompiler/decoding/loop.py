@@ -21,6 +21,7 @@ from qcompiler.decoding.readback import Readback
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features
 from qcompiler.decoding.slot_table import SlotTable
+from qcompiler.decoding.step import Step
 from qcompiler.errors import InputError
 
 CHUNK = 2048
@@ -85,7 +86,7 @@ class Loop:
     """
 
     def __init__(self, table: SlotTable, decode: Decode, *, chunk: int = CHUNK, lag: int | None = None) -> None:
-        self._table, self._decode, self._chunk = table, decode, chunk
+        self._table, self._decode, self._chunk = table, decode, positions_of_call(table.step, chunk)
         self._lag = int(table.step.device.type == "cuda") if lag is None else lag
         self._readback = Readback(table.step.device, table.step.slots)
         self._busy = Lock()  # of one run, which may end in another thread
@@ -167,6 +168,11 @@ class Loop:
         for row in rows:
             row.launched += 1
         return _Flight(rows, self._readback.start(tokens))
+
+
+def positions_of_call(step: Step, chunk: int = CHUNK) -> int:
+    """Returns how many positions a call may compute: `chunk`, or fewer if the step does not take such a long row."""
+    return min(chunk, step.chunk) if step.chunk < step.capacity else chunk
 
 
 def prefill_groups(rows: Iterable[_Row], chunk: int) -> Iterator[list[_Row]]:

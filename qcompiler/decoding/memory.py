@@ -48,15 +48,23 @@ def shown(nbytes: int) -> str:
     return f"{nbytes} bytes" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
 
 
-def check_fits(nbytes: int, device: torch.device, slots: int, capacity: int) -> None:
-    """Raises InputError unless a cache of `nbytes` fits into the device's free memory (on a CPU, its memory)."""
+def check_fits(nbytes: int, device: torch.device, slots: int, capacity: int, fixed: int = 0) -> None:
+    """Raises InputError unless a cache of `nbytes` fits into the device's free memory (on a CPU, its memory).
+
+    Args:
+        nbytes: Bytes of all caches.
+        device: Where they will be.
+        slots: Sequences that they hold.
+        capacity: Positions of each sequence.
+        fixed: Bytes of those caches that do not grow with the capacity.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if nbytes <= free:
         return
-    fits = capacity * free // nbytes
+    fits = max(capacity * (free - fixed) // (nbytes - fixed), 0) if nbytes > fixed else 0
     raise InputError(
         "the cache does not fit into memory",
         got=f"{shown(nbytes)} for max_batch={slots} and max_length={capacity}",

@@ -1,14 +1,43 @@
-"""The device state of the generation loop: the latest token, the length and the sampling settings of each slot."""
+"""The device state of the generation loop: the latest token, the length and the sampling settings of each slot.
+
+The sequences that decode together also have their tokens and lengths in the order of the batch, so that a step of the
+model reads them without a kernel that collects them. A step writes both.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from codegen.direct import kernels
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features, SamplingTable
 from qcompiler.decoding.step import Step, step_inputs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sequences that decode together, in the order of a batch: what a step of the model reads, ready for it.
+
+    Attributes:
+        slots: i64[B], the slot of each sequence.
+        tokens: i64[B], its latest token, which is not in the cache yet.
+        lengths: i64[B], its positions in the cache.
+        last: i64[B], zeros: a step has one token for each sequence.
+    """
+
+    slots: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    last: Tensor
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device) -> "Rows":
+        """Returns rows to be filled by `SlotTable.load`."""
+        slots, tokens, lengths, last = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(4))
+        return cls(slots, tokens, lengths, last)
 
 
 class SlotTable:
@@ -48,17 +77,30 @@ class SlotTable:
         self.tokens[chosen], self.lengths[chosen] = new, lengths
         return new
 
-    def advance(self, slots: Tensor, features: Features) -> Tensor:
-        """Appends the latest tokens to the cache, and returns the next ones, i64[B]; slots i64[B].
+    def load(self, rows: Rows, slots: Sequence[int]) -> None:
+        """Makes rows those of the sequences in some slots, as they are now."""
+        rows.slots.copy_(torch.tensor(slots))
+        self.refresh(rows)
 
-        Everything that it reads and writes is in the table, the cache, and the arguments, so it can be recorded.
+    def refresh(self, rows: Rows) -> None:
+        """Makes tokens and lengths of rows those of their slots, as they are now."""
+        torch.index_select(self.tokens, 0, rows.slots, out=rows.tokens)
+        torch.index_select(self.lengths, 0, rows.slots, out=rows.lengths)
+
+    def advance(self, rows: Rows, features: Features) -> Tensor:
+        """Appends the latest tokens to the cache; enters and returns the next ones, `rows.tokens`.
+
+        Everything that it reads and writes is in the table, the cache, and the rows, so it can be recorded.
         """
-        lengths = self.lengths[slots]
-        logits = self.step(self.tokens[slots, None], slots, lengths, torch.zeros_like(slots))
-        new = self.sampling.choose(logits, slots, lengths + 1, features)
-        self.tokens[slots] = new
-        self.lengths[slots] = lengths + self.active[slots]
-        return new
+        logits = self.step(rows.tokens[:, None], rows.slots, rows.lengths, rows.last)
+        if features == Features():
+            table = (self.active, self.tokens, self.lengths)
+            kernels.next_tokens(logits, rows.slots, *table, rows.tokens, rows.lengths)
+            return rows.tokens
+        rows.tokens.copy_(self.sampling.choose(logits, rows.slots, rows.lengths + 1, features))
+        rows.lengths.add_(self.active[rows.slots])
+        self.tokens[rows.slots], self.lengths[rows.slots] = rows.tokens, rows.lengths
+        return rows.tokens
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from codegen.cpu.gemm import kept_bytes
-from qcompiler.errors import QCompilerError
+from qcompiler.errors import InputError, QCompilerError
 from qcompiler.ir import Value
 from qcompiler.program.program import Program
-from qcompiler.runtime.caches import Cache, allocate, cache_types
+from qcompiler.runtime.caches import Cache, allocate, cache_types, rings
 from qcompiler.runtime.executable import HostWeights, run_host
 
 UNKNOWN = -1
@@ -28,12 +28,14 @@ class Step(Protocol):
         vocabulary: Number of logits a token.
         slots: Number of sequences that the cache holds.
         capacity: Positions of each slot.
+        chunk: Largest number of tokens per row in one call, padding included.
         device: Where inputs and logits are.
     """
 
     vocabulary: int
     slots: int
     capacity: int
+    chunk: int
     device: torch.device
 
     def __call__(
@@ -47,6 +49,12 @@ class Step(Protocol):
             lengths: i64[B], the positions of the slot that are already in the cache.
             last: i64[B], the index in the row of the token whose logits are returned.
             start: The length of all rows, if the caller knows it; long chunks are faster with it.
+        """
+
+    def keeps(self, start: int, written: int) -> bool:
+        """Whether a slot can continue after `start` positions, although the positions before `written` were written.
+
+        A cache of the latest positions only has overwritten earlier ones.
         """
 
     def reset(self) -> None:
@@ -75,6 +83,7 @@ class CompiledStep:
         vocabulary: Number of logits per token.
         slots: Number of sequences that the caches hold.
         capacity: Positions of each slot.
+        chunk: Largest number of tokens per row in one call, padding included: layers with windows may keep no more.
         device: Where inputs, caches and logits are.
         caches: Name -> cache.
     """
@@ -85,6 +94,8 @@ class CompiledStep:
         one = next(iter(caches.values())).type
         self.vocabulary = int(str(output.tensor.shape[-1]))
         self.slots, self.capacity, self.device, self.caches = one.slots, one.capacity, program.device, caches
+        self._rings = rings(program.graph)
+        self.chunk = min([self.capacity, *(ring.chunk for ring in self._rings)])
         self._run, self._inputs = program.run, [value.name for value in program.graph.inputs]
         tensors = {attribute: caches[name].tensors for attribute, name in program.host.caches.items()}
         self._weights = HostWeights(program.host.weights, program.graph.weights, program.device, tensors)
@@ -97,12 +108,23 @@ class CompiledStep:
         If the pass kept all logits, the result is float[B, S, V], and `last` is ignored.
 
         Raises:
-            InputError: On a CPU, a row is outside the slots or the capacity; on a GPU, such tokens are not stored.
+            InputError: A row has more than `chunk` tokens. On a CPU, also: a row is outside the slots or the capacity;
+                on a GPU, such tokens are not stored.
         """
+        if self._rings and input_ids.shape[1] > self.chunk:
+            raise InputError(
+                "a call has more tokens than the caches of layers with windows allow",
+                got=f"{input_ids.shape[1]} tokens per row", need=f"at most {self.chunk}",
+                fix="Cut the tokens into several calls.",
+            )  # fmt: skip
         given = {"slots": slots, "lengths": lengths, "last": last, "start": UNKNOWN if start is None else start}
         inputs = [given.get(name, input_ids) for name in self._inputs]
         logits: Tensor = run_host(self._run, self._weights, inputs)[0]
         return logits
+
+    def keeps(self, start: int, written: int) -> bool:
+        """Whether a slot can continue after `start` positions: see `Step`."""
+        return all(ring.keeps(start, written) for ring in self._rings)
 
     def reset(self) -> None:
         """Does nothing: `lengths` says how much of a slot is valid."""

@@ -7,7 +7,7 @@ transformers is imported here only, so this module is loaded when it is needed.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,13 +113,25 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         step = self._every()
         found = []
         for at in range(0, len(rows), step.slots):
-            part = rows[at : at + step.slots]
-            logits = step(*step_inputs(range(len(part)), part, [0] * len(part), step.device), 0)
-            for row, (first, end) in zip(logits, spans[at : at + step.slots], strict=True):
+            for row, (first, end) in zip(
+                whole_rows(step, rows[at : at + step.slots]), spans[at : at + step.slots], strict=True
+            ):
                 placed = row.new_zeros(width, row.shape[-1])
-                placed[first:end] = row[: end - first]
+                placed[first:end] = row
                 found.append(placed)
         return torch.stack(found)
+
+
+def whole_rows(step: Step, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Returns the logits of all positions of each row, [len(row), V], in as few calls as the step allows."""
+    parts: list[list[Tensor]] = [[] for _ in rows]
+    for start in range(0, max(map(len, rows)), step.chunk):
+        live = [slot for slot, row in enumerate(rows) if len(row) > start]
+        given = [rows[slot][start : start + step.chunk] for slot in live]
+        logits = step(*step_inputs(live, given, [start] * len(live), step.device), start)
+        for slot, ids, row in zip(live, given, logits, strict=True):
+            parts[slot].append(row[: len(ids)])
+    return [torch.cat(each) for each in parts]
 
 
 def spans_of(input_ids: Tensor, mask: Tensor | None, capacity: int) -> list[tuple[int, int]]:

@@ -172,7 +172,7 @@ def test_what_export_refuses(
 def test_formats_are_those_of_checkpoints() -> None:
     """The parser reads the names of files, so that help needs no torch."""
     assert sorted(name for name, format in our_formats().items() if format.writer is not None) == WRITTEN
-    assert WRITTEN == ["compressed-tensors", "float", "fp8"]
+    assert WRITTEN == ["compressed-tensors", "float", "fp8", "qcompiler"]
     with pytest.raises(QCompilerError, match=f"no such checkpoint format: .* Known: {', '.join(WRITTEN)}"):
         writer_called("none-of-these-names", "float")
     with pytest.raises(QCompilerError, match="the checkpoint format can only be read: got 'modelopt'"):

@@ -32,7 +32,10 @@ def test_the_source_calls_operators_on_caches(step: CompiledStep) -> None:
     source = program(with_caches(tiny())).host.source
     assert "def tiny(weights, input_ids, slots, lengths, last):" in source
     assert "kernels.append_to_cache(weights.layers_0, k3, v2, slots, lengths)" in source
-    assert "= kernels.attend_to_cache(weights.layers_0, q3, slots, lengths, None, None, 0.5, None, None)" in source
+    assert (
+        "= kernels.attend_to_cache(weights.layers_0, q3, slots, lengths, None, None, None, 0.5, None, None, None)"
+        in source
+    )
     assert "2 kernel calls" in source
     assert (step.vocabulary, step.slots, step.capacity, step.device) == (32, 3, 16, torch.device("cpu"))
 

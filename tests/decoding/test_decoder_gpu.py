@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 import qcompiler
 from qcompiler.decoding.decoder import Decoder
+from qcompiler.runtime.caches import cache_types
 
 pytestmark = pytest.mark.gpu
 
@@ -37,18 +38,27 @@ def wanted(model: Any, new: int) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("name", models.QUICK)
+@pytest.mark.parametrize("name", [*models.QUICK, "bloom", "llama4"])
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     """In FP32; six prompts wait for three slots, so that recorded steps of several batch sizes are replayed."""
     model = models.MODELS[name]().cuda()
     assert made(model).generate(PROMPTS, max_new_tokens=12, ignore_eos=True) == wanted(model, 12)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_rings_give_the_tokens_of_transformers(name: str) -> None:
+    """Windows of 4 positions, rings of 16, and prompts of several chunks."""
+    model = models.MODELS[name]().cuda()
+    llm = made(model, max_chunk=6)
+    assert any(kind.ring == 16 for kind in cache_types(llm.graph).values())
+    assert llm.generate(PROMPTS, max_new_tokens=40, ignore_eos=True) == wanted(model, 40)
+
+
 @pytest.mark.parametrize("kv_cache", ["fp8", None])
 def test_recorded_steps_repeat_direct_ones(kv_cache: str | None) -> None:
     """The kernels of the quantized step overlap; a hundred replays give the logits of a single call, bit by bit."""
     llm = made(wide_llama(), scheme="fp8_tile", kv_cache=kv_cache)
-    for name in ("kernel.scaled_linear", "kernel.fused_quantize", "state.attend"):
+    for name in ("kernel.scaled_linear", "kernel.fused_quantize", "state.fused_attend"):
         assert llm.graph.ops(name), f"the graph has no {name}"
     step, device = llm.step, torch.device("cuda")
     slots, last = torch.arange(3, device=device), torch.zeros(3, dtype=torch.int64, device=device)

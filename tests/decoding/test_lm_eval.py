@@ -3,7 +3,6 @@
 The scores of a quantized decoder differ by what its logits do.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from decoding_models import byte_tokenizer, llama
 
 import qcompiler
+from benchmarks.local_tasks import local_task
 
 WHY = "lm-eval is not installed: run `make lm-eval`"
 harnesses: Any = pytest.importorskip("lm_eval.models.huggingface", reason=WHY)
@@ -48,27 +48,19 @@ def test_scores_are_those_of_the_model() -> None:
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
 
 
-def task(kind: Any, folder: Path, name: str, docs: list[dict[str, Any]], **how: Any) -> Any:
-    """A task over documents in a local file."""
-    file = folder / f"{name}.json"
-    file.write_text("\n".join(map(json.dumps, docs)), encoding="utf-8")
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
-    return kind(config={"task": name, **data, "metadata": {"version": 1}, **how})
-
-
 def results(model: Any, tokenizer: Any, folder: Path) -> tuple[float, float]:
     """Accuracy of a multiple choice, and the perplexity of a byte, over local files."""
-    evaluator, kind = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.api.task").ConfigurableTask
+    evaluator = pytest.importorskip("lm_eval")
     questions = [
         {"question": f"{number} comes before", "choices": [" 1", " 22", " abc", " z"], "answer": number % 4}
         for number in range(12)
     ]
-    choice = task(
-        kind, folder, "local_choice", questions, output_type="multiple_choice", doc_to_text="{{question}}",
+    choice = local_task(
+        folder, "local_choice", questions, output_type="multiple_choice", doc_to_text="{{question}}",
         doc_to_choice="choices", doc_to_target="answer", metric_list=[{"metric": "acc"}],
     )  # fmt: skip
-    reading = task(
-        kind, folder, "local_text", [{"text": text} for text in TEXTS], output_type="loglikelihood_rolling",
+    reading = local_task(
+        folder, "local_text", [{"text": text} for text in TEXTS], output_type="loglikelihood_rolling",
         doc_to_text="", doc_to_target="{{text}}", metric_list=[{"metric": "byte_perplexity"}],
     )  # fmt: skip
     harness = harnesses.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=60)

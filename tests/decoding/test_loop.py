@@ -8,12 +8,13 @@ import pytest
 import torch
 from decoding_models import RecomputingStep
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompiler.decoding.graphs import Decode, DirectDecode, RecordedDecode, batch_sizes, padded
 from qcompiler.decoding.loop import CHUNK, Loop, Produced
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features, Sampling
-from qcompiler.decoding.slot_table import SlotTable
+from qcompiler.decoding.slot_table import Rows, SlotTable
 from qcompiler.errors import InputError
 
 PROMPTS = [[5, 9, 31], [7, 7], [11, 3, 4, 60, 22, 13, 8], [1], [40, 41, 42, 43]]
@@ -103,6 +104,15 @@ def test_the_cache_can_be_filled_to_its_end() -> None:
     assert list(map(len, found)) == [1, 7, 9]
 
 
+def test_a_call_may_have_more_positions_than_a_slot_but_no_longer_rows_than_the_step_takes() -> None:
+    step, requests = RecomputingStep(models.llama(), slots=5, capacity=10), [Request([3] * 9, 1) for _ in range(4)]
+    generated(step, requests)
+    assert step.calls == [(4, 9)]
+    step.chunk, step.calls = 6, []  # as with rings
+    generated(step, requests)
+    assert step.calls == [(1, 6), (1, 3)] * 4
+
+
 def test_recorded_steps_equal_direct_ones() -> None:
     model, recorder = models.llama(), FakeRecorder()
     samplings = [Sampling(), Sampling(temperature=0.8, seed=3), Sampling(repetition_penalty=1.5),
@@ -122,6 +132,37 @@ def test_warm_up_records_every_batch_size_once_and_changes_nothing() -> None:
     decode.warm_up()
     assert recorder.recorded == len(batch_sizes(6)) == 4
     assert not table.tokens.any() and not table.lengths.any() and not table.active.any()
+
+
+class _Operators(TorchDispatchMode):
+    """Lists the operators that run at least one kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_greedy_step_runs_beyond_the_model() -> None:
+    """Two kernels on a GPU, see `codegen.templates.next_tokens`; they were 13 with torch's operators."""
+
+    class Ready(RecomputingStep):
+        def __call__(self, *inputs: Any, **_: Any) -> Tensor:
+            assert [each.shape for each in inputs] == [(2, 1), (2,), (2,), (2,)]
+            return logits
+
+    logits = torch.randn(2, 64)
+    table = SlotTable(Ready(models.llama()))
+    rows = Rows.empty(2, table.step.device)
+    table.load(rows, [2, 0])
+    with _Operators() as ran:
+        new = table.advance(rows, Features())
+    assert torch.equal(new, logits.argmax(-1))
+    assert ran.names == ["qcompiler.next_tokens.default"]
 
 
 def test_batch_sizes_and_padding() -> None:
