@@ -125,7 +125,7 @@ def measure(batch: int, context: int, dtype: torch.dtype, copy: float, quick: bo
     }
     runs["append"] = appends(work)
     got = kernels.attend_to_cache(
-        work.caches[0], work.query, work.slots, work.lengths, None, None, SIZE**-0.5, None, None
+        work.caches[0], work.query, work.slots, work.lengths, None, None, None, SIZE**-0.5, None, None, None
     )
     error = None
     if dtype == torch.bfloat16:

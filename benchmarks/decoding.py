@@ -27,7 +27,7 @@ import qcompiler
 from codegen.launching.timing import in_turns
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.decoding.sampling import Features
-from qcompiler.decoding.slot_table import SlotTable
+from qcompiler.decoding.slot_table import Rows, SlotTable
 
 LLAMA_3_8B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -79,10 +79,11 @@ def random_llama(layers: int) -> transformers.LlamaForCausalLM:
 
 def decoding(llm: Decoder, model: torch.nn.Module, batch: int, context: int, speed: float) -> dict[str, Any]:
     """A row of the table: one decode step of `batch` sequences of `context` tokens."""
-    table, slots = SlotTable(llm.step), torch.arange(batch, device="cuda")
+    table, rows = SlotTable(llm.step), Rows.empty(batch, llm.step.device)
     table.lengths.fill_(context)  # sequences do not grow: no slot is active
+    table.load(rows, range(batch))
     found: dict[str, Sequence[Callable[[], object]]] = {
-        "fp8_tile": [lambda: table.advance(slots, Features())],
+        "fp8_tile": [lambda: table.advance(rows, Features())],
         "bf16": [bf16_step(model, batch, context)],
     }
     times = in_turns(found, rounds=7, budget=30, most=8)

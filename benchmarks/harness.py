@@ -70,9 +70,12 @@ def device() -> str:
     return found[0].lower() if found else "gpu"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; the keys of the first row are the header."""
-    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+def table(rows: Sequence[dict[str, Any]], digits: int | None = None) -> str:
+    """Rows as a Markdown table; the keys of the first row are the header.
+
+    Numbers have `digits` digits after the point, or else as many as their size needs.
+    """
+    cells = [list(rows[0])] + [[_cell(value, digits) for value in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
@@ -80,18 +83,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, digits: int | None) -> str:
+    if isinstance(value, float) and digits is not None:
+        return f"{value:.{digits}f}"
     if isinstance(value, float):
         return f"{value:.2e}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
     return "" if value is None else str(value)
 
 
-def report(name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
+def report(
+    name: str, title: str, rows: Sequence[dict[str, Any]], facts: dict[str, str], digits: int | None = None
+) -> None:
     """Prints the rows and writes `NAME.json` and `NAME.md` to the folder of `--out`, each atomically."""
     folder = arguments().out
     folder.mkdir(parents=True, exist_ok=True)
     where = ", ".join(f"{key} {value}" for key, value in facts.items())
-    text = f"# {title}\n\n{where}\n\n{table(rows)}\n"
+    text = f"# {title}\n\n{where}\n\n{table(rows, digits)}\n"
     print(text)
     write(folder / f"{name}.json", json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1) + "\n")
     write(folder / f"{name}.md", text)

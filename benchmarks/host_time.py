@@ -1,10 +1,11 @@
 """Host time a token: what the generation loop costs beyond the decode steps that it launches.
 
     python benchmarks/host_time.py [--out FOLDER] [--batches 1,16,64]
-    python benchmarks/host_time.py --model FOLDER       on a GPU, with recorded steps of that model
+    python benchmarks/host_time.py --gpu [--model FOLDER]       with recorded steps of a model
 
-Without a model, decode steps do nothing, so the CPU time of a run is the time of the loop. With a model, the wall time
-of a run is compared with equally many replays of the same CUDA graph in a row.
+On a CPU, decode steps do nothing, so the CPU time of a run is the time of the loop. On a GPU, the wall time of a run is
+compared with equally many replays of the same CUDA graph in a row. Without a folder, the model has the sizes of
+SmolLM2-135M and random weights: what it generates does not matter.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 import harness
 import torch
+import transformers
 from torch import Tensor
 
 import qcompiler
@@ -28,11 +30,17 @@ from qcompiler.decoding.step import Step
 
 CONTEXT, NEW, ROUNDS = 16, 400, 7
 
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+
 
 class NoStep:
     """A step that does nothing."""
 
     vocabulary, capacity, device = 64, CONTEXT + NEW + 1, torch.device("cpu")
+    chunk = capacity
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -41,6 +49,9 @@ class NoStep:
         self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor, start: int | None = None
     ) -> Tensor:
         return torch.zeros(len(input_ids), self.vocabulary)
+
+    def keeps(self, start: int, written: int) -> bool:
+        return True
 
     def reset(self) -> None:
         pass
@@ -60,21 +71,30 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--batches", default="1,16,64")
-    parser.add_argument("--model", help="a folder of a language model; needs a GPU")
+    parser.add_argument("--gpu", action="store_true", help="measure recorded steps")
+    parser.add_argument("--model", help="with --gpu, a folder of a language model; default: random weights")
     options = parser.parse_args()
     sys.argv = [sys.argv[0], "--out", str(options.out)]  # the harness parses only --out
     batches = [int(batch) for batch in options.batches.split(",")]
     title = "Host time of the generation loop"
-    if options.model is None:
+    if not options.gpu:
         torch.set_num_threads(1)
         rows = [{"batch": batch, "us a step": loop_alone(batch)} for batch in batches]
         facts = {"torch": torch.__version__, "time": f"CPU time, best of {ROUNDS} runs of {NEW} steps that do nothing"}
         harness.report("host-time", title, rows, facts)
         return
     llm = qcompiler.decoder(
-        options.model, scheme="fp8_tile", kv_cache="fp8", max_batch=max(batches), max_length=CONTEXT + NEW + 1
-    )
+        options.model or random_model(), scheme="fp8_tile", kv_cache="fp8", max_batch=max(batches),
+        max_length=CONTEXT + NEW + 1, target="cuda",
+    )  # fmt: skip
     harness.gpu_report("host-time", title, [beyond_replays(llm.step, batch) for batch in batches])
+
+
+def random_model() -> torch.nn.Module:
+    """A language model of the sizes of SmolLM2-135M on the GPU, in bf16."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2))
+    return model.to("cuda", torch.bfloat16).eval()
 
 
 def loop_alone(batch: int) -> float:

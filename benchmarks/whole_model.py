@@ -1,55 +1,153 @@
-"""Four layers with the widths of Llama-3-8B, random bfloat16, compiled with each scheme, against the float model.
+"""Whole models with random bfloat16 weights: fp8_tile against bf16 and FP8 of torchao, both with torch.compile.
 
-    python benchmarks/whole_model.py [--out FOLDER]
+    python benchmarks/whole_model.py [--out FOLDER] [--only llama,mixtral,qwen3-moe,minilm]
 
-`eager` is the median over single calls with the device idle before each, including Python launch overhead; `replay` is
-the median of alternating CUDA-graph replays, which excludes Python overhead and launch gaps.
+Times are medians of alternating CUDA-graph replays, without Python overhead and launch gaps. torchao quantizes weights
+and activations by row, and is measured where it is installed, except for experts, which it leaves in bf16. A second
+table adds up the device time of the kernels of the fp8_tile model.
 """
 
+import argparse
+import copy
+import gc
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import harness
 import torch
-import transformers
+import transformers as hf
+from torch.profiler import ProfilerActivity, profile
 
 import qcompiler
 from codegen.launching.timing import in_turns
 
+VOCABULARY = 1024
+COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "dtype": torch.bfloat16, "use_cache": False}
 LLAMA_3_8B: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 1024, "max_position_embeddings": 8192, "dtype": torch.bfloat16,
-    "use_cache": False,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
 }  # fmt: skip
-SCHEMES = ("fp8_tile", "fp8_row", "int8_row", "fp8_tensor_static", "smoothquant_o3")
-TOKENS = ((1, 16), (1, 512), (1, 4096))
+QWEN3_30B_A3B: dict[str, Any] = {
+    "hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
+MINILM: dict[str, Any] = {
+    "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12, "num_hidden_layers": 6,
+    "vocab_size": VOCABULARY,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the shapes of its token ids."""
+
+    title: str
+    make: Callable[[], torch.nn.Module]
+    tokens: tuple[tuple[int, int], ...]
+    torchao: bool = True
+
+
+SUBJECTS = {
+    "llama": Subject(
+        "Llama-3-8B, 4 layers",
+        lambda: hf.LlamaModel(hf.LlamaConfig(num_hidden_layers=4, **LLAMA_3_8B, **COMMON)),
+        ((1, 16), (1, 512), (16, 128), (1, 4096)),
+    ),
+    "mixtral": Subject(
+        "Mixtral-8x7B, 1 layer",
+        lambda: hf.MixtralModel(hf.MixtralConfig(num_hidden_layers=1, **LLAMA_3_8B, **COMMON)),
+        ((64, 1), (1, 4096)),
+        torchao=False,
+    ),
+    "qwen3-moe": Subject(
+        "Qwen3-30B-A3B, 1 layer",
+        lambda: hf.Qwen3MoeModel(hf.Qwen3MoeConfig(num_hidden_layers=1, **QWEN3_30B_A3B, **COMMON)),
+        ((64, 1), (1, 4096)),
+        torchao=False,
+    ),
+    "minilm": Subject("MiniLM, 6 layers", lambda: hf.BertModel(hf.BertConfig(**MINILM)), ((64, 128),)),
+}
+BF16, COMPILED, TORCHAO, OURS = "bf16", "bf16, torch.compile", "torchao FP8, torch.compile", "fp8_tile"
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default=",".join(SUBJECTS))
+    names = parser.parse_known_args()[0].only.split(",")
+    rows, kernels = [], []
+    with torch.no_grad():
+        for name in names:
+            torch.manual_seed(0)
+            found, inside = measure(SUBJECTS[name])
+            rows += found
+            kernels += inside
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+    harness.gpu_report("whole-model", "Whole models with random bf16 weights: milliseconds of a call", rows)
+    harness.gpu_report("whole-model-kernels", "Device time of the kernels of fp8_tile models", kernels)
+
+
+def measure(subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of both tables."""
     with torch.device("cuda"):
-        model = transformers.LlamaModel(transformers.LlamaConfig(**LLAMA_3_8B)).to(torch.bfloat16).eval()
-    batches = [ids(shape) for shape in TOKENS]
-    examples = [{"input_ids": torch.randint(0, 1024, (2, 64), device="cuda")}]
-    fast = {scheme: qcompiler.compile(model, scheme=scheme, calibration=examples) for scheme in SCHEMES}
+        model = subject.make().to(torch.bfloat16).eval()
+    models = {BF16: model, COMPILED: torch.compile(model), OURS: qcompiler.compile(model, scheme="fp8_tile")}
+    if subject.torchao and find_spec("torchao"):
+        models[TORCHAO] = by_torchao(model)
     rows = []
-    for batch in batches:
-        row: dict[str, Any] = {"tokens": str(list(batch["input_ids"].shape))}
-        models = {"bf16": model, **fast}
-        with torch.no_grad():
-            replays = in_turns({name: [partial(each, **batch)] for name, each in models.items()})
-            for name, each in models.items():
-                row[f"{name} eager ms"] = harness.eager(partial(each, **batch))
-                row[f"{name} replay ms"] = replays[name] / 1e3
+    for shape in subject.tokens:
+        ids = torch.randint(0, VOCABULARY, shape, device="cuda")
+        times = in_turns({name: [partial(each, input_ids=ids)] for name, each in models.items()}, rounds=7)
+        row: dict[str, Any] = {"model": subject.title, "tokens": f"{shape[0]} x {shape[1]}"}
+        row |= {f"{name} ms": times[name] / 1e3 if name in times else None for name in (BF16, COMPILED, TORCHAO, OURS)}
+        for name in (COMPILED, TORCHAO):
+            row[f"x {name}"] = times[name] / times[OURS] if name in times else None
         rows.append(row)
-    for row in rows:
-        for name in ("fp8_tile", "fp8_row", "int8_row"):
-            row[f"{name} x bf16, replay"] = row["bf16 replay ms"] / row[f"{name} replay ms"]
-    harness.gpu_report("whole-model", __doc__.partition("\n")[0].rstrip("."), rows)
+        print(row, flush=True)
+    call = partial(models[OURS], input_ids=ids)
+    return rows, [{"model": subject.title, "tokens": rows[-1]["tokens"], **each} for each in by_kernel(call)]
 
 
-def ids(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.randint(0, 1024, shape, device="cuda")}
+def by_torchao(model: torch.nn.Module) -> Any:
+    """The model with FP8 weights and activations, one scale a row, by torchao."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    other = copy.deepcopy(model)
+    quantize_(other, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return torch.compile(other)
+
+
+def by_kernel(call: Callable[[], object], calls: int = 3, most: int = 12) -> list[dict[str, Any]]:
+    """Device time of the kernels of a call, the longest first; the time from the end of the one before."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    times, counts = Counter[str](), Counter[str]()
+    last = 0.0
+    for event in sorted(events, key=lambda event: event.time_range.end):
+        name = _brief(event.name)
+        times[name] += event.time_range.end - max(event.time_range.start, last)  # overlapping kernels count once
+        counts[name] += 1
+        last = event.time_range.end
+    total = times.total()
+    return [
+        {"kernel": name, "launches": counts[name] / calls, "us": time / calls, "% of all": 100 * time / total}
+        for name, time in times.most_common(most)
+    ]
+
+
+def _brief(name: str) -> str:
+    """The name of a kernel without its namespaces and parameters."""
+    name = re.sub(r"^void |\(anonymous namespace\)::|at::native::|at::", "", name)
+    return re.sub(r"[<(].*", "", name)[:48]
 
 
 if __name__ == "__main__":
