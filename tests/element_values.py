@@ -6,6 +6,7 @@ from torch import Tensor
 
 from passes.analyses.index_expressions import Element
 from passes.analyses.inequalities import Condition
+from passes.analyses.real_numbers import Real
 from qcompiler.ir import Size
 from qcompiler.ir.sizes import FUNCTIONS, Call
 
@@ -39,4 +40,5 @@ class At:
 
     def element(self, element: Element) -> float:
         (number,) = (number for condition, number in element.cases if self.holds(condition))
+        assert not isinstance(number, Real), "it ignores rounding"
         return number if isinstance(number, float) else self.size(number)

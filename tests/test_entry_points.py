@@ -147,5 +147,7 @@ def test_an_exporter_is_found_by_its_name(tmp_path: Path) -> None:
 def test_the_command_line_lists_exporters(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "folder", "--to", "x", "-o", "out"])
-    assert "need one of mlir-torch, mlir-linalg, compressed-tensors, float, fp8, " in (err := capsys.readouterr().err)
+    assert "need one of mlir-torch, mlir-linalg, compressed-tensors, float, fp8, qcompiler, " in (
+        err := capsys.readouterr().err
+    )
     assert "theirs" in err

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from decoding_models import llama
 
 from qcompiler.schemes.named import SCHEMES
 
@@ -71,7 +73,7 @@ def test_a_small_run_writes_every_file_with_finite_numbers(quick: Path) -> None:
 
 def numbers(row: dict[str, str]) -> list[float]:
     """The numeric cells of a row."""
-    words = {"scheme", "worst_layer", "windows"}
+    words = {"scheme", "worst_layer", "windows", "layer", "cache", "rounding"}
     return [float(value) for column, value in row.items() if column not in words]
 
 
@@ -143,3 +145,23 @@ def same(shown: str, stored: str) -> bool:
     digits = len(shown.rstrip("%").partition(".")[2])
     value = float(stored) * (100 if shown.endswith("%") else 1)
     return abs(float(shown.rstrip("%")) - value) <= 0.5000001 * 10.0**-digits
+
+
+@needs
+@torch.no_grad()
+def test_rounding_in_torch_restores_the_weights(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one scale per weight costs more than one per channel, if a weight has one row of large numbers."""
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    rounding = importlib.import_module("smollm2_rounding")
+    model = llama()
+    model.model.layers[1].mlp.down_proj.weight[3] *= 100
+    texts = [torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(texts[0]).logits
+    found = {row["rounding"]: row["increase"] for row in rounding.rounding_rows(model, texts[:2], texts[2:])}
+    assert found["none"] == 0 and len({*found.values()}) == 6 - (
+        found["smoothed, one scale per weight"] == found["smoothed, one per output channel in two layers"]
+    ), "the tiny model has none of the two layers"
+    assert abs(found["not smoothed, one per output channel"]) < abs(found["not smoothed, one scale per weight"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(texts[0]).logits, logits), "no hook remains"

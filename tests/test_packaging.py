@@ -20,7 +20,11 @@ PACKAGES = ("qcompiler", "passes", "codegen")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Modules that can be imported only with an extra -> the packages that they need.
-OPTIONAL: dict[str, str] = {"qcompiler.plugins.explorer.main": "model_explorer"}
+OPTIONAL: dict[str, str] = {
+    "qcompiler.plugins.explorer.main": "model_explorer",
+    "qcompiler.vllm.config": "vllm",
+    "qcompiler.vllm.linear": "vllm",
+}
 
 # Non-Python files in the wheel: the parts of the HTML report.
 ASSETS = "qcompiler/html/static"
@@ -188,6 +192,7 @@ def test_the_wheel_has_correct_metadata(contents: zipfile.ZipFile) -> None:
         "[console_scripts]", "qcompiler = qcompiler.cli:main", "",
         "[qcompiler.exporters]", "iree = qcompiler.plugins.iree:IreeExporter",
         "model-explorer = qcompiler.plugins.explorer.exporter:ModelExplorer", "",
+        "[vllm.general_plugins]", "qcompiler = qcompiler.vllm.plugin:register", "",
     ]  # fmt: skip
 
 

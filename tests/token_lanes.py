@@ -78,7 +78,8 @@ def wrong_values(
     for value, label in found.labels.items():
         one, axes = in_order(before[value], label, found, before)
         two, _ = in_order(after[value], label, found, after)
-        same = torch.isclose(one.double(), two.double(), rtol=0, atol=tolerance, equal_nan=True)
+        wide = torch.complex128 if one.is_complex() else torch.float64
+        same = torch.isclose(one.to(wide), two.to(wide), rtol=0, atol=tolerance, equal_nan=True)
         rows, places = lanes(axes, sizes, "batch"), lanes(axes, sizes, "positions")
         if label.content and rows is not None and places is not None:
             same = same | ((rows == row) & ((places >= place) if causal else (places == place)))
