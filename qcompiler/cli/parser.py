@@ -272,7 +272,9 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     parser.add_argument("--ignore-eos", action="store_true", help="continue after the end of the text")
-    parser.add_argument("--scheme", "-s", help=f"for a folder, {SCHEME}, or none (default: fp8_tile)")
+    parser.add_argument(
+        "--scheme", "-s", help=f"for a folder, {SCHEME}, or none (default: the folder's own, or fp8_tile)"
+    )
     parser.add_argument(
         "--kv-cache",
         metavar="FORMAT",
