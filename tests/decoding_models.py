@@ -1,6 +1,6 @@
 """Tiny random causal language models, and a reference `Step` that recomputes every sequence with transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,18 @@ def tiny(config: Any, seed: int = 0, *, spread: bool = True) -> Any:
             if spread and parameter.dim() == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
                 parameter.normal_(std=0.3)
     return model
+
+
+def greedy_tokens(model: Any, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
+    """The tokens that transformers' own `generate` adds to each prompt, without stopping early."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
 
 
 def grouped(kind: Any, **own: Any) -> Callable[..., Any]:

@@ -36,7 +36,7 @@ def attend_to_latent(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Softmax over the positions 0 ... lengths[b] + i of slot slots[b], for token i of row b of the batch.
 
-    Programs, tiles, splits and all arguments are those of `attend_to_cache`, except:
+    Programs, tiles, splits and arguments are as in `attend_to_cache`, except:
 
     Args:
         key: [slot_count, GROUPS, capacity, SIZE], contiguous; the first VALUE_SIZE elements are the values.
@@ -66,7 +66,7 @@ def attend_to_latent(  # type: ignore[no-untyped-def]
             places = _places(batch, group, rows, tokens, GROUPS, REPEATS)
             tl.store(logs + places * splits + split, float("-inf"), mask=there)
             # Zeros, so that `combine_splits` need not wait for the logarithms before it loads.
-            few = tl.arange(0, 16)  # whose addresses, unlike those of all columns, need no registers during the loop
+            few = tl.arange(0, 16)  # fewer addresses take fewer registers during the loop
             lines = ((places * splits + split) * VALUE_SIZE)[:, None] + few[None, :]
             for column in range(0, VALUE_SIZE, 16):
                 tl.store(out + lines + column, 0.0, mask=there[:, None] & (column + few < VALUE_SIZE)[None, :])

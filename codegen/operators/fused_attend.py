@@ -1,7 +1,7 @@
 """The operator `fused_attend`: `attend_to_cache`, whose rows are quantized for the output projection.
 
 On a GPU the kernel that writes the result quantizes it, too. A chunk of a prompt, which torch's kernel attends, is
-quantized by a kernel of its own. The codes are those of the separate operators.
+quantized by a second kernel. Codes and scales have the bits that the separate operators give.
 """
 
 from typing import Any

@@ -46,10 +46,6 @@ PROGRAMS = 2
 MOST_POSITIONS = 8192
 """Positions of a split, so that rows of different lengths keep all multiprocessors busy."""
 
-
-AHEAD = True
-"""Whether a decode step reads its first positions ahead, while earlier kernels still run."""
-
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -240,7 +236,7 @@ def _attention(
         "GROUPS": groups, "REPEATS": heads // groups, "SIZE": size, "VALUE_SIZE": value_size, "UNIT": unit,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "LEAST": ceil_div(LEAST_POSITIONS, config.block_n),
         "STATIC": cache[2] is not None and cache[2].dim() == 1, "RING": held if operands.capacity else None,
-        "AHEAD": AHEAD and tokens == 1, **quantized,
+        "AHEAD": tokens == 1, **quantized,
     }  # fmt: skip
     small = config.block_m == 16 and config.block_n <= 64
     light = small and padded(size) + padded(value_size) <= 384 and cache[0].element_size() < 4

@@ -18,6 +18,7 @@ from codegen.templates.append_to_cache import stride_unit
 from codegen.templates.attend_to_cache import (
     ATTEND_TO_CACHE,
     LEAST_POSITIONS,
+    AttendConfig,
     AttendOperands,
     AttendProblem,
     combination,
@@ -32,22 +33,9 @@ LARGEST_SIZE = 512
 
 
 @dataclass(frozen=True)
-class LatentConfig:
-    """Tile and splits.
+class LatentConfig(AttendConfig):
+    """Tile and splits, as without a latent."""
 
-    Attributes:
-        block_m: Rows (tokens times query heads), a power of two of at least 16.
-        block_n: Positions, a power of two of at least 16.
-        warps: Warps that share the tile.
-        stages: Blocks of positions in flight or in use at once.
-        splits: Programs that share the positions of a tile.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    splits: int
     variant: ClassVar[str] = "latent"
 
 

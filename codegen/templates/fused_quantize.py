@@ -26,9 +26,6 @@ MOST_RESIDUALS = 2
 FEW_ROWS = 512
 """Rows up to which the latency of memory limits the kernel."""
 
-AHEAD = True
-"""Whether a kernel of few rows reads its vectors ahead, while earlier kernels still run."""
-
 
 class FusedQuantizeProblem(NamedTuple):
     """A fused expression on rows, and their quantization.
@@ -161,7 +158,7 @@ class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQua
         constants = {
             "K": k, "EXPRESSION": triton_function(expression, keep), **rounding(profile, q.dtype),
             "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP": config.group, "VECTOR": config.vector,
-            "AHEAD": AHEAD and m <= FEW_ROWS,
+            "AHEAD": m <= FEW_ROWS,
         }  # fmt: skip
         arguments = (
             *given, *none, *residuals, *[None] * (MOST_RESIDUALS - len(residuals)), q, scale, m, *strides,

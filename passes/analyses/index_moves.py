@@ -163,7 +163,7 @@ def _copied(site: Site) -> Element:
 
 
 def _replaced(site: Site) -> Element:
-    """The source's elements from start to end; the others are those of the first operand."""
+    """The source's elements from start to end; the others come from the first operand."""
     axis, at = site.axis(), site.at
     start, size = site.argument("start"), site.shape("self")[axis]
     if site.argument("step") != 1:

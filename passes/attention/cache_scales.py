@@ -52,7 +52,7 @@ class CacheScales(Pass):
         known = {module: (float(key), float(value)) for module, key, value in map(str.split, self.known)}
         changed = False
         for op in graph.ops(CAUSAL):
-            if op.loc.module in known and not is_within(op):  # the checkpoint's are those of each head
+            if op.loc.module in known and not is_within(op):  # the checkpoint's scales are for each head
                 set_scales(graph, op, *known[op.loc.module])
                 changed = True
         ops = [op for op in graph.ops(CAUSAL) if not {*SCALES} <= op.attrs.keys()]

@@ -3,6 +3,7 @@
 %q3 = aten.view(%q, [4*s0, s1, 16])     %q: f32[s0, 4, s1, 16]      ->      the queries are %q
 """
 
+from passes.analyses.arithmetic import VIEWS
 from passes.analyses.causal_masks import in_range
 from passes.analyses.elements import Elements
 from passes.analyses.index_expressions import Unknown
@@ -11,7 +12,6 @@ from passes.analyses.inequalities import TooComplex
 from qcompiler.ir import Graph, Op, Rewriter, Size, Value
 from qcompiler.ir.sizes import call, symbol
 
-VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view")
 INDEX = tuple(symbol(f"folded.{name}") for name in ("b", "h", "i", "j"))
 
 
@@ -30,7 +30,7 @@ def _joined(shape: tuple[Size, ...]) -> tuple[Size, ...] | None:
 
 
 def split_before(graph: Graph, value: Value, batch: Size, heads: Size) -> Value | None:
-    """The earliest value [batch, heads, …] whose elements are those of `value` [batch * heads, …]; None if none is."""
+    """The earliest value [batch, heads, …] with the elements of `value` [batch * heads, …]; None if there is none."""
     wanted, source, found = (batch, heads, *value.tensor.shape[1:]), value, None
     while source.op.name in MOVES and isinstance(operand := source.op.args[0], Value):
         source = operand

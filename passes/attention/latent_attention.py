@@ -225,7 +225,7 @@ class _Builder:
         return self.sizes[1], self.sizes[2]
 
     def query(self, found: Latent) -> Value:
-        """The queries of the latent, and those of the shared parts."""
+        """The queries of the latent and of the shared parts."""
         query, own = self.op["query"], found.keys
         part = self.part(query, found.at.start, found.at.size, "query")
         parts = [self.projected(part, own, transposed=False)]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passes.analyses.arithmetic import VIEWS
 from passes.analyses.sequence import Sequence
 from qcompiler.dialects.aten import overload_of, to_torch
 from qcompiler.errors import PassError
@@ -24,7 +25,7 @@ from qcompiler.ir import DType, Graph, Op, Role, ScalarType, Size, TensorType, T
 from qcompiler.ir.op_table import infer_types, lookup
 from qcompiler.numerics.dtypes import torch_dtype
 
-SHAPED = ("aten.expand", "aten.view", "aten.reshape", "aten._unsafe_view")
+SHAPED = ("aten.expand", *VIEWS)
 """Operations whose second argument is the shape of the result, where a batch of one row may be written as 1."""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.analyses.arithmetic import VIEWS
 from qcompiler.dialects.fused_attend import why_not_heads
 from qcompiler.dialects.state import cache_of
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Role, Rule, Value
@@ -22,7 +23,7 @@ from qcompiler.pass_manager.pipeline import Effect, Pass
 
 ATTEND = "state.attend"
 
-SAME_ORDER = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.clone", "aten.contiguous")
+SAME_ORDER = (*VIEWS, "aten.clone", "aten.contiguous")
 """Operations whose result has the elements of their operand in the same order, last index fastest."""
 
 OTHER = Missed("it is not the result of attention over a cache")

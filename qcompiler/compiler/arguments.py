@@ -50,11 +50,11 @@ def checked_pipeline(scheme: str, overrides: Any, pipeline: "Pipeline | str | No
 def chosen_schemes(
     scheme: str | None, overrides: "Mapping[str, str | None] | None", model: Any
 ) -> "tuple[str | None, Mapping[str, str | None] | None]":
-    """Returns the scheme and the overrides, with those of the model's checkpoint in place of "auto".
+    """Returns the scheme and the overrides, and the model's checkpoint's in place of "auto".
 
     Args:
         scheme: A scheme, "auto", or None.
-        overrides: The caller's overrides, which apply after those of the checkpoint.
+        overrides: The caller's overrides, which apply after the checkpoint's.
         model: The model, loaded.
     """
     if scheme != AUTO:

@@ -78,12 +78,12 @@ class SlotTable:
         return new
 
     def load(self, rows: Rows, slots: Sequence[int]) -> None:
-        """Makes rows those of the sequences in some slots, as they are now."""
+        """Fills rows with the sequences in some slots, as they are now."""
         rows.slots.copy_(torch.tensor(slots))
         self.refresh(rows)
 
     def refresh(self, rows: Rows) -> None:
-        """Makes tokens and lengths of rows those of their slots, as they are now."""
+        """Copies the tokens and lengths of the slots to the rows, as they are now."""
         torch.index_select(self.tokens, 0, rows.slots, out=rows.tokens)
         torch.index_select(self.lengths, 0, rows.slots, out=rows.lengths)
 

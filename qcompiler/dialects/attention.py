@@ -118,7 +118,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of queries at the positions `own` to keys at the positions `place`, in plain torch.
 
-    The arguments are those of `causal`. Without a limit of scores and without sinks, it is torch's attention, to which
+    For the arguments, see `causal`. Without a limit of scores and without sinks, it is torch's attention, to which
     a bias is given in the element type of the query; otherwise the softmax is in FP32.
     """
     distance = place - own[:, None]

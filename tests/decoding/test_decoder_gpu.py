@@ -28,14 +28,7 @@ def made(model: Any, **options: Any) -> Decoder:
 
 
 def wanted(model: Any, new: int) -> list[list[int]]:
-    found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt], device="cuda")
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
-        )
-        found.append(out[0, len(prompt) :].tolist())
-    return found
+    return models.greedy_tokens(model, PROMPTS, new)
 
 
 @pytest.mark.parametrize("name", [*models.QUICK, "bloom", "llama4"])

@@ -59,16 +59,10 @@ def collected(produced: Any, count: int) -> list[list[int]]:
     return found
 
 
-def transformers_generated(model: Any, prompt: Sequence[int], new: int, **options: Any) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options)
-    return [int(token) for token in out[0, len(prompt) :]]
-
-
 @pytest.mark.parametrize("make", [models.llama, models.qwen3, models.gpt2])
 def test_greedy_equals_transformers(make: Callable[[], Any]) -> None:
     model = make()
-    wanted = [transformers_generated(model, prompt, 12, eos_token_id=None) for prompt in PROMPTS]
+    wanted = models.greedy_tokens(model, PROMPTS, 12)
     assert len({token for each in wanted for token in each}) > 8, "the test is blind if all tokens are equal"
     for slots, chunk, lag in [(1, CHUNK, 0), (3, 2, 0), (5, 4, 1), (8, CHUNK, 2)]:
         step = RecomputingStep(model, slots=slots, capacity=24)
