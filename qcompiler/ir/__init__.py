@@ -8,6 +8,7 @@ from qcompiler.ir.literals import parse_format, parse_literal, parse_type
 from qcompiler.ir.op import Argument, Literal, Location, Op, Tag, Value, map_tree, print_argument, print_op
 from qcompiler.ir.ranges import Range
 from qcompiler.ir.rewrite import Match, Missed, Rewriter, Rule, apply_rules, explain
+from qcompiler.ir.sharding import Mesh, Partial, Placement, Shard
 from qcompiler.ir.sizes import Expr, Size, ceildiv, evaluate, parse_size, symbol
 from qcompiler.ir.structure import Use
 from qcompiler.ir.traits import Effects, Role
@@ -28,14 +29,18 @@ __all__ = [
     "Literal",
     "Location",
     "Match",
+    "Mesh",
     "Missed",
     "NoneType",
     "Op",
+    "Partial",
+    "Placement",
     "Range",
     "Rewriter",
     "Role",
     "Rule",
     "ScalarType",
+    "Shard",
     "Size",
     "Tag",
     "TensorType",

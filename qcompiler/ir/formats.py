@@ -265,6 +265,12 @@ def register_format(name: str, format: Format) -> Format:
     return format
 
 
+def unregister_format(name: str) -> None:
+    """Removes the name of a format, which is spelled out from then on; KeyError if there is no such name."""
+    del FORMATS[name]
+    _spelled.cache_clear()
+
+
 def read_format(name: str, given: Mapping[str, Any]) -> Format:
     """The format that `#name<given>` spells; the name `format` means that all fields are in `given`.
 

@@ -1,6 +1,8 @@
 """Text -> literals and types of the graph IR.
 
-    type     := dtype '[' [size {',' size}] ']' | ('int'|'float'|'bool') ['(' size ')'] | 'none' | cache
+    type     := tensor | ('int'|'float'|'bool') ['(' size ')'] | 'none' | cache
+    tensor   := dtype '[' [size {',' size}] ']' ['<' placed {',' placed} '>']
+    placed   := name '=' ('shard' | 'partial') '(' name '=' integer {',' name '=' integer} ')'
     size     := ['-'] term {('+' | '-') term}
     term     := factor {('*' | '//') factor}
     factor   := integer | symbol | function '(' size {',' size} ')' | '(' size ')'
@@ -20,6 +22,7 @@ from qcompiler.errors import ParseError, QCompilerError, did_you_mean
 from qcompiler.ir.cache_type import CacheType, read_cache
 from qcompiler.ir.formats import FORMATS, Format, read_format
 from qcompiler.ir.op import Argument, Tag
+from qcompiler.ir.sharding import Placement, read_placement
 from qcompiler.ir.sizes import Size, read_size
 from qcompiler.ir.types import NONE, DType, ScalarType, TensorType, Type
 from qcompiler.text import Source, Token, ValueReader
@@ -103,7 +106,36 @@ class LiteralReader(ValueReader):
             if len(found) != 1:
                 raise self.fail(f"{token.text} takes one size, not {len(found)}", token)
             return ScalarType(token.text, found[0])  # type: ignore[arg-type]  # one of the three, as just tested
-        return TensorType(self.dtype(token), tuple(self.sizes("[", "]")))
+        return self.tensor(self.dtype(token))
+
+    def tensor(self, dtype: DType) -> TensorType:
+        """The rest of `bf16[s0, 256]<tp = shard(axis = 1, parts = 2)>`, after the dtype."""
+        shape, placed = tuple(self.sizes("[", "]")), dict[str, Placement]()
+        if self.accept("<"):
+            self.list_of(lambda: self.placement(placed), ">")
+        return TensorType(dtype, shape, tuple(sorted(placed.items())))
+
+    def placement(self, placed: dict[str, Placement]) -> None:
+        """Reads `tp = shard(axis = 1, parts = 2)` into `placed`."""
+        mesh = self.expect_kind("name", "an axis of the mesh, such as 'tp'")
+        if mesh.text in placed:
+            raise self.fail(f"the placement on '{mesh.text}' is given twice", mesh)
+        self.expect("=")
+        kind, fields = self.expect_kind("name", "a placement, such as 'shard'"), dict[str, int]()
+        self.expect("(")
+        self.list_of(lambda: self.placement_field(fields), ")")
+        try:
+            placed[mesh.text] = read_placement(kind.text, fields)
+        except QCompilerError as error:
+            raise self.fail(str(error), kind) from None
+
+    def placement_field(self, fields: dict[str, int]) -> None:
+        """Reads `axis = 1` into `fields`."""
+        key = self.expect_kind("name", "a field of a placement, such as 'axis'")
+        if key.text in fields:
+            raise self.fail(f"the {key.text} of a placement is given twice", key)
+        self.expect("=")
+        fields[key.text] = self.integer(self.expect_kind("int", "an integer"))
 
     def cache(self, token: Token) -> CacheType:
         """The rest of `cache<bf16, slots = 16, …>`."""

@@ -22,7 +22,7 @@ from qcompiler.ir.op_table import is_known, unknown_op
 from qcompiler.ir.printer import print_claim
 from qcompiler.ir.ranges import Range
 from qcompiler.ir.structure import Structure
-from qcompiler.ir.types import DType, TensorType
+from qcompiler.ir.types import DType
 from qcompiler.text import WORDS, Source, Token
 
 IN_HEAD = {
@@ -86,7 +86,7 @@ class GraphReader(LiteralReader):
         if self.now.text not in DType.__members__:
             return str(self.type())
         dtype = self.dtype(self.take())
-        return str(TensorType(dtype, tuple(self.sizes("[", "]"))) if self.now.text == "[" else dtype)
+        return str(self.tensor(dtype) if self.now.text == "[" else dtype)
 
     def ranges(self) -> None:
         """`s0 in 1..4096, s1 in 0..`"""

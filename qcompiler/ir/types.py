@@ -1,10 +1,11 @@
 """Types of values, printed as torch prints them: `bf16[s0, 256]`, `f8e4m3fn[64, 256]`, `int(s0)`, `none`."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
+from qcompiler.ir.sharding import Partial, Placement, Shard, Sharding, print_sharding
 from qcompiler.ir.sizes import Size, ceildiv, product, symbols
 
 
@@ -69,13 +70,20 @@ class Type(ABC):
 
 @dataclass(frozen=True)
 class TensorType(Type):
-    """A dense tensor: element type and shape."""
+    """A dense tensor: element type, shape, and how the ranks of a mesh hold it.
+
+    Attributes:
+        dtype: The type of an element.
+        shape: The sizes of the whole tensor.
+        sharding: Its placements, see `qcompiler.ir.sharding`; empty if each rank holds the whole tensor.
+    """
 
     dtype: DType
     shape: tuple[Size, ...]
+    sharding: Sharding = ()
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]{print_sharding(self.sharding)}"
 
     @classmethod
     def of(cls, array: Any) -> "TensorType | None":
@@ -92,7 +100,7 @@ class TensorType(Type):
     def stored(self) -> "TensorType":
         """The type in memory: elements below 8 bits are packed into bytes along the last dimension."""
         if self.dtype.bits >= 8 or not self.shape:
-            return self
+            return self.whole
         *lead, last = self.shape
         return TensorType(DType.u8, (*lead, ceildiv(last * self.dtype.bits, 8)))
 
@@ -100,6 +108,34 @@ class TensorType(Type):
     def bytes(self) -> Size:
         """Size in memory, in bytes."""
         return self.stored.elements * (self.stored.dtype.bits // 8)
+
+    @property
+    def whole(self) -> "TensorType":
+        """The type without placements."""
+        return replace(self, sharding=()) if self.sharding else self
+
+    @property
+    def local(self) -> "TensorType":
+        """The type of what one rank holds."""
+        shape = list(self.shape)
+        for _, placement in self.sharding:
+            if isinstance(placement, Shard):
+                shape[placement.axis] = shape[placement.axis] // placement.parts
+        return TensorType(self.dtype, tuple(shape))
+
+    def placement(self, mesh: str) -> Placement | None:
+        """The placement on an axis of the mesh; None if the tensor is replicated along it."""
+        return dict(self.sharding).get(mesh)
+
+    def placed(self, mesh: str, placement: Placement | None) -> "TensorType":
+        """The type with another placement on an axis of the mesh; None replicates it."""
+        others = [pair for pair in self.sharding if pair[0] != mesh]
+        return replace(self, sharding=tuple(sorted([*others, *([(mesh, placement)] if placement else [])])))
+
+    @property
+    def partials(self) -> frozenset[str]:
+        """The axes of the mesh along which the tensor is a sum of what the ranks hold."""
+        return frozenset(mesh for mesh, placement in self.sharding if isinstance(placement, Partial))
 
     @property
     def symbols(self) -> frozenset[str]:

@@ -17,6 +17,8 @@
     V15  a stored weight has the type that the graph declares
     V16  only operations that read or write state use a buffer that is written during the call
     V17  a cache comes from an operation that reads state; at most one operation writes it, before the others read it
+    V18  a tensor is cut along an axis of fixed size into equal parts of whole units
+    V19  an operation that reads a partial sum returns a partial sum, or communicates
 
 The error message has the rule number, the pass that ran last, the operation, the lines around it, a caret, and the
 source line.
@@ -31,8 +33,9 @@ import networkx as nx
 
 from qcompiler.errors import QCompilerError, VerifyError
 from qcompiler.ir.cache_type import CacheType
-from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, print_argument, print_op, quote
+from qcompiler.ir.op import LITERAL_TYPES, Argument, Op, Value, map_tree, print_argument, print_op, quote
 from qcompiler.ir.op_table import OpError, check_signature, is_known, lookup, unknown_op
+from qcompiler.ir.sharding import Shard
 from qcompiler.ir.structure import INPUT, Structure
 from qcompiler.ir.traits import Effects, Role
 from qcompiler.ir.types import TensorType
@@ -172,24 +175,43 @@ def _known(graph: Structure) -> Broken | None:
 
 
 def _signatures(graph: Structure) -> Broken | None:
+    placed = any(_is_placed(value) for op in graph for value in op.results)
     for op in graph:
         if (definition := lookup(op.name)) is None:
             continue
+        seen = _whole(op) if placed else op
         try:
             check_signature(op, definition)
         except QCompilerError as error:
             return Broken(6, op, str(error), _operand(op, error))
         try:
-            types = definition.types(op) if definition.types else None
+            types = definition.types(seen) if definition.types else None
         except QCompilerError as error:
             return Broken(7, op, str(error), _operand(op, error))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             return Broken(7, op, f"the type rule failed for these operands: {error}")
-        if types is not None and types != tuple(value.type for value in op.results):
+        if types is not None and types != tuple(value.type for value in seen.results):
             got = ", ".join(str(value.type) for value in op.results)
             wanted = ", ".join(map(str, types)) or "nothing"
             return Broken(7, op, f"the result types are {got or 'nothing'}, but the type rule requires {wanted}", got)
     return None
+
+
+def _whole(op: Op) -> Op:
+    """The operation as its type rule sees it: without placements, unless it communicates."""
+    if Effects.COMMUNICATES in op.effects:
+        return op
+
+    def whole(leaf: Any) -> Any:
+        placed = isinstance(leaf, Value) and _is_placed(leaf)
+        return Value(leaf.op, leaf.index, leaf.name, leaf.tensor.whole) if placed else leaf
+
+    attrs = {key: map_tree(whole, arg) for key, arg in op.attrs.items()}
+    return Op(op.name, map_tree(whole, op.args), attrs, op.loc, map_tree(whole, op.results))
+
+
+def _is_placed(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and bool(value.type.sharding)
 
 
 def _operand(op: Op, error: QCompilerError) -> int | str:
@@ -317,7 +339,33 @@ def _symbols(graph: Structure) -> Broken | None:
     return None
 
 
+def _placements(graph: Structure) -> Broken | None:
+    for op in graph:
+        for value in op.results:
+            if _is_placed(value) and (broken := _cut(value, value.tensor) or _unresolved(graph, value, value.tensor)):
+                return broken
+    return None
+
+
+def _cut(value: Value, kind: TensorType) -> Broken | None:
+    for mesh, placement in kind.sharding:
+        why = placement.why_not(kind.shape) if isinstance(placement, Shard) else None
+        if why is not None:
+            return Broken(18, value.op, f"{value} is cut along '{mesh}', but {why}", str(placement))
+    return None
+
+
+def _unresolved(graph: Structure, value: Value, kind: TensorType) -> Broken | None:
+    for op in graph.users(value) if kind.partials else ():
+        returned = (result.type.partials for result in op.results if isinstance(result.type, TensorType))
+        lost = kind.partials - frozenset().union(*returned)
+        if lost and Effects.COMMUNICATES not in op.effects:
+            problem = f"{value} is a partial sum along '{min(lost)}', which a collective must add first"
+            return Broken(19, op, problem, str(value))
+    return None
+
+
 CHECKS: tuple[Callable[[Structure], Broken | None], ...] = (
     _names, _ends, _literals, _known, _acyclic, _definitions, _edges,
-    _signatures, _weights, _updates, _written, _caches, _symbols,
+    _signatures, _weights, _updates, _written, _caches, _symbols, _placements,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from qcompiler.diagnostics.attribution import attribute_error
 from qcompiler.dialects.kernel import why_no_kernel
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import ALL, DType, Format, Graph, parse_format
-from qcompiler.ir.formats import FORMATS, register_format
+from qcompiler.ir.formats import register_format, unregister_format
 from qcompiler.schemes.named import SCHEMES, Scheme, register
 from qcompiler.schemes.pipelines import QuantizationSpec
 
@@ -147,7 +147,8 @@ def scheme() -> Iterator[str]:
     four = register_format("test_asymmetric", INT4)
     register(Scheme("test_asymmetric", "Zero points.", spec=QuantizationSpec(INT8, four), options=()))
     yield "test_asymmetric"
-    del FORMATS["test_asymmetric"], SCHEMES["test_asymmetric"]
+    unregister_format("test_asymmetric")
+    del SCHEMES["test_asymmetric"]
 
 
 @torch.no_grad()

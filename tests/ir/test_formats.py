@@ -15,7 +15,18 @@ import qcompiler
 from qcompiler import numerics
 from qcompiler.errors import ParseError, QCompilerError
 from qcompiler.ir import ALL, DType, Format, Graph, TensorType, parse_format, parse_literal, symbol
-from qcompiler.ir.formats import ELEMENTS, FORMATS, FP8_TILE, MXFP4, MXFP8, NVFP4, SCALES, read_format, register_format
+from qcompiler.ir.formats import (
+    ELEMENTS,
+    FORMATS,
+    FP8_TILE,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    SCALES,
+    read_format,
+    register_format,
+    unregister_format,
+)
 from qcompiler.schemes.named import SCHEMES, Scheme, register
 from qcompiler.schemes.pipelines import QuantizationSpec
 
@@ -276,7 +287,8 @@ def scheme() -> Iterator[str]:
     four = register_format("test_four_bits", Format(DType.f4e2m1fn, (1, 4), DType.f8e4m3fn, tensor_scale=True))
     register(Scheme("test_four_bits", "Four bits.", spec=QuantizationSpec(four, four), options=("scale",)))
     yield "test_four_bits"
-    del FORMATS["test_four_bits"], SCHEMES["test_four_bits"]
+    unregister_format("test_four_bits")
+    del SCHEMES["test_four_bits"]
 
 
 @torch.no_grad()

@@ -1,0 +1,137 @@
+"""Runs the ranks of a sharded graph, and random graphs of blocks that can be sharded."""
+
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.distributed.communicator import Communicator
+from qcompiler.distributed.simulation import Simulation
+from qcompiler.interpreter import interpret
+from qcompiler.ir import Graph, Mesh, Op
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
+
+
+def rank_graphs(graph: Graph, mesh: str, then: str = "", unit: str = "[1, 1]", more: str = "") -> list[Graph]:
+    """The programs of all ranks, after further passes."""
+    found = []
+    for rank in range(Mesh.parse(mesh).size):
+        own = graph.clone()
+        steps = (
+            f'shard{{mesh="{mesh}", unit={unit}{more}}}; collectives; partition{{mesh="{mesh}", rank={rank}}}; {then}'
+        )
+        run_pipeline(Pipeline.parse(steps), own)
+        found.append(own)
+    assert len({str(each) for each in found}) == 1
+    return found
+
+
+def run_ranks(graphs: list[Graph], mesh: str, inputs: Any) -> tuple[list[Any], list[dict[str, Tensor]]]:
+    """The outputs of each rank, and all of its values by name."""
+    values: list[dict[str, Tensor]] = [{} for _ in graphs]
+
+    def keep(rank: int, op: Op, results: tuple[Any, ...]) -> None:
+        values[rank].update((value.name, out) for value, out in zip(op.results, results, strict=True))
+
+    runs = [partial(interpret, graph, inputs, observe=partial(keep, rank)) for rank, graph in enumerate(graphs)]
+    return Simulation(Mesh.parse(mesh)).run(runs), values
+
+
+MLP = """func @m(%x: f32[s0, 64]) -> (f32[s0, 64]) where s0 in 1..64 {
+  %w1 = core.param() {name = "w1"} : f32[256, 64]
+  %w2 = core.param() {name = "w2"} : f32[64, 256]
+  %g = aten.linear(%x, %w1) : f32[s0, 256]
+  %h = aten.relu(%g) : f32[s0, 256]
+  %y = aten.linear(%h, %w2) : f32[s0, 64]
+  return %y
+}"""
+
+
+def mlp() -> Graph:
+    """Two linears with weights, whose region has 256 columns."""
+    graph = Graph.parse(MLP)
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in (("w1", (256, 64)), ("w2", (64, 256))):
+        graph.weights[name] = torch.randn(shape, generator=generator)
+    return graph
+
+
+MLP_INPUT = torch.linspace(-1, 1, 5 * 64).reshape(5, 64)
+
+
+MOVES: list[Callable[[Communicator, Tensor], Tensor]] = [
+    lambda rank, x: rank.all_reduce(x, "tp"),
+    lambda rank, x: rank.all_gather(x, "tp", 0),
+    lambda rank, x: rank.all_gather(x, "tp", 1),
+    lambda rank, x: rank.reduce_scatter(x[:4], "tp", 0),
+    lambda rank, x: rank.reduce_scatter(x, "tp", 1),
+]
+"""Collectives of one rank."""
+
+
+class RandomBlocks:
+    """Text of a graph over `%x: f32[s0, s1, width]`: MLPs and attention with residuals, in random forms."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.lines: list[str] = []
+        self.parts = self.rng.choice((2, 3, 4))
+        self.width = self.rng.choice((8, 12, 16))
+        self.count = 0
+
+    def text(self) -> str:
+        """The graph."""
+        x = "%x"
+        for _ in range(self.rng.randint(1, 3)):
+            y = self.rng.choice((self.mlp, self.attention))(self.norm(x) if self.rng.random() < 0.5 else x)
+            x = self.add("aten.add.Tensor", f"{x}, {y}", f"s0, s1, {self.width}")
+        kind = f"f32[s0, s1, {self.width}]"
+        head = f"func @m(%x: {kind}) -> ({kind}) where s0 in 1..3, s1 in 1..7 {{"
+        sizes = ["%b = aten.sym_size.int(%x, 0) : int(s0)", "%s = aten.sym_size.int(%x, 1) : int(s1)"]
+        return "\n  ".join([head, *sizes, *self.lines, f"return {x}"]) + "\n}"
+
+    def add(self, op: str, args: str, shape: str, attrs: str = "") -> str:
+        self.count += 1
+        self.lines.append(f"%v{self.count} = {op}({args}){attrs} : f32[{shape}]")
+        return f"%v{self.count}"
+
+    def weight(self, *shape: int) -> str:
+        name = f"w{self.count + 1}"
+        return self.add("core.param", "", ", ".join(map(str, shape)), f' {{name = "{name}"}}')
+
+    def linear(self, x: str, rows: int, columns: int) -> str:
+        weights = [self.weight(rows, columns), *([self.weight(rows)] * (self.rng.random() < 0.5))]
+        return self.add("aten.linear", ", ".join([x, *weights]), f"s0, s1, {rows}")
+
+    def norm(self, x: str) -> str:
+        return self.add("aten.rms_norm", f"{x}, [{self.width}], {self.weight(self.width)}", f"s0, s1, {self.width}")
+
+    def mlp(self, x: str) -> str:
+        inner = self.parts * self.rng.choice((2, 5))
+        shape = f"s0, s1, {inner}"
+        y = self.add(self.rng.choice(("aten.silu", "aten.relu", "aten.gelu")), self.linear(x, inner, self.width), shape)
+        if self.rng.random() < 0.5:
+            y = self.add("aten.mul.Tensor", f"{y}, {self.linear(x, inner, self.width)}", shape)
+        if self.rng.random() < 0.3:
+            y = self.add("aten.mul.Tensor", f"{self.weight(inner)}, {y}", shape)
+        return self.linear(y, self.width, inner)
+
+    def heads(self, x: str, count: int, size: int) -> str:
+        y, literal = self.linear(x, count * size, self.width), self.rng.choice((str(count), "-1"))
+        y = self.add("aten.view", f"{y}, [%b, %s, {literal}, {size}]", f"s0, s1, {count}, {size}")
+        if self.rng.random() < 0.3:
+            y = self.add("aten.rms_norm", f"{y}, [{size}], {self.weight(size)}", f"s0, s1, {count}, {size}")
+        return self.add("aten.transpose.int", f"{y}, 1, 2", f"s0, {count}, s1, {size}")
+
+    def attention(self, x: str) -> str:
+        groups, each, size = self.parts * self.rng.choice((1, 2)), self.rng.choice((1, 2, 3)), 4
+        heads = groups * each
+        q, k, v = self.heads(x, heads, size), self.heads(x, groups, size), self.heads(x, groups, size)
+        y = self.add("attention.causal", f"{q}, {k}, {v}", f"s0, {heads}, s1, {size}", " {scale = 0.5}")
+        y = self.add("aten.transpose.int", f"{y}, 1, 2", f"s0, s1, {heads}, {size}")
+        y = self.add("aten.reshape", f"{y}, [%b, %s, {heads * size}]", f"s0, s1, {heads * size}")
+        return self.linear(y, self.width, heads * size)
