@@ -8,6 +8,7 @@ An operation that is in no table is refused. Only `attention.causal` reads other
 
 from collections.abc import Callable
 
+from passes.analyses.sequence_collectives import COLLECTIVES
 from passes.analyses.sequence_elementwise import ELEMENTWISE, ELEMENTWISE_RULES
 from passes.analyses.sequence_experts import EXPERTS
 from passes.analyses.sequence_labels import Fact, Label, Mixes, Unplaced, counted, has_tokens
@@ -73,6 +74,7 @@ RULES: Table = {
     **REDUCTIONS,
     **EXPERTS,
     **QUANTIZED,
+    **COLLECTIVES,
     CAUSAL: Row("Position p reads positions up to p.", _causal),
     **REFUSED,
 }

@@ -18,6 +18,7 @@ from sequence_cases import (
 )
 
 from passes.analyses.sequence import Refused, analyze
+from passes.analyses.sequence_collectives import COLLECTIVES
 from passes.analyses.sequence_elementwise import ELEMENTWISE_RULES
 from passes.analyses.sequence_moves import MOVES
 from passes.analyses.sequence_rules import REFUSED, RULES, row_of
@@ -34,6 +35,8 @@ REPEATED = (
 )
 MULTIPLIED_COPIES = f"%r = quant.grouped_linear(%q, %s, %wq, %ws, %ends) {LAYOUT} : f32[8*s0*s1, 8]"
 MULTIPLIED_TILES = SORTED_TILES + f"%r = quant.grouped_linear(%q, %s, %wq, %ws, %ends) {LAYOUT} : f32[2*s0*s1, 8]"
+TOKEN_TILES = "%q, %s = quant.quantize(%t) {format = #fp8_tile} : f8e4m3fn[s0*s1, 8], f32[s0*s1, 1]\n"
+GATHERED = "%r, %z = kernel.gather_codes(%q, %s, %{}) {{format = #fp8_tile}} : f8e4m3fn[2*s0*s1, 8], f32[2*s0*s1, 1]"
 CAUSAL = "%g = aten.transpose.int(%h, 1, 2) : f32[s0, 4, s1, 2]\n"
 
 ZEROS = "#int8_row<symmetric = false>"
@@ -111,6 +114,12 @@ LEGAL: dict[str, tuple[str, str]] = {
        for name in ("quant.linear", "kernel.scaled_linear")},
     **{f"{dialect}.grouped_linear": (ROUTED + GROUPS + MULTIPLIED_TILES.replace("r = quant", f"r = {dialect}"), SORTED)
        for dialect in ("quant", "kernel")},
+    "kernel.gather_codes": (ROUTED + TOKEN_TILES + GATHERED.format("token"), SORTED),
+    "kernel.gather_codes(a table)": (
+        '%u = core.param() {name = "w"} : f32[8, 8]\n%q, %s = quant.quantize(%u) {format = #fp8_tile} '
+        ": f8e4m3fn[8, 8], f32[8, 1]\n%i = aten.argmax(%t, 1) : i64[s0*s1]\n"
+        "%r, %z = kernel.gather_codes(%q, %s, %i) {format = #fp8_tile} : f8e4m3fn[s0*s1, 8], f32[s0*s1, 1]",
+        "[batch*positions, 8]"),
     "quant.grouped_linear(equal groups)": (REPEATED + "%steps = aten.arange.start(1, 9) {dtype = i32} : i32[8]\n"
         f"%ends = aten.mul.Tensor(%steps, %nt) : i32[8]\n{MULTIPLIED_COPIES}", "[8*batch*positions, 8]"),
     "kernel.fused_quantize": (
@@ -199,6 +208,8 @@ ILLEGAL: dict[str, tuple[str, str]] = {
         ROUTED + GROUPS + SORTED_TILES + "%all = aten.new_full(%count, [8], 1) {dtype = i32} : i32[8]\n"
         f"%r = {dialect}.grouped_linear(%q, %s, %wq, %ws, %all) {LAYOUT} : f32[2*s0*s1, 8]", "are not the ends of")
        for dialect in ("quant", "kernel")},
+    "kernel.gather_codes": (
+        ROUTED + TOKEN_TILES + GATHERED.format("order"), "picks rows in an order of other entries"),
     "kernel.fused_quantize": (
         '%r, %s = kernel.fused_quantize(%x) {expression = "x0 * 2.0", format = #fp8_tensor, keep = []} '
         ": f8e4m3fn[s0, s1, 8], f32[1, 1]", STATIC),
@@ -283,7 +294,8 @@ def test_what_is_refused_does_mix_tokens(name: str) -> None:
 
 
 def test_every_row_has_both_cases() -> None:
-    elsewhere = {*ELEMENTWISE_RULES, *MOVES, "aten.div.Tensor_mode", "aten.clone", "transformers.grouped_mm_fallback"}
+    elsewhere = {*ELEMENTWISE_RULES, *MOVES, *COLLECTIVES}
+    elsewhere |= {"aten.div.Tensor_mode", "aten.clone", "transformers.grouped_mm_fallback"}
     assert {*RULES} - elsewhere - {*REFUSED} <= {name.split("(")[0] for name in LEGAL}
     assert {*RULES} - elsewhere <= {*ILLEGAL}
     assert all(row.proof.endswith(".") for row in RULES.values())
