@@ -16,6 +16,7 @@ from qcompiler.diagnostics.attribution import attribute_error as attribute_error
 from qcompiler.diagnostics.error_report import ErrorReport as ErrorReport
 from qcompiler.diagnostics.nonfinite import NonFinite as NonFinite
 from qcompiler.diagnostics.nonfinite import find_nonfinite as find_nonfinite
+from qcompiler.distributed.simulation import simulated_mesh as simulated_mesh
 from qcompiler.errors import ArtefactError as ArtefactError
 from qcompiler.errors import CaptureError as CaptureError
 from qcompiler.errors import CodegenError as CodegenError

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from qcompiler.dialects.aten import overload_of, to_torch
+from qcompiler.dialects.coll import is_whole
 from qcompiler.errors import InputError, QCompilerError
-from qcompiler.ir import Argument, CacheType, Graph, Op, Role, Value, map_tree
+from qcompiler.ir import Argument, CacheType, Effects, Graph, Op, Role, Value, map_tree
 from qcompiler.ir.dataflow import parameters_of, part_of
 from qcompiler.ir.op_table import lookup
 from qcompiler.runtime.caches import Cache, allocate
@@ -125,6 +126,8 @@ class _Machine:
         if op.role is Role.UPDATE:
             self.updates[op["target"].name] = self.read(op["value"])
             return ()
+        if Effects.COMMUNICATES in op.effects and is_whole(op):
+            return (self.read(op["x"]),)
         definition = lookup(op.name)
         function = definition.meaning if definition else overload_of(op.name)
         if function is None:

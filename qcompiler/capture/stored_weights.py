@@ -7,6 +7,12 @@
 
 A checkpoint may also contain a static scale for the activation, which the operation carries as `x_scale`.
 
+If smoothing left factors that no weight absorbs, the codes are those of the weight divided by the factors, and the
+forward method of the module multiplies its input by them:
+
+    %p = aten.mul.Tensor(%x, %linear.input_prescale)
+    %y = aten.linear(%p, %w)
+
 `hold` makes a module's attribute return the dequantized weight, while codes and scales remain its parameters, under
 their own names: all code that reads the attribute works, eagerly and traced, and nothing stays dequantized. `readable`
 does this for other modules, such as those into which transformers loads FP8 checkpoints, during a capture.
@@ -50,6 +56,7 @@ class Stored:
         dtype: The compute dtype of the module.
         x_scale: The static scale of the module's input, an FP32 number; None if the checkpoint has none.
         whole: Whether the checkpoint has one scale per matrix of a stack, here repeated for each of its blocks.
+        prescale: The name of the factors of the input channels in the same module, an `nn.Linear`, if there are any.
     """
 
     scale: str
@@ -57,6 +64,7 @@ class Stored:
     dtype: torch.dtype
     x_scale: float | None = None
     whole: bool = False
+    prescale: str | None = None
 
 
 @torch.library.custom_op("qcompiler::stored_weight", mutates_args=())
@@ -76,6 +84,9 @@ def hold(module: nn.Module, stored: Mapping[str, Stored]) -> None:
     """Makes attributes of a module return their dequantized codes and scales."""
     kind = type(module)
     properties: dict[str, Any] = {name: property(_reader(name, how)) for name, how in stored.items()}
+    for name, how in stored.items():
+        if how.prescale is not None:
+            properties["forward"] = _prescaled(name, how)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(
         kind.__name__, (kind,), {**names, "stored_weights": {**held(module), **stored}, **properties}
@@ -172,6 +183,11 @@ def knows_x_scales(model: nn.Module) -> bool:
     return any(how.x_scale is not None for how in stored)
 
 
+def knows_prescales(model: nn.Module) -> bool:
+    """Whether a module of a model multiplies its input by the factors of smoothing."""
+    return any(how.prescale is not None for module in model.modules() for how in held(module).values())
+
+
 def add_notes(model: nn.Module, notes: Iterable[str]) -> None:
     """Attaches notes on a model's checkpoint to the model, for the report."""
     model.__dict__[_NOTES] = (*notes_of(model), *notes)
@@ -195,15 +211,37 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _reader(name: str, how: Stored) -> Any:
     def read(module: nn.Module) -> Tensor:
-        codes, scale = module._parameters[name], getattr(module, how.scale)
+        codes = module._parameters[name]
         if codes is None or codes.itemsize > 1:  # converted since `hold`: use it as it is
             return codes  # type: ignore[return-value]
-        shape = numerics.scale_shape(codes.shape, how.format.block)
-        wide, block = widened(scale, shape), list(how.format.block)
-        numbers: Tensor = torch.ops.qcompiler.stored_weight(codes, wide, block, how.dtype, how.x_scale)
-        return numbers
+        numbers = _dequantized(module, codes, how)
+        return numbers if how.prescale is None else (numbers * _factors(module, how)).to(how.dtype)
 
     return read
+
+
+def _prescaled(name: str, how: Stored) -> Any:
+    """The forward method of an `nn.Linear` whose input is multiplied in FP32."""
+
+    def forward(module: Any, input: Tensor) -> Tensor:
+        codes = module._parameters[name]
+        if codes.itemsize > 1:  # as above
+            return nn.functional.linear(input, codes, module.bias)
+        scaled = (input * _factors(module, how)).to(input.dtype)
+        return nn.functional.linear(scaled, _dequantized(module, codes, how), module.bias)
+
+    return forward
+
+
+def _dequantized(module: nn.Module, codes: Tensor, how: Stored) -> Tensor:
+    wide = widened(getattr(module, how.scale), numerics.scale_shape(codes.shape, how.format.block))
+    numbers: Tensor = torch.ops.qcompiler.stored_weight(codes, wide, list(how.format.block), how.dtype, how.x_scale)
+    return numbers
+
+
+def _factors(module: nn.Module, how: Stored) -> Tensor:
+    factors: Tensor = getattr(module, str(how.prescale))
+    return factors.to(torch.float32)
 
 
 def widened(scale: Tensor, shape: list[int]) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from passes.fusing.fuse_prescale import FusePrescale
 from passes.quantizing.calibrate import Calibrate
+from passes.quantizing.share_quantize import ShareQuantize
 from qcompiler import knobs
 from qcompiler.calibration import Calibration
-from qcompiler.capture.stored_weights import knows_x_scales
+from qcompiler.capture.stored_weights import knows_prescales, knows_x_scales
 from qcompiler.checkpoints.loading import schemes_of
 from qcompiler.checkpoints.reading import Checkpoint
 from qcompiler.dialects.quant import x_scale_of
@@ -63,6 +65,14 @@ def chosen_schemes(
     if declared is None:
         return DEFAULT_SCHEME, overrides
     return declared.scheme, {**declared.overrides, **(overrides or {})} or None
+
+
+def with_prescales(steps: Pipeline, model: Any) -> Pipeline:
+    """Returns a scheme's passes, with those that a checkpoint of a smoothed model needs to multiply as it says."""
+    needs = isinstance(model, torch.nn.Module) and knows_prescales(model)
+    if not needs or FusePrescale.name in steps or ShareQuantize.name not in steps:
+        return steps
+    return steps.insert_after(ShareQuantize.name, FusePrescale(), ShareQuantize())
 
 
 def checked_calibration(given: Any, steps: Pipeline, model: Any, who: str) -> "Batches | Calibration | None":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import ExportedProgram
@@ -27,10 +27,13 @@ from qcompiler.compiler.arguments import (
     checked_shapes,
     chosen_schemes,
     static_scheme,
+    with_prescales,
 )
 from qcompiler.compiler.layer_names import check_layer_names
 from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.compiler.pending import PendingModel
+from qcompiler.compiler.sharding import model_on
+from qcompiler.distributed.simulation import SimulatedMesh
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.instruments import Instrument
 from qcompiler.pass_manager.pipeline import Pipeline
@@ -40,6 +43,9 @@ from qcompiler.program.program import Settings
 from qcompiler.progress import Progress
 from qcompiler.runtime.device import check_target
 from qcompiler.schemes.named import with_ignored
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def compile(
@@ -57,6 +63,8 @@ def compile(
     strict: bool = True,
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
+    mesh: "SimulatedMesh | DeviceMesh | None" = None,
+    sharding: str = "tp",
 ) -> CompiledModel:
     """Compiles a model into a quantized model with the same call signature.
 
@@ -88,6 +96,9 @@ def compile(
         instruments: Called around each pass; see `qcompiler.pass_manager.instruments`.
         progress: Whether to show the current stage on standard error, if that is a terminal; QCOMPILER_PROGRESS=0 turns
             it off everywhere.
+        mesh: Ranks that divide the model among them: a device mesh of `torch.distributed`, of which this process is a
+            rank, or `qcompiler.simulated_mesh(tp=2)`, all of whose ranks run in this process.
+        sharding: How they divide it: "tp", tensor parallelism along the mesh axis of that name.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
@@ -116,7 +127,10 @@ def compile(
     with shown.showing():
         pending = _pending(given, settings)
         del given
-        return callable_of(pending.compile(call) if call or is_traced else pending)
+        if mesh is not None:
+            sharded = model_on(mesh, sharding, pending)
+            return sharded.compile_now(call) if call or is_traced else sharded
+        return callable_of(pending.compile(call) if call or is_traced else pending, CompiledModel)
 
 
 def _pending(model: Any, settings: Settings) -> PendingModel:
@@ -129,6 +143,8 @@ def _pending(model: Any, settings: Settings) -> PendingModel:
         scheme, overrides = chosen_schemes(AUTO, settings.overrides, model)
         steps = checked_pipeline(str(scheme), overrides, None)
         settings = replace(settings, pipeline=steps, scheme=scheme, overrides=overrides)
+    if settings.scheme is not None:
+        settings = replace(settings, pipeline=with_prescales(settings.passes, model))
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
         check_layer_names(settings.passes, model)

@@ -20,8 +20,9 @@ from qcompiler.calibration import Calibration
 from qcompiler.checkpoints.cache_scales import kept
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.reading import read
-from qcompiler.compiler.arguments import AUTO, DEFAULT_SCHEME, chosen_schemes
+from qcompiler.compiler.arguments import AUTO, DEFAULT_SCHEME, chosen_schemes, with_prescales
 from qcompiler.compiler.compiling import compile
+from qcompiler.compiler.sharding import ShardedModel, decoder_of
 from qcompiler.decoding.cached import POSITIONS, cache_passes
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.decoding.loop import CHUNK
@@ -64,6 +65,8 @@ def decoder(
     strict: bool = True,
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
+    mesh: Any = None,
+    sharding: str = "tp",
 ) -> Decoder:
     """Compiles a causal language model for text generation with a KV cache.
 
@@ -92,6 +95,9 @@ def decoder(
         strict: Whether to raise an error if nothing could be quantized; not checked without a scheme.
         instruments: As for `qcompiler.compile`.
         progress: As for `qcompiler.compile`.
+        mesh: As for `qcompiler.compile`. Each rank holds the cache of its own heads. With a device mesh, all ranks must
+            generate for the same prompts.
+        sharding: As for `qcompiler.compile`.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -106,7 +112,7 @@ def decoder(
     folder = Path(model) if isinstance(model, str | PathLike) else None
     found: Any = model if folder is None else load_model(read(folder))
     del model  # so that weights can be freed one by one
-    passes = decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent)
+    passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
     if kv_cache in STATIC_FORMATS:
         passes = passes.append(static_scales(kv_cache, found, passes))
     if device is not None:
@@ -121,9 +127,11 @@ def decoder(
     compiled = compile(
         found, pipeline=passes.append(*caching, for_target), example_kwargs=example,
         calibration=calibration, target=target, strict=strict and scheme is not None, instruments=instruments,
-        progress=progress,
+        progress=progress, mesh=mesh, sharding=sharding,
     )  # fmt: skip
     del found
+    if isinstance(compiled, ShardedModel):
+        return decoder_of(compiled, tokenizer, generation)
     return Decoder(compiled.program, tokenizer, generation)
 
 

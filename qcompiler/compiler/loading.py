@@ -9,7 +9,7 @@ import torch
 
 from qcompiler.artefact.loading import read_program, reading
 from qcompiler.artefact.strict_json import AGAIN
-from qcompiler.compiler.model import callable_of
+from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.decoding.decoder import Decoder, is_decoder
 from qcompiler.decoding.tokenizers import read_tokenizer
 from qcompiler.errors import ArtefactError, QCompilerError
@@ -48,7 +48,7 @@ def load(
                 program = read_program(opened, device, verify, regenerate, trust)
                 if is_decoder(program):
                     return Decoder(program, *read_tokenizer(opened))
-            return callable_of(program)
+            return callable_of(program, CompiledModel)
     except QCompilerError as error:
         if not path.exists():
             error.fix = error.fix or advice(Path(folder))

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 
@@ -15,9 +15,11 @@ from qcompiler.compiler.generation import Generation
 from qcompiler.compiler.pending import PendingModel
 from qcompiler.compiler.sizing import calls_to_plan
 from qcompiler.errors import CaptureError, QCompilerError
-from qcompiler.program.batches import as_call
+from qcompiler.program.batches import Call, as_call
 from qcompiler.program.program import Program, capturing
 from qcompiler.runtime.executable import CompiledModule, HostWeights, check_device, run_host
+
+Model = TypeVar("Model", bound="CompiledModel")
 
 NO_KERNELS = "The target cpu runs torch's operators; there are no kernels."
 
@@ -39,6 +41,11 @@ class CompiledModel(Exports, Generation, CompiledModule):
             self.weights = HostWeights(state.host.weights, state.graph.weights, state.device)
         self._state = state
 
+    @property
+    def ranks(self) -> tuple["CompiledModel", ...]:
+        """The compiled models of the ranks in this process: all of a simulated mesh, otherwise this one alone."""
+        return (self,)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the quantized graph; the first call captures the model if it is not captured yet.
 
@@ -52,7 +59,7 @@ class CompiledModel(Exports, Generation, CompiledModule):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program = self._state
         if isinstance(program, PendingModel):
-            program = self._compile_now(program, args, kwargs)
+            program = self._compile_now(program, (args, kwargs))
         if program.host.caches:
             fix = "Use qcompiler.decoder(...), or qcompiler.decoding.step.compiled_step(compiled.program)."
             raise QCompilerError("the compiled graph reads key-value caches, which a call does not pass", fix=fix)
@@ -126,10 +133,16 @@ class CompiledModel(Exports, Generation, CompiledModule):
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """Returns the program; captures the model with the first of `calls` if it is not captured yet."""
         if isinstance(self._state, PendingModel) and calls:
-            return self._compile_now(self._state, *as_call(calls[0], 0))
+            return self._compile_now(self._state, as_call(calls[0], 0))
         return self.program
 
-    def _compile_now(self, pending: PendingModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    def compile_now(self, call: Call | None) -> Self:
+        """Captures the model, with the arguments of one real call if it needs one, and returns this object."""
+        if isinstance(self._state, PendingModel):
+            self._compile_now(self._state, call)
+        return self
+
+    def _compile_now(self, pending: PendingModel, call: Call | None) -> Program:
         if torch.compiler.is_dynamo_compiling():
             raise CaptureError("the model is not captured yet", fix="Call it once before torch.compile.")
         with capturing:
@@ -139,9 +152,13 @@ class CompiledModel(Exports, Generation, CompiledModule):
             if torch.compiler.is_compiling():
                 raise CaptureError("the model is not captured yet", fix="Call it once before torch.export.")
             with pending.settings.progress.showing():
-                program = pending.compile((args, kwargs))
+                program = self._programs(pending, call)
             self._enter(program)
             return program
+
+    def _programs(self, pending: PendingModel, call: Call | None) -> Program:
+        """The program to run; models with several programs keep the others."""
+        return pending.compile(call)
 
     def train(self, mode: bool = True) -> "CompiledModel":
         """Does nothing: a compiled model is always in evaluation mode, whatever the enclosing model does."""
@@ -174,20 +191,23 @@ class CompiledModel(Exports, Generation, CompiledModule):
         return f"pipeline='{self.settings.pipeline}', {said}"
 
 
-def callable_of(state: PendingModel | Program) -> CompiledModel:
+def callable_of(state: PendingModel | Program, base: type[Model], **attributes: Any) -> Model:
     """Returns a compiled model whose forward has the signature and documentation of the original model's forward.
 
-    A signature belongs to a class, so the object is an instance of a subclass with the same name.
+    A signature belongs to a class, so the object is an instance of a subclass of `base` with the same name, and with
+    the given class attributes.
     """
     shown = state.original.forward
-    if shown.signature is None:
-        return CompiledModel(state)
+    members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, **attributes}
+    if shown.signature is not None:
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._call(args, kwargs)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._call(args, kwargs)
 
-    forward.__signature__ = shown.signature  # type: ignore[attr-defined]
-    forward.__doc__ = shown.doc or CompiledModel.forward.__doc__
-    members = {"forward": forward, "__module__": CompiledModel.__module__, "__qualname__": CompiledModel.__qualname__}
-    kind: type[CompiledModel] = type("CompiledModel", (CompiledModel,), {**members, "__doc__": CompiledModel.__doc__})
+        forward.__signature__ = shown.signature  # type: ignore[attr-defined]
+        forward.__doc__ = shown.doc or CompiledModel.forward.__doc__
+        members["forward"] = forward
+    elif not attributes:
+        return base(state)
+    kind: type[Model] = type(base.__name__, (base,), members)
     return kind(state)

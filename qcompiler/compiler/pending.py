@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +28,16 @@ class PendingModel:
     original: Original
 
     def compile(self, call: Call | None) -> Program:
-        """Captures the model and runs the pipeline.
+        """Captures the model and runs the pipeline; see `compile_each`."""
+        (program,) = self.compile_each(call, [self.settings])
+        return program
+
+    def compile_each(self, call: Call | None, settings: Sequence[Settings]) -> list[Program]:
+        """Captures the model once, and runs the pipelines of several settings.
 
         Args:
             call: The arguments of one real call; None for a graph or an exported program, which do not need one.
+            settings: What differs may be the pipeline only.
 
         Raises:
             CaptureError: The model cannot be captured, or was freed after an earlier attempt failed.
@@ -45,11 +52,16 @@ class PendingModel:
         captured = capture_model(self.model, args, kwargs, self.settings)
         back, self.model = weakref.ref(self.model), None
         try:
-            program = build_program(captured, self.settings, captured.signature.flatten(args, kwargs) if call else None)
+            inputs = captured.signature.flatten(args, kwargs) if call else None
+            graphs = [captured.graph, *(captured.graph.clone() for _ in settings[1:])]
+            programs = [
+                build_program(replace(captured, graph=graph), each, inputs)
+                for graph, each in zip(graphs, settings, strict=True)
+            ]
         except BaseException:
             self.model = back()
             raise
-        return replace(program, original=self.original)
+        return [replace(program, original=self.original) for program in programs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PendingModel":
         """Returns a copy, with a copy of the model."""

@@ -17,7 +17,7 @@ from qcompiler.decoding.cached import chunk_of, every_logits, keeps_cache, with_
 from qcompiler.decoding.generator import Generator
 from qcompiler.decoding.loop import CHUNK
 from qcompiler.decoding.memory import Memory, check_fits
-from qcompiler.decoding.step import Step, compiled_step
+from qcompiler.decoding.step import CompiledStep, Step, compiled_step
 from qcompiler.decoding.stop_tokens import stop_tokens_of
 from qcompiler.decoding.tokenizers import tokenizer_texts
 from qcompiler.errors import ArtefactError, QCompilerError
@@ -40,6 +40,7 @@ class Decoder(Generator):
         generation: Entries of the model's generation configuration.
         chunk: Positions that one prefill call computes, padding included; by default, the largest for which the cache
             was made.
+        step: Runs the program; by default, in this process alone.
 
     Raises:
         InputError: The cache does not fit into memory.
@@ -52,6 +53,7 @@ class Decoder(Generator):
         generation: Mapping[str, Any] | None = None,
         *,
         chunk: int | None = None,
+        step: CompiledStep | None = None,
     ) -> None:
         self.program, self._generation = program, dict(generation or {})
         caches = list(cache_types(program.graph).values())
@@ -59,7 +61,7 @@ class Decoder(Generator):
         fixed = sum(each.bytes for each in caches if each.ring is not None)
         check_fits(self._cache_bytes, program.device, caches[0].slots, caches[0].capacity, fixed)
         stops = stop_tokens_of(self._generation, program.original.config(), tokenizer)
-        self._step = compiled_step(program)
+        self._step = step or compiled_step(program)
         super().__init__(self._step, tokenizer, stops, chunk=chunk or chunk_of(program))
 
     @classmethod

@@ -166,12 +166,14 @@ def capture_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], set
         shown = next((one for one in settings.instruments if isinstance(one, Progress)), settings.progress)
         with capturing, plain_torch(), shown.telling("qcompiler.capture"):
             settings.progress.stage("capture")
-            return capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
+            captured = capture(model, args, kwargs, dynamic_shapes=settings.dynamic_shapes)
     except (QCompilerError, CaptureWarning):  # a warning arrives here only if the user made it an error
         raise
     except Exception as error:
         problem = f"capturing the model failed unexpectedly: {type(error).__name__}: {error}"
         raise CaptureError(problem, fix="Please report it together with this message.") from error
+    gc.collect()  # tracing leaves cycles that may hold the model and would keep its weights from being freed
+    return captured
 
 
 def _check_weights(graph: Graph) -> None:
@@ -220,7 +222,6 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
     if settings.scheme is not None:  # passes that the caller gave run as they are
         settings = replace(settings, pipeline=settings.passes.append(target.passes))
     graph.calibration = calibration = settings.calibration_for(signature)
-    gc.collect()  # tracing leaves cycles that may hold the model and would keep its weights from being freed
     with plain_torch():
         done = run_pipeline(
             settings.passes, graph, instruments=(*settings.instruments, settings.progress), inputs=inputs

@@ -96,6 +96,12 @@ class Weights(MutableMapping[str, torch.Tensor]):
         self._untie(name)
         self._entries[name] = _Entry(tensor)
 
+    def replace_later(self, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces an entry by a function of its tensor, which is called on first read; the name is no longer tied."""
+        self._untie(name)
+        old = self._entries[name]
+        self._entries[name] = _Entry(lambda: change(old.read()))
+
     def __delitem__(self, name: str) -> None:
         """Drops the reference to a tensor; its memory is freed if there are no other references."""
         del self._entries[name]
