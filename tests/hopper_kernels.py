@@ -41,7 +41,7 @@ from qcompiler.dialects.fused_expression import parse
 from qcompiler.numerics import ALL
 
 E4M3 = torch.float8_e4m3fn
-GLUON = ("warp", "split", "narrow")
+GLUON = ("warp", "split", "narrow", "team")
 WARP = ("warp", "split")
 MANY_ROWS = 1 << 20
 

@@ -57,9 +57,9 @@ class CopyEngineGemm(PointerGemm):
 
 POINTERS: Measured = {
     ("tiles", 128): {
-        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(570, 350, 900, 2900),
-        GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): Pace(490, 210, 600, 3200),
-        GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): Pace(450, 160, 500, 2600),
+        GemmConfig(64, 128, 128, 4, 3, 16, "pointers"): Pace(600, 320, 1200, 3400),
+        GemmConfig(64, 64, 128, 4, 3, 16, "pointers"): Pace(510, 200, 500, 3400),
+        GemmConfig(64, 32, 128, 4, 4, 16, "pointers"): Pace(440, 160, 400, 2600),
     },
     ("tiles", 64): {
         GemmConfig(64, 128, 64, 4, 4, 16, "pointers"): Pace(420, 200, 800, 2000),
@@ -82,14 +82,14 @@ POINTERS: Measured = {
         GemmConfig(64, 32, 128, 4, 5, 16, "pointers"): Pace(280, 150, 500, 2500),
     },
 }
-"""Measured on an H100, and with a lower weight on an H200.
+"""Measured on an H100 and an H200; other kinds than `("tiles", 128)` on an H100 alone.
 
 Three tiles of one warpgroup fit on a multiprocessor, and one multiplies while another promotes. The usual 128 x 128
 tile of two warpgroups runs in lockstep, is slower almost everywhere for FP8, and is therefore absent."""
 
 TMA: Measured = {
     ("tiles", 128): {
-        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(550, 310, 1000, 3000),
+        GemmConfig(64, 128, 128, 4, 3, 16, "tma"): Pace(570, 270, 900, 2800),
     },
     ("tiles", 64): {
         GemmConfig(64, 128, 64, 4, 4, 16, "tma"): Pace(370, 210, 800, 2400),

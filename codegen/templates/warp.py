@@ -99,12 +99,12 @@ def _constants(config: GemmConfig) -> dict[str, int]:
 
 WARP: Measured = {
     ("tiles", 128): {
-        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(370, 730, 3400, 2000),
-        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(290, 560, 1600, 2000),
-        GemmConfig(256, 128, 128, 8, 3, 4, "warp"): Pace(380, 770, 2100, 2100),
-        GemmConfig(192, 128, 128, 12, 4, 2, "warp"): Pace(270, 520, 2600, 2000),
-        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(270, 420, 1800, 3000),
-        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(270, 280, 1400, 3100),
+        GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(830, 850, 1700, 2100),
+        GemmConfig(192, 128, 128, 12, 4, 16, "warp"): Pace(530, 620, 1000, 2200),
+        GemmConfig(256, 128, 128, 8, 3, 4, "warp"): Pace(830, 860, 1500, 2000),
+        GemmConfig(192, 128, 128, 12, 4, 2, "warp"): Pace(520, 600, 1300, 2300),
+        GemmConfig(128, 128, 128, 8, 4, 16, "warp"): Pace(400, 430, 1200, 3200),
+        GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(300, 290, 700, 3200),
     },
     ("tiles", 64): {
         GemmConfig(256, 128, 128, 8, 3, 16, "warp"): Pace(650, 920, 1800, 2600),
@@ -131,16 +131,14 @@ WARP: Measured = {
         GemmConfig(128, 64, 128, 8, 6, 16, "warp"): Pace(180, 240, 2700, 2600),
     },
 }
-"""Measured on an H100, and with a lower weight on an H200.
+"""Measured on an H100 and an H200; other kinds than `("tiles", 128)` on an H100 alone.
 
 The kernel needs only one tile per multiprocessor. For large K, it is faster with fewer consecutive rows of tiles, so
 its large tiles have two orders."""
 
 SPLIT: Measured = {
     ("tiles", 128): {
-        GemmConfig(128, 64, 128, 8, 6, 16, "split"): Pace(290, 290, 1200, 2700, 4500),
-        GemmConfig(64, 128, 128, 4, 6, 16, "split"): Pace(320, 310, 1400, 2700, 4500),
-        GemmConfig(64, 64, 128, 4, 8, 16, "split"): Pace(210, 220, 2300, 3500, 3200),
+        GemmConfig(64, 64, 128, 4, 8, 16, "split"): Pace(200, 220, 1300, 3000, 3300),
     },
 }
 

@@ -15,6 +15,7 @@ from codegen.templates.gemm_template import MOST_SPLITS
 CONFIGS = [config for config in all_configs() if config.variant in GLUON]
 WARP = [config for config in CONFIGS if config.variant in WARPS]
 NARROW = [config for config in CONFIGS if config.variant == "narrow"]
+TEAM = [config for config in CONFIGS if config.variant == "team"]
 
 
 def assert_no_spills(code: MachineCode) -> None:
@@ -72,7 +73,21 @@ def test_narrow(config: GemmConfig, out_dtype: torch.dtype) -> None:
         assert code.shared_memory <= shared_memory(config, out_dtype.itemsize)
 
 
-@pytest.mark.parametrize("config", [WARP[0], NARROW[0]], ids=str)
+@pytest.mark.parametrize("config", TEAM, ids=str)
+def test_team(config: GemmConfig) -> None:
+    for out_dtype, bias in ((torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
+        code = compile_gemm(config, out_dtype=out_dtype, bias_dtype=bias)
+        assert_no_spills(code)
+        assert code.qgmma == 4 * config.consumers and f"QGMMA.64x{config.block_n}x32.F32.E4M3.E4M3" in code.sass
+        # One producer loads for all consumers, and the first one stores: the first weights, then three copies a stage.
+        assert (code.tma_loads, code.tma_stores) == (4, 1)
+        assert config.stages % config.consumers == 0, "a stage would change hands between consumers"
+        assert code.shared_memory <= shared_memory(config, out_dtype.itemsize), "the estimate is not an upper bound"
+        shares = {int(text, 16) for text in re.findall(r"USETMAXREG\.\S+ (?:UP\d, )?(0x[0-9a-f]+)", code.sass)}
+        assert {2: {232, 40}, 3: {152, 40}}[config.consumers] <= shares
+
+
+@pytest.mark.parametrize("config", [WARP[0], NARROW[0], TEAM[0]], ids=str)
 def test_wider_tiles_of_the_activation(config: GemmConfig) -> None:
     for x_block in (256, -1):
         code = compile_gemm(config, bias_dtype=torch.bfloat16, x_block=x_block)

@@ -220,7 +220,8 @@ def test_big_gemms_use_the_copy_engine_and_small_ones_small_tiles() -> None:
     assert choose(replace(FINE, scale_columns=False)).variant == "tma"
     for m in (16, 32):
         assert choose(GemmProblem(m, 4096, 7168)) == replace(NARROW, block_m=m, stages={16: 6, 32: 5}[m])
-    assert choose(GemmProblem(64, 4096, 7168)).variant == choose(GemmProblem(128, 4096, 7168)).variant == "split"
+    assert choose(GemmProblem(64, 4096, 7168)).variant == choose(GemmProblem(128, 4096, 7168)).variant == "team"
+    assert choose(GemmProblem(128, 576, 7168)).variant == "split"
     small = choose(GemmProblem(64, 4096, 7168, scale_columns=False))
     assert small.block_m * small.block_n < TMA.block_m * TMA.block_n
 
@@ -258,7 +259,7 @@ def test_the_gluon_kernels_run_all_scales() -> None:
     for m in (16, 64):
         for kind, x_block in FAMILIES:
             config = choose(GemmProblem(m, 4096, 7168, kind=kind, x_block=x_block))
-            assert config.variant in ("narrow", "split") and min(m, 32) <= config.block_m <= 64
+            assert config.variant in ("narrow", "split", "team") and min(m, 32) <= config.block_m <= 64
 
 
 def test_no_configuration_is_an_error_with_all_reasons() -> None:

@@ -21,10 +21,14 @@ KINDS: dict[str, tuple[Kind, int]] = {
 kinds = pytest.mark.parametrize("name", KINDS)
 
 
-def times(name: str) -> dict[tuple[int, int, int, bool], dict[str, float]]:
+# Where all configurations of a kind were measured last.
+MEASURED = {"tiles": "h200", "tiles_64": "h100", "tiles_32": "h100", "rows_f8": "h100", "rows_i8": "h100"}
+
+
+def times(name: str, device: str) -> dict[tuple[int, int, int, bool], dict[str, float]]:
     """(Shape, whether weights came from memory) -> configuration -> microseconds."""
-    stored: dict[str, Any] = json.loads((RESULTS / "h100-heuristic.json").read_text())
-    names = stored["configs"][name]
+    stored: dict[str, Any] = json.loads((RESULTS / f"{device}-heuristic.json").read_text())
+    names = stored["configs"].get(name, [])
     return {
         (row["m"], row["n"], row["k"], row["cold"]): {
             config: us for config, us in zip(names, row["us"], strict=True) if us is not None
@@ -34,17 +38,18 @@ def times(name: str) -> dict[tuple[int, int, int, bool], dict[str, float]]:
     }
 
 
-@kinds
-def test_no_choice_is_much_slower_than_the_best(name: str) -> None:
-    """On an H100; the times on an H200 are of kernels that did not overlap yet."""
+@pytest.mark.parametrize(("name", "device"), [*MEASURED.items(), ("tiles", "h100")])
+def test_no_choice_is_much_slower_than_the_best(name: str, device: str) -> None:
+    """Of the choices that were measured: the tiles' times on an H100 lack the newest configurations."""
     kind, x_block = KINDS[name]
     ratios = {}
-    for (m, n, k, cold), found in times(name).items():
+    for (m, n, k, cold), found in times(name, device).items():
         chosen = str(choose(GemmProblem(bucket(m), n, k, kind=kind, x_block=x_block)))
-        ratios[m, n, k, cold] = min(found.values()) / found[chosen]
+        if chosen in found or device == MEASURED[name]:
+            ratios[m, n, k, cold] = min(found.values()) / found[chosen]
     assert len(ratios) > 30
     assert not {shape: ratio for shape, ratio in ratios.items() if ratio < 0.85}
-    assert sum(ratio < 0.9 for ratio in ratios.values()) <= 1
+    assert sum(ratio < 0.9 for ratio in ratios.values()) <= max(len(ratios) // 100, 1)
 
 
 # Parts of the weight, operands other than the sums, whether the result is quantized: see `benchmarks/epilogues.py`.
@@ -67,9 +72,10 @@ def test_the_choice_between_one_kernel_and_two(device: str) -> None:
         found: dict[object, float] = dict(zip(forms, map(float, row["forms"].split()), strict=True))
         found[Separate()] = row["two kernels"]
         ratios.append(min(found.values()) / found[FUSED_GEMM.family(HOPPER).choose(problem)])
-    assert len(ratios) == 56 and min(ratios) > 0.92 and sum(ratio < 0.95 for ratio in ratios) <= 3
+    assert len(ratios) == 56 and min(ratios) >= 0.95
 
 
 @kinds
 def test_exactly_the_configurations_that_can_be_chosen_were_measured(name: str) -> None:
-    assert {config for found in times(name).values() for config in found} == set(map(str, all_configs(*KINDS[name])))
+    measured = {config for found in times(name, MEASURED[name]).values() for config in found}
+    assert measured == set(map(str, all_configs(*KINDS[name])))
