@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-import codegen.torch_ops  # noqa: F401  (registers the operators whose schemas are read)
-from codegen.operators.operator import OPERATOR_NAMES
+from codegen.operator_calls import operator_arguments, operator_of
 from qcompiler.dialects.aten import RUN_AS, is_view, overload_of, to_torch
 from qcompiler.errors import CodegenError
 from qcompiler.interpreter import makes_tensors
@@ -214,21 +213,7 @@ class _Emitter:
 
     def kernel_call(self, op: Op, schema: torch._C.FunctionSchema) -> str:
         """The call of a kernel's operator: operands in order, then attributes by name."""
-        remaining, attrs, args = [*op.args], _operator_attributes(op), list[str]()
-        definition = lookup(op.name)
-        operands = definition.named if definition is not None else ()  # tensors, but also numbers of the host
-        for parameter in schema.arguments:
-            kind = str(parameter.type)
-            if kind == "List[Tensor]" and not (remaining and _is_cache(remaining[0])):
-                args.append(self.argument(tuple(remaining)))
-            elif "Tensor" in kind or parameter.name in operands:
-                args.append(self.argument(remaining.pop(0) if remaining else None))
-            else:
-                args.append(self.argument(attrs.get(parameter.name)))
-        optional = sum(parameter.has_default_value() for parameter in schema.arguments)
-        while optional and args[-1] == "None":
-            args.pop()
-            optional -= 1
+        args = map(self.argument, operator_arguments(op, schema))
         return f"kernels.{schema.name.removeprefix('qcompiler::')}({', '.join(args)})"
 
     def release(self, op: Op, uses_left: Counter[Value]) -> None:
@@ -289,22 +274,6 @@ def _memory_of(value: Value) -> set[Value]:
     return found
 
 
-def _operator_attributes(op: Op) -> dict[str, Argument]:
-    """The attributes of an operation as its operator takes them: block, dtype, profile and layout of each format."""
-    found = dict(op.attrs)
-    for name, value in op.attrs.items():
-        if isinstance(value, Format):
-            prefix = name.removesuffix("format")
-            found |= {f"{prefix}block": value.block, f"{prefix}dtype": value.element}
-            found |= {f"{prefix}profile": value.profile, f"{prefix}scale_layout": value.scale_layout}
-    return found
-
-
-def _is_cache(arg: Argument) -> bool:
-    """Whether an argument is a cache, which an operator takes as a list of tensors."""
-    return isinstance(arg, Value) and isinstance(arg.type, CacheType)
-
-
 def _returns_list(op: Op) -> bool:
     """Whether torch returns a list, even for a single tensor."""
     schema = _kernel_schema(op)
@@ -315,11 +284,9 @@ def _returns_list(op: Op) -> bool:
 
 
 def _kernel_schema(op: Op) -> torch._C.FunctionSchema | None:
-    """The schema of the operator that runs an operation, if there is one; other libraries may define it, too."""
-    dialect, name = op.name.split(".", 1)
-    known = OPERATOR_NAMES.get(op.name) or (name if dialect == "kernel" else "")
-    operator = getattr(torch.ops.qcompiler, known, None) if known else None
-    return None if operator is None else operator.default._schema
+    """The schema of the operator that runs an operation, if there is one."""
+    operator = operator_of(op)
+    return None if operator is None else operator._schema
 
 
 def _torch_path(name: str) -> str:

@@ -44,7 +44,7 @@ from codegen.pointwise_reads import (
 )
 from qcompiler.dialects.expression_nodes import Less, Load, indices
 from qcompiler.dialects.fused_expression import FusedExpression, parse
-from qcompiler.dialects.pointwise import AxisSize, read_shape
+from qcompiler.dialects.pointwise import AxisPart, AxisSize, read_shape
 from qcompiler.ir.sizes import Size
 
 WIDEST = 1024
@@ -66,7 +66,8 @@ class Operands(NamedTuple):
 
     Attributes:
         read: The operands that are arguments; shapes may name others.
-        integers: Those that are parts of indices; their strides are not in units of `UNIT`.
+        integers: Those that are parts of indices.
+        exact: Those whose strides are not in units of `UNIT`: integers, and those read at one place in a row of a tile.
         sizes: The axes that are sizes of results, or limits of indices that depend on integers.
         strides: The axes whose strides are arguments, in units of `UNIT` elements.
         adjacent: The axes whose elements are next to each other.
@@ -74,13 +75,17 @@ class Operands(NamedTuple):
 
     read: tuple[int, ...]
     integers: frozenset[int]
+    exact: frozenset[int]
     sizes: tuple[tuple[int, int], ...]
     strides: tuple[tuple[int, int], ...]
     adjacent: frozenset[tuple[int, int]]
 
     def size(self, size: AxisSize) -> int | str:
-        """A number, or the argument that is a size."""
-        return size if isinstance(size, int) else f"n{self.sizes.index(size)}"
+        """A number, or the argument that is a size, or a part of it."""
+        if isinstance(size, int):
+            return size
+        name = f"n{self.sizes.index((size.operand, size.axis))}"
+        return name if size.by == 1 else f"({name} // {size.by})"
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -140,10 +145,17 @@ def _operands(
 ) -> Operands:
     reads: list[Read] = [*chain.from_iterable(each.elements for each in made)]
     reads += chain.from_iterable(each.loads for each in made)
-    lengths = [size for shape in shapes for size in shape if not isinstance(size, int)]
+    lengths = [(size.operand, size.axis) for shape in shapes for size in shape if not isinstance(size, int)]
+    read = {source_of(each)[0] for each in reads}
+    integers = frozenset(source_of(each)[0] for each in reads if not isinstance(each, Load))
+    along = {
+        source_of(each)[0] for one, shape in zip(made, shapes, strict=True) for each in one.loads
+        if any(f"i{len(shape) - 1}" in indices(size) for size in each.index)
+    }  # fmt: skip
     return Operands(
-        read=tuple(sorted({source_of(read)[0] for read in reads})),
-        integers=frozenset(source_of(read)[0] for read in reads if not isinstance(read, Load)),
+        read=tuple(sorted(read)),
+        integers=integers,
+        exact=frozenset(read) - along | integers,
         sizes=tuple(dict.fromkeys([*lengths, *(axis for read in reads for axis in computed_axes(read))])),
         strides=tuple(sorted({axis for read in reads for axis in moving_axes(read)} - {*adjacent})),
         adjacent=frozenset(adjacent),
@@ -275,7 +287,7 @@ class _Tile:
         masks += ["column_inside"] if self.column in used else []
         for axis in computed_axes(read):
             place = writer.text(index[axis[1]])
-            masks.append(f"({place} >= 0) & ({place} < {self.given.size(axis)})")
+            masks.append(f"({place} >= 0) & ({place} < {self.given.size(AxisPart(*axis))})")
         other = "0" if not isinstance(read, Load) else 'float("nan")' if any(computed_axes(read)) else "0.0"
         address = self.address(operand, index, writer)
         if guards:
@@ -289,7 +301,7 @@ class _Tile:
     def address(self, operand: int, index: Sequence[Size], writer: IndexWriter) -> str:
         """The addresses of a read: first what is equal in a row, then what varies along it."""
         equal, varying = [f"x{operand}"], list[str]()
-        unit = "" if operand in self.given.integers else " * UNIT"
+        unit = "" if operand in self.given.exact else " * UNIT"
         for axis, size in enumerate(index):
             step = "" if (operand, axis) in self.given.adjacent else f" * ({_stride((operand, axis))}{unit})"
             for term in terms_of(size):

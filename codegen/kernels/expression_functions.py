@@ -91,6 +91,18 @@ def relu(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def at_least(x, low):  # type: ignore[no-untyped-def]
+    """The larger of x and a number, or NaN."""
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, high):  # type: ignore[no-untyped-def]
+    """The smaller of x and a number, or NaN."""
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def sqrt(x):  # type: ignore[no-untyped-def]
     """The correctly rounded square root."""
     return tl.sqrt_rn(x)

@@ -13,7 +13,7 @@ HOPPER = register(
         "NVIDIA Hopper: Triton kernels on FP8 tensor cores",
         words=("gpu", "nvidia", "hopper", "h100", "h200", "h800", "h20", "gh200", "sm90", "sm_90", "sm90a", "triton"),
         kernels="from codegen.direct import kernels",  # torch's dispatcher takes as much time as a launch
-        passes="fuse-pointwise; fuse-append; token-major; fuse-attend",
+        passes="fuse-pointwise; fuse-append; token-major; fuse-attend; group-entries",
         generation="Hopper",
         capability=(9, 0),
         gpu=GPUTarget("cuda", 90, 32),

@@ -119,15 +119,15 @@ class Pointwise(Template[PointwiseConfig, PointwiseProblem, PointwiseOperands]):
         expressions, shapes, given, out, cache = operands
         kernel = pointwise_kernel(expressions, shapes, adjacent_axes(given), cache is not None)
         elements = max(config.elements, *kernel.widths)
-        reads, integers = kernel.given.read, kernel.given.integers
-        read = [given[place] for place in reads]
-        floats = [given[place] for place in reads if place not in integers]
-        strides = [(place in integers, given[place].stride(axis)) for place, axis in kernel.given.strides]
-        unit = 16 // min(each.element_size() for each in (*floats, *out))
-        unit = unit if all(whole or stride % unit == 0 for whole, stride in strides) else 1
+        exact = kernel.given.exact
+        read = [given[place] for place in kernel.given.read]
+        wide = [given[place] for place in kernel.given.read if place not in exact]
+        strides = [(place in exact, given[place].stride(axis)) for place, axis in kernel.given.strides]
+        unit = 16 // min(each.element_size() for each in (*wide, *out))
+        unit = unit if all(one or stride % unit == 0 for one, stride in strides) else 1
         sizes = (given[place].shape[axis] for place, axis in kernel.given.sizes)
         appended = () if cache is None else cache.arguments
-        steps = (stride if whole else stride // unit for whole, stride in strides)
+        steps = (stride if one else stride // unit for one, stride in strides)
         arguments = (*out, *appended, *read, *sizes, *steps)
         constants = {"UNIT": unit, "ELEMENTS": elements, "WIDE": max(map(_extent, (*read, *out))) >= NARROW}
         if cache is not None:

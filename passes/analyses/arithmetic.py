@@ -146,6 +146,18 @@ def _gelu(op: Op) -> Term | None:
     return Term(text, (op["self"],)) if text else None
 
 
+def _clamp(op: Op) -> Term | None:
+    """Limits that are exact in the element type, which torch converts them to; 0.0 may become -0.0."""
+    text = "x0"
+    for name, function in (("min", "at_least"), ("max", "at_most")):
+        limit = op.argument(name)
+        if limit is not None:
+            if not _is_number(limit) or limit == 0 or not _is_exact(limit, op.result):
+                return None
+            text = f"{function}({text}, {float(limit)!r})"  # type: ignore[arg-type]  # a number
+    return Term(text, (op["self"],)) if op["self"].type == op.result.type else None
+
+
 def _cast(op: Op) -> Term | None:
     return Term("x0", (op["x"],)) if is_cast(op) else None
 
@@ -192,8 +204,9 @@ def _with_affine(text: str, x: Value, gain: Value | None, bias: Value | None) ->
 
 
 SPECIAL: dict[str, Callable[[Op], Term | None]] = {
-    "aten._to_copy": _cast, "aten.to.dtype": _cast, "aten.gelu": _gelu, "aten.layer_norm": _layer_norm,
-    "aten.mean.dim": _mean, "aten.pow.Tensor_Scalar": _power, "aten.rms_norm": _rms_norm,
+    "aten._to_copy": _cast, "aten.clamp": _clamp, "aten.to.dtype": _cast, "aten.gelu": _gelu,
+    "aten.layer_norm": _layer_norm, "aten.mean.dim": _mean, "aten.pow.Tensor_Scalar": _power,
+    "aten.rms_norm": _rms_norm,
 }  # fmt: skip
 
 

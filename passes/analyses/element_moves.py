@@ -82,6 +82,10 @@ class _MovingSite(Site):
         self._found.append((value, at, self.facts))
         return constant(call(LEAF, len(self._found) - 1))
 
+    def within(self, index: Size, size: Size) -> Element:
+        nonnegative = self._integers.is_nonnegative(index, self.facts)
+        return constant(index) if nonnegative else super().within(index, size)
+
     def assuming(self, condition: Condition, at: Index) -> Site:
         (more,) = condition if len(condition) == 1 else (frozenset(),)
         return _MovingSite(self._place, self.facts | more, self._found, self._integers, at)

@@ -275,11 +275,17 @@ def _cumsum(site: Site) -> Element:
     place = symbol(f"{x.name}.place")
     at = (*site.at[:axis], place, *site.at[axis + 1 :])
     inside = both(nonnegative(place), nonnegative(x.tensor.shape[axis] - place - 1))
-    element = site.assuming(inside, at).operand(x, at)
-    number = element.only
-    if not isinstance(number, int | Expr) or symbols(place) <= symbols(number):
-        return opaque(site.op.result, site.at)
-    return constant(number * (site.at[axis] + 1))
+    number, count = site.assuming(inside, at).operand(x, at).only, site.at[axis] + 1
+    equal = number is not None and not _depends(number, place)
+    if site.dtype.is_float:
+        if number is None or not equal or number in (math.inf, -math.inf) or number != number:
+            raise site.unknown("it sums floating-point numbers that vary")
+        return site.real(real(number) * real(count), "it counts in floating point")
+    return constant(number * count) if equal and isinstance(number, int | Expr) else opaque(site.op.result, site.at)
+
+
+def _depends(number: Number, place: Expr) -> bool:
+    return any(symbols(place) <= symbols(Expr(((atoms, 1),))) for atoms, _ in real(number).terms)
 
 
 def _triangle(sign: int) -> Callable[[Site], Element]:

@@ -5,6 +5,10 @@
   ->
     positions[i0, i1]  =  %lengths(i0) + i1
 
+    %key, %order = aten.sort(%x)            %place = aten.index_put(%empty, [%order], %arange)
+  ->
+    order[place[i0]]  =  i0                 key[place[i0]]  =  x[i0]
+
 The integer arithmetic becomes part of an expression if it reads one tensor at most; else its result is read.
 """
 
@@ -12,10 +16,11 @@ import re
 
 from passes.analyses.elements import Elements
 from passes.analyses.index_expressions import Index, Unknown
-from passes.analyses.inequalities import Conjunction, TooComplex
+from passes.analyses.inequalities import Conjunction, TooComplex, impossible, nonnegative
+from passes.analyses.integer_ranges import facts_about, is_inverse, is_sorted
 from qcompiler.dialects.expression_nodes import elements, why_no_index
 from qcompiler.ir import DType, Expr, Graph, Size, TensorType, Value
-from qcompiler.ir.sizes import call
+from qcompiler.ir.sizes import Call, call
 
 READABLE = (DType.i32, DType.i64)
 """Element types that a kernel can read as parts of indices."""
@@ -39,6 +44,8 @@ class IntegerElements:
             facts: The limits of indices and sizes.
         """
         at = tuple(0 if size == 1 else index for index, size in zip(at, value.tensor.shape, strict=True))
+        if (place := self._place_before(value, at)) is not None:
+            return place if value.index else self.element(value.op["self"], (place,), facts)
         try:
             found = self._elements.element(value, at, facts).only
         except (Unknown, TooComplex):
@@ -47,6 +54,17 @@ class IntegerElements:
             return found
         whole = call(f"%{value.name}", *at) if at else None
         return whole if whole is not None and self._is_readable(whole) else None
+
+    def is_nonnegative(self, size: Size, facts: Conjunction) -> bool:
+        """Whether an index is proven not to be negative, given facts."""
+        return impossible(nonnegative(-size - 1), facts | facts_about(self._graph, size))
+
+    def _place_before(self, value: Value, at: Index) -> Size | None:
+        """Where, before a sort, what is at an element of the inverse of its order was; None for other values."""
+        match at:
+            case (Expr(terms=(((Call(function, (place,)),), 1),)),) if function.startswith("%") and is_sorted(value):
+                return place if is_inverse(self.tensor(function), value.op.results[1]) else None
+        return None
 
     def _is_readable(self, size: Size) -> bool:
         if why_no_index(size, TENSOR) is not None:

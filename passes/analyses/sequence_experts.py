@@ -180,7 +180,7 @@ def _index(site: Site) -> Answer:
     given = site.op.argument("indices")
     indices = [(axis, v) for axis, v in enumerate(given if isinstance(given, tuple) else ()) if isinstance(v, Value)]
     if len(indices) == 1 and isinstance(order := site.fact(indices[0][1]), Order):
-        return _reordered(site, indices[0][0], order)
+        return reordered(site, site.label("self"), indices[0][0], order)
     label, picked = site.label("self"), [axis for axis, _ in indices]
     if any(v.tensor.dtype in (DType.b8, DType.u8) for _, v in indices):
         raise Mixes(f"{site.op.name} selects with a mask, so the number of elements depends on the tokens")
@@ -195,9 +195,8 @@ def _index(site: Site) -> Answer:
     return site.made([*axes[:before], *new, *axes[before:]], label, *labels)
 
 
-def _reordered(site: Site, axis: int, order: Order) -> Label:
+def reordered(site: Site, label: Label, axis: int, order: Order) -> Label:
     """Entries in sorted order, or sorted rows back in the order of entries."""
-    label = site.label("self")
     old = label.axes[axis]
     known = label.known if isinstance(label.known, Fill | Below) else None
     new: Axis

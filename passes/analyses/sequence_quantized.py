@@ -1,7 +1,7 @@
 """Quantized operations, seen along the sequence: a scale for each row or tile is position-wise, a wider one is not."""
 
-from passes.analyses.sequence_experts import grouped
-from passes.analyses.sequence_labels import Axis, Label, Mixes, axis_of, broadcast, has_tokens
+from passes.analyses.sequence_experts import grouped, reordered
+from passes.analyses.sequence_labels import Axis, Label, Mixes, Order, axis_of, broadcast, has_tokens
 from passes.analyses.sequence_site import Answer, Row, Site, Table
 from qcompiler.ir import ALL, Format, Value
 
@@ -86,6 +86,17 @@ def _grouped_linear(site: Site) -> Answer:
     return grouped(site, _stored(site, "x", "x_"), site.op["offsets"], site.op["w"].tensor.shape[0])
 
 
+def _gather_codes(site: Site) -> Answer:
+    label, rows = _stored(site, "data", ""), site.op["rows"]
+    order = site.fact(rows)
+    if isinstance(order, Order):
+        made = reordered(site, label, 0, order)
+    else:
+        site.within(label.axes[0], "picks among")
+        made = site.made([*site.label(rows).axes, label.axes[1]], label, site.label(rows))
+    return made, site.made([made.axes[0], axis_of(site.shape(1)[-1])], made)
+
+
 def _joined(site: Site, labels: list[Label]) -> Label:
     """The label of a fused expression, which combines elements of one row."""
     made = site.made(broadcast(*labels), *labels)
@@ -116,6 +127,7 @@ QUANTIZED: Table = {
     "quant.linear": Row("Row t of the result depends on row t of the codes.", _linear),
     "quant.grouped_linear": Row("Each row is multiplied by the matrix of its own key.", _grouped_linear),
     "kernel.fused_quantize": Row("A fused expression combines elements of one row.", _fused_quantize),
+    "kernel.gather_codes": Row("As the gather of the rows that were quantized.", _gather_codes),
     "kernel.fused_linear": Row("A fused expression combines elements of one row.", _fused_linear),
 }
 """Quantized operation -> why and how it is position-wise; an operation that implements another one has its row."""

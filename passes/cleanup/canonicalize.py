@@ -6,6 +6,8 @@
     aten.inner(%x, %w)        ->  aten.linear(%x, %w)
     aten.t(aten.t(%w))        ->  %w
     aten.clone(%x)            ->  %x          and casts, views and dropouts that change nothing
+    aten.masked_fill(%x, %m)  ->  %x          if %m is proven to be false everywhere
+    aten.clamp(%i, 0, 7)      ->  %i          if the integers %i are proven to be inside
 
 First in every pipeline, so that later passes handle one form only.
 """
@@ -14,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.analyses.integer_ranges import is_false, limits_of
 from passes.analyses.memory import is_view, why_not_replaced
-from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
+from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 
@@ -108,6 +111,52 @@ class DropNoOp(Rule):
         rewriter.replace(op, x, keep_names=False)
 
 
+class DropFill(Rule):
+    """masked_fill(x, mask, value)  ->  x, for a mask that is proven to be false everywhere
+
+    Such as the mask of entries whose expert is beyond the last one: experts are places along the axis of the scores.
+    """
+
+    root = ("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        x, mask = op["self"], op["mask"]
+        if x.type != op.result.type:
+            return Missed(f"it broadcasts {x.type} to {op.result.type}", x)
+        if not is_false(graph, mask):
+            return Missed("its mask may be true", mask)
+        return why_not_replaced(graph, op.result, x) or {"x": x}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
+        rewriter.replace(op, x, keep_names=False)
+
+
+class DropClamp(Rule):
+    """clamp(x, low, high)  ->  x, for integers that are proven to be inside
+
+    Such as experts, before they index the biases of all experts.
+    """
+
+    root = ("aten.clamp",)
+
+    def match(self, op: Op, graph: Graph) -> Match | Missed:
+        x, known = op["self"], limits_of(op["self"])
+        low, high = op.argument("min"), op.argument("max")
+        if known is None or not isinstance(known.low, int) or not isinstance(known.high, int):
+            return Missed("its operand has no known limits", x)
+        inside = (low is None or _is_most(low, known.low)) and (high is None or _is_most(known.high, high))
+        if not inside or x.type != op.result.type:
+            return Missed(f"its operand may be from {known.low} to {known.high}", x)
+        return why_not_replaced(graph, op.result, x) or {"x": x}
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
+        rewriter.replace(op, x, keep_names=False)
+
+
+def _is_most(low: Argument, high: Argument) -> bool:
+    return isinstance(low, int) and isinstance(high, int) and low <= high
+
+
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """mm, matmul, addmm, … with a constant matrix  ->  linear;  no-ops are removed."""
@@ -117,7 +166,7 @@ class Canonicalize(Pass):
 
     def rules(self) -> Sequence[Rule]:
         """Rewrites come first, then removal of operations they make redundant."""
-        return (MatmulToLinear(), TransposeTwice(), DropNoOp())
+        return (MatmulToLinear(), TransposeTwice(), DropNoOp(), DropFill(), DropClamp())
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Reports reasons for matmuls only: views that are not no-ops are expected."""

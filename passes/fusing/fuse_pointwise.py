@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from passes.analyses.integer_elements import is_integer
+from passes.analyses.short_sums import LONGEST
 from passes.fusing.pointwise_regions import MOST_OPERANDS, PointwiseRegion, copies, grow, is_operand, is_pointwise
 from qcompiler.dialects.expression_nodes import Expression, Load, parts, rebuilt, renamed, resized
 from qcompiler.dialects.fused_expression import FusedExpression
@@ -79,7 +80,7 @@ class FusePointwise(Pass):
         kernels = _joined(graph, found[::-1])
         for region, *others in kernels:
             if not others and len(region.launches) < 2:
-                what = "copies elements" if copies(region.root.op) else "computes"
+                what = "copies" if copies(region.root.op) else "computes"
                 why = f"torch also {what} this in one kernel, and nothing around it can be fused"
                 reasons[region.root.op] = why
         ordered = {op: reasons[op] for op in sorted(reasons, key=graph.rank, reverse=True)}
@@ -202,6 +203,10 @@ def _shape_text(shape: Sequence[Size], operands: Sequence[Value]) -> str:
 
 
 def _axis_with(size: Size, operands: Sequence[Value]) -> str | None:
-    """The first axis of an operand that has a size, as text; None if there is none."""
-    axes = ((place, axis, n) for place, value in enumerate(operands) for axis, n in enumerate(value.tensor.shape))
-    return next((f"x{place}.{axis}" for place, axis, n in axes if n == size), None)
+    """The first axis of an operand that has a size, or a multiple of it, as text; None if there is none."""
+    axes = [(place, axis, n) for place, value in enumerate(operands) for axis, n in enumerate(value.tensor.shape)]
+    for times in range(1, LONGEST + 1):
+        for place, axis, n in axes:
+            if n == size * times:
+                return f"x{place}.{axis}" if times == 1 else f"x{place}.{axis}/{times}"
+    return None

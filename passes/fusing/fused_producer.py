@@ -49,6 +49,8 @@ class ArithmeticThenQuantize(Rule):
             return region
         if self.across and not region.across:
             return NO_REDUCTION
+        if (strided := next(filter(_has_gaps, region.operands), None)) is not None:
+            return Missed("the kernel reads rows whose columns are next to each other, and would need a copy", strided)
         return {"region": region, "prescale": prescale}
 
     def rewrite(self, op: Op, rewriter: Rewriter, region: FusionRegion, prescale: Value | None, **_: Any) -> None:
@@ -74,6 +76,14 @@ class ArithmeticThenQuantize(Rule):
             rewriter.erase_unread(unread)
         for new, name in names.items():
             graph.rename(new, name)
+
+
+def _has_gaps(value: Value) -> bool:
+    """Whether a value holds every second column of another one, or fewer."""
+    if value.op.name != "aten.slice.Tensor":
+        return False
+    axis, rank = value.op.argument("dim"), len(value.tensor.shape)
+    return isinstance(axis, int) and axis % rank == rank - 1 and value.op.argument("step") != 1
 
 
 def keep(rewriter: Rewriter, region: FusionRegion, value: Value, new: Value) -> dict[Value, str]:

@@ -27,6 +27,7 @@ from passes.analyses.arithmetic import FLOATS, Term, broadcast_term, is_cast
 from passes.analyses.element_moves import MOVING, Place, place_of, sources_of
 from passes.analyses.inequalities import Conjunction, impossible, nonnegative
 from passes.analyses.integer_elements import IntegerElements, is_integer
+from passes.analyses.short_sums import short_sum
 from passes.fusing.fusion_regions import LONGEST_ROW
 from passes.fusing.pointwise_expressions import Computed, Counted, Moved, Recipe, expression_of_region, operands_of
 from qcompiler.dialects.expression_nodes import Call, elements, indices
@@ -34,14 +35,14 @@ from qcompiler.dialects.fused_expression import FusedExpression, parse
 from qcompiler.ir import DType, Graph, Missed, Op, Role, Size, TensorType, Value
 from qcompiler.ir.sizes import Expr, product, symbol
 
-CHEAP = {"+", "-", "*", "neg", "relu", "bf16", "f16"}
+CHEAP = {"+", "-", "*", "at_least", "at_most", "neg", "relu", "bf16", "f16"}
 """Functions that may be computed more than once for an element, because another kernel would cost more."""
 
 MOST_AXES = 6
 MOST_ARITHMETIC = 32
 """Maximum operations that compute something."""
 
-MOST_INDICES = 4
+MOST_INDICES = 12
 """Maximum indices at which one value is read."""
 
 MOST_REPEATS = 8
@@ -78,8 +79,9 @@ def copies(op: Op) -> bool:
 
 
 def is_pointwise(op: Op) -> bool:
-    """Whether an operation may be in a region and costs a kernel: arithmetic, a cast or a copy of floats."""
-    computes = counts(op) or (broadcast_term(op) is not None and op.name != "aten.mean.dim")
+    """Whether an operation may be in a region and costs a kernel: arithmetic, short sums, casts or copies of floats."""
+    arithmetic = broadcast_term(op) is not None and op.name != "aten.mean.dim"
+    computes = arithmetic or counts(op) or short_sum(op) is not None
     return _is_float(op.results) and (copies(op) or computes)
 
 
@@ -224,6 +226,10 @@ class _Growth:
             if sources is None:
                 return None
             return Moved(tuple((less, self._anywhere_in_row(source)) for less, source in sources))
+        if (added := short_sum(op)) is not None:
+            places = [place_of(added.x, added.place(place.at, term), place.guard) for term in range(added.terms)]
+            terms = tuple((f"x{term}", self._anywhere_in_row(each)) for term, each in enumerate(places))
+            return Computed(added.text, terms)
         term = broadcast_term(op)
         if term is None:
             return None
@@ -284,7 +290,7 @@ def _is_cheap(op: Op) -> bool:
     """Whether an operation may compute an element more than once."""
     term = None if counts(op) else broadcast_term(op)
     if term is None:
-        return True
+        return short_sum(op) is None
     return {part.function for part in parse(term.text).expressions() if isinstance(part, Call)} <= CHEAP
 
 

@@ -79,6 +79,8 @@ FUNCTIONS: dict[str, Function] = {
     "bf16": Function(1, lambda x: x.bfloat16().float()),
     "f16": Function(1, lambda x: x.half().float()),
     "f32": Function(1, lambda x: x),
+    "at_least": Function(2, lambda x, low: torch.clamp(x, min=low)),
+    "at_most": Function(2, lambda x, high: torch.clamp(x, max=high)),
     "cos": Function(1, torch.cos),
     "exp": Function(1, torch.exp),
     "gelu": Function(1, functional.gelu),
@@ -95,8 +97,11 @@ FUNCTIONS: dict[str, Function] = {
     "standardize": Function(2, _standardize, across=True),
 }
 """Functions by name. `standardize(x, eps)` is (x - mean(x)) / sqrt(variance(x) + eps) with the population variance of
-the row (divided by N, not N - 1): a layer norm without gain and bias. `eps` is a number. `f32` changes nothing; as the
-result, it says that a rounded number is stored in FP32."""
+the row (divided by N, not N - 1): a layer norm without gain and bias. `eps` is a number, like the limits of `at_least`
+and `at_most`, which keep NaN. `f32` changes nothing; as the result, it says that a rounded number is stored in FP32."""
+
+LIMITS = ("at_least", "at_most")
+"""Functions whose second argument is a number."""
 
 
 def _divide(a: Any, b: Any) -> Any:
@@ -358,6 +363,8 @@ class _ExpressionReader(Reader):
             raise self.fail(f"'{_text(call)}' is constant; write its value", function)
         if function.text == "standardize" and not isinstance(args[1], Number):
             raise self.fail(f"the eps of standardize is '{_text(args[1])}', not a number", function)
+        if function.text in LIMITS and not isinstance(args[1], Number):
+            raise self.fail(f"the limit of {function.text} is '{_text(args[1])}', not a number", function)
         return call
 
     def number(self, token: Token) -> Number:

@@ -3,24 +3,26 @@
     %q, %k = kernel.pointwise(%qkv, %cos) {expressions = ["bf16(x0[i0, i2, 64*i1 + i3] * x1[i0, i3])", …],
                                            shapes = ["x0.0, 4, x0.1, 64", …]}
 
-One expression and one shape for each result. A size is a number, or an axis of an operand: `x0.1` is axis 1 of x0.
+One expression and one shape for each result. A size is a number, or an axis of an operand, or a part of one: `x0.1` is
+axis 1 of x0, and `x0.1/2` is half of it, rounded down.
 Integer operands are parts of indices only, and operands may be named by shapes only. Results are contiguous. The
 operation replaces arithmetic, casts, concatenations and views; see the pass fuse-pointwise.
 """
 
+import re
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qcompiler.dialects.expression_nodes import IndexNumber, Load, Where, elements
-from qcompiler.dialects.fused_expression import OPERAND, FusedExpression, parse
+from qcompiler.dialects.fused_expression import FusedExpression, parse
 from qcompiler.errors import ParseError
 from qcompiler.ir import Argument, DType, Op, Size, TensorType, Type, Value
 from qcompiler.ir.op_table import AttributeCheck, OpDef, OpError, declare
-from qcompiler.ir.sizes import Expr
+from qcompiler.ir.sizes import Expr, floordiv
 from qcompiler.numerics.dtypes import ir_dtype
 
 TEXTS: tuple[AttributeCheck, str] = (
@@ -31,19 +33,29 @@ TEXTS: tuple[AttributeCheck, str] = (
 INTEGERS = (DType.i32, DType.i64)
 """Element types of operands that are parts of indices."""
 
-AxisSize = int | tuple[int, int]
-"""A size of a result: a number, or (operand, axis)."""
+
+class AxisPart(NamedTuple):
+    """A size of a result: the size of an axis of an operand, divided by a number."""
+
+    operand: int
+    axis: int
+    by: int = 1
+
+
+AxisSize = int | AxisPart
+"""A size of a result: a number, or an axis of an operand."""
+
+AXIS = re.compile(r"x(0|[1-9][0-9]*)\.([0-9]+)(?:/([1-9][0-9]*))?", re.ASCII)
 
 
 def read_shape(text: str) -> tuple[AxisSize, ...]:
     """The sizes in a text such as "x0.0, 4, x0.1, 64"; raises OpError if it is malformed."""
     sizes: list[AxisSize] = []
     for part in filter(None, map(str.strip, text.split(","))):
-        operand, dot, axis = part.partition(".")
         if part.isdecimal() and part.isascii():
             sizes.append(int(part))
-        elif dot and OPERAND.fullmatch(operand) and operand[0] == "x" and axis.isdecimal() and axis.isascii():
-            sizes.append((int(operand[1:]), int(axis)))
+        elif found := AXIS.fullmatch(part):
+            sizes.append(AxisPart(*(int(each or 1) for each in found.groups())))
         else:
             raise OpError(f"'{part}' in the shape '{text}' is neither a number nor an axis such as x0.1")
     return tuple(sizes)
@@ -72,7 +84,7 @@ def _check_operands(
     """Raises OpError unless each operand is used, and integers are read only as parts of indices."""
     loaded = {load.name for each in made for load in each.loads}
     counted = {element.function for each in made for element in each.elements}
-    named = {f"x{size[0]}" for shape in sizes for size in shape if not isinstance(size, int)}
+    named = {f"x{size.operand}" for shape in sizes for size in shape if not isinstance(size, int)}
     used = loaded | counted | named
     if used != {f"x{place}" for place in range(len(kinds))}:
         names = ", ".join(sorted(used)) or "no operands"
@@ -123,10 +135,10 @@ def _result(made: FusedExpression, sizes: Sequence[AxisSize], kinds: Sequence[Te
     return TensorType(ir_dtype(made.dtype()), shape)
 
 
-def _axis(kinds: Sequence[TensorType], operand: int, axis: int) -> Size:
+def _axis(kinds: Sequence[TensorType], operand: int, axis: int, by: int) -> Size:
     if operand >= len(kinds) or axis >= len(kinds[operand].shape):
         raise OpError(f"its shape names axis {axis} of x{operand}, which does not exist")
-    return kinds[operand].shape[axis]
+    return floordiv(kinds[operand].shape[axis], by)
 
 
 def pointwise(*operands: Tensor, expressions: Sequence[str], shapes: Sequence[str]) -> tuple[Tensor, ...]:
@@ -139,7 +151,8 @@ def pointwise(*operands: Tensor, expressions: Sequence[str], shapes: Sequence[st
 
 def shape_of(text: str, operands: Sequence[Tensor]) -> tuple[int, ...]:
     """The sizes of a result, given the operands."""
-    return tuple(size if isinstance(size, int) else operands[size[0]].shape[size[1]] for size in read_shape(text))
+    sizes = read_shape(text)
+    return tuple(n if isinstance(n, int) else operands[n.operand].shape[n.axis] // n.by for n in sizes)
 
 
 def computed(made: FusedExpression, shape: tuple[int, ...], operands: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from triton_interpreter import needs_interpreter, round_fma_once, run_interpreted
+from triton_interpreter import needs_interpreter, prepare_interpreter, run_interpreted
 
 
 def _reference(
@@ -246,15 +246,15 @@ def _run_all() -> None:
     for sizes in ((80, 80), (96, 96), (192, 128), (24, 40)):
         _attend(f8, [3, 37], 2, 2, sizes, capacity=39, splits=2)
     for window in (1, 7, 16, 200):
-        _attend(f32, [0, 3, 40], 9, 2, window=window, splits=2)
+        _attend(f32, [0, 3, 40], 9, 2, window=window, splits=2, groups=1)
     _attend(f32, [0, 61], 40, 2, (16, 16), capacity=101, window=30, block_m=32, block_n=32)
     _attend(f8, [0, 31], 12, 3, softcap=2.0, sink=True, block_m=32, splits=2)
     _attend(f8, [9, 31], 1, 4, query_dtype=b16)
     for dtype, splits in ((f32, 1), (f32, 3), (f8, 2)):
-        _attend(dtype, [0, 37], 9, 2, slope=True, splits=splits, block_m=32)
+        _attend(dtype, [0, 37], 5, 2, slope=True, splits=splits, block_m=32)
         _attend(dtype, [5, 37], 1, 3, slope=True, splits=splits, sink=True, softcap=3.0, window=20)
         for chunk in (1, 12, 16, 99):
-            _attend(dtype, [0, 12, 40], 9, 2, chunk=chunk, splits=splits, slope=chunk == 12)
+            _attend(dtype, [0, 12, 40], 9, 2, chunk=chunk, splits=splits, slope=chunk == 12, groups=1)
         _attend(dtype, [0, 13, 49], 1, 2, chunk=12, window=7, splits=splits)
     for splits in (1, 3):
         _attend_and_quantize((16, 64), 32, splits)
@@ -312,7 +312,7 @@ if __name__ == "__main__":
     from qcompiler import numerics
     from qcompiler.dialects import state
 
-    round_fma_once()
+    prepare_interpreter()
     InterpreterBuilder.create_dot = _dot
     torch.manual_seed(0)
     _run_all()

@@ -141,6 +141,7 @@ def test_nonfinite_values() -> None:
         "r = gelu_tanh(x0 * x0); r",
         "r = gelu(x0 * x0); r",
         "r = relu(x0) * x0; r",
+        "r = at_most(at_least(x0, -0.5), 0.75) * x0; r",
         "r = x0 / (1 + x0); r",
         "r = exp(x0); r",
     ):

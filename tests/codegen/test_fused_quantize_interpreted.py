@@ -7,7 +7,7 @@ functions and rounds to FP8 and bfloat16 incorrectly; so expressions round to fl
 import math
 
 import pytest
-from triton_interpreter import needs_interpreter, round_fma_once, run_interpreted
+from triton_interpreter import needs_interpreter, prepare_interpreter, run_interpreted
 
 SUM = "r = f16(x0 + x1); r"
 GATED = "g = f16(x0 / (1 + x1 * x1)); r = g * x2 - 1; r"
@@ -89,6 +89,6 @@ if __name__ == "__main__":
     from qcompiler import numerics
     from qcompiler.dialects.fused_expression import parse
 
-    round_fma_once()
+    prepare_interpreter()
     torch.manual_seed(0)
     _run_all()

@@ -10,6 +10,8 @@ from functools import partial
 import pytest
 import torch
 import triton
+from entry_kernels import compile_group_entries
+from gather_kernels import compile_gather_codes
 from hopper_kernels import (
     GROUPED_CONFIGS,
     all_configs,
@@ -78,6 +80,9 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "fused quantize, norm of 4096": partial(compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)),
     "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
+    "codes of gathered rows": partial(compile_gather_codes, 4096, 8, 2048),
+    "entries of each group, counted": lambda: compile_group_entries(32768, 128)[0],
+    "entries of each group, placed": lambda: compile_group_entries(32768, 128)[1],
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
     "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
     "rotary embedding": compile_rotary,

@@ -7,7 +7,7 @@ incorrectly, so codes are checked only where no rounding is needed.
 import math
 
 import pytest
-from triton_interpreter import needs_interpreter, round_fma_once, run_interpreted
+from triton_interpreter import needs_interpreter, prepare_interpreter, run_interpreted
 
 
 def _operands(m: int, n: int, k: int, padded: bool, x_block: int = 128) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
@@ -107,6 +107,21 @@ def _portable(x_block: int) -> "list[GemmConfig]":
     return [config for config in all_configs("tiles", x_block) if config.variant not in GLUON]
 
 
+def _gather_codes(m: int, n: int, k: int, block_k: int) -> None:
+    """Rows of codes and scales; a row that does not exist has the code 0 and the scale NaN."""
+    data, scale = (
+        torch.randint(-128, 128, (m, k), dtype=torch.int8),
+        torch.rand(m, 1 if block_k == -1 else -(-k // block_k)),
+    )
+    rows = torch.randint(-m, m, (n,))
+    for kind in (torch.int64, torch.int32):
+        for scales in (scale, scale.t().contiguous().t()):
+            q, s = launch_gather_codes(data, scales, rows.to(kind), block_k)
+            assert torch.equal(q, data[rows]) and torch.equal(s, scale[rows]), (m, n, k, block_k)
+    q, s = launch_gather_codes(data, scale, torch.full((n,), m), block_k)
+    assert not q.any() and bool(s.isnan().all())
+
+
 def _run_all() -> None:
     for block in ((1, -1), (-1, -1), (1, 64)):
         for name, odd in zip(numerics.PROFILES, (math.nan, math.inf, -math.inf, 0.5), strict=True):
@@ -137,6 +152,8 @@ def _run_all() -> None:
             _quantize(5, 300, name, layout, 128)
         for m, k, block_k in ((1, 128, 128), (34, 129, 128), (3, 77, 32), (2, 600, 512)):
             _quantize(m, k, "deepseek", layout, block_k)
+    for m, n, k, block_k in ((5, 7, 300, 128), (3, 70, 40, 32), (2, 3, 4200, 512), (4, 1, 16, -1)):
+        _gather_codes(m, n, k, block_k)
     print("all cases ran")
 
 
@@ -148,6 +165,7 @@ def test_kernels_under_the_interpreter() -> None:
 
 if __name__ == "__main__":
     import torch
+    from gather_kernels import launch_gather_codes
     from hopper_kernels import GLUON, all_configs, launch_gemm, launch_quantize, launch_row_gemm
     from torch import Tensor
 
@@ -158,6 +176,6 @@ if __name__ == "__main__":
     from qcompiler import numerics
     from qcompiler.numerics.dtypes import ir_dtype
 
-    round_fma_once()
+    prepare_interpreter()
     torch.manual_seed(0)
     _run_all()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pytest
-from triton_interpreter import needs_interpreter, run_interpreted
+from triton_interpreter import needs_interpreter, prepare_interpreter, run_interpreted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,7 @@ if __name__ == "__main__":
     from codegen.targets.hopper import HOPPER
     from codegen.templates.next_tokens import NEXT_TOKENS, NextTokensConfig, NextTokensOperands
 
+    prepare_interpreter()
     for logits in examples():
         for slots in (ROWS, [1], [0, 1, 2, 3, 4]):
             some = logits.repeat(2, 1)[: len(slots)]

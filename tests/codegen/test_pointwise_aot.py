@@ -5,6 +5,7 @@ import torch
 from pointwise_examples import (
     ROTARY,
     SHAPES,
+    compile_combining,
     compile_norm,
     compile_pointwise,
     compile_rotary,
@@ -40,6 +41,14 @@ def test_rows_of_an_embedding_and_a_table_of_positions(batch: int, tokens: int) 
     code = compile_step_tables(batch, tokens)
     assert (code.local_loads, code.local_stores) == (0, 0)
     assert code.wide_loads and code.wide_stores
+
+
+@pytest.mark.parametrize(("experts", "columns", "tokens"), [(2, 4096, 4096), (8, 2048, 4096), (12, 2048, 64)])
+def test_the_sum_over_the_experts_of_a_token(experts: int, columns: int, tokens: int) -> None:
+    code = compile_combining(experts, columns, tokens)
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads == experts * code.wide_stores, "shares and places of rows do not narrow the loads of rows"
+    assert code.registers <= 168
 
 
 @pytest.mark.parametrize("columns", [768, 4096, 16384])

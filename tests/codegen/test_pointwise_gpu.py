@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pointwise_examples import KEYS, ROTARY, SHAPES
+from pointwise_examples import KEYS, ROTARY, SHAPES, summed
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
@@ -49,6 +49,20 @@ def test_elements_of_integers_in_indices(batch: int, tokens: int, kind: torch.dt
     check(expressions, shapes, words, ids, torch.rand(64), lengths, torch.randn(batch, tokens, 40).bfloat16(), last)
     outside = torch.ops.qcompiler.pointwise([words.cuda(), (ids + 300).cuda()], [expressions[0]], [shapes[0]])[0]
     assert bool(outside.isnan().all())
+
+
+@pytest.mark.parametrize(("experts", "columns", "tokens"), [(2, 4096, 513), (8, 2048, 64), (4, 40, 3)])
+def test_the_sum_over_the_experts_of_a_token(experts: int, columns: int, tokens: int) -> None:
+    """Also torch's own operations on the GPU give these bits, because the order of additions is theirs."""
+    rows, share = torch.randn(tokens * experts, columns).bfloat16(), torch.rand(tokens, experts)
+    place = torch.randperm(tokens * experts)
+    text = summed(experts)
+    check((text,), (f"x1.0, {columns}",), rows, share, place)
+    check((text,), (f"x2.0/{experts}, {columns}",), rows, share, place)
+    y, x = (rows.cuda()[place.cuda()].view(tokens, experts, columns), share.cuda().unsqueeze(-1))
+    want = (y * x).sum(1).bfloat16()
+    (got,) = torch.ops.qcompiler.pointwise([rows.cuda(), share.cuda(), place.cuda()], [text], [f"x1.0, {columns}"])
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])

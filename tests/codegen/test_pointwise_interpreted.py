@@ -5,7 +5,7 @@ incorrectly, so expressions round to float16 here.
 """
 
 import pytest
-from triton_interpreter import needs_interpreter, run_interpreted
+from triton_interpreter import needs_interpreter, prepare_interpreter, run_interpreted
 
 ROTARY = (
     "f16(f16(x0[i0, i2, 8*i1 + i3] * x1[i2, i3])"
@@ -102,6 +102,9 @@ def _run_all() -> None:
     rows, starts = torch.tensor([[4, 0], [2, 2], [1, 5]]), torch.tensor([7, -3, 2**24 + 1])  # row 5 does not exist
     counted = ("x0[x1(i0, i1), i2] * 2.0", "number(x2(i0) + i1) * x3[i2]", "number(3*x2(0) - 2*i0)")
     _case(counted, ("x1.0, x1.1, 8", "x1.0, x1.1, 8", "700"), x, rows, starts, torch.randn(8))
+    back, share = torch.tensor([3, 0, 5, 1, 4, 2]), torch.randn(3, 2)
+    weighted = "0.0 + x0[x1(2*i0), i1] * x2[i0, 0] + x0[x1(2*i0 + 1), i1] * x2[i0, 1]"  # the experts of a token
+    _case((weighted, f"f16({weighted})"), ("x1.0/2, 40", "x1.0/2, 40"), torch.randn(6, 40).half(), back, share)
     narrow = rows.int().t().contiguous().t()
     _case(("x0[i0, x1(i0, 1) - 2*x1(1, 0), 1]",), ("x1.0",), torch.randn(5, 6, 2), narrow)
     guarded = "where(x1(i0) < 2, 0.5, where(i1 < 4, x0[x1(i0), i1], x0[x2(i0 - 1) + i1 - 4, 0]))"
@@ -125,4 +128,5 @@ if __name__ == "__main__":
     from qcompiler.dialects import state
     from qcompiler.dialects.pointwise import pointwise
 
+    prepare_interpreter()
     _run_all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qcompiler.dialects.pointwise import pointwise, read_shape
+from qcompiler.dialects.pointwise import AxisPart, pointwise, read_shape
 from qcompiler.errors import VerifyError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
@@ -49,6 +49,19 @@ def test_elements_of_integers_in_indices() -> None:
     assert number.tolist() == [2**24 + 4, 2**60]
 
 
+def test_part_of_an_axis() -> None:
+    made = Graph.parse("""
+    func @m(%x: f32[2*s0, 4]) -> (f32[s0, 4]) where s0 in 1.. {
+      %r = kernel.pointwise(%x) {expressions = ["x0[2*i0, i1] + x0[2*i0 + 1, i1]"], shapes = ["x0.0/2, 4"]} : f32[s0, 4]
+      return %r
+    }
+    """)
+    made.verify()
+    x = torch.randn(6, 4)
+    (got,) = interpret(made, [x])
+    assert torch.equal(got, x[::2] + x[1::2])
+
+
 def test_no_elements_and_no_axes() -> None:
     empty, one = torch.empty(0, 3), torch.tensor(2.5)
     assert pointwise(empty, expressions=["x0[i0, i1]"], shapes=["x0.0, 3"])[0].shape == (0, 3)
@@ -84,8 +97,8 @@ def test_the_verifier(expressions: str, shapes: str, operands: str, why: str) ->
 
 
 def test_a_shape() -> None:
-    assert read_shape("x0.1, 12,x3.0") == ((0, 1), 12, (3, 0)) and read_shape("") == ()
-    for wrong in ("-1", "x0", "y0.1", "x0.-1", "²", "x01.1"):
+    assert read_shape("x0.1, 12,x3.0/8") == (AxisPart(0, 1), 12, AxisPart(3, 0, 8)) and read_shape("") == ()
+    for wrong in ("-1", "x0", "y0.1", "x0.-1", "²", "x01.1", "x0.1/0", "x0.1/", "8/2", "x0.²"):
         with pytest.raises(OpError, match="neither a number nor an axis"):
             read_shape(wrong)
 

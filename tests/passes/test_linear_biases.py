@@ -41,6 +41,9 @@ LINEAR = {
     f"%b = aten.add.Tensor(%key, %a) : i64[s0, s0]\n%r = aten.mul.Tensor(%h, %b) : {R}",
     "rounded slopes": "%a = aten._to_copy(%h) {dtype = bf16} : bf16[4, 1, 1]\n"
     f"%b = aten._to_copy(%a) {{dtype = f32}} : f32[4, 1, 1]\n%r = aten.mul.Tensor(%b, %d) : {R}",
+    "positions as sums of ones in floating point": "%a = aten.ones([%n]) : f32[s0]\n%b = aten.cumsum(%a, 0) : f32[s0]\n"
+    "%c = aten.sub.Tensor(%b, 1) : f32[s0]\n%e = aten.mul.Tensor(%h, %c) : f32[4, 1, s0]\n"
+    f"%n0 = aten.sym_size.int(%k, 2) : int(s0)\n%r = aten.expand(%e, [4, %n0, %n0]) : {R}",
     "every second of many": "%a = aten.slice.Tensor(%many, 0, 1, 8, 2) : f32[4]\n"
     f"%b = aten.view(%a, [4, 1, 1]) : f32[4, 1, 1]\n%r = aten.mul.Tensor(%b, %d) : {R}",
     "one slope for all heads": "%a = aten.mul.Tensor(%one, %d) : f32[s0, s0]\n"
@@ -70,6 +73,11 @@ OTHERS = {
         f"%c = aten.mul.Tensor(%h, %b) : f32[4, 1, s0]\n%n0 = aten.sym_size.int(%k, 2) : int(s0)\n"
         f"%r = aten.expand(%c, [4, %n0, %n0]) : {R}",
         "its bias is not linear in the key's position",
+    ),
+    "sums of floating-point numbers": (
+        f"%a = aten.cumsum(%slopes, 0) : f32[4]\n%b = aten.view(%a, [4, 1, 1]) : f32[4, 1, 1]\n"
+        f"%c = aten.mul.Tensor(%b, %d) : {R}\n%r = aten.cumsum(%c, 2) : {R}",
+        "it sums floating-point numbers that vary",
     ),
     "a slope that varies with the query": (
         f"%a = aten.mul.Tensor(%d, %query) : i64[s0, s0]\n%r = aten.mul.Tensor(%h, %a) : {R}",

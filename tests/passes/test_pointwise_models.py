@@ -31,18 +31,9 @@ EXPERTS = {
     "aten.linear": STEP["aten.linear"] + "; routers",
     "aten.softmax.int": "a sum over the router's experts",
     "aten.topk": "experts are sorted",
-    "aten.sum.dim_IntList": "a sum over chosen experts",
+    "aten.sum.dim_IntList": "a sum of a row: the scores of the chosen experts",
     "aten.div.Tensor": "alone between a sum and a choice of rows",
-    "aten.sort": "tokens are sorted by expert",
-    "aten.cumsum": "counts of tokens by expert",
-    "aten.histc": "counts of tokens by expert",
-    "aten.floor_divide": "tokens sorted by expert: integers",
-    "aten.empty_like": "the inverse of a permutation: integers",
-    "aten.arange": "the inverse of a permutation: integers",
-    "aten.index_put": "the inverse of a permutation: integers",
-    "aten.index.Tensor": "rows of tokens, chosen by expert",
-    "aten.mul.Tensor": "alone between choices of rows",
-    "aten._to_copy": "alone between sums",
+    "aten._to_copy": "alone before a softmax",
 }
 
 MODELS: dict[str, tuple[Any, dict[str, str]]] = {

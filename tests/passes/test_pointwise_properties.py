@@ -31,14 +31,18 @@ class Builder:
         return value
 
     def append(self, name: str, *args: Argument, **attrs: Argument) -> Value:
+        return self.append_all(name, *args, **attrs)[0]
+
+    def append_all(self, name: str, *args: Argument, **attrs: Argument) -> tuple[Value, ...]:
         def read(leaf: object) -> object:
             return self.tensors[leaf] if isinstance(leaf, Value) else to_torch(leaf)  # type: ignore[arg-type]
 
         made = overload_of(name)(*map_tree(read, args), **{key: to_torch(arg) for key, arg in attrs.items()})
-        types = [TensorType(ir_dtype(made.dtype), tuple(made.shape))]
-        value = self.graph.append(name, *args, attrs=attrs, types=types).result
-        self.tensors[value] = made
-        return value
+        tensors: list[Tensor] = [made] if isinstance(made, Tensor) else [*made]
+        types = [TensorType(ir_dtype(each.dtype), tuple(each.shape)) for each in tensors]
+        values = self.graph.append(name, *args, attrs=attrs, types=types).results
+        self.tensors |= zip(values, tensors, strict=True)
+        return values
 
 
 Step = Callable[[Builder, Value, st.DataObject], Value]
@@ -46,6 +50,11 @@ Step = Callable[[Builder, Value, st.DataObject], Value]
 
 def negated(build: Builder, x: Value, data: st.DataObject) -> Value:
     return build.append(data.draw(st.sampled_from(["aten.neg", "aten.relu", "aten.clone"])), x)
+
+
+def limited(build: Builder, x: Value, data: st.DataObject) -> Value:
+    low, high = data.draw(st.sampled_from([(-0.5, 0.75), (None, 0.5), (-0.25, None), (0.0, None)]))
+    return build.append("aten.clamp", x, low, high)
 
 
 def scaled(build: Builder, x: Value, data: st.DataObject) -> Value:
@@ -125,8 +134,29 @@ def counted(build: Builder, x: Value, data: st.DataObject) -> Value:
     return build.append("aten.mul.Tensor", build.append("aten._to_copy", places, dtype=DType.f32), x)
 
 
+def summed(build: Builder, x: Value, data: st.DataObject) -> Value:
+    """A sum over an axis; torch's order of additions depends on the sizes if there are more than 4 terms."""
+    axis = axis_of(x, data)
+    if shape(x)[axis] > 4:
+        x = build.append("aten.slice.Tensor", x, axis, 0, 4)
+    return build.append("aten.sum.dim_IntList", x, (axis,), *data.draw(st.sampled_from([(), (True,)])))
+
+
+def returned(build: Builder, x: Value, data: st.DataObject) -> Value:
+    """Rows in the order of random keys, times a number for each row in that order, and back."""
+    rows, *rest = shape(x)
+    _, order = build.append_all("aten.sort", build.input(torch.randint(0, 3, (rows,))))
+    empty = build.append("aten.empty_like", order)
+    place = build.append("aten.index_put", empty, (order,), build.append("aten.arange", rows))
+    share = build.append("aten.index.Tensor", build.input(torch.randn(rows)), (order,))
+    share = build.append("aten.view", share, (rows, *(1 for _ in rest)))
+    moved = build.append("aten.mul.Tensor", build.append("aten.index.Tensor", x, (order,)), share)
+    return build.append("aten.index.Tensor", moved, (place,))
+
+
 STEPS: list[Step] = [
-    negated, scaled, combined, cast, sliced, rotated, transposed, flipped, stacked, reshaped, expanded, picked, counted,
+    negated, limited, scaled, combined, cast, sliced, rotated, transposed, flipped, stacked, reshaped, expanded, picked,
+    counted, summed, returned,
 ]  # fmt: skip
 
 

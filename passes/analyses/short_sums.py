@@ -1,0 +1,66 @@
+"""Sums over a short axis of known length, as fused expressions in torch's order of additions.
+
+    %y = aten.sum.dim_IntList(%x, [1])      x [s0, 2, 64]: y[i, j] = 0.0 + x[i, 0, j] + x[i, 1, j]
+
+Torch adds in FP32, from 0.0, and with at most four terms one after the other. With more, a GPU has four partial sums,
+each of every fourth term. A CPU does so, too, except for columns that fill a vector register.
+"""
+
+from dataclasses import dataclass
+
+from passes.analyses.arithmetic import FLOATS
+from passes.analyses.index_expressions import Index
+from qcompiler.ir import Op, TensorType, Value
+
+LONGEST = 12
+"""Maximum terms of a sum."""
+
+PARTIAL = 4
+"""Partial sums of torch's reductions."""
+
+
+@dataclass(frozen=True)
+class ShortSum:
+    """A sum of a few elements.
+
+    Attributes:
+        x: The tensor with the elements.
+        axis: The axis along which they are added.
+        terms: Their number.
+        kept: Whether the result has an axis of size 1 instead.
+    """
+
+    x: Value
+    axis: int
+    terms: int
+    kept: bool
+
+    @property
+    def text(self) -> str:
+        """The sum of x0, x1, …."""
+        sums = [" + ".join(f"x{each}" for each in range(first, self.terms, PARTIAL)) for first in range(PARTIAL)]
+        first, *more = filter(None, sums)
+        return " + ".join([f"0.0 + {first}", *(f"({each})" if " " in each else each for each in more)])
+
+    def place(self, at: Index, term: int) -> Index:
+        """Where a term of the element at an index of the result is in `x`."""
+        return (*at[: self.axis], term, *at[self.axis + self.kept :])
+
+
+def short_sum(op: Op) -> ShortSum | None:
+    """An operation as a short sum of rows; None if it is not one.
+
+    Torch adds the elements of a row, along the last axis, in another order.
+    """
+    if op.name != "aten.sum.dim_IntList" or op.attrs or not isinstance(op.result.type, TensorType):
+        return None
+    x, dims = op["self"], op.argument("dim")
+    rank = len(x.tensor.shape)
+    if x.tensor.dtype not in FLOATS or op.result.tensor.dtype is not x.tensor.dtype:
+        return None
+    if not isinstance(dims, tuple) or len(dims) != 1 or not isinstance(axis := dims[0], int):
+        return None
+    terms = x.tensor.shape[axis % rank] if rank else 1
+    if not isinstance(terms, int) or not 1 <= terms <= LONGEST or axis % rank == rank - 1 or x.tensor.shape[-1] == 1:
+        return None
+    return ShortSum(x, axis % rank, terms, op.argument("keepdim") is True)
