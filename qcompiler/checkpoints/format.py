@@ -63,6 +63,7 @@ class CheckpointFormat:
         files: Names of the other files.
         scale_suffix: Suffix that a loaded model adds to the name of a weight for its scales.
         schemes: Returns the schemes that a configuration declares; None if it declares none.
+        prescales: Whether it stores factors that an activation is multiplied by before it is quantized.
     """
 
     name: str
@@ -75,6 +76,7 @@ class CheckpointFormat:
     files: tuple[str, ...] = ()
     scale_suffix: str = "_scale"
     schemes: Callable[[Mapping[str, Any]], LayerSchemes | None] = lambda _: None
+    prescales: bool = False
 
 
 _FORMATS: dict[str, CheckpointFormat] = {}
@@ -108,6 +110,12 @@ def writer_called(name: str, scale_format: str) -> Writer:
         problem = "no such checkpoint format" if found is None else "the checkpoint format can only be read"
         raise QCompilerError(problem, got=repr(name), fix=did_you_mean(str(name), known))
     return found.writer(scale_format)
+
+
+def stores_prescales(name: str) -> bool:
+    """Whether a format stores factors of input channels."""
+    found = _called(name)
+    return found is not None and found.prescales
 
 
 def names(wanted: Callable[[CheckpointFormat], bool]) -> list[str]:

@@ -1,14 +1,16 @@
 """Which scheme each layer of a folder has: the `quantization_config` of qcompiler's own checkpoints.
 
     {"quant_method": "qcompiler", "version": 1, "scheme": "fp8_tile",
-     "overrides": {"lm_head": null, "model.layers.0.mlp.down_proj": "fp8_row"}}
+     "overrides": {"lm_head": null, "model.layers.0.mlp.down_proj": "fp8_row"},
+     "prescaled": ["model.layers.0.self_attn.o_proj"]}
 
 `scheme` is the scheme of all linears except those in `overrides`, whose keys are full names of modules and whose values
-are schemes, or null for a layer in float. They are not patterns: the keys of a JSON object have no order. An engine
-that builds its layers before it reads tensors needs no other source.
+are schemes, or null for a layer in float. They are not patterns: the keys of a JSON object have no order. `prescaled`
+names the layers whose input is multiplied by a factor per channel, `PRESCALE`, before it is quantized. An engine that
+builds its layers before it reads tensors needs no other source.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,11 +22,11 @@ from qcompiler.schemes.pipelines import QuantizationSpec
 
 METHOD = "qcompiler"
 VERSION = 1  # of the configuration and of the names of tensors
-SCALE, X_SCALE = "weight_scale", "input_scale"
-"""Names of the tensors beside `weight`: scales, FP32 in the shape of `numerics.scale_shape`, and the static activation
-scale, FP32 `[1]`."""
+SCALE, X_SCALE, PRESCALE = "weight_scale", "input_scale", "input_prescale"
+"""Names of the tensors beside `weight`: scales, FP32 in the shape of `numerics.scale_shape`, the static activation
+scale, FP32 `[1]`, and the factors of the input channels, FP32 `[K]`."""
 
-KEYS = dict.fromkeys(("quant_method", "version", "scheme", "overrides", "kv_cache_scheme"), ANY)
+KEYS = dict.fromkeys(("quant_method", "version", "scheme", "overrides", "prescaled", "kv_cache_scheme"), ANY)
 """Known keys; their values are checked below and in `cache_scales`."""
 
 
@@ -35,10 +37,12 @@ class LayerSchemes:
     Attributes:
         scheme: The scheme of all linears that have no override, as text.
         overrides: Full name of a module -> its scheme; None for a layer in float.
+        prescaled: Full names of the modules with factors of the input channels.
     """
 
     scheme: str
     overrides: Mapping[str, str | None] = field(default_factory=dict)
+    prescaled: Collection[str] = frozenset()
 
     @classmethod
     def read(cls, said: Mapping[str, Any], where: str | None = None) -> "LayerSchemes":
@@ -61,12 +65,16 @@ class LayerSchemes:
                                  need="'scheme', a string, and 'overrides', an object", where=where)  # fmt: skip
         for text in {scheme, *overrides.values()} - {None}:
             spec_of(text)
-        return cls(scheme, overrides)
+        found = cls(scheme, overrides, _prescaled(said.get("prescaled") or [], where))
+        if wrong := sorted(name for name in found.prescaled if found.of(name) is None):
+            raise QCompilerError("a layer in float is 'prescaled'", got=repr(wrong[0]), need="a scheme", where=where)
+        return found
 
     def config(self) -> dict[str, Any]:
         """The `quantization_config`."""
-        said = {"quant_method": METHOD, "version": VERSION, "scheme": self.scheme}
-        return {**said, "overrides": dict(self.overrides)} if self.overrides else said
+        said: dict[str, Any] = {"quant_method": METHOD, "version": VERSION, "scheme": self.scheme}
+        said |= {"overrides": dict(self.overrides)} if self.overrides else {}
+        return said | ({"prescaled": sorted(self.prescaled)} if self.prescaled else {})
 
     def of(self, module: str) -> str | None:
         """The scheme of a module, as text; None if it is in float."""
@@ -81,3 +89,9 @@ class LayerSchemes:
     def _specs(self) -> dict[str, QuantizationSpec]:
         texts = [self.scheme, *self.overrides.values()]
         return {text: spec_of(text) for text in texts if text is not None}
+
+
+def _prescaled(said: Any, where: str | None) -> frozenset[str]:
+    if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
+        raise QCompilerError("'prescaled' is malformed", got=repr(said), need="a list of names of modules", where=where)
+    return frozenset(said)

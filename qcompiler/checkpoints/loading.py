@@ -21,7 +21,7 @@ from qcompiler.checkpoints.cache_scales import keep
 from qcompiler.checkpoints.conversion import names_in_model, to_model
 from qcompiler.checkpoints.declarations import undeclare
 from qcompiler.checkpoints.fitting import check_complete, check_element_types, check_names, check_shape
-from qcompiler.checkpoints.layer_schemes import LayerSchemes
+from qcompiler.checkpoints.layer_schemes import PRESCALE, LayerSchemes
 from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.checkpoints.reading import Checkpoint, read
 from qcompiler.checkpoints.stacking import Part, stacked
@@ -39,12 +39,14 @@ class Held:
         scale: In the element type of the files.
         part: How the weight is stored, and its source tensors.
         x_scale: The static scale of the activation; None for stacked experts.
+        prescale: The factors of the input channels, if there are any.
     """
 
     codes: nn.Parameter
     scale: nn.Parameter
     part: Part
     x_scale: float | None
+    prescale: nn.Parameter | None = None
 
 
 def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
@@ -155,10 +157,11 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, suffix: str) -> None:
     aside = checkpoint.beside | stored.keys() | (checkpoint.cache.tensors.keys() - model.state_dict().keys())
     plain = to_model(model, {name: tensors[name] for name in tensors if name not in aside})
     held: dict[str, Held] = {}
+    factors: dict[bytes, nn.Parameter] = {}  # layers that read one activation share them, and its quantization
     for format in {how.format for how in stored.values()}:
         names = [name for name, how in stored.items() if how.format == format]
         parts = stacked(model, names, checkpoint.codes, checkpoint.stored_scale, format)
-        held |= {name: _held(part, checkpoint) for name, part in parts.items()}
+        held |= {name: _held(part, checkpoint, factors) for name, part in parts.items()}
     check_names(model, {*plain, *held}, checkpoint)
     check_element_types(model, checkpoint)
     wanted, wide = {*model.state_dict()}, _kept_wide(model)
@@ -196,12 +199,24 @@ def _in_model(schemes: LayerSchemes, model: nn.Module) -> LayerSchemes:
     names = {f"{name}.weight": scheme for name, scheme in schemes.overrides.items()}
     places, state = names_in_model(model, names), model.state_dict()
     kept = {places[name]: scheme for name, scheme in names.items() if places[name] in state}
-    return LayerSchemes(schemes.scheme, {name.removesuffix(".weight"): scheme for name, scheme in kept.items()})
+    factors = names_in_model(model, {f"{name}.weight" for name in schemes.prescaled})
+    return LayerSchemes(
+        schemes.scheme,
+        {name.removesuffix(".weight"): scheme for name, scheme in kept.items()},
+        {name.removesuffix(".weight") for name in factors.values()},
+    )
 
 
-def _held(part: Part, checkpoint: Checkpoint) -> Held:
+def _held(part: Part, checkpoint: Checkpoint, factors: dict[bytes, nn.Parameter]) -> Held:
     x_scale = None if _is_stack(part) else checkpoint.x_scale(part.sources[0])
-    return Held(_fixed(part.codes), _fixed(part.scale), part, None if x_scale is None else float(x_scale))
+    prescale = None if _is_stack(part) else checkpoint.prescale(part.sources[0])
+    if _is_stack(part) and (names := [name for name in part.sources if checkpoint.stored[name].prescale is not None]):
+        got, need = f"factors of input channels for '{names[0]}'", "none for weights that the model stacks"
+        raise QCompilerError("the model has no place for a tensor of the files", got=got, need=need)
+    return Held(
+        _fixed(part.codes), _fixed(part.scale), part, None if x_scale is None else float(x_scale),
+        None if prescale is None else factors.setdefault(prescale.numpy().tobytes(), _fixed(prescale)),
+    )  # fmt: skip
 
 
 def _is_stack(part: Part) -> bool:
@@ -250,7 +265,12 @@ def _hold(model: nn.Module, name: str, stored: Held, suffix: str) -> None:
     dtype = weight.dtype if weight is not None else torch.bfloat16
     module._parameters[key] = stored.codes
     module.register_parameter(key + suffix, stored.scale)
-    hold(module, {key: Stored(key + suffix, part.format, dtype, stored.x_scale, part.whole)})
+    if stored.prescale is not None:
+        if not isinstance(module, nn.Linear):
+            raise QCompilerError(f"'{name}' has factors of input channels", got=type(module).__name__, need="a linear")
+        module.register_parameter(PRESCALE, stored.prescale)
+    prescale = None if stored.prescale is None else PRESCALE
+    hold(module, {key: Stored(key + suffix, part.format, dtype, stored.x_scale, part.whole, prescale)})
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

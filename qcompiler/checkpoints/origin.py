@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,20 @@ class Origin:
             stem = f"{name}." if name else ""
             for key, how in (held(module) or stored_in(module, name, self.module)).items():
                 x_scale = stem + X_SCALE if key == "weight" and stem + X_SCALE in self.tensors else None
-                found[stem + key] = StoredAs(stem + how.scale, how.format, x_scale)
+                prescale = None if how.prescale is None else stem + how.prescale
+                found[stem + key] = StoredAs(stem + how.scale, how.format, x_scale, prescale=prescale)
         return found
 
     def quantized(self, name: str, how: StoredAs) -> QuantizedWeight:
         """One weight that the model holds as codes and scales."""
         codes = self.tensors[name]
         scale = widened(self.tensors[how.scale], numerics.scale_shape(codes.shape, how.format.block))
+        prescale = None if how.prescale is None else self.tensors[how.prescale]
+        weight = QuantizedWeight(codes, scale, how.format, prescale=prescale)
         if (x_scale := self._x_scale(name, how)) is None:
-            return QuantizedWeight(codes, scale, how.format)
-        x_format = how.format.with_block((ALL, ALL))
-        return QuantizedWeight(codes, scale, how.format, x_format, torch.tensor([[x_scale]], dtype=torch.float32))
+            return weight
+        static = torch.tensor([[x_scale]], dtype=torch.float32)
+        return replace(weight, x_format=how.format.with_block((ALL, ALL)), x_scale=static)
 
     def _x_scale(self, name: str, how: StoredAs) -> float | None:
         """The static activation scale of a weight."""

@@ -14,11 +14,14 @@ from torch import Tensor
 from qcompiler import numerics
 from qcompiler.checkpoints.layouts import restored, why_not_rows
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, equal_bits, same
+from qcompiler.dialects.gather import before_gather
 from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import evaluate
 from qcompiler.ir import Format, Graph, Op, Role, Value
 from qcompiler.ir.dataflow import parameters_of
 from qcompiler.ir.graph import PARAM
+
+GATHER = "kernel.gather_codes"
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A quantized weight, its tensor scale or zero points, and its activation in a matmul."""
+    """A quantized weight, its tensor scale or zero points, and how its activation in a matmul is quantized."""
 
     codes: Value
     scale: Value
@@ -62,6 +65,7 @@ class _Pair:
     format: Format
     x_format: Format | None
     x_scale: Value | None
+    prescale: Value | None
 
 
 def trace(structure: Graph, compiled: Graph, model_names: set[str]) -> Provenance:
@@ -99,7 +103,8 @@ class _Tracer:
 
     def quantized(self, pair: _Pair) -> None:
         """Records one quantized weight, or several merged ones."""
-        read = [value for value in (pair.codes, pair.scale, pair.level, pair.x_scale) if value is not None]
+        operands = (pair.codes, pair.scale, pair.level, pair.x_scale, pair.prescale)
+        read = [value for value in operands if value is not None]
         self.done.update(str(param.attrs["name"]) for value in read for param in parameters_of(value))
         source, origin = self.expanded(pair.codes), self.expanded(pair.scale)
         if source.op.role is Role.QUANTIZE:
@@ -111,6 +116,8 @@ class _Tracer:
             parts = _parts(source)
         codes, scale = self.tensor(pair.codes), self.tensor(pair.scale)
         static = None if pair.x_scale is None else self.tensor(pair.x_scale)
+        prescale = None if pair.prescale is None else self.tensor(pair.prescale)
+        self.found.scales |= set() if pair.prescale is None else self.names(pair.prescale)
         start = 0
         for part in parts:
             end = start + _rows(part)
@@ -120,7 +127,7 @@ class _Tracer:
             elif name is not None:
                 down = pair.format.block[0]
                 rows = scale if down == numerics.ALL or len(parts) == 1 else scale[start // down : -(-end // down)]
-                weight = QuantizedWeight(codes[start:end], rows, pair.format, pair.x_format, static)
+                weight = QuantizedWeight(codes[start:end], rows, pair.format, pair.x_format, static, prescale)
                 self.add(name, weight)
             start = end
 
@@ -213,25 +220,37 @@ class _Tracer:
 def _pairs(op: Op, graph: Graph) -> Iterator[_Pair]:
     """The quantized weights that an operation multiplies or dequantizes."""
     if op.role is Role.QUANTIZED_MATMUL:
-        static = _static_scale(op["x"])
-        format = op.format("w_format")
+        activation, format = before_gather(op["x"]), op.format("w_format")
         level = op.get(f"w_{format.level}")
-        yield _Pair(op["w"], op["w_scale"], level, format, op.format("x_format"), static)
+        static, prescale = _static_scale(activation), _prescale(activation)
+        yield _Pair(op["w"], op["w_scale"], level, format, op.format("x_format"), static, prescale)
     elif op.role is Role.DEQUANTIZE and graph.is_constant(op.result):
         stored = op["data"], op["scale"], op.get(str(op.format().level)), op.format()
         for x in dict.fromkeys(x.op for user in graph.users(op.result) for _, x in user.operands()):
             if x.role is Role.DEQUANTIZE and x is not op:
-                static = _static_scale(x["data"])
-                yield _Pair(*stored, x.format(), static)
+                yield _Pair(*stored, x.format(), _static_scale(x["data"]), _prescale(x["data"]))
                 return
-        yield _Pair(*stored, None, None)
+        yield _Pair(*stored, None, None, None)
 
 
 def _static_scale(codes: Value) -> Value | None:
     """The calibrated scale of an activation; None if it is computed in each call."""
-    if codes.op.role is not Role.QUANTIZE:
-        raise QCompilerError("the quantization of an activation is unknown", got=codes.op.name, where=str(codes))
-    return codes.op.get("scale")
+    return _quantize_of(codes).get("scale")
+
+
+def _prescale(codes: Value) -> Value | None:
+    """The factors of the channels of an activation, if it is multiplied before it is quantized."""
+    return _quantize_of(codes).get("prescale")
+
+
+def _quantize_of(codes: Value) -> Op:
+    """The operation that quantizes an activation, of which a matmul may read some rows."""
+    op = codes.op
+    while op.name == GATHER:
+        op = op["data"].op
+    if op.role is not Role.QUANTIZE:
+        raise QCompilerError("the quantization of an activation is unknown", got=op.name, where=str(codes))
+    return op
 
 
 def _parts(value: Value) -> list[Value]:

@@ -30,6 +30,8 @@ class QuantizedWeight:
         format: The format of codes and scales.
         x_format: The format of the activations; None if not specified.
         x_scale: Static activation scale from calibration, if any.
+        prescale: FP32 `[K]`, factors of the input channels that the activation is multiplied by before it is quantized;
+            the codes are those of the weight divided by them. None without.
     """
 
     codes: Tensor
@@ -37,6 +39,7 @@ class QuantizedWeight:
     format: Format
     x_format: Format | None = None
     x_scale: Tensor | None = None
+    prescale: Tensor | None = None
 
     @property
     def block(self) -> Block:
@@ -65,17 +68,19 @@ class StoredAs:
         x_scale: The name of the static activation scale, if the format declares one; `read` removes it if the files
             do not have it.
         unread: Names of unused tensors: all-zero zero points and output scales.
+        prescale: The name of the factors of the input channels, if there are any.
     """
 
     scale: str
     format: Format
     x_scale: str | None = None
     unread: tuple[str, ...] = ()
+    prescale: str | None = None
 
     @property
     def beside(self) -> tuple[str, ...]:
         """Names of all tensors that belong to the weight, except its codes."""
-        return (self.scale, *((self.x_scale,) if self.x_scale is not None else ()), *self.unread)
+        return (self.scale, *(name for name in (self.x_scale, self.prescale) if name is not None), *self.unread)
 
 
 def not_finite(codes: Tensor) -> str | None:
@@ -95,9 +100,12 @@ def powers_of_two(scale: Tensor) -> bool:
 
 
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    """Whether two weights have bit-identical codes and scales."""
+    """Whether two weights have bit-identical codes, scales and factors of the input channels."""
+    both = [each for each in (one.prescale, other.prescale) if each is not None]
     return (
-        one.format.decodes_like(other.format)
+        len(both) != 1
+        and (not both or equal_bits(*both))
+        and one.format.decodes_like(other.format)
         and equal_bits(one.codes, other.codes)
         and equal_bits(one.scale, other.scale)
     )

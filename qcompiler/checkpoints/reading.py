@@ -82,10 +82,10 @@ class Checkpoint:
     def quantized(self, name: str) -> QuantizedWeight:
         """A quantized weight as codes and scales. Raises QCompilerError if a code is NaN or infinite."""
         how, codes = self.stored[name], self.codes(name)
+        weight = QuantizedWeight(codes, self.scale(name), how.format, prescale=self.prescale(name))
         if how.x_scale is None:
-            return QuantizedWeight(codes, self.scale(name), how.format)
-        x_format = how.format.with_block((ALL, ALL))
-        return QuantizedWeight(codes, self.scale(name), how.format, x_format, self.x_scale(name))
+            return weight
+        return replace(weight, x_format=how.format.with_block((ALL, ALL)), x_scale=self.x_scale(name))
 
     def stored_scale(self, name: str) -> Tensor:
         """The scales of a quantized weight in the element type of the file."""
@@ -96,6 +96,11 @@ class Checkpoint:
         """The static activation scale of a quantized weight, FP32 `[1, 1]`; for experts `[E, 1]`."""
         how = self.stored[name]
         return None if how.x_scale is None else self.tensors[how.x_scale].to(torch.float32).reshape(-1, 1)
+
+    def prescale(self, name: str) -> Tensor | None:
+        """The factors of the input channels of a quantized weight, FP32 `[K]`."""
+        how = self.stored[name]
+        return None if how.prescale is None else self.tensors[how.prescale]
 
     def scale(self, name: str) -> Tensor:
         """The scales of a quantized weight, in FP32 and in the shape of `numerics.scale_shape`."""

@@ -8,7 +8,7 @@ from passes.analyses.candidates import why_skipped
 from qcompiler.checkpoints.cache_scales import SCHEME, calibrated, kept
 from qcompiler.checkpoints.conversion import to_files
 from qcompiler.checkpoints.folders import CONFIG, check_place, write_folder
-from qcompiler.checkpoints.format import Writer, writer_called
+from qcompiler.checkpoints.format import Writer, stores_prescales, writer_called
 from qcompiler.checkpoints.loading import load_model
 from qcompiler.checkpoints.origin import Origin, origin_of_module
 from qcompiler.checkpoints.provenance import Provenance, trace
@@ -26,6 +26,10 @@ SHARD_BYTES = 5 * 10**9
 
 LEAVE = "Skip these when you compile: overrides={name: None}; compiled.save stores any model."
 """Advice for weights that no format can store."""
+
+
+PRESCALED = "its input is multiplied by smoothing's factor of each channel, which cannot be folded into a weight"
+"""Why formats of other tools cannot store a weight."""
 
 
 def write(
@@ -141,12 +145,17 @@ def _check(name: str, writer: Writer, weights: dict[str, QuantizedWeight], found
     """Raises QCompilerError that lists every weight that the format cannot store, and why."""
     refused = dict(found.refused)
     for weight_name, weight in weights.items():
-        if why := writer.why_not(weight):
+        if weight.prescale is not None and not stores_prescales(name):
+            refused.setdefault(weight_name, PRESCALED)
+        elif why := writer.why_not(weight):
             refused.setdefault(weight_name, why)
     if refused:
         rows = "".join(f"\n  {weight}: {why}" for weight, why in sorted(refused.items()))
         problem = f"the format '{name}' cannot hold {len(refused)} of the weights:{rows}"
-        raise QCompilerError(problem, fix=LEAVE if found.refused else writer.fix)
+        prescaled = PRESCALED in refused.values()
+        raise QCompilerError(
+            problem, fix=LEAVE if found.refused else 'Use format="qcompiler".' if prescaled else writer.fix
+        )
     if name != "float" and not weights:
         raise QCompilerError("nothing is quantized", got="a graph in float", fix='Use format="float".')
 

@@ -18,6 +18,7 @@ from passes.fusing.fuse_activation_quantize import FuseActivationQuantize
 from passes.fusing.fuse_epilogue import FuseEpilogue, takes_expression
 from passes.fusing.fuse_norm_quantize import FuseNormQuantize
 from passes.fusing.fuse_prescale import FusePrescale
+from passes.fusing.gather_codes import GatherCodes
 from passes.fusing.merge_linears import MergeLinears
 from passes.lowering.to_kernels import ToKernels
 from passes.quantizing.calibrate import Calibrate
@@ -109,11 +110,14 @@ def assemble(specs: Mapping[QuantizationSpec, Sequence[str]]) -> Pipeline:
 
 
 def _fusing(quantizing: Sequence[Quantize]) -> list[Pass]:
-    """The passes that fuse kernels with surrounding arithmetic, for dynamic scales per row or tile."""
+    """The passes that fuse kernels with surrounding arithmetic, for dynamic scales per row or tile.
+
+    Grouped matmuls, before which rows are gathered, have tiles.
+    """
     rows = [step for step in quantizing if step.x_format.block[0] == 1 and not step.static]
     tiles = [step for step in rows if takes_expression(step.x_format, step.w_format)]
     steps: list[Pass] = [FuseNormQuantize(), FuseActivationQuantize()] if rows else []
-    return [*steps, FuseEpilogue()] if tiles else steps
+    return [GatherCodes(), *steps, FuseEpilogue()] if tiles else steps
 
 
 def _calibration(specs: Mapping[QuantizationSpec, Sequence[str]], smoothing: Sequence[Pass]) -> list[Pass]:

@@ -28,6 +28,7 @@ class QCompilerConfig(QuantizationConfigMixin):
             tiny.
         ignore: Patterns for layers to keep in float; they apply after all overrides.
         version: Version of the configuration of a saved model.
+        prescaled: Layers of a saved model with factors of the input channels, which only calibration finds.
         others: Other entries of a saved configuration; unknown ones are errors.
 
     Attributes:
@@ -45,10 +46,12 @@ class QCompilerConfig(QuantizationConfigMixin):
         overrides: Mapping[str, str | None] | None = None,
         ignore: Sequence[str] = (),
         version: int = VERSION,
+        prescaled: Sequence[str] = (),
         **others: Any,
     ) -> None:
         self.quant_method: Any = METHOD  # transformers' enumeration of methods is closed
         said = {"version": version, "scheme": scheme, "overrides": with_ignored(overrides, ignore), **others}
+        said |= {"prescaled": [*prescaled]} if prescaled else {}
         self.schemes = LayerSchemes.read({**said, "quant_method": METHOD})
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ on the graph, so routers, vocabulary projections and tiny layers are found by da
     lm_head                       ->    skipped: it is the vocabulary projection: ...
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +40,12 @@ class Decisions:
     Attributes:
         schemes: Module -> its scheme, as text.
         skipped: Module -> the reason why it is not quantized.
+        prescaled: Modules whose input is multiplied by a factor per channel.
     """
 
     schemes: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    prescaled: Collection[str] = frozenset()
 
 
 def decide(model: nn.Module, wanted: LayerSchemes) -> Decisions:
@@ -83,7 +85,12 @@ def decide(model: nn.Module, wanted: LayerSchemes) -> Decisions:
 def stored_decisions(model: nn.Module, schemes: LayerSchemes) -> Decisions:
     """The decisions for a folder of quantized weights, by its configuration, which names modules or their files."""
     found: dict[str, str | None] = {}
+    prescaled = {name for name, _ in _renamed(model, dict.fromkeys(schemes.prescaled))}
     schemes = LayerSchemes(schemes.scheme, dict(_renamed(model, schemes.overrides)))
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if wrong := sorted(prescaled - linears):
+        problem = "the folder has factors of input channels for a layer that is not a linear of the model"
+        raise QCompilerError(problem, got=repr(wrong[0]))
     for name in replaceable(model):
         inside = {text for layer, text in schemes.overrides.items() if layer.startswith(f"{name}.")}
         if len(inside) > 1:  # experts, whose files are one for each
@@ -93,6 +100,7 @@ def stored_decisions(model: nn.Module, schemes: LayerSchemes) -> Decisions:
     return Decisions(
         {name: text for name, text in found.items() if text is not None},
         {name: STORED for name, text in found.items() if text is None},
+        prescaled,
     )
 
 

@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Linear):
         out_features: N.
         bias: Whether it adds a bias.
         scheme: The scheme, as text.
+        prescaled: Whether the input is multiplied by a factor per channel before it is quantized.
         device: Where the tensors are.
         dtype: The dtype of the bias.
 
@@ -34,12 +35,14 @@ class QuantizedLinear(nn.Linear):
         weight: Codes, FP8 or INT8 [N, K].
         weight_scale: FP32, in the shape of `numerics.scale_shape`.
         input_scale: The static scale of the input, FP32 [1]; None if each call computes the scale.
+        input_prescale: The factors of the input's channels, FP32 [K]; None without.
         bias: [N], or None.
         compute_dtype: The dtype of the model, which adapters of peft take for their weights.
     """
 
     weight_scale: nn.Parameter
     input_scale: nn.Parameter | None
+    input_prescale: nn.Parameter | None
     bias: nn.Parameter | None  # type: ignore[assignment]  # torch declares it as always present
 
     def __init__(
@@ -49,6 +52,7 @@ class QuantizedLinear(nn.Linear):
         bias: bool,
         scheme: str,
         *,
+        prescaled: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,6 +66,8 @@ class QuantizedLinear(nn.Linear):
         self.weight = frozen(codes)
         self.weight_scale = frozen(torch.empty(scales, dtype=torch.float32, device=device))
         self.input_scale = frozen(torch.empty(1, dtype=torch.float32, device=device)) if spec.static else None
+        factors = torch.empty(in_features, dtype=torch.float32, device=device) if prescaled else None
+        self.input_prescale = None if factors is None else frozen(factors)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.compute_dtype = torch.get_default_dtype() if dtype is None else dtype
         self._quantize = QuantizeInput(spec.x)
@@ -83,7 +89,7 @@ class QuantizedLinear(nn.Linear):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The quantized matmul, without gradients."""
-        codes, scale = self._quantize(x, self.input_scale)
+        codes, scale = self._quantize(x, self.input_scale, self.input_prescale)
         x_block, w_block = self._blocks
         found: Tensor = kernels.scaled_linear(
             codes, scale, self.weight, self.weight_scale, bias, x_block, w_block, x.dtype
@@ -96,16 +102,20 @@ class QuantizedLinear(nn.Linear):
             "weight": self.weight,
             "weight_scale": self.weight_scale,
             "input_scale": self.input_scale,
+            "input_prescale": self.input_prescale,
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the codes and scales stand for, [N, K]."""
-        return numerics.dequantize(self.weight, self.weight_scale, format=self.w_format, out_dtype=dtype)
+        """The weight that the codes, scales and factors of the input's channels stand for, [N, K]."""
+        if self.input_prescale is None:
+            return numerics.dequantize(self.weight, self.weight_scale, format=self.w_format, out_dtype=dtype)
+        wide = numerics.dequantize(self.weight, self.weight_scale, format=self.w_format, out_dtype=torch.float32)
+        return (wide * self.input_prescale).to(dtype)
 
     def extra_repr(self) -> str:
         """The sizes and the scheme."""
-        return f"{super().extra_repr()}, scheme={self.scheme}"
+        return f"{super().extra_repr()}, scheme={self.scheme}{', prescaled' * (self.input_prescale is not None)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves codes and scales to other devices, and never casts them."""
@@ -124,13 +134,15 @@ class QuantizeInput:
         self._block, self._profile, self._layout = [*format.block], format.profile, layout
         self._dtype = numerics.torch_dtype(format.element)
 
-    def __call__(self, x: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns codes and scales; the given scale, if there is a static one."""
+    def __call__(
+        self, x: Tensor, static: Tensor | None = None, prescale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns codes and scales of `x`, times `prescale` if given; the given scale, if there is a static one."""
         if static is None:
-            codes, scale = kernels.quantize(x, self._block, self._dtype, self._profile, self._layout)
+            codes, scale = kernels.quantize(x, self._block, self._dtype, self._profile, self._layout, prescale)
             return codes, scale
         scale = static.view(numerics.scale_shape([1] * x.dim(), self._block))
-        return kernels.quantize_static(x, scale, self._block, self._dtype, self._profile), scale
+        return kernels.quantize_static(x, scale, self._block, self._dtype, self._profile, prescale), scale
 
 
 class Differentiable(torch.autograd.Function):

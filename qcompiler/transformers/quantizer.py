@@ -5,9 +5,11 @@ from_pretrained(folder of quant_method "qcompiler")                  reads codes
 """
 
 import copy
+import re
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -33,8 +35,16 @@ QUANTIZED = (QuantizedLinear, QuantizedExperts)
 INITIALIZED = "_is_hf_initialized"
 """Transformers' mark of tensors that it has loaded, and of modules that it does not initialize."""
 
+OLDEST = (5, 23)
+"""The oldest transformers that quantizes while it loads, by tests; older ones read quantized folders."""
+
 SHOWN = 3
 """Maximum number of tensors in an error."""
+
+
+CALIBRATE = (
+    'Compile the model with calibration data, save it with save_checkpoint(folder, "qcompiler"), and load that folder.'
+)
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -66,19 +76,25 @@ class QCompilerQuantizer(HfQuantizer):
         """Checks the schemes before anything is read.
 
         Raises:
+            QCompilerError: transformers is too old to quantize a float model while it loads.
             PassError: A scheme needs calibration data, which loading a float model does not have.
             CodegenError: No kernel of a device runs a scheme.
         """
         texts = {text: spec_of(text) for text in used_schemes(self.quantization_config.schemes)}
         if not self.pre_quantized:
+            check_version(transformers.__version__)
             for text, spec in texts.items():
                 check_no_calibration(text, spec)
+            if prescaled := self.quantization_config.schemes.prescaled:
+                raise PassError("'prescaled' describes a quantized folder, and this is a float model",
+                                got=repr(sorted(prescaled)[0]), need="none", fix=CALIBRATE)  # fmt: skip
         for device in devices(device_map):
             target = target_for(AUTO, device)
             for text, spec in texts.items():
                 check_runs(text, spec, target)
 
     def _process_model_before_weight_loading(self, model: Any, **__: Any) -> None:
+        check_not_split(model.config)
         schemes = self.quantization_config.schemes
         if self.pre_quantized:
             decisions = stored_decisions(model, schemes)
@@ -86,7 +102,7 @@ class QCompilerQuantizer(HfQuantizer):
             decisions = decide(model, schemes)
             self.quantization_config.schemes = named(schemes.scheme, decisions)
         for name, scheme in decisions.schemes.items():
-            model.set_submodule(name, like(model.get_submodule(name), scheme))
+            model.set_submodule(name, like(model.get_submodule(name), scheme, name in decisions.prescaled))
         model.qcompiler_report = LayerReport(decisions.schemes, decisions.skipped)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -148,14 +164,34 @@ def used_schemes(schemes: LayerSchemes) -> list[str]:
     return [text for text in dict.fromkeys((schemes.scheme, *schemes.overrides.values())) if text is not None]
 
 
+def check_version(version: str) -> None:
+    """Raises QCompilerError for a transformers whose weight conversions lack what `QuantizeOnLoad` needs."""
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        need = ".".join(map(str, OLDEST))
+        raise QCompilerError(
+            "quantizing while a model loads needs a newer transformers", got=version, need=f"{need} or newer",
+            fix="Load a folder that save_checkpoint wrote, which this version can, or update transformers.",
+        )  # fmt: skip
+
+
 def check_no_calibration(text: str, spec: QuantizationSpec) -> None:
     """Raises PassError if a scheme needs calibration data."""
     if spec.needs_calibration:
-        fix = (
-            'Compile the model with calibration data, save it with save_checkpoint(folder, "qcompiler"), and load that '
-            "folder."
+        problem = f"the scheme '{text}' needs calibration data, which from_pretrained does not have"
+        raise PassError(problem, fix=CALIBRATE)
+
+
+def check_not_split(config: Any) -> None:
+    """Raises PassError if transformers would split the layers of a model over several GPUs."""
+    distributed = getattr(config, "distributed_config", None)
+    plan, size = (getattr(distributed, name, None) for name in ("tp_plan", "tp_size"))
+    if plan is not None or (size is not None and size > 1):
+        raise PassError(
+            "transformers' tensor parallelism splits layers, and these run whole",
+            got=f"tp_plan={plan!r}, tp_size={size!r}",
+            need="whole layers on each GPU",
+            fix="Load without tp_plan; a device_map places layers on several GPUs, and vLLM splits them.",
         )
-        raise PassError(f"the scheme '{text}' needs calibration data, which from_pretrained does not have", fix=fix)
 
 
 def check_runs(text: str, spec: QuantizationSpec, target: Target) -> None:
@@ -173,7 +209,7 @@ def devices(device_map: Any) -> list[torch.device]:
     return [device for device in all_named if device.type != CUDA or torch.cuda.is_available()]
 
 
-def like(layer: Any, scheme: str) -> QuantizedLinear | QuantizedExperts:
+def like(layer: Any, scheme: str, prescaled: bool) -> QuantizedLinear | QuantizedExperts:
     """A quantized layer in place of an `nn.Linear` or of stacked experts, without data."""
     made: QuantizedLinear | QuantizedExperts
     if not isinstance(layer, nn.Linear):
@@ -181,7 +217,7 @@ def like(layer: Any, scheme: str) -> QuantizedLinear | QuantizedExperts:
         setattr(made, INITIALIZED, True)
         return made
     sizes = layer.in_features, layer.out_features, layer.bias is not None
-    made = QuantizedLinear(*sizes, scheme, device=torch.device("meta"), dtype=layer.weight.dtype)
+    made = QuantizedLinear(*sizes, scheme, prescaled=prescaled, device=torch.device("meta"), dtype=layer.weight.dtype)
     setattr(made, INITIALIZED, True)  # transformers cannot initialize codes that a folder lacks
     return made
 

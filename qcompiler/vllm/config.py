@@ -16,6 +16,7 @@ from codegen.support import why_not
 from qcompiler.checkpoints.layer_schemes import METHOD, LayerSchemes
 from qcompiler.errors import QCompilerError
 from qcompiler.schemes.pipelines import QuantizationSpec
+from qcompiler.vllm.fusing import enable
 from qcompiler.vllm.linear import QCompilerLinearMethod
 
 
@@ -56,18 +57,23 @@ class QCompilerConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Renames layers as vLLM does for a model."""
-        self.schemes = LayerSchemes(self.schemes.scheme, hf_to_vllm_mapper.apply_dict(dict(self.schemes.overrides)))
+        overrides = hf_to_vllm_mapper.apply_dict(dict(self.schemes.overrides))
+        prescaled = hf_to_vllm_mapper.apply_list(sorted(self.schemes.prescaled))
+        self.schemes = LayerSchemes(self.schemes.scheme, overrides, frozenset(prescaled))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for a layer; None for vLLM's own.
 
         Raises:
-            QCompilerError: The parts of a merged layer have different schemes, the device cannot run the scheme, or the
-                plug-in does not support the layer.
+            QCompilerError: The parts of a merged layer have different schemes, or factors of the input channels only in
+                part; the device cannot run the scheme; or the plug-in does not support the layer.
         """
         if isinstance(layer, LinearBase):
             spec = self._spec(prefix)
-            return UnquantizedLinearMethod() if spec is None else QCompilerLinearMethod(spec, prefix)
+            if spec is None:
+                return UnquantizedLinearMethod()
+            enable()
+            return QCompilerLinearMethod(spec, prefix, prescaled=self._is_prescaled(prefix))
         if isinstance(layer, ParallelLMHead | RoutedExperts):
             self._check_in_float(layer, prefix)
         return BaseKVCacheMethod(self) if isinstance(layer, Attention) and self.has_cache_scales else None
@@ -89,6 +95,21 @@ class QCompilerConfig(QuantizationConfig):
         if spec is not None and current_platform.is_cuda() and (why := why_not(spec.x, spec.w)) is not None:
             raise QCompilerError(f"no GPU kernel runs the scheme of '{prefix}'", got=why, fix="Choose another scheme.")
         return spec
+
+    def _is_prescaled(self, prefix: str) -> bool:
+        """Whether smoothing's factors multiply the input of a layer, for all of its parts or none."""
+        parts = self._parts(prefix)
+        found = [part for part in parts if part in self.schemes.prescaled]
+        if 0 < len(found) < len(parts):
+            last = [part.rpartition(".")[2] for part in parts]
+            without = ", ".join(repr(part) for part in parts if part not in found)
+            raise QCompilerError(
+                f"vLLM merges {', '.join(last)} into one layer, and only a part has factors of the input channels",
+                got=f"none for {without}",
+                need="factors for all parts, or for none",
+                fix=f'Compile with equal overrides: {{"*.{last[0]}": SCHEME, ...}}.',
+            )
+        return bool(found)
 
     def _parts(self, prefix: str) -> list[str]:
         """The names in the files of the layers that vLLM merges into one."""

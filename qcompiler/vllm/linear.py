@@ -3,9 +3,10 @@
 weight          codes, cut by vLLM's own loaders
 weight_scale    FP32, the scales of all parts, cut along blocks by `_scale_loader`
 input_scale     FP32, one for each part, if the scheme is static
+input_prescale  FP32, the factors of the input channels for each part, cut as the input is, if smoothing left any
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ModelWeightParameter
 
+from qcompiler.checkpoints.layer_schemes import PRESCALE, X_SCALE
 from qcompiler.ir import ALL
 from qcompiler.ir.formats import Block
 from qcompiler.numerics import torch_dtype
@@ -31,10 +33,12 @@ class QCompilerLinearMethod(LinearMethodBase):
     Args:
         spec: How the layer is quantized.
         name: The full name of the layer.
+        prescaled: Whether the input is multiplied by a factor per channel before it is quantized.
     """
 
-    def __init__(self, spec: QuantizationSpec, name: str) -> None:
-        self.name, self.static = name, spec.static
+    def __init__(self, spec: QuantizationSpec, name: str, *, prescaled: bool = False) -> None:
+        self.name = name
+        self.x_tensors = [X_SCALE] * spec.static + [PRESCALE] * prescaled
         self.element, self.profile = torch_dtype(spec.w.element), spec.x.profile
         self.x_block, self.w_block = list(spec.x.block), spec.w.block
         tiled = self.x_block[0] == 1 and self.x_block[1] != ALL
@@ -64,28 +68,28 @@ class QCompilerLinearMethod(LinearMethodBase):
         rows, columns = sum(part.scales for part in parts), blocks_in(depth, self.w_block[1])
         scale = torch.full((rows, columns), torch.nan, dtype=torch.float32)
         layer.register_parameter("weight_scale", _parameter(scale, _scale_loader(layer, self.name, self.w_block[0])))
-        if self.static:
-            x_scale = torch.full((len(parts), 1), torch.nan, dtype=torch.float32)
-            layer.register_parameter("input_scale", _parameter(x_scale, _load_x_scale))
+        for name in self.x_tensors:
+            each = torch.full((len(parts), depth if name == PRESCALE else 1), torch.nan, dtype=torch.float32)
+            layer.register_parameter(name, _parameter(each, _x_loader(layer)))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Joins consecutive parts whose activation is quantized alike: each group is one GEMM.
+        """Joins consecutive parts whose activation is scaled and quantized alike: each group is one GEMM.
 
         Raises:
             QCompilerError: The files lack a scale.
         """
-        for name in ("weight_scale", "input_scale")[: 1 + self.static]:
+        for name in ("weight_scale", *self.x_tensors):
             check_loaded(f"{self.name}.{name}", getattr(layer, name).data)
-        x_scales = layer.input_scale.data if self.static else None
+        of_parts = {name: getattr(layer, name).data for name in self.x_tensors}
         codes, scales = layer.weight.data, layer.weight_scale.data
         layer.quantized_groups = []
         row = scale_row = 0
-        for first, parts in _groups(layer.quantized_parts, x_scales):
+        for first, parts in _groups(layer.quantized_parts, of_parts.values()):
             widths, count = [part.width for part in parts], sum(part.scales for part in parts)
             rows = slice(row, row + sum(widths))
             joined = join(codes[rows], scales[scale_row : scale_row + count], widths, self.w_block)
-            x_scale = None if x_scales is None else x_scales[first : first + 1]
-            layer.quantized_groups.append(_registered(layer, joined, x_scale, rows))
+            own = {name: each[first : first + 1] for name, each in of_parts.items()}
+            layer.quantized_groups.append(_registered(layer, joined, own, rows))
             row, scale_row = rows.stop, scale_row + count
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,18 +97,19 @@ class QCompilerLinearMethod(LinearMethodBase):
         results: list[Tensor] = []
         for suffix, w_block, kept in layer.quantized_groups:
             codes, scale = getattr(layer, "weight" + suffix), getattr(layer, "weight_scale" + suffix)
-            x_q, x_s = self._quantized(x, getattr(layer, "input_scale" + suffix, None))
+            of_x = (getattr(layer, name + suffix, None) for name in (X_SCALE, PRESCALE))
+            x_q, x_s = self._quantized(x, *of_x)
             own = None if bias is None else getattr(layer, "joined_bias" + suffix, bias)
             y = torch.ops.qcompiler.scaled_linear(x_q, x_s, codes, scale, own, self.x_block, w_block, x.dtype)
             results += [y] if kept is None else [y[..., start:end] for start, end in kept]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
 
-    def _quantized(self, x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _quantized(self, x: Tensor, x_scale: Tensor | None, prescale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of an activation."""
-        ops = torch.ops.qcompiler
+        ops, factors = torch.ops.qcompiler, None if prescale is None else prescale[0]
         if x_scale is not None:
-            return ops.quantize_static(x, x_scale, self.x_block, self.element, self.profile), x_scale
-        codes, scale = ops.quantize(x, self.x_block, self.element, self.profile, self.layout)
+            return ops.quantize_static(x, x_scale, self.x_block, self.element, self.profile, factors), x_scale
+        codes, scale = ops.quantize(x, self.x_block, self.element, self.profile, self.layout, factors)
         return codes, scale
 
 
@@ -162,10 +167,19 @@ def _scale_loader(layer: Any, name: str, block: int) -> Any:
     return load
 
 
-def _load_x_scale(param: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
-    """Loads the scale of an activation, which all parts in one tensor of the files share."""
-    for part in _chosen(shard, len(param)):
-        param.data[part] = loaded.reshape(())
+def _x_loader(layer: Any) -> Any:
+    """The loader of what belongs to an activation, which all parts in one tensor of the files share.
+
+    A layer whose input is split takes the factors of its own channels.
+    """
+
+    def load(param: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+        own = param.shape[1]
+        start = own * getattr(layer, "tp_rank", 0) if loaded.numel() > own else 0
+        for part in _chosen(shard, len(param)):
+            param.data[part] = loaded.reshape(-1)[start : start + own]
+
+    return load
 
 
 def _chosen(shard: Any, count: int) -> Sequence[int]:
@@ -175,25 +189,26 @@ def _chosen(shard: Any, count: int) -> Sequence[int]:
     return shard if isinstance(shard, tuple) else (QKV.get(shard, shard),)
 
 
-def _groups(parts: Sequence[Part], x_scales: Tensor | None) -> list[tuple[int, list[Part]]]:
-    """Consecutive parts with equal activation scales, each group with the number of its first part."""
+def _groups(parts: Sequence[Part], of_parts: Collection[Tensor]) -> list[tuple[int, list[Part]]]:
+    """Consecutive parts with equal tensors of the activation, each group with the number of its first part."""
     groups: list[tuple[int, list[Part]]] = []
     for at, part in enumerate(parts):
-        if groups and (x_scales is None or torch.equal(x_scales[at], x_scales[at - 1])):
+        if groups and all(torch.equal(each[at], each[at - 1]) for each in of_parts):
             groups[-1][1].append(part)
         else:
             groups.append((at, [part]))
     return groups
 
 
-def _registered(layer: Any, joined: Joined, x_scale: Tensor | None, rows: slice) -> tuple[str, list[int], Spans | None]:
+def _registered(
+    layer: Any, joined: Joined, of_x: Mapping[str, Tensor], rows: slice
+) -> tuple[str, list[int], Spans | None]:
     """Registers the tensors of a group; returns the suffix of their names, the block, and the columns to keep."""
     suffix = f"_{len(layer.quantized_groups)}" if layer.quantized_groups else ""
     bias = getattr(layer, "bias", None)
     if bias is not None and (joined.kept is not None or len(layer.quantized_parts) > 1):
         bias = spread(bias.data[rows], joined)
         setattr(layer, "joined_bias" + suffix, _parameter(bias))
-    for name, tensor in {"weight": joined.codes, "weight_scale": joined.scale, "input_scale": x_scale}.items():
-        if tensor is not None:
-            setattr(layer, name + suffix, _parameter(tensor))
+    for name, tensor in {"weight": joined.codes, "weight_scale": joined.scale, **of_x}.items():
+        setattr(layer, name + suffix, _parameter(tensor))
     return suffix, list(joined.block), joined.kept

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
 import qcompiler
 from qcompiler import QCompilerError
-from qcompiler.checkpoints import read
+from qcompiler.checkpoints import load_model, read
 from qcompiler.checkpoints.layer_schemes import LayerSchemes
 from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.ir.formats import FP8_ROW
@@ -66,6 +66,41 @@ def test_codes_and_scales_come_back_bit_for_bit(
     assert declared(tmp_path / "one") == declared(tmp_path / "two")
 
 
+@pytest.mark.parametrize("scheme", ["smoothquant_o1", "smoothquant_o3", "smoothquant_fp8"])
+def test_factors_that_no_weight_absorbs(tmp_path: Path, scheme: str) -> None:
+    """OLMo 2 has no norm before its projections, so that smoothing multiplies their inputs in each call."""
+    config: Any = Olmo2Config(hidden_size=192, intermediate_size=320, num_hidden_layers=1, num_attention_heads=6,
+                              num_key_value_heads=3, vocab_size=100, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    plain = AUTO.from_config(config, dtype=torch.bfloat16).eval()
+    options: dict[str, Any] = {"example_inputs": (IDS,), "dynamic_shapes": None}
+    compiled = qcompiler.compile(plain, scheme=scheme, calibration=[IDS], **options)
+    with pytest.raises(
+        QCompilerError, match=r"(?s)cannot hold 5 of .* factor of each channel.*Use format=\"qcompiler\""
+    ):
+        compiled.save_checkpoint(tmp_path / "foreign", "compressed-tensors")
+    compiled.save_checkpoint(tmp_path / "one", "qcompiler")
+    layers = [f"mlp.{name}_proj" for name in ("gate", "up")] + [f"self_attn.{name}_proj" for name in "kqv"]
+    assert declared(tmp_path / "one")["prescaled"] == [f"model.layers.0.{layer}" for layer in layers]
+
+    again = qcompiler.compile(tmp_path / "one", **options)
+    assert torch.equal(again(IDS).logits, compiled(IDS).logits)
+    if scheme != "smoothquant_o3":  # files have a static scale for each layer
+        assert sum("quantize" in op.name for op in again.graph.ops()) == 4, "q, k and v, and gate and up, share theirs"
+    again.save_checkpoint(tmp_path / "two", "qcompiler")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(equal_bits(one[name], two[name]) for name in one)
+    assert declared(tmp_path / "one") == declared(tmp_path / "two")
+
+    loaded, q = load_model(tmp_path / "one"), "model.layers.0.self_attn.q_proj"
+    weight = loaded.get_submodule(q).weight
+    assert isinstance(weight, torch.Tensor), "it is the weight of the model, without smoothing"
+    wanted = plain.get_parameter(f"{q}.weight")
+    assert (weight - wanted).norm() < 0.03 * wanted.norm()
+    factors = one[f"{q}.input_prescale"]
+    assert (factors.dtype, [*factors.shape]) == (torch.float32, [192]) and bool((factors != 1).any())
+
+
 def test_names_and_configuration(model: torch.nn.Module, tmp_path: Path) -> None:
     overrides = {"*.down_proj": "int8_tensor_static{w=channel}"}
     compiled = qcompiler.compile(
@@ -114,6 +149,12 @@ def test_the_scheme_of_a_layer() -> None:
         ({"rotation": "hadamard"}, "the quantization configuration: the key 'rotation' is not known: got 'hadamard'"),
         ({"scheme": "int8_row"}, "the codes of '0.weight' have another type than its scheme: got float8_e4m3fn"),
         ({"overrides": {"0": None}}, "a layer in float has a scale: '0.weight_scale'"),
+        ({"prescaled": "0"}, "'prescaled' is malformed: got '0'; need a list of names of modules"),
+        (
+            {"prescaled": ["0"]},
+            "the configuration and the tensors disagree about '0.input_prescale': got it is missing",
+        ),
+        ({"prescaled": ["0"], "overrides": {"0": None}}, "a layer in float is 'prescaled': got '0'; need a scheme"),
     ],
 )
 def test_a_folder_is_refused_with_a_sentence(tmp_path: Path, said: dict[str, Any], message: str) -> None:
@@ -126,3 +167,22 @@ def test_a_folder_is_refused_with_a_sentence(tmp_path: Path, said: dict[str, Any
     with pytest.raises(QCompilerError) as error:
         read(tmp_path)
     assert str(error.value).startswith(message) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prescaled", "factors", "message"),
+    [
+        ([], torch.ones(16), "disagree about '0.input_prescale': got no entry for it; need its layer in 'prescaled'"),
+        (["0"], torch.ones(32), "factors of input channels do not fit their weight: got float32[32]; need float32[16]"),
+        (["0"], torch.ones(16).bfloat16(), "do not fit their weight: got bfloat16[16]; need float32[16]"),
+        (["0"], torch.zeros(16), "factors of input channels are not valid: need positive finite numbers"),
+    ],
+)
+def test_wrong_factors_are_refused(tmp_path: Path, prescaled: list[str], factors: torch.Tensor, message: str) -> None:
+    config = {"quant_method": "qcompiler", "version": 1, "scheme": "fp8_row", "prescaled": prescaled}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    tensors = {"0.weight": torch.zeros(32, 16, dtype=torch.float8_e4m3fn), "0.weight_scale": torch.ones(32, 1)}
+    save_file({**tensors, "0.input_prescale": factors}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QCompilerError) as error:
+        read(tmp_path)
+    assert message in str(error.value)

@@ -28,7 +28,7 @@ def steps(*specs: QuantizationSpec) -> Pipeline:
 def test_the_default_is_deepseeks() -> None:
     assert str(steps(QuantizationSpec())) == (
         "canonicalize; attention; dead-code; merge-linears; fp8-tile; share-quantize; fuse-linear; fold-constants; "
-        "dead-code; to-kernels; fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
+        "dead-code; to-kernels; gather-codes; fuse-norm-quantize; fuse-activation-quantize; fuse-epilogue"
     )
 
 
@@ -87,7 +87,7 @@ def test_the_order_of_several_specs() -> None:
     assert found.names == (
         "canonicalize", "attention", "dead-code", "calibrate", "smoothquant", "merge-linears", "merge-linears#2",
         "merge-linears#3", "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear",
-        "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize",
+        "fold-constants", "dead-code#2", "to-kernels", "gather-codes", "fuse-norm-quantize", "fuse-activation-quantize",
         "fuse-epilogue",
     )  # fmt: skip
 
@@ -108,12 +108,15 @@ def test_profiles() -> None:
 @pytest.mark.parametrize(
     ("specs", "fusing"),
     [
-        ([QuantizationSpec()], [*PRODUCERS, "fuse-epilogue"]),
+        ([QuantizationSpec()], ["gather-codes", *PRODUCERS, "fuse-epilogue"]),
         ([QuantizationSpec(FP8_ROW, FP8_ROW)], PRODUCERS),
         ([QuantizationSpec(INT8_ROW, INT8_ROW), QuantizationSpec(replace(FP8_TILE, block=(1, 64)))], PRODUCERS),
         ([QuantizationSpec(FP8_TENSOR, FP8_TENSOR)], []),
         ([QuantizationSpec(FP8_CHANNEL, FP8_ROW)], []),
-        ([QuantizationSpec(FP8_TENSOR, FP8_ROW, static=True), QuantizationSpec()], [*PRODUCERS, "fuse-epilogue"]),
+        (
+            [QuantizationSpec(FP8_TENSOR, FP8_ROW, static=True), QuantizationSpec()],
+            ["gather-codes", *PRODUCERS, "fuse-epilogue"],
+        ),
     ],
 )
 def test_what_is_fused_with_the_kernels(specs: list[QuantizationSpec], fusing: list[str]) -> None:

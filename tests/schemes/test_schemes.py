@@ -221,7 +221,7 @@ def test_overrides_share_what_stands_around() -> None:
     assert found.names == (
         "canonicalize", "attention", "dead-code", "calibrate", "smoothquant", "calibrate#2", "merge-linears",
         "fp8-tile", "quantize", "quantize#2", "share-quantize", "fuse-prescale", "fuse-linear", "fold-constants",
-        "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
+        "dead-code#2", "to-kernels", "gather-codes", "fuse-norm-quantize", "fuse-activation-quantize", "fuse-epilogue",
     )  # fmt: skip
     assert str(found["calibrate"]) == str(found["calibrate#2"]) == 'calibrate{histogram=true, layers=["*", "a", "b"]}'
     assert getattr(found["smoothquant"], "layers") == ("a", "!b")  # noqa: B009

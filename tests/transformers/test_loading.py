@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSeq2SeqLM,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -20,10 +22,11 @@ from transformers_models import AUTO, IDS, equal, llama_config, load, logits_of,
 
 import qcompiler
 from codegen.targets.hopper import HOPPER
+from qcompiler import numerics
 from qcompiler.errors import CaptureError, CodegenError, InputError, PassError, QCompilerError
 from qcompiler.schemes.named import spec_of
-from qcompiler.transformers import QCompilerConfig
-from qcompiler.transformers.quantizer import check_runs, devices
+from qcompiler.transformers import QCompilerConfig, QCompilerQuantizer, QuantizedLinear
+from qcompiler.transformers.quantizer import check_runs, check_version, devices
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -61,15 +64,63 @@ def test_equals_the_compiler_and_round_trips(
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize("scheme", ["fp8_tensor_static", "smoothquant_fp8"])
-def test_folders_of_the_compiler_load(plain: Path, tmp_path: Path, scheme: str) -> None:
-    original = AUTO.from_pretrained(plain)
-    options: dict[str, Any] = {"scheme": scheme, "dynamic_shapes": None, "ignore": ["*.o_proj", "*.down_proj"]}
+@pytest.mark.parametrize(
+    ("scheme", "prescaled"), [("fp8_tensor_static", 0), ("smoothquant_fp8", 1), ("smoothquant_o3", 1)]
+)
+def test_folders_of_the_compiler_load(tmp_path: Path, scheme: str, prescaled: int) -> None:
+    """GELU does not commute with a scale, so that smoothing multiplies the input of the last linear in each call."""
+    config = GPTNeoXConfig(hidden_size=192, intermediate_size=320, num_hidden_layers=1, num_attention_heads=6,
+                           vocab_size=100, eos_token_id=0, bos_token_id=0)  # fmt: skip
+    original = AUTO.from_pretrained(saved(tmp_path / "plain", config))
+    options: dict[str, Any] = {"scheme": scheme, "dynamic_shapes": None}
     compiled = qcompiler.compile(original, calibration=[IDS], example_inputs=(IDS,), **options)
     compiled.save_checkpoint(tmp_path / "out", "qcompiler", model=original)
     model = load(tmp_path / "out")
     assert torch.equal(logits_of(model), compiled(IDS).logits)
-    assert len(model.qcompiler_report.quantized) == 5
+    assert len(model.qcompiler_report.quantized) == 4 and str(model).count("prescaled") == prescaled
+    model.save_pretrained(tmp_path / "again")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == two
+    assert equal(load(tmp_path / "again"), model)
+
+
+def test_gradients_flow_through_the_factors_of_the_input() -> None:
+    layer = QuantizedLinear(64, 32, False, "int8_row", prescaled=True)
+    weight, factors = torch.randn(32, 64), torch.rand(64) + 0.5
+    codes, scale = numerics.quantize(weight / factors, spec_of("int8_row").w)
+    for name, tensor in {"weight": codes, "weight_scale": scale, "input_prescale": factors}.items():
+        getattr(layer, name).data.copy_(tensor)
+    x = torch.randn(5, 64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y - x @ weight.T).norm() < 0.02 * y.norm()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones(5, 32) @ layer.dequantized(torch.float32))
+    assert (layer.dequantized(torch.float32) - weight).norm() < 0.01 * weight.norm()
+
+
+def test_the_oldest_transformers() -> None:
+    check_version("5.23.0.dev0")
+    with pytest.raises(
+        QCompilerError, match=r"needs a newer transformers: got 5\.22\.1; need 5\.23 or newer\. Load a folder"
+    ):
+        check_version("5.22.1")
+
+
+def test_layers_are_not_split(plain: Path, tmp_path: Path) -> None:
+    model = AUTO.from_pretrained(plain)
+    model.config.distributed_config = SimpleNamespace(tp_plan="auto", tp_size=2)  # as from_pretrained(tp_plan="auto")
+    quantizer = QCompilerQuantizer(QCompilerConfig("fp8_tile"))
+    with pytest.raises(
+        PassError, match=r"splits layers, and these run whole: got tp_plan='auto', tp_size=2; need whole"
+    ):
+        quantizer.preprocess_model(model)
+    model.config.distributed_config = SimpleNamespace(tp_plan=None, tp_size=1)
+    quantizer.preprocess_model(model)
+
+
+def test_factors_need_a_quantized_folder(plain: Path) -> None:
+    with pytest.raises(PassError, match="'prescaled' describes a quantized folder, and this is a float model: got"):
+        load(plain, "int8_row", prescaled=[UP])
 
 
 def test_the_report_and_the_configuration_name_layers(tmp_path: Path) -> None:

@@ -44,8 +44,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return be
 
 
-def configured(scheme: str, overrides: dict[str, Any] | None = None) -> Any:
+def configured(scheme: str, overrides: dict[str, Any] | None = None, prescaled: tuple[str, ...] = ()) -> Any:
     said = {"quant_method": "qcompiler", "version": 1, "scheme": scheme, "overrides": overrides or {}}
+    said["prescaled"] = [*prescaled]
     config = QCompilerConfig.from_config(said)
     config.packed_modules_mapping = {"qkv_proj": [*PARTS], "gate_up_proj": ["gate_proj", "up_proj"]}
     return config
@@ -66,25 +67,30 @@ def load(layer: Any, tensors: dict[str, Tensor], *shard: Any) -> None:
         getattr(layer, name).weight_loader(getattr(layer, name), tensor, *shard)
 
 
+def factors(seed: int, size: int = DEPTH) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) + 0.5
+
+
 def reference(scheme: str, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """The linear in plain operations of `numerics`."""
-    spec = spec_of(scheme)
+    spec, prescale = spec_of(scheme), tensors.get("input_prescale")
     if spec.static:
         x_s = tensors["input_scale"].reshape(1, 1)
-        x_q = numerics.quantize_static(x, x_s, spec.x)
+        x_q = numerics.quantize_static(x, x_s, spec.x, prescale)
     else:
-        x_q, x_s = numerics.quantize(x, spec.x)[:2]
+        x_q, x_s = numerics.quantize(x, spec.x, prescale)[:2]
     return numerics.scaled_linear(
         x_q, x_s, tensors["weight"], tensors["weight_scale"], tensors.get("bias"), x_format=spec.x, w_format=spec.w
     )
 
 
-def made(kind: Any, *sizes: Any, scheme: str, prefix: str, **options: Any) -> Any:
+def made(kind: Any, *sizes: Any, scheme: str, prefix: str, prescaled: tuple[str, ...] = (), **options: Any) -> Any:
     with torch.device("cpu"):
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return kind(*sizes, quant_config=configured(scheme), prefix=prefix, return_bias=False, **options)
+            config = configured(scheme, None, prescaled)
+            return kind(*sizes, quant_config=config, prefix=prefix, return_bias=False, **options)
         finally:
             torch.set_default_dtype(default)
 
@@ -154,6 +160,50 @@ def test_a_row_parallel_layer_quantizes_its_share_of_the_input(scheme: str, gpus
         share["weight_scale"] = tensors["weight_scale"].chunk(2 if columns > 1 else 1, 1)[rank if columns > 1 else 0]
         mine = x.chunk(2, 1)[rank]
         assert torch.equal(layer(mine), reference(scheme, mine, share)), rank
+
+
+@pytest.mark.parametrize("scheme", ["fp8_tile", "int8_row{w=tensor}", "int8_tensor_static"])
+@pytest.mark.parametrize(("seeds", "groups"), [((1, 1, 1), 1), ((1, 2, 2), 2)])
+def test_factors_of_input_channels(scheme: str, seeds: tuple[int, ...], groups: int) -> None:
+    names = tuple(f"a.{part}" for part in PARTS)
+    layer = made(linear.QKVParallelLinear, DEPTH, HEAD, HEADS, KV_HEADS, scheme=scheme, prefix="a.qkv_proj",
+                 prescaled=names)  # fmt: skip
+    tensors = files(scheme, (192, 64, 64))
+    for shard, part, seed in zip("qkv", tensors, seeds, strict=True):
+        part["input_prescale"] = factors(seed)
+        if "input_scale" in part:
+            part["input_scale"] = torch.tensor([0.02])
+        load(layer, part, shard)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, DEPTH).bfloat16()
+    assert torch.equal(layer(x), torch.cat([reference(scheme, x, part) for part in tensors], -1))
+    assert len(layer.quantized_groups) == groups, "parts with equal factors are one GEMM"
+
+
+def test_factors_are_cut_as_the_input_is(gpus: Any) -> None:
+    (tensors,) = files("int8_row", (96,), 512)
+    tensors = {**tensors, "input_prescale": factors(1, 512)}
+    del tensors["bias"]
+    x = torch.randn(3, 512).bfloat16()
+    for rank in range(2):
+        gpus(rank, 2)
+        layer = made(linear.RowParallelLinear, 512, 96, scheme="int8_row", prefix="a.down_proj", bias=False,
+                     reduce_results=False, prescaled=("a.down_proj",))  # fmt: skip
+        load(layer, tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+        share = {**tensors, "weight": tensors["weight"].chunk(2, 1)[rank].contiguous()}
+        share["input_prescale"] = tensors["input_prescale"].chunk(2)[rank]
+        mine = x.chunk(2, 1)[rank]
+        assert torch.equal(layer(mine), reference("int8_row", mine, share)), rank
+
+
+def test_factors_for_a_part_of_a_merged_layer_are_refused() -> None:
+    config = configured("int8_row", None, ("a.q_proj", "a.k_proj"))
+    layer = made(linear.RowParallelLinear, 128, 128, scheme="int8_row", prefix="a.o_proj")
+    with pytest.raises(
+        QCompilerError, match=r"only a part has factors of the input channels: got none for 'a\.v_proj'"
+    ):
+        config.get_quant_method(layer, "a.qkv_proj")
 
 
 def test_a_cut_inside_a_block_is_refused_before_weights_load(gpus: Any) -> None:

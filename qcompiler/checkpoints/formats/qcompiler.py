@@ -3,6 +3,7 @@
     model.layers.0.mlp.up_proj.weight          F8_E4M3, F8_E5M2 or I8 [N, K]
     model.layers.0.mlp.up_proj.weight_scale    F32 [ceil(N / 128), ceil(K / 128)], [N, 1] or [1, 1]
     model.layers.0.mlp.up_proj.input_scale     F32 [1], if the activation has a static scale
+    model.layers.0.mlp.up_proj.input_prescale  F32 [K], if smoothing multiplies the activation before it is quantized
 
 `layer_schemes` describes the configuration. Unlike other formats it also stores how activations are quantized in each
 layer, so that transformers and vLLM, with qcompiler's plug-ins, compute what the compiled model computes.
@@ -13,12 +14,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcompiler.checkpoints.companions import stem, x_scale_beside
 from qcompiler.checkpoints.files import TensorFiles
 from qcompiler.checkpoints.format import CheckpointFormat, register
-from qcompiler.checkpoints.layer_schemes import METHOD, SCALE, X_SCALE, LayerSchemes
+from qcompiler.checkpoints.layer_schemes import METHOD, PRESCALE, SCALE, X_SCALE, LayerSchemes
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight, StoredAs
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Format
@@ -45,14 +47,16 @@ class Own:
     def tensors(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Codes and scales by their names in the file."""
         found = {name: weight.codes, stem(name) + SCALE: weight.scale}
-        return found if weight.x_scale is None else {**found, stem(name) + X_SCALE: weight.x_scale.reshape(1)}
+        found |= {} if weight.x_scale is None else {stem(name) + X_SCALE: weight.x_scale.reshape(1)}
+        return found | ({} if weight.prescale is None else {stem(name) + PRESCALE: weight.prescale})
 
     def config(self, weights: Mapping[str, QuantizedWeight], unconverted: Collection[str]) -> dict[str, Any]:
         """The `quantization_config`: the most frequent scheme, and each layer that has another one or none."""
         schemes = {name.removesuffix(".weight"): str(_scheme(weight)) for name, weight in weights.items()}
         usual = Counter(schemes.values()).most_common(1)[0][0]
         others = {name: scheme for name, scheme in sorted(schemes.items()) if scheme != usual}
-        return LayerSchemes(usual, {**dict.fromkeys(sorted(unconverted)), **others}).config()
+        prescaled = {name.removesuffix(".weight") for name, weight in weights.items() if weight.prescale is not None}
+        return LayerSchemes(usual, {**dict.fromkeys(sorted(unconverted)), **others}, prescaled).config()
 
 
 def _scheme(weight: QuantizedWeight) -> str | None:
@@ -87,8 +91,33 @@ def stored_weights(said: Mapping[str, Any], tensors: TensorFiles) -> dict[str, S
             raise QCompilerError(f"a layer in float has a scale: '{scale}'", need="a scheme for it in 'overrides'")
         _check_codes(name, tensors, spec.w)
         x_scale = x_scale_beside(name, tensors) if spec.static else None
-        found[name] = StoredAs(scale, replace(spec.w, profile=Format.profile), x_scale)
+        prescale = _prescale_beside(name, tensors, schemes)
+        found[name] = StoredAs(scale, replace(spec.w, profile=Format.profile), x_scale, prescale=prescale)
     return found
+
+
+def _prescale_beside(weight: str, tensors: TensorFiles, schemes: LayerSchemes) -> str | None:
+    """The name of a weight's factors of the input channels, if the configuration declares them.
+
+    Raises:
+        QCompilerError: The configuration and the tensors disagree, or the factors are not K positive FP32 numbers.
+    """
+    name, declared = stem(weight) + PRESCALE, weight.removesuffix(".weight") in schemes.prescaled
+    if declared is not (name in tensors):
+        got, need = ("it is missing", "the tensor") if declared else ("no entry for it", "its layer in 'prescaled'")
+        raise QCompilerError(f"the configuration and the tensors disagree about '{name}'", got=got, need=need)
+    if not declared:
+        return None
+    pairs = (tensors.dtype(name), tensors.shape(name)), (torch.float32, tensors.shape(weight)[-1:])
+    if pairs[0] != pairs[1]:
+        kinds = [f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in pairs]
+        raise QCompilerError("factors of input channels do not fit their weight", got=kinds[0], need=kinds[1],
+                             where=f"{tensors.folder}: {name}")  # fmt: skip
+    factors = tensors[name]
+    if not bool((factors.isfinite() & (factors > 0)).all()):
+        need = "positive finite numbers"
+        raise QCompilerError("factors of input channels are not valid", need=need, where=f"{tensors.folder}: {name}")
+    return name
 
 
 def _check_codes(name: str, tensors: TensorFiles, format: Format) -> None:
@@ -99,4 +128,5 @@ def _check_codes(name: str, tensors: TensorFiles, format: Format) -> None:
         raise QCompilerError(f"the codes of '{name}' have another type than its scheme", got=got, need=need)
 
 
-register(CheckpointFormat(METHOD, read=stored_weights, writer=lambda _: Own(), schemes=LayerSchemes.read))
+register(CheckpointFormat(METHOD, read=stored_weights, writer=lambda _: Own(), schemes=LayerSchemes.read,
+                          prescales=True))  # fmt: skip
