@@ -99,6 +99,9 @@ engine: $(CHAT_READY) ## run SmolLM2 in vLLM on the CPU, in an environment of 3.
 	@$(ENGINE)/bin/python -m pytest -q tests/vllm_plugin
 	@$(RUN) examples/engine_reference.py build/engine
 	@$(ENGINE)/bin/python examples/engine_check.py build/engine
+	@$(RUN) examples/engine_schemes.py build/engine-schemes
+	@$(ENGINE)/bin/python examples/engine_check.py build/engine-schemes --processes 2
+	@$(ENGINE)/bin/python examples/engine_check.py build/engine-schemes --compiled
 
 gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 	@$(RUN) -m pytest -m gpu
@@ -154,7 +157,7 @@ FETCH_TRITONS = tag=$$($(RUN) -c "import sys; print('cp%d%d' % sys.version_info[
 # Tests of code that depends on torch's private interfaces, on machine code or on annotations.
 SHORT := $(addprefix tests/,test_interfaces.py capture/test_capture.py capture/test_parts.py capture/test_state.py \
 	capture/test_refused.py capture/test_huggingface.py capture/test_signature.py compiler/test_compile.py \
-	compiler/test_torch_compile.py compiler/test_pt2.py codegen/test_torch_ops.py dialects/test_interpreter.py \
+	compiler/test_torch_compile.py compiler/test_pt2.py inductor/test_fusing.py codegen/test_torch_ops.py dialects/test_interpreter.py \
 	passes/test_golden.py numerics/test_numerics.py artefact/test_artefact.py pass_manager/test_pass_manager.py \
 	codegen/test_launching.py codegen/test_warmup.py codegen/test_kernels_interpreted.py codegen/test_kernel_budgets.py)
 SHORT_NEEDS := hypothesis>=6.100 pytest>=8.4 pytest-timeout>=2.3 pytest-xdist>=3.6

@@ -96,6 +96,10 @@ class Knobs:
         default=120.0,
         metadata=_knob(_seconds, "CPU seconds that torch.export may use before capture makes fewer sizes dynamic"),
     )
+    vllm_fuse: bool = field(
+        default=False,
+        metadata=_knob(_flag, "in vLLM, fuse norms and activations into the quantizations after them"),
+    )
     update: bool = field(
         default=False, metadata=_knob(_flag, "tests rewrite their golden texts instead of comparing them")
     )
