@@ -80,9 +80,11 @@ def sentences(count: int) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count and sources:
         for source in list(sources):
+            if len(found) == count:
+                break  # before it parses another file
             if (sentence := next(source, None)) is None:
                 sources.remove(source)
-            elif len(sentence.split()) >= 5 and sentence.endswith(".") and len(found) < count:
+            elif len(sentence.split()) >= 5 and sentence.endswith("."):
                 found[sentence] = None
     return list(found)
 

@@ -239,12 +239,12 @@ def scheme_rows(subject: Subject, scheme: str) -> list[Row]:
 
 def cache_rows(subject: Subject, scheme: str) -> list[Row]:
     """The perplexity with each format of the cache."""
-    model = subject.model if scheme == FLOAT else subject.compiled(scheme)
-    if scheme == FLOAT:
-        model = qcompiler.compile(subject.graph, pipeline="canonicalize; dead-code", strict=False, progress=False)
     found = []
     for cache in CACHES:
-        llm = model.decoder(kv_cache=cache, max_batch=1, max_length=smollm2.WINDOW)
+        llm = qcompiler.decoder(
+            subject.model, scheme=None if scheme == FLOAT else scheme, kv_cache=cache, max_batch=1,
+            max_length=smollm2.WINDOW, progress=False,
+        )  # fmt: skip
         losses, _ = subject.read(llm.for_transformers())
         found.append({"cache": cache or "none", "perplexity": math.exp(losses.mean())})
     return found
