@@ -86,11 +86,12 @@ def main() -> None:
             found, inside = measure(SUBJECTS[name])
             rows += found
             kernels += inside
+            # After each model, because torch.compile takes a minute or more for one.
+            harness.gpu_report("whole-model", "Whole models with random bf16 weights: milliseconds of a call", rows)
+            harness.gpu_report("whole-model-kernels", "Device time of the kernels of fp8_tile models", kernels)
             torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
-    harness.gpu_report("whole-model", "Whole models with random bf16 weights: milliseconds of a call", rows)
-    harness.gpu_report("whole-model-kernels", "Device time of the kernels of fp8_tile models", kernels)
 
 
 def measure(subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
