@@ -9,6 +9,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Saves time only for models with many equal layers; ours have two, and torch.export takes a third longer with it.
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+# Workers and child processes share compiled modules: compiling all of ours takes each of them 0.4 s.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +30,9 @@ from rich.table import Table
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# Graphs of models are many objects that live long; with the default of 700, a trace causes thousands of collections.
+gc.set_threshold(20_000, 20, 100)
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +53,7 @@ def no_hopper() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options that set the amount of fuzzing."""
-    parser.addoption("--fuzz-inputs", type=int, default=1000, help="mutated inputs for each target of tests/fuzz")
+    parser.addoption("--fuzz-inputs", type=int, default=500, help="mutated inputs for each target of tests/fuzz")
     parser.addoption("--fuzz-seed", type=int, default=0, help="the first seed")
 
 
@@ -74,6 +82,20 @@ def _modules_are_not_garbage() -> None:
         gc.collect()
         gc.freeze()
         _frozen = len(sys.modules)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_traces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shares traces of whole models, except between the tests of capture itself."""
+    capturing = sys.modules.get("qcompiler.capture.capturing")
+    if capturing is None or "capture" in request.path.parts:
+        yield
+        return
+    import shared_traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capturing, "export_program", shared_traces.shared(capturing.export_program))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -27,6 +27,7 @@ FLOORS = {
     "qcompiler.knobs": 0,
     "qcompiler.text": 0,
     "qcompiler.ir": 1,
+    "qcompiler.distributed": 1,
     "qcompiler.numerics": 1,
     "qcompiler.dialects": 2,
     "qcompiler.calibration": 3,
@@ -43,6 +44,7 @@ FLOORS = {
     "qcompiler.report": 6,
     "qcompiler.artefact": 7,
     "qcompiler.checkpoints": 7,
+    "qcompiler.inductor": 7,
     "qcompiler.plugins": 7,
     "qcompiler.decoding": 8,
     "qcompiler.diagnostics": 8,
@@ -60,7 +62,11 @@ LATE_IMPORTS: dict[tuple[str, str], str] = {
     (
         "codegen.mlir.examples",
         "torch._dynamo.source",
-    ): "torch._dynamo takes a second, and loading a model needs none of it"
+    ): "torch._dynamo takes a second, and loading a model needs none of it",
+    (
+        "qcompiler.compiler.sharding",
+        "qcompiler.distributed.process_groups",
+    ): "torch can be built without torch.distributed",
 }
 
 # Modules that read the environment, with the reason. All others use `qcompiler.knobs`.

@@ -23,6 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OPTIONAL: dict[str, str] = {
     "qcompiler.plugins.explorer.main": "model_explorer",
     "qcompiler.vllm.config": "vllm",
+    "qcompiler.vllm.fusing": "vllm",
     "qcompiler.vllm.linear": "vllm",
 }
 
@@ -72,7 +73,10 @@ if os.fork() == 0:
     os.write(writer, " ".join(name for name in sys.modules if name.partition(".")[0] not in OURS).encode())
     os._exit(0)
 os.close(writer)
-for name in os.fdopen(reader).read().split():
+imported = os.fdopen(reader).read().split()
+if not imported:
+    sys.exit(1)  # the child has printed why
+for name in imported:
     try:
         importlib.import_module(name)
     except Exception:

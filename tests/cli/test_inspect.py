@@ -23,7 +23,7 @@ TEXT = """func @m(%x: f32[s0, 256]) -> (f32[s0, 64]) where s0 in 1.. {
 }
 """
 STAGES = ["captured", "canonicalize", "attention", "dead-code", "merge-linears", "fp8-tile", "share-quantize",
-          "fuse-linear", "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize",
+          "fuse-linear", "fold-constants", "dead-code#2", "to-kernels", "gather-codes", "fuse-norm-quantize",
           "fuse-activation-quantize", "fuse-epilogue"]  # fmt: skip
 
 

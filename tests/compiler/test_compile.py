@@ -84,8 +84,8 @@ def test_each_pass_leaves_a_record(fast: CompiledModel) -> None:
 def test_stages_report_source_and_graph(fast: CompiledModel) -> None:
     assert list(fast.stages) == [
         "captured", "canonicalize", "attention", "dead-code", "merge-linears", "fp8-tile", "share-quantize",
-        "fuse-linear", "fold-constants", "dead-code#2", "to-kernels", "fuse-norm-quantize", "fuse-activation-quantize",
-        "fuse-epilogue",
+        "fuse-linear", "fold-constants", "dead-code#2", "to-kernels", "gather-codes", "fuse-norm-quantize",
+        "fuse-activation-quantize", "fuse-epilogue",
     ]  # fmt: skip
     assert "quant.dequantize" in str(fast.stages["fp8-tile"])
     assert "+ " in str(qcompiler.diff(fast.stages["captured"], fast.graph))
