@@ -94,6 +94,8 @@ def store(op: Op, rewriter: Rewriter, suffixes: Sequence[str]) -> None:
         rewriter.insert("core.param", attrs={"name": name}, types=[value.type]).result
         for name, value in zip(names, op.results, strict=True)
     ]
+    for param in params:
+        graph.move(param.op, before=op)  # which may have users before the anchor
     operands = [value.op for _, value in op.operands()]
     rewriter.replace(op, *params, keep_names=False)
     for operand in operands:

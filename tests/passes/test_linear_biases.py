@@ -209,6 +209,25 @@ def test_slopes_from_literals_are_stored_once_for_all_layers() -> None:
     assert torch.equal(graph.weights[name], torch.full((4,), 0.25))
 
 
+def test_a_stored_vector_of_slopes_comes_before_all_that_reads_it() -> None:
+    """The model's own bias reads it too, before the attention."""
+    vector = (
+        "%quarter = aten.full([], 0.25) {dtype = f32} : f32[]\n"
+        "%powers = aten.arange.start(1, 5) {dtype = i32} : i32[4]\n"
+        "%vector = aten.pow.Tensor_Tensor(%quarter, %powers) : f32[4]\n"
+        "%c = aten.view(%vector, [4, 1, 1]) : f32[4, 1, 1]\n"
+        f"%r = aten.mul.Tensor(%c, %d) : {R}"
+    )
+    graph, before = graph_of(vector), graph_of(vector)
+    (want,) = interpret(before, inputs(9))
+    assert Attention().run(graph)
+    graph.verify()
+    (causal,) = graph.ops("attention.causal")
+    assert causal["slopes"].op.name == "core.param" and graph.users(causal["slopes"])[0].name == "aten.view"
+    (got,) = interpret(graph, inputs(9))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_learned_slopes_stay_the_weights_of_the_model() -> None:
     graph = graph_of(LINEAR["slope * distance"])
     rewritten(graph)
