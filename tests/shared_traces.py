@@ -40,7 +40,7 @@ def shared(export: Export) -> Export:
 
 
 def _with_constants(program: ExportedProgram, buffers: Mapping[str, torch.Tensor]) -> ExportedProgram:
-    """The program with the model's own buffers instead of those of the model that was traced."""
+    """The program with the model's own buffers instead of the buffers of the traced model."""
     made = copy.copy(program)
     made._constants = {name: buffers.get(name, value) for name, value in program.constants.items()}
     return made

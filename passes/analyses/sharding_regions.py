@@ -10,7 +10,7 @@ value of the region (see `sharding_rules`), until only weights and partial sums 
 compute columns, the operations between them keep columns or heads apart, and `%x` is replicated. A region that
 reaches an input, an output, or an operation without a suitable factor is refused with the reason.
 
-A large table of embeddings, and a large linear whose result leaves the graph, are a region of their own: their columns
+A large table of embeddings, and a large linear whose result leaves the graph, are a separate region: their columns
 are cut, and the result is gathered.
 """
 

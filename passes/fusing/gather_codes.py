@@ -48,7 +48,7 @@ class QuantizeThenGather(Rule):
         rewriter.erase_unread(gather)
 
     def _quantized(self, op: Op, rewriter: Rewriter, x: Value) -> Op:
-        """The quantization of all rows: that of another user, or a new one."""
+        """The quantization of all rows: an existing one, which another user reads, or a new one."""
         graph, args = rewriter.graph, (x, *op.args[1:])
         for user in graph.users(x):
             if (user.name, user.args, user.attrs) == (op.name, args, op.attrs):

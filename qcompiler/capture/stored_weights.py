@@ -7,7 +7,7 @@
 
 A checkpoint may also contain a static scale for the activation, which the operation carries as `x_scale`.
 
-If smoothing left factors that no weight absorbs, the codes are those of the weight divided by the factors, and the
+If smoothing left factors that no weight absorbs, the codes quantize the weight divided by the factors, and the
 forward method of the module multiplies its input by them:
 
     %p = aten.mul.Tensor(%x, %linear.input_prescale)

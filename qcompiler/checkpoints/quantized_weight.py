@@ -31,7 +31,7 @@ class QuantizedWeight:
         x_format: The format of the activations; None if not specified.
         x_scale: Static activation scale from calibration, if any.
         prescale: FP32 `[K]`, factors of the input channels that the activation is multiplied by before it is quantized;
-            the codes are those of the weight divided by them. None without.
+            the codes quantize the weight divided by them. None without.
     """
 
     codes: Tensor

@@ -83,7 +83,7 @@ class RankModel(ShardedModel):
 
 
 class SimulatedModel(ShardedModel):
-    """A sharded model whose ranks all run in this process; its graph, stages and report are those of rank 0.
+    """A sharded model whose ranks all run in this process; its graph, stages and report belong to rank 0.
 
     Attributes:
         mesh: The mesh of the ranks.

@@ -37,7 +37,7 @@ class ShardedStep(CompiledStep):
 class ShardedDecoder(Decoder):
     """A decoder whose weights and caches are divided among the ranks of a mesh.
 
-    Its graph, report and memory are those of the first rank in this process.
+    Its graph, report and memory belong to the first rank in this process.
 
     Args:
         programs: The programs of the ranks in this process, whose last pass is `kv-cache`.

@@ -9,8 +9,8 @@
         compiled(ids)
     print(fuse.reports[0])          which quantizations were fused, and why the others were not
 
-It serves models whose layers quantize their own inputs, such as those of `qcompiler.transformers` and of the plug-in
-for vLLM: the norm or activation before a quantization becomes a part of it.
+It serves models whose layers quantize their own inputs, such as the layers of `qcompiler.transformers` and of the
+plug-in for vLLM: the norm or activation before a quantization becomes a part of it.
 """
 
 from qcompiler.inductor.fusing import FuseQuantize as FuseQuantize

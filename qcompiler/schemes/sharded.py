@@ -5,7 +5,7 @@
         partition{mesh="tp=2", rank=1}; merge-linears; fp8-tile; …
 
 They run before the first pass that merges, quantizes, or makes caches, so that blocks, merged weights, fused kernels
-and caches are those of one rank. Their unit is the block of the formats: codes and scales are cut together.
+and caches belong to one rank. Their unit is the block of the formats: codes and scales are cut together.
 """
 
 from math import lcm

@@ -98,7 +98,7 @@ def test_factors_of_input_channels_are_fused_too() -> None:
     y, (report,) = fused(model, x)
     assert torch.equal(y, model(x))
     assert f"{NORM} * x2" in report.fused and f"{SILU} * x2" in report.fused
-    assert sum(report.fused.values()) == 3, "gate and up have factors of their own, and read one norm"
+    assert sum(report.fused.values()) == 3, "gate and up have different factors, and read one norm"
 
 
 def test_scales_of_a_whole_tensor_are_not_fused() -> None:
