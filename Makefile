@@ -77,7 +77,7 @@ unit: $(TEST_READY) ## run the tests, including those of the built wheel
 	@echo "== pytest"
 	@$(RUN) -m $(PYTEST)
 
-matrix: $(TEST_READY) ## run the tests of attention and caches on all architectures
+matrix: $(TEST_READY) ## run the tests of attention, caches and full-size kernels on all architectures
 	@echo "== pytest -m matrix"
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m matrix
 
@@ -99,9 +99,13 @@ engine: $(CHAT_READY) ## run SmolLM2 in vLLM on the CPU, in an environment of 3.
 	@$(ENGINE)/bin/python -m pytest -q tests/vllm_plugin
 	@$(RUN) examples/engine_reference.py build/engine
 	@$(ENGINE)/bin/python examples/engine_check.py build/engine
+	@TQDM_DISABLE=1 $(RUN) examples/engine_formats.py build/engine-formats
+	@$(ENGINE)/bin/python examples/engine_formats_check.py build/engine-formats
 	@$(RUN) examples/engine_schemes.py build/engine-schemes
 	@$(ENGINE)/bin/python examples/engine_check.py build/engine-schemes --processes 2
 	@$(ENGINE)/bin/python examples/engine_check.py build/engine-schemes --compiled
+	@$(RUN) examples/engine_experts.py build/engine-experts
+	@$(ENGINE)/bin/python examples/engine_check.py build/engine-experts --processes 2
 
 gpu: $(TEST_READY) ## run the tests that need a Hopper GPU
 	@$(RUN) -m pytest -m gpu
@@ -125,7 +129,7 @@ zoo: $(TEST_READY) ## compile many tiny random models, one per architecture; ONL
 	@$(RUN) -m benchmarks.zoo $(if $(ONLY),--only $(ONLY))
 
 bench: $(DEMO_READY) ## run all benchmarks
-	@set -e; for file in $$(grep -ls __main__ benchmarks/*.py); do echo "== $$file"; $(RUN) "$$file"; done
+	@set -e; for file in $$(grep -ls __main__ benchmarks/*.py); do echo "== $$file"; PYTHONPATH=. $(RUN) "$$file"; done
 
 clean: ## remove build outputs and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

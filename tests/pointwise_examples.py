@@ -67,15 +67,18 @@ def compile_step_tables(batch: int = 1, tokens: int = 1) -> MachineCode:
     return compile_pointwise(expressions, ("x1.0, x1.1, 4096", "x1.0, x1.1, 64"), operands, out)
 
 
-def summed(experts: int) -> str:
-    """The sum over the experts of a token in torch's order: rows x0 by expert, shares x1, and the places of rows x2."""
-    terms = [f"x0[x2({experts}*i0 + {each}), i1] * x1[i0, {each}]" for each in range(experts)]
+def summed(experts: int, share: str = "{}") -> str:
+    """The sum over the experts of a token in torch's order: rows x0 by expert, shares x1, and the places of rows x2.
+
+    `share` is how a share is rounded, with braces where it stands.
+    """
+    terms = [f"x0[x2({experts}*i0 + {each}), i1] * " + share.format(f"x1[i0, {each}]") for each in range(experts)]
     terms[0] = terms[0].replace("*i0 + 0", "*i0")
     partial = [" + ".join(terms[first::4]) for first in range(min(experts, 4))]
     return f"bf16(0.0 + {partial[0]}" + "".join(f" + ({each})" for each in partial[1:]) + ")"
 
 
-def compile_combining(experts: int, columns: int, tokens: int) -> MachineCode:
+def compile_combining(experts: int, columns: int, tokens: int, rounded: str = "{}") -> MachineCode:
     share = meta(tokens, experts, dtype=torch.float32)
     operands = [meta(tokens * experts, columns), share, meta(tokens * experts, dtype=torch.int64)]
-    return compile_pointwise((summed(experts),), (f"x1.0, {columns}",), operands, [meta(tokens, columns)])
+    return compile_pointwise((summed(experts, rounded),), (f"x1.0, {columns}",), operands, [meta(tokens, columns)])

@@ -14,7 +14,7 @@ from triton.language.extra import libdevice
 @triton.jit
 def wide(x):  # type: ignore[no-untyped-def]
     """x in FP32; converts two bfloat16 numbers in two instructions, where the compiler uses three."""
-    if x.dtype == tl.bfloat16:
+    if x.dtype == tl.bfloat16 and x.numel > 1:
         result = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
         )
@@ -26,9 +26,13 @@ def wide(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def bf16(x):  # type: ignore[no-untyped-def]
     """x rounded to bfloat16: two numbers in one instruction, where the compiler uses two slow ones."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-    )
+    if x.numel > 1:
+        result = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        result = x.to(tl.bfloat16)
+    return result
 
 
 @triton.jit

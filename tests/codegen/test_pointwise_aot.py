@@ -51,6 +51,13 @@ def test_the_sum_over_the_experts_of_a_token(experts: int, columns: int, tokens:
     assert code.registers <= 168
 
 
+@pytest.mark.parametrize("rounded", ["bf16({})", "f16({})", "bf16(bf16({}) * 2.0)"])
+def test_one_number_of_a_row_is_rounded(rounded: str) -> None:
+    """Few tokens take one row a program, so the number is a tile of one, where packed instructions take two."""
+    code = compile_combining(8, 2048, 64, rounded)
+    assert (code.local_loads, code.local_stores) == (0, 0)
+
+
 @pytest.mark.parametrize("columns", [768, 4096, 16384])
 def test_a_norm_of_a_whole_row(columns: int) -> None:
     code = compile_norm(columns)
