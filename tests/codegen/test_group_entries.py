@@ -40,10 +40,10 @@ def test_operands_that_do_not_fit() -> None:
             grouped(torch.zeros(3, dtype=torch.int64), groups, each)
 
 
-@pytest.mark.parametrize(("entries", "groups"), [(512, 128), (1024, 128), (8192, 8), (32768, 128), (1 << 18, 256)])
+@pytest.mark.parametrize(("entries", "groups"), [(512, 128), (4096, 128), (32768, 8), (32768, 128), (1 << 18, 256)])
 def test_the_kernels(entries: int, groups: int) -> None:
     made = compile_group_entries(entries, groups)
-    assert len(made) == (1 if entries <= 1024 else 2)
+    assert len(made) == (1 if entries <= 2048 else 2)
     for code in made:
         assert (code.local_loads, code.local_stores) == (0, 0)
         assert "ACQBULK" in code.sass and "PREEXIT" in code.sass, "it overlaps with other kernels"
@@ -51,8 +51,11 @@ def test_the_kernels(entries: int, groups: int) -> None:
 
 def _run_all() -> None:
     torch.manual_seed(0)
-    small = GroupEntriesConfig(32, 4, 1)
-    cases = ((1, 1, 1, None), (70, 40, 8, None), (300, 7, 3, small), (32 * 32 + 5, 6, 2, small))
+    ranked, counted = (GroupEntriesConfig(32, 4, 1, counted=each) for each in (False, True))
+    cases = (
+        (1, 1, 1, None), (70, 40, 8, None), (5, 100, 1, None), (33, 7, 3, ranked), (300, 7, 3, counted),
+        (32 * 32 + 5, 6, 2, counted),
+    )  # fmt: skip
     for entries, groups, each, config in cases:
         for keys in (torch.randint(groups, (entries,)), torch.full((entries,), groups - 1)):
             got = launch_group_entries(keys, groups, each, config)
