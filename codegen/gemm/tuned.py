@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from codegen import kernels
+from codegen import assembler, kernels
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching import replay
 from codegen.targets.cuda import gpu_at
@@ -73,6 +73,7 @@ def header_of(device: int) -> dict[str, Any]:
         "format": FORMAT,
         "device": torch.cuda.get_device_name(device),
         "triton": triton.__version__,
+        "assembler": str(assembler.current().version),
         "kernels": _source_hash(),
     }
 

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from codegen import assembler
 from codegen.compile_options import compile_options
 from codegen.kernel_cache import use_cache_folder
 from codegen.launching.enqueue import is_descriptor, without_memory
@@ -72,16 +73,19 @@ class Warmup:
         calls: Number of calls whose kernels were collected.
         seconds: Total time.
         note: Why there may be more to compile, or nothing at all; usually None.
+        assembler: The assembler of the kernels, such as `ptxas 12.8 (/…/ptxas)`; empty if nothing was compiled.
     """
 
     kernels: tuple[WarmKernel, ...] = ()
     calls: int = 0
     seconds: float = 0.0
     note: str | None = None
+    assembler: str = ""
 
     def __str__(self) -> str:
         """A summary, and a line for each kernel."""
         head = f"{len(self.kernels)} kernels for {self.calls} calls in {self.seconds:.1f} s"
+        head += f", {self.assembler}" if self.assembler else ""
         lines = [f"  {each.seconds:6.2f} s  {each.name}" for each in self.kernels]
         return "\n".join([head, *([self.note] if self.note else []), *lines])
 
@@ -216,7 +220,8 @@ def warm_up(
             finally:
                 pool.start.set()
             kernels = _finish(planner, progress)
-    return Warmup(kernels, len(wanted), time.perf_counter() - start, next(filter(None, notes), None))
+    note, used = next(filter(None, notes), None), str(assembler.current()) if kernels else ""
+    return Warmup(kernels, len(wanted), time.perf_counter() - start, note, used)
 
 
 def products_of(

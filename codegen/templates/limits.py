@@ -1,10 +1,11 @@
 """What a GPU generation can hold and address, as far as templates depend on it."""
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from codegen.driver import driver_version
 
 MULTIPROCESSORS = 132
 """Multiprocessors of an H100 or H200 (SXM): the default device of problems."""
@@ -59,15 +60,10 @@ RECORDS_OVERLAP = 12030
 """The first version of the CUDA driver, 12.3, that can record overlapping kernels in a CUDA graph."""
 
 
-@cache
 def driver_overlaps() -> bool:
     """Whether the CUDA driver is at least `RECORDS_OVERLAP`; True without one, as for compilation ahead of time."""
-    version = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return True
-    return bool(failed) or version.value >= RECORDS_OVERLAP
+    version = driver_version()
+    return version is None or version >= RECORDS_OVERLAP
 
 
 @cache

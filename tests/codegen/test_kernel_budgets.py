@@ -81,6 +81,7 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
     "codes of gathered rows": partial(compile_gather_codes, 4096, 8, 2048),
+    "few entries, placed": lambda: compile_group_entries(512, 128)[0],
     "entries of each group, counted": lambda: compile_group_entries(32768, 128)[0],
     "entries of each group, placed": lambda: compile_group_entries(32768, 128)[1],
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),

@@ -26,9 +26,9 @@ from hopper_kernels import (
     quantize_calls,
 )
 
+from codegen.driver import driver_version
 from codegen.machine_code import MachineCode
 from codegen.targets.hopper import HOPPER
-from codegen.templates.limits import driver_overlaps
 from codegen.templates.quantize import QUANTIZE, QuantizeOperands, QuantizeProblem
 
 E4M3, B16 = torch.float8_e4m3fn, torch.bfloat16
@@ -128,7 +128,7 @@ def test_an_old_driver_gets_kernels_that_do_not_overlap(monkeypatch: pytest.Monk
                 found._obj.value = version
                 return 0
 
-        driver_overlaps.cache_clear()
+        driver_version.cache_clear()
         monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
         (call,) = quantize_calls(B16, 64, 512, (1, 128), E4M3)
         return "launch_pdl" in call.options
@@ -136,7 +136,7 @@ def test_an_old_driver_gets_kernels_that_do_not_overlap(monkeypatch: pytest.Monk
     try:
         assert [option(version) for version in (12020, 12030, 13000)] == [False, True, True]
     finally:
-        driver_overlaps.cache_clear()
+        driver_version.cache_clear()
 
 
 def test_a_generation_without_the_feature_has_none_of_the_instructions() -> None:
