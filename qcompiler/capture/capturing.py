@@ -36,6 +36,7 @@ from qcompiler.capture.python_state import same_attributes
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.capture.runs import ModelRefused, does_run
 from qcompiler.capture.signature import ConstantSlot, NumberSlot, Signature, Slot, TensorSlot, leaf_paths
+from qcompiler.capture.stand_ins import sources_of
 from qcompiler.capture.stored_weights import notes_of, readable
 from qcompiler.capture.symbols import Symbols
 from qcompiler.capture.trials import with_leeway
@@ -115,6 +116,8 @@ def capture(
     with readable(model), same_attributes(model):
         _prepare(model, call)
         captured = _of_module(model, call, dynamic_shapes, check)
+        if isinstance(weights := captured.graph.weights, Weights):
+            weights.load_later(sources_of(model))
         return replace(captured, notes=(*captured.fixed, *notes_of(model)))
 
 

@@ -9,7 +9,8 @@ error that names the file and the tensor.
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -44,6 +45,7 @@ class TensorFiles(Mapping[str, Tensor]):
         self._types: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._files: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
+        self._outlined: Collection[str] = ()
         files = _listed(folder)
         listed = {name for expected in files.values() for name in expected or ()}
         for file, expected in files.items():
@@ -54,11 +56,31 @@ class TensorFiles(Mapping[str, Tensor]):
             raise QCompilerError("the folder holds two checkpoints", got=got, where=str(folder), fix=fix)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._outlined:
+            return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
         try:
             tensor: Tensor = self._files[name].get_tensor(name)
         except SafetensorError as error:
             raise QCompilerError("a tensor cannot be read", got=error, where=f"{self.folder}: {name}") from error
         return tensor
+
+    def part(self, name: str, ranges: Sequence[slice]) -> Tensor:
+        """Reads a part of a tensor, one range of each axis, without the rest of the file.
+
+        The file is opened for this read: with the result, the memory that maps the file is released.
+        """
+        try:
+            opened: Any = safe_open(self._paths[name], "pt")
+            tensor: Tensor = opened.get_slice(name)[tuple(ranges)]
+        except (SafetensorError, OSError) as error:
+            raise QCompilerError("a tensor cannot be read", got=error, where=f"{self.folder}: {name}") from error
+        return tensor
+
+    def without_data(self, names: Collection[str]) -> "TensorFiles":
+        """The same tensors, but the named ones are on the meta device."""
+        twin = copy(self)
+        twin._outlined = names
+        return twin
 
     def __contains__(self, name: object) -> bool:
         return name in self._types  # the inherited method would read the tensor

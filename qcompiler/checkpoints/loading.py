@@ -6,7 +6,7 @@ Quantized weights stay codes and scales: modules hold them under the names in th
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompiler.capture.quiet import third_party_silence
+from qcompiler.capture.stand_ins import stand_in
 from qcompiler.capture.stored_weights import Stored, add_notes, hold
 from qcompiler.checkpoints.cache_scales import keep
 from qcompiler.checkpoints.conversion import names_in_model, to_model
@@ -24,6 +25,7 @@ from qcompiler.checkpoints.fitting import check_complete, check_element_types, c
 from qcompiler.checkpoints.layer_schemes import PRESCALE, LayerSchemes
 from qcompiler.checkpoints.quantized_weight import equal_bits
 from qcompiler.checkpoints.reading import Checkpoint, read
+from qcompiler.checkpoints.slices import sources
 from qcompiler.checkpoints.stacking import Part, stacked
 from qcompiler.errors import QCompilerError
 
@@ -61,20 +63,51 @@ def load_model(folder: "str | PathLike[str] | Checkpoint") -> nn.Module:
             stored as integers.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
+    with _model_of(checkpoint) as (transformers, kind, config):
+        if checkpoint.format is None:
+            with _one_sentence("transformers cannot load the model", checkpoint.folder):
+                model = _in_float(kind, config, checkpoint)
+        else:
+            model = _skeleton(kind, config, checkpoint)
+            _fill(model, checkpoint)
+        _finish(transformers, model, checkpoint)
+    return model.eval()
+
+
+def load_in_slices(folder: "str | PathLike[str] | Checkpoint", device: torch.device) -> nn.Module:
+    """Loads the same model as `load_model`, but matrices are stand-ins that share memory (see `capture.stand_ins`).
+
+    A captured graph gets their values from the files when a pass first reads them, or only a part of them.
+
+    Args:
+        folder: The path, or the result of `read`.
+        device: Where the model runs.
+
+    Raises:
+        QCompilerError: As for `load_model`.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
+    with _model_of(checkpoint) as (transformers, kind, config):
+        model = _skeleton(kind, config, checkpoint)
+        read_later = sources(model, checkpoint, device)
+        outline = replace(checkpoint, tensors=checkpoint.tensors.without_data(read_later.names))
+        _fill(model, outline)
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        stand_in(model, read_later.by_target, device)
+        add_notes(model, read_later.notes())
+        _finish(transformers, model, checkpoint)
+    return model.eval()
+
+
+@contextmanager
+def _model_of(checkpoint: Checkpoint) -> "Iterator[tuple[Any, Any, Any]]":
+    """The transformers module, and the class and configuration of a model; other packages are silent in the block."""
     _check_declared(checkpoint)
     transformers = transformers_library()
     config = _config(transformers, checkpoint.folder)
     kind = _architecture(transformers, config, checkpoint)
     with third_party_silence():
-        if checkpoint.format is None:
-            with _one_sentence("transformers cannot load the model", checkpoint.folder):
-                model = _in_float(kind, config, checkpoint)
-        else:
-            with _one_sentence("transformers cannot build the model", checkpoint.folder):
-                model = _skeleton(kind, config, checkpoint)
-                _fill(model, checkpoint, checkpoint.format.scale_suffix)
-        _finish(transformers, model, checkpoint)
-    return model.eval()
+        yield transformers, kind, config
 
 
 def _check_declared(checkpoint: Checkpoint) -> None:
@@ -139,23 +172,30 @@ def _in_float(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
 def _skeleton(kind: Any, config: Any, checkpoint: Checkpoint) -> nn.Module:
     """The model with weights on the meta device; other buffers, such as RoPE frequencies, are computed."""
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _usual_dtype(checkpoint)
-    with import_module("transformers.initialization").no_init_weights():
+    with (
+        _one_sentence("transformers cannot build the model", checkpoint.folder),
+        import_module("transformers.initialization").no_init_weights(),
+    ):
         model: nn.Module = kind._from_config(config, dtype=dtype)
     return model
 
 
 def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The first 16-bit dtype of a float weight; scales may have another one."""
+    """The first 16-bit dtype of a float weight; scales may have another one. In a float checkpoint, the first dtype."""
     beside = checkpoint.beside
     dtypes = (checkpoint.tensors.dtype(name) for name in checkpoint.tensors if name not in beside)
+    if checkpoint.format is None:
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
     return next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, suffix: str) -> None:
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Assigns the tensors of the files to the model. Raises QCompilerError if names differ."""
+    suffix = "" if checkpoint.format is None else checkpoint.format.scale_suffix
     tensors, stored = checkpoint.tensors, checkpoint.stored
     aside = checkpoint.beside | stored.keys() | (checkpoint.cache.tensors.keys() - model.state_dict().keys())
-    plain = to_model(model, {name: tensors[name] for name in tensors if name not in aside})
+    given = {name: tensors[name] for name in tensors if name not in aside}
+    plain = to_model(model, given, exact=checkpoint.format is not None)
     held: dict[str, Held] = {}
     factors: dict[bytes, nn.Parameter] = {}  # layers that read one activation share them, and its quantization
     for format in {how.format for how in stored.values()}:

@@ -85,7 +85,7 @@ class StoredAs:
 
 def not_finite(codes: Tensor) -> str | None:
     """The first FP8 code that is NaN or infinite, with its index; None if there is none, or the codes are integers."""
-    if codes.dtype not in LAST_FINITE:
+    if codes.dtype not in LAST_FINITE or codes.is_meta:
         return None
     wrong = codes.view(torch.uint8).bitwise_and(0x7F) > LAST_FINITE[codes.dtype]
     if not wrong.any():

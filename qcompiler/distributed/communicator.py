@@ -22,6 +22,10 @@ class Communicator(ABC):
     """One rank's connection to the other ranks of a mesh. `mesh` names the axis along which the ranks differ."""
 
     @abstractmethod
+    def place(self, mesh: str) -> int:
+        """The coordinate of this rank along an axis."""
+
+    @abstractmethod
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""
 

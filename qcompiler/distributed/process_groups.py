@@ -3,13 +3,17 @@
 They are the operators of torch's functional collectives, which torch.compile supports.
 """
 
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives  # noqa: F401  (defines the operators)
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from qcompiler import knobs
 from qcompiler.distributed.communicator import Communicator
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Mesh
@@ -43,30 +47,48 @@ def mesh_of(devices: DeviceMesh) -> tuple[Mesh, int]:
     return mesh, rank
 
 
-def _waited(x: Tensor) -> Tensor:
-    """The result of a collective, when it has arrived."""
-    result: Tensor = OPS.wait_tensor(x)
-    return result
-
-
 class ProcessGroups(Communicator):
-    """This process as a rank of a device mesh."""
+    """This process as a rank of a device mesh.
+
+    A rank that waits longer than `QCOMPILER_COLLECTIVE_SECONDS` for the others raises an error; by default, torch's own
+    limits hold. With NCCL, torch ends the process then.
+    """
 
     def __init__(self, devices: DeviceMesh) -> None:
         self.devices = devices
+        if (seconds := knobs.current().collective_seconds) is not None:
+            for group in devices.get_all_groups():
+                _set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def place(self, mesh: str) -> int:
+        """The coordinate of this process."""
+        return int(self.devices.get_local_rank(mesh))
 
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""
-        return _waited(OPS.all_reduce(x.contiguous(), "sum", self.devices.get_group(mesh).group_name))
+        return _done(lambda: OPS.all_reduce(x.contiguous(), "sum", self.devices.get_group(mesh).group_name))
 
     def all_gather(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """The tensors of all ranks along an axis."""
         group = self.devices.get_group(mesh)
-        parts = _waited(OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+        parts = _done(lambda: OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
         return parts if axis == 0 else torch.cat(parts.chunk(group.size()), axis)
 
     def reduce_scatter(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """This rank's part of the sum."""
         group = self.devices.get_group(mesh)
         parts = x if axis == 0 else torch.cat(x.chunk(group.size(), axis))
-        return _waited(OPS.reduce_scatter_tensor(parts.contiguous(), "sum", group.size(), group.group_name))
+        return _done(lambda: OPS.reduce_scatter_tensor(parts.contiguous(), "sum", group.size(), group.group_name))
+
+
+def _done(collective: Callable[[], Tensor]) -> Tensor:
+    """The result of a collective, when it has arrived. Raises QCompilerError if another rank does not take part."""
+    try:
+        result: Tensor = OPS.wait_tensor(collective())
+    except RuntimeError as error:
+        raise QCompilerError(
+            "a collective has failed: another rank has ended or has not arrived in time",
+            got=str(error).splitlines()[0],
+            fix="Look for the first error of any rank; QCOMPILER_COLLECTIVE_SECONDS sets how long ranks wait.",
+        ) from error
+    return result

@@ -108,6 +108,10 @@ class _Rank(Communicator):
     def __init__(self, simulation: Simulation, rank: int) -> None:
         self.simulation, self.rank = simulation, rank
 
+    def place(self, mesh: str) -> int:
+        """The coordinate of this rank."""
+        return self.simulation.mesh.place(self.rank, mesh)
+
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""
         return reduce(add, self.simulation.exchange(self.rank, Call("all_reduce", mesh, None, x)))
@@ -119,5 +123,4 @@ class _Rank(Communicator):
     def reduce_scatter(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """This rank's part of the sum."""
         total = reduce(add, self.simulation.exchange(self.rank, Call("reduce_scatter", mesh, axis, x)))
-        grid = self.simulation.mesh
-        return total.chunk(grid.length(mesh), axis)[grid.place(self.rank, mesh)].contiguous()
+        return total.chunk(self.simulation.mesh.length(mesh), axis)[self.place(mesh)].contiguous()

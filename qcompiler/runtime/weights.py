@@ -8,6 +8,7 @@ keep the old tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +17,25 @@ from qcompiler.numerics.dtypes import ir_dtype
 
 Loader = Callable[[], torch.Tensor]
 """Creates a tensor when it is first read, for instance from a checkpoint file."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A loader that can read a part of its tensor, such as one over a file, without the rest."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of the tensor."""
+
+    def __call__(self) -> torch.Tensor:
+        """Reads the tensor."""
+
+    def part(self, axis: int, start: int, size: int) -> "Source":
+        """The source of the elements `start` to `start + size` along an axis."""
 
 
 class _Entry:
@@ -33,6 +53,12 @@ class _Entry:
                 raise RuntimeError("the weight has neither a tensor nor a loader")
             self.tensor, self.loader = self.loader(), None
         return self.tensor
+
+    def part(self, axis: int, start: int, size: int) -> "_Entry":
+        """The entry of a part, read on demand; from a source, nothing else is read."""
+        if self.tensor is None and isinstance(self.loader, Source):
+            return _Entry(self.loader.part(axis, start, size))
+        return _Entry(lambda: self.read().narrow(axis, start, size).clone(memory_format=torch.contiguous_format))
 
 
 class Weights(MutableMapping[str, torch.Tensor]):
@@ -78,9 +104,10 @@ class Weights(MutableMapping[str, torch.Tensor]):
         return sum(tensor.nbytes for tensor in loaded.values())
 
     def type_of(self, name: str) -> TensorType | None:
-        """Returns the type of a weight; None if it is not loaded, because checking would load it."""
-        tensor = self._entries[name].tensor
-        return None if tensor is None else TensorType(ir_dtype(tensor.dtype), tuple(tensor.shape))
+        """Returns the type of a weight; None if it is not known, because checking would load the weight."""
+        entry = self._entries[name]
+        known = entry.loader if isinstance(entry.loader, Source) else entry.tensor
+        return None if known is None else TensorType(ir_dtype(known.dtype), tuple(known.shape))
 
     def copy(self) -> "Weights":
         """Returns a store that shares every tensor with this one; writes and deletions stay separate."""
@@ -101,6 +128,24 @@ class Weights(MutableMapping[str, torch.Tensor]):
         self._untie(name)
         old = self._entries[name]
         self._entries[name] = _Entry(lambda: change(old.read()))
+
+    def cut_later(self, name: str, axis: int, start: int, size: int) -> None:
+        """Replaces an entry by a part of its tensor, which is read on first use; the name is no longer tied."""
+        self._untie(name)
+        self._entries[name] = self._entries[name].part(axis, start, size)
+
+    def load_later(self, sources: Mapping[str, Loader]) -> None:
+        """Replaces tensors by loaders; names tied to one of `sources` stay tied, and share what is loaded."""
+        made: dict[str, _Entry] = {}
+        for name in self._entries:
+            known = next((each for each in self._ties.get(name, (name,)) if each in sources), None)
+            if known is not None:
+                self._entries[name] = made.setdefault(known, _Entry(sources[known]))
+
+    def load_apart(self) -> None:
+        """Stops sharing with other stores the tensors that are not read yet and have a source."""
+        own = {id(entry): _Entry(entry.loader) for entry in self._entries.values() if isinstance(entry.loader, Source)}
+        self._entries = {name: own.get(id(entry), entry) for name, entry in self._entries.items()}
 
     def __delitem__(self, name: str) -> None:
         """Drops the reference to a tensor; its memory is freed if there are no other references."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompiler.distributed.agreement import check_same
+from qcompiler.distributed.agreement import Ranks
 from qcompiler.distributed.communicator import current
 from qcompiler.distributed.simulation import Simulation, simulated_mesh
 from qcompiler.errors import InputError, QCompilerError
@@ -63,7 +63,7 @@ def test_ranks_with_different_programs() -> None:
 
 def test_ranks_must_have_the_same_program() -> None:
     def program(texts: list[str], rank: int) -> Tensor:
-        check_same(texts[rank], current(), Mesh.parse("dp=2, tp=2"), torch.device("cpu"))
+        Ranks(current(), Mesh.parse("dp=2, tp=2"), rank, torch.device("cpu")).check_same(texts[rank])
         return torch.ones(())
 
     each("dp=2, tp=2", partial(program, ["func"] * 4))
