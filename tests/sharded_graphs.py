@@ -16,14 +16,15 @@ from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
 
 
-def rank_graphs(graph: Graph, mesh: str, then: str = "", unit: str = "[1, 1]", more: str = "") -> list[Graph]:
-    """The programs of all ranks, after further passes."""
+def rank_graphs(
+    graph: Graph, mesh: str, then: str = "", unit: str = "[1, 1]", more: str = "", rewrite: str = ""
+) -> list[Graph]:
+    """The programs of all ranks, after further passes; `rewrite` runs before the graph is that of one rank."""
     found = []
     for rank in range(Mesh.parse(mesh).size):
         own = graph.clone()
-        steps = (
-            f'shard{{mesh="{mesh}", unit={unit}{more}}}; collectives; partition{{mesh="{mesh}", rank={rank}}}; {then}'
-        )
+        place = f'shard{{mesh="{mesh}", unit={unit}{more}}}; collectives; {rewrite}'
+        steps = f'{place}partition{{mesh="{mesh}", rank={rank}}}; {then}'
         run_pipeline(Pipeline.parse(steps), own)
         found.append(own)
     assert len({str(each) for each in found}) == 1

@@ -111,6 +111,12 @@ def _counted(op: Op) -> Limits | None:
     return Limits(0, end - 1)
 
 
+def _renumbered(op: Op) -> Limits | None:
+    """Numbers of groups, from any first one."""
+    groups = op.attrs["groups"]
+    return Limits(0, groups - 1) if isinstance(groups, int) else None
+
+
 def _scattered(op: Op) -> Limits | None:
     """The new elements, if they replace all elements: their places are a permutation."""
     places, values = op.argument("indices"), op.argument("values")
@@ -168,5 +174,6 @@ ROWS: Mapping[str, Callable[[Op], Limits | None]] = {
     "aten.floor_divide": _quotient,
     "aten.arange": _counted,
     "aten.index_put": _scattered,
+    "coll.own_first": _renumbered,
 }
 """Operation -> the limits of its results, besides places and moves."""

@@ -1,7 +1,7 @@
 """Collectives of one rank's program, seen along the sequence: all ranks have the same tokens at the same places."""
 
 from passes.analyses.sequence_elementwise import elementwise
-from passes.analyses.sequence_labels import Label
+from passes.analyses.sequence_labels import Below, Label, regroup
 from passes.analyses.sequence_site import Row, Site, Table
 
 
@@ -14,8 +14,30 @@ def _gathered(site: Site) -> Label:
     return site.made(axes, label)
 
 
+def _cut_tokens(site: Site) -> Label:
+    """All tokens one after the other, of which each rank has a part: row i of two values is the same token."""
+    label = site.label("x")
+    tokens = tuple(digit for axis in label.axes[:-1] for digit in axis)
+    return site.made([*[()] * (len(label.axes) - 2), tokens, label.axes[-1]], label)
+
+
+def _gathered_tokens(site: Site) -> Label:
+    label = site.label("x")
+    return site.made(regroup(label.axes, site.shape()), label)
+
+
+def _own_first(site: Site) -> Label:
+    """Numbers below the number of groups remain below it."""
+    label = site.label("x")
+    return site.made(label.axes, label, known=label.known if isinstance(label.known, Below) else None)
+
+
 COLLECTIVES: Table = {
     "coll.all_reduce": Row("An element of the sum depends on the ranks' elements at its own place.", elementwise),
     "coll.all_gather": Row("The parts of the ranks, which belong to the same tokens, are put side by side.", _gathered),
+    "coll.own_tokens": Row("Each rank has some of the tokens, in the same order.", _cut_tokens),
+    "coll.reduce_scatter_tokens": Row("An element of the sum depends on the same token on all ranks.", _cut_tokens),
+    "coll.all_gather_tokens": Row("The tokens of all ranks, in the same order.", _gathered_tokens),
+    "coll.own_first": Row("Each number is renumbered alone.", _own_first),
 }
 """Collective -> why and how it is position-wise."""

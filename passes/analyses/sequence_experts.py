@@ -30,6 +30,7 @@ from passes.analyses.sequence_labels import (
     broadcast,
     has_tokens,
 )
+from passes.analyses.sequence_moves import MOVES
 from passes.analyses.sequence_site import Answer, Row, Site, Table
 from qcompiler.ir import Argument, DType, ScalarType, Size, Value
 from qcompiler.ir.sizes import product
@@ -123,6 +124,17 @@ def _ends(site: Site) -> Answer:
     return cumulative(site)
 
 
+def _sliced(site: Site) -> Answer:
+    """The ends of the first groups: rows after the last of them are zero."""
+    groups, end = _fact(site, "self"), site.op.argument("end")
+    if not isinstance(groups, Groups):
+        return MOVES["aten.slice.Tensor"].apply(site)
+    first = site.op.argument("start") in (None, 0) and site.op.argument("step") == 1
+    if not groups.ends or not first or not isinstance(end, int) or not 0 < end <= groups.limit:
+        raise Mixes(f"{site.op.name} selects counts of other groups than the first ones")
+    return Groups(groups.order, end, ends=True)
+
+
 def grouped(site: Site, x: Label, offsets: Value | None, weights: Size) -> Label:
     """The label of a grouped matmul: row i is multiplied by the weight of its own expert.
 
@@ -170,6 +182,14 @@ def _grouped(site: Site) -> Answer:
     if not weight.free or not all(site.label(value).free for value in more):
         raise Mixes(f"the matrices of {site.op.name} depend on the tokens")
     return grouped(site, label, offsets if isinstance(offsets, Value) else None, w.tensor.shape[0])
+
+
+def _own_rows(site: Site) -> Answer:
+    """Whether a row is after the last group depends on its own key."""
+    x, groups = site.label("x"), _fact(site, "ends")
+    if not isinstance(groups, Groups) or not groups.ends or x.axes[0] != _sorted(site, groups.order):
+        raise Mixes(f"the rows of {site.op.name} are {x}, which are not in the order of its groups")
+    return x
 
 
 # Indexing
@@ -278,8 +298,10 @@ EXPERTS: Table = {
     "aten.clone": Row("Copies and exact casts of an order are the order.", _kept),
     "aten.histc": Row("Counts of sorted keys are the sizes of the groups of equal keys.", _count),
     "aten.cumsum": Row("Sums of the sizes of groups are their ends.", _ends),
+    "aten.slice.Tensor": Row("The first ends of groups are ends of groups.", _sliced),
     "aten._grouped_mm": Row("Each row is multiplied by the matrix of its own key.", _grouped),
     "transformers.grouped_mm_fallback": Row("Each row is multiplied by the matrix of its own key.", _grouped),
+    "coll.own_rows": Row("Each row is kept or made zero by its own key.", _own_rows),
     "aten.index.Tensor": Row("Each token picks a row for itself.", _index),
     "aten.index_put": Row("Each entry is written to its own row.", _put),
     "aten.index_add": Row("Each entry is added to the row of its token.", _add),

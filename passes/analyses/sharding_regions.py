@@ -21,6 +21,7 @@ from math import gcd, lcm
 
 from passes.analyses.candidates import why_not_quantized
 from passes.analyses.channel_labels import Slot
+from passes.analyses.layers import EVERYTHING, why_not_selected
 from passes.analyses.sharding_rules import Factor, Place, row_of, value_at
 from qcompiler.dialects.aten import is_pointwise
 from qcompiler.ir import ALL, Graph, Missed, Op, Role, TensorType, Value
@@ -44,12 +45,14 @@ class Cutting:
         unit: Of weights that may be quantized.
         named: Whether layers that are usually not quantized may be: the user names layers (see `analyses.layers`).
         gather: Minimum elements of a table whose columns are cut and gathered.
+        layers: Patterns that select the weights to cut (see `analyses.layers`).
     """
 
     parts: int
     unit: Unit = (1, 1)
     named: bool = False
     gather: int = LARGE
+    layers: tuple[str, ...] = EVERYTHING
 
 
 class Refused(Exception):
@@ -189,9 +192,16 @@ def grow(graph: Graph, start: Op, factor: Factor, cutting: Cutting) -> Region:
             _cut(region, queue, op, _factor(op, value, region.cuts[value]))
     _check(graph, region)
     for op, cut in region.factors.items():
+        if _reads_weights(graph, op) and (excluded := why_not_selected(cutting.layers, op, graph)) is not None:
+            raise Refused(excluded.why, op.result)
         unit = cutting.unit if why_not_quantized(op, graph, cutting.named) is None else (1, 1)
         _add_units(region, op, cut, unit)
     return region
+
+
+def _reads_weights(graph: Graph, op: Op) -> bool:
+    """Whether an operation is a layer that patterns select: a linear or a lookup in a constant table."""
+    return op.name in ("aten.linear", "aten.embedding") and graph.is_constant(op["weight"])
 
 
 def _factors(op: Op) -> list[Factor]:

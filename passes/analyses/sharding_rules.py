@@ -238,9 +238,10 @@ def _sized(op: Op) -> Iterator[Factor]:
 
 
 def _embedding(op: Op) -> Iterator[Factor]:
-    """Columns of the table, and axes of the indices."""
+    """Columns of the table, axes of the indices, and rows of the table: zeros for rows in other parts."""
     ids = len(_shape(op, op.path("indices")))
     yield Factor((Place(op.path("weight"), 1), Place(0, ids)))
+    yield Factor((Place(op.path("weight"), 0),), summed=True)
     for axis in range(ids):
         yield Factor((Place(op.path("indices"), axis), Place(0, axis)))
 
@@ -366,7 +367,9 @@ RULES: Mapping[str, Row] = {
     "aten.amin": _REDUCTION,
     "aten.rms_norm": Row(_ALONG, _normalized, "normalizes along"),
     "aten.layer_norm": Row(_ALONG, _normalized, "normalizes along"),
-    "aten.embedding": Row("A row that is looked up holds the same columns.", _embedding, "looks up along"),
+    "aten.embedding": Row(
+        "A row that is looked up holds the same columns, and is in one part of the rows.", _embedding, "looks up along"
+    ),
     "aten.linear": Row("y[i, j] = b[j] + Σₖ x[i, k] · w[j, k].", _linear, "mixes"),
     "aten.mm": _MATMUL,
     "aten.bmm": _MATMUL,

@@ -17,62 +17,53 @@ and fuse, so that these see the shapes of one rank.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from passes.analyses.layers import EVERYTHING, check_patterns
 from passes.analyses.sharding_regions import LARGE, Cutting, Region, regions
+from passes.sharding.on_mesh import AlongAxis
 from qcompiler import ir
-from qcompiler.errors import PassError, QCompilerError
-from qcompiler.ir import ALL, Graph, Mesh, Missed, Op, Partial, Role, TensorType, Value
-from qcompiler.pass_manager.pipeline import Effect, Pass
+from qcompiler.errors import PassError
+from qcompiler.ir import ALL, Graph, Missed, Op, Partial, Role, TensorType, Value
+from qcompiler.pass_manager.pipeline import Effect
 
 
 @dataclass(frozen=True)
-class Shard(Pass):
+class Shard(AlongAxis):
     """linear(linear(x, w1), w2)  ->  the same, with placements and a reshard of each partial sum.
 
     Attributes:
-        mesh: The axes of the mesh and their sizes, such as "tp=2".
-        sharding: The tactic, which is also the name of the mesh axis that it uses.
         unit: Rows and columns of a weight that must stay together, as a block of its format does; -1: all of them.
         named: Whether layers that are usually not quantized may be, because the user names them.
         gather: Elements of a table of embeddings, or of a linear before an output, from which on its columns are cut
             and the result is gathered; smaller ones are on each rank.
+        layers: Patterns over weight names, of which the last match decides; others are whole on each rank.
     """
 
     name: ClassVar[str] = "shard"
     effect: ClassVar[Effect] = Effect.EXACT
 
-    mesh: str
-    sharding: Literal["tp"] = "tp"
     unit: tuple[int, int] = (1, 1)
     named: bool = False
     gather: int = LARGE
+    layers: tuple[str, ...] = EVERYTHING
 
     def __post_init__(self) -> None:
-        """Raises PassError unless the mesh is valid and has the axis of the tactic, and the unit is positive."""
+        """Raises PassError unless the mesh has the axis, and the unit is positive."""
         super().__post_init__()
-        try:
-            Mesh.parse(self.mesh).length(self.sharding)
-        except QCompilerError as error:
-            raise PassError(f"option 'mesh' of pass '{self.name}' is wrong: {error}") from None
         if not all(size > 0 or size == ALL for size in self.unit):
-            need = f"positive numbers, or {ALL} for all"
-            raise PassError(f"option 'unit' of pass '{self.name}' is wrong", got=list(self.unit), need=need)
+            raise self.wrong("unit", list(self.unit), f"positive numbers, or {ALL} for all")
 
     @property
     def cutting(self) -> Cutting:
         """How regions are cut."""
-        return Cutting(self.parts, self.unit, self.named, self.gather)
-
-    @property
-    def parts(self) -> int:
-        """The number of ranks that share each region."""
-        return Mesh.parse(self.mesh).length(self.sharding)
+        return Cutting(self.ranks, self.unit, self.named, self.gather, self.layers)
 
     def run(self, graph: Graph) -> bool:
         """Cuts the regions; raises PassError if there are none."""
-        if self.parts == 1 or is_placed(graph):
+        if self.ranks == 1 or is_placed(graph):
             return False
+        check_patterns(self.layers, graph)
         found, missed = regions(graph, self.cutting)
         if not found:
             raise PassError("nothing can be sharded", got=f"the mesh {self.mesh}", fix=_listed(missed))
@@ -82,19 +73,19 @@ class Shard(Pass):
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Why a linear or a large table is not cut."""
-        missed = regions(graph, self.cutting)[1] if self.parts > 1 else {}
+        missed = regions(graph, self.cutting)[1] if self.ranks > 1 else {}
         return {op.result.name: str(why) for op, why in missed.items() if not op.result.tensor.sharding}
 
     def place(self, graph: Graph, region: Region) -> None:
         """Writes the placements of a region into the types, and reshards its partial sums."""
         for value, axis in region.cuts.items():
-            value.type = value.tensor.placed(self.sharding, ir.Shard(axis, self.parts, region.units[value]))
+            value.type = value.tensor.placed(self.axis, ir.Shard(axis, self.ranks, region.units[value]))
         for value in (*region.partials, *region.terms):
-            value.type = value.tensor.placed(self.sharding, Partial(self.parts))
+            value.type = value.tensor.placed(self.axis, Partial(self.ranks))
         for op, factor in region.factors.items():
             if op.role is Role.MATMUL and graph.is_constant(op["w"]):
                 part = "sum" if factor.summed else "columns"
-                graph.remark(op.result, f"each of {self.parts} ranks ({self.sharding}) computes a part of its {part}")
+                graph.remark(op.result, f"each of {self.ranks} ranks ({self.axis}) computes a part of its {part}")
         for value in region.partials:
             self.reshard(graph, value, "sum")
         for value in region.gathered:
@@ -104,8 +95,8 @@ class Shard(Pass):
         """Inserts a reshard after a value; all users read its result."""
         order = list(graph)
         after = order[order.index(value.op) + 1]
-        whole, name = value.tensor.placed(self.sharding, None), f"{value.name}_{suffix}"
-        attrs, loc = {"mesh": self.sharding}, replace(value.op.loc, made_by=self.name)
+        whole, name = value.tensor.placed(self.axis, None), f"{value.name}_{suffix}"
+        attrs, loc = {"mesh": self.axis}, replace(value.op.loc, made_by=self.name)
         new = graph.insert(after, "coll.reshard", value, attrs=attrs, types=[whole], names=[name], loc=loc).result
         graph.replace(value, new)
 

@@ -8,6 +8,7 @@ them. In the program of one rank, types have no placements, and a collective com
 `torch.distributed`, or through a simulation (see `qcompiler.distributed`).
 """
 
+import torch
 from torch import Tensor
 
 from qcompiler.distributed.communicator import current
@@ -98,6 +99,57 @@ def reduce_scatter(x: Tensor, *, mesh: str, axis: int, ranks: int, unit: int = 1
     return current().reduce_scatter(x, mesh, axis)
 
 
+def own_first(x: Tensor, *, mesh: str, ranks: int, groups: int) -> Tensor:
+    """Torch definition of `coll.own_first`: (x - the first group of this rank) mod `groups`.
+
+    Args:
+        x: Numbers of groups, integers.
+        mesh: The axis of the mesh.
+        ranks: The number of ranks along it, each with an equal number of groups.
+        groups: The number of groups on all ranks.
+    """
+    return (x - current().place(mesh) * (groups // ranks)) % groups
+
+
+def own_first_types(op: Op) -> tuple[Type, ...]:
+    """x: integers -> the same type"""
+    kind, groups, ranks = op["x"].tensor, op.attrs["groups"], op.attrs["ranks"]
+    if kind.dtype.is_float:
+        raise OpError(f"the operand is {kind}, but numbers of groups are integers", "x")
+    if isinstance(groups, int) and isinstance(ranks, int) and groups % ranks:
+        raise OpError(f"{groups} groups cannot be divided among {ranks} ranks")
+    return (kind,)
+
+
+def own_part(x: Tensor, *, mesh: str, axis: int, ranks: int) -> Tensor:
+    """Torch definition of `coll.own_part`: the tensor itself."""
+    return x
+
+
+def own_part_types(op: Op) -> tuple[Type, ...]:
+    """x -> the type of x"""
+    return (_operand(op)[0],)
+
+
+def own_rows(x: Tensor, ends: Tensor) -> Tensor:
+    """Torch definition of `coll.own_rows`: zeros in all rows after the end of the last group.
+
+    Args:
+        x: Rows sorted by group, `[T, N]`.
+        ends: int32 `[E]`, the end row of each group.
+    """
+    others = torch.arange(x.shape[0], device=x.device) >= ends[-1]
+    return x.masked_fill(others.unsqueeze(1), 0)
+
+
+def own_rows_types(op: Op) -> tuple[Type, ...]:
+    """(x[T, N], ends i32[E]) -> the type of x"""
+    x, ends = op["x"].tensor, op["ends"].tensor
+    if len(x.shape) != 2 or len(ends.shape) != 1:
+        raise OpError(f"the operands are {x} and {ends}, but it needs a matrix and the ends of groups of its rows")
+    return (x,)
+
+
 declare(
     OpDef(
         "coll.reshard",
@@ -139,6 +191,37 @@ declare(
         {"unit": UNIT},
         types=reduce_scatter_types,
         meaning=reduce_scatter,
+        effects=Effects.COMMUNICATES,
+    )
+)
+declare(
+    OpDef(
+        "coll.own_first",
+        "Numbers of groups, counted from the first group of this rank: its own groups have the smallest numbers.",
+        ("x",),
+        {"groups": RANKS, "mesh": TEXT, "ranks": RANKS},
+        types=own_first_types,
+        meaning=own_first,
+        effects=Effects.COMMUNICATES,
+    )
+)
+declare(
+    OpDef(
+        "coll.own_rows",
+        "The rows of groups, and zeros after the last group.",
+        ("x", "ends"),
+        types=own_rows_types,
+        meaning=own_rows,
+    )
+)
+declare(
+    OpDef(
+        "coll.own_part",
+        "The same tensor, which is the part of this rank, along an axis, of what the ranks return.",
+        ("x",),
+        {"mesh": TEXT, "axis": AXIS, "ranks": RANKS},
+        types=own_part_types,
+        meaning=own_part,
         effects=Effects.COMMUNICATES,
     )
 )

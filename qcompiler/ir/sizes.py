@@ -1,9 +1,10 @@
 """Dimension sizes: integers, or canonical integer polynomials over symbols.
 
     s0          2*s0 + 1          s0*s1          floordiv(s0 + 127, 128)          max(s0, s1)
+    share(s0, 2, 64)              s0 if it is less than 64, else half of it, rounded up
 
 Polynomials are kept in a normal form, so equal sizes compare equal and print the same. Functions that are not
-polynomials (floor division, modulo, minimum, maximum, and unknown functions) are atoms of the polynomial.
+polynomials (floor division, modulo, minimum, maximum, share, and unknown functions) are atoms of the polynomial.
 """
 
 from collections.abc import Callable, Mapping
@@ -94,8 +95,8 @@ def call(function: str, *args: Size) -> Size:
         raise ValueError(f"{function} takes at least 1 size, not 0")
     if function in ("max", "min"):
         return _extreme(function, args)
-    if function in FUNCTIONS and len(args) != 2:
-        raise ValueError(f"{function} takes 2 sizes, not {len(args)}")
+    if function in FUNCTIONS and len(args) != (needed := ARITIES.get(function, 2)):
+        raise ValueError(f"{function} takes {needed} sizes, not {len(args)}")
     if function == "floordiv":
         return floordiv(*args)
     if function == "mod":
@@ -174,6 +175,10 @@ def ceildiv(a: Size, b: int) -> Size:
     return -(-a // b) if isinstance(a, int) else floordiv(a + (b - 1), b)
 
 
+def _share(tokens: int, ranks: int, few: int) -> int:
+    return tokens if tokens < few or ranks < 1 else -(-tokens // ranks)
+
+
 STRENGTHS = {"+": 1, "-": 1, "*": 2, "//": 2}
 OPERATORS: Mapping[str, Callable[[Size, Size], Size]] = {"+": add, "-": sub, "*": mul, "//": floordiv}
 FUNCTIONS: Mapping[str, Callable[..., int]] = {
@@ -182,7 +187,10 @@ FUNCTIONS: Mapping[str, Callable[..., int]] = {
     "max": max,
     "min": min,
     "pow": pow,
+    "share": _share,
 }
+ARITIES = {"share": 3}
+"""Numbers of sizes that functions take, unless it is 2; max and min take any."""
 
 
 def product(sizes: "tuple[Size, ...]") -> Size:

@@ -92,6 +92,8 @@ LEGAL: dict[str, tuple[str, str]] = {
     "aten.histc": (ROUTED + GROUPS + MULTIPLIED, SORTED),
     "aten.cumsum": (ROUTED + GROUPS + MULTIPLIED, SORTED),
     "aten._grouped_mm": (ROUTED + GROUPS + MULTIPLIED, SORTED),
+    "coll.own_rows": (ROUTED + GROUPS + "%first = aten.slice.Tensor(%ends, 0, 0, 3) : i32[3]\n"
+                      "%r = coll.own_rows(%sorted, %first) : f32[2*s0*s1, 8]", SORTED),
     "aten.index.Tensor": (ROUTED + PLACES + "%r = aten.index.Tensor(%sorted, [%place]) : f32[2*s0*s1, 8]", ENTRIES),
     "aten.index.Tensor of a weight": (ROUTED + "%r = aten.index.Tensor(%w, [None, %key]) : f32[8, 2*s0*s1]",
                                       "[8, sorted]"),
@@ -184,6 +186,10 @@ ILLEGAL: dict[str, tuple[str, str]] = {
         ROUTED + GROUPS + "%k, %o = aten.sort(%expert) : i64[2*s0*s1], i64[2*s0*s1]\n"
         "%f = aten.floor_divide(%o, 2) : i64[2*s0*s1]\n%u = aten.index.Tensor(%t, [%f]) : f32[2*s0*s1, 8]\n"
         "%r = aten._grouped_mm(%u, %experts, %ends) : f32[2*s0*s1, 8]", "are not in the order of its groups"),
+    "coll.own_rows": (ROUTED + GROUPS + "%r = coll.own_rows(%t, %ends) : f32[s0*s1, 8]",
+                      "not in the order of its groups"),
+    "aten.slice.Tensor of groups": (ROUTED + GROUPS + "%r = aten.slice.Tensor(%ends, 0, 1) : i32[7]",
+                                    "selects counts of other groups than the first ones"),
     "aten.index.Tensor": ("%r = aten.index.Tensor(%x, [None, %p]) : f32[s0, s1, 8]", f"picks among {POSITIONS}"),
     "aten.index_put": (ROUTED + "%z = aten.zeros_like(%t) : f32[s0*s1, 8]\n"
                        "%r = aten.index_put(%z, [%token], %sorted) : f32[s0*s1, 8]", "and keeps only one"),

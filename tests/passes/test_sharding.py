@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sharded_graphs import RandomBlocks, rank_graphs, run_ranks
 
 from passes.analyses.sharding_regions import Cutting, regions
@@ -29,6 +31,30 @@ def test_random_graphs(seed: int) -> None:
     for (output,) in outputs:
         torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
         assert torch.equal(output, outputs[0][0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.data())
+def test_random_shardings(seed: int, data: st.DataObject) -> None:
+    """Excluded layers are whole on each rank, and the ranks compute what one process computes."""
+    blocks = RandomBlocks(seed)
+    graph = Graph.parse(blocks.text())
+    inputs, graph.weights = random_inputs(graph, seed)
+    (whole,) = interpret(graph, inputs)
+    linears = [str(op["weight"].op.attrs["name"]) for op in graph.ops("aten.linear")]
+    excluded = data.draw(st.sets(st.sampled_from(linears), max_size=2))
+    layers = ", ".join(f'"{pattern}"' for pattern in ("*", *(f"!{name}" for name in sorted(excluded))))
+    mesh, more = f"tp={blocks.parts}", f", layers=[{layers}]"
+    if not regions(graph, Cutting(blocks.parts, layers=("*", *(f"!{name}" for name in excluded))))[0]:
+        with pytest.raises(PassError, match=r"(?s)nothing can be sharded.*excludes it"):
+            rank_graphs(graph, mesh, more=more)
+        return
+    graphs = rank_graphs(graph, mesh, more=more)
+    outputs, _ = run_ranks(graphs, mesh, inputs)
+    for (output,) in outputs:
+        torch.testing.assert_close(output, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+    for name in excluded:
+        assert all(torch.equal(own.weights[name], graph.weights[name]) for own in graphs)
 
 
 MLP = """func @m(%x: f32[s0, 64]) -> (f32[s0, 64]) where s0 in 1..64 {
@@ -93,15 +119,33 @@ def test_gathered_columns_have_equal_bits(parts: int) -> None:
     assert all(torch.equal(output, whole) for (output,) in outputs)
 
 
-def test_small_tables_and_tied_tables_are_whole() -> None:
-    graph = Graph.parse(VOCABULARY)
-    assert not regions(graph, Cutting(2))[0]
-    tied = Graph.parse(VOCABULARY.replace("%w, %b) :", "%t, %b) :"))
-    found, missed = regions(tied, Cutting(2, gather=1024))
-    assert not found
+def test_small_tables_are_whole() -> None:
+    assert not regions(Graph.parse(VOCABULARY), Cutting(2))[0]
+
+
+TIED = VOCABULARY.replace("%w, %b) :", "%t, %b) :")
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_tied_table_is_cut_along_its_rows(parts: int) -> None:
+    """Each rank looks up its own rows; all others are zeros, so that the sum has equal bits."""
+    graph, mesh = Graph.parse(TIED), f"tp={parts}"
+    graph.verify()
+    _, graph.weights = random_inputs(graph, 0)
+    graph.weights["t"][0] = -graph.weights["t"][0].abs()
+    ids = torch.arange(48).reshape(2, 24)
+    ranks = rank_graphs(graph, mesh, more=", gather=1024")
+    text = str(ranks[0])
+    assert (text.count("coll.own_first"), text.count("coll.all_reduce"), text.count("coll.all_gather")) == (1, 1, 1)
+    assert tuple(ranks[0].weights["t"].shape) == (48 // parts, 32)
+    (whole,), (outputs, _) = interpret(graph, [ids]), run_ranks(ranks, mesh, [ids])
+    assert all(torch.equal(output, whole) for (output,) in outputs)
+
+
+def test_a_tied_table_that_cannot_be_cut() -> None:
+    _, missed = regions(Graph.parse(TIED), Cutting(5, gather=1024))
     assert {str(why) for why in missed.values()} == {
-        "aten.embedding looks up along axis 0 (%t)",
-        "aten.softmax.int normalizes along axis 2 (%h)",
+        "48 elements along axis 0 cannot be cut into 5 equal parts; the nearest possible number of parts is 4 (%t)",
     }
 
 
@@ -165,8 +209,8 @@ def test_a_bias_that_is_also_used_elsewhere_is_not_a_term_of_the_sum() -> None:
         ('shard{mesh="dp=2"}', "the mesh has no such axis: got 'tp'"),
         ('shard{mesh="two"}', "option 'mesh' of pass 'shard' is wrong: this is not a mesh: got 'two'"),
         (
-            'shard{mesh="tp=2", sharding=ep}',
-            "option 'sharding' of pass 'shard' has a wrong value: got ep; need one of tp",
+            'shard{mesh="tp=2", axis=3}',
+            "option 'axis' of pass 'shard' has a wrong value: got 3; need a word or a string",
         ),
         ('shard{mesh="tp=2", unit=[0, 1]}', r"option 'unit' of pass 'shard' is wrong: got \[0, 1\]"),
         ('partition{mesh="tp=2", rank=2}', "option 'rank' of pass 'partition' is wrong: got 2; need 0 to 1"),

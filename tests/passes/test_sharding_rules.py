@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from passes.analyses.sharding_rules import RULES, Factor, row_of, value_at
+from passes.analyses.sharding_rules import RULES, Factor, Place, row_of, value_at
+from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op, TensorType
 from qcompiler.testing import random_inputs
@@ -65,7 +66,7 @@ CASES: list[tuple[str, str, str]] = [
     (X, "aten.amin(%x, [0, 1]) : f32[8]", "x2 y0"),
     (f"{X}, %g: f32[8]", "aten.rms_norm(%x, [8], %g) : f32[4, 6, 8]", "x0 y0; x1 y1"),
     (f"{X}, %g: f32[6, 8]", "aten.layer_norm(%x, [6, 8], %g) : f32[4, 6, 8]", "x0 y0"),
-    ("%t: f32[16, 8], %i: i64[4, 6]", "aten.embedding(%t, %i) : f32[4, 6, 8]", "t1 y2; i0 y0; i1 y1"),
+    ("%t: f32[16, 8], %i: i64[4, 6]", "aten.embedding(%t, %i) : f32[4, 6, 8]", "t1 y2; i0 y0; i1 y1; sum t0"),
     (f"{X}, %w: f32[10, 8]", "aten.linear(%x, %w) : f32[4, 6, 10]", "x0 y0; x1 y1; w0 y2; sum x2 w1"),
     (
         f"{X}, %w: f32[10, 8], %b: f32[10]", "aten.linear(%x, %w, %b) : f32[4, 6, 10]",
@@ -177,6 +178,11 @@ def run_part(graph: Graph, op: Op, factor: Factor, given: Any, part: int, count:
         if value is not None and value in own and value not in seen:
             seen.add(value)
             own[value] = own[value].chunk(count, place.axis)[part]
+    if op.name == "aten.embedding" and factor.summed:  # `partition` makes the result zeros for rows in other parts
+        table, ids = own.values()
+        row = ids - part * len(table)
+        mine = (row >= 0) & (row < len(table))
+        return (torch.where(mine.unsqueeze(-1), table[row.clamp(0, len(table) - 1)], 0.0),)
     for path in factor.terms:
         if part and (term := value_at(op, path)) is not None:
             own[term] = torch.zeros_like(own[term])
@@ -199,3 +205,51 @@ def test_every_row_has_a_case() -> None:
 )
 def test_operations_without_a_row(text: str) -> None:
     assert row_of(parsed(X, text)[1]) is None
+
+
+VALUES = ("attention.causal", "aten.scaled_dot_product_attention")
+"""Operations whose third operand could also be cut along its columns, which no region needs."""
+
+
+def uncut(op: Op) -> list[Place]:
+    """Axes of operands, of an even size, that no factor has."""
+    row = row_of(op)
+    known = {(place.slot, place.axis) for factor in row.factors(op) for place in factor.places} if row else set()
+    known |= {((2,), 3)} if op.name in VALUES else set()
+    return [
+        Place(path, axis)
+        for path, value in op.operands()
+        for axis, size in enumerate(value.tensor.shape)
+        if (path, axis) not in known and isinstance(size, int) and size % 2 == 0
+    ]
+
+
+def joined(parts: list[Any], whole: Any) -> list[int]:
+    """The axes along which two parts, one after the other, are the whole."""
+    found = []
+    for axis, size in enumerate(whole.shape):
+        sizes = [part.narrow(axis, 0, 0).shape == whole.narrow(axis, 0, 0).shape for part in parts]
+        if all(sizes) and sum(part.shape[axis] for part in parts) == size:
+            found += [axis] * torch.allclose(torch.cat(parts, axis).double(), whole.double())
+    return found
+
+
+FACTORED = [case for case in CASES if case[2] and not case[1].startswith("coll.")]
+
+
+@pytest.mark.parametrize(("inputs", "text", "expected"), FACTORED, ids=[case[1].split("(")[0] for case in FACTORED])
+def test_no_other_axis_can_be_cut(inputs: str, text: str, expected: str) -> None:
+    """The opposite of the test above: halves of an operand along another axis do not give halves of a result."""
+    graph, op = parsed(inputs, text)
+    given, graph.weights = random_inputs(graph, 0)
+    if "embedding" in text:
+        given[1] = given[1] % 16
+    whole = interpret(graph, given)
+    for place in uncut(op):
+        try:
+            first, second = (run_part(graph, op, Factor((place,)), given, at, 2) for at in range(2))
+        except QCompilerError:
+            continue  # the halves do not fit the other operands
+        for index, result in enumerate(op.results):
+            if isinstance(result.type, TensorType):
+                assert not joined([first[index], second[index]], whole[index]), place

@@ -1,0 +1,135 @@
+"""Regions of operations that treat tokens independently, between sums over ranks and readers of several tokens.
+
+    %s = coll.all_reduce(%y) {mesh = "tp"}      : bf16[s0, s1, 512]     a sum over ranks
+    %h = aten.add.Tensor(%x, %s)                                        in the region; %x is whole
+    %n = aten.rms_norm(%h, [512], %w)                                   in the region; %w belongs to all tokens
+    %g = aten.linear(%n, %w1)                                           outside: %n must be gathered
+
+All axes of a value but the last count tokens. In a region, each rank can compute a part of the tokens: then the sum is
+scattered, and only what others read is gathered.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from passes.analyses.sharding_rules import row_of, value_at
+from qcompiler.ir import Graph, Missed, Op, Role, ScalarType, Size, TensorType, Value
+from qcompiler.ir.op import Path
+
+ALONE = Missed("no operation after it treats tokens independently")
+
+UNBOUNDED = 1 << 62
+"""A slice up to such a place ends at the last element."""
+
+
+@dataclass
+class TokenRegion:
+    """Sums over ranks and the operations after them, in the order of the graph.
+
+    Attributes:
+        sums: The all-reduces.
+        ops: The operations that treat tokens independently.
+        gathered: Results of both that other operations read.
+    """
+
+    sums: list[Op] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    gathered: list[Value] = field(default_factory=list)
+
+    def why_not(self) -> Missed | None:
+        """Why it is not worth cutting; None if it is."""
+        if not self.ops:
+            return ALONE
+        summed, gathered = _width(op.result for op in self.sums), _width(self.gathered)
+        if gathered > summed:
+            why = f"other operations read {gathered} bytes of each token in its region, which sums only {summed}"
+            return Missed(f"{why}; the gathers would take longer than they save", self.gathered[-1])
+        return None
+
+
+def token_regions(graph: Graph, mesh: str) -> list[TokenRegion]:
+    """All regions after sums over the ranks of an axis of the mesh."""
+    joined: nx.Graph[Op] = nx.Graph()
+    for op in graph.ops():
+        if _is_sum(op, mesh):
+            joined.add_node(op)
+        elif any(value.op in joined for _, value in op.operands()) and keeps_tokens(op):
+            joined.add_edges_from((value.op, op) for _, value in op.operands() if value.op in joined)
+    regions = []
+    for members in nx.connected_components(joined):
+        region = TokenRegion()
+        for op in sorted(members, key=graph.rank):
+            (region.sums if _is_sum(op, mesh) else region.ops).append(op)
+            region.gathered += [v for v in op.results if any(user not in members for user in graph.users(v))]
+        regions.append(region)
+    return sorted(regions, key=lambda region: graph.rank(region.sums[0]))
+
+
+def lead(value: Value) -> tuple[Size, ...]:
+    """The sizes that count the tokens of a value."""
+    return value.tensor.shape[:-1]
+
+
+def holds_tokens(value: Value, sizes: tuple[Size, ...]) -> bool:
+    """Whether a value has these tokens."""
+    return isinstance(value.type, TensorType) and len(value.tensor.shape) > 1 and lead(value) == sizes
+
+
+def keeps_tokens(op: Op) -> bool:
+    """Whether each token of the results depends only on the same token of the operands, which all ranks hold alike."""
+    if any(_is_placed(value) for value in (*op.results, *(value for _, value in op.operands()))):
+        return False
+    row = row_of(op)
+    if row is None or row.sizes is not None or op.effects or op.role in (Role.MATMUL, Role.VIEW):
+        return _is_full_slice(op)
+    if any(isinstance(value.type, ScalarType) for _, value in op.operands()):
+        return False
+    if not op.results or not all(isinstance(value.type, TensorType) and value.tensor.shape for value in op.results):
+        return False
+    sizes = lead(op.results[0])
+    if not sizes or not all(holds_tokens(value, sizes) for value in op.results):
+        return False
+    tokens = {path for path, value in op.operands() if holds_tokens(value, sizes)}
+    return bool(tokens) and all(_along(op, axis, tokens) for axis, size in enumerate(sizes) if size != 1)
+
+
+def _is_placed(value: Value) -> bool:
+    """Whether ranks hold different parts or terms of a value."""
+    return isinstance(value.type, TensorType) and bool(value.type.sharding)
+
+
+def _along(op: Op, axis: int, tokens: set[Path]) -> bool:
+    """Whether an operation has a factor along an axis of tokens, of exactly the operands that have tokens."""
+    row = row_of(op)
+    for factor in row.factors(op) if row is not None else ():
+        places = {place.slot: place for place in factor.places}
+        if 0 in places and places[0].axis == axis and not factor.summed:
+            operands = {slot for slot in places if not isinstance(slot, int) and value_at(op, slot) is not None}
+            return operands == tokens and all(place.axis == axis and place.inner == 1 for place in factor.places)
+    return False
+
+
+def _is_full_slice(op: Op) -> bool:
+    """Whether an operation slices all elements along an axis of any size, or slices the last axis."""
+    if op.name != "aten.slice.Tensor" or not isinstance(dim := op.argument("dim"), int):
+        return False
+    shape = op["self"].tensor.shape
+    start, end = op.argument("start"), op.argument("end")
+    fixed = all(arg is None or type(arg) is int for arg in (start, end)) and op.argument("step") == 1
+    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= UNBOUNDED))
+    return len(shape) > 1 and fixed and (whole or dim % len(shape) == len(shape) - 1)
+
+
+def _is_sum(op: Op, mesh: str) -> bool:
+    if op.name != "coll.all_reduce" or op.attrs["mesh"] != mesh:
+        return False
+    shape = op.result.tensor.shape
+    return len(shape) > 1 and isinstance(shape[-1], int) and not op.result.tensor.sharding
+
+
+def _width(values: "Iterator[Value] | list[Value]") -> int:
+    """Bytes of a token in some values."""
+    kinds = [value.tensor for value in values]
+    return sum(kind.shape[-1] * kind.dtype.bits // 8 for kind in kinds if isinstance(kind.shape[-1], int))

@@ -1,0 +1,165 @@
+"""Sequence-parallel norms: each rank adds, normalizes and quantizes only its own tokens between two matmuls.
+
+    %s = coll.all_reduce(%y) {mesh = "tp"} : bf16[s0, s1, 512]
+    %h = aten.add.Tensor(%x, %s)
+    %n = aten.rms_norm(%h, [512], %w)
+    %g = aten.linear(%n, %w1)
+  ->
+    %s_part = coll.reduce_scatter_tokens(%y) {few = 64, mesh = "tp", ranks = 2}
+    %x_part = coll.own_tokens(%x) {few = 64, mesh = "tp", ranks = 2}
+    %h_part = aten.add.Tensor(%x_part, %s_part)
+    %n_part = aten.rms_norm(%h_part, [512], %w)
+    %n = coll.all_gather_tokens(%n_part, [%b, %s]) {few = 64, mesh = "tp", ranks = 2} : bf16[s0, s1, 512]
+    %g = aten.linear(%n, %w1)
+
+An all-reduce sends as many bytes as a scatter and a gather, so that norms and residual sums of other ranks' tokens are
+saved; `gather-quantized` then gathers codes. Runs after `collectives`, when types still say what ranks hold alike, and
+before `partition`. A rank's tokens are counted over all rows of the batch, so that a decode step of many sequences is
+cut, too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from passes.analyses.token_regions import TokenRegion, holds_tokens, lead, token_regions
+from passes.sharding.on_mesh import AlongAxis
+from qcompiler.dialects.coll_tokens import share_shape
+from qcompiler.errors import PassError
+from qcompiler.ir import Argument, Graph, Location, Op, ScalarType, Size, TensorType, Value, map_tree
+from qcompiler.pass_manager.pipeline import Effect
+
+FEW = 64
+"""Tokens below which the latency of a second collective costs more than the norms of all tokens."""
+
+
+@dataclass(frozen=True)
+class SequenceParallel(AlongAxis):
+    """norm(x + all_reduce(y))  ->  all_gather_tokens(norm(own_tokens(x) + reduce_scatter_tokens(y))).
+
+    Attributes:
+        few: With fewer tokens in a call, each rank computes all of them, as without this pass.
+    """
+
+    name: ClassVar[str] = "sequence-parallel"
+    effect: ClassVar[Effect] = Effect.REORDERS
+
+    few: int = FEW
+
+    def __post_init__(self) -> None:
+        """Raises PassError unless the mesh has the axis, and `few` is positive."""
+        super().__post_init__()
+        if self.few < 1:
+            raise self.wrong("few", self.few, "at least 1")
+
+    def run(self, graph: Graph) -> bool:
+        """Cuts all regions of tokens; raises PassError if the ranks exchange nothing yet."""
+        if self.ranks == 1:
+            return False
+        if not any(op.name.startswith("coll.") for op in graph.ops()):
+            problem, fix = "there is no sum over ranks to cut by tokens", 'Put tp or ep before it: "tp; sp".'
+            raise PassError(problem, got=f"the mesh {self.mesh}", where=f"pass '{self.name}'", fix=fix)
+        found = [region for region in token_regions(graph, self.axis) if region.why_not() is None]
+        for region in found:
+            _Cut(self, graph, region).run()
+        return bool(found)
+
+    def explain(self, graph: Graph) -> dict[str, str]:
+        """Why the region of an all-reduce is not cut."""
+        missed = [(region, region.why_not()) for region in token_regions(graph, self.axis) if self.ranks > 1]
+        return {region.sums[0].result.name: str(why) for region, why in missed if why is not None}
+
+
+class _Cut:
+    """Rewrites one region."""
+
+    def __init__(self, step: SequenceParallel, graph: Graph, region: TokenRegion) -> None:
+        self.step, self.graph, self.region = step, graph, region
+        self.attrs: dict[str, Argument] = {"few": step.few, "mesh": step.axis, "ranks": step.ranks}
+        self.parts: dict[Value, Value] = {}
+        self.wholes: dict[Value, Value] = {}
+
+    def run(self) -> None:
+        """Inserts the operations on parts, gathers what others read, and erases the operations on all tokens."""
+        inside = {*self.region.sums, *self.region.ops}
+        old = sorted(inside, key=self.graph.rank)
+        for op in old:
+            self.scatter(op) if op in self.region.sums else self.compute(op)
+            for value in op.results:
+                if value in self.region.gathered:
+                    self.gather(op, value, inside)
+        names = {value: value.name for op in old for value in op.results}
+        for op in reversed(old):
+            self.graph.erase(op)
+        for value, name in names.items():
+            self.graph.rename(self.parts[value], f"{name}_part")
+            if value in self.wholes:
+                self.graph.rename(self.wholes[value], name)
+
+    def loc(self, op: Op) -> Location:
+        return replace(op.loc, made_by=self.step.name)
+
+    def scatter(self, op: Op) -> None:
+        made = self.graph.insert(op, "coll.reduce_scatter_tokens", op["x"], attrs=self.attrs, loc=self.loc(op))
+        self.parts[op.result] = made.result
+
+    def compute(self, op: Op) -> None:
+        """Inserts an operation on the tokens of this rank."""
+        sizes = lead(op.results[0])
+        for _, value in op.operands():
+            if value not in self.parts and holds_tokens(value, sizes):
+                names = [f"{value.name}_part"]
+                own = self.graph.insert(
+                    op, "coll.own_tokens", value, attrs=self.attrs, names=names, loc=self.loc(op)
+                )  # fmt: skip
+                self.parts[value] = own.result
+
+        def swap(leaf: object) -> object:
+            return self.parts.get(leaf, leaf) if isinstance(leaf, Value) else leaf
+
+        types = [self.local(value.tensor) for value in op.results]
+        attrs = {key: map_tree(swap, arg) for key, arg in op.attrs.items()}
+        made = self.graph.insert(op, op.name, *map_tree(swap, op.args), attrs=attrs, types=types, loc=self.loc(op))
+        self.parts.update(zip(op.results, made.results, strict=True))
+
+    def local(self, kind: TensorType) -> TensorType:
+        return replace(kind, shape=share_shape(kind.shape, self.step.ranks, self.step.few))
+
+    def gather(self, op: Op, value: Value, inside: set[Op]) -> None:
+        """Gathers a value after the operation that computes a rank's part of it; users outside the region read it."""
+        sizes = self.sizes(op, lead(value))
+        args, kind = (self.parts[value], sizes), value.type
+        made = self.graph.insert(
+            op, "coll.all_gather_tokens", *args, attrs=self.attrs, types=[kind], loc=self.loc(op)
+        )  # fmt: skip
+        self.wholes[value] = made.result
+        for user in self.graph.users(value):
+            if user not in inside:
+                self.graph.replace_in(user, value, made.result)
+
+    def sizes(self, op: Op, shape: tuple[Size, ...]) -> tuple[Argument, ...]:
+        """The sizes of all tokens as arguments of an operation: integers, or values that are known before it."""
+        known = _known_sizes(self.graph, op)
+        return tuple(size if isinstance(size, int) else known.get(size) or self.read(op, size) for size in shape)
+
+    def read(self, op: Op, size: Size) -> Value:
+        """A size that is read from a value before an operation: the first one that has it."""
+        for value in (value for other in self.graph for value in other.results):
+            kind = value.type
+            if value.op is op:
+                break
+            if isinstance(kind, TensorType) and size in kind.shape and not kind.partials:
+                kinds, loc = [ScalarType("int", size)], self.loc(op)
+                args = (value, kind.shape.index(size))
+                return self.graph.insert(op, "aten.sym_size.int", *args, types=kinds, loc=loc).result
+        raise PassError("a size is not known as a number", got=size, where=f"pass '{self.step.name}'")
+
+
+def _known_sizes(graph: Graph, before: Op) -> Mapping[Size, Value]:
+    """The sizes that are known as numbers before an operation."""
+    found: dict[Size, Value] = {}
+    for op in graph.ops("aten.sym_size.int"):
+        kind = op.result.type
+        if isinstance(kind, ScalarType) and kind.value is not None and graph.rank(op) < graph.rank(before):
+            found.setdefault(kind.value, op.result)
+    return found

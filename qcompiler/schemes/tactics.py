@@ -1,0 +1,176 @@
+"""How ranks divide a model: a sequence of named tactics, which prints and parses.
+
+    Sharding.parse("tp")                                             tensor parallelism along the mesh axis "tp"
+    Sharding.parse('tp{layers=["*", "!lm_head"]}; sp')               all layers but one; then sequence-parallel norms
+    Sharding.parse("tp{axis=inner}; ep{axis=outer}")                 along axes of the mesh with other names
+
+Each tactic is one pass, in the order of the text. What an earlier tactic has divided, a later one leaves alone, and
+reports why.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
+
+from passes.analyses.layers import EVERYTHING
+from passes.analyses.sharding_regions import LARGE
+from passes.sharding.expert_parallel import ExpertParallel
+from passes.sharding.sequence_parallel import FEW, SequenceParallel
+from passes.sharding.shard import Shard
+from qcompiler.errors import PassError, did_you_mean
+from qcompiler.ir import Mesh
+from qcompiler.pass_manager.options import DASHED, OptionReader, converted, default_of, print_option, wrong_value
+from qcompiler.pass_manager.pipeline import Pass
+from qcompiler.text import Source
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """One way to divide a model, with its options.
+
+    Attributes:
+        name: The name in texts.
+        axis: The axis of the mesh.
+    """
+
+    name: ClassVar[str]
+    axis: str
+
+    def placing(self, mesh: Mesh, unit: tuple[int, int], named: bool) -> Pass | None:
+        """The pass that places values in the graph of the whole model, if the tactic has one.
+
+        Args:
+            mesh: The mesh.
+            unit: Rows and columns of a weight that no cut may separate.
+            named: Whether the user names layers to be quantized.
+        """
+        return None
+
+    def rewriting(self, mesh: Mesh, rank: int) -> Pass | None:
+        """The pass that rewrites what the ranks exchange, if the tactic has one."""
+        return None
+
+    def __post_init__(self) -> None:
+        """Checks the options against their type hints; raises PassError for a wrong value."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            try:
+                object.__setattr__(self, option.name, converted(value, get_type_hints(type(self))[option.name]))
+            except ValueError:
+                raise wrong_value(type(self), f"tactic '{self.name}'", option, repr(value)) from None
+
+    def __str__(self) -> str:
+        values = [(option, getattr(self, option.name)) for option in fields(self)]
+        shown = [f"{option.name}={print_option(value)}" for option, value in values if value != default_of(option)]
+        return self.name + (f"{{{', '.join(shown)}}}" if shown else "")
+
+
+@dataclass(frozen=True)
+class TensorParallel(Tactic):
+    """Cuts columns of linears and heads of attention; the linears that read them return partial sums.
+
+    Attributes:
+        axis: The axis of the mesh.
+        layers: Patterns over weight names, of which the last match decides; all others are whole on each rank.
+        gather: Minimum elements of an embedding table or a vocabulary projection whose columns are cut and gathered.
+    """
+
+    name = "tp"
+
+    axis: str = "tp"
+    layers: tuple[str, ...] = EVERYTHING
+    gather: int = LARGE
+
+    def placing(self, mesh: Mesh, unit: tuple[int, int], named: bool) -> Pass:
+        """The pass, which places values in the graph of the whole model."""
+        return Shard(str(mesh), self.axis, unit, named, self.gather, self.layers)
+
+
+@dataclass(frozen=True)
+class SequenceParallelNorms(Tactic):
+    """Cuts tokens between partial sums and the matmuls after them: each rank adds and normalizes its own tokens.
+
+    Attributes:
+        axis: The axis of the mesh.
+        tokens: Minimum number of tokens of a call that are cut; with fewer, each rank computes all of them.
+    """
+
+    name = "sp"
+
+    axis: str = "tp"
+    tokens: int = FEW
+
+    def rewriting(self, mesh: Mesh, rank: int) -> Pass:
+        """The pass, which rewrites sums over ranks."""
+        return SequenceParallel(str(mesh), self.axis, self.tokens)
+
+
+@dataclass(frozen=True)
+class ExpertParallelLayers(Tactic):
+    """Divides the experts of a mixture: each rank computes the tokens of its own experts.
+
+    Attributes:
+        axis: The axis of the mesh.
+        layers: Patterns over weight names, of which the last match decides; all other experts are on each rank.
+    """
+
+    name = "ep"
+
+    axis: str = "tp"
+    layers: tuple[str, ...] = EVERYTHING
+
+    def rewriting(self, mesh: Mesh, rank: int) -> Pass:
+        """The pass, which cuts the experts."""
+        return ExpertParallel(str(mesh), self.axis, rank, self.layers)
+
+
+KINDS: tuple[type[Tactic], ...] = (TensorParallel, SequenceParallelNorms, ExpertParallelLayers)
+TACTICS: Mapping[str, type[Tactic]] = {kind.name: kind for kind in KINDS}
+"""Tactics by name."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Tactics in the order of their passes. `Sharding.parse(str(sharding)) == sharding`."""
+
+    tactics: tuple[Tactic, ...]
+
+    def __post_init__(self) -> None:
+        """Raises PassError if there is no tactic, or one is used twice along an axis."""
+        pairs = [(tactic.name, tactic.axis) for tactic in self.tactics]
+        if not pairs:
+            raise PassError("a sharding needs a tactic", need=f"one of {', '.join(TACTICS)}")
+        if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
+            raise PassError(f"tactic '{twice[0][0]}' is given twice", got=f"along axis {twice[0][1]!r}", need="once")
+
+    @classmethod
+    def parse(cls, text: str) -> "Sharding":
+        """Parses `tactic; tactic{option=value}; …`; raises ParseError if malformed, PassError for unknown names."""
+        reader = OptionReader(Source(text, "<sharding>"))
+        return cls(tuple(reader.separated(lambda: _read(reader), ";")))
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.tactics))
+
+    def __iter__(self) -> Iterator[Tactic]:
+        return iter(self.tactics)
+
+    def check(self, mesh: Mesh) -> None:
+        """Raises PassError if a tactic uses an axis that the mesh does not have."""
+        names = [name for name, _ in mesh.axes]
+        for tactic in self.tactics:
+            if tactic.axis not in names:
+                fix = f'Name one of the axes of the mesh: "{tactic.name}{{axis={names[0]}}}".'
+                problem = f"tactic '{tactic.name}' uses an axis that the mesh does not have"
+                raise PassError(problem, got=repr(tactic.axis), need=f"one of {', '.join(names)}", fix=fix)
+
+
+def _read(reader: OptionReader) -> Tactic:
+    """Reads a tactic: `name{option=value, …}`."""
+    name = reader.word(DASHED, "the name of a tactic")
+    with reader.blaming(name):
+        if name.text not in TACTICS:
+            raise PassError("no such tactic", got=repr(name.text), fix=did_you_mean(name.text, TACTICS))
+        kind = TACTICS[name.text]
+    given: dict[str, Any] = reader.options(kind, f"tactic '{kind.name}'", [option.name for option in fields(kind)])
+    return kind(**given)

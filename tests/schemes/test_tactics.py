@@ -1,0 +1,72 @@
+"""Shardings print and parse, become passes, and reject what they do not know."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompiler.errors import ParseError, PassError
+from qcompiler.ir import Mesh
+from qcompiler.schemes import pipeline
+from qcompiler.schemes.sharded import sharded
+from qcompiler.schemes.tactics import ExpertParallelLayers, SequenceParallelNorms, Sharding, Tactic, TensorParallel
+
+PATTERNS = st.lists(st.text("ab.*!_", min_size=1, max_size=6), min_size=1, max_size=3).map(tuple)
+AXES = st.sampled_from(("tp", "ep", "inner_1"))
+TACTICS: st.SearchStrategy[Tactic] = st.one_of(
+    st.builds(TensorParallel, AXES, PATTERNS, st.integers(0, 10**9)),
+    st.builds(SequenceParallelNorms, AXES, st.integers(1, 10**6)),
+    st.builds(ExpertParallelLayers, AXES, PATTERNS),
+)
+
+
+@given(st.lists(TACTICS, min_size=1, max_size=4, unique_by=lambda tactic: (tactic.name, tactic.axis)))
+def test_print_and_parse_are_inverse(tactics: list[Tactic]) -> None:
+    sharding = Sharding(tuple(tactics))
+    assert Sharding.parse(str(sharding)) == sharding
+
+
+@pytest.mark.parametrize("text", ["tp", "tp; sp; ep", 'tp{axis=inner, layers=["*", "!lm_head"]}; sp{tokens=256}'])
+def test_texts_are_kept(text: str) -> None:
+    assert str(Sharding.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pp", "no such tactic: got 'pp'"),
+        ("tp; tp", "tactic 'tp' is given twice: got along axis 'tp'; need once"),
+        ("sp{tokens=many}", "option 'tokens' of tactic 'sp' has a wrong value: got many; need an integer"),
+        ("tp{tokens=3}", "tactic 'tp' has no such option: got 'tokens'"),
+        ("", "a sharding needs a tactic: need one of tp, sp, ep"),
+    ],
+)
+def test_wrong_texts(text: str, message: str) -> None:
+    with pytest.raises((PassError, ParseError), match=message):
+        Sharding.parse(text)
+
+
+def test_each_tactic_is_one_pass() -> None:
+    sharding = Sharding.parse('tp{layers=["*", "!lm_head"]}; ep; sp{tokens=128}')
+    steps = str(sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), sharding, 1))
+    assert (
+        'dead-code; shard{mesh="tp=2", unit=[128, 128], layers=["*", "!lm_head"]}; collectives; '
+        'expert-parallel{mesh="tp=2", rank=1}; sequence-parallel{mesh="tp=2", few=128}; '
+        'partition{mesh="tp=2", rank=1}; merge-linears'
+    ) in steps
+    assert "to-kernels; own-rows; gather-quantized; gather-codes" in steps
+    plain = str(sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), Sharding.parse("tp"), 0))
+    assert "gather-quantized" not in plain and "own-rows" not in plain
+
+
+def test_wrong_axes_and_values() -> None:
+    message = (
+        r"tactic 'sp' uses an axis that the mesh does not have: got 'tp'; need one of dp. Name one .*sp\{axis=dp\}"
+    )
+    with pytest.raises(PassError, match=message):
+        sharded(pipeline("fp8_tile"), Mesh.parse("dp=2"), Sharding.parse("tp{axis=dp}; sp"), 0)
+    with pytest.raises(PassError, match="option 'tokens' of tactic 'sp' has a wrong value: got 'x'"):
+        SequenceParallelNorms(tokens="x")  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="a sharding needs a tactic"):
+        Sharding(())
+    with pytest.raises(PassError, match="option 'few' of pass 'sequence-parallel' is wrong: got 0"):
+        sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), Sharding.parse("sp{tokens=0}"), 0)
