@@ -45,6 +45,7 @@ from qcompiler.report.report import Report as Report
 from qcompiler.schemes.named import Scheme as Scheme
 from qcompiler.schemes.named import list_schemes as list_schemes
 from qcompiler.schemes.named import pipeline as pipeline
+from qcompiler.schemes.tactics import Sharding as Sharding
 
 __all__: list[str]
 __version__: str

@@ -52,8 +52,11 @@ class Checked:
         manifest = self.manifest
         what = manifest.scheme if manifest.scheme is not None else f"the pipeline '{manifest.pipeline}'"
         made_by = ", ".join(f"{name} {version}" for name, version in manifest.made_by.items() if version)
+        ranks = (
+            "" if manifest.division is None else f" on {len(manifest.division.ranks)} ranks ({manifest.division.mesh})"
+        )
         lines = [
-            f"{self.path}: {what} for {manifest.target}, by {made_by}",
+            f"{self.path}: {what} for {manifest.target}{ranks}, by {made_by}",
             f"{len(self.files)} files, {manifest.nbytes} bytes, {len(manifest.stages)} stages",
             *(f"wrong: {problem}" for problem in self.problems),
             *(f"not a part of it: {name}" for name in self.extra),
@@ -102,7 +105,9 @@ def _contents(folder: Folder, trust: Collection[str]) -> Iterator[str]:
         check_against(folder, graph, signature, trust)
         read_derivations(folder, graph, trust)
         check_host(folder, graph, regenerate=False)
-        read_weights(folder, graph)
+        division = folder.manifest.division
+        for rank in range(len(division.ranks)) if division is not None else (None,):
+            read_weights(folder, graph, rank)
         read_report(folder)
         read_config(folder)
         read_calibration(folder)

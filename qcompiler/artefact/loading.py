@@ -28,6 +28,7 @@ from qcompiler.artefact.manifest import (
     NAME,
     REPORT,
     SIGNATURE,
+    is_weights,
     read_manifest,
 )
 from qcompiler.artefact.model_config import config_from_entries
@@ -66,12 +67,24 @@ def reading(path: Path) -> Iterator[Folder]:
 
 
 def read_program(
-    folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str]
-) -> Program:
-    """Reads and verifies a folder, except weight data; `qcompiler.load` documents the arguments."""
+    folder: Folder, device: "torch.device | str | None", verify: bool, regenerate: bool, trust: Collection[str],
+    rank: int | None = None,
+) -> Program:  # fmt: skip
+    """Reads and verifies a folder, except weight data; `qcompiler.load` documents the arguments.
+
+    Args:
+        folder: The folder.
+        device: As for `load`.
+        verify: As for `load`; of a sharded model, the files of other ranks are not verified.
+        regenerate: As for `load`.
+        trust: As for `load`.
+        rank: The rank whose weights are opened; None for a model that is not sharded.
+    """
     if verify:
+        own = folder.manifest.weights_of(rank).files
         for name in folder.manifest.files:
-            folder.verify(name)
+            if name in own or not is_weights(name):
+                folder.verify(name)
     signature, forward = read_signature(folder)
     where = _device(folder, device)
     target = _target(folder, where)
@@ -81,7 +94,7 @@ def read_program(
     check_host(folder, graph, regenerate)
     if target.name != folder.manifest.target:
         check_device(graph, where, target, str(folder.path))
-    weights = read_weights(folder, graph)
+    weights = read_weights(folder, graph, rank)
     names = [str(op.attrs["name"]) for kind in (PARAM, BUFFER) for op in graph.ops(kind)]
     graph.weights = Weights(weights.loaders(names, where), weights.ties())
     host, run = generate(graph, target.name)
@@ -140,11 +153,12 @@ def read_derivations(folder: Folder, graph: Graph, trust: Collection[str]) -> di
     return derivations_from_json(_json(folder, DERIVATIONS), graph, trust)
 
 
-def read_weights(folder: Folder, graph: Graph) -> WeightFiles:
-    """Opens the weight files. Raises ArtefactError if they lack weights that the graph reads."""
-    manifest = folder.manifest
-    paths = [folder.checked(name) for name in manifest.weights]
-    files = open_weights(paths, manifest.aliases, manifest.layouts, folder.path / NAME)
+def read_weights(folder: Folder, graph: Graph, rank: int | None = None) -> WeightFiles:
+    """Opens the weight files, of a rank if there are several. Raises ArtefactError if they lack a weight."""
+    division, stored = folder.manifest.division, folder.manifest.weights_of(rank)
+    paths = [folder.checked(name) for name in stored.files]
+    save = None if division is None else division.save
+    files = open_weights(paths, stored.aliases, stored.layouts, folder.path / NAME, save)
     for op in (*graph.ops(PARAM), *graph.ops(BUFFER)):
         name, need = str(op.attrs["name"]), op.result.tensor.stored
         if (got := files.type_of(name)) != need:

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 
 from qcompiler.artefact.strict_json import AGAIN, Node, canonical, parse, render
 from qcompiler.artefact.weight_files import Written
-from qcompiler.errors import ArtefactError
+from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.ir import Mesh
 from qcompiler.program.folder_kinds import ARTEFACT
 
 NAME = "manifest.json"
-VERSION = 1
-"""Format version; a larger one is from a newer qcompiler."""
+VERSION, SHARDED = 1, 2
+"""Format version of the artefact of a whole model, and of a sharded one; a larger one is from a newer qcompiler."""
 
 SIGNATURE, REPORT, DERIVATIONS, HOST = "signature.json", "report.json", "derivations.json", "host.py"
 CONFIG = "config.json"
@@ -28,9 +29,41 @@ TOKENIZER = "tokenizer"
 FILE = re.compile(
     r"(signature|report|derivations|config)\.json|host\.py|stages/\d{2,}_[\w#-]+\.qir|"
     r"tokenizer/(\w+/)?\w[\w-]*\.(json|jinja|txt)|"
-    r"(calibration|weights|weights-\d{5}-of-\d{5})\.safetensors"
+    r"calibration\.safetensors|(rank-\d{5}/)?(weights|weights-\d{5}-of-\d{5})\.safetensors"
 )
 """Allowed file names; no other file is opened."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The weights of a program.
+
+    Attributes:
+        files: The weight files.
+        aliases: See `weight_files.Plan`.
+        layouts: See `weight_files.Plan`.
+    """
+
+    files: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Division:
+    """The weights of a sharded model.
+
+    Attributes:
+        mesh: The mesh, as text.
+        sharding: How the model is divided.
+        save: A name that the weight files of one save have in their headers.
+        ranks: The weights of each rank.
+    """
+
+    mesh: str
+    sharding: str
+    save: str
+    ranks: tuple[Stored, ...]
 
 
 @dataclass(frozen=True)
@@ -48,10 +81,9 @@ class Manifest:
         source: SHA-256 of the host module.
         calibration: Digest of the calibration statistics; None if there was no calibration.
         stages: Name -> file, in order; the last stage runs.
-        weights: The weight files.
-        aliases: See `weight_files.Plan`.
-        layouts: See `weight_files.Plan`.
+        weights: The weights; empty for a sharded model.
         files: Every file except the manifest.
+        division: The weights of a sharded model; everything else belongs to its rank 0.
     """
 
     made_by: Mapping[str, str | None]
@@ -64,10 +96,18 @@ class Manifest:
     source: str
     calibration: str | None
     stages: Mapping[str, str]
-    weights: tuple[str, ...]
-    aliases: Mapping[str, str]
-    layouts: Mapping[str, list[int]]
+    weights: Stored
     files: Mapping[str, Written]
+    division: Division | None = None
+
+    def weights_of(self, rank: int | None) -> Stored:
+        """The weights of a rank; None for a model that is not sharded."""
+        return self.weights if rank is None or self.division is None else self.division.ranks[rank]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all other files."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files.values()).encode()).hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +128,10 @@ def versions() -> dict[str, str | None]:
 
 def write_manifest(manifest: Manifest) -> str:
     """The text of a manifest, which ends with the hash of its contents."""
+    division = manifest.division
     value: dict[str, Any] = {
         "format": ARTEFACT,
-        "version": VERSION,
+        "version": VERSION if division is None else SHARDED,
         "made_by": dict(manifest.made_by),
         "scheme": manifest.scheme,
         "overrides": None if manifest.overrides is None else dict(manifest.overrides),
@@ -101,14 +142,24 @@ def write_manifest(manifest: Manifest) -> str:
         "source": manifest.source,
         "calibration": manifest.calibration,
         "stages": [{"name": name, "file": file} for name, file in manifest.stages.items()],
-        "weights": {
-            "files": list(manifest.weights),
-            "aliases": dict(manifest.aliases),
-            "layouts": dict(manifest.layouts),
-        },
+        "weights": stored_to_json(manifest.weights),
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
     }
+    if division is not None:
+        ranks = [stored_to_json(each) for each in division.ranks]
+        value["division"] = {"mesh": division.mesh, "sharding": division.sharding, "save": division.save,
+                             "ranks": ranks}  # fmt: skip
     return render(sealed(value))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights."""
+    return name.rpartition("/")[2].startswith("weights")
+
+
+def stored_to_json(stored: Stored) -> dict[str, Any]:
+    """The entry of a manifest for the weights of a program."""
+    return {"files": list(stored.files), "aliases": dict(stored.aliases), "layouts": dict(stored.layouts)}
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,12 +175,12 @@ def read_manifest(text: bytes, path: Path) -> Manifest:
         raise ArtefactError(
             "this is not the manifest of an artefact", got=path, need=f'an object with "format": "{ARTEFACT}"'
         )
-    if (found := node["version"].count()) > VERSION:
+    if (found := node["version"].count()) > SHARDED:
         made_by = node.value.get("made_by")
         raise ArtefactError(
             "the artefact is newer than this qcompiler",
             got=f"format version {found}, made by {made_by}",
-            need=f"version {VERSION}",
+            need=f"version {SHARDED}",
             where=str(path),
             fix="Load it with the qcompiler that saved it, or a newer one.",
         )
@@ -157,12 +208,9 @@ def _manifest(node: Node) -> Manifest:
         source=node["source"].text(),
         calibration=_optional(node["calibration"]),
         stages=stages,
-        weights=tuple(_listed(name, files) for name in node["weights"]["files"].items()),
-        aliases={name: stored.text() for name, stored in node["weights"]["aliases"].members()},
-        layouts={
-            name: [axis.count() for axis in order.items()] for name, order in node["weights"]["layouts"].members()
-        },
+        weights=_stored(node["weights"], files),
         files=files,
+        division=_division(node["division"], files) if node["version"].count() == SHARDED else None,
     )
     wanted = [SIGNATURE, REPORT, DERIVATIONS, HOST, *([CALIBRATION] if manifest.calibration is not None else [])]
     if not stages or not set(wanted) <= files.keys():
@@ -170,6 +218,26 @@ def _manifest(node: Node) -> Manifest:
     if manifest.source != files[HOST].sha256:
         node["source"].wrong(f"the hash of {HOST}")
     return manifest
+
+
+def _stored(node: Node, files: Mapping[str, Written]) -> Stored:
+    return Stored(
+        tuple(_listed(name, files) for name in node["files"].items()),
+        {name: stored.text() for name, stored in node["aliases"].members()},
+        {name: [axis.count() for axis in order.items()] for name, order in node["layouts"].members()},
+    )
+
+
+def _division(node: Node, files: Mapping[str, Written]) -> Division:
+    ranks = tuple(_stored(each, files) for each in node["ranks"].items())
+    mesh = node["mesh"].text()
+    try:
+        size = Mesh.parse(mesh).size
+    except QCompilerError:
+        size = 0
+    if size != len(ranks):
+        node["mesh"].wrong(f"a mesh of {len(ranks)} ranks")
+    return Division(mesh, node["sharding"].text(), node["save"].text(), ranks)
 
 
 def _file(name: str, node: Node) -> Written:

@@ -1,6 +1,7 @@
 """Saves a compiled model to a folder atomically."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +16,9 @@ from qcompiler.artefact.manifest import (
     NAME,
     REPORT,
     SIGNATURE,
+    Division,
     Manifest,
+    Stored,
     versions,
     write_manifest,
 )
@@ -24,7 +27,6 @@ from qcompiler.artefact.report_text import report_to_json
 from qcompiler.artefact.signature_text import signature_to_json
 from qcompiler.artefact.strict_json import render
 from qcompiler.artefact.weight_files import Hashing, Plan, Written, hash_file, plan_shards, shard_name, write_shard
-from qcompiler.calibration import Calibration
 from qcompiler.errors import ArtefactError, QCompilerError
 from qcompiler.files.replacing import replacing
 from qcompiler.ir import Graph, Role
@@ -45,25 +47,78 @@ def write_artefact(
     Raises:
         ArtefactError: The folder exists and is not an artefact, or cannot be written.
     """
+    target = checked_target(folder, shard_bytes)
+    texts = texts_of(program, beside)
+    plan = plan_of(program, shard_bytes)
+    size = sum(map(len, texts.values())) + plan.nbytes
+    with replacing(target, failed, size) as work:
+        files = write_texts(work, texts)
+        names = write_weights(work, plan, files)
+        write_index(work, program, files, stored_as(plan, names))
+        check_replaceable(target)
+
+
+def checked_target(folder: Path, shard_bytes: int) -> Path:
+    """The folder to write. Raises ArtefactError if it must not be replaced, or `shard_bytes` is wrong."""
     if shard_bytes < 1:
         raise ArtefactError("shard_bytes is wrong", got=shard_bytes, need="1 or more")
     target = folder.resolve()
     check_replaceable(target)
+    return target
+
+
+def texts_of(program: Program, beside: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a program and others, by file name."""
     texts = {**_texts(program), **beside}
     if (described := config_to_text(program.original.config())) is not None:
         texts[CONFIG] = described
-    plan = plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
+    return texts
+
+
+def plan_of(program: Program, shard_bytes: int) -> Plan:
+    """The assignment of a program's weights to files."""
+    return plan_shards({name: program.graph.weights[name] for name in program.host.weights.values()}, shard_bytes)
+
+
+def stored_as(plan: Plan, names: Iterable[str]) -> Stored:
+    """The entry of the manifest for weights in files of these names."""
+    return Stored(tuple(names), plan.aliases, plan.layouts)
+
+
+def write_texts(work: Path, texts: Mapping[str, str]) -> dict[str, Written]:
+    """Writes texts. Raises OSError on failure."""
+    return {name: _write_text(work / name, text) for name, text in texts.items()}
+
+
+def write_weights(
+    work: Path, plan: Plan, files: dict[str, Written], below: str = "", save: str | None = None
+) -> list[str]:  # fmt: skip
+    """Writes weight files, adds them to `files`, and returns their names.
+
+    Args:
+        work: The folder.
+        plan: The weights.
+        files: What has been written so far.
+        below: A subfolder, with a slash.
+        save: The name of the save, for the headers.
+    """
+    names = [f"{below}{shard_name(number, len(plan.shards))}" for number in range(1, len(plan.shards) + 1)]
+    for name, tensors in zip(names, plan.shards, strict=True):
+        (work / name).parent.mkdir(exist_ok=True)
+        files[name] = write_shard(work / name, tensors, save)
+    return names
+
+
+def write_index(
+    work: Path, program: Program, files: dict[str, Written], weights: Stored, division: Division | None = None
+) -> None:
+    """Writes the calibration and, last, the manifest."""
     calibration = program.calibration()
-    size = sum(map(len, texts.values())) + sum(each.nbytes for shard in plan.shards for each in shard.values())
-    with replacing(target, failed, size) as work:
-        files = {name: _write_text(work / name, text) for name, text in texts.items()}
-        files |= _write_weights(work, plan)
-        if calibration is not None:
-            calibration.write_file(work / CALIBRATION)
-            files[CALIBRATION] = hash_file(work / CALIBRATION)
-        manifest = _manifest(program, calibration, plan, files)
-        _write_text(work / NAME, write_manifest(manifest))
-        check_replaceable(target)
+    if calibration is not None:
+        calibration.write_file(work / CALIBRATION)
+        files[CALIBRATION] = hash_file(work / CALIBRATION)
+    manifest = _manifest(program, None if calibration is None else calibration.digest, files, weights)
+    _write_text(work / NAME, write_manifest(replace(manifest, division=division)))
 
 
 def failed(error: OSError) -> ArtefactError:
@@ -121,15 +176,7 @@ def _write_text(path: Path, text: str) -> Written:
     return writer.written
 
 
-def _write_weights(work: Path, plan: Plan) -> dict[str, Written]:
-    count = len(plan.shards)
-    return {
-        (name := shard_name(number, count)): write_shard(work / name, tensors)
-        for number, tensors in enumerate(plan.shards, 1)
-    }
-
-
-def _manifest(program: Program, calibration: Calibration | None, plan: Plan, files: dict[str, Written]) -> Manifest:
+def _manifest(program: Program, calibration: str | None, files: dict[str, Written], weights: Stored) -> Manifest:
     settings = program.settings
     return Manifest(
         made_by=versions(),
@@ -140,10 +187,8 @@ def _manifest(program: Program, calibration: Calibration | None, plan: Plan, fil
         target=program.target,
         device=str(program.device),
         source=files[HOST].sha256,
-        calibration=None if calibration is None else calibration.digest,
+        calibration=calibration,
         stages=stage_files(program),
-        weights=tuple(name for name in files if name.startswith("weights")),
-        aliases=plan.aliases,
-        layouts=plan.layouts,
+        weights=weights,
         files=files,
     )

@@ -62,6 +62,11 @@ class Plan:
     aliases: dict[str, str]
     layouts: dict[str, list[int]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard.values())
+
 
 def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Plan:
     """Assigns tensors to files. Raises ArtefactError for a tensor that cannot be stored."""
@@ -128,10 +133,11 @@ class Written:
     sha256: str
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Writes one file. Raises OSError on failure."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor], save: str | None = None) -> Written:
+    """Writes one file, with the name of a save in its header if there is one. Raises OSError on failure."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].element_size()))
-    header, offset = dict[str, Any](), 0
+    header: dict[str, Any] = {} if save is None else {"__metadata__": {"save": save}}
+    offset = 0
     for name, tensor in ordered:
         shape = [tensor.shape[axis] for axis in _order(tensor)]
         header[name] = {
@@ -229,11 +235,24 @@ class WeightFiles:
 
 
 def open_weights(
-    paths: Iterable[Path], aliases: Mapping[str, str], layouts: Mapping[str, list[int]], manifest: Path
-) -> WeightFiles:
-    """Opens the files and reads their headers. Raises ArtefactError for a damaged or contradictory file."""
+    paths: Iterable[Path], aliases: Mapping[str, str], layouts: Mapping[str, list[int]], manifest: Path,
+    save: str | None = None,
+) -> WeightFiles:  # fmt: skip
+    """Opens the files and reads their headers.
+
+    Args:
+        paths: The files.
+        aliases: As in `Plan`.
+        layouts: As in `Plan`.
+        manifest: The manifest, for messages.
+        save: The name of the save that all files must have in their headers, if there is one.
+
+    Raises:
+        ArtefactError: A file is damaged, contradicts the others, or is from another save.
+    """
     files = WeightFiles(dict(aliases), dict(layouts))
     for path in paths:
+        _check_save(path, save)
         for name, kind, handle in _header(path):
             if name in files.found:
                 raise ArtefactError("a weight is stored twice", got=name, where=str(path), fix=AGAIN)
@@ -258,6 +277,17 @@ def open_weights(
                 fix=AGAIN,
             )
     return files
+
+
+def _check_save(path: Path, save: str | None) -> None:
+    """Raises ArtefactError if a file is from another save: equal sizes do not show that."""
+    try:
+        opened: Any = safe_open(path, framework="pt")
+        found = (opened.metadata() or {}).get("save")
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError("a file of weights is damaged", got=error, where=str(path), fix=AGAIN) from error
+    if save is not None and found != save:
+        raise ArtefactError("a file of weights is from another save", got=found, need=save, where=str(path), fix=AGAIN)
 
 
 def _header(path: Path) -> Iterator[tuple[str, TensorType, Any]]:

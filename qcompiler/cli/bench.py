@@ -13,10 +13,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-import qcompiler
 from qcompiler.capture.signature import ConstantSlot, Signature
 from qcompiler.cli import bench_decoding
 from qcompiler.cli.inputs import Call, random_call
+from qcompiler.cli.meshes import load_artefact
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.compiler.sizing import calls_of_rows
@@ -65,7 +65,7 @@ def _subject(options: argparse.Namespace) -> tuple[Callable[..., Any], Signature
     folder = Path(options.artefact)
     if (written := exported_at(folder)) is not None:
         return written[1].load(), written[1].signature()
-    compiled = qcompiler.load(folder, trust=options.trust)
+    compiled = load_artefact(folder, trust=options.trust)
     if isinstance(compiled, Decoder):
         raise InputError("the artefact is a decoder", got=options.artefact, fix="Measure it with --decode 1,4,16.")
     return compiled, compiled.signature

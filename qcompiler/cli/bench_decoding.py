@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-import qcompiler
+from qcompiler.cli.meshes import load_artefact
 from qcompiler.cli.output import print_json, print_table
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.errors import InputError
@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress(shown=not options.quiet)
     with progress.showing():
         progress.stage("loading")
-        llm = qcompiler.load(options.artefact, trust=options.trust)
+        llm = load_artefact(options.artefact, trust=options.trust)
         if not isinstance(llm, Decoder):
             raise InputError(
                 "the artefact is not a decoder", got=options.artefact, need="one that qcompiler.decoder(…).save wrote"

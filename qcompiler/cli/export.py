@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-import qcompiler
-from qcompiler.checkpoints import write
 from qcompiler.checkpoints.folders import check_place
 from qcompiler.checkpoints.readers import ANY
 from qcompiler.cli import exported
+from qcompiler.cli.meshes import load_artefact
 from qcompiler.cli.models import load_model
 from qcompiler.cli.parser import MLIR, NO_READER, checkpoint_formats
 from qcompiler.errors import InputError
@@ -32,9 +31,10 @@ def _checkpoint(options: argparse.Namespace) -> None:
         fix = "Pass the folder or module:factory that `qcompiler compile` got: --model MODEL."
         raise InputError("a checkpoint needs parts of the model that an artefact lacks", got="no --model", fix=fix)
     check_place(Path(options.output))
-    compiled = qcompiler.load(options.artefact, device="cpu", verify=True, trust=options.trust)  # copies all weights
+    compiled = load_artefact(options.artefact, device="cpu", verify=True, trust=options.trust)  # copies all weights
     reader = None if options.reader == NO_READER else options.reader or ANY
-    write(compiled, options.output, options.to, model=load_model(options.model, "cpu").model, reader=reader)
+    model = load_model(options.model, "cpu").model
+    compiled.save_checkpoint(options.output, options.to, model=model, reader=reader)
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def _stage(options: argparse.Namespace) -> None:
         if getattr(options, option) is not None:
             need = f"--to {', '.join(checkpoint_formats())}"
             raise InputError(f"--{option} is only for checkpoints", got=f"--to {options.to}", need=need)
-    compiled = qcompiler.load(options.artefact, verify=options.to not in MLIR, trust=options.trust)  # copies weights
+    compiled = load_artefact(options.artefact, verify=options.to not in MLIR, trust=options.trust)  # copies weights
     if options.to in MLIR:
         compiled.to_mlir(options.stage, MLIR[options.to]).save(options.output)
     else:

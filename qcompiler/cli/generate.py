@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
+from qcompiler.cli.meshes import load_artefact, mesh_of
 from qcompiler.compiler.arguments import AUTO
 from qcompiler.compiler.model import CompiledModel
+from qcompiler.compiler.sharding import TACTIC
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.errors import InputError
 from qcompiler.program.folder_kinds import is_artefact
@@ -19,7 +21,7 @@ from qcompiler.program.folder_kinds import is_artefact
 NOTHING = "none"
 """Scheme name for a model that is not quantized."""
 
-FOR_FOLDERS = ("scheme", "kv_cache", "max_length")
+FOR_FOLDERS = ("scheme", "kv_cache", "max_length", "mesh", "sharding")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,6 +54,8 @@ def _decoder(options: argparse.Namespace) -> Decoder:
             max_length=options.max_length,
             device=options.device,
             progress=not options.quiet,
+            mesh=mesh_of(options),
+            sharding=options.sharding or TACTIC,
         )
     if given := [name for name in FOR_FOLDERS if getattr(options, name) is not None]:
         raise InputError(
@@ -59,7 +63,7 @@ def _decoder(options: argparse.Namespace) -> Decoder:
             got=options.model,
             need="the folder of the model that it was made from",
         )
-    loaded = qcompiler.load(path, device=options.device, trust=options.trust)
+    loaded = load_artefact(path, device=options.device, trust=options.trust)
     if isinstance(loaded, CompiledModel):
         raise InputError(
             "the artefact is a compiled model without a cache",

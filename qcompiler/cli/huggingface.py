@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.capture.quiet import third_party_silence
-from qcompiler.checkpoints import Checkpoint, load_model
+from qcompiler.checkpoints import Checkpoint, read
 from qcompiler.checkpoints.loading import transformers_library
 from qcompiler.cli.inputs import Call, lines_of
+from qcompiler.compiler.sharded_loading import loaded
 from qcompiler.errors import InputError, QCompilerError
 
 SENTENCES = ("A short sentence.", "Another one, which is longer than the first, so that one of them is padded.")
@@ -20,14 +21,14 @@ SENTENCES = ("A short sentence.", "Another one, which is longer than the first, 
 LONGEST = 512
 
 
-def load_folder(folder: Path, checkpoint: Checkpoint | None = None) -> Any:
-    """Loads the model in a folder, quantized or not, with the class named in config.json.
+def load_folder(folder: Path, checkpoint: Checkpoint | None = None, mesh: Any = None) -> Any:
+    """Loads the model in a folder, quantized or not, with the class named in config.json; on a mesh, to be read later.
 
     Raises:
         QCompilerError: The folder is not a checkpoint, or is broken; or transformers is missing, or does not know it.
     """
     with _no_bars():
-        return _guarded("the model", folder, lambda: load_model(checkpoint or folder))
+        return _guarded("the model", folder, lambda: loaded(checkpoint or read(folder), mesh))
 
 
 def example_for(model: Any, folder: Path) -> Call | None:

@@ -79,7 +79,8 @@ def _overview(record: Record, options: argparse.Namespace) -> None:
     print_table(headings, [_row(stage, timed) for stage in stages], DROPPABLE)
     if (artefact := _artefact(record)) is not None:
         versions = ", ".join(f"{name} {number}" for name, number in artefact["made_by"].items() if number)
-        print(f"{artefact['scheme'] or 'a pipeline'} for {artefact['target']}, made by {versions}")
+        ranks = f" on a mesh of ranks, {artefact['mesh']}" if artefact["mesh"] else ""
+        print(f"{artefact['scheme'] or 'a pipeline'} for {artefact['target']}{ranks}, made by {versions}")
     if record.report is not None:
         print(record.report.summary())
 
@@ -90,7 +91,8 @@ def _artefact(record: Record) -> dict[str, Any] | None:
     if made is None:
         return None
     return {"scheme": made.scheme, "overrides": made.overrides, "pipeline": made.pipeline, "target": made.target,
-            "device": made.device, "made_by": dict(made.made_by)}  # fmt: skip
+            "device": made.device, "mesh": None if made.division is None else made.division.mesh,
+            "made_by": dict(made.made_by)}  # fmt: skip
 
 
 def _stages(record: Record) -> Iterator[dict[str, Any]]:

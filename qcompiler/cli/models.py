@@ -19,6 +19,7 @@ from qcompiler.capture.quiet import quiet_failure, third_party_silence
 from qcompiler.checkpoints import Checkpoint
 from qcompiler.cli import huggingface
 from qcompiler.cli.inputs import Call, example_in, random_call
+from qcompiler.distributed.simulation import SimulatedMesh
 from qcompiler.errors import InputError
 from qcompiler.program.folder_kinds import advice
 
@@ -56,13 +57,16 @@ class Loaded:
         return model
 
 
-def load_model(name: str, device: str | None = None, checkpoint: Checkpoint | None = None) -> Loaded:
+def load_model(
+    name: str, device: str | None = None, checkpoint: Checkpoint | None = None, mesh: SimulatedMesh | None = None
+) -> Loaded:
     """Loads the model that `name` refers to, in eval mode, on `device` if given.
 
     Args:
         name: The model argument of the command line.
         device: "cpu" or "cuda"; None leaves the model where it is.
         checkpoint: The folder's checkpoint, if it was already read.
+        mesh: A mesh on which the model will be compiled; ranks read their parts of a folder later.
 
     Raises:
         InputError: The model does not exist or cannot be loaded.
@@ -72,7 +76,7 @@ def load_model(name: str, device: str | None = None, checkpoint: Checkpoint | No
     if name.endswith(".pt2"):
         loaded = _exported(path, device)
     elif path.is_dir():
-        loaded = Loaded(huggingface.load_folder(path, checkpoint), folder=path)
+        loaded = Loaded(huggingface.load_folder(path, checkpoint, mesh), folder=path)
         loaded.example = huggingface.example_for(loaded.model, path)
     elif ":" in name:
         loaded = _made(name)

@@ -113,6 +113,15 @@ def _example(parser: argparse.ArgumentParser) -> None:
                          "tensors by name, or by position (0, 1, ...)")  # fmt: skip
 
 
+def _mesh(parser: argparse.ArgumentParser, which: str) -> None:
+    parser.add_argument(
+        "--mesh", metavar="AXES", help=f"{which}divide the model among ranks: tp=2, or dp=2,tp=4 for several axes"
+    )
+    parser.add_argument(
+        "--sharding", metavar="TACTICS", help='with --mesh, how to divide it, such as "tp; sp; ep" (default: tp)'
+    )
+
+
 def _trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="append", default=[], metavar="NAMESPACE",
@@ -189,6 +198,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", action="append", default=[], metavar="FORMAT=DIR",
         help=f"also write a checkpoint for other engines, in the format {CHECKPOINT}; may be given several times",
     )  # fmt: skip
+    _mesh(parser, "")
     parser.add_argument("--allow-unquantized", action="store_true", help="succeed even if nothing is quantized")
     _quiet(parser)
     _json(parser)
@@ -283,6 +293,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=_count, metavar="N", help="for a folder, tokens of a prompt and its answer (default: 4096)"
     )
+    _mesh(parser, "for a folder, ")
     parser.add_argument("--device", help='where to run: "cpu" or "cuda" (default: cpu, or where the artefact was made)')
     parser.add_argument("--save", metavar="DIR", help="also save the decoder as an artefact")
     _trust(parser)

@@ -4,10 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
-import qcompiler
 from qcompiler.artefact.loading import read_report, reading
 from qcompiler.cli import exported
 from qcompiler.cli.compile import report_document
+from qcompiler.cli.meshes import load_artefact
 from qcompiler.cli.models import load_model
 from qcompiler.cli.output import print_json
 from qcompiler.diagnostics.attribution import attribute_error
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         report, *_ = read_report(artefact)
     errors = None
     if options.html is not None or options.against is not None:
-        compiled = qcompiler.load(options.artefact, trust=options.trust)
+        compiled = load_artefact(options.artefact, trust=options.trust)
         errors = None if options.against is None else _errors(compiled, options)
         if options.html is not None:
             write_page(options.html, html_report(compiled, errors))

@@ -17,7 +17,7 @@ from qcompiler import knobs
 from qcompiler.calibration import Calibration
 from qcompiler.capture.preflight import check_model
 from qcompiler.checkpoints.loading import load_model
-from qcompiler.checkpoints.reading import Checkpoint, read
+from qcompiler.checkpoints.reading import Checkpoint
 from qcompiler.compiler.arguments import (
     AUTO,
     checked_calibration,
@@ -32,7 +32,8 @@ from qcompiler.compiler.arguments import (
 from qcompiler.compiler.layer_names import check_layer_names
 from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.compiler.pending import PendingModel
-from qcompiler.compiler.sharding import model_on
+from qcompiler.compiler.sharded_loading import loaded, read_together
+from qcompiler.compiler.sharding import model_on, together
 from qcompiler.distributed.simulation import SimulatedMesh
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.instruments import Instrument
@@ -43,6 +44,7 @@ from qcompiler.program.program import Settings
 from qcompiler.progress import Progress
 from qcompiler.runtime.device import check_target
 from qcompiler.schemes.named import with_ignored
+from qcompiler.schemes.tactics import Sharding
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,7 +66,7 @@ def compile(
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
     mesh: "SimulatedMesh | DeviceMesh | None" = None,
-    sharding: str = "tp",
+    sharding: "Sharding | str" = "tp",
 ) -> CompiledModel:
     """Compiles a model into a quantized model with the same call signature.
 
@@ -97,8 +99,9 @@ def compile(
         progress: Whether to show the current stage on standard error, if that is a terminal; QCOMPILER_PROGRESS=0 turns
             it off everywhere.
         mesh: Ranks that divide the model among them: a device mesh of `torch.distributed`, of which this process is a
-            rank, or `qcompiler.simulated_mesh(tp=2)`, all of whose ranks run in this process.
-        sharding: How they divide it: "tp", tensor parallelism along the mesh axis of that name.
+            rank, or `qcompiler.simulated_mesh(tp=2)`, all of whose ranks run in this process. Ranks read their parts of
+            a folder's weights only.
+        sharding: How they divide it: tactics such as "tp; sp; ep", or a `qcompiler.Sharding`; see docs/sharding.md.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
@@ -111,7 +114,7 @@ def compile(
     overrides = with_ignored(overrides, ignore)
     watching = checked_instruments(instruments)
     steps = checked_pipeline(scheme, overrides, pipeline)
-    given: Any = read(model) if isinstance(model, str | PathLike) else model
+    given: Any = read_together(model, mesh) if isinstance(model, str | PathLike) else model
     del model  # the caller may free it: the graph will hold the weights
     who = static_scheme(scheme, overrides) if pipeline is None else "the pipeline"
     known = checked_calibration(calibration, steps, given, who)
@@ -124,8 +127,8 @@ def compile(
     call, is_traced = checked_example(example_inputs, example_kwargs), isinstance(given, Graph | ExportedProgram)
     if call is None and not is_traced and isinstance(known, Batches):
         call = known.first()
-    with shown.showing():
-        pending = _pending(given, settings)
+    with shown.showing(), together(mesh):
+        pending = _pending(given, settings, mesh)
         del given
         if mesh is not None:
             sharded = model_on(mesh, sharding, pending)
@@ -133,12 +136,12 @@ def compile(
         return callable_of(pending.compile(call) if call or is_traced else pending, CompiledModel)
 
 
-def _pending(model: Any, settings: Settings) -> PendingModel:
+def _pending(model: Any, settings: Settings, mesh: Any) -> PendingModel:
     """Returns the model, loaded if it is a folder, after all checks that do not need a capture."""
     again = None
     if isinstance(model, Checkpoint):
         settings.progress.stage("loading")
-        again, model = partial(load_model, model.folder), load_model(model)
+        again, model = partial(load_model, model.folder), loaded(model, mesh)
     if settings.scheme == AUTO:
         scheme, overrides = chosen_schemes(AUTO, settings.overrides, model)
         steps = checked_pipeline(str(scheme), overrides, None)

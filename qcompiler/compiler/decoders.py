@@ -15,13 +15,13 @@ from torch import Tensor
 from passes.attention.attention import Attention
 from passes.attention.cache_scales import CacheScales
 from passes.attention.latent_attention import LatentAttention
+from passes.sharding.part_logits import PartLogits
 from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.calibration import Calibration
 from qcompiler.checkpoints.cache_scales import kept
-from qcompiler.checkpoints.loading import load_model
-from qcompiler.checkpoints.reading import read
 from qcompiler.compiler.arguments import AUTO, DEFAULT_SCHEME, chosen_schemes, with_prescales
 from qcompiler.compiler.compiling import compile
+from qcompiler.compiler.sharded_loading import loaded, read_together
 from qcompiler.compiler.sharding import ShardedModel, decoder_of
 from qcompiler.decoding.cached import POSITIONS, cache_passes
 from qcompiler.decoding.decoder import Decoder
@@ -33,6 +33,7 @@ from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.runtime.device import check_target, target_for
 from qcompiler.schemes.named import pipeline as scheme_pipeline
 from qcompiler.schemes.named import with_ignored
+from qcompiler.schemes.tactics import Sharding
 
 LONGEST = 4096
 """Default maximum length of a sequence, if the model allows it."""
@@ -66,7 +67,7 @@ def decoder(
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
     mesh: Any = None,
-    sharding: str = "tp",
+    sharding: "Sharding | str" = "tp",
 ) -> Decoder:
     """Compiles a causal language model for text generation with a KV cache.
 
@@ -110,12 +111,12 @@ def decoder(
     overrides = with_ignored(overrides, ignore)
     decoding_pipeline(DEFAULT_SCHEME if scheme == AUTO else scheme, overrides, latent)  # the same
     folder = Path(model) if isinstance(model, str | PathLike) else None
-    found: Any = model if folder is None else load_model(read(folder))
+    found: Any = model if folder is None else loaded(read_together(folder, mesh), mesh, device)
     del model  # so that weights can be freed one by one
     passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
     if kv_cache in STATIC_FORMATS:
         passes = passes.append(static_scales(kv_cache, found, passes))
-    if device is not None:
+    if device is not None and folder is None:
         found = found.to(device)
     if tokenizer is None and folder is not None:
         tokenizer = tokenizer_in(folder)
@@ -123,6 +124,8 @@ def decoder(
     length = checked_length(max_length, found)
     example = example_call(found)
     caching = cache_passes(kv_cache, max_batch, length, max_chunk)
+    if mesh is not None:
+        caching = caching.append(PartLogits())
     for_target = target_for(target, next(iter(example.values())).device).passes
     compiled = compile(
         found, pipeline=passes.append(*caching, for_target), example_kwargs=example,

@@ -2,14 +2,16 @@
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompiler.errors import CaptureError
+from qcompiler.ir import Graph
 from qcompiler.program.batches import Call
 from qcompiler.program.original import Original
 from qcompiler.program.program import Program, Settings, build_program, capture_model
+from qcompiler.runtime.weights import Weights
 
 
 @dataclass
@@ -43,6 +45,13 @@ class PendingModel:
             CaptureError: The model cannot be captured, or was freed after an earlier attempt failed.
             QCompilerError: The pipeline or code generation failed.
         """
+        return list(self._each(call, settings, apart=False))
+
+    def in_turn(self, call: Call | None, settings: Sequence[Settings]) -> Iterator[Program]:
+        """Yields the programs of `compile_each`; each reads its own weights, and nothing holds it afterwards."""
+        return self._each(call, settings, apart=True)
+
+    def _each(self, call: Call | None, settings: Sequence[Settings], apart: bool) -> Iterator[Program]:
         if self.model is None:
             raise CaptureError(
                 "an earlier compilation failed, and the model has been freed",
@@ -54,14 +63,17 @@ class PendingModel:
         try:
             inputs = captured.signature.flatten(args, kwargs) if call else None
             graphs = [captured.graph, *(captured.graph.clone() for _ in settings[1:])]
-            programs = [
-                build_program(replace(captured, graph=graph), each, inputs)
-                for graph, each in zip(graphs, settings, strict=True)
-            ]
+            for graph in graphs if apart else ():
+                if isinstance(graph.weights, Weights):
+                    graph.weights.load_apart()
+            captured = replace(captured, graph=Graph(captured.graph.name))  # the loop alone holds the graphs
+            for each in settings:
+                program = build_program(replace(captured, graph=graphs.pop(0)), each, inputs)
+                yield replace(program, original=self.original)
+                del program
         except BaseException:
             self.model = back()
             raise
-        return [replace(program, original=self.original) for program in programs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PendingModel":
         """Returns a copy, with a copy of the model."""

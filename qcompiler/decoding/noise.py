@@ -20,13 +20,15 @@ BITS = 40
 BELOW_ONE = 1 - 2.0**-24
 
 
-def gumbel(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
+def gumbel(seeds: Tensor, positions: Tensor, size: int, first: int = 0) -> Tensor:
     """Returns standard Gumbel noise, f32[B, size], for seeds i64[B] and positions i64[B].
+
+    `first` is the number of the first column, if these are the columns of one rank.
 
     The argmax of logits + Gumbel noise is a sample of softmax(logits) (the Gumbel-max trick).
     """
     rows = hashed(hashed(seeds) + positions * STEP)
-    columns = torch.arange(size, device=seeds.device) * STEP
+    columns = torch.arange(first, first + size, device=seeds.device) * STEP
     bits = (hashed(rows[:, None] + columns) >> (64 - BITS)) & ((1 << BITS) - 1)
     uniform = ((bits.float() + 0.5) * 2.0**-BITS).clamp(max=BELOW_ONE)
     return -torch.log(-torch.log1p(-uniform))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.decoding.loop import positions_of_call
-from qcompiler.decoding.step import Step, step_inputs
+from qcompiler.decoding.step import Step, all_logits, step_inputs
 
 
 class Prefixes:
@@ -62,7 +62,7 @@ class Prefixes:
         width = max(map(len, rows))
         for slot, start in zip(slots, starts, strict=True):
             self._written[slot] = max(self._written[slot] if start else 0, start + width)
-        return self._step(*step_inputs(slots, rows, starts, self._step.device))
+        return all_logits(self._step(*step_inputs(slots, rows, starts, self._step.device)))
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -9,17 +9,16 @@ and its position only, so a row alone and the same row in any batch give the sam
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qcompiler.decoding.noise import gumbel
+from qcompiler.decoding.vocabulary import VocabularyParts, largest
 from qcompiler.errors import InputError
 
 SEEDS = range(-(2**63), 2**63)
-
-LONGEST_PART, SHORTEST_PART = 512, 32
-"""Logits in a part of a row that a GPU reduces on its own: a power of two that divides the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -132,47 +131,39 @@ class SamplingTable:
         for slot, prompt in zip(slots, prompts, strict=True):
             self.seen[slot, torch.tensor(prompt, device=device)] = True
 
-    def choose(self, logits: Tensor, slots: Tensor, positions: Tensor, features: Features) -> Tensor:
+    def choose(self, logits: Tensor | VocabularyParts, slots: Tensor, positions: Tensor, features: Features) -> Tensor:
         """Returns the next token of each row, i64[B].
 
         Args:
-            logits: float[B, V].
+            logits: float[B, V], or the parts of several ranks.
             slots: i64[B].
             positions: i64[B], the index of the new token in its sequence, which counts the noise.
             features: At least those that the rows use.
         """
-        if features.penalty or features.noise:
-            logits = logits.float()
-        if features.penalty:
-            logits = _penalized(logits, self.penalty[slots, None], self.seen[slots])
-        new = largest(logits)
-        if features.noise:
-            temperature = self.temperature[slots]
-            scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-            if features.filters:
-                least = _least_kept(
-                    scaled, self.top_k[slots, None], self.top_p[slots, None], self.log_min_p[slots, None]
-                )
-                scaled = scaled.masked_fill(scaled < least, -math.inf)
-            drawn = largest(scaled + gumbel(self.seed[slots], positions, self.vocabulary))
-            new = torch.where(temperature > 0, drawn, new)
+        score = partial(self._scores, slots=slots, positions=positions, features=features)
+        if isinstance(logits, VocabularyParts) and features.filters:
+            logits = logits.whole()  # a filter needs the distribution over the vocabulary
+        new = logits.largest(score) if isinstance(logits, VocabularyParts) else largest(score(logits, 0))
         if features.penalty:
             self.seen[slots, new] = True
         return new
 
-
-def largest(logits: Tensor) -> Tensor:
-    """Returns the first index of the largest logit of each row, i64[B], as `argmax(-1)` does; logits [B, V].
-
-    On a GPU torch reduces each row with one block of threads, so long rows are reduced in parts first.
-    """
-    rows, columns = logits.shape
-    width = math.gcd(columns, LONGEST_PART)
-    if not logits.is_cuda or columns < 4 * width or width < SHORTEST_PART:
-        return logits.argmax(-1)
-    best, place = logits.view(rows, columns // width, width).max(-1)
-    part = best.argmax(-1, keepdim=True)
-    return (part * width + place.gather(1, part)).squeeze(1)
+    def _scores(self, logits: Tensor, first: int, slots: Tensor, positions: Tensor, features: Features) -> Tensor:
+        """Scores of columns from `first` on, of which the largest is chosen: logits, with noise if a row samples."""
+        size = logits.shape[-1]
+        if features.penalty or features.noise:
+            logits = logits.float()
+        if features.penalty:
+            logits = _penalized(logits, self.penalty[slots, None], self.seen[slots, first : first + size])
+        if not features.noise:
+            return logits
+        temperature = self.temperature[slots, None]
+        scaled = logits / torch.where(temperature > 0, temperature, 1.0)
+        if features.filters:
+            least = _least_kept(scaled, self.top_k[slots, None], self.top_p[slots, None], self.log_min_p[slots, None])
+            scaled = scaled.masked_fill(scaled < least, -math.inf)
+        drawn = scaled + gumbel(self.seed[slots], positions, size, first)
+        return torch.where(temperature > 0, drawn, logits)
 
 
 def _penalized(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from codegen.direct import kernels
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features, SamplingTable
-from qcompiler.decoding.step import Step, step_inputs
+from qcompiler.decoding.step import Logits, Step, step_inputs
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class SlotTable:
             self.active[self._tensor(slots)] = 1
         self.lengths.mul_(self.active)
 
-    def prefill(self, slots: Sequence[int], rows: Sequence[Sequence[int]], start: int) -> Tensor:
+    def prefill(self, slots: Sequence[int], rows: Sequence[Sequence[int]], start: int) -> Logits:
         """Appends tokens to slots that hold `start` positions, and returns the logits after each row, [B, V]."""
         return self.step(*step_inputs(slots, rows, [start] * len(rows), self.step.device), start)
 
-    def first(self, slots: Sequence[int], requests: Sequence[Request], logits: Tensor) -> Tensor:
+    def first(self, slots: Sequence[int], requests: Sequence[Request], logits: Logits) -> Tensor:
         """Chooses the first new token of prefilled sequences, i64[B], and enters them in the table."""
         chosen, rows = self._tensor(slots), [request.sampling for request in requests]
         self.sampling.enter(chosen, rows, [request.prompt for request in requests])
@@ -93,7 +93,7 @@ class SlotTable:
         Everything that it reads and writes is in the table, the cache, and the rows, so it can be recorded.
         """
         logits = self.step(rows.tokens[:, None], rows.slots, rows.lengths, rows.last)
-        if features == Features():
+        if features == Features() and isinstance(logits, Tensor):
             table = (self.active, self.tokens, self.lengths)
             kernels.next_tokens(logits, rows.slots, *table, rows.tokens, rows.lengths)
             return rows.tokens

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codegen.cpu.gemm import kept_bytes
+from qcompiler.decoding.vocabulary import VocabularyParts
 from qcompiler.errors import InputError, QCompilerError
 from qcompiler.ir import Value
 from qcompiler.program.program import Program
@@ -19,6 +20,15 @@ from qcompiler.runtime.executable import HostWeights, run_host
 
 UNKNOWN = -1
 """The graph input `start` if the host does not know the lengths."""
+
+
+Logits = Tensor | VocabularyParts
+"""float[B, V]; or the parts of several ranks."""
+
+
+def all_logits(logits: Logits) -> Tensor:
+    """The logits of the whole vocabulary."""
+    return logits if isinstance(logits, Tensor) else logits.whole()
 
 
 class Step(Protocol):
@@ -40,7 +50,7 @@ class Step(Protocol):
 
     def __call__(
         self, input_ids: Tensor, slots: Tensor, lengths: Tensor, last: Tensor, start: int | None = None
-    ) -> Tensor:
+    ) -> Logits:
         """Appends tokens to the cache and returns the logits after one of them in each row, float[B, V].
 
         Args:

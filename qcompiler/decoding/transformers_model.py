@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qcompiler.decoding.generator import Generator
 from qcompiler.decoding.prefixes import Prefixes
-from qcompiler.decoding.step import Step, step_inputs
+from qcompiler.decoding.step import Step, all_logits, step_inputs
 from qcompiler.errors import InputError
 
 
@@ -41,7 +41,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self, config: Any, generator: Generator, every: Callable[[], Step], generation: dict[str, Any]
     ) -> None:
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # the field describes a model that does not run
+        config._attn_implementation = config._experts_implementation = "eager"  # of a model that does not run
         super().__init__(config)
         self.generation_config = GenerationConfig.from_dict(generation)
         self._generator, self._every = generator, every
@@ -128,7 +128,7 @@ def whole_rows(step: Step, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     for start in range(0, max(map(len, rows)), step.chunk):
         live = [slot for slot, row in enumerate(rows) if len(row) > start]
         given = [rows[slot][start : start + step.chunk] for slot in live]
-        logits = step(*step_inputs(live, given, [start] * len(live), step.device), start)
+        logits = all_logits(step(*step_inputs(live, given, [start] * len(live), step.device), start))
         for slot, ids, row in zip(live, given, logits, strict=True):
             parts[slot].append(row[: len(ids)])
     return [torch.cat(each) for each in parts]

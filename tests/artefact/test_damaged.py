@@ -155,9 +155,9 @@ def test_a_manifest_that_is_too_long_is_not_read(folder: Path) -> None:
 
 
 def test_a_newer_one(folder: Path) -> None:
-    reseal(folder, lambda manifest: manifest.update(version=2, made_by={"qcompiler": "9.0"}, something="else"))
-    with pytest.raises(ArtefactError, match=r"is newer than this qcompiler: got format version 2, made by .*9\.0.*need "
-                                            r"version 1.*manifest\.json"):  # fmt: skip
+    reseal(folder, lambda manifest: manifest.update(version=3, made_by={"qcompiler": "9.0"}, something="else"))
+    with pytest.raises(ArtefactError, match=r"is newer than this qcompiler: got format version 3, made by .*9\.0.*need "
+                                            r"version 2.*manifest\.json"):  # fmt: skip
         qcompiler.load(folder)
 
 

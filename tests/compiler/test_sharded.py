@@ -10,7 +10,7 @@ import pytest
 import torch
 from sharded_graphs import MLP_INPUT as X
 from sharded_graphs import MOVES, mlp, rank_graphs, run_ranks
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
 import qcompiler
 from qcompiler.capture import capture
@@ -93,15 +93,44 @@ def test_compile_on_a_simulated_mesh() -> None:
     assert len(compiled.report.quantized) == len(whole_report(graph).quantized)
     with pytest.raises(qcompiler.InputError, match="this is the program of one rank"):
         two(IDS)
-    for refused in (
-        compiled.save,
-        two.save,
-        lambda _: compiled.save_checkpoint("x", "fp8"),
-    ):
-        with pytest.raises(qcompiler.QCompilerError, match="Compile the model without a mesh for that"):
-            refused("folder")
+    with pytest.raises(qcompiler.QCompilerError, match="Compile the model without a mesh for that"):
+        compiled.save_checkpoint("x", "fp8")
     with pytest.raises(qcompiler.QCompilerError, match="a sharded model cannot become a decoder"):
         compiled.decoder()
+
+
+def test_sequence_parallel_norms_have_equal_bits() -> None:
+    """Also for one token, for more tokens than are few, and with a token more on one rank than on the other."""
+    graph, mesh = captured("llama"), qcompiler.simulated_mesh(tp=2)
+    plain: Any = qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh)
+    sharding = qcompiler.Sharding.parse("tp; sp{tokens=8}")
+    compiled: Any = qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh, sharding=sharding)
+    text = str(compiled.graph)
+    assert (text.count("coll.all_reduce"), text.count("coll.reduce_scatter_tokens")) == (0, 2)
+    assert text.count("kernel.fused_quantize(%embedding_part, %linear_3_sum_part") == 1  # residual sum, norm, codes
+    assert "= coll.all_gather_tokens(%mul_18_part_q" in text
+    for shape in ((1, 1), (1, 7), (1, 8), (3, 3), (2, 12)):
+        ids = torch.arange(shape[0] * shape[1]).reshape(shape) * 11 % 96
+        assert torch.equal(compiled(ids), plain(ids))
+
+
+def test_experts_are_divided() -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 128, "num_local_experts": 6, "num_experts_per_tok": 2}
+    graph = capture(AUTO.from_config(MixtralConfig(**sizes)).eval(), (IDS,)).graph
+    whole: Any = qcompiler.compile(graph, scheme="fp8_tile")
+    mesh: Any = qcompiler.simulated_mesh(tp=3)
+    with pytest.raises(qcompiler.PassError, match="nothing can be sharded"):  # 16 heads among 3 ranks
+        qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh, sharding="tp")
+    for sharding in ("ep", "ep; sp{tokens=4}"):
+        compiled: Any = qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh, sharding=sharding)
+        assert "own_rows" not in str(compiled.graph)  # the kernel writes zeros
+        stored = compiled.ranks[2].graph
+        names = [name for op in stored.ops("core.param") if "experts" in (name := str(op.attrs["name"]))]
+        assert [stored.weights[name].shape[0] for name in names] == [2] * 4  # codes and scales of two linears
+        for shape in ((1, 1), (2, 12)):
+            ids = torch.arange(shape[0] * shape[1]).reshape(shape) * 11 % 96
+            assert relative_error(whole(ids), compiled(ids)) < 2e-3
 
 
 def whole_report(graph: Graph) -> qcompiler.Report:
@@ -161,8 +190,9 @@ def test_a_model_is_captured_at_its_first_call() -> None:
             "2 blocks of 128 elements along axis 1 cannot be cut into 4 equal parts; the nearest",
         ),
         ("fp8_tensor_static", "tp=2", "tp", "needs calibration data"),
-        ("fp8_tile", "dp=2", "tp", "the mesh has no such axis: got 'tp'"),
-        ("fp8_tile", "tp=2", "ep", "option 'sharding' of pass 'shard' has a wrong value"),
+        ("fp8_tile", "dp=2", "tp", "tactic 'tp' uses an axis that the mesh does not have: got 'tp'; need one of dp"),
+        ("fp8_tile", "tp=2", "ep", "nothing can be sharded: got the mesh tp=2"),
+        ("fp8_tile", "tp=2", "sp", "there is no sum over ranks to cut by tokens: got the mesh tp=2"),
     ],
 )
 def test_refusals(scheme: str, mesh: str, sharding: str, message: str) -> None:
@@ -193,7 +223,7 @@ from sharded_graphs import MLP_INPUT, MOVES, mlp
 distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 compiled = qcompiler.compile(mlp(), mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
 output = compiled(MLP_INPUT)
-moved = [call(compiled.communicator, MLP_INPUT + rank) for call in MOVES]
+moved = [call(compiled.connected.communicator, MLP_INPUT + rank) for call in MOVES]
 torch.save((output, dict(compiled.weights.named_buffers()), str(compiled.graph), moved), f"{folder}/{rank}.pt")
 distributed.destroy_process_group()
 """

@@ -53,7 +53,8 @@ def test_recorded_steps_repeat_direct_ones(kv_cache: str | None) -> None:
     llm = made(wide_llama(), scheme="fp8_tile", kv_cache=kv_cache)
     for name in ("kernel.scaled_linear", "kernel.fused_quantize", "state.fused_attend"):
         assert llm.graph.ops(name), f"the graph has no {name}"
-    step, device = llm.step, torch.device("cuda")
+    step: Any = llm.step
+    device = torch.device("cuda")
     slots, last = torch.arange(3, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     prompt = torch.randint(3, 60, (3, 40), device=device)
     step(prompt, slots, last, last + 39)

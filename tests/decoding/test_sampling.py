@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -15,7 +17,10 @@ from transformers import (
 )
 
 from qcompiler.decoding.noise import gumbel, hashed
-from qcompiler.decoding.sampling import Features, Sampling, SamplingTable, largest
+from qcompiler.decoding.sampling import Features, Sampling, SamplingTable
+from qcompiler.decoding.vocabulary import VocabularyParts, largest
+from qcompiler.distributed.simulation import Simulation
+from qcompiler.ir import Mesh
 
 CPU = torch.device("cpu")
 ALL = Features(penalty=True, noise=True, filters=True)
@@ -159,3 +164,25 @@ def test_rows_reduced_in_parts_give_the_first_index_of_the_largest_logit(columns
     logits[3, columns - 3] = math.nan
     logits[4] = -math.inf
     assert torch.equal(largest(logits.cuda()).cpu(), logits.argmax(-1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 5), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_parts_of_the_vocabulary_choose_what_the_whole_chooses(
+    ranks: int, batch: int, penalty: bool, noise: bool, filters: bool, seed: int
+) -> None:
+    """Ranks exchange candidates, or all logits if a row excludes tokens; of equal logits, the first wins."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-3, 4, (batch, 12 * ranks), generator=generator).to(torch.bfloat16)
+    row: dict[str, Any] = {"temperature": 0.8, "seed": seed} if noise or filters else {}
+    row |= ({"top_k": 3} if filters else {}) | ({"repetition_penalty": 1.7} if penalty else {})
+    rows = [Sampling(**row) if at % 2 == 0 else Sampling() for at in range(batch)]
+    slots, positions = torch.arange(batch), torch.arange(batch) + seed % 97
+    tables = [SamplingTable(batch, 12 * ranks, CPU) for _ in range(2)]
+    parts = VocabularyParts(logits.chunk(ranks, 1), Simulation(Mesh((("tp", ranks),))).run, "tp")
+    chosen = []
+    forms: list[torch.Tensor | VocabularyParts] = [logits, parts]
+    for table, form in zip(tables, forms, strict=True):
+        table.enter(slots, rows, [[1, 2, 3]] * batch)
+        chosen.append(table.choose(form, slots, positions, Features.of(rows)))
+    assert torch.equal(*chosen) and torch.equal(tables[0].seen, tables[1].seen)

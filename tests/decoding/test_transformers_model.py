@@ -7,7 +7,9 @@ from typing import Any
 import decoding_models as models
 import pytest
 import torch
+import transformers as hf
 from decoding_models import RecomputingStep
+from expert_models import SIZES
 from torch import Tensor
 
 from qcompiler.decoding.generator import Generator
@@ -45,6 +47,17 @@ def test_generate_equals_the_original(options: dict[str, Any]) -> None:
     assert torch.equal(other.generate(**padded_batch(), max_new_tokens=10, do_sample=False, **options), wanted)
     if not options:
         assert step.calls[1:] == [(3, 1)] * (len(step.calls) - 1), "only new tokens are computed"
+
+
+def test_the_configuration_of_a_mixture_of_experts() -> None:
+    """Its field for the implementation of the experts describes a model that does not run."""
+    torch.manual_seed(0)
+    model: Any = hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=4))
+    other, _ = wrapped(model.eval())
+    ids = torch.tensor([[5, 9, 31]])
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(other.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+    assert model.config._experts_implementation != "eager", "the original configuration is unchanged"
 
 
 def test_more_rows_than_slots_and_other_sequences_afterwards() -> None:

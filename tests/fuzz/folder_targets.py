@@ -2,7 +2,8 @@
 
 An input is a file name, a newline, and the new content of the file; `x.safetensors#header` is only the description
 before the tensors. An artefact lists the hash of each of its files, so a change is detected at once; `artefact-sealed`
-corrects the hashes to reach the parsers after that check, as an attacker would.
+corrects the hashes to reach the parsers after that check, as an attacker would; `artefact-ranks` does so for a sharded
+model.
 """
 
 import hashlib
@@ -82,26 +83,48 @@ PASSES = (
 )
 
 
+SHARDED = """func @m(%x: f32[s0, 16]) -> (f32[s0, 16]) where s0 in 1..64 {
+  %w1 = core.param() {name = "w1"} : f32[256, 16]
+  %w2 = core.param() {name = "w2"} : f32[16, 256]
+  %g = aten.linear(%x, %w1) : f32[s0, 256]
+  %y = aten.linear(%g, %w2) : f32[s0, 16]
+  return %y
+}"""
+TWO = qcompiler.simulated_mesh(tp=2)
+
+
 @cache
 def _artefact() -> Folder:
     """A small artefact with every kind of file."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
     path = folder() / "artefacts" / "model"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     qcompiler.compile(model, pipeline=PASSES, calibration=[torch.randn(4, 16)]).save(path)
     return Folder.at(path)
 
 
-def _load(changes: Mapping[str, bytes]) -> None:
+@cache
+def _ranks() -> Folder:
+    """A small artefact with two ranks."""
+    graph = qcompiler.Graph.parse(SHARDED)
+    graph.weights.update(w1=torch.ones(256, 16), w2=torch.ones(16, 256))
+    path = folder() / "artefacts" / "ranks"
+    path.parent.mkdir(exist_ok=True)
+    qcompiler.compile(graph, mesh=TWO, pipeline="fp8-tile; fuse-linear; fold-constants; to-kernels").save(path)
+    return Folder.at(path)
+
+
+def _load(artefact: Folder, changes: Mapping[str, bytes]) -> None:
     """Loads the artefact with other files in it and accesses everything that is loaded lazily."""
-    with _artefact().holding(changes):
+    mesh = TWO if artefact is _ranks() else None
+    with artefact.holding(changes):
         try:
-            loaded = qcompiler.load(_artefact().path, verify=True)
+            loaded = qcompiler.load(artefact.path, verify=True, mesh=mesh)
             if any(name.startswith("stages/") for name in changes):
                 [str(loaded.stages[stage]) for stage in loaded.stages]
             str(loaded.calibration), str(loaded.report), loaded.source
-            [loaded.graph.weights[name].sum() for name in loaded.graph.weights]
+            [rank.graph.weights[name].float().sum() for rank in loaded.ranks for name in rank.graph.weights]
         except ArtefactError as error:
             if error.problem == "the artefact cannot be loaded" and error.__cause__ is not None:
                 raise error.__cause__ from None  # an unexpected error: the message asks to report it
@@ -111,20 +134,29 @@ def _load(changes: Mapping[str, bytes]) -> None:
 def read_artefact(given: bytes) -> None:
     """An artefact with a file that does not match the manifest."""
     name, data = _artefact().change(given, NAME)
-    _load({name: data})
+    _load(_artefact(), {name: data})
 
 
 def read_sealed_artefact(given: bytes) -> None:
     """An artefact with a changed file and a matching manifest."""
-    name, data = _artefact().change(given, NAME)
+    _load_sealed(_artefact(), given)
+
+
+def read_sealed_ranks(given: bytes) -> None:
+    """The same of an artefact with two ranks."""
+    _load_sealed(_ranks(), given)
+
+
+def _load_sealed(artefact: Folder, given: bytes) -> None:
+    name, data = artefact.change(given, NAME)
     if name != NAME:
-        manifest = json.loads(_artefact().files[NAME])
+        manifest = json.loads(artefact.files[NAME])
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _load({name: data, NAME: render(sealed(manifest)).encode()})
+        _load(artefact, {name: data, NAME: render(sealed(manifest)).encode()})
         return
     with suppress(ValueError, TypeError, AttributeError, RecursionError):  # not a manifest at all
         data = render(sealed(json.loads(data))).encode()
-    _load({name: data})
+    _load(artefact, {name: data})
 
 
 # Checkpoints
@@ -231,5 +263,6 @@ WORDS = (
 FOLDER_TARGETS = {
     "artefact": Target(read_artefact, in_order(_artefact().seeds()), WORDS),
     "artefact-sealed": Target(read_sealed_artefact, in_order(_artefact().seeds()), WORDS),
+    "artefact-ranks": Target(read_sealed_ranks, in_order(_ranks().seeds()), WORDS),
     "checkpoint": Target(read_checkpoint, in_order(_checkpoint_seeds()), WORDS),
 }
