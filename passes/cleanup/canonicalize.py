@@ -8,6 +8,7 @@
     aten.clone(%x)            ->  %x          and casts, views and dropouts that change nothing
     aten.masked_fill(%x, %m)  ->  %x          if %m is proven to be false everywhere
     aten.clamp(%i, 0, 7)      ->  %i          if the integers %i are proven to be inside
+    aten.linear(%b, %w)       ->  aten.linear(%a, %w)     if %b is computed like %a, an earlier value
 
 First in every pipeline, so that later passes handle one form only.
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes.analyses.equal_values import equal_values
 from passes.analyses.integer_ranges import is_false, limits_of
 from passes.analyses.memory import is_view, why_not_replaced
 from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
@@ -159,7 +161,7 @@ def _is_most(low: Argument, high: Argument) -> bool:
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """mm, matmul, addmm, … with a constant matrix  ->  linear;  no-ops are removed."""
+    """mm, matmul, addmm, … with a constant matrix  ->  linear;  no-ops are removed, and equal inputs become one."""
 
     name: ClassVar[str] = "canonicalize"
     effect: ClassVar[Effect] = Effect.REORDERS
@@ -167,6 +169,19 @@ class Canonicalize(Pass):
     def rules(self) -> Sequence[Rule]:
         """Rewrites come first, then removal of operations they make redundant."""
         return (MatmulToLinear(), TransposeTwice(), DropNoOp(), DropFill(), DropClamp())
+
+    def run(self, graph: Graph) -> bool:
+        """Applies the rules; then linears with equal inputs read one of them, and can be merged and share a scale."""
+        changed = super().run(graph)
+        equal = equal_values(graph)
+        inputs = ((op, op.argument("input")) for op in graph.ops("aten.linear"))
+        repeated = {op: old for op, old in inputs if isinstance(old, Value) and old in equal}
+        for op, old in repeated.items():
+            graph.replace_in(op, old, equal[old])
+        rewriter = Rewriter(graph, graph.return_op, self.name)
+        for old in repeated.values():  # last, because a linear may be among the operations that compute another's input
+            rewriter.erase_unread(old.op)
+        return changed or bool(repeated)
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Reports reasons for matmuls only: views that are not no-ops are expected."""

@@ -133,7 +133,8 @@ def build_report(
     for op, params in _readers(captured):
         name = op.results[0].name
         names = known_as.get(name, [])
-        quantized = bool(names) and _is_quantized(last[names[-1]].op)
+        # What multiplies the input of a matmul may have become a part of it, and is not a matmul itself.
+        quantized = op.role is Role.MATMUL and bool(names) and _is_quantized(last[names[-1]].op)
         known = next((reasons[each] for each in names if each in reasons), None) or _why_not(op)
         reason = "" if quantized else known if names else DEAD
         notes = [remarks[each] for each in names or [name] if each in remarks] if remarks else []

@@ -66,7 +66,7 @@ def test_codes_and_scales_come_back_bit_for_bit(
     assert declared(tmp_path / "one") == declared(tmp_path / "two")
 
 
-@pytest.mark.parametrize("scheme", ["smoothquant_o1", "smoothquant_o3", "smoothquant_fp8"])
+@pytest.mark.parametrize("scheme", ["smoothquant_o1", "smoothquant_o3", "smoothquant_fp8", "smoothquant_o1{w=channel}"])
 def test_factors_that_no_weight_absorbs(tmp_path: Path, scheme: str) -> None:
     """OLMo 2 has no norm before its projections, so that smoothing multiplies their inputs in each call."""
     config: Any = Olmo2Config(hidden_size=192, intermediate_size=320, num_hidden_layers=1, num_attention_heads=6,
@@ -85,8 +85,9 @@ def test_factors_that_no_weight_absorbs(tmp_path: Path, scheme: str) -> None:
 
     again = qcompiler.compile(tmp_path / "one", **options)
     assert torch.equal(again(IDS).logits, compiled(IDS).logits)
-    if scheme != "smoothquant_o3":  # files have a static scale for each layer
-        assert sum("quantize" in op.name for op in again.graph.ops()) == 4, "q, k and v, and gate and up, share theirs"
+    kernels = [[op.name for op in model.graph.ops() if op.name.startswith("kernel.")] for model in (compiled, again)]
+    assert kernels[0] == kernels[1], "q, k and v, and gate and up, share factors, scales and quantizations"
+    assert len(again.report.quantized) == 7, "multiplications by factors are not layers"
     again.save_checkpoint(tmp_path / "two", "qcompiler")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(equal_bits(one[name], two[name]) for name in one)
