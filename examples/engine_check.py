@@ -2,10 +2,11 @@
 
     make engine                 or: python examples/engine_check.py FOLDER [--processes 2 | --compiled]
 
-FOLDER was written by `engine_reference.py` or `engine_schemes.py`, by default in FP32. For each checkpoint,
+FOLDER was written by `engine_reference.py`, `engine_schemes.py` or `engine_experts.py`, by default in FP32. For each
+checkpoint,
 
-- each quantized layer, on the input that it gets in vLLM, must give the bits of qcompiler's operators on the tensors in
-  the folder; with several processes, on the process's share of them;
+- each quantized layer, and the experts of each mixture, on the input that it gets in vLLM, must give the bits of
+  qcompiler's operators on the tensors in the folder; with several processes, on the process's share of them;
 - log-probabilities of tokens must differ from qcompiler's by less than the quantization changes them, and perplexities
   by less than 2%.
 
@@ -45,10 +46,8 @@ SETTINGS = {
 """No more processes than needed, 1 GiB for the cache, and functions that run in the processes of the layers."""
 
 
-COMPILED = {
-    "VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-}  # fmt: skip
-"""Graphs in the caches of vLLM and of Inductor would have no report."""
+COMPILED = {"VLLM_DISABLE_COMPILE_CACHE": "1"}
+"""Graphs in vLLM's cache would have no report."""
 
 
 class Comparison:
@@ -71,6 +70,8 @@ class Comparison:
                 merged = module.quant_config.packed_modules_mapping.get(last, [last])
                 names = [f"{path}.{part}.weight" for part in merged]
                 module.register_forward_hook(partial(self.compare, names))
+            elif self.files.schemes is not None and hasattr(module, "w13_weight_scale"):
+                module.quant_method.apply = partial(self.compare_experts, name, module.quant_method.apply)
 
     def compare(self, names: Sequence[str], layer: Any, given: Any, out: Any) -> None:
         """Compares the output of one layer, all of whose parts read one input."""
@@ -81,10 +82,45 @@ class Comparison:
             if not torch.equal(want, got):
                 self.wrong.append(name)
 
+    def compare_experts(self, name: str, run: Any, layer: Any, x: Tensor, *routed: Any, **others: Any) -> Tensor:
+        """Runs the experts of a layer, and compares their output."""
+        y = torch.as_tensor(run(layer, x, *routed, **others))
+        weights, ids = routed[:2] if routed else (others["topk_weights"], others["topk_ids"])
+        self.layers += 1
+        if not torch.equal(y, self.wanted_experts(name.removesuffix(".routed_experts"), layer, x, weights, ids)):
+            self.wrong.append(name)
+        return y
+
+    def wanted_experts(self, name: str, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The output of the experts in this process, from the tensors in the folder."""
+        experts, order = torch.sort(ids.flatten().long(), stable=True)
+        count = layer.global_num_experts
+        ends = torch.bincount(experts, minlength=count).cumsum(0).int()
+
+        def multiply(x: Tensor, axis: int, *parts: str) -> Tensor:
+            """The grouped matmul with this process's share of some parts, cut along an axis."""
+            found = [[self.files.quantized(f"{name}.{e}.{part}.weight") for part in parts] for e in range(count)]
+            config, spec = layer.moe_config, self.files.schemes.spec(f"{name}.0.{parts[0]}")  # type: ignore[union-attr]
+            assert spec is not None
+            codes, scale = (
+                torch.stack([
+                    torch.cat([getattr(each, what).chunk(config.tp_size, axis)[config.tp_rank] for each in expert])
+                    for expert in found
+                ])
+                for what in ("codes", "scale")
+            )  # fmt: skip
+            ops, block = torch.ops.qcompiler, list(spec.x.block)
+            x_q, x_s = ops.quantize(x, block, torch_dtype(spec.x.element), spec.x.profile, "row_major", None)
+            return torch.as_tensor(ops.grouped_linear(x_q, x_s, codes, scale, ends, block, list(spec.w.block), x.dtype))
+
+        gate, up = multiply(x[order // ids.shape[1]], 0, "gate_proj", "up_proj").chunk(2, -1)
+        outer = multiply(torch.nn.functional.silu(gate) * up, 1, "down_proj") * weights.flatten()[order, None]
+        return outer[order.argsort()].view(*ids.shape, -1).sum(1).to(x.dtype)
+
     def wanted(self, name: str, x: Tensor, layer: Any, part: Any) -> Tensor:
         """The output of one part in this process, from the tensors in the folder."""
-        assert self.files.schemes is not None
-        spec, weight = self.files.schemes.spec(name.removesuffix(".weight")), self.files.quantized(name)
+        schemes, weight = self.files.schemes, self.files.quantized(name)
+        spec = schemes.spec(name.removesuffix(".weight")) if schemes else layer.quant_method.spec
         assert spec is not None
         shares = weight.codes.shape[1] // x.shape[-1]  # of the input
         codes, scale, prescale = (
@@ -116,8 +152,7 @@ def fused() -> tuple[int, int]:
 
     (report,) = REPORTS
     print(report)
-    count = sum(report.fused.values())
-    return count, count + sum(map(len, report.others.values()))
+    return report.quantizations
 
 
 def watch(folder: Path, model: Any) -> None:
@@ -154,10 +189,12 @@ def measured(folder: Path, reference: dict[str, Any], options: argparse.Namespac
 
     from qcompiler.vllm.fusing import FuseInEngine
 
+    torch.compiler.config.force_disable_caches = True  # graphs in Inductor's cache would have no report, either
     # vLLM would run FP32 models in bf16. Hooks run in eager mode only. Prompts and answers are token ids.
     llm = LLM(
         str(folder), tensor_parallel_size=options.processes, max_model_len=512, dtype=reference["dtype"],
         enforce_eager=not options.compiled, enable_prefix_caching=False, skip_tokenizer_init=True,
+        quantization="qcompiler",  # vLLM's own formats, too
         compilation_config={"inductor_compile_config": {"post_grad_custom_post_pass": FuseInEngine()}},
     )  # fmt: skip
     texts, questions = ([{"prompt_token_ids": ids} for ids in reference[key]] for key in ("texts", "questions"))
@@ -173,7 +210,7 @@ def measured(folder: Path, reference: dict[str, Any], options: argparse.Namespac
         llm.generate(texts[:1], greedy(max_tokens=1), use_tqdm=False)
         layers, wrong = zip(*llm.apply_model(compared), strict=True)
         of, failed = sum(layers), [*chain(*wrong)]
-        text = "linears have equal bits" + f", not {', '.join(failed[:3])}" * bool(failed)
+        text = "layers have equal bits" + f", not {', '.join(failed[:3])}" * bool(failed)
         good, done = of > 0 and not failed, of - len(failed)
     return {
         "logprobs": [

@@ -2,7 +2,8 @@
 
     make engine                                       or: python examples/engine_reference.py FOLDER
 
-For each scheme, FOLDER/<scheme> is a checkpoint in qcompiler's own format, and FOLDER/reference.json has the
+For each scheme, FOLDER/<scheme> is a checkpoint in qcompiler's own format, and FOLDER/<scheme> as <format> one that
+vLLM's own methods read; both have the same codes and scales. FOLDER/reference.json has the
 log-probability of each token of some texts, and greedy answers, both computed by qcompiler, and the float model's
 log-probabilities.
 """
@@ -50,10 +51,14 @@ def main() -> None:
         qcompiler.checkpoints.write(llm, options.output / scheme, "qcompiler", model=model)
         tokenizer.save_pretrained(options.output / scheme)
         reader = llm.for_transformers()
-        reference["schemes"][scheme] = {
+        reference["schemes"][scheme] = wanted = {
             "logprobs": [logprobs(reader, ids) for ids in texts],
             "answers": [llm.generate(ids, max_new_tokens=options.new_tokens) for ids in questions],
         }
+        for format in ("fp8",) * (scheme == "fp8_tile") + ("compressed-tensors",):
+            name = f"{scheme} as {format}"
+            qcompiler.checkpoints.write(llm, options.output / name, format, reader=None, model=model)
+            reference["schemes"][name] = wanted
     (options.output / "reference.json").write_text(json.dumps(reference), encoding="utf-8")
 
 

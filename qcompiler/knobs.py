@@ -85,6 +85,10 @@ class Knobs:
     cache_dir: Path | None = field(
         default=None, metadata=_knob(_path, "folder for compiled kernels, instead of Triton's cache")
     )
+    ptxas: str = field(
+        default="bundled",
+        metadata=_knob(str, "assembler of kernels: bundled (Triton's), auto (the newest installed one), or a path"),
+    )
     tuned: bool = field(
         default=False,
         metadata=_knob(_flag, "use earlier results of compiled.tune() on this machine"),
@@ -95,6 +99,10 @@ class Knobs:
     capture_seconds: float = field(
         default=120.0,
         metadata=_knob(_seconds, "CPU seconds that torch.export may use before capture makes fewer sizes dynamic"),
+    )
+    collective_seconds: float | None = field(
+        default=None,
+        metadata=_knob(_seconds, "seconds that a rank waits for the others in a collective, instead of torch's limits"),
     )
     vllm_fuse: bool = field(
         default=False,

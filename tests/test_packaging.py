@@ -23,8 +23,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OPTIONAL: dict[str, str] = {
     "qcompiler.plugins.explorer.main": "model_explorer",
     "qcompiler.vllm.config": "vllm",
+    "qcompiler.vllm.existing": "vllm",
+    "qcompiler.vllm.experts": "vllm",
     "qcompiler.vllm.fusing": "vllm",
     "qcompiler.vllm.linear": "vllm",
+    "qcompiler.vllm.verifying": "vllm",
 }
 
 # Non-Python files in the wheel: the parts of the HTML report.

@@ -83,10 +83,11 @@ class LayerSchemes:
     def spec(self, module: str) -> QuantizationSpec | None:
         """The quantization spec of a module; None if it is in float."""
         text = self.of(module)
-        return None if text is None else self._specs[text]
+        return None if text is None else self.specs[text]
 
     @cached_property
-    def _specs(self) -> dict[str, QuantizationSpec]:
+    def specs(self) -> Mapping[str, QuantizationSpec]:
+        """Each scheme in the configuration, as text -> its quantization spec."""
         texts = [self.scheme, *self.overrides.values()]
         return {text: spec_of(text) for text in texts if text is not None}
 

@@ -1,17 +1,20 @@
-"""What transformers 5.24 (tested) and vLLM (from its sources) cannot read of a checkpoint, or would change.
+"""What transformers 5.24 and vLLM 0.32 cannot read of a checkpoint, or would change.
 
 vLLM merges q, k and v, and gate and up, into one weight each. Every part must begin at a block: vLLM rejects other
 sizes, or applies scales to the wrong rows. The same holds for weights split by tensor parallelism. All parts of a
-merged weight must be quantized, or none; parts with one scale each are quantized again with the largest.
+merged weight must be quantized, or none; parts with one FP8 scale each are quantized
+again with the largest.
 Without a GPU, transformers dequantizes block FP8 and derives the block size from the number of scales. For
 compressed-tensors, it splits activations into groups, which must be whole.
+
+`examples/engine_formats.py` loads each kind of checkpoint in both, and compares what they make of it with these checks.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from qcompiler.checkpoints.format import Writer
 from qcompiler.checkpoints.quantized_weight import QuantizedWeight
@@ -108,12 +111,15 @@ def _vllm(written: Written) -> Iterator[Problem]:
     torn = {name: written.weights[name] for found, missing in parts if missing for name in found}
     if torn:
         yield Problem("vLLM merges them with layers that are not quantized, and refuses that", torn)
-    changed = {
-        name: written.weights[name] for found, missing in parts if not missing for name in _unequal(written, found)
-    }
+    whole = [found for found, missing in parts if not missing]
+    changed = {name: written.weights[name] for found in whole for name in _requantized(written, found)}
     if changed:
         why = "vLLM merges them and quantizes them again with the largest of their scales"
         yield Problem(why, changed, 'scheme="fp8_row" has scales that it does not change')
+    others = {name: written.weights[name] for found in whole for name in _unequal_inputs(written, found)}
+    if others:
+        why = "vLLM merges them and uses the largest of their static activation scales for all"
+        yield Problem(why, others, "a scheme with dynamic activation scales, such as fp8_row, has none")
 
 
 def _transformers(written: Written) -> Iterator[Problem]:
@@ -140,13 +146,22 @@ def _merged(written: Written) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
                 yield found, [part for part in parts if part in written.plain]
 
 
-def _unequal(written: Written, names: Sequence[str]) -> Sequence[str]:
-    """The weights if each has one scale, and these differ."""
+def _requantized(written: Written, names: Sequence[str]) -> Sequence[str]:
+    """The weights if each has one FP8 scale, and these differ. For INT8, vLLM repeats each scale for its rows."""
     weights = [written.weights[name] for name in names]
-    if any(weight.block != (ALL, ALL) for weight in weights):
+    if any(weight.block != (ALL, ALL) or not weight.codes.is_floating_point() for weight in weights):
         return ()
-    scales = torch.stack([weight.scale.reshape(()) for weight in weights])
-    return names if bool((scales != scales[0]).any()) else ()
+    return () if _all_equal([weight.scale for weight in weights]) else names
+
+
+def _unequal_inputs(written: Written, names: Sequence[str]) -> Sequence[str]:
+    """The weights if they have static activation scales that differ."""
+    scales = [written.weights[name].x_scale for name in names]
+    return () if _all_equal([scale for scale in scales if scale is not None]) else names
+
+
+def _all_equal(scales: Sequence[Tensor]) -> bool:
+    return len({float(scale) for scale in scales}) < 2
 
 
 def _these(weights: Mapping[str, QuantizedWeight], names: Collection[str]) -> dict[str, QuantizedWeight]:

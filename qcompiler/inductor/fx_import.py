@@ -2,13 +2,14 @@
 
     %mul: aten.mul.Tensor(embedding, rsqrt)              ->    %mul = aten.mul.Tensor(%embedding, %rsqrt)
     %quantize: qcompiler.quantize(mul, [1, 128], …)      ->    %q, %s = kernel.quantize(%mul) {format = #fp8_tile}
+    %linear: qcompiler.scaled_linear(q, s, w, w_s, …)    ->    %linear = kernel.scaled_linear(%q, %s, %w, %w_s) {…}
     %attention: vllm.unified_attention(q, k, v, layer)   ->    %attention = fx.call(%q, %k, %v)
 
 An operation that no pass changes becomes the same node again, with arguments that the graph does not show.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from qcompiler.capture.locations import location_of
 from qcompiler.capture.symbols import Symbols
 from qcompiler.dialects.aten import TAGS, op_name
 from qcompiler.dialects.fx import CALL, PURE
-from qcompiler.ir import Argument, Graph, Literal, Op, ScalarType, Tag, TensorType, Type, Value
+from qcompiler.ir import Argument, Format, Graph, Literal, Op, ScalarType, Tag, TensorType, Type, Value
 from qcompiler.ir.types import NONE
 from qcompiler.numerics.dtypes import IR_DTYPES, ir_dtype
 from qcompiler.text import legal_name
@@ -139,6 +140,10 @@ class _Importer:
             _, block, dtype, profile, layout, *_ = node.args
             format = replace(numerics.format_of(block, dtype, profile), scale_layout=layout)  # type: ignore[arg-type]  # as its schema says
             return "kernel.quantize", (args[0], *args[5:]), {"format": format}
+        if name == "qcompiler.scaled_linear" and not attrs:
+            if not isinstance(args[0], Value) or not isinstance(args[0].tensor.shape[-1], int):
+                return None  # the number of its scales is not known
+            return "kernel.scaled_linear", args[: 5 if args[4] is not None else 4], _formats(node, args)
         return (name, args, attrs) if name.startswith("aten.") else None
 
     def opaque(self, node: fx.Node) -> str:
@@ -180,6 +185,16 @@ class _Importer:
         if isinstance(val, int):
             return ScalarType("int", val)
         return ScalarType("float") if isinstance(val, float | torch.SymFloat) else NONE if val is None else None
+
+
+def _formats(node: fx.Node, args: Sequence[Argument]) -> dict[str, Argument]:
+    """The attributes of a `scaled_linear`, which reads the scales of its activation in the layout that they have."""
+    given: Any = node.args  # as its schema says
+    x, w = (numerics.format_of(given[at + 5], given[2 * at].meta["val"].dtype) for at in (0, 1))
+    written = args[1].op.attrs.get("format") if isinstance(args[1], Value) else None
+    if isinstance(written, Format):
+        x = replace(x, scale_layout=written.scale_layout)
+    return {"out_dtype": args[7], "w_format": w, "x_format": x}
 
 
 def _unknown(arg: Any) -> Any:

@@ -16,6 +16,8 @@ from codegen.support import why_not
 from qcompiler.checkpoints.layer_schemes import METHOD, LayerSchemes
 from qcompiler.errors import QCompilerError
 from qcompiler.schemes.pipelines import QuantizationSpec
+from qcompiler.vllm.existing import OWN, ExistingConfig
+from qcompiler.vllm.experts import QCompilerMoEMethod, scheme_of_experts
 from qcompiler.vllm.fusing import enable
 from qcompiler.vllm.linear import QCompilerLinearMethod
 
@@ -51,9 +53,26 @@ class QCompilerConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "QCompilerConfig":
-        """Reads the configuration; raises QCompilerError if it is malformed, or of a newer qcompiler."""
-        return cls(LayerSchemes.read(config, "quantization_config"), config.get("kv_cache_scheme"))
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """This method if the user asks for it, for a folder of one of vLLM's own methods that `existing` reads."""
+        return METHOD if user_quant == METHOD and hf_quant_cfg.get("quant_method") in OWN else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """Reads the configuration; vLLM does so in its main process first, before it starts others.
+
+        Raises:
+            QCompilerError: It is malformed, or of a newer qcompiler; or the device cannot run one of its schemes.
+        """
+        if config.get("quant_method") in OWN:
+            return ExistingConfig.from_config(config)
+        schemes = LayerSchemes.read(config, "quantization_config")
+        for text, spec in schemes.specs.items() if current_platform.is_cuda() else ():
+            if (why := why_not(spec.x, spec.w)) is not None:
+                raise QCompilerError(f"no GPU kernel runs the scheme '{text}': {why}", fix="Choose another scheme.")
+        return cls(schemes, config.get("kv_cache_scheme"))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Renames layers as vLLM does for a model."""
@@ -66,15 +85,18 @@ class QCompilerConfig(QuantizationConfig):
 
         Raises:
             QCompilerError: The parts of a merged layer have different schemes, or factors of the input channels only in
-                part; the device cannot run the scheme; or the plug-in does not support the layer.
+                part; or the plug-in does not support the layer.
         """
         if isinstance(layer, LinearBase):
             spec = self._spec(prefix)
             if spec is None:
                 return UnquantizedLinearMethod()
             enable()
-            return QCompilerLinearMethod(spec, prefix, prescaled=self._is_prescaled(prefix))
-        if isinstance(layer, ParallelLMHead | RoutedExperts):
+            return QCompilerLinearMethod(spec, prefix, self._parts(prefix), prescaled=self._is_prescaled(prefix))
+        if isinstance(layer, RoutedExperts):
+            scheme = scheme_of_experts(self.schemes, layer, prefix)
+            return None if scheme is None else QCompilerMoEMethod(self.schemes.specs[scheme], layer, prefix)
+        if isinstance(layer, ParallelLMHead):
             self._check_in_float(layer, prefix)
         return BaseKVCacheMethod(self) if isinstance(layer, Attention) and self.has_cache_scales else None
 
@@ -91,10 +113,7 @@ class QCompilerConfig(QuantizationConfig):
                 need="one scheme",
                 fix=f'Compile with equal overrides: {{"*.{last[0]}": SCHEME, ...}}.',
             )
-        spec = self.schemes.spec(parts[0])
-        if spec is not None and current_platform.is_cuda() and (why := why_not(spec.x, spec.w)) is not None:
-            raise QCompilerError(f"no GPU kernel runs the scheme of '{prefix}'", got=why, fix="Choose another scheme.")
-        return spec
+        return self.schemes.spec(parts[0])
 
     def _is_prescaled(self, prefix: str) -> bool:
         """Whether smoothing's factors multiply the input of a layer, for all of its parts or none."""
@@ -118,10 +137,7 @@ class QCompilerConfig(QuantizationConfig):
 
     def _check_in_float(self, layer: torch.nn.Module, prefix: str) -> None:
         """Raises QCompilerError if a layer is quantized for which there is no method."""
-        inner = [scheme for name, scheme in self.schemes.overrides.items() if name.startswith(f"{prefix}.")]
-        names = self._parts(prefix)
-        quantized = any(self.schemes.of(name) for name in names) if not inner else any(inner)
-        if quantized:
+        if any(self.schemes.of(name) for name in self._parts(prefix)):
             raise QCompilerError(
                 f"the plug-in does not run a quantized {type(layer).__name__}",
                 got=f"'{prefix}'",

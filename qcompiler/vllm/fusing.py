@@ -26,7 +26,7 @@ class FuseInEngine(InductorPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Fuses in place."""
         report = fuse(graph)
-        if report.fused or report.others:
+        if report.quantizations[1]:
             REPORTS.append(report)
             logger.info("%s", report)
 

@@ -15,12 +15,23 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from qcompiler.checkpoints.layer_schemes import PRESCALE, X_SCALE
+from qcompiler.checkpoints.layer_schemes import PRESCALE, SCALE, X_SCALE
 from qcompiler.ir import ALL
 from qcompiler.ir.formats import Block
 from qcompiler.numerics import torch_dtype
 from qcompiler.schemes.pipelines import QuantizationSpec
-from qcompiler.vllm.shards import Joined, Spans, blocks_in, check_loaded, check_share, join, share_of, split, spread
+from qcompiler.vllm.shards import (
+    Joined,
+    Share,
+    Spans,
+    blocks_in,
+    check_loaded,
+    cut_error,
+    join,
+    share_of,
+    split,
+    spread,
+)
 
 QKV = {"q": 0, "k": 1, "v": 2}
 """vLLM's names of the parts of an attention projection."""
@@ -33,11 +44,15 @@ class QCompilerLinearMethod(LinearMethodBase):
     Args:
         spec: How the layer is quantized.
         name: The full name of the layer.
+        sources: The names in the files of the layers that it merges.
         prescaled: Whether the input is multiplied by a factor per channel before it is quantized.
+        scale: The name of the weight's scales in the files.
     """
 
-    def __init__(self, spec: QuantizationSpec, name: str, *, prescaled: bool = False) -> None:
-        self.name = name
+    def __init__(
+        self, spec: QuantizationSpec, name: str, sources: Sequence[str], *, prescaled: bool = False, scale: str = SCALE
+    ) -> None:
+        self.spec, self.name, self.sources, self.scale = spec, name, sources, scale
         self.x_tensors = [X_SCALE] * spec.static + [PRESCALE] * prescaled
         self.element, self.profile = torch_dtype(spec.w.element), spec.x.profile
         self.x_block, self.w_block = list(spec.x.block), spec.w.block
@@ -57,9 +72,10 @@ class QCompilerLinearMethod(LinearMethodBase):
         """Registers the parameters; raises QCompilerError if a share begins inside a block."""
         depth, widths = input_size_per_partition, output_partition_sizes
         layer.quantized_parts = parts = _parts(layer, self.name, self.w_block, widths, output_size // sum(widths))
-        for part in parts:
-            check_share(self.name, "output", part.width, part.whole, self.w_block[0])
-        check_share(self.name, "input", depth, input_size, self.w_block[1])
+        shares = [Share(self.name, "output", part.width, part.whole, self.w_block[0]) for part in parts]
+        for share in (*shares, Share(self.name, "input", depth, input_size, self.w_block[1])):
+            if share.is_cut:
+                raise cut_error(share, self.sources)
         codes = torch.empty(sum(widths), depth, dtype=self.element)
         loader = extra["weight_loader"]
         weight = ModelWeightParameter(data=codes, input_dim=1, output_dim=0, weight_loader=loader)
@@ -67,7 +83,7 @@ class QCompilerLinearMethod(LinearMethodBase):
         # While vLLM builds a model, the default dtype is the model's.
         rows, columns = sum(part.scales for part in parts), blocks_in(depth, self.w_block[1])
         scale = torch.full((rows, columns), torch.nan, dtype=torch.float32)
-        layer.register_parameter("weight_scale", _parameter(scale, _scale_loader(layer, self.name, self.w_block[0])))
+        layer.register_parameter(self.scale, _parameter(scale, _scale_loader(layer, self.name, self.w_block[0])))
         for name in self.x_tensors:
             each = torch.full((len(parts), depth if name == PRESCALE else 1), torch.nan, dtype=torch.float32)
             layer.register_parameter(name, _parameter(each, _x_loader(layer)))
@@ -78,10 +94,11 @@ class QCompilerLinearMethod(LinearMethodBase):
         Raises:
             QCompilerError: The files lack a scale.
         """
-        for name in ("weight_scale", *self.x_tensors):
+        for name in (self.scale, *self.x_tensors):
             check_loaded(f"{self.name}.{name}", getattr(layer, name).data)
         of_parts = {name: getattr(layer, name).data for name in self.x_tensors}
-        codes, scales = layer.weight.data, layer.weight_scale.data
+        codes, scales = layer.weight.data, getattr(layer, self.scale).data
+        delattr(layer, self.scale)
         layer.quantized_groups = []
         row = scale_row = 0
         for first, parts in _groups(layer.quantized_parts, of_parts.values()):
@@ -158,6 +175,7 @@ def _scale_loader(layer: Any, name: str, block: int) -> Any:
     def load(param: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
         parts, rank = layer.quantized_parts, getattr(layer, "tp_rank", 0)
         chosen = _chosen(shard, len(parts))
+        loaded = loaded if loaded.dim() == 2 else loaded.reshape(-1, 1)
         scales = split(name, loaded, [parts[at].whole for at in chosen], block)
         for at, scale in zip(chosen, scales, strict=True):
             start = sum(part.scales for part in parts[:at])

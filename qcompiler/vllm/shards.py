@@ -44,24 +44,44 @@ def blocks_in(size: int, block: int) -> int:
     return 1 if block == ALL else -(-size // block)
 
 
-def check_share(layer: str, axis: str, share: int, whole: int, block: int) -> None:
-    """Raises QCompilerError if the shares of an axis do not begin at blocks.
+@dataclass(frozen=True)
+class Share:
+    """One axis of a layer on one GPU.
 
-    Args:
-        layer: The name of the layer, for the message.
+    Attributes:
+        layer: The name of the layer, for messages.
         axis: "output" or "input" channels.
-        share: Channels on one GPU.
+        size: Channels on one GPU.
         whole: Channels of the part in the files.
         block: Channels that share a scale.
     """
-    if share == whole or block == ALL or share % block == 0:
-        return
-    last = layer.rpartition(".")[2]
-    raise QCompilerError(
-        f"tensor parallelism would cut '{layer}' inside a block",
-        got=f"{share} of {whole} {axis} channels on each GPU",
-        need=f"a multiple of {block}",
-        fix=f'Use fewer GPUs, or a scheme without blocks for these layers: overrides={{"*.{last}": "fp8_row"}}.',
+
+    layer: str
+    axis: str
+    size: int
+    whole: int
+    block: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether shares of this size begin inside blocks."""
+        return self.size != self.whole and self.block != ALL and self.size % self.block != 0
+
+
+def cut_error(share: Share, layers: Sequence[str]) -> QCompilerError:
+    """The error about a share that begins inside a block.
+
+    Args:
+        share: The share.
+        layers: Names in the files of all layers that need another scheme.
+    """
+    kinds = dict.fromkeys(layer.rpartition(".")[2] for layer in layers)
+    overrides = ", ".join(f'"*.{kind}": "fp8_row"' for kind in kinds)
+    return QCompilerError(
+        f"tensor parallelism would cut '{share.layer}' inside a block",
+        got=f"{share.size} of {share.whole} {share.axis} channels on each GPU",
+        need=f"a multiple of {share.block}",
+        fix=f"Use fewer GPUs, or a scheme without blocks for these layers: overrides={{{overrides}}}.",
     )
 
 

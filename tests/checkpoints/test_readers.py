@@ -103,6 +103,21 @@ def test_scales_that_vllm_replaces_by_the_largest() -> None:
     assert "m.q_proj" in text and 'scheme="fp8_row" has scales that it does not change' in text
 
 
+def test_int8_scales_of_merged_tensors_stay_in_vllm() -> None:
+    def integers(size: float, x_scale: float | None = None) -> QuantizedWeight:
+        format = numerics.format_of((-1, -1), torch.int8)
+        codes, scale = numerics.quantize(torch.full((128, 128), size), format)
+        return QuantizedWeight(codes, scale, format, x_scale=None if x_scale is None else torch.tensor([x_scale]))
+
+    assert (
+        refused("compressed-tensors", {"m.gate_proj.weight": integers(1.0), "m.up_proj.weight": integers(2.0)}) is None
+    )
+    same = {"m.gate_proj.weight": integers(1.0, 0.5), "m.up_proj.weight": integers(2.0, 0.5)}
+    assert refused("compressed-tensors", same) is None
+    text = refused("compressed-tensors", same | {"m.up_proj.weight": integers(2.0, 0.25)})
+    assert text is not None and "uses the largest of their static activation scales for all" in text
+
+
 def test_many_kinds_are_cut_short() -> None:
     text = str(refused("fp8", {f"part{chr(97 + i)}.weight": weight(192, 128) for i in range(12)}))
     assert "; and 4 more kinds: vLLM" in text and '"parth": None, …}' in text

@@ -22,6 +22,8 @@ from qcompiler.transformers.quantizer import OLDEST
 NORM = "bf16(x0 * rsqrt(mean(x0 * x0) + 9.999999974752427e-07) * x1)"
 SUM_AND_NORM = "h0 = bf16(x0 + x1); bf16(h0 * rsqrt(mean(h0 * h0) + 9.999999974752427e-07) * x2)"
 SILU = "bf16(bf16(x0 / (exp(neg(x0)) + 1.0)) * x1)"
+SILU_OF_SUM = "p0 = bf16(y0); bf16(bf16(p0 / (exp(neg(p0)) + 1.0)) * x0)"
+RESIDUAL = "bf16(x0 + bf16(y0))"
 
 
 @pytest.fixture(autouse=True)
@@ -80,25 +82,70 @@ def fused(model: Any, *inputs: Tensor) -> tuple[Any, list[FusionReport]]:
     return compiled(*inputs), reports
 
 
-@pytest.mark.parametrize("scheme", ["fp8_tile", "fp8_row", "int8_row"])
-def test_norms_and_activations_become_parts_of_quantizations(scheme: str) -> None:
-    model, x = Block(scheme), torch.randn(5, 256).bfloat16()
+def test_norms_and_activations_become_parts_of_quantizations_and_matmuls() -> None:
+    model, x = Block("fp8_tile"), torch.randn(5, 256).bfloat16()
     y, (report,) = fused(model, x)
     assert torch.equal(y, model(x)), "fused expressions round where the operations do"
-    assert report.fused == {NORM: 1, SUM_AND_NORM: 1, SILU: 1}, "gate and up share their input's quantization"
+    assert report.fused == {NORM: 1, SUM_AND_NORM: 1}, "gate and up share their input's quantization"
+    assert report.epilogues == {SILU_OF_SUM: 1} and report.plain_epilogues == {RESIDUAL: 1}
     assert str(report).splitlines() == [
         "3 of 4 quantizations are fused with the arithmetic before them",
-        *(f"  1 x {expression}" for expression in (NORM, SUM_AND_NORM, SILU)),
+        *(f"  1 x {expression}" for expression in (NORM, SUM_AND_NORM)),
         "  not fused: quantize_1: it is not computed by row arithmetic, but by aten.cumsum",
+        "2 of 5 matmuls are fused with what follows them",
+        f"  1 x quantize({SILU_OF_SUM})",
+        f"  1 x {RESIDUAL}",
+        "  not fused: scaled_linear: its users cannot be fused with it: aten.cumsum",
+        "  not fused: scaled_linear_1: the arithmetic after it has a residual output",
+        "  not fused: scaled_linear_3: its users cannot be fused with it: kernel.fused_linear",
     ]
+
+
+@pytest.mark.parametrize("scheme", ["fp8_row", "int8_row"])
+def test_matmuls_without_a_kernel_for_epilogues(scheme: str) -> None:
+    model, x = Block(scheme), torch.randn(5, 256).bfloat16()
+    y, (report,) = fused(model, x)
+    assert torch.equal(y, model(x))
+    assert report.fused == {NORM: 1, SUM_AND_NORM: 1, SILU: 1} and not (report.epilogues or report.plain_epilogues)
+    ((why, names),) = report.matmuls.items()
+    assert why.startswith("only matmuls of #fp8_tile and #fp8_block") and len(names) == 5
+
+
+class Halves(nn.Module):
+    """Gate and up in one weight, as vLLM stores them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(256, eps=1e-6, dtype=torch.bfloat16)
+        self.both, self.down = quantized(1024, 256, "fp8_tile"), quantized(256, 512, "fp8_tile")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.both(self.norm(x))
+        return self.down(nn.functional.silu(y[..., :512]) * y[..., 512:])  # type: ignore[no-any-return]
+
+
+def test_the_halves_of_a_merged_matmul() -> None:
+    model, x = Halves(), torch.randn(5, 256).bfloat16()
+    y, (report,) = fused(model, x)
+    assert torch.equal(y, model(x))
+    assert report.epilogues == {"p0 = bf16(y0); bf16(bf16(p0 / (exp(neg(p0)) + 1.0)) * bf16(y1))": 1}
+    assert report.quantizations == (2, 2)
+
+
+def test_columns_that_are_not_fixed() -> None:
+    layer, x = quantized(256, 256, "fp8_tile"), torch.randn(5, 256).bfloat16()
+    y, (report,) = fused(lambda x: nn.functional.relu(layer(x)), x)  # nothing says that x has 256 columns
+    assert torch.equal(y, nn.functional.relu(layer(x)))
+    assert report.quantizations == (0, 1) and not (report.plain_epilogues or report.matmuls)
 
 
 def test_factors_of_input_channels_are_fused_too() -> None:
     model, x = Block("fp8_tile", prescaled=True), torch.randn(5, 256).bfloat16()
     y, (report,) = fused(model, x)
     assert torch.equal(y, model(x))
-    assert f"{NORM} * x2" in report.fused and f"{SILU} * x2" in report.fused
-    assert sum(report.fused.values()) == 3, "gate and up have different factors, and read one norm"
+    assert f"{NORM} * x2" in report.fused and f"{SILU_OF_SUM} * x1" in report.epilogues
+    assert report.quantizations[0] == 3, "gate and up have different factors, and read one norm"
 
 
 def test_scales_of_a_whole_tensor_are_not_fused() -> None:
@@ -176,7 +223,7 @@ def test_a_model_of_transformers(tmp_path: Any) -> None:
     ids = torch.arange(18).reshape(2, 9)
     logits, (report,) = fused(lambda ids: model(ids, use_cache=False).logits, ids)
     assert torch.equal(logits, model(ids, use_cache=False).logits)
-    assert sum(report.fused.values()) == 3
+    assert report.quantizations == (3, 4)
     ((why, names),) = report.others.items()
     assert why.startswith("it is not computed by row arithmetic") and len(names) == 1
 
@@ -190,4 +237,4 @@ def test_inductor_runs_the_pass() -> None:
         y = torch.compile(model, fullgraph=True, dynamic=True)(x)
     assert (y - model(x)).norm() < 0.02 * y.norm(), "Inductor rounds other operations differently"
     (report,) = pass_.reports
-    assert sum(report.fused.values()) == 3 and len(pass_.uuid()) == 64
+    assert report.quantizations == (3, 4) and len(pass_.uuid()) == 64

@@ -1,35 +1,23 @@
 """vLLM's layers over qcompiler's kernels, bit for bit, on one and on several simulated GPUs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from exact_sums import integers, powers_of_two
+from vllm_files import DEPTH, HEAD, HEADS, KV_HEADS, PARTS, files, load, reference
 
-from qcompiler import QCompilerError, numerics
+from qcompiler import QCompilerError
 from qcompiler.numerics import torch_dtype
 from qcompiler.schemes.named import spec_of
 
 WHY = "needs vLLM: make engine"
 linear: Any = pytest.importorskip("vllm.model_executor.layers.linear", reason=WHY)
 parameter: Any = pytest.importorskip("vllm.model_executor.parameter", reason=WHY)
-settings: Any = pytest.importorskip("vllm.config", reason=WHY)
-distributed: Any = pytest.importorskip("vllm.distributed", reason=WHY)
 QCompilerConfig: Any = pytest.importorskip("qcompiler.vllm.config", reason=WHY).QCompilerConfig
 
-HEADS, KV_HEADS, HEAD, DEPTH = 6, 2, 32, 160  # widths 192, 64 and 64
-PARTS = ("q_proj", "k_proj", "v_proj")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What vLLM's layers need: a configuration and a group of one process."""
-    with settings.set_current_vllm_config(settings.VllmConfig()):
-        file = tmp_path_factory.mktemp("group") / "file"
-        distributed.init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-        yield
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 @pytest.fixture
@@ -50,38 +38,6 @@ def configured(scheme: str, overrides: dict[str, Any] | None = None, prescaled: 
     config = QCompilerConfig.from_config(said)
     config.packed_modules_mapping = {"qkv_proj": [*PARTS], "gate_up_proj": ["gate_proj", "up_proj"]}
     return config
-
-
-def files(scheme: str, widths: tuple[int, ...], depth: int = DEPTH) -> list[dict[str, Tensor]]:
-    """The tensors of some linears."""
-    spec, generator, found = spec_of(scheme), torch.Generator().manual_seed(0), []
-    for at, width in enumerate(widths):
-        codes, scale = numerics.quantize(torch.randn(width, depth, generator=generator) * 3.0**at, spec.w)[:2]
-        static = {"input_scale": torch.tensor([0.02 * (1 + at // 2)])} if spec.static else {}
-        found.append({"weight": codes, "weight_scale": scale, **static, "bias": torch.randn(width).bfloat16()})
-    return found
-
-
-def load(layer: Any, tensors: dict[str, Tensor], *shard: Any) -> None:
-    for name, tensor in tensors.items():
-        getattr(layer, name).weight_loader(getattr(layer, name), tensor, *shard)
-
-
-def factors(seed: int, size: int = DEPTH) -> Tensor:
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) + 0.5
-
-
-def reference(scheme: str, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """The linear in plain operations of `numerics`."""
-    spec, prescale = spec_of(scheme), tensors.get("input_prescale")
-    if spec.static:
-        x_s = tensors["input_scale"].reshape(1, 1)
-        x_q = numerics.quantize_static(x, x_s, spec.x, prescale)
-    else:
-        x_q, x_s = numerics.quantize(x, spec.x, prescale)[:2]
-    return numerics.scaled_linear(
-        x_q, x_s, tensors["weight"], tensors["weight_scale"], tensors.get("bias"), x_format=spec.x, w_format=spec.w
-    )
 
 
 def made(kind: Any, *sizes: Any, scheme: str, prefix: str, prescaled: tuple[str, ...] = (), **options: Any) -> Any:
@@ -108,7 +64,7 @@ def test_merged_q_k_v_has_the_bits_of_its_parts(scheme: str) -> None:
     for shard, part in zip("qkv", tensors, strict=True):
         load(layer, part, shard)
     layer.quant_method.process_weights_after_loading(layer)
-    x = torch.randn(5, DEPTH).bfloat16()
+    x = integers(5, DEPTH, 9).bfloat16()
     assert torch.equal(layer(x), torch.cat([reference(scheme, x, part) for part in tensors], -1))
     assert layer.weight.dtype is torch_dtype(spec_of(scheme).w.element)
 
@@ -119,7 +75,7 @@ def test_merged_q_k_v_has_the_bits_of_its_parts(scheme: str) -> None:
 def test_q_k_v_on_several_gpus(scheme: str, world: int, gpus: Any) -> None:
     heads, kv_heads = (6, 2) if world == 2 else (6, 1)  # on 3 GPUs, each holds the same keys and values
     tensors = files(scheme, (heads * HEAD, kv_heads * HEAD, kv_heads * HEAD))
-    x = torch.randn(5, DEPTH).bfloat16()
+    x = integers(5, DEPTH, 9).bfloat16()
     whole = [reference(scheme, x, part) for part in tensors]
     for rank in range(world):
         gpus(rank, world)
@@ -133,7 +89,7 @@ def test_q_k_v_on_several_gpus(scheme: str, world: int, gpus: Any) -> None:
 
 
 def test_gate_and_up_on_two_gpus_are_cut_at_blocks(gpus: Any) -> None:
-    tensors, x = files("fp8_tile", (512, 512)), torch.randn(3, DEPTH).bfloat16()
+    tensors, x = files("fp8_tile", (512, 512)), integers(3, DEPTH, 9).bfloat16()
     whole = [reference("fp8_tile", x, part) for part in tensors]
     for rank in range(2):
         gpus(rank, 2)
@@ -148,7 +104,7 @@ def test_gate_and_up_on_two_gpus_are_cut_at_blocks(gpus: Any) -> None:
 def test_a_row_parallel_layer_quantizes_its_share_of_the_input(scheme: str, gpus: Any) -> None:
     ((tensors),) = files(scheme, (96,), 512)
     del tensors["bias"]
-    x = torch.randn(3, 512).bfloat16()
+    x = integers(3, 512, 9).bfloat16()
     for rank in range(2):
         gpus(rank, 2)
         layer = made(linear.RowParallelLinear, 512, 96, scheme=scheme, prefix="a.down_proj", bias=False,
@@ -170,21 +126,21 @@ def test_factors_of_input_channels(scheme: str, seeds: tuple[int, ...], groups: 
                  prescaled=names)  # fmt: skip
     tensors = files(scheme, (192, 64, 64))
     for shard, part, seed in zip("qkv", tensors, seeds, strict=True):
-        part["input_prescale"] = factors(seed)
+        part["input_prescale"] = powers_of_two(DEPTH, seed)
         if "input_scale" in part:
-            part["input_scale"] = torch.tensor([0.02])
+            part["input_scale"] = torch.tensor([1 / 64])
         load(layer, part, shard)
     layer.quant_method.process_weights_after_loading(layer)
-    x = torch.randn(5, DEPTH).bfloat16()
+    x = integers(5, DEPTH, 9).bfloat16()
     assert torch.equal(layer(x), torch.cat([reference(scheme, x, part) for part in tensors], -1))
     assert len(layer.quantized_groups) == groups, "parts with equal factors are one GEMM"
 
 
 def test_factors_are_cut_as_the_input_is(gpus: Any) -> None:
     (tensors,) = files("int8_row", (96,), 512)
-    tensors = {**tensors, "input_prescale": factors(1, 512)}
+    tensors = {**tensors, "input_prescale": powers_of_two(512, 1)}
     del tensors["bias"]
-    x = torch.randn(3, 512).bfloat16()
+    x = integers(3, 512, 9).bfloat16()
     for rank in range(2):
         gpus(rank, 2)
         layer = made(linear.RowParallelLinear, 512, 96, scheme="int8_row", prefix="a.down_proj", bias=False,

@@ -1,14 +1,15 @@
 """Scales of merged layers and of shares on several GPUs, without vLLM."""
 
-import re
-
 import pytest
 import torch
+from exact_sums import integers
 from torch import Tensor
 
 from qcompiler import QCompilerError, numerics
+from qcompiler.checkpoints.layer_schemes import LayerSchemes
 from qcompiler.ir.formats import ALL, FP8_BLOCK, FP8_ROW, FP8_TENSOR, FP8_TILE, Format
-from qcompiler.vllm.shards import Joined, blocks_in, check_loaded, check_share, join, share_of, split, spread
+from qcompiler.vllm.cuts import Split, check_cuts
+from qcompiler.vllm.shards import Joined, Share, blocks_in, check_loaded, cut_error, join, share_of, split, spread
 
 WIDTHS = (192, 64, 200)
 DEPTH = 160
@@ -16,10 +17,9 @@ DEPTH = 160
 
 def parts(format: Format) -> list[tuple[Tensor, Tensor]]:
     """Codes and scales of matrices of different widths, whose scales differ."""
-    generator = torch.Generator().manual_seed(0)
     found = []
     for at, width in enumerate(WIDTHS):
-        weight = torch.randn(width, DEPTH, generator=generator) * 3.0**at
+        weight = integers(width, DEPTH, at) * 4.0**at
         codes, scale = numerics.quantize(weight, format)[:2]
         found.append((codes, scale))
     return found
@@ -42,7 +42,7 @@ def linear(x: Tensor, x_format: Format, codes: Tensor, scale: Tensor, block: tup
 def test_one_matmul_gives_the_bits_of_all_parts(
     x_format: Format, format: Format, kept: tuple[tuple[int, int], ...] | None
 ) -> None:
-    x = torch.randn(5, DEPTH)
+    x = integers(5, DEPTH, 9)
     pairs = parts(format)
     want = torch.cat([linear(x, x_format, codes, scale, format.block) for codes, scale in pairs], -1)
     codes, scale = (torch.cat(each) for each in zip(*pairs, strict=True))
@@ -74,20 +74,55 @@ def test_shares_of_a_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "whole", "block"), [(256, 512, 128), (192, 192, 128), (96, 192, 1), (96, 192, ALL)]
+    ("size", "whole", "block", "is_cut"),
+    [(256, 512, 128, False), (192, 192, 128, False), (96, 192, 1, False), (96, 192, ALL, False), (192, 384, 128, True)],
 )  # fmt: skip
-def test_shares_that_begin_at_blocks(share: int, whole: int, block: int) -> None:
-    check_share("layers.0.q_proj", "output", share, whole, block)
+def test_shares_that_begin_at_blocks(size: int, whole: int, block: int, is_cut: bool) -> None:
+    assert Share("layers.0.q_proj", "output", size, whole, block).is_cut is is_cut
 
 
 def test_a_share_that_begins_inside_a_block_is_one_sentence() -> None:
     message = (
-        "tensor parallelism would cut 'layers.0.mlp.down_proj' inside a block: got 768 of 1536 input channels on each "
-        "GPU; need a multiple of 512. Use fewer GPUs, or a scheme without blocks for these layers: "
+        "tensor parallelism would cut 'layers.0.mlp.down_proj' inside a block: got 192 of 1536 input channels on each "
+        "GPU; need a multiple of 128. Use fewer GPUs, or a scheme without blocks for these layers: "
         'overrides={"*.down_proj": "fp8_row"}.'
     )
-    with pytest.raises(QCompilerError, match=f"^{re.escape(message)}$"):
-        check_share("layers.0.mlp.down_proj", "input", 768, 1536, 512)
+    share = Share("layers.0.mlp.down_proj", "input", 192, 1536, 128)
+    assert str(cut_error(share, ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"])) == message
+
+
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": (576, 576), "model.layers.0.self_attn.k_proj": (192, 576),
+    "model.layers.0.self_attn.o_proj": (576, 576), "model.layers.0.mlp.down_proj": (576, 1536),
+}  # fmt: skip
+STYLES = {
+    "layers.*.self_attn.q_proj": "colwise", "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise",
+}  # fmt: skip
+
+
+def test_layers_that_the_files_cannot_be_cut_into() -> None:
+    tiles, rows = LayerSchemes("fp8_tile"), LayerSchemes("fp8_row")
+    message = (
+        r"would cut 'model\.layers\.0\.self_attn\.q_proj' inside a block: got 192 of 576 output channels .* "
+        r'overrides=\{"\*\.q_proj": "fp8_row", "\*\.k_proj": "fp8_row", "\*\.v_proj": "fp8_row", '
+        r'"\*\.o_proj": "fp8_row"\}'
+    )
+    with pytest.raises(QCompilerError, match=message):
+        check_cuts(LAYERS, tiles, Split(3, STYLES, heads=3, head_size=64))
+    check_cuts(LAYERS, rows, Split(3, STYLES, heads=3, head_size=64))
+    check_cuts(LAYERS, tiles, Split(3, {}, heads=3, head_size=64))
+    in_float = LayerSchemes("fp8_tile", dict.fromkeys(LAYERS) | {"model.layers.0.mlp.down_proj": "fp8_tile"})
+    check_cuts(LAYERS, in_float, Split(3, STYLES, heads=3, head_size=64))  # 512 of 1536
+    gathered = {pattern: f"{style}_gather_output" for pattern, style in STYLES.items()}
+    check_cuts(LAYERS, tiles, Split(3, gathered, heads=3, head_size=64))
+
+
+def test_few_key_heads_are_held_by_several_gpus() -> None:
+    shapes, styles = {"layers.0.k_proj": (256, 512)}, {"layers.*.k_proj": "colwise"}
+    check_cuts(shapes, LayerSchemes("fp8_tile"), Split(4, styles, heads=2, head_size=128))
+    with pytest.raises(QCompilerError, match=r"got 64 of 256 output channels"):
+        check_cuts(shapes, LayerSchemes("fp8_tile"), Split(4, styles, heads=4, head_size=64))
 
 
 def test_a_layer_that_is_merged_in_the_files() -> None:
