@@ -56,18 +56,18 @@ SUBJECTS = {
     "llama": Subject(
         "Llama-3-8B, 4 layers",
         lambda: hf.LlamaModel(hf.LlamaConfig(num_hidden_layers=4, **LLAMA_3_8B, **COMMON)),
-        ((1, 16), (1, 512), (16, 128), (1, 4096)),
+        ((1, 4096), (16, 128), (1, 512), (1, 16)),
     ),
     "mixtral": Subject(
         "Mixtral-8x7B, 1 layer",
         lambda: hf.MixtralModel(hf.MixtralConfig(num_hidden_layers=1, **LLAMA_3_8B, **COMMON)),
-        ((64, 1), (1, 4096)),
+        ((1, 4096), (64, 1)),
         torchao=False,
     ),
     "qwen3-moe": Subject(
         "Qwen3-30B-A3B, 1 layer",
         lambda: hf.Qwen3MoeModel(hf.Qwen3MoeConfig(num_hidden_layers=1, **QWEN3_30B_A3B, **COMMON)),
-        ((64, 1), (1, 4096)),
+        ((1, 4096), (64, 1)),
         torchao=False,
     ),
     "minilm": Subject("MiniLM, 6 layers", lambda: hf.BertModel(hf.BertConfig(**MINILM)), ((64, 128),)),
@@ -79,40 +79,41 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(SUBJECTS))
     names = parser.parse_known_args()[0].only.split(",")
-    rows, kernels = [], []
+    rows: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     with torch.no_grad():
         for name in names:
             torch.manual_seed(0)
-            found, inside = measure(SUBJECTS[name])
-            rows += found
-            kernels += inside
-            # After each model, because torch.compile takes a minute or more for one.
-            harness.gpu_report("whole-model", "Whole models with random bf16 weights: milliseconds of a call", rows)
-            harness.gpu_report("whole-model-kernels", "Device time of the kernels of fp8_tile models", kernels)
-            torch.compiler.reset()
+            measure(SUBJECTS[name], rows, kernels)
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def measure(subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of both tables."""
+def measure(subject: Subject, rows: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
+    """Adds rows to both tables, and writes them after each shape, because torch.compile takes a minute for one."""
     with torch.device("cuda"):
         model = subject.make().to(torch.bfloat16).eval()
-    models = {BF16: model, COMPILED: torch.compile(model), OURS: qcompiler.compile(model, scheme="fp8_tile")}
+    models = {BF16: model, COMPILED: static(model), OURS: qcompiler.compile(model, scheme="fp8_tile")}
     if subject.torchao and find_spec("torchao"):
         models[TORCHAO] = by_torchao(model)
-    rows = []
     for shape in subject.tokens:
         ids = torch.randint(0, VOCABULARY, shape, device="cuda")
-        times = in_turns({name: [partial(each, input_ids=ids)] for name, each in models.items()}, rounds=7)
+        calls = {name: partial(each, input_ids=ids) for name, each in models.items()}
+        times = in_turns({name: [call] for name, call in calls.items()}, rounds=7)
         row: dict[str, Any] = {"model": subject.title, "tokens": f"{shape[0]} x {shape[1]}"}
+        kernels += [{**row, **each} for each in by_kernel(calls[OURS])]
         row |= {f"{name} ms": times[name] / 1e3 if name in times else None for name in (BF16, COMPILED, TORCHAO, OURS)}
         for name in (COMPILED, TORCHAO):
             row[f"x {name}"] = times[name] / times[OURS] if name in times else None
         rows.append(row)
-        print(row, flush=True)
-    call = partial(models[OURS], input_ids=ids)
-    return rows, [{"model": subject.title, "tokens": rows[-1]["tokens"], **each} for each in by_kernel(call)]
+        harness.gpu_report("whole-model", "Whole models with random bf16 weights: milliseconds of a call", rows)
+        harness.gpu_report("whole-model-kernels", "Device time of the kernels of fp8_tile models", kernels)
+        torch.compiler.reset()
+
+
+def static(model: torch.nn.Module) -> Any:
+    """The model with torch.compile, compiled again for each shape, which is faster than one for all."""
+    return torch.compile(model, dynamic=False)
 
 
 def by_torchao(model: torch.nn.Module) -> Any:
@@ -121,7 +122,9 @@ def by_torchao(model: torch.nn.Module) -> Any:
 
     other = copy.deepcopy(model)
     quantize_(other, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    return torch.compile(other)
+    # torchao turns this on for the whole process; it takes two minutes for one shape, for elementwise kernels only.
+    torch._inductor.config.coordinate_descent_tuning = False
+    return static(other)
 
 
 def by_kernel(call: Callable[[], object], calls: int = 3, most: int = 12) -> list[dict[str, Any]]:
