@@ -122,7 +122,7 @@ class ExpertParallel(AlongAxis):
             self.look_up_own(graph, op, own)
         self.sort_own_first(graph, region)
         for ends in region.ends:
-            after = _next(graph, ends.op)
+            after = graph.after(ends.op)
             args, names = (ends, 0, 0, own), [f"{ends.name}_own"]
             types = [replace(ends.tensor, shape=(own,))]
             cut = graph.insert(after, "aten.slice.Tensor", *args, types=types, names=names, loc=self.loc(ends.op))
@@ -148,7 +148,7 @@ class ExpertParallel(AlongAxis):
         for op in region.matmuls:
             if op.name == UNDEFINED_AFTER_GROUPS:
                 y = op.results[0]
-                graph.replace(y, self.own_rows(graph, _next(graph, op), y, ends))
+                graph.replace(y, self.own_rows(graph, graph.after(op), y, ends))
         for op in region.returns:
             rows = op["source"] if op.name == "aten.index_add" else op["self"]
             if region.tags.get(rows) is Tag.ROWS:
@@ -168,7 +168,7 @@ class ExpertParallel(AlongAxis):
     def add_terms(self, graph: Graph, value: Value) -> None:
         """Adds the terms of all ranks; all users outside the region read the sum."""
         attrs, names = {"mesh": self.axis}, [f"{value.name}_sum"]
-        after = _next(graph, value.op)
+        after = graph.after(value.op)
         total = graph.insert(after, "coll.all_reduce", value, attrs=attrs, names=names, loc=self.loc(value.op))
         graph.replace(value, total.result)
 
@@ -210,9 +210,3 @@ def stacked(graph: Graph, op: Op, region: ExpertRegion, parts: int) -> dict[Valu
 
 def _nearest(experts: int, ranks: int) -> int:
     return min((n for n in range(2, experts + 1) if experts % n == 0), key=lambda n: abs(n - ranks), default=1)
-
-
-def _next(graph: Graph, op: Op) -> Op:
-    """The operation after another one."""
-    order = list(graph)
-    return order[order.index(op) + 1]

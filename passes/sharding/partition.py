@@ -126,8 +126,7 @@ def look_up_own(graph: Graph, op: Op, mesh: str, rows: int, ranks: int, made_by:
     wide = TensorType(DType.b8, (*ids.tensor.shape, 1))
     mask = before.insert("aten.unsqueeze", other, -1, types=[wide]).result
     graph.replace_in(op, ids, row)
-    order = list(graph)
-    after = Rewriter(graph, order[order.index(op) + 1], made_by)
+    after = Rewriter(graph, graph.after(op), made_by)
     names = [f"{found.name}_own"]
     term = after.insert("aten.masked_fill.Scalar", found, mask, 0, types=[found.type], names=names).result
     graph.replace(found, term)

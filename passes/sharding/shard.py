@@ -93,11 +93,11 @@ class Shard(AlongAxis):
 
     def reshard(self, graph: Graph, value: Value, suffix: str) -> None:
         """Inserts a reshard after a value; all users read its result."""
-        order = list(graph)
-        after = order[order.index(value.op) + 1]
         whole, name = value.tensor.placed(self.axis, None), f"{value.name}_{suffix}"
         attrs, loc = {"mesh": self.axis}, replace(value.op.loc, made_by=self.name)
-        new = graph.insert(after, "coll.reshard", value, attrs=attrs, types=[whole], names=[name], loc=loc).result
+        new = graph.insert(
+            graph.after(value.op), "coll.reshard", value, attrs=attrs, types=[whole], names=[name], loc=loc
+        ).result
         graph.replace(value, new)
 
 

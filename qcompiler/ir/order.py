@@ -34,6 +34,10 @@ class Order:
         """A number that increases along the order."""
         return self._rank[op]
 
+    def after(self, op: Op) -> Op:
+        """The operation after `op`, which is not the last."""
+        return self._next[op]
+
     def place(self, op: Op, before: Op) -> None:
         """Inserts `op`, which is not in the order yet, before `before`, which is."""
         previous = self._previous[before]

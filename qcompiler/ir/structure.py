@@ -101,6 +101,10 @@ class Structure:
         """A number that increases along the order; it may change when the graph changes."""
         return self._order.rank(op)
 
+    def after(self, op: Op) -> Op:
+        """The operation after `op`, which is not the return."""
+        return self._order.after(op)
+
     @property
     def names(self) -> Mapping[str, Value]:
         """Name -> value, read-only."""
