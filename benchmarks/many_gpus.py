@@ -5,7 +5,7 @@
 
 Starts one process for each GPU. Times are medians of CUDA-graph replays with their collectives captured; a round takes
 as long as its slowest rank. "scaling" is the time on one GPU over the time on all. The bf16 model is divided by torch's
-`parallelize_module`, and its layers are compiled by torch.compile. Bytes sent are those of one rank, for a token.
+`parallelize_module`, and its layers are compiled by torch.compile. Bytes sent are counted on one rank, for a token.
 "difference" compares logits with those of one GPU; for a decode step, it is the share of tokens that differ. The table
 is also written before the bf16 model is measured, because torch.compile takes minutes. A second table has times of
 sums alone, which `cost_model.py` assumes.

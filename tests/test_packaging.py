@@ -27,6 +27,7 @@ OPTIONAL: dict[str, str] = {
     "qcompiler.vllm.experts": "vllm",
     "qcompiler.vllm.fusing": "vllm",
     "qcompiler.vllm.linear": "vllm",
+    "qcompiler.vllm.operators_config": "vllm",
     "qcompiler.vllm.verifying": "vllm",
 }
 

@@ -142,7 +142,7 @@ def _splits(
 
 
 def quantized_attention(place: Place) -> Iterator[str]:
-    """The kernel that writes the result quantizes it; the codes are those of its unquantized result."""
+    """The kernel that writes the result quantizes it; the codes must equal its unquantized result, quantized."""
     for dtype in (E4M3, BF16):
         for value_size, tile in ((128, 128), (64, 32), (64, 128)):
             for rows, tokens in (((300, 2), 1), ((300, 33), 20), ((40, 5) * 40, 1)):

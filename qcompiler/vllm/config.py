@@ -20,10 +20,11 @@ from qcompiler.vllm.existing import OWN, ExistingConfig
 from qcompiler.vllm.experts import QCompilerMoEMethod, scheme_of_experts
 from qcompiler.vllm.fusing import enable
 from qcompiler.vllm.linear import QCompilerLinearMethod
+from qcompiler.vllm.operators_config import OperatorsConfig
 
 
 @register_quantization_config(METHOD)
-class QCompilerConfig(QuantizationConfig):
+class QCompilerConfig(OperatorsConfig):
     """The schemes of a folder that qcompiler wrote."""
 
     def __init__(self, schemes: LayerSchemes, cache_scheme: object = None) -> None:
@@ -31,26 +32,6 @@ class QCompilerConfig(QuantizationConfig):
         self.schemes = schemes
         # vLLM's static scales are for FP8; it skips scales of other caches.
         self.has_cache_scales = isinstance(cache_scheme, dict) and cache_scheme.get("type") == "float"
-
-    @classmethod
-    def get_name(cls) -> str:
-        """The `quant_method`."""
-        return METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Dtypes that the kernels quantize and write."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Hopper."""
-        return 90
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: everything is in `config.json`."""
-        return []
 
     @classmethod
     def override_quantization_method(

@@ -21,12 +21,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from vllm.platforms import current_platform
 
 from codegen.support import why_not
-from qcompiler.checkpoints.layer_schemes import METHOD, SCALE
+from qcompiler.checkpoints.layer_schemes import SCALE
 from qcompiler.ir import ALL, Format
 from qcompiler.ir.formats import FP8_BLOCK, FP8_ROW, FP8_TENSOR, FP8_TILE, INT8_ROW, INT8_TENSOR
 from qcompiler.schemes.pipelines import QuantizationSpec
 from qcompiler.vllm.fusing import enable
 from qcompiler.vllm.linear import QCompilerLinearMethod
+from qcompiler.vllm.operators_config import OperatorsConfig
 
 OWN: Mapping[str, type[QuantizationConfig]] = {"fp8": Fp8Config, "compressed-tensors": CompressedTensorsConfig}
 """`quant_method` -> vLLM's configuration."""
@@ -39,7 +40,7 @@ FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 log = init_logger("vllm.qcompiler")
 
 
-class ExistingConfig(QuantizationConfig):
+class ExistingConfig(OperatorsConfig):
     """vLLM's configuration of a folder, with qcompiler's method for the linears that it can run.
 
     Args:
@@ -50,26 +51,6 @@ class ExistingConfig(QuantizationConfig):
         super().__init__()
         self.own = own
         self.get_cache_scale_mapper = own.get_cache_scale_mapper
-
-    @classmethod
-    def get_name(cls) -> str:
-        """The method that the user asked for."""
-        return METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Dtypes that the kernels quantize and write."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Hopper."""
-        return 90
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """None: everything is in `config.json`."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ExistingConfig":
