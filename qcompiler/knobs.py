@@ -104,6 +104,10 @@ class Knobs:
         default=None,
         metadata=_knob(_seconds, "seconds that a rank waits for the others in a collective, instead of torch's limits"),
     )
+    peer_memory: bool = field(
+        default=True,
+        metadata=_knob(_flag, "exchange tensors of GPUs of one host through each other's memory, not NCCL"),
+    )
     vllm_fuse: bool = field(
         default=False,
         metadata=_knob(_flag, "in vLLM, fuse norms and activations into the quantizations after them"),

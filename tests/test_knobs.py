@@ -104,7 +104,8 @@ def test_the_table_shows_every_knob(root: Path) -> None:
         "QCOMPILER_PRINT_AFTER": "fp8-tile,dead-code", "QCOMPILER_TIME_PASSES": "False", "QCOMPILER_PROGRESS": "True",
         "QCOMPILER_DUMP_DIR": "-", "QCOMPILER_CACHE_DIR": "-", "QCOMPILER_PTXAS": "bundled",
         "QCOMPILER_TUNED": "False", "QCOMPILER_CPU_CACHE": "2000", "QCOMPILER_CAPTURE_SECONDS": "120.0",
-        "QCOMPILER_COLLECTIVE_SECONDS": "-", "QCOMPILER_VLLM_FUSE": "False", "QCOMPILER_UPDATE": "False",
+        "QCOMPILER_COLLECTIVE_SECONDS": "-", "QCOMPILER_PEER_MEMORY": "True", "QCOMPILER_VLLM_FUSE": "False",
+        "QCOMPILER_UPDATE": "False",
     }  # fmt: skip
     assert (
         len({line.index(says) for line, (*_, says) in zip(done.stdout.splitlines(), [head, *rows], strict=True)}) == 1

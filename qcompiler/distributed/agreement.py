@@ -92,7 +92,8 @@ class Ranks:
         if (number := len({*hashes})) > 1:
             error = QCompilerError(
                 "the ranks have different programs", got=f"{number} programs on {self.mesh.size} ranks",
-                need="the same program", fix="Give all ranks the same model, options, and versions of packages.",
+                need="the same program",
+                fix="Give all ranks the same model, options, calibration data, and versions of packages.",
             )  # fmt: skip
             raise _told(error)
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,14 @@ class Communicator(ABC):
     @abstractmethod
     def reduce_scatter(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """This rank's part, along an axis, of the sum of the tensors of all ranks."""
+
+    @abstractmethod
+    def all_to_all(self, x: Tensor, mesh: str) -> Tensor:
+        """This rank's parts, along the first axis, of the tensors of all ranks, in the order of the ranks."""
+
+    def peers(self, x: Tensor, mesh: str) -> Any:
+        """What a kernel needs to exchange a tensor with other GPUs itself (`codegen.peer_memory.Peers`), or None."""
+        return None
 
 
 @contextmanager

@@ -5,11 +5,14 @@ They are the operators of torch's functional collectives, which torch.compile su
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import _functional_collectives  # noqa: F401  (defines the operators)
+from torch.distributed import (
+    ProcessGroup,
+    _functional_collectives,  # noqa: F401  (defines the operators)
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -20,6 +23,25 @@ from qcompiler.ir import Mesh
 
 OPS: Any = torch.ops._c10d_functional
 """Operators that return new tensors, to be waited for; their Python wrappers differ between versions of torch."""
+
+
+class PeerCollectives(Protocol):
+    """A quicker way for GPUs of one host; returns None, on all ranks, for tensors that it does not take."""
+
+    def all_reduce(self, x: Tensor, group: ProcessGroup) -> Tensor | None:
+        """The sum of the tensors of all ranks."""
+
+    def all_gather(self, x: Tensor, group: ProcessGroup) -> Tensor | None:
+        """The tensors of all ranks, `[ranks, *x.shape]`."""
+
+    def reduce_scatter(self, x: Tensor, group: ProcessGroup) -> Tensor | None:
+        """This rank's part of the sum, along the first axis."""
+
+    def all_to_all(self, x: Tensor, group: ProcessGroup) -> Tensor | None:
+        """This rank's parts of the tensors of all ranks, along the first axis."""
+
+    def small(self, x: Tensor, group: ProcessGroup) -> Any:
+        """What a kernel needs to exchange a small tensor itself."""
 
 
 def is_device_mesh(mesh: object) -> bool:
@@ -52,10 +74,14 @@ class ProcessGroups(Communicator):
 
     A rank that waits longer than `QCOMPILER_COLLECTIVE_SECONDS` for the others raises an error; by default, torch's own
     limits hold. With NCCL, torch ends the process then.
+
+    Args:
+        devices: The mesh.
+        peers: Asked before torch.
     """
 
-    def __init__(self, devices: DeviceMesh) -> None:
-        self.devices = devices
+    def __init__(self, devices: DeviceMesh, peers: PeerCollectives | None = None) -> None:
+        self.devices, self._peers = devices, peers
         if (seconds := knobs.current().collective_seconds) is not None:
             for group in devices.get_all_groups():
                 _set_pg_timeout(timedelta(seconds=seconds), group)
@@ -64,21 +90,40 @@ class ProcessGroups(Communicator):
         """The coordinate of this process."""
         return int(self.devices.get_local_rank(mesh))
 
+    def peers(self, x: Tensor, mesh: str) -> Any:
+        """What a kernel needs to exchange a tensor itself."""
+        return None if self._peers is None else self._peers.small(x, self.devices.get_group(mesh))
+
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""
-        return _done(lambda: OPS.all_reduce(x.contiguous(), "sum", self.devices.get_group(mesh).group_name))
+        group = self.devices.get_group(mesh)
+        if self._peers is not None and (found := self._peers.all_reduce(x, group)) is not None:
+            return found
+        return _done(lambda: OPS.all_reduce(x.contiguous(), "sum", group.group_name))
 
     def all_gather(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """The tensors of all ranks along an axis."""
         group = self.devices.get_group(mesh)
+        if self._peers is not None and (found := self._peers.all_gather(x, group)) is not None:
+            return found.movedim(0, axis).flatten(axis, axis + 1)
         parts = _done(lambda: OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
         return parts if axis == 0 else torch.cat(parts.chunk(group.size()), axis)
 
     def reduce_scatter(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """This rank's part of the sum."""
         group = self.devices.get_group(mesh)
-        parts = x if axis == 0 else torch.cat(x.chunk(group.size(), axis))
-        return _done(lambda: OPS.reduce_scatter_tensor(parts.contiguous(), "sum", group.size(), group.group_name))
+        parts = (x if axis == 0 else torch.cat(x.chunk(group.size(), axis))).contiguous()
+        if self._peers is not None and (found := self._peers.reduce_scatter(parts, group)) is not None:
+            return found
+        return _done(lambda: OPS.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
+
+    def all_to_all(self, x: Tensor, mesh: str) -> Tensor:
+        """This rank's parts of the tensors of all ranks."""
+        group = self.devices.get_group(mesh)
+        if self._peers is not None and (found := self._peers.all_to_all(x, group)) is not None:
+            return found
+        sizes = [x.shape[0] // group.size()] * group.size()
+        return _done(lambda: OPS.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name))
 
 
 def _done(collective: Callable[[], Tensor]) -> Tensor:

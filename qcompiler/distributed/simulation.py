@@ -114,7 +114,7 @@ class _Rank(Communicator):
 
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""
-        return reduce(add, self.simulation.exchange(self.rank, Call("all_reduce", mesh, None, x)))
+        return _sum(self.simulation.exchange(self.rank, Call("all_reduce", mesh, None, x)))
 
     def all_gather(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """The tensors of all ranks along an axis."""
@@ -122,5 +122,17 @@ class _Rank(Communicator):
 
     def reduce_scatter(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """This rank's part of the sum."""
-        total = reduce(add, self.simulation.exchange(self.rank, Call("reduce_scatter", mesh, axis, x)))
+        total = _sum(self.simulation.exchange(self.rank, Call("reduce_scatter", mesh, axis, x)))
         return total.chunk(self.simulation.mesh.length(mesh), axis)[self.place(mesh)].contiguous()
+
+    def all_to_all(self, x: Tensor, mesh: str) -> Tensor:
+        """This rank's parts of the tensors of all ranks."""
+        found = self.simulation.exchange(self.rank, Call("all_to_all", mesh, None, x))
+        return torch.cat([each.chunk(len(found))[self.place(mesh)] for each in found])
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    """The sum in the order of the ranks, rounded once, as GPUs of a host add (`codegen.kernels.peers`)."""
+    dtype = terms[0].dtype
+    kind = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    return reduce(add, [term.to(kind) for term in terms]).to(dtype)

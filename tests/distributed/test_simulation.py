@@ -34,6 +34,11 @@ def test_all_gather_and_reduce_scatter_are_inverse_but_for_the_sum() -> None:
     assert all(torch.equal(found, 4 * whole) for found in gathered)
 
 
+def test_all_to_all_transposes_the_parts_of_the_ranks() -> None:
+    found = each("dp=2, tp=3", lambda rank: current().all_to_all(torch.arange(6) + 10 * rank, "tp"))
+    assert found[1].tolist() == [2, 3, 12, 13, 22, 23] and found[5].tolist() == [34, 35, 44, 45, 54, 55]
+
+
 def test_groups_of_two_axes() -> None:
     def program(rank: int) -> Tensor:
         rows = current().all_gather(torch.tensor([rank]), "tp", 0)
