@@ -35,6 +35,7 @@ from codegen.pointwise_reads import (
     Guard,
     IndexWriter,
     Read,
+    changes_within,
     computed_axes,
     moving_axes,
     needed,
@@ -53,6 +54,9 @@ WIDEST = 1024
 OVERLAP = {"inputs_ready": inputs_ready, "let_next_start": let_next_start}
 """Names that the source of a kernel uses, besides `SCOPE`."""
 
+MOST_UNITS = 16
+"""Maximum elements of a unit of strides: 16 bytes of codes."""
+
 UNKNOWN_WIDTH = 256
 """Columns of a tile if a result has any number of columns."""
 
@@ -67,7 +71,8 @@ class Operands(NamedTuple):
     Attributes:
         read: The operands that are arguments; shapes may name others.
         integers: Those that are parts of indices.
-        exact: Those whose strides are not in units of `UNIT`: integers, and those read at one place in a row of a tile.
+        exact: Those whose strides are not in units of `UNIT`: integers, and those read at one place in a row of a tile,
+            or at one place for `MOST_UNITS` columns or more, such as scales of tiles.
         sizes: The axes that are sizes of results, or limits of indices that depend on integers.
         strides: The axes whose strides are arguments, in units of `UNIT` elements.
         adjacent: The axes whose elements are next to each other.
@@ -150,7 +155,7 @@ def _operands(
     integers = frozenset(source_of(each)[0] for each in reads if not isinstance(each, Load))
     along = {
         source_of(each)[0] for one, shape in zip(made, shapes, strict=True) for each in one.loads
-        if any(f"i{len(shape) - 1}" in indices(size) for size in each.index)
+        if any(changes_within(size, f"i{len(shape) - 1}", MOST_UNITS) for size in each.index)
     }  # fmt: skip
     return Operands(
         read=tuple(sorted(read)),

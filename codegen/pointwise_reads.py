@@ -7,9 +7,19 @@ where(i1 < 4, x0[x1(i0), i1], 0.0)      x1(i0): always;  x0[x1(i0), i1]: where i
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from qcompiler.dialects.expression_nodes import ROUNDING, Expression, Less, Load, Where, elements, parts, sizes
+from qcompiler.dialects.expression_nodes import (
+    ROUNDING,
+    Expression,
+    Less,
+    Load,
+    Where,
+    elements,
+    indices,
+    parts,
+    sizes,
+)
 from qcompiler.ir.sizes import Call as Element
-from qcompiler.ir.sizes import Size
+from qcompiler.ir.sizes import Size, symbol
 
 Read = Load | Element
 """A load of a number, or of an element of an integer operand."""
@@ -83,6 +93,21 @@ def terms_of(size: Size) -> list[Size]:
     if isinstance(size, int):
         return [size] if size else []
     return [type(size)(((atoms, factor),)) if atoms else factor for atoms, factor in size.terms]
+
+
+def changes_within(size: Size, index: str, count: int) -> bool:
+    """Whether an index expression may differ between `count` elements whose places along an index are aligned."""
+    for atoms, _ in () if isinstance(size, int) else size.terms:
+        for atom in atoms:
+            if not isinstance(atom, Element):
+                if atom == index:
+                    return True
+                continue
+            place, *by = atom.args
+            blocks = atom.function == "floordiv" and place == symbol(index) and isinstance(by[0], int)
+            if not (blocks and by[0] % count == 0) and any(index in indices(arg) for arg in atom.args):
+                return True
+    return False
 
 
 class IndexWriter(NamedTuple):

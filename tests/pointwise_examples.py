@@ -82,3 +82,17 @@ def compile_combining(experts: int, columns: int, tokens: int, rounded: str = "{
     share = meta(tokens, experts, dtype=torch.float32)
     operands = [meta(tokens * experts, columns), share, meta(tokens * experts, dtype=torch.int64)]
     return compile_pointwise((summed(experts, rounded),), (f"x1.0, {columns}",), operands, [meta(tokens, columns)])
+
+
+def terms_of(count: int) -> str:
+    """A residual, and a sum of quantized terms x1 with scales x2, then a norm with the gain x3."""
+    terms = (f"x1[{term}, i0, i1] * x2[{term}, i0, floordiv(i1, 128)]" for term in range(count))
+    return f"t0 = bf16(x0[i0, i1] + bf16({' + '.join(terms)})); bf16(t0 * rsqrt(mean(t0 * t0) + 1e-06) * x3[i1])"
+
+
+def compile_terms(
+    count: int, tokens: int, columns: int = 8192, dtype: torch.dtype = torch.float8_e4m3fn
+) -> MachineCode:
+    scales = meta(count, tokens, columns // 128, dtype=torch.float32)
+    operands = [meta(tokens, columns), meta(count, tokens, columns, dtype=dtype), scales, meta(columns)]
+    return compile_pointwise((terms_of(count),), (f"x0.0, {columns}",), operands, [meta(tokens, columns)])

@@ -8,8 +8,8 @@
 
 Every operation that the kernel dialect implements is replaced (`OpDef.implements`), here also quant.quantize_static and
 quant.grouped_linear. Only the tile scales of an activation have a layout: with one scale per row or fewer, it makes no
-difference. Last in the pipeline: operations that remain in the quant dialect, because no kernel supports their format,
-run in plain torch.
+difference, and ranks send scales row by row. Last in the pipeline: operations that remain in the quant dialect, because
+no kernel supports their format, run in plain torch.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from qcompiler.dialects.kernel import why_no_kernel
 from qcompiler.dialects.quant import is_static
-from qcompiler.ir import ALL, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule
+from qcompiler.ir import ALL, Effects, Format, Graph, Match, Missed, Op, Rewriter, Role, Rule
 from qcompiler.ir.op_table import implementation_of
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
@@ -56,7 +56,8 @@ class ToKernel(Rule):
     def _written(self, op: Op, graph: Graph) -> Format | Missed:
         """The format with a layout of the scales that all users can read."""
         scale, format = op.results[1], op.format()
-        for use in graph.uses(scale):
+        sent = [use for use in graph.uses(scale) if Effects.COMMUNICATES in use.op.effects]
+        for use in (use for use in graph.uses(scale) if use not in sent):
             if use.op.role is not Role.QUANTIZED_MATMUL:
                 return Missed(f"its scales are also read by {use.op.name}, which supports one layout only", scale)
             if use.path != use.op.path("x_scale"):
@@ -64,7 +65,8 @@ class ToKernel(Rule):
             if why := why_not(use.op):
                 return Missed(why, use.op.result)
         rows, columns = format.block
-        return replace(format, scale_layout=self.layout) if rows == 1 and columns != ALL else format
+        tiled = rows == 1 and columns != ALL and not sent  # ranks send scales row by row
+        return replace(format, scale_layout=self.layout) if tiled else format
 
     def rewrite(self, op: Op, rewriter: Rewriter, kernel: str, **formats: Format) -> None:
         rewriter.replace(op, *rewriter.insert(kernel, *op.args, attrs={**op.attrs, **formats}).results)

@@ -4,6 +4,7 @@ from qcompiler.dialects import (
     aten,
     attention,
     coll,
+    coll_fused,
     coll_tokens,
     core,
     entries,
@@ -16,12 +17,14 @@ from qcompiler.dialects import (
     pointwise,
     quant,
     state,
+    terms,
 )
 
 __all__ = [
     "aten",
     "attention",
     "coll",
+    "coll_fused",
     "coll_tokens",
     "core",
     "entries",
@@ -34,4 +37,5 @@ __all__ = [
     "pointwise",
     "quant",
     "state",
+    "terms",
 ]

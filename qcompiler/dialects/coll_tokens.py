@@ -9,6 +9,13 @@ All axes but the last count tokens. A rank holds its tokens as [1, tokens, 512],
 first ones, and zeros after the last one, so that all ranks hold equally many. If a call has fewer than `few` tokens,
 each rank holds all of them, and only the sum is communicated. So one program serves a prompt, where cutting pays, and
 a decode step of one token, which cannot be cut.
+
+    %t = coll.all_to_all_tokens(%y) {few = 64, mesh = "tp", ranks = 2} : bf16[2, 1, share(s0*s1, 2, 64), 512]
+
+A sum may be sent as its terms instead, for example as codes and scales, which cannot be added on the way: each rank
+receives the terms of its tokens from all ranks, and adds them. With fewer than `few` tokens these are all tokens, so
+the terms are gathered. The types and the operations after it are the same, and each rank adds the same terms in the
+same order, so all ranks have equal bits. An all-reduce would need operands in another type.
 """
 
 from collections.abc import Sequence
@@ -52,10 +59,19 @@ def _numbers(op: Op) -> tuple[int, int]:
 
 def cut_types(op: Op) -> tuple[Type, ...]:
     """x[b, s, n] -> [1, share of b*s, n]"""
+    return (TensorType(op["x"].tensor.dtype, _cut_shape(op)),)
+
+
+def _cut_shape(op: Op) -> tuple[Size, ...]:
     kind = op["x"].tensor
     if len(kind.shape) < 2:
         raise OpError(f"the operand is {kind}, which has no axis of tokens before its last one", "x")
-    return (TensorType(kind.dtype, share_shape(kind.shape, *_numbers(op))),)
+    return share_shape(kind.shape, *_numbers(op))
+
+
+def term_types(op: Op) -> tuple[Type, ...]:
+    """x[b, s, n] -> [ranks, 1, share of b*s, n]"""
+    return (TensorType(op["x"].tensor.dtype, (_numbers(op)[0], *_cut_shape(op))),)
 
 
 def gathered_types(op: Op) -> tuple[Type, ...]:
@@ -83,7 +99,8 @@ def _padded(x: Tensor, ranks: int, few: int) -> Tensor | None:
     mine = share(rows.shape[0], ranks, few)
     if not isinstance(mine, int) or mine == rows.shape[0]:
         return None
-    return torch.nn.functional.pad(rows, (0, 0, 0, mine * ranks - rows.shape[0]))
+    missing = mine * ranks - rows.shape[0]
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows  # which would copy them
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
@@ -100,6 +117,14 @@ def reduce_scatter_tokens(x: Tensor, *, mesh: str, ranks: int, few: int) -> Tens
     """Torch definition of `coll.reduce_scatter_tokens`: this rank's tokens of the sum over all `ranks`."""
     rows = _padded(x, ranks, few)
     return _shaped(current().all_reduce(x, mesh) if rows is None else current().reduce_scatter(rows, mesh, 0), x)
+
+
+def all_to_all_tokens(x: Tensor, *, mesh: str, ranks: int, few: int) -> Tensor:
+    """Torch definition of `coll.all_to_all_tokens`: this rank's tokens of the tensors of all `ranks`."""
+    sent = _as_bytes(x).reshape(-1, x.shape[-1])
+    rows = _padded(sent, ranks, few)
+    found = current().all_gather(sent, mesh, 0) if rows is None else current().all_to_all(rows, mesh)
+    return found.view(x.dtype).view(ranks, *[1] * (x.dim() - 2), len(found) // ranks, x.shape[-1])
 
 
 def all_gather_tokens(
@@ -123,9 +148,11 @@ def all_gather_tokens(
 
 def gathered_bytes(x: Tensor, mesh: str, axis: int) -> Tensor:
     """The parts of all ranks along an axis; FP8 codes are sent as bytes, because not all backends know them."""
-    if x.dtype.is_floating_point and x.dtype.itemsize == 1:
-        return current().all_gather(x.view(torch.uint8), mesh, axis).view(x.dtype)
-    return current().all_gather(x, mesh, axis)
+    return current().all_gather(_as_bytes(x), mesh, axis).view(x.dtype)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x
 
 
 def in_layout(scales: Tensor, layout: str) -> Tensor:
@@ -134,6 +161,8 @@ def in_layout(scales: Tensor, layout: str) -> Tensor:
         return scales
     rows, columns = scales.shape
     stride = -(-rows // ALIGNED) * ALIGNED
+    if scales.stride() == (1, stride):
+        return scales
     return scales.new_empty_strided((rows, columns), (1, max(1, stride))).copy_(scales)
 
 
@@ -158,6 +187,17 @@ declare(
         CUT,
         types=cut_types,
         meaning=reduce_scatter_tokens,
+        effects=Effects.COMMUNICATES,
+    )
+)
+declare(
+    OpDef(
+        "coll.all_to_all_tokens",
+        "This rank's tokens of the tensors that the ranks hold, one after the other along a new first axis.",
+        ("x",),
+        CUT,
+        types=term_types,
+        meaning=all_to_all_tokens,
         effects=Effects.COMMUNICATES,
     )
 )

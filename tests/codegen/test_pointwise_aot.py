@@ -11,6 +11,7 @@ from pointwise_examples import (
     compile_rotary,
     compile_rotary_append,
     compile_step_tables,
+    compile_terms,
     meta,
 )
 
@@ -49,6 +50,15 @@ def test_the_sum_over_the_experts_of_a_token(experts: int, columns: int, tokens:
     assert (code.local_loads, code.local_stores) == (0, 0)
     assert code.wide_loads == experts * code.wide_stores, "shares and places of rows do not narrow the loads of rows"
     assert code.registers <= 168
+
+
+@pytest.mark.parametrize(("terms", "tokens", "columns"), [(2, 1, 8192), (2, 4096, 5120), (8, 4096, 8192)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_sum_of_quantized_terms(terms: int, tokens: int, columns: int, dtype: torch.dtype) -> None:
+    """Rows of scales are not as aligned as rows of codes: 40 numbers for 5120 columns."""
+    code = compile_terms(terms, tokens, columns, dtype)
+    assert (code.local_loads, code.local_stores) == (0, 0)
+    assert code.wide_loads == 8 + 2 * terms  # of 8192 columns for 256 threads: residual, gain, and codes
 
 
 @pytest.mark.parametrize("rounded", ["bf16({})", "f16({})", "bf16(bf16({}) * 2.0)"])

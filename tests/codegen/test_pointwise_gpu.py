@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pointwise_examples import KEYS, ROTARY, SHAPES, summed
+from pointwise_examples import KEYS, ROTARY, SHAPES, summed, terms_of
 from torch import Tensor
 
 import codegen.torch_ops  # noqa: F401  (registers the operators)
@@ -63,6 +63,15 @@ def test_the_sum_over_the_experts_of_a_token(experts: int, columns: int, tokens:
     want = (y * x).sum(1).bfloat16()
     (got,) = torch.ops.qcompiler.pointwise([rows.cuda(), share.cuda(), place.cuda()], [text], [f"x1.0, {columns}"])
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("terms", "tokens", "columns"), [(2, 1, 256), (3, 77, 512), (8, 513, 1024)])
+def test_sums_of_quantized_terms(terms: int, tokens: int, columns: int, dtype: torch.dtype) -> None:
+    codes = torch.randn(terms, tokens, columns).to(dtype)
+    scales, x = torch.rand(terms, tokens, columns // 128), torch.randn(tokens, columns).bfloat16()
+    text = terms_of(terms).partition(";")[0].removeprefix("t0 = ")
+    check((text,), (f"x0.0, {columns}",), x, codes, scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])

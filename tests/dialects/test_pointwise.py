@@ -81,7 +81,7 @@ def test_no_elements_and_no_axes() -> None:
         ('"bf16(x0[i0, i1])"', '"x0.2, 4"', "%x", "its shape names axis 2 of x0, which does not exist"),
         ('"bf16(x0[i0, i1])"', '"x0, 4"', "%x", "'x0' in the shape 'x0, 4' is neither a number nor an axis"),
         ('"bf16(x0[i0, i1])"', '"x0.0, 4", "4"', "%x", "it has 1 expressions, but 2 shapes"),
-        ('"bf16(x0[i0])"', '"x0.0, 4"', "%m", "must be a tensor in bf16, f16, f32, i32, or i64"),
+        ('"bf16(x0[i0])"', '"x0.0, 4"', "%m", "must be a tensor in bf16, f16, f32, FP8, i32, or i64"),
         ('"bf16(x0[i0])"', '"x0.0, 4"', "%n", r"its elements are i64, so an expression reads them as an index such as"),
         ('"bf16(number(x0(i0, i1)))"', '"x0.0, 4"', "%x", r"its elements are bf16, .* reads them as x0\[…\]"),
         ('"bf16(number(x0(i0, i1)))"', '"x0.0, 4"', "%n", r"x0\(i0, i1\) has 2 indices, but x0 has 1 axes"),
