@@ -14,6 +14,7 @@ from codegen.launching.launch import KernelCall
 from codegen.machine_code import MachineCode
 from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
+from codegen.templates import next_tokens
 from codegen.templates.append_to_cache import APPEND_TO_CACHE, AppendOperands, AppendProblem
 from codegen.templates.attend_to_cache import (
     ATTEND_TO_CACHE,
@@ -29,11 +30,13 @@ from codegen.templates.fused_quantize import (
     FusedQuantizeConfig,
     FusedQuantizeOperands,
     FusedQuantizeProblem,
+    RankSum,
+    Terms,
 )
 from codegen.templates.gemm import GEMM, GemmConfig, GemmOperands, GemmProblem, Kind
 from codegen.templates.gemm_template import GemmTemplate
 from codegen.templates.grouped import GROUPED_GEMM, GroupedConfig, GroupedGemm, GroupedOperands, GroupedProblem
-from codegen.templates.next_tokens import NEXT_TOKENS, NextTokensOperands, NextTokensProblem
+from codegen.templates.peers import PROGRAMS
 from codegen.templates.quantize import QUANTIZE, QuantizeConfig, QuantizeOperands, QuantizeProblem
 from codegen.templates.read_cache import READ_CACHE, ReadOperands, ReadProblem
 from qcompiler import numerics
@@ -268,14 +271,23 @@ def compile_fused_quantize(
     expression: str, operands: tuple[torch.dtype, ...], k: int, *, m: int = MANY_ROWS, vectors: tuple[int, ...] = (),
     keep: tuple[str, ...] = (), block_k: int = 128, out_dtype: torch.dtype = E4M3,
     profile: str = numerics.DEFAULT_PROFILE, scale_layout: str = "col_major", config: FusedQuantizeConfig | None = None,
+    terms: int = 0, term_group: int = 128, term_dtype: torch.dtype = E4M3, summed: int | None = None, ranks: int = 2,
 ) -> MachineCode:  # fmt: skip
-    """Quantization of a fused expression; `vectors` are the positions of vector operands."""
-    made, widest = parse(expression), max(dtype.itemsize for dtype in operands)
+    """Quantization of a fused expression; `vectors` are the positions of vector operands, y0 is a sum of `terms`.
+
+    The operand `summed` is a sum over `ranks`.
+    """
+    made, widest = parse(expression), 4 if terms else max(dtype.itemsize for dtype in operands)
     given = [meta(*([k] if i in vectors else [m, k]), dtype=dtype) for i, dtype in enumerate(operands)]
     kept, q = [meta(m, k, dtype=made.dtype(name)) for name in keep], meta(m, k, dtype=out_dtype)
     problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), widest, len(keep))
     tile = config or FUSED_QUANTIZE.family(HOPPER).choose(problem)
-    operands_ = FusedQuantizeOperands(expression, keep, given, kept, q, scale_like(q, block_k, scale_layout), profile)
+    blocks = 1 if term_group == numerics.ALL else -(-k // term_group)
+    added = Terms(meta(terms, m, k, dtype=term_dtype), meta(terms, m, blocks), term_group) if terms else None
+    scale = scale_like(q, block_k, scale_layout)
+    memories, steps = meta(ranks, dtype=torch.int64), meta(PROGRAMS, dtype=torch.int32)
+    rank_sum = None if summed is None else RankSum(summed, memories, steps, 0, 600 * 10**9)
+    operands_ = FusedQuantizeOperands(expression, keep, given, kept, q, scale, profile, added, rank_sum)
     return compiled(FUSED_QUANTIZE.family(HOPPER).calls(tile, operands_)[0])
 
 
@@ -377,9 +389,11 @@ def compile_read(dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, int] = (
     return compiled(calls[0])
 
 
-def compile_next_tokens(rows: int, columns: int) -> list[MachineCode]:
-    family = NEXT_TOKENS.family(HOPPER)
-    logits = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
-    tables = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(6))
-    config = family.choose(NextTokensProblem(rows, columns))
-    return [HOPPER.compile(call) for call in family.calls(config, NextTokensOperands(logits, *tables))]
+def compile_next_tokens(rows: int, columns: int, first: int = 0, ranks: int = 1) -> list[MachineCode]:
+    """Ranking the columns of one rank, and entering the largest logits of all ranks."""
+    own, every = (meta(each * -(-columns // next_tokens.PART), rows, dtype=torch.int64) for each in (1, ranks))
+    given = next_tokens.RankPartsOperands(meta(rows, columns, dtype=torch.bfloat16), own, first)
+    tables = next_tokens.EnterTokensOperands(every, *(meta(rows, dtype=torch.int64) for _ in range(6)))
+    ranking = next_tokens.RANK_PARTS.family(HOPPER).calls(next_tokens.RankPartsConfig(next_tokens.PART, 4), given)
+    entering = next_tokens.ENTER_TOKENS.family(HOPPER).calls(next_tokens.EnterTokensConfig(1), tables)
+    return [HOPPER.compile(call) for call in (*ranking, *entering)]

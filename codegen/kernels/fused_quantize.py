@@ -1,7 +1,7 @@
 """Triton kernel that computes rows from other tensors by a fused expression and quantizes them without storing them.
 
 `codegen.fused_expressions` compiles the expression; codes and scales are bit-equal to `qcompiler.numerics.quantize` of
-its result.
+its result. An operand may also be a sum: of quantized terms, or over the GPUs of a host.
 """
 
 import triton
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from codegen.kernels.encoding import amax_of_keys, codes, magnitude_keys, quotients, scale_of
 from codegen.kernels.overlap import inputs_ready, let_next_start, prefetch
+from codegen.kernels.peers import sum_over_ranks
 
 
 @triton.jit
@@ -19,6 +20,43 @@ def load_operand(x, stride, rows, columns, inside, mask):  # type: ignore[no-unt
     else:
         values = tl.load(x + rows[:, None] * stride + columns, mask=mask, other=None if mask is None else 0.0)
     return values
+
+
+@triton.jit
+def sum_of_terms(  # type: ignore[no-untyped-def]
+    terms, scales, rows, start, columns, mask, m,
+    K: tl.constexpr, TERMS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum of a tile of dequantized terms, first to last, in FP32: [BLOCK_M, BLOCK_K]."""
+    WIDTH: tl.constexpr = GROUP if GROUP < BLOCK_K else BLOCK_K
+    GROUPS: tl.constexpr = BLOCK_K // WIDTH
+    ACROSS: tl.constexpr = (K + GROUP - 1) // GROUP
+    blocks = start // GROUP + tl.arange(0, GROUPS)[None, :]
+    known = (rows < m)[:, None] & (blocks < ACROSS)
+    total = tl.zeros((BLOCK_M, GROUPS, WIDTH), tl.float32)
+    for term in tl.static_range(TERMS):
+        at = (rows + term * m)[:, None]
+        codes = tl.load(terms + at * K + columns, mask=mask, other=None if mask is None else 0.0)
+        scale = tl.load(scales + at * ACROSS + blocks, mask=known, other=0.0)
+        values = tl.reshape(codes.to(tl.float32), (BLOCK_M, GROUPS, WIDTH)) * scale[:, :, None]
+        total = values if term == 0 else total + values
+    return tl.reshape(total, (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def _operand(  # type: ignore[no-untyped-def]
+    x, stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+    K: tl.constexpr, IS_SUM: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of an operand, or of its sum over ranks."""
+    tile = load_operand(x, stride, rows, columns, inside, mask)
+    if IS_SUM:
+        places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        exists = (rows < m)[:, None] & (columns < K)
+        total = sum_over_ranks(tile, places, exists, memories, steps, rank, patience, RANKS, PROGRAMS)
+        tile = total.to(x.dtype.element_ty)
+    return tile
 
 
 @triton.jit
@@ -37,15 +75,19 @@ def store_residual(residual, value, places, mask, BLOCK_M: tl.constexpr, BLOCK_K
 
 
 # Parameters after M must not cause recompilation: in the column-major layout, the stride along K depends on M.
-@triton.jit(do_not_specialize=["m", "scale_stride_k"])
+@triton.jit(do_not_specialize=["m", "rank", "patience", "scale_stride_k"])
 def fused_quantize(  # type: ignore[no-untyped-def]
-    x0, x1, x2, x3, x4, x5, residual0, residual1, q, scale, m,
+    x0, x1, x2, x3, x4, x5, terms, term_scales, memories, steps, residual0, residual1, q, scale, m, rank, patience,
     x0_stride, x1_stride, x2_stride, x3_stride, x4_stride, x5_stride, scale_stride_m, scale_stride_k,
     K: tl.constexpr, EXPRESSION: tl.constexpr, AMAX_FLOOR: tl.constexpr, TOP: tl.constexpr, RECIPROCAL: tl.constexpr,
     UE8M0: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, TERMS: tl.constexpr, TERM_GROUP: tl.constexpr, SUMMED: tl.constexpr, RANKS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """q[m, K], scale[m, ceil(K / GROUP)] and the residual outputs of a fused expression over x0, x1, …
+    """q[m, K], scale[m, ceil(K / GROUP)] and the residual outputs of a fused expression over x0, x1, …, and y0
+
+    The operand y0 is the sum of `TERMS` quantized terms, if there are any. The operand `SUMMED` is a sum over ranks,
+    rounded once: then each program exchanges its tile with the others' (see `codegen.kernels.peers`).
 
     One program processes a tile of `BLOCK_M` rows and `BLOCK_K` columns, which span the row if the expression has a
     reduction. Consecutive programs process neighboring tiles of the same rows.
@@ -53,6 +95,9 @@ def fused_quantize(  # type: ignore[no-untyped-def]
     Args:
         x0: bfloat16, float16 or float32: rows `x0_stride` elements apart with contiguous columns, or, if the stride is
             None, one contiguous row for all. The same holds for the others; unused ones are None.
+        terms: Codes [TERMS, m, K] in an 8-bit type, contiguous; or None.
+        term_scales: float32 [TERMS, m, ceil(K / TERM_GROUP)], contiguous; or None.
+        memories: See `codegen.kernels.peers.exchange`, or None; so are steps, rank, patience, RANKS, and PROGRAMS.
         residual0: Contiguous, [m, K], in the element type of the value; or None. Likewise `residual1`.
         q: float8e4nv, float8e5 or int8, contiguous.
         scale: float32 with any two strides, in elements.
@@ -68,6 +113,9 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         GROUP: Columns that share a scale; `BLOCK_K`, spanning the row, for one scale per row.
         VECTOR: Maximum consecutive columns per thread.
         AHEAD: Move vectors to the L2 cache while earlier kernels run: nothing else may have read them for long.
+        TERMS: The number of terms.
+        TERM_GROUP: Columns of a term that share a scale, a power of two; at least K for one scale per row.
+        SUMMED: The number of the operand that is summed over ranks; negative for none.
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     GROUPS: tl.constexpr = BLOCK_K // GROUP
@@ -90,15 +138,36 @@ def fused_quantize(  # type: ignore[no-untyped-def]
         _prefetch_vector(x5, x5_stride, start, K, BLOCK_K)
     inputs_ready()
     made = EXPRESSION(
-        x0=None if x0 is None else load_operand(x0, x0_stride, rows, columns, inside, mask),
-        x1=None if x1 is None else load_operand(x1, x1_stride, rows, columns, inside, mask),
-        x2=None if x2 is None else load_operand(x2, x2_stride, rows, columns, inside, mask),
-        x3=None if x3 is None else load_operand(x3, x3_stride, rows, columns, inside, mask),
-        x4=None if x4 is None else load_operand(x4, x4_stride, rows, columns, inside, mask),
-        x5=None if x5 is None else load_operand(x5, x5_stride, rows, columns, inside, mask),
+        x0=None if x0 is None else _operand(
+            x0, x0_stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+            K, SUMMED == 0, RANKS, PROGRAMS, BLOCK_M, BLOCK_K,
+        ),
+        x1=None if x1 is None else _operand(
+            x1, x1_stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+            K, SUMMED == 1, RANKS, PROGRAMS, BLOCK_M, BLOCK_K,
+        ),
+        x2=None if x2 is None else _operand(
+            x2, x2_stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+            K, SUMMED == 2, RANKS, PROGRAMS, BLOCK_M, BLOCK_K,
+        ),
+        x3=None if x3 is None else _operand(
+            x3, x3_stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+            K, SUMMED == 3, RANKS, PROGRAMS, BLOCK_M, BLOCK_K,
+        ),
+        x4=None if x4 is None else _operand(
+            x4, x4_stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+            K, SUMMED == 4, RANKS, PROGRAMS, BLOCK_M, BLOCK_K,
+        ),
+        x5=None if x5 is None else _operand(
+            x5, x5_stride, rows, columns, inside, mask, m, memories, steps, rank, patience,
+            K, SUMMED == 5, RANKS, PROGRAMS, BLOCK_M, BLOCK_K,
+        ),
+        y0=None if terms is None else sum_of_terms(
+            terms, term_scales, rows, start, columns, mask, m, K, TERMS, TERM_GROUP, BLOCK_M, BLOCK_K
+        ),
         inside=inside,
         columns=K,
-    )
+    )  # fmt: skip
     places = rows[:, None] * K + columns
     if residual0 is not None:
         store_residual(residual0, made[1], places, mask, BLOCK_M, BLOCK_K)

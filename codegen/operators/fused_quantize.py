@@ -20,6 +20,7 @@ from codegen.templates.fused_quantize import (
     FUSED_QUANTIZE,
     FusedQuantizeOperands,
     FusedQuantizeProblem,
+    RankSum,
     why_not_fused_quantize,
 )
 from qcompiler import numerics
@@ -42,7 +43,7 @@ def fused_quantize_on_gpu(*arguments: Any) -> list[Tensor]:
     """The meaning of `kernel.fused_quantize` on a CUDA device, with the scales in the given layout."""
     operands, expression, keep, block, *rest = arguments
     what = ("fused_quantize", expression, *keep, *block, *rest)
-    return list(replayed(_run, what, operands, operands, expression, tuple(keep), block, *rest))
+    return list(replayed(run_fused, what, operands, operands, expression, tuple(keep), block, *rest))
 
 
 def why_not_fused(
@@ -54,10 +55,11 @@ def why_not_fused(
         return "its operands are neither of one shape nor vectors of the last dimension"
     if any(y.dtype not in FLOATS or y.device != x.device for y in operands):
         return "its operands are not all bfloat16, float16 or float32 on one device"
-    return why_not_fused_quantize(_problem(operands, made, keep, block))
+    return why_not_fused_quantize(problem_of(operands, made, keep, block))
 
 
-def _run(*arguments: Any) -> tuple[Tensor, ...]:
+def run_fused(*arguments: Any, rank_sum: RankSum | None = None) -> tuple[Tensor, ...]:
+    """Launches the kernel; for problems that it does not support, torch's operators, which sum over no ranks."""
     operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
     made, x = parse(expression), operands[0]
     family = FUSED_QUANTIZE.family(gpu_at(x.device))
@@ -72,27 +74,31 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     residuals = [empty(x.shape, made.dtype(name), x.device) for name in keep]
     rows = [y.contiguous() if y.dim() == 1 else as_rows(y) for y in operands]
     with on(x.device):
-        config = family.choose(_problem(operands, made, keep, block))
-        family.launch(config, FusedQuantizeOperands(expression, tuple(keep), rows, residuals, q, scale, profile))
+        config = family.choose(problem_of(operands, made, keep, block))
+        given = FusedQuantizeOperands(expression, tuple(keep), rows, residuals, q, scale, profile, None, rank_sum)
+        family.launch(config, given)
     return q, scale, *residuals
 
 
-def _problem(
+def problem_of(
     operands: Sequence[Tensor], made: FusedExpression, keep: Sequence[str], block: Sequence[int]
 ) -> FusedQuantizeProblem:
+    """The problem of the kernel."""
     x, widest = operands[0], max(y.element_size() for y in operands)
     m, k = x.shape[:-1].numel(), x.shape[-1]
     return FusedQuantizeProblem(m, k, (block[0], block[1]), made.across, len(operands), widest, len(keep))
 
 
-def _on_cpu(*arguments: Any) -> list[Tensor]:
+def fused_quantize_on_cpu(*arguments: Any) -> list[Tensor]:
+    """The same on the CPU."""
     operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
     check_layout(block, scale_layout)
     result, *residuals = evaluate(expression, {f"x{place}": y for place, y in enumerate(operands)}, keep)
     return [*quantize_on_cpu(result, block, dtype, profile, scale_layout), *residuals]
 
 
-def _fake(*arguments: Any) -> list[Tensor]:
+def fused_quantize_fake(*arguments: Any) -> list[Tensor]:
+    """The results without data."""
     operands, expression, keep, block, dtype, profile, scale_layout = FusedQuantize(*arguments)
     made, x = parse(expression), operands[0]
     codes = quantize_fake(x, block, dtype, profile, scale_layout)
@@ -103,4 +109,4 @@ FUSED_QUANTIZE_SCHEMA = (
     "fused_quantize(Tensor[] operands, str expression, str[] keep, int[] block, ScalarType dtype, str profile, "
     "str scale_layout) -> Tensor[]"
 )
-declare(Operator(FUSED_QUANTIZE_SCHEMA, _on_cpu, fused_quantize_on_gpu, _fake))
+declare(Operator(FUSED_QUANTIZE_SCHEMA, fused_quantize_on_cpu, fused_quantize_on_gpu, fused_quantize_fake))

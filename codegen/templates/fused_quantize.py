@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import triton
 from torch import Tensor
 
 from codegen.fused_expressions import triton_function
 from codegen.kernels.fused_quantize import fused_quantize
 from codegen.launching.launch import KernelCall
 from codegen.support import TILE_COLUMNS
+from codegen.templates.peers import PROGRAMS
 from codegen.templates.quantize import LONGEST_ROW
 from codegen.templates.rounding import rounding
 from codegen.templates.template import KernelOp, Template, ceil_div, first_broken
@@ -26,6 +28,9 @@ MOST_RESIDUALS = 2
 FEW_ROWS = 512
 """Rows up to which the latency of memory limits the kernel."""
 
+MULTIPROCESSORS, WARPS_AT_ONCE = 132, 16
+"""Of an H100 or H200, and the warps of one that wait for memory and for each other without slowing each other down."""
+
 
 class FusedQuantizeProblem(NamedTuple):
     """A fused expression on rows, and their quantization.
@@ -36,7 +41,7 @@ class FusedQuantizeProblem(NamedTuple):
         block: Rows and columns that share a scale.
         whole_rows: The expression needs whole rows.
         operands: Number of its operands.
-        operand_bytes: Bytes per element of the widest operand.
+        operand_bytes: Bytes per element of the widest operand; a sum of terms is in FP32.
         residuals: Number of residual outputs.
     """
 
@@ -69,17 +74,48 @@ class FusedQuantizeConfig:
     variant: ClassVar[str] = "fused"
 
 
+class Terms(NamedTuple):
+    """Quantized terms, whose sum is an operand.
+
+    Attributes:
+        codes: An 8-bit format `[terms, ..., k]`, contiguous.
+        scales: FP32 `[terms, ..., blocks]`, contiguous.
+        group: Columns that share a scale, a power of two, or `ALL`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group: int
+
+
+class RankSum(NamedTuple):
+    """An operand that is summed over ranks.
+
+    Attributes:
+        place: Index of the operand.
+        memories: See `codegen.templates.peers.PeersOperands`; so are the others.
+    """
+
+    place: int
+    memories: Tensor
+    steps: Tensor
+    rank: int
+    patience: int
+
+
 class FusedQuantizeOperands(NamedTuple):
     """The tensors of a fused expression and its quantization.
 
     Attributes:
-        expression: A fused expression over x0, x1, ….
+        expression: A fused expression over x0, x1, …, and y0 if there are terms.
         keep: Names of the definitions that are residual outputs.
         operands: In a floating dtype, `[m, k]` with contiguous rows or a contiguous vector `[k]`.
         residuals: Residual outputs `[..., k]`, contiguous; overwritten.
         q: An 8-bit format `[..., k]`, contiguous; overwritten.
         scale: FP32 of `numerics.scale_shape`, any strides; overwritten.
         profile: A name of `numerics.PROFILES`.
+        terms: The terms of y0; None if the expression does not read it.
+        rank_sum: The operand that is summed over ranks; None for none.
     """
 
     expression: str
@@ -89,6 +125,8 @@ class FusedQuantizeOperands(NamedTuple):
     q: Tensor
     scale: Tensor
     profile: str = numerics.DEFAULT_PROFILE
+    terms: Terms | None = None
+    rank_sum: RankSum | None = None
 
 
 def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuantizeConfig, None]:
@@ -105,10 +143,10 @@ def fused_quantize_configs(problem: FusedQuantizeProblem) -> Mapping[FusedQuanti
 
 
 def _row_config(m: int, k: int, block_k: int, heavy: bool) -> FusedQuantizeConfig:
-    """Whole rows: 64 numbers per thread, 32 if there is much state per number, 16 if there are few rows."""
+    """Whole rows: 64 numbers per thread, 32 if there is much state per number; at least 16 if there are few rows."""
     columns = max(1 << max((k - 1).bit_length(), 4), block_k)
     if m <= FEW_ROWS:
-        block_m, shares = 1, columns // 512
+        block_m, shares = 1, min(columns // 512, WARPS_AT_ONCE // ceil_div(m, MULTIPROCESSORS))
     else:
         block_m = max(1024 // columns, 1)
         shares = block_m * k // 1024 if heavy else block_m * columns // 2048
@@ -151,22 +189,40 @@ class FusedQuantize(Template[FusedQuantizeConfig, FusedQuantizeProblem, FusedQua
 
     def calls(self, config: FusedQuantizeConfig, operands: FusedQuantizeOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        expression, keep, given, residuals, q, scale, profile = operands
+        expression, keep, given, residuals, q, scale, profile, terms, rank_sum = operands
         k = q.shape[-1]
         m, none = q.numel() // k, [None] * (MOST_OPERANDS - len(given))
         strides = [None if x.dim() == 1 else x.stride(0) for x in given] + none
         constants = {
             "K": k, "EXPRESSION": triton_function(expression, keep), **rounding(profile, q.dtype),
             "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "GROUP": config.group, "VECTOR": config.vector,
-            "AHEAD": m <= FEW_ROWS,
+            "AHEAD": m <= FEW_ROWS, **_term_constants(terms, k), **_rank_constants(rank_sum),
         }  # fmt: skip
+        exchanged = (None, None) if rank_sum is None else (rank_sum.memories, rank_sum.steps)
+        rank, patience = (0, 0) if rank_sum is None else (rank_sum.rank, rank_sum.patience)
         arguments = (
-            *given, *none, *residuals, *[None] * (MOST_RESIDUALS - len(residuals)), q, scale, m, *strides,
+            *given, *none, *((None, None) if terms is None else terms[:2]), *exchanged,
+            *residuals, *[None] * (MOST_RESIDUALS - len(residuals)), q, scale, m, rank, patience, *strides,
             scale.stride(-2) if scale.dim() > 1 else 1, scale.stride(-1),
         )  # fmt: skip
         options = {"num_warps": config.warps, "enable_fp_fusion": False}
         programs = ceil_div(m, config.block_m) * ceil_div(k, config.block_k)
         return (KernelCall(fused_quantize, programs, arguments, constants, options),)
+
+
+def _term_constants(terms: Terms | None, k: int) -> dict[str, int]:
+    """The kernel's constants for terms with `k` columns."""
+    if terms is None:
+        return {"TERMS": 0, "TERM_GROUP": 1}
+    group: int = triton.next_power_of_2(k) if terms.group == ALL else terms.group
+    return {"TERMS": terms.codes.shape[0], "TERM_GROUP": group}
+
+
+def _rank_constants(found: RankSum | None) -> dict[str, int]:
+    """The kernel's constants for an operand that is summed over ranks."""
+    if found is None:
+        return {"SUMMED": -1, "RANKS": 1, "PROGRAMS": 0}
+    return {"SUMMED": found.place, "RANKS": found.memories.numel(), "PROGRAMS": PROGRAMS}
 
 
 FUSED_QUANTIZE = KernelOp[FusedQuantizeConfig, FusedQuantizeProblem, FusedQuantizeOperands]("fused quantization")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from passes.analyses.integer_elements import is_integer
-from passes.analyses.short_sums import LONGEST
+from passes.analyses.short_sums import LONGEST, sum_of_terms
 from passes.fusing.pointwise_regions import MOST_OPERANDS, PointwiseRegion, copies, grow, is_operand, is_pointwise
 from qcompiler.dialects.expression_nodes import Expression, Load, parts, rebuilt, renamed, resized
 from qcompiler.dialects.fused_expression import FusedExpression
@@ -79,7 +79,7 @@ class FusePointwise(Pass):
                 inside |= {*region.launches}
         kernels = _joined(graph, found[::-1])
         for region, *others in kernels:
-            if not others and len(region.launches) < 2:
+            if not others and len(region.launches) < 2 and sum_of_terms(region.root.op) is None:
                 what = "copies" if copies(region.root.op) else "computes"
                 why = f"torch also {what} this in one kernel, and nothing around it can be fused"
                 reasons[region.root.op] = why

@@ -27,7 +27,7 @@ from passes.analyses.arithmetic import FLOATS, Term, broadcast_term, is_cast
 from passes.analyses.element_moves import MOVING, Place, place_of, sources_of
 from passes.analyses.inequalities import Conjunction, impossible, nonnegative
 from passes.analyses.integer_elements import IntegerElements, is_integer
-from passes.analyses.short_sums import short_sum
+from passes.analyses.short_sums import short_sum, sum_of_terms
 from passes.fusing.fusion_regions import LONGEST_ROW
 from passes.fusing.pointwise_expressions import Computed, Counted, Moved, Recipe, expression_of_region, operands_of
 from qcompiler.dialects.expression_nodes import Call, elements, indices
@@ -81,7 +81,7 @@ def copies(op: Op) -> bool:
 def is_pointwise(op: Op) -> bool:
     """Whether an operation may be in a region and costs a kernel: arithmetic, short sums, casts or copies of floats."""
     arithmetic = broadcast_term(op) is not None and op.name != "aten.mean.dim"
-    computes = arithmetic or counts(op) or short_sum(op) is not None
+    computes = arithmetic or counts(op) or short_sum(op) is not None or sum_of_terms(op) is not None
     return _is_float(op.results) and (copies(op) or computes)
 
 
@@ -230,6 +230,9 @@ class _Growth:
             places = [place_of(added.x, added.place(place.at, term), place.guard) for term in range(added.terms)]
             terms = tuple((f"x{term}", self._anywhere_in_row(each)) for term, each in enumerate(places))
             return Computed(added.text, terms)
+        if (quantized := sum_of_terms(op)) is not None:
+            pairs = enumerate(quantized.places(place.at))
+            return Computed(quantized.text, tuple((f"x{n}", place_of(x, at, place.guard)) for n, (x, at) in pairs))
         term = broadcast_term(op)
         if term is None:
             return None
@@ -290,7 +293,7 @@ def _is_cheap(op: Op) -> bool:
     """Whether an operation may compute an element more than once."""
     term = None if counts(op) else broadcast_term(op)
     if term is None:
-        return short_sum(op) is None
+        return short_sum(op) is None and sum_of_terms(op) is None
     return {part.function for part in parse(term.text).expressions() if isinstance(part, Call)} <= CHEAP
 
 

@@ -83,16 +83,20 @@ def check_layout(op: Op) -> None:
 
 def is_fused(op: Op) -> bool:
     """Whether an operation has a fused expression."""
-    return op.name.startswith("kernel.") and "expression" in op.attrs
+    return op.name.startswith(("kernel.", "coll.")) and "expression" in op.attrs
 
 
 def fused_quantize_types(op: Op) -> tuple[Type, ...]:
     """(x float[..., K], others float[..., K] or [K]) -> dtype[..., K], f32[..., scales], residual outputs"""
-    made = _parsed(op)
+    made = parsed(op)
     if not op.args:
         raise OpError("it has no operands")
-    _check_operands(op.args, 0, made)
-    shape = op["x"].tensor.shape
+    check_operands(op.args, 0, made)
+    return quantized_types(op, made, op["x"].tensor.shape)
+
+
+def quantized_types(op: Op, made: FusedExpression, shape: tuple[Size, ...]) -> tuple[Type, ...]:
+    """The codes and scales of a fused expression, and its residual outputs; raises OpError if `keep` is wrong."""
     defined = {name for name, _ in made.definitions}
     kept: tuple[str, ...] = op.attrs["keep"]  # type: ignore[assignment]  # checked by the declaration
     for name in kept:
@@ -105,7 +109,7 @@ def fused_linear_types(op: Op) -> tuple[Type, ...]:
     """Like `quant.linear`, then the fused expression: float[..., N / parts], or its codes and scales"""
     check_layout(op)
     *rows, columns = linear_shape(op)
-    made, parts = _parsed(op), parts_of(op)
+    made, parts = parsed(op), parts_of(op)
     if not isinstance(columns, int) or columns % parts:
         raise OpError(f"{columns} columns cannot be split into {parts} equal parts", "w")
     shape: tuple[Size, ...] = (*rows, columns // parts)
@@ -113,7 +117,7 @@ def fused_linear_types(op: Op) -> tuple[Type, ...]:
         raise OpError(f"its expression reads {wrong[0]}, but the accumulator has {parts} parts")
     if made.across:
         raise OpError("its expression needs whole rows, but an output tile has only part of a row")
-    _check_operands(op.rest, len(op.args) - len(op.rest), made, shape)
+    check_operands(op.rest, len(op.args) - len(op.rest), made, shape)
     if "format" in op.attrs:
         return stored_types(op, op.format(), shape)
     return (TensorType(ir_dtype(made.dtype()), shape),)
@@ -124,7 +128,8 @@ def parts_of(op: Op) -> int:
     return op.attrs["parts"]  # type: ignore[return-value]  # checked by the declaration
 
 
-def _parsed(op: Op) -> FusedExpression:
+def parsed(op: Op) -> FusedExpression:
+    """The fused expression of an operation; raises OpError if it is malformed or has indices."""
     try:
         made = parse(str(op.attrs["expression"]))
     except ParseError as error:
@@ -134,10 +139,17 @@ def _parsed(op: Op) -> FusedExpression:
     return made
 
 
-def _check_operands(
+def check_operands(
     args: tuple[Any, ...], first: int, made: FusedExpression, shape: tuple[Size, ...] | None = None
 ) -> None:
-    """Checks the operands of a fused expression, from argument `first` on; `shape` defaults to the first operand's."""
+    """Checks the operands of a fused expression, from argument `first` on; raises OpError.
+
+    Args:
+        args: The operands x0, x1, ….
+        first: The index of the first of them among the arguments.
+        made: The expression.
+        shape: The shape of its result, by default of the first operand.
+    """
     for place, arg in enumerate(args):
         if not isinstance(arg, Value) or not arg.tensor.dtype.is_float or arg.tensor.dtype.bits not in (16, 32):
             raise OpError("an operand of an expression must be a tensor in bf16, f16, or f32", first + place)

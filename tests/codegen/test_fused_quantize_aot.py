@@ -59,6 +59,28 @@ def test_six_operands_and_two_residual_outputs() -> None:
     assert_good(compile_fused_quantize(text, (B16,) * 6, 8192, vectors=(4, 5), keep=("h", "g")), 4, 2)
 
 
+SUM_NORM = "h = bf16(x0 + bf16(y0)); n = rsqrt(mean(h * h) + 1e-06); bf16(x1 * bf16(h * n))"
+
+
+@pytest.mark.parametrize(("terms", "k", "m"), [(2, 8192, 1 << 20), (2, 8192, 8), (8, 4096, 1 << 20), (4, 576, 64)])
+def test_a_sum_of_terms_before_a_norm(terms: int, k: int, m: int) -> None:
+    """Codes are read 8 or more at a time, and one scale for them."""
+    code = compile_fused_quantize(SUM_NORM, (B16, B16), k, m=m, vectors=(1,), keep=("h",), terms=terms)
+    assert_good(code, 4, 2)
+    reads = [len(re.findall(rf"LDG\.E{width}", code.sass)) for width in (r"\.(?:64|128)\b", r"(?: |\.CONSTANT )")]
+    assert reads[0] >= 8 and reads[1] <= reads[0]
+    assert len(re.findall(r"\bFADD\b", code.sass)) >= (terms - 1) * k // (32 * code.warps)  # no multiply-adds
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(32, E5M2), (512, I8), (numerics.ALL, I8), (128, torch.float8_e4m3fn)])
+@pytest.mark.parametrize("block_k", [32, 128, numerics.ALL])
+def test_formats_of_terms(group: int, dtype: torch.dtype, block_k: int) -> None:
+    for k, m in ((1000, 8), (4096, 1 << 20)):
+        text, rest = ("relu(y0) * x0", (F32,)) if k == 1000 else ("y0", ())
+        code = compile_fused_quantize(text, rest, k, m=m, block_k=block_k, terms=3, term_group=group, term_dtype=dtype)
+        assert (code.local_loads, code.local_stores) == (0, 0)
+
+
 def test_a_product_and_a_sum_stay_two_roundings() -> None:
     # The sum does not change the number of multiply-adds, all of which belong to the quantization.
     plain, summed = (compile_fused_quantize(text, (F32, F32), 4096) for text in ("x0 * x1", "x0 * x1 + x0"))

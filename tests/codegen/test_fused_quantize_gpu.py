@@ -17,6 +17,7 @@ from codegen.operators.fused_quantize import why_not_fused
 from codegen.operators.quantize import SCALE_LAYOUTS
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
+from qcompiler.dialects.terms import sum_terms
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +116,33 @@ def test_reductions_and_functions_are_within_a_rounding(name: str, dtypes: Seque
         q, scale, kept = fused([x.cuda() for x in operands], expression, "col_major")
         assert_close(kept, reference(expression, operands)[0])
         assert_quantized(q, scale, kept, (1, 128), "deepseek")
+
+
+SUMS = {
+    "residual": "r = bf16(x0 + bf16(y0)); r * x1",
+    "residual, norm": "h = bf16(x0 + bf16(y0)); r = h * rsqrt(mean(h * h)); r * x1",
+}
+"""Expressions of a sum of terms; only the first has exact values."""
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", [E4M3, E5M2, I8])
+@pytest.mark.parametrize(("terms", "group"), [(1, 128), (2, 128), (4, 32), (8, 128), (3, numerics.ALL)])
+def test_sums_of_terms(name: str, dtype: torch.dtype, terms: int, group: int) -> None:
+    """The sum has the bits of its definition; codes and scales are the quantization of what the kernel returns."""
+    expression, format = SUMS[name], numerics.format_of((1, group), dtype)
+    for rows, columns in ((0, 256), (1, 256), (37, 384), (3, 77), (700, 1000), (5, 8192), (600, 4096)):
+        codes, scales = numerics.quantize(torch.randn(terms, rows, columns), format)
+        x, gain = torch.randn(rows, columns).bfloat16(), torch.randn(columns).bfloat16()
+        total = sum_terms(codes, scales, format=format, out_dtype=F32)
+        want = parse(expression).run({"y0": total, "x0": x, "x1": gain}, ["r"])[1]
+        codes, scales, x, gain = (each.cuda() for each in (codes, scales, x, gain))
+        rest = (["r"], [1, group], [1, 128], E4M3, "deepseek", "col_major")
+        for _ in range(3):  # the third call is replayed
+            q, scale, kept = torch.ops.qcompiler.fused_sum_quantize(codes, scales, [x, gain], expression, *rest)
+            exact = name == "residual"
+            torch.testing.assert_close(kept.cpu(), want, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+            assert_quantized(q, scale, kept.float() * gain.float(), (1, 128), "deepseek")
 
 
 @pytest.mark.parametrize("profile", sorted(numerics.PROFILES))

@@ -18,11 +18,11 @@ FAR = "r = relu(1 - x0) + 3; r"  # zeros beyond the last column become 4
 
 def _case(
     expression: str, vectors: tuple[int, ...], m: int, k: int, block_k: int, layout: str, spare: int = 0,
-    odd: float = 0.0,
+    odd: float = 0.0, terms: int = 0, group: int = 128,
 ) -> None:  # fmt: skip
     made = parse(expression)
     operands = []
-    for place in range(len(made.operands)):
+    for place in range(len(made.operands) - (terms > 0)):
         dtype = (torch.float32, torch.float16)[place % 2]
         shape = (k,) if place in vectors else (m, k + spare)
         operands.append(torch.randn(shape).mul(1 + place).to(dtype)[..., :k])
@@ -31,11 +31,17 @@ def _case(
     kept = [torch.full((m + 1, k), 7.0, dtype=made.dtype(name)) for name in keep]
     q = torch.full((m + 1, k), 7, dtype=torch.int8)
     scale = quantization.scale_like(operands[0], block_k, layout).fill_(-1.0)
+    added = sums = None
+    if terms:
+        codes, scales = torch.randint(-127, 128, (terms, m, k)).to(torch.int8), torch.rand(terms, m, -(-k // group))
+        added, format = Terms(codes, scales, group), numerics.format_of((1, group), torch.int8)
+        sums = sum_terms(codes, scales, format=format, out_dtype=torch.float32)
     problem = FusedQuantizeProblem(m, k, (1, block_k), made.across, len(operands), 4, len(keep))
     tile = FUSED_QUANTIZE.family(HOPPER).choose(problem)
-    given = FusedQuantizeOperands(expression, keep, operands, [each[:m] for each in kept], q[:m], scale)
+    given = FusedQuantizeOperands(expression, keep, operands, [each[:m] for each in kept], q[:m], scale, terms=added)
     FUSED_QUANTIZE.family(HOPPER).launch(tile, given)
-    want, *wanted = made.run({f"x{place}": x for place, x in enumerate(operands)}, keep)
+    named = {f"x{place}": x for place, x in enumerate(operands)} | ({} if sums is None else {"y0": sums})
+    want, *wanted = made.run(named, keep)
     label = (expression, m, k, block_k, layout, tile)
     for got, each in zip(kept, wanted, strict=True):
         assert bool((got[m:] == 7.0).all()), (label, "wrote beyond the last row")
@@ -51,6 +57,11 @@ def _case(
 
 
 def _run_all() -> None:
+    for m, k, group in ((1, 128, 128), (5, 300, 128), (3, 300, 32), (2, 77, 512), (515, 24, 128), (4, 1100, 512)):
+        _case("r = y0 - x0; r", (), m, k, 128, "row_major", terms=3, group=group)
+        _case("h = f16(x0 + f16(y0)); r = f16(h * rsqrt(mean(h * h) + 1e-06)); r", (), m, k, 128, "col_major",
+              terms=2, group=group)  # fmt: skip
+    _case("r = relu(y0 - x0); r", (), 3, 5000, 32, "row_major", terms=1, group=128)
     for layout in quantization.SCALE_LAYOUTS:
         for m, k in ((1, 128), (5, 300), (3, 16), (2, 77), (15, 24)):
             _case(SUM, (), m, k, 128, layout)
@@ -85,9 +96,10 @@ if __name__ == "__main__":
 
     from codegen.operators import quantize as quantization
     from codegen.targets.hopper import HOPPER
-    from codegen.templates.fused_quantize import FUSED_QUANTIZE, FusedQuantizeOperands, FusedQuantizeProblem
+    from codegen.templates.fused_quantize import FUSED_QUANTIZE, FusedQuantizeOperands, FusedQuantizeProblem, Terms
     from qcompiler import numerics
     from qcompiler.dialects.fused_expression import parse
+    from qcompiler.dialects.terms import sum_terms
 
     prepare_interpreter()
     torch.manual_seed(0)

@@ -34,6 +34,7 @@ from hopper_kernels import (
     compile_sum_splits,
     compile_tokens,
 )
+from peer_kernels import compile_exchange
 from pointwise_examples import compile_norm, compile_rotary, compile_rotary_append
 
 from codegen.machine_code import MachineCode
@@ -44,6 +45,7 @@ from codegen.templates.grouped import MOST_GROUPS, GroupedConfig
 
 B16, F32 = torch.bfloat16, torch.float32
 NORM = "h = bf16(x0 + x1); n = rsqrt(mean(h * h) + 1e-06); bf16(x2 * bf16(h * n))"
+SUM_NORM = "h = bf16(x0 + bf16(y0)); n = rsqrt(mean(h * h) + 1e-06); bf16(x1 * bf16(h * n))"
 GATED = "bf16(bf16(silu(x0)) * x1)"
 SWIGLU, RESIDUAL = "bf16(bf16(silu(bf16(y0))) * bf16(y1))", "bf16(x0 + bf16(y0))"
 ROWS: tuple[Kind, ...] = ("rows_f8", "rows_i8")
@@ -78,12 +80,21 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "sum of 64 splits of a cache": compile_combine,
     "sum of 64 splits of a cache, quantized": partial(compile_combine, tile=128),
     "fused quantize, norm of 4096": partial(compile_fused_quantize, NORM, (B16,) * 3, 4096, vectors=(2,), keep=("h",)),
+    "fused quantize, sum of 2 terms and norm of 8192": partial(
+        compile_fused_quantize, SUM_NORM, (B16, B16), 8192, vectors=(1,), keep=("h",), terms=2
+    ),
+    "fused quantize, sum over 8 GPUs and norm of 8192": partial(
+        compile_fused_quantize, NORM, (B16,) * 3, 8192, m=64, vectors=(2,), keep=("h",), summed=1, ranks=8
+    ),
     "fused quantize, gated": partial(compile_fused_quantize, GATED, (B16, B16), 4096),
     **{f"tiles, {config}": partial(compile_gemm, config) for config in all_configs()},
     "codes of gathered rows": partial(compile_gather_codes, 4096, 8, 2048),
     "few entries, placed": lambda: compile_group_entries(512, 128)[0],
     "entries of each group, counted": lambda: compile_group_entries(32768, 128)[0],
     "entries of each group, placed": lambda: compile_group_entries(32768, 128)[1],
+    "sum over 2 GPUs": partial(compile_exchange, 2, (16, 8192), summed=True),
+    "gather of 8 GPUs": partial(compile_exchange, 8, (4096, 1024)),
+    "parts of a sum over 4 GPUs": partial(compile_exchange, 4, (4096, 8192), scattered=True, summed=True),
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
     "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
     "rotary embedding": compile_rotary,

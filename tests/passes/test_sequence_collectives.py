@@ -20,11 +20,20 @@ LEGAL = {
     "coll.all_gather": (
         '%r = coll.all_gather(%x) {axis = 2, mesh = "tp", ranks = 2} : f32[s0, s1, 16]', "[batch, positions, 16]",
     ),
+    "coll.fused_reduce_quantize": (
+        '%r, %z = coll.fused_reduce_quantize(%x) {expression = "x0 * rsqrt(mean(x0 * x0) + 1.0)", format = #fp8_tile, '
+        'keep = [], mesh = "tp", summed = 0} : f8e4m3fn[s0, s1, 8], f32[s0, s1, 1]', B_P_8,
+    ),
     "coll.own_tokens": (f"%r = coll.own_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]", PART),
     "coll.reduce_scatter_tokens": (f"%r = coll.reduce_scatter_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]", PART),
+    "coll.all_to_all_tokens": (
+        f"%r = coll.all_to_all_tokens(%x) {CUT} : f32[2, 1, share(s0*s1, 2, 64), 8]", "[2, 1, batch*positions, 8]",
+    ),
     "coll.all_gather_tokens": (
         f"%u = coll.own_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]\n"
-        f"%r = coll.all_gather_tokens(%u, [%n0, %n1]) {CUT} : f32[s0, s1, 8]", B_P_8,
+        "%rows = aten.view(%u, [-1, 2, 4]) : f32[share(s0*s1, 2, 64), 2, 4]\n"
+        "%own = aten.view(%rows, [1, -1, 8]) : f32[1, share(s0*s1, 2, 64), 8]\n"
+        f"%r = coll.all_gather_tokens(%own, [%n0, %n1]) {CUT} : f32[s0, s1, 8]", B_P_8,
     ),
     "coll.own_first": (
         ROUTED.replace("%key, %order = aten.sort(%expert)", f"{OWN}  %key, %order = aten.sort(%own)") + GROUPS
@@ -42,9 +51,17 @@ ILLEGAL = {
         '%r = coll.all_gather(%x) {axis = 1, mesh = "tp", ranks = 2} : f32[s0, 2*s1, 8]',
         "coll.all_gather concatenates along the positions",
     ),
+    "coll.fused_reduce_quantize": (
+        '%r, %z = coll.fused_reduce_quantize(%x) {expression = "relu(x0)", format = #fp8_tensor, keep = [], '
+        'mesh = "tp", summed = 0} : f8e4m3fn[s0, s1, 8], f32[1, 1]', "computed from all tokens",
+    ),
     "coll.own_tokens": (ROUTED + f"%r = coll.own_tokens(%order) {CUT} : i64[2*s0*s1]", "is the order of all tokens"),
     "coll.reduce_scatter_tokens": (
         ROUTED + f"%r = coll.reduce_scatter_tokens(%order) {CUT} : i64[2*s0*s1]", "is the order of all tokens",
+    ),
+    "coll.all_to_all_tokens": (
+        ROUTED + f"%u = aten.view(%order, [%n2, 1]) : i64[2*s0*s1, 1]\n"
+        f"%r = coll.all_to_all_tokens(%u) {CUT} : i64[2, share(2*s0*s1, 2, 64), 1]", "is the order of all tokens",
     ),
     "coll.all_gather_tokens": (
         f"%u = coll.own_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]\n"
