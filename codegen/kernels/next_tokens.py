@@ -1,8 +1,8 @@
 """Triton kernels: the largest logit of each row becomes the next token of its sequence.
 
 A logit and its index are one number of 64 bits, which compares like the logit and, among equal logits, like the index
-in reverse. So the largest one has the first index of the largest logit, in any order of reduction. As in torch, NaN is
-larger than all numbers, and -0 equals 0.
+in reverse. So the largest one has the first index of the largest logit, in any order of reduction, also across ranks
+that hold different columns. As in torch, NaN is larger than all numbers, and -0 equals 0.
 """
 
 import triton
@@ -29,25 +29,25 @@ def _ranked(logits, index, inside):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rank_parts(  # type: ignore[no-untyped-def]
-    logits, parts, columns, stride, COUNT: tl.constexpr, PART: tl.constexpr,
+    logits, parts, rows, columns, stride, first, PART: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of each part of a row, with its index in the row.
+    """The largest logit of each part of a row, with its index in the vocabulary.
 
     Args:
         logits: [rows, columns] in bfloat16, float16 or float32; the last stride is 1.
-        parts: int64 [rows, COUNT].
-        columns: At most 2^31.
+        parts: int64 [parts of a row, rows].
         stride: From one row to the next.
-        COUNT: Parts of a row, of PART columns each; PART is a power of two.
+        first: The index of the first column; `first + columns` is at most 2^31.
+        PART: Columns of a part, a power of two.
     """
     program = tl.program_id(0)
-    row, part = (program // COUNT).to(tl.int64), program % COUNT
+    row, part = (program % rows).to(tl.int64), program // rows
     index = part * PART + tl.arange(0, PART)
     inside = index < columns
     let_next_start()
     inputs_ready()
     found = tl.load(logits + row * stride + index, mask=inside, other=0.0)
-    tl.store(parts + program, tl.max(_ranked(found, index, inside), axis=0))
+    tl.store(parts + program, tl.max(_ranked(found, first + index, inside), axis=0))
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def enter_tokens(  # type: ignore[no-untyped-def]
     """Enters the largest logit of a row as the latest token of its slot, whose length grows if it is active.
 
     Args:
-        parts: As `rank_parts` writes them.
+        parts: int64 [COUNT, rows], as `rank_parts` writes them; of one rank, or of several ones.
         slots: int64 [rows].
         active: int64 [slots]: 1 or 0.
         tokens: int64 [slots], overwritten for the slots of rows; likewise `lengths`.
@@ -71,7 +71,7 @@ def enter_tokens(  # type: ignore[no-untyped-def]
     inputs_ready()
     slot = tl.load(slots + row)
     length = tl.load(row_lengths + row) + tl.load(active + slot)
-    ranked = tl.load(parts + row * COUNT + part, mask=part < COUNT, other=-(2**63))
+    ranked = tl.load(parts + part * tl.num_programs(0) + row, mask=part < COUNT, other=-(2**63))
     token = (tl.max(ranked, axis=0) & LAST) ^ LAST
     tl.store(tokens + slot, token)
     tl.store(row_tokens + row, token)

@@ -4,21 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from codegen.kernels.next_tokens import enter_tokens, rank_parts
 from codegen.launching.launch import KernelCall
-from codegen.launching.replay import empty
 from codegen.templates.template import KernelOp, Template, ceil_div
 
+PART = 2048
+"""Logits that a program reduces: so few that one row occupies many multiprocessors."""
 
-class NextTokensProblem(NamedTuple):
+
+class RankPartsProblem(NamedTuple):
     """Rows of logits.
 
     Attributes:
         rows: Sequences.
-        columns: The vocabulary.
+        columns: The vocabulary, or a rank's part of it.
     """
 
     rows: int
@@ -26,7 +27,7 @@ class NextTokensProblem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NextTokensConfig:
+class RankPartsConfig:
     """The part of a row that a program reduces.
 
     Attributes:
@@ -36,14 +37,52 @@ class NextTokensConfig:
 
     part: int
     warps: int
-    variant: ClassVar[str] = "next tokens"
+    variant: ClassVar[str] = "largest logits of parts"
 
 
-class NextTokensOperands(NamedTuple):
-    """The tensors of a step; all but the logits are int64 and contiguous.
+class RankPartsOperands(NamedTuple):
+    """The logits of a step.
 
     Attributes:
         logits: [rows, columns] in bfloat16, float16 or float32; the last stride is 1.
+        parts: int64 [parts of a row, rows], contiguous; overwritten.
+        first: The index of the first column.
+    """
+
+    logits: Tensor
+    parts: Tensor
+    first: int
+
+
+class EnterTokensProblem(NamedTuple):
+    """Candidates for the next tokens.
+
+    Attributes:
+        parts: Candidates of a row.
+        rows: Sequences.
+    """
+
+    parts: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class EnterTokensConfig:
+    """A program enters the token of one row.
+
+    Attributes:
+        warps: Warps of a program.
+    """
+
+    warps: int
+    variant: ClassVar[str] = "next tokens"
+
+
+class EnterTokensOperands(NamedTuple):
+    """The tensors of a step, all int64 and contiguous.
+
+    Attributes:
+        parts: [parts, rows], as `rank_parts` writes them.
         slots: [rows].
         active: [slots], 1 for slots whose sequence grows, else 0.
         tokens: [slots], the latest tokens; overwritten for the slots of rows.
@@ -52,7 +91,7 @@ class NextTokensOperands(NamedTuple):
         row_lengths: [rows], the lengths before this step; overwritten.
     """
 
-    logits: Tensor
+    parts: Tensor
     slots: Tensor
     active: Tensor
     tokens: Tensor
@@ -61,29 +100,46 @@ class NextTokensOperands(NamedTuple):
     row_lengths: Tensor
 
 
-def next_tokens_configs(problem: NextTokensProblem) -> Mapping[NextTokensConfig, None]:
-    """The configuration for a problem: parts so small that one row occupies many multiprocessors."""
-    return {NextTokensConfig(2048, 4): None}
+def rank_parts_configs(problem: RankPartsProblem) -> Mapping[RankPartsConfig, None]:
+    """The configuration for a problem."""
+    return {RankPartsConfig(PART, 4): None}
 
 
-class NextTokens(Template[NextTokensConfig, NextTokensProblem, NextTokensOperands]):
+def enter_tokens_configs(problem: EnterTokensProblem) -> Mapping[EnterTokensConfig, None]:
+    """The configuration for a problem."""
+    return {EnterTokensConfig(1): None}
+
+
+class RankParts(Template[RankPartsConfig, RankPartsProblem, RankPartsOperands]):
     """The one variant."""
 
-    variant = NextTokensConfig.variant
+    variant = RankPartsConfig.variant
     overlaps = True
 
-    def calls(self, config: NextTokensConfig, operands: NextTokensOperands) -> tuple[KernelCall, ...]:
+    def calls(self, config: RankPartsConfig, operands: RankPartsOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        logits, *tables = operands
+        logits, parts, first = operands
         rows, columns = logits.shape
-        count = ceil_div(columns, config.part)
-        parts = empty((rows, count), torch.int64, logits.device)
-        arguments = (logits, parts, columns, logits.stride(0))
-        constants = {"COUNT": count, "PART": config.part}
-        first = KernelCall(rank_parts, rows * count, arguments, constants, {"num_warps": config.warps})
+        arguments = (logits, parts, rows, columns, logits.stride(0), first)
+        programs = rows * ceil_div(columns, config.part)
+        return (KernelCall(rank_parts, programs, arguments, {"PART": config.part}, {"num_warps": config.warps}),)
+
+
+class EnterTokens(Template[EnterTokensConfig, EnterTokensProblem, EnterTokensOperands]):
+    """The one variant."""
+
+    variant = EnterTokensConfig.variant
+    overlaps = True
+
+    def calls(self, config: EnterTokensConfig, operands: EnterTokensOperands) -> tuple[KernelCall, ...]:
+        """See `Template`."""
+        count, rows = operands.parts.shape
         constants = {"COUNT": count, "BLOCK": 1 << (count - 1).bit_length()}
-        return first, KernelCall(enter_tokens, rows, (parts, *tables), constants, {"num_warps": 1})
+        return (KernelCall(enter_tokens, rows, tuple(operands), constants, {"num_warps": config.warps}),)
 
 
-NEXT_TOKENS = KernelOp[NextTokensConfig, NextTokensProblem, NextTokensOperands]("choice of tokens")
-NEXT_TOKENS.add(NextTokens, next_tokens_configs)
+RANK_PARTS = KernelOp[RankPartsConfig, RankPartsProblem, RankPartsOperands]("ranking of logits")
+RANK_PARTS.add(RankParts, rank_parts_configs)
+
+ENTER_TOKENS = KernelOp[EnterTokensConfig, EnterTokensProblem, EnterTokensOperands]("choice of tokens")
+ENTER_TOKENS.add(EnterTokens, enter_tokens_configs)

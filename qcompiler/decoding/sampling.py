@@ -14,8 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from codegen.direct import kernels
+from codegen.operators.next_tokens import chosen
 from qcompiler.decoding.noise import gumbel
-from qcompiler.decoding.vocabulary import VocabularyParts, largest
+from qcompiler.decoding.vocabulary import VocabularyParts
 from qcompiler.errors import InputError
 
 SEEDS = range(-(2**63), 2**63)
@@ -131,24 +133,35 @@ class SamplingTable:
         for slot, prompt in zip(slots, prompts, strict=True):
             self.seen[slot, torch.tensor(prompt, device=device)] = True
 
-    def choose(self, logits: Tensor | VocabularyParts, slots: Tensor, positions: Tensor, features: Features) -> Tensor:
-        """Returns the next token of each row, i64[B].
+    def choose(self, logits: Tensor | VocabularyParts, slots: Tensor, latest: Tensor, features: Features) -> Tensor:
+        """Returns the next token of each row, i64[B], and notes it; the arguments are the ones of `ranked`."""
+        new = chosen(self.ranked(logits, slots, latest, features))
+        self.note(slots, new, features)
+        return new
+
+    def ranked(self, logits: Tensor | VocabularyParts, slots: Tensor, latest: Tensor, features: Features) -> Tensor:
+        """Returns candidates for the next token of each row, i64[N, B], as the operator `rank_parts` does.
 
         Args:
             logits: float[B, V], or the parts of several ranks.
             slots: i64[B].
-            positions: i64[B], the index of the new token in its sequence, which counts the noise.
+            latest: i64[B], the index of the latest token in its sequence; the next one's noise depends on it.
             features: At least those that the rows use.
         """
-        score = partial(self._scores, slots=slots, positions=positions, features=features)
+        score = partial(self._scores, slots=slots, latest=latest, features=features)
         if isinstance(logits, VocabularyParts) and features.filters:
             logits = logits.whole()  # a filter needs the distribution over the vocabulary
-        new = logits.largest(score) if isinstance(logits, VocabularyParts) else largest(score(logits, 0))
+        if isinstance(logits, VocabularyParts):
+            return logits.ranked(score)
+        found: Tensor = kernels.rank_parts(score(logits, 0), 0)
+        return found
+
+    def note(self, slots: Tensor, new: Tensor, features: Features) -> None:
+        """Notes the new tokens of sequences, i64[B], for penalties of repetition."""
         if features.penalty:
             self.seen[slots, new] = True
-        return new
 
-    def _scores(self, logits: Tensor, first: int, slots: Tensor, positions: Tensor, features: Features) -> Tensor:
+    def _scores(self, logits: Tensor, first: int, slots: Tensor, latest: Tensor, features: Features) -> Tensor:
         """Scores of columns from `first` on, of which the largest is chosen: logits, with noise if a row samples."""
         size = logits.shape[-1]
         if features.penalty or features.noise:
@@ -162,7 +175,7 @@ class SamplingTable:
         if features.filters:
             least = _least_kept(scaled, self.top_k[slots, None], self.top_p[slots, None], self.log_min_p[slots, None])
             scaled = scaled.masked_fill(scaled < least, -math.inf)
-        drawn = scaled + gumbel(self.seed[slots], positions, size, first)
+        drawn = scaled + gumbel(self.seed[slots], latest + 1, size, first)
         return torch.where(temperature > 0, drawn, logits)
 
 

@@ -73,7 +73,7 @@ class SlotTable:
         chosen, rows = self._tensor(slots), [request.sampling for request in requests]
         self.sampling.enter(chosen, rows, [request.prompt for request in requests])
         lengths = self._tensor([len(request.prompt) for request in requests])
-        new = self.sampling.choose(logits, chosen, lengths, Features.of(rows))
+        new = self.sampling.choose(logits, chosen, lengths - 1, Features.of(rows))
         self.tokens[chosen], self.lengths[chosen] = new, lengths
         return new
 
@@ -93,13 +93,10 @@ class SlotTable:
         Everything that it reads and writes is in the table, the cache, and the rows, so it can be recorded.
         """
         logits = self.step(rows.tokens[:, None], rows.slots, rows.lengths, rows.last)
-        if features == Features() and isinstance(logits, Tensor):
-            table = (self.active, self.tokens, self.lengths)
-            kernels.next_tokens(logits, rows.slots, *table, rows.tokens, rows.lengths)
-            return rows.tokens
-        rows.tokens.copy_(self.sampling.choose(logits, rows.slots, rows.lengths + 1, features))
-        rows.lengths.add_(self.active[rows.slots])
-        self.tokens[rows.slots], self.lengths[rows.slots] = rows.tokens, rows.lengths
+        parts = self.sampling.ranked(logits, rows.slots, rows.lengths, features)
+        table = (self.active, self.tokens, self.lengths)
+        kernels.enter_tokens(parts, rows.slots, *table, rows.tokens, rows.lengths)
+        self.sampling.note(rows.slots, rows.tokens, features)
         return rows.tokens
 
     @contextmanager

@@ -1,6 +1,7 @@
 """The loop over slots: equal to transformers' own generate, whatever the batch, the chunks and the queue."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import decoding_models as models
@@ -15,7 +16,10 @@ from qcompiler.decoding.loop import CHUNK, Loop, Produced
 from qcompiler.decoding.requests import Request
 from qcompiler.decoding.sampling import Features, Sampling
 from qcompiler.decoding.slot_table import Rows, SlotTable
+from qcompiler.decoding.vocabulary import VocabularyParts
+from qcompiler.distributed.simulation import Simulation
 from qcompiler.errors import InputError
+from qcompiler.ir import Mesh
 
 PROMPTS = [[5, 9, 31], [7, 7], [11, 3, 4, 60, 22, 13, 8], [1], [40, 41, 42, 43]]
 
@@ -141,22 +145,47 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_a_greedy_step_runs_beyond_the_model() -> None:
-    """Two kernels on a GPU, see `codegen.templates.next_tokens`; they were 13 with torch's operators."""
+def greedy_step(given: Any, largest: Tensor) -> list[str]:
+    """Checks a step with two sequences for which a model returns `given`; lists what runs beyond the model."""
 
     class Ready(RecomputingStep):
-        def __call__(self, *inputs: Any, **_: Any) -> Tensor:
+        def __call__(self, *inputs: Any, **_: Any) -> Any:
             assert [each.shape for each in inputs] == [(2, 1), (2,), (2,), (2,)]
-            return logits
+            return given
 
-    logits = torch.randn(2, 64)
     table = SlotTable(Ready(models.llama()))
     rows = Rows.empty(2, table.step.device)
     table.load(rows, [2, 0])
-    with _Operators() as ran:
+    ran = _Operators()
+    with ran:
         new = table.advance(rows, Features())
-    assert torch.equal(new, logits.argmax(-1))
-    assert ran.names == ["qcompiler.next_tokens.default"]
+    assert torch.equal(new, largest)
+    return ran.names
+
+
+def test_what_a_greedy_step_runs_beyond_the_model() -> None:
+    """Each operator is one kernel on a GPU, see `codegen.templates.next_tokens`."""
+    logits = torch.randn(2, 64)
+    assert greedy_step(logits, logits.argmax(-1)) == ["qcompiler.rank_parts.default", "qcompiler.enter_tokens.default"]
+
+
+def test_what_a_greedy_step_of_ranks_runs_beyond_the_model() -> None:
+    """Each rank ranks its columns, and one gather follows, here a concatenation."""
+    found: list[list[str]] = []
+
+    def watched(program: Callable[[], Tensor]) -> Tensor:
+        with _Operators() as ran:
+            out = program()
+        found.append(ran.names)
+        return out
+
+    def run(programs: Sequence[Callable[[], Tensor]]) -> Sequence[Tensor]:
+        return Simulation(Mesh((("tp", 2),))).run([partial(watched, program) for program in programs])
+
+    logits = torch.randn(2, 64)
+    parts = VocabularyParts(logits.chunk(2, 1), run, "tp")
+    assert greedy_step(parts, logits.argmax(-1)) == ["qcompiler.enter_tokens.default"]
+    assert found == [["qcompiler.rank_parts.default", "aten.cat.default"]] * 2
 
 
 def test_batch_sizes_and_padding() -> None:

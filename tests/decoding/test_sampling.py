@@ -18,7 +18,7 @@ from transformers import (
 
 from qcompiler.decoding.noise import gumbel, hashed
 from qcompiler.decoding.sampling import Features, Sampling, SamplingTable
-from qcompiler.decoding.vocabulary import VocabularyParts, largest
+from qcompiler.decoding.vocabulary import VocabularyParts
 from qcompiler.distributed.simulation import Simulation
 from qcompiler.ir import Mesh
 
@@ -152,18 +152,6 @@ def test_low_precision_logits_are_computed_in_fp32() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(6)).bfloat16()
     sampling = Sampling(temperature=0.6, top_p=0.9, seed=3)
     assert torch.equal(drawn(logits, sampling, 100), drawn(logits.float(), sampling, 100))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("columns", [1000, 32000, 128256, 151936])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_reduced_in_parts_give_the_first_index_of_the_largest_logit(columns: int, dtype: torch.dtype) -> None:
-    logits = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    logits[1] = 0.0  # all are equal
-    logits[2, [columns - 1, columns // 2, columns // 2 - 1]] = 100.0
-    logits[3, columns - 3] = math.nan
-    logits[4] = -math.inf
-    assert torch.equal(largest(logits.cuda()).cpu(), logits.argmax(-1))
 
 
 @settings(max_examples=40, deadline=None)

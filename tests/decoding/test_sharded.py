@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import run_on_two_ranks
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig
 
 import qcompiler
 from qcompiler.runtime.caches import cache_types
@@ -60,6 +60,45 @@ def test_tactics(sharding: str) -> None:
     assert text.count("coll.reduce_scatter_tokens") == 4
     assert text.count("coll.own_first") == (2 if "ep" in sharding else 0)
     assert ranks.generate(PROMPTS, max_new_tokens=6) == whole.generate(PROMPTS, max_new_tokens=6)
+
+
+def test_tokens_that_the_model_counts_in_one_axis() -> None:
+    """OPT flattens batches before its second norm."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "ffn_dim": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = OPTConfig(**sizes, vocab_size=96, max_position_embeddings=64, word_embed_proj_dim=256)
+    found = AUTO.from_config(config).eval()
+    options: dict[str, Any] = {"max_batch": 2, "max_length": 32}
+    whole = qcompiler.decoder(found, **options)
+    ranks = qcompiler.decoder(found, **options, mesh=TWO, sharding="tp; sp{tokens=4}")
+    assert str(ranks.graph).count("coll.reduce_scatter_tokens") == 2
+    assert ranks.generate(PROMPTS, max_new_tokens=6) == whole.generate(PROMPTS, max_new_tokens=6)
+
+
+def test_gathers_for_attention_that_ranks_do_not_divide() -> None:
+    """A layer has one sum and two norms, which are cut because they are gathered as codes and scales."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES | {"hidden_size": 384, "num_attention_heads": 3, "num_key_value_heads": 3})
+    found = AUTO.from_config(config).eval()
+    options: dict[str, Any] = {"max_batch": 2, "max_length": 32}
+    ranks = qcompiler.decoder(found, **options, mesh=TWO, sharding="tp; sp{tokens=4}")
+    assert str(ranks.graph).count("coll.reduce_scatter_tokens") == 2
+    whole = qcompiler.decoder(found, **options)
+    assert ranks.generate(PROMPTS, max_new_tokens=6) == whole.generate(PROMPTS, max_new_tokens=6)
+    floats = qcompiler.decoder(found, **options, scheme=None, mesh=TWO, sharding="tp; sp{tokens=4}")
+    (note,) = floats.report.notes
+    assert "would send 3072 + 4608 bytes of each token in its region, more than the 6144 of its all-reduces" in note
+
+
+def test_sums_as_codes(tmp_path: Path) -> None:
+    """Prompts and decode steps have the tokens of the program in which each rank adds the terms of all tokens."""
+    cut, few = (decoder(mesh=TWO, sharding=f"tp; sp{{tokens={tokens}, sums=fp8_tile}}") for tokens in (4, 1000))
+    text = str(cut.graph)
+    assert text.count("coll.all_to_all_tokens") == 2 * 4 and "reduce_scatter" not in text
+    cut.save(tmp_path / "saved")
+    loaded: Any = qcompiler.load(tmp_path / "saved", mesh=TWO)
+    expected = few.generate(PROMPTS, max_new_tokens=6)
+    assert cut.generate(PROMPTS, max_new_tokens=6) == loaded.generate(PROMPTS, max_new_tokens=6) == expected
 
 
 def test_a_tied_vocabulary_is_stored_once_and_divided() -> None:
@@ -118,8 +157,8 @@ found["tokens"] = [decoder.generate(PROMPTS, max_new_tokens=6, **options) for op
 
 
 def test_refusals() -> None:
-    with pytest.raises(qcompiler.PassError, match="a sharded model cannot be calibrated"):
-        decoder(kv_cache="fp8_static", calibration=[torch.tensor([[1, 2, 3]])], mesh=TWO)
+    with pytest.raises(qcompiler.PassError, match="there is no calibration data, and this pipeline needs some"):
+        decoder(kv_cache="fp8_static", mesh=TWO)
     ranks = decoder(scheme=None, mesh=TWO)
     for refused in (lambda _: ranks.save_checkpoint("x", "float"), lambda _: ranks.for_transformers()):
         with pytest.raises(qcompiler.QCompilerError, match="Compile the model without a mesh for that"):
