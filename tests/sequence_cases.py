@@ -41,6 +41,10 @@ PLACES = """
   %place = aten.index_put(%empty, [%order], %iota) : i64[2*s0*s1]
 """
 TILES = "  %q, %s = quant.quantize(%x) {format = #fp8_tile} : f8e4m3fn[s0, s1, 8], f32[s0, s1, 1]\n"
+TERMS = (
+    "  %u = aten.unsqueeze(%x, 0) : f32[1, s0, s1, 8]\n  %e = aten.expand(%u, [2, -1, -1, -1]) : f32[2, s0, s1, 8]\n"
+    "  %q, %s = quant.quantize(%e) {format = #fp8_tile} : f8e4m3fn[2, s0, s1, 8], f32[2, s0, s1, 1]\n"
+)
 BLOCKS = "  %wq, %ws = quant.quantize(%w) {format = #fp8_block} : f8e4m3fn[8, 8], f32[1, 1]\n"
 SORTED_TILES = (
     "  %q, %s = quant.quantize(%sorted) {format = #fp8_tile} : f8e4m3fn[2*s0*s1, 8], f32[2*s0*s1, 1]\n"

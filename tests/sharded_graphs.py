@@ -23,7 +23,8 @@ def rank_graphs(
     found = []
     for rank in range(Mesh.parse(mesh).size):
         own = graph.clone()
-        place = f'shard{{mesh="{mesh}", unit={unit}{more}}}; collectives; {rewrite}'
+        options = f'{{mesh="{mesh}", unit={unit}{more}}}'
+        place = f"split-norms{options}; shard{options}; collectives; {rewrite}"
         steps = f'{place}partition{{mesh="{mesh}", rank={rank}}}; {then}'
         run_pipeline(Pipeline.parse(steps), own)
         found.append(own)
@@ -70,6 +71,7 @@ MOVES: list[Callable[[Communicator, Tensor], Tensor]] = [
     lambda rank, x: rank.all_gather(x, "tp", 1),
     lambda rank, x: rank.reduce_scatter(x[:4], "tp", 0),
     lambda rank, x: rank.reduce_scatter(x, "tp", 1),
+    lambda rank, x: rank.all_to_all(x[:4], "tp"),
 ]
 """Collectives of one rank."""
 
@@ -109,7 +111,12 @@ class RandomBlocks:
         return self.add("aten.linear", ", ".join([x, *weights]), f"s0, s1, {rows}")
 
     def norm(self, x: str) -> str:
-        return self.add("aten.rms_norm", f"{x}, [{self.width}], {self.weight(self.width)}", f"s0, s1, {self.width}")
+        flat, whole = f"s0*s1, {self.width}", f"s0, s1, {self.width}"
+        if self.rng.random() < 0.7:
+            return self.add("aten.rms_norm", f"{x}, [{self.width}], {self.weight(self.width)}", whole)
+        x = self.add("aten.view", f"{x}, [-1, {self.width}]", flat)
+        y = self.add("aten.rms_norm", f"{x}, [{self.width}], {self.weight(self.width)}", flat)
+        return self.add("aten.view", f"{y}, [%b, %s, {self.width}]", whole)
 
     def mlp(self, x: str) -> str:
         inner = self.parts * self.rng.choice((2, 5))
@@ -121,17 +128,23 @@ class RandomBlocks:
             y = self.add("aten.mul.Tensor", f"{self.weight(inner)}, {y}", shape)
         return self.linear(y, self.width, inner)
 
-    def heads(self, x: str, count: int, size: int) -> str:
+    def heads(self, x: str, count: int, size: int, norm: bool = True) -> str:
         y, literal = self.linear(x, count * size, self.width), self.rng.choice((str(count), "-1"))
+        if norm and self.rng.random() < 0.3:  # over all heads
+            weight, shape = self.weight(count * size), f"s0, s1, {count * size}"
+            y = self.add("aten.rms_norm", f"{y}, [{count * size}], {weight}", shape)
         y = self.add("aten.view", f"{y}, [%b, %s, {literal}, {size}]", f"s0, s1, {count}, {size}")
         if self.rng.random() < 0.3:
             y = self.add("aten.rms_norm", f"{y}, [{size}], {self.weight(size)}", f"s0, s1, {count}, {size}")
         return self.add("aten.transpose.int", f"{y}, 1, 2", f"s0, {count}, s1, {size}")
 
     def attention(self, x: str) -> str:
-        groups, each, size = self.parts * self.rng.choice((1, 2)), self.rng.choice((1, 2, 3)), 4
-        heads = groups * each
-        q, k, v = self.heads(x, heads, size), self.heads(x, groups, size), self.heads(x, groups, size)
+        shared = self.rng.choice([n for n in range(1, self.parts + 1) if self.parts % n == 0])  # ranks for a KV head
+        groups = self.parts // shared * (self.rng.choice((1, 2)) if shared == 1 else 1)
+        heads, size = groups * shared * self.rng.choice((1, 2, 3)), 4
+        wide = heads * size >= self.width  # else a norm over all heads stays whole, as the one of a latent
+        q = self.heads(x, heads, size, norm=wide)
+        k, v = (self.heads(x, groups, size, norm=wide and shared in (1, self.parts)) for _ in "kv")
         y = self.add("attention.causal", f"{q}, {k}, {v}", f"s0, {heads}, s1, {size}", " {scale = 0.5}")
         y = self.add("aten.transpose.int", f"{y}, 1, 2", f"s0, s1, {heads}, {size}")
         y = self.add("aten.reshape", f"{y}, [%b, %s, {heads * size}]", f"s0, s1, {heads * size}")

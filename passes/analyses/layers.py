@@ -41,6 +41,13 @@ def why_not_selected(patterns: Sequence[str], op: Op, graph: Graph) -> Missed | 
     return Missed(f"the pattern '{decides}' excludes it") if decides.startswith("!") else None
 
 
+def why_not_layer(patterns: Sequence[str], op: Op, graph: Graph) -> Missed | None:
+    """Why an operation that reads weights is not quantized; None if the patterns select it, or name it."""
+    if (why := why_not_quantized(op, graph)) is None:
+        return why_not_selected(patterns, op, graph)
+    return why if naming_pattern(patterns, op, graph) is None else why_not_quantized(op, graph, named=True)
+
+
 def deciding_pattern(patterns: Sequence[str], op: Op, graph: Graph) -> str | None:
     """The last pattern that matches a weight of a matmul; None if there is none."""
     names = set(names_of(op, graph))

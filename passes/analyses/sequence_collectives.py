@@ -2,6 +2,7 @@
 
 from passes.analyses.sequence_elementwise import elementwise
 from passes.analyses.sequence_labels import Below, Label, regroup
+from passes.analyses.sequence_quantized import fused_quantize
 from passes.analyses.sequence_site import Row, Site, Table
 
 
@@ -21,6 +22,12 @@ def _cut_tokens(site: Site) -> Label:
     return site.made([*[()] * (len(label.axes) - 2), tokens, label.axes[-1]], label)
 
 
+def _terms(site: Site) -> Label:
+    """The terms of all ranks along a new first axis; each belongs to the same token."""
+    label = _cut_tokens(site)
+    return site.made([site.fixed(site.shape()[0]), *label.axes], label)
+
+
 def _gathered_tokens(site: Site) -> Label:
     label = site.label("x")
     return site.made(regroup(label.axes, site.shape()), label)
@@ -37,7 +44,9 @@ COLLECTIVES: Table = {
     "coll.all_gather": Row("The parts of the ranks, which belong to the same tokens, are put side by side.", _gathered),
     "coll.own_tokens": Row("Each rank has some of the tokens, in the same order.", _cut_tokens),
     "coll.reduce_scatter_tokens": Row("An element of the sum depends on the same token on all ranks.", _cut_tokens),
+    "coll.all_to_all_tokens": Row("Terms of the same token from all ranks, along an axis for the ranks.", _terms),
     "coll.all_gather_tokens": Row("The tokens of all ranks, in the same order.", _gathered_tokens),
+    "coll.fused_reduce_quantize": Row("A row of the sum depends on the ranks' rows at its place.", fused_quantize),
     "coll.own_first": Row("Each number is renumbered alone.", _own_first),
 }
 """Collective -> why and how it is position-wise."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from passes.analyses.channel_labels import runs
 from passes.analyses.sequence_labels import (
     Axis,
     Below,
@@ -22,8 +23,16 @@ from qcompiler.ir import Size, Value
 
 
 def _view(site: Site) -> Label:
-    label = site.label("self")
-    return site.made(regroup(label.axes, site.shape()), label, known=label.known)
+    """Groups of axes that a reshape keeps apart; an axis that stays may hold a part of the tokens, as ranks do."""
+    label, old, new = site.label("self"), site.op["self"].tensor.shape, site.shape()
+    axes: list[Axis] = []
+    for left, right in runs(old, new):
+        (stay, *rest), others = [at for at in left if old[at] != 1] or [0], [at for at in right if new[at] != 1]
+        if not rest and [old[stay]] == [new[at] for at in others]:
+            axes += [label.axes[stay] if at in others else () for at in right]
+        else:
+            axes += regroup([label.axes[at] for at in left], [new[at] for at in right])
+    return site.made(axes, label, known=label.known)
 
 
 def _permuted(order: Callable[[Site, Label], Sequence[int]]) -> Callable[[Site], Label]:

@@ -66,6 +66,18 @@ def _dequantize(site: Site) -> Answer:
     return site.made(label.axes, label)
 
 
+def _sum_of_terms(site: Site, prefix: str) -> Label:
+    """The label of a sum along the first axis, whose terms must belong to the same token."""
+    label = _stored(site, "terms", prefix)
+    site.within(label.axes[0], "adds")
+    return site.made(label.axes[1:], label)
+
+
+def _fused_sum_quantize(site: Site) -> Answer:
+    others = [site.label(arg) for arg in site.op.rest if isinstance(arg, Value)]
+    return _quantized(site, _joined(site, [_sum_of_terms(site, "term_"), *others]))
+
+
 def _linear(site: Site) -> Answer:
     label = _matmul(site)
     return site.made([*label.axes[:-1], axis_of(site.shape()[-1])], label)
@@ -104,8 +116,13 @@ def _joined(site: Site, labels: list[Label]) -> Label:
     return made
 
 
-def _fused_quantize(site: Site) -> Answer:
-    label = _joined(site, site.tensors)
+def fused_quantize(site: Site) -> Answer:
+    """A fused expression, which combines elements of one row, and its codes and scales."""
+    return _quantized(site, _joined(site, site.tensors))
+
+
+def _quantized(site: Site, label: Label) -> Answer:
+    """The labels of codes and scales, and of residual outputs."""
     scales = _blocks(site, label, site.op.format())
     residuals = [label] * (len(site.op.results) - 2)
     return label, site.made(scales, label), *residuals
@@ -126,7 +143,9 @@ QUANTIZED: Table = {
     "quant.dequantize": Row("Codes and scale of a row belong to its token.", _dequantize),
     "quant.linear": Row("Row t of the result depends on row t of the codes.", _linear),
     "quant.grouped_linear": Row("Each row is multiplied by the matrix of its own key.", _grouped_linear),
-    "kernel.fused_quantize": Row("A fused expression combines elements of one row.", _fused_quantize),
+    "kernel.fused_quantize": Row("A fused expression combines elements of one row.", fused_quantize),
+    "quant.sum_terms": Row("A sum of elements of one row.", lambda site: _sum_of_terms(site, "")),
+    "kernel.fused_sum_quantize": Row("A sum and a fused expression of elements of one row.", _fused_sum_quantize),
     "kernel.gather_codes": Row("As the gather of the rows that were quantized.", _gather_codes),
     "kernel.fused_linear": Row("A fused expression combines elements of one row.", _fused_linear),
 }

@@ -10,106 +10,30 @@ value of the region (see `sharding_rules`), until only weights and partial sums 
 compute columns, the operations between them keep columns or heads apart, and `%x` is replicated. A region that
 reaches an input, an output, or an operation without a suitable factor is refused with the reason.
 
+Heads of keys that several parts of the queries read are in several parts, and a single head is in all of them: then it
+is whole. A norm over the axis of the region is in it only if the norm can be taken apart (see `split-norms`).
+
 A large table of embeddings, and a large linear whose result leaves the graph, are a separate region: their columns
 are cut, and the result is gathered.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import gcd, lcm
+from collections.abc import Iterable, Iterator, Mapping
+from math import lcm
 
-from passes.analyses.candidates import why_not_quantized
+from passes.analyses.candidates import is_stored_quantized, why_not_quantized
 from passes.analyses.channel_labels import Slot
-from passes.analyses.layers import EVERYTHING, why_not_selected
-from passes.analyses.sharding_rules import Factor, Place, row_of, value_at
+from passes.analyses.layers import why_not_selected
+from passes.analyses.sharding_cuts import Cutting, Heads, Refused, Region, Unit, copies_of
+from passes.analyses.sharding_factors import Factor, Place, shape_of, value_at
+from passes.analyses.sharding_rules import NORMS, row_of
 from qcompiler.dialects.aten import is_pointwise
-from qcompiler.ir import ALL, Graph, Missed, Op, Role, TensorType, Value
+from qcompiler.ir import ALL, Graph, Missed, Op, Role, Size, TensorType, Value
 from qcompiler.ir.dataflow import users_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.ir.structure import INPUT, RETURN
 
-Unit = tuple[int, int]
-"""Rows and columns of a weight that must stay together, such as the block of its format; ALL for the whole axis."""
-
-LARGE = 1 << 22
-"""Elements of a table from which on a gather in each call is worth the memory that it saves."""
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """How regions are cut.
-
-    Attributes:
-        parts: Number of parts.
-        unit: Of weights that may be quantized.
-        named: Whether layers that are usually not quantized may be: the user names layers (see `analyses.layers`).
-        gather: Minimum elements of a table whose columns are cut and gathered.
-        layers: Patterns that select the weights to cut (see `analyses.layers`).
-    """
-
-    parts: int
-    unit: Unit = (1, 1)
-    named: bool = False
-    gather: int = LARGE
-    layers: tuple[str, ...] = EVERYTHING
-
-
-class Refused(Exception):
-    """A region cannot be cut: the reason and the value that prevents it."""
-
-    def __init__(self, why: str, value: Value) -> None:
-        super().__init__(why)
-        self.missed = Missed(why, value)
-
-
-@dataclass
-class Region:
-    """Values that are cut together.
-
-    Attributes:
-        cuts: Value -> the axis along which it is cut.
-        units: Value -> elements along that axis that must stay together.
-        partials: Results that are partial sums.
-        gathered: Results that are cut, but whose users read the whole value.
-        terms: Weights that are added once to a partial sum: one rank holds them, the others zeros.
-        factors: Operation -> the factor along which it is cut.
-    """
-
-    cuts: dict[Value, int] = field(default_factory=dict)
-    units: dict[Value, int] = field(default_factory=dict)
-    partials: list[Value] = field(default_factory=list)
-    gathered: list[Value] = field(default_factory=list)
-    terms: list[Value] = field(default_factory=list)
-    factors: dict[Op, Factor] = field(default_factory=dict)
-
-    def why_not(self, parts: int) -> Missed | None:
-        """Why the region cannot be cut into a number of parts, with the nearest number that is possible."""
-        counts: dict[Value, int] = {}
-        for value, axis in self.cuts.items():
-            unit, size = self.units[value], value.tensor.shape[axis]
-            if unit == ALL:
-                return Missed(f"one scale spans axis {axis}, so that a cut would go through its block", value)
-            if not isinstance(size, int):
-                return Missed(f"the size of axis {axis} is {size}, which is not fixed", value)
-            if size % unit:
-                return Missed(f"{size} elements along axis {axis} are not whole blocks of {unit}", value)
-            counts[value] = size // unit
-        for value, count in sorted(counts.items(), key=lambda pair: -self.units[pair[0]]):
-            if count % parts:
-                axis, unit = self.cuts[value], self.units[value]
-                what = f"blocks of {unit} elements" if unit > 1 else "elements"
-                problem = f"{count} {what} along axis {axis} cannot be cut into {parts} equal parts"
-                return Missed(f"{problem}; {_nearest(parts, gcd(*counts.values()))}", value)
-        return None
-
-
-def _nearest(parts: int, together: int) -> str:
-    """The divisor of a number of blocks that is nearest to `parts`, in words."""
-    possible = [number for number in range(2, together + 1) if together % number == 0]
-    if not possible:
-        return "no number of parts is possible"
-    return f"the nearest possible number of parts is {min(possible, key=lambda number: abs(number - parts))}"
+ONLY_HEAD = Missed("its only head belongs to the query heads of all ranks")
 
 
 def regions(graph: Graph, cutting: Cutting) -> tuple[list[Region], Mapping[Op, Missed]]:
@@ -121,7 +45,7 @@ def regions(graph: Graph, cutting: Cutting) -> tuple[list[Region], Mapping[Op, M
     missed: dict[Op, Missed] = {}
     inside: dict[Op, Missed] = {}
     owners: set[Op] = set()
-    for op, factor in (*_sums(graph), *_tables(graph, cutting.gather)):
+    for op, factor in (*matmul_sums(graph), *_tables(graph, cutting.gather)):
         if op in owners:
             continue
         try:
@@ -132,16 +56,29 @@ def regions(graph: Graph, cutting: Cutting) -> tuple[list[Region], Mapping[Op, M
         taken = next((other for other in region.factors if other in owners), None)
         if taken is not None:
             missed[op] = Missed("the region of another matmul cuts an operation on the way", taken.results[0])
-        elif (why := region.why_not(cutting.parts)) is not None:
+        elif (why := region.why_not()) is not None:
             missed[op] = why
             inside |= dict.fromkeys(region.factors, why)
         else:
             found.append(region)
             owners.update(region.factors)
+            inside |= dict.fromkeys(_linears_of(graph, region.whole), ONLY_HEAD)
     return found, {op: inside.get(op, why) for op, why in missed.items() if op not in owners}
 
 
-def _sums(graph: Graph) -> Iterator[tuple[Op, Factor]]:
+def _linears_of(graph: Graph, values: Iterable[Value]) -> Iterator[Op]:
+    """The linears that compute values, through any other operations."""
+    stack, seen = list(values), set[Value]()
+    while stack:
+        value = stack.pop()
+        if value.op.name == "aten.linear":
+            yield value.op
+        elif value not in seen and not graph.is_constant(value):
+            seen.add(value)
+            stack += [operand for _, operand in value.op.operands()]
+
+
+def matmul_sums(graph: Graph) -> Iterator[tuple[Op, Factor]]:
     """Linears with constant weights, and their reduction axes."""
     for op in graph.ops("aten.linear"):
         if graph.is_constant(op["weight"]) and not graph.is_constant(op.result):
@@ -176,7 +113,7 @@ def grow(graph: Graph, start: Op, factor: Factor, cutting: Cutting) -> Region:
 
     Unless the factor is summed, the region does not include the users of the result.
     """
-    region, queue = Region(gathered=[] if factor.summed else [start.result]), deque[Value]()
+    region, queue = Region(cutting.parts, gathered=[] if factor.summed else [start.result]), deque[Value]()
     _cut(region, queue, start, factor)
     while queue:
         value = queue.popleft()
@@ -189,14 +126,21 @@ def grow(graph: Graph, start: Op, factor: Factor, cutting: Cutting) -> Region:
                 continue
             if op.name == RETURN:
                 raise Refused("it would cut an output of the model", value)
-            _cut(region, queue, op, _factor(op, value, region.cuts[value]))
+            _cut(region, queue, op, _factor(op, value, region.cuts[value], cutting.split), value)
+            _check_reductions(region)
     _check(graph, region)
     for op, cut in region.factors.items():
         if _reads_weights(graph, op) and (excluded := why_not_selected(cutting.layers, op, graph)) is not None:
-            raise Refused(excluded.why, op.result)
-        unit = cutting.unit if why_not_quantized(op, graph, cutting.named) is None else (1, 1)
-        _add_units(region, op, cut, unit)
+            region.excluded = Missed(excluded.why, op.result)
+        _add_units(region, op, cut, _unit(graph, op, cutting))
     return region
+
+
+def _unit(graph: Graph, op: Op, cutting: Cutting) -> Unit:
+    """Rows and columns that must stay together in the weight of a linear."""
+    if why_not_quantized(op, graph, cutting.named) is not None:
+        return 1, 1
+    return (1, cutting.stored) if cutting.stored and is_stored_quantized(op["weight"]) else cutting.unit
 
 
 def _reads_weights(graph: Graph, op: Op) -> bool:
@@ -209,14 +153,14 @@ def _factors(op: Op) -> list[Factor]:
     return list(row.factors(op)) if row is not None else []
 
 
-def _factor(op: Op, value: Value, axis: int) -> Factor:
+def _factor(op: Op, value: Value, axis: int, split: bool) -> Factor:
     """The factor of an operation that a value has along an axis, at every place where the operation has the value."""
     row = row_of(op)
     if row is None:
         raise Refused(f"{op.name} is not known to keep parts apart", value)
     slots: list[Slot] = [path for path, operand in op.operands() if operand is value]
     slots += [index for index, result in enumerate(op.results) if result is value]
-    factors = _factors(op)
+    factors = [*_factors(op), *(NORMS[op.name](op) if split and op.name in NORMS else ())]
     found: set[Factor] = set()
     for slot in slots:
         here = [f for f in factors if any(place.slot == slot and place.axis == axis for place in f.places)]
@@ -240,26 +184,74 @@ def _computed_size(op: Op, sizes: str | None, factor: Factor) -> int | None:
     return None
 
 
-def _cut(region: Region, queue: deque[Value], op: Op, factor: Factor) -> None:
-    """Cuts an operation along a factor, and all values that have it."""
+def _cut(region: Region, queue: deque[Value], op: Op, factor: Factor, start: Value | None = None) -> None:
+    """Cuts an operation along a factor, and all values that have it, from a value that is cut already."""
     known = region.factors.setdefault(op, factor)
+    if op.name in NORMS and factor not in _factors(op) and op not in region.norms:
+        region.norms.append(op)
     if known != factor:
         raise Refused(f"{op.name} would be cut along two of its loops", op.results[0])
+    for value, heads in _heads(region, op, factor, start).items():
+        if value in region.units and region.copies(value) != copies_of(heads, region.parts):
+            raise Refused("its heads would be shared and divided at once", value)
+        region.heads |= {} if heads is None else {value: heads}
+    singles = (value_at(op, place.slot) for place in factor.places if _is_single(op, place))
+    region.whole += [single for single in singles if single is not None]
     for place, value in _places(op, factor):
         if region.cuts.setdefault(value, place.axis) != place.axis:
             raise Refused(f"it would be cut along axes {region.cuts[value]} and {place.axis}", value)
         if value not in region.units:
             region.units[value] = 1
             queue += [] if value in region.gathered else [value]
+    if factor.summed and any(region.copies(value) > 1 for _, value in _places(op, factor)):
+        raise Refused("several ranks hold the same heads, so that a sum over ranks would add them again", op.results[0])
     if factor.summed and op.results[0] not in region.partials:
         region.partials.append(op.results[0])
         region.terms += [term for path in factor.terms if (term := value_at(op, path)) is not None]
 
 
+def _heads(region: Region, op: Op, factor: Factor, start: Value | None) -> dict[Value, Heads | None]:
+    """The shared heads that the values of a factor hold, given the ones of a value that is cut already."""
+    places = list(_places(op, factor))
+    found = {value: Heads(int(str(value.tensor.shape[at.axis])), at.shared) for at, value in places if at.shared > 1}
+    known = region.heads.get(start) if start is not None else None
+    if not found:
+        return {value: known for _, value in places}
+    if start is not None and start not in found and copies_of(known, region.parts) > 1:
+        raise Refused("its heads are shared twice", start)
+    return {value: found.get(value) for _, value in places}
+
+
 def _places(op: Op, factor: Factor) -> Iterator[tuple[Place, Value]]:
+    """The places of values that are cut."""
     for place in factor.places:
-        if (value := value_at(op, place.slot)) is not None:
+        if (value := value_at(op, place.slot)) is not None and not _is_single(op, place):
             yield place, value
+
+
+def _is_single(op: Op, place: Place) -> bool:
+    """Whether all steps of a factor share one head."""
+    return place.shared > 1 and shape_of(op, place.slot)[place.axis] == 1
+
+
+def _check_reductions(region: Region) -> None:
+    """Raises Refused for norms over what several matmuls, or one with a wider result, sum over.
+
+    Several matmuls read a residual stream, and one with a wide result reads a latent: their sums cost more than they
+    save.
+    """
+    if not region.norms and all(value.op.name != "aten.sum.dim_IntList" for value in region.partials):
+        return
+    sums = [value for value in region.partials if value.op.role is Role.MATMUL]
+    if len(sums) > 1:
+        raise Refused("a norm and several matmuls would sum over its ranks", sums[-1])
+    for value in sums:
+        if (wide := value.tensor.shape[-1]) != (size := value.op["x"].tensor.shape[-1]) and not _is_less(wide, size):
+            raise Refused(f"ranks would add {wide} numbers to divide a norm of {size}", value)
+
+
+def _is_less(one: Size, other: Size) -> bool:
+    return isinstance(one, int) and isinstance(other, int) and one < other
 
 
 def _check(graph: Graph, region: Region) -> None:

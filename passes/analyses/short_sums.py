@@ -4,13 +4,18 @@
 
 Torch adds in FP32, from 0.0, and with at most four terms one after the other. With more, a GPU has four partial sums,
 each of every fourth term. A CPU does so, too, except for columns that fill a vector register.
+
+    %y = quant.sum_terms(%q, %s) {…}        y[i, j] = q[0, i, j] * s[0, i, j // 128] + q[1, i, j] * s[1, i, j // 128]
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from passes.analyses.arithmetic import FLOATS
 from passes.analyses.index_expressions import Index
-from qcompiler.ir import Op, TensorType, Value
+from qcompiler.dialects.kernel import why_no_kernel
+from qcompiler.ir import ALL, Op, TensorType, Value
+from qcompiler.ir.sizes import floordiv
 
 LONGEST = 12
 """Maximum terms of a sum."""
@@ -64,3 +69,44 @@ def short_sum(op: Op) -> ShortSum | None:
     if not isinstance(terms, int) or not 1 <= terms <= LONGEST or axis % rank == rank - 1 or x.tensor.shape[-1] == 1:
         return None
     return ShortSum(x, axis % rank, terms, op.argument("keepdim") is True)
+
+
+@dataclass(frozen=True)
+class SumOfTerms:
+    """A sum of quantized terms.
+
+    Attributes:
+        codes: `[terms, ..., K]`.
+        scales: `[terms, ..., blocks]`.
+        terms: Their number.
+        columns: Columns that share a scale.
+    """
+
+    codes: Value
+    scales: Value
+    terms: int
+    columns: int
+
+    @property
+    def text(self) -> str:
+        """The sum of the products of x0 and x1, x2 and x3, …."""
+        return " + ".join(f"x{2 * term} * x{2 * term + 1}" for term in range(self.terms))
+
+    def places(self, at: Index) -> Iterator[tuple[Value, Index]]:
+        """What x0, x1, … of the element at an index of the result are, and where."""
+        for term in range(self.terms):
+            yield self.codes, (term, *at)
+            yield self.scales, (term, *at[:-1], floordiv(at[-1], self.columns))
+
+
+def sum_of_terms(op: Op) -> SumOfTerms | None:
+    """An operation as a sum of FP8 terms; None if it is not one, or a scale spans rows."""
+    if op.name != "quant.sum_terms":
+        return None
+    codes, scales, (rows, columns) = op["terms"], op["scale"], op.format().block
+    terms, length = codes.tensor.shape[0], codes.tensor.shape[-1]
+    if not op.format().element.is_float or why_no_kernel(op.format()) or rows != 1:
+        return None
+    if not isinstance(terms, int) or not isinstance(length, int):
+        return None
+    return SumOfTerms(codes, scales, terms, length if columns == ALL else columns)

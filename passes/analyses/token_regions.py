@@ -6,19 +6,31 @@
     %g = aten.linear(%n, %w1)                                           outside: %n must be gathered
 
 All axes of a value but the last count tokens. In a region, each rank can compute a part of the tokens: then the sum is
-scattered, and only what others read is gathered.
+scattered, and only what others read is gathered. A view may count the tokens in another way, as long as their order and
+the last axis stay:
+
+    %v = aten.view(%h, [%t, 512])                           : bf16[s0*s1, 512]
+    %n = aten.rms_norm(%v, [512], %w)                                   in the region, and so is the view
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
 
-from passes.analyses.sharding_rules import row_of, value_at
+from passes.analyses.sent_bytes import Sending
+from passes.analyses.sharding_factors import value_at
+from passes.analyses.sharding_rules import row_of
+from qcompiler.dialects.coll_tokens import tokens_of
 from qcompiler.ir import Graph, Missed, Op, Role, ScalarType, Size, TensorType, Value
 from qcompiler.ir.op import Path
 
 ALONE = Missed("no operation after it treats tokens independently")
+
+RECOUNTING = (
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.unsqueeze", "aten.squeeze",
+    "aten.squeeze.dim", "aten.squeeze.dims",
+)  # fmt: skip
+"""Views whose elements keep their order."""
 
 UNBOUNDED = 1 << 62
 """A slice up to such a place ends at the last element."""
@@ -31,22 +43,34 @@ class TokenRegion:
     Attributes:
         sums: The all-reduces.
         ops: The operations that treat tokens independently.
-        gathered: Results of both that other operations read.
+        gathered: Results of both that other operations read, directly or through views in `kept`.
+        kept: Views that other operations read, too: these read a view of all tokens.
     """
 
     sums: list[Op] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     gathered: list[Value] = field(default_factory=list)
+    kept: list[Op] = field(default_factory=list)
 
-    def why_not(self) -> Missed | None:
-        """Why it is not worth cutting; None if it is."""
+    def why_not(self, graph: Graph, sending: Sending) -> Missed | None:
+        """Why it is not worth cutting, if ranks send tokens in these formats; None if it is."""
         if not self.ops:
             return ALONE
-        summed, gathered = _width(op.result for op in self.sums), _width(self.gathered)
-        if gathered > summed:
-            why = f"other operations read {gathered} bytes of each token in its region, which sums only {summed}"
-            return Missed(f"{why}; the gathers would take longer than they save", self.gathered[-1])
+        if all(op.result.tensor.shape[-1] == 1 for op in self.sums):
+            return Missed("it sums one number for each token, which takes as long as a scatter", self.sums[0].result)
+        scattered, gathered = self.sent(graph, sending)
+        whole = sum(Sending().scattered(op) for op in self.sums)
+        if scattered + gathered > 2 * whole:
+            why = f"scatters and gathers would send {scattered} + {gathered} bytes of each token in its region"
+            return Missed(f"{why}, more than the {2 * whole} of its all-reduces", self.gathered[-1])
         return None
+
+    def sent(self, graph: Graph, sending: Sending) -> tuple[int, int]:
+        """Bytes of a token that are scattered, and that are gathered, if ranks send tokens in these formats."""
+        inside = {*self.sums, *self.ops}.difference(self.kept)
+        users = {value: [op for op in graph.users(value) if op not in inside] for value in self.gathered}
+        gathered = sum(sending.gathered(graph, value, readers) for value, readers in users.items())
+        return sum(map(sending.scattered, self.sums)), gathered
 
 
 def token_regions(graph: Graph, mesh: str) -> list[TokenRegion]:
@@ -55,16 +79,26 @@ def token_regions(graph: Graph, mesh: str) -> list[TokenRegion]:
     for op in graph.ops():
         if _is_sum(op, mesh):
             joined.add_node(op)
-        elif any(value.op in joined for _, value in op.operands()) and keeps_tokens(op):
+        elif any(value.op in joined for _, value in op.operands()) and (keeps_tokens(op) or recounts_tokens(op)):
             joined.add_edges_from((value.op, op) for _, value in op.operands() if value.op in joined)
-    regions = []
-    for members in nx.connected_components(joined):
-        region = TokenRegion()
-        for op in sorted(members, key=graph.rank):
-            (region.sums if _is_sum(op, mesh) else region.ops).append(op)
-            region.gathered += [v for v in op.results if any(user not in members for user in graph.users(v))]
-        regions.append(region)
+    for op in sorted(joined, key=graph.rank, reverse=True):
+        if recounts_tokens(op) and joined.degree(op) == 1:  # nothing in the region reads it
+            joined.remove_node(op)
+    regions = [_region(graph, mesh, members) for members in nx.connected_components(joined)]
     return sorted(regions, key=lambda region: graph.rank(region.sums[0]))
+
+
+def _region(graph: Graph, mesh: str, members: set[Op]) -> TokenRegion:
+    region = TokenRegion()
+    for op in sorted(members, key=graph.rank, reverse=True):
+        (region.sums if _is_sum(op, mesh) else region.ops).insert(0, op)
+        inside = members.difference(region.kept)
+        read = [value for value in op.results if any(user not in inside for user in graph.users(value))]
+        if read and recounts_tokens(op):
+            region.kept.insert(0, op)
+        else:
+            region.gathered[:0] = read
+    return region
 
 
 def lead(value: Value) -> tuple[Size, ...]:
@@ -93,6 +127,18 @@ def keeps_tokens(op: Op) -> bool:
         return False
     tokens = {path for path, value in op.operands() if holds_tokens(value, sizes)}
     return bool(tokens) and all(_along(op, axis, tokens) for axis, size in enumerate(sizes) if size != 1)
+
+
+def recounts_tokens(op: Op) -> bool:
+    """Whether an operation is a view that keeps the order of tokens and the last axis: [b, s, n] -> [b * s, n]."""
+    if op.name not in RECOUNTING or _is_placed(op.result):
+        return False
+    old, new = op["self"].tensor.shape, op.result.tensor.shape
+    if min(len(old), len(new)) < 2 or old[-1] != new[-1] or not isinstance(new[-1], int):
+        return False
+    tokens = tokens_of(old)
+    known = {*old, tokens, *(kind.value for _, value in op.operands() if isinstance(kind := value.type, ScalarType))}
+    return tokens == tokens_of(new) and all(isinstance(size, int) or size in known for size in new[:-1])
 
 
 def _is_placed(value: Value) -> bool:
@@ -127,9 +173,3 @@ def _is_sum(op: Op, mesh: str) -> bool:
         return False
     shape = op.result.tensor.shape
     return len(shape) > 1 and isinstance(shape[-1], int) and not op.result.tensor.sharding
-
-
-def _width(values: "Iterator[Value] | list[Value]") -> int:
-    """Bytes of a token in some values."""
-    kinds = [value.tensor for value in values]
-    return sum(kind.shape[-1] * kind.dtype.bits // 8 for kind in kinds if isinstance(kind.shape[-1], int))

@@ -17,7 +17,7 @@ from passes.attention.kv_cache import CAUSAL, FORMATS, SCALES, is_within
 from passes.quantizing.calibrate import calibration_of, statistics_of
 from qcompiler import numerics
 from qcompiler.errors import PassError
-from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir import Effects, Graph, Op, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 KNOWN = re.compile(r"\S+( (?=\S*[1-9])[0-9.]+(e-?[0-9]+)?){2}")
@@ -59,6 +59,10 @@ class CacheScales(Pass):
         if not ops:
             return changed
         calibration = calibration_of(graph)
+        if any(Effects.COMMUNICATES in op.effects for op in graph.ops()):
+            fix = 'Choose a cache whose scales are computed for each token, such as kv_cache="fp8".'
+            problem = "keys and values of one rank's heads cannot be observed alone"
+            raise PassError(problem, got=f"%{ops[0].result.name}", fix=fix)
         values = dict.fromkeys(value for op in ops for value in (op["key"], op["value"]))
         if calibration.batches is not None:  # also what was observed before, which smoothing may have changed
             calibration.observe(graph, [value.name for value in values])

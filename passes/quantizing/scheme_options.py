@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from passes.analyses.candidates import is_stored_quantized, why_not_quantized
-from passes.analyses.layers import EVERYTHING, check_patterns, naming_pattern, why_not_selected
+from passes.analyses.candidates import is_stored_quantized
+from passes.analyses.layers import EVERYTHING, check_patterns, naming_pattern, why_not_layer
 from qcompiler.errors import PassError
 from qcompiler.ir import ALL, Format, Graph, Missed, Op, Value
 from qcompiler.ir.formats import FP8_ROW
@@ -53,11 +53,7 @@ class SchemeOptions(Pass):
 
     def why_not(self, op: Op, graph: Graph) -> Missed | None:
         """Why this scheme skips an operation that reads weights; None if it quantizes it."""
-        why = why_not_quantized(op, graph)
-        if why is None:
-            why = why_not_selected(self.layers, op, graph)
-        elif self.naming_pattern(op, graph) is not None:
-            why = why_not_quantized(op, graph, named=True)
+        why = why_not_layer(self.layers, op, graph)
         return why or self.why_not_stored(op["weight"]) or self.why_not_packed(op["weight"])
 
     def naming_pattern(self, op: Op, graph: Graph) -> str | None:

@@ -29,10 +29,10 @@ class Collective(Rule):
         match before, after:
             case Partial(), None:
                 return {"name": "coll.all_reduce", "attrs": attrs}
-            case Partial(parts), Shard(axis, count, unit) if parts == count:
+            case Partial(parts), Shard(axis, count, unit, 1) if parts == count:
                 unit_attrs = {"unit": unit} if unit > 1 else {}
                 return {"name": "coll.reduce_scatter", "attrs": {**attrs, "axis": axis, "ranks": parts, **unit_attrs}}
-            case Shard(axis, parts), None:
+            case Shard(axis, parts, copies=1), None:
                 return {"name": "coll.all_gather", "attrs": {**attrs, "axis": axis, "ranks": parts}}
         return Missed(f"no collective turns {before or 'a replicated value'} into {after or 'a replicated one'}")
 

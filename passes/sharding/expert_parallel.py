@@ -27,10 +27,10 @@ from typing import ClassVar
 
 from passes.analyses.expert_regions import ExpertRegion, Tag, expert_regions
 from passes.analyses.layers import EVERYTHING, check_patterns, why_not_selected
-from passes.analyses.sharding_rules import row_of, value_at
-from passes.sharding.on_mesh import AlongAxis
+from passes.analyses.sharding_factors import value_at
+from passes.analyses.sharding_rules import row_of
+from passes.sharding.on_mesh import AlongAxis, keep_statistics
 from passes.sharding.partition import cut_later
-from qcompiler.errors import PassError
 from qcompiler.ir import Argument, Graph, Location, Missed, Op, Partial, Shard, Value
 from qcompiler.ir.graph import PARAM
 from qcompiler.pass_manager.pipeline import Effect
@@ -53,6 +53,7 @@ class ExpertParallel(AlongAxis):
 
     name: ClassVar[str] = "expert-parallel"
     effect: ClassVar[Effect] = Effect.REORDERS
+    absent: ClassVar[str] = "there are no grouped matmuls"
 
     rank: int = 0
     layers: tuple[str, ...] = EVERYTHING
@@ -63,15 +64,11 @@ class ExpertParallel(AlongAxis):
         self.check_rank(self.rank)
 
     def run(self, graph: Graph) -> bool:
-        """Divides the experts of all mixtures that allow it; raises PassError if the ranks would divide nothing."""
+        """Divides the experts of all mixtures that allow it."""
         if self.ranks == 1:
             return False
         check_patterns(self.layers, graph)
         found = [region for region in expert_regions(graph)[0] if self.why_not(graph, region) is None]
-        if not found and not any(op.name.startswith("coll.") for op in graph.ops()):
-            reasons = "\n".join(f"%{name}: {why}" for name, why in self.explain(graph).items())
-            fix = f"Grouped matmuls and the reasons:\n{reasons or 'there are none'}"
-            raise PassError("nothing can be sharded", got=f"the mesh {self.mesh}", fix=fix)
         for region in found:
             self.divide(graph, region)
         return bool(found)
@@ -171,6 +168,7 @@ class ExpertParallel(AlongAxis):
         after = graph.after(value.op)
         total = graph.insert(after, "coll.all_reduce", value, attrs=attrs, names=names, loc=self.loc(value.op))
         graph.replace(value, total.result)
+        keep_statistics(graph, value, total.result)
 
     def loc(self, op: Op) -> Location:
         return replace(op.loc, made_by=self.name)

@@ -1,10 +1,18 @@
 """The options of passes for the ranks of a mesh."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qcompiler.errors import PassError, QCompilerError
-from qcompiler.ir import Mesh
+from qcompiler.ir import Graph, Mesh, Value
 from qcompiler.pass_manager.pipeline import Pass
+
+
+def keep_statistics(graph: Graph, value: Value, total: Value) -> None:
+    """Gives the sum of what ranks hold the statistics of the whole value, which calibration has observed."""
+    known = graph.calibration
+    if known is not None and value.name in known.statistics:
+        graph.calibration = known.updated({total.name: known.statistics[value.name]})
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,11 @@ class AlongAxis(OnMesh):
     """A pass for the ranks along one axis of a mesh.
 
     Attributes:
+        absent: Why it changes nothing if it gives no other reason.
         axis: The axis.
     """
+
+    absent: ClassVar[str]
 
     axis: str = "tp"
 

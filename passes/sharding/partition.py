@@ -60,6 +60,8 @@ class Partition(OnMesh):
             fix = "Run the pass 'collectives' before it."
             raise PassError("a reshard is not a collective yet", where=f"pass '{self.name}'", fix=fix)
         for value, kind in placed:
+            self.check_ranks(value, kind)
+        for value, kind in placed:
             if value.op.name == PARAM:
                 self.cut_weight(graph, str(value.op.attrs["name"]), kind)
             self.cut_sizes(graph, value, kind)
@@ -69,6 +71,15 @@ class Partition(OnMesh):
         for op, (mesh, rows, ranks) in lookups:
             look_up_own(graph, op, mesh, rows, ranks, self.name)
         return bool(placed)
+
+    def check_ranks(self, value: Value, kind: TensorType) -> None:
+        """Raises QCompilerError if a value is placed on other ranks than the mesh has."""
+        for mesh, placement in kind.sharding:
+            if placement.ranks != (length := self.grid.length(mesh)):
+                problem, got = f"{value} is placed on another number of ranks", f"{placement.ranks} along '{mesh}'"
+                raise PassError(
+                    problem, got=got, need=f"{length}, as in the mesh {self.mesh}", where="pass 'partition'"
+                )
 
     def cut_weight(self, graph: Graph, name: str, kind: TensorType) -> None:
         """Replaces a weight by this rank's part, cut when it is first read."""
@@ -80,7 +91,7 @@ class Partition(OnMesh):
                 continue
             shape[placement.axis] //= placement.parts
             size = shape[placement.axis]
-            cut_later(graph.weights, name, placement.axis, place * size, size)
+            cut_later(graph.weights, name, placement.axis, place // placement.copies * size, size)
 
     def cut_sizes(self, graph: Graph, value: Value, kind: TensorType) -> None:
         """Replaces the sizes of a result in the arguments of its operation, such as the number of heads in a view."""

@@ -13,7 +13,8 @@
     %g = aten.linear(%n, %w1)
 
 An all-reduce sends as many bytes as a scatter and a gather, so that norms and residual sums of other ranks' tokens are
-saved; `gather-quantized` then gathers codes. Runs after `collectives`, when types still say what ranks hold alike, and
+saved; `gather-quantized` then gathers codes. A region that would send more bytes than its all-reduces stays whole, and
+the options say which of them will be codes. Runs after `collectives`, when types still say what ranks hold alike, and
 before `partition`. A rank's tokens are counted over all rows of the batch, so that a decode step of many sequences is
 cut, too.
 """
@@ -22,15 +23,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from passes.analyses.token_regions import TokenRegion, holds_tokens, lead, token_regions
+from passes.analyses.layers import EVERYTHING
+from passes.analyses.sent_bytes import Sending
+from passes.analyses.token_regions import TokenRegion, holds_tokens, lead, recounts_tokens, token_regions
 from passes.sharding.on_mesh import AlongAxis
 from qcompiler.dialects.coll_tokens import share_shape
+from qcompiler.dialects.terms import MOST_TERMS
 from qcompiler.errors import PassError
-from qcompiler.ir import Argument, Graph, Location, Op, ScalarType, Size, TensorType, Value, map_tree
+from qcompiler.ir import Argument, Format, Graph, Location, Op, ScalarType, Size, TensorType, Value, map_tree
+from qcompiler.ir.sizes import product
 from qcompiler.pass_manager.pipeline import Effect
 
-FEW = 64
-"""Tokens below which the latency of a second collective costs more than the norms of all tokens."""
+FEW = 512
+"""Tokens below which a second collective costs more than the norms of all tokens, on two H200s."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,19 @@ class SequenceParallel(AlongAxis):
 
     Attributes:
         few: With fewer tokens in a call, each rank computes all of them, as without this pass.
+        reads: The format in which layers will quantize what they read; None if they will not.
+        layers: Patterns over the weight names of these layers, of which the last match decides.
+        sums: The format in which ranks will send the terms of sums; by default the dtype of the model.
     """
 
     name: ClassVar[str] = "sequence-parallel"
     effect: ClassVar[Effect] = Effect.REORDERS
+    absent: ClassVar[str] = 'there is no sum over ranks to cut by tokens: put tp or ep before it, as in "tp; sp"'
 
     few: int = FEW
+    reads: Format | None = None
+    layers: tuple[str, ...] = EVERYTHING
+    sums: Format | None = None
 
     def __post_init__(self) -> None:
         """Raises PassError unless the mesh has the axis, and `few` is positive."""
@@ -53,21 +65,25 @@ class SequenceParallel(AlongAxis):
             raise self.wrong("few", self.few, "at least 1")
 
     def run(self, graph: Graph) -> bool:
-        """Cuts all regions of tokens; raises PassError if the ranks exchange nothing yet."""
+        """Cuts all regions of tokens."""
         if self.ranks == 1:
             return False
-        if not any(op.name.startswith("coll.") for op in graph.ops()):
-            problem, fix = "there is no sum over ranks to cut by tokens", 'Put tp or ep before it: "tp; sp".'
-            raise PassError(problem, got=f"the mesh {self.mesh}", where=f"pass '{self.name}'", fix=fix)
-        found = [region for region in token_regions(graph, self.axis) if region.why_not() is None]
+        sending = self.sending
+        found = [region for region in token_regions(graph, self.axis) if region.why_not(graph, sending) is None]
         for region in found:
             _Cut(self, graph, region).run()
         return bool(found)
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Why the region of an all-reduce is not cut."""
-        missed = [(region, region.why_not()) for region in token_regions(graph, self.axis) if self.ranks > 1]
+        found, sending = token_regions(graph, self.axis) if self.ranks > 1 else [], self.sending
+        missed = [(region, region.why_not(graph, sending)) for region in found]
         return {region.sums[0].result.name: str(why) for region, why in missed if why is not None}
+
+    @property
+    def sending(self) -> Sending:
+        """The formats in which ranks will send tokens."""
+        return Sending(self.reads, self.layers, self.sums if self.ranks <= MOST_TERMS else None)
 
 
 class _Cut:
@@ -75,22 +91,28 @@ class _Cut:
 
     def __init__(self, step: SequenceParallel, graph: Graph, region: TokenRegion) -> None:
         self.step, self.graph, self.region = step, graph, region
+        self.inside = {*region.sums, *region.ops}
         self.attrs: dict[str, Argument] = {"few": step.few, "mesh": step.axis, "ranks": step.ranks}
         self.parts: dict[Value, Value] = {}
         self.wholes: dict[Value, Value] = {}
 
     def run(self) -> None:
         """Inserts the operations on parts, gathers what others read, and erases the operations on all tokens."""
-        inside = {*self.region.sums, *self.region.ops}
-        old = sorted(inside, key=self.graph.rank)
+        old = sorted(self.inside, key=self.graph.rank)
         for op in old:
-            self.scatter(op) if op in self.region.sums else self.compute(op)
+            if op in self.region.sums:
+                self.scatter(op)
+            elif recounts_tokens(op):
+                self.recount(op)
+            else:
+                self.compute(op)
             for value in op.results:
                 if value in self.region.gathered:
-                    self.gather(op, value, inside)
+                    self.gather(op, value)
         names = {value: value.name for op in old for value in op.results}
         for op in reversed(old):
-            self.graph.erase(op)
+            if op not in self.region.kept:
+                self.graph.erase(op)
         for value, name in names.items():
             self.graph.rename(self.parts[value], f"{name}_part")
             if value in self.wholes:
@@ -101,6 +123,14 @@ class _Cut:
 
     def scatter(self, op: Op) -> None:
         made = self.graph.insert(op, "coll.reduce_scatter_tokens", op["x"], attrs=self.attrs, loc=self.loc(op))
+        self.parts[op.result] = made.result
+
+    def recount(self, op: Op) -> None:
+        """Inserts a view of this rank's tokens with as many axes as the view of all tokens has."""
+        local = self.local(op.result.tensor)
+        sizes: list[int] = [*[1] * (len(local.shape) - 2), -1, int(str(local.shape[-1]))]
+        args: tuple[Argument, ...] = (self.parts[op["self"]], tuple(sizes))
+        made = self.graph.insert(op, "aten.reshape", *args, types=[local], loc=self.loc(op))
         self.parts[op.result] = made.result
 
     def compute(self, op: Op) -> None:
@@ -125,7 +155,7 @@ class _Cut:
     def local(self, kind: TensorType) -> TensorType:
         return replace(kind, shape=share_shape(kind.shape, self.step.ranks, self.step.few))
 
-    def gather(self, op: Op, value: Value, inside: set[Op]) -> None:
+    def gather(self, op: Op, value: Value) -> None:
         """Gathers a value after the operation that computes a rank's part of it; users outside the region read it."""
         sizes = self.sizes(op, lead(value))
         args, kind = (self.parts[value], sizes), value.type
@@ -133,8 +163,9 @@ class _Cut:
             op, "coll.all_gather_tokens", *args, attrs=self.attrs, types=[kind], loc=self.loc(op)
         )  # fmt: skip
         self.wholes[value] = made.result
+        self.parts[made.result] = self.parts[value]  # a view that is kept reads it
         for user in self.graph.users(value):
-            if user not in inside:
+            if user not in self.inside or user in self.region.kept:
                 self.graph.replace_in(user, value, made.result)
 
     def sizes(self, op: Op, shape: tuple[Size, ...]) -> tuple[Argument, ...]:
@@ -142,24 +173,36 @@ class _Cut:
         known = _known_sizes(self.graph, op)
         return tuple(size if isinstance(size, int) else known.get(size) or self.read(op, size) for size in shape)
 
-    def read(self, op: Op, size: Size) -> Value:
-        """A size that is read from a value before an operation: the first one that has it."""
+    def read(self, op: Op, size: Size) -> Argument:
+        """A size that is read from a value before an operation, the first one that has it, or a product of sizes."""
+        kinds, loc = [ScalarType("int", size)], self.loc(op)
         for value in (value for other in self.graph for value in other.results):
             kind = value.type
             if value.op is op:
                 break
-            if isinstance(kind, TensorType) and size in kind.shape and not kind.partials:
-                kinds, loc = [ScalarType("int", size)], self.loc(op)
+            outside = value.op not in self.inside or value.op in self.region.kept
+            if isinstance(kind, TensorType) and size in kind.shape and not kind.partials and outside:
                 args = (value, kind.shape.index(size))
                 return self.graph.insert(op, "aten.sym_size.int", *args, types=kinds, loc=loc).result
+        leads = (lead(value) for member in self.inside for value in member.results)
+        if (counted := next((each for each in leads if size not in each and product(each) == size), None)) is not None:
+            return self.multiplied(op, counted)
         raise PassError("a size is not known as a number", got=size, where=f"pass '{self.step.name}'")
+
+    def multiplied(self, op: Op, shape: tuple[Size, ...]) -> Argument:
+        """The product of sizes, computed before an operation."""
+        total, *others = self.sizes(op, shape)
+        for at, size in enumerate(others, 2):
+            kinds, loc = [ScalarType("int", product(shape[:at]))], self.loc(op)
+            total = self.graph.insert(op, "core.mul", total, size, types=kinds, loc=loc).result
+        return total
 
 
 def _known_sizes(graph: Graph, before: Op) -> Mapping[Size, Value]:
     """The sizes that are known as numbers before an operation."""
     found: dict[Size, Value] = {}
-    for op in graph.ops("aten.sym_size.int"):
-        kind = op.result.type
+    for op in graph.ops():
+        kind = op.results[0].type if len(op.results) == 1 else None
         if isinstance(kind, ScalarType) and kind.value is not None and graph.rank(op) < graph.rank(before):
             found.setdefault(kind.value, op.result)
     return found

@@ -15,61 +15,36 @@ projections. Values stay whole, so that the graph still computes the same bits. 
 and fuse, so that these see the shapes of one rank.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from passes.analyses.layers import EVERYTHING, check_patterns
-from passes.analyses.sharding_regions import LARGE, Cutting, Region, regions
-from passes.sharding.on_mesh import AlongAxis
+from passes.analyses.layers import check_patterns
+from passes.analyses.sharding_cuts import Region
+from passes.analyses.sharding_regions import regions
+from passes.sharding.on_mesh import keep_statistics
+from passes.sharding.region_options import RegionOptions
 from qcompiler import ir
-from qcompiler.errors import PassError
-from qcompiler.ir import ALL, Graph, Missed, Op, Partial, Role, TensorType, Value
+from qcompiler.ir import Graph, Partial, Role, TensorType, Value
 from qcompiler.pass_manager.pipeline import Effect
 
 
 @dataclass(frozen=True)
-class Shard(AlongAxis):
-    """linear(linear(x, w1), w2)  ->  the same, with placements and a reshard of each partial sum.
-
-    Attributes:
-        unit: Rows and columns of a weight that must stay together, as a block of its format does; -1: all of them.
-        named: Whether layers that are usually not quantized may be, because the user names them.
-        gather: Elements of a table of embeddings, or of a linear before an output, from which on its columns are cut
-            and the result is gathered; smaller ones are on each rank.
-        layers: Patterns over weight names, of which the last match decides; others are whole on each rank.
-    """
+class Shard(RegionOptions):
+    """linear(linear(x, w1), w2)  ->  the same, with placements and a reshard of each partial sum."""
 
     name: ClassVar[str] = "shard"
     effect: ClassVar[Effect] = Effect.EXACT
-
-    unit: tuple[int, int] = (1, 1)
-    named: bool = False
-    gather: int = LARGE
-    layers: tuple[str, ...] = EVERYTHING
-
-    def __post_init__(self) -> None:
-        """Raises PassError unless the mesh has the axis, and the unit is positive."""
-        super().__post_init__()
-        if not all(size > 0 or size == ALL for size in self.unit):
-            raise self.wrong("unit", list(self.unit), f"positive numbers, or {ALL} for all")
-
-    @property
-    def cutting(self) -> Cutting:
-        """How regions are cut."""
-        return Cutting(self.ranks, self.unit, self.named, self.gather, self.layers)
+    absent: ClassVar[str] = "no linear has a constant weight"
 
     def run(self, graph: Graph) -> bool:
-        """Cuts the regions; raises PassError if there are none."""
+        """Cuts the regions."""
         if self.ranks == 1 or is_placed(graph):
             return False
         check_patterns(self.layers, graph)
-        found, missed = regions(graph, self.cutting)
-        if not found:
-            raise PassError("nothing can be sharded", got=f"the mesh {self.mesh}", fix=_listed(missed))
+        found, _ = regions(graph, self.cutting)
         for region in found:
             self.place(graph, region)
-        return True
+        return bool(found)
 
     def explain(self, graph: Graph) -> dict[str, str]:
         """Why a linear or a large table is not cut."""
@@ -79,7 +54,9 @@ class Shard(AlongAxis):
     def place(self, graph: Graph, region: Region) -> None:
         """Writes the placements of a region into the types, and reshards its partial sums."""
         for value, axis in region.cuts.items():
-            value.type = value.tensor.placed(self.axis, ir.Shard(axis, self.ranks, region.units[value]))
+            copies = region.copies(value)
+            placement = ir.Shard(axis, self.ranks // copies, region.units[value], copies)
+            value.type = value.tensor.placed(self.axis, placement)
         for value in (*region.partials, *region.terms):
             value.type = value.tensor.placed(self.axis, Partial(self.ranks))
         for op, factor in region.factors.items():
@@ -99,15 +76,10 @@ class Shard(AlongAxis):
             graph.after(value.op), "coll.reshard", value, attrs=attrs, types=[whole], names=[name], loc=loc
         ).result
         graph.replace(value, new)
+        keep_statistics(graph, value, new)
 
 
 def is_placed(graph: Graph) -> bool:
     """Whether a value of a graph has placements."""
     kinds = (value.type for op in graph for value in op.results)
     return any(isinstance(kind, TensorType) and kind.sharding for kind in kinds)
-
-
-def _listed(missed: Mapping[Op, Missed]) -> str:
-    """The last linear with each reason."""
-    reasons = {why.why: f"{op.result}: {why}" for op, why in missed.items()}
-    return "Linears and the reasons:\n" + "\n".join(reasons.values() or ["none has a constant weight"])

@@ -51,7 +51,7 @@ def all_gather_types(op: Op) -> tuple[Type, ...]:
     """x cut along mesh -> replicated along mesh; of one rank: x[..., n, ...] -> [..., ranks * n, ...]"""
     kind, mesh, axis = _operand(op)
     match kind.placement(mesh):
-        case Shard(axis=cut) if cut == axis:
+        case Shard(axis=cut, copies=1) if cut == axis:
             return (kind.placed(mesh, None),)
         case None:
             shape = list(kind.shape)

@@ -5,7 +5,8 @@
 It has definitions, which later definitions may use, and ends with the result. All arithmetic is in FP32; `bf16` and
 `f16` round explicitly, so a fused expression can reproduce separate torch operations in those dtypes bit for bit.
 `x0`, `x1`, … are the operands: tensors with the shape of the result, or vectors with one number per column. In a
-matmul epilogue, `y0` is the accumulator, or `y0` and `y1` are its left and right halves.
+matmul epilogue, `y0` is the accumulator, or `y0` and `y1` are its left and right halves. After a sum of quantized
+terms, `y0` is the sum.
 
     where(i3 < 32, neg(x0[i0, i2, i3 + 32]), x0[i0, i2, i3 - 32]) * x1[i0, i3]
 

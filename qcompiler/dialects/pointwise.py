@@ -33,6 +33,9 @@ TEXTS: tuple[AttributeCheck, str] = (
 INTEGERS = (DType.i32, DType.i64)
 """Element types of operands that are parts of indices."""
 
+CODES = (DType.f8e4m3fn, DType.f8e5m2)
+"""Element types of codes, which are numbers to be multiplied by scales."""
+
 
 class AxisPart(NamedTuple):
     """A size of a result: the size of an axis of an operand, divided by a number."""
@@ -105,9 +108,9 @@ def _operand_type(arg: Argument, place: int) -> TensorType:
     kind = arg.type if isinstance(arg, Value) else None
     if isinstance(kind, TensorType):
         dtype = kind.dtype
-        if dtype in INTEGERS or (dtype.is_float and dtype.bits in (16, 32)):
+        if dtype in (*INTEGERS, *CODES) or (dtype.is_float and dtype.bits in (16, 32)):
             return kind
-    raise OpError("an operand of an expression must be a tensor in bf16, f16, f32, i32, or i64", place)
+    raise OpError("an operand of an expression must be a tensor in bf16, f16, f32, FP8, i32, or i64", place)
 
 
 def _parsed(text: str) -> FusedExpression:

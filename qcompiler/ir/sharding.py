@@ -1,6 +1,7 @@
 """How the ranks of a mesh hold a value: a part along one axis, a term of a sum, or all of it.
 
     bf16[s0, s1, 1024]<tp = shard(axis = 2, parts = 2, unit = 64)>     each rank of `tp` holds [s0, s1, 512]
+    bf16[1024, 512]<tp = shard(axis = 0, parts = 2, copies = 4)>       ranks 0 to 3 of `tp` hold the first half
     bf16[s0, s1, 512]<tp = partial(parts = 2)>                         the value is the sum of what the ranks hold
 
 A value without a placement on an axis of the mesh is replicated: each rank holds all of it. Shapes are the shapes of
@@ -25,18 +26,27 @@ class Shard:
 
     Attributes:
         axis: The axis of the value.
-        parts: Number of parts, one per rank.
+        parts: Number of parts.
         unit: Elements that must stay together, such as the block of a format or an attention head: a part is a
             multiple of it.
+        copies: Number of consecutive ranks that hold the same part, such as a head of keys that the query heads of
+            several ranks read.
     """
 
     axis: int
     parts: int
     unit: int = 1
+    copies: int = 1
 
     def __str__(self) -> str:
-        unit = f", unit = {self.unit}" if self.unit != 1 else ""
-        return f"shard(axis = {self.axis}, parts = {self.parts}{unit})"
+        more = {"unit": self.unit, "copies": self.copies}
+        shown = "".join(f", {name} = {value}" for name, value in more.items() if value != 1)
+        return f"shard(axis = {self.axis}, parts = {self.parts}{shown})"
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that it is for."""
+        return self.parts * self.copies
 
     def why_not(self, shape: tuple[Size, ...]) -> str | None:
         """Why a tensor of this shape cannot be cut so; None if it can."""
@@ -64,6 +74,11 @@ class Partial:
     def __str__(self) -> str:
         return f"partial(parts = {self.parts})"
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that it is for."""
+        return self.parts
+
 
 Placement = Shard | Partial
 Sharding = tuple[tuple[str, Placement], ...]
@@ -82,7 +97,7 @@ def read_placement(kind: str, given: Mapping[str, Any]) -> Placement:
     if kind not in KINDS:
         raise QCompilerError("no such placement", got=repr(kind), fix=did_you_mean(kind, KINDS))
     needed = ("axis", "parts") if kind == "shard" else ("parts",)
-    known = (*needed, "unit") if kind == "shard" else needed
+    known = (*needed, "unit", "copies") if kind == "shard" else needed
     if strange := [key for key in given if key not in known]:
         raise QCompilerError(f"the placement '{kind}' has no field '{strange[0]}'", fix=did_you_mean(strange[0], known))
     if missing := [key for key in needed if key not in given]:

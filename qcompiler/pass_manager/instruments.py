@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +38,10 @@ class Instrument:
 
     def end(self, graph: Graph) -> None:
         """Called after the last pass."""
+
+    def notes(self) -> Iterable[str]:
+        """Sentences for the report of the compiled model."""
+        return ()
 
 
 class TimePasses(Instrument):

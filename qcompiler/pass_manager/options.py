@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import Argument, DType, Format, print_argument
+from qcompiler.ir.formats import FORMATS
 from qcompiler.ir.literals import LiteralReader
 from qcompiler.text import WORDS, Token
 
@@ -112,7 +113,10 @@ def hint_of(kind: Any, name: str) -> Any:
 
 
 def converted(value: Any, hint: Any) -> Any:
-    """Converts `value` to the type hint: lists to tuples, integers to floats; raises ValueError on a mismatch."""
+    """Converts `value` to the type hint: lists to tuples, integers to floats, names to formats.
+
+    Raises ValueError on a mismatch.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -129,6 +133,8 @@ def converted(value: Any, hint: Any) -> Any:
         return tuple(converted(item, kind) for item, kind in zip(value, kinds, strict=True))
     elif hint is float and type(value) in (int, float):
         return float(value)
+    elif hint is Format and isinstance(value, str) and value in FORMATS:
+        return FORMATS[value]
     elif hint is type(value) or (hint is None and value is None):
         return value
     raise ValueError(value)

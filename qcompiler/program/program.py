@@ -231,7 +231,8 @@ def build_program(captured: Captured, settings: Settings, inputs: Sequence[Any] 
             graph.weights[name] = graph.weights[name].clone()
     if tuple(value.name for value in graph.inputs) != signature.input_names:  # a pass changed the interface
         signature = replace(_signature_of(graph), device=device)
-    report = replace(build_report(done.stages, graph, done.reasons, done.remarks), notes=captured.notes)
+    notes = (*captured.notes, *(note for each in settings.instruments for note in each.notes()))
+    report = replace(build_report(done.stages, graph, done.reasons, done.remarks), notes=notes)
     if settings.strict and not report.quantized:
         raise _nothing_quantized(report, settings, done.stages["captured"])
     host, run = generate(graph, target.name)

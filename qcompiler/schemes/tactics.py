@@ -4,8 +4,8 @@
     Sharding.parse('tp{layers=["*", "!lm_head"]}; sp')               all layers but one; then sequence-parallel norms
     Sharding.parse("tp{axis=inner}; ep{axis=outer}")                 along axes of the mesh with other names
 
-Each tactic is one pass, in the order of the text. What an earlier tactic has divided, a later one leaves alone, and
-reports why.
+Each tactic is one or two passes, in the order of the text. What an earlier tactic has divided, a later one leaves
+alone, and reports why.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,15 +13,36 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
 from passes.analyses.layers import EVERYTHING
-from passes.analyses.sharding_regions import LARGE
+from passes.analyses.sharding_cuts import LARGE
 from passes.sharding.expert_parallel import ExpertParallel
+from passes.sharding.on_mesh import AlongAxis
+from passes.sharding.quantize_sums import QuantizeSums
 from passes.sharding.sequence_parallel import FEW, SequenceParallel
 from passes.sharding.shard import Shard
+from passes.sharding.split_norms import SplitNorms
 from qcompiler.errors import PassError, did_you_mean
-from qcompiler.ir import Mesh
+from qcompiler.ir import Format, Mesh
 from qcompiler.pass_manager.options import DASHED, OptionReader, converted, default_of, print_option, wrong_value
-from qcompiler.pass_manager.pipeline import Pass
 from qcompiler.text import Source
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a pipeline quantizes together.
+
+    Attributes:
+        unit: Rows and columns of a weight that no cut may separate.
+        stored: Columns of a weight that is quantized already, beside its own blocks; 0 if `unit` holds for it, too.
+        named: Whether the user names layers to be quantized.
+        reads: The format in which layers quantize what they read, if it is the same for all of them.
+        layers: Patterns over the weight names of these layers.
+    """
+
+    unit: tuple[int, int] = (1, 1)
+    stored: int = 0
+    named: bool = False
+    reads: Format | None = None
+    layers: tuple[str, ...] = EVERYTHING
 
 
 @dataclass(frozen=True)
@@ -36,18 +57,16 @@ class Tactic:
     name: ClassVar[str]
     axis: str
 
-    def placing(self, mesh: Mesh, unit: tuple[int, int], named: bool) -> Pass | None:
-        """The pass that places values in the graph of the whole model, if the tactic has one.
+    def placing(self, mesh: Mesh, blocks: Blocks) -> tuple[AlongAxis, ...]:
+        """The passes that place values in the graph of the whole model, if the tactic has any."""
+        return ()
 
-        Args:
-            mesh: The mesh.
-            unit: Rows and columns of a weight that no cut may separate.
-            named: Whether the user names layers to be quantized.
-        """
-        return None
+    def rewriting(self, mesh: Mesh, rank: int, blocks: Blocks) -> tuple[AlongAxis, ...]:
+        """The passes that rewrite what the ranks exchange, if the tactic has any."""
+        return ()
 
-    def rewriting(self, mesh: Mesh, rank: int) -> Pass | None:
-        """The pass that rewrites what the ranks exchange, if the tactic has one."""
+    def sending(self) -> QuantizeSums | None:
+        """The pass that changes in which format the program of one rank sends what it exchanges, if there is one."""
         return None
 
     def __post_init__(self) -> None:
@@ -81,9 +100,10 @@ class TensorParallel(Tactic):
     layers: tuple[str, ...] = EVERYTHING
     gather: int = LARGE
 
-    def placing(self, mesh: Mesh, unit: tuple[int, int], named: bool) -> Pass:
-        """The pass, which places values in the graph of the whole model."""
-        return Shard(str(mesh), self.axis, unit, named, self.gather, self.layers)
+    def placing(self, mesh: Mesh, blocks: Blocks) -> tuple[AlongAxis, ...]:
+        """Takes norms of cut axes apart, then places values in the graph of the whole model."""
+        options = (str(mesh), self.axis, blocks.unit, blocks.named, self.gather, self.layers, blocks.stored)
+        return SplitNorms(*options), Shard(*options)
 
 
 @dataclass(frozen=True)
@@ -93,16 +113,24 @@ class SequenceParallelNorms(Tactic):
     Attributes:
         axis: The axis of the mesh.
         tokens: Minimum number of tokens of a call that are cut; with fewer, each rank computes all of them.
+        sums: The format in which ranks send the terms of sums; by default they send them in the dtype of the model.
+            A format loses accuracy.
     """
 
     name = "sp"
 
     axis: str = "tp"
     tokens: int = FEW
+    sums: Format | None = None
 
-    def rewriting(self, mesh: Mesh, rank: int) -> Pass:
-        """The pass, which rewrites sums over ranks."""
-        return SequenceParallel(str(mesh), self.axis, self.tokens)
+    def rewriting(self, mesh: Mesh, rank: int, blocks: Blocks) -> tuple[AlongAxis, ...]:
+        """Rewrites sums over ranks."""
+        options = (self.tokens, blocks.reads, blocks.layers, self.sums)
+        return (SequenceParallel(str(mesh), self.axis, *options),)
+
+    def sending(self) -> QuantizeSums | None:
+        """The pass, which quantizes the terms of sums, if a format is given."""
+        return None if self.sums is None else QuantizeSums(self.axis, self.sums)
 
 
 @dataclass(frozen=True)
@@ -119,9 +147,9 @@ class ExpertParallelLayers(Tactic):
     axis: str = "tp"
     layers: tuple[str, ...] = EVERYTHING
 
-    def rewriting(self, mesh: Mesh, rank: int) -> Pass:
-        """The pass, which cuts the experts."""
-        return ExpertParallel(str(mesh), self.axis, rank, self.layers)
+    def rewriting(self, mesh: Mesh, rank: int, blocks: Blocks) -> tuple[AlongAxis, ...]:
+        """Cuts the experts."""
+        return (ExpertParallel(str(mesh), self.axis, rank, self.layers),)
 
 
 KINDS: tuple[type[Tactic], ...] = (TensorParallel, SequenceParallelNorms, ExpertParallelLayers)

@@ -13,6 +13,7 @@ ROWS = "bf16[1024, 512]<tp = shard(axis = 0, parts = 2, unit = 128)>"
     [
         ROWS,
         "f32[s0, 8]<tp = shard(axis = 1, parts = 4)>",
+        "f32[8]<tp = shard(axis = 0, parts = 2, copies = 3)>",
         "f32[s0]<tp = partial(parts = 2)>",
         "f32[8, 8]<dp = shard(axis = 0, parts = 2), tp = partial(parts = 4)>",
         "bf16[s0, 256]",
@@ -49,6 +50,7 @@ def test_what_one_rank_holds() -> None:
     assert str(kind.stored) == "bf16[1024, 512]"
     assert kind.placement("tp") == Shard(0, 2, 128)
     assert kind.placement("dp") is None
+    assert str(kind.placed("tp", Shard(0, 2, copies=4)).local) == "bf16[512, 512]"
     both = kind.placed("dp", Partial(2))
     assert str(both) == "bf16[1024, 512]<dp = partial(parts = 2), tp = shard(axis = 0, parts = 2, unit = 128)>"
     assert both.partials == {"dp"}

@@ -1,13 +1,20 @@
 """Sequence-parallel norms on all ranks: equal bits to the graph whose sums all ranks hold, for any number of tokens."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sharded_graphs import RandomBlocks, rank_graphs, run_ranks
 
+from passes.analyses.sent_bytes import Sending
+from passes.analyses.token_regions import token_regions
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
+from qcompiler.ir.formats import FP8_TILE
+from qcompiler.pass_manager.pipeline import Pipeline
+from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.testing import random_inputs
 
 SMALL = "#format<f8e4m3fn, block = [1, 4]>"
@@ -33,7 +40,8 @@ def test_random_graphs(seed: int, few: int, sizes: tuple[int, int]) -> None:
     mesh = f"tp={blocks.parts}"
     plain, cut = both(graph, mesh, few)
     scattered = sum("coll.reduce_scatter_tokens" in line for line in str(cut[0]).splitlines())
-    assert scattered == sum("coll.all_reduce" in line for line in str(plain[0]).splitlines())
+    shape = f"f32[s0, s1, {blocks.width}]"  # not the sums of norms
+    assert scattered == sum("coll.all_reduce" in line and shape in line for line in str(plain[0]).splitlines())
     x = torch.randn(*sizes, blocks.width, generator=torch.Generator().manual_seed(seed))
     (outputs, _), (expected, _) = run_ranks(cut, mesh, [x]), run_ranks(plain, mesh, [x])
     for (output,) in outputs:
@@ -91,3 +99,24 @@ def test_each_rank_computes_its_tokens_only() -> None:
     assert not rows[15:].any()  # the last rank has a row of zeros
     _, few = run_ranks(cut, "tp=4", [x[:1, :2]])
     assert {tuple(own["r1_part"].shape) for own in few} == {(1, 2, 16)}
+
+
+def test_bytes_are_the_ones_that_the_finished_program_sends() -> None:
+    """Codes and scales of the norm, and terms in codes, although layers are quantized much later."""
+    graph, mesh, unit = Graph.parse(LAYERS), "tp=2", "[2, 4]"
+    _, graph.weights = random_inputs(graph, 0)
+    summed = graph.clone()
+    run_pipeline(Pipeline.parse(f'shard{{mesh="{mesh}", unit={unit}}}; collectives'), summed)
+    (region,) = token_regions(summed, "tp")
+    form = FP8_TILE.with_block((1, 4))
+    assert region.sent(summed, Sending()) == (2 * 64, 2 * 64)
+    rewrite = f'sequence-parallel{{mesh="{mesh}", few=3, reads={SMALL}, sums={SMALL}}}; '
+    after = QUANTIZED.replace("to-kernels; ", "to-kernels; gather-quantized; ")
+    for sums, more in ((None, ""), (form, f"quantize-sums{{format={SMALL}}}; ")):
+        (cut, _) = rank_graphs(graph, mesh, more + after, unit, rewrite=rewrite)
+        sizes: Counter[str] = Counter()
+        for op in cut:
+            for value in op.results if op.name.startswith("coll.") else ():
+                sizes[op.name] += int(str(value.tensor.shape[-1])) * value.tensor.dtype.bits // 8
+        gathers, scatters = sizes.pop("coll.all_gather_tokens"), sizes.total() - sizes["coll.own_tokens"]
+        assert region.sent(summed, Sending(form, sums=sums)) == (scatters, gathers)

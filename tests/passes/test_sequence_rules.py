@@ -11,6 +11,7 @@ from sequence_cases import (
     PLACES,
     ROUTED,
     SORTED_TILES,
+    TERMS,
     TILES,
     case,
     check_legal,
@@ -127,6 +128,11 @@ LEGAL: dict[str, tuple[str, str]] = {
     "kernel.fused_quantize": (
         '%r, %s = kernel.fused_quantize(%x) {expression = "x0 * rsqrt(mean(x0 * x0) + 1e-06)", format = #fp8_tile, '
         "keep = []} : f8e4m3fn[s0, s1, 8], f32[s0, s1, 1]", B_P_8),
+    "quant.sum_terms": (TERMS + "%r = quant.sum_terms(%q, %s) {format = #fp8_tile, out_dtype = f32} : f32[s0, s1, 8]",
+                        B_P_8),
+    "kernel.fused_sum_quantize": (
+        TERMS + '%r, %z = kernel.fused_sum_quantize(%q, %s, %x) {expression = "x0 + y0 * mean(y0)", '
+        "format = #fp8_tile, keep = [], term_format = #fp8_tile} : f8e4m3fn[s0, s1, 8], f32[s0, s1, 1]", B_P_8),
     "kernel.fused_linear": (TILES + BLOCKS + "%r = kernel.fused_linear(%q, %s, %wq, %ws, None, %x) "
                             '{expression = "x0 + y0", parts = 1, w_format = #fp8_block, x_format = #fp8_tile} '
                             ": f32[s0, s1, 8]", B_P_8),
@@ -219,6 +225,14 @@ ILLEGAL: dict[str, tuple[str, str]] = {
     "kernel.fused_quantize": (
         '%r, %s = kernel.fused_quantize(%x) {expression = "x0 * 2.0", format = #fp8_tensor, keep = []} '
         ": f8e4m3fn[s0, s1, 8], f32[1, 1]", STATIC),
+    "quant.sum_terms": (TERMS + "%d = aten.transpose.int(%e, 1, 2) : f32[2, s1, s0, 8]\n"
+                        "%a, %b = quant.quantize(%d) {format = #fp8_tile} : f8e4m3fn[2, s1, s0, 8], f32[2, s1, s0, 1]\n"
+                        "%f = aten.view(%b, [2, %n0, %n1, 1]) : f32[2, s0, s1, 1]\n"
+                        "%r = quant.sum_terms(%q, %f) {format = #fp8_tile, out_dtype = f32} : f32[s0, s1, 8]",
+                        "mixes tokens"),
+    "kernel.fused_sum_quantize": (
+        TERMS + '%r, %z = kernel.fused_sum_quantize(%q, %s) {expression = "y0", format = #fp8_tensor, keep = [], '
+        "term_format = #fp8_tile} : f8e4m3fn[s0, s1, 8], f32[1, 1]", STATIC),
     "kernel.fused_linear": (TILES + BLOCKS + '%r, %z = kernel.fused_linear(%q, %s, %wq, %ws) {expression = "relu(y0)", '
                             "format = #fp8_tensor, parts = 1, w_format = #fp8_block, x_format = #fp8_tile} "
                             ": f8e4m3fn[s0, s1, 8], f32[1, 1]", STATIC),

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from passes.analyses.sharding_rules import RULES, Factor, Place, row_of, value_at
+from passes.analyses.sharding_factors import Factor, Place, value_at
+from passes.analyses.sharding_rules import RULES, row_of
 from qcompiler.errors import QCompilerError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op, TensorType
@@ -14,7 +15,7 @@ from qcompiler.testing import random_inputs
 X = "%x: f32[4, 6, 8]"
 SAME = "x0 y0; x1 y1; x2 y2"
 HEADS = "%q: f32[2, 4, 6, 8], %k: f32[2, 2, 6, 8], %v: f32[2, 2, 6, 8]"
-GROUPED = "q0 k0 v0 y0; q1/2 k1 v1 y1/2"
+GROUPED = "q0 k0 v0 y0; q1 k1*2 v1*2 y1"
 
 CASES: list[tuple[str, str, str]] = [
     (X, "aten.relu(%x) : f32[4, 6, 8]", SAME),
@@ -38,9 +39,10 @@ CASES: list[tuple[str, str, str]] = [
     (X, "aten.view(%x, [4, -1, 8]) : f32[4, 6, 8]", SAME),
     (X, "aten.flatten.using_ints(%x, 1) : f32[4, 48]", "x0 y0; x1 y1/8"),
     (X, "aten.unsqueeze(%x, 1) : f32[4, 1, 6, 8]", "x0 y0; x1 y2; x2 y3"),
-    ("%x: f32[4, 1, 8]", "aten.squeeze(%x) : f32[4, 8]", "x0 y0; x2 y1"),
+    ("%x: f32[4, 1, 8]", "aten.squeeze(%x) : f32[4, 8]", ""),
     ("%x: f32[4, 1, 8]", "aten.squeeze.dim(%x, 1) : f32[4, 8]", "x0 y0; x2 y1"),
     ("%x: f32[4, 1, 8]", "aten.squeeze.dims(%x, [1]) : f32[4, 8]", "x0 y0; x2 y1"),
+    ("%x: f32[2, 1, 8]", "aten.squeeze.dims(%x, [0, 1]) : f32[2, 8]", "x2 y1"),
     ("%x: f32[4, 1, 8]", "aten.expand(%x, [4, 6, 8]) : f32[4, 6, 8]", "y0 x0; y1; y2 x2"),
     ("%x: f32[4, 8]", "aten.t(%x) : f32[8, 4]", "x1 y0; x0 y1"),
     (X, "aten.transpose.int(%x, 0, -1) : f32[8, 6, 4]", "x2 y0; x1 y1; x0 y2"),
@@ -59,7 +61,7 @@ CASES: list[tuple[str, str, str]] = [
     (X, "aten._softmax(%x, 1, false) : f32[4, 6, 8]", "y0 x0; y2 x2"),
     (X, "aten.log_softmax.int(%x, 2) : f32[4, 6, 8]", "y0 x0; y1 x1"),
     (X, "aten.cumsum(%x, 1) : f32[4, 6, 8]", "y0 x0; y2 x2"),
-    (X, "aten.sum.dim_IntList(%x, [1]) : f32[4, 8]", "x0 y0; x2 y1"),
+    (X, "aten.sum.dim_IntList(%x, [1]) : f32[4, 8]", "x0 y0; x2 y1; sum x1"),
     (X, "aten.mean.dim(%x, [-1], true) : f32[4, 6, 1]", "x0 y0; x1 y1"),
     (X, "aten.mean.dim(%x, None) : f32[]", ""),
     (X, "aten.amax(%x, [0]) : f32[6, 8]", "x1 y0; x2 y1"),
@@ -79,15 +81,22 @@ CASES: list[tuple[str, str, str]] = [
     (HEADS, "attention.causal(%q, %k, %v) {scale = 0.5} : f32[2, 4, 6, 8]", GROUPED),
     (
         f"{HEADS}, %s: f32[4]", "attention.causal(%q, %k, %v, %s) {scale = 0.5} : f32[2, 4, 6, 8]",
-        "q0 k0 v0 y0; q1/2 k1 v1 s0/2 y1/2",
+        "q0 k0 v0 y0; q1 k1*2 v1*2 s0 y1",
     ),
     (
         HEADS, "aten.scaled_dot_product_attention(%q, %k, %v) {enable_gqa = true, is_causal = true} : f32[2, 4, 6, 8]",
         GROUPED,
     ),
-    (
-        f"{HEADS}, %m: b8[6, 6]",
-        "aten.scaled_dot_product_attention(%q, %k, %v, %m) {enable_gqa = true} : f32[2, 4, 6, 8]", "",
+    *(
+        (
+            f"{HEADS}, %m: f32[{mask}]",
+            "aten.scaled_dot_product_attention(%q, %k, %v, %m) {enable_gqa = true} : f32[2, 4, 6, 8]",
+            f"q0 k0 v0 y0 {batch}; q1 k1*2 v1*2 y1 {heads}",
+        )
+        for mask, batch, heads in (
+            ("6, 6", "", ""), ("4, 6, 6", "", "m0"), ("2, 1, 6, 6", "m0", ""), ("1, 4, 6, 6", "", "m1"),
+            ("2, 4, 6, 6", "m0", "m1"),
+        )
     ),
     (
         "%c: f8e4m3fn[8, 6], %s: f32[4, 1]",
@@ -102,7 +111,10 @@ CASES: list[tuple[str, str, str]] = [
     (X, 'coll.reshard(%x) {mesh = "tp"} : f32[4, 6, 8]', "y0 x0; y1 x1; y2 x2"),
     (X, 'coll.all_reduce(%x) {mesh = "tp"} : f32[4, 6, 8]', "y0 x0; y1 x1; y2 x2"),
 ]  # fmt: skip
-"""Inputs, operation, factors: `x1/2 y0` cuts axis 1 of %x in steps of two elements, and axis 0 of the result."""
+"""Inputs, operation, factors: `x1/2 y0` cuts axis 1 of %x in steps of two elements, and axis 0 of the result.
+
+Of `x1*2 y0`, two steps along axis 0 of the result read the same element of %x.
+"""
 
 IDS = [f"{text.split('(')[0]} {number}" for number, (_, text, _) in enumerate(CASES)]
 
@@ -118,7 +130,7 @@ def parsed(inputs: str, text: str) -> tuple[Graph, Op]:
 
 def shown(op: Op, factor: Factor) -> str:
     places = [
-        f"{value.name}{place.axis}{f'/{place.inner}' if place.inner > 1 else ''}"
+        f"{value.name}{place.axis}{f'/{place.inner}' * (place.inner > 1)}{f'*{place.shared}' * (place.shared > 1)}"
         for place in factor.places
         if (value := value_at(op, place.slot))
     ]
@@ -147,26 +159,26 @@ def test_parts_of_operands_give_parts_of_results(inputs: str, text: str, expecte
         given[1] = given[1] % 16
     whole = interpret(graph, given)
     for factor in row.factors(op):
-        count = parts_of(op, factor)
-        parts = [run_part(graph, op, factor, given, part, count) for part in range(count)]
-        for index, result in enumerate(op.results):
-            got = [part[index] for part in parts]
-            axes = [place.axis for place in factor.places if place.slot == index]
-            if not isinstance(result.type, TensorType):
-                assert got == [whole[index]] * count
-            elif factor.summed:
-                torch.testing.assert_close(sum(got), whole[index])
-            else:
-                torch.testing.assert_close(torch.cat(got, axes[0]), whole[index])
+        for count in parts_of(op, factor):
+            parts = [run_part(graph, op, factor, given, part, count) for part in range(count)]
+            for index, result in enumerate(op.results):
+                got = [part[index] for part in parts]
+                axes = [place.axis for place in factor.places if place.slot == index]
+                if not isinstance(result.type, TensorType):
+                    assert got == [whole[index]] * count
+                elif factor.summed:
+                    torch.testing.assert_close(sum(got), whole[index])
+                else:
+                    torch.testing.assert_close(torch.cat(got, axes[0]), whole[index])
 
 
-def parts_of(op: Op, factor: Factor) -> int:
-    """The smallest number of parts into which a factor can be cut."""
+def parts_of(op: Op, factor: Factor) -> set[int]:
+    """The smallest and the largest number of parts into which a factor can be cut."""
     place = factor.places[0]
     value = value_at(op, place.slot)
     assert value is not None
-    steps = int(str(value.tensor.shape[place.axis])) // place.inner
-    return next(count for count in range(2, steps + 1) if steps % count == 0)
+    steps = int(str(value.tensor.shape[place.axis])) * place.shared // place.inner
+    return {next(count for count in range(2, steps + 1) if steps % count == 0), steps}
 
 
 def run_part(graph: Graph, op: Op, factor: Factor, given: Any, part: int, count: int) -> tuple[Any, ...]:
@@ -177,7 +189,8 @@ def run_part(graph: Graph, op: Op, factor: Factor, given: Any, part: int, count:
         value = value_at(op, place.slot)
         if value is not None and value in own and value not in seen:
             seen.add(value)
-            own[value] = own[value].chunk(count, place.axis)[part]
+            copies = max(1, count // int(own[value].shape[place.axis])) if place.shared > 1 else 1
+            own[value] = own[value].chunk(count // copies, place.axis)[part // copies]
     if op.name == "aten.embedding" and factor.summed:  # `partition` makes the result zeros for rows in other parts
         table, ids = own.values()
         row = ids - part * len(table)
@@ -228,8 +241,9 @@ def joined(parts: list[Any], whole: Any) -> list[int]:
     """The axes along which two parts, one after the other, are the whole."""
     found = []
     for axis, size in enumerate(whole.shape):
-        sizes = [part.narrow(axis, 0, 0).shape == whole.narrow(axis, 0, 0).shape for part in parts]
-        if all(sizes) and sum(part.shape[axis] for part in parts) == size:
+        alike = [part.dim() == whole.dim() for part in parts]
+        sizes = all(alike) and [part.narrow(axis, 0, 0).shape == whole.narrow(axis, 0, 0).shape for part in parts]
+        if sizes and all(sizes) and sum(part.shape[axis] for part in parts) == size:
             found += [axis] * torch.allclose(torch.cat(parts, axis).double(), whole.double())
     return found
 
