@@ -55,7 +55,7 @@ class PointwiseOperands(NamedTuple):
     Attributes:
         expressions: One for each result.
         shapes: The shapes of the results, as in `kernel.pointwise`.
-        operands: In a floating dtype, or int32 or int64 if they are parts of indices; any strides.
+        operands: In a floating dtype, FP8 included, or int32 or int64 if they are parts of indices; any strides.
         out: The results, contiguous; overwritten. With a cache, those after the first two.
         cache: Where the first two results are appended.
     """

@@ -115,7 +115,7 @@ def _arithmetic(declared: Iterable[OpDef]) -> Iterator[str]:
 
 def _expressions() -> Iterator[str]:
     yield "## Fused expressions\n"
-    yield "The attribute `expression` of `kernel.fused_quantize` and `kernel.fused_linear`:\n"
+    yield "The attribute `expression` of `kernel.fused_quantize`, `.fused_sum_quantize` and `.fused_linear`:\n"
     _, *shown, _ = (fused_expression.__doc__ or "").split("\n\n")
     for example, explained in zip(shown[::2], shown[1::2], strict=True):
         yield f"```\n{textwrap.dedent(example)}\n```\n\n{explained}\n"

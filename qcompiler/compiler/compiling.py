@@ -44,6 +44,7 @@ from qcompiler.program.program import Settings
 from qcompiler.progress import Progress
 from qcompiler.runtime.device import check_target
 from qcompiler.schemes.named import with_ignored
+from qcompiler.schemes.sharded import check_whole
 from qcompiler.schemes.tactics import Sharding
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def _pending(model: Any, settings: Settings, mesh: Any) -> PendingModel:
         settings = replace(settings, pipeline=steps, scheme=scheme, overrides=overrides)
     if settings.scheme is not None:
         settings = replace(settings, pipeline=with_prescales(settings.passes, model))
+    if mesh is not None and again is not None:
+        check_whole(settings.passes, isinstance(settings.calibration, Batches))
     if not isinstance(model, Graph | ExportedProgram):
         check_model(model)
         check_layer_names(settings.passes, model)

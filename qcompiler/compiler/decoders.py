@@ -4,7 +4,9 @@ model -> capture of whole sequences -> the scheme's passes -> `kv-cache` -> Deco
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from passes.attention.attention import Attention
 from passes.attention.cache_scales import CacheScales
+from passes.attention.kv_cache import CAUSAL, SCALES, is_within
 from passes.attention.latent_attention import LatentAttention
 from passes.sharding.part_logits import PartLogits
 from passes.smoothing.smoothquant import SmoothQuant
@@ -21,8 +24,9 @@ from qcompiler.calibration import Calibration
 from qcompiler.checkpoints.cache_scales import kept
 from qcompiler.compiler.arguments import AUTO, DEFAULT_SCHEME, chosen_schemes, with_prescales
 from qcompiler.compiler.compiling import compile
+from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.sharded_loading import loaded, read_together
-from qcompiler.compiler.sharding import ShardedModel, decoder_of
+from qcompiler.compiler.sharding import ShardedModel, decoder_of, together
 from qcompiler.decoding.cached import POSITIONS, cache_passes
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.decoding.loop import CHUNK
@@ -33,6 +37,7 @@ from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.runtime.device import check_target, target_for
 from qcompiler.schemes.named import pipeline as scheme_pipeline
 from qcompiler.schemes.named import with_ignored
+from qcompiler.schemes.sharded import check_whole
 from qcompiler.schemes.tactics import Sharding
 
 LONGEST = 4096
@@ -114,8 +119,10 @@ def decoder(
     found: Any = model if folder is None else loaded(read_together(folder, mesh), mesh, device)
     del model  # so that weights can be freed one by one
     passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
-    if kv_cache in STATIC_FORMATS:
-        passes = passes.append(static_scales(kv_cache, found, passes))
+    scales = static_scales(kv_cache, found, passes) if kv_cache in STATIC_FORMATS else None
+    if mesh is not None and folder is not None:
+        steps = passes if scales is None else passes.append(scales)
+        check_whole(steps, not (calibration is None or isinstance(calibration, Calibration)))
     if device is not None and folder is None:
         found = found.to(device)
     if tokenizer is None and folder is not None:
@@ -127,11 +134,18 @@ def decoder(
     if mesh is not None:
         caching = caching.append(PartLogits())
     for_target = target_for(target, next(iter(example.values())).device).passes
-    compiled = compile(
-        found, pipeline=passes.append(*caching, for_target), example_kwargs=example,
-        calibration=calibration, target=target, strict=strict and scheme is not None, instruments=instruments,
-        progress=progress, mesh=mesh, sharding=sharding,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "example_kwargs": example, "target": target, "strict": strict and scheme is not None,
+        "instruments": instruments, "progress": progress,
+    }  # fmt: skip
+    if scales is not None and mesh is not None and calibration is not None:
+        with together(mesh):
+            whole = compile(found, pipeline=passes.append(scales), calibration=calibration, **options)
+            scales, calibration = observed_scales(scales, whole)
+            del whole
+    scaling = [scales] if scales is not None else []
+    steps = passes.append(*scaling, *caching, for_target)
+    compiled = compile(found, pipeline=steps, calibration=calibration, mesh=mesh, sharding=sharding, **options)
     del found
     if isinstance(compiled, ShardedModel):
         return decoder_of(compiled, tokenizer, generation)
@@ -177,6 +191,15 @@ def static_scales(kv_cache: Any, model: Any, passes: Pipeline) -> CacheScales:
         return CacheScales(kv_cache)
     known = tuple(f"{module} {key!r} {value!r}" for module, (key, value) in stored.by_module.items())
     return CacheScales(kv_cache, known)
+
+
+def observed_scales(scales: CacheScales, whole: CompiledModel) -> tuple[CacheScales, Calibration | None]:
+    """The pass with the scales of the whole model, which one rank cannot observe, and what calibration has seen."""
+    ops = [op for op in whole.graph.ops(CAUSAL) if op.loc.module and not is_within(op)]
+    count = Counter(op.loc.module for op in ops)
+    found = {op.loc.module: [op.attrs[name] for name in SCALES] for op in ops if count[op.loc.module] == 1}
+    known = tuple(f"{module} {key!r} {value!r}" for module, (key, value) in found.items())
+    return replace(scales, known=known), whole.calibration
 
 
 def example_call(model: Any) -> dict[str, Tensor]:

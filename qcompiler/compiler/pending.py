@@ -6,12 +6,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qcompiler.capture.signature import Signature
 from qcompiler.errors import CaptureError
 from qcompiler.ir import Graph
 from qcompiler.program.batches import Call
 from qcompiler.program.original import Original
 from qcompiler.program.program import Program, Settings, build_program, capture_model
 from qcompiler.runtime.weights import Weights
+
+
+def observing_once(settings: Sequence[Settings], signature: Signature) -> Iterator[Settings]:
+    """Yields the settings; all use the statistics that the first one collects."""
+    if len(settings) == 1:
+        yield from settings
+        return
+    shared = settings[0].calibration_for(signature)
+    try:
+        yield from (replace(each, calibration=shared) for each in settings)
+    finally:
+        if shared is not None and shared is not settings[0].calibration:
+            shared.batches = None  # free the user's data
 
 
 @dataclass
@@ -67,7 +81,7 @@ class PendingModel:
                 if isinstance(graph.weights, Weights):
                     graph.weights.load_apart()
             captured = replace(captured, graph=Graph(captured.graph.name))  # the loop alone holds the graphs
-            for each in settings:
+            for each in observing_once(settings, captured.signature):
                 program = build_program(replace(captured, graph=graphs.pop(0)), each, inputs)
                 yield replace(program, original=self.original)
                 del program

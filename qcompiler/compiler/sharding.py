@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
+from codegen.launching.warmup import Warmup
+from qcompiler import knobs
 from qcompiler.artefact.sharded_saving import write_each, write_together
 from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.compiler.model import CompiledModel, callable_of
@@ -29,7 +31,7 @@ from qcompiler.program.batches import Call
 from qcompiler.program.folder_kinds import checked_path
 from qcompiler.program.program import Program, Settings, capturing, plain_torch
 from qcompiler.runtime.executable import run_host
-from qcompiler.schemes.sharded import sharded
+from qcompiler.schemes.sharded import divided, sharded
 from qcompiler.schemes.tactics import Sharding
 
 TACTIC = "tp"
@@ -101,6 +103,11 @@ class RankModel(ShardedModel):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.run_ranks([partial(super()._call, args, kwargs)])[0]
 
+    def warmup(self, *calls: Any, **options: Any) -> Warmup:
+        """See `CompiledModel.warmup`. Nothing is sent, so a rank can call it alone."""
+        found: Warmup = self.run_ranks([partial(super().warmup, *calls, **options)])[0]
+        return found
+
     def _programs(self, pending: PendingModel, call: Call | None) -> Program:
         if self.connected is None:
             return super()._programs(pending, call)
@@ -108,7 +115,8 @@ class RankModel(ShardedModel):
 
         def own() -> str:
             found.append(super(RankModel, self)._programs(pending, call))
-            return hash_of(found[0].graph.text(locations=False))
+            observed = found[0].calibration()
+            return hash_of(found[0].graph.text(locations=False) + (observed.digest if observed is not None else ""))
 
         self.connected.check_same_hash(self.connected.each(own))
         return found[0]
@@ -197,8 +205,9 @@ def _copy(given: Any) -> Any:
 
 
 def for_rank(settings: Settings, mesh: Mesh, sharding: Sharding, rank: int) -> Settings:
-    """The settings with the pipeline of one rank."""
-    return replace(settings, pipeline=sharded(settings.passes, mesh, sharding, rank))
+    """The settings with the pipeline of one rank, which fails if the tactics divide nothing."""
+    given = (settings.passes, mesh, sharding, rank)
+    return replace(settings, pipeline=sharded(*given), instruments=(*settings.instruments, divided(*given)))
 
 
 def model_on(mesh: Any, sharding: Sharding | str, pending: PendingModel) -> ShardedModel:
@@ -226,13 +235,19 @@ def connection(mesh: Any) -> tuple[Mesh, Ranks | None]:
     """
     if isinstance(mesh, SimulatedMesh):
         return mesh.mesh, None
+    from codegen.peer_memory import PeerMemory
     from qcompiler.distributed.process_groups import ProcessGroups, is_device_mesh, mesh_of
 
     if not is_device_mesh(mesh):
         need = "a DeviceMesh of torch.distributed, or qcompiler.simulated_mesh(tp=2)"
         raise PassError("the mesh is of a wrong type", got=type(mesh).__name__, need=need)
     grid, rank = mesh_of(mesh)
-    return grid, Ranks(ProcessGroups(mesh), grid, rank, torch.device(mesh.device_type))
+    return grid, Ranks(
+        ProcessGroups(mesh, PeerMemory() if knobs.current().peer_memory else None),
+        grid,
+        rank,
+        torch.device(mesh.device_type),
+    )
 
 
 def model_of(programs: Sequence[Program], mesh: Mesh, connected: Ranks | None, sharding: str) -> ShardedModel:

@@ -4,21 +4,24 @@ import subprocess
 import sys
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sharded_graphs import MLP_INPUT as X
 from sharded_graphs import MOVES, mlp, rank_graphs, run_ranks
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig, Qwen3Config
 
 import qcompiler
 from qcompiler.capture import capture
+from qcompiler.compiler.model import CompiledModel
+from qcompiler.compiler.sharding import RankModel
 from qcompiler.distributed.communicator import current
 from qcompiler.distributed.simulation import Simulation
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Mesh
-from qcompiler.ir.formats import FP8_BLOCK
+from qcompiler.ir.formats import FP8_BLOCK, FP8_TENSOR
 from qcompiler.numerics import quantize
 from qcompiler.pass_manager.instruments import relative_error
 from qcompiler.pass_manager.pipeline import Pipeline
@@ -99,6 +102,15 @@ def test_compile_on_a_simulated_mesh() -> None:
         compiled.decoder()
 
 
+def test_a_rank_is_connected_while_its_kernels_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program of a rank asks for its communicator also where only shapes matter."""
+    connection = SimpleNamespace(communicator=object())
+    compiled: Any = qcompiler.compile(mlp(), mesh=qcompiler.simulated_mesh(tp=2))
+    monkeypatch.setattr(RankModel, "connected", connection)
+    monkeypatch.setattr(CompiledModel, "warmup", lambda _, **options: (current(), options))
+    assert compiled.ranks[1].warmup(rows=[1]) == (connection.communicator, {"rows": [1]})
+
+
 def test_sequence_parallel_norms_have_equal_bits() -> None:
     """Also for one token, for more tokens than are few, and with a token more on one rank than on the other."""
     graph, mesh = captured("llama"), qcompiler.simulated_mesh(tp=2)
@@ -114,6 +126,23 @@ def test_sequence_parallel_norms_have_equal_bits() -> None:
         assert torch.equal(compiled(ids), plain(ids))
 
 
+def test_norms_after_views_of_the_tokens() -> None:
+    """OPT flattens batches before its second norm, and adds the residual there."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(**sizes, vocab_size=96, max_position_embeddings=64, word_embed_proj_dim=256)
+    graph = capture(AUTO.from_config(config).eval(), (IDS,)).graph
+    mesh: Any = qcompiler.simulated_mesh(tp=2)
+    plain: Any = qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh)
+    compiled: Any = qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh, sharding="tp; sp{tokens=8}")
+    text = str(compiled.graph)
+    assert "%layer_norm_3_q = coll.all_gather_tokens(%layer_norm_3_part_q, [%mul_2])" in text  # codes are gathered
+    assert (text.count("coll.all_reduce"), text.count("coll.reduce_scatter_tokens")) == (0, 4)
+    for shape in ((1, 1), (1, 7), (3, 3), (2, 12)):
+        ids = torch.arange(shape[0] * shape[1]).reshape(shape) * 11 % 96
+        assert torch.equal(compiled(ids), plain(ids))
+
+
 def test_experts_are_divided() -> None:
     torch.manual_seed(0)
     sizes = {**SIZES, "intermediate_size": 128, "num_local_experts": 6, "num_experts_per_tok": 2}
@@ -122,8 +151,10 @@ def test_experts_are_divided() -> None:
     mesh: Any = qcompiler.simulated_mesh(tp=3)
     with pytest.raises(qcompiler.PassError, match="nothing can be sharded"):  # 16 heads among 3 ranks
         qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh, sharding="tp")
-    for sharding in ("ep", "ep; sp{tokens=4}"):
+    for sharding in ("ep", "tp; ep; sp{tokens=4}"):
         compiled: Any = qcompiler.compile(graph, scheme="fp8_tile", mesh=mesh, sharding=sharding)
+        idle = [note for note in compiled.report.notes if note.startswith("tactic 'tp' divides nothing: %linear_3: ")]
+        assert len(idle) == sharding.startswith("tp")
         assert "own_rows" not in str(compiled.graph)  # the kernel writes zeros
         stored = compiled.ranks[2].graph
         names = [name for op in stored.ops("core.param") if "experts" in (name := str(op.attrs["name"]))]
@@ -161,6 +192,27 @@ def test_codes_and_scales_of_a_checkpoint_are_cut_together() -> None:
     assert torch.equal(stored["s1"], graph.weights["s1"][1:]) and torch.equal(stored["s2"], graph.weights["s2"][:, 1:])
 
 
+def test_static_scales_of_a_checkpoint() -> None:
+    """One scale for a whole weight and one for all activations, which all ranks have: the codes are cut anywhere."""
+    text = (
+        STORED.replace("f32[2, 1]", "f32[1, 1]").replace("f32[1, 2]", "f32[1, 1]").replace("#fp8_block", "#fp8_tensor")
+    )
+    text = text.replace("out_dtype = f32", "out_dtype = f32, x_scale = 0.02")
+    graph = Graph.parse(text)
+    graph.verify()
+    for number, weight in zip("12", mlp().weights.values(), strict=True):
+        graph.weights[f"q{number}"], graph.weights[f"s{number}"], *_ = quantize(weight, format=FP8_TENSOR)
+    whole: Any = qcompiler.compile(graph, scheme="fp8_tensor_static")
+    compiled: Any = qcompiler.compile(graph, scheme="fp8_tensor_static", mesh=qcompiler.simulated_mesh(tp=4))
+    assert relative_error(whole(X), compiled(X)) < 1e-6
+    for at, rank in enumerate(compiled.ranks):
+        assert torch.equal(rank.graph.weights["q2"], graph.weights["q2"][:, 64 * at : 64 * (at + 1)])
+        assert torch.equal(rank.graph.weights["s2"], graph.weights["s2"])
+    assert "unit=[-1, -1], stored=1}" in str(compiled.pipeline)
+    with pytest.raises(qcompiler.PassError, match="one scale spans axis 1"):  # scales of each call, for all activations
+        qcompiler.compile(graph, scheme="fp8_tensor", mesh=qcompiler.simulated_mesh(tp=4))
+
+
 @pytest.mark.parametrize("scheme", ["fp8_tile", "fp8_tile{k_block=64}"])
 def test_a_second_axis_of_the_mesh_repeats_the_model(scheme: str) -> None:
     compiled = qcompiler.compile(mlp(), scheme=scheme, mesh=qcompiler.simulated_mesh(dp=2, tp=2))
@@ -192,7 +244,7 @@ def test_a_model_is_captured_at_its_first_call() -> None:
         ("fp8_tensor_static", "tp=2", "tp", "needs calibration data"),
         ("fp8_tile", "dp=2", "tp", "tactic 'tp' uses an axis that the mesh does not have: got 'tp'; need one of dp"),
         ("fp8_tile", "tp=2", "ep", "nothing can be sharded: got the mesh tp=2"),
-        ("fp8_tile", "tp=2", "sp", "there is no sum over ranks to cut by tokens: got the mesh tp=2"),
+        ("fp8_tile", "tp=2", "sp", "there is no sum over ranks to cut by tokens: put tp or ep before it"),
     ],
 )
 def test_refusals(scheme: str, mesh: str, sharding: str, message: str) -> None:
@@ -202,11 +254,31 @@ def test_refusals(scheme: str, mesh: str, sharding: str, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_tactics_that_divide_nothing() -> None:
+    """A note if another tactic divides something, an error with all reasons if none does."""
+    mesh: Any = qcompiler.simulated_mesh(tp=2)
+    compiled = qcompiler.compile(mlp(), mesh=mesh, sharding="tp; ep; sp")
+    assert compiled.report.notes == (
+        "tactic 'ep' divides nothing: there are no grouped matmuls",
+        "tactic 'sp' divides nothing: %y_sum: no operation after it treats tokens independently",
+    )
+    assert compiled.report.notes == compiled.ranks[1].report.notes
+    with pytest.raises(qcompiler.PassError) as error:
+        qcompiler.compile(mlp(), mesh=mesh, sharding='tp{layers=["w1"]}; ep; sp')
+    assert str(error.value).splitlines()[0] == (
+        """nothing can be sharded: got the mesh tp=2. Tactic 'tp{layers=["w1"]}':"""
+    )
+    assert str(error.value).splitlines()[1:] == [
+        "%y: no pattern selects it: w1 (%y)", "Tactic 'ep':", "there are no grouped matmuls", "Tactic 'sp':",
+        'there is no sum over ranks to cut by tokens: put tp or ep before it, as in "tp; sp"',
+    ]  # fmt: skip
+    alone: Any = qcompiler.simulated_mesh(tp=1)
+    assert qcompiler.compile(mlp(), mesh=alone, sharding="tp; ep").report.notes == ()
+
+
 def test_wrong_meshes() -> None:
     with pytest.raises(qcompiler.PassError, match="the mesh is of a wrong type: got str; need a DeviceMesh"):
         qcompiler.compile(mlp(), mesh="tp=2")  # type: ignore[arg-type]
-    with pytest.raises(qcompiler.PassError, match="a sharded model cannot be calibrated"):
-        qcompiler.compile(mlp(), scheme="int8_tensor_static", calibration=[X], mesh=qcompiler.simulated_mesh(tp=2))
 
 
 PROCESS = """

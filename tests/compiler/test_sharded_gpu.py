@@ -7,74 +7,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import one_of_two_ranks
 import pytest
 import torch
-
-RANK = """
-import os
-import sys
-import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import LlamaConfig, LlamaForCausalLM
-import qcompiler
-from qcompiler.decoding.graphs import CudaRecorder
-
-rank, kind, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
-if kind == "cuda":
-    torch.cuda.set_device(device)
-backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
-mesh = init_device_mesh(kind, (2,), mesh_dim_names=("tp",))
-torch.manual_seed(0)
-config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
-                     num_key_value_heads=4, head_dim=64, vocab_size=96, tie_word_embeddings=False)
-model = LlamaForCausalLM(config).eval().to(device)  # in FP32: ranks do not round the terms of a sum
-found = {}
-recorded, record = [], CudaRecorder.record
-CudaRecorder.record = lambda recorder, run: recorded.append(run) or record(recorder, run)
-ids = torch.arange(24, device=device).reshape(2, 12) * 7 % 96
-
-with torch.no_grad():
-    for scheme in (None, "fp8_tile"):
-        whole, ranks = (
-            qcompiler.decoder(model, scheme=scheme, max_batch=2, max_length=64, **options)
-            for options in ({}, {"mesh": mesh})
-        )
-        prompts = [[1, 2, 3, 4, 5], [7, 8, 9], [11]]
-        found[f"tokens {scheme}"] = [llm.generate(prompts, max_new_tokens=16) for llm in (whole, ranks)]
-        found[f"recorded {scheme}"] = len(recorded)
-    compiled = [qcompiler.compile(model, example_kwargs={"input_ids": ids, "use_cache": False}, **options)
-                for options in ({}, {"mesh": mesh})]
-    logits = [each(input_ids=ids, use_cache=False).logits for each in compiled]
-    found["logits"] = [each.cpu() for each in logits]
-    if kind == "cuda":
-        for _ in range(3):
-            compiled[1](input_ids=ids, use_cache=False)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = compiled[1](input_ids=ids, use_cache=False).logits
-        replays = []
-        for turn in range(3):
-            ids.copy_(ids.roll(1, 1))
-            graph.replay()
-            replays.append((out.clone().cpu(), compiled[1](input_ids=ids, use_cache=False).logits.cpu()))
-        found["replays"] = replays
-torch.save(found, f"{folder}/{rank}.pt")
-distributed.barrier()
-if kind == "cuda":
-    os._exit(0)  # destroying NCCL's communicators would wait for the graphs that use them
-distributed.destroy_process_group()
-"""
 
 
 @cache
 def ranks(kind: str, folder: Path) -> list[dict[str, Any]]:
     """What each rank found."""
     environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}
-    command = [sys.executable, "-c", RANK]
+    # -P: the folder of the file has a folder `passes`, too.
+    command = [sys.executable, "-P", one_of_two_ranks.__file__]
     processes = [
         subprocess.Popen([*command, str(rank), kind, str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -91,11 +34,13 @@ def ranks(kind: str, folder: Path) -> list[dict[str, Any]]:
 def check(found: list[dict[str, Any]]) -> None:
     """Ranks compute the same bits, and what one device computes."""
     for scheme in (None, "fp8_tile"):
-        whole, sharded = found[0][f"tokens {scheme}"]
-        assert sharded == whole and found[1][f"tokens {scheme}"] == [whole, sharded], scheme
-    whole, sharded = found[0]["logits"]
-    assert torch.equal(sharded, found[1]["logits"][1])
+        whole, *sharded = found[0][f"tokens {scheme}"]
+        assert all(each == whole for each in sharded) and found[1][f"tokens {scheme}"] == [whole, *sharded], scheme
+    whole, sharded, sums = found[0]["logits"]
+    assert torch.equal(sharded, found[1]["logits"][1]) and torch.equal(sums, found[1]["logits"][2])
+    assert torch.equal(found[0]["few"], found[1]["few"])
     assert float((sharded - whole).norm() / whole.norm()) < 1e-2
+    assert 1e-2 < float((sums - whole).norm() / whole.norm()) < 2**-4
 
 
 @pytest.mark.slow
@@ -109,7 +54,9 @@ def test_two_gpus_generate_the_tokens_of_one(tmp_path: Path) -> None:
     found = ranks("cuda", tmp_path)
     check(found)
     for rank in found:
+        assert rank["wrong exchanges"] == []
         assert rank["recorded fp8_tile"] > rank["recorded None"] > 0, "decode steps were not recorded in CUDA graphs"
         assert all(torch.equal(replayed, direct) for replayed, direct in rank["replays"])
     for (one, _), (other, _) in zip(*(rank["replays"] for rank in found), strict=True):
         assert torch.equal(one, other)
+    assert "launch failure" in (tmp_path / "late.txt").read_text(encoding="utf-8")
