@@ -1,6 +1,6 @@
 """Every kernel under compute-sanitizer: bad addresses, races in shared memory, misused barriers.
 
-    PYTHONPATH=. python benchmarks/sanitize.py [--out FOLDER] [--seconds 190]
+    PYTHONPATH=. python benchmarks/sanitize.py [--out FOLDER] [--seconds 190] [--only REGULAR_EXPRESSION]
     PYTHONPATH=. python benchmarks/sanitize.py --rehearse            # without a GPU: everything but the kernels
 
 Runs small launches of every configuration that can be chosen, at sizes that no tile divides, and checks each result
@@ -8,10 +8,9 @@ against the reference on the CPU: see `sanitizing/families.py`. Each tool runs e
 a time. torch's caching allocator is off there, so memcheck sees the end of every tensor. What has not started when the
 time is over is listed as not run.
 
-racecheck reports one kind of access that is not in our code and is not a race: Triton tells the warps of
-`gl.warp_specialize` what to run through bytes in shared memory. The first warps write them (STS), all warps meet at
-named barrier 1, and each other warp reads its own (LDS.U8); racecheck does not see that barrier. The benchmark
-recognizes such pairs by their instructions and counts them separately.
+racecheck reports two kinds of pairs although something that it does not see orders them (`sanitizing/orders.py`):
+Triton's dispatch to specialized warps, and numbers that a warpgroup passes to another one through an mbarrier. The
+benchmark recognizes such pairs by their instructions and counts them separately.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ import harness
 import torch
 
 from benchmarks.sanitizing.families import FAMILIES
+from benchmarks.sanitizing.orders import Code, Race, code_of, is_dispatch, is_handed_over, races_of
 from benchmarks.sanitizing.place import OnGpu, Rehearsal
 from codegen.kernel_cache import use_cache_folder
 from codegen.machine_code import disassembly
@@ -40,10 +41,6 @@ SECONDS, AT_ONCE = 60, 12
 """Time limit of one process, and the number of processes at a time."""
 
 CHILD, FOUND = "--child", re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-RACE = re.compile(
-    r"Race reported between (\w+) access at (\w+)\+(0x[0-9a-f]+)(.*?)\n.*?and (\w+) access at \w+\+(0x[0-9a-f]+)(.*)"
-)
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 
 
 def child(family: str) -> None:
@@ -84,38 +81,30 @@ def check(tool: str, family: str, until: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as late:
         said = (late.stdout or b"").decode(errors="replace") + "\nnot run, or stopped at the time limit"
     launched, found = re.search(r"LAUNCHED (\d+)", said), FOUND.search(said)
-    races = [match.groups() for match in RACE.finditer(said)] if tool == "racecheck" else []
-    rest = [race for race in races if not _is_dispatch(race)]
-    dispatch = len(races) - len(rest)
-    reports = int(found[1]) - dispatch if found else None
+    races = races_of(said) if tool == "racecheck" else []
+    dispatch = [race for race in races if _is(is_dispatch, race)]
+    handed = [race for race in races if race not in dispatch and _is(is_handed_over, race)]
+    rest = [race.text for race in races if race not in dispatch and race not in handed]
+    reports = int(found[1]) - len(dispatch) - len(handed) if found else None
     clean = launched and (not tool or reports == 0)
     row = {
         "tool": tool or "none", "family": family, "launches": launched and int(launched[1]), "reports": reports,
-        "of warp_specialize": dispatch if tool == "racecheck" else None, "seconds": time.perf_counter() - start,
-        "first words": "" if clean else " ".join(rest[0]) if rest else _first_words(said),
+        "of warp_specialize": len(dispatch) if tool == "racecheck" else None,
+        "of mbarriers": len(handed) if tool == "racecheck" else None, "seconds": time.perf_counter() - start,
+        "first words": "" if clean else rest[0] if rest else _first_words(said),
     }  # fmt: skip
     print(*row.values(), *rest, flush=True)
     return row
 
 
-def _is_dispatch(race: tuple[str, ...]) -> bool:
-    """Whether a pair of accesses is Triton's dispatch to specialized warps."""
-    first, kernel, at, _, second, other, _ = race
-    places = {first: at, second: other}
-    if places.keys() != {"Read", "Write"}:
-        return False
-    codes = (_instructions(path) for path in Path(use_cache_folder()).rglob(f"{kernel}.cubin"))
-    return any(
-        code.get(int(places["Read"], 16)) == "LDS.U8" and code.get(int(places["Write"], 16)) in ("STS.64", "STS")
-        for code in codes
-    )
+def _is(kind: Callable[[Race, Code], bool], race: Race) -> bool:
+    """Whether a pair is of this kind, in one of the compiled kernels with its name."""
+    return any(kind(race, _code(path)) for path in Path(use_cache_folder()).rglob(f"{race.kernel}.cubin"))
 
 
 @cache
-def _instructions(cubin: Path) -> dict[int, str]:
-    """Address -> instruction."""
-    sass = disassembly(cubin)
-    return {int(address, 16): name for address, name in INSTRUCTION.findall(sass)}
+def _code(cubin: Path) -> Code:
+    return code_of(disassembly(cubin))
 
 
 def _sanitizer() -> str:
@@ -137,14 +126,16 @@ def main() -> None:
     parser.add_argument(CHILD, metavar="FAMILY", choices=FAMILIES, help="launch one family")
     parser.add_argument("--rehearse", action="store_true", help="run everything but the kernels, without a GPU")
     parser.add_argument("--seconds", type=float, default=190, help="time limit; processes are stopped then")
+    parser.add_argument("--only", default="", help="families whose names match this")
     options = parser.parse_known_args()[0]
     if options.rehearse:
         return rehearse()
     if options.child:
         return child(options.child)
     until = time.perf_counter() + options.seconds
+    families = [family for family in FAMILIES if re.search(options.only, family)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        rows = list(pool.map(partial(check, "", until=until), FAMILIES))  # without a tool, to compile the kernels
+        rows = list(pool.map(partial(check, "", until=until), families))  # without a tool, to compile the kernels
         runnable = [row["family"] for row in rows if row["launches"]]
         rows += pool.map(lambda job: check(*job, until), [(tool, family) for tool in TOOLS for family in runnable])
     version = subprocess.run([_sanitizer(), "--version"], capture_output=True, text=True, check=False).stdout

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_kernels import all_configs, compile_gemm
 from triton.runtime.jit import JITFunction
 
 from benchmarks.sanitizing.families import FAMILIES
+from benchmarks.sanitizing.orders import Race, code_of, is_dispatch, is_handed_over, races_of
 from benchmarks.sanitizing.place import OnGpu, Rehearsal, moved
 from codegen import kernels
 
@@ -50,6 +52,25 @@ def test_every_kernel_is_launched(rehearsals: dict[str, tuple[int, Rehearsal]]) 
             reached(kernel, found)
     missing = [f"{each.fn.__module__}.{each.fn.__name__}" for each in functions() if each not in found]
     assert not missing, "add a family to benchmarks/sanitizing that launches these"
+
+
+def test_pairs_that_an_mbarrier_orders_are_told_from_others() -> None:
+    config = next(each for each in all_configs() if each.variant == "team")
+    code = code_of(compile_gemm(config).sass)
+    written = [address for address, name, _ in code if name.startswith("STS")]
+    read = [address for address, name, _ in code if name == "LDS.64"]
+    pairs = {(w, r) for w in written for r in read if is_handed_over(race(w, r), code)}
+    assert {w for w, _ in pairs} < {*written}, "the dispatch is not ordered by an mbarrier"
+    assert {r for _, r in pairs} == {*read}
+    assert not any(is_dispatch(race(*pair), code) for pair in pairs)
+    alone = [each for each in code if not each[1].startswith("SYNCS.ARRIVE")]
+    assert not any(is_handed_over(race(w, r), alone) for w, r in pairs)
+
+
+def race(written: int, read: int) -> Race:
+    said = f"Error: Race reported between Write access at team_gemm+{written:#x} in a.py:1\n"
+    (found,) = races_of(f"{said}========= and Read access at team_gemm+{read:#x} in a.py:2 [8 hazards]")
+    return found
 
 
 def test_every_family_launches_kernels(rehearsals: dict[str, tuple[int, Rehearsal]]) -> None:

@@ -1,11 +1,13 @@
 """Families of kernels over rows: quantization, fused expressions, gathers of codes, groups of entries, tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.sanitizing.place import Place, draw
+from codegen.operators.operator import OPERATORS
 from qcompiler import numerics
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -56,6 +58,11 @@ def fused_quantizations(place: Place) -> Iterator[str]:
             for block, layout in ((TILE, "col_major"), (TOKEN, "row_major")):
                 place.compare("fused_quantize", operands, expression, keep, block, E4M3, "deepseek", layout)
                 yield f"{expression}, {block}"
+        codes, scales = numerics.quantize(torch.stack([x, r]).float())
+        for expression, operands in (("h = bf16(x0 + bf16(y0)); h * rsqrt(mean(h * h)) * x1", [x, gain]), ("y0", [])):
+            rest: Any = ([], TILE, TILE, E4M3, "deepseek", "col_major")
+            place.compare("fused_sum_quantize", codes, scales, operands, expression, *rest)
+            yield f"{expression}, sum of terms"
 
 
 def pointwise(place: Place) -> Iterator[str]:
@@ -108,11 +115,19 @@ def grouped_entries(place: Place) -> Iterator[str]:
 
 
 def tokens(place: Place) -> Iterator[str]:
-    """The end of a decode step."""
+    """The end of a decode step: one rank's logits, and candidates of several."""
+    ranks = [partial(_largest, OPERATORS["rank_parts"].on_gpu), partial(_largest, OPERATORS["rank_parts"].on_cpu)]
     for rows, columns, dtype in ((5, 1000, BF16), (3, 40001, torch.float32)):
         slots = torch.randperm(rows + 2)[:rows].contiguous()
         active = (torch.arange(rows + 2) % 2).contiguous()
         latest, lengths = torch.arange(rows + 2), torch.arange(rows + 2) * 3
         logits = draw(rows, columns, dtype=torch.float32).to(dtype)
-        place.compare("next_tokens", logits, slots, active, latest, lengths, latest[slots], lengths[slots])
+        place.compare_calls(*ranks, logits, 3 * columns)
+        parts = torch.randint(2**40, (20, rows))
+        place.compare("enter_tokens", parts, slots, active, latest, lengths, latest[slots], lengths[slots])
         yield f"{rows} x {columns}"
+
+
+def _largest(rank_parts: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """The largest logit of each row: how many parts a row has depends on the device."""
+    return rank_parts(*arguments).amax(0)
