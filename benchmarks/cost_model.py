@@ -1,4 +1,4 @@
-"""What 8 and 16 GPUs would take for Llama-3-405B and DeepSeek-V3: measured kernels, and links that are assumptions.
+"""What 8 and 16 GPUs would take for Llama-3-405B and DeepSeek-V3: measured kernels, and links measured with two GPUs.
 
     python benchmarks/cost_model.py
 
@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from codegen.peer_memory import MOST_SENT
+
 RESULTS = Path(__file__).parent / "results"
 PEAK, COPY = 1979e12, 4.19e12
 """FP8 operations a second, nominal, and bytes of a copy a second, measured."""
@@ -25,22 +27,21 @@ ATTENTION = 0.7
 
 
 class Links(NamedTuple):
-    """Assumptions about an H200 host, until they are measured.
+    """Connections of an H200 host. Those to other hosts are assumptions.
 
     Attributes:
-        inside: Bytes a second that a GPU sends through NVLink: 80% of 450 GB/s.
+        inside: Bytes a second that a GPU sends to others of its host in a large sum.
         outside: Bytes a second that a GPU sends to another host: 80% of a port of 400 Gbit/s for each GPU.
-        start: Seconds that a collective takes for few bytes, in a host.
-        start_outside: The same across hosts.
+        start: Seconds that a collective of NCCL takes for few bytes, in a host.
+        start_outside: The same across hosts, in addition.
+        start_peers: Seconds that a sum through the memory of other GPUs takes for few bytes.
     """
 
-    inside: float = 0.8 * 450e9
-    outside: float = 0.8 * 50e9
-    start: float = 12e-6
-    start_outside: float = 30e-6
-
-
-ASSUMED = Links()
+    inside: float
+    outside: float
+    start: float
+    start_outside: float
+    start_peers: float
 
 
 class Linear(NamedTuple):
@@ -205,14 +206,31 @@ def prompt_operations(tokens: int, heads: float, sizes: Sequence[int]) -> float:
     return tokens * tokens * heads * sum(sizes)
 
 
+def measured_links() -> Links:
+    """The links of a host, as two GPUs measured them."""
+    rows = rows_of("h200-many-gpus-links-2")
+    return Links(
+        inside=1e9 * max(row["GB/s"] for row in rows), outside=0.8 * 50e9, start=1e-6 * min(row["us"] for row in rows),
+        start_outside=30e-6, start_peers=1e-6 * min(row["peer memory us"] or math.inf for row in rows),
+    )  # fmt: skip
+
+
+LINKS = measured_links()
+
+
 # Estimated
 
 
 def all_reduce(size: float, layout: Layout, links: Links) -> float:
-    """Seconds to add tensors of `size` bytes: inside each host, across hosts with a part on each GPU, inside again."""
+    """Seconds to add tensors of `size` bytes: inside each host, across hosts with a part on each GPU, inside again.
+
+    Small tensors of one host go to all of its GPUs directly.
+    """
     if layout.ranks == 1:
         return 0.0
     inside = layout.ranks // layout.hosts
+    if layout.hosts == 1 and (sent := (inside - 1) * size) <= MOST_SENT:
+        return links.start_peers + sent / links.inside
     seconds = links.start + 2 * (inside - 1) / inside * size / links.inside
     if layout.hosts > 1:
         across = 2 * (layout.hosts - 1) / layout.hosts * size / inside / links.outside
@@ -272,7 +290,7 @@ def rest(batch: int, tokens: int) -> float:
 
 
 def seconds(
-    model: Model, layout: Layout, batch: int, tokens: int, context: int, links: Links = ASSUMED, width: float = 2.0
+    model: Model, layout: Layout, batch: int, tokens: int, context: int, links: Links = LINKS, width: float = 2.0
 ) -> tuple[float, float]:  # fmt: skip
     """A call's estimated time, and the part of it that is communication: two sums a layer, and the logits.
 
@@ -285,7 +303,7 @@ def seconds(
     return kernels(model, layout, batch, tokens, context) + other + sent, sent
 
 
-def estimates(links: Links = ASSUMED, width: float = 2.0) -> list[dict[str, Any]]:
+def estimates(links: Links = LINKS, width: float = 2.0) -> list[dict[str, Any]]:
     """A row for each case: a prompt of 4096 tokens, and decode steps after 2048 tokens. `width`: see `seconds`."""
     rows = []
     for model, layout in CASES:

@@ -1,6 +1,7 @@
 """Layers of Llama-3-70B's widths on several GPUs: our decoder on a mesh against one GPU, and against torch's bf16 TP.
 
-    python benchmarks/many_gpus.py --gpus 2 [--layers 4] [--batches 1,16,64] [--bf16 compiled|eager|none] [--out FOLDER]
+    python benchmarks/many_gpus.py --gpus 2 [--layers 8] [--batches 1,16,64] [--shardings "tp | tp; sp"]
+                                   [--bf16 compiled|eager|none] [--out FOLDER]
     python benchmarks/many_gpus.py --smoke        # two processes with gloo on a CPU, tiny sizes
 
 Starts one process for each GPU. Times are medians of CUDA-graph replays with their collectives captured; a round takes
@@ -8,7 +9,8 @@ as long as its slowest rank. "scaling" is the time on one GPU over the time on a
 `parallelize_module`, and its layers are compiled by torch.compile. Bytes sent are counted on one rank, for a token.
 "difference" compares logits with those of one GPU; for a decode step, it is the share of tokens that differ. The table
 is also written before the bf16 model is measured, because torch.compile takes minutes. A second table has times of
-sums alone, which `cost_model.py` assumes.
+sums alone, by NCCL and through the memory of the other GPUs, which `cost_model.py` takes; a third one the device time
+of the kernels of rank 0, which include waiting for the other ranks.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -57,13 +59,15 @@ def main() -> int:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--shardings", default="tp | tp; sp", help="separated by |")
     parser.add_argument("--bf16", choices=("compiled", "eager", "none"), help="default: compiled")
     parser.add_argument("--smoke", action="store_true", help="two processes on a CPU, to check this program")
     given = parser.parse_known_args()[0]
     given.bf16 = given.bf16 or ("eager" if given.smoke else "compiled")
     given.batches = [int(batch) for batch in given.batches.split(",")]
+    given.shardings = [each.strip() for each in given.shardings.split("|")]
     given.sizes, given.prefill, given.context = tp.LLAMA_3_70B, PREFILL, CONTEXT
     if given.smoke:
         given.sizes, given.prefill, given.context = tp.TINY, 64, 32
@@ -97,53 +101,72 @@ def measure(rank: int, given: argparse.Namespace, device: torch.device, mesh: De
     """Measures the links, one GPU, all GPUs, and bf16."""
     links = tp.link_rows(mesh, device, SIZES[: 2 if given.smoke else None])
     if rank == 0:
-        write("many-gpus-links", f"Sums over {given.gpus} GPUs by functional collectives in a CUDA graph", links, given)
-    title = f"{given.layers} layers of Llama-3-70B's widths on {given.gpus} GPUs, fp8_tile with an FP8 cache"
-    rows = [row_of(given, None), *(row_of(given, batch) for batch in given.batches)]
+        write("many-gpus-links", f"Sums over {given.gpus} GPUs in a CUDA graph", links, given)
     model = tp.random_llama(given.sizes, given.layers, device)
     say = partial(told, rank, time.perf_counter())
     decoder = partial(
         qcompiler.decoder, model, scheme="fp8_tile", kv_cache="fp8", max_batch=max(given.batches),
         max_length=max(given.prefill, given.context + 2), max_chunk=given.prefill, progress=False,
     )  # fmt: skip
-    outputs: list[Tensor | None] = [None] * len(rows)
+    shapes = [None, *given.batches]
+    alone: list[tuple[float, Tensor]] = []
     if rank == 0:
-        outputs = [*on_one(decoder(), rows, device, say)]
+        alone = on_one(decoder(), [row_of(given, "", shape) for shape in shapes], device, say)
         free(device)
     tp.meet()
-    on_all(decoder(mesh=mesh), rows, outputs, given, device, say)
+    rows: list[Row] = []
+    kernels: list[Row] = []
+    for sharding in given.shardings:
+        new = [row_of(given, sharding, shape) for shape in shapes]
+        on_all(decoder(mesh=mesh, sharding=sharding), new, alone, given, device, say, kernels)
+        rows += new
+        free(device)
+        report(rank, rows, kernels, given)
     del decoder
-    free(device)
-    if rank == 0:
-        write("many-gpus", title, rows, given)
     if given.bf16 != "none":
         bf16(tp.parallelized(model, mesh), rows, given, device, say)
-        if rank == 0:
-            write("many-gpus", title, rows, given)
+        report(rank, rows, kernels, given)
 
 
-def on_one(llm: Any, rows: list[Row], device: torch.device, say: Callable[[object], None]) -> Iterator[Tensor]:
-    """Measures the whole model, and returns its outputs."""
+def report(rank: int, rows: list[Row], kernels: list[Row], given: argparse.Namespace) -> None:
+    """Writes the tables of the models."""
+    if rank == 0:
+        title = f"{given.layers} layers of Llama-3-70B's widths on {given.gpus} GPUs, fp8_tile with an FP8 cache"
+        write("many-gpus", title, rows, given)
+        if kernels:
+            write("many-gpus-kernels", f"Device time of the kernels of rank 0, {given.layers} layers", kernels, given)
+
+
+def on_one(
+    llm: Any, rows: list[Row], device: torch.device, say: Callable[[object], None]
+) -> list[tuple[float, Tensor]]:
+    """Milliseconds and outputs of the whole model."""
     say(f"one GPU, compiled: {llm.memory}")
+    found = []
     for row in rows:
         call = ours(llm, row)
-        yield call().to("cpu", copy=True)
-        row["one GPU ms"] = tp.milliseconds(call, device, alone=True)
-        say(row)
+        output = call().to("cpu", copy=True)
+        found.append((tp.milliseconds(call, device, alone=True), output))
+        say(f"batch {row['batch']}, {row['tokens']} tokens: {found[-1][0]:.3f} ms")
+    return found
 
 
 def on_all(
-    llm: Any, rows: list[Row], outputs: list[Tensor | None], given: argparse.Namespace, device: torch.device,
-    say: Callable[[object], None],
+    llm: Any, rows: list[Row], alone: list[tuple[float, Tensor]], given: argparse.Namespace, device: torch.device,
+    say: Callable[[object], None], kernels: list[Row],
 ) -> None:  # fmt: skip
-    """Measures the model on the mesh."""
+    """Measures the model on the mesh; `alone` is what one GPU took and computed, on rank 0."""
     say(f"{given.gpus} GPUs, compiled: {llm.memory}")
-    for row, want in zip(rows, outputs, strict=True):
+    for index, row in enumerate(rows):
         call = ours(llm, row)
         got = call().to("cpu", copy=True)
         row["sent bytes"] = tp.bytes_sent(call, given.gpus) / tokens_of(row)
         row["fp8_tile ms"] = tp.milliseconds(call, device, alone=False)
-        if want is not None:
+        if device.type == "cuda":
+            named = {name: row[name] for name in ("sharding", "batch", "tokens")}
+            kernels += [named | each for each in tp.kernel_rows(call)]
+        if alone:
+            row["one GPU ms"], want = alone[index]
             row["scaling"] = row["one GPU ms"] / row["fp8_tile ms"]
             tokens = not want.is_floating_point()
             row["difference"] = float((got != want).float().mean()) if tokens else harness.relative_error(got, want)
@@ -154,24 +177,31 @@ def bf16(
     model: Any, rows: list[Row], given: argparse.Namespace, device: torch.device, say: Callable[[object], None]
 ) -> None:
     """Measures bf16 with torch's tensor parallelism. Its bytes are counted before its layers are compiled."""
-    for row in rows:
-        row["bf16 sent bytes"] = tp.bytes_sent(bf16_call(model, row, given.gpus), given.gpus) / tokens_of(row)
-        row["bytes / bf16's"] = row["sent bytes"] / row["bf16 sent bytes"]
-    for row in rows:
+    shapes = {(row["batch"], row["context"]): row for row in rows}
+    sent = {
+        shape: tp.bytes_sent(bf16_call(model, row, given.gpus), given.gpus) / tokens_of(row)
+        for shape, row in shapes.items()
+    }
+    taken = {}
+    for shape, row in shapes.items():
         call = bf16_call(model, row, given.gpus, compiled=given.bf16 == "compiled")
-        row["bf16 ms"] = tp.milliseconds(call, device, alone=False)
+        taken[shape] = tp.milliseconds(call, device, alone=False)
+        say(f"bf16, batch {row['batch']}, {row['tokens']} tokens: {taken[shape]:.3f} ms")
+    for row in rows:
+        shape = row["batch"], row["context"]
+        row["bf16 ms"], row["bf16 sent bytes"] = taken[shape], sent[shape]
         row["times bf16"] = row["bf16 ms"] / row["fp8_tile ms"]
-        say(row)
+        row["bytes / bf16's"] = row["sent bytes"] / row["bf16 sent bytes"]
 
 
-def row_of(given: argparse.Namespace, batch: int | None) -> Row:
+def row_of(given: argparse.Namespace, sharding: str, batch: int | None) -> Row:
     """A row without measurements: a prefill, or a decode step of a batch."""
     tokens, context = (given.prefill, 0) if batch is None else (1, given.context)
     names = (
         "one GPU ms", "fp8_tile ms", "scaling", "bf16 ms", "times bf16", "sent bytes", "bf16 sent bytes",
         "bytes / bf16's", "difference",
     )  # fmt: skip
-    return {"batch": batch or 1, "tokens": tokens, "context": context} | dict.fromkeys(names)
+    return {"sharding": sharding, "batch": batch or 1, "tokens": tokens, "context": context} | dict.fromkeys(names)
 
 
 def ours(llm: Any, row: Row) -> Callable[[], Tensor]:

@@ -110,12 +110,43 @@ def measure(
         result = work.unfused(*operands[: len(operands) - prescale])[0]
         return torch.ops.qcompiler.quantize(result, block, dtype, "deepseek", layout, factors)
 
+    work_name = name + (", prescale" if prescale else "") + (", slices" if sliced else "")
+    return row(work_name, (m, k), block, dtype, operands, fused, unfused, copy)
+
+
+def measure_terms(count: int, m: int, k: int, copy: float) -> dict[str, Any]:
+    """One row: a sum of FP8 terms before a residual sum and a norm; "unfused" stores the sum of the terms in bf16."""
+    work, block = WORKS["add, RMSNorm"], (1, 128)
+    x, gain = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(k, device="cuda").bfloat16()
+    terms = torch.randn(count * m, k, device="cuda").bfloat16()
+    quantized = torch.ops.qcompiler.quantize(terms, block, E4M3, "deepseek", "row_major")
+    codes, scales = (each.view(count, m, -1) for each in quantized)
+    text = " + ".join(f"x0[{term}, i0, i1] * x1[{term}, i0, floordiv(i1, 128)]" for term in range(count))
+    rest = (work.keep, block, E4M3, "deepseek", LAYOUT)
+
+    def fused() -> list[Tensor]:
+        expression = work.expression.replace("x1", "bf16(y0)").replace("x2", "x1")
+        return torch.ops.qcompiler.fused_sum_quantize(codes, scales, [x, gain], expression, work.keep, block, *rest[1:])
+
+    def unfused() -> list[Tensor]:
+        (total,) = torch.ops.qcompiler.pointwise([codes, scales], [f"bf16({text})"], [f"x0.1, {k}"])
+        return torch.ops.qcompiler.fused_quantize([x, total, gain], work.expression, *rest)
+
+    operands = (codes, scales, x, gain)
+    return row(f"sum of {count} terms, add, RMSNorm", (m, k), block, E4M3, operands, fused, unfused, copy)
+
+
+def row(
+    name: str, sizes: tuple[int, int], block: Sequence[int], dtype: torch.dtype, operands: Sequence[Tensor],
+    fused: Callable[[], list[Tensor]], unfused: Callable[[], object], copy: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Times both functions; `fused` reads the operands once."""
     made = fused()
     time, before = harness.milliseconds(fused), harness.milliseconds(unfused)
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*operands, *made))
     return {
-        "work": name + (", prescale" if prescale else "") + (", slices" if sliced else ""),
-        "M, K": f"{m}, {k}",
+        "work": name,
+        "M, K": "{}, {}".format(*sizes),
         "block": str(list(block)),
         "format": str(dtype).removeprefix("torch."),
         "us": time * 1e3,
@@ -142,6 +173,7 @@ def main() -> None:
     rows += [measure(*each, copy, prescale=True) for each in LARGE if each[2] in (4096, 8192, 14336)]
     rows += [measure(name, 8192, 4096, copy, block=(1, -1), dtype=torch.int8) for name in ("quantize", *NORMS)]
     rows += [measure(*each, copy) for each in SMALL]
+    rows += [measure_terms(count, m, 8192, copy) for count, m in ((2, 2048), (4, 1024), (8, 512), (2, 16))]
     title = f"Fused quantization: GB/s by warm CUDA-graph replay; a copy moves {copy:.0f} GB/s"
     harness.gpu_report("memory-bound", title, rows)
 

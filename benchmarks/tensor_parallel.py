@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_model import by_kernel
 
+from codegen.peer_memory import PeerMemory
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.decoding.sampling import Features
 from qcompiler.decoding.slot_table import Rows, SlotTable
@@ -161,6 +163,14 @@ def _recorded(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def kernel_rows(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Device time of the kernels of a call; all ranks run it."""
+    run = _recorded(call)
+    torch.cuda.synchronize()
+    meet()
+    return by_kernel(run)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -169,14 +179,18 @@ def _wait(device: torch.device) -> None:
 def link_rows(mesh: DeviceMesh, device: torch.device, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Times of sums of bf16 over all ranks, by bytes.
 
-    "GB/s" is what each rank sends and receives in a ring, 2 (n - 1) / n of the bytes, over the time.
+    "GB/s" is what each rank sends and receives in a ring, 2 (n - 1) / n of the bytes, over the time of NCCL.
     """
-    group, rows = mesh.get_group("tp"), []
+    group, peers, rows = mesh.get_group("tp"), PeerMemory(), []
     for size in sizes:
         x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
         taken = milliseconds(partial(_sums, x, group, SUMS), device, alone=False) / SUMS
         share = 2 * (group.size() - 1) / group.size()
-        rows.append({"bytes": size, "us": 1e3 * taken, "GB/s": share * size / taken / 1e6})
+        row = {"bytes": size, "us": 1e3 * taken, "GB/s": share * size / taken / 1e6, "peer memory us": None}
+        if peers.all_reduce(x, group) is not None:
+            taken = milliseconds(partial(_peer_sums, x, group, SUMS, peers), device, alone=False) / SUMS
+            row["peer memory us"] = 1e3 * taken
+        rows.append(row)
     return rows
 
 
@@ -184,6 +198,12 @@ def _sums(x: Tensor, group: Any, count: int) -> None:
     """Sums after one another, as functional collectives, which compiled models run."""
     for _ in range(count):
         torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group.group_name))
+
+
+def _peer_sums(x: Tensor, group: Any, count: int, peers: PeerMemory) -> None:
+    """Sums after one another, through the memory of the other GPUs."""
+    for _ in range(count):
+        peers.all_reduce(x, group)
 
 
 class Sent(TorchDispatchMode):
@@ -195,14 +215,22 @@ class Sent(TorchDispatchMode):
 
     def __init__(self, ranks: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._share, self.bytes = (ranks - 1) / ranks, 0.0
+        self._ranks, self._share, self.bytes = ranks, (ranks - 1) / ranks, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its collectives arrive here later
         out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0].rstrip("_")
+        if name == "fused_reduce_quantize":  # also sums over ranks
+            operands, *_, summed = args
+            self.bytes += 2 * self._share * operands[summed].nbytes
+        if name == "exchange":  # through peer memory
+            *_, scattered, summed = args
+            self.bytes += (
+                self._share * args[0].nbytes * (1 if scattered else 2 if summed else round(1 / (1 - self._share)))
+            )
         if func.namespace == "_c10d_functional":
-            name = func.__name__.split(".")[0].rstrip("_")
             if name == "all_reduce":
                 self.bytes += 2 * self._share * args[0].nbytes
             elif name.startswith(("all_gather", "all_to_all", "reduce_scatter")):

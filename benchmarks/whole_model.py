@@ -1,6 +1,6 @@
 """Whole models with random bfloat16 weights: fp8_tile against bf16 and FP8 of torchao, both with torch.compile.
 
-    python benchmarks/whole_model.py [--out FOLDER] [--only llama,mixtral,qwen3-moe,minilm]
+    python benchmarks/whole_model.py [--out FOLDER] [--only llama,mixtral,qwen3-moe,minilm] [--tokens 1x512,16x128]
 
 Times are medians of alternating CUDA-graph replays, without Python overhead and launch gaps. torchao quantizes weights
 and activations by row, and is measured where it is installed, except for experts, which it leaves in bf16. A second
@@ -78,18 +78,22 @@ BF16, COMPILED, TORCHAO, OURS = "bf16", "bf16, torch.compile", "torchao FP8, tor
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(SUBJECTS))
-    names = parser.parse_known_args()[0].only.split(",")
+    parser.add_argument("--tokens", default="", help="rows x length of the shapes to measure; by default all")
+    given = parser.parse_known_args()[0]
+    names, shapes = given.only.split(","), [shape for shape in given.tokens.split(",") if shape]
     rows: list[dict[str, Any]] = []
     kernels: list[dict[str, Any]] = []
     with torch.no_grad():
         for name in names:
             torch.manual_seed(0)
-            measure(SUBJECTS[name], rows, kernels)
+            measure(SUBJECTS[name], shapes, rows, kernels)
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def measure(subject: Subject, rows: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> None:
+def measure(
+    subject: Subject, shapes: list[str], rows: list[dict[str, Any]], kernels: list[dict[str, Any]]
+) -> None:  # fmt: skip
     """Adds rows to both tables, and writes them after each shape, because torch.compile takes a minute for one."""
     with torch.device("cuda"):
         model = subject.make().to(torch.bfloat16).eval()
@@ -97,6 +101,8 @@ def measure(subject: Subject, rows: list[dict[str, Any]], kernels: list[dict[str
     if subject.torchao and find_spec("torchao"):
         models[TORCHAO] = by_torchao(model)
     for shape in subject.tokens:
+        if shapes and f"{shape[0]}x{shape[1]}" not in shapes:
+            continue
         ids = torch.randint(0, VOCABULARY, shape, device="cuda")
         calls = {name: partial(each, input_ids=ids) for name, each in models.items()}
         times = in_turns({name: [call] for name, call in calls.items()}, rounds=7)

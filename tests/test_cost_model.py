@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.cost_model import (
-    ASSUMED,
     CASES,
+    LINKS,
     LLAMA_8B,
     LLAMA_405B,
     ONE,
@@ -39,10 +39,11 @@ def test_a_measured_gemm_takes_its_time() -> None:
 
 
 def test_sums_over_links() -> None:
-    links = Links(inside=100.0, outside=10.0, start=1.0, start_outside=2.0)
-    assert all_reduce(800.0, ONE, links) == 0.0
-    assert all_reduce(800.0, Layout("", 8), links) == pytest.approx(1.0 + 2 * 7 / 8 * 8.0)
-    assert all_reduce(800.0, Layout("", 16, hosts=2), links) == pytest.approx(1.0 + 14.0 + 2.0 + 800 / 8 / 10)
+    links = Links(inside=1e6, outside=1e5, start=1.0, start_outside=2.0, start_peers=0.25)
+    assert all_reduce(8e6, ONE, links) == 0.0
+    assert all_reduce(8e6, Layout("", 8), links) == pytest.approx(1.0 + 2 * 7 / 8 * 8.0)
+    assert all_reduce(8e6, Layout("", 16, hosts=2), links) == pytest.approx(1.0 + 14.0 + 2.0 + 8e6 / 8 / 1e5)
+    assert all_reduce(2e5, Layout("", 8), links) == pytest.approx(0.25 + 7 * 0.2)
 
 
 def test_bytes_of_a_rank() -> None:
@@ -56,6 +57,6 @@ def test_smaller_sums_and_faster_links_save_time() -> None:
         whole, sent = seconds(model, layout, 1, 4096, 0)
         half, less = seconds(model, layout, 1, 4096, 0, width=1.0)
         assert whole - sent == pytest.approx(half - less) and sent / 2 < less < 0.6 * sent
-        fast = ASSUMED._replace(inside=2 * ASSUMED.inside, outside=2 * ASSUMED.outside)
+        fast = LINKS._replace(inside=2 * LINKS.inside, outside=2 * LINKS.outside)
         assert seconds(model, layout, 1, 4096, 0, fast)[0] < whole
     assert len(estimates()) == len(CASES)

@@ -19,7 +19,9 @@ def test_two_processes_on_a_cpu(tmp_path: Path) -> None:
         json.loads((tmp_path / f"smoke-many-gpus{name}-2.json").read_text())["rows"] for name in ("-links", "")
     )
     assert [row["bytes"] for row in links] == [4096, 16384] and min(row["us"] for row in links) > 0
-    assert [(row["batch"], row["tokens"]) for row in rows] == [(1, 64), (1, 1), (4, 1)]
+    shapes = [(1, 64), (1, 1), (4, 1)]
+    assert [(row["batch"], row["tokens"]) for row in rows] == 2 * shapes
+    assert [row["sharding"] for row in rows] == ["tp"] * 3 + ["tp; sp"] * 3
     for row in rows:
         assert min(row[name] for name in ("one GPU ms", "fp8_tile ms", "bf16 ms")) > 0
         # Two sums of 512 bf16 numbers, each of which goes once to the other rank in a sum over two.
