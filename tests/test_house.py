@@ -63,10 +63,12 @@ LATE_IMPORTS: dict[tuple[str, str], str] = {
         "codegen.mlir.examples",
         "torch._dynamo.source",
     ): "torch._dynamo takes a second, and loading a model needs none of it",
+    ("qcompiler.compiler.sharding", "codegen.peer_memory"): "torch can be built without torch.distributed",
     (
         "qcompiler.compiler.sharding",
         "qcompiler.distributed.process_groups",
     ): "torch can be built without torch.distributed",
+    ("codegen.peer_memory", "torch.distributed"): "a private module, needed on several GPUs only",
 }
 
 # Modules that read the environment, with the reason. All others use `qcompiler.knobs`.
