@@ -149,3 +149,24 @@ class RandomBlocks:
         y = self.add("aten.transpose.int", f"{y}, 1, 2", f"s0, s1, {heads}, {size}")
         y = self.add("aten.reshape", f"{y}, [%b, %s, {heads * size}]", f"s0, s1, {heads * size}")
         return self.linear(y, self.width, heads * size)
+
+
+def residual_mlps(width: int, first: int, second: int) -> str:
+    """Text of two MLPs with residual sums and a norm in between, on f32[s0, s1, width]; `first` and `second` inside."""
+    return f"""func @m(%x: f32[s0, s1, {width}]) -> (f32[s0, s1, {width}]) where s0 in 1..4, s1 in 1..16 {{
+  %n = core.param() {{name = "n"}} : f32[{width}]
+  %w1 = core.param() {{name = "w1"}} : f32[{first}, {width}]
+  %w2 = core.param() {{name = "w2"}} : f32[{width}, {first}]
+  %w3 = core.param() {{name = "w3"}} : f32[{second}, {width}]
+  %w4 = core.param() {{name = "w4"}} : f32[{width}, {second}]
+  %g1 = aten.linear(%x, %w1) : f32[s0, s1, {first}]
+  %h1 = aten.silu(%g1) : f32[s0, s1, {first}]
+  %y1 = aten.linear(%h1, %w2) : f32[s0, s1, {width}]
+  %r1 = aten.add.Tensor(%x, %y1) : f32[s0, s1, {width}]
+  %m1 = aten.rms_norm(%r1, [{width}], %n) : f32[s0, s1, {width}]
+  %g2 = aten.linear(%m1, %w3) : f32[s0, s1, {second}]
+  %h2 = aten.silu(%g2) : f32[s0, s1, {second}]
+  %y2 = aten.linear(%h2, %w4) : f32[s0, s1, {width}]
+  %r2 = aten.add.Tensor(%r1, %y2) : f32[s0, s1, {width}]
+  return %r2
+}}"""

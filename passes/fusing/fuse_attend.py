@@ -87,11 +87,8 @@ class FuseAttend(Pass):
 
     name: ClassVar[str] = "fuse-attend"
     effect: ClassVar[Effect] = Effect.EXACT
+    unrelated: ClassVar[tuple[Missed, ...]] = (OTHER,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (AttendThenQuantize(),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits quantizations of other values: this pass does not apply to them."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(OTHER)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.fusing.fused_producer import NO_REDUCTION, TURNED_CODES, ArithmeticThenQuantize
-from qcompiler.ir import Graph, Rule
+from qcompiler.ir import Missed, Rule
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
 
@@ -27,11 +27,8 @@ class FuseNormQuantize(Pass):
     name: ClassVar[str] = "fuse-norm-quantize"
     effect: ClassVar[Effect] = Effect.REORDERS
     budget: ClassVar[float] = TURNED_CODES
+    unrelated: ClassVar[tuple[Missed, ...]] = (NO_REDUCTION,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule, for arithmetic with a reduction over the row."""
         return (ArithmeticThenQuantize(across=True),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits values that no reduction computes: this pass does not apply to them."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(NO_REDUCTION)}

@@ -53,11 +53,8 @@ class FuseReduceQuantize(Pass):
 
     name: ClassVar[str] = "fuse-reduce-quantize"
     effect: ClassVar[Effect] = Effect.EXACT
+    unrelated: ClassVar[tuple[Missed, ...]] = (NO_SUM,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (ReduceThenQuantize(),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits quantizations that read no sum over ranks."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(NO_SUM)}

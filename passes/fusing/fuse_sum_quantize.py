@@ -61,11 +61,8 @@ class FuseSumQuantize(Pass):
 
     name: ClassVar[str] = "fuse-sum-quantize"
     effect: ClassVar[Effect] = Effect.EXACT
+    unrelated: ClassVar[tuple[Missed, ...]] = (NO_SUM,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (SumThenQuantize(),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits quantizations that read no sum of terms."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(NO_SUM)}

@@ -82,11 +82,8 @@ class GatherCodes(Pass):
 
     name: ClassVar[str] = "gather-codes"
     effect: ClassVar[Effect] = Effect.EXACT
+    unrelated: ClassVar[tuple[Missed, ...]] = (NO_GATHER,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (QuantizeThenGather(),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits quantizations of rows that no index chooses."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(NO_GATHER)}

@@ -78,11 +78,8 @@ class FuseLinear(Pass):
 
     name: ClassVar[str] = "fuse-linear"
     effect: ClassVar[Effect] = Effect.REORDERS
+    unrelated: ClassVar[tuple[Missed, ...]] = (NOT_QUANTIZED,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (DequantizeThenLinear(),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits linears without a quantized operand: this pass does not apply to them."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(NOT_QUANTIZED)}

@@ -61,11 +61,8 @@ class GatherQuantized(Pass):
 
     name: ClassVar[str] = "gather-quantized"
     effect: ClassVar[Effect] = Effect.EXACT
+    unrelated: ClassVar[tuple[Missed, ...]] = (NOT_GATHERED,)
 
     def rules(self) -> Sequence[Rule]:
         """One rule."""
         return (QuantizeThenGather(),)
-
-    def explain(self, graph: Graph) -> dict[str, str]:
-        """Omits quantizations of values that are not gathered."""
-        return {name: why for name, why in super().explain(graph).items() if why != str(NOT_GATHERED)}

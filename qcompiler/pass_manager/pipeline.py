@@ -64,11 +64,13 @@ class Pass(ABC):
         effect: How the pass may change numerical results.
         budget: The largest relative error (norm of the difference over norm) that a lossy pass may add to an output;
             for a reordering pass, the error allowed beyond rounding, for example from codes that change.
+        unrelated: Reasons that `explain` omits: such candidates have nothing to do with the pass.
     """
 
     name: ClassVar[str]
     effect: ClassVar[Effect] = Effect.EXACT
     budget: ClassVar[float] = 0.0
+    unrelated: ClassVar[tuple[Missed, ...]] = ()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -131,13 +133,13 @@ class Pass(ABC):
         A candidate is an operation that some rule starts at; it is skipped if no rule matches.
         """
         reasons: dict[str, str] = {}
-        rules = self.rules()
+        rules, unrelated = self.rules(), {*map(str, self.unrelated)}
         for op in graph.ops():
             tried = [rule.match(op, graph) for rule in rules if rule.starts_at(op)]
             misses = [str(missed) for missed in tried if isinstance(missed, Missed)]
             if misses and len(misses) == len(tried) and op.results:
                 reasons[op.results[0].name] = "; ".join(dict.fromkeys(misses))
-        return reasons
+        return {name: why for name, why in reasons.items() if why not in unrelated}
 
     def __str__(self) -> str:
         values = [(option, getattr(self, option.name)) for option in fields(self)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharded_graphs import RandomBlocks, rank_graphs, run_ranks
+from sharded_graphs import RandomBlocks, rank_graphs, residual_mlps, run_ranks
 from torch import Tensor
 
 from passes.sharding.quantize_sums import QuantizeSums
@@ -129,23 +129,7 @@ QUANTIZED = (
     "fp8-tile{x_format=#format<f8e4m3fn, block = [1, 32]>, w_format=#format<f8e4m3fn, block = [32, 32]>}; "
     "share-quantize; fuse-linear; fold-constants; dead-code; to-kernels; gather-quantized"
 )
-LAYERS = """func @m(%x: f32[s0, s1, 64]) -> (f32[s0, s1, 64]) where s0 in 1..4, s1 in 1..16 {
-  %n = core.param() {name = "n"} : f32[64]
-  %w1 = core.param() {name = "w1"} : f32[128, 64]
-  %w2 = core.param() {name = "w2"} : f32[64, 128]
-  %w3 = core.param() {name = "w3"} : f32[128, 64]
-  %w4 = core.param() {name = "w4"} : f32[64, 128]
-  %g1 = aten.linear(%x, %w1) : f32[s0, s1, 128]
-  %h1 = aten.silu(%g1) : f32[s0, s1, 128]
-  %y1 = aten.linear(%h1, %w2) : f32[s0, s1, 64]
-  %r1 = aten.add.Tensor(%x, %y1) : f32[s0, s1, 64]
-  %m1 = aten.rms_norm(%r1, [64], %n) : f32[s0, s1, 64]
-  %g2 = aten.linear(%m1, %w3) : f32[s0, s1, 128]
-  %h2 = aten.silu(%g2) : f32[s0, s1, 128]
-  %y2 = aten.linear(%h2, %w4) : f32[s0, s1, 64]
-  %r2 = aten.add.Tensor(%r1, %y2) : f32[s0, s1, 64]
-  return %r2
-}"""
+LAYERS = residual_mlps(64, 128, 128)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharded_graphs import RandomBlocks, rank_graphs, run_ranks
+from sharded_graphs import RandomBlocks, rank_graphs, residual_mlps, run_ranks
 
 from passes.analyses.sent_bytes import Sending
 from passes.analyses.token_regions import token_regions
@@ -50,23 +50,7 @@ def test_random_graphs(seed: int, few: int, sizes: tuple[int, int]) -> None:
     torch.testing.assert_close(outputs[0][0], whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
-LAYERS = """func @m(%x: f32[s0, s1, 16]) -> (f32[s0, s1, 16]) where s0 in 1..4, s1 in 1..16 {
-  %n1 = core.param() {name = "n1"} : f32[16]
-  %w1 = core.param() {name = "w1"} : f32[32, 16]
-  %w2 = core.param() {name = "w2"} : f32[16, 32]
-  %w3 = core.param() {name = "w3"} : f32[64, 16]
-  %w4 = core.param() {name = "w4"} : f32[16, 64]
-  %g1 = aten.linear(%x, %w1) : f32[s0, s1, 32]
-  %h1 = aten.silu(%g1) : f32[s0, s1, 32]
-  %y1 = aten.linear(%h1, %w2) : f32[s0, s1, 16]
-  %r1 = aten.add.Tensor(%x, %y1) : f32[s0, s1, 16]
-  %m1 = aten.rms_norm(%r1, [16], %n1) : f32[s0, s1, 16]
-  %g2 = aten.linear(%m1, %w3) : f32[s0, s1, 64]
-  %h2 = aten.silu(%g2) : f32[s0, s1, 64]
-  %y2 = aten.linear(%h2, %w4) : f32[s0, s1, 16]
-  %r2 = aten.add.Tensor(%r1, %y2) : f32[s0, s1, 16]
-  return %r2
-}"""
+LAYERS = residual_mlps(16, 32, 64)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
