@@ -7,6 +7,7 @@ y = aten.mul(total, same)                     ->   y = aten.mul(new, new)
 from typing import Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
@@ -77,5 +78,7 @@ def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
+    while is_functorch_wrapped_tensor(tensor):  # traced inside torch.vmap
+        tensor = get_unwrapped(tensor)
     address: int = tensor.untyped_storage()._cdata
     return address

@@ -133,6 +133,22 @@ def test_in_place_operators_become_functional() -> None:
     assert "core.update" not in names(captured.graph)
 
 
+def test_a_mask_may_be_computed_by_vmap() -> None:
+    """As in transformers, for masks that look at two positions."""
+
+    def forward(x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        rows = torch.vmap(lambda i, j: (j <= i) & (i - j < 8), in_dims=(None, 0))
+        allowed = torch.vmap(rows, in_dims=(0, None))(places, places)
+        result: Tensor = allowed.to(x.dtype).add_(1.0) @ x
+        return result
+
+    captured = capture(Function(forward), (torch.randn(2, 12, 4),))
+    for length in (5, 12, 20):
+        x = torch.randn(2, length, 4)
+        torch.testing.assert_close(captured.run(x), forward(x))
+
+
 def test_unused_inputs_stay_and_unused_weights_go() -> None:
     model = SiluMlp()
     model.register_buffer("unused", torch.zeros(3))
