@@ -26,7 +26,9 @@ def handed_over(text: str) -> tuple[torch.dtype, str]:
         return torch.float32, str(expression)
 
     def without(what: Expression) -> Expression:
-        return what.args[0] if isinstance(what, Call) and _rounds_a_sum(what) else what
+        # A second rounding of a sum, to another type, stays.
+        first = isinstance(what, Call) and what.function == rounding and _rounds_a_sum(what)
+        return what.args[0] if isinstance(what, Call) and first else what
 
     return ROUNDED[rounding], str(_changed(expression, without))
 

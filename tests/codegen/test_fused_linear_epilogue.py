@@ -38,6 +38,7 @@ SWIGLU = "bf16(bf16(silu(bf16(y0))) * bf16(y1))"
         ("h = y0; bf16(h)", torch.float32, "h = y0; bf16(h)"),
         ("y0", torch.float32, "y0"),
         ("bf16(x0)", torch.float32, "bf16(x0)"),
+        ("x0 + bf16(f16(y0))", torch.float16, "x0 + bf16(y0)"),
     ],
 )
 def test_sums_are_passed_in_the_dtype_that_the_expression_rounds_to(
