@@ -236,18 +236,14 @@ def connection(mesh: Any) -> tuple[Mesh, Ranks | None]:
     if isinstance(mesh, SimulatedMesh):
         return mesh.mesh, None
     from codegen.peer_memory import PeerMemory
-    from qcompiler.distributed.process_groups import ProcessGroups, is_device_mesh, mesh_of
+    from qcompiler.distributed.process_groups import NoPeers, ProcessGroups, is_device_mesh, mesh_of
 
     if not is_device_mesh(mesh):
         need = "a DeviceMesh of torch.distributed, or qcompiler.simulated_mesh(tp=2)"
         raise PassError("the mesh is of a wrong type", got=type(mesh).__name__, need=need)
     grid, rank = mesh_of(mesh)
-    return grid, Ranks(
-        ProcessGroups(mesh, PeerMemory() if knobs.current().peer_memory else None),
-        grid,
-        rank,
-        torch.device(mesh.device_type),
-    )
+    peers = PeerMemory() if knobs.current().peer_memory else NoPeers()
+    return grid, Ranks(ProcessGroups(mesh, peers), grid, rank, torch.device(mesh.device_type))
 
 
 def model_of(programs: Sequence[Program], mesh: Mesh, connected: Ranks | None, sharding: str) -> ShardedModel:

@@ -1,6 +1,6 @@
 """What a rank's collectives do while it runs.
 
-    with communicating(simulation.rank(1)):      # or ProcessGroups(device_mesh)
+    with communicating(simulation.rank(1)):      # or ProcessGroups(device_mesh, NoPeers())
         run(weights, x)                          # its collectives meet the ones of the other ranks
 
 Collectives of the dialect `coll` name an axis of the mesh, and find their communicator in the context of the thread.

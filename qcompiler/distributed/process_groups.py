@@ -44,6 +44,15 @@ class PeerCollectives(Protocol):
         """What a kernel needs to exchange a small tensor itself."""
 
 
+class NoPeers:
+    """Leaves all tensors to torch; see `PeerCollectives`."""
+
+    def _none(self, x: Tensor, group: ProcessGroup) -> None:
+        return None
+
+    all_reduce = all_gather = reduce_scatter = all_to_all = small = _none
+
+
 def is_device_mesh(mesh: object) -> bool:
     """Whether an object is a device mesh of `torch.distributed`."""
     return isinstance(mesh, DeviceMesh)
@@ -80,7 +89,7 @@ class ProcessGroups(Communicator):
         peers: Asked before torch.
     """
 
-    def __init__(self, devices: DeviceMesh, peers: PeerCollectives | None = None) -> None:
+    def __init__(self, devices: DeviceMesh, peers: PeerCollectives) -> None:
         self.devices, self._peers = devices, peers
         if (seconds := knobs.current().collective_seconds) is not None:
             for group in devices.get_all_groups():
@@ -92,19 +101,19 @@ class ProcessGroups(Communicator):
 
     def peers(self, x: Tensor, mesh: str) -> Any:
         """What a kernel needs to exchange a tensor itself."""
-        return None if self._peers is None else self._peers.small(x, self.devices.get_group(mesh))
+        return self._peers.small(x, self.devices.get_group(mesh))
 
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""
         group = self.devices.get_group(mesh)
-        if self._peers is not None and (found := self._peers.all_reduce(x, group)) is not None:
+        if (found := self._peers.all_reduce(x, group)) is not None:
             return found
         return _done(lambda: OPS.all_reduce(x.contiguous(), "sum", group.group_name))
 
     def all_gather(self, x: Tensor, mesh: str, axis: int) -> Tensor:
         """The tensors of all ranks along an axis."""
         group = self.devices.get_group(mesh)
-        if self._peers is not None and (found := self._peers.all_gather(x, group)) is not None:
+        if (found := self._peers.all_gather(x, group)) is not None:
             return found.movedim(0, axis).flatten(axis, axis + 1)
         parts = _done(lambda: OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
         return parts if axis == 0 else torch.cat(parts.chunk(group.size()), axis)
@@ -113,14 +122,14 @@ class ProcessGroups(Communicator):
         """This rank's part of the sum."""
         group = self.devices.get_group(mesh)
         parts = (x if axis == 0 else torch.cat(x.chunk(group.size(), axis))).contiguous()
-        if self._peers is not None and (found := self._peers.reduce_scatter(parts, group)) is not None:
+        if (found := self._peers.reduce_scatter(parts, group)) is not None:
             return found
         return _done(lambda: OPS.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
 
     def all_to_all(self, x: Tensor, mesh: str) -> Tensor:
         """This rank's parts of the tensors of all ranks."""
         group = self.devices.get_group(mesh)
-        if self._peers is not None and (found := self._peers.all_to_all(x, group)) is not None:
+        if (found := self._peers.all_to_all(x, group)) is not None:
             return found
         sizes = [x.shape[0] // group.size()] * group.size()
         return _done(lambda: OPS.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name))
