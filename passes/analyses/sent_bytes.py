@@ -11,6 +11,7 @@ twice as many. The layers are not quantized yet, so `Sending` says in which form
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from passes.analyses.expert_regions import GROUPED
 from passes.analyses.layers import EVERYTHING, why_not_layer
 from qcompiler.ir import Format, Graph, Op, Role, Size, Value
 
@@ -38,9 +39,20 @@ class Sending:
         form = self.reads
         if form is None or form.block[0] != 1 or form.level is not None:
             return _bytes(value, None)  # one scale covers several tokens, which are gathered before they are quantized
-        layers = all(user.name == "aten.linear" and value is user["input"] for user in users)
-        quantized = layers and all(why_not_layer(self.layers, user, graph) is None for user in users)
+        layers = [layer for user in users for layer in _layers_of(graph, value, user)]
+        quantized = all(layer is not None and why_not_layer(self.layers, layer, graph) is None for layer in layers)
         return _bytes(value, form if quantized else None)
+
+
+def _layers_of(graph: Graph, value: Value, user: Op) -> list[Op | None]:
+    """The layers for which a user of a value reads its tokens, or their rows in another order; None for others."""
+    if user.name == "aten.linear" and value is user["input"]:
+        return [user]
+    if user.name != "aten.index.Tensor" or value is not user["self"]:
+        return [None]
+    return [
+        layer if layer.name in GROUPED and layer.args[0] is user.result else None for layer in graph.users(user.result)
+    ]
 
 
 def is_multiplied(value: Value) -> bool:

@@ -11,12 +11,14 @@ results depends only on its own parts of the operands. Operations that are not i
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from passes.analyses.channel_labels import Slot
 from passes.analyses.sharding_factors import (
     Factor,
     Place,
     aligned,
     all_but,
     axes_of,
+    axis_of,
     elementwise,
     normalized,
     permutation,
@@ -154,6 +156,19 @@ def _normalized_along(op: Op) -> Iterator[Factor]:
         yield Factor((Place((0,), axis), *(Place(path, at) for path in own), Place(0, axis)))
 
 
+# Routers
+
+
+def _picked(op: Op) -> Iterator[Factor]:
+    """Axes that are not indexed, if the index is as long as the operand."""
+    slots: list[Slot] = [op.path("self"), op.path("index")]
+    shape, index = (shape_of(op, slot) for slot in slots)
+    along = axis_of(op, "dim", len(shape))
+    odd = {axis for axis, (size, own) in enumerate(zip(shape, index, strict=True)) if size != own}
+    if along is not None:
+        yield from aligned(op, slots, frozenset({along, *odd}))
+
+
 # The table
 
 _MOVED = "Each element of the result is the operand's element at one place, and axes move as a whole."
@@ -218,6 +233,13 @@ RULES: Mapping[str, Row] = {
     "aten.mean.dim": _REDUCTION,
     "aten.amax": _REDUCTION,
     "aten.amin": _REDUCTION,
+    "aten.max.dim": _REDUCTION,
+    "aten.topk": Row(_ALONG, all_but("dim"), "selects elements along"),
+    **dict.fromkeys(
+        ("aten.gather", "aten.scatter.value"),
+        Row("Elements move along the named axis only.", _picked, "moves elements along"),
+    ),
+    "aten.zeros_like": Row("All elements are alike.", elementwise, "fills"),
     "aten.rms_norm": Row(_ALONG, normalized, "normalizes along"),
     "aten.layer_norm": Row(_ALONG, normalized, "normalizes along"),
     "aten.embedding": Row(

@@ -11,12 +11,16 @@ the last axis stay:
 
     %v = aten.view(%h, [%t, 512])                           : bf16[s0*s1, 512]
     %n = aten.rms_norm(%v, [512], %w)                                   in the region, and so is the view
+
+Routers are in the region, too (`passes.analyses.routers`): what they choose is gathered, not what they read.
 """
 
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 
 import networkx as nx
 
+from passes.analyses.routers import routers
 from passes.analyses.sent_bytes import Sending
 from passes.analyses.sharding_factors import value_at
 from passes.analyses.sharding_rules import row_of
@@ -45,12 +49,14 @@ class TokenRegion:
         ops: The operations that treat tokens independently.
         gathered: Results of both that other operations read, directly or through views in `kept`.
         kept: Views that other operations read, too: these read a view of all tokens.
+        routed: The operations of `ops` that belong to routers: their tokens are their rows.
     """
 
     sums: list[Op] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     gathered: list[Value] = field(default_factory=list)
     kept: list[Op] = field(default_factory=list)
+    routed: set[Op] = field(default_factory=set)
 
     def why_not(self, graph: Graph, sending: Sending) -> Missed | None:
         """Why it is not worth cutting, if ranks send tokens in these formats; None if it is."""
@@ -62,13 +68,21 @@ class TokenRegion:
         whole = sum(Sending().scattered(op) for op in self.sums)
         if scattered + gathered > 2 * whole:
             why = f"scatters and gathers would send {scattered} + {gathered} bytes of each token in its region"
-            return Missed(f"{why}, more than the {2 * whole} of its all-reduces", self.gathered[-1])
+            return Missed(f"{why}, more than the {2 * whole} of its all-reduces", self.tokens[-1])
         return None
 
+    @property
+    def tokens(self) -> list[Value]:
+        """The gathered values that are not choices of routers."""
+        return [value for value in self.gathered if value.op not in self.routed]
+
     def sent(self, graph: Graph, sending: Sending) -> tuple[int, int]:
-        """Bytes of a token that are scattered, and that are gathered, if ranks send tokens in these formats."""
+        """Bytes of a token that are scattered, and that are gathered, if ranks send tokens in these formats.
+
+        The choices of routers are not counted: they are a small part (`routers.SMALL`).
+        """
         inside = {*self.sums, *self.ops}.difference(self.kept)
-        users = {value: [op for op in graph.users(value) if op not in inside] for value in self.gathered}
+        users = {value: [op for op in graph.users(value) if op not in inside] for value in self.tokens}
         gathered = sum(sending.gathered(graph, value, readers) for value, readers in users.items())
         return sum(map(sending.scattered, self.sums)), gathered
 
@@ -76,28 +90,40 @@ class TokenRegion:
 def token_regions(graph: Graph, mesh: str) -> list[TokenRegion]:
     """All regions after sums over the ranks of an axis of the mesh."""
     joined: nx.Graph[Op] = nx.Graph()
+    routed = routers(graph)
     for op in graph.ops():
         if _is_sum(op, mesh):
             joined.add_node(op)
-        elif any(value.op in joined for _, value in op.operands()) and (keeps_tokens(op) or recounts_tokens(op)):
+        elif _continues(op, joined, routed):
             joined.add_edges_from((value.op, op) for _, value in op.operands() if value.op in joined)
     for op in sorted(joined, key=graph.rank, reverse=True):
         if recounts_tokens(op) and joined.degree(op) == 1:  # nothing in the region reads it
             joined.remove_node(op)
-    regions = [_region(graph, mesh, members) for members in nx.connected_components(joined)]
+    regions = [_region(graph, mesh, members, routed) for members in nx.connected_components(joined)]
     return sorted(regions, key=lambda region: graph.rank(region.sums[0]))
 
 
-def _region(graph: Graph, mesh: str, members: set[Op]) -> TokenRegion:
-    region = TokenRegion()
+def _continues(op: Op, joined: Container[Op], routed: Collection[Op]) -> bool:
+    """Whether an operation treats tokens of a region independently; what reads only choices of a router is outside."""
+    read = {value.op for _, value in op.operands() if value.op in joined}
+    return bool(read) and (op in routed or (not read.issubset(routed) and (keeps_tokens(op) or recounts_tokens(op))))
+
+
+def _region(graph: Graph, mesh: str, members: set[Op], routed: set[Op]) -> TokenRegion:
+    region = TokenRegion(routed=members & routed)
     for op in sorted(members, key=graph.rank, reverse=True):
         (region.sums if _is_sum(op, mesh) else region.ops).insert(0, op)
         inside = members.difference(region.kept)
         read = [value for value in op.results if any(user not in inside for user in graph.users(value))]
-        if read and recounts_tokens(op):
+        if read and op not in routed and recounts_tokens(op):
             region.kept.insert(0, op)
         else:
             region.gathered[:0] = read
+    for view in list(region.kept):
+        inside = members.difference(region.kept)
+        if [user for user in graph.users(view["self"]) if user not in inside] == [view]:  # it is gathered instead
+            region.gathered[region.gathered.index(view["self"])] = view.result
+            region.kept.remove(view)
     return region
 
 

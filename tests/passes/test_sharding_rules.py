@@ -66,6 +66,12 @@ CASES: list[tuple[str, str, str]] = [
     (X, "aten.mean.dim(%x, None) : f32[]", ""),
     (X, "aten.amax(%x, [0]) : f32[6, 8]", "x1 y0; x2 y1"),
     (X, "aten.amin(%x, [0, 1]) : f32[8]", "x2 y0"),
+    (X, "aten.topk(%x, 3, -1) : f32[4, 6, 3], i64[4, 6, 3]", "y0 z0 x0; y1 z1 x1"),
+    (f"{X}, %i: i64[4, 3, 8]", "aten.gather(%x, 1, %i) : f32[4, 3, 8]", "y0 x0 i0; y2 x2 i2"),
+    (f"{X}, %i: i64[2, 6, 3]", "aten.gather(%x, 2, %i) : f32[2, 6, 3]", "y1 x1 i1"),
+    (f"{X}, %i: i64[4, 6, 2]", "aten.scatter.value(%x, 2, %i, 1) : f32[4, 6, 8]", "y0 x0 i0; y1 x1 i1"),
+    (X, "aten.zeros_like(%x) : f32[4, 6, 8]", SAME),
+    (X, "aten.max.dim(%x, 1) : f32[4, 8], i64[4, 8]", "y0 z0 x0; y1 z1 x2"),
     (f"{X}, %g: f32[8]", "aten.rms_norm(%x, [8], %g) : f32[4, 6, 8]", "x0 y0; x1 y1"),
     (f"{X}, %g: f32[6, 8]", "aten.layer_norm(%x, [6, 8], %g) : f32[4, 6, 8]", "x0 y0"),
     ("%t: f32[16, 8], %i: i64[4, 6]", "aten.embedding(%t, %i) : f32[4, 6, 8]", "t1 y2; i0 y0; i1 y1; sum t0"),
@@ -128,6 +134,13 @@ def parsed(inputs: str, text: str) -> tuple[Graph, Op]:
     return graph, op
 
 
+def along(op: Op) -> int:
+    """The axis of the first operand that an operation indexes."""
+    axis = op.argument("dim") if op.name != "aten.embedding" else 0
+    assert isinstance(axis, int)
+    return axis
+
+
 def shown(op: Op, factor: Factor) -> str:
     places = [
         f"{value.name}{place.axis}{f'/{place.inner}' * (place.inner > 1)}{f'*{place.shared}' * (place.shared > 1)}"
@@ -155,8 +168,8 @@ def test_parts_of_operands_give_parts_of_results(inputs: str, text: str, expecte
     if op.name.startswith("coll.") or row is None:
         return
     given, graph.weights = random_inputs(graph, 0)
-    if "embedding" in text:
-        given[1] = given[1] % 16
+    if "%i: i64" in inputs:
+        given[1] = given[1] % given[0].shape[along(op)]
     whole = interpret(graph, given)
     for factor in row.factors(op):
         for count in parts_of(op, factor):
@@ -256,8 +269,8 @@ def test_no_other_axis_can_be_cut(inputs: str, text: str, expected: str) -> None
     """The opposite of the test above: halves of an operand along another axis do not give halves of a result."""
     graph, op = parsed(inputs, text)
     given, graph.weights = random_inputs(graph, 0)
-    if "embedding" in text:
-        given[1] = given[1] % 16
+    if "%i: i64" in inputs:
+        given[1] = given[1] % given[0].shape[along(op)]
     whole = interpret(graph, given)
     for place in uncut(op):
         try:
