@@ -1,13 +1,13 @@
 """Calibration data as users provide it: tensors, tuples or dicts, one real call of the model each."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
 
 from qcompiler.capture.signature import Signature
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, QCompilerError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 TARGETS = frozenset({"labels"})
@@ -33,13 +33,12 @@ class Batches:
     def first(self) -> Call:
         """Returns the first call without consuming it."""
         source = iter(self.source)
-        try:
-            batch = next(source)
-        except StopIteration:
-            raise InputError("there is no calibration data", got="no batches", need="at least one batch") from None
+        found = next(_numbered(source), None)
+        if found is None:
+            raise InputError("there is no calibration data", got="no batches", need="at least one batch")
         if source is self.source:
-            self.source = chain([batch], source)
-        return as_call(batch, 0)
+            self.source = chain([found[1]], source)
+        return as_call(found[1], 0)
 
     def flattened(self, signature: Signature) -> Iterable[list[Any]]:
         """Returns the graph inputs, batch by batch; a one-time iterator only if the source is one."""
@@ -55,7 +54,7 @@ class _Flattened:
         self.source, self.signature = source, signature
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for index, batch in enumerate(self.source):
+        for index, batch in _numbered(self.source):
             args, kwargs = as_call(batch, index)
             try:
                 inputs = self.signature.flatten(args, self.without_targets(kwargs))
@@ -78,6 +77,22 @@ class _SizedFlattened(_Flattened):
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+def _numbered(source: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yields the batches and their numbers; InputError if the user's code that yields them fails."""
+    batches = iter(source)
+    for index in count():
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except QCompilerError:
+            raise
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            raise InputError("the calibration data cannot be read", got=got, where=f"batches[{index}]") from error
+        yield index, batch
 
 
 def as_call(batch: Any, index: int) -> Call:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import qcompiler
 from qcompiler.capture import capture
 from qcompiler.capture.signature import Signature
 from qcompiler.errors import InputError
@@ -52,6 +53,21 @@ def test_what_holds_no_batches(source: Any) -> None:
     with pytest.raises(InputError, match=r"calibration has the wrong type: got .*; need an iterable of calls") as error:
         Batches(source)
     assert ("Put the one batch into a list." in str(error.value)) == isinstance(source, Tensor | dict)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_source_that_fails(before: int) -> None:
+    """The error is the user's, and names the batch; before the capture and while a pass calibrates."""
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(before):
+            yield torch.ones(2, 64)
+        raise OSError("the disk is full")
+
+    with pytest.raises(InputError) as error:
+        qcompiler.compile(nn.Linear(64, 64).eval(), scheme="int8_tensor_static", calibration=batches())
+    assert str(error.value).startswith("the calibration data cannot be read: got OSError: the disk is full")
+    assert f"batches[{before}]" in str(error.value)
 
 
 def test_a_list_can_be_read_again_and_again(signature: Signature) -> None:
