@@ -26,6 +26,7 @@ from qcompiler.diagnostics.cached_call import cached_call, steps_before_cache, t
 from qcompiler.diagnostics.error_report import ErrorReport, ErrorRow
 from qcompiler.diagnostics.linear_errors import linear_errors, quantized_linears
 from qcompiler.diagnostics.measured_call import Call, Measured
+from qcompiler.diagnostics.whole_program import whole_program
 from qcompiler.errors import InputError, PassError
 from qcompiler.pass_manager.pipeline import Effect, Pass, Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
@@ -51,8 +52,9 @@ def attribute_error(compiled: HasProgram, batch: Any, model: Any = None, *, outp
     Raises:
         InputError: The float model has been freed, or the batch does not match the signature.
         PassError: The pipeline does not fuse quantized linears, and has no cache.
+        QCompilerError: The model is sharded.
     """
-    program = compiled.program
+    program = whole_program(compiled, "cannot be compared with the float model")
     model = program.original.again() if model is None else model
     if model is None:
         fix = "Keep the original model, or pass it: attribute_error(compiled, batch, model)."

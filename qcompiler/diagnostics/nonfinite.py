@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.diagnostics.whole_program import whole_program
 from qcompiler.dialects.kernel import is_fused
+from qcompiler.errors import InputError
 from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph, Op, Role, Value
 from qcompiler.program.batches import as_call
 from qcompiler.program.program import HasProgram
+from qcompiler.runtime.caches import cache_types
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ def find_nonfinite(compiled: HasProgram, batch: Any) -> NonFinite | None:
         The origin of the first non-finite elements that reach a quantization or an output; None if none do.
 
     Raises:
-        InputError: The batch does not match the signature.
+        InputError: The batch does not match the signature, or this is a decoder.
+        QCompilerError: The model is sharded.
         CaptureError: The model is not captured yet.
     """
-    program = compiled.program
+    program = whole_program(compiled, "cannot be searched")
+    if cache_types(program.graph):
+        fix = "Compile the model without a cache, and give it the token ids: qcompiler.compile(model, …)."
+        raise InputError("a decoder cannot be searched, because its calls depend on its cache", fix=fix)
     inputs, graph = program.signature.flatten(*as_call(batch, 0)), program.unfused()
     found = {value: _count(given) for value, given in zip(graph.inputs, inputs, strict=True)}
 

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from decoding_models import llama
 from torch import Tensor, nn
 
 import qcompiler
 from qcompiler.compiler.model import CompiledModel
-from qcompiler.errors import CaptureError
+from qcompiler.errors import CaptureError, InputError, QCompilerError
 from qcompiler.interpreter import interpret
 
 SCHEMES = ("fp8_tile", "fp8_row", "fp8_tensor", "int8_row", "int8_tensor", "fp8_tensor_static", "smoothquant_fp8")
@@ -150,6 +151,20 @@ def test_infinities_that_get_no_further_are_no_finding() -> None:
 def test_the_model_must_be_captured() -> None:
     with pytest.raises(CaptureError, match="not captured yet"):
         qcompiler.find_nonfinite(qcompiler.compile(nn.Linear(64, 64).eval()), rows())
+
+
+def test_only_a_whole_model_without_a_cache_is_searched() -> None:
+    ranks = qcompiler.compile(
+        nn.Linear(64, 64).eval(), scheme="int8_row", example_inputs=(rows(),), mesh=qcompiler.simulated_mesh(tp=2),
+        sharding="tp{gather=0}",
+    )  # fmt: skip
+    with pytest.raises(QCompilerError, match=r"a sharded model cannot be searched\. Compile the model without a mesh"):
+        qcompiler.find_nonfinite(ranks, rows())
+    with pytest.raises(QCompilerError, match="a sharded model cannot be compared with the float model"):
+        qcompiler.attribute_error(ranks, rows())
+    llm = qcompiler.decoder(llama(), scheme=None, max_batch=1, max_length=32)
+    with pytest.raises(InputError, match="a decoder cannot be searched, because its calls depend on its cache"):
+        qcompiler.find_nonfinite(llm, torch.ones(1, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("scheme", ["fp8_tile", "fp8_row", "int8_row", "fp8_tensor{dtype=f8e5m2}", "int8_tensor"])
