@@ -31,10 +31,10 @@ def check_model(model: object, *, allow_meta: bool = False) -> torch.nn.Module:
 
     Raises:
         CaptureError: It is not an eager nn.Module, is already compiled, is in training mode, has hooks, or has weights
-            without data, on several devices, or in a tensor subclass.
+            without data, on several devices, in a tensor subclass, or in a sparse layout.
     """
     module = _check_kind(model)
-    for check in (_check_compiled, _check_mode, _check_lazy, _check_hooks, _check_subclasses):
+    for check in (_check_compiled, _check_mode, _check_lazy, _check_hooks, _check_subclasses, _check_layouts):
         check(module)
     if not allow_meta:
         _check_data(module)
@@ -86,6 +86,8 @@ def _check_kind(model: object) -> torch.nn.Module:
             got=type(model).__name__,
             need="the eager nn.Module it was made from",
         )
+    if isinstance(model, type):
+        raise CaptureError("a class cannot be captured", got=model.__name__, need="an instance of it")
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(
             "only a torch.nn.Module or an ExportedProgram can be captured",
@@ -162,6 +164,15 @@ def _check_subclasses(model: torch.nn.Module) -> None:
                 need="a plain torch.Tensor",
                 fix="Capture the model before another tool quantizes or shards it.",
             )
+
+
+def _check_layouts(model: torch.nn.Module) -> None:
+    for name, tensor in named_tensors(model).items():
+        if tensor.layout is not torch.strided:
+            raise CaptureError(
+                f"the weight {name!r} does not store all of its elements in order", got=tensor.layout,
+                need="torch.strided", fix="Convert it with .to_dense().",
+            )  # fmt: skip
 
 
 def _check_data(model: torch.nn.Module) -> None:

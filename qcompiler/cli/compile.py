@@ -21,7 +21,6 @@ from qcompiler.cli.output import print_json
 from qcompiler.cli.requests import needs_data, overrides_of, pipeline_of
 from qcompiler.compiler.arguments import DEFAULT_SCHEME, brings_scales
 from qcompiler.compiler.model import CompiledModel
-from qcompiler.compiler.sharding import TACTIC
 from qcompiler.errors import InputError
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.program.exporters import exporter_targets
@@ -118,7 +117,7 @@ def _compiled(
 def _sharded(loaded: Loaded, asked: dict[str, Any], options: argparse.Namespace, progress: Progress) -> Program:
     """Compiles and saves the ranks one after the other, and returns the program of the first."""
     example = _example(loaded, options, known=False)
-    asked["sharding"] = options.sharding or TACTIC
+    asked["sharding"] = options.sharding
     compiled: Any = _compiled(loaded, asked, options, options.target, progress)
     call = None if example is None else (example.args, example.kwargs)
     program: Program = compiled.compile_into(options.output, call)

@@ -13,7 +13,6 @@ import qcompiler
 from qcompiler.cli.meshes import load_artefact, mesh_of
 from qcompiler.compiler.arguments import AUTO
 from qcompiler.compiler.model import CompiledModel
-from qcompiler.compiler.sharding import TACTIC
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.errors import InputError
 from qcompiler.program.folder_kinds import is_artefact
@@ -55,7 +54,7 @@ def _decoder(options: argparse.Namespace) -> Decoder:
             device=options.device,
             progress=not options.quiet,
             mesh=mesh_of(options),
-            sharding=options.sharding or TACTIC,
+            sharding=options.sharding,
         )
     if given := [name for name in FOR_FOLDERS if getattr(options, name) is not None]:
         raise InputError(

@@ -22,6 +22,7 @@ from qcompiler.cli.inputs import Call, example_in, random_call
 from qcompiler.distributed.simulation import SimulatedMesh
 from qcompiler.errors import InputError
 from qcompiler.program.folder_kinds import advice
+from qcompiler.runtime.device import check_device
 
 NEED = "a .pt2 file, a folder with a config.json, or module:factory"
 
@@ -71,7 +72,7 @@ def load_model(
     Raises:
         InputError: The model does not exist or cannot be loaded.
     """
-    _check_device(device)
+    check_device(device)
     path = Path(name)
     if name.endswith(".pt2"):
         loaded = _exported(path, device)
@@ -85,17 +86,6 @@ def load_model(
     if isinstance(loaded.model, torch.nn.Module):
         loaded.model = loaded.model.eval().to(device)
     return loaded
-
-
-def _check_device(device: str | None) -> None:
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError("there is no such device", got=repr(device), need='"cpu" or "cuda"') from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise InputError("torch does not find the device", got=repr(device), need='"cpu", or "cuda" with a GPU')
 
 
 def _exported(path: Path, device: str | None) -> Loaded:

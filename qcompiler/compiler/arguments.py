@@ -120,8 +120,8 @@ def checked_example(args: Any, kwargs: Any) -> Call | None:
 
 
 def checked_shapes(dynamic_shapes: Any) -> Any:
-    """Returns `dynamic_shapes`; rejects any word other than "auto"."""
-    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+    """Returns `dynamic_shapes`; rejects numbers, and any word other than "auto"."""
+    if isinstance(dynamic_shapes, str | int | float) and dynamic_shapes != "auto":
         raise CaptureError(
             "dynamic_shapes is wrong", got=repr(dynamic_shapes), need='"auto", None, or what torch.export takes'
         )

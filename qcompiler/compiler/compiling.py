@@ -33,7 +33,7 @@ from qcompiler.compiler.layer_names import check_layer_names
 from qcompiler.compiler.model import CompiledModel, callable_of
 from qcompiler.compiler.pending import PendingModel
 from qcompiler.compiler.sharded_loading import loaded, read_together
-from qcompiler.compiler.sharding import model_on, together
+from qcompiler.compiler.sharding import checked_sharding, model_on, together
 from qcompiler.distributed.simulation import SimulatedMesh
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.instruments import Instrument
@@ -67,7 +67,7 @@ def compile(
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
     mesh: "SimulatedMesh | DeviceMesh | None" = None,
-    sharding: "Sharding | str" = "tp",
+    sharding: "Sharding | str | None" = None,
 ) -> CompiledModel:
     """Compiles a model into a quantized model with the same call signature.
 
@@ -102,16 +102,18 @@ def compile(
         mesh: Ranks that divide the model among them: a device mesh of `torch.distributed`, of which this process is a
             rank, or `qcompiler.simulated_mesh(tp=2)`, all of whose ranks run in this process. Ranks read their parts of
             a folder's weights only.
-        sharding: How they divide it: tactics such as "tp; sp; ep", or a `qcompiler.Sharding`; see docs/sharding.md.
+        sharding: How they divide it: tactics such as "tp; sp; ep", or a `qcompiler.Sharding`; by default "tp". See
+            docs/sharding.md.
 
     Raises:
         CaptureError: The model cannot be captured, or the graph does not compute what the model computes.
         QCompilerError: The folder does not contain a valid checkpoint.
-        PassError: A scheme, pass or option is unknown, calibration data is missing, or a pass failed.
+        PassError: A scheme, pass, tactic or option is unknown, calibration data is missing, or a pass failed.
         InputError: The calibration data does not fit the model.
         CodegenError: The target is unknown or cannot run the graph.
     """
     check_target(target)
+    tactics = checked_sharding(sharding, mesh)
     overrides = with_ignored(overrides, ignore)
     watching = checked_instruments(instruments)
     steps = checked_pipeline(scheme, overrides, pipeline)
@@ -132,7 +134,7 @@ def compile(
         pending = _pending(given, settings, mesh)
         del given
         if mesh is not None:
-            sharded = model_on(mesh, sharding, pending)
+            sharded = model_on(mesh, tactics, pending)
             return sharded.compile_now(call) if call or is_traced else sharded
         return callable_of(pending.compile(call) if call or is_traced else pending, CompiledModel)
 

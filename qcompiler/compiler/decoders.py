@@ -21,20 +21,21 @@ from passes.attention.latent_attention import LatentAttention
 from passes.sharding.part_logits import PartLogits
 from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.calibration import Calibration
+from qcompiler.capture.preflight import check_model
 from qcompiler.checkpoints.cache_scales import kept
 from qcompiler.compiler.arguments import AUTO, DEFAULT_SCHEME, chosen_schemes, with_prescales
 from qcompiler.compiler.compiling import compile
 from qcompiler.compiler.model import CompiledModel
 from qcompiler.compiler.sharded_loading import loaded, read_together
-from qcompiler.compiler.sharding import ShardedModel, decoder_of, together
+from qcompiler.compiler.sharding import ShardedModel, checked_sharding, decoder_of, together
 from qcompiler.decoding.cached import POSITIONS, cache_passes
 from qcompiler.decoding.decoder import Decoder
 from qcompiler.decoding.loop import CHUNK
-from qcompiler.decoding.tokenizers import generation_of, tokenizer_in
+from qcompiler.decoding.tokenizers import check_tokenizer, generation_of, tokenizer_in
 from qcompiler.errors import InputError, PassError
 from qcompiler.pass_manager.instruments import Instrument
 from qcompiler.pass_manager.pipeline import Pipeline
-from qcompiler.runtime.device import check_target, target_for
+from qcompiler.runtime.device import check_device, check_target, target_for
 from qcompiler.schemes.named import pipeline as scheme_pipeline
 from qcompiler.schemes.named import with_ignored
 from qcompiler.schemes.sharded import check_whole
@@ -72,7 +73,7 @@ def decoder(
     instruments: Sequence[Instrument] = (),
     progress: bool = True,
     mesh: Any = None,
-    sharding: "Sharding | str" = "tp",
+    sharding: "Sharding | str | None" = None,
 ) -> Decoder:
     """Compiles a causal language model for text generation with a KV cache.
 
@@ -112,12 +113,16 @@ def decoder(
         QCompilerError: The folder does not contain a valid checkpoint.
     """
     check_target(target)
+    check_device(device)
+    checked_sharding(sharding, mesh)
+    check_tokenizer(tokenizer)
     cache_passes(kv_cache, max_batch, max_length or LONGEST, max_chunk)  # errors before the model is loaded
     overrides = with_ignored(overrides, ignore)
     decoding_pipeline(DEFAULT_SCHEME if scheme == AUTO else scheme, overrides, latent)  # the same
     folder = Path(model) if isinstance(model, str | PathLike) else None
     found: Any = model if folder is None else loaded(read_together(folder, mesh), mesh, device)
     del model  # so that weights can be freed one by one
+    check_model(found)
     passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
     scales = static_scales(kv_cache, found, passes) if kv_cache in STATIC_FORMATS else None
     if mesh is not None and folder is not None:

@@ -210,14 +210,24 @@ def for_rank(settings: Settings, mesh: Mesh, sharding: Sharding, rank: int) -> S
     return replace(settings, pipeline=sharded(*given), instruments=(*settings.instruments, divided(*given)))
 
 
-def model_on(mesh: Any, sharding: Sharding | str, pending: PendingModel) -> ShardedModel:
+def checked_sharding(given: Any, mesh: Any) -> Sharding:
+    """The tactics, by default `TACTIC`. Raises PassError if they are malformed, or given without a mesh."""
+    if given is not None and mesh is None:
+        fix = "Give a mesh, such as mesh=qcompiler.simulated_mesh(tp=2)."
+        raise PassError("a sharding needs a mesh", got=f"sharding={str(given)!r} and no mesh", fix=fix)
+    if not isinstance(given, Sharding | str | None):
+        need = 'a text such as "tp; sp", or a qcompiler.Sharding'
+        raise PassError("the sharding is of a wrong type", got=type(given).__name__, need=need)
+    return given if isinstance(given, Sharding) else Sharding.parse(TACTIC if given is None else given)
+
+
+def model_on(mesh: Any, sharding: Sharding, pending: PendingModel) -> ShardedModel:
     """The model to be captured on a mesh: simulated, or a device mesh of torch.distributed.
 
     Raises:
-        PassError: The mesh is of a wrong type or does not have the axis of a tactic, or a tactic is unknown.
+        PassError: The mesh is of a wrong type or does not have the axis of a tactic.
         QCompilerError: This process is not in the mesh, or its axes have no names.
     """
-    sharding = Sharding.parse(sharding) if isinstance(sharding, str) else sharding
     grid, connected = connection(mesh)
     if connected is None:
         for_rank(pending.settings, grid, sharding, 0)  # errors before the model is captured

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from qcompiler.artefact.saving import write_artefact
 from qcompiler.artefact.weight_files import SHARD_BYTES
@@ -19,7 +19,7 @@ from qcompiler.decoding.loop import CHUNK
 from qcompiler.decoding.memory import Memory, check_fits
 from qcompiler.decoding.step import CompiledStep, Step, compiled_step
 from qcompiler.decoding.stop_tokens import stop_tokens_of
-from qcompiler.decoding.tokenizers import tokenizer_texts
+from qcompiler.decoding.tokenizers import check_tokenizer, tokenizer_texts
 from qcompiler.errors import ArtefactError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.runner import Stages
@@ -43,7 +43,7 @@ class Decoder(Generator):
         step: Runs the program; by default, in this process alone.
 
     Raises:
-        InputError: The cache does not fit into memory.
+        InputError: The cache does not fit into memory, or the tokenizer is of a wrong type.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Decoder(Generator):
         chunk: int | None = None,
         step: CompiledStep | None = None,
     ) -> None:
+        check_tokenizer(tokenizer)
         self.program, self._generation = program, dict(generation or {})
         caches = list(cache_types(program.graph).values())
         self._cache_bytes = sum(each.bytes for each in caches)
@@ -147,6 +148,12 @@ class Decoder(Generator):
     def _every_logits(self) -> Step:
         """The step that computes the logits of all positions, over the same caches."""
         return compiled_step(every_logits(self.program), caches=self._step.caches)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Raises QCompilerError: decoders cannot be pickled, and a copy would share the cache."""
+        raise QCompilerError(
+            "a decoder cannot be copied or pickled", fix="Save it, and load it again: qcompiler.load(folder)."
+        )
 
     def __repr__(self) -> str:
         step = self.step

@@ -1,6 +1,6 @@
 """The options of `generate` and `stream`, checked, for each prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ class Options:
         """Returns the tokens that end a sequence; InputError if one is not in the vocabulary."""
         if self.stop_tokens is None:
             return frozenset() if self.ignore_eos else frozenset(usual)
+        if not isinstance(self.stop_tokens, Iterable):
+            raise InputError("stop_tokens is of a wrong type", got=repr(self.stop_tokens), need="a list of token ids")
         for token in self.stop_tokens:
             if not isinstance(token, int) or not 0 <= token < vocabulary:
                 need = f"token ids from 0 to {vocabulary - 1}"

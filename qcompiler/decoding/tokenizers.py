@@ -11,12 +11,21 @@ from qcompiler.artefact.manifest import TOKENIZER
 from qcompiler.capture.quiet import third_party_silence
 from qcompiler.checkpoints.files import read_json
 from qcompiler.checkpoints.loading import transformers_library
-from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.errors import ArtefactError, InputError, QCompilerError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 """A folder with one of these has a tokenizer."""
 
 GENERATION = "generation_config.json"
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises InputError if this is neither None nor an object that encodes when it is called, and decodes."""
+    if tokenizer is None or (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
+        return
+    fix = "Load it: transformers.AutoTokenizer.from_pretrained(folder)."
+    got, need = type(tokenizer).__name__, "a tokenizer of transformers"
+    raise InputError("the tokenizer is of a wrong type", got=got, need=need, fix=fix)
 
 
 def tokenizer_in(folder: Path) -> Any:

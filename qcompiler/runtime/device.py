@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from qcompiler.entry_points import import_modules, load, offered, shown
-from qcompiler.errors import CodegenError, did_you_mean
+from qcompiler.errors import CodegenError, InputError, did_you_mean
 from qcompiler.ir import Format
 
 AUTO = "auto"
@@ -120,6 +120,17 @@ def check_target(name: str, known: Sequence[str] | None = None) -> None:
     else:
         fix = did_you_mean(str(name), known)
     raise CodegenError("no such target", got=repr(name), fix=fix)
+
+
+def check_device(device: "torch.device | str | None") -> None:
+    """Raises InputError if torch does not know the device, or does not find such a GPU."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError("there is no such device", got=repr(device), need='"cpu" or "cuda"') from error
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == CUDA and (found.index or 0) >= gpus:
+        raise InputError("torch does not find the device", got=repr(str(device)), need='"cpu", or "cuda" with a GPU')
 
 
 def target_for(name: str, device: torch.device) -> Target:

@@ -51,6 +51,12 @@ def half_meta() -> nn.Module:
     return model
 
 
+def sparse() -> nn.Module:
+    model = SiluMlp()
+    model.fc1.weight = nn.Parameter(model.fc1.weight.detach().to_sparse())
+    return model
+
+
 def scripted() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
@@ -72,6 +78,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (offloaded, "accelerate has put a hook on model.fc1.*: got AlignDevicesHook"),
     (lambda: nn.LazyLinear(4).eval(), "'weight' is uninitialized. Call the model once"),
     (half_meta, "'fc2.weight' is on the meta device and has no data"),
+    (sparse, "weight 'fc1.weight' does not store all of its elements in order: got torch.sparse_coo; need torch.str"),
+    (lambda: SiluMlp, "a class cannot be captured: got SiluMlp; need an instance of it"),
     (compiled, "a model wrapped by torch.compile"),
     (lambda: print, "only a torch.nn.Module or an ExportedProgram can be captured: got builtin_function_or_method"),
     (scripted, "a TorchScript module cannot be captured"),

@@ -1,7 +1,10 @@
 """Decoders: compiled steps over a KV cache give the tokens of transformers' own `generate`."""
 
+import copy
 import json
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import pipeline
 import qcompiler
 from qcompiler.cli import main
 from qcompiler.decoding.decoder import Decoder
-from qcompiler.errors import ArtefactError, InputError, PassError, QCompilerError
+from qcompiler.errors import ArtefactError, CaptureError, InputError, PassError, QCompilerError
 
 PROMPTS = [[5, 9, 31], [7, 7], [11, 3, 4, 60, 22, 13, 8], [1], [40, 41, 42, 43]]
 
@@ -127,11 +130,25 @@ def test_a_quantized_model_and_cache() -> None:
         ({"kv_cache": "fp4"}, PassError, "fp4"),
         ({"ignore": ["lm_head"]}, PassError, "there are overrides, but no scheme that they override"),
         ({"scheme": "fp9_tile"}, PassError, "fp8_tile"),
+        ({"sharding": "tp; sp"}, PassError, "a sharding needs a mesh: got sharding='tp; sp' and no mesh"),
+        ({"tokenizer": "folder"}, InputError, "the tokenizer is of a wrong type: got str; need a tokenizer of transf"),
+        ({"device": "cuda:99"}, InputError, "torch does not find the device: got 'cuda:99'"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         made(models.llama(), **options)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(CaptureError, match=r"only a torch\.nn\.Module or an ExportedProgram can be captured: got int"):
+        made(3)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_decoder_is_neither_copied_nor_pickled(llama: tuple[Any, Decoder], copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(QCompilerError, match=r"a decoder cannot be copied or pickled\. Save it, and load it again"):
+        copied(llama[1])
 
 
 def test_a_model_that_is_not_causal_is_refused() -> None:

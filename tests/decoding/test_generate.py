@@ -131,6 +131,7 @@ def test_seeds_decide_and_neighbors_do_not() -> None:
         ([3, 1.5], {}, "got 1.5 at position 1"),
         ([3] * 40, {}, "a prompt is too long: got 40 tokens; need fewer than max_length=40"),
         ([3] * 30, {"max_new_tokens": 11}, "got 30 + 11 tokens; need at most max_length=40"),
+        ([3], {"stop_tokens": 7}, "stop_tokens is of a wrong type: got 7; need a list of token ids"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens is wrong: got 0; need 1 or more"),
         ([3], {"temperature": -1.0}, "temperature is wrong: got -1.0; need a number of 0 or more"),
         ([3], {"temperature": float("nan")}, "temperature is wrong: got nan"),
