@@ -26,8 +26,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "deepseek": lambda **own: hf.DeepseekV3Model(
         hf.DeepseekV3Config(
             **{**SIZES, "num_key_value_heads": 4, "head_dim": 16, **own}, n_routed_experts=8, num_experts_per_tok=2,
-            n_group=2, topk_group=1, moe_intermediate_size=128, first_k_dense_replace=0, n_shared_experts=1, q_lora_rank=64,
-            kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
+            n_group=2, topk_group=1, moe_intermediate_size=128, first_k_dense_replace=0, n_shared_experts=1,
+            q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
         )
     ),
 }  # fmt: skip

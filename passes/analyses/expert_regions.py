@@ -14,7 +14,7 @@ such as adding a bias, the rows are made zero before. Other orders of the entrie
 an order is used only as an index. Anything else that reads a value in sorted order is refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -211,7 +211,7 @@ INDEXES: Mapping[Tag, Callable[[ExpertRegion, Op], Tag | None]] = {
 """What operations on indexes return; other operations read an index as an index."""
 
 
-def _index_of(op: Op) -> Value | None:
+def index_of(op: Op) -> Value | None:
     """The one index of an operation, along the first axis."""
     given = op.argument("indices")
     first = given[0] if isinstance(given, tuple) and len(given) == 1 else None
@@ -220,7 +220,7 @@ def _index_of(op: Op) -> Value | None:
 
 def _indexed(graph: Graph, region: ExpertRegion, op: Op, read: Mapping[Value, Tag]) -> Tag | None:
     """Rows of tokens or of experts in sorted order, or sorted rows in the order of entries."""
-    index, table = _index_of(op), op["self"]
+    index, table = index_of(op), op["self"]
     match (read.get(index) if index is not None else None), read.get(table):
         case ((Tag.ORDER | Tag.TOKEN), None):
             return Tag.ROWS
@@ -235,7 +235,7 @@ def _indexed(graph: Graph, region: ExpertRegion, op: Op, read: Mapping[Value, Ta
 
 def _inverted(op: Op, read: Mapping[Value, Tag]) -> Tag | None:
     """0, 1, … written at the places of an order."""
-    index, values = _index_of(op), op["values"]
+    index, values = index_of(op), op["values"]
     counted = values.op.name == "aten.arange" and values not in read and not op.argument("accumulate")
     return Tag.PLACE if counted and index is not None and read.get(index) is Tag.ORDER else None
 
@@ -255,7 +255,7 @@ def _rowwise(graph: Graph, op: Op, read: Mapping[Value, Tag]) -> Tag | None:
     others = [value for _, value in op.operands() if value not in read]
     if not all(graph.is_constant(value) or not isinstance(value.type, TensorType) for value in others):
         return None
-    if not _keeps_rows(op, read):
+    if not keeps_rows(op, read):
         return None
     own = set(read.values()) == {Tag.OWN}
     if op.name in ("aten.add.Tensor", "aten.sub.Tensor"):
@@ -265,8 +265,8 @@ def _rowwise(graph: Graph, op: Op, read: Mapping[Value, Tag]) -> Tag | None:
     return Tag.OWN if own and (op.role is Role.VIEW or op.name in ZERO_STAYS) else Tag.ROWS
 
 
-def _keeps_rows(op: Op, read: Mapping[Value, Tag]) -> bool:
-    """Whether row i of the results depends on row i of the operands only."""
+def keeps_rows(op: Op, read: Collection[Value]) -> bool:
+    """Whether row i of the results depends on row i of some operands only."""
     row = row_of(op)
     for factor in row.factors(op) if row is not None else ():
         places = {place.slot: (place.axis, place.inner) for place in factor.places}

@@ -1,7 +1,7 @@
 """Collectives of one rank's program, seen along the sequence: all ranks have the same tokens at the same places."""
 
 from passes.analyses.sequence_elementwise import elementwise
-from passes.analyses.sequence_labels import Below, Label, regroup
+from passes.analyses.sequence_labels import Below, Label, Mixes, regroup
 from passes.analyses.sequence_quantized import fused_quantize
 from passes.analyses.sequence_site import Row, Site, Table
 
@@ -33,6 +33,14 @@ def _gathered_tokens(site: Site) -> Label:
     return site.made(regroup(label.axes, site.shape()), label)
 
 
+def _chosen(site: Site, label: Label) -> Label:
+    """Zeros for tokens whose experts are on other ranks: the experts of the same token."""
+    experts, tokens = site.label("experts"), tuple(digit for axis in label.axes[:-1] for digit in axis)
+    if experts.axes[0] != tokens:
+        raise Mixes(f"{site.op.name} reads the experts of other tokens")
+    return site.made(label.axes, label, experts)
+
+
 def _own_first(site: Site) -> Label:
     """Numbers below the number of groups remain below it."""
     label = site.label("x")
@@ -46,6 +54,14 @@ COLLECTIVES: Table = {
     "coll.reduce_scatter_tokens": Row("An element of the sum depends on the same token on all ranks.", _cut_tokens),
     "coll.all_to_all_tokens": Row("Terms of the same token from all ranks, along an axis for the ranks.", _terms),
     "coll.all_gather_tokens": Row("The tokens of all ranks, in the same order.", _gathered_tokens),
+    "coll.gather_chosen_tokens": Row(
+        "The tokens of all ranks, in the same order; zeros depend on a token's own experts.",
+        lambda site: _chosen(site, _gathered_tokens(site)),
+    ),
+    "coll.reduce_scatter_chosen_tokens": Row(
+        "An element of the sum depends on the same token on all ranks, and on the experts of this token.",
+        lambda site: _chosen(site, _cut_tokens(site)),
+    ),
     "coll.fused_reduce_quantize": Row("A row of the sum depends on the ranks' rows at its place.", fused_quantize),
     "coll.own_first": Row("Each number is renumbered alone.", _own_first),
 }

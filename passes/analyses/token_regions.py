@@ -157,7 +157,12 @@ def keeps_tokens(op: Op) -> bool:
 
 def recounts_tokens(op: Op) -> bool:
     """Whether an operation is a view that keeps the order of tokens and the last axis: [b, s, n] -> [b * s, n]."""
-    if op.name not in RECOUNTING or _is_placed(op.result):
+    return is_recount(op) and not _is_placed(op.result)
+
+
+def is_recount(op: Op) -> bool:
+    """Whether an operation is such a view, also of a value of which ranks hold parts or terms."""
+    if op.name not in RECOUNTING:
         return False
     old, new = op["self"].tensor.shape, op.result.tensor.shape
     if min(len(old), len(new)) < 2 or old[-1] != new[-1] or not isinstance(new[-1], int):

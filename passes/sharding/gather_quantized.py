@@ -7,8 +7,9 @@
     %n_q = coll.all_gather_tokens(%n_part_q, [%b, %s]) {few = 64, mesh = "tp", ranks = 2} : f8e4m3fn[s0, s1, 512]
     %n_s = coll.all_gather_tokens(%n_part_s, [%b, %s]) {…, scale_layout = "col_major"} : f32[s0, s1, 4]
 
-Exact, because no scale covers several tokens. Only if every user of the gathered value quantizes it. Runs before the
-passes that fuse a quantization with the norm before it, so that a rank also quantizes only its own tokens.
+Exact, because no scale covers several tokens. Only if every user of the gathered value quantizes it. So with
+`gather_chosen_tokens`. Runs before the passes that fuse a quantization with the norm before it, so that a rank also
+quantizes only its own tokens.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 from qcompiler.ir import Graph, Match, Missed, Op, Rewriter, Rule, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
-QUANTIZE, GATHER = "kernel.quantize", "coll.all_gather_tokens"
+QUANTIZE, GATHERS = "kernel.quantize", ("coll.all_gather_tokens", "coll.gather_chosen_tokens")
 NOT_GATHERED = Missed("it does not quantize tokens that are gathered")
 
 
@@ -29,7 +30,7 @@ class QuantizeThenGather(Rule):
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         gather = op["x"].op
-        if gather.name != GATHER:
+        if gather.name not in GATHERS:
             return NOT_GATHERED
         for user in graph.users(gather.result):
             if user.name != QUANTIZE:
@@ -47,7 +48,9 @@ class QuantizeThenGather(Rule):
         more = {"scale_layout": layout} if layout != "row_major" else {}
         kinds = zip(made.results, op.results, ({}, more), strict=True)
         gathered = [
-            rewriter.insert(GATHER, own, *gather.args[1:], attrs={**gather.attrs, **attrs}, types=[value.type]).result
+            rewriter.insert(
+                gather.name, own, *gather.args[1:], attrs={**gather.attrs, **attrs}, types=[value.type]
+            ).result
             for own, value, attrs in kinds
         ]
         rewriter.replace(op, *gathered)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from passes.analyses.sent_bytes import is_multiplied
+from qcompiler.dialects.coll_tokens import CUT
 from qcompiler.dialects.kernel import why_no_kernel
 from qcompiler.dialects.terms import MOST_TERMS
 from qcompiler.errors import PassError
@@ -27,7 +28,8 @@ from qcompiler.ir import Argument, Format, Graph, Match, Missed, Op, Rewriter, R
 from qcompiler.ir.formats import FP8_TILE
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
-SCATTER, EXCHANGE = "coll.reduce_scatter_tokens", "coll.all_to_all_tokens"
+SCATTERS = ("coll.reduce_scatter_tokens", "coll.reduce_scatter_chosen_tokens")
+EXCHANGE = "coll.all_to_all_tokens"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class QuantizeThenExchange(Rule):
 
     axis: str
     format: Format
-    root: ClassVar[tuple[str, ...]] = (SCATTER,)
+    root: ClassVar[tuple[str, ...]] = SCATTERS
 
     def match(self, op: Op, graph: Graph) -> Match | Missed:
         if op.attrs["mesh"] != self.axis:
@@ -53,8 +55,9 @@ class QuantizeThenExchange(Rule):
         quantized = rewriter.insert(
             "quant.quantize", op["x"], attrs={"format": self.format}, names=[f"{name}_q", f"{name}_s"]
         )  # fmt: skip
+        cut = {key: op.attrs[key] for key in CUT}
         terms = [
-            rewriter.insert(EXCHANGE, part, attrs=op.attrs, names=[f"{name}_terms{suffix}"]).result
+            rewriter.insert(EXCHANGE, part, attrs=cut, names=[f"{name}_terms{suffix}"]).result
             for part, suffix in zip(quantized.results, self.format.suffixes, strict=True)
         ]
         attrs: dict[str, Argument] = {"format": self.format, "out_dtype": op.result.tensor.dtype}

@@ -47,6 +47,11 @@ def share(tokens: Size, ranks: int, few: int) -> Size:
     return call("share", tokens, ranks, few)
 
 
+def is_cut(tokens: int, ranks: int, few: int) -> bool:
+    """Whether ranks hold different tokens."""
+    return share(tokens, ranks, few) != tokens
+
+
 def share_shape(shape: Sequence[Size], ranks: int, few: int) -> tuple[Size, ...]:
     """The shape of a rank's tokens: [s0, s1, 512] -> [1, share of s0*s1, 512]."""
     return (*[1] * (len(shape) - 2), share(tokens_of(shape), ranks, few), shape[-1])
@@ -76,13 +81,20 @@ def term_types(op: Op) -> tuple[Type, ...]:
 
 def gathered_types(op: Op) -> tuple[Type, ...]:
     """(x[1, share of b*s, n], [b, s]) -> [b, s, n]"""
-    kind, given = op["x"].tensor, op.args[1] if len(op.args) == 2 else None
+    if len(op.args) != 2:
+        raise OpError("its arguments must be the tokens and a list of sizes")
+    return (whole_type(op),)
+
+
+def whole_type(op: Op) -> TensorType:
+    """(x[1, share of b*s, n], …, [b, s]) -> [b, s, n]"""
+    kind, given = op["x"].tensor, op.args[-1]
     if not isinstance(given, tuple) or len(given) != len(kind.shape) - 1:
-        raise OpError(f"the operand is {kind}, so that the second argument must list {len(kind.shape) - 1} sizes", 1)
+        raise OpError(f"the operand is {kind}, so that the last argument must list {len(kind.shape) - 1} sizes", "x")
     shape = (*map(_size, given), kind.shape[-1])
     if kind.shape != (wanted := share_shape(shape, *_numbers(op))):
         raise OpError(f"the operand is {kind}, but a rank holds [{', '.join(map(str, wanted))}] of these tokens", "x")
-    return (TensorType(kind.dtype, shape),)
+    return TensorType(kind.dtype, shape)
 
 
 def _size(arg: Argument) -> Size:
@@ -103,25 +115,26 @@ def _padded(x: Tensor, ranks: int, few: int) -> Tensor | None:
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows  # which would copy them
 
 
-def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """A rank's tokens as an operation returns them: with as many axes as a tensor."""
     return rows.reshape(*[1] * (like.dim() - 2), -1, like.shape[-1])
 
 
 def own_tokens(x: Tensor, *, mesh: str, ranks: int, few: int) -> Tensor:
     """Torch definition of `coll.own_tokens`: this rank's tokens of a tensor that all ranks hold."""
     rows = _padded(x, ranks, few)
-    return _shaped(x if rows is None else rows.chunk(ranks)[current().place(mesh)], x)
+    return shaped(x if rows is None else rows.chunk(ranks)[current().place(mesh)], x)
 
 
 def reduce_scatter_tokens(x: Tensor, *, mesh: str, ranks: int, few: int) -> Tensor:
     """Torch definition of `coll.reduce_scatter_tokens`: this rank's tokens of the sum over all `ranks`."""
     rows = _padded(x, ranks, few)
-    return _shaped(current().all_reduce(x, mesh) if rows is None else current().reduce_scatter(rows, mesh, 0), x)
+    return shaped(current().all_reduce(x, mesh) if rows is None else current().reduce_scatter(rows, mesh, 0), x)
 
 
 def all_to_all_tokens(x: Tensor, *, mesh: str, ranks: int, few: int) -> Tensor:
     """Torch definition of `coll.all_to_all_tokens`: this rank's tokens of the tensors of all `ranks`."""
-    sent = _as_bytes(x).reshape(-1, x.shape[-1])
+    sent = as_bytes(x).reshape(-1, x.shape[-1])
     rows = _padded(sent, ranks, few)
     found = current().all_gather(sent, mesh, 0) if rows is None else current().all_to_all(rows, mesh)
     return found.view(x.dtype).view(ranks, *[1] * (x.dim() - 2), len(found) // ranks, x.shape[-1])
@@ -141,17 +154,18 @@ def all_gather_tokens(
         scale_layout: "col_major" for scales of activations whose format has this layout.
     """
     rows, count = x.reshape(-1, x.shape[-1]), prod(sizes)
-    if share(count, ranks, few) != count:
+    if is_cut(count, ranks, few):
         rows = gathered_bytes(rows, mesh, 0)[:count]
     return in_layout(rows, scale_layout).view(*sizes, x.shape[-1])
 
 
 def gathered_bytes(x: Tensor, mesh: str, axis: int) -> Tensor:
     """The parts of all ranks along an axis; FP8 codes are sent as bytes, because not all backends know them."""
-    return current().all_gather(_as_bytes(x), mesh, axis).view(x.dtype)
+    return current().all_gather(as_bytes(x), mesh, axis).view(x.dtype)
 
 
-def _as_bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
+    """FP8 codes as bytes; other tensors as they are."""
     return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x
 
 

@@ -71,8 +71,9 @@ def sharded(pipeline: Pipeline, mesh: Mesh, sharding: Sharding, rank: int) -> Pi
     blocks = blocks_of(pipeline)
     placing = [step for tactic in sharding for step in tactic.placing(mesh, blocks)]
     rewriting = [step for tactic in sharding for step in tactic.rewriting(mesh, rank, blocks)]
+    exchanging = [step for tactic in sharding for step in tactic.exchanging(mesh)]
     sending = [sent for tactic in sharding if (sent := tactic.sending()) is not None]
-    steps = (*placing, Collectives(), *rewriting, Partition(str(mesh), rank), *sending)
+    steps = (*placing, Collectives(), *rewriting, *exchanging, Partition(str(mesh), rank), *sending)
     whole = Pipeline((*pipeline.passes[:first], *steps, *pipeline.passes[first:]))
     for early, (places, cleanup) in CLEANUP.items():
         place = next((place for place in places if place in whole), None)

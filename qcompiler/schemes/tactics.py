@@ -10,13 +10,14 @@ alone, and reports why.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from passes.analyses.layers import EVERYTHING
 from passes.analyses.sharding_cuts import LARGE
 from passes.sharding.expert_parallel import ExpertParallel
 from passes.sharding.on_mesh import AlongAxis
 from passes.sharding.quantize_sums import QuantizeSums
+from passes.sharding.send_chosen import SendChosen
 from passes.sharding.sequence_parallel import FEW, SequenceParallel
 from passes.sharding.shard import Shard
 from passes.sharding.split_norms import SplitNorms
@@ -63,6 +64,10 @@ class Tactic:
 
     def rewriting(self, mesh: Mesh, rank: int, blocks: Blocks) -> tuple[AlongAxis, ...]:
         """The passes that rewrite what the ranks exchange, if the tactic has any."""
+        return ()
+
+    def exchanging(self, mesh: Mesh) -> tuple[AlongAxis, ...]:
+        """The passes that run after the rewriting of all tactics, if the tactic has any."""
         return ()
 
     def sending(self) -> QuantizeSums | None:
@@ -140,16 +145,23 @@ class ExpertParallelLayers(Tactic):
     Attributes:
         axis: The axis of the mesh.
         layers: Patterns over weight names, of which the last match decides; all other experts are on each rank.
+        send: With "chosen", ranks send a token only to the ranks whose experts it chose, if tokens are cut (`sp`); by
+            default all tokens.
     """
 
     name = "ep"
 
     axis: str = "tp"
     layers: tuple[str, ...] = EVERYTHING
+    send: Literal["all", "chosen"] = "all"
 
     def rewriting(self, mesh: Mesh, rank: int, blocks: Blocks) -> tuple[AlongAxis, ...]:
         """Cuts the experts."""
         return (ExpertParallel(str(mesh), self.axis, rank, self.layers),)
+
+    def exchanging(self, mesh: Mesh) -> tuple[AlongAxis, ...]:
+        """Sends each token only where it is needed, if this is asked for."""
+        return (SendChosen(str(mesh), self.axis),) if self.send == "chosen" else ()
 
 
 KINDS: tuple[type[Tactic], ...] = (TensorParallel, SequenceParallelNorms, ExpertParallelLayers)

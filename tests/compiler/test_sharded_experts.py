@@ -1,11 +1,14 @@
 """Mixtures of experts on a mesh: ranks choose for their own tokens, and exchange choices and tokens."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from expert_models import MODELS
+from mixture_graph import mixture_on
+from rank_processes import run_on_two_ranks
 
 import qcompiler
 from qcompiler.capture import capture
@@ -15,6 +18,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 1,
 }  # fmt: skip
 TACTICS = "tp; ep; sp{tokens=8}"
+CHOSEN = "tp; ep{send=chosen}; sp{tokens=8}"
 SHAPES = ((1, 1), (1, 7), (1, 8), (2, 11), (3, 8))
 
 
@@ -46,3 +50,52 @@ def test_ranks_choose_for_their_own_tokens(name: str, ranks: int) -> None:
     assert [str(op.result.tensor.dtype) for op in codes] == ["f8e4m3fn", "f32"]
     for shape in SHAPES:
         assert torch.equal(found(ids_of(shape)), plain(ids_of(shape))), shape
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("mixtral", 2), ("mixtral", 4), ("qwen3", 4)])
+def test_ranks_send_only_the_tokens_that_others_need(name: str, ranks: int) -> None:
+    found, plain = compiled(name, "fp8_tile", ranks, CHOSEN), compiled(name, "fp8_tile", ranks, TACTICS)
+    kinds = [str(op.result.tensor.dtype) for op in found.graph.ops("coll.gather_chosen_tokens")]
+    assert kinds == ["f8e4m3fn", "f32"] and len(found.graph.ops("coll.reduce_scatter_chosen_tokens")) == 1
+    for shape in SHAPES:
+        assert torch.equal(found(ids_of(shape)), plain(ids_of(shape))), shape
+
+
+def tokens_of(count: int) -> torch.Tensor:
+    return torch.randn(count, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+@pytest.mark.parametrize("favorites", [(), (0, 1), (0, 7), (2, 5)])
+def test_ranks_that_no_token_chooses(favorites: tuple[int, ...]) -> None:
+    """All tokens choose the same two experts, so that some ranks have no token, or one rank has all of them."""
+    x = tokens_of(37)
+    for ranks in (2, 4):
+        plain, found = (mixture_on(qcompiler.simulated_mesh(tp=ranks), each, favorites) for each in (TACTICS, CHOSEN))
+        assert len(list(found.graph.ops("coll.gather_chosen_tokens"))) == 1
+        for tokens in (1, 7, 8, 37):
+            assert torch.equal(plain(x[:tokens]), found(x[:tokens]))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    script = f"""
+from mixture_graph import mixture_on
+x = torch.randn(21, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+for favorites in ((), (0, 1)):
+    found[str(favorites)] = mixture_on(mesh, "{CHOSEN}", favorites)(x)
+"""
+    ranks = run_on_two_ranks(script, tmp_path)
+    for favorites in ((), (0, 1)):
+        whole = mixture_on(qcompiler.simulated_mesh(tp=2), CHOSEN, favorites)(tokens_of(21))
+        assert all(torch.equal(rank[str(favorites)], whole) for rank in ranks)
+
+
+def test_what_is_not_sent_in_reports() -> None:
+    """Remarks say what is expected; reasons say why all tokens are sent."""
+    found = compiled("mixtral", "fp8_tile", 4, CHOSEN)
+    remarks = {row.remark for row in found.report.rows}
+    assert any("ranks receive and return only tokens that chose its experts: 50% are expected" in r for r in remarks)
+    many = compiled("qwen3", "fp8_tile", 2, CHOSEN)
+    (why,) = many.skipped["send-chosen"].values()
+    assert why == "with 4 of 8 experts on 2 ranks, each rank is expected to need 98.6% of the tokens"
+    alone = compiled("mixtral", "fp8_tile", 2, "tp; ep{send=chosen}")
+    assert "all tokens of the sum are on each rank: put sp after ep" in alone.skipped["send-chosen"].values()

@@ -12,6 +12,12 @@ from passes.analyses.sequence_collectives import COLLECTIVES
 from qcompiler.distributed.simulation import Simulation
 from qcompiler.ir import Mesh
 
+CHOSEN = '{few = 64, groups = 8, mesh = "tp", ranks = 2}'
+TOP = "%best.0, %best.1 = aten.topk(%t, 2) : f32[s0*s1, 2], i64[s0*s1, 2]\n"
+TURNED = (
+    "%back = aten.transpose.int(%x, 0, 1) : f32[s1, s0, 8]\n%turned = aten.reshape(%back, [-1, 8]) : f32[s0*s1, 8]\n"
+    "%best.0, %best.1 = aten.topk(%turned, 2) : f32[s0*s1, 2], i64[s0*s1, 2]\n"
+)
 CUT = '{few = 64, mesh = "tp", ranks = 2}'
 PART = "[1, batch*positions, 8]"
 OWN = '%own = coll.own_first(%expert) {groups = 8, mesh = "tp", ranks = 2} : i64[2*s0*s1]\n'
@@ -34,6 +40,13 @@ LEGAL = {
         "%rows = aten.view(%u, [-1, 2, 4]) : f32[share(s0*s1, 2, 64), 2, 4]\n"
         "%own = aten.view(%rows, [1, -1, 8]) : f32[1, share(s0*s1, 2, 64), 8]\n"
         f"%r = coll.all_gather_tokens(%own, [%n0, %n1]) {CUT} : f32[s0, s1, 8]", B_P_8,
+    ),
+    "coll.gather_chosen_tokens": (
+        f"{TOP}%own = coll.own_tokens(%t) {CUT} : f32[share(s0*s1, 2, 64), 8]\n"
+        f"%r = coll.gather_chosen_tokens(%own, %best.1, [%nt]) {CHOSEN} : f32[s0*s1, 8]", "[batch*positions, 8]",
+    ),
+    "coll.reduce_scatter_chosen_tokens": (
+        f"{TOP}%r = coll.reduce_scatter_chosen_tokens(%x, %best.1) {CHOSEN} : f32[1, share(s0*s1, 2, 64), 8]", PART,
     ),
     "coll.own_first": (
         ROUTED.replace("%key, %order = aten.sort(%expert)", f"{OWN}  %key, %order = aten.sort(%own)") + GROUPS
@@ -66,6 +79,14 @@ ILLEGAL = {
     "coll.all_gather_tokens": (
         f"%u = coll.own_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]\n"
         f"%r = coll.all_gather_tokens(%u, [%n1, %n0]) {CUT} : f32[s1, s0, 8]", "mixes tokens",
+    ),
+    "coll.gather_chosen_tokens": (
+        f"{TURNED}%own = coll.own_tokens(%t) {CUT} : f32[share(s0*s1, 2, 64), 8]\n"
+        f"%r = coll.gather_chosen_tokens(%own, %best.1, [%nt]) {CHOSEN} : f32[s0*s1, 8]", "the experts of other tokens",
+    ),
+    "coll.reduce_scatter_chosen_tokens": (
+        f"{TURNED}%r = coll.reduce_scatter_chosen_tokens(%x, %best.1) {CHOSEN} : f32[1, share(s0*s1, 2, 64), 8]",
+        "the experts of other tokens",
     ),
     "coll.own_first": (
         ROUTED + '%r = coll.own_first(%order) {groups = 8, mesh = "tp", ranks = 2} : i64[2*s0*s1]',

@@ -61,6 +61,17 @@ def test_passes_of_tactics() -> None:
     assert "gather-quantized" not in plain and "own-rows" not in plain
 
 
+def test_chosen_tokens_are_sent_after_all_tactics() -> None:
+    sharding = Sharding.parse("tp; ep{send=chosen}; sp")
+    assert str(sharding) == "tp; ep{send=chosen}; sp"
+    steps = str(sharded(Pipeline.parse("canonicalize; dead-code"), Mesh.parse("tp=2"), sharding, 0))
+    assert 'sequence-parallel{mesh="tp=2"}; send-chosen{mesh="tp=2"}; partition{mesh="tp=2"}' in steps
+    plain = str(sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), Sharding.parse("tp; ep; sp"), 0))
+    assert "send-chosen" not in plain
+    with pytest.raises(PassError, match="option 'send' of tactic 'ep' has a wrong value"):
+        Sharding.parse("ep{send=some}")
+
+
 def test_sums_are_sent_in_a_format_only_if_it_is_given() -> None:
     """A pass after `partition`, and one after the passes that fuse quantizations."""
     sharding = Sharding.parse("tp; sp{sums=fp8_tile}")
