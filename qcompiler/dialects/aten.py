@@ -102,6 +102,8 @@ def _names() -> tuple[str, ...]:
 
 
 def _traits(name: str) -> Traits | None:
+    if name.endswith(".default"):  # not the name of an operation: see `op_name`
+        return None
     try:
         schema = _overload(name)._schema
     except (KeyError, IndexError, ValueError):

@@ -122,7 +122,7 @@ class Op:
         if index is not None and index < len(self.args):
             return (index,)
         if index is None and name not in traits.defaults and name not in self.attrs:
-            known = (*traits.positions, *traits.defaults, *self.attrs)
+            known = {*traits.positions, *traits.defaults, *self.attrs}
             raise KeyError(f"{self.name} has no parameter '{name}'. {did_you_mean(name, known)}")
         return (name,)
 

@@ -124,12 +124,18 @@ def is_known(name: str) -> bool:
     return name in _TABLE or (name.split(".")[0] not in _DIALECTS and traits_of(name) is not UNKNOWN)
 
 
+def is_ours(name: str) -> bool:
+    """Whether an operation of this name would belong to one of our dialects or to `aten`: nothing else declares it."""
+    return name.split(".")[0] in _DIALECTS | {"aten"}
+
+
 def unknown_op(name: str) -> str:
     """The error message for an unknown operation."""
     names = list(_TABLE)
     if name.split(".")[0] not in _DIALECTS:
         names += [candidate for space in _OPEN for candidate in space.names()]
-    return f"unknown operation '{name}'. {nearest(name, names) or f'Known dialects: {dialects()}.'}"
+    hint = nearest(name.removesuffix(".default"), names) or f"Known dialects: {dialects()}."
+    return f"unknown operation '{name}'. {hint}"
 
 
 def dialects() -> str:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from qcompiler.errors import PassError
 from qcompiler.ir.graph import PARAM, Graph
 from qcompiler.ir.op import Argument, Op, Value
+from qcompiler.ir.op_table import is_known, is_ours, unknown_op
 from qcompiler.ir.traits import Role
 from qcompiler.ir.types import Type
 
@@ -91,12 +92,17 @@ class Rewriter:
         return op
 
     def replace(self, op: Op, *values: Value, keep_names: bool = True) -> None:
-        """Replaces the results of `op` by `values`, one per result, and erases `op`.
+        """Replaces the results of `op` by `values`, one per result and of the same type, and erases `op`.
 
         Values inserted by this rewriter take over the names, unless `keep_names` is false.
         """
         if len(values) != len(op.results):
             raise PassError(f"{op.name} has {len(op.results)} results, but got {len(values)} replacement values")
+        for old, new in zip(op.results, values, strict=True):
+            if new.type != old.type:
+                raise PassError(
+                    f"{old} would be replaced by {new}, which has another type", got=new.type, need=old.type
+                )
         self.changed = True
         names = [old.name for old in op.results]
         for old, new in zip(op.results, values, strict=True):
@@ -122,8 +128,10 @@ class Rewriter:
 def apply_rules(graph: Graph, rules: Sequence[Rule], made_by: str) -> bool:
     """Applies the rules in graph order until none matches; returns whether anything changed.
 
-    Raises PassError if rewriting does not finish within 100 sweeps.
+    Raises PassError if rewriting does not finish within 100 sweeps, or a rule is malformed.
     """
+    for rule in rules:
+        _check_root(rule)
     for sweep in range(SWEEPS):
         if not (busy := _sweep(graph, rules, made_by)):
             return sweep > 0
@@ -144,12 +152,31 @@ def _sweep(graph: Graph, rules: Sequence[Rule], made_by: str) -> list[Rule]:
             try:
                 match = rule.match(op, graph)
                 if not isinstance(match, Missed):
-                    rule.rewrite(op, rewriter, **match)
+                    rule.rewrite(op, rewriter, **_checked(match, rule))
             except Exception as error:
                 error.add_note(f"in rule {rule.name}, at {op.name} {op.loc}".rstrip())
                 raise
             busy += [rule] if rewriter.changed else []
     return busy
+
+
+def _check_root(rule: Rule) -> None:
+    """Raises PassError if no operation can have one of the names at which a rule starts."""
+    root = getattr(rule, "root", ())  # a rule that overrides `starts_at` needs none
+    if not isinstance(root, tuple):
+        need = 'a tuple of names or roles, such as ("aten.mul.Tensor",)'
+        raise PassError(f"root of rule {rule.name} is of a wrong type", got=repr(root), need=need)
+    for name in root:
+        if isinstance(name, str) and is_ours(name) and not is_known(name):
+            raise PassError(f"rule {rule.name} starts at an {unknown_op(name)}")
+
+
+def _checked(match: Any, rule: Rule) -> Match:
+    """Returns the keyword arguments that `match` returned; PassError if it returned something else."""
+    if not isinstance(match, Mapping):
+        need = "the keyword arguments of rewrite, as a dict, or Missed(reason)"
+        raise PassError(f"rule {rule.name} does not say whether it matches", got=repr(match), need=need)
+    return match
 
 
 def explain(graph: Graph, rules: Sequence[Rule]) -> list[tuple[Op, Rule, Missed]]:

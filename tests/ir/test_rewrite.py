@@ -6,7 +6,20 @@ import pytest
 
 import qcompiler.dialects  # noqa: F401
 from qcompiler.errors import PassError, QCompilerError
-from qcompiler.ir import Graph, Location, Match, Missed, Op, Rewriter, Rule, Value, apply_rules, explain
+from qcompiler.ir import (
+    DType,
+    Graph,
+    Location,
+    Match,
+    Missed,
+    Op,
+    Rewriter,
+    Rule,
+    TensorType,
+    Value,
+    apply_rules,
+    explain,
+)
 from qcompiler.testing import assert_text
 
 
@@ -50,6 +63,13 @@ class Forever(Rule):
         rewriter.replace(op, rewriter.insert("aten.relu", op["self"], types=[op.result.type]).result)
 
 
+class Wide(SiluByHand):
+    """silu(x)  ->  cat(x, x), which has another type"""
+
+    def rewrite(self, op: Op, rewriter: Rewriter, x: Value, **_: Any) -> None:
+        rewriter.replace(op, rewriter.insert("aten.cat", (x, x), types=[TensorType(DType.f32, (8,))]).result)
+
+
 class Idle(Rule):
     """relu(x) matches and is not changed"""
 
@@ -60,6 +80,37 @@ class Idle(Rule):
 
     def rewrite(self, op: Op, rewriter: Rewriter, **_: Any) -> None:
         assert not rewriter.changed
+
+
+class Silent(Idle):
+    """match returns nothing"""
+
+    def match(self, op: Op, graph: Graph) -> Any:
+        return None
+
+
+class Misspelled(Idle):
+    """No operation has this name"""
+
+    root = ("aten.rellu",)
+
+
+class Suffixed(Idle):
+    """The default overload has no suffix"""
+
+    root = ("aten.relu.default",)
+
+
+class Unlisted(Idle):
+    """root is a name, not names"""
+
+    root = "aten.relu"  # type: ignore[assignment]
+
+
+class Foreign(Idle):
+    """A namespace that is not loaded may have any name"""
+
+    root = ("others.relu",)
 
 
 def graph_of(*lines: str, returned: str) -> Graph:
@@ -184,6 +235,24 @@ def test_rewriting_that_does_not_end_is_reported() -> None:
         apply_rules(graph, [DoubleNegation(), Forever()], "loop")
     assert str(caught.value) == "rewriting does not terminate: after 100 sweeps, Forever still matches (in pass 'loop')"
     graph.verify()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Silent(), "rule Silent does not say whether it matches: got None; need the keyword arguments of rewrite"),
+        (Misspelled(), "rule Misspelled starts at an unknown operation 'aten.rellu'. Did you mean 'aten.relu'?"),
+        (Suffixed(), "rule Suffixed starts at an unknown operation 'aten.relu.default'. Did you mean 'aten.relu'?"),
+        (Unlisted(), "root of rule Unlisted is of a wrong type: got 'aten.relu'; need a tuple of names or roles"),
+        (Wide(), "%s would be replaced by %cat, which has another type: got f32[8]; need f32[4]"),
+    ],
+)
+def test_a_malformed_rule(rule: Rule, message: str) -> None:
+    graph = graph_of("%r = aten.relu(%x) : f32[4]", "%s = aten.silu(%r) : f32[4]", returned="%s")
+    with pytest.raises(PassError) as caught:
+        apply_rules(graph, [rule], "malformed")
+    assert str(caught.value).startswith(message)
+    assert not apply_rules(graph, [Foreign()], "foreign")
 
 
 def test_a_rule_that_changes_nothing_does_not_count_as_a_change() -> None:
