@@ -140,6 +140,21 @@ def converted(value: Any, hint: Any) -> Any:
     raise ValueError(value)
 
 
+def convert_options(made: Any, owner: str) -> None:
+    """Converts the fields of a frozen dataclass to their type hints; raises PassError for a wrong value.
+
+    Args:
+        made: Called in its `__post_init__`.
+        owner: The owner of the options, for messages: "pass 'fp8-tile'".
+    """
+    for option in fields(made):
+        value = getattr(made, option.name)
+        try:
+            object.__setattr__(made, option.name, converted(value, hint_of(type(made), option.name)))
+        except ValueError:
+            raise wrong_value(type(made), owner, option, repr(value)) from None
+
+
 def wrong_value(kind: Any, owner: str, option: "Field[Any]", got: str) -> PassError:
     """The error for an invalid value, with the accepted values."""
     hint, default = hint_of(kind, option.name), default_of(option)

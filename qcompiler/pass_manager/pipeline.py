@@ -23,11 +23,9 @@ from qcompiler.pass_manager.options import (
     DASHED,
     WORD,
     OptionReader,
-    converted,
+    convert_options,
     default_of,
-    hint_of,
     print_option,
-    wrong_value,
 )
 from qcompiler.text import Source
 
@@ -100,12 +98,7 @@ class Pass(ABC):
 
     def __post_init__(self) -> None:
         """Checks the options against their type hints; converts lists to tuples and integers to floats as needed."""
-        for option in fields(self):
-            value = getattr(self, option.name)
-            try:
-                object.__setattr__(self, option.name, converted(value, hint_of(type(self), option.name)))
-            except ValueError:
-                raise wrong_value(type(self), f"pass '{self.name}'", option, repr(value)) from None
+        convert_options(self, f"pass '{self.name}'")
 
     def rules(self) -> Sequence[Rule]:
         """The rewrite rules of this pass."""

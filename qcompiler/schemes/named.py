@@ -11,7 +11,7 @@ point name; it is loaded on first lookup.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import passes  # noqa: F401  (importing it registers the passes)
@@ -94,7 +94,18 @@ class Scheme:
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Derives the pipeline from the spec; raises PassError unless exactly one of the two is given."""
+        """Derives the pipeline from the spec.
+
+        Raises:
+            PassError: The name or an option is not valid, or not exactly one of pipeline and spec is given.
+        """
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            need = "letters, digits, dots, dashes and underscores"
+            raise PassError("the name of a scheme is not valid", got=repr(self.name), need=need)
+        known = [option.name for option in fields(Options)]
+        if wrong := [name for name in self.options if name not in known]:
+            fix = did_you_mean(str(wrong[0]), known)
+            raise PassError(f"scheme '{self.name}' lists an unknown option", got=repr(wrong[0]), fix=fix)
         if bool(self.pipeline) == (self.spec is not None):
             raise PassError(f"scheme '{self.name}' needs either a pipeline or a spec")
         if self.spec is not None:

@@ -32,6 +32,7 @@ from passes.smoothing.smoothquant import SmoothQuant
 from qcompiler.calibration.statistics import FROM_HISTOGRAM
 from qcompiler.ir import ALL, Format
 from qcompiler.ir.formats import FP8_BLOCK, FP8_TILE
+from qcompiler.pass_manager.options import convert_options
 from qcompiler.pass_manager.pipeline import Pass, Pipeline
 
 SAMPLED_ROWS = 256
@@ -65,6 +66,10 @@ class QuantizationSpec:
     smooth: Literal["never", "always", "measured"] = "never"
     alpha: Alpha = 0.5
     pow2: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields against their type hints; raises PassError for a wrong value."""
+        convert_options(self, "a quantization spec")
 
     @property
     def needs_calibration(self) -> bool:

@@ -10,7 +10,7 @@ alone, and reports why.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from passes.analyses.layers import EVERYTHING
 from passes.analyses.sharding_cuts import LARGE
@@ -23,7 +23,7 @@ from passes.sharding.shard import Shard
 from passes.sharding.split_norms import SplitNorms
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import Format, Mesh
-from qcompiler.pass_manager.options import DASHED, OptionReader, converted, default_of, print_option, wrong_value
+from qcompiler.pass_manager.options import DASHED, OptionReader, convert_options, default_of, print_option
 from qcompiler.text import Source
 
 
@@ -76,12 +76,7 @@ class Tactic:
 
     def __post_init__(self) -> None:
         """Checks the options against their type hints; raises PassError for a wrong value."""
-        for option in fields(self):
-            value = getattr(self, option.name)
-            try:
-                object.__setattr__(self, option.name, converted(value, get_type_hints(type(self))[option.name]))
-            except ValueError:
-                raise wrong_value(type(self), f"tactic '{self.name}'", option, repr(value)) from None
+        convert_options(self, f"tactic '{self.name}'")
 
     def __str__(self) -> str:
         values = [(option, getattr(self, option.name)) for option in fields(self)]

@@ -184,6 +184,26 @@ def test_a_scheme_is_a_pipeline_or_a_spec() -> None:
     assert Scheme("mine", "Mine.", spec=QuantizationSpec()).pipeline == SCHEMES["fp8_tile"].pipeline
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "two words"}, "the name of a scheme is not valid: got 'two words'; need letters"),
+        ({"options": ("alhpa",)}, "scheme 'mine' lists an unknown option: got 'alhpa'. Did you mean 'alpha'?"),
+        ({"spec": {"smooth": "meassured"}}, "'smooth' of a quantization spec has a wrong value: got 'meassured'; need"),
+        ({"spec": {"alpha": "serach"}}, "option 'alpha' of a quantization spec has a wrong value: got 'serach'"),
+        ({"spec": {"x": 8}}, "option 'x' of a quantization spec has a wrong value: got 8; need a format such as"),
+    ],
+)
+def test_a_wrong_scheme_is_an_error_where_it_is_written(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=re.escape(message)):
+        Scheme(**{"name": "mine", "doc": "Mine.", **given, "spec": QuantizationSpec(**given.get("spec", {}))})
+
+
+def test_a_spec_takes_names_of_formats() -> None:
+    named: Any = QuantizationSpec("int8_row", "int8_row")  # type: ignore[arg-type]
+    assert named == QuantizationSpec(INT8_ROW, INT8_ROW)
+
+
 # Other schemes for some layers
 
 
