@@ -25,6 +25,7 @@ from qcompiler.decoding.decoder import Decoder
 from qcompiler.decoding.sampling import Features
 from qcompiler.decoding.slot_table import Rows, SlotTable
 from qcompiler.decoding.step import all_logits
+from qcompiler.distributed.communicator import Choices
 
 LLAMA_3_70B: dict[str, Any] = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -230,12 +231,24 @@ class Sent(TorchDispatchMode):
             self.bytes += (
                 self._share * args[0].nbytes * (1 if scattered else 2 if summed else round(1 / (1 - self._share)))
             )
+        if name == "exchange_chosen":  # through peer memory; the rows that this call really sends
+            x, experts, memories, _, groups, rank, _, summed = args
+            rows = chosen_rows(Choices(experts, groups, memories.numel()), rank, summed=summed)
+            self.bytes += rows * x.shape[1] * x.element_size()
         if func.namespace == "_c10d_functional":
             if name == "all_reduce":
                 self.bytes += 2 * self._share * args[0].nbytes
             elif name.startswith(("all_gather", "all_to_all", "reduce_scatter")):
                 self.bytes += self._share * max(args[0].nbytes, out.nbytes)
         return out
+
+
+def chosen_rows(choices: Choices, rank: int, *, summed: bool) -> int:
+    """The number of rows that a rank sends to others: terms of their tokens, or its own tokens."""
+    owned = torch.arange(len(choices.experts), device=choices.experts.device) // choices.share
+    if summed:
+        return int((choices.of(rank) & (owned != rank)).sum())
+    return sum(int((choices.of(other) & (owned == rank)).sum()) for other in range(choices.ranks) if other != rank)
 
 
 def bytes_sent(call: Callable[[], object], ranks: int) -> float:

@@ -20,6 +20,7 @@ from codegen.launching.launch import FLOATS
 from codegen.launching.replay import state
 from codegen.templates.peers import PROGRAMS, memory_bytes
 from qcompiler import knobs
+from qcompiler.distributed.communicator import Choices
 
 MOST_SENT = 1 << 21
 """Bytes that a rank of more than two may send to others; larger exchanges were measured with two only."""
@@ -59,6 +60,12 @@ class Peers:
         found: Tensor = kernels.exchange(x, self.memories, self.steps, self.rank, self.patience, scattered, summed)
         return found
 
+    def exchange_chosen(self, x: Tensor, choices: Choices, *, summed: bool = False) -> Tensor:
+        """What ranks send of the tokens of experts, as `codegen.kernels.chosen_peers.exchange_chosen` says."""
+        rest = (choices.groups, self.rank, self.patience, summed)
+        found: Tensor = kernels.exchange_chosen(x, choices.experts.contiguous(), self.memories, self.steps, *rest)
+        return found
+
 
 class PeerMemory:
     """Exchanges tensors within groups of GPUs; a group is connected by its first use outside a CUDA graph.
@@ -95,17 +102,34 @@ class PeerMemory:
             return None
         return peers.exchange(_as_bytes(x), scattered=True).view(x.dtype).view(x.shape)
 
+    def gather_chosen(self, x: Tensor, choices: Choices, group: dist.ProcessGroup) -> Tensor | None:
+        """The tokens of all ranks; zeros for those that chose no group of this rank."""
+        if (peers := self._peers_for(x, x.nbytes, group, LARGEST)) is None:
+            return None
+        return peers.exchange_chosen(_as_words(x.contiguous()), choices).view(x.dtype)
+
+    def reduce_scatter_chosen(self, x: Tensor, choices: Choices, group: dist.ProcessGroup) -> Tensor | None:
+        """This rank's tokens of the sum of the terms of the ranks whose groups they chose."""
+        each = choices.share * x.shape[1] * x.element_size()
+        peers = self._peers_for(x, each, group, LARGEST) if x.dtype in FLOATS else None
+        return None if peers is None else peers.exchange_chosen(x.contiguous(), choices, summed=True)
+
     def small(self, x: Tensor, group: dist.ProcessGroup) -> Peers | None:
         """The peers of a group, if a kernel should exchange a tensor with them itself, in one step."""
         few = x.nbytes * (group.size() - 1) <= MOST_SENT and x.dtype in FLOATS
         return self._peers_for(x, x.nbytes, group) if few else None
 
-    def _peers_for(self, x: Tensor, each: int, group: dist.ProcessGroup) -> Peers | None:
-        """The peers of a group, if they should exchange a tensor of which a rank sends `each` bytes to another one."""
+    def _peers_for(
+        self, x: Tensor, each: int, group: dist.ProcessGroup, most: int = MOST_SENT
+    ) -> Peers | None:  # fmt: skip
+        """The peers of a group, if they should exchange a tensor of which a rank sends `each` bytes to another one.
+
+        More than two ranks leave it to NCCL if a rank sends more than `most` bytes.
+        """
         sent = each * (group.size() - 1)
         if not x.is_cuda or type(x) not in (Tensor, Parameter) or torch.compiler.is_compiling():
             return None
-        if not 0 < sent <= (LARGEST if group.size() == 2 else MOST_SENT):
+        if not 0 < sent <= (LARGEST if group.size() == 2 else most):
             return None
         name = group.group_name
         if name not in self._peers:
@@ -114,6 +138,12 @@ class PeerMemory:
             with torch.cuda.device(x.device):  # torch exchanges objects through the current one
                 self._peers[name] = connected(group, x.device)
         return self._peers[name]
+
+
+def _as_words(x: Tensor) -> Tensor:
+    """Rows as words of four bytes, which take fewer registers; as bytes if they are not aligned."""
+    aligned = all(count * x.element_size() % 4 == 0 for count in (x.shape[1], x.storage_offset()))
+    return x.view(torch.int32 if aligned else torch.int8)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

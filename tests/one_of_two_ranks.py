@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompiler
 from codegen.peer_memory import PeerMemory, connected
 from qcompiler.decoding.graphs import CudaRecorder
+from qcompiler.distributed.communicator import Choices
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -49,7 +50,7 @@ def main() -> None:
     with torch.no_grad():
         found = generated(model, mesh, rank, folder) | called(model, mesh, device)
         if kind == "cuda":
-            found["wrong exchanges"] = wrong_exchanges(mesh, rank, device)
+            found["wrong exchanges"] = wrong_exchanges(mesh, rank, device) + wrong_choices(mesh, rank, device)
     torch.save(found, folder / f"{rank}.pt")
     if kind == "cuda":
         wait_for_a_late_rank(mesh, rank, device, folder / "late.txt")
@@ -133,6 +134,31 @@ def wrong_exchanges(mesh: DeviceMesh, rank: int, device: torch.device) -> list[s
             }[name]  # fmt: skip
             if got is None or not torch.equal(got, want):
                 wrong.append(f"{name} of {dtype} {shape}")
+    return wrong
+
+
+def wrong_choices(mesh: DeviceMesh, rank: int, device: torch.device) -> list[str]:
+    """The exchanges of chosen tokens, each with one rank late, that differ from what NCCL gathers."""
+    peers, group, wrong = PeerMemory(), mesh.get_group("tp"), []
+    for turn, (tokens, width, dtype) in enumerate(
+        ((21, 333, torch.bfloat16), (7, 8192, torch.float32), (4097, 4096, torch.bfloat16)) * 2
+    ):
+        experts = torch.randint(8, (tokens, 2), generator=torch.Generator().manual_seed(turn)).to(device)
+        choices = Choices(experts, 8, 2)
+        for summed in (False, True):
+            x = torch.randn(tokens if summed else choices.share, width, device=device).to(dtype)
+            parts = [torch.empty_like(x) for _ in range(2)]
+            distributed.all_gather(parts, x, group)
+            if turn % 2 == rank:
+                torch.cuda._sleep(10_000_000)
+            if summed:
+                got = peers.reduce_scatter_chosen(x, choices, group)
+                one, other = (choices.padded(choices.masked(part, at)).float() for at, part in enumerate(parts))
+                want = (one + other).to(dtype).chunk(2)[rank]
+            else:
+                got, want = peers.gather_chosen(x, choices, group), choices.masked(torch.cat(parts)[:tokens], rank)
+            if got is None or not torch.equal(got, want):
+                wrong.append(f"chosen tokens of {dtype} [{tokens}, {width}], summed: {summed}")
     return wrong
 
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks.sanitizing.caches import appends, attention, fused_appends, latents, quantized_attention, reads
 from benchmarks.sanitizing.place import Place
 from benchmarks.sanitizing.products import chosen_products, fused_products, grouped_products, products, row_products
-from benchmarks.sanitizing.ranks import exchanges, fused_sums
+from benchmarks.sanitizing.ranks import chosen_exchanges, exchanges, fused_sums
 from benchmarks.sanitizing.rows import (
     fused_quantizations,
     gathered_codes,
@@ -48,5 +48,6 @@ FAMILIES: dict[str, Callable[[Place], Iterator[str]]] = {
     "group entries": grouped_entries,
     "next tokens": tokens,
     "exchanges of ranks": exchanges,
+    "exchanges of chosen tokens": chosen_exchanges,
     "fused sums over ranks": fused_sums,
 }

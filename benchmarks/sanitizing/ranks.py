@@ -12,8 +12,10 @@ from benchmarks.sanitizing.rows import NORM
 from codegen.operators.fused_quantize import run_fused
 from codegen.operators.operator import OPERATORS
 from codegen.targets.cuda import gpu_at
+from codegen.templates.chosen_peers import CHOSEN_PEERS, ChosenConfig, ChosenOperands, ChosenProblem
 from codegen.templates.fused_quantize import RankSum
 from codegen.templates.peers import PEERS, PROGRAMS, REGION_BYTES, PeersOperands, PeersProblem, memory_bytes
+from qcompiler.distributed.communicator import Choices
 
 RANKS, PATIENCE = 2, 10**9
 QUANTIZED = ([1, 128], torch.float8_e4m3fn, "deepseek", "col_major")
@@ -28,6 +30,63 @@ def exchanges(place: Place) -> Iterator[str]:
         run, want = (partial(each, scattered, summed) for each in (one_after_the_other, expected))
         place.compare_calls(run, want, *given)
         yield f"{list(shape)} in {dtype}, scattered: {scattered}, summed: {summed}"
+
+
+def chosen_exchanges(place: Place) -> Iterator[str]:
+    """Tokens of experts, of which some are sent, in rows that no tile divides, twice."""
+    for tokens, width, dtype, chosen in ((21, 3000, torch.bfloat16, 2), (7, 33, torch.float32, 1)):
+        calls = (torch.randint(8, (tokens, chosen), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        experts = [*calls]
+        share = -(-tokens // RANKS)
+        terms = [draw(tokens, width, seed=seed).to(dtype) for seed in range(2 * RANKS)]
+        rows = [draw(share, width, seed=seed).to(dtype).view(torch.int8) for seed in range(2 * RANKS)]
+        for summed, xs in ((False, rows), (True, terms)):
+            run, want = (partial(each, summed) for each in (chosen_one_after_the_other, expected_chosen))
+            place.compare_calls(run, want, *experts, *xs)
+            yield f"[{tokens}, {width}] in {dtype}, {chosen} of 8 experts, summed: {summed}"
+
+
+def expected_chosen(summed: bool, first: Tensor, second: Tensor, *xs: Tensor) -> list[Tensor]:
+    """The results of both ranks in both calls."""
+    found = []
+    for experts, call in ((first, xs[:RANKS]), (second, xs[RANKS:])):
+        choices = Choices(experts, 8, RANKS)
+        for rank in range(RANKS):
+            if summed:
+                left, right = (choices.padded(choices.masked(x, other)) for other, x in enumerate(call))
+                found.append((left.float() + right.float()).to(left.dtype).chunk(RANKS)[rank])
+            else:
+                found.append(choices.masked(torch.cat(call)[: len(experts)], rank))
+    return found
+
+
+def chosen_one_after_the_other(summed: bool, first: Tensor, second: Tensor, *xs: Tensor) -> list[Tensor]:
+    """The same by the kernel: rank 0 finds what rank 1 will send in its memory."""
+    memories, addresses, steps = shared(xs[0].device)
+    family = CHOSEN_PEERS.family(gpu_at(xs[0].device))
+    found = []
+    for turn, (experts, call) in enumerate(((first, xs[:RANKS]), (second, xs[RANKS:])), 1):
+        choices = Choices(experts, 8, RANKS)
+        sent = choices.padded(call[1])[: choices.share] if summed else call[1]
+        width = sent.shape[1] * sent.element_size()
+        config = family.choose(ChosenProblem(choices.share, width))
+        send_tiles(memories[0], sent.contiguous().view(torch.uint8), config, turn)
+        for rank, x in enumerate(call):
+            out = x.new_zeros(choices.share if summed else len(experts), x.shape[1])
+            operands = ChosenOperands(x, experts, out, addresses, steps[rank], 8, rank, PATIENCE, summed)
+            family.launch(config, operands)
+            found.append(out)
+    return found
+
+
+def send_tiles(memory: Tensor, x: Tensor, config: ChosenConfig, step: int) -> None:
+    """Writes all rows that rank 1 may send to rank 0 in a step, tile by tile."""
+    regions, signals = parts_of(memory)
+    tiles = [tile for rows in x.split(config.rows) for tile in rows.split(config.bytes, dim=1)]
+    for program, tile in enumerate(tiles):
+        region = regions[program, step % 2, 1, : config.rows * config.bytes].view(config.rows, config.bytes)
+        region[: tile.shape[0], : tile.shape[1]] = tile
+        signals[program, 1] = step
 
 
 def fused_sums(place: Place) -> Iterator[str]:
@@ -97,9 +156,14 @@ def one_after_the_other(scattered: bool, summed: bool, *xs: Tensor) -> list[Tens
 
 def send(memory: Tensor, x: Tensor, tile: int, step: int) -> None:
     """Writes what rank 1 sends to rank 0 in a step."""
-    end = PROGRAMS * 2 * RANKS * REGION_BYTES
-    regions = memory[:end].view(PROGRAMS, 2, RANKS, REGION_BYTES)
-    signals = memory[end:].view(torch.int32).view(PROGRAMS, RANKS)
+    regions, signals = parts_of(memory)
     for program, part in enumerate(x.contiguous().view(torch.uint8).view(-1).split(tile)):
         regions[program, step % 2, 1, : part.numel()] = part
         signals[program, 1] = step
+
+
+def parts_of(memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The regions `[PROGRAMS, 2, RANKS, bytes]` and the signals `[PROGRAMS, RANKS]` of a rank's memory."""
+    end = PROGRAMS * 2 * RANKS * REGION_BYTES
+    regions = memory[:end].view(PROGRAMS, 2, RANKS, REGION_BYTES)
+    return regions, memory[end:].view(torch.int32).view(PROGRAMS, RANKS)

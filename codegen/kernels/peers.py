@@ -45,7 +45,7 @@ done:
 
 
 @triton.jit
-def _region_of(memory, place, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def region_of(memory, place, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """A region of a memory, for elements of this type."""
     return tl.multiple_of((memory + place * REGION).to(tl.pointer_type(dtype)), 16)
 
@@ -58,7 +58,7 @@ def _signal_of(memory, program, from_, RANKS: tl.constexpr, PROGRAMS: tl.constex
 
 
 @triton.jit
-def _meet(step, memories, rank, patience, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
+def meet(step, memories, rank, patience, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Signals all other ranks that this program has sent its tiles of a step, and waits for their signals."""
     program = tl.program_id(0)
     tl.debug_barrier()  # all threads have stored
@@ -78,7 +78,7 @@ def _meet(step, memories, rank, patience, RANKS: tl.constexpr, PROGRAMS: tl.cons
 def _tile_of(other, mine, places, mask, own, first, rank):  # type: ignore[no-untyped-def]
     """The tile of a rank in this step."""
     # ".cg": no cache of this multiprocessor holds an old tile.
-    region = _region_of(own, first + other, mine.dtype)
+    region = region_of(own, first + other, mine.dtype)
     sent = tl.load(region + places, mask=mask & (other != rank), other=0, cache_modifier=".cg")
     return tl.where(other == rank, mine, sent)
 
@@ -100,8 +100,8 @@ def sum_over_ranks(  # type: ignore[no-untyped-def]
     first = (program.to(tl.int64) * 2 + (step & 1)) * RANKS
     for ahead in tl.static_range(1, RANKS):
         memory = tl.load(memories + (rank + ahead) % RANKS)
-        tl.store(_region_of(memory, first + rank, mine.dtype) + places, mine, mask=mask)
-    _meet(step, memories, rank, patience, RANKS, PROGRAMS)
+        tl.store(region_of(memory, first + rank, mine.dtype) + places, mine, mask=mask)
+    meet(step, memories, rank, patience, RANKS, PROGRAMS)
     own = tl.load(memories + rank)
     total = tl.zeros(mine.shape, tl.float32)
     for other in tl.static_range(RANKS):
@@ -152,8 +152,8 @@ def exchange(  # type: ignore[no-untyped-def]
         for ahead in tl.static_range(1, RANKS):
             to = (rank + ahead) % RANKS
             tile = tl.load(x + where + to.to(tl.int64) * length, mask=mask, other=0) if SCATTERED else mine
-            tl.store(_region_of(tl.load(memories + to), first + rank, mine.dtype) + places, tile, mask=mask)
-        _meet(step, memories, rank, patience, RANKS, PROGRAMS)
+            tl.store(region_of(tl.load(memories + to), first + rank, mine.dtype) + places, tile, mask=mask)
+        meet(step, memories, rank, patience, RANKS, PROGRAMS)
         total = tl.zeros([TILE], tl.float32)
         for other in tl.static_range(RANKS):
             tile = _tile_of(other, mine, places, mask, own, first, rank)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from qcompiler import knobs
-from qcompiler.distributed.communicator import Communicator
+from qcompiler.distributed.communicator import Choices, Communicator
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Mesh
 
@@ -40,6 +40,12 @@ class PeerCollectives(Protocol):
     def all_to_all(self, x: Tensor, group: ProcessGroup) -> Tensor | None:
         """This rank's parts of the tensors of all ranks, along the first axis."""
 
+    def gather_chosen(self, x: Tensor, choices: Choices, group: ProcessGroup) -> Tensor | None:
+        """The tokens of all ranks; zeros for those that chose no group of this rank."""
+
+    def reduce_scatter_chosen(self, x: Tensor, choices: Choices, group: ProcessGroup) -> Tensor | None:
+        """This rank's tokens of the sum of the terms of the ranks whose groups they chose."""
+
     def small(self, x: Tensor, group: ProcessGroup) -> Any:
         """What a kernel needs to exchange a small tensor itself."""
 
@@ -50,7 +56,11 @@ class NoPeers:
     def _none(self, x: Tensor, group: ProcessGroup) -> None:
         return None
 
+    def _none_chosen(self, x: Tensor, choices: Choices, group: ProcessGroup) -> None:
+        return None
+
     all_reduce = all_gather = reduce_scatter = all_to_all = small = _none
+    gather_chosen = reduce_scatter_chosen = _none_chosen
 
 
 def is_device_mesh(mesh: object) -> bool:
@@ -133,6 +143,16 @@ class ProcessGroups(Communicator):
             return found
         sizes = [x.shape[0] // group.size()] * group.size()
         return _done(lambda: OPS.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name))
+
+    def gather_chosen(self, x: Tensor, mesh: str, choices: Choices) -> Tensor:
+        """The tokens that chose a group of this rank; torch sends all of them."""
+        found = self._peers.gather_chosen(x, choices, self.devices.get_group(mesh))
+        return super().gather_chosen(x, mesh, choices) if found is None else found
+
+    def reduce_scatter_chosen(self, x: Tensor, mesh: str, choices: Choices) -> Tensor:
+        """This rank's tokens of the sum; torch sends the terms of all of them."""
+        found = self._peers.reduce_scatter_chosen(x, choices, self.devices.get_group(mesh))
+        return super().reduce_scatter_chosen(x, mesh, choices) if found is None else found
 
 
 def _done(collective: Callable[[], Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ from hopper_kernels import (
     compile_sum_splits,
     compile_tokens,
 )
-from peer_kernels import compile_exchange
+from peer_kernels import compile_exchange, compile_exchange_chosen
 from pointwise_examples import compile_norm, compile_rotary, compile_rotary_append
 
 from codegen.machine_code import MachineCode
@@ -94,6 +94,8 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "entries of each group, placed": lambda: compile_group_entries(32768, 128)[1],
     "sum over 2 GPUs": partial(compile_exchange, 2, (16, 8192), summed=True),
     "gather of 8 GPUs": partial(compile_exchange, 8, (4096, 1024)),
+    "chosen tokens of 4 GPUs": partial(compile_exchange_chosen, 4, 4096, 4096),
+    "sums of chosen tokens over 8 GPUs": partial(compile_exchange_chosen, 8, 4096, 4096, summed=True),
     "parts of a sum over 4 GPUs": partial(compile_exchange, 4, (4096, 8192), scattered=True, summed=True),
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
     "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
