@@ -20,7 +20,7 @@ from qcompiler.decoding.memory import Memory, check_fits
 from qcompiler.decoding.step import CompiledStep, Step, compiled_step
 from qcompiler.decoding.stop_tokens import stop_tokens_of
 from qcompiler.decoding.tokenizers import check_tokenizer, tokenizer_texts
-from qcompiler.errors import ArtefactError, QCompilerError
+from qcompiler.errors import ArtefactError, InputError, QCompilerError
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.runner import Stages
 from qcompiler.program.folder_kinds import checked_path
@@ -43,7 +43,8 @@ class Decoder(Generator):
         step: Runs the program; by default, in this process alone.
 
     Raises:
-        InputError: The cache does not fit into memory, or the tokenizer is of a wrong type.
+        InputError: The cache does not fit into memory, the model does not return logits, or the tokenizer is of a
+            wrong type.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Decoder(Generator):
         self._cache_bytes = sum(each.bytes for each in caches)
         fixed = sum(each.bytes for each in caches if each.ring is not None)
         check_fits(self._cache_bytes, program.device, caches[0].slots, caches[0].capacity, fixed)
-        stops = stop_tokens_of(self._generation, program.original.config(), tokenizer)
+        config = program.original.config()
+        stops = stop_tokens_of(self._generation, config, tokenizer)
         self._step = step or compiled_step(program)
+        _check_vocabulary(self._step.vocabulary, config)
         super().__init__(self._step, tokenizer, stops, chunk=chunk or chunk_of(program))
 
     @classmethod
@@ -158,6 +161,16 @@ class Decoder(Generator):
     def __repr__(self) -> str:
         step = self.step
         return f"<Decoder: {step.slots} slots of {step.capacity} positions on {step.device}, {self.report.summary()}>"
+
+
+def _check_vocabulary(width: int, config: Any) -> None:
+    """Raises InputError if a model returns fewer numbers per token than its configuration has tokens."""
+    tokens = getattr(config, "vocab_size", None)
+    if isinstance(tokens, int) and width < tokens:
+        raise InputError(
+            "the model does not return logits", got=f"{width} numbers for each token", need=f"one for each of {tokens}",
+            fix="Use the model with its vocabulary projection, as AutoModelForCausalLM loads it.",
+        )  # fmt: skip
 
 
 def is_decoder(program: Program) -> bool:

@@ -141,6 +141,8 @@ def test_wrong_options(options: dict[str, Any], kind: type[Exception], message: 
 
 
 def test_what_is_no_model() -> None:
+    with pytest.raises(InputError, match="does not return logits: got 32 numbers for each token; need one for each"):
+        made(models.llama().model)
     with pytest.raises(CaptureError, match=r"only a torch\.nn\.Module or an ExportedProgram can be captured: got int"):
         made(3)
 
