@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from qcompiler.capture.huggingface import cache_layers, lacks_memory
 from qcompiler.capture.leeway import Leeway, OptionalTensor
 from qcompiler.errors import InputError, did_you_mean
 
@@ -14,6 +15,8 @@ MISSING: Any = object()
 
 COMPILE_WITH = "Omit it here, or compile with it among the example inputs."
 COMPILE_WITHOUT = "To call without it, compile with example inputs that omit it."
+
+ALLOCATE = "Allocate it first: cache.early_initialization(batch_size, num_heads, head_dim, dtype, device)."
 
 Added = list[tuple[OptionalTensor, Any]]
 """Tensors that were not captured, and the values that they must have to change nothing."""
@@ -79,8 +82,13 @@ def _leaves(name: str, value: Any, spec: pytree.TreeSpec) -> list[Any]:
         if same_class and (fields := list(_differences(got, spec, ""))):
             path, mine, captured = next((each for each in fields if not isinstance(each[2], Mapping)), fields[0])
             found, wanted = f"{path} = {mine!r}", f"{path} = {captured!r}"
-        raise InputError(problem, got=found, need=wanted, fix=how_to_convert(value))
+        raise InputError(problem, got=found, need=wanted, fix=ALLOCATE if _is_empty(value) else how_to_convert(value))
     return leaves
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether this is a cache of fixed length without memory, which the first call of the model would allocate."""
+    return any(map(lacks_memory, cache_layers(value)))
 
 
 def _differences(got: Any, want: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

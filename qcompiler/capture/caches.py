@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from qcompiler.capture.examples import Call
-from qcompiler.capture.huggingface import cache_layers
+from qcompiler.capture.huggingface import cache_layers, lacks_memory
 from qcompiler.capture.runs import run_aside
 from qcompiler.errors import CaptureError
 
@@ -25,12 +25,12 @@ def prepare_caches(model: torch.nn.Module, call: Call) -> None:
     """
     for path, layer in _layers(call):
         _check_counter(path, layer)
-    if not any(_lacks_memory(layer) for _, layer in _layers(call)):
+    if not any(lacks_memory(layer) for _, layer in _layers(call)):
         return
     filled = copy.deepcopy(call)
     run_aside(model, filled)
     for (_, layer), (_, used) in zip(_layers(call), _layers(filled), strict=True):
-        if _lacks_memory(layer) and used.is_initialized:
+        if lacks_memory(layer) and used.is_initialized:
             layer.lazy_initialization(used.keys[:, :, :0], used.values[:, :, :0])
 
 
@@ -52,10 +52,6 @@ def _layers(call: Call) -> Iterator[tuple[str, Any]]:
         for leaf in pytree.tree_leaves(value, is_leaf=lambda x: bool(cache_layers(x))):
             for layer in cache_layers(leaf):
                 yield name, layer
-
-
-def _lacks_memory(layer: Any) -> bool:
-    return hasattr(layer, "max_cache_len") and not layer.is_initialized
 
 
 def _check_counter(path: str, layer: Any) -> None:

@@ -104,6 +104,11 @@ def cache_layers(value: object) -> list[Any]:
     return [layer for part in (value, *halves) for layer in getattr(part, "layers", None) or ()]
 
 
+def lacks_memory(layer: Any) -> bool:
+    """Whether a layer of a cache is static and allocates its tensors in its first call."""
+    return hasattr(layer, "max_cache_len") and not layer.is_initialized
+
+
 def is_cache_context(context: Any, may_be_named: Callable[[str], bool]) -> bool:
     """Whether pytree's context of a cache is safe: transformers instantiates each class that the context names.
 

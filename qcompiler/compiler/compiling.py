@@ -71,8 +71,9 @@ def compile(
 ) -> CompiledModel:
     """Compiles a model into a quantized model with the same call signature.
 
-    The model is not changed and its weights are not copied. Original weights are released one by one as they are
-    quantized: if nothing else holds the model, at most one of them is in memory beside its quantized form.
+    The model is not changed and its weights are not copied: those that are not quantized are shared with the model, so
+    do not change them afterwards. Original weights are released one by one as they are quantized: if nothing else holds
+    the model, at most one of them is in memory beside its quantized form.
 
     Args:
         model: A module in evaluation mode, an exported program, a graph with its weights, or the folder of a

@@ -191,6 +191,8 @@ def test_a_static_cache_without_storage_gets_it() -> None:
     new = transformers.StaticCache(config=model.config, max_cache_len=12)
     with pytest.raises(InputError, match=r"got .*layers\[0\]\.is_initialized = False; need .*is_initialized = True"):
         run(captured, {**ids(2, 4), "past_key_values": new, "use_cache": True})
+    with pytest.raises(InputError, match=r"Allocate it first: cache\.early_initialization\(batch_size, num_heads"):
+        run(captured, {**ids(2, 4), "past_key_values": new, "use_cache": True})
     new.early_initialization(3, 2, 16, torch.float32, "cpu")
     with pytest.raises(InputError, match=r"got .*layers\[0\]\.batch_size = 3; need .*layers\[0\]\.batch_size = 2"):
         run(captured, {**ids(3, 4), "past_key_values": new, "use_cache": True})
