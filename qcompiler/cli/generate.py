@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
+from qcompiler.cli.huggingface import no_bars
 from qcompiler.cli.meshes import load_artefact, mesh_of
 from qcompiler.compiler.arguments import AUTO
 from qcompiler.compiler.model import CompiledModel
@@ -45,17 +46,18 @@ def _decoder(options: argparse.Namespace) -> Decoder:
     path = Path(options.model)
     if not is_artefact(path):
         scheme = None if options.scheme == NOTHING else options.scheme or AUTO
-        return qcompiler.decoder(
-            path,
-            scheme=scheme,
-            kv_cache=options.kv_cache,
-            max_batch=1,
-            max_length=options.max_length,
-            device=options.device,
-            progress=not options.quiet,
-            mesh=mesh_of(options),
-            sharding=options.sharding,
-        )
+        with no_bars():
+            return qcompiler.decoder(
+                path,
+                scheme=scheme,
+                kv_cache=options.kv_cache,
+                max_batch=1,
+                max_length=options.max_length,
+                device=options.device,
+                progress=not options.quiet,
+                mesh=mesh_of(options),
+                sharding=options.sharding,
+            )
     if given := [name for name in FOR_FOLDERS if getattr(options, name) is not None]:
         raise InputError(
             f"--{given[0].replace('_', '-')} has no effect on an artefact",

@@ -27,7 +27,7 @@ def load_folder(folder: Path, checkpoint: Checkpoint | None = None, mesh: Any = 
     Raises:
         QCompilerError: The folder is not a checkpoint, or is broken; or transformers is missing, or does not know it.
     """
-    with _no_bars():
+    with no_bars():
         return _guarded("the model", folder, lambda: loaded(checkpoint or read(folder), mesh))
 
 
@@ -83,7 +83,7 @@ def _guarded(what: str, folder: Path, load: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Hides transformers' progress bars: progress is shown already, or not wanted."""
     logging = transformers_library().utils.logging
     shown = logging.is_progress_bar_enabled()

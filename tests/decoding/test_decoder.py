@@ -195,6 +195,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     common = ["--prompt", "abc", "--max-new-tokens", "7", "--quiet"]
     assert main(["generate", str(folder), *common, "--scheme", "none", "--max-length", "64", "--save", saved]) == 0
     out, err = capsys.readouterr()
+    assert "Loading weights" not in err
     assert re.search(r"7 tokens in \d+\.\d\d s, the first text after .* s: \d+\.\d tokens per second", err)
     assert main(["generate", saved, *common]) == 0
     assert capsys.readouterr().out == out
