@@ -7,7 +7,7 @@ To replace a folder `model`, a process creates these beside it:
 
 A process that dies leaves one of three states: the old folder and a partial new one; the new folder and the old one
 aside; or, between the two renames, the old one aside and a complete new one. The next save or load restores the old
-folder or removes the leftovers. Locks on the parent folder keep two processes from doing so at once.
+folder, and the next save removes the leftovers. Locks on the parent folder keep two processes from doing so at once.
 """
 
 import errno
