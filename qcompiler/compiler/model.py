@@ -133,7 +133,7 @@ class CompiledModel(Exports, Generation, CompiledModule):
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """Returns the program; captures the model with the first of `calls` if it is not captured yet."""
         if isinstance(self._state, PendingModel) and calls:
-            return self._compile_now(self._state, as_call(calls[0], 0))
+            return self._compile_now(self._state, as_call(calls[0]))
         return self.program
 
     def compile_now(self, call: Call | None) -> Self:

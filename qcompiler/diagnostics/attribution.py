@@ -28,6 +28,8 @@ from qcompiler.diagnostics.linear_errors import linear_errors, quantized_linears
 from qcompiler.diagnostics.measured_call import Call, Measured
 from qcompiler.diagnostics.whole_program import whole_program
 from qcompiler.errors import InputError, PassError
+from qcompiler.ir import Graph
+from qcompiler.ir.graph import PARAM
 from qcompiler.pass_manager.pipeline import Effect, Pass, Pipeline
 from qcompiler.pass_manager.runner import run_pipeline
 from qcompiler.program.batches import as_call
@@ -50,7 +52,7 @@ def attribute_error(compiled: HasProgram, batch: Any, model: Any = None, *, outp
             model once per row.
 
     Raises:
-        InputError: The float model has been freed, or the batch does not match the signature.
+        InputError: The float model has been freed, or is another one; or the batch does not match the signature.
         PassError: The pipeline does not fuse quantized linears, and has no cache.
         QCompilerError: The model is sharded.
     """
@@ -78,7 +80,7 @@ def _with_outputs(found: Iterable[Measured], exact: Call) -> Iterator[ErrorRow]:
 
 def _calls(program: Program, batch: Any, model: Any) -> tuple[Call, Call]:
     """Returns a call of the quantized graph and of the float model."""
-    args, kwargs = as_call(batch, 0)
+    args, kwargs = as_call(batch)
     float_call = _float_call(program, args, kwargs, model, ())
     inputs = program.signature.flatten(args, kwargs)
     return Call(program.unfused(), inputs), Call(float_call.graph, inputs)
@@ -96,9 +98,19 @@ def _float_call(
 ) -> Call:
     """Returns a call of the float model before the first quantizing pass: smoothed, but not quantized."""
     captured = capture_model(model, args, kwargs, program.settings)
+    _check_same(captured.graph, program.stages["captured"])
     captured.graph.calibration = program.calibration()
     steps = takewhile(lambda step: step.effect is not Effect.LOSSY, program.settings.passes)
     # Calibration is already done; statistics of smoothed values would matter only to quantizing passes.
     passes = Pipeline((*(step for step in steps if not isinstance(step, Calibrate | CacheScales)), *more))
     run_pipeline(passes, captured.graph)
     return Call(captured.graph, captured.signature.flatten(args, kwargs))
+
+
+def _check_same(given: Graph, compiled: Graph) -> None:
+    """Raises InputError unless two captured graphs have the same weights, by name and type."""
+    found, wanted = ({str(op.attrs["name"]): op.result.type for op in each.ops(PARAM)} for each in (given, compiled))
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            got = f"{name}: {found[name]}" if name in found else f"no weight {name!r}"
+            raise InputError("the model is not the one that was compiled", got=got, need=f"{name}: {wanted[name]}")

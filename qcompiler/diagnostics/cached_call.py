@@ -48,7 +48,7 @@ def token_call(batch: Any, program: Program) -> dict[str, Tensor]:
         InputError: The batch is something else than token ids without padding, or too long for the caches.
     """
     cached = kv_cache_of(program)
-    args, kwargs = as_call(batch, 0)
+    args, kwargs = as_call(batch)
     given = dict(kwargs)
     ids = given.pop(cached.ids, args[0] if len(args) == 1 else None)
     mask = given.pop("attention_mask", None)

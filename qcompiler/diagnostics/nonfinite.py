@@ -79,7 +79,7 @@ def find_nonfinite(compiled: HasProgram, batch: Any) -> NonFinite | None:
     if cache_types(program.graph):
         fix = "Compile the model without a cache, and give it the token ids: qcompiler.compile(model, …)."
         raise InputError("a decoder cannot be searched, because its calls depend on its cache", fix=fix)
-    inputs, graph = program.signature.flatten(*as_call(batch, 0)), program.unfused()
+    inputs, graph = program.signature.flatten(*as_call(batch)), program.unfused()
     found = {value: _count(given) for value, given in zip(graph.inputs, inputs, strict=True)}
 
     def keep(op: Op, results: tuple[Any, ...]) -> None:

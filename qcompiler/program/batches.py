@@ -95,8 +95,8 @@ def _numbered(source: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         yield index, batch
 
 
-def as_call(batch: Any, index: int) -> Call:
-    """Returns the arguments in a batch; InputError if it does not contain any."""
+def as_call(batch: Any, index: int | None = None) -> Call:
+    """Returns the arguments in a batch, by its number if it is one of several; InputError if it has none."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, tuple | list):
@@ -104,6 +104,5 @@ def as_call(batch: Any, index: int) -> Call:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     need = "a tensor, a tuple of arguments, or a dict of arguments by name"
-    raise InputError(
-        "a calibration batch has the wrong type", got=type(batch).__name__, need=need, where=f"batches[{index}]"
-    )
+    where = None if index is None else f"batches[{index}]"
+    raise InputError("a call of the model has the wrong type", got=type(batch).__name__, need=need, where=where)

@@ -43,7 +43,7 @@ def test_what_a_batch_stands_for() -> None:
         with pytest.raises(InputError) as error:
             as_call(wrong, 4)
         assert str(error.value) == (
-            f"a calibration batch has the wrong type: got {type(wrong).__name__}; need a tensor, a tuple of arguments, "
+            f"a call of the model has the wrong type: got {type(wrong).__name__}; need a tensor, a tuple of arguments, "
             "or a dict of arguments by name (in batches[4])"
         )
 

@@ -158,7 +158,7 @@ def nothing() -> Iterator[Tensor]:
         (nothing(), "there is no calibration data: got no batches; need at least one batch"),
         (X, "calibration has the wrong type: got Tensor; need an iterable of calls of the model"),
         ({"x": X}, "calibration has the wrong type: got dict; need an iterable of calls of the model"),
-        ([X, 3], "a calibration batch has the wrong type: got int; need a tensor, a tuple of arguments, or a dict of "
+        ([X, 3], "a call of the model has the wrong type: got int; need a tensor, a tuple of arguments, or a dict of "
          "arguments by name (in pass 'calibrate', batches[1])"),
         ([X, X[..., :31]], "dimension 2 of x has a different size than at capture: got 31; need 32"),
         ([X, {"y": X}], "the argument 'y' was not given at capture"),

@@ -196,6 +196,19 @@ def test_what_cannot_be_attributed(two: Two) -> None:
         attribute_error(unfused, X)
     fast = qcompiler.compile(two, example_inputs=(X,))
     wrong: Any
+    other = Two()
+    other.first, other.second = nn.Linear(48, 24), nn.Linear(24, 16, bias=False)
+    other.eval()
+    with pytest.raises(
+        InputError, match=r"not the one that was compiled: got first\.weight: f32\[.*; need first\.weight"
+    ):
+        attribute_error(fast, X, other)
+    with pytest.raises(
+        InputError, match=r"this is not a compiled model: got Two; need the result of qcompiler\.compile"
+    ):
+        attribute_error(two, X)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(InputError, match="a call of the model has the wrong type: got NoneType; need a tensor"):
+        attribute_error(fast, None)
     for wrong in (3, X[:, :7], X.half()):
         with pytest.raises(qcompiler.QCompilerError):
             attribute_error(fast, wrong)
