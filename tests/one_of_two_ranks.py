@@ -1,6 +1,9 @@
-"""The program of one of two ranks, on CPUs with gloo or on GPUs with NCCL.
+"""The program of one of two ranks: on CPUs with gloo, on two GPUs with NCCL, or on one GPU that both share.
 
-python one_of_two_ranks.py RANK cpu|cuda FOLDER      # writes what it found to FOLDER/RANK.pt
+    python one_of_two_ranks.py RANK cpu|cuda FOLDER      # writes what it found to FOLDER/RANK.pt
+
+NCCL has no two ranks on a GPU. There, all exchanges of models go through peer memory, which is memory of the same GPU,
+and the GPU runs the two processes in turns: slow, but the same code.
 """
 
 import os
@@ -15,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompiler
+from codegen import peer_memory
 from codegen.peer_memory import PeerMemory, connected
 from qcompiler.decoding.graphs import CudaRecorder
 from qcompiler.distributed.communicator import Choices
@@ -38,10 +42,13 @@ TOO_LATE = 200_000_000
 
 def main() -> None:
     rank, kind, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    gpus = torch.cuda.device_count()
+    device = torch.device(kind, rank % gpus) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        if gpus == 1:
+            share_gpu()
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" and gpus > 1 else "gloo"
     distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh(kind, (2,), mesh_dim_names=("tp",))
     torch.manual_seed(0)
@@ -56,6 +63,12 @@ def main() -> None:
         wait_for_a_late_rank(mesh, rank, device, folder / "late.txt")
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def share_gpu() -> None:
+    """Lets peer memory connect ranks on the same GPU."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    peer_memory.can_connect = lambda ranks: True
 
 
 def generated(model: Any, mesh: DeviceMesh, rank: int, folder: Path) -> dict[str, Any]:
