@@ -7,6 +7,7 @@ stream of the model. `ProcessGroups` asks here first. Memory comes from torch's 
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import distributed as dist
 from torch.nn import Parameter
 
 from codegen.direct import kernels
+from codegen.inboxes import Growing, Inboxes, Shared
 from codegen.launching.launch import FLOATS
 from codegen.launching.replay import state
 from codegen.templates.peers import PROGRAMS, memory_bytes
@@ -77,6 +79,7 @@ class PeerMemory:
 
     def __init__(self) -> None:
         self._peers: dict[str, Peers | None] = {}
+        self._inboxes: dict[str, Growing] = {}
 
     def all_reduce(self, x: Tensor, group: dist.ProcessGroup) -> Tensor | None:
         """The sum of the tensors of all ranks."""
@@ -119,6 +122,13 @@ class PeerMemory:
         few = x.nbytes * (group.size() - 1) <= MOST_SENT and x.dtype in FLOATS
         return self._peers_for(x, x.nbytes, group) if few else None
 
+    def inboxes(self, x: Tensor, size: int, group: dist.ProcessGroup) -> Inboxes | None:
+        """Inboxes with `size` bytes for a turn, if matmuls of tensors like this one should store results there."""
+        if self._peers_for(x, 1, group) is None:
+            return None
+        growing = self._inboxes.setdefault(group.group_name, Growing())
+        return growing.of(size, partial(shared, group, x.device) if _may_connect() else None)
+
     def _peers_for(
         self, x: Tensor, each: int, group: dist.ProcessGroup, most: int = MOST_SENT
     ) -> Peers | None:  # fmt: skip
@@ -133,10 +143,9 @@ class PeerMemory:
             return None
         name = group.group_name
         if name not in self._peers:
-            if torch.cuda.is_current_stream_capturing() or state.planner is not None:
+            if not _may_connect():
                 return None
-            with torch.cuda.device(x.device):  # torch exchanges objects through the current one
-                self._peers[name] = connected(group, x.device)
+            self._peers[name] = connected(group, x.device)
         return self._peers[name]
 
 
@@ -148,6 +157,11 @@ def _as_words(x: Tensor) -> Tensor:
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(torch.int8)
+
+
+def _may_connect() -> bool:
+    """Whether ranks may wait for each other on the host now: not while a graph is captured, or kernels collected."""
+    return not torch.cuda.is_current_stream_capturing() and state.planner is None
 
 
 class Seat(NamedTuple):
@@ -176,22 +190,32 @@ def can_connect(ranks: Sequence[Seat]) -> bool:
 def connected(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     """The peers of a group; None if its GPUs are not on one host or cannot address each other. All ranks call this."""
     given: list[Any] = [None] * group.size()
-    dist.all_gather_object(given, Seat(_host(), device.index, _reaches_all(device)), group)
+    with torch.cuda.device(device):  # torch exchanges objects through the current one
+        dist.all_gather_object(given, Seat(_host(), device.index, _reaches_all(device)), group)
     if not can_connect(given):
         return None
+    parts, memories, rank, patience = shared(group, device, memory_bytes(group.size()))
+    steps = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+    return Peers(parts[rank], memories, steps, rank, patience)
+
+
+def shared(group: dist.ProcessGroup, device: torch.device, size: int) -> Shared:
+    """Memory of `size` bytes on each rank, zeros, that all ranks can address. All ranks call this."""
     from torch.distributed import _symmetric_memory as symmetric
 
-    own = symmetric.empty(memory_bytes(group.size()), dtype=torch.uint8, device=device)
-    handle = symmetric.rendezvous(own, group.group_name)
-    own.zero_()
-    parts = [handle.get_buffer(rank, (own.numel(),), torch.uint8) for rank in range(group.size())]
-    memories = torch.tensor([part.data_ptr() for part in parts], device=device)
-    steps = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+    with torch.cuda.device(device):
+        own = symmetric.empty(size, dtype=torch.uint8, device=device)
+        handle = symmetric.rendezvous(own, group.group_name)
+        own.zero_()
+        parts = [
+            own if rank == group.rank() else handle.get_buffer(rank, (size,), torch.uint8)
+            for rank in range(group.size())
+        ]
+        memories = torch.tensor([part.data_ptr() for part in parts], device=device)
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # no rank writes before all memories are zero
     patience = int(1e9 * (knobs.current().collective_seconds or PATIENCE))
-    peers = Peers(own, memories, steps, group.rank(), patience)
-    torch.cuda.synchronize(device)
-    dist.barrier(group)  # no rank writes before all memories are zero
-    return peers
+    return Shared(tuple(parts), memories, group.rank(), patience)
 
 
 def _host() -> str:

@@ -19,9 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompiler
 from codegen import peer_memory
+from codegen.direct import kernels
 from codegen.peer_memory import PeerMemory, connected
 from qcompiler.decoding.graphs import CudaRecorder
-from qcompiler.distributed.communicator import Choices
+from qcompiler.dialects.coll_tokens import in_layout
+from qcompiler.distributed.communicator import Choices, communicating
+from qcompiler.distributed.process_groups import ProcessGroups
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -58,6 +61,7 @@ def main() -> None:
         found = generated(model, mesh, rank, folder) | called(model, mesh, device)
         if kind == "cuda":
             found["wrong exchanges"] = wrong_exchanges(mesh, rank, device) + wrong_choices(mesh, rank, device)
+            found["wrong matmuls"] = wrong_matmuls(mesh, rank, device)
     torch.save(found, folder / f"{rank}.pt")
     if kind == "cuda":
         wait_for_a_late_rank(mesh, rank, device, folder / "late.txt")
@@ -173,6 +177,58 @@ def wrong_choices(mesh: DeviceMesh, rank: int, device: torch.device) -> list[str
             if got is None or not torch.equal(got, want):
                 wrong.append(f"chosen tokens of {dtype} [{tokens}, {width}], summed: {summed}")
     return wrong
+
+
+def wrong_matmuls(mesh: DeviceMesh, rank: int, device: torch.device) -> list[str]:
+    """The matmuls that store rows for the other rank, each with one rank late, that differ from separate steps.
+
+    Called directly, and in a CUDA graph of three calls, so that a turn follows itself when the graph is replayed.
+    """
+    ranks, wrong = ProcessGroups(mesh, PeerMemory()), []
+    for tokens, columns in ((1024, 256), (1030, 200), (3000, 512)):
+        linears = [quantized_linear(tokens, columns, device) for _ in range(3)]
+        with communicating(ranks):
+            wanted = [separately(linear, mesh, rank) for linear in linears]
+            for turn in range(3):
+                if turn % 2 == rank:
+                    torch.cuda._sleep(10_000_000)
+                got = [kernels.linear_scatter_tokens(*linear, "tp", 2, 512) for linear in linears]
+                wrong += [f"{tokens}, {columns}, call {turn}"] * (not all(map(torch.equal, got, wanted)))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = [kernels.linear_scatter_tokens(*linear, "tp", 2, 512) for linear in linears]
+            for replay in range(4):
+                if replay % 2 == rank:
+                    torch.cuda._sleep(10_000_000)
+                for each in replayed:
+                    each.fill_(-1)
+                graph.replay()
+                wrong += [f"{tokens}, {columns}, replay {replay}"] * (not all(map(torch.equal, replayed, wanted)))
+    return wrong
+
+
+def quantized_linear(tokens: int, columns: int, device: torch.device) -> tuple[Any, ...]:
+    """The arguments of a quantized matmul."""
+    x, w = (torch.randn(rows, 384, device=device).bfloat16() for rows in (tokens, columns))
+    codes = kernels.quantize(x, [1, 128], torch.float8_e4m3fn, "deepseek", "col_major", None)
+    weight = kernels.quantize(w, [128, 128], torch.float8_e4m3fn, "deepseek", "row_major", None)
+    return (*codes, *weight, None, [1, 128], [128, 128], torch.bfloat16)
+
+
+def separately(linear: tuple[Any, ...], mesh: DeviceMesh, rank: int) -> Tensor:
+    """The rows of this rank of the sum, from matmuls of the same rows, gathered by torch."""
+    codes, scales, *rest = linear
+    size = -(-codes.shape[0] // 2)
+    total = 0.0
+    for first in range(0, codes.shape[0], size):
+        part = in_layout(scales[first : first + size].contiguous(), "col_major")
+        mine = kernels.scaled_linear(codes[first : first + size], part, *rest)
+        terms = [torch.empty_like(mine) for _ in range(2)]
+        distributed.all_gather(terms, mine, mesh.get_group("tp"))
+        if first == rank * size:
+            total = terms[0].float() + terms[1].float()
+    assert isinstance(total, Tensor)
+    return torch.nn.functional.pad(total, (0, 0, 0, size - len(total))).to(torch.bfloat16)
 
 
 def wait_for_a_late_rank(mesh: DeviceMesh, rank: int, device: torch.device, file: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from benchmarks.sanitizing.caches import appends, attention, fused_appends, latents, quantized_attention, reads
 from benchmarks.sanitizing.place import Place
 from benchmarks.sanitizing.products import chosen_products, fused_products, grouped_products, products, row_products
-from benchmarks.sanitizing.ranks import chosen_exchanges, exchanges, fused_sums
+from benchmarks.sanitizing.ranks import chosen_exchanges, exchanges, fused_sums, stored_matmuls
 from benchmarks.sanitizing.rows import (
     fused_quantizations,
     gathered_codes,
@@ -49,5 +49,6 @@ FAMILIES: dict[str, Callable[[Place], Iterator[str]]] = {
     "next tokens": tokens,
     "exchanges of ranks": exchanges,
     "exchanges of chosen tokens": chosen_exchanges,
+    "matmuls stored by other ranks": stored_matmuls,
     "fused sums over ranks": fused_sums,
 }

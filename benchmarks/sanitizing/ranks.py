@@ -3,21 +3,28 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.sanitizing.place import Place, draw
 from benchmarks.sanitizing.rows import NORM
+from codegen.inboxes import Inboxes, slot_bytes
 from codegen.operators.fused_quantize import run_fused
 from codegen.operators.operator import OPERATORS
 from codegen.targets.cuda import gpu_at
 from codegen.templates.chosen_peers import CHOSEN_PEERS, ChosenConfig, ChosenOperands, ChosenProblem
 from codegen.templates.fused_quantize import RankSum
+from codegen.templates.inboxes import HEAD_BYTES, Ways
 from codegen.templates.peers import PEERS, PROGRAMS, REGION_BYTES, PeersOperands, PeersProblem, memory_bytes
-from qcompiler.distributed.communicator import Choices
+from qcompiler.distributed.communicator import Choices, communicating
 
 RANKS, PATIENCE = 2, 10**9
+LATER = 1 << 30
+"""The number of a call that no rank reaches: a rank that finds it in its signals waits for nobody."""
+
 QUANTIZED = ([1, 128], torch.float8_e4m3fn, "deepseek", "col_major")
 
 
@@ -96,6 +103,59 @@ def fused_sums(place: Place) -> Iterator[str]:
         operands = draw(m, k, seed=9), draw(1, k)[0]
         place.compare_calls(normalized_one_after_the_other, normalized, *operands, *xs)
         yield f"[{m}, {k}]"
+
+
+def stored_matmuls(place: Place) -> Iterator[str]:
+    """Matmuls that store their rows in the memory of the other rank: rows that divide, and rows that do not."""
+    for tokens, columns, dtype in ((1024, 256, torch.bfloat16), (1030, 200, torch.float32), (1025, 128, torch.float16)):
+        operands = []
+        for seed in range(RANKS):
+            x = quantized(draw(tokens, 384, seed=seed), [1, 128], "col_major")
+            w = quantized(draw(columns, 384, seed=seed + RANKS), [128, 128], "row_major")
+            operands.append((*x, *w, draw(1, columns, seed=seed)[0] if seed else None, [1, 128], [128, 128], dtype))
+        place.compare_calls(stored_for_each_other, summed_matmuls, *operands)
+        yield f"[{tokens}, {columns}] in {dtype}"
+
+
+def quantized(x: Tensor, block: list[int], layout: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix."""
+    codes, scales = OPERATORS["quantize"].on_cpu(x, block, torch.float8_e4m3fn, "deepseek", layout, None)
+    return codes, scales
+
+
+def summed_matmuls(*operands: tuple[Any, ...]) -> list[Tensor]:
+    """The rows of each rank of the sum of all ranks' matmuls."""
+    terms = [OPERATORS["scaled_linear"].on_cpu(*each) for each in operands]
+    total = (terms[0].float() + terms[1].float()).to(terms[0].dtype)
+    size = -(-total.shape[0] // RANKS)
+    return list(torch.nn.functional.pad(total, (0, 0, 0, size * RANKS - total.shape[0])).split(size))
+
+
+def stored_for_each_other(*operands: tuple[Any, ...]) -> list[Tensor]:
+    """The same by the kernels, one rank after the other: the last two find what both have stored in this turn."""
+    boxes = inboxes_of_ranks(slot_bytes(1024, 256, torch.float32) * RANKS, operands[0][0].device, RANKS)
+    found = []
+    for rank in (0, 1, 0):
+        boxes[rank].turn = 0
+        with communicating(reaching(boxes[rank])):
+            found.append(OPERATORS["linear_scatter_tokens"].on_gpu(*operands[rank], "tp", RANKS, 512))
+    return [found[2], found[1]]
+
+
+def inboxes_of_ranks(size: int, device: torch.device, ranks: int) -> list[Inboxes]:
+    """The inboxes of all ranks in the memory of one GPU, where no rank waits for another one."""
+    parts = [torch.zeros(HEAD_BYTES + 2 * size, dtype=torch.uint8, device=device) for _ in range(ranks)]
+    for part in parts:
+        part[:HEAD_BYTES].view(torch.int32).fill_(LATER)
+    addresses = torch.tensor([part.data_ptr() for part in parts], device=device)
+    steps = [torch.zeros(3, dtype=torch.int32, device=device) for _ in range(ranks)]
+    ways = [Ways(addresses, step, rank, PATIENCE) for rank, step in enumerate(steps)]
+    return [Inboxes(tuple(parts), way, size) for way in ways]
+
+
+def reaching(boxes: Inboxes) -> Any:
+    """A communicator that has inboxes, and no other way to reach the other ranks."""
+    return SimpleNamespace(inboxes=lambda *_: boxes)
 
 
 def normalized(residual: Tensor, gain: Tensor, *xs: Tensor) -> list[Tensor]:

@@ -58,6 +58,20 @@ def _signal_of(memory, program, from_, RANKS: tl.constexpr, PROGRAMS: tl.constex
 
 
 @triton.jit
+def wait_for(signal, step, patience):  # type: ignore[no-untyped-def]
+    """Returns when another rank has set a signal of this rank to this step or a later one.
+
+    Args:
+        signal: Points to int32.
+        step: int32.
+        patience: Nanoseconds after which a rank ends its process's use of the GPU.
+    """
+    tl.inline_asm_elementwise(
+        _WAIT, "=r,l,r,l", [signal, step, patience.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def meet(step, memories, rank, patience, RANKS: tl.constexpr, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Signals all other ranks that this program has sent its tiles of a step, and waits for their signals."""
     program = tl.program_id(0)
@@ -67,10 +81,7 @@ def meet(step, memories, rank, patience, RANKS: tl.constexpr, PROGRAMS: tl.const
         tl.atomic_xchg(_signal_of(memory, program, rank, RANKS, PROGRAMS), step, sem="release", scope="sys")
     own = tl.load(memories + rank)
     for ahead in tl.static_range(1, RANKS):
-        signal = _signal_of(own, program, (rank + ahead) % RANKS, RANKS, PROGRAMS)
-        tl.inline_asm_elementwise(
-            _WAIT, "=r,l,r,l", [signal, step, patience.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+        wait_for(_signal_of(own, program, (rank + ahead) % RANKS, RANKS, PROGRAMS), step, patience)
     tl.debug_barrier()  # all threads have seen all signals
 
 

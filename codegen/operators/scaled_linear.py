@@ -12,7 +12,7 @@ from codegen.launching.launch import FLOATS, as_rows, on
 from codegen.launching.replay import empty, replayed
 from codegen.operators.operator import Operator, declare
 from codegen.support import is_tiled
-from codegen.targets.cuda import CudaTarget, gpu_at
+from codegen.targets.cuda import gpu_at
 from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem, Kind, bucket
 from codegen.templates.hopper import has_scale_columns
 from qcompiler.errors import CodegenError
@@ -44,16 +44,22 @@ def scaled_linear_on_gpu(*arguments: Any) -> Tensor:
 
 def _run(*arguments: Any) -> Tensor:
     given = ScaledLinear(*arguments)
-    gpu = gpu_at(given.x_q.device)
-    _check(given, gpu)
-    x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
+    check_scaled_linear(given)
+    out = empty((*given.x_q.shape[:-1], given.w_q.shape[0]), given.out_dtype, given.x_q.device)
+    multiply_into(out, given)
+    return out
+
+
+def multiply_into(out: Tensor, given: ScaledLinear) -> None:
+    """Writes the result, for arguments that `check_scaled_linear` accepts, to a contiguous tensor of its shape."""
+    x_q, x_s, w_q, w_s, bias, x_block, w_block, _ = given
     n, k = w_q.shape
-    out = empty((*x_q.shape[:-1], n), out_dtype, x_q.device)
     if out.numel() == 0:
-        return out
+        return
     if k == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
-    flat = x_q.dim() == 2
+        out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
+        return
+    gpu, flat = gpu_at(x_q.device), x_q.dim() == 2
     rows = x_q if flat and x_q.is_contiguous() else as_rows(x_q).contiguous()
     m = rows.shape[0]
     scales = x_s if flat else x_s.reshape(-1, x_s.shape[-1])
@@ -69,13 +75,12 @@ def _run(*arguments: Any) -> Tensor:
     operands = GemmOperands(rows, w_q, matrix, scales, w_s, bias, x_block[1] if kind == "tiles" else None)
     with on(x_q.device):
         GEMM.family(gpu).launch(config_for(device, problem), operands)
-    return out
 
 
-def _check(given: ScaledLinear, gpu: CudaTarget) -> None:
+def check_scaled_linear(given: ScaledLinear) -> None:
     """Raises CodegenError, with the actual and expected value, for operands that the kernels do not support."""
     x_q, x_s, w_q, w_s, bias, x_block, w_block, out_dtype = given
-    why = gpu.why_not(format_of(x_block, x_q.dtype), format_of(w_block, w_q.dtype))
+    why = gpu_at(x_q.device).why_not(format_of(x_block, x_q.dtype), format_of(w_block, w_q.dtype))
     if why is not None:
         raise CodegenError(f"no GPU kernel runs this scaled linear: {why}")
     n, k = w_q.shape if w_q.dim() == 2 else (-1, -1)
@@ -110,7 +115,8 @@ def _check(given: ScaledLinear, gpu: CudaTarget) -> None:
     raise CodegenError("the GPU kernels cannot write this dtype", got=out_dtype, need=list(FLOATS))
 
 
-def _fake(*arguments: Any) -> Tensor:
+def scaled_linear_fake(*arguments: Any) -> Tensor:
+    """The result without data."""
     given = ScaledLinear(*arguments)
     return given.x_q.new_empty((*given.x_q.shape[:-1], given.w_q.shape[0]), dtype=given.out_dtype)
 
@@ -119,4 +125,4 @@ SCALED_LINEAR_SCHEMA = (
     "scaled_linear(Tensor x_q, Tensor x_s, Tensor w_q, Tensor w_s, Tensor? bias, int[] x_block, int[] w_block, "
     "ScalarType out_dtype) -> Tensor"
 )
-declare(Operator(SCALED_LINEAR_SCHEMA, scaled_linear_on_cpu, scaled_linear_on_gpu, _fake))
+declare(Operator(SCALED_LINEAR_SCHEMA, scaled_linear_on_cpu, scaled_linear_on_gpu, scaled_linear_fake))

@@ -2,7 +2,7 @@
 
 from passes.analyses.sequence_elementwise import elementwise
 from passes.analyses.sequence_labels import Below, Label, Mixes, regroup
-from passes.analyses.sequence_quantized import fused_quantize
+from passes.analyses.sequence_quantized import fused_quantize, linear
 from passes.analyses.sequence_site import Row, Site, Table
 
 
@@ -16,10 +16,18 @@ def _gathered(site: Site) -> Label:
 
 
 def _cut_tokens(site: Site) -> Label:
+    return _cut(site, site.label("x"))
+
+
+def _cut(site: Site, label: Label) -> Label:
     """All tokens one after the other, of which each rank has a part: row i of two values is the same token."""
-    label = site.label("x")
     tokens = tuple(digit for axis in label.axes[:-1] for digit in axis)
     return site.made([*[()] * (len(label.axes) - 2), tokens, label.axes[-1]], label)
+
+
+def _linear_scattered(site: Site) -> Label:
+    """As a matmul and a sum of which each rank has some tokens."""
+    return _cut(site, linear(site))
 
 
 def _terms(site: Site) -> Label:
@@ -63,6 +71,9 @@ COLLECTIVES: Table = {
         lambda site: _chosen(site, _cut_tokens(site)),
     ),
     "coll.fused_reduce_quantize": Row("A row of the sum depends on the ranks' rows at its place.", fused_quantize),
+    "coll.linear_scatter_tokens": Row(
+        "An element of the sum depends on the codes of the same token on all ranks.", _linear_scattered
+    ),
     "coll.own_first": Row("Each number is renumbered alone.", _own_first),
 }
 """Collective -> why and how it is position-wise."""

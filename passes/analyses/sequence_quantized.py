@@ -78,7 +78,8 @@ def _fused_sum_quantize(site: Site) -> Answer:
     return _quantized(site, _joined(site, [_sum_of_terms(site, "term_"), *others]))
 
 
-def _linear(site: Site) -> Answer:
+def linear(site: Site) -> Label:
+    """The label of the result of a quantized matmul."""
     label = _matmul(site)
     return site.made([*label.axes[:-1], axis_of(site.shape()[-1])], label)
 
@@ -141,7 +142,7 @@ QUANTIZED: Table = {
     "quant.quantize": Row("A scale belongs to one row, so to one token.", _quantize),
     "quant.quantize_static": Row("The scale does not depend on tokens.", _quantize_static),
     "quant.dequantize": Row("Codes and scale of a row belong to its token.", _dequantize),
-    "quant.linear": Row("Row t of the result depends on row t of the codes.", _linear),
+    "quant.linear": Row("Row t of the result depends on row t of the codes.", linear),
     "quant.grouped_linear": Row("Each row is multiplied by the matrix of its own key.", _grouped_linear),
     "kernel.fused_quantize": Row("A fused expression combines elements of one row.", fused_quantize),
     "quant.sum_terms": Row("A sum of elements of one row.", lambda site: _sum_of_terms(site, "")),

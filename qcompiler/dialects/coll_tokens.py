@@ -64,11 +64,12 @@ def _numbers(op: Op) -> tuple[int, int]:
 
 def cut_types(op: Op) -> tuple[Type, ...]:
     """x[b, s, n] -> [1, share of b*s, n]"""
-    return (TensorType(op["x"].tensor.dtype, _cut_shape(op)),)
-
-
-def _cut_shape(op: Op) -> tuple[Size, ...]:
     kind = op["x"].tensor
+    return (TensorType(kind.dtype, share_of(op, kind)),)
+
+
+def share_of(op: Op, kind: TensorType) -> tuple[Size, ...]:
+    """The shape of a rank's tokens of a value that an operation cuts; raises OpError if it has no tokens."""
     if len(kind.shape) < 2:
         raise OpError(f"the operand is {kind}, which has no axis of tokens before its last one", "x")
     return share_shape(kind.shape, *_numbers(op))
@@ -76,7 +77,8 @@ def _cut_shape(op: Op) -> tuple[Size, ...]:
 
 def term_types(op: Op) -> tuple[Type, ...]:
     """x[b, s, n] -> [ranks, 1, share of b*s, n]"""
-    return (TensorType(op["x"].tensor.dtype, (_numbers(op)[0], *_cut_shape(op))),)
+    kind = op["x"].tensor
+    return (TensorType(kind.dtype, (_numbers(op)[0], *share_of(op, kind))),)
 
 
 def gathered_types(op: Op) -> tuple[Type, ...]:

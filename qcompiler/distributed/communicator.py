@@ -90,6 +90,14 @@ class Communicator(ABC):
         """What a kernel needs to exchange a tensor with other GPUs itself (`codegen.peer_memory.Peers`), or None."""
         return None
 
+    def inboxes(self, x: Tensor, size: int, mesh: str) -> Any:
+        """What matmuls of tensors like `x` need to store results of `size` bytes in the memory of other GPUs.
+
+        Returns:
+            `codegen.inboxes.Inboxes`, or None.
+        """
+        return None
+
 
 @contextmanager
 def communicating(communicator: Communicator) -> Iterator[None]:

@@ -49,18 +49,18 @@ class PeerCollectives(Protocol):
     def small(self, x: Tensor, group: ProcessGroup) -> Any:
         """What a kernel needs to exchange a small tensor itself."""
 
+    def inboxes(self, x: Tensor, size: int, group: ProcessGroup) -> Any:
+        """What matmuls of tensors like this one need to store results of `size` bytes for other ranks."""
+
 
 class NoPeers:
     """Leaves all tensors to torch; see `PeerCollectives`."""
 
-    def _none(self, x: Tensor, group: ProcessGroup) -> None:
+    def _none(self, *_: Any) -> None:
         return None
 
-    def _none_chosen(self, x: Tensor, choices: Choices, group: ProcessGroup) -> None:
-        return None
-
-    all_reduce = all_gather = reduce_scatter = all_to_all = small = _none
-    gather_chosen = reduce_scatter_chosen = _none_chosen
+    all_reduce = all_gather = reduce_scatter = all_to_all = small = inboxes = _none
+    gather_chosen = reduce_scatter_chosen = _none
 
 
 def is_device_mesh(mesh: object) -> bool:
@@ -112,6 +112,10 @@ class ProcessGroups(Communicator):
     def peers(self, x: Tensor, mesh: str) -> Any:
         """What a kernel needs to exchange a tensor itself."""
         return self._peers.small(x, self.devices.get_group(mesh))
+
+    def inboxes(self, x: Tensor, size: int, mesh: str) -> Any:
+        """What matmuls need to store results for other ranks."""
+        return self._peers.inboxes(x, size, self.devices.get_group(mesh))
 
     def all_reduce(self, x: Tensor, mesh: str) -> Tensor:
         """The sum of the tensors of all ranks."""

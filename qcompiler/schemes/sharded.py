@@ -8,7 +8,7 @@ They run before the first pass that merges, quantizes, or makes caches, so that 
 and caches belong to one rank. Their unit is the block of the formats: codes and scales are cut together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import lcm
 
 from passes.analyses.layers import EVERYTHING
@@ -18,6 +18,7 @@ from passes.attention.latent_attention import LatentAttention
 from passes.cleanup.canonicalize import Canonicalize
 from passes.cleanup.dead_code import DeadCode
 from passes.fusing.fuse_activation_quantize import FuseActivationQuantize
+from passes.fusing.fuse_linear_scatter import FuseLinearScatter
 from passes.fusing.fuse_reduce_quantize import FuseReduceQuantize
 from passes.fusing.fuse_sum_quantize import FuseSumQuantize
 from passes.fusing.gather_codes import GatherCodes
@@ -45,13 +46,14 @@ PREPARING = (Canonicalize, Attention, LatentAttention, DeadCode)
 OBSERVING = (Calibrate, SmoothQuant)
 """Passes that observe, or scale, activations of the whole model; they run before it is divided."""
 
-CLEANUP: Mapping[type[Pass], tuple[Sequence[str], Pass]] = {
-    SequenceParallel: ((GatherCodes.name, ToKernels.name), GatherQuantized()),
-    ExpertParallel: ((ToKernels.name,), OwnRows()),
-    QuantizeSums: ((FuseActivationQuantize.name,), FuseSumQuantize()),
-    Collectives: ((FuseActivationQuantize.name,), FuseReduceQuantize()),
-}
-"""Pass of a tactic -> what runs if it is used, right after which pass of a scheme: the first of these that it has."""
+CLEANUP: Sequence[tuple[type[Pass], Sequence[str], Pass]] = (
+    (SequenceParallel, (ToKernels.name,), FuseLinearScatter()),
+    (SequenceParallel, (GatherCodes.name, ToKernels.name), GatherQuantized()),
+    (ExpertParallel, (ToKernels.name,), OwnRows()),
+    (QuantizeSums, (FuseActivationQuantize.name,), FuseSumQuantize()),
+    (Collectives, (FuseActivationQuantize.name,), FuseReduceQuantize()),
+)
+"""A pass of a tactic, and what runs if it is used, right after which pass of a scheme: the first that it has."""
 
 
 def sharded(pipeline: Pipeline, mesh: Mesh, sharding: Sharding, rank: int) -> Pipeline:
@@ -75,7 +77,7 @@ def sharded(pipeline: Pipeline, mesh: Mesh, sharding: Sharding, rank: int) -> Pi
     sending = [sent for tactic in sharding if (sent := tactic.sending()) is not None]
     steps = (*placing, Collectives(), *rewriting, *exchanging, Partition(str(mesh), rank), *sending)
     whole = Pipeline((*pipeline.passes[:first], *steps, *pipeline.passes[first:]))
-    for early, (places, cleanup) in CLEANUP.items():
+    for early, places, cleanup in CLEANUP:
         place = next((place for place in places if place in whole), None)
         if place is not None and any(isinstance(step, early) for step in steps):
             whole = whole.insert_after(place, cleanup)
