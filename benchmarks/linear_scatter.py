@@ -44,9 +44,10 @@ def measure(ranks: int, tokens: int, k: int) -> dict[str, Any]:
     )  # fmt: skip
     rows = -(-tokens // ranks)
     boxes = inboxes_of_ranks(ranks * slot_bytes(rows, WIDTH, torch.bfloat16), x.device, ranks)[0]
+    alone = reaching(boxes)
 
     def stored() -> object:
-        with communicating(reaching(boxes)):
+        with communicating(alone):
             return torch.ops.qcompiler.linear_scatter_tokens(*linear, "tp", ranks, 512)
 
     times = in_turns(

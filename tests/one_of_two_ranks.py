@@ -219,7 +219,7 @@ def separately(linear: tuple[Any, ...], mesh: DeviceMesh, rank: int) -> Tensor:
     """The rows of this rank of the sum, from matmuls of the same rows, gathered by torch."""
     codes, scales, *rest = linear
     size = -(-codes.shape[0] // 2)
-    total = 0.0
+    total = torch.empty(0)
     for first in range(0, codes.shape[0], size):
         part = in_layout(scales[first : first + size].contiguous(), "col_major")
         mine = kernels.scaled_linear(codes[first : first + size], part, *rest)
@@ -227,7 +227,6 @@ def separately(linear: tuple[Any, ...], mesh: DeviceMesh, rank: int) -> Tensor:
         distributed.all_gather(terms, mine, mesh.get_group("tp"))
         if first == rank * size:
             total = terms[0].float() + terms[1].float()
-    assert isinstance(total, Tensor)
     return torch.nn.functional.pad(total, (0, 0, 0, size - len(total))).to(torch.bfloat16)
 
 

@@ -6,7 +6,7 @@ few rows, a collective follows the matmul.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from codegen.operators.scaled_linear import (
 from codegen.targets.cuda import gpu_at
 from codegen.templates.hopper import has_scale_columns
 from codegen.templates.inboxes import OPEN_INBOXES, SUM_INBOX, OpenOperands, OpenProblem, SumOperands, SumProblem
-from qcompiler.dialects.coll_tokens import in_layout, reduce_scatter_tokens, share, share_shape
+from qcompiler.dialects.coll_tokens import in_layout, reduce_scatter_tokens, share
 from qcompiler.distributed.communicator import current
 
 FEWEST = 512
@@ -47,8 +47,13 @@ class LinearScatterTokens(NamedTuple):
 
     @property
     def part(self) -> tuple[int, int]:
-        """The shape of a rank's part of the result, as a matrix."""
-        return int(share(self.tokens, self.ranks, self.few)), self.linear.w_q.shape[0]
+        """Rows and columns of a rank's part of the result."""
+        return cast(int, share(self.tokens, self.ranks, self.few)), self.linear.w_q.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a rank's part of the result."""
+        return (*[1] * (self.linear.x_q.dim() - 2), *self.part)
 
     @property
     def slot(self) -> int:
@@ -97,13 +102,13 @@ def _collected(given: LinearScatterTokens) -> Tensor:
     if given.is_cut:
         place = empty(given.part, out.dtype, out.device)
         _store_parts(given, [place] * given.ranks, 0)
-    return out.new_empty(share_shape(out.shape, given.ranks, given.few))
+    return out.new_empty(given.shape)
 
 
 def _through_inboxes(inboxes: Inboxes, turn: int, given: LinearScatterTokens) -> Tensor:
     check_scaled_linear(given.linear)
     x, ways, (rows, columns) = given.linear.x_q, inboxes.ways, given.part
-    out = empty(share_shape((*x.shape[:-1], columns), given.ranks, given.few), given.linear.out_dtype, x.device)
+    out = empty(given.shape, given.linear.out_dtype, x.device)
     gpu = gpu_at(x.device)
     opening, summing = OPEN_INBOXES.family(gpu), SUM_INBOX.family(gpu)
     with on(x.device):
@@ -144,8 +149,7 @@ def _on_cpu(*arguments: Any) -> Tensor:
 
 def _fake(*arguments: Any) -> Tensor:
     given = _given(*arguments)
-    terms = scaled_linear_fake(*given.linear)
-    return terms.new_empty(share_shape(terms.shape, given.ranks, given.few))
+    return scaled_linear_fake(*given.linear).new_empty(given.shape)
 
 
 LINEAR_SCATTER_TOKENS_SCHEMA = (

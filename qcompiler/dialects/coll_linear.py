@@ -32,8 +32,9 @@ def linear_scatter_tokens(
     x_format: Format, w_format: Format, out_dtype: torch.dtype, mesh: str, ranks: int, few: int,
 ) -> Tensor:  # fmt: skip
     """Torch definition of `coll.linear_scatter_tokens`."""
-    formats = {"x_format": x_format, "w_format": w_format}
-    terms = numerics.scaled_linear(x, x_scale, w, w_scale, bias, **formats, out_dtype=out_dtype)
+    terms = numerics.scaled_linear(
+        x, x_scale, w, w_scale, bias, x_format=x_format, w_format=w_format, out_dtype=out_dtype
+    )
     return reduce_scatter_tokens(terms, mesh=mesh, ranks=ranks, few=few)
 
 

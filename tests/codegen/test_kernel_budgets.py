@@ -34,6 +34,7 @@ from hopper_kernels import (
     compile_sum_splits,
     compile_tokens,
 )
+from inbox_kernels import compile_open, compile_sum
 from peer_kernels import compile_exchange, compile_exchange_chosen
 from pointwise_examples import compile_norm, compile_rotary, compile_rotary_append
 
@@ -97,6 +98,8 @@ KERNELS: dict[str, Callable[[], MachineCode]] = {
     "chosen tokens of 4 GPUs": partial(compile_exchange_chosen, 4, 4096, 4096),
     "sums of chosen tokens over 8 GPUs": partial(compile_exchange_chosen, 8, 4096, 4096, summed=True),
     "parts of a sum over 4 GPUs": partial(compile_exchange, 4, (4096, 8192), scattered=True, summed=True),
+    "opening of the inboxes of 8 GPUs": partial(compile_open, 8),
+    "sum of an inbox of 8 GPUs": partial(compile_sum, 8, 512, 8192),
     "sum of 4 splits": partial(compile_sum_splits, 4, bias_dtype=B16),
     "sum of 4 splits, rows": partial(compile_sum_splits, 4, "rows_f8", bias_dtype=B16),
     "rotary embedding": compile_rotary,

@@ -23,6 +23,9 @@ from qcompiler.ir import Graph, Mesh, evaluate, parse_size
 
 CUT = '{few = 64, mesh = "tp", ranks = 2}'
 
+CODES = "%q: f8e4m3fn[s0, s1, 128], %s: f32[s0, s1, 1], %w: f8e4m3fn[256, 128], %v: f32[2, 1]"
+LINEAR = '{few = 64, mesh = "tp", out_dtype = bf16, ranks = 2, w_format = #fp8_block, x_format = #fp8_tile}'
+
 
 def graph(inputs: str, op: str, y: str) -> Graph:
     return Graph.parse(
@@ -43,6 +46,7 @@ def graph(inputs: str, op: str, y: str) -> Graph:
         ),
         ("%x: i8[s0, s1, 8]", f"all_to_all_tokens(%x) {CUT}", "i8[2, 1, share(s0*s1, 2, 64), 8]"),
         ("%x: f32[70, 8]", f"all_to_all_tokens(%x) {CUT}", "f32[2, 35, 8]"),
+        (CODES, f"linear_scatter_tokens(%q, %s, %w, %v) {LINEAR}", "bf16[1, share(s0*s1, 2, 64), 256]"),
         ("%k: i64[s0]", 'own_first(%k) {groups = 8, mesh = "tp", ranks = 4}', "i64[s0]"),
         ("%x: f32[s0, 8], %e: i32[4]", "own_rows(%x, %e)", "f32[s0, 8]"),
     ],
@@ -56,6 +60,8 @@ def test_types(inputs: str, op: str, y: str) -> None:
     [
         ("%x: f32[8]", f"own_tokens(%x) {CUT}", "f32[8]", "which has no axis of tokens before its last one"),
         ("%x: f32[8]", f"all_to_all_tokens(%x) {CUT}", "f32[2, 8]", "which has no axis of tokens before its last one"),
+        (CODES, f"linear_scatter_tokens(%q, %s, %w, %v) {LINEAR}", "bf16[s0, s1, 256]", r"bf16\[1, share"),
+        (CODES, f"linear_scatter_tokens(%q, %v, %w, %v) {LINEAR}", "bf16[1, s0, 256]", "the scale is "),
         ("%x: f32[s0, 8]", f"own_tokens(%x) {CUT}", "f32[s0, 8]", r"rule requires f32\[share\(s0, 2, 64\), 8\]"),
         ("%x: f32[s0, 8], %n: int(s0)", f"all_gather_tokens(%x, [%n]) {CUT}", "f32[s0, 8]", "but a rank holds "),
         ("%x: f32[s0, 8], %n: int", f"all_gather_tokens(%x, [%n]) {CUT}", "f32[s0, 8]", "the size %n is not known"),

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from sequence_cases import B_P_8, GROUPS, ROUTED, case, check_refused
+from sequence_cases import B_P_8, BLOCKS, GROUPS, ROUTED, TILES, case, check_refused
 from token_lanes import wrong_values
 
 from passes.analyses.sequence import Sequence, analyze
@@ -20,6 +20,8 @@ TURNED = (
 )
 CUT = '{few = 64, mesh = "tp", ranks = 2}'
 PART = "[1, batch*positions, 8]"
+WEIGHT = '%w = core.param() {name = "w"} : f8e4m3fn[16, 8]\n%w_s = core.param() {name = "w_s"} : f32[1, 1]\n'
+LINEAR = '{few = 64, mesh = "tp", out_dtype = f32, ranks = 2, w_format = #fp8_block, x_format = #fp8_tile}'
 OWN = '%own = coll.own_first(%expert) {groups = 8, mesh = "tp", ranks = 2} : i64[2*s0*s1]\n'
 LEGAL = {
     "coll.all_reduce": ('%r = coll.all_reduce(%x) {mesh = "tp"} : f32[s0, s1, 8]', B_P_8),
@@ -32,6 +34,10 @@ LEGAL = {
     ),
     "coll.own_tokens": (f"%r = coll.own_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]", PART),
     "coll.reduce_scatter_tokens": (f"%r = coll.reduce_scatter_tokens(%x) {CUT} : f32[1, share(s0*s1, 2, 64), 8]", PART),
+    "coll.linear_scatter_tokens": (
+        f"{TILES}{BLOCKS}  %r = coll.linear_scatter_tokens(%q, %s, %wq, %ws) {LINEAR} "
+        ": f32[1, share(s0*s1, 2, 64), 8]", PART,
+    ),
     "coll.all_to_all_tokens": (
         f"%r = coll.all_to_all_tokens(%x) {CUT} : f32[2, 1, share(s0*s1, 2, 64), 8]", "[2, 1, batch*positions, 8]",
     ),
@@ -71,6 +77,9 @@ ILLEGAL = {
     "coll.own_tokens": (ROUTED + f"%r = coll.own_tokens(%order) {CUT} : i64[2*s0*s1]", "is the order of all tokens"),
     "coll.reduce_scatter_tokens": (
         ROUTED + f"%r = coll.reduce_scatter_tokens(%order) {CUT} : i64[2*s0*s1]", "is the order of all tokens",
+    ),
+    "coll.linear_scatter_tokens": (
+        f"{TILES}%r = coll.linear_scatter_tokens(%q, %s, %q, %s) {LINEAR} : f32[1, share(s0*s1, 2, 64), 8]", "reads",
     ),
     "coll.all_to_all_tokens": (
         ROUTED + f"%u = aten.view(%order, [%n2, 1]) : i64[2*s0*s1, 1]\n"

@@ -56,7 +56,7 @@ def test_passes_of_tactics() -> None:
         'expert-parallel{mesh="tp=2", rank=1}; sequence-parallel{mesh="tp=2", few=128, reads=#fp8_tile}; '
         'partition{mesh="tp=2", rank=1}; merge-linears'
     ) in steps
-    assert "to-kernels; own-rows; gather-codes; gather-quantized" in steps
+    assert "to-kernels; own-rows; fuse-linear-scatter; gather-codes; gather-quantized" in steps
     plain = str(sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), Sharding.parse("tp"), 0))
     assert "gather-quantized" not in plain and "own-rows" not in plain
 
