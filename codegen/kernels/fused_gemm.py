@@ -25,7 +25,7 @@ from codegen.kernels.warp_pipeline import give_turn, tile_of, wait_for_turn
 
 @gluon.jit
 def _produce(  # type: ignore[no-untyped-def]
-    a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, width,
+    a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, first, width,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring, stage after stage, for all tiles of this block of threads.
@@ -41,6 +41,7 @@ def _produce(  # type: ignore[no-untyped-def]
     EARLY: gl.constexpr = PARTS * BLOCK_M < 256
     tile = gl.program_id(0)
     _, tile_n = tile_of(tile, height, width, GROUP)
+    tile_n += first
     if EARLY:
         early = gl.where(tile < height * width, gl.minimum(gl.cdiv(k, 128), STAGES), 0)
         for turn in range(early):
@@ -53,6 +54,7 @@ def _produce(  # type: ignore[no-untyped-def]
     turn = 0
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
+        tile_n += first
         for block in range(gl.cdiv(k, 128)):
             stage = turn % STAGES
             mbarrier.wait(free.index(stage), (turn // STAGES) & 1 ^ 1)
@@ -82,7 +84,7 @@ def _biased(total, bias, columns, n, WHOLE: gl.constexpr):  # type: ignore[no-un
 @gluon.jit
 def _consume(  # type: ignore[no-untyped-def]
     WHO: gl.constexpr, w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
-    w_scale_stride_n, w_scale_stride_k, height, width,
+    w_scale_stride_n, w_scale_stride_k, height, first, width,
     WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Multiplies and promotes the units of consumer number WHO: 64 rows and one part of the weight each."""
@@ -112,6 +114,7 @@ def _consume(  # type: ignore[no-untyped-def]
         give_turn(NEXT)
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         _, tile_n = tile_of(tile, height, width, GROUP)
+        tile_n += first
         total0 = gl.zeros([64, 128], gl.float32, SUMS)
         if WAVES == 2:
             total1 = gl.zeros([64, 128], gl.float32, SUMS)
@@ -185,7 +188,7 @@ def _operand(x, stride, rows, columns, inside):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _finish(  # type: ignore[no-untyped-def]
     hand, ready, taken, x0, x0_stride, x1, x1_stride, out, out_scale, m, n, scale_stride_m, scale_stride_k,
-    height, width, EXPRESSION: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
+    height, first, width, EXPRESSION: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
     AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
 ):  # fmt: skip
     """Runs the epilogue on the consumers' sums, a few rows at a time, and stores or quantizes the result."""
@@ -204,13 +207,14 @@ def _finish(  # type: ignore[no-untyped-def]
     even = 0
     for tile in range(gl.program_id(0), height * width, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, height, width, GROUP)
+        tile_n += first
         columns = tile_n * 128 + lane
         line = computed_here(own_line)
-        first = tile_m * (UNITS // PARTS * 64)
+        begin = tile_m * (UNITS // PARTS * 64)
         there = (columns < n)[None, :]
-        end = gl.minimum(first + UNITS // PARTS * 64, m)
+        end = gl.minimum(begin + UNITS // PARTS * 64, m)
         # Loads from global memory are issued one step ahead.
-        rows = first + line
+        rows = begin + line
         inside = (rows < m)[:, None] & there
         if x0 is not None:
             later0 = _operand(x0, x0_stride, rows, columns, inside)
@@ -218,7 +222,7 @@ def _finish(  # type: ignore[no-untyped-def]
             later1 = _operand(x1, x1_stride, rows, columns, inside)
         for step in range(STEPS):
             group = step // SLICES
-            rows = first + step * STEP + line
+            rows = begin + step * STEP + line
             inside = (rows < m)[:, None] & there
             now0, now1 = None, None
             if x0 is not None:
@@ -251,15 +255,15 @@ def _finish(  # type: ignore[no-untyped-def]
         even ^= 1
 
 
-@gluon.jit(do_not_specialize=["m", "scale_stride_k"])
+@gluon.jit(do_not_specialize=["m", "scale_stride_k", "first", "width"])
 def fused_gemm(  # type: ignore[no-untyped-def]
     a, w, a_scale, w_scale, bias, x0, x1, out, out_scale, m, n, k, w_scale_stride_n, w_scale_stride_k,
-    x0_stride, x1_stride, scale_stride_m, scale_stride_k,
+    x0_stride, x1_stride, scale_stride_m, scale_stride_k, first, width,
     EXPRESSION: gl.constexpr, PARTS: gl.constexpr, HANDED: gl.constexpr,
     WAVES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, WHOLE: gl.constexpr,
     AMAX_FLOOR: gl.constexpr, TOP: gl.constexpr, RECIPROCAL: gl.constexpr, UE8M0: gl.constexpr,
 ):  # fmt: skip
-    """out[m, n] of a[m, k] and w[PARTS n, k], on a grid of any size.
+    """Columns of tiles of out[m, n], of a[m, k] and w[PARTS n, k], on a grid of any size.
 
     Compiled with `enable_fp_fusion=False`, so that the epilogue rounds as written. Descriptor loads outside a tensor
     return zero; nothing is written beyond m or n.
@@ -277,6 +281,8 @@ def fused_gemm(  # type: ignore[no-untyped-def]
             contiguous; [n] with `x0_stride` 0; or None. The same holds for `x1`, which is None if x0 is.
         out: [m, n], contiguous: of the expression's dtype, or float8e4nv, float8e5 or int8 with a scale.
         out_scale: float32 [m, ceil(n / 128)], any strides, or None.
+        first: The first column of tiles; a tile has 128 columns.
+        width: The number of columns of tiles.
         EXPRESSION: A function of `codegen.fused_expressions` over sums in HANDED.
         PARTS: Stacked parts of the weight: 1, or 2, which are a multiple of 128 rows each.
         HANDED: The element type that sums are rounded to.
@@ -304,18 +310,18 @@ def fused_gemm(  # type: ignore[no-untyped-def]
         mbarrier.init(ready.index(group), count=1 if WAVES == 2 else PARTS)
         mbarrier.init(taken.index(group), count=1)
     fence_async_shared()
-    height, width = gl.cdiv(m, BLOCK_M), gl.cdiv(n, 128)
+    height = gl.cdiv(m, BLOCK_M)
     # Argument tuples must be written in the call: in a variable, their constants would become tensors.
     gl.warp_specialize(
         [
             (_consume, (gl.constexpr(0), w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
-                        w_scale_stride_n, w_scale_stride_k, height, width, WAVES, STAGES, GROUP, WHOLE)),
+                        w_scale_stride_n, w_scale_stride_k, height, first, width, WAVES, STAGES, GROUP, WHOLE)),
             (_consume, (gl.constexpr(1), w_scale, bias, a_ring, w_ring, s_ring, hand, full, free, ready, taken, n, k,
-                        w_scale_stride_n, w_scale_stride_k, height, width, WAVES, STAGES, GROUP, WHOLE)),
+                        w_scale_stride_n, w_scale_stride_k, height, first, width, WAVES, STAGES, GROUP, WHOLE)),
             (_finish, (hand, ready, taken, x0, x0_stride, x1, x1_stride, out, out_scale, m, n, scale_stride_m,
-                       scale_stride_k, height, width, EXPRESSION, PARTS, GROUP, WHOLE,
+                       scale_stride_k, height, first, width, EXPRESSION, PARTS, GROUP, WHOLE,
                        AMAX_FLOOR, TOP, RECIPROCAL, UE8M0)),
-            (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, width, STAGES, GROUP)),
+            (_produce, (a, w, a_scale, a_ring, w_ring, s_ring, full, free, n, k, height, first, width, STAGES, GROUP)),
         ],
         [4, 4, 1], [208, 72, 24],
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """A matmul with an epilogue: in one kernel, or the matmul followed by a separate kernel for the epilogue."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -142,6 +142,10 @@ class ExpressionPace(NamedTuple):
     bandwidth: int
 
 
+Columns = tuple[FusedGemmConfig, int, int]
+"""A form, the first column of its tiles, and their number."""
+
+
 class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
     """One kernel."""
 
@@ -199,7 +203,30 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
         return (max(rounds * (ceil_div(problem.k, 128) * step + pace.tail), weights) + pace.finish) / 1e3
 
     def calls(self, config: FusedGemmConfig, operands: FusedOperands) -> tuple[KernelCall, ...]:
-        """See `Template`."""
+        """See `Template`; one call, or two for columns of tiles of different forms."""
+        x, n = operands.gemm.x, operands.gemm.out.shape[1]
+        sms = self.limits.multiprocessors_of(x.device.index)
+        problem = FusedGemmProblem(x.shape[0], n, x.shape[1], config.parts, sms=sms)
+        return tuple(self._call(form, operands, *columns, sms) for form, *columns in self.launches(config, problem))
+
+    def launches(self, config: FusedGemmConfig, problem: FusedGemmProblem) -> tuple[Columns, ...]:
+        """The forms of the columns of tiles: one, or a finer one after the last full round, if that is faster.
+
+        In the last round, some multiprocessors have no tile. A finer form divides its tiles among more of them.
+        """
+        height, width = ceil_div(problem.m, config.rows), ceil_div(problem.n, 128)
+        first = height * width // problem.sms * problem.sms // height
+        finer = FINER.get(config)
+        if finer is not None and 0 < first < width:
+            coarse, rest = replace(problem, n=128 * first), replace(problem, n=problem.n - 128 * first)
+            both = self.time(config, coarse, FUSED[config]) + self.time(finer, rest, FUSED[finer])
+            if both + SECOND_LAUNCH < self.time(config, problem, FUSED[config]):
+                return (config, 0, first), (finer, first, width - first)
+        return ((config, 0, width),)
+
+    def _call(
+        self, config: FusedGemmConfig, operands: FusedOperands, first: int, width: int, sms: int
+    ) -> KernelCall:  # fmt: skip
         expression, gemm, others, out_scale, profile = operands
         x, w, out, w_scale = gemm.x, gemm.w, gemm.out, gemm.w_scale
         (m, k), n = x.shape, out.shape[1]
@@ -207,7 +234,7 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
         arguments = (
             tile(x, rows), tile(w, 128), scale_columns(gemm.x_scale, max(rows, 32)), w_scale, gemm.bias,
             *added, out, out_scale, m, n, k, *w_scale.stride(), *map(row_stride, added),
-            *((0, 0) if out_scale is None else out_scale.stride()),
+            *((0, 0) if out_scale is None else out_scale.stride()), first, width,
         )  # fmt: skip
         handed, rest = handed_over(expression)
         constants = {
@@ -215,9 +242,8 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
             "WAVES": config.waves, "STAGES": config.stages, "GROUP": config.group, "WHOLE": n % 128 == 0,
             **rounding(profile, out.dtype),
         }  # fmt: skip
-        tiles = ceil_div(m, config.rows) * ceil_div(n, 128)
-        programs = min(self.limits.multiprocessors_of(x.device.index), tiles)
-        return (KernelCall(fused_gemm, programs, arguments, constants, EXACT),)
+        programs = min(sms, ceil_div(m, config.rows) * width)
+        return KernelCall(fused_gemm, programs, arguments, constants, EXACT)
 
 
 def loaded_rows(config: FusedGemmConfig, m: int) -> int:
@@ -261,6 +287,15 @@ FUSED = {
     FusedGemmConfig(1, 1, 4): FusedPace(500, 490, 1370, 800, 2410),
 }
 """Measured on an H100, and with a lower weight on an H200."""
+
+FINER = {
+    FusedGemmConfig(2, 2, 3): FusedGemmConfig(2, 1, 4),
+    FusedGemmConfig(1, 2, 3): FusedGemmConfig(1, 1, 4),
+}
+"""A form, and the form whose tiles have half of its rows."""
+
+SECOND_LAUNCH = 4.0
+"""Microseconds that a second form must save."""
 
 FUSED_GEMM.add(FusedGemm, lambda problem: FUSED, on="sm_90a")
 FUSED_GEMM.add(SeparateKernels, lambda problem: {Separate(): ExpressionPace(5120, 2780)}, on="sm_90a")
