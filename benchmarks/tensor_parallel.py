@@ -226,6 +226,10 @@ class Sent(TorchDispatchMode):
         if name == "fused_reduce_quantize":  # also sums over ranks
             operands, *_, summed = args
             self.bytes += 2 * self._share * operands[summed].nbytes
+        if name == "linear_scatter_tokens":  # each rank gets its rows, or all of a few rows
+            rows, columns = args[0].shape[:-1].numel(), out.shape[-1]
+            sums = 2 if out.shape[:-1].numel() == rows else 1
+            self.bytes += sums * self._share * rows * columns * out.element_size()
         if name == "exchange":  # through peer memory
             *_, scattered, summed = args
             self.bytes += (

@@ -26,4 +26,5 @@ def test_two_processes_on_a_cpu(tmp_path: Path) -> None:
         assert min(row[name] for name in ("one GPU ms", "fp8_tile ms", "bf16 ms")) > 0
         # Two sums of 512 bf16 numbers, each of which goes once to the other rank in a sum over two.
         assert row["bf16 sent bytes"] == 2 * 512 * 2 and row["sent bytes"] <= row["bf16 sent bytes"]
+    assert [row["sent bytes"] for row in rows[3:]] == [row["sent bytes"] for row in rows[:3]], "so few are not cut"
     assert rows[0]["difference"] < 0.1

@@ -202,12 +202,17 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
         weights = problem.parts * problem.n * problem.k / pace.bandwidth
         return (max(rounds * (ceil_div(problem.k, 128) * step + pace.tail), weights) + pace.finish) / 1e3
 
+    def also(self, config: FusedGemmConfig) -> tuple[FusedGemmConfig, ...]:
+        """The finer form, which other numbers of rows may need."""
+        return (FINER[config],) if config in FINER else ()
+
     def calls(self, config: FusedGemmConfig, operands: FusedOperands) -> tuple[KernelCall, ...]:
         """See `Template`; one call, or two for columns of tiles of different forms."""
         x, n = operands.gemm.x, operands.gemm.out.shape[1]
         sms = self.limits.multiprocessors_of(x.device.index)
         problem = FusedGemmProblem(x.shape[0], n, x.shape[1], config.parts, sms=sms)
-        return tuple(self._call(form, operands, *columns, sms) for form, *columns in self.launches(config, problem))
+        launches = self.launches(config, problem)
+        return tuple(self._call(form, operands, first, width, sms) for form, first, width in launches)
 
     def launches(self, config: FusedGemmConfig, problem: FusedGemmProblem) -> tuple[Columns, ...]:
         """The forms of the columns of tiles: one, or a finer one after the last full round, if that is faster.
@@ -227,6 +232,7 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
     def _call(
         self, config: FusedGemmConfig, operands: FusedOperands, first: int, width: int, sms: int
     ) -> KernelCall:  # fmt: skip
+        """The kernel for some columns of tiles."""
         expression, gemm, others, out_scale, profile = operands
         x, w, out, w_scale = gemm.x, gemm.w, gemm.out, gemm.w_scale
         (m, k), n = x.shape, out.shape[1]

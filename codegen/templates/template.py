@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from codegen.launching.launch import KernelCall, launch
 from codegen.launching.recent import Recent
+from codegen.launching.replay import state
 from codegen.templates.limits import Limits, driver_overlaps
 from qcompiler.entry_points import import_modules
 from qcompiler.errors import CodegenError
@@ -67,6 +68,10 @@ class Template(ABC, Generic[Config, Problem, Operands]):
     def time(self, config: Config, problem: Problem, pace: Any) -> float:
         """Estimated microseconds at the measured `pace`; 0 if each problem has one configuration."""
         return 0.0
+
+    def also(self, config: Config) -> Sequence[Config]:
+        """Configurations that calls with other sizes may launch besides this one; a warm-up compiles these, too."""
+        return ()
 
     @abstractmethod
     def calls(self, config: Config, operands: Operands) -> Sequence[KernelCall]:
@@ -137,8 +142,10 @@ class Family(Generic[Config, Problem, Operands]):
 
     def launch(self, config: Config, operands: Operands) -> None:
         """Launches the calls on the current CUDA stream."""
-        for call in self.calls(config, operands):
-            launch(call)
+        also = () if state.planner is None else self.template(config).also(config)
+        for each in (config, *also):
+            for call in self.calls(each, operands):
+                launch(call)
 
 
 Paces = Callable[[Problem], Mapping[Config, Any]]

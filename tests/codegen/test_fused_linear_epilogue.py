@@ -3,20 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hopper_kernels import all_fused_configs
+from hopper_kernels import all_fused_configs, meta
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from codegen.epilogues import handed_over, on_tensors
 from codegen.launching.launch import KernelCall
+from codegen.launching.replay import state
 from codegen.operators import fused_linear as fused_product
 from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem, Separate, why_separate
+from codegen.templates.fused import (
+    FUSED_GEMM,
+    FusedGemm,
+    FusedGemmConfig,
+    FusedGemmProblem,
+    FusedOperands,
+    Separate,
+    why_separate,
+)
+from codegen.templates.gemm import GemmOperands
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.dialects.kernel import fused_linear
@@ -130,6 +141,48 @@ def test_every_form_fits_and_names_itself() -> None:
         assert config.rows in (64, 128, 256)
     small = [config for config in all_fused_configs() if config.waves == 1]
     assert all(config.shared_memory(4) <= HOPPER.limits.shared_memory for config in small), "FP32 sums need a form"
+
+
+def fused_gemm_template() -> FusedGemm:
+    found = FUSED_GEMM.family(HOPPER).template(GATED)
+    assert isinstance(found, FusedGemm)
+    return found
+
+
+@given(st.integers(1, 20000), st.integers(1, 30000), st.integers(1, 2000), st.sampled_from(all_fused_configs()))
+def test_launches_compute_each_column_once(m: int, n: int, k: int, config: FusedGemmConfig) -> None:
+    problem = FusedGemmProblem(m, n if config.parts == 1 else -(-n // 128) * 128, 16 * k, config.parts)
+    launches = fused_gemm_template().launches(config, problem)
+    ends = [first + width for _, first, width in launches]
+    assert [first for _, first, _ in launches] == [0, *ends[:-1]] and ends[-1] == -(-problem.n // 128)
+    assert all(width > 0 for _, _, width in launches) and launches[0][0] == config
+    if len(launches) == 2:
+        ((_, _, width), (finer, _, _)) = launches
+        assert finer.rows == config.rows // 2 and finer.parts == config.parts
+        unused = -width * -(-m // config.rows) % problem.sms  # in the last round of the first launch
+        assert unused < -(-m // config.rows), "it has only full rounds"
+
+
+def test_a_finer_form_ends_a_partial_round() -> None:
+    """512 rows of Llama-3-8B: 448 tiles are 3.4 rounds; on an H200, 102 us instead of 110."""
+    launches = fused_gemm_template().launches
+    finer = FusedGemmConfig(2, 1, 4)
+    assert launches(GATED, FusedGemmProblem(512, 14336, 4096, 2)) == ((GATED, 0, 99), (finer, 99, 13))
+    assert launches(GATED, FusedGemmProblem(1000, 14336, 4096, 2)) == ((GATED, 0, 112),)  # 6.8 rounds
+    assert launches(GATED, FusedGemmProblem(256, 4096, 4096, 2)) == ((GATED, 0, 32),)  # half of a round
+
+
+def test_a_warm_up_compiles_the_finer_form_for_other_numbers_of_rows() -> None:
+    calls: list[KernelCall] = []
+    operands = FusedOperands(
+        SWIGLU,
+        GemmOperands(meta(256, 512, dtype=E4M3), meta(512, 512, dtype=E4M3), meta(256, 256, dtype=E4M3),
+                     meta(4, 256).t(), meta(4, 4), None),
+        (), meta(2, 256).t(),
+    )  # fmt: skip
+    with mock.patch.object(state, "planner", lambda key, call: calls.append(call)):
+        FUSED_GEMM.family(HOPPER).launch(GATED, operands)
+    assert [call.constants["WAVES"] for call in calls] == [2, 1]
 
 
 @given(st.integers(1, 20000), st.integers(1, 300), st.integers(1, 2000), st.integers(1, 2), st.booleans())

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from codegen.launching.launch import launch
 from codegen.operators import fused_linear as fused_product
 from codegen.operators.quantize import scale_like
 from codegen.targets.hopper import HOPPER
-from codegen.templates.fused import FUSED_GEMM, FusedGemmConfig, FusedGemmProblem
+from codegen.templates.fused import FINER, FUSED_GEMM, FusedGemm, FusedGemmConfig, FusedGemmProblem, FusedOperands
 from codegen.templates.fused_expression import expression_call
+from codegen.templates.gemm import GemmOperands
 from codegen.templates.template import ceil_div
 from qcompiler import numerics
 from qcompiler.dialects.fused_expression import parse
@@ -138,6 +140,29 @@ def test_columns_that_do_not_fill_a_tile(config: FusedGemmConfig, n: int) -> Non
         launch_fused(config, expression, x, w, xs, ws, bias, [other], codes, scale)
         want_codes, want_scale = numerics.quantize(result, numerics.format_of((1, 128), E4M3))
         assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
+
+
+@pytest.mark.parametrize(
+    ("config", "m", "n"), [(FusedGemmConfig(2, 2, 3), 500, 14336), (FusedGemmConfig(1, 2, 3), 1500, 4100)], ids=str
+)
+def test_two_forms_compute_the_bits_of_one(config: FusedGemmConfig, m: int, n: int) -> None:
+    """The last columns of tiles have another form; their rows and columns do not fill all tiles."""
+    template, k = FUSED_GEMM.family(HOPPER).template(config), 512
+    assert isinstance(template, FusedGemm)
+    x, xs, w, ws = operands(m, n * config.parts, k)
+    expression, count = expression_of(config)
+    others = others_of(count, m, n)
+    results = []
+    for columns in (((config, 0, ceil_div(n, 128)),), ((config, 0, 31), (FINER[config], 31, ceil_div(n, 128) - 31))):
+        codes = torch.full((m + 3, n), 0x55, dtype=torch.uint8, device="cuda")
+        scale = torch.full((m + 3, ceil_div(n, 128)), -1.0, device="cuda")
+        gemm = GemmOperands(x, w, codes[:m].view(E4M3), xs, ws, None)
+        with mock.patch.object(FusedGemm, "launches", return_value=columns):
+            FUSED_GEMM.family(HOPPER).launch(config, FusedOperands(expression, gemm, others, scale[:m]))
+        results.append((codes, scale))
+    (codes, scale), (other_codes, other_scale) = results
+    assert torch.equal(codes, other_codes) and torch.equal(scale, other_scale)
+    assert bool((scale[:m] > 0).all()) and bool((codes[m:] == 0x55).all())
 
 
 @pytest.mark.parametrize("parts", [1, 2])
