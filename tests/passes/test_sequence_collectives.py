@@ -20,7 +20,6 @@ TURNED = (
 )
 CUT = '{few = 64, mesh = "tp", ranks = 2}'
 PART = "[1, batch*positions, 8]"
-WEIGHT = '%w = core.param() {name = "w"} : f8e4m3fn[16, 8]\n%w_s = core.param() {name = "w_s"} : f32[1, 1]\n'
 LINEAR = '{few = 64, mesh = "tp", out_dtype = f32, ranks = 2, w_format = #fp8_block, x_format = #fp8_tile}'
 OWN = '%own = coll.own_first(%expert) {groups = 8, mesh = "tp", ranks = 2} : i64[2*s0*s1]\n'
 LEGAL = {
@@ -79,7 +78,8 @@ ILLEGAL = {
         ROUTED + f"%r = coll.reduce_scatter_tokens(%order) {CUT} : i64[2*s0*s1]", "is the order of all tokens",
     ),
     "coll.linear_scatter_tokens": (
-        f"{TILES}%r = coll.linear_scatter_tokens(%q, %s, %q, %s) {LINEAR} : f32[1, share(s0*s1, 2, 64), 8]", "reads",
+        f"{TILES}%r = coll.linear_scatter_tokens(%q, %s, %q, %s) {LINEAR} : f32[1, share(s0*s1, 2, 64), 8]",
+        "the operand 'w' of coll.linear_scatter_tokens depends on the tokens",
     ),
     "coll.all_to_all_tokens": (
         ROUTED + f"%u = aten.view(%order, [%n2, 1]) : i64[2*s0*s1, 1]\n"
