@@ -123,6 +123,12 @@ class SequenceParallelNorms(Tactic):
     tokens: int = FEW
     sums: Format | None = None
 
+    def __post_init__(self) -> None:
+        """Checks the options; raises PassError for a wrong value."""
+        super().__post_init__()
+        if self.tokens < 1:
+            raise PassError("option 'tokens' of tactic 'sp' has a wrong value", got=self.tokens, need="at least 1")
+
     def rewriting(self, mesh: Mesh, rank: int, blocks: Blocks) -> tuple[AlongAxis, ...]:
         """Rewrites sums over ranks."""
         options = (self.tokens, blocks.reads, blocks.layers, self.sums)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from passes.sharding.sequence_parallel import SequenceParallel
 from qcompiler.errors import ParseError, PassError
 from qcompiler.ir import Mesh
 from qcompiler.ir.formats import FP8_TILE, INT8_ROW
@@ -98,10 +99,12 @@ def test_wrong_axes_and_values() -> None:
         sharded(pipeline("fp8_tile"), Mesh.parse("dp=2"), Sharding.parse("tp{axis=dp}; sp"), 0)
     with pytest.raises(PassError, match="option 'tokens' of tactic 'sp' has a wrong value: got 'x'"):
         SequenceParallelNorms(tokens="x")  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="option 'tokens' of tactic 'sp' has a wrong value: got 0; need at least 1"):
+        Sharding.parse("tp; sp{tokens=0}")
     with pytest.raises(PassError, match="a sharding needs a tactic"):
         Sharding(())
     with pytest.raises(PassError, match="option 'few' of pass 'sequence-parallel' is wrong: got 0"):
-        sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), Sharding.parse("sp{tokens=0}"), 0)
+        SequenceParallel("tp=2", few=0)
 
 
 @pytest.mark.parametrize(
