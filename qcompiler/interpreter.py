@@ -49,9 +49,11 @@ def interpret(
         The outputs, in order.
 
     Raises:
-        InputError: The number of inputs is wrong, or a weight is missing.
+        InputError: The type or number of inputs is wrong, or a weight is missing.
         QCompilerError: An operation failed; the message names the operation and its source line.
     """
+    if isinstance(inputs, torch.Tensor):
+        raise InputError(f"the inputs of @{graph.name} are of a wrong type", got="a tensor", need="a list of inputs")
     if len(inputs) != len(graph.inputs):
         raise InputError(f"@{graph.name} takes {len(graph.inputs)} inputs", got=len(inputs), need=len(graph.inputs))
     store = graph.weights if weights is None else weights

@@ -210,6 +210,8 @@ func @f() -> (f32[2]) {
 def test_the_number_of_inputs_must_be_right(count: int) -> None:
     with pytest.raises(InputError, match=f"@f takes 1 inputs: got {count}; need 1"):
         run(FACTORY, *[X] * count)
+    with pytest.raises(InputError, match="the inputs of @f are of a wrong type: got a tensor; need a list of inputs"):
+        interpret(Graph.parse(FACTORY), X)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_an_operation_that_fails_is_named_with_its_source_line() -> None:
