@@ -5,13 +5,14 @@ ids [B, S] -> logits [B, S, V]     ->     ids, slots, lengths, last -> logits [B
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from passes.attention.attention import Attention
+from passes.attention.kv_cache import KvCache
 from passes.attention.position_tables import PositionTables
 from passes.cleanup.dead_code import DeadCode
 from qcompiler.decoding.loop import CHUNK
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, PassError, did_you_mean
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.pipeline import Pipeline, numbered
 from qcompiler.pass_manager.runner import Stages, run_pipeline
@@ -19,10 +20,13 @@ from qcompiler.program.program import Program, generate, graph_as_captured, plai
 from qcompiler.runtime.caches import cache_types
 from qcompiler.runtime.device import target_named
 
-PASS = "kv-cache"
-
 POSITIONS = "position_ids"
 """The input that the cache replaces by positions that count up."""
+
+FORMATS: tuple[str, ...] = tuple(
+    name for kind in get_args(get_type_hints(KvCache)["format"]) for name in get_args(kind)
+)
+"""Formats of cached keys and values, besides the model's dtype."""
 
 
 def keeps_cache(graph: Graph) -> bool:
@@ -76,11 +80,14 @@ def cache_passes(kv_cache: str | None, slots: int, capacity: int, chunk: int = C
     for name, value in (("max_batch", slots), ("max_length", capacity), ("max_chunk", chunk)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is wrong", got=repr(value), need="1 or more")
-    formatted = "" if kv_cache is None else f'format="{kv_cache}", '
-    sizes = f"slots={slots}, capacity={capacity}, chunk={chunk}"
-    cached = Pipeline.parse(f"{PASS}{{{formatted}{sizes}, start=true}}")
+    if kv_cache is not None and kv_cache not in FORMATS:
+        raise PassError(
+            "there is no such format of a cache", got=repr(kv_cache), fix=did_you_mean(str(kv_cache), FORMATS)
+        )
+    form: Any = kv_cache  # one of them, as the type of the option says
+    cached = KvCache(form, slots, capacity, chunk, start=True)
     return Pipeline(
-        (Attention(consecutive=POSITIONS, from_zero=True), PositionTables(), DeadCode(), *cached, DeadCode())
+        (Attention(consecutive=POSITIONS, from_zero=True), PositionTables(), DeadCode(), cached, DeadCode())
     )
 
 
@@ -102,7 +109,7 @@ def every_logits(program: Program) -> Program:
 
 def _cache_pass(program: Program) -> tuple[str, Any]:
     """The stage of the pass `kv-cache`, and the pass with its options."""
-    step = next(step for step in reversed(program.steps) if step.stage.partition("#")[0] == PASS)
+    step = next(step for step in reversed(program.steps) if step.stage.partition("#")[0] == KvCache.name)
     return step.stage, Pipeline.parse(step.spec).passes[0]
 
 

@@ -127,7 +127,11 @@ def test_a_quantized_model_and_cache() -> None:
         ({"max_length": 1000}, InputError, "the model has fewer positions than max_length: got 1000; need at most 128"),
         ({"max_batch": 0}, InputError, "max_batch is wrong: got 0; need 1 or more"),
         ({"max_length": -1}, InputError, "max_length is wrong: got -1"),
-        ({"kv_cache": "fp4"}, PassError, "fp4"),
+        (
+            {"kv_cache": "fp4"},
+            PassError,
+            "there is no such format of a cache: got 'fp4'. Did you mean 'fp8'? Known: fp8,",
+        ),
         ({"ignore": ["lm_head"]}, PassError, "there are overrides, but no scheme that they override"),
         ({"scheme": "fp9_tile"}, PassError, "fp8_tile"),
         ({"sharding": "tp; sp"}, PassError, "a sharding needs a mesh: got sharding='tp; sp' and no mesh"),
