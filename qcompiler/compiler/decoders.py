@@ -30,9 +30,10 @@ from qcompiler.compiler.sharded_loading import loaded, read_together
 from qcompiler.compiler.sharding import ShardedModel, checked_sharding, decoder_of, together
 from qcompiler.decoding.cached import POSITIONS, cache_passes
 from qcompiler.decoding.decoder import Decoder
+from qcompiler.decoding.lengths import LONGEST, checked_length, text_config
 from qcompiler.decoding.loop import CHUNK
 from qcompiler.decoding.tokenizers import check_tokenizer, generation_of, tokenizer_in
-from qcompiler.errors import InputError, PassError
+from qcompiler.errors import PassError
 from qcompiler.pass_manager.instruments import Instrument
 from qcompiler.pass_manager.pipeline import Pipeline
 from qcompiler.runtime.device import check_device, check_target, target_for
@@ -40,9 +41,6 @@ from qcompiler.schemes.named import pipeline as scheme_pipeline
 from qcompiler.schemes.named import with_ignored
 from qcompiler.schemes.sharded import check_whole
 from qcompiler.schemes.tactics import Sharding
-
-LONGEST = 4096
-"""Default maximum length of a sequence, if the model allows it."""
 
 EXAMPLE = (2, 19)
 """Batch and length of the example call: sizes that few models fix."""
@@ -133,7 +131,7 @@ def decoder(
     if tokenizer is None and folder is not None:
         tokenizer = tokenizer_in(folder)
     generation = generation_of(found)
-    length = checked_length(max_length, found)
+    length = checked_length(max_length, getattr(found, "config", None))
     example = example_call(found)
     caching = cache_passes(kv_cache, max_batch, length, max_chunk)
     if mesh is not None:
@@ -211,9 +209,10 @@ def example_call(model: Any) -> dict[str, Tensor]:
     """Returns a call with random token ids i64[2, 19], and their positions if the model takes some."""
     parameters = inspect.signature(model.forward).parameters
     name = getattr(model, "main_input_name", None) or next(iter(parameters), "input_ids")
-    vocabulary = getattr(text_config(model), "vocab_size", None) or 2
+    config = text_config(getattr(model, "config", None))
+    vocabulary = getattr(config, "vocab_size", None) or 2
     ids = torch.randint(vocabulary, EXAMPLE, generator=torch.Generator().manual_seed(0))
-    pad = getattr(text_config(model), "pad_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
     if isinstance(pad, int):  # transformers warns of padding
         ids = torch.where(ids == pad, 1 - min(pad, 1), ids)
     call = {name: ids}
@@ -221,20 +220,3 @@ def example_call(model: Any) -> dict[str, Tensor]:
         call[POSITIONS] = torch.arange(EXAMPLE[1]).expand(EXAMPLE).contiguous()
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     return {name: tensor.to(device) for name, tensor in call.items()}
-
-
-def text_config(model: Any) -> Any:
-    """Returns the configuration of a model's language part; None if it has none."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
-
-
-def checked_length(given: int | None, model: Any) -> int:
-    """Returns the maximum length of a sequence; InputError if the model has fewer positions."""
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    limit = positions if isinstance(positions, int) and positions > 0 else None
-    if given is None:
-        return min(LONGEST, limit or LONGEST)
-    if limit is not None and given > limit:
-        raise InputError("the model has fewer positions than max_length", got=given, need=f"at most {limit}")
-    return given

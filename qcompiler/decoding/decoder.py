@@ -15,6 +15,7 @@ from qcompiler.artefact.weight_files import SHARD_BYTES
 from qcompiler.checkpoints.writing import write
 from qcompiler.decoding.cached import chunk_of, every_logits, keeps_cache, with_cache
 from qcompiler.decoding.generator import Generator
+from qcompiler.decoding.lengths import text_config
 from qcompiler.decoding.loop import CHUNK
 from qcompiler.decoding.memory import Memory, check_fits
 from qcompiler.decoding.step import CompiledStep, Step, compiled_step
@@ -165,7 +166,7 @@ class Decoder(Generator):
 
 def _check_vocabulary(width: int, config: Any) -> None:
     """Raises InputError if a model returns fewer numbers per token than its configuration has tokens."""
-    tokens = getattr(config, "vocab_size", None)
+    tokens = getattr(text_config(config), "vocab_size", None)
     if isinstance(tokens, int) and width < tokens:
         raise InputError(
             "the model does not return logits", got=f"{width} numbers for each token", need=f"one for each of {tokens}",

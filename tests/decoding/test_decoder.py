@@ -107,6 +107,11 @@ def test_a_compiled_model_makes_a_decoder_and_says_so() -> None:
         compiled.generate([5])
     llm = compiled.decoder(max_batch=3, max_length=32)
     assert llm.generate(PROMPTS, max_new_tokens=8, ignore_eos=True) == wanted(model, 8)
+    assert compiled.decoder(max_batch=1).step.capacity == 128
+    with pytest.raises(InputError, match="the model has fewer positions than max_length: got 1000; need at most 128"):
+        compiled.decoder(max_length=1000)
+    with pytest.raises(InputError, match="max_length is wrong: got '9'; need 1 or more"):
+        compiled.decoder(max_length="9")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_quantized_model_and_cache() -> None:
