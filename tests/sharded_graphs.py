@@ -24,7 +24,7 @@ def rank_graphs(
     for rank in range(Mesh.parse(mesh).size):
         own = graph.clone()
         options = f'{{mesh="{mesh}", unit={unit}{more}}}'
-        place = f"split-norms{options}; shard{options}; collectives; {rewrite}"
+        place = f"split-linears{options}; split-norms{options}; shard{options}; collectives; {rewrite}"
         steps = f'{place}partition{{mesh="{mesh}", rank={rank}}}; {then}'
         run_pipeline(Pipeline.parse(steps), own)
         found.append(own)

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from qcompiler.ir import DType, Graph, Rewriter, Role, TensorType, Value, legal_name
+from qcompiler.ir import DType, Graph, Op, Rewriter, Role, TensorType, Value, legal_name
+from qcompiler.ir.dataflow import parameters_of, users_through
 from qcompiler.numerics.dtypes import ir_dtype
 
 
@@ -61,3 +62,17 @@ def cast(rewriter: Rewriter, value: Value, dtype: DType, name: str) -> Value:
         return value
     kind = TensorType(dtype, value.tensor.shape)
     return rewriter.insert("aten._to_copy", value, attrs={"dtype": dtype}, types=[kind], names=[name]).result
+
+
+def is_read_elsewhere(op: Op, graph: Graph) -> bool:
+    """Whether a matrix that the weight of a linear is computed from has other users, under any of its names."""
+
+    def constant(user: Op) -> bool:
+        return bool(user.results) and graph.is_constant(user.results[0])
+
+    ties = getattr(graph.weights, "ties", {})
+    matrices = [param for param in parameters_of(op["weight"]) if len(param.result.tensor.shape) > 1]
+    names = {alias for param in matrices for alias in ties.get(param.attrs["name"], (param.attrs["name"],))}
+    others = {param for param in graph.ops("core.param") if param.attrs["name"] in names}
+    users = (user for param in others for user in users_through(graph, param.result, constant))
+    return any(user is not op and not constant(user) for user in users)

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from passes.analyses.candidates import ALREADY, why_not_quantized
 from qcompiler.errors import PassError
 from qcompiler.ir import Graph, Missed, Op, Role
-from qcompiler.ir.dataflow import parameters_of
+from qcompiler.ir.dataflow import origins_of, parameters_of
 from qcompiler.ir.graph import PARAM
 
 EVERYTHING = ("*",)
@@ -148,13 +148,13 @@ def similar(pattern: str, names: Sequence[str]) -> str:
 
 
 def names_of(op: Op, graph: Graph) -> Iterator[str]:
-    """All names of the constant operands of a matmul, with and without their last part."""
+    """All names of a matmul's constants, and of the weights that they derive from, with and without their last part."""
     ties = getattr(graph.weights, "ties", {})
     for _, value in op.operands():
         if graph.is_constant(value):
             for param in parameters_of(value):
                 name = str(param.attrs["name"])
-                for alias in ties.get(name, (name,)):
+                for alias in (*ties.get(name, (name,)), *origins_of(graph, name)):
                     yield alias
                     yield alias.rpartition(".")[0] or alias
 

@@ -226,6 +226,12 @@ def selected(op: Op) -> Iterator[Factor]:
         yield Factor((Place((0,), axis), *(Place(index, image) for index in tensor_results(op))))
 
 
+def first_axes(op: Op) -> Iterator[Factor]:
+    """All axes, from the first on, that the operand and the result both have."""
+    for axis in range(min(len(shape_of(op, (0,))), len(shape_of(op, 0)))):
+        yield Factor((Place((0,), axis), Place(0, axis)))
+
+
 def stacked(op: Op) -> Iterator[Factor]:
     """All axes of the operands, which the result has beside a new one."""
     new, rank = axis_of(op, "dim", len(shape_of(op, 0))), len(shape_of(op, 0))

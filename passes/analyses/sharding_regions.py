@@ -132,11 +132,11 @@ def grow(graph: Graph, start: Op, factor: Factor, cutting: Cutting) -> Region:
     for op, cut in region.factors.items():
         if _reads_weights(graph, op) and (excluded := why_not_selected(cutting.layers, op, graph)) is not None:
             region.excluded = Missed(excluded.why, op.result)
-        _add_units(region, op, cut, _unit(graph, op, cutting))
+        _add_units(region, op, cut, unit_of(graph, op, cutting))
     return region
 
 
-def _unit(graph: Graph, op: Op, cutting: Cutting) -> Unit:
+def unit_of(graph: Graph, op: Op, cutting: Cutting) -> Unit:
     """Rows and columns that must stay together in the weight of a linear."""
     if why_not_quantized(op, graph, cutting.named) is not None:
         return 1, 1

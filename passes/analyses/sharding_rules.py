@@ -20,6 +20,7 @@ from passes.analyses.sharding_factors import (
     axes_of,
     axis_of,
     elementwise,
+    first_axes,
     normalized,
     permutation,
     permuted,
@@ -174,6 +175,7 @@ def _picked(op: Op) -> Iterator[Factor]:
 _MOVED = "Each element of the result is the operand's element at one place, and axes move as a whole."
 _ALONG = "It combines elements along the named axes only."
 _COPY = "Copies of a part are the same part of the copies."
+_PAIRS = "A complex number is a pair along the last axis, and all other axes remain."
 _VIEW = Row(
     "Elements keep their order, so that parts of the first axes of equal groups hold the same elements.",
     reshaped, "regroups the elements along", "size",
@@ -225,6 +227,8 @@ RULES: Mapping[str, Row] = {
     "aten.cat": Row("Operands side by side along one axis keep all others.", all_but("dim"), "concatenates along"),
     "aten.stack": Row("Operands side by side along a new axis keep all others.", stacked, "adds"),
     "aten.sym_size.int": Row("The size of an axis does not depend on the others.", sized, "reads the size of"),
+    "aten.view_as_complex": Row(_PAIRS, first_axes, "joins pairs along"),
+    "aten.view_as_real": Row(_PAIRS, first_axes, "adds"),
     "aten.softmax.int": _SOFTMAX,
     "aten._softmax": _SOFTMAX,
     "aten.log_softmax.int": _SOFTMAX,
@@ -269,3 +273,10 @@ def row_of(op: Op) -> Row | None:
     if op.effects and op.name not in RULES:
         return None
     return RULES.get(op.name) or (ELEMENTWISE if is_pointwise(op.name) else None)
+
+
+def factor_at(op: Op, slot: Slot, axis: int) -> Factor | None:
+    """The factor of an operation that has an axis of an operand or a result; None if there is none."""
+    row = row_of(op)
+    factors = row.factors(op) if row is not None else ()
+    return next((f for f in factors if any((place.slot, place.axis) == (slot, axis) for place in f.places)), None)

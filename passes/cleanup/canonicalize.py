@@ -8,6 +8,7 @@
     aten.clone(%x)            ->  %x          and casts, views and dropouts that change nothing
     aten.masked_fill(%x, %m)  ->  %x          if %m is proven to be false everywhere
     aten.clamp(%i, 0, 7)      ->  %i          if the integers %i are proven to be inside
+    aten.index(%x, [[4, 5]])  ->  aten.slice(%x, 0, 4, 6)             and other ranges of an axis: see `axis_ranges`
     aten.linear(%b, %w)       ->  aten.linear(%a, %w)     if %b is computed like %a, an earlier value
 
 First in every pipeline, so that later passes handle one form only.
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 from passes.analyses.equal_values import equal_values
 from passes.analyses.integer_ranges import is_false, limits_of
 from passes.analyses.memory import is_view, why_not_replaced
+from passes.cleanup.axis_ranges import DropCopy, IndexToSlice, ScatterToCat
 from qcompiler.ir import Argument, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.pass_manager.pipeline import Effect, Pass
 
@@ -168,7 +170,8 @@ class Canonicalize(Pass):
 
     def rules(self) -> Sequence[Rule]:
         """Rewrites come first, then removal of operations they make redundant."""
-        return (MatmulToLinear(), TransposeTwice(), DropNoOp(), DropFill(), DropClamp())
+        forms = MatmulToLinear(), TransposeTwice(), IndexToSlice(), ScatterToCat()
+        return (*forms, DropNoOp(), DropCopy(), DropFill(), DropClamp())
 
     def run(self, graph: Graph) -> bool:
         """Applies the rules; then linears with equal inputs read one of them, and can be merged and share a scale."""

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.analyses.candidates import is_stored_quantized, why_not_quantized
+from passes.analyses.constants import is_read_elsewhere
 from passes.analyses.layers import EVERYTHING, check_patterns, why_not_selected
 from passes.analyses.memory import is_view, leaves_the_graph
 from qcompiler.dialects.quant import x_scale_of
 from qcompiler.errors import PassError
 from qcompiler.ir import ALL, Format, Graph, Missed, Op, Rewriter, Role, TensorType, Value
-from qcompiler.ir.dataflow import ancestors, parameters_of, users_through
+from qcompiler.ir.dataflow import ancestors, users_through
 from qcompiler.ir.formats import FP8_BLOCK
 from qcompiler.ir.sizes import product
 from qcompiler.pass_manager.pipeline import Effect, Pass
@@ -142,7 +143,7 @@ class MergeLinears(Pass):
             return Missed("its bias is computed from the inputs", bias)
         if is_stored_quantized(w := op["weight"]) and not w.op.format().decodes_like(self.w_format):
             return Missed(f"its weight is stored as {w.op.format()}", w)
-        if _read_elsewhere(op, graph):
+        if is_read_elsewhere(op, graph):
             return Missed("its weight has other users, so both copies would be stored", op["weight"])
         if leaves_the_graph(graph, op.result):
             return Missed("it is an output of the graph, and must not be part of a larger tensor")
@@ -206,20 +207,6 @@ def merge(group: Sequence[Op], graph: Graph, made_by: str) -> None:
             here.erase_unread(op["weight"].op)  # or its codes would seem to have two users
         _allow_strides(graph, part, made_by)
         start = end
-
-
-def _read_elsewhere(op: Op, graph: Graph) -> bool:
-    """Whether a matrix that the weight of a linear is computed from has other users, under any of its names."""
-
-    def constant(user: Op) -> bool:
-        return bool(user.results) and graph.is_constant(user.results[0])
-
-    ties = getattr(graph.weights, "ties", {})
-    matrices = [param for param in parameters_of(op["weight"]) if len(param.result.tensor.shape) > 1]
-    names = {alias for param in matrices for alias in ties.get(param.attrs["name"], (param.attrs["name"],))}
-    others = {param for param in graph.ops("core.param") if param.attrs["name"] in names}
-    users = (user for param in others for user in users_through(graph, param.result, constant))
-    return any(user is not op and not constant(user) for user in users)
 
 
 def _raise(graph: Graph, values: Sequence[Value], before: Op) -> None:

@@ -156,12 +156,15 @@ def replace_later(weights: MutableMapping[str, Any], name: str, change: Any) -> 
         weights[name] = change(weights[name])
 
 
-def cut_later(weights: MutableMapping[str, Any], name: str, axis: int, start: int, size: int) -> None:
-    """Replaces a weight by a part of it; in a weights store, this part alone is read from a file."""
+def cut_later(
+    weights: MutableMapping[str, Any], name: str, axis: int, start: int, size: int, new: str | None = None
+) -> None:
+    """Replaces a weight by a part of it, or adds the part as a new weight; from a file, this part alone is read."""
     if isinstance(weights, Weights):
-        weights.cut_later(name, axis, start, size)
+        weights.cut_later(name, axis, start, size, new)
     else:
-        weights[name] = weights[name].narrow(axis, start, size).clone(memory_format=torch.contiguous_format)
+        part = weights[name].narrow(axis, start, size)
+        weights[new or name] = part.clone(memory_format=torch.contiguous_format)
 
 
 def set_argument(graph: Graph, op: Op, key: int | str, value: Any) -> None:

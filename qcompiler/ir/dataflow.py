@@ -27,6 +27,15 @@ def ancestors(value: Value) -> list[Op]:
     return list(found)
 
 
+def origins_of(graph: Graph, name: str) -> list[str]:
+    """The weights that a weight was derived from, each once; itself if no pass has created it."""
+    if (derivation := graph.derivations.get(name)) is None:
+        return [name]
+    made = derivation.graph.outputs[derivation.output]
+    inner = parameters_of(made) if isinstance(made, Value) else []
+    return list(dict.fromkeys(origin for param in inner for origin in origins_of(graph, str(param.attrs["name"]))))
+
+
 def part_of(op: Op) -> Graph:
     """The computation of a constant operation as a separate graph without inputs; its outputs are the results."""
     part = Graph("part")

@@ -13,7 +13,7 @@ from passes.analyses.candidates import OTHER_READERS, why_no_matmul
 from qcompiler.dialects.kernel import is_fused
 from qcompiler.dialects.quant import is_static, x_scale_of
 from qcompiler.ir import Graph, Op, Role, TensorType
-from qcompiler.ir.dataflow import ancestors, parameters_of, users_through
+from qcompiler.ir.dataflow import ancestors, origins_of, parameters_of, users_through
 from qcompiler.ir.graph import PARAM
 from qcompiler.pass_manager.lineage import lineages
 from qcompiler.report.rows import Row, collapsed
@@ -185,11 +185,12 @@ def _matmul(op: Op) -> Op:
 def _quantized_params(graphs: list[Graph], compiled: Graph) -> set[str]:
     """Returns the weights that a pass quantized and whose originals are unused, and those that came quantized."""
     quantized = {
-        str(param.attrs["name"])
+        origin
         for graph in graphs
         for op in graph.ops()
         if op.role is Role.QUANTIZE and graph.is_constant(op["x"])
         for param in parameters_of(op["x"])
+        for origin in origins_of(compiled, str(param.attrs["name"]))
     }
 
     def constant(op: Op) -> bool:

@@ -129,10 +129,13 @@ class Weights(MutableMapping[str, torch.Tensor]):
         old = self._entries[name]
         self._entries[name] = _Entry(lambda: change(old.read()))
 
-    def cut_later(self, name: str, axis: int, start: int, size: int) -> None:
-        """Replaces an entry by a part of its tensor, which is read on first use; the name is no longer tied."""
-        self._untie(name)
-        self._entries[name] = self._entries[name].part(axis, start, size)
+    def cut_later(self, name: str, axis: int, start: int, size: int, new: str | None = None) -> None:
+        """Replaces an entry by a part of its tensor, which is read on first use; the name is no longer tied.
+
+        With `new`, the part is another entry, and this one stays.
+        """
+        self._untie(new or name)
+        self._entries[new or name] = self._entries[name].part(axis, start, size)
 
     def load_later(self, sources: Mapping[str, Loader]) -> None:
         """Replaces tensors by loaders; names tied to one of `sources` stay tied, and share what is loaded."""

@@ -4,7 +4,7 @@
     Sharding.parse('tp{layers=["*", "!lm_head"]}; sp')               all layers but one; then sequence-parallel norms
     Sharding.parse("tp{axis=inner}; ep{axis=outer}")                 along axes of the mesh with other names
 
-Each tactic is one or two passes, in the order of the text. What an earlier tactic has divided, a later one leaves
+Each tactic is one pass or several, in the order of the text. What an earlier tactic has divided, a later one leaves
 alone, and reports why.
 """
 
@@ -20,6 +20,7 @@ from passes.sharding.quantize_sums import QuantizeSums
 from passes.sharding.send_chosen import SendChosen
 from passes.sharding.sequence_parallel import FEW, SequenceParallel
 from passes.sharding.shard import Shard
+from passes.sharding.split_linears import SplitLinears
 from passes.sharding.split_norms import SplitNorms
 from qcompiler.errors import PassError, did_you_mean
 from qcompiler.ir import Format, Mesh
@@ -101,9 +102,9 @@ class TensorParallel(Tactic):
     gather: int = LARGE
 
     def placing(self, mesh: Mesh, blocks: Blocks) -> tuple[AlongAxis, ...]:
-        """Takes norms of cut axes apart, then places values in the graph of the whole model."""
+        """Splits linears and takes norms apart that prevent a cut, then places values in the graph of the model."""
         options = (str(mesh), self.axis, blocks.unit, blocks.named, self.gather, self.layers, blocks.stored)
-        return SplitNorms(*options), Shard(*options)
+        return SplitLinears(*options), SplitNorms(*options), Shard(*options)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from passes.analyses.memory import is_view, origin
+from passes.cleanup.axis_ranges import IndexToSlice
 from passes.cleanup.canonicalize import Canonicalize
 from qcompiler.interpreter import interpret
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Missed
 from qcompiler.testing import difference, random_inputs
 
 SPELLINGS = {
@@ -173,3 +174,48 @@ def test_memory_is_followed_through_views() -> None:
     assert origin(graph["c"]) is graph["c"]
     assert is_view(graph["a"].op)
     assert not is_view(graph["w"].op)
+
+
+@pytest.mark.parametrize(
+    ("indices", "result"),
+    [
+        ([1], "aten.slice.Tensor(%x, 1, 1, 2)"),
+        ([-2, -1], "aten.slice.Tensor(%x, 1, 3, 5)"),
+        ([2, 3, 4], "aten.slice.Tensor(%x, 1, 2, 5)"),
+        ([0, 2], "its indices are not a range of the axis (%i)"),
+        ([-1, 0], "its indices are not a range of the axis (%i)"),
+    ],
+)
+def test_stored_indices_of_a_range_become_a_slice(indices: list[int], result: str) -> None:
+    """A copy keeps the strides, which a later view may need."""
+    kind, rule = f"f32[2, {len(indices)}, 3]", IndexToSlice()
+    graph = Graph.parse(
+        f"func @m(%x: f32[2, 5, 3]) -> ({kind}) {{\n"
+        f'  %i = core.param() {{name = "i"}} : i64[{len(indices)}]\n'
+        f"  %y = aten.index.Tensor(%x, [None, %i]) : {kind}\n  return %y\n}}"
+    )
+    graph.weights["i"] = torch.tensor(indices)
+    x = torch.randn(2, 5, 3)
+    (before,) = interpret(graph, [x])
+    missed = rule.match(graph["y"].op, graph)
+    assert Canonicalize().run(graph) is not isinstance(missed, Missed)
+    assert result in (str(missed) if isinstance(missed, Missed) else str(graph))
+    (after,) = interpret(graph, [x])
+    assert torch.equal(before, after) and before.stride() == after.stride()
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ("aten.index.Tensor(%x, [%i, %i])", "it has several indices"),
+        ("aten.index.Tensor(%x, [None, %x])", "its index is not stored (%x)"),
+        ("aten.index.Tensor(%x, [%j])", "its index is not a vector of integers (%j)"),
+    ],
+)
+def test_other_indices_stay(call: str, why: str) -> None:
+    graph = Graph.parse(
+        'func @m(%x: i64[2, 2]) -> (i64[2, 2]) {\n  %i = core.param() {name = "i"} : i64[2]\n'
+        f'  %j = core.param() {{name = "j"}} : i64[2, 2]\n  %y = {call} : i64[2, 2]\n  return %y\n}}'
+    )
+    graph.weights.update(i=torch.arange(2), j=torch.zeros(2, 2, dtype=torch.int64))
+    assert str(IndexToSlice().match(graph["y"].op, graph)) == why

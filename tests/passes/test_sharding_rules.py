@@ -114,6 +114,8 @@ CASES: list[tuple[str, str, str]] = [
         "quant.dequantize(%c, %s) {format = #format<f8e4m3fn, block = [2, 1]>, out_dtype = f32} : f32[7, 6]",
         "c1 s1 y1",
     ),
+    ("%x: f32[4, 6, 2]", "aten.view_as_complex(%x) : c64[4, 6]", "x0 y0; x1 y1"),
+    ("%x: c64[4, 6]", "aten.view_as_real(%x) : f32[4, 6, 2]", "x0 y0; x1 y1"),
     (X, 'coll.reshard(%x) {mesh = "tp"} : f32[4, 6, 8]', "y0 x0; y1 x1; y2 x2"),
     (X, 'coll.all_reduce(%x) {mesh = "tp"} : f32[4, 6, 8]', "y0 x0; y1 x1; y2 x2"),
 ]  # fmt: skip

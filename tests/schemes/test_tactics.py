@@ -52,7 +52,8 @@ def test_passes_of_tactics() -> None:
     sharding = Sharding.parse('tp{layers=["*", "!lm_head"]}; ep; sp{tokens=128}')
     steps = str(sharded(pipeline("fp8_tile"), Mesh.parse("tp=2"), sharding, 1))
     assert (
-        'dead-code; split-norms{mesh="tp=2", unit=[128, 128], layers=["*", "!lm_head"]}; '
+        'dead-code; split-linears{mesh="tp=2", unit=[128, 128], layers=["*", "!lm_head"]}; '
+        'split-norms{mesh="tp=2", unit=[128, 128], layers=["*", "!lm_head"]}; '
         'shard{mesh="tp=2", unit=[128, 128], layers=["*", "!lm_head"]}; collectives; '
         'expert-parallel{mesh="tp=2", rank=1}; sequence-parallel{mesh="tp=2", few=128, reads=#fp8_tile}; '
         'partition{mesh="tp=2", rank=1}; merge-linears'
