@@ -5,7 +5,7 @@ tile with the others. Elsewhere, a collective comes first.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,12 +30,19 @@ from qcompiler.dialects.coll_fused import reduced
 from qcompiler.dialects.fused_expression import parse
 from qcompiler.distributed.communicator import current
 
+Kind = tuple[torch.Size, torch.dtype, torch.device]
+"""The shape, the element type and the device of an operand."""
+
+SHAPES = 1024
+"""Number of problems for which it is remembered whether the kernel supports them."""
+
 
 def _on_gpu(operands: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
     *rest, mesh, summed = arguments
     expression, keep, block, dtype, *_ = rest
     peers = current().peers(operands[summed], mesh)
-    if peers is None or not _fits(operands, summed, expression, keep, block, dtype):
+    kinds = tuple((y.shape, y.dtype, y.device) for y in operands)
+    if peers is None or not _fits(kinds, summed, expression, tuple(keep), tuple(block), dtype):
         whole = reduced(operands, summed, mesh) if state.planner is None else operands  # a warm-up sends nothing
         return fused_quantize_on_gpu(whole, *rest)
     what = ("fused_reduce_quantize", peers.rank, peers.patience, summed, expression, *keep, *block, *rest[3:])
@@ -46,22 +53,25 @@ def _on_gpu(operands: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
     )
 
 
+@lru_cache(maxsize=SHAPES)
 def _fits(
-    operands: Sequence[Tensor],
+    kinds: tuple[Kind, ...],
     summed: int,
     expression: str,
-    keep: Sequence[str],
-    block: Sequence[int],
+    keep: tuple[str, ...],
+    block: tuple[int, ...],
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the kernel supports the problem, and its tiles fit into the memory that ranks share."""
-    made, x = parse(expression), operands[summed]
-    if dtype not in numerics.FORMAT_MAX or why_not_fused(operands, made, keep, block):
+    """Whether the kernel supports operands of these kinds, and its tiles fit into the memory that ranks share."""
+    made, device = parse(expression), kinds[summed][2]
+    operands = [torch.empty(shape, dtype=held, device="meta") for shape, held, _ in kinds]
+    together = all(where == device for *_, where in kinds)
+    if not together or dtype not in numerics.FORMAT_MAX or why_not_fused(operands, made, keep, block):
         return False
     problem = problem_of(operands, made, keep, block)
-    config = FUSED_QUANTIZE.family(gpu_at(x.device)).choose(problem)
+    config = FUSED_QUANTIZE.family(gpu_at(device)).choose(problem)
     programs = ceil_div(problem.m, config.block_m) * ceil_div(problem.k, config.block_k)
-    return programs <= PROGRAMS and config.block_m * config.block_k * x.element_size() <= REGION_BYTES
+    return programs <= PROGRAMS and config.block_m * config.block_k * operands[summed].element_size() <= REGION_BYTES
 
 
 def _on_cpu(operands: Sequence[Tensor], *arguments: Any) -> list[Tensor]:

@@ -10,8 +10,10 @@ from peer_kernels import compile_exchange
 
 from benchmarks.sanitizing.place import OnGpu, Place
 from benchmarks.sanitizing.ranks import exchanges, fused_sums
+from codegen.operators import fused_reduce_quantize
 from codegen.operators.operator import OPERATORS
 from codegen.peer_memory import PeerMemory
+from codegen.targets.hopper import HOPPER
 from codegen.templates.peers import PROGRAMS, REGION_BYTES, PeersProblem, memory_bytes, peers_configs
 from qcompiler.errors import CodegenError
 
@@ -59,3 +61,18 @@ def test_shapes_without_data(scattered: bool, summed: bool, shape: tuple[int, ..
     numbers = meta(2, dtype=torch.int64), meta(PROGRAMS, dtype=torch.int32)
     found = OPERATORS["exchange"].fake(meta(2, 8), *numbers, 0, 1, scattered, summed)
     assert found.shape == shape
+
+
+def test_what_fits_is_remembered_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(fused_reduce_quantize, "gpu_at", lambda device: asked.append(device) or HOPPER)
+    one, two, bf16 = torch.device("cuda", 0), torch.device("cuda", 1), torch.bfloat16
+
+    def fits(rows: int, other: torch.device = one, block: tuple[int, int] = (1, 128)) -> bool:
+        kinds = (torch.Size((rows, 4096)), bf16, one), (torch.Size((rows, 4096)), bf16, other)
+        expression = "h0 = x0 + x1; h0 * rsqrt(mean(h0 * h0) + 1e-05)"
+        return fused_reduce_quantize._fits(kinds, 1, expression, ("h0",), block, torch.float8_e4m3fn)
+
+    fused_reduce_quantize._fits.cache_clear()
+    assert [fits(16), fits(16), fits(16, two), fits(1 << 20), fits(16, block=(16, 128))] == [True] * 2 + [False] * 3
+    assert asked == [one] * 2  # for 16 rows, and for 1 << 20
