@@ -2,11 +2,13 @@
 
 Runs only on request, by `compiled.tune(...)`. For each GEMM, the supported configurations whose estimated time is
 within `SLACK` of the best estimate take turns, launched from CUDA graphs with weights that do not fit in the L2 cache.
-The winner is stored if it beats the estimated choice by more than `NOISE`.
+The winner is stored if it beats the estimated choice by more than `NOISE`. Ranks of a sharded model measure together: a
+configuration takes as long as on the slowest rank, so that all ranks choose the same one.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +19,7 @@ from codegen.launching.timing import in_turns
 from codegen.targets.cuda import gpu_at
 from codegen.templates.gemm import GEMM, GemmConfig, GemmFamily, GemmOperands, GemmProblem
 from codegen.templates.template import ceil_div
+from qcompiler.errors import CodegenError
 from qcompiler.numerics import ALL
 
 SLACK = 2.0
@@ -30,6 +33,15 @@ COLD_BYTES = 160_000_000
 
 Progress = Callable[[int, int, "Measured"], None]
 """Called with the number of GEMMs done, their total, and the last result."""
+
+
+Each = Callable[[Callable[[], str]], Sequence[str]]
+"""Takes a step on each rank, and returns the text of each."""
+
+
+def alone(step: Callable[[], str]) -> list[str]:
+    """Takes a step in this process only."""
+    return [step()]
 
 
 @dataclass(frozen=True)
@@ -88,27 +100,62 @@ class Tuning:
         return "\n".join([head, *map(str, self.gemms), *last])
 
 
-def tune(problems: Iterable[GemmProblem], device: torch.device, progress: Progress | None = None) -> Tuning:
+def tune(
+    problems: Iterable[GemmProblem], device: torch.device, progress: Progress | None = None, each: Each = alone
+) -> Tuning:
     """Measures GEMMs on an otherwise idle CUDA device, and uses the winners from now on.
 
     Args:
         problems: The GEMMs; a GEMM with unaligned operands has few choices and is skipped.
         device: The CUDA device.
         progress: Called after each GEMM.
+        each: Measures on all ranks that run the same GEMMs, so that they choose the same configurations.
+
+    Raises:
+        CodegenError: The ranks measure different GEMMs.
     """
     wanted = [problem for problem in dict.fromkeys(problems) if problem.aligned]
     found: list[Measured] = []
-    with torch.cuda.device(device), torch.no_grad():
-        index = torch.cuda.current_device()
-        family = GEMM.family(gpu_at(torch.device("cuda", index)))
+
+    def measured() -> str:
         for problem in wanted:
             found.append(measure(problem, family))
             if progress is not None:
                 progress(len(found), len(wanted), found[-1])
-        if not found:
-            return Tuning(note="there is no GEMM to measure")
-        file = tuned.learn(index, {each.problem: each.best for each in found})
-    return Tuning(tuple(found), str(file))
+        return times_of(found)
+
+    if not wanted:
+        return Tuning(note="there is no GEMM to measure")
+    with torch.cuda.device(device), torch.no_grad():
+        index = torch.cuda.current_device()
+        family = GEMM.family(gpu_at(torch.device("cuda", index)))
+        agreed = slowest(found, each(measured))
+        file = tuned.learn(index, {one.problem: one.best for one in agreed})
+    return Tuning(tuple(agreed), str(file))
+
+
+def times_of(found: Sequence[Measured]) -> str:
+    """The times of measurements as text: for each GEMM, the time of each configuration."""
+    return json.dumps(
+        [[repr(one.problem), {repr(config): time for config, time in one.times.items()}] for one in found]
+    )
+
+
+def slowest(found: Sequence[Measured], texts: Sequence[str]) -> list[Measured]:
+    """Measurements with each configuration's time on the slowest rank, given the times of all ranks.
+
+    Raises:
+        CodegenError: The ranks have measured different GEMMs or configurations.
+    """
+    tables = [json.loads(text) for text in texts]
+    if len({repr([[problem, sorted(times)] for problem, times in table]) for table in tables}) > 1:
+        fix = "Tune all ranks for the same calls, on GPUs of one model."
+        raise CodegenError("the ranks have measured different GEMMs", got=f"{len(texts)} ranks", fix=fix)
+    agreed = []
+    for at, one in enumerate(found):
+        times = {config: max(table[at][1][repr(config)] for table in tables) for config in one.times}
+        agreed.append(replace(one, times=dict(sorted(times.items(), key=lambda item: item[1]))))
+    return agreed
 
 
 def candidates(problem: GemmProblem, family: GemmFamily) -> list[GemmConfig]:

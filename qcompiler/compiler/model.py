@@ -1,7 +1,7 @@
 """The callable that `qcompiler.compile` returns."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
@@ -127,8 +127,12 @@ class CompiledModel(Exports, Generation, CompiledModule):
             return tuner.Tuning(note=NO_KERNELS)
         check_device(self.weights, program.device)
         found, note = warming.products_of(partial(program.run, self.weights), wanted, program.device)
-        result = tuner.tune(found, program.device, progress)
+        result = tuner.tune(found, program.device, progress, self._each)
         return result if note is None else replace(result, note=note)
+
+    def _each(self, step: Callable[[], str]) -> Sequence[str]:
+        """Takes a step on each rank that runs this program, and returns the text of each."""
+        return tuner.alone(step)
 
     def _captured_by(self, calls: tuple[Any, ...]) -> Program:
         """Returns the program; captures the model with the first of `calls` if it is not captured yet."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
+from codegen.gemm.tuner import Tuning
 from codegen.launching.warmup import Warmup
 from qcompiler import knobs
 from qcompiler.artefact.sharded_saving import write_each, write_together
@@ -107,6 +108,21 @@ class RankModel(ShardedModel):
         """See `CompiledModel.warmup`. Nothing is sent, so a rank can call it alone."""
         found: Warmup = self.run_ranks([partial(super().warmup, *calls, **options)])[0]
         return found
+
+    def tune(self, *calls: Any, **options: Any) -> Tuning:
+        """See `CompiledModel.tune`. All ranks make this call, with arguments of the same sizes.
+
+        A configuration takes as long as on the slowest rank, and all ranks use the same configurations.
+
+        Raises:
+            QCompilerError: Another rank has failed.
+            CodegenError: The calls of the ranks have other sizes.
+        """
+        found: Tuning = self.run_ranks([partial(super().tune, *calls, **options)])[0]
+        return found
+
+    def _each(self, step: Callable[[], str]) -> Sequence[str]:
+        return super()._each(step) if self.connected is None else self.connected.each(step)
 
     def _programs(self, pending: PendingModel, call: Call | None) -> Program:
         if self.connected is None:

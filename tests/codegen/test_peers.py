@@ -13,6 +13,7 @@ from benchmarks.sanitizing.ranks import exchanges, fused_sums
 from codegen.operators import fused_reduce_quantize
 from codegen.operators.operator import OPERATORS
 from codegen.peer_memory import PeerMemory
+from codegen.targets.cuda import CudaTarget
 from codegen.targets.hopper import HOPPER
 from codegen.templates.peers import PROGRAMS, REGION_BYTES, PeersProblem, memory_bytes, peers_configs
 from qcompiler.errors import CodegenError
@@ -65,7 +66,12 @@ def test_shapes_without_data(scattered: bool, summed: bool, shape: tuple[int, ..
 
 def test_what_fits_is_remembered_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
-    monkeypatch.setattr(fused_reduce_quantize, "gpu_at", lambda device: asked.append(device) or HOPPER)
+
+    def gpu_at(device: torch.device) -> CudaTarget:
+        asked.append(device)
+        return HOPPER
+
+    monkeypatch.setattr(fused_reduce_quantize, "gpu_at", gpu_at)
     one, two, bf16 = torch.device("cuda", 0), torch.device("cuda", 1), torch.bfloat16
 
     def fits(rows: int, other: torch.device = one, block: tuple[int, int] = (1, 128)) -> bool:

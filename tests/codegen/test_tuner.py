@@ -70,6 +70,20 @@ def test_the_estimate_is_kept_unless_it_is_clearly_beaten() -> None:
     assert text.startswith("2 GEMMs measured, 1 with a better") and text.endswith("stored in the file")
 
 
+def test_ranks_choose_by_the_slowest_rank() -> None:
+    """Each would choose another configuration alone; a rank with other GEMMs is an error."""
+    estimated, other = choose(PROBLEM), another(PROBLEM)
+    own = [Measured(PROBLEM, {other: 8.0, estimated: 10.0}, estimated)]
+    theirs = [Measured(PROBLEM, {estimated: 10.5, other: 12.0}, estimated)]
+    texts = [tuner.times_of(own), tuner.times_of(theirs)]
+    one, two = tuner.slowest(own, texts), tuner.slowest(theirs, texts)
+    assert one == two == [Measured(PROBLEM, {estimated: 10.5, other: 12.0}, estimated)]
+    assert list(one[0].times) == [estimated, other] and one[0].best == estimated
+    assert tuner.slowest(own, texts[:1]) == own
+    with pytest.raises(CodegenError, match="the ranks have measured different GEMMs: got 2 ranks"):
+        tuner.slowest(own, [texts[0], tuner.times_of([])])
+
+
 def test_a_full_disk_keeps_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
     path = tuned.learn(0, {PROBLEM: another(PROBLEM)})
     before = path.read_bytes()

@@ -111,6 +111,18 @@ def test_a_rank_is_connected_while_its_kernels_are_planned(monkeypatch: pytest.M
     assert compiled.ranks[1].warmup(rows=[1]) == (connection.communicator, {"rows": [1]})
 
 
+def test_ranks_tune_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank is connected while its GEMMs are listed, and measures as a step of all ranks."""
+    connection = SimpleNamespace(communicator=object(), each=lambda step: [step(), "of rank 1"])
+    compiled: Any = qcompiler.compile(mlp(), mesh=qcompiler.simulated_mesh(tp=2))
+    rank = compiled.ranks[1]
+    monkeypatch.setattr(RankModel, "connected", connection)
+    monkeypatch.setattr(CompiledModel, "tune", lambda self, **sizes: (current(), sizes, self._each(lambda: "own")))
+    assert rank.tune(rows=[1]) == (connection.communicator, {"rows": [1]}, ["own", "of rank 1"])
+    monkeypatch.setattr(RankModel, "connected", None)
+    assert rank._each(lambda: "alone") == ["alone"]
+
+
 def test_sequence_parallel_norms_have_equal_bits() -> None:
     """Also for one token, for more tokens than are few, and with a token more on one rank than on the other."""
     graph, mesh = captured("llama"), qcompiler.simulated_mesh(tp=2)
