@@ -34,17 +34,13 @@ class Inboxes:
     turn: int = 0
 
     def next_turn(self) -> int:
-        """The turn of a new call: 0 or 1. In a CUDA graph, a call keeps its turn."""
+        """The turn of a new call of this rank: 0 or 1. In a CUDA graph, a call keeps its turn."""
         self.turn ^= 1
         return self.turn
 
-    def start_of(self, turn: int) -> int:
-        """Where the terms of rank 0 begin in a memory, in bytes."""
-        return HEAD_BYTES + turn * self.bytes
-
     def place(self, to: int, turn: int, slot: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Where this rank stores a matrix for a rank; `slot` bytes are reserved for the terms of each rank."""
-        begin = self.start_of(turn) + self.ways.rank * slot
+        begin = HEAD_BYTES + turn * self.bytes + self.ways.rank * slot
         size = shape[0] * shape[1] * dtype.itemsize
         return self.parts[to][begin : begin + size].view(dtype).view(shape)
 

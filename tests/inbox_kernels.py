@@ -31,6 +31,6 @@ def compile_open(ranks: int) -> MachineCode:
 def compile_sum(ranks: int, rows: int, columns: int, stored: int | None = None) -> MachineCode:
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
     family = SUM_INBOX.family(HOPPER)
-    operands = SumOperands(out, _ways(ranks), 4096, out.nbytes, (rows if stored is None else stored) * columns)
+    operands = SumOperands(out, _ways(ranks), 1, 1 << 26, out.nbytes, (rows if stored is None else stored) * columns)
     (call,) = family.calls(family.choose(SumProblem(out.nbytes, MULTIPROCESSORS)), operands)
     return HOPPER.compile(call)

@@ -182,7 +182,8 @@ def wrong_choices(mesh: DeviceMesh, rank: int, device: torch.device) -> list[str
 def wrong_matmuls(mesh: DeviceMesh, rank: int, device: torch.device) -> list[str]:
     """The matmuls that store rows for the other rank, each with one rank late, that differ from separate steps.
 
-    Called directly, and in a CUDA graph of three calls, so that a turn follows itself when the graph is replayed.
+    Called directly, also with other turns than the other rank, and in a CUDA graph of three calls, so that a turn
+    follows itself when the graph is replayed.
     """
     ranks, wrong = ProcessGroups(mesh, PeerMemory()), []
     for tokens, columns in ((1024, 256), (1030, 200), (3000, 512)):
@@ -192,6 +193,7 @@ def wrong_matmuls(mesh: DeviceMesh, rank: int, device: torch.device) -> list[str
             for turn in range(3):
                 if turn % 2 == rank:
                     torch.cuda._sleep(10_000_000)
+                    ranks.inboxes(linears[0][0], 1, "tp").next_turn()  # the ranks need not use the same ones
                 got = [kernels.linear_scatter_tokens(*linear, "tp", 2, 512) for linear in linears]
                 wrong += [f"{tokens}, {columns}, call {turn}"] * (not all(map(torch.equal, got, wanted)))
             graph = torch.cuda.CUDAGraph()

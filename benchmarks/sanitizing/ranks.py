@@ -137,6 +137,7 @@ def stored_for_each_other(*operands: tuple[Any, ...]) -> list[Tensor]:
     found = []
     for rank in (0, 1, 0):
         boxes[rank].turn = 0
+        boxes[rank].ways.steps.zero_()  # this is the first call of each rank
         with communicating(reaching(boxes[rank])):
             found.append(OPERATORS["linear_scatter_tokens"].on_gpu(*operands[rank], "tp", RANKS, 512))
     return [found[2], found[1]]
@@ -153,7 +154,8 @@ def inboxes_of_ranks(size: int, device: torch.device, ranks: int) -> list[Inboxe
 
 def reaching(boxes: Inboxes) -> Any:
     """The communicator of a rank that has inboxes, and waits for nobody: the others seem to be many calls ahead."""
-    boxes.parts[boxes.ways.rank][:HEAD_BYTES].view(torch.int32).fill_(LATER)
+    signals = boxes.parts[boxes.ways.rank][:HEAD_BYTES].view(torch.int32)
+    signals[: 2 * len(boxes.parts)] = LATER
     return SimpleNamespace(inboxes=lambda *_: boxes)
 
 

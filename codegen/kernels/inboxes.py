@@ -10,7 +10,9 @@ A matmul stores each tile when it is computed, so the sending costs no time of i
 An inbox has two turns, so that a rank may store terms while another one still adds the ones before. `open_inboxes`
 waits until all ranks have added what was last stored in a turn. Usually they have: that was two calls ago.
 
-A memory begins with the signals of the other ranks: how many calls each has completed, and stored the terms of.
+A memory begins with the signals of the other ranks: how many calls each has completed, how many it has stored the
+terms of, and the turns of the last two. So ranks need not use the same turn, as if only one of them records a graph. A
+rank stores terms of a call only when all others have completed the call before the last one, so these are enough.
 """
 
 import triton
@@ -24,10 +26,11 @@ HEAD = tl.constexpr(4096)
 
 _ADDED = tl.constexpr(0)
 _STORED = tl.constexpr(1)
+_TURN = tl.constexpr(2)  # and 3, for calls with even and odd numbers
 
 
 @triton.jit
-def _signal_of(memory, kind: tl.constexpr, from_, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _signal_of(memory, kind, from_, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
     return (memory + (kind * RANKS + from_) * 4).to(tl.pointer_type(tl.int32))
 
 
@@ -65,9 +68,9 @@ def open_inboxes(memories, steps, turn, rank, patience, RANKS: tl.constexpr):  #
     tl.store(steps + 1 + turn, step + 1)
 
 
-@triton.jit(do_not_specialize=["start", "slot", "count", "stored", "rank", "patience"])
+@triton.jit(do_not_specialize=["turn", "size", "slot", "count", "stored", "rank", "patience"])
 def sum_inbox(  # type: ignore[no-untyped-def]
-    out, memories, steps, start, slot, count, stored, rank, patience, RANKS: tl.constexpr, TILE: tl.constexpr,
+    out, memories, steps, turn, size, slot, count, stored, rank, patience, RANKS: tl.constexpr, TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Ends a call: tells the others that all terms are stored, waits for theirs, and adds the terms in its inbox.
@@ -75,7 +78,8 @@ def sum_inbox(  # type: ignore[no-untyped-def]
     Args:
         out: bfloat16, float16 or float32, `count` contiguous elements; those from `stored` on become zero.
         memories: See `open_inboxes`; so are the others.
-        start: Bytes from the start of a memory to the terms of rank 0.
+        turn: Where this rank has stored its terms, as in `open_inboxes`.
+        size: Bytes of a turn, a multiple of 16.
         slot: Bytes from the terms of one rank to those of the next one, a multiple of 16.
         count: Number of elements.
         stored: Number of elements that the ranks have stored.
@@ -87,6 +91,10 @@ def sum_inbox(  # type: ignore[no-untyped-def]
     inputs_ready()
     step = tl.load(steps)
     if program == 0:
+        for ahead in tl.static_range(1, RANKS):
+            memory = tl.load(memories + (rank + ahead) % RANKS)
+            place = _signal_of(memory, _TURN + (step & 1), rank, RANKS)
+            tl.atomic_xchg(place, turn, sem="relaxed", scope="sys")  # by the thread that signals next
         _tell(step, _STORED, memories, rank, RANKS)
     own = tl.load(memories + rank)
     _wait_for_all(step, _STORED, own, rank, patience, RANKS)
@@ -96,7 +104,9 @@ def sum_inbox(  # type: ignore[no-untyped-def]
         where = first + places
         total = tl.zeros([TILE], tl.float32)
         for other in tl.static_range(RANKS):
-            begin = own + start + tl.full([], other, tl.int64) * slot
+            told = tl.load(_signal_of(own, _TURN + (step & 1), other, RANKS), cache_modifier=".cg")
+            of = tl.where(other == rank, turn, told).to(tl.int64)
+            begin = own + HEAD + of * size + tl.full([], other, tl.int64) * slot
             terms = tl.multiple_of(begin.to(tl.pointer_type(out.dtype.element_ty)), 16)
             # ".cg": no cache of this multiprocessor holds old terms.
             tile = tl.load(terms + where, mask=where < stored // VECTOR * VECTOR, other=0, cache_modifier=".cg")

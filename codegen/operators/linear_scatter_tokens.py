@@ -76,17 +76,9 @@ def _on_gpu(*arguments: Any) -> Tensor:
     inboxes = current().inboxes(x, given.ranks * given.slot, given.mesh) if given.is_cut else None
     if inboxes is not None:
         ways, turn = inboxes.ways, inboxes.next_turn()
-        what = (
-            "linear_scatter_tokens",
-            *linear.x_block,
-            *linear.w_block,
-            *arguments[7:],
-            *ways[2:],
-            turn,
-            inboxes.bytes,
-        )
+        fixed = (*linear.x_block, *linear.w_block, *arguments[7:], ways.rank, ways.patience, turn, inboxes.bytes)
         tensors = (*linear[:5], *inboxes.parts, ways.memories, ways.steps)
-        return replayed(partial(_through_inboxes, inboxes, turn), what, tensors, given)
+        return replayed(partial(_through_inboxes, inboxes, turn), ("linear_scatter_tokens", *fixed), tensors, given)
     if state.planner is not None:  # a warm-up sends nothing; the first call may find inboxes
         return _collected(given)
     return _scattered(scaled_linear_on_gpu(*linear), given)
@@ -117,7 +109,7 @@ def _through_inboxes(inboxes: Inboxes, turn: int, given: LinearScatterTokens) ->
         _store_parts(given, places, ways.rank)
         problem = SumProblem(out.nbytes, gpu.limits.multiprocessors_of(x.device.index))
         stored = max(min(given.tokens - ways.rank * rows, rows), 0) * columns
-        operands = SumOperands(out, ways, inboxes.start_of(turn), given.slot, stored)
+        operands = SumOperands(out, ways, turn, inboxes.bytes, given.slot, stored)
         summing.launch(summing.choose(problem), operands)
     return out
 

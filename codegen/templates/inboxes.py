@@ -102,14 +102,16 @@ class SumOperands(NamedTuple):
     Attributes:
         out: The result, contiguous: bfloat16, float16 or float32; overwritten.
         ways: Between the ranks.
-        start: Bytes from the start of a memory to the terms of rank 0.
+        turn: Where this rank has stored its terms, 0 or 1.
+        size: Bytes of a turn.
         slot: Bytes from the terms of one rank to those of the next one.
         stored: The number of elements that the ranks have stored; those after them are zero.
     """
 
     out: Tensor
     ways: Ways
-    start: int
+    turn: int
+    size: int
     slot: int
     stored: int
 
@@ -145,12 +147,12 @@ class SumInbox(Template[SumConfig, SumProblem, SumOperands]):
 
     def calls(self, config: SumConfig, operands: SumOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
-        out, (memories, steps, rank, patience), start, slot, stored = operands
+        out, (memories, steps, rank, patience), turn, size, slot, stored = operands
         count, tile = out.numel(), config.bytes // out.element_size()
         vector = gcd(count, stored, 16 // out.element_size())
         constants = {"RANKS": memories.numel(), "TILE": tile, "VECTOR": vector}
         programs = min(ceil_div(count, tile), config.programs)
-        arguments = (out, memories, steps, start, slot, count, stored, rank, patience)
+        arguments = (out, memories, steps, turn, size, slot, count, stored, rank, patience)
         return (KernelCall(sum_inbox, programs, arguments, constants, {"num_warps": config.warps}),)
 
 
