@@ -120,7 +120,6 @@ def decoder(
     folder = Path(model) if isinstance(model, str | PathLike) else None
     found: Any = model if folder is None else loaded(read_together(folder, mesh), mesh, device)
     del model  # so that weights can be freed one by one
-    check_model(found)
     passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
     scales = static_scales(kv_cache, found, passes) if kv_cache in STATIC_FORMATS else None
     if mesh is not None and folder is not None:
@@ -128,6 +127,7 @@ def decoder(
         check_whole(steps, not (calibration is None or isinstance(calibration, Calibration)))
     if device is not None and folder is None:
         found = found.to(device)
+    check_model(found)
     if tokenizer is None and folder is not None:
         tokenizer = tokenizer_in(folder)
     generation = generation_of(found)

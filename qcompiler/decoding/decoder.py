@@ -168,10 +168,9 @@ def _check_vocabulary(width: int, config: Any) -> None:
     """Raises InputError if a model returns fewer numbers per token than its configuration has tokens."""
     tokens = getattr(text_config(config), "vocab_size", None)
     if isinstance(tokens, int) and width < tokens:
-        raise InputError(
-            "the model does not return logits", got=f"{width} numbers for each token", need=f"one for each of {tokens}",
-            fix="Use the model with its vocabulary projection, as AutoModelForCausalLM loads it.",
-        )  # fmt: skip
+        fix = "Use the model with its vocabulary projection, as AutoModelForCausalLM loads it."
+        got, need = f"{width} numbers for each token", f"one for each of {tokens} tokens"
+        raise InputError("the model does not return logits", got=got, need=need, fix=fix)
 
 
 def is_decoder(program: Program) -> bool:

@@ -108,9 +108,9 @@ def _float_call(
 
 
 def _check_same(given: Graph, compiled: Graph) -> None:
-    """Raises InputError unless two captured graphs have the same weights, by name and type."""
-    found, wanted = ({str(op.attrs["name"]): op.result.type for op in each.ops(PARAM)} for each in (given, compiled))
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            got = f"{name}: {found[name]}" if name in found else f"no weight {name!r}"
-            raise InputError("the model is not the one that was compiled", got=got, need=f"{name}: {wanted[name]}")
+    """Raises InputError if weights of the same name have different shapes; their dtypes may differ."""
+    found, wanted = ({str(op.attrs["name"]): op.result.tensor for op in each.ops(PARAM)} for each in (given, compiled))
+    for name, want in wanted.items():
+        if name in found and found[name].shape != want.shape:
+            got, need = f"{name}: {found[name]}", f"{name}: {want}"
+            raise InputError("the model is not the one that was compiled", got=got, need=need)
