@@ -1,4 +1,4 @@
-"""A layer with a mixture of experts as a text: an MLP, a norm, a router with a bias, and experts."""
+"""A layer with a mixture of experts as a text: an MLP, a norm, a router with a bias, experts, and a shared expert."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +14,8 @@ func @layer(%x: bf16[s0, 256]) -> (bf16[s0, 256]) where s0 in 1.. {
   %gain = core.param() {name = "gain"} : bf16[256]
   %gate = core.param() {name = "gate"} : bf16[8, 256]
   %bias = core.param() {name = "bias"} : bf16[8]
+  %shared1 = core.param() {name = "shared1"} : bf16[256, 256]
+  %shared2 = core.param() {name = "shared2"} : bf16[256, 256]
   %up = core.param() {name = "up"} : bf16[8, 256, 128]
   %down = core.param() {name = "down"} : bf16[8, 128, 256]
   %n = aten.sym_size.int(%x, 0) : int(s0)
@@ -43,7 +45,11 @@ func @layer(%x: bf16[s0, 256]) -> (bf16[s0, 256]) where s0 in 1.. {
   %back = aten.index.Tensor(%weighted, [%place]) : bf16[2*s0, 256]
   %each = aten.view(%back, [%n, 2, 256]) : bf16[s0, 2, 256]
   %sum = aten.sum.dim_IntList(%each, [1]) : bf16[s0, 256]
-  %o = aten.add.Tensor(%r, %sum) : bf16[s0, 256]
+  %c = aten.linear(%v, %shared1) : bf16[s0, 256]
+  %d = aten.silu(%c) : bf16[s0, 256]
+  %e = aten.linear(%d, %shared2) : bf16[s0, 256]
+  %both = aten.add.Tensor(%sum, %e) : bf16[s0, 256]
+  %o = aten.add.Tensor(%r, %both) : bf16[s0, 256]
   return %o
 }
 """

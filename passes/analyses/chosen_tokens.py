@@ -22,7 +22,8 @@ from math import comb
 
 from passes.analyses.expert_regions import OWN_FIRST, SIZES, ExpertRegion, Tag, index_of, keeps_rows
 from passes.analyses.token_regions import RECOUNTING, is_recount
-from qcompiler.ir import Graph, Missed, Op, Role, Value
+from qcompiler.dialects.coll_tokens import tokens_of
+from qcompiler.ir import Graph, Missed, Op, Role, Size, Value
 
 GATHER, SCATTER = "coll.all_gather_tokens", "coll.reduce_scatter_tokens"
 GATHER_CHOSEN, SCATTER_CHOSEN = "coll.gather_chosen_tokens", "coll.reduce_scatter_chosen_tokens"
@@ -57,6 +58,11 @@ class ChosenTokens:
     missed: list[Missed] = field(default_factory=list)
 
     @property
+    def tokens(self) -> Size:
+        """The number of tokens."""
+        return self.choices.tensor.shape[0]
+
+    @property
     def chosen(self) -> int:
         """The number of experts that a token chooses."""
         return int(str(self.choices.tensor.shape[1]))
@@ -88,7 +94,7 @@ def chosen_tokens(graph: Graph, region: ExpertRegion, mesh: str) -> ChosenTokens
         readers = [user for user in graph.users(term) if _first(user) not in region.tags]
         if all(user.name == SCATTER_CHOSEN for user in readers):
             continue
-        if term not in rows or rows[term] is Rows.ENTRIES:
+        if rows.get(term, Rows.ENTRIES) is Rows.ENTRIES or tokens_of(term.tensor.shape) != found.tokens:
             found.missed.append(Missed("its rows are not known to be the sums of the entries of a token", term))
         elif all(user.name == SCATTER and user.attrs["mesh"] == mesh for user in readers):
             found.scatters += readers
@@ -126,7 +132,7 @@ def _by_token(op: Op, found: ChosenTokens) -> bool:
     index, table = index_of(op) if op.name == "aten.index.Tensor" else None, op.args[0] if op.args else None
     if index is None or not isinstance(table, Value) or table in found.region.tags or len(table.tensor.shape) != 2:
         return False
-    if table.tensor.shape[0] != found.choices.tensor.shape[0]:
+    if table.tensor.shape[0] != found.tokens:
         return False
     held = found.region.tags.get(index)
     return held is Tag.TOKEN or (held is Tag.ORDER and found.chosen == 1)
@@ -171,8 +177,8 @@ def _rows_of(value: Value, known: dict[Value, Rows], found: ChosenTokens) -> Row
         old = op.args[0].tensor.shape if isinstance(op.args[0], Value) else ()
         if shape == (*found.choices.tensor.shape, *old[1:]):
             return Rows.TOKENS
-    if rows is not Rows.ENTRIES and len(shape) > 1 and is_recount(op):
-        return Rows.COUNTED
+    if rows is not Rows.ENTRIES and is_recount(op):
+        return Rows.COUNTED if tokens_of(shape) == found.tokens else None
     if rows is Rows.COUNTED:
         return rows if op.role is Role.CAST else None
     return rows if keeps_rows(op, read) else None

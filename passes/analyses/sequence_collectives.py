@@ -37,8 +37,10 @@ def _terms(site: Site) -> Label:
 
 
 def _gathered_tokens(site: Site) -> Label:
+    """Numbers below the number of groups remain below it."""
     label = site.label("x")
-    return site.made(regroup(label.axes, site.shape()), label)
+    known = label.known if isinstance(label.known, Below) else None
+    return site.made(regroup(label.axes, site.shape()), label, known=known)
 
 
 def _chosen(site: Site, label: Label) -> Label:

@@ -12,7 +12,12 @@ the last axis stay:
     %v = aten.view(%h, [%t, 512])                           : bf16[s0*s1, 512]
     %n = aten.rms_norm(%v, [512], %w)                                   in the region, and so is the view
 
-Routers are in the region, too (`passes.analyses.routers`): what they choose is gathered, not what they read.
+Routers are in the region, too (`passes.analyses.routers`): what they choose is gathered, not what they read. So are
+layers that are whole on each rank, if only the region reads them:
+
+    %g = aten.linear(%n, %w1)                                           in the region, if each rank has all of %w1
+    %y = aten.linear(aten.silu(%g), %w2)                                and %w2
+    %o = aten.add.Tensor(%h, %y)                                        in the region
 """
 
 from collections.abc import Collection, Container
@@ -95,18 +100,56 @@ def token_regions(graph: Graph, mesh: str) -> list[TokenRegion]:
         if _is_sum(op, mesh):
             joined.add_node(op)
         elif _continues(op, joined, routed):
-            joined.add_edges_from((value.op, op) for _, value in op.operands() if value.op in joined)
+            branches = [member for _, value in op.operands() for member in _branch(graph, value, op, joined)]
+            joined.add_edges_from(
+                (value.op, member)
+                for member in (*branches, op)
+                for _, value in member.operands()
+                if value.op in joined or value.op in branches
+            )
     for op in sorted(joined, key=graph.rank, reverse=True):
-        if recounts_tokens(op) and joined.degree(op) == 1:  # nothing in the region reads it
-            joined.remove_node(op)
+        if op not in routed and recounts_tokens(op) and joined.degree(op) == 1 and not _is_gathered(graph, op, joined):
+            joined.remove_node(op)  # nothing in the region reads it
     regions = [_region(graph, mesh, members, routed) for members in nx.connected_components(joined)]
     return sorted(regions, key=lambda region: graph.rank(region.sums[0]))
+
+
+def _is_gathered(graph: Graph, view: Op, joined: Container[Op]) -> bool:
+    """Whether others read only a view of a value that is computed for a rank's tokens: then it is gathered instead."""
+    source = view["self"]
+    computed = source.op.name != "coll.all_reduce" and not recounts_tokens(source.op)
+    return computed and all(user in joined for user in graph.users(source))
 
 
 def _continues(op: Op, joined: Container[Op], routed: Collection[Op]) -> bool:
     """Whether an operation treats tokens of a region independently; what reads only choices of a router is outside."""
     read = {value.op for _, value in op.operands() if value.op in joined}
     return bool(read) and (op in routed or (not read.issubset(routed) and (keeps_tokens(op) or recounts_tokens(op))))
+
+
+def _branch(graph: Graph, value: Value, user: Op, joined: Container[Op]) -> set[Op]:
+    """The operations that compute an operand of a region from its values, token by token, if only it reads them."""
+    found: set[Op] = set()
+    reached, stack = False, [value.op] if holds_tokens(value, lead(user.results[0])) else []
+    while stack:
+        op = stack.pop()
+        if op in joined:
+            reached = True
+        elif op not in found and not all(map(graph.is_constant, op.results)):
+            if not (is_whole_linear(op, graph) or keeps_tokens(op)):
+                return set()
+            found.add(op)
+            stack += [operand.op for _, operand in op.operands()]
+    readers = {reader for op in found for made in op.results for reader in graph.users(made)}
+    useful = reached and any(op.role is Role.MATMUL for op in found)
+    return found if useful and readers <= {*found, user} else set()
+
+
+def is_whole_linear(op: Op, graph: Graph) -> bool:
+    """Whether an operation is a linear whose weight each rank has, so that it treats tokens independently."""
+    if op.name != "aten.linear" or any(_is_placed(value) for value in (op.result, *(v for _, v in op.operands()))):
+        return False
+    return all(graph.is_constant(value) for _, value in op.operands() if value is not op["input"])
 
 
 def _region(graph: Graph, mesh: str, members: set[Op], routed: set[Op]) -> TokenRegion:

@@ -31,7 +31,7 @@ from passes.sharding.on_mesh import AlongAxis
 from qcompiler.dialects.coll_tokens import share, share_shape
 from qcompiler.dialects.terms import MOST_TERMS
 from qcompiler.errors import PassError
-from qcompiler.ir import Argument, Format, Graph, Location, Op, ScalarType, Size, TensorType, Value, map_tree
+from qcompiler.ir import Argument, Format, Graph, Location, Op, Role, ScalarType, Size, TensorType, Value, map_tree
 from qcompiler.ir.sizes import product
 from qcompiler.pass_manager.pipeline import Effect
 
@@ -139,7 +139,7 @@ class _Cut:
     def compute(self, op: Op) -> None:
         """Inserts an operation on the tokens of this rank."""
         sizes = lead(op.results[0])
-        for _, value in op.operands():
+        for _, value in op.operands() if op.role is not Role.MATMUL else ():
             if value not in self.parts and holds_tokens(value, sizes):
                 names = [f"{value.name}_part"]
                 own = self.graph.insert(

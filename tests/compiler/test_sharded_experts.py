@@ -13,12 +13,14 @@ from rank_processes import run_on_two_ranks
 import qcompiler
 from qcompiler.capture import capture
 from qcompiler.ir import Graph
+from qcompiler.pass_manager.instruments import relative_error
 
 SIZES: dict[str, Any] = {
     "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 1,
 }  # fmt: skip
 TACTICS = "tp; ep; sp{tokens=8}"
 CHOSEN = "tp; ep{send=chosen}; sp{tokens=8}"
+OWN = "tp{layers=['*', '!shared*']}".replace("'", '"')  # the shared expert is whole on each rank
 SHAPES = ((1, 1), (1, 7), (1, 8), (2, 11), (3, 8))
 
 
@@ -70,19 +72,33 @@ def test_ranks_that_no_token_chooses(favorites: tuple[int, ...]) -> None:
     """All tokens choose the same two experts, so that some ranks have no token, or one rank has all of them."""
     x = tokens_of(37)
     for ranks in (2, 4):
-        plain, found = (mixture_on(qcompiler.simulated_mesh(tp=ranks), each, favorites) for each in (TACTICS, CHOSEN))
+        plain, found = (
+            mixture_on(qcompiler.simulated_mesh(tp=ranks), each.replace("tp", OWN, 1), favorites)
+            for each in (TACTICS, CHOSEN)
+        )
         assert len(list(found.graph.ops("coll.gather_chosen_tokens"))) == 1
         for tokens in (1, 7, 8, 37):
             assert torch.equal(plain(x[:tokens]), found(x[:tokens]))
 
 
+def test_shared_experts() -> None:
+    """On a rank's own tokens if they are whole on each rank; otherwise they need all tokens."""
+    mesh = qcompiler.simulated_mesh(tp=2)
+    whole, cut = mixture_on(mesh, CHOSEN.replace("tp", OWN, 1)), mixture_on(mesh, CHOSEN)
+    assert whole.skipped["send-chosen"] == {}
+    assert str(whole.graph["e_part"].type) == "bf16[share(s0, 2, 8), 256]"
+    assert cut.skipped["send-chosen"] == {"v": "aten.linear reads all tokens, too"}
+    x = tokens_of(19)
+    assert relative_error(whole(x), cut(x)) < 1e-2
+
+
 def test_two_processes(tmp_path: Path) -> None:
-    script = f"""
+    script = f'''
 from mixture_graph import mixture_on
 x = torch.randn(21, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
 for favorites in ((), (0, 1)):
-    found[str(favorites)] = mixture_on(mesh, "{CHOSEN}", favorites)(x)
-"""
+    found[str(favorites)] = mixture_on(mesh, """{CHOSEN}""", favorites)(x)
+'''
     ranks = run_on_two_ranks(script, tmp_path)
     for favorites in ((), (0, 1)):
         whole = mixture_on(qcompiler.simulated_mesh(tp=2), CHOSEN, favorites)(tokens_of(21))

@@ -103,6 +103,13 @@ ILLEGAL = {
     ),
 }  # fmt: skip
 
+ROUTED_BY_PARTS = (
+    f"%own_t = coll.own_tokens(%t) {CUT} : f32[share(s0*s1, 2, 64), 8]\n"
+    "%top.0, %top.1 = aten.topk(%own_t, 2) : f32[share(s0*s1, 2, 64), 2], i64[share(s0*s1, 2, 64), 2]\n"
+    f"%best.1 = coll.all_gather_tokens(%top.1, [%nt]) {CUT} : i64[s0*s1, 2]"
+)
+"""The choices of a router on a rank's own tokens."""
+
 UNDEFINED = {"%z [sorted, 8]"}
 """Torch leaves the rows after the last group of a rank as they are in memory; `coll.own_rows` makes them zeros."""
 
@@ -118,6 +125,13 @@ def test_a_position_wise_collective_has_a_label(name: str) -> None:
     check = partial(wrong_values, graph, found, ids, 1, 2, causal=False)
     for wrong in Simulation(Mesh.parse("tp=2")).run([check, check]):
         assert {*wrong} <= UNDEFINED
+
+
+def test_groups_of_gathered_choices() -> None:
+    """They are numbers of groups, so that counts of them are the groups of a matmul."""
+    routed = ROUTED.replace("%best.0, %best.1 = aten.topk(%t, 2) : f32[s0*s1, 2], i64[s0*s1, 2]", ROUTED_BY_PARTS)
+    found = analyze(case(routed + GROUPS + "%r = aten._grouped_mm(%sorted, %experts, %ends) : f32[2*s0*s1, 8]"))
+    assert isinstance(found, Sequence), found
 
 
 @pytest.mark.parametrize("name", ILLEGAL)
