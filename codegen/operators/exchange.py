@@ -1,7 +1,7 @@
 """The operator `exchange`: collectives of GPUs of one host through each other's memory; see `codegen.kernels.peers`.
 
-It also writes `steps` and the memory of other ranks, which its schema does not say. So torch.compile must not see it:
-`codegen.peer_memory` leaves calls that are traced to torch.
+It also writes the memory of other ranks, which is not a tensor of this process, so its schema cannot say that. So
+torch.compile must not see it: `codegen.peer_memory` leaves calls that are traced to torch.
 """
 
 from typing import Any, NoReturn
@@ -51,6 +51,7 @@ def _fake(x: Tensor, memories: Tensor, steps: Tensor, *rest: Any) -> Tensor:
 
 
 EXCHANGE_SCHEMA = (
-    "exchange(Tensor x, Tensor memories, Tensor steps, int rank, int patience, bool scattered, bool summed) -> Tensor"
+    "exchange(Tensor x, Tensor memories, Tensor(a!) steps, int rank, int patience, bool scattered, bool summed) "
+    "-> Tensor"
 )
 declare(Operator(EXCHANGE_SCHEMA, _on_cpu, _on_gpu, _fake))

@@ -1,6 +1,6 @@
 """The operator `exchange_chosen`: tokens of experts through each other's memory; see `codegen.kernels.chosen_peers`.
 
-It also writes `steps` and the memory of other ranks, as `exchange` does, so torch.compile must not see it.
+It also writes the memory of other ranks, as `exchange` does, so torch.compile must not see it.
 """
 
 from typing import Any, NoReturn
@@ -47,7 +47,7 @@ def _fake(x: Tensor, experts: Tensor, memories: Tensor, steps: Tensor, *rest: An
 
 
 EXCHANGE_CHOSEN_SCHEMA = (
-    "exchange_chosen(Tensor x, Tensor experts, Tensor memories, Tensor steps, int groups, int rank, int patience, "
+    "exchange_chosen(Tensor x, Tensor experts, Tensor memories, Tensor(a!) steps, int groups, int rank, int patience, "
     "bool summed) -> Tensor"
 )
 declare(Operator(EXCHANGE_CHOSEN_SCHEMA, _on_cpu, _on_gpu, _fake))

@@ -2,6 +2,9 @@
 
 GPUs of one host add a small sum in the kernel that reads it (see `codegen.kernels.peers`): each program exchanges its
 tile with the others. Elsewhere, a collective comes first.
+
+The memory that the kernel writes belongs to the process's communicator and is not an argument, so the schema declares a
+function of tensors. What torch.compile does with it is the same on all ranks, because they run the same program.
 """
 
 from collections.abc import Sequence
