@@ -120,39 +120,40 @@ def decoder(
     folder = Path(model) if isinstance(model, str | PathLike) else None
     found: Any = model if folder is None else loaded(read_together(folder, mesh), mesh, device)
     del model  # so that weights can be freed one by one
-    passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
-    scales = static_scales(kv_cache, found, passes) if kv_cache in STATIC_FORMATS else None
-    if mesh is not None and folder is not None:
-        steps = passes if scales is None else passes.append(scales)
-        check_whole(steps, not (calibration is None or isinstance(calibration, Calibration)))
-    if device is not None and folder is None:
-        found = found.to(device)
     check_model(found)
-    if tokenizer is None and folder is not None:
-        tokenizer = tokenizer_in(folder)
-    generation = generation_of(found)
+    passes = with_prescales(decoding_pipeline(*chosen_schemes(scheme, overrides, found), latent), found)
+    scales = [static_scales(kv_cache, found, passes)] if kv_cache in STATIC_FORMATS else []
+    if mesh is not None and folder is not None:
+        check_whole(passes.append(*scales), not (calibration is None or isinstance(calibration, Calibration)))
+    found = found.to(device) if device is not None and folder is None else found
+    tokenizer = tokenizer_in(folder) if tokenizer is None and folder is not None else tokenizer
     length = checked_length(max_length, getattr(found, "config", None))
-    example = example_call(found)
-    caching = cache_passes(kv_cache, max_batch, length, max_chunk)
-    if mesh is not None:
-        caching = caching.append(PartLogits())
-    for_target = target_for(target, next(iter(example.values())).device).passes
+    generation, example = generation_of(found), example_call(found)
     options: dict[str, Any] = {
         "example_kwargs": example, "target": target, "strict": strict and scheme is not None,
         "instruments": instruments, "progress": progress,
     }  # fmt: skip
-    if scales is not None and mesh is not None and calibration is not None:
-        with together(mesh):
-            whole = compile(found, pipeline=passes.append(scales), calibration=calibration, **options)
-            scales, calibration = observed_scales(scales, whole)
-            del whole
-    scaling = [scales] if scales is not None else []
-    steps = passes.append(*scaling, *caching, for_target)
+    caching = [*cache_passes(kv_cache, max_batch, length, max_chunk), *([PartLogits()] if mesh is not None else [])]
+    for_target = target_for(target, next(iter(example.values())).device).passes
+    if scales and mesh is not None and calibration is not None:
+        scales, calibration = observed_before(mesh, found, passes, scales, calibration, options)
+    steps = passes.append(*scales, *caching, for_target)
     compiled = compile(found, pipeline=steps, calibration=calibration, mesh=mesh, sharding=sharding, **options)
     del found
     if isinstance(compiled, ShardedModel):
         return decoder_of(compiled, tokenizer, generation)
     return Decoder(compiled.program, tokenizer, generation)
+
+
+def observed_before(
+    mesh: Any, model: Any, passes: Pipeline, scales: Sequence[CacheScales], calibration: Any, options: Mapping[str, Any]
+) -> tuple[list[CacheScales], Calibration | None]:
+    """Static scales of a cache, and the statistics of a model, observed on the whole model before ranks divide it."""
+    (given,) = scales
+    with together(mesh):
+        whole = compile(model, pipeline=passes.append(given), calibration=calibration, **options)
+        found, statistics = observed_scales(given, whole)
+    return [found], statistics
 
 
 def decoding_pipeline(
