@@ -50,14 +50,15 @@ def test_tokens_of_all_ranks(options: dict[str, Any]) -> None:
     assert 2 * ranks.memory.cache == whole.memory.cache
 
 
-@pytest.mark.parametrize("sharding", ["tp; sp{tokens=4}", "tp; ep; sp{tokens=4}"])
+@pytest.mark.parametrize("sharding", ["tp; sp{tokens=4}", "tp; ep; sp{tokens=4}", "tp; ep{send=chosen}; sp{tokens=4}"])
 def test_tactics(sharding: str) -> None:
     """Prompts are cut, decode steps of few tokens are not, and the graph remains causal."""
     found = mixture() if "ep" in sharding else model()
     sizes: dict[str, Any] = {"max_batch": 2, "max_length": 32}
     whole, ranks = qcompiler.decoder(found, **sizes), qcompiler.decoder(found, **sizes, mesh=TWO, sharding=sharding)
     text = str(ranks.graph)
-    assert text.count("_scatter_tokens(") == 4
+    chosen = text.count("coll.reduce_scatter_chosen_tokens(")
+    assert (text.count("_scatter_tokens(") + chosen, chosen) == (4, 2 if "chosen" in sharding else 0)
     assert text.count("coll.own_first") == (2 if "ep" in sharding else 0)
     assert ranks.generate(PROMPTS, max_new_tokens=6) == whole.generate(PROMPTS, max_new_tokens=6)
 
