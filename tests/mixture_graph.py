@@ -54,10 +54,38 @@ func @layer(%x: bf16[s0, 256]) -> (bf16[s0, 256]) where s0 in 1.. {
 }
 """
 
+ROUTER = """
+  %p = aten.softmax.int(%l, -1) : bf16[s0, 8]
+  %best.0, %best.1 = aten.topk(%p, 2) : bf16[s0, 2], i64[s0, 2]
+"""
+LIMITED = """
+  %p = aten.sigmoid(%l) : bf16[s0, 8]
+  %grouped = aten.view(%p, [-1, 4, 2]) : bf16[s0, 4, 2]
+  %top.0, %top.1 = aten.topk(%grouped, 1) : bf16[s0, 4, 1], i64[s0, 4, 1]
+  %scores = aten.sum.dim_IntList(%top.0, [-1]) : bf16[s0, 4]
+  %group.0, %group.1 = aten.topk(%scores, 1, -1, true, false) : bf16[s0, 1], i64[s0, 1]
+  %none = aten.zeros_like(%scores) : bf16[s0, 4]
+  %one = aten.scatter.value(%none, 1, %group.1, 1) : bf16[s0, 4]
+  %column2 = aten.unsqueeze(%one, -1) : bf16[s0, 4, 1]
+  %wide = aten.expand(%column2, [-1, 4, 2]) : bf16[s0, 4, 2]
+  %mask = aten.reshape(%wide, [%n, 8]) : bf16[s0, 8]
+  %allowed = aten._to_copy(%mask) {dtype = b8} : b8[s0, 8]
+  %others = aten.bitwise_not(%allowed) : b8[s0, 8]
+  %left = aten.masked_fill.Scalar(%p, %others, -inf) : bf16[s0, 8]
+  %values, %best.1 = aten.topk(%left, 2, -1, true, false) : bf16[s0, 2], i64[s0, 2]
+  %best.0 = aten.gather(%p, 1, %best.1) : bf16[s0, 2]
+"""
+"""A router as in DeepSeek-V3: each token chooses one of four groups, then experts of this group."""
 
-def mixture(favorites: Sequence[int] = ()) -> qcompiler.Graph:
-    """The layer; all tokens choose the favorites, if there are two."""
-    graph = qcompiler.Graph.parse(LAYER)
+
+def mixture(favorites: Sequence[int] = (), *, limited: bool = False) -> qcompiler.Graph:
+    """The layer.
+
+    Args:
+        favorites: Two experts that all tokens choose.
+        limited: Whether the experts of a token are in one group.
+    """
+    graph = qcompiler.Graph.parse(LAYER.replace(ROUTER, LIMITED) if limited else LAYER)
     torch.manual_seed(0)
     for op in graph.ops("core.param"):
         shape = [int(str(size)) for size in op.result.tensor.shape]
@@ -68,9 +96,9 @@ def mixture(favorites: Sequence[int] = ()) -> qcompiler.Graph:
     return graph
 
 
-def mixture_on(mesh: Any, sharding: str, favorites: Sequence[int] = ()) -> Any:
+def mixture_on(mesh: Any, sharding: str, favorites: Sequence[int] = (), *, limited: bool = False) -> Any:
     """The compiled layer, not quantized."""
-    graph = mixture(favorites)
+    graph = mixture(favorites, limited=limited)
     return qcompiler.compile(
         graph, pipeline="dead-code", strict=False, mesh=mesh, sharding=sharding, progress=False
     )  # fmt: skip

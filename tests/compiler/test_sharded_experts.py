@@ -81,6 +81,16 @@ def test_ranks_that_no_token_chooses(favorites: tuple[int, ...]) -> None:
             assert torch.equal(plain(x[:tokens]), found(x[:tokens]))
 
 
+def test_choices_that_are_limited_to_groups() -> None:
+    """As in DeepSeek-V3; on four ranks, the groups are what ranks have, so that a token is sent to one of them."""
+    x, mesh = tokens_of(37), qcompiler.simulated_mesh(tp=4)
+    plain, found = (mixture_on(mesh, each.replace("tp", OWN, 1), limited=True) for each in (TACTICS, CHOSEN))
+    assert str(found.graph["left_part"].type) == "bf16[share(s0, 4, 8), 8]"
+    assert found.skipped["send-chosen"] == {}
+    for tokens in (7, 8, 37):
+        assert torch.equal(plain(x[:tokens]), found(x[:tokens]))
+
+
 def test_shared_experts() -> None:
     """On a rank's own tokens if they are whole on each rank; otherwise they need all tokens."""
     mesh = qcompiler.simulated_mesh(tp=2)
