@@ -125,3 +125,10 @@ def test_what_is_not_sent_in_reports() -> None:
     assert why == "with 4 of 8 experts on 2 ranks, each rank is expected to need 98.6% of the tokens"
     alone = compiled("mixtral", "fp8_tile", 2, "tp; ep{send=chosen}")
     assert "all tokens of the sum are on each rank: put sp after ep" in alone.skipped["send-chosen"].values()
+
+
+def test_sums_as_codes_send_all_terms() -> None:
+    found, plain = (compiled("mixtral", "fp8_tile", 4, f"{each[:-1]}, sums=fp8_tile}}") for each in (CHOSEN, TACTICS))
+    assert not list(found.graph.ops("coll.reduce_scatter_chosen_tokens"))
+    assert len(list(found.graph.ops("coll.gather_chosen_tokens"))) == 2
+    assert torch.equal(found(ids_of((2, 11))), plain(ids_of((2, 11))))
