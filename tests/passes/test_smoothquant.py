@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
         lambda: make(
             "FalconForCausalLM", "FalconConfig", hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
             vocab_size=96, parallel_attn=True, bias=False, bos_token_id=1, eos_token_id=2,
-        ), 1, 2,  # an index tensor selects values from the fused matmul
+        ), 2, 1,  # gelu is between the two linears of an MLP
     ),
     "qwen2_moe": (  # a router, a shared expert and experts in one operation use the same norm
         lambda: make(
