@@ -8,16 +8,17 @@ is what a link must carry meanwhile. "exchange" is what the sum would take after
 (`h200-many-gpus-links-2.json`), and "gain" what two GPUs would save.
 """
 
-import json
 from itertools import pairwise
 from typing import Any
 
 import harness
 import torch
 
+from benchmarks.cost_model import rows_of
 from benchmarks.sanitizing.ranks import inboxes_of_ranks, reaching
 from codegen.inboxes import slot_bytes
 from codegen.launching.timing import in_turns
+from codegen.templates.template import ceil_div
 from qcompiler.distributed.communicator import communicating
 
 WIDTH, HEADS, INNER = 8192, 8192, 28672
@@ -27,8 +28,7 @@ CASES = ((2, 1024), (2, 2048), (2, 4096), (2, 8192), (4, 4096), (8, 4096), (8, 1
 
 def exchange_us(size: float) -> float:
     """Microseconds of a sum of `size` bytes over two GPUs, through peer memory, between measured sizes."""
-    links = json.loads((harness.RESULTS / "h200-many-gpus-links-2.json").read_text(encoding="utf-8"))["rows"]
-    low, high = next(pair for pair in pairwise(links) if size <= pair[1]["bytes"])
+    low, high = next(pair for pair in pairwise(rows_of("h200-many-gpus-links-2")) if size <= pair[1]["bytes"])
     share = (size - low["bytes"]) / (high["bytes"] - low["bytes"])
     return float(low["peer memory us"] + share * (high["peer memory us"] - low["peer memory us"]))
 
@@ -42,7 +42,7 @@ def measure(ranks: int, tokens: int, k: int) -> dict[str, Any]:
         *quantize(w, [128, 128], e4m3, "deepseek", "row_major", None),
         None, [1, 128], [128, 128], torch.bfloat16,
     )  # fmt: skip
-    rows = -(-tokens // ranks)
+    rows = ceil_div(tokens, ranks)
     boxes = inboxes_of_ranks(ranks * slot_bytes(rows, WIDTH, torch.bfloat16), x.device, ranks)[0]
     alone = reaching(boxes)
 

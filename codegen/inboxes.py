@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codegen.templates.inboxes import ALIGNED, HEAD_BYTES, Ways
-from codegen.templates.template import ceil_div
+from codegen.templates.template import ceil_div, next_power_of_2
 
 SMALLEST = 1 << 26
 """Bytes of the first inbox of a group, for one turn; a larger one replaces it when it is needed."""
@@ -83,7 +83,7 @@ class Growing:
             return self.made[-1]
         if connect is None or bytes > LARGEST:
             return None
-        size = max(SMALLEST, 1 << (bytes - 1).bit_length())
+        size = max(SMALLEST, next_power_of_2(bytes))
         parts, memories, rank, patience = connect(HEAD_BYTES + 2 * size)
         steps = torch.zeros(3, dtype=torch.int32, device=memories.device)
         self.made.append(Inboxes(parts, Ways(memories, steps, rank, patience), size))

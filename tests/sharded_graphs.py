@@ -43,6 +43,25 @@ def run_ranks(graphs: list[Graph], mesh: str, inputs: Any) -> tuple[list[Any], l
     return Simulation(Mesh.parse(mesh)).run(runs), values
 
 
+def run_whole_and_ranks(
+    graph: Graph, mesh: str, passes: str, inputs: Any
+) -> tuple[dict[str, Tensor], list[Graph], list[Any], list[dict[str, Tensor]]]:
+    """Runs passes on a graph, in blocks of 128, and then the graph on one process and on ranks.
+
+    Returns:
+        The values of one process by name; then the program of each rank, its outputs, and its values by name.
+    """
+    ranks = rank_graphs(graph, mesh, passes, "[128, 128]")
+    run_pipeline(Pipeline.parse(passes), graph)
+    whole: dict[str, Tensor] = {}
+
+    def keep(op: Op, results: tuple[Any, ...]) -> None:
+        whole.update((value.name, out) for value, out in zip(op.results, results, strict=True))
+
+    interpret(graph, inputs, observe=keep)
+    return whole, ranks, *run_ranks(ranks, mesh, inputs)
+
+
 MLP = """func @m(%x: f32[s0, 64]) -> (f32[s0, 64]) where s0 in 1..64 {
   %w1 = core.param() {name = "w1"} : f32[256, 64]
   %w2 = core.param() {name = "w2"} : f32[64, 256]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sanitizing.place import Place, draw
+from benchmarks.sanitizing.products import BLOCK, TILE, quantized
 from benchmarks.sanitizing.rows import NORM
 from codegen.inboxes import Inboxes, slot_bytes
 from codegen.operators.fused_quantize import run_fused
@@ -110,17 +111,11 @@ def stored_matmuls(place: Place) -> Iterator[str]:
     for tokens, columns, dtype in ((1024, 256, torch.bfloat16), (1030, 200, torch.float32), (1025, 128, torch.float16)):
         operands = []
         for seed in range(RANKS):
-            x = quantized(draw(tokens, 384, seed=seed), [1, 128], "col_major")
-            w = quantized(draw(columns, 384, seed=seed + RANKS), [128, 128], "row_major")
-            operands.append((*x, *w, draw(1, columns, seed=seed)[0] if seed else None, [1, 128], [128, 128], dtype))
+            x = quantized(tokens, 384, TILE, layout="col_major", seed=seed)
+            w = quantized(columns, 384, BLOCK, seed=seed + RANKS)
+            operands.append((*x, *w, draw(1, columns, seed=seed)[0] if seed else None, TILE, BLOCK, dtype))
         place.compare_calls(stored_for_each_other, summed_matmuls, *operands)
         yield f"[{tokens}, {columns}] in {dtype}"
-
-
-def quantized(x: Tensor, block: list[int], layout: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a matrix."""
-    codes, scales = OPERATORS["quantize"].on_cpu(x, block, torch.float8_e4m3fn, "deepseek", layout, None)
-    return codes, scales
 
 
 def summed_matmuls(*operands: tuple[Any, ...]) -> list[Tensor]:
@@ -153,7 +148,7 @@ def inboxes_of_ranks(size: int, device: torch.device, ranks: int) -> list[Inboxe
 
 
 def reaching(boxes: Inboxes) -> Any:
-    """The communicator of a rank that has inboxes, and waits for nobody: the others seem to be many calls ahead."""
+    """The communicator of a rank with inboxes, which does not wait, because the others seem to be many calls ahead."""
     signals = boxes.parts[boxes.ways.rank][:HEAD_BYTES].view(torch.int32)
     signals[: 2 * len(boxes.parts)] = LATER
     return SimpleNamespace(inboxes=lambda *_: boxes)

@@ -35,7 +35,7 @@ def exchange_chosen(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, HELD: tl.constexpr, CHOSEN: tl.constexpr,
     WIDE: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """The rows that other ranks and this one have sent to it: those of all tokens, or the sum for this rank's tokens.
+    """Exchanges rows of tokens: a rank receives rows of all tokens, or the sum for its own tokens.
 
     SUMMED
     no      out[t] = x[t - r * share] of the rank r that has token t, if t chose an expert of this rank, or zeros

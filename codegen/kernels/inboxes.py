@@ -4,7 +4,7 @@
                                     └─ over NVLink ─┐                         ▲
     rank 1   open_inboxes ─ …              inbox of rank 1 ───────────────► sum_inbox
 
-A matmul stores each tile when it is computed, so the sending costs no time of its own, and no multiprocessor.
+A matmul stores each tile when it is computed, so sending needs neither a separate step nor a multiprocessor.
 `sum_inbox` adds the terms that all ranks have stored here, in FP32 in the order of the ranks, and rounds once.
 
 An inbox has two turns, so that a rank may store terms while another one still adds the ones before. `open_inboxes`
@@ -80,7 +80,7 @@ def sum_inbox(  # type: ignore[no-untyped-def]
         memories: See `open_inboxes`; so are the others.
         turn: Where this rank has stored its terms, as in `open_inboxes`.
         size: Bytes of a turn, a multiple of 16.
-        slot: Bytes from the terms of one rank to those of the next one, a multiple of 16.
+        slot: Bytes that are reserved for the terms of each rank, a multiple of 16.
         count: Number of elements.
         stored: Number of elements that the ranks have stored.
         TILE: Elements that a program adds at a time, a power of two.

@@ -41,7 +41,8 @@ def _received(x: Tensor, memories: Tensor, scattered: bool, summed: bool) -> tup
     return [ranks, part], part
 
 
-def _on_cpu(*_: Any) -> NoReturn:
+def refuse_on_cpu(*_: Any) -> NoReturn:
+    """Raises CodegenError: CPUs have no memory that other ranks write to."""
     raise CodegenError("ranks exchange tensors through memory only on GPUs", fix="Use torch.distributed on CPUs.")
 
 
@@ -54,4 +55,4 @@ EXCHANGE_SCHEMA = (
     "exchange(Tensor x, Tensor memories, Tensor(a!) steps, int rank, int patience, bool scattered, bool summed) "
     "-> Tensor"
 )
-declare(Operator(EXCHANGE_SCHEMA, _on_cpu, _on_gpu, _fake))
+declare(Operator(EXCHANGE_SCHEMA, refuse_on_cpu, _on_gpu, _fake))

@@ -3,16 +3,17 @@
 It also writes the memory of other ranks, as `exchange` does, so torch.compile must not see it.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
 from codegen.launching.launch import on
 from codegen.launching.replay import empty, replayed
+from codegen.operators.exchange import refuse_on_cpu
 from codegen.operators.operator import Operator, declare
 from codegen.targets.cuda import gpu_at
 from codegen.templates.chosen_peers import CHOSEN_PEERS, ChosenOperands, ChosenProblem
-from qcompiler.errors import CodegenError
+from codegen.templates.template import ceil_div
 
 
 def _on_gpu(x: Tensor, experts: Tensor, memories: Tensor, steps: Tensor, *rest: Any) -> Tensor:
@@ -26,7 +27,7 @@ def _run(
     out = empty(_received(x, experts, memories, summed), x.dtype, x.device)
     operands = ChosenOperands(x, experts, out, memories, steps, groups, rank, patience, summed)
     family = CHOSEN_PEERS.family(gpu_at(x.device))
-    share = -(-experts.shape[0] // memories.numel())
+    share = ceil_div(experts.shape[0], memories.numel())
     with on(x.device):
         family.launch(family.choose(ChosenProblem(share, x.shape[1] * x.element_size())), operands)
     return out
@@ -35,11 +36,7 @@ def _run(
 def _received(x: Tensor, experts: Tensor, memories: Tensor, summed: bool) -> list[int]:
     """The shape of what a rank receives: sums of its own tokens, or all tokens."""
     tokens = experts.shape[0]
-    return [-(-tokens // memories.numel()) if summed else tokens, x.shape[1]]
-
-
-def _on_cpu(*_: Any) -> NoReturn:
-    raise CodegenError("ranks exchange tensors through memory only on GPUs", fix="Use torch.distributed on CPUs.")
+    return [ceil_div(tokens, memories.numel()) if summed else tokens, x.shape[1]]
 
 
 def _fake(x: Tensor, experts: Tensor, memories: Tensor, steps: Tensor, *rest: Any) -> Tensor:
@@ -50,4 +47,4 @@ EXCHANGE_CHOSEN_SCHEMA = (
     "exchange_chosen(Tensor x, Tensor experts, Tensor memories, Tensor(a!) steps, int groups, int rank, int patience, "
     "bool summed) -> Tensor"
 )
-declare(Operator(EXCHANGE_CHOSEN_SCHEMA, _on_cpu, _on_gpu, _fake))
+declare(Operator(EXCHANGE_CHOSEN_SCHEMA, refuse_on_cpu, _on_gpu, _fake))

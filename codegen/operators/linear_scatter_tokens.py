@@ -25,7 +25,7 @@ from codegen.operators.scaled_linear import (
 from codegen.targets.cuda import gpu_at
 from codegen.templates.hopper import has_scale_columns
 from codegen.templates.inboxes import OPEN_INBOXES, SUM_INBOX, OpenOperands, OpenProblem, SumOperands, SumProblem
-from qcompiler.dialects.coll_tokens import in_layout, reduce_scatter_tokens, share
+from qcompiler.dialects.coll_tokens import in_layout, is_cut, reduce_scatter_tokens, share
 from qcompiler.distributed.communicator import current
 
 FEWEST = 512
@@ -61,9 +61,10 @@ class LinearScatterTokens(NamedTuple):
         return slot_bytes(*self.part, self.linear.out_dtype)
 
     @property
-    def is_cut(self) -> bool:
-        """Whether each rank has so many rows of its own that parts of the matmul run one after the other."""
-        return self.tokens > self.part[0] >= FEWEST and self.linear.out_dtype in FLOATS
+    def in_parts(self) -> bool:
+        """Whether a matmul runs for the rows of each rank."""
+        few = not is_cut(self.tokens, self.ranks, self.few) or self.part[0] < FEWEST
+        return not few and self.linear.out_dtype in FLOATS
 
 
 def _given(*arguments: Any) -> LinearScatterTokens:
@@ -73,7 +74,7 @@ def _given(*arguments: Any) -> LinearScatterTokens:
 def _on_gpu(*arguments: Any) -> Tensor:
     given = _given(*arguments)
     x, linear = given.linear.x_q, given.linear
-    inboxes = current().inboxes(x, given.ranks * given.slot, given.mesh) if given.is_cut else None
+    inboxes = current().inboxes(x, given.ranks * given.slot, given.mesh) if given.in_parts else None
     if inboxes is not None:
         ways, turn = inboxes.ways, inboxes.next_turn()
         fixed = (*linear.x_block, *linear.w_block, *arguments[7:], ways.rank, ways.patience, turn, inboxes.bytes)
@@ -91,7 +92,7 @@ def _scattered(terms: Tensor, given: LinearScatterTokens) -> Tensor:
 def _collected(given: LinearScatterTokens) -> Tensor:
     """Launches the matmuls of both ways, and none of the kernels that wait for other ranks."""
     out = scaled_linear_on_gpu(*given.linear)
-    if given.is_cut:
+    if given.in_parts:
         place = empty(given.part, out.dtype, out.device)
         _store_parts(given, [place] * given.ranks, 0)
     return out.new_empty(given.shape)

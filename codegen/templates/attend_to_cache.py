@@ -21,7 +21,7 @@ from codegen.launching.replay import empty
 from codegen.templates.append_to_cache import stride_unit
 from codegen.templates.quantize import QuantizeOperands, QuantizeTiles, quantize_config
 from codegen.templates.rounding import rounding
-from codegen.templates.template import KernelOp, Template, ceil_div, first_broken
+from codegen.templates.template import KernelOp, Template, ceil_div, first_broken, next_power_of_2
 from qcompiler import numerics
 
 LEAST_POSITIONS = 128
@@ -152,7 +152,7 @@ def attend_configs(problem: AttendProblem) -> Mapping[AttendConfig, None]:
     """The configuration for a problem."""
     rows = problem.repeats * problem.tokens
     block_m = 64 if rows > 32 and not _misread(problem) else 32 if rows > 16 else 16
-    row_bytes = (padded(problem.size) + padded(problem.value_size)) * problem.element_bytes
+    row_bytes = (next_power_of_2(problem.size) + next_power_of_2(problem.value_size)) * problem.element_bytes
     block_n = min(max(1 << (STAGE_BYTES // row_bytes).bit_length() - 1, 16), 128 if block_m == 16 else 64)
     if problem.element_bytes == 4:  # multiplied in FP32, without tensor cores
         block_m, block_n = 16, 16
@@ -163,7 +163,7 @@ def attend_configs(problem: AttendProblem) -> Mapping[AttendConfig, None]:
 
 def _misread(problem: AttendProblem) -> bool:
     """Whether tiles of 64 rows are wrong: Triton 3.6 misreads narrow pairs of codes in the wide instruction."""
-    return problem.element_bytes == 1 and padded(problem.value_size) < 128
+    return problem.element_bytes == 1 and next_power_of_2(problem.value_size) < 128
 
 
 def splits(problem: AttendProblem, tile: AttendConfig) -> int:
@@ -174,11 +174,6 @@ def splits(problem: AttendProblem, tile: AttendConfig) -> int:
     most = min(ceil_div(positions, LEAST_POSITIONS), MOST_SPLITS)
     least = ceil_div(positions, MOST_POSITIONS) if tile.block_m == 16 else 1
     return max(min(max(fill, least), most), 1)
-
-
-def padded(size: int) -> int:
-    """The next power of two, as tiles need."""
-    return 1 << (size - 1).bit_length()
 
 
 class AttendToCache(Template[AttendConfig, AttendProblem, AttendOperands]):
@@ -239,7 +234,7 @@ def _attention(
         "AHEAD": tokens == 1, **quantized,
     }  # fmt: skip
     small = config.block_m == 16 and config.block_n <= 64
-    light = small and padded(size) + padded(value_size) <= 384 and cache[0].element_size() < 4
+    light = small and next_power_of_2(size) + next_power_of_2(value_size) <= 384 and cache[0].element_size() < 4
     registers = DECODE_REGISTERS if light else MOST_REGISTERS
     options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": registers}
     return KernelCall(attend_to_cache, batch * groups * tiles * config.splits, arguments, constants, options)
@@ -251,10 +246,10 @@ def combination(partial: Tensor, logs: Tensor, out: Tensor | QuantizedRows, dtyp
     together = 1 if isinstance(out, Tensor) else max(out.tile // value_size, 1)
     written, scale_strides, quantized = _stored(out)
     constants = {
-        "VALUE_SIZE": value_size, "SPLITS": padded(splits), "HEADS": heads, "TOGETHER": together,
+        "VALUE_SIZE": value_size, "SPLITS": next_power_of_2(splits), "HEADS": heads, "TOGETHER": together,
         "DTYPE": TRITON_TYPES[dtype], **quantized,
     }  # fmt: skip
-    warps = min(max(padded(splits) * together * padded(value_size) // 2048, 1), 8)
+    warps = min(max(next_power_of_2(splits) * together * next_power_of_2(value_size) // 2048, 1), 8)
     programs, arguments = batch * tokens * ceil_div(heads, together), (partial, logs, *written, splits, *scale_strides)
     return KernelCall(combine_splits, programs, arguments, constants, {"num_warps": warps})
 

@@ -9,11 +9,10 @@ from torch import Tensor
 from codegen.kernels.chosen_peers import exchange_chosen
 from codegen.launching.launch import KernelCall
 from codegen.templates.peers import PROGRAMS
-from codegen.templates.template import KernelOp, Template, ceil_div
+from codegen.templates.template import KernelOp, Template, ceil_div, next_power_of_2
 
 WIDEST = 1 << 11
 """Maximum bytes of a tile's row: then a tile of 4 KB has two rows."""
-
 
 SMALL, LARGE = 1 << 12, 1 << 14
 """Bytes of tiles, which no kernel spills: with more ranks, tiles as large as a region do."""
@@ -73,13 +72,9 @@ class ChosenOperands(NamedTuple):
     summed: bool
 
 
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 def chosen_configs(problem: ChosenProblem) -> Mapping[ChosenConfig, None]:
     """The configuration for a problem: tiles of 4 KB, or of 16 KB if there would be more tiles than programs."""
-    width = min(_power_of_2(problem.bytes), WIDEST)
+    width = min(next_power_of_2(problem.bytes), WIDEST)
     many = ceil_div(problem.rows * width, SMALL) * ceil_div(problem.bytes, width) > PROGRAMS
     size = LARGE if many else SMALL
     return {ChosenConfig(size // width, width, size >> 11): None}
@@ -95,11 +90,11 @@ class ExchangeChosen(Template[ChosenConfig, ChosenProblem, ChosenOperands]):
         """See `Template`."""
         x, experts, out, memories, steps, groups, rank, patience, summed = operands
         ranks, (tokens, chosen), width = memories.numel(), experts.shape, x.shape[1]
-        share, columns, vector = -(-tokens // ranks), config.bytes // x.element_size(), 16 // x.element_size()
+        share, columns, vector = ceil_div(tokens, ranks), config.bytes // x.element_size(), 16 // x.element_size()
         constants = {
             "RANKS": ranks, "PROGRAMS": PROGRAMS, "ROWS": config.rows, "COLUMNS": columns,
             "VECTOR": 1 if width % vector else vector, "HELD": groups // ranks, "CHOSEN": chosen,
-            "WIDE": _power_of_2(chosen), "SUMMED": summed,
+            "WIDE": next_power_of_2(chosen), "SUMMED": summed,
         }  # fmt: skip
         programs = min(ceil_div(share, config.rows) * ceil_div(width, columns), PROGRAMS)
         arguments = (x, experts, out, memories, steps, tokens, share, width, rank, patience)

@@ -15,7 +15,7 @@ from codegen.templates.gemm import GEMM, GemmOperands, GemmProblem
 from codegen.templates.hopper import GLUON_TYPES, scale_columns, tile
 from codegen.templates.limits import MULTIPROCESSORS
 from codegen.templates.rounding import rounding
-from codegen.templates.template import Family, Gpu, KernelOp, Template, ceil_div, first_broken
+from codegen.templates.template import Family, Gpu, KernelOp, Template, ceil_div, first_broken, next_power_of_2
 from qcompiler import numerics
 
 
@@ -254,7 +254,7 @@ class FusedGemm(Template[FusedGemmConfig, FusedGemmProblem, FusedOperands]):
 
 def loaded_rows(config: FusedGemmConfig, m: int) -> int:
     """Rows of x that are loaded for a tile: a power of two of at least 16, all of the tile's unless m is smaller."""
-    return min(config.rows, max(16, 1 << (m - 1).bit_length()))
+    return min(config.rows, max(16, next_power_of_2(m)))
 
 
 class SeparateKernels(Template[Separate, FusedGemmProblem, FusedOperands]):
@@ -294,10 +294,7 @@ FUSED = {
 }
 """Measured on an H100, and with a lower weight on an H200."""
 
-FINER = {
-    FusedGemmConfig(2, 2, 3): FusedGemmConfig(2, 1, 4),
-    FusedGemmConfig(1, 2, 3): FusedGemmConfig(1, 1, 4),
-}
+FINER = {form: finer for form in FUSED for finer in FUSED if (finer.parts, 2 * finer.rows) == (form.parts, form.rows)}
 """A form, and the form whose tiles have half of its rows."""
 
 SECOND_LAUNCH = 4.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from codegen.kernels.gather_codes import gather_codes
 from codegen.launching.launch import KernelCall
-from codegen.templates.template import KernelOp, Template, ceil_div
+from codegen.templates.template import KernelOp, Template, ceil_div, next_power_of_2
 
 WIDEST = 2048
 """Maximum columns of a tile."""
@@ -85,7 +85,7 @@ class GatherCodes(Template[GatherCodesConfig, GatherCodesProblem, GatherCodesOpe
         arguments = (*bytes_, m, n, data.stride(0), *scale.stride(), *out_scale.stride())
         constants = {
             "K": k, "GROUPS": groups, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k,
-            "BLOCK_GROUPS": 1 << (groups - 1).bit_length(),
+            "BLOCK_GROUPS": next_power_of_2(groups),
         }  # fmt: skip
         programs = ceil_div(n, config.block_m) * ceil_div(k, config.block_k)
         return (KernelCall(gather_codes, programs, arguments, constants, {"num_warps": config.warps}),)

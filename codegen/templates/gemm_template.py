@@ -6,7 +6,7 @@ from torch import Tensor
 
 from codegen.launching.launch import KernelCall
 from codegen.templates.gemm import GemmConfig, GemmOperands, GemmProblem, Pace, tiles_of
-from codegen.templates.template import Rule, Template, ceil_div, first_broken
+from codegen.templates.template import Rule, Template, ceil_div, first_broken, next_power_of_2
 from qcompiler.numerics import ALL
 
 DEEPEST_INT8 = (2**31 - 1) // 127**2
@@ -186,7 +186,7 @@ def spans(x_block: int) -> dict[str, int]:
 
 def add_splits(kernel: Any, arguments: tuple[Any, ...], out: Tensor, splits: int) -> KernelCall:
     """The call of a kernel that adds the sums of the splits of K into `out`."""
-    constants = {"SPLITS": 1 << (splits - 1).bit_length(), "BLOCK": SUM_BLOCK}
+    constants = {"SPLITS": next_power_of_2(splits), "BLOCK": SUM_BLOCK}
     return KernelCall(kernel, ceil_div(out.numel(), SUM_BLOCK), arguments, constants, {"num_warps": 4})
 
 

@@ -14,7 +14,7 @@ from codegen.kernels.grouped_gemm import grouped_narrow, grouped_wide
 from codegen.kernels.narrow_gemm import SCALE_BOX
 from codegen.launching.launch import KernelCall
 from codegen.templates.hopper import ONE_WARPGROUP, scale_columns, tile
-from codegen.templates.template import KernelOp, Template, first_broken
+from codegen.templates.template import KernelOp, Template, first_broken, next_power_of_2
 
 MOST_GROUPS = 1024
 """Maximum number of groups: each block of threads holds all of them in shared memory."""
@@ -173,7 +173,7 @@ class GroupedWide(GroupedGemm):
 
 def table_size(groups: int) -> int:
     """Groups of the table: a power of two, at least one for each lane of a warp."""
-    return max(32, 1 << (groups - 1).bit_length())
+    return max(32, next_power_of_2(groups))
 
 
 GROUPED_GEMM = KernelOp[GroupedConfig, GroupedProblem, GroupedOperands]("grouped GEMM")

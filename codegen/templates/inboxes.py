@@ -104,7 +104,7 @@ class SumOperands(NamedTuple):
         ways: Between the ranks.
         turn: Where this rank has stored its terms, 0 or 1.
         size: Bytes of a turn.
-        slot: Bytes from the terms of one rank to those of the next one.
+        slot: Bytes that are reserved for the terms of each rank.
         stored: The number of elements that the ranks have stored; those after them are zero.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from codegen.kernels.next_tokens import enter_tokens, rank_parts
 from codegen.launching.launch import KernelCall
-from codegen.templates.template import KernelOp, Template, ceil_div
+from codegen.templates.template import KernelOp, Template, ceil_div, next_power_of_2
 
 PART = 2048
 """Logits that a program reduces: so few that one row occupies many multiprocessors."""
@@ -134,7 +134,7 @@ class EnterTokens(Template[EnterTokensConfig, EnterTokensProblem, EnterTokensOpe
     def calls(self, config: EnterTokensConfig, operands: EnterTokensOperands) -> tuple[KernelCall, ...]:
         """See `Template`."""
         count, rows = operands.parts.shape
-        constants = {"COUNT": count, "BLOCK": 1 << (count - 1).bit_length()}
+        constants = {"COUNT": count, "BLOCK": next_power_of_2(count)}
         return (KernelCall(enter_tokens, rows, tuple(operands), constants, {"num_warps": config.warps}),)
 
 

@@ -207,3 +207,8 @@ def first_broken(rules: Iterable[Rule]) -> str | None:
 def ceil_div(size: int, by: int) -> int:
     """How many parts of `by` cover `size`."""
     return -(-size // by)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not less than `size`, as tiles need."""
+    return 1 << (size - 1).bit_length()

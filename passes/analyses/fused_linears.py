@@ -16,7 +16,7 @@ from math import lcm
 
 from passes.analyses.constants import is_read_elsewhere
 from passes.analyses.sharding_cuts import Refused
-from passes.analyses.sharding_factors import axis_of, shape_of
+from passes.analyses.sharding_factors import axis_of, range_of, shape_of
 from passes.analyses.sharding_rules import factor_at, row_of
 from qcompiler.ir import Graph, Missed, Op, Value
 from qcompiler.ir.graph import PARAM
@@ -61,7 +61,7 @@ class Step:
     """
 
     op: Op
-    lie: "Lie"
+    lie: Lie
 
 
 @dataclass(frozen=True)
@@ -220,11 +220,8 @@ def _pieces(op: Op, axis: int, size: int) -> list[Range] | None:
 
 
 def _sliced(op: Op, axis: int, size: int) -> list[Range] | None:
-    start, end, step = (op.argument(name) for name in ("start", "end", "step"))
-    if step != 1 or not isinstance(start, int | None) or not isinstance(end, int | None):
-        return None
-    begin, stop, _ = slice(start, end).indices(size)
-    return [(begin, stop)] if stop > begin else None
+    taken = range_of(op, size)
+    return [taken] if taken is not None else None
 
 
 def _selected(op: Op, axis: int, size: int) -> list[Range] | None:

@@ -1,7 +1,7 @@
 """Collectives of one rank's program, seen along the sequence: all ranks have the same tokens at the same places."""
 
 from passes.analyses.sequence_elementwise import elementwise
-from passes.analyses.sequence_labels import Below, Label, Mixes, regroup
+from passes.analyses.sequence_labels import Axis, Below, Label, Mixes, regroup
 from passes.analyses.sequence_quantized import fused_quantize, linear
 from passes.analyses.sequence_site import Row, Site, Table
 
@@ -21,8 +21,12 @@ def _cut_tokens(site: Site) -> Label:
 
 def _cut(site: Site, label: Label) -> Label:
     """All tokens one after the other, of which each rank has a part: row i of two values is the same token."""
-    tokens = tuple(digit for axis in label.axes[:-1] for digit in axis)
-    return site.made([*[()] * (len(label.axes) - 2), tokens, label.axes[-1]], label)
+    return site.made([*[()] * (len(label.axes) - 2), _tokens(label), label.axes[-1]], label)
+
+
+def _tokens(label: Label) -> Axis:
+    """All axes but the last one, one after the other."""
+    return tuple(digit for axis in label.axes[:-1] for digit in axis)
 
 
 def _linear_scattered(site: Site) -> Label:
@@ -45,8 +49,8 @@ def _gathered_tokens(site: Site) -> Label:
 
 def _chosen(site: Site, label: Label) -> Label:
     """Zeros for tokens whose experts are on other ranks: the experts of the same token."""
-    experts, tokens = site.label("experts"), tuple(digit for axis in label.axes[:-1] for digit in axis)
-    if experts.axes[0] != tokens:
+    experts = site.label("experts")
+    if experts.axes[0] != _tokens(label):
         raise Mixes(f"{site.op.name} reads the experts of other tokens")
     return site.made(label.axes, label, experts)
 

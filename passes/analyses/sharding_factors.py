@@ -75,6 +75,15 @@ def axis_of(op: Op, name: str, rank: int) -> int | None:
     return axis % max(1, rank) if isinstance(axis, int) else None
 
 
+def range_of(op: Op, size: Size) -> tuple[int, int] | None:
+    """The first element that a slice or a scatter takes of an axis, and the one after the last; None if not fixed."""
+    start, end, step = (op.argument(name) for name in ("start", "end", "step"))
+    if not isinstance(size, int) or step != 1 or not isinstance(start, int | None) or not isinstance(end, int | None):
+        return None
+    begin, stop, _ = slice(start, end).indices(size)
+    return (begin, stop) if stop > begin else None
+
+
 def axes_of(op: Op, name: str, rank: int) -> set[int] | None:
     """An argument that is an axis or several; all axes if it is absent or empty, None if it is not fixed."""
     axes = op.argument(name)

@@ -7,6 +7,7 @@ aten.slice_scatter(slice_scatter(%e, %a, 1, 0, 4), %b, 1, 4, 6)  ->  aten.cat([%
 from typing import Any
 
 from passes.analyses.memory import why_not_replaced
+from passes.analyses.sharding_factors import axis_of, range_of
 from passes.analyses.stored_indices import is_count
 from qcompiler.ir import DType, Graph, Match, Missed, Op, Rewriter, Rule, TensorType, Value
 from qcompiler.ir.graph import PARAM
@@ -63,7 +64,7 @@ class ScatterToCat(Rule):
             return Missed("its axis is not fixed")
         scatter, base = op, op.result
         while scatter.name in self.root and _axis(scatter) == axis:
-            tensors, limits = _tensors(scatter, "self", "src"), _range(scatter, axis)
+            tensors, limits = _tensors(scatter, "self", "src"), range_of(scatter, scatter.result.tensor.shape[axis])
             if not tensors or limits is None or tensors[1].tensor.dtype is not scatter.result.tensor.dtype:
                 return Missed("it casts what it writes, or writes no fixed range", base)
             written.append((*limits, tensors[1]))
@@ -108,16 +109,5 @@ def _tensors(op: Op, *names: str) -> list[Value]:
 
 def _axis(op: Op) -> int | None:
     """The axis of a scatter, from 0; None if it is not fixed."""
-    axis = op.argument("dim")
-    rank = len(op.result.tensor.shape) if _tensors(op, "self") else 0
-    return axis % rank if isinstance(axis, int) and rank else None
-
-
-def _range(op: Op, axis: int) -> tuple[int, int] | None:
-    """The first element that a scatter writes along its axis, and the one after the last; None if it is not fixed."""
-    start, end, step = (op.argument(name) for name in ("start", "end", "step"))
-    size = op.result.tensor.shape[axis]
-    if not isinstance(size, int) or step != 1 or not isinstance(start, int | None) or not isinstance(end, int | None):
-        return None
-    begin, stop, _ = slice(start, end).indices(size)
-    return (begin, stop) if stop > begin else None
+    shape = op.result.tensor.shape if _tensors(op, "self") else ()
+    return axis_of(op, "dim", len(shape)) if shape else None

@@ -21,13 +21,14 @@ cut, too.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from passes.analyses.layers import EVERYTHING
 from passes.analyses.sent_bytes import Sending
 from passes.analyses.sharding_rules import row_of
 from passes.analyses.token_regions import TokenRegion, holds_tokens, lead, recounts_tokens, token_regions
 from passes.sharding.on_mesh import AlongAxis
+from passes.sharding.partition import set_argument
 from qcompiler.dialects.coll_tokens import share, share_shape
 from qcompiler.dialects.terms import MOST_TERMS
 from qcompiler.errors import PassError
@@ -147,7 +148,7 @@ class _Cut:
                 )  # fmt: skip
                 self.parts[value] = own.result
 
-        self.insert(op, [self.local(value.tensor) for value in op.results], op.args, op.attrs)
+        self.insert(op, [self.local(value.tensor) for value in op.results])
 
     def route(self, op: Op) -> None:
         """Inserts an operation of a router on the rows of this rank's tokens."""
@@ -156,22 +157,21 @@ class _Cut:
             for shape in (value.tensor.shape for value in op.results)
         ]
         types = [replace(value.tensor, shape=shape) for value, shape in zip(op.results, shapes, strict=True)]
-        args, attrs, row = op.args, op.attrs, row_of(op)
+        made, row = self.insert(op, types), row_of(op)
         if row is not None and row.sizes is not None:
-            (key,), sizes = op.path(row.sizes), (-1, *(int(str(size)) for size in shapes[0][1:]))
-            args = tuple(sizes if at == key else arg for at, arg in enumerate(args))
-            attrs = {**attrs, key: sizes} if isinstance(key, str) else attrs
-        self.insert(op, types, args, attrs)
+            (key,) = op.path(row.sizes)
+            set_argument(self.graph, made, key, (-1, *(int(str(size)) for size in shapes[0][1:])))
 
-    def insert(self, op: Op, types: Sequence[TensorType], args: Sequence[Argument], attrs: Mapping[str, Any]) -> None:
+    def insert(self, op: Op, types: Sequence[TensorType]) -> Op:
         """Inserts an operation with the parts of its operands; its results are the parts of the results of `op`."""
 
         def swap(leaf: object) -> object:
             return self.parts.get(leaf, leaf) if isinstance(leaf, Value) else leaf
 
-        own = {key: map_tree(swap, arg) for key, arg in attrs.items()}
-        made = self.graph.insert(op, op.name, *map_tree(swap, tuple(args)), attrs=own, types=types, loc=self.loc(op))
+        attrs = {key: map_tree(swap, arg) for key, arg in op.attrs.items()}
+        made = self.graph.insert(op, op.name, *map_tree(swap, op.args), attrs=attrs, types=types, loc=self.loc(op))
         self.parts.update(zip(op.results, made.results, strict=True))
+        return made
 
     def local(self, kind: TensorType) -> TensorType:
         return replace(kind, shape=share_shape(kind.shape, self.step.ranks, self.step.few))

@@ -67,7 +67,7 @@ class SplitLinears(RegionOptions):
     def useful(
         self, graph: Graph, found: list[FusedLinear], reasons: dict[Op, str]
     ) -> tuple[list[FusedLinear], dict[Op, str]]:
-        """Splits all in a copy of the graph; those of which a part can be cut there, and reasons for the others."""
+        """Splits all linears in a copy of the graph; returns the ones with a part to cut there, and other reasons."""
         trial = graph.clone()
         twins = dict(zip(graph, trial, strict=True))
         there = {fused.op: fused for fused in fused_linears(trial, lambda op: 1)[0]}

@@ -9,7 +9,7 @@ LONGEST = 4096
 
 
 def text_config(config: Any) -> Any:
-    """Returns the language part of a model's configuration; None if there is no configuration."""
+    """Returns the language part of a model's configuration; None for a model without one."""
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
 
 

@@ -10,7 +10,8 @@ from hopper_kernels import meta
 from inbox_kernels import compile_open, compile_sum
 
 from benchmarks.sanitizing.place import OnGpu, Rehearsal
-from benchmarks.sanitizing.ranks import quantized, stored_matmuls
+from benchmarks.sanitizing.products import quantized
+from benchmarks.sanitizing.ranks import stored_matmuls
 from codegen.inboxes import LARGEST, SMALLEST, Growing, Shared
 from codegen.operators.linear_scatter_tokens import FEWEST
 from codegen.operators.operator import OPERATORS
@@ -51,11 +52,10 @@ def test_the_launches_without_a_gpu() -> None:
 def test_ranks_get_their_tokens_of_the_sum(tokens: int) -> None:
     """On a CPU: the bits of the definition."""
     x_format, w_format = (numerics.format_of(block, torch.float8_e4m3fn) for block in ((1, 128), (128, 128)))
-    x = [torch.randn(tokens, 256) for _ in range(2)]
-    w = quantized(torch.randn(128, 256), [128, 128], "row_major")
+    w = quantized(128, 256, [128, 128], seed=2)
 
     def program() -> tuple[torch.Tensor, torch.Tensor]:
-        codes = quantized(x[current().place("tp")], [1, 128], "row_major")
+        codes = quantized(tokens, 256, [1, 128], seed=current().place("tp"))
         run = OPERATORS["linear_scatter_tokens"].on_cpu
         got = run(*codes, *w, None, [1, 128], [128, 128], torch.float32, "tp", 2, 48)
         return got, linear_scatter_tokens(
@@ -115,8 +115,8 @@ def test_few_rows_are_not_stored_in_parts() -> None:
     ranks: Any = SimpleNamespace(inboxes=lambda x, size, mesh: asked.append(size), all_reduce=lambda x, mesh: x)
     rehearsal = Rehearsal()
     x, w = (
-        quantized(torch.randn(40, 256), [1, 128], "col_major"),
-        quantized(torch.randn(128, 256), [128, 128], "row_major"),
+        quantized(40, 256, [1, 128], layout="col_major"),
+        quantized(128, 256, [128, 128], seed=1),
     )
     operator = OPERATORS["linear_scatter_tokens"]
     arguments = (*x, *w, None, [1, 128], [128, 128], torch.bfloat16, "tp", 2, 16)

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_graphs import rank_graphs, run_ranks
+from sharded_graphs import rank_graphs, run_whole_and_ranks
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 import qcompiler
 from qcompiler.capture import capture
-from qcompiler.interpreter import interpret
 from qcompiler.ir import Graph
 from qcompiler.pass_manager.instruments import relative_error
 from qcompiler.pass_manager.pipeline import Pipeline
@@ -57,14 +56,10 @@ def captured(name: str) -> Graph:
 def test_heads_have_equal_bits(name: str) -> None:
     """Also after quantization: query heads, the keys that they read, and what each rank stores."""
     graph = captured(name).clone()
-    ranks = rank_graphs(graph, "tp=4", REST, "[128, 128]")
-    run_pipeline(Pipeline.parse(REST), graph)
-    whole: dict[str, torch.Tensor] = {}
-    interpret(graph, [IDS], observe=lambda op, found: whole.update(zip(map(str, op.results), found, strict=True)))
-    outputs, values = run_ranks(ranks, "tp=4", [IDS])
+    whole, ranks, outputs, values = run_whole_and_ranks(graph, "tp=4", REST, [IDS])
     heads = next(op for op in ranks[0].ops() if op.name == "attention.causal").result.name
-    assert torch.equal(torch.cat([each[heads] for each in values], 1), whole[f"%{heads}"])
-    assert all(relative_error(whole[str(graph.outputs[0])], found) < 5e-3 for (found,) in outputs)
+    assert torch.equal(torch.cat([each[heads] for each in values], 1), whole[heads])
+    assert all(relative_error(whole[str(graph.outputs[0]).removeprefix("%")], found) < 5e-3 for (found,) in outputs)
     assert all(torch.equal(found, outputs[0][0]) for (found,) in outputs)
 
 

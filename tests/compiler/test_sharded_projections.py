@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_graphs import rank_graphs, run_ranks
+from sharded_graphs import rank_graphs, run_ranks, run_whole_and_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 
 import qcompiler
@@ -99,13 +99,9 @@ CALL: dict[str, Any] = {"input_ids": IDS, "use_cache": False}
 def test_quantized_heads_have_equal_bits() -> None:
     """What is split is merged again, so that a rank has as many matmuls as one process."""
     graph = captured(phi3())
-    ranks = rank_graphs(graph, "tp=2", REST, "[128, 128]")
-    run_pipeline(Pipeline.parse(REST), graph)
-    whole: dict[str, torch.Tensor] = {}
-    interpret(graph, [IDS], observe=lambda op, found: whole.update(zip(map(str, op.results), found, strict=True)))
-    _, values = run_ranks(ranks, "tp=2", [IDS])
+    whole, ranks, _, values = run_whole_and_ranks(graph, "tp=2", REST, [IDS])
     heads = next(op for op in ranks[0].ops() if op.name == "attention.causal").result.name
-    assert torch.equal(torch.cat([each[heads] for each in values], 1), whole[f"%{heads}"])
+    assert torch.equal(torch.cat([each[heads] for each in values], 1), whole[heads])
     assert [sum(op.role is Role.QUANTIZED_MATMUL for op in each) for each in (ranks[0], graph)] == [4, 4]
 
 
